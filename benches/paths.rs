@@ -1,0 +1,3 @@
+//! Benchmarks of the record, log and tier paths.
+
+fn main() {}

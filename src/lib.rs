@@ -1,0 +1,14 @@
+//! Strandline: a log service whose history lives in object storage.
+//!
+//! With default features this is the whole system; with `default-features = false` it is the Rust client alone. The
+//! modules are listed in the order in which they may import: each knows only those above it.
+
+pub mod model;
+
+pub mod limits;
+
+pub mod task;
+
+pub mod record;
+
+pub mod proto;

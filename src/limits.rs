@@ -1,0 +1,41 @@
+//! Every hard bound of the system, in one place. A bound is not a setting: nobody needs to tune it, and something
+//! breaks without it. What a user may choose lives in `config` and in topic configuration.
+
+/// Smallest batch: the 61 bytes of a header with no records.
+pub const BATCH_HEADER_BYTES: usize = 61;
+
+/// Largest batch that any topic may allow (`max.message.bytes`), in bytes as stored.
+pub const MAX_BATCH_BYTES: usize = 64 << 20;
+
+/// Most records in one batch. A record takes at least 7 bytes, so this binds only highly compressed batches.
+pub const MAX_BATCH_RECORDS: usize = 1 << 20;
+
+/// Most bytes that one batch's records may have after decompression, wherever anything is decompressed.
+pub const MAX_DECOMPRESSED_BYTES: usize = 256 << 20;
+
+/// Most headers on one record.
+pub const MAX_RECORD_HEADERS: usize = 10_000;
+
+/// Largest gRPC message in either direction: a batch of the largest size with its envelope.
+pub const MAX_MESSAGE_BYTES: usize = MAX_BATCH_BYTES + (1 << 20);
+
+/// Most partitions of one topic.
+pub const MAX_PARTITIONS: u32 = 100_000;
+
+/// Most topics in a cluster.
+pub const MAX_TOPICS: usize = 100_000;
+
+/// Most replicas of one partition.
+pub const MAX_REPLICAS: u32 = 32;
+
+/// Most partitions that one fetch may name.
+pub const MAX_FETCH_PARTITIONS: usize = 10_000;
+
+/// Most bytes of batches in one fetch response, but for a first batch that is larger than this.
+pub const MAX_FETCH_BYTES: usize = 16 << 20;
+
+/// Longest time that a fetch waits for data, in milliseconds.
+pub const MAX_FETCH_WAIT_MS: u32 = 60_000;
+
+/// How many of a producer's last batches are remembered, so that a retry of any of them is recognised (Kafka's five).
+pub const PRODUCER_WINDOW: usize = 5;

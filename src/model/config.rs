@@ -1,0 +1,409 @@
+//! A topic's configuration: Kafka's keys with Kafka's meanings, and `durability`, which is ours.
+//!
+//! Texts become typed values in one place, [`TopicConfig::resolve`], which layers what a topic sets over what the
+//! broker's `[topic_defaults]` set over the built-in defaults. [`TOPIC_CONFIG_KEYS`] is the one list of keys: help
+//! texts, `docs/configuration.md` and the checks are all made from it.
+
+use std::{collections::BTreeMap, fmt, time::Duration};
+
+/// Topic configuration as text: key to value.
+pub type ConfigMap = BTreeMap<String, String>;
+
+/// What an acknowledgement by a replica means (design: durability).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Durability {
+    /// The replica has synced the record to stable storage.
+    #[default]
+    Persisted,
+    /// The replica has written the record to the page cache (Kafka's rule).
+    Replicated,
+}
+
+/// Who sets a record's timestamp.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum TimestampType {
+    /// The producer.
+    #[default]
+    CreateTime,
+    /// The broker, when it appends.
+    LogAppendTime,
+}
+
+/// How a batch's records are compressed. The discriminant is the batch attribute's low three bits.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum Compression {
+    /// Not at all.
+    #[default]
+    None = 0,
+    /// RFC 1952.
+    Gzip = 1,
+    /// Snappy in the framing of snappy-java.
+    Snappy = 2,
+    /// LZ4 frame format.
+    Lz4 = 3,
+    /// RFC 8878.
+    Zstd = 4,
+}
+
+/// What a producer waits for before a write counts as acknowledged.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Acks {
+    /// Nothing.
+    None,
+    /// The leader's own durability rule.
+    Leader,
+    /// Every in-sync replica, and at least `min.insync.replicas` of them.
+    #[default]
+    All,
+    /// As `All`, and the record is in the bucket.
+    Tiered,
+}
+
+macro_rules! words {
+    ($kind:ty { $($variant:ident = $word:literal),* $(,)? }) => {
+        impl $kind {
+            /// Every word that names a value of this kind.
+            pub const WORDS: &'static [&'static str] = &[$($word),*];
+
+            /// The value's name.
+            pub const fn word(self) -> &'static str {
+                match self { $(Self::$variant => $word),* }
+            }
+
+            /// The value that `word` names.
+            pub fn from_word(word: &str) -> Option<Self> {
+                match word { $($word => Some(Self::$variant),)* _ => None }
+            }
+        }
+
+        impl fmt::Display for $kind {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.pad(self.word())
+            }
+        }
+    };
+}
+words!(Durability { Persisted = "persisted", Replicated = "replicated" });
+words!(TimestampType { CreateTime = "CreateTime", LogAppendTime = "LogAppendTime" });
+words!(Compression { None = "none", Gzip = "gzip", Snappy = "snappy", Lz4 = "lz4", Zstd = "zstd" });
+words!(Acks { None = "0", Leader = "1", All = "all", Tiered = "tiered" });
+
+/// One key that a topic's configuration may hold.
+#[derive(Clone, Copy, Debug)]
+pub struct ConfigKey {
+    /// Its name.
+    pub name: &'static str,
+    /// The value where nothing sets it.
+    pub default: &'static str,
+    /// What values are allowed, in words.
+    pub allowed: &'static str,
+    /// What it does, in one line.
+    pub doc: &'static str,
+}
+
+/// Every key that a topic's configuration may hold, in alphabetical order.
+pub const TOPIC_CONFIG_KEYS: &[ConfigKey] = &[
+    ConfigKey {
+        name: "cleanup.policy",
+        default: "delete",
+        allowed: "delete",
+        doc: "What happens to old records: `delete` drops whole segments by `retention.ms` and `retention.bytes`.",
+    },
+    ConfigKey {
+        name: "compression.type",
+        default: "producer",
+        allowed: "producer, uncompressed, gzip, snappy, lz4 or zstd",
+        doc: "`producer` stores batches as they come; any other word makes the broker store every batch in that codec.",
+    },
+    ConfigKey {
+        name: "durability",
+        default: "persisted",
+        allowed: "persisted or replicated",
+        doc: "What a replica's acknowledgement means: `persisted` = synced to its disk, `replicated` = in its page cache.",
+    },
+    ConfigKey {
+        name: "local.retention.bytes",
+        default: "-2",
+        allowed: "a number of bytes, -1 for no limit, or -2 for the value of retention.bytes",
+        doc: "How much of each partition stays on local disk once it is in the bucket.",
+    },
+    ConfigKey {
+        name: "local.retention.ms",
+        default: "86400000",
+        allowed: "a number of milliseconds, -1 for no limit, or -2 for the value of retention.ms",
+        doc: "How long records stay on local disk once they are in the bucket.",
+    },
+    ConfigKey {
+        name: "max.message.bytes",
+        default: "1048588",
+        allowed: "a number of bytes from 1024 to 67108864",
+        doc: "The largest batch, in bytes as it is stored, that a producer may append.",
+    },
+    ConfigKey {
+        name: "message.timestamp.type",
+        default: "CreateTime",
+        allowed: "CreateTime or LogAppendTime",
+        doc: "Who sets a record's timestamp: its producer, or the broker as it appends.",
+    },
+    ConfigKey {
+        name: "min.insync.replicas",
+        default: "1",
+        allowed: "a number from 1 to 32",
+        doc: "How many replicas must hold a record before `acks=all` is acknowledged; with fewer in sync, appends are refused.",
+    },
+    ConfigKey {
+        name: "remote.storage.enable",
+        default: "true",
+        allowed: "true or false",
+        doc: "Whether sealed segments are moved to the object store.",
+    },
+    ConfigKey {
+        name: "retention.bytes",
+        default: "-1",
+        allowed: "a number of bytes, or -1 for no limit",
+        doc: "How much of each partition is kept, over both tiers.",
+    },
+    ConfigKey {
+        name: "retention.ms",
+        default: "604800000",
+        allowed: "a number of milliseconds, or -1 for no limit",
+        doc: "How long records are kept, over both tiers.",
+    },
+    ConfigKey {
+        name: "segment.bytes",
+        default: "67108864",
+        allowed: "a number of bytes from 16384 to 2147483647",
+        doc: "The size at which a segment is sealed and the next one begun.",
+    },
+    ConfigKey {
+        name: "segment.ms",
+        default: "3600000",
+        allowed: "a number of milliseconds, at least 100",
+        doc: "The age at which a segment that holds records is sealed, so that the bucket's lag is bounded.",
+    },
+];
+
+/// A value that a key does not allow, or a key that does not exist.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum InvalidConfig {
+    /// The key is not in [`TOPIC_CONFIG_KEYS`].
+    #[error("topic configuration {key:?} does not exist; known keys: {}", known_keys())]
+    UnknownKey {
+        /// What was given.
+        key: String,
+    },
+    /// The value is not one that the key allows.
+    #[error("topic configuration {key}={value:?} is not valid: allowed is {allowed}")]
+    Value {
+        /// The key.
+        key: String,
+        /// What was given.
+        value: String,
+        /// What is allowed.
+        allowed: String,
+    },
+}
+
+fn known_keys() -> String {
+    TOPIC_CONFIG_KEYS.iter().map(|key| key.name).collect::<Vec<_>>().join(", ")
+}
+
+/// A topic's effective configuration. `None` in a limit means no limit.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TopicConfig {
+    /// `retention.ms`
+    pub retention: Option<Duration>,
+    /// `retention.bytes`
+    pub retention_bytes: Option<u64>,
+    /// `local.retention.ms`, never above `retention`.
+    pub local_retention: Option<Duration>,
+    /// `local.retention.bytes`, never above `retention_bytes`.
+    pub local_retention_bytes: Option<u64>,
+    /// `remote.storage.enable`
+    pub tiered: bool,
+    /// `segment.bytes`
+    pub segment_bytes: u64,
+    /// `segment.ms`
+    pub segment_age: Duration,
+    /// `max.message.bytes`
+    pub max_message_bytes: usize,
+    /// `min.insync.replicas`
+    pub min_insync_replicas: usize,
+    /// `message.timestamp.type`
+    pub timestamp_type: TimestampType,
+    /// `compression.type`; `None` is `producer`.
+    pub compression: Option<Compression>,
+    /// `durability`
+    pub durability: Durability,
+}
+
+impl Default for TopicConfig {
+    fn default() -> Self {
+        let none = ConfigMap::new();
+        Self::resolve(&none, &none).expect("the built-in defaults are valid")
+    }
+}
+
+impl TopicConfig {
+    /// The effective configuration of a topic that sets `overrides`, on a broker whose configuration sets `defaults`.
+    pub fn resolve(defaults: &ConfigMap, overrides: &ConfigMap) -> Result<Self, InvalidConfig> {
+        for key in defaults.keys().chain(overrides.keys()) {
+            known(key)?;
+        }
+        let values = Layers { defaults, overrides };
+        let retention = values.limit("retention.ms")?.map(Duration::from_millis);
+        let retention_bytes = values.limit("retention.bytes")?;
+        let local_ms = values.local_limit("local.retention.ms", retention.map(millis))?;
+        let local_retention_bytes = values.local_limit("local.retention.bytes", retention_bytes)?;
+        let _only_delete: &str = values.one_of("cleanup.policy", |word| (word == "delete").then_some("delete"))?;
+        Ok(Self {
+            retention,
+            retention_bytes,
+            local_retention: local_ms.map(Duration::from_millis),
+            local_retention_bytes,
+            tiered: values.one_of("remote.storage.enable", |word| word.parse().ok())?,
+            segment_bytes: values.number("segment.bytes", 16_384, 2_147_483_647)?,
+            segment_age: Duration::from_millis(values.number("segment.ms", 100, MAX_MS)?),
+            max_message_bytes: usize::try_from(values.number("max.message.bytes", 1024, 67_108_864)?)
+                .expect("below 2^32"),
+            min_insync_replicas: usize::try_from(values.number("min.insync.replicas", 1, 32)?).expect("below 2^32"),
+            timestamp_type: values.one_of("message.timestamp.type", TimestampType::from_word)?,
+            compression: values.one_of("compression.type", |word| match word {
+                "producer" => Some(None),
+                "uncompressed" => Some(Some(Compression::None)),
+                "none" => None,
+                codec => Compression::from_word(codec).map(Some),
+            })?,
+            durability: values.one_of("durability", Durability::from_word)?,
+        })
+    }
+
+    /// Every key's effective text, for `describe`.
+    pub fn texts(defaults: &ConfigMap, overrides: &ConfigMap) -> ConfigMap {
+        let values = Layers { defaults, overrides };
+        TOPIC_CONFIG_KEYS.iter().map(|key| (key.name.to_owned(), values.text(key.name).to_owned())).collect()
+    }
+}
+
+/// Longest time that a key takes, so that sums of times never overflow.
+const MAX_MS: u64 = i64::MAX as u64 / 4;
+
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(MAX_MS)
+}
+
+fn known(name: &str) -> Result<&'static ConfigKey, InvalidConfig> {
+    TOPIC_CONFIG_KEYS
+        .iter()
+        .find(|key| key.name == name)
+        .ok_or_else(|| InvalidConfig::UnknownKey { key: name.chars().take(100).collect() })
+}
+
+struct Layers<'a> {
+    defaults: &'a ConfigMap,
+    overrides: &'a ConfigMap,
+}
+
+impl Layers<'_> {
+    fn text(&self, name: &str) -> &str {
+        let set = self.overrides.get(name).or_else(|| self.defaults.get(name));
+        set.map_or_else(|| known(name).expect("a key of the list").default, String::as_str)
+    }
+
+    fn one_of<T>(&self, name: &str, parse: impl FnOnce(&str) -> Option<T>) -> Result<T, InvalidConfig> {
+        let text = self.text(name);
+        parse(text).ok_or_else(|| self.refuse(name))
+    }
+
+    fn number(&self, name: &str, least: u64, most: u64) -> Result<u64, InvalidConfig> {
+        self.one_of(name, |text| text.parse().ok().filter(|number| (least..=most).contains(number)))
+    }
+
+    /// A limit where -1 means none.
+    fn limit(&self, name: &str) -> Result<Option<u64>, InvalidConfig> {
+        self.one_of(name, |text| match text.parse::<i64>().ok()? {
+            -1 => Some(None),
+            number => u64::try_from(number).ok().filter(|number| *number <= MAX_MS).map(Some),
+        })
+    }
+
+    /// A local limit, where -2 means the whole log's. It can never hold more than the whole log does: a default that
+    /// would is lowered to it, and a topic that asks for more than it keeps is refused.
+    fn local_limit(&self, name: &str, whole: Option<u64>) -> Result<Option<u64>, InvalidConfig> {
+        if self.text(name) == "-2" {
+            return Ok(whole);
+        }
+        let local = self.limit(name)?;
+        let whole_name = name.trim_start_matches("local.");
+        let above = whole.is_some_and(|whole| local.is_none_or(|local| local > whole));
+        if above && self.overrides.contains_key(name) {
+            return Err(InvalidConfig::Value {
+                key: name.to_owned(),
+                value: self.text(name).to_owned(),
+                allowed: format!("at most {whole_name}, which is {}", self.text(whole_name)),
+            });
+        }
+        Ok(if above { whole } else { local })
+    }
+
+    fn refuse(&self, name: &str) -> InvalidConfig {
+        InvalidConfig::Value {
+            key: name.to_owned(),
+            value: self.text(name).chars().take(100).collect(),
+            allowed: known(name).expect("a key of the list").allowed.to_owned(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn map(pairs: &[(&str, &str)]) -> ConfigMap {
+        pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect()
+    }
+
+    fn resolve(pairs: &[(&str, &str)]) -> Result<TopicConfig, InvalidConfig> {
+        TopicConfig::resolve(&ConfigMap::new(), &map(pairs))
+    }
+
+    #[test]
+    fn every_listed_default_is_valid_and_the_list_is_sorted() {
+        TopicConfig::default();
+        assert!(TOPIC_CONFIG_KEYS.is_sorted_by_key(|key| key.name));
+    }
+
+    #[test]
+    fn a_wrong_value_names_the_key_the_value_and_what_is_allowed() {
+        for key in TOPIC_CONFIG_KEYS {
+            let error = resolve(&[(key.name, "nonsense")]).expect_err(key.name).to_string();
+            assert!(error.contains(key.name) && error.contains("nonsense") && error.contains(key.allowed), "{error}");
+        }
+    }
+
+    #[test]
+    fn an_unknown_key_is_refused_with_the_known_ones() {
+        let error = resolve(&[("retention.mss", "1")]).expect_err("unknown").to_string();
+        assert!(error.contains("retention.mss") && error.contains("retention.ms,"), "{error}");
+    }
+
+    #[test]
+    fn a_topics_value_wins_over_the_brokers_default() {
+        let defaults = map(&[("segment.bytes", "1000000")]);
+        let broker = TopicConfig::resolve(&defaults, &ConfigMap::new()).expect("valid");
+        assert_eq!(broker.segment_bytes, 1_000_000);
+        let topic = TopicConfig::resolve(&defaults, &map(&[("segment.bytes", "20000")])).expect("valid");
+        assert_eq!(topic.segment_bytes, 20_000);
+    }
+
+    #[test]
+    fn local_retention_never_exceeds_retention() {
+        assert!(resolve(&[("retention.ms", "10"), ("local.retention.ms", "11")]).is_err());
+        assert!(resolve(&[("retention.ms", "10"), ("local.retention.ms", "-1")]).is_err());
+        let lowered = resolve(&[("retention.ms", "10")]).expect("the default follows");
+        assert_eq!(lowered.local_retention, Some(Duration::from_millis(10)));
+        let same = resolve(&[("retention.bytes", "99")]).expect("valid");
+        assert_eq!(same.local_retention_bytes, Some(99));
+    }
+}

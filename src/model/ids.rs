@@ -1,0 +1,175 @@
+//! Names and ids: what a topic, a partition and a broker are called.
+
+use std::{fmt, str::FromStr, sync::Arc};
+
+use uuid::Uuid;
+
+/// A topic's name: 1 to 249 of `a-z A-Z 0-9 . _ -`, and neither `.` nor `..` (Kafka's rule).
+///
+/// Names are for people; everything stored is filed under a [`TopicId`].
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct TopicName(Arc<str>);
+
+/// Why a string is no topic name.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "topic name {name:?} is not valid: use 1 to 249 of a-z, A-Z, 0-9, '.', '_' and '-', and neither \".\" nor \"..\""
+)]
+pub struct InvalidTopicName {
+    /// What was given, cut to a length that can be printed.
+    pub name: String,
+}
+
+impl TopicName {
+    /// Longest name in bytes.
+    pub const MAX_BYTES: usize = 249;
+
+    /// Checks a name.
+    pub fn new(name: &str) -> Result<Self, InvalidTopicName> {
+        let legal = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-');
+        let valid =
+            !name.is_empty() && name.len() <= Self::MAX_BYTES && name != "." && name != ".." && name.bytes().all(legal);
+        if valid {
+            Ok(Self(name.into()))
+        } else {
+            Err(InvalidTopicName { name: name.chars().take(Self::MAX_BYTES).collect() })
+        }
+    }
+
+    /// The name as a string.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for TopicName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl FromStr for TopicName {
+    type Err = InvalidTopicName;
+
+    fn from_str(s: &str) -> Result<Self, Self::Err> {
+        Self::new(s)
+    }
+}
+
+/// A topic's identity: a UUID drawn at creation, so that a topic deleted and made again shares nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct TopicId(Uuid);
+
+impl TopicId {
+    /// Draws a new id.
+    pub fn random() -> Self {
+        Self(Uuid::new_v4())
+    }
+
+    /// The id with these 16 bytes.
+    pub const fn from_bytes(bytes: [u8; 16]) -> Self {
+        Self(Uuid::from_bytes(bytes))
+    }
+
+    /// Its 16 bytes.
+    pub const fn as_bytes(&self) -> &[u8; 16] {
+        self.0.as_bytes()
+    }
+}
+
+impl fmt::Display for TopicId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.hyphenated().fmt(f)
+    }
+}
+
+impl FromStr for TopicId {
+    type Err = uuid::Error;
+
+    fn from_str(s: &str) -> Result<Self, Self::Err> {
+        Uuid::try_parse(s).map(Self)
+    }
+}
+
+/// One partition: a topic's id and the partition's number in it, from 0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct PartitionId {
+    /// The topic.
+    pub topic: TopicId,
+    /// The partition's number in the topic.
+    pub number: u32,
+}
+
+impl PartitionId {
+    /// Partition `number` of `topic`.
+    pub const fn new(topic: TopicId, number: u32) -> Self {
+        Self { topic, number }
+    }
+}
+
+impl fmt::Display for PartitionId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.topic, self.number)
+    }
+}
+
+/// A broker's number, chosen by its operator; it stays with the data directory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct BrokerId(pub u32);
+
+impl fmt::Display for BrokerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+#[cfg(feature = "server")]
+mod serde_impls {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
+
+    use super::{BrokerId, TopicId, TopicName};
+
+    macro_rules! as_text {
+        ($($kind:ty),*) => {$(
+            impl Serialize for $kind {
+                fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                    serializer.collect_str(self)
+                }
+            }
+
+            impl<'de> Deserialize<'de> for $kind {
+                fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                    String::deserialize(deserializer)?.parse().map_err(D::Error::custom)
+                }
+            }
+        )*};
+    }
+    as_text!(TopicName, TopicId);
+
+    impl Serialize for BrokerId {
+        fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+            serializer.serialize_u32(self.0)
+        }
+    }
+
+    impl<'de> Deserialize<'de> for BrokerId {
+        fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+            u32::deserialize(deserializer).map(BrokerId)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_that_would_leave_its_folder_or_its_line_is_refused() {
+        for bad in ["", ".", "..", "a/b", "a b", "a\n", "é", &"x".repeat(250)] {
+            assert!(TopicName::new(bad).is_err(), "{bad:?}");
+        }
+        for good in ["a", "a.b-c_D9", "...", &"x".repeat(249)] {
+            assert_eq!(TopicName::new(good).expect("legal").as_str(), good);
+        }
+    }
+}

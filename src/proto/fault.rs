@@ -1,0 +1,185 @@
+//! Errors on the wire: one stable reason, one sentence, details by name.
+//!
+//! A failed call carries a [`Fault`] as `google.rpc.Status` with `ErrorInfo`; a failed part of a stream carries it as
+//! [`v1::Error`]. Both ways hold the same, so a client treats them alike.
+
+use std::{collections::HashMap, fmt};
+
+use tonic::{Code, Status};
+use tonic_types::{ErrorDetails, StatusExt};
+
+use super::v1;
+
+/// The `ErrorInfo` domain of every reason.
+pub const DOMAIN: &str = "strandline";
+
+macro_rules! reasons {
+    ($($(#[$doc:meta])* $name:ident = $word:literal, $code:ident, $retryable:literal;)*) => {
+        /// Why a request failed. The word is stable: programs may compare it.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        pub enum Reason { $($(#[$doc])* $name),* }
+
+        impl Reason {
+            /// Every reason.
+            pub const ALL: &'static [Reason] = &[$(Self::$name),*];
+
+            /// The word on the wire.
+            pub const fn word(self) -> &'static str {
+                match self { $(Self::$name => $word),* }
+            }
+
+            /// The gRPC code that a failed call carries.
+            pub const fn code(self) -> Code {
+                match self { $(Self::$name => Code::$code),* }
+            }
+
+            /// Whether the same request may succeed later.
+            pub const fn retryable(self) -> bool {
+                match self { $(Self::$name => $retryable),* }
+            }
+        }
+    };
+}
+
+reasons! {
+    /// The request itself is wrong: a field is missing or not possible.
+    InvalidRequest = "INVALID_REQUEST", InvalidArgument, false;
+    /// No topic has this name.
+    UnknownTopic = "UNKNOWN_TOPIC", NotFound, false;
+    /// The topic has no partition of this number.
+    UnknownPartition = "UNKNOWN_PARTITION", NotFound, false;
+    /// A topic of this name exists.
+    TopicExists = "TOPIC_EXISTS", AlreadyExists, false;
+    /// A topic name, configuration key or value is not allowed.
+    InvalidTopic = "INVALID_TOPIC", InvalidArgument, false;
+    /// This broker does not lead the partition; the metadata says who does.
+    NotLeader = "NOT_LEADER", Unavailable, true;
+    /// The offset is not in `log_start..=high_watermark`.
+    OffsetOutOfRange = "OFFSET_OUT_OF_RANGE", OutOfRange, false;
+    /// The batch is larger than `max.message.bytes`.
+    RecordTooLarge = "RECORD_TOO_LARGE", InvalidArgument, false;
+    /// The bytes are no batch, or a damaged one.
+    MalformedBatch = "MALFORMED_BATCH", InvalidArgument, false;
+    /// A gap in an idempotent producer's sequence.
+    OutOfOrderSequence = "OUT_OF_ORDER_SEQUENCE", FailedPrecondition, false;
+    /// A newer epoch of the same producer has written.
+    ProducerFenced = "PRODUCER_FENCED", FailedPrecondition, false;
+    /// The partition does not know this idempotent producer any more.
+    UnknownProducer = "UNKNOWN_PRODUCER", FailedPrecondition, false;
+    /// Fewer replicas are in sync than `min.insync.replicas`.
+    NotEnoughReplicas = "NOT_ENOUGH_REPLICAS", Unavailable, true;
+    /// The acknowledgement did not come in time; the write may or may not have happened.
+    Timeout = "TIMEOUT", DeadlineExceeded, true;
+    /// Too much is under way; send less, or later.
+    Overloaded = "OVERLOADED", ResourceExhausted, true;
+    /// The disk is full. Appends go on by themselves when there is room.
+    DiskFull = "DISK_FULL", ResourceExhausted, true;
+    /// A write to this broker's disk failed; the partition takes no more writes here.
+    StorageFailed = "STORAGE_FAILED", Unavailable, true;
+    /// The replica's data is damaged; the offsets named cannot be read here.
+    DataDamaged = "DATA_DAMAGED", DataLoss, false;
+    /// The object store did not answer as it should.
+    ObjectStoreUnavailable = "OBJECT_STORE_UNAVAILABLE", Unavailable, true;
+    /// The metadata store did not answer as it should.
+    MetadataUnavailable = "METADATA_UNAVAILABLE", Unavailable, true;
+    /// Somebody else changed the same thing at the same time.
+    Conflict = "CONFLICT", Aborted, true;
+    /// The broker is stopping, or not ready yet.
+    NotReady = "NOT_READY", Unavailable, true;
+    /// A bug, or an answer that this version does not understand.
+    Internal = "INTERNAL", Internal, false;
+}
+
+impl Reason {
+    /// The reason that a word names.
+    pub fn from_word(word: &str) -> Option<Self> {
+        Self::ALL.iter().copied().find(|reason| reason.word() == word)
+    }
+}
+
+/// One failure as it travels.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fault {
+    /// The stable word.
+    pub reason: Reason,
+    /// For people: what is wrong, with the value, and what to do.
+    pub message: String,
+    /// Details by name.
+    pub metadata: HashMap<String, String>,
+    /// Whether the same request may succeed later.
+    pub retryable: bool,
+}
+
+impl Fault {
+    /// A failure for this reason.
+    pub fn new(reason: Reason, message: impl Into<String>) -> Self {
+        Self { reason, message: message.into(), metadata: HashMap::new(), retryable: reason.retryable() }
+    }
+
+    /// Adds a detail.
+    #[must_use]
+    pub fn with(mut self, name: &str, value: impl fmt::Display) -> Self {
+        self.metadata.insert(name.to_owned(), value.to_string());
+        self
+    }
+
+    /// A detail that is a number.
+    pub fn number(&self, name: &str) -> Option<i64> {
+        self.metadata.get(name)?.parse().ok()
+    }
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for Fault {}
+
+impl From<Fault> for Status {
+    fn from(fault: Fault) -> Self {
+        let details = ErrorDetails::with_error_info(fault.reason.word(), DOMAIN, fault.metadata);
+        Self::with_error_details(fault.reason.code(), fault.message, details)
+    }
+}
+
+impl From<&Status> for Fault {
+    /// Reads a failed call. A status without our details comes from the transport or from something in between: what
+    /// gRPC calls unavailable may be tried again, the rest may not.
+    fn from(status: &Status) -> Self {
+        if let Some(info) = status.get_details_error_info()
+            && let Some(reason) = Reason::from_word(&info.reason)
+        {
+            let retryable = reason.retryable();
+            return Self { reason, message: status.message().to_owned(), metadata: info.metadata, retryable };
+        }
+        let reason = match status.code() {
+            Code::Unavailable | Code::Cancelled | Code::Aborted => Reason::NotReady,
+            Code::DeadlineExceeded => Reason::Timeout,
+            Code::ResourceExhausted => Reason::Overloaded,
+            Code::InvalidArgument | Code::OutOfRange | Code::NotFound => Reason::InvalidRequest,
+            _ => Reason::Internal,
+        };
+        Self::new(reason, format!("{}: {}", status.code().description(), status.message()))
+    }
+}
+
+impl From<Fault> for v1::Error {
+    fn from(fault: Fault) -> Self {
+        Self {
+            reason: fault.reason.word().to_owned(),
+            message: fault.message,
+            retryable: fault.retryable,
+            metadata: fault.metadata,
+        }
+    }
+}
+
+impl From<v1::Error> for Fault {
+    fn from(error: v1::Error) -> Self {
+        // A reason of a newer broker keeps its retryability and its words.
+        let reason = Reason::from_word(&error.reason).unwrap_or(Reason::Internal);
+        Self { reason, message: error.message, metadata: error.metadata, retryable: error.retryable }
+    }
+}

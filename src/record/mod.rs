@@ -1,0 +1,30 @@
+//! Batches: the one format of the wire, the disk, the replicas and the bucket.
+//!
+//! # Overview
+//!
+//! A batch is a Kafka `RecordBatch` v2 (KIP-98), byte for byte:
+//!
+//! ```text
+//!  0 baseOffset i64 │  8 batchLength i32 │ 12 partitionLeaderEpoch i32 │ 16 magic i8 = 2
+//! 17 crc u32        │ 21 attributes i16  │ 23 lastOffsetDelta i32      │ 27 baseTimestamp i64
+//! 35 maxTimestamp i64 │ 43 producerId i64 │ 51 producerEpoch i16 │ 53 baseSequence i32
+//! 57 recordsCount i32 │ 61 records …
+//! ```
+//!
+//! [`Batch`] is a whole batch whose framing and CRC were checked. The broker writes three of its fields, two of which
+//! the CRC does not cover: the base offset and the leader epoch ([`Batch::stamp`]). Everything else, compressed records
+//! included, passes through unread.
+//!
+//! # Invariants
+//!
+//! - A [`Batch`] only exists checked: length, magic, CRC-32C of byte 21 to the end, counts.
+//! - Nothing allocates by a length that was not compared with the bytes that are there.
+//! - Decompression stops at `limits::MAX_DECOMPRESSED_BYTES`.
+//!
+//! Pure: no I/O, no clock, no randomness.
+
+mod batch;
+mod layout;
+
+pub use batch::{Batch, Malformed, ProducerStamp};
+pub use layout::HEADER_BYTES;

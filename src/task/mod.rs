@@ -1,0 +1,107 @@
+//! Named, joined, cancellable tasks, and the only place that spawns or reads a clock.
+//!
+//! A [`Tasks`] is a set of tasks with one cancellation token. Whoever makes a set ends it with [`Tasks::stop`], which
+//! cancels the token and waits until every task has returned; nothing outlives its owner. A task that must end
+//! by itself selects on [`Tasks::cancelled`], cancellation first.
+
+use std::future::Future;
+
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+pub mod clock;
+
+/// A set of tasks with one token that stops them all. Clones share the set.
+#[derive(Clone, Debug, Default)]
+pub struct Tasks {
+    token: CancellationToken,
+    tracker: TaskTracker,
+}
+
+impl Tasks {
+    /// An empty set.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// An empty set that is cancelled with this one, and can be stopped before it. Its owner joins it.
+    pub fn child(&self) -> Self {
+        Self { token: self.token.child_token(), tracker: TaskTracker::new() }
+    }
+
+    /// Runs a future as a task of this set. The name is for the person who reads the logs of a stuck shutdown.
+    pub fn spawn<F>(&self, name: &'static str, future: F) -> tokio::task::JoinHandle<F::Output>
+    where
+        F: Future + Send + 'static,
+        F::Output: Send + 'static,
+    {
+        let named = async move {
+            let output = future.await;
+            tracing::trace!(task = name, "ended");
+            output
+        };
+        #[expect(clippy::disallowed_methods, reason = "the one place that spawns")]
+        self.tracker.spawn(named)
+    }
+
+    /// Runs a function that blocks on a thread made for such, and joins it with the set.
+    pub fn spawn_blocking<F, T>(&self, function: F) -> tokio::task::JoinHandle<T>
+    where
+        F: FnOnce() -> T + Send + 'static,
+        T: Send + 'static,
+    {
+        #[expect(clippy::disallowed_methods, reason = "the one place that spawns")]
+        self.tracker.spawn_blocking(function)
+    }
+
+    /// Resolves once the set is being stopped.
+    pub async fn cancelled(&self) {
+        self.token.cancelled().await;
+    }
+
+    /// Whether the set is being stopped.
+    pub fn is_cancelled(&self) -> bool {
+        self.token.is_cancelled()
+    }
+
+    /// Asks every task to end, without waiting.
+    pub fn cancel(&self) {
+        self.token.cancel();
+    }
+
+    /// Asks every task to end and waits until all have.
+    pub async fn stop(&self) {
+        self.token.cancel();
+        self.tracker.close();
+        self.tracker.wait().await;
+    }
+}
+
+/// Runs a function that blocks (files, compression of much) away from the async threads and waits for its result.
+///
+/// # Panics
+/// When the function panicked: the panic goes on in the caller.
+pub async fn blocking<F, T>(function: F) -> T
+where
+    F: FnOnce() -> T + Send + 'static,
+    T: Send + 'static,
+{
+    #[expect(clippy::disallowed_methods, reason = "the one place that spawns")]
+    let handle = tokio::task::spawn_blocking(function);
+    match handle.await {
+        Ok(output) => output,
+        Err(error) => std::panic::resume_unwind(error.into_panic()),
+    }
+}
+
+/// Starts an operating system thread with a name. Its owner joins the handle.
+///
+/// # Panics
+/// When the system has no thread left: at start-up that is a failed start.
+pub fn thread<F, T>(name: &str, function: F) -> std::thread::JoinHandle<T>
+where
+    F: FnOnce() -> T + Send + 'static,
+    T: Send + 'static,
+{
+    #[expect(clippy::disallowed_methods, reason = "the one place that spawns")]
+    std::thread::Builder::new().name(name.to_owned()).spawn(function).expect("the system can start a thread")
+}
