@@ -19,6 +19,10 @@ pub const MAX_RECORD_HEADERS: usize = 10_000;
 /// Largest gRPC message in either direction: a batch of the largest size with its envelope.
 pub const MAX_MESSAGE_BYTES: usize = MAX_BATCH_BYTES + (1 << 20);
 
+/// Bytes of a broker's disk that appends leave free. The commit after which segments can go, the checkpoint and the
+/// indexes need room themselves: a log that took the last byte could never give one back.
+pub const DISK_RESERVE_BYTES: u64 = 32 << 20;
+
 /// Most partitions of one topic.
 pub const MAX_PARTITIONS: u32 = 100_000;
 
@@ -37,5 +41,15 @@ pub const MAX_FETCH_BYTES: usize = 16 << 20;
 /// Longest time that a fetch waits for data, in milliseconds.
 pub const MAX_FETCH_WAIT_MS: u32 = 60_000;
 
-/// How many of a producer's last batches are remembered, so that a retry of any of them is recognised (Kafka's five).
-pub const PRODUCER_WINDOW: usize = 5;
+/// How many of a producer's last batches a partition remembers, so that a retry of any of them is recognised. A producer
+/// can have as many under way: Kafka's five hold a synced partition to five batches per round trip.
+pub const PRODUCER_WINDOW: usize = 64;
+
+/// Most operations, compares or reads in one transaction of the metadata store (etcd's default `max-txn-ops`).
+pub const MAX_TRANSACTION_OPS: usize = 128;
+
+/// Most bytes of keys and values in one transaction of the metadata store, below etcd's 1.5 MiB for a request.
+pub const MAX_TRANSACTION_BYTES: usize = 1 << 20;
+
+/// Most idempotent producers that one partition remembers; beyond it, those that wrote longest ago are forgotten.
+pub const MAX_PRODUCERS: usize = 16_384;

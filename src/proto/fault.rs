@@ -159,6 +159,14 @@ impl From<&Status> for Fault {
             Code::DeadlineExceeded => Reason::Timeout,
             Code::ResourceExhausted => Reason::Overloaded,
             Code::InvalidArgument | Code::OutOfRange | Code::NotFound => Reason::InvalidRequest,
+            // An answer that no version of a broker gives to a call that it knows: often another HTTP server's 404.
+            Code::Unimplemented => {
+                let message = format!(
+                    "what answers at this address is no Strandline broker, or an older one that does not know the call ({})",
+                    status.message()
+                );
+                return Self::new(Reason::Internal, message);
+            }
             _ => Reason::Internal,
         };
         Self::new(reason, format!("{}: {}", status.code().description(), status.message()))

@@ -2,7 +2,10 @@
 
 use bytes::{Buf, Bytes, BytesMut};
 
-use super::layout::{self, HEADER_BYTES, field, set};
+use super::{
+    compression,
+    layout::{self, HEADER_BYTES, field, set},
+};
 use crate::{
     limits,
     model::{Compression, LeaderEpoch, Offset, TimestampType},
@@ -133,6 +136,21 @@ impl Batch {
         Ok(batch)
     }
 
+    /// Checks a batch whose header and records came apart, without copying the records.
+    pub fn from_halves(head: [u8; HEADER_BYTES], records: Bytes) -> Result<Self, Malformed> {
+        let size = Self::framed_len(&head)?;
+        let available = HEADER_BYTES + records.len();
+        if available < size {
+            return Err(Malformed::Truncated { needed: size, available });
+        }
+        if available > size {
+            return Err(Malformed::Trailing { extra: available - size });
+        }
+        let batch = Self { head, records };
+        batch.check()?;
+        Ok(batch)
+    }
+
     /// The length in bytes of the batch that starts at the front of `bytes`, by its header alone. Needs its first 12
     /// bytes; the rest need not be there.
     pub fn framed_len(bytes: &[u8]) -> Result<usize, Malformed> {
@@ -148,11 +166,50 @@ impl Batch {
         }
     }
 
-    /// A batch from a header and records that the caller has just made and checksummed.
-    pub(super) fn from_parts(head: [u8; HEADER_BYTES], records: Bytes) -> Self {
-        let batch = Self { head, records };
+    /// Completes a header that the caller has filled but for length and CRC. The caller has kept every bound.
+    pub(super) fn seal(mut head: [u8; HEADER_BYTES], records: Bytes) -> Self {
+        let length = i32::try_from(HEADER_BYTES - layout::LENGTH_OVERHEAD + records.len());
+        let length = length.expect("the caller kept MAX_BATCH_BYTES");
+        set(&mut head, layout::BATCH_LENGTH, length.to_be_bytes());
+        let mut batch = Self { head, records };
+        batch.renew_checksum();
         debug_assert_eq!(batch.check(), Ok(()), "a built batch is valid");
         batch
+    }
+
+    /// The same records in another codec, for topics that set `compression.type`: timestamps, producer and every
+    /// attribute but the codec stay. A batch already in that codec comes back as it is.
+    ///
+    /// # Errors
+    /// When it cannot be decompressed, or is larger than any batch may be in the new codec.
+    pub fn recompress(&self, codec: Compression) -> Result<Self, Malformed> {
+        if codec == self.compression() {
+            return Ok(self.clone());
+        }
+        let plain = self.plain_records()?;
+        let records = match codec {
+            Compression::None => plain,
+            codec => compression::compress(codec, &plain),
+        };
+        let (least, most) = (HEADER_BYTES - layout::LENGTH_OVERHEAD, limits::MAX_BATCH_BYTES - layout::LENGTH_OVERHEAD);
+        if least + records.len() > most {
+            let length = i32::try_from(least + records.len()).unwrap_or(i32::MAX);
+            return Err(Malformed::Length { length, least, most });
+        }
+        let mut head = self.head;
+        let attributes = self.attributes() & !layout::COMPRESSION_MASK | codec as u16;
+        set(&mut head, layout::ATTRIBUTES, attributes.to_be_bytes());
+        Ok(Self::seal(head, records))
+    }
+
+    /// Names another producer as the writer, or none, and renews the CRC. For the producing client alone: a batch that
+    /// a broker has accepted never changes its producer.
+    pub fn set_producer(&mut self, producer: Option<ProducerStamp>) {
+        let producer = producer.unwrap_or(ProducerStamp { id: -1, epoch: -1, base_sequence: -1 });
+        set(&mut self.head, layout::PRODUCER_ID, producer.id.to_be_bytes());
+        set(&mut self.head, layout::PRODUCER_EPOCH, producer.epoch.to_be_bytes());
+        set(&mut self.head, layout::BASE_SEQUENCE, producer.base_sequence.to_be_bytes());
+        self.renew_checksum();
     }
 
     fn check(&self) -> Result<(), Malformed> {

@@ -15,16 +15,38 @@
 //! the CRC does not cover: the base offset and the leader epoch ([`Batch::stamp`]). Everything else, compressed records
 //! included, passes through unread.
 //!
+//! ```text
+//! producer   BatchBuilder::push … finish ──► Batch ──► wire, disk, replicas, bucket
+//! edge       Batch::parse or split_from, check_client; recompress where the topic sets compression.type
+//! leader     Batch::stamp
+//! consumer   Batch::records ──► Record …                    slices of the batch, or of what it decompressed to
+//! ```
+//!
 //! # Invariants
 //!
-//! - A [`Batch`] only exists checked: length, magic, CRC-32C of byte 21 to the end, counts.
+//! - A [`Batch`] only exists checked: length, magic, CRC-32C of byte 21 to the end, counts. Its *records* are checked only
+//!   by [`Batch::records`] and [`Batch::verify_records`]: a producer may have put anything behind a right CRC.
 //! - Nothing allocates by a length that was not compared with the bytes that are there.
-//! - Decompression stops at `limits::MAX_DECOMPRESSED_BYTES`.
+//! - Decompression stops at `limits::MAX_DECOMPRESSED_BYTES`. Whoever decompresses strangers' batches at the same time
+//!   must count that much for each.
+//! - A payload is copied once, into a builder that was given its capacity; without compression nothing copies it again, neither here nor when it
+//!   is read.
+//! - What any version has written every later one reads: the files under `golden/` never change.
 //!
 //! Pure: no I/O, no clock, no randomness.
 
 mod batch;
+mod builder;
+mod compression;
 mod layout;
+mod lz4;
+mod records;
+#[cfg(test)]
+mod tests;
+mod varint;
 
 pub use batch::{Batch, Malformed, ProducerStamp};
+pub use builder::{BatchBuilder, Unbuildable};
+pub use compression::decompress;
 pub use layout::HEADER_BYTES;
+pub use records::{Header, Record, Records};

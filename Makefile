@@ -1,0 +1,74 @@
+# `make test` is what a change must pass, `make check` what CI asks. Both fetch what they need.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := build
+
+CARGO ?= cargo
+DENY_VERSION := 0.20.2
+DENY := target/tools/bin/cargo-deny
+
+FUZZ_VERSION := 0.13.1
+FUZZ := target/tools/bin/cargo-fuzz
+FUZZ_SECONDS ?= 60
+
+# How often `make crash-test` kills the broker. STRANDLINE_SEED repeats a run's choices.
+KILLS ?= 200
+
+.PHONY: build release test check fmt clippy client docs deny crash-test bench fuzz write-docs help
+
+help: ## These lines.
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+build: ## The binary, quickly built.
+	$(CARGO) build --locked
+
+release: ## The binary as it is meant to run: target/release/strandline.
+	$(CARGO) build --locked --release
+
+test: ## Every test, those with real processes too.
+	$(CARGO) test --locked --no-fail-fast
+
+check: fmt clippy client docs deny test ## What CI asks: everything below, then the tests.
+
+fmt: ## The sources are formatted.
+	$(CARGO) fmt --check
+
+clippy: ## No warning anywhere.
+	$(CARGO) clippy --locked --all-targets -- -D warnings
+
+client: ## The Rust client alone compiles without the server's crates; a test holds its dependency tree.
+	$(CARGO) clippy --locked --no-default-features --lib -- -D warnings
+
+docs: ## The documentation builds without a broken link.
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --document-private-items
+
+deny: $(DENY) ## Licences, duplicates and sources of all dependencies.
+	$(DENY) check bans licenses sources
+
+# Unoptimised on purpose: it runs for seconds, and building it optimised takes minutes.
+$(DENY):
+	CARGO_PROFILE_DEV_DEBUG=0 $(CARGO) install --locked --debug --version $(DENY_VERSION) --root target/tools \
+	  --target-dir target/tools/build cargo-deny
+	rm -rf target/tools/build
+
+crash-test: ## Kills a broker KILLS times (200) under load; nothing acknowledged may be lost.
+	STRANDLINE_KILLS=$(KILLS) $(CARGO) test --locked --test it -- --nocapture crash::
+
+bench: ## The benchmarks of record, log and tier paths.
+	$(CARGO) bench --locked --bench paths
+
+# libFuzzer wants unstable flags of the compiler. The pinned one takes them when asked, so no second toolchain is needed.
+fuzz: $(FUZZ) ## Every fuzz target for FUZZ_SECONDS (60) each, beginning with its known cases.
+	for target in fuzz/fuzz_targets/*.rs; do \
+	  name=$$(basename $$target .rs); \
+	  mkdir -p fuzz/corpus/$$name fuzz/regressions/$$name; \
+	  RUSTC_BOOTSTRAP=1 $(FUZZ) run $$name fuzz/corpus/$$name fuzz/regressions/$$name -- -max_total_time=$(FUZZ_SECONDS); \
+	done
+
+$(FUZZ):
+	$(CARGO) install --locked --debug --version $(FUZZ_VERSION) --root target/tools --target-dir target/tools/build cargo-fuzz
+	rm -rf target/tools/build
+
+write-docs: ## Writes the generated pages of docs/ anew; tests hold them against the code.
+	STRANDLINE_WRITE_DOCS=1 $(CARGO) test --locked --lib the_documentation_is

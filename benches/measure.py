@@ -1,0 +1,379 @@
+"""What benches/report measures with: numbers and tables, processes that are ended again, a broker, and the references."""
+import contextlib, http.client, json, os, pathlib, re, resource, shutil, signal, socket, statistics, subprocess, sys, tempfile, time
+
+REPO = pathlib.Path(__file__).resolve().parents[1]
+HZ = os.sysconf("SC_CLK_TCK")
+MIB = 1 << 20
+BATCH = 64 << 10
+RECORD = 1024
+SHAPES = (1, 16, 256, 1000)
+
+
+class Skip(Exception):
+    """A figure that cannot be had here, and why."""
+
+
+def say(*words):
+    print(time.strftime("%H:%M:%S"), *words, file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------- numbers
+
+
+class Figure:
+    """The values of one measurement, run after run."""
+
+    def __init__(self, values, unit=""):
+        self.values, self.unit = [float(v) for v in values], unit
+        self.median = statistics.median(self.values)
+
+    def __str__(self):
+        spread = f" ({show(min(self.values))}–{show(max(self.values))})" if len(self.values) > 1 else ""
+        return f"{show(self.median)}{' ' + self.unit if self.unit else ''}{spread}"
+
+
+def show(value):
+    if value == 0:
+        return "0"
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+class Table:
+    """One section's rows; printed when the section is over, so that an end in between keeps what was measured."""
+
+    def __init__(self, title, note=""):
+        self.title, self.note, self.rows = title, note, []
+
+    def add(self, what, figure, reference=None, name="", aim=None, least=True):
+        """`aim` is a bound on figure / reference: at least that, or with `least=False` at most."""
+        row = dict(what=what, value=figure.median, unit=figure.unit, values=figure.values, shown=str(figure), reference="", ratio="", aim="", met="")
+        if reference is not None:
+            ratio = figure.median / reference if reference else float("inf")
+            row.update(reference=f"{name} {show(reference)}".strip(), ratio=f"{ratio:.2f}")
+            if aim is not None:
+                row.update(aim=f"{'≥' if least else '≤'} {aim:g}", met="yes" if (ratio >= aim if least else ratio <= aim) else "**no**")
+        self.rows.append(row)
+        say(f"  {what}: {row['shown']} {row['reference']} {row['ratio']} {row['met']}")
+
+    def bound(self, what, figure, most):
+        """A figure with an absolute aim."""
+        met = "yes" if figure.median < most else "**no**"
+        self.rows.append(dict(what=what, value=figure.median, unit=figure.unit, values=figure.values, shown=str(figure), reference="", ratio="",
+                              aim=f"< {most:g}", met=met))
+        say(f"  {what}: {figure} (aim < {most:g}) {met}")
+
+    def text(self, what, words):
+        words = " ".join(words.split())
+        self.rows.append(dict(what=what, shown=words, reference="", ratio="", aim="", met=""))
+        say(f"  {what}: {words}")
+
+    def print(self):
+        print(f"\n### {self.title}\n")
+        if self.note:
+            print(self.note + "\n")
+        print("| figure | measured | reference | ratio | aim | met |\n| --- | --- | --- | --- | --- | --- |")
+        for r in self.rows:
+            print("|", " | ".join(str(r[k]).replace("|", "\\|") for k in ("what", "shown", "reference", "ratio", "aim", "met")), "|")
+        sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def attempt(table, what):
+    """A measurement that fails or cannot be had leaves a row that says so, and the others go on."""
+    try:
+        yield
+    except Skip as why:
+        table.text(what, f"skipped: {why}")
+    except (subprocess.SubprocessError, OSError, KeyError, ValueError, ArithmeticError) as error:
+        table.text(what, f"failed: {error}"[:400])
+
+
+# -------------------------------------------------------------------------------------------------------- processes
+
+
+def run(command, timeout, env=None, cwd=None):
+    """A command's output. Its failure says what it printed."""
+    r = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=timeout, env=env, cwd=cwd)
+    if r.returncode:
+        raise ValueError(f"`{' '.join(str(c) for c in command[:6])} …` ended with {r.returncode}: {(r.stderr or r.stdout).strip()[-300:]}")
+    return r.stdout
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def stat_of(pid):
+    return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
+def cpu_of(pid):
+    fields = stat_of(pid)
+    return (int(fields[11]) + int(fields[12])) / HZ
+
+
+def rss_mb(pid):
+    return int(re.search(r"VmRSS:\s+(\d+)", pathlib.Path(f"/proc/{pid}/status").read_text())[1]) * 1024 / 1e6
+
+
+class Process:
+    """A server that this program started and ends."""
+
+    def __init__(self, command, log, env=None, stdout=None):
+        self.log = log
+        with open(log, "ab") as out:
+            self.child = subprocess.Popen([str(c) for c in command], stdin=subprocess.DEVNULL, stdout=stdout or out, stderr=out, env=env)
+        self.pid = self.child.pid
+
+    def wait_for(self, check, seconds, what):
+        end = time.monotonic() + seconds
+        while True:
+            if check():
+                return
+            if self.child.poll() is not None or time.monotonic() > end:
+                why = "ended" if self.child.poll() is not None else f"is not ready after {seconds} s"
+                tail = pathlib.Path(self.log).read_text(errors="replace")[-400:]
+                raise ValueError(f"{what} {why}: {tail}")
+            time.sleep(0.002)
+
+    def end(self, sig=signal.SIGTERM, seconds=30):
+        if self.child.poll() is None:
+            self.child.send_signal(sig)
+            try:
+                self.child.wait(seconds)
+            except subprocess.TimeoutExpired:
+                self.child.kill()
+                self.child.wait()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.end()
+
+
+class Meter:
+    """Processor seconds of one process, of the programs run meanwhile, and of everything else, between enter and exit."""
+
+    def __init__(self, pid):
+        self.pid = pid
+
+    def now(self):
+        c = list(map(int, pathlib.Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]))
+        mine = sum(sum((u.ru_utime, u.ru_stime)) for u in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+        return time.monotonic(), cpu_of(self.pid), mine, (sum(c) - c[3] - c[4]) / HZ
+
+    def __enter__(self):
+        self.at = self.now()
+        return self
+
+    def __exit__(self, *_):
+        self.wall, self.server, self.client, machine = (b - a for a, b in zip(self.at, self.now()))
+        self.others = max(0.0, (machine - self.server - self.client) / self.wall)
+
+
+class Lab:
+    """Where programs, data and already measured references are."""
+
+    def __init__(self, options):
+        self.o = options
+        self.repeat = options.repeat or (1 if options.short else 3)
+        self.seconds = options.seconds or (2 if options.short else 8)
+        self.known = {}
+        self.root = pathlib.Path(tempfile.mkdtemp(prefix="strandline-report-", dir=options.dir))
+        self.bin = self.discard_bin = None
+
+    def build(self):
+        if self.o.bin:
+            self.bin = pathlib.Path(self.o.bin).resolve()
+        else:
+            say("building (release)")
+            subprocess.run(["cargo", "build", "--release", "--bin", "strandline", "--example", "discard"], cwd=REPO, check=True, stdout=sys.stderr, timeout=3600)
+            target = json.loads(run(["cargo", "metadata", "--no-deps", "--format-version", "1"], 120, cwd=REPO))["target_directory"]
+            self.bin = pathlib.Path(target) / "release" / "strandline"
+        self.discard_bin = self.bin.parent / "examples" / "discard"
+        for program in (self.bin, self.discard_bin):
+            if not program.exists():
+                sys.exit(f"report: {program} does not exist: build it with `cargo build --release --bin strandline --example discard`")
+
+    def once(self, key, measure):
+        """A reference is measured when it is first needed, and then known."""
+        if key not in self.known:
+            try:
+                self.known[key] = measure()
+            except Skip as why:
+                self.known[key] = why
+        if isinstance(self.known[key], Skip):
+            raise self.known[key]
+        return self.known[key]
+
+    def room(self, gigabytes):
+        free = shutil.disk_usage(self.root).free / 1e9
+        if free < gigabytes:
+            raise Skip(f"{gigabytes} GB of disk are needed in {self.root}, {free:.0f} are free")
+
+    def settle(self):
+        """What earlier runs left in the page cache goes to the disk now and not during the next run."""
+        os.sync()
+        time.sleep(0.2 if self.o.short else 1)
+
+    def bench(self, address, kind, *arguments, timeout=None):
+        env = dict(os.environ, STRANDLINE_BOOTSTRAP=address)
+        out = run([self.bin, "bench", kind, *arguments, "--output", "json"], timeout or self.seconds * 10 + 120, env)
+        result = json.loads(out[out.index("{"):])
+        if result["errors"]:
+            raise ValueError(f"{result['errors']} errors, first: {result.get('first_error')}")
+        if not result["bytes"]:
+            raise ValueError("nothing was carried")
+        return result
+
+    @contextlib.contextmanager
+    def discard(self, partitions=1):
+        child = Process([self.discard_bin, "--partitions", partitions], self.root / "discard.log", stdout=subprocess.PIPE)
+        with child:
+            child.address = child.child.stdout.readline().decode().strip()
+            yield child
+
+
+class Broker(Process):
+    """One broker with embedded metadata on free ports. `store` is the object store: extra lines of its section."""
+
+    def __init__(self, lab, directory, store=None, env=None):
+        self.lab, self.directory = lab, pathlib.Path(directory)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.grpc, self.http = free_port(), free_port()
+        self.address = f"127.0.0.1:{self.grpc}"
+        lines = ['cluster = "report"', "[broker]", "id = 1", f'data_dir = "{self.directory}/data"', "[grpc]", f'listen = "{self.address}"',
+                 f'advertise = "{self.address}"', "[http]", f'listen = "127.0.0.1:{self.http}"', "[object_store]" if store else "", store or ""]
+        config = self.directory / "strandline.toml"
+        config.write_text("\n".join(lines) + "\n")
+        began = time.monotonic()
+        super().__init__([lab.bin, "broker", "--config", config], self.directory / "broker.log", dict(os.environ, **(env or {})))
+        try:
+            self.wait_for(self.is_ready, 120, "the broker")
+        except ValueError:
+            self.end(signal.SIGKILL)
+            raise
+        self.ready_s = time.monotonic() - began
+
+    def is_ready(self):
+        c = http.client.HTTPConnection("127.0.0.1", self.http, timeout=2)
+        try:
+            c.request("GET", "/readyz")
+            return c.getresponse().status == 200
+        except OSError:
+            return False
+        finally:
+            c.close()
+
+    def cli(self, *arguments, timeout=120):
+        return run([self.lab.bin, *arguments], timeout, dict(os.environ, STRANDLINE_BOOTSTRAP=self.address))
+
+    def topic(self, name, partitions, **config):
+        pairs = [x for k, v in config.items() for x in ("--config", f"{k.replace('_', '.')}={v}")]
+        self.cli("topic", "create", name, "--partitions", partitions, *pairs)
+
+    def drop(self, name):
+        self.cli("topic", "delete", name)
+
+    def describe(self, name):
+        return json.loads(self.cli("topic", "describe", name, "--output", "json"))
+
+
+# ------------------------------------------------------------------------------------------------------- references
+
+
+def fio(lab, block, **how):
+    """One fio job: sequential writes of `block` bytes. Gives MB/s and the percentiles of one durable write in ms."""
+    if not shutil.which("fio"):
+        raise Skip("fio is not in PATH")
+    lab.room(20)
+
+    def erase():
+        for file in lab.root.glob("j.*"):
+            file.unlink()
+
+    def measure():
+        rates, p50, p99, p999 = [], [], [], []
+        job = dict(name="j", bs=block, rw="write", ioengine="psync", runtime=max(2, lab.seconds // 2), time_based="", output_format="json", directory=lab.root)
+        job.update(how)
+        for _ in range(lab.repeat):
+            if "overwrite" not in job:
+                erase()
+            command = ["fio"] + [f"--{k.replace('_', '-') if k == 'output_format' else k}" + (f"={v}" if v != "" else "") for k, v in job.items()]
+            out = run(command, 300)
+            jobs = json.loads(out[out.index("{"):])["jobs"]
+            rates.append(sum(j["write"]["bw_bytes"] for j in jobs) / 1e6)
+            at = jobs[0]["write"]["clat_ns"].get("percentile", {})
+            for into, key in ((p50, "50.000000"), (p99, "99.000000"), (p999, "99.900000")):
+                into.append(at.get(key, 0) / 1e6)
+        erase()
+        return dict(rate=Figure(rates, "MB/s"), p50=Figure(p50, "ms"), p99=Figure(p99, "ms"), p999=Figure(p999, "ms"))
+
+    return lab.once(("fio", block, tuple(sorted(how.items()))), measure)
+
+
+def durable(lab, block):
+    """Direct writes over blocks that were written before, each durable when it returns: what a journal can do."""
+    return fio(lab, block, size="1g", direct=1, overwrite=1, sync="dsync")
+
+
+def appended(lab, block, **how):
+    """Writes that make a file grow, through the page cache."""
+    return fio(lab, block, size="16g", direct=0, fallocate="none", **how)
+
+
+def file_syncs(lab, partitions):
+    """What syncing each file at each append would give: 64 KiB in turn to `partitions` growing files."""
+    jobs = min(8, partitions)
+    files = max(1, partitions // jobs)
+    return fio(lab, BATCH, size="16g" if partitions == 1 else "2g", direct=0, fallocate="none", fdatasync=1, numjobs=jobs, group_reporting=1,
+               nrfiles=files, openfiles=files, file_service_type="roundrobin:1")
+
+
+def produce_arguments(lab, partitions, extra=()):
+    """The producer of every figure; `extra` holds pairs of a flag and its value, which may take the place of one of these."""
+    flags = {"--topic": "t", "--seconds": lab.seconds, "--record-size": RECORD, "--batch-size": BATCH, "--partitions-used": partitions}
+    flags.update(zip(extra[::2], extra[1::2]))
+    return [x for pair in flags.items() for x in pair]
+
+
+def discarded(lab, partitions, extra=()):
+    """The same producer against a server that throws everything away."""
+
+    def measure():
+        with lab.discard(partitions) as server:
+            runs = []
+            for _ in range(lab.repeat):
+                with Meter(server.pid) as m:
+                    r = lab.bench(server.address, "produce", *produce_arguments(lab, partitions, extra))
+                runs.append(dict(r, cpu=m.server / (r["bytes"] / 1e9) if r["bytes"] else 0))
+            return {k: Figure([r[k] for r in runs]) for k in ("mb_per_s", "p50_ms", "p99_ms", "p999_ms", "cpu")}
+
+    return lab.once(("discard", partitions, tuple(extra)), measure)
+
+
+def produced(lab, durability, partitions, extra=()):
+    """A producer against a broker of its own, one new topic per run."""
+
+    def measure():
+        lab.room(3 + lab.seconds * 2)
+        runs = []
+        with Broker(lab, lab.root / "produce") as broker:
+            for i in range(-1, lab.repeat):  # the first warms up and does not count
+                broker.topic("t", partitions, durability=durability, remote_storage_enable="false")
+                lab.settle()
+                with Meter(broker.pid) as m:
+                    r = lab.bench(broker.address, "produce", *produce_arguments(lab, partitions, extra))
+                    rss = rss_mb(broker.pid)
+                if i >= 0:
+                    gb = r["bytes"] / 1e9
+                    runs.append(dict(r, cpu=m.server / gb, client_cpu=m.client / gb, others=m.others, rss=rss))
+                    say(f"    {durability} p{partitions}: {r['mb_per_s']:.0f} MB/s p99 {r['p99_ms']:.2f} ms, {m.server / gb:.2f} s/GB, others {m.others:.2f}")
+                broker.drop("t")
+        shutil.rmtree(lab.root / "produce", ignore_errors=True)
+        return {k: Figure([r[k] for r in runs]) for k in ("mb_per_s", "p50_ms", "p99_ms", "p999_ms", "cpu", "client_cpu", "others", "rss")}
+
+    return lab.once(("produce", durability, partitions, tuple(extra)), measure)

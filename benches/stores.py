@@ -1,0 +1,149 @@
+"""Object stores and files to read from beside a broker: a directory, a MinIO server, and the segment files themselves."""
+import datetime, hashlib, hmac, http.client, os, re, shutil, threading, time
+
+from measure import MIB, Process, Skip, free_port
+
+class Directory:
+    """A directory as object store; its reference is reading the objects as files."""
+
+    def __init__(self, lab):
+        self.path = lab.root / "bucket"
+        self.path.mkdir()
+        self.config, self.env, self.reference = f'url = "file://{self.path}"', {}, "reading the objects"
+
+    def ranged_gets(self, want):
+        buffer, total, began = bytearray(4 * MIB), 0, time.monotonic()
+        for file in newest(self.path.rglob("*.segment"), want):
+            with open(file, "rb", buffering=0) as f:
+                while n := f.readinto(buffer):
+                    total += n
+        return total / 1e6 / (time.monotonic() - began)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def newest(files, want):
+    taken = []
+    for file in sorted(files, key=lambda f: f.stat().st_mtime, reverse=True):
+        taken.append(file)
+        want -= file.stat().st_size
+        if want <= 0:
+            break
+    return taken
+
+
+class Minio(Process):
+    """A MinIO server with one bucket, and its own ranged GETs: 4 MiB each, 8 at once."""
+
+    KEY, SECRET, BUCKET = "strandline", "strandline-secret", "report"
+
+    def __init__(self, lab):
+        program = os.environ.get("STRANDLINE_MINIO") or shutil.which("minio")
+        if not program or not os.path.exists(program):
+            raise Skip("no S3 server: `minio` is not in PATH and STRANDLINE_MINIO names none")
+        self.port, self.path = free_port(), lab.root / "minio"
+        self.path.mkdir()
+        credentials = dict(MINIO_ROOT_USER=self.KEY, MINIO_ROOT_PASSWORD=self.SECRET, MINIO_BROWSER="off", MINIO_UPDATE="off", HOME=str(self.path))
+        super().__init__([program, "server", "--quiet", "--address", f"127.0.0.1:{self.port}", self.path / "data"], lab.root / "minio.log", dict(os.environ, **credentials))
+        self.wait_for(lambda: self.status("GET", "/minio/health/ready") == 200, 30, "MinIO")
+        self.wait_for(lambda: self.status("PUT", f"/{self.BUCKET}") in (200, 409), 30, "MinIO's bucket")
+        self.config = f'url = "s3://{self.BUCKET}/bench"\nendpoint = "http://127.0.0.1:{self.port}"\nregion = "us-east-1"\npath_style = true'
+        self.env = dict(AWS_ACCESS_KEY_ID=self.KEY, AWS_SECRET_ACCESS_KEY=self.SECRET, AWS_REGION="us-east-1", AWS_ALLOW_HTTP="true")
+        self.reference = "8 ranged GETs at once"
+
+    def request(self, connection, method, path, query="", headers=None):
+        """Signs (AWS Signature Version 4, unsigned payload) and sends."""
+        now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%dT%H%M%SZ")
+        signed = {"host": f"127.0.0.1:{self.port}", "x-amz-content-sha256": "UNSIGNED-PAYLOAD", "x-amz-date": now}
+        names = ";".join(signed)
+        canonical = "\n".join([method, path, query, *(f"{k}:{v}" for k, v in signed.items()), "", names, "UNSIGNED-PAYLOAD"])
+        scope = f"{now[:8]}/us-east-1/s3/aws4_request"
+        key = ("AWS4" + self.SECRET).encode()
+        for part in scope.split("/"):
+            key = hmac.digest(key, part.encode(), "sha256")
+        text = "\n".join(["AWS4-HMAC-SHA256", now, scope, hashlib.sha256(canonical.encode()).hexdigest()])
+        sign = hmac.new(key, text.encode(), "sha256").hexdigest()
+        authorization = f"AWS4-HMAC-SHA256 Credential={self.KEY}/{scope}, SignedHeaders={names}, Signature={sign}"
+        connection.request(method, path + ("?" + query if query else ""), headers={**signed, **(headers or {}), "authorization": authorization})
+        return connection.getresponse()
+
+    def status(self, method, path):
+        c = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
+        try:
+            return self.request(c, method, path).status
+        except OSError:
+            return 0
+        finally:
+            c.close()
+
+    def segments(self, want):
+        c = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        found, token = [], ""
+        while True:
+            text = self.request(c, "GET", f"/{self.BUCKET}", ("continuation-token=" + token + "&" if token else "") + "list-type=2").read().decode()
+            found += re.findall(r"<Key>([^<]+\.segment)</Key><LastModified>([^<]+)</LastModified>.*?<Size>(\d+)</Size>", text)
+            more = re.search(r"<NextContinuationToken>([^<]+)<", text)
+            if not more:
+                break
+            token = more[1].replace("/", "%2F").replace("=", "%3D").replace("+", "%2B")
+        c.close()
+        taken = []
+        for key, _, size in sorted(found, key=lambda f: f[1], reverse=True):
+            taken.append((key, int(size)))
+            want -= int(size)
+            if want <= 0:
+                break
+        return taken
+
+    def ranged_gets(self, want):
+        ranges = [(key, at, min(at + 4 * MIB, size) - 1) for key, size in self.segments(want) for at in range(0, size, 4 * MIB)]
+        if not ranges:
+            raise ValueError("the bucket holds no segment")
+        lock, total = threading.Lock(), [0]
+
+        def worker():
+            c, buffer = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30), bytearray(MIB)
+            while True:
+                with lock:
+                    if not ranges:
+                        break
+                    key, first, last = ranges.pop()
+                answer, got = self.request(c, "GET", f"/{self.BUCKET}/{key}", headers={"range": f"bytes={first}-{last}"}), 0
+                while n := answer.readinto(buffer):
+                    got += n
+                with lock:
+                    total[0] += got
+            c.close()
+
+        threads, began = [threading.Thread(target=worker) for _ in range(8)], time.monotonic()
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+        return total[0] / 1e6 / (time.monotonic() - began)
+
+
+def forget(directory):
+    """Drops a directory's files from the page cache."""
+    os.sync()
+    for file in directory.rglob("*"):
+        if file.is_file():
+            fd = os.open(file, os.O_RDONLY)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(fd)
+
+
+def read_files(directory, want):
+    """MB/s of reading segment files one after another, 1 MiB at a time."""
+    buffer, total, began = bytearray(MIB), 0, time.monotonic()
+    for file in sorted(directory.rglob("*.log")):
+        with open(file, "rb", buffering=0) as f:
+            while n := f.readinto(buffer):
+                total += n
+    if total < want * 0.9:
+        raise ValueError(f"the segment files in {directory} hold {total} bytes, at least {want} were written")
+    return total / 1e6 / (time.monotonic() - began)

@@ -1,0 +1,129 @@
+//! A produce request whose batch goes out in the two pieces that it is held in: header and records.
+//!
+//! The generated [`v1::ProduceRequest`](super::v1::ProduceRequest) wants the batch in one piece, which costs a copy of
+//! every payload before the one into HTTP/2's buffer. On the wire the two are the same bytes; a test holds them together.
+
+use std::sync::Arc;
+
+use prost::{
+    DecodeError, Message,
+    bytes::{Buf, BufMut},
+    encoding::{self, DecodeContext, WireType},
+};
+
+use crate::record::Batch;
+
+// Field numbers of `log.proto`.
+const CORRELATION: u32 = 1;
+const APPEND: u32 = 2;
+const TOPIC: u32 = 1;
+const PARTITION: u32 = 2;
+const ACKS: u32 = 3;
+const TIMEOUT_MS: u32 = 4;
+const BATCH: u32 = 5;
+
+/// One `ProduceRequest` to be sent. It is never received.
+#[derive(Clone, Debug)]
+pub struct ProduceFrame {
+    /// Comes back in the answer.
+    pub correlation: u64,
+    /// The topic's name.
+    pub topic: Arc<str>,
+    /// The partition's number.
+    pub partition: i32,
+    /// A value of [`v1::Acks`](super::v1::Acks).
+    pub acks: i32,
+    /// Longest time that the broker waits for the acknowledgement.
+    pub timeout_ms: u32,
+    /// What is appended.
+    pub batch: Batch,
+}
+
+impl ProduceFrame {
+    fn append_len(&self) -> usize {
+        let bytes = self.batch.encoded_len();
+        text_len(TOPIC, &self.topic)
+            + encoding::int32::encoded_len(PARTITION, &self.partition)
+            + encoding::int32::encoded_len(ACKS, &self.acks)
+            + encoding::uint32::encoded_len(TIMEOUT_MS, &self.timeout_ms)
+            + encoding::key_len(BATCH)
+            + encoding::encoded_len_varint(wide(bytes))
+            + bytes
+    }
+}
+
+impl Message for ProduceFrame {
+    fn encode_raw(&self, buf: &mut impl BufMut) {
+        encoding::uint64::encode(CORRELATION, &self.correlation, buf);
+        encoding::encode_key(APPEND, WireType::LengthDelimited, buf);
+        encoding::encode_varint(wide(self.append_len()), buf);
+        encoding::encode_key(TOPIC, WireType::LengthDelimited, buf);
+        encoding::encode_varint(wide(self.topic.len()), buf);
+        buf.put_slice(self.topic.as_bytes());
+        encoding::int32::encode(PARTITION, &self.partition, buf);
+        encoding::int32::encode(ACKS, &self.acks, buf);
+        encoding::uint32::encode(TIMEOUT_MS, &self.timeout_ms, buf);
+        encoding::encode_key(BATCH, WireType::LengthDelimited, buf);
+        encoding::encode_varint(wide(self.batch.encoded_len()), buf);
+        buf.put_slice(self.batch.head());
+        buf.put_slice(self.batch.records_bytes());
+    }
+
+    fn encoded_len(&self) -> usize {
+        let append = self.append_len();
+        encoding::uint64::encoded_len(CORRELATION, &self.correlation)
+            + encoding::key_len(APPEND)
+            + encoding::encoded_len_varint(wide(append))
+            + append
+    }
+
+    fn merge_field(
+        &mut self,
+        tag: u32,
+        wire_type: WireType,
+        buf: &mut impl Buf,
+        ctx: DecodeContext,
+    ) -> Result<(), DecodeError> {
+        // Nobody decodes into a frame: what comes is passed over.
+        encoding::skip_field(wire_type, tag, buf, ctx)
+    }
+
+    fn clear(&mut self) {}
+}
+
+fn text_len(tag: u32, text: &str) -> usize {
+    encoding::key_len(tag) + encoding::encoded_len_varint(wide(text.len())) + text.len()
+}
+
+fn wide(bytes: usize) -> u64 {
+    u64::try_from(bytes).expect("64 bits hold a length")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{model::Compression, proto::v1, record::BatchBuilder};
+
+    #[test]
+    fn a_frame_is_the_generated_message_on_the_wire() {
+        for (correlation, topic, partition, size) in [(0, "t", 0, 0), (1 << 40, "a.longer-topic_name", 99_999, 300_000)]
+        {
+            let mut builder = BatchBuilder::new(Compression::None);
+            builder.push(1, Some(b"key"), Some(&vec![7; size]), &[]).expect("fits");
+            let batch = builder.finish(None).expect("not empty");
+            let append = v1::AppendRequest {
+                topic: topic.to_owned(),
+                partition,
+                acks: v1::Acks::All.into(),
+                timeout_ms: 30_000,
+                payload: Some(v1::append_request::Payload::Batch(batch.to_bytes())),
+            };
+            let acks = v1::Acks::All.into();
+            let frame = ProduceFrame { correlation, topic: topic.into(), partition, acks, timeout_ms: 30_000, batch };
+            let bytes = frame.encode_to_vec();
+            assert_eq!(bytes.len(), frame.encoded_len());
+            let read = v1::ProduceRequest::decode(&bytes[..]).expect("the same message");
+            assert_eq!(read, v1::ProduceRequest { correlation, append: Some(append) });
+        }
+    }
+}

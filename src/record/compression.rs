@@ -1,0 +1,174 @@
+//! The four codecs, in the framings that Kafka's clients write and read.
+//!
+//! | codec | framing |
+//! | --- | --- |
+//! | gzip | RFC 1952 |
+//! | snappy | snappy-java's stream ("xerial") of 32 KiB blocks; bare snappy is read too |
+//! | lz4 | LZ4 frame: independent blocks of 64 KiB, no dictionary, no content checksum; linked blocks are read too |
+//! | zstd | RFC 8878 |
+//!
+//! Compressed bytes are a stranger's. What they claim to grow to is never believed: an output buffer grows only as far
+//! as bytes really came out, or as far as the input could make them at its codec's best ratio, and never beyond the
+//! caller's bound.
+
+use std::io::{Read, Write};
+
+use bytes::Bytes;
+
+use super::{batch::Malformed, lz4};
+use crate::model::Compression;
+
+/// Starts a snappy-java stream; two big-endian `i32` follow, its version and the oldest version that can read it.
+const XERIAL_MAGIC: &[u8; 8] = b"\x82SNAPPY\0";
+const XERIAL_HEADER_BYTES: usize = 16;
+const XERIAL_VERSION: i32 = 1;
+
+/// Plain bytes of one snappy block: what snappy-java uses.
+const XERIAL_BLOCK_BYTES: usize = 32 << 10;
+
+/// The most that snappy gets from one byte: a copy of 64 bytes takes three.
+const SNAPPY_BEST_RATIO: usize = 22;
+
+/// Kafka's own default.
+const ZSTD_LEVEL: i32 = 3;
+
+/// `ZSTD_error_dstSize_tooSmall`, stable since zstd 1.3.1.
+const ZSTD_OUTPUT_TOO_SMALL: usize = 70;
+
+/// First output buffer for zstd, at least: one block.
+const ZSTD_BLOCK_BYTES: usize = 128 << 10;
+
+/// Compresses `plain`.
+pub(super) fn compress(codec: Compression, plain: &[u8]) -> Bytes {
+    const MEMORY: &str = "writing to memory does not fail";
+    match codec {
+        Compression::None => Bytes::copy_from_slice(plain),
+        Compression::Gzip => {
+            let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
+            encoder.write_all(plain).expect(MEMORY);
+            encoder.finish().expect(MEMORY).into()
+        }
+        Compression::Snappy => compress_snappy(plain).into(),
+        Compression::Lz4 => {
+            let frame = lz4_flex::frame::FrameInfo::new()
+                .block_mode(lz4_flex::frame::BlockMode::Independent)
+                .block_size(lz4_flex::frame::BlockSize::Max64KB);
+            let mut encoder = lz4_flex::frame::FrameEncoder::with_frame_info(frame, Vec::new());
+            encoder.write_all(plain).expect(MEMORY);
+            encoder.finish().expect(MEMORY).into()
+        }
+        Compression::Zstd => zstd::bulk::compress(plain, ZSTD_LEVEL).expect("zstd fails only without memory").into(),
+    }
+}
+
+fn compress_snappy(plain: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(XERIAL_HEADER_BYTES + plain.len() / 2);
+    out.extend_from_slice(XERIAL_MAGIC);
+    out.extend_from_slice(&XERIAL_VERSION.to_be_bytes());
+    out.extend_from_slice(&XERIAL_VERSION.to_be_bytes());
+    let mut encoder = snap::raw::Encoder::new();
+    for block in plain.chunks(XERIAL_BLOCK_BYTES) {
+        let start = out.len() + 4;
+        out.resize(start + snap::raw::max_compress_len(block.len()), 0);
+        let len = encoder.compress(block, &mut out[start..]).expect("the output has the room that snappy asks for");
+        let framed = u32::try_from(len).expect("a block of 32 KiB stays small");
+        out[start - 4..start].copy_from_slice(&framed.to_be_bytes());
+        out.truncate(start + len);
+    }
+    out
+}
+
+/// Decompresses `stored`, which is all of one batch's records, to at most `most` bytes.
+///
+/// # Errors
+/// [`Malformed::Compression`] when the codec refuses the bytes, when bytes are left over, or when the output would
+/// pass `most`.
+pub fn decompress(codec: Compression, stored: &[u8], most: usize) -> Result<Bytes, Malformed> {
+    let plain = match codec {
+        Compression::None if stored.len() > most => Err(beyond(most)),
+        Compression::None => Ok(stored.to_vec()),
+        Compression::Gzip => {
+            read_bounded(flate2::bufread::MultiGzDecoder::new(stored), stored.len().saturating_mul(2), most)
+        }
+        Compression::Snappy => decompress_snappy(stored, most),
+        Compression::Lz4 => lz4::decompress(stored, most),
+        Compression::Zstd => decompress_zstd(stored, most),
+    };
+    let mut plain = plain.map_err(|reason| Malformed::Compression { codec, reason })?;
+    // Records are slices of this and may live long: do not let them hold much more than themselves.
+    if plain.capacity() / 2 > plain.len() {
+        plain.shrink_to_fit();
+    }
+    Ok(Bytes::from(plain))
+}
+
+fn beyond(most: usize) -> String {
+    format!("it grows beyond {most} bytes")
+}
+
+/// Reads all of `decoder`; the buffer starts at `hint` bytes and grows with what comes out.
+fn read_bounded(decoder: impl Read, hint: usize, most: usize) -> Result<Vec<u8>, String> {
+    let mut plain = Vec::with_capacity(hint.min(most));
+    let bound = u64::try_from(most).unwrap_or(u64::MAX).saturating_add(1);
+    decoder.take(bound).read_to_end(&mut plain).map_err(|error| error.to_string())?;
+    if plain.len() > most { Err(beyond(most)) } else { Ok(plain) }
+}
+
+fn decompress_snappy(stored: &[u8], most: usize) -> Result<Vec<u8>, String> {
+    let mut plain = Vec::new();
+    let mut decoder = snap::raw::Decoder::new();
+    if !stored.starts_with(XERIAL_MAGIC) {
+        snappy_block(&mut decoder, stored, &mut plain, most)?;
+        return Ok(plain);
+    }
+    let mut rest = stored.get(XERIAL_HEADER_BYTES..).ok_or("the stream's header is cut")?;
+    while !rest.is_empty() {
+        let (length, after) = rest.split_first_chunk::<4>().ok_or("a block's length is cut")?;
+        let length = usize::try_from(i32::from_be_bytes(*length)).map_err(|_| "a block's length is negative")?;
+        let block = after.get(..length).ok_or("a block passes the end")?;
+        snappy_block(&mut decoder, block, &mut plain, most)?;
+        rest = &after[length..];
+    }
+    Ok(plain)
+}
+
+fn snappy_block(
+    decoder: &mut snap::raw::Decoder,
+    block: &[u8],
+    plain: &mut Vec<u8>,
+    most: usize,
+) -> Result<(), String> {
+    let claimed = snap::raw::decompress_len(block).map_err(|error| error.to_string())?;
+    if claimed > block.len().saturating_mul(SNAPPY_BEST_RATIO) {
+        return Err(format!("a block of {} bytes cannot grow to the {claimed} that it claims", block.len()));
+    }
+    let start = plain.len();
+    if claimed > most - start {
+        return Err(beyond(most));
+    }
+    plain.resize(start + claimed, 0);
+    decoder.decompress(block, &mut plain[start..]).map_err(|error| error.to_string())?;
+    Ok(())
+}
+
+/// Into one buffer, without zstd's streaming window: a frame may claim a window of 128 MiB that zstd would allocate.
+/// The price is to start again with a larger buffer when the first was too small, which costs a third more at worst.
+fn decompress_zstd(stored: &[u8], most: usize) -> Result<Vec<u8>, String> {
+    use zstd::zstd_safe::{DCtx, get_error_name, get_frame_content_size};
+    let mut room = stored.len().saturating_mul(4).max(ZSTD_BLOCK_BYTES).min(most);
+    // Believed only where it makes the buffer smaller.
+    if let Ok(Some(claimed)) = get_frame_content_size(stored) {
+        room = room.min(usize::try_from(claimed).unwrap_or(room));
+    }
+    let mut context = DCtx::create();
+    loop {
+        let mut plain = Vec::with_capacity(room);
+        match context.decompress(&mut plain, stored) {
+            Ok(_) if plain.len() <= most => return Ok(plain),
+            Ok(_) => return Err(beyond(most)),
+            Err(code) if code.wrapping_neg() != ZSTD_OUTPUT_TOO_SMALL => return Err(get_error_name(code).to_owned()),
+            Err(_) if room == most => return Err(beyond(most)),
+            Err(_) => room = room.max(ZSTD_BLOCK_BYTES).saturating_mul(4).min(most),
+        }
+    }
+}

@@ -1,0 +1,138 @@
+//! Reading LZ4 frames (lz4_Frame_format.md 1.6.x) straight into one buffer.
+//!
+//! ```text
+//! magic 0x184D2204 LE │ FLG │ BD │ content size u64, if FLG says so │ HC │ blocks … │ 0 u32 │ content checksum, if …
+//! block: length u32 LE, the high bit set when it is not compressed │ bytes │ block checksum u32, if …
+//! ```
+//! The codec's crate has a frame reader too. It takes a frame that was cut between two blocks for a whole one, stops at an
+//! empty block without a word, and copies everything twice; here a frame is whole or refused, and is decoded in place.
+
+use lz4_flex::block::{decompress_into, decompress_into_with_dict};
+use twox_hash::XxHash32;
+
+const MAGIC: u32 = 0x184d_2204;
+const VERSION_MASK: u8 = 0b1100_0000;
+const VERSION: u8 = 0b0100_0000;
+const INDEPENDENT_BLOCKS: u8 = 0b0010_0000;
+const BLOCK_CHECKSUMS: u8 = 0b0001_0000;
+const CONTENT_SIZE: u8 = 0b0000_1000;
+const CONTENT_CHECKSUM: u8 = 0b0000_0100;
+const RESERVED: u8 = 0b0000_0010;
+const DICTIONARY: u8 = 0b0000_0001;
+
+/// Set in a block's length when its bytes are plain.
+const PLAIN_BLOCK: u32 = 1 << 31;
+
+/// How far back a linked block may refer.
+const WINDOW_BYTES: usize = 64 << 10;
+
+/// The most that LZ4 gets from one byte of a block.
+const BEST_RATIO: usize = 255;
+
+type Checked<T> = Result<T, String>;
+
+/// Decodes one frame, which must be all of `stored`, to at most `most` bytes.
+pub(super) fn decompress(stored: &[u8], most: usize) -> Checked<Vec<u8>> {
+    let mut input = stored;
+    let frame = Frame::read(&mut input)?;
+    let mut plain = Vec::new();
+    loop {
+        let length = u32::from_le_bytes(take(&mut input, "the frame has no end mark")?);
+        if length == 0 {
+            break;
+        }
+        frame.block(length, &mut input, &mut plain, most)?;
+    }
+    if frame.flags & CONTENT_CHECKSUM != 0 {
+        check(&plain, take(&mut input, "the content's checksum is cut")?, "the content's checksum")?;
+    }
+    if frame.content_size.is_some_and(|size| size != plain.len() as u64) {
+        return Err("the content is not as long as the frame says".to_owned());
+    }
+    if input.is_empty() { Ok(plain) } else { Err(format!("{} bytes follow the frame", input.len())) }
+}
+
+struct Frame {
+    flags: u8,
+    content_size: Option<u64>,
+    /// Most plain bytes of one block.
+    block_bytes: usize,
+}
+
+impl Frame {
+    fn read(input: &mut &[u8]) -> Checked<Self> {
+        const CUT: &str = "the frame's header is cut";
+        let magic = u32::from_le_bytes(take(input, CUT)?);
+        if magic != MAGIC {
+            return Err(format!("{magic:#010x} does not start an LZ4 frame"));
+        }
+        let descriptor = *input;
+        let [flags, sizes] = take(input, CUT)?;
+        if flags & VERSION_MASK != VERSION || flags & RESERVED != 0 {
+            return Err(format!("frame flags {flags:#010b} are not supported"));
+        }
+        if flags & DICTIONARY != 0 {
+            return Err("the frame needs a dictionary".to_owned());
+        }
+        let block_bytes = match sizes {
+            0x40 => 64 << 10,
+            0x50 => 256 << 10,
+            0x60 => 1 << 20,
+            0x70 => 4 << 20,
+            _ => return Err(format!("block size code {sizes:#04x} is unknown")),
+        };
+        let content_size = if flags & CONTENT_SIZE != 0 { Some(u64::from_le_bytes(take(input, CUT)?)) } else { None };
+        let hashed = &descriptor[..descriptor.len() - input.len()];
+        let [stored] = take(input, CUT)?;
+        if XxHash32::oneshot(0, hashed).to_le_bytes()[1] != stored {
+            return Err("the header's checksum is wrong".to_owned());
+        }
+        Ok(Self { flags, content_size, block_bytes })
+    }
+
+    /// Decodes the block whose length field was `length` to the end of `plain`.
+    fn block(&self, length: u32, input: &mut &[u8], plain: &mut Vec<u8>, most: usize) -> Checked<()> {
+        let bytes = (length & !PLAIN_BLOCK) as usize;
+        if bytes > self.block_bytes {
+            return Err(format!("a block of {bytes} bytes is above the frame's {}", self.block_bytes));
+        }
+        let (block, rest) = input.split_at_checked(bytes).ok_or("a block passes the end")?;
+        *input = rest;
+        if self.flags & BLOCK_CHECKSUMS != 0 {
+            check(block, take(input, "a block's checksum is cut")?, "a block's checksum")?;
+        }
+        let start = plain.len();
+        let left = most - start;
+        if length & PLAIN_BLOCK != 0 {
+            if bytes > left {
+                return Err(format!("it grows beyond {most} bytes"));
+            }
+            plain.extend_from_slice(block);
+            return Ok(());
+        }
+        let room = self.block_bytes.min(bytes.saturating_mul(BEST_RATIO)).min(left);
+        plain.resize(start + room, 0);
+        let (before, out) = plain.split_at_mut(start);
+        let decoded = if self.flags & INDEPENDENT_BLOCKS != 0 {
+            decompress_into(block, out)
+        } else {
+            decompress_into_with_dict(block, out, &before[start.saturating_sub(WINDOW_BYTES)..])
+        };
+        let decoded = decoded.map_err(|error| match room == left {
+            true => format!("{error}; at most {most} bytes are allowed"),
+            false => error.to_string(),
+        })?;
+        plain.truncate(start + decoded);
+        Ok(())
+    }
+}
+
+fn take<const N: usize>(input: &mut &[u8], cut: &str) -> Checked<[u8; N]> {
+    let (bytes, rest) = input.split_first_chunk::<N>().ok_or(cut)?;
+    *input = rest;
+    Ok(*bytes)
+}
+
+fn check(bytes: &[u8], stored: [u8; 4], what: &str) -> Checked<()> {
+    if XxHash32::oneshot(0, bytes) == u32::from_le_bytes(stored) { Ok(()) } else { Err(format!("{what} is wrong")) }
+}

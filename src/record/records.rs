@@ -1,0 +1,253 @@
+//! Records inside a batch: the iterator over them, and the check that they are what the header says.
+//!
+//! ```text
+//! length varint │ attributes i8 (unused) │ timestampDelta varlong │ offsetDelta varint
+//! keyLength varint, key │ valueLength varint, value │ headerCount varint
+//!   per header: keyLength varint, key │ valueLength varint, value
+//! ```
+//! A length of -1 means that there is no key or value. `length` counts what follows it.
+
+use std::ops::Range;
+
+use bytes::Bytes;
+
+use super::{
+    batch::{Batch, Malformed},
+    compression, varint,
+};
+use crate::{
+    limits,
+    model::{Compression, Offset, TimestampType},
+};
+
+/// One header of a record: metadata that the system does not look at.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Header {
+    /// Its name; several headers of one record may share it.
+    pub key: String,
+    /// Its value, if it has one.
+    pub value: Option<Bytes>,
+}
+
+/// One record.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Record {
+    /// Milliseconds since 1970-01-01 UTC, the producer's or the broker's (`message.timestamp.type`).
+    pub timestamp_ms: i64,
+    /// What the partitioner looks at; several records may share it.
+    pub key: Option<Bytes>,
+    /// The payload.
+    pub value: Option<Bytes>,
+    /// In the producer's order.
+    pub headers: Vec<Header>,
+}
+
+/// The records of one batch, in order. After an error it ends.
+#[derive(Debug)]
+pub struct Records {
+    /// Decompressed; records are slices of it.
+    bytes: Bytes,
+    /// First byte that was not walked yet.
+    at: usize,
+    next: u32,
+    count: u32,
+    base_offset: Offset,
+    base_timestamp: i64,
+    append_time: Option<i64>,
+}
+
+impl Batch {
+    /// Decodes the records. Keys and values are slices of the batch's own memory, or of one decompressed buffer.
+    ///
+    /// # Errors
+    /// When the bytes cannot be decompressed within `limits::MAX_DECOMPRESSED_BYTES`. What is wrong with a single
+    /// record comes from the iterator, at that record.
+    pub fn records(&self) -> Result<Records, Malformed> {
+        Ok(Records {
+            bytes: self.plain_records()?,
+            at: 0,
+            next: 0,
+            count: self.count(),
+            base_offset: self.base_offset(),
+            base_timestamp: self.base_timestamp(),
+            append_time: (self.timestamp_type() == TimestampType::LogAppendTime).then(|| self.max_timestamp()),
+        })
+    }
+
+    /// Checks that the records are well formed and as many as the header says, without building any.
+    ///
+    /// # Errors
+    /// As [`Batch::records`] and its iterator.
+    pub fn verify_records(&self) -> Result<(), Malformed> {
+        let mut records = self.records()?;
+        while let Some(shape) = records.advance() {
+            shape?;
+        }
+        Ok(())
+    }
+
+    /// The framed records without compression.
+    pub(super) fn plain_records(&self) -> Result<Bytes, Malformed> {
+        match self.compression() {
+            Compression::None => Ok(self.records_bytes().clone()),
+            codec => compression::decompress(codec, self.records_bytes(), limits::MAX_DECOMPRESSED_BYTES),
+        }
+    }
+}
+
+/// Where the parts of one record are in the plain bytes.
+struct Shape {
+    timestamp_delta: i64,
+    key: Option<Range<usize>>,
+    value: Option<Range<usize>>,
+    header_count: usize,
+    headers: Range<usize>,
+}
+
+impl Records {
+    /// Walks the next record and checks all of it. `None` after the last.
+    fn advance(&mut self) -> Option<Result<Shape, Malformed>> {
+        if self.next == self.count {
+            return None;
+        }
+        let index = self.next;
+        let mut walk = Walk { all: &self.bytes, at: self.at, end: self.bytes.len() };
+        let mut shape = walk.record(index);
+        if index + 1 == self.count && shape.is_ok() && walk.at < walk.end {
+            shape = Err("bytes follow the last record");
+        }
+        match shape {
+            Ok(shape) => {
+                self.at = walk.at;
+                self.next += 1;
+                Some(Ok(shape))
+            }
+            Err(reason) => {
+                self.next = self.count;
+                Some(Err(Malformed::Record { index, reason }))
+            }
+        }
+    }
+
+    fn build(&self, shape: Shape) -> Record {
+        let slice = |range: Range<usize>| self.bytes.slice(range);
+        let mut walk = Walk { all: &self.bytes, at: shape.headers.start, end: shape.headers.end };
+        let headers = (0..shape.header_count).map(|_| {
+            let (key, value) = walk.header().expect("headers were walked once already");
+            Header { key: String::from_utf8_lossy(&self.bytes[key]).into_owned(), value: value.map(slice) }
+        });
+        Record {
+            headers: headers.collect(),
+            timestamp_ms: self.append_time.unwrap_or(self.base_timestamp.wrapping_add(shape.timestamp_delta)),
+            key: shape.key.map(slice),
+            value: shape.value.map(slice),
+        }
+    }
+}
+
+impl Iterator for Records {
+    type Item = Result<(Offset, Record), Malformed>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let offset = self.base_offset.plus(u64::from(self.next));
+        let shape = self.advance()?;
+        Some(shape.map(|shape| (offset, self.build(shape))))
+    }
+
+    fn size_hint(&self) -> (usize, Option<usize>) {
+        // An error ends it early, so at least one item is all that is sure.
+        let left = (self.count - self.next) as usize;
+        (left.min(1), Some(left))
+    }
+}
+
+impl std::iter::FusedIterator for Records {}
+
+/// A place in the plain bytes that never passes `end`.
+struct Walk<'a> {
+    all: &'a [u8],
+    at: usize,
+    end: usize,
+}
+
+type Checked<T> = Result<T, &'static str>;
+
+impl Walk<'_> {
+    fn record(&mut self, index: u32) -> Checked<Shape> {
+        if self.at == self.end {
+            return Err("the bytes end before it; recordsCount promises more records");
+        }
+        let length = self.int("its length is no varint")?;
+        let length = usize::try_from(length).map_err(|_| "its length is negative")?;
+        if length > self.end - self.at {
+            return Err("its length passes the batch's end");
+        }
+        let mut body = Walk { all: self.all, at: self.at, end: self.at + length };
+        self.at = body.end;
+        body.fields(index)
+    }
+
+    fn fields(&mut self, index: u32) -> Checked<Shape> {
+        // The attributes byte has no meaning yet; Kafka ignores it too.
+        self.take(1).ok_or("its length leaves no room for its fields")?;
+        let timestamp_delta = self.long("its timestamp is no varint")?;
+        if i64::from(self.int("its offset is no varint")?) != i64::from(index) {
+            return Err("its offset does not follow the one before");
+        }
+        let key = self.nullable("its key's length is not possible")?;
+        let value = self.nullable("its value's length is not possible")?;
+        let header_count = self.int("its header count is no varint")?;
+        let header_count = usize::try_from(header_count).map_err(|_| "its header count is negative")?;
+        if header_count > limits::MAX_RECORD_HEADERS {
+            return Err("it has too many headers");
+        }
+        let start = self.at;
+        for _ in 0..header_count {
+            self.header()?;
+        }
+        if self.at != self.end {
+            return Err("bytes follow its headers");
+        }
+        Ok(Shape { timestamp_delta, key, value, header_count, headers: start..self.end })
+    }
+
+    fn header(&mut self) -> Checked<(Range<usize>, Option<Range<usize>>)> {
+        let key = self.nullable("a header's key length is not possible")?.ok_or("a header has no key")?;
+        let value = self.nullable("a header's value length is not possible")?;
+        Ok((key, value))
+    }
+
+    /// A length, -1 for none, and that many bytes.
+    fn nullable(&mut self, reason: &'static str) -> Checked<Option<Range<usize>>> {
+        match self.int(reason)? {
+            -1 => Ok(None),
+            length => {
+                let length = usize::try_from(length).map_err(|_| reason)?;
+                self.take(length).map(Some).ok_or(reason)
+            }
+        }
+    }
+
+    fn take(&mut self, length: usize) -> Option<Range<usize>> {
+        if length > self.end - self.at {
+            return None;
+        }
+        let start = self.at;
+        self.at += length;
+        Some(start..self.at)
+    }
+
+    fn int(&mut self, reason: &'static str) -> Checked<i32> {
+        let mut rest = &self.all[self.at..self.end];
+        let value = varint::read_i32(&mut rest).ok_or(reason)?;
+        self.at = self.end - rest.len();
+        Ok(value)
+    }
+
+    fn long(&mut self, reason: &'static str) -> Checked<i64> {
+        let mut rest = &self.all[self.at..self.end];
+        let value = varint::read_i64(&mut rest).ok_or(reason)?;
+        self.at = self.end - rest.len();
+        Ok(value)
+    }
+}

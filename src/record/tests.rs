@@ -1,0 +1,507 @@
+//! What a batch promises, tried from outside: round trips, golden bytes, every bit flip, every cut, hostile numbers,
+//! bombs.
+
+use bytes::Bytes;
+use proptest::prelude::*;
+
+use super::{layout, *};
+use crate::{
+    limits,
+    model::{Compression, LeaderEpoch, Offset, TimestampType},
+};
+
+const CODECS: [Compression; 5] =
+    [Compression::None, Compression::Gzip, Compression::Snappy, Compression::Lz4, Compression::Zstd];
+
+/// The golden batches, never to change: a reader must always understand them. First those of this builder, then those of
+/// Kafka's own client (`golden/Golden.java`).
+const GOLDEN: [(Compression, &[u8]); 10] = [
+    (Compression::None, include_bytes!("golden/none.batch")),
+    (Compression::Gzip, include_bytes!("golden/gzip.batch")),
+    (Compression::Snappy, include_bytes!("golden/snappy.batch")),
+    (Compression::Lz4, include_bytes!("golden/lz4.batch")),
+    (Compression::Zstd, include_bytes!("golden/zstd.batch")),
+    (Compression::None, include_bytes!("golden/kafka/none.batch")),
+    (Compression::Gzip, include_bytes!("golden/kafka/gzip.batch")),
+    (Compression::Snappy, include_bytes!("golden/kafka/snappy.batch")),
+    (Compression::Lz4, include_bytes!("golden/kafka/lz4.batch")),
+    (Compression::Zstd, include_bytes!("golden/kafka/zstd.batch")),
+];
+
+const STAMP: ProducerStamp = ProducerStamp { id: 4_000_000_001, epoch: 7, base_sequence: 99 };
+
+fn header(key: &str, value: Option<&'static [u8]>) -> Header {
+    Header { key: key.to_owned(), value: value.map(Bytes::from_static) }
+}
+
+/// The records of every golden batch.
+fn golden_records() -> Vec<Record> {
+    let mut records = vec![
+        Record {
+            timestamp_ms: 1_700_000_000_000,
+            key: Some(Bytes::from_static(b"key")),
+            value: Some(Bytes::from_static(b"value")),
+            headers: vec![header("trace", Some(b"\x00\xff")), header("trace", None), header("", Some(b""))],
+        },
+        Record { timestamp_ms: 1_699_999_999_000, ..Record::default() },
+        Record {
+            timestamp_ms: 1_700_000_000_500,
+            key: Some(Bytes::new()),
+            value: Some(Bytes::new()),
+            headers: Vec::new(),
+        },
+    ];
+    let line = b"The strandline is where the high water mark stood. ";
+    records.extend((0..24_u8).map(|number| Record {
+        timestamp_ms: 1_700_000_000_000 + i64::from(number),
+        key: Some(Bytes::copy_from_slice(&[number])),
+        value: Some(Bytes::copy_from_slice(&line.repeat(usize::from(number) / 4))),
+        headers: Vec::new(),
+    }));
+    records
+}
+
+fn build(codec: Compression, records: &[Record], producer: Option<ProducerStamp>) -> Batch {
+    let mut builder = BatchBuilder::new(codec);
+    for record in records {
+        let before = builder.encoded_len();
+        let (key, value) = (record.key.as_deref(), record.value.as_deref());
+        builder.push(record.timestamp_ms, key, value, &record.headers).unwrap();
+        assert!(builder.encoded_len() - before <= BatchBuilder::record_len(key, value, &record.headers));
+    }
+    builder.finish(producer).unwrap()
+}
+
+fn decode(batch: &Batch) -> Result<Vec<(Offset, Record)>, Malformed> {
+    batch.records()?.collect()
+}
+
+/// A batch whose header is right for records that may be wrong: what a broken or hostile producer sends.
+fn forge(codec: Compression, count: i32, records: &[u8]) -> Batch {
+    let mut bytes = build(Compression::None, &[Record::default()], None).head().to_vec();
+    bytes[layout::BATCH_LENGTH..][..4].copy_from_slice(&i32::try_from(49 + records.len()).unwrap().to_be_bytes());
+    bytes[layout::ATTRIBUTES + 1] = codec as u8;
+    bytes[layout::LAST_OFFSET_DELTA..][..4].copy_from_slice(&(count - 1).to_be_bytes());
+    bytes[layout::RECORDS_COUNT..][..4].copy_from_slice(&count.to_be_bytes());
+    bytes.extend_from_slice(records);
+    Batch::parse(renew_crc(bytes)).unwrap()
+}
+
+fn renew_crc(mut bytes: Vec<u8>) -> Bytes {
+    let crc = crc32c::crc32c(&bytes[layout::CRC_START..]);
+    bytes[layout::CRC..][..4].copy_from_slice(&crc.to_be_bytes());
+    bytes.into()
+}
+
+#[test]
+fn golden_batches_of_every_codec_are_read_for_ever() {
+    for (codec, bytes) in GOLDEN {
+        let batch = Batch::parse(Bytes::from_static(bytes)).unwrap();
+        assert_eq!(batch.compression(), codec);
+        assert_eq!(batch.base_offset(), Offset::new(1 << 40).unwrap());
+        assert_eq!(batch.leader_epoch(), Some(LeaderEpoch(3)));
+        assert_eq!(batch.producer(), Some(STAMP));
+        assert_eq!(batch.base_timestamp(), 1_700_000_000_000);
+        assert_eq!(batch.max_timestamp(), 1_700_000_000_500);
+        batch.verify_records().unwrap();
+        let (offsets, records): (Vec<_>, Vec<_>) = decode(&batch).unwrap().into_iter().unzip();
+        assert_eq!(records, golden_records(), "{codec}");
+        assert!(offsets.iter().zip(0..).all(|(offset, at)| *offset == batch.base_offset().plus(at)));
+        assert_eq!(batch.end_offset().since(batch.base_offset()), records.len() as u64);
+    }
+}
+
+#[test]
+fn the_builder_writes_the_golden_bytes() {
+    let mut batch = build(Compression::None, &golden_records(), Some(STAMP));
+    batch.stamp(Offset::new(1 << 40).unwrap(), LeaderEpoch(3));
+    assert_eq!(batch.to_bytes(), GOLDEN[0].1);
+    assert_eq!(GOLDEN[0].1, GOLDEN[5].1, "and so does Kafka");
+}
+
+/// Writes what is missing under `golden/`; existing files are never touched. Run by hand when a codec is added.
+#[test]
+#[ignore = "writes into the source tree"]
+fn write_missing_golden_files() {
+    for codec in CODECS {
+        let path = format!("{}/src/record/golden/{codec}.batch", env!("CARGO_MANIFEST_DIR"));
+        let mut batch = build(codec, &golden_records(), Some(STAMP));
+        batch.stamp(Offset::new(1 << 40).unwrap(), LeaderEpoch(3));
+        if std::fs::metadata(&path).is_ok_and(|file| file.len() > 0) {
+            continue;
+        }
+        std::fs::write(path, batch.to_bytes()).unwrap();
+    }
+}
+
+#[test]
+fn every_flipped_bit_is_found_or_is_in_a_field_that_the_broker_stamps() {
+    for (codec, golden) in GOLDEN {
+        for bit in 0..golden.len() * 8 {
+            let mut bytes = golden.to_vec();
+            bytes[bit / 8] ^= 1 << (bit % 8);
+            let byte = bit / 8;
+            let stamped = (layout::BASE_OFFSET..layout::BATCH_LENGTH).contains(&byte)
+                || (layout::LEADER_EPOCH..layout::MAGIC_AT).contains(&byte);
+            match Batch::parse(bytes.into()) {
+                Err(_) => {}
+                Ok(batch) => {
+                    assert!(stamped, "{codec}: bit {bit} went unnoticed");
+                    assert_eq!(&batch.to_bytes()[layout::CRC_START..], &golden[layout::CRC_START..]);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_batch_cut_at_any_length_is_truncated() {
+    for (codec, golden) in GOLDEN {
+        for len in 0..golden.len() {
+            let mut cut = Bytes::from_static(&golden[..len]);
+            let error = Batch::split_from(&mut cut).unwrap_err();
+            assert!(matches!(error, Malformed::Truncated { .. }), "{codec} cut at {len}: {error}");
+            assert_eq!(cut.len(), len, "nothing is taken on an error");
+        }
+    }
+}
+
+/// The CRC is right here, as from a producer whose compressor died half-way.
+#[test]
+fn compressed_records_cut_at_any_length_are_refused() {
+    for (codec, golden) in GOLDEN {
+        let records = &golden[HEADER_BYTES..];
+        for len in 0..records.len() {
+            let batch = forge(codec, 27, &records[..len]);
+            let error = decode(&batch).expect_err("a cut batch has no 27 records");
+            assert_eq!(batch.verify_records(), Err(error.clone()), "both walks agree");
+            assert!(matches!(error, Malformed::Record { .. } | Malformed::Compression { .. }), "{codec}: {error}");
+        }
+    }
+}
+
+#[test]
+fn bytes_after_the_compressed_records_are_refused() {
+    for (codec, golden) in GOLDEN {
+        for tail in [&[0][..], &[0; 4], &[0xff; 9]] {
+            let batch = forge(codec, 27, &[&golden[HEADER_BYTES..], tail].concat());
+            assert!(batch.verify_records().is_err(), "{codec} with {} bytes more", tail.len());
+        }
+    }
+}
+
+#[test]
+fn counts_that_disagree_with_the_records_are_refused() {
+    let golden = &GOLDEN[0].1[HEADER_BYTES..];
+    let reason = |count| match decode(&forge(Compression::None, count, golden)).unwrap_err() {
+        Malformed::Record { index, reason } => (index, reason),
+        other => panic!("{other}"),
+    };
+    assert_eq!(reason(26), (25, "bytes follow the last record"));
+    assert_eq!(reason(28), (27, "the bytes end before it; recordsCount promises more records"));
+    assert_eq!(reason(i32::try_from(limits::MAX_BATCH_RECORDS).unwrap()).0, 27);
+}
+
+#[test]
+fn hostile_header_numbers_are_refused() {
+    let golden = GOLDEN[0].1;
+    let with = |at: usize, value: &[u8]| {
+        let mut bytes = golden.to_vec();
+        bytes[at..at + value.len()].copy_from_slice(value);
+        Batch::parse(renew_crc(bytes)).unwrap_err()
+    };
+    for length in [i32::MIN, -1, 0, 48, i32::MAX] {
+        assert!(matches!(with(layout::BATCH_LENGTH, &length.to_be_bytes()), Malformed::Length { .. }), "{length}");
+    }
+    assert!(matches!(with(layout::BATCH_LENGTH, &(1_i32 << 20).to_be_bytes()), Malformed::Truncated { .. }));
+    assert!(matches!(with(layout::BATCH_LENGTH, &49_i32.to_be_bytes()), Malformed::Crc { .. }));
+    for (count, delta) in [(0, -1), (-1, -2), (i32::MIN, i32::MAX), (27, 25), (27, 27), (i32::MAX, i32::MAX - 1)] {
+        let bytes = [delta.to_be_bytes().as_slice(), &golden[27..57], &count.to_be_bytes()].concat();
+        let error = with(layout::LAST_OFFSET_DELTA, &bytes);
+        assert_eq!(error, Malformed::Counts { count, last_offset_delta: delta });
+    }
+    for magic in [0, 1, 3, 0xff] {
+        assert_eq!(with(layout::MAGIC_AT, &[magic]), Malformed::Magic { magic });
+    }
+    for codec in 5..8_u16 {
+        assert!(matches!(with(layout::ATTRIBUTES, &codec.to_be_bytes()), Malformed::Attributes { .. }));
+    }
+    for (offset, epoch) in [(-1, 0), (i64::MIN, 0), (i64::MAX, 0), (i64::MAX - 26, 0), (0, -2), (0, i32::MIN)] {
+        let mut bytes = golden.to_vec();
+        bytes[..8].copy_from_slice(&offset.to_be_bytes());
+        bytes[12..16].copy_from_slice(&epoch.to_be_bytes());
+        let error = Batch::parse(bytes.into()).unwrap_err();
+        assert_eq!(error, Malformed::Stamp { base_offset: offset, leader_epoch: epoch });
+    }
+}
+
+#[test]
+fn hostile_records_are_refused_without_believing_a_length() {
+    let huge = [0xfe, 0xff, 0xff, 0xff, 0x0f]; // 2^31 - 1
+    let least = [0xff, 0xff, 0xff, 0xff, 0x0f]; // -2^31
+    for (records, reason) in [
+        (vec![], "the bytes end before it; recordsCount promises more records"),
+        (vec![0x80], "its length is no varint"),
+        (vec![0xff; 6], "its length is no varint"),
+        (least.to_vec(), "its length is negative"),
+        (vec![0x01], "its length is negative"),
+        (huge.to_vec(), "its length passes the batch's end"),
+        (vec![0x0e, 0, 0, 0, 1, 1], "its length passes the batch's end"),
+        (vec![0x00], "its length leaves no room for its fields"),
+        (vec![0x02, 0], "its timestamp is no varint"),
+        ([&[0x18, 0][..], &[0xff; 11]].concat(), "its timestamp is no varint"),
+        (vec![0x04, 0, 0], "its offset is no varint"),
+        (vec![0x0c, 0, 0, 2, 1, 1, 0], "its offset does not follow the one before"),
+        (vec![0x0c, 0, 0, 1, 1, 1, 0], "its offset does not follow the one before"),
+        (vec![0x0c, 0, 0, 0, 3, 1, 0], "its key's length is not possible"),
+        (vec![0x0c, 0, 0, 0, 6, 1, 0], "its key's length is not possible"),
+        ([&[0x14, 0, 0, 0][..], &huge, &[1, 0]].concat(), "its key's length is not possible"),
+        (vec![0x0c, 0, 0, 0, 1, 4, 0], "its value's length is not possible"),
+        ([&[0x14, 0, 0, 0, 1][..], &huge, &[0]].concat(), "its value's length is not possible"),
+        (vec![0x0a, 0, 0, 0, 1, 1], "its header count is no varint"),
+        (vec![0x0c, 0, 0, 0, 1, 1, 1], "its header count is negative"),
+        ([&[0x14, 0, 0, 0, 1, 1][..], &huge].concat(), "it has too many headers"),
+        (vec![0x0e, 0, 0, 0, 1, 1, 0, 0], "bytes follow its headers"),
+        (vec![0x10, 0, 0, 0, 1, 1, 2, 1, 1], "a header has no key"),
+        (vec![0x10, 0, 0, 0, 1, 1, 2, 4, 1], "a header's key length is not possible"),
+        (vec![0x10, 0, 0, 0, 1, 1, 2, 0, 2], "a header's value length is not possible"),
+        (vec![0x0c, 0, 0, 0, 1, 1, 0, 9], "bytes follow the last record"),
+    ] {
+        let batch = forge(Compression::None, 1, &records);
+        let error = Malformed::Record { index: 0, reason };
+        assert_eq!(decode(&batch), Err(error.clone()), "{records:02x?}");
+        assert_eq!(batch.verify_records(), Err(error), "{records:02x?}");
+    }
+    assert_eq!(decode(&forge(Compression::None, 1, &[0x0c, 0, 0, 0, 1, 1, 0])).unwrap().len(), 1, "the honest one");
+}
+
+#[test]
+fn records_end_after_an_error() {
+    let mut records = forge(Compression::None, 3, &[0x0c, 0, 0, 0, 1, 1, 0, 0x01]).records().unwrap();
+    assert!(records.next().unwrap().is_ok());
+    assert!(records.next().unwrap().is_err());
+    assert_eq!(records.next(), None);
+}
+
+#[test]
+fn header_names_that_are_not_utf_8_are_read_lossily() {
+    let batch = forge(Compression::None, 1, &[0x12, 0, 0, 0, 1, 1, 2, 2, 0xff, 0]);
+    let records = decode(&batch).unwrap();
+    assert_eq!(records[0].1.headers, [header("\u{fffd}", Some(b""))]);
+}
+
+#[test]
+fn append_time_is_every_records_time() {
+    let mut batch = build(Compression::Lz4, &golden_records(), None);
+    batch.set_append_time(42);
+    let batch = Batch::parse(batch.to_bytes()).unwrap();
+    assert_eq!(batch.timestamp_type(), TimestampType::LogAppendTime);
+    assert!(decode(&batch).unwrap().iter().all(|(_, record)| record.timestamp_ms == 42));
+}
+
+#[test]
+fn recompression_changes_the_codec_and_nothing_else() {
+    for (_, golden) in GOLDEN {
+        let from = Batch::parse(Bytes::from_static(golden)).unwrap();
+        for codec in CODECS {
+            let to = from.recompress(codec).unwrap();
+            let to = Batch::parse(to.to_bytes()).unwrap();
+            assert_eq!(to.compression(), codec);
+            assert_eq!(decode(&to), decode(&from));
+            assert_eq!(to.head()[..8], from.head()[..8], "offset");
+            assert_eq!(to.head()[12..17], from.head()[12..17], "leader epoch and magic");
+            assert_eq!(to.head()[23..], from.head()[23..], "deltas, timestamps, producer, count");
+        }
+    }
+    let mut batch = build(Compression::None, &golden_records(), None);
+    batch.set_append_time(42);
+    assert_eq!(batch.recompress(Compression::Zstd).unwrap().timestamp_type(), TimestampType::LogAppendTime);
+}
+
+#[test]
+fn recompression_into_a_batch_that_is_too_large_is_refused() {
+    let value = vec![0; limits::MAX_BATCH_BYTES - 40];
+    let batch = build(Compression::Zstd, &[Record { value: Some(value.into()), ..Record::default() }], None);
+    assert!(batch.encoded_len() < 1 << 20);
+    assert!(matches!(batch.recompress(Compression::None), Err(Malformed::Length { .. })));
+}
+
+#[test]
+fn a_builder_keeps_its_bounds() {
+    assert_eq!(BatchBuilder::new(Compression::None).finish(None).unwrap_err(), Unbuildable::Empty);
+
+    let mut builder = BatchBuilder::new(Compression::None);
+    let large = vec![0; limits::MAX_BATCH_BYTES - 60];
+    assert!(matches!(builder.push(0, None, Some(&large), &[]), Err(Unbuildable::TooLarge { .. })));
+    let many = vec![Header::default(); limits::MAX_RECORD_HEADERS + 1];
+    assert!(matches!(builder.push(0, None, None, &many), Err(Unbuildable::TooManyHeaders { .. })));
+    builder.push(0, None, None, &many[1..]).unwrap();
+    assert_eq!(builder.count(), 1, "what was refused left nothing");
+
+    let mut builder = BatchBuilder::with_capacity(Compression::Zstd, 7 * limits::MAX_BATCH_RECORDS);
+    assert!(builder.is_empty());
+    for _ in 0..limits::MAX_BATCH_RECORDS {
+        builder.push(0, None, None, &[]).unwrap();
+    }
+    assert!(matches!(builder.push(0, None, None, &[]), Err(Unbuildable::TooManyRecords { .. })));
+    let batch = builder.finish(None).unwrap();
+    assert_eq!(batch.count() as usize, limits::MAX_BATCH_RECORDS);
+    batch.verify_records().unwrap();
+}
+
+#[test]
+fn an_uncompressed_batch_is_the_buffer_that_it_was_built_in() {
+    let mut builder = BatchBuilder::with_capacity(Compression::None, 4096);
+    builder.push(0, None, Some(&[1; 1024]), &[]).unwrap();
+    let at = builder.records_ptr();
+    let batch = builder.finish(None).unwrap();
+    assert_eq!(batch.records_bytes().as_ptr(), at);
+    let (_, record) = batch.records().unwrap().next().unwrap().unwrap();
+    assert!(batch.records_bytes().as_ptr_range().contains(&record.value.unwrap().as_ptr()), "read in place too");
+}
+
+#[test]
+fn bombs_stop_at_the_bound() {
+    let most = 1 << 20;
+    let zeros = vec![0; 8 << 20];
+    for codec in CODECS {
+        let stored = super::compression::compress(codec, &zeros);
+        let error = decompress(codec, &stored, most).unwrap_err();
+        if codec != Compression::None {
+            assert!(stored.len() * 20 < zeros.len(), "{codec} makes a bomb");
+        }
+        assert!(error.to_string().contains("1048576"), "{codec}: {error}");
+        assert_eq!(decompress(codec, &stored, zeros.len()).unwrap(), zeros, "{codec}: at the bound it is no bomb");
+        assert!(decompress(codec, &stored, zeros.len() - 1).is_err(), "{codec}: one byte above the bound");
+    }
+}
+
+#[test]
+fn a_bomb_in_a_batch_is_refused() {
+    let zeros = std::io::Read::take(std::io::repeat(0), limits::MAX_DECOMPRESSED_BYTES as u64 + 1);
+    let stored = zstd::stream::encode_all(zeros, 1).unwrap();
+    let batch = forge(Compression::Zstd, 1, &stored);
+    assert!(matches!(batch.records().unwrap_err(), Malformed::Compression { .. }));
+    assert!(matches!(batch.verify_records().unwrap_err(), Malformed::Compression { .. }));
+    assert!(matches!(batch.recompress(Compression::None).unwrap_err(), Malformed::Compression { .. }));
+}
+
+/// A few bytes that claim to become gigabytes, in the way of each codec that has a claim.
+#[test]
+fn claims_of_size_are_not_believed() {
+    let snappy = [0xff, 0xff, 0xff, 0xff, 0x0f, 0x00, b'a'];
+    let error = decompress(Compression::Snappy, &snappy, usize::MAX).unwrap_err().to_string();
+    assert!(error.contains("cannot grow"), "{error}");
+
+    // A frame header with an 8-byte content size of 2^62, and one with the largest window; no blocks.
+    let sized = [0x28, 0xb5, 0x2f, 0xfd, 0xc0, 0x00, 0, 0, 0, 0, 0, 0, 0, 0x40];
+    let windowed = [0x28, 0xb5, 0x2f, 0xfd, 0x00, 0xf8];
+    for zstd in [&sized[..], &windowed] {
+        assert!(decompress(Compression::Zstd, zstd, 1 << 40).is_err());
+    }
+}
+
+#[test]
+fn streams_of_other_writers_are_read() {
+    let plain = b"strandline ".repeat(9_000);
+    let bare = snap::raw::Encoder::new().compress_vec(&plain).unwrap();
+    assert_eq!(decompress(Compression::Snappy, &bare, plain.len()).unwrap(), plain, "bare snappy");
+
+    let members = [&plain[..1000], &plain[1000..]].map(|part| super::compression::compress(Compression::Gzip, part));
+    assert_eq!(decompress(Compression::Gzip, &members.concat(), plain.len()).unwrap(), plain, "two gzip members");
+
+    use lz4_flex::frame::{BlockMode, BlockSize, FrameEncoder, FrameInfo};
+    for mode in [BlockMode::Independent, BlockMode::Linked] {
+        for size in [BlockSize::Max64KB, BlockSize::Max4MB] {
+            let frame = FrameInfo::new()
+                .block_mode(mode)
+                .block_size(size)
+                .block_checksums(true)
+                .content_checksum(true)
+                .content_size(Some(plain.len() as u64));
+            let mut encoder = FrameEncoder::with_frame_info(frame, Vec::new());
+            std::io::Write::write_all(&mut encoder, &plain).unwrap();
+            let mut stored = encoder.finish().unwrap();
+            assert_eq!(decompress(Compression::Lz4, &stored, plain.len()).unwrap(), plain, "{mode:?} {size:?}");
+            for byte in 0..stored.len() {
+                stored[byte] ^= 1;
+                assert!(decompress(Compression::Lz4, &stored, 1 << 20).is_err(), "{mode:?} {size:?}: byte {byte}");
+                stored[byte] ^= 1;
+            }
+        }
+    }
+
+    let mut streamed = zstd::stream::Encoder::new(Vec::new(), 19).unwrap();
+    std::io::Write::write_all(&mut streamed, &plain).unwrap();
+    let stored = streamed.finish().unwrap();
+    assert_eq!(decompress(Compression::Zstd, &stored, plain.len()).unwrap(), plain, "zstd that says no size");
+}
+
+/// A frame's own word on its content's size, with a right header checksum and no content checksum.
+#[test]
+fn an_lz4_frame_that_lies_about_its_content_is_refused() {
+    let frame = |size: u64| {
+        let descriptor = [&[0x68, 0x40][..], &size.to_le_bytes()].concat();
+        let checksum = twox_hash::XxHash32::oneshot(0, &descriptor).to_le_bytes()[1];
+        [b"\x04\x22\x4d\x18", &descriptor[..], &[checksum], b"\x03\0\0\x80abc", &[0; 4]].concat()
+    };
+    assert_eq!(decompress(Compression::Lz4, &frame(3), 10).unwrap(), "abc");
+    for size in [0, 2, 4, u64::MAX] {
+        let error = decompress(Compression::Lz4, &frame(size), 10).unwrap_err().to_string();
+        assert!(error.contains("as long as the frame says"), "{size}: {error}");
+    }
+}
+
+/// Where one of these is well formed the other must say so too, and neither may panic.
+fn walk(bytes: Vec<u8>) {
+    let Ok(batch) = Batch::parse(bytes.into()) else { return };
+    assert_eq!(decode(&batch).map(|_| ()), batch.verify_records());
+}
+
+fn any_bytes() -> impl Strategy<Value = Option<Bytes>> {
+    proptest::option::of(proptest::collection::vec(any::<u8>(), 0..200).prop_map(Bytes::from))
+}
+
+fn any_record() -> impl Strategy<Value = Record> {
+    let header = ("\\PC{0,20}", any_bytes()).prop_map(|(key, value)| Header { key, value });
+    (any::<i64>(), any_bytes(), any_bytes(), proptest::collection::vec(header, 0..4))
+        .prop_map(|(timestamp_ms, key, value, headers)| Record { timestamp_ms, key, value, headers })
+}
+
+proptest! {
+    #[test]
+    fn any_records_survive_in_any_codec(
+        records in proptest::collection::vec(any_record(), 1..20),
+        codec in proptest::sample::select(&CODECS[..]),
+        base in 0..=i64::MAX - 20,
+        producer in proptest::option::of((0..i64::MAX, 0..i16::MAX, 0..i32::MAX)),
+    ) {
+        let producer = producer.map(|(id, epoch, base_sequence)| ProducerStamp { id, epoch, base_sequence });
+        let mut batch = build(codec, &records, producer);
+        batch.stamp(Offset::from_i64(base).unwrap(), LeaderEpoch(1));
+        let batch = Batch::parse(batch.to_bytes()).unwrap();
+        prop_assert_eq!(batch.producer(), producer);
+        prop_assert_eq!(batch.max_timestamp(), records.iter().map(|record| record.timestamp_ms).max().unwrap());
+        prop_assert_eq!(batch.verify_records(), Ok(()));
+        let expected: Vec<_> = (0..).map(|at| batch.base_offset().plus(at)).zip(records).collect();
+        prop_assert_eq!(decode(&batch).unwrap(), expected);
+    }
+
+    #[test]
+    fn any_bytes_are_refused_or_read_without_a_panic(bytes: Vec<u8>) {
+        walk(bytes);
+    }
+
+    #[test]
+    fn any_compressed_bytes_are_refused_or_read_without_a_panic(
+        golden in proptest::sample::select(&GOLDEN[..]),
+        changes in proptest::collection::vec((any::<proptest::sample::Index>(), any::<u8>()), 1..6),
+    ) {
+        let mut records = golden.1[HEADER_BYTES..].to_vec();
+        for (at, byte) in changes {
+            let at = at.index(records.len());
+            records[at] = byte;
+        }
+        walk(forge(golden.0, 27, &records).to_bytes().to_vec());
+    }
+}

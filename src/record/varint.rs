@@ -1,0 +1,138 @@
+//! Zigzag varints, as Protocol Buffers' `sint32` and `sint64` and Kafka's `ByteUtils` write them: seven bits a byte, the
+//! lowest first, the high bit set on all but the last byte.
+
+/// Longest encoding of an `i32`, in bytes.
+pub(super) const MAX_I32_BYTES: usize = 5;
+
+/// Longest encoding of an `i64`, in bytes.
+pub(super) const MAX_I64_BYTES: usize = 10;
+
+/// Small numbers of either sign become small numbers: 0, -1, 1, -2 → 0, 1, 2, 3.
+const fn zigzag(value: i64) -> u64 {
+    ((value << 1) ^ (value >> 63)).cast_unsigned()
+}
+
+const fn unzigzag(value: u64) -> i64 {
+    (value >> 1).cast_signed() ^ -(value & 1).cast_signed()
+}
+
+/// Bytes that `value` takes. An `i32` takes the same number widened.
+pub(super) const fn len(value: i64) -> usize {
+    let bits = u64::BITS - (zigzag(value) | 1).leading_zeros();
+    bits.div_ceil(7) as usize
+}
+
+/// Writes `value` to the front of `out` and answers how many bytes it took.
+///
+/// # Panics
+/// When `out` is shorter than [`len`] of `value`.
+#[expect(clippy::cast_possible_truncation, reason = "each byte takes the seven low bits that the mask leaves")]
+pub(super) fn write(value: i64, out: &mut [u8]) -> usize {
+    let mut rest = zigzag(value);
+    let mut at = 0;
+    while rest >= 0x80 {
+        out[at] = (rest & 0x7f) as u8 | 0x80;
+        rest >>= 7;
+        at += 1;
+    }
+    out[at] = rest as u8;
+    at + 1
+}
+
+/// Takes an `i64` from the front of `input`. `None` when the bytes end first, or when the number does not fit.
+pub(super) fn read_i64(input: &mut &[u8]) -> Option<i64> {
+    read(input, MAX_I64_BYTES, u64::MAX).map(unzigzag)
+}
+
+/// Takes an `i32` from the front of `input`. `None` when the bytes end first, or when the number does not fit.
+pub(super) fn read_i32(input: &mut &[u8]) -> Option<i32> {
+    let raw = read(input, MAX_I32_BYTES, u64::from(u32::MAX))?;
+    Some(i32::try_from(unzigzag(raw)).expect("32 bits before zigzag are 32 bits after it"))
+}
+
+fn read(input: &mut &[u8], most_bytes: usize, most: u64) -> Option<u64> {
+    // Nearly every number of a record is one byte.
+    if let Some((&byte, rest)) = input.split_first()
+        && byte < 0x80
+    {
+        *input = rest;
+        return Some(u64::from(byte));
+    }
+    let mut value = 0_u64;
+    for (at, &byte) in input.iter().take(most_bytes).enumerate() {
+        let bits = u64::from(byte & 0x7f);
+        let shifted = bits << (7 * at);
+        // The tenth byte of an i64 has room for one bit.
+        if shifted >> (7 * at) != bits {
+            return None;
+        }
+        value |= shifted;
+        if byte & 0x80 == 0 {
+            *input = &input[at + 1..];
+            return (value <= most).then_some(value);
+        }
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn encoded(value: i64) -> Vec<u8> {
+        let mut out = [0; MAX_I64_BYTES];
+        let len = write(value, &mut out);
+        out[..len].to_vec()
+    }
+
+    #[test]
+    fn known_numbers_have_the_bytes_of_the_specification() {
+        // Pairs from Kafka's ByteUtilsTest.
+        for (value, bytes) in [
+            (0, &[0x00][..]),
+            (-1, &[0x01]),
+            (1, &[0x02]),
+            (63, &[0x7e]),
+            (-64, &[0x7f]),
+            (64, &[0x80, 0x01]),
+            (-65, &[0x81, 0x01]),
+            (8191, &[0xfe, 0x7f]),
+            (i64::from(i32::MAX), &[0xfe, 0xff, 0xff, 0xff, 0x0f]),
+            (i64::from(i32::MIN), &[0xff, 0xff, 0xff, 0xff, 0x0f]),
+            (i64::MAX, &[0xfe, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x01]),
+            (i64::MIN, &[0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x01]),
+        ] {
+            assert_eq!(encoded(value), bytes, "{value}");
+            assert_eq!(read_i64(&mut &bytes[..]), Some(value));
+        }
+    }
+
+    #[test]
+    fn numbers_that_do_not_fit_are_refused() {
+        assert_eq!(read_i32(&mut &[0xff, 0xff, 0xff, 0xff, 0x1f][..]), None, "33 bits");
+        assert_eq!(read_i32(&mut &[0x80, 0x80, 0x80, 0x80, 0x80, 0x00][..]), None, "six bytes");
+        assert_eq!(read_i64(&mut &[0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x02][..]), None, "65 bits");
+        assert_eq!(read_i64(&mut &[0x80; 11][..]), None, "no end");
+        assert_eq!(read_i64(&mut &[0x80][..]), None, "cut");
+        assert_eq!(read_i64(&mut &[][..]), None, "empty");
+    }
+
+    proptest! {
+        #[test]
+        fn any_number_survives(value: i64, rest: Vec<u8>) {
+            let mut bytes = encoded(value);
+            prop_assert_eq!(bytes.len(), len(value));
+            bytes.extend(&rest);
+            let mut input = &bytes[..];
+            prop_assert_eq!(read_i64(&mut input), Some(value));
+            prop_assert_eq!(input, &rest[..]);
+        }
+
+        #[test]
+        fn an_i32_reads_as_what_was_written(value: i32) {
+            prop_assert_eq!(read_i32(&mut &encoded(value.into())[..]), Some(value));
+        }
+    }
+}
