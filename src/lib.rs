@@ -9,6 +9,9 @@ pub mod limits;
 
 pub mod task;
 
+#[cfg(feature = "server")]
+pub mod telemetry;
+
 pub mod record;
 
 pub mod proto;
