@@ -14,4 +14,7 @@ pub mod telemetry;
 
 pub mod record;
 
+#[cfg(feature = "server")]
+pub mod log;
+
 pub mod proto;

@@ -1,0 +1,225 @@
+//! Cutting a replica at either end, and emptying it.
+//!
+//! A cut is written to the journal before a file is touched and once more when the files are cut and synced. Between
+//! the two, replay does the cut again; after the second, replay leaves out whatever came before. So nothing that was
+//! cut comes back, and nothing that was appended after a cut is cut by its replay.
+
+use std::{
+    io,
+    sync::{Arc, atomic::Ordering},
+};
+
+use super::{
+    disk::Mode,
+    epochs::EpochHistory,
+    error::ChangeError,
+    journal::entry::Kind,
+    producers::ProducerTable,
+    recover::{remove_caches_above, remove_segment, tables_at},
+    replica::Replica,
+    segment::{Segment, SegmentFile, SegmentInfo},
+    shared::State,
+    snapshot::Snapshot,
+};
+use crate::{model::Offset, task::clock};
+
+impl Replica {
+    /// Cuts the log at `to`, or at the base of the batch that holds it. Waits for two rounds of the journal; the cut is durable when
+    /// it returns. Hand-overs of what is cut are answered with `Cut`. Returns the new log end.
+    pub fn truncate(&mut self, to: Offset) -> Result<Offset, ChangeError> {
+        self.writable()?;
+        let (segments, end) = {
+            let state = self.shared.state();
+            (state.segments.iter().map(|segment| segment.info).collect::<Vec<_>>(), state.log_end())
+        };
+        if to >= end {
+            return Ok(end);
+        }
+        if to < segments[0].base {
+            return self.reset(to).map(|()| to);
+        }
+        let found = tables_at(&self.shared.core, &self.shared.dir, &segments, to);
+        let (last, tables, damage) = found.map_err(|error| self.failed_change(&error))?;
+        if let Some(why) = damage {
+            return Err(self.failed_change(&io::Error::other(why)));
+        }
+        self.forget_pending();
+        let shared = self.shared.clone();
+        let generation = shared.core.next_generation();
+        let removed = {
+            let mut state = shared.state();
+            let keep = segments.iter().filter(|info| info.base <= last.base).count();
+            let removed = state.segments.split_off(keep);
+            state.generation = generation;
+            state.active_mut().info = last;
+            state.epochs = Arc::new(tables.epochs);
+            state.producers = Arc::new(tables.producers);
+            state.index = None;
+            state.persisted_end = state.persisted_end.min(last.end);
+            if state.recovery.segment.end > last.end {
+                state.recovery = state.point();
+            }
+            removed
+        };
+        shared.core.tail.truncate(&shared.tail, last.end);
+        shared.core.commit(&shared, shared.head(Kind::Cut, generation, last.end, last.end))?;
+        self.cut_files(&last, &removed).map_err(|error| self.failed_change(&error))?;
+        shared.core.commit(&shared, shared.head(Kind::Settled, generation, last.end, last.end))?;
+        Ok(last.end)
+    }
+
+    /// The last segments go first, so that a crash in between leaves a shorter log and no hole.
+    fn cut_files(&self, last: &SegmentInfo, removed: &[Segment]) -> io::Result<()> {
+        let core = &self.shared.core;
+        for segment in removed.iter().rev() {
+            core.files.forget(segment.file.serial);
+            remove_segment(core, &self.shared.dir, segment.info.base)?;
+        }
+        remove_caches_above(core, &self.shared.dir, last.end)?;
+        let file = self.shared.state().active().file.clone();
+        let open = core.files.get(file.serial, &file.path, Mode::Write)?;
+        // What was read of its index is of the longer file.
+        drop(open.index.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take());
+        open.file.truncate(last.bytes)?;
+        file.dirty.store(true, Ordering::Release);
+        self.shared.state().names_changed = true;
+        self.shared.sync().map_err(io::Error::other)
+    }
+
+    /// Forgets everything and begins anew, empty, at `at`. Durable when it returns.
+    pub fn reset(&mut self, at: Offset) -> Result<(), ChangeError> {
+        self.reset_with(at, EpochHistory::new(), ProducerTable::new())
+    }
+
+    /// As [`Self::reset`], with the epochs and producers of what lies before `at` in the bucket.
+    pub fn reset_with(
+        &mut self,
+        at: Offset,
+        epochs: EpochHistory,
+        producers: ProducerTable,
+    ) -> Result<(), ChangeError> {
+        self.writable()?;
+        self.forget_pending();
+        let shared = self.shared.clone();
+        let generation = shared.core.next_generation();
+        let info = SegmentInfo::empty(at, clock::wall_ms());
+        let snapshot = Snapshot::encode(&epochs, &producers, at);
+        let removed = {
+            let mut state = shared.state();
+            let file = Arc::new(SegmentFile::new(shared.core.files.serial(), &shared.dir, at));
+            let removed = std::mem::replace(&mut state.segments, vec![Segment { info, file }]);
+            (state.generation, state.persisted_end, state.log_start) = (generation, at, at);
+            (state.epochs, state.producers) = (Arc::new(epochs), Arc::new(producers));
+            state.index = None;
+            state.recovery = state.point();
+            removed
+        };
+        shared.core.tail.truncate(&shared.tail, Offset::ZERO);
+        shared.core.commit(&shared, shared.head(Kind::Reset, generation, at, at))?;
+        let emptied = || -> io::Result<()> {
+            for segment in removed.iter().rev() {
+                shared.core.files.forget(segment.file.serial);
+                remove_segment(&shared.core, &shared.dir, segment.info.base)?;
+            }
+            remove_caches_above(&shared.core, &shared.dir, Offset::ZERO)?;
+            shared.core.disk.open(&shared.path(at, "log"), Mode::Write)?.sync()?;
+            shared.core.disk.write(&shared.path(at, "snapshot"), &snapshot)?.sync()?;
+            shared.sync_names()
+        };
+        emptied().map_err(|error| self.failed_change(&error))?;
+        shared.state().unsynced.clear();
+        shared.core.commit(&shared, shared.head(Kind::Settled, generation, at, at))
+    }
+
+    /// Moves the log start up. What lies below is not read any more; [`Self::evict`] removes its segments. It never goes
+    /// back, nor beyond the log end.
+    pub fn advance_log_start(&mut self, to: Offset) {
+        let shared = &self.shared;
+        let generation = {
+            let mut state = shared.state();
+            let to = to.min(state.log_end());
+            if to <= state.log_start {
+                return;
+            }
+            state.log_start = to;
+            Arc::make_mut(&mut state.epochs).forget_below(to);
+            state.generation
+        };
+        shared.core.note(shared, shared.head(Kind::LogStart, generation, to, to));
+    }
+
+    /// Removes the sealed segments that end at or below `below` and returns their bytes. Waits for one round of the
+    /// journal. Whoever is reading them reads on.
+    pub fn evict(&mut self, below: Offset) -> Result<u64, ChangeError> {
+        self.writable()?;
+        let shared = self.shared.clone();
+        let sealed_below = |state: &State| {
+            let sealed = state.segments.len() - 1;
+            state.segments[..sealed].partition_point(|segment| segment.info.end <= below)
+        };
+        let unsynced = {
+            let state = shared.state();
+            let count = sealed_below(&state);
+            if count == 0 {
+                return Ok(0);
+            }
+            state.recovery.segment.base < state.segments[count].info.base
+        };
+        if unsynced && let Err(error) = shared.sync() {
+            // The recovery point has to lie in what stays.
+            return Err(ChangeError::Failed { reason: error.to_string() });
+        }
+        self.keep_tables(below).map_err(|error| ChangeError::Failed { reason: error.to_string() })?;
+        let (removed, generation, start) = {
+            let mut state = shared.state();
+            let count = sealed_below(&state);
+            let removed: Vec<Segment> = state.segments.drain(..count).collect();
+            let start = state.local_start();
+            (removed, state.generation, start)
+        };
+        shared.core.tail.forget_below(&shared.tail, start);
+        shared.core.commit(&shared, shared.head(Kind::LocalStart, generation, start, start))?;
+        let mut bytes = 0;
+        for segment in &removed {
+            shared.core.files.forget(segment.file.serial);
+            bytes += segment.info.bytes;
+            if let Err(error) = remove_segment(&shared.core, &shared.dir, segment.info.base) {
+                // It is removed at the next start.
+                tracing::warn!(partition = %shared.id, base = %segment.info.base, %error, "a segment was not removed");
+            }
+        }
+        shared.state().names_changed = true;
+        shared.touch(0);
+        Ok(bytes)
+    }
+
+    /// Makes the snapshot durable at what will be the local start: nothing below it can be read again.
+    fn keep_tables(&self, below: Offset) -> io::Result<()> {
+        let shared = &self.shared;
+        let segments: Vec<SegmentInfo> = shared.state().segments.iter().map(|segment| segment.info).collect();
+        let sealed = &segments[..segments.len() - 1];
+        let start = segments[sealed.partition_point(|info| info.end <= below)].base;
+        let path = shared.path(start, "snapshot");
+        let disk = &shared.core.disk;
+        if !disk.read(&path).is_ok_and(|file| Snapshot::decode(&file, start).is_some()) {
+            let (_, tables, damage) = tables_at(&shared.core, &shared.dir, &segments, start)?;
+            if let Some(why) = damage {
+                return Err(io::Error::new(io::ErrorKind::InvalidData, why));
+            }
+            disk.write(&path, &Snapshot::encode(&tables.epochs, &tables.producers, start))?;
+        }
+        disk.open(&path, Mode::Write)?.sync()?;
+        disk.sync_dir(&shared.dir)
+    }
+
+    fn writable(&self) -> Result<(), ChangeError> {
+        self.shared.refusal().map_or(Ok(()), |reason| Err(ChangeError::Failed { reason }))
+    }
+
+    /// The files are in an unknown state between two logs: nothing is written any more, and a restart sees to it.
+    fn failed_change(&self, error: &io::Error) -> ChangeError {
+        let reason = format!("the log could not be cut: {error}");
+        self.shared.fail(reason.clone());
+        ChangeError::Failed { reason }
+    }
+}

@@ -1,0 +1,151 @@
+//! The checkpoint: what is known of every replica of a data directory without reading it, in one file that is replaced whole.
+
+use std::{io, path::Path};
+
+use bytes::{Buf, BufMut, BytesMut};
+use uuid::Uuid;
+
+use super::{disk::Disk, epochs::EpochHistory, producers::ProducerTable, segment::SegmentInfo};
+use crate::model::{Offset, PartitionId, TopicId};
+
+const MAGIC: &[u8; 8] = b"STRLCKP1";
+pub(super) const NAME: &str = "checkpoint";
+
+/// All that a data directory knew at one moment.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Checkpoint {
+    /// Replay begins with this round.
+    pub(super) first_round: u64,
+    /// The largest generation given.
+    pub(super) generation: u64,
+    /// Written as the last thing of a clean stop.
+    pub(super) clean: bool,
+    pub(super) replicas: Vec<ReplicaRecord>,
+}
+
+/// One replica.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct ReplicaRecord {
+    pub(super) id: PartitionId,
+    pub(super) generation: u64,
+    pub(super) log_start: Offset,
+    /// All below was durable, in a segment or in the journal.
+    pub(super) persisted: Offset,
+    /// The segments, at least one; the last ends at the recovery point.
+    pub(super) segments: Vec<SegmentInfo>,
+    /// Epochs at the recovery point.
+    pub(super) epochs: EpochHistory,
+    /// Producers at the recovery point.
+    pub(super) producers: ProducerTable,
+    /// Why it is not served any more: what was durable is not there, by the journal. Stays until it is deleted.
+    pub(super) lost: Option<String>,
+}
+
+impl ReplicaRecord {
+    /// A replica without records.
+    pub(super) fn empty(id: PartitionId, generation: u64, start: Offset, now_ms: i64) -> Self {
+        Self {
+            id,
+            generation,
+            log_start: start,
+            persisted: start,
+            segments: vec![SegmentInfo::empty(start, now_ms)],
+            epochs: EpochHistory::new(),
+            producers: ProducerTable::new(),
+            lost: None,
+        }
+    }
+
+    fn encode(&self, out: &mut BytesMut) {
+        out.put_slice(self.id.topic.as_bytes());
+        out.put_u32(self.id.number);
+        out.put_u64(self.generation);
+        out.put_u64(self.log_start.get());
+        out.put_u64(self.persisted.get());
+        out.put_u32(u32::try_from(self.segments.len()).unwrap_or(u32::MAX));
+        for segment in &self.segments {
+            segment.encode(out);
+        }
+        self.epochs.encode(out);
+        self.producers.encode(out);
+        let lost = self.lost.as_deref().unwrap_or_default();
+        out.put_u32(u32::try_from(lost.len()).unwrap_or(u32::MAX));
+        out.put_slice(lost.as_bytes());
+    }
+
+    fn decode(from: &mut impl Buf) -> Option<Self> {
+        let mut topic = [0; 16];
+        from.try_copy_to_slice(&mut topic).ok()?;
+        let id = PartitionId::new(TopicId::from_bytes(topic), from.try_get_u32().ok()?);
+        let generation = from.try_get_u64().ok()?;
+        let log_start = Offset::new(from.try_get_u64().ok()?)?;
+        let persisted = Offset::new(from.try_get_u64().ok()?)?;
+        let mut segments = Vec::new();
+        for _ in 0..from.try_get_u32().ok()? {
+            segments.push(SegmentInfo::decode(from)?);
+        }
+        let chained = segments.windows(2).all(|pair| pair[0].end == pair[1].base);
+        let epochs = EpochHistory::decode(from)?;
+        let producers = ProducerTable::decode(from)?;
+        let lost = usize::try_from(from.try_get_u32().ok()?).ok()?;
+        if from.remaining() < lost {
+            return None;
+        }
+        let lost = String::from_utf8(from.copy_to_bytes(lost).to_vec()).ok()?;
+        let lost = (!lost.is_empty()).then_some(lost);
+        let record = Self { id, generation, log_start, persisted, segments, epochs, producers, lost };
+        (chained && !record.segments.is_empty()).then_some(record)
+    }
+}
+
+impl Checkpoint {
+    fn encode(&self, directory: Uuid) -> BytesMut {
+        let mut out = BytesMut::with_capacity(64 + self.replicas.len() * 192);
+        out.put_slice(MAGIC);
+        out.put_slice(directory.as_bytes());
+        out.put_u64(self.first_round);
+        out.put_u64(self.generation);
+        out.put_u8(u8::from(self.clean));
+        out.put_u32(u32::try_from(self.replicas.len()).unwrap_or(u32::MAX));
+        for replica in &self.replicas {
+            replica.encode(&mut out);
+        }
+        let crc = crc32c::crc32c(&out);
+        out.put_u32(crc);
+        out
+    }
+
+    fn decode(file: &[u8], directory: Uuid) -> Option<Self> {
+        let (mut content, crc) = file.split_at_checked(file.len().checked_sub(4)?)?;
+        if crc32c::crc32c(content).to_be_bytes() != crc || content.get(..8)? != MAGIC {
+            return None;
+        }
+        content.advance(8);
+        if content.get(..16)? != directory.as_bytes() {
+            return None;
+        }
+        content.advance(16);
+        let first_round = content.try_get_u64().ok()?;
+        let generation = content.try_get_u64().ok()?;
+        let clean = content.try_get_u8().ok()? == 1;
+        let mut replicas = Vec::new();
+        for _ in 0..content.try_get_u32().ok()? {
+            replicas.push(ReplicaRecord::decode(&mut content)?);
+        }
+        content.is_empty().then_some(Self { first_round, generation, clean, replicas })
+    }
+
+    /// The checkpoint of a data directory; `None` when it is missing or damaged.
+    pub(super) fn read(disk: &dyn Disk, dir: &Path, directory: Uuid) -> io::Result<Option<Self>> {
+        match disk.read(&dir.join(NAME)) {
+            Ok(file) => Ok(Self::decode(&file, directory)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Replaces the checkpoint, durably.
+    pub(super) fn write(&self, disk: &dyn Disk, dir: &Path, directory: Uuid) -> io::Result<()> {
+        disk.replace(&dir.join(NAME), &self.encode(directory))
+    }
+}

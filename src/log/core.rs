@@ -1,0 +1,167 @@
+//! What all replicas of a data directory share: its disk, options, open files, tail buffer, journal, and the list of
+//! what is to be synced.
+
+use std::{
+    path::PathBuf,
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+};
+
+use super::{
+    directory::Inner,
+    disk::Disk,
+    error::{ChangeError, PersistError},
+    files::Files,
+    journal::{Done, Item, Journal, entry::EntryHead},
+    shared::Shared,
+    tail::Tail,
+};
+use crate::{limits, telemetry::Metrics};
+
+/// Bytes that may be appended before the file system is asked again how much is free.
+const GRANT: u64 = 4 << 20;
+
+/// What a user may choose about a data directory.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Bytes of the journal's files together, when all are there. They are made as they are needed.
+    pub journal_bytes: u64,
+    /// Where the journal lies; in the data directory when not set. May be a device of its own.
+    pub journal_dir: Option<PathBuf>,
+    /// Most bytes of one round: one write and one sync.
+    pub round_bytes: usize,
+    /// What is handed over at once beyond this is synced in its segment instead of being written twice.
+    pub journal_most: usize,
+    /// Bytes of the last batches of all partitions that are kept in memory.
+    pub tail_bytes: usize,
+    /// Unsynced bytes of all segments together after which they are synced behind.
+    pub sync_bytes: u64,
+    /// How long a segment stays unsynced at most, about.
+    pub sync_after: std::time::Duration,
+    /// Bytes of the disk that appends leave free, for what must be written before anything can be deleted: checkpoints, indexes,
+    /// the metadata store beside the log.
+    pub reserve_bytes: u64,
+    /// Where rounds of the journal are counted.
+    pub metrics: Metrics,
+    /// No threads: [`Log::journal_step`](super::Log::journal_step) and [`Log::sync_step`](super::Log::sync_step) do their work. For the simulator.
+    pub manual: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            journal_bytes: 512 << 20,
+            journal_dir: None,
+            round_bytes: 4 << 20,
+            journal_most: 8 << 20,
+            tail_bytes: 128 << 20,
+            sync_bytes: 64 << 20,
+            sync_after: std::time::Duration::from_secs(10),
+            reserve_bytes: limits::DISK_RESERVE_BYTES,
+            metrics: Metrics::new(),
+            manual: false,
+        }
+    }
+}
+
+pub(super) struct Core {
+    pub(super) disk: Arc<dyn Disk>,
+    pub(super) dir: PathBuf,
+    pub(super) options: Options,
+    pub(super) files: Files,
+    pub(super) tail: Tail,
+    pub(super) journal: Journal,
+    pub(super) generation: AtomicU64,
+    pub(super) closed: AtomicBool,
+    pub(super) disk_full: AtomicBool,
+    /// Bytes that may be appended without asking the file system.
+    pub(super) granted: AtomicU64,
+    pub(super) work: Mutex<Work>,
+    pub(super) wake: Condvar,
+    /// For `manual`: who does a step when something has to be waited for.
+    pub(super) owner: OnceLock<Weak<Inner>>,
+}
+
+/// What the syncing thread has to do.
+#[derive(Default)]
+pub(super) struct Work {
+    pub(super) dirty: Vec<Arc<Shared>>,
+    pub(super) dirty_bytes: u64,
+    pub(super) since: Option<tokio::time::Instant>,
+    pub(super) jobs: std::collections::VecDeque<SyncJob>,
+    /// The ring runs short.
+    pub(super) urgent: bool,
+    pub(super) stopping: bool,
+}
+
+/// Bytes too many for the journal: to be synced in their segments.
+pub(super) struct SyncJob {
+    pub(super) replica: Arc<Shared>,
+    pub(super) head: EntryHead,
+    pub(super) done: Done,
+}
+
+impl Core {
+    pub(super) fn work(&self) -> MutexGuard<'_, Work> {
+        self.work.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A number larger than every one before it in this data directory.
+    pub(super) fn next_generation(&self) -> u64 {
+        self.generation.fetch_add(1, Ordering::AcqRel) + 1
+    }
+
+    /// Why nothing can be written to this data directory.
+    pub(super) fn refusal(&self) -> Option<String> {
+        if let Some(reason) = self.journal.failed() {
+            return Some(reason.to_owned());
+        }
+        self.closed.load(Ordering::Acquire).then(|| "the log is closed".to_owned())
+    }
+
+    /// Puts an entry into the journal without waiting.
+    pub(super) fn note(&self, replica: &Arc<Shared>, head: EntryHead) {
+        self.journal.submit(Item { head, batches: Vec::new(), bytes: 0, replica: replica.clone(), done: None });
+    }
+
+    /// Puts an entry into the journal and waits until it is durable: one sync.
+    pub(super) fn commit(&self, replica: &Arc<Shared>, head: EntryHead) -> Result<(), ChangeError> {
+        let (sender, receiver) = std::sync::mpsc::sync_channel(1);
+        let done: Done = Box::new(move |result| drop(sender.send(result)));
+        self.journal.submit(Item { head, batches: Vec::new(), bytes: 0, replica: replica.clone(), done: Some(done) });
+        if self.options.manual
+            && let Some(inner) = self.owner.get().and_then(Weak::upgrade)
+        {
+            while self.journal.pending() && inner.journal_step() {}
+        }
+        match receiver.recv() {
+            Ok(Ok(_)) | Ok(Err(PersistError::Cut)) => Ok(()),
+            Ok(Err(error)) => Err(ChangeError::Failed { reason: error.to_string() }),
+            Err(_) => Err(ChangeError::Failed { reason: "the log is closed".to_owned() }),
+        }
+    }
+
+    /// Whether so many bytes may be appended and the reserve stays free. Without the reserve a log that filled its disk could
+    /// not be helped: the commit that lets segments go needs room itself.
+    pub(super) fn has_room(&self, bytes: u64) -> bool {
+        let Options { reserve_bytes, .. } = self.options;
+        let take = |granted: u64| granted.checked_sub(bytes);
+        if reserve_bytes == 0 || self.granted.fetch_update(Ordering::AcqRel, Ordering::Acquire, take).is_ok() {
+            return true;
+        }
+        // A file system that does not say is written to until it refuses.
+        let Ok(free) = self.disk.free_bytes(&self.dir) else { return true };
+        let owed = self.journal.ring.lock().unwrap_or_else(PoisonError::into_inner).owed();
+        let Some(left) = free.checked_sub(reserve_bytes + owed + bytes) else { return false };
+        self.granted.store(left.min(GRANT), Ordering::Release);
+        true
+    }
+
+    /// Asks for segments to be synced now, because the journal's ring runs short.
+    pub(super) fn hurry(&self) {
+        self.work().urgent = true;
+        self.wake.notify_all();
+    }
+}

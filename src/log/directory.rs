@@ -1,0 +1,442 @@
+//! One data directory: opened, its replicas handed out, closed.
+
+use std::{
+    collections::HashMap,
+    io,
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    thread::JoinHandle,
+    time::Duration,
+};
+
+use uuid::Uuid;
+
+use super::{
+    checkpoint::ReplicaRecord,
+    core::{Core, Options, Work},
+    disk::{Disk, Mode},
+    error::{OpenError, PersistError, ReplicaError, is_full},
+    files::Files,
+    identity::{self, Identity, io_error},
+    journal::{Journal, Room, entry::Kind, ring::Ring},
+    recover::{Dormant, recover, remove_caches_above, remove_segment},
+    replica::{Replica, write_caches},
+    segment::base_of,
+    shared::{Shared, replica_dir},
+    startup, sync,
+    tail::Tail,
+};
+use crate::{
+    model::{Offset, PartitionId},
+    task::{self, clock},
+};
+
+/// One data directory. Clones share it; it stops without a clean end when the last is dropped.
+#[derive(Clone)]
+pub struct Log {
+    inner: Arc<Inner>,
+    threads: Arc<Threads>,
+}
+
+/// How a data directory is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Status {
+    /// Why it takes no writes, when it does not.
+    pub failed: Option<String>,
+    /// Whether the last append found the disk full.
+    pub disk_full: bool,
+    /// Replicas, opened or not.
+    pub replicas: usize,
+    /// Opened replicas that take no writes, and why.
+    pub failed_replicas: Vec<(PartitionId, String)>,
+    /// Bytes of the segments of opened replicas.
+    pub segment_bytes: u64,
+    /// Bytes of the journal's files.
+    pub journal_bytes: u64,
+    /// Bytes of the tail buffer in use.
+    pub tail_bytes: usize,
+    /// Bytes that can still be written; 0 when the file system does not say.
+    pub free_bytes: u64,
+}
+
+pub(super) struct Inner {
+    pub(super) core: Arc<Core>,
+    pub(super) directory_id: Uuid,
+    pub(super) preparing: Mutex<()>,
+    registry: Mutex<Registry>,
+    opened_clean: bool,
+    _lock: Box<dyn Send + Sync>,
+}
+
+#[derive(Default)]
+pub(super) struct Registry {
+    pub(super) open: HashMap<PartitionId, Arc<Shared>>,
+    pub(super) dormant: HashMap<PartitionId, Dormant>,
+}
+
+struct Threads {
+    inner: Arc<Inner>,
+    handles: Mutex<Vec<JoinHandle<()>>>,
+}
+
+impl Log {
+    /// Opens a data directory, or makes it. Reads the journal after a crash, and never the segments. Blocks.
+    pub fn open(disk: Arc<dyn Disk>, dir: &Path, identity: &Identity, options: Options) -> Result<Self, OpenError> {
+        let lock = identity::lock(&*disk, dir)?;
+        let (directory_id, fresh) = identity::check(&*disk, dir, identity)?;
+        let found = startup::load(&disk, dir, directory_id, fresh, &options)?;
+        let journal_dir = options.journal_dir.clone().unwrap_or_else(|| dir.join("journal"));
+        let most = 16;
+        let file_bytes = (options.journal_bytes / most).next_multiple_of(4096).max(64 << 10);
+        // A round has to fit into a file, several times.
+        let round_bytes = options.round_bytes.min(usize::try_from(file_bytes / 3).unwrap_or(usize::MAX));
+        let options = Options { round_bytes, ..options };
+        let ring = Ring::open(disk.clone(), &journal_dir, file_bytes, usize::try_from(most).unwrap_or(16))
+            .map_err(io_error(&journal_dir, "open the journal"))?;
+        let core = Arc::new(Core {
+            files: Files::new(disk.clone()),
+            disk,
+            dir: dir.to_owned(),
+            tail: Tail::new(options.tail_bytes),
+            journal: Journal::new(directory_id, round_bytes, ring, found.first_round, options.metrics.clone()),
+            generation: AtomicU64::new(found.generation),
+            closed: AtomicBool::new(false),
+            disk_full: AtomicBool::new(false),
+            granted: AtomicU64::new(0),
+            work: Mutex::new(Work::default()),
+            wake: std::sync::Condvar::new(),
+            owner: std::sync::OnceLock::new(),
+            options,
+        });
+        let registry = Registry { open: HashMap::new(), dormant: found.replicas };
+        let inner = Arc::new(Inner {
+            core,
+            directory_id,
+            preparing: Mutex::new(()),
+            registry: Mutex::new(registry),
+            opened_clean: found.clean,
+            _lock: lock,
+        });
+        drop(inner.core.owner.set(Arc::downgrade(&inner)));
+        let no_file = inner.ring().wants_file();
+        if no_file {
+            inner.prepare_file(true).map_err(io_error(&journal_dir, "make the journal"))?;
+        }
+        let handles = if inner.core.options.manual { Vec::new() } else { inner.start() };
+        let threads = Arc::new(Threads { inner: inner.clone(), handles: Mutex::new(handles) });
+        Ok(Self { inner, threads })
+    }
+
+    /// The id that was drawn when the directory was made. A directory without it is another one.
+    pub fn directory_id(&self) -> Uuid {
+        self.inner.directory_id
+    }
+
+    /// Whether the directory was closed cleanly before: everything written is there, `replicated` topics included.
+    pub fn opened_clean(&self) -> bool {
+        self.inner.opened_clean
+    }
+
+    /// The replicas here, in order.
+    pub fn partitions(&self) -> Vec<PartitionId> {
+        let registry = self.inner.registry();
+        let mut ids: Vec<_> = registry.open.keys().chain(registry.dormant.keys()).copied().collect();
+        ids.sort_unstable();
+        ids
+    }
+
+    /// Opens a replica, or makes it, empty, at `start`. Blocks; after a crash it reads what was not synced.
+    pub fn open_replica(&self, id: PartitionId, start: Offset) -> Result<Replica, ReplicaError> {
+        let inner = &self.inner;
+        if let Some(reason) = inner.core.refusal() {
+            return Err(ReplicaError::Failed { reason });
+        }
+        let (shared, dormant) = {
+            let registry = inner.registry();
+            (registry.open.get(&id).cloned(), registry.dormant.get(&id).cloned())
+        };
+        let shared = match (shared, dormant) {
+            (Some(shared), _) => shared,
+            (None, Some(dormant)) => {
+                let dir = replica_dir(&inner.core.dir, id);
+                let clean = dormant.clean;
+                let record = recover(&inner.core, &dir, dormant)?;
+                inner.adopt(id, dir, record, clean)
+            }
+            (None, None) => inner.create(id, start)?,
+        };
+        if shared.taken.swap(true, Ordering::AcqRel) {
+            return Err(ReplicaError::Open { id });
+        }
+        Ok(Replica::new(shared))
+    }
+
+    /// Deletes a replica and its files; nothing happens where it is not. Its [`Replica`] was dropped before. Waits for two
+    /// rounds of the journal; it does not come back once this returned.
+    pub fn delete_replica(&self, id: PartitionId) -> Result<(), ReplicaError> {
+        let inner = &self.inner;
+        let shared = {
+            let mut registry = inner.registry();
+            if registry.open.get(&id).is_some_and(|open| open.taken.load(Ordering::Acquire)) {
+                return Err(ReplicaError::Open { id });
+            }
+            match (registry.open.remove(&id), registry.dormant.remove(&id)) {
+                (Some(open), _) => open,
+                (None, Some(dormant)) => Shared::new(&inner.core, replica_dir(&inner.core.dir, id), dormant.record),
+                (None, None) => return Ok(()),
+            }
+        };
+        drop(shared.failed.set("the replica was deleted".to_owned()));
+        shared.core.tail.truncate(&shared.tail, Offset::ZERO);
+        let generation = inner.core.next_generation();
+        shared.state().generation = generation;
+        let failed = |error: super::error::ChangeError| ReplicaError::Failed { reason: error.to_string() };
+        let head = |kind| shared.head(kind, generation, Offset::ZERO, Offset::ZERO);
+        inner.core.commit(&shared, head(Kind::Delete)).map_err(failed)?;
+        for segment in &shared.state().segments {
+            inner.core.files.forget(segment.file.serial);
+        }
+        startup::remove_replica(&*inner.core.disk, &shared.dir).map_err(|source| ReplicaError::Io {
+            id,
+            path: shared.dir.clone(),
+            source,
+        })?;
+        inner.core.commit(&shared, head(Kind::Settled)).map_err(failed)
+    }
+
+    /// How the directory is.
+    pub fn status(&self) -> Status {
+        let core = &self.inner.core;
+        let open = self.inner.open_replicas();
+        let failed = open.iter().filter_map(|replica| Some((replica.id, replica.failed.get()?.clone())));
+        Status {
+            failed: core.refusal(),
+            disk_full: core.disk_full.load(Ordering::Relaxed),
+            replicas: open.len() + self.inner.registry().dormant.len(),
+            failed_replicas: failed.collect(),
+            segment_bytes: open.iter().map(|replica| replica.state().bytes()).sum(),
+            journal_bytes: self.inner.ring().bytes(),
+            tail_bytes: core.tail.used(),
+            free_bytes: core.disk.free_bytes(&core.dir).unwrap_or(0),
+        }
+    }
+
+    /// Syncs everything, writes the last checkpoint and stops the threads. Appends are refused from now on. An error
+    /// means that the next start will look for what was not synced.
+    pub fn close(&self) -> Result<(), PersistError> {
+        let inner = &self.inner;
+        if inner.core.closed.swap(true, Ordering::AcqRel) {
+            return Ok(());
+        }
+        for replica in inner.open_replicas() {
+            if replica.state().index.is_some() {
+                write_caches(&replica);
+            }
+        }
+        inner.sync_step();
+        inner.core.journal.close();
+        while inner.core.options.manual && inner.journal_step() {}
+        self.threads.stop();
+        inner.sync_step();
+        let failed = |reason: String| Err(PersistError::Failed { reason });
+        if let Some(reason) = inner.core.journal.failed() {
+            return failed(reason.to_owned());
+        }
+        let whole = inner.open_replicas().iter().all(|replica| {
+            let state = replica.state();
+            replica.failed.get().is_none() && state.recovery.segment.end == state.log_end()
+        });
+        if !whole {
+            return inner.recycle().or_else(|error| failed(format!("the checkpoint could not be written: {error}")));
+        }
+        let checkpoint = inner.checkpoint(inner.core.journal.next_round(), true);
+        let written = checkpoint.write(&*inner.core.disk, &inner.core.dir, inner.directory_id);
+        written.or_else(|error| failed(format!("the checkpoint could not be written: {error}")))
+    }
+
+    /// With `manual`: writes one round of the journal. False when there was nothing to write, or no room to write it.
+    pub fn journal_step(&self) -> bool {
+        self.inner.journal_step()
+    }
+
+    #[cfg(test)]
+    pub(super) fn inner_recycle(&self) {
+        self.inner.recycle().expect("the disk works");
+    }
+
+    /// With `manual`: syncs everything that is not, and gives up journal files that are not needed.
+    pub fn sync_step(&self) {
+        self.inner.sync_step();
+    }
+}
+
+impl Inner {
+    pub(super) fn registry(&self) -> MutexGuard<'_, Registry> {
+        self.registry.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn ring(&self) -> MutexGuard<'_, Ring> {
+        self.core.journal.ring.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn open_replicas(&self) -> Vec<Arc<Shared>> {
+        self.registry().open.values().cloned().collect()
+    }
+
+    /// Makes a recovered replica one that is open.
+    fn adopt(&self, id: PartitionId, dir: PathBuf, record: ReplicaRecord, clean: bool) -> Arc<Shared> {
+        let mut registry = self.registry();
+        if let Some(shared) = registry.open.get(&id) {
+            return shared.clone();
+        }
+        let synced = registry.dormant.remove(&id).map(|dormant| dormant.record);
+        let shared = Shared::new(&self.core, dir, record);
+        registry.open.insert(id, shared.clone());
+        drop(registry);
+        if let Some(synced) = synced.filter(|_| !clean) {
+            // What the scan found beyond the old recovery point may not be synced.
+            {
+                let mut state = shared.state();
+                let segment = *synced.segments.last().expect("a record has a segment");
+                state.persisted_end = synced.persisted.max(segment.end);
+                let (epochs, producers) = (Arc::new(synced.epochs), Arc::new(synced.producers));
+                state.recovery = super::shared::Recovery { segment, epochs, producers };
+                state.names_changed = true;
+                for held in &state.segments {
+                    held.file.dirty.store(held.info.base >= segment.base && held.info.bytes > 0, Ordering::Release);
+                }
+            }
+            shared.touch(0);
+        }
+        shared
+    }
+
+    fn create(&self, id: PartitionId, start: Offset) -> Result<Arc<Shared>, ReplicaError> {
+        let dir = replica_dir(&self.core.dir, id);
+        let io = |source| ReplicaError::Io { id, path: dir.clone(), source };
+        let disk = &self.core.disk;
+        match disk.list(&dir) {
+            // Of a replica whose deletion was cut short, or whose creation nobody was told of.
+            Ok(left) => {
+                for base in left.iter().filter_map(|entry| base_of(&entry.name)) {
+                    remove_segment(&self.core, &dir, base).map_err(io)?;
+                }
+                remove_caches_above(&self.core, &dir, Offset::ZERO).map_err(io)?;
+                // A loss of power must not bring back its records in the place of ours. Somebody may have come as far as here before.
+                disk.sync_dir(&dir).map_err(io)?;
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => disk.create_dir_all(&dir).map_err(io)?,
+            Err(error) => return Err(io(error)),
+        }
+        let record = ReplicaRecord::empty(id, self.core.next_generation(), start, clock::wall_ms());
+        let shared = Shared::new(&self.core, dir.clone(), record);
+        let file = shared.state().active().file.clone();
+        disk.open(&file.path, Mode::Write).map_err(io)?;
+        file.dirty.store(true, Ordering::Release);
+        let generation = {
+            let mut state = shared.state();
+            state.names_changed = true;
+            state.generation
+        };
+        self.registry().open.insert(id, shared.clone());
+        self.core.note(&shared, shared.head(Kind::Create, generation, start, start));
+        shared.touch(0);
+        Ok(shared)
+    }
+
+    /// Writes one round of the journal, having made room for it. Does the syncing itself where no thread does.
+    pub(super) fn journal_step(&self) -> bool {
+        let journal = &self.core.journal;
+        if !journal.pending() {
+            return false;
+        }
+        for _ in 0..3 {
+            match self.make_room() {
+                Some(Room::Ready | Room::Entered) => {
+                    journal.step();
+                    return true;
+                }
+                Some(Room::NeedsFile) => {
+                    self.sync_step();
+                }
+                None => return true,
+            }
+        }
+        false
+    }
+
+    /// `None` when the journal has failed.
+    fn make_room(&self) -> Option<Room> {
+        match self.core.journal.make_room(&mut || self.prepare_file(false)) {
+            Ok(room) => Some(room),
+            Err(error) if is_full(&error) => Some(Room::NeedsFile),
+            Err(error) => {
+                self.core.journal.fail(&error);
+                None
+            }
+        }
+    }
+
+    fn start(self: &Arc<Self>) -> Vec<JoinHandle<()>> {
+        let (writer, syncer) = (self.clone(), self.clone());
+        vec![
+            task::thread("journal", move || writer.write_journal()),
+            task::thread("segment-sync", move || sync::run(&syncer)),
+        ]
+    }
+
+    /// The journal's thread.
+    fn write_journal(&self) {
+        const PATIENCE: Duration = Duration::from_millis(100);
+        let journal = &self.core.journal;
+        while journal.wait() {
+            let Some(room) = self.make_room() else { continue };
+            if !matches!(room, Room::NeedsFile) {
+                journal.step();
+                let (short, wants) = {
+                    let ring = self.ring();
+                    (ring.short(), ring.wants_file())
+                };
+                if matches!(room, Room::Entered) && (short || wants) {
+                    self.core.hurry();
+                }
+            } else if self.core.work().stopping || journal.is_closed() {
+                if !self.sync_step() {
+                    journal.fail(&io::Error::other("the log stops, and the journal has no free file"));
+                }
+            } else {
+                self.core.hurry();
+                journal.wait_for_file(PATIENCE);
+            }
+        }
+    }
+}
+
+impl Threads {
+    /// Ends the threads; what is queued for the journal is still written.
+    fn stop(&self) {
+        self.inner.core.journal.close();
+        let handles = std::mem::take(&mut *self.handles.lock().unwrap_or_else(PoisonError::into_inner));
+        {
+            self.inner.core.work().stopping = true;
+            self.inner.core.wake.notify_all();
+        }
+        for handle in handles {
+            if handle.join().is_err() {
+                tracing::error!("a thread of the log has panicked");
+            }
+        }
+    }
+}
+
+impl Drop for Threads {
+    fn drop(&mut self) {
+        self.inner.core.closed.store(true, Ordering::Release);
+        self.stop();
+        // Replicas and readers may outlive the log: they hold the core, which must not hold them.
+        drop(std::mem::take(&mut *self.inner.core.work()));
+    }
+}

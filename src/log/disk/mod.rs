@@ -1,0 +1,127 @@
+//! The one door to the file system. Everything in `log` reaches files through [`Disk`], so that the simulator can take
+//! the power away at any moment. Calls block.
+//!
+//! What a crash may do, and both implementations agree on: bytes that were not synced may be there, missing, or there in
+//! part, by sectors; a name that was made, removed or renamed may be as before until its directory is synced.
+
+mod real;
+mod sim;
+
+use std::{
+    io::{self, IoSlice},
+    path::Path,
+    sync::Arc,
+};
+
+pub use real::RealDisk;
+pub use sim::SimDisk;
+
+/// Size and alignment of everything that is written to the journal, in bytes.
+pub const BLOCK: usize = 4096;
+
+/// A file system.
+pub trait Disk: Send + Sync + 'static {
+    /// Makes a directory and those above it; nothing happens where it is.
+    fn create_dir_all(&self, dir: &Path) -> io::Result<()>;
+
+    /// Makes the names in a directory durable.
+    fn sync_dir(&self, dir: &Path) -> io::Result<()>;
+
+    /// What a directory holds, sorted by name.
+    fn list(&self, dir: &Path) -> io::Result<Vec<Entry>>;
+
+    /// Opens a file.
+    fn open(&self, path: &Path, mode: Mode) -> io::Result<Arc<dyn File>>;
+
+    /// Gives a file another name, replacing what has it.
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
+
+    /// Removes a file. Whoever has it open can still read it.
+    fn remove(&self, path: &Path) -> io::Result<()>;
+
+    /// Removes an empty directory.
+    fn remove_dir(&self, dir: &Path) -> io::Result<()>;
+
+    /// Takes an exclusive lock on a file, which is made if absent, and writes this process's id into it. `WouldBlock`
+    /// when another process has it. The lock ends when the returned value is dropped or the process ends.
+    fn lock(&self, path: &Path) -> io::Result<Box<dyn Send + Sync>>;
+
+    /// Bytes that can still be written in the file system of `dir`.
+    fn free_bytes(&self, dir: &Path) -> io::Result<u64>;
+
+    /// How many files may be held open at once by the log.
+    fn open_files(&self) -> usize;
+
+    /// Reads a whole file.
+    fn read(&self, path: &Path) -> io::Result<Vec<u8>> {
+        let file = self.open(path, Mode::Read)?;
+        let len = file.size()?;
+        let mut bytes = vec![0; usize::try_from(len).map_err(|_| io::ErrorKind::FileTooLarge)?];
+        let got = file.read_at(&mut bytes, 0)?;
+        bytes.truncate(got);
+        Ok(bytes)
+    }
+
+    /// Writes a whole file, unsynced.
+    fn write(&self, path: &Path, bytes: &[u8]) -> io::Result<Arc<dyn File>> {
+        let file = self.open(path, Mode::Write)?;
+        file.truncate(0)?;
+        file.write_at(&[IoSlice::new(bytes)], 0)?;
+        Ok(file)
+    }
+
+    /// Replaces a file at once and durably: a crash leaves the old or the new content.
+    fn replace(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
+        let temporary = path.with_extension("tmp");
+        self.write(&temporary, bytes)?.sync()?;
+        self.rename(&temporary, path)?;
+        self.sync_dir(path.parent().unwrap_or(Path::new(".")))
+    }
+}
+
+/// How a file is opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// For reading; must exist.
+    Read,
+    /// For reading and writing; made when absent.
+    Write,
+    /// For [`File::write_durable`], past the page cache where the file system can do that; made when absent.
+    Direct,
+}
+
+/// A name in a directory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// The name, without the directory.
+    pub name: String,
+    /// Whether it is a directory.
+    pub is_dir: bool,
+    /// Bytes, for a file.
+    pub len: u64,
+}
+
+/// An open file. Handles are shared between threads; every call says where it reads or writes.
+pub trait File: Send + Sync {
+    /// Its length in bytes.
+    fn size(&self) -> io::Result<u64>;
+
+    /// Fills `buffer` from `at`; fewer bytes only at the end of the file.
+    fn read_at(&self, buffer: &mut [u8], at: u64) -> io::Result<usize>;
+
+    /// Writes all slices one after the other from `at`.
+    fn write_at(&self, slices: &[IoSlice<'_>], at: u64) -> io::Result<()>;
+
+    /// Writes whole blocks and returns when they are on stable storage. `bytes` begins at a multiple of [`BLOCK`] in
+    /// memory, `at` and the length are multiples of it.
+    fn write_durable(&self, bytes: &[u8], at: u64) -> io::Result<()>;
+
+    /// Cuts or extends (with zeros) the file.
+    fn truncate(&self, len: u64) -> io::Result<()>;
+
+    /// Makes content and length durable.
+    fn sync(&self) -> io::Result<()>;
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,151 @@
+//! Which leader epoch wrote which offsets: what a follower compares with its leader before it copies (KIP-101, KIP-279).
+//! Pure.
+
+use bytes::{Buf, BufMut};
+
+use crate::model::{LeaderEpoch, Offset};
+
+/// The epochs of one log, each with the first offset written in it. Both grow strictly.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct EpochHistory {
+    starts: Vec<(LeaderEpoch, Offset)>,
+}
+
+impl EpochHistory {
+    /// No epochs.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Every epoch and where it starts, oldest first.
+    pub fn iter(&self) -> impl ExactSizeIterator<Item = (LeaderEpoch, Offset)> + '_ {
+        self.starts.iter().copied()
+    }
+
+    /// The newest epoch and where it starts.
+    pub fn last(&self) -> Option<(LeaderEpoch, Offset)> {
+        self.starts.last().copied()
+    }
+
+    /// The epoch that wrote `offset`, which lies in the log.
+    pub fn at(&self, offset: Offset) -> Option<LeaderEpoch> {
+        let after = self.starts.partition_point(|(_, start)| *start <= offset);
+        after.checked_sub(1).map(|i| self.starts[i].0)
+    }
+
+    /// Notes that a batch at `start` has this epoch. False when the epoch falls, which no log may show.
+    #[must_use]
+    pub fn note(&mut self, epoch: LeaderEpoch, start: Offset) -> bool {
+        match self.starts.last() {
+            Some((last, _)) if *last == epoch => true,
+            Some((last, last_start)) if *last > epoch || *last_start > start => false,
+            found => {
+                // All that the last epoch wrote lies below the log start.
+                if found.is_some_and(|(_, last_start)| *last_start == start) {
+                    self.starts.pop();
+                }
+                self.starts.push((epoch, start));
+                true
+            }
+        }
+    }
+
+    /// The largest epoch not above `epoch` that wrote here, and the end of what it wrote, in a log that ends at
+    /// `log_end`. `None` when every epoch here is newer.
+    pub fn end_of(&self, epoch: LeaderEpoch, log_end: Offset) -> Option<(LeaderEpoch, Offset)> {
+        let after = self.starts.partition_point(|(known, _)| *known <= epoch);
+        let found = self.starts.get(after.checked_sub(1)?)?.0;
+        Some((found, self.starts.get(after).map_or(log_end, |(_, start)| *start)))
+    }
+
+    /// Forgets what starts at `end` or after it.
+    pub fn truncate(&mut self, end: Offset) {
+        self.starts.retain(|(_, start)| *start < end);
+    }
+
+    /// Forgets epochs that end at or below `start`; the one that holds `start` begins there from now on.
+    pub fn forget_below(&mut self, start: Offset) {
+        let holding = self.starts.partition_point(|(_, first)| *first <= start).saturating_sub(1);
+        self.starts.drain(..holding);
+        if let Some((_, first)) = self.starts.first_mut() {
+            *first = (*first).max(start);
+        }
+    }
+
+    /// The part that lies in `start..end`.
+    #[must_use]
+    pub fn between(&self, start: Offset, end: Offset) -> Self {
+        let mut part = self.clone();
+        part.truncate(end);
+        part.forget_below(start);
+        part
+    }
+
+    pub(super) fn encode(&self, out: &mut impl BufMut) {
+        out.put_u32(u32::try_from(self.starts.len()).unwrap_or(u32::MAX));
+        for (epoch, start) in &self.starts {
+            out.put_u32(epoch.0);
+            out.put_u64(start.get());
+        }
+    }
+
+    pub(super) fn decode(from: &mut impl Buf) -> Option<Self> {
+        let count = usize::try_from(from.try_get_u32().ok()?).ok()?;
+        if from.remaining() / 12 < count {
+            return None;
+        }
+        let mut history = Self { starts: Vec::with_capacity(count) };
+        for _ in 0..count {
+            let epoch = LeaderEpoch(from.try_get_u32().ok()?);
+            if !history.note(epoch, Offset::new(from.try_get_u64().ok()?)?) {
+                return None;
+            }
+        }
+        Some(history)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(offset: u64) -> Offset {
+        Offset::new(offset).unwrap()
+    }
+
+    fn history() -> EpochHistory {
+        let mut history = EpochHistory::new();
+        for (epoch, start) in [(1, 0), (3, 10), (4, 25)] {
+            assert!(history.note(LeaderEpoch(epoch), at(start)));
+        }
+        history
+    }
+
+    #[test]
+    fn the_end_of_an_epoch_is_where_the_next_begins() {
+        let history = history();
+        assert_eq!(history.end_of(LeaderEpoch(0), at(30)), None);
+        assert_eq!(history.end_of(LeaderEpoch(1), at(30)), Some((LeaderEpoch(1), at(10))));
+        assert_eq!(history.end_of(LeaderEpoch(2), at(30)), Some((LeaderEpoch(1), at(10))), "KIP-279: the one below");
+        assert_eq!(history.end_of(LeaderEpoch(9), at(30)), Some((LeaderEpoch(4), at(30))));
+        assert_eq!(history.at(at(9)), Some(LeaderEpoch(1)));
+        assert_eq!(history.at(at(10)), Some(LeaderEpoch(3)));
+    }
+
+    #[test]
+    fn an_epoch_never_falls() {
+        let mut history = history();
+        assert!(!history.note(LeaderEpoch(3), at(40)));
+        assert!(history.note(LeaderEpoch(4), at(40)), "the same epoch goes on");
+        assert_eq!(history, self::history());
+    }
+
+    #[test]
+    fn cutting_either_end_keeps_the_epoch_of_what_is_left() {
+        let mut history = history();
+        history.truncate(at(25));
+        assert_eq!(history.last(), Some((LeaderEpoch(3), at(10))));
+        history.forget_below(at(12));
+        assert_eq!(history.iter().collect::<Vec<_>>(), [(LeaderEpoch(3), at(12))]);
+    }
+}

@@ -1,0 +1,72 @@
+//! A sealed segment as the tier uploads it: its bytes, and all that its footer holds.
+
+use std::{io, path::PathBuf, sync::Arc};
+
+use bytes::Bytes;
+
+use super::{
+    disk::{File, Mode},
+    epochs::EpochHistory,
+    index::{Index, IndexEntry},
+    producers::ProducerTable,
+    recover::tables_at,
+    replica::Replica,
+    segment::SegmentInfo,
+    snapshot::Snapshot,
+};
+use crate::model::Offset;
+
+/// A sealed segment and what belongs to it. It can be read to its end whatever is evicted meanwhile.
+pub struct SegmentExport {
+    /// What is known of it.
+    pub info: SegmentInfo,
+    /// Where it lies, for messages.
+    pub path: PathBuf,
+    /// Batches that can be found without reading those before them; also the time index.
+    pub index: Vec<IndexEntry>,
+    /// The epochs of its batches.
+    pub epochs: EpochHistory,
+    /// The producers as they were at its end.
+    pub producers: ProducerTable,
+    file: Arc<dyn File>,
+}
+
+impl SegmentExport {
+    /// Up to `max_bytes` of the segment from `position`; empty at its end. Blocks. The batches are not checked.
+    pub fn read(&self, position: u64, max_bytes: usize) -> io::Result<Bytes> {
+        let left = usize::try_from(self.info.bytes.saturating_sub(position)).unwrap_or(usize::MAX);
+        let mut bytes = vec![0; max_bytes.min(left)];
+        let read = self.file.read_at(&mut bytes, position)?;
+        if read < bytes.len() {
+            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the segment is shorter than it was"));
+        }
+        Ok(bytes.into())
+    }
+}
+
+impl Replica {
+    /// The sealed segment at `base`; `NotFound` where there is none. Blocks: it may read the segment, and those before it, where
+    /// the index or the snapshot is missing.
+    pub fn export(&self, base: Offset) -> io::Result<SegmentExport> {
+        let shared = &self.shared;
+        let (info, file, epochs, segments) = {
+            let state = shared.state();
+            let sealed = &state.segments[..state.segments.len() - 1];
+            let found = sealed.iter().find(|segment| segment.info.base == base).ok_or(io::ErrorKind::NotFound)?;
+            let segments: Vec<SegmentInfo> = state.segments.iter().map(|segment| segment.info).collect();
+            (found.info, found.file.clone(), state.epochs.between(base, found.info.end), segments)
+        };
+        let open = shared.core.files.get(file.serial, &file.path, Mode::Read)?;
+        let index: Index = self.reader().load_index(&info, &*open.file)?;
+        let snapshot = shared.core.disk.read(&shared.path(info.end, "snapshot"));
+        let producers = match snapshot.ok().and_then(|file| Snapshot::decode(&file, info.end)) {
+            Some(snapshot) => snapshot.producers,
+            None => match tables_at(&shared.core, &shared.dir, &segments, info.end)? {
+                (_, tables, None) => tables.producers,
+                (.., Some(why)) => return Err(io::Error::new(io::ErrorKind::InvalidData, why)),
+            },
+        };
+        let index = index.entries().to_vec();
+        Ok(SegmentExport { info, path: file.path.clone(), index, epochs, producers, file: open.file.clone() })
+    }
+}

@@ -1,0 +1,117 @@
+//! A segment's offset and time index: where to start reading for an offset or a timestamp. A cache, made again from the
+//! segment whenever a file of it is missing, short or wrong.
+
+use bytes::{Buf, BufMut, BytesMut};
+
+use crate::model::Offset;
+
+/// Bytes of a segment between two index entries.
+pub(super) const INTERVAL: u64 = 4096;
+
+const OFFSETS: &[u8; 8] = b"STRLOIX1";
+const TIMES: &[u8; 8] = b"STRLTIX1";
+/// magic 8, base 8, segment bytes 8, count 4
+const HEAD: usize = 28;
+const ENTRY: usize = 12;
+
+/// One batch that can be found without reading what lies before it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct IndexEntry {
+    /// The batch's base offset.
+    pub offset: Offset,
+    /// Where it begins in the file.
+    pub position: u32,
+    /// The largest timestamp of the batches before it in the segment; `i64::MIN` where there is none.
+    pub max_before: i64,
+}
+
+/// The entries of one segment, the first batch first; positions, offsets and times never fall.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Index {
+    entries: Vec<IndexEntry>,
+}
+
+impl Index {
+    /// Notes a batch; an entry is made for the first, and for one that lies an interval behind the last entry.
+    pub(super) fn note(&mut self, offset: Offset, position: u64, max_before: i64) {
+        let due = self.entries.last().is_none_or(|last| position >= u64::from(last.position) + INTERVAL);
+        if let (true, Ok(position)) = (due, u32::try_from(position)) {
+            self.entries.push(IndexEntry { offset, position, max_before });
+        }
+    }
+
+    pub(super) fn entries(&self) -> &[IndexEntry] {
+        &self.entries
+    }
+
+    /// The last entry at or before `offset`.
+    pub(super) fn at(&self, offset: Offset) -> Option<IndexEntry> {
+        let after = self.entries.partition_point(|entry| entry.offset <= offset);
+        after.checked_sub(1).map(|i| self.entries[i])
+    }
+
+    /// The last entry before which every timestamp is below `timestamp`.
+    pub(super) fn before_time(&self, timestamp: i64) -> Option<IndexEntry> {
+        let after = self.entries.partition_point(|entry| entry.max_before < timestamp);
+        after.checked_sub(1).map(|i| self.entries[i])
+    }
+
+    /// The two files for a segment of so many bytes.
+    pub(super) fn encode(&self, base: Offset, segment_bytes: u64) -> (BytesMut, BytesMut) {
+        let head = |magic: &[u8; 8]| {
+            let mut out = BytesMut::with_capacity(HEAD + self.entries.len() * ENTRY + 4);
+            out.put_slice(magic);
+            out.put_u64(base.get());
+            out.put_u64(segment_bytes);
+            out.put_u32(u32::try_from(self.entries.len()).unwrap_or(u32::MAX));
+            out
+        };
+        let (mut offsets, mut times) = (head(OFFSETS), head(TIMES));
+        for entry in &self.entries {
+            offsets.put_u64(entry.offset.get());
+            offsets.put_u32(entry.position);
+            times.put_i64(entry.max_before);
+            times.put_u32(entry.position);
+        }
+        for file in [&mut offsets, &mut times] {
+            let crc = crc32c::crc32c(file);
+            file.put_u32(crc);
+        }
+        (offsets, times)
+    }
+
+    /// The index that two files hold, if both are whole and for this segment as it is.
+    pub(super) fn decode(offsets: &[u8], times: &[u8], base: Offset, segment_bytes: u64) -> Option<Self> {
+        let mut offsets = body(offsets, OFFSETS, base, segment_bytes)?;
+        let mut times = body(times, TIMES, base, segment_bytes)?;
+        if offsets.len() != times.len() {
+            return None;
+        }
+        let mut entries = Vec::with_capacity(offsets.len() / ENTRY);
+        while offsets.has_remaining() {
+            let (offset, position) = (Offset::new(offsets.get_u64())?, offsets.get_u32());
+            let (max_before, same) = (times.get_i64(), times.get_u32());
+            if position != same || u64::from(position) >= segment_bytes || offset < base {
+                return None;
+            }
+            entries.push(IndexEntry { offset, position, max_before });
+        }
+        let ordered = entries.is_sorted_by(|a, b| a.position < b.position && a.offset < b.offset);
+        (ordered && (segment_bytes == 0 || !entries.is_empty())).then_some(Self { entries })
+    }
+}
+
+/// The entries of one file, after its checks.
+fn body<'a>(file: &'a [u8], magic: &[u8; 8], base: Offset, segment_bytes: u64) -> Option<&'a [u8]> {
+    let (content, crc) = file.split_at_checked(file.len().checked_sub(4)?)?;
+    if crc32c::crc32c(content).to_be_bytes() != crc {
+        return None;
+    }
+    let mut head = content.get(..HEAD)?;
+    let right = head.get(..8)? == magic;
+    head.advance(8);
+    let right = right && head.get_u64() == base.get() && head.get_u64() == segment_bytes;
+    let count = usize::try_from(head.get_u32()).ok()?;
+    let entries = &content[HEAD..];
+    (right && entries.len().is_multiple_of(ENTRY) && entries.len() / ENTRY == count).then_some(entries)
+}

@@ -1,0 +1,200 @@
+//! What a journal holds, byte for byte: rounds of entries.
+//!
+//! ```text
+//! round, at a multiple of 4096 bytes:
+//!   0 magic 8 │ 8 crc u32 of byte 12 to the end of the directory │ 12 directory id 16 │ 28 sequence u64
+//!  36 entries u32 │ 40 bytes of the round u32, padded to 4096 │ 44 the directory: an 80-byte header per entry
+//!     then the payloads one after the other, then zeros
+//! entry header:
+//!   0 kind u8 │ 1 zero 3 │ 4 partition u32 │ 8 topic id 16 │ 24 generation u64 │ 32 base u64 │ 40 end u64
+//!  48 segment u64 │ 56 position u64 │ 64 payload bytes u32 │ 68 crc u32 of the batches' headers │ 72 epoch i32 │ 76 zero 4
+//! ```
+//! The checksum of an entry covers its batches' headers; the rest of each batch is covered by the batch's own CRC.
+
+use bytes::{Buf, BufMut, Bytes};
+use uuid::Uuid;
+
+use crate::{
+    log::disk::BLOCK,
+    model::{LeaderEpoch, Offset, PartitionId, TopicId},
+    record::Batch,
+};
+
+const MAGIC: &[u8; 8] = b"STRLJRN1";
+const CRC_FROM: usize = 12;
+pub(in crate::log) const ROUND_HEAD: usize = 44;
+pub(in crate::log) const ENTRY_HEAD: usize = 80;
+
+/// What an entry records.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::log) enum Kind {
+    /// A replica was made, empty, at `base`.
+    Create = 1,
+    /// Batches `base..end` lie at `position` of `segment`; the payload is their bytes.
+    Append = 2,
+    /// All below `end` is synced in the segments.
+    Synced = 3,
+    /// The log is to be cut at `base`.
+    Cut = 4,
+    /// The log is to be emptied and begins at `base`.
+    Reset = 5,
+    /// The replica is to be deleted.
+    Delete = 6,
+    /// The cut, reset or deletion before this is done and synced: nothing before it matters for the replica.
+    Settled = 7,
+    /// The log start moved to `base`.
+    LogStart = 8,
+    /// Segments that end at or below `base` were evicted.
+    LocalStart = 9,
+}
+
+impl Kind {
+    fn from_byte(byte: u8) -> Option<Self> {
+        use Kind::*;
+        let kinds = [Create, Append, Synced, Cut, Reset, Delete, Settled, LogStart, LocalStart];
+        kinds.into_iter().find(|kind| *kind as u8 == byte)
+    }
+}
+
+/// One entry without its payload.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::log) struct EntryHead {
+    pub(in crate::log) kind: Kind,
+    pub(in crate::log) id: PartitionId,
+    pub(in crate::log) generation: u64,
+    pub(in crate::log) base: Offset,
+    pub(in crate::log) end: Offset,
+    pub(in crate::log) segment: Offset,
+    pub(in crate::log) position: u64,
+    pub(in crate::log) epoch: Option<LeaderEpoch>,
+}
+
+/// An entry as it was read: its header, and where its payload lies in the round.
+#[derive(Clone, Debug)]
+pub(in crate::log) struct EntryRead {
+    pub(in crate::log) head: EntryHead,
+    pub(in crate::log) payload: std::ops::Range<usize>,
+    heads_crc: u32,
+}
+
+/// The directory of a round that was read and checked.
+#[derive(Clone, Debug)]
+pub(in crate::log) struct RoundRead {
+    pub(in crate::log) sequence: u64,
+    pub(in crate::log) bytes: usize,
+    pub(in crate::log) entries: Vec<EntryRead>,
+}
+
+/// The length of a round with such payloads.
+pub(in crate::log) fn round_bytes(entries: usize, payload: usize) -> usize {
+    (ROUND_HEAD + entries * ENTRY_HEAD + payload).next_multiple_of(BLOCK)
+}
+
+/// Writes a round into `out`, which has exactly its length.
+pub(in crate::log) fn encode<'a>(
+    out: &mut [u8],
+    directory: Uuid,
+    sequence: u64,
+    entries: impl ExactSizeIterator<Item = (&'a EntryHead, &'a [Batch])>,
+) {
+    let total = out.len();
+    let count = entries.len();
+    let directory_end = ROUND_HEAD + count * ENTRY_HEAD;
+    let (front, mut payload) = out.split_at_mut(directory_end);
+    let mut heads = &mut front[CRC_FROM..];
+    heads.put_slice(directory.as_bytes());
+    heads.put_u64(sequence);
+    heads.put_u32(u32::try_from(count).unwrap_or(u32::MAX));
+    heads.put_u32(u32::try_from(total).unwrap_or(u32::MAX));
+    for (head, batches) in entries {
+        let (mut bytes, mut crc) = (0, 0);
+        for batch in batches {
+            payload.put_slice(batch.head());
+            payload.put_slice(batch.records_bytes());
+            bytes += batch.encoded_len();
+            crc = crc32c::crc32c_append(crc, batch.head());
+        }
+        heads.put_u8(head.kind as u8);
+        heads.put_bytes(0, 3);
+        heads.put_u32(head.id.number);
+        heads.put_slice(head.id.topic.as_bytes());
+        heads.put_u64(head.generation);
+        heads.put_u64(head.base.get());
+        heads.put_u64(head.end.get());
+        heads.put_u64(head.segment.get());
+        heads.put_u64(head.position);
+        heads.put_u32(u32::try_from(bytes).unwrap_or(u32::MAX));
+        heads.put_u32(crc);
+        heads.put_i32(head.epoch.map_or(-1, LeaderEpoch::as_i32));
+        heads.put_u32(0);
+    }
+    payload.fill(0);
+    front[..8].copy_from_slice(MAGIC);
+    let crc = crc32c::crc32c(&front[CRC_FROM..]);
+    front[8..CRC_FROM].copy_from_slice(&crc.to_be_bytes());
+}
+
+/// The round that begins at the front of `bytes`, if its directory is whole and of this data directory.
+pub(in crate::log) fn decode(bytes: &[u8], directory: Uuid) -> Option<RoundRead> {
+    let mut head = bytes.get(..ROUND_HEAD)?;
+    if &head[..8] != MAGIC || &head[CRC_FROM..CRC_FROM + 16] != directory.as_bytes() {
+        return None;
+    }
+    head.advance(8);
+    let crc = head.get_u32();
+    head.advance(16);
+    let sequence = head.get_u64();
+    let count = usize::try_from(head.get_u32()).ok()?;
+    let total = usize::try_from(head.get_u32()).ok()?;
+    let directory_end = count.checked_mul(ENTRY_HEAD)?.checked_add(ROUND_HEAD)?;
+    if total > bytes.len() || directory_end > total || !total.is_multiple_of(BLOCK) || total == 0 {
+        return None;
+    }
+    if crc32c::crc32c(&bytes[CRC_FROM..directory_end]) != crc {
+        return None;
+    }
+    let mut entries = Vec::with_capacity(count);
+    let mut at = directory_end;
+    for mut header in bytes[ROUND_HEAD..directory_end].chunks_exact(ENTRY_HEAD) {
+        let kind = Kind::from_byte(header.get_u8())?;
+        header.advance(3);
+        let number = header.get_u32();
+        let mut topic = [0; 16];
+        header.copy_to_slice(&mut topic);
+        let id = PartitionId::new(TopicId::from_bytes(topic), number);
+        let generation = header.get_u64();
+        let (base, end) = (Offset::new(header.get_u64())?, Offset::new(header.get_u64())?);
+        let (segment, position) = (Offset::new(header.get_u64())?, header.get_u64());
+        let payload = at..at.checked_add(usize::try_from(header.get_u32()).ok()?)?;
+        let heads_crc = header.get_u32();
+        let epoch = LeaderEpoch::from_i32(header.get_i32());
+        if payload.end > total {
+            return None;
+        }
+        at = payload.end;
+        let head = EntryHead { kind, id, generation, base, end, segment, position, epoch };
+        entries.push(EntryRead { head, payload, heads_crc });
+    }
+    Some(RoundRead { sequence, bytes: total, entries })
+}
+
+impl EntryRead {
+    /// Whether the payload is what was written: whole, contiguous batches with the headers that the entry names.
+    pub(in crate::log) fn whole(&self, round: &Bytes) -> bool {
+        if self.head.kind != Kind::Append {
+            return self.payload.is_empty();
+        }
+        let mut rest = round.slice(self.payload.clone());
+        let (mut crc, mut expected) = (0, self.head.base);
+        while !rest.is_empty() {
+            match Batch::split_from(&mut rest) {
+                Ok(batch) if batch.base_offset() == expected => {
+                    crc = crc32c::crc32c_append(crc, batch.head());
+                    expected = batch.end_offset();
+                }
+                _ => return false,
+            }
+        }
+        crc == self.heads_crc && expected == self.head.end
+    }
+}

@@ -1,0 +1,215 @@
+//! Reading the journal after a crash: which rounds count, and what each replica needs of them.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    io::{self, IoSlice},
+    path::{Path, PathBuf},
+};
+
+use bytes::Bytes;
+use uuid::Uuid;
+
+use super::entry::{self, EntryHead, EntryRead, Kind};
+use crate::{
+    log::{
+        disk::{BLOCK, Disk, Mode},
+        segment::name,
+        shared::replica_dir,
+    },
+    model::{Offset, PartitionId},
+};
+
+/// What the journal says.
+#[derive(Default)]
+pub(in crate::log) struct Journaled {
+    /// Sequence of the first round that may be written now.
+    pub(in crate::log) next_round: u64,
+    /// Largest generation seen.
+    pub(in crate::log) generation: u64,
+    pub(in crate::log) replicas: HashMap<PartitionId, Story>,
+    /// A round that was durable cannot be read, and so it is not known whose data it held.
+    pub(in crate::log) unknown_loss: Option<String>,
+    rounds: BTreeMap<u64, (PathBuf, u64, Vec<EntryRead>)>,
+}
+
+/// What happened to one replica, by the journal.
+#[derive(Clone, Debug, Default)]
+pub(in crate::log) struct Story {
+    /// Made here, at this offset.
+    pub(in crate::log) created: Option<EntryHead>,
+    /// Deleted, in this generation.
+    pub(in crate::log) deleted: Option<u64>,
+    /// A change that was begun and not settled: to be done again.
+    pub(in crate::log) unsettled: Option<EntryHead>,
+    /// Cuts and resets, settled or not, in order.
+    pub(in crate::log) cuts: Vec<EntryHead>,
+    /// The end of what was durable, as far as entries after the last cut say.
+    pub(in crate::log) persisted: Option<Offset>,
+    pub(in crate::log) log_start: Option<EntryHead>,
+    pub(in crate::log) local_start: Option<EntryHead>,
+    /// An entry of it that was durable is damaged.
+    pub(in crate::log) lost: Option<String>,
+    /// Appends in rounds below this one do not matter any more.
+    barrier: u64,
+}
+
+/// Reads the journal in `dir`, from round `first_round` on.
+pub(in crate::log) fn read(disk: &dyn Disk, dir: &Path, directory: Uuid, first_round: u64) -> io::Result<Journaled> {
+    let mut journaled = Journaled { next_round: first_round, ..Journaled::default() };
+    let mut torn: Vec<u64> = Vec::new();
+    let entries = match disk.list(dir) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(journaled),
+        Err(error) => return Err(error),
+    };
+    for file in entries.iter().filter(|entry| entry.name.ends_with(".journal")) {
+        let path = dir.join(&file.name);
+        let bytes = Bytes::from(disk.read(&path)?);
+        let mut at = 0;
+        while at < bytes.len() {
+            let round = entry::decode(&bytes[at..], directory).filter(|round| round.sequence >= first_round);
+            let Some(round) = round else {
+                at += BLOCK;
+                continue;
+            };
+            let content = bytes.slice(at..at + round.bytes);
+            if round.entries.iter().any(|entry| !entry.whole(&content)) {
+                torn.push(round.sequence);
+            }
+            journaled.rounds.insert(round.sequence, (path.clone(), at as u64, round.entries));
+            at += round.bytes;
+        }
+    }
+    let last = journaled.rounds.keys().next_back().copied();
+    journaled.next_round = last.map_or(first_round, |last| last + 1);
+    let gap = last.and_then(|last| (first_round..last).find(|sequence| !journaled.rounds.contains_key(sequence)));
+    journaled.unknown_loss = gap.map(|sequence| format!("round {sequence} of the journal cannot be read"));
+    if let Some(last) = last.filter(|last| torn.contains(last)) {
+        // Nobody was answered about a round that was being written.
+        tracing::warn!(round = last, "the journal's last round is torn and is left out");
+        journaled.rounds.remove(&last);
+    }
+    journaled.tell(&torn);
+    Ok(journaled)
+}
+
+impl Journaled {
+    /// Follows every replica's entries.
+    fn tell(&mut self, torn: &[u64]) {
+        for (sequence, (path, _, entries)) in &self.rounds {
+            let content = torn.contains(sequence).then(|| path.display());
+            for EntryRead { head, .. } in entries {
+                self.generation = self.generation.max(head.generation);
+                let story = self.replicas.entry(head.id).or_default();
+                story.follow(head, *sequence);
+                if let (Some(path), Kind::Append) = (&content, head.kind) {
+                    // Which of the round's entries it is, is found when it is restored.
+                    tracing::warn!(%path, round = sequence, "a round of the journal is damaged");
+                }
+            }
+        }
+    }
+
+    /// Writes what was journaled into the segments again: the same bytes at the same places, in order. Returns the
+    /// files, to be synced. `wanted` says which replicas there are.
+    pub(in crate::log) fn restore(
+        &mut self,
+        disk: &dyn Disk,
+        data: &Path,
+        wanted: impl Fn(&PartitionId) -> bool,
+    ) -> io::Result<u64> {
+        let mut touched: BTreeMap<PathBuf, ()> = BTreeMap::new();
+        let mut dirs: BTreeMap<PathBuf, ()> = BTreeMap::new();
+        let mut restored = 0;
+        let mut damaged = Vec::new();
+        for (sequence, (path, at, entries)) in &self.rounds {
+            let needed = |entry: &&EntryRead| {
+                let story = self.replicas.get(&entry.head.id);
+                entry.head.kind == Kind::Append
+                    && wanted(&entry.head.id)
+                    && story.is_some_and(|story| *sequence >= story.barrier)
+            };
+            if !entries.iter().any(|entry| needed(&entry)) {
+                continue;
+            }
+            let file = disk.open(path, Mode::Read)?;
+            let end = entries.iter().map(|entry| entry.payload.end).max().unwrap_or(0);
+            let mut bytes = vec![0; end];
+            let got = file.read_at(&mut bytes, *at)?;
+            bytes.truncate(got);
+            let round = Bytes::from(bytes);
+            for entry in entries.iter().filter(needed) {
+                if round.len() < entry.payload.end || !entry.whole(&round) {
+                    let why = format!("round {sequence} of the journal in {} is damaged", path.display());
+                    damaged.push((entry.head.id, why));
+                    continue;
+                }
+                let dir = replica_dir(data, entry.head.id);
+                disk.create_dir_all(&dir)?;
+                let segment = dir.join(name(entry.head.segment, "log"));
+                let target = disk.open(&segment, Mode::Write)?;
+                let payload = &round[entry.payload.clone()];
+                let mut there = vec![0; payload.len()];
+                let same = target.read_at(&mut there, entry.head.position)? == payload.len() && there == payload;
+                if !same {
+                    target.write_at(&[IoSlice::new(payload)], entry.head.position)?;
+                    restored += payload.len() as u64;
+                }
+                // Even bytes that are there may not be synced.
+                touched.insert(segment, ());
+                dirs.insert(dir, ());
+            }
+        }
+        for (id, why) in damaged {
+            self.replicas.entry(id).or_default().lost = Some(why);
+        }
+        for path in touched.keys() {
+            disk.open(path, Mode::Write)?.sync()?;
+        }
+        for dir in dirs.keys() {
+            for above in dir.ancestors().take(3) {
+                disk.sync_dir(above)?;
+            }
+        }
+        Ok(restored)
+    }
+}
+
+impl Story {
+    fn follow(&mut self, head: &EntryHead, sequence: u64) {
+        match head.kind {
+            Kind::Create => {
+                *self = Self { created: Some(*head), deleted: self.deleted, barrier: sequence, ..Self::default() };
+                self.persisted = Some(head.base);
+            }
+            // Handed over before a cut, written after it: it speaks of what was cut.
+            Kind::Append | Kind::Synced if self.cuts.last().is_some_and(|cut| cut.generation > head.generation) => {}
+            Kind::Append | Kind::Synced => self.persisted = self.persisted.max(Some(head.end)),
+            Kind::Cut | Kind::Reset => {
+                self.cuts.push(*head);
+                if head.kind == Kind::Reset {
+                    (self.log_start, self.local_start) = (None, None);
+                }
+                self.unsettled = Some(*head);
+                // What is left may not have been durable either, until the cut is settled.
+                self.persisted = self.persisted.map(|end| end.min(head.base));
+            }
+            Kind::Delete => {
+                *self = Self {
+                    deleted: Some(head.generation),
+                    unsettled: Some(*head),
+                    barrier: sequence,
+                    ..Self::default()
+                };
+            }
+            Kind::Settled => {
+                self.unsettled = None;
+                self.barrier = sequence;
+                self.persisted = Some(head.base);
+            }
+            // They only grow, but for a reset.
+            Kind::LogStart => self.log_start = Some(*head),
+            Kind::LocalStart => self.local_start = Some(*head),
+        }
+    }
+}

@@ -1,0 +1,169 @@
+//! The journal's files: a ring of preallocated ones, grown as it is needed, each used again when nothing in it is.
+
+use std::{
+    collections::VecDeque,
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use super::buffer::AlignedBuffer;
+use crate::log::disk::{Disk, File, Mode};
+
+/// Bytes of zeros written at once to a new file.
+const ZEROS: usize = 1 << 20;
+
+/// Files that a ring needs to go round.
+const LEAST: usize = 2;
+
+/// Which files there are and what they hold.
+pub(in crate::log) struct Ring {
+    disk: Arc<dyn Disk>,
+    dir: PathBuf,
+    pub(in crate::log) file_bytes: u64,
+    most: usize,
+    /// Files that may be written from their start.
+    free: Vec<usize>,
+    /// Files in use, oldest first; the last is being written.
+    used: VecDeque<Used>,
+    made: usize,
+    uses: u64,
+}
+
+struct Used {
+    slot: usize,
+    /// Number of this use: grows with each file that is entered.
+    serial: u64,
+    /// Sequence of the first round in it.
+    first_round: u64,
+}
+
+/// The file that is being written.
+pub(in crate::log) struct Current {
+    pub(in crate::log) file: Arc<dyn File>,
+    pub(in crate::log) serial: u64,
+    pub(in crate::log) position: u64,
+}
+
+impl Ring {
+    /// The ring in `dir`. Files there of the right length are free; others are removed.
+    pub(in crate::log) fn open(disk: Arc<dyn Disk>, dir: &Path, file_bytes: u64, most: usize) -> io::Result<Self> {
+        disk.create_dir_all(dir)?;
+        // Without its name durable, so would nothing in it be.
+        disk.sync_dir(dir.parent().filter(|above| !above.as_os_str().is_empty()).unwrap_or(Path::new(".")))?;
+        disk.sync_dir(dir)?;
+        let mut ring = Self {
+            disk,
+            dir: dir.to_owned(),
+            file_bytes,
+            most: most.max(LEAST),
+            free: Vec::new(),
+            used: VecDeque::new(),
+            made: 0,
+            uses: 0,
+        };
+        for entry in ring.disk.list(dir)? {
+            let Some(slot) = slot_of(&entry.name) else { continue };
+            if entry.len == file_bytes && slot < ring.most {
+                ring.free.push(slot);
+            } else {
+                ring.disk.remove(&dir.join(&entry.name))?;
+            }
+        }
+        ring.made = ring.free.len();
+        ring.free.sort_unstable_by(|a, b| b.cmp(a));
+        Ok(ring)
+    }
+
+    fn path(&self, slot: usize) -> PathBuf {
+        self.dir.join(format!("{slot:05}.journal"))
+    }
+
+    /// A slot that no file has, if the ring may still grow.
+    pub(in crate::log) fn vacancy(&self) -> Option<(PathBuf, usize)> {
+        if self.made >= self.most {
+            return None;
+        }
+        let taken = |slot: &usize| self.free.contains(slot) || self.used.iter().any(|used| used.slot == *slot);
+        (0..self.most).find(|slot| !taken(slot)).map(|slot| (self.path(slot), slot))
+    }
+
+    /// Takes a file that [`prepare`] made.
+    pub(in crate::log) fn add(&mut self, slot: usize) {
+        self.made += 1;
+        self.free.push(slot);
+    }
+
+    /// Goes on to the next file, if one is free. `round` is the sequence of the round that comes first in it.
+    pub(in crate::log) fn advance(&mut self, round: u64) -> io::Result<Option<Current>> {
+        let Some(slot) = self.free.pop() else { return Ok(None) };
+        let file = match self.disk.open(&self.path(slot), Mode::Direct) {
+            Ok(file) => file,
+            Err(error) => {
+                self.free.push(slot);
+                return Err(error);
+            }
+        };
+        self.uses += 1;
+        self.used.push_back(Used { slot, serial: self.uses, first_round: round });
+        Ok(Some(Current { file, serial: self.uses, position: 0 }))
+    }
+
+    /// Where replay would have to begin if the files before use `keep` were given up: the sequence of a round.
+    pub(in crate::log) fn start_after(&self, keep: u64, next_round: u64) -> u64 {
+        let last = self.used.len().saturating_sub(1);
+        let kept = self.used.iter().enumerate().find(|(i, used)| used.serial >= keep || *i == last);
+        kept.map_or(next_round, |(_, used)| used.first_round)
+    }
+
+    /// Gives up the files that hold only rounds below `first_round`. The one being written stays.
+    pub(in crate::log) fn release(&mut self, first_round: u64) {
+        while self.used.len() > 1 && self.used[1].first_round <= first_round {
+            let used = self.used.pop_front().expect("more than one");
+            self.free.insert(0, used.slot);
+        }
+    }
+
+    /// Whether the free files run short, so that segments should be synced now.
+    pub(in crate::log) fn short(&self) -> bool {
+        self.free.len() + (self.most - self.made) < self.most.div_ceil(2)
+    }
+
+    /// Whether the next file should be made now, before it is needed.
+    pub(in crate::log) fn wants_file(&self) -> bool {
+        self.free.is_empty() && self.made < self.most
+    }
+
+    /// Bytes of the files that the ring cannot do without and that are not made yet: with one file alone nothing can be
+    /// given up.
+    pub(in crate::log) fn owed(&self) -> u64 {
+        (LEAST.saturating_sub(self.made)) as u64 * self.file_bytes
+    }
+
+    /// Bytes of the files.
+    pub(in crate::log) fn bytes(&self) -> u64 {
+        self.made as u64 * self.file_bytes
+    }
+}
+
+fn slot_of(name: &str) -> Option<usize> {
+    name.strip_suffix(".journal")?.parse().ok()
+}
+
+/// Makes a file of zeros, durable with its name: writes to it later allocate nothing.
+pub(in crate::log) fn prepare(disk: &dyn Disk, path: &Path, bytes: u64) -> io::Result<()> {
+    let made = || {
+        let file = disk.open(path, Mode::Direct)?;
+        let mut zeros = AlignedBuffer::default();
+        let mut at = 0;
+        while at < bytes {
+            let len = usize::try_from(bytes - at).unwrap_or(ZEROS).min(ZEROS);
+            let slice = zeros.slice(len);
+            slice.fill(0);
+            file.write_durable(slice, at)?;
+            at += len as u64;
+        }
+        disk.sync_dir(path.parent().unwrap_or(Path::new(".")))
+    };
+    made().inspect_err(|_| drop(disk.remove(path)))
+}

@@ -1,0 +1,87 @@
+//! One data directory: every replica's log on this broker's disk, and the journal that makes their appends durable.
+//!
+//! # Overview
+//!
+//! ```text
+//! {data}/strandline.json                                    whose it is: format, cluster, broker, directory id
+//! {data}/lock                                               held while a process has it
+//! {data}/checkpoint                                         what is known of every replica without reading it
+//! {data}/journal/{slot:05}.journal                          the ring
+//! {data}/{topic-id}/{partition}/{base:020}.log              a segment: whole batches and nothing else
+//!                                        .index .timeindex  caches: where to start reading
+//!                                        .snapshot          a cache: epochs and producers where it begins
+//! ```
+//!
+//! A [`Replica`] is the one writer of a partition. [`Replica::append`] writes batches to the active segment, into the page cache;
+//! readers see them at once. [`Replica::persist`] hands the same bytes to the journal: one writer thread takes what all
+//! replicas handed over meanwhile, writes it with one direct write to preallocated blocks, and answers. Segments are
+//! synced behind by another thread. A [`Reader`] reads from the tail buffer, else from a file, where it checks every
+//! batch before it serves it.
+//!
+//! # Invariants
+//!
+//! - A segment holds whole, contiguous batches whose epochs do not fall, and nothing after them.
+//! - What was answered as persisted is, after any crash, in a segment or in the journal.
+//! - What was cut, reset or deleted before the call returned does not come back.
+//! - A journal file is written again only when everything in it is synced in its segment and the checkpoint says that
+//!   replay begins after it.
+//! - An index, a snapshot or a timestamp in them is never evidence of anything: damaged ones are made again.
+//! - The recovery point of a replica only covers what was synced, and its tables are those of that very offset.
+//!
+//! # What a crash leaves
+//!
+//! Segments with any of their unsynced bytes missing, and a journal whose last round may be torn. Opening the directory
+//! writes the journaled bytes to the places that they had (physical redo: the same bytes at the same positions, so it may be done
+//! twice), syncs them, and writes a checkpoint. Opening a replica reads it from its recovery point on. Bytes that are
+//! no batch, above what was persisted, are a torn tail and are cut; below it, data was lost: the replica is refused
+//! ([`ReplicaError::Lost`]) and its files stay as they are.
+//!
+//! # Failures
+//!
+//! A full disk fails the append, which is taken back, and nothing else. A failed write or sync of a segment ends writing to
+//! that replica, of the journal to all: pages may be gone, and a second sync would not say so. Reading goes on.
+//!
+//! # Shutdown
+//!
+//! [`Log::close`] refuses appends, writes the indexes of active segments, syncs, ends the two threads and writes a
+//! checkpoint that says that all is there. Dropping a [`Log`] only ends the threads: the next start is as after a crash.
+
+mod change;
+mod checkpoint;
+mod core;
+mod directory;
+pub mod disk;
+mod epochs;
+mod error;
+mod export;
+mod files;
+mod identity;
+mod index;
+mod journal;
+mod producers;
+mod reader;
+mod recover;
+mod replica;
+mod segment;
+mod shared;
+mod snapshot;
+mod startup;
+mod sync;
+mod tail;
+
+#[cfg(test)]
+mod tests;
+
+pub use self::core::Options;
+pub use directory::{Log, Status};
+pub use disk::{Disk, RealDisk, SimDisk};
+pub use epochs::EpochHistory;
+pub use error::{AppendError, ChangeError, OpenError, PersistError, ReadError, ReplicaError};
+pub use export::SegmentExport;
+pub use identity::{FORMAT, Identity};
+pub use index::IndexEntry;
+pub use journal::Done;
+pub use producers::{ProducerTable, Verdict};
+pub use reader::{Read, Reader};
+pub use replica::{Held, Replica};
+pub use segment::SegmentInfo;

@@ -1,0 +1,328 @@
+//! Reading a replica: from memory, or from its files with every batch checked before it is served.
+
+use std::{
+    io,
+    path::PathBuf,
+    sync::{Arc, PoisonError},
+};
+
+use bytes::Bytes;
+
+use super::{
+    disk::{File, Mode},
+    epochs::EpochHistory,
+    error::ReadError,
+    index::{Index, IndexEntry},
+    segment::{self, SegmentFile, SegmentInfo},
+    shared::Shared,
+};
+use crate::{
+    limits,
+    model::{LeaderEpoch, Offset, PartitionId},
+    record::{Batch, HEADER_BYTES},
+};
+
+/// How often a read begins again when the log was cut under it.
+const RETRIES: usize = 8;
+
+/// Whole batches. Concatenated, the chunks are their bytes; the first batch may begin before the offset that was asked
+/// for.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Read {
+    /// The bytes.
+    pub chunks: Vec<Bytes>,
+    /// Offset after the last batch; the offset that was asked for when there is none.
+    pub next: Offset,
+    /// Bytes in all chunks.
+    pub bytes: usize,
+}
+
+impl Read {
+    pub(super) fn empty(from: Offset) -> Self {
+        Self { chunks: Vec::new(), next: from, bytes: 0 }
+    }
+}
+
+/// Reads one replica, beside its writer. What it reads ends at the bound that the caller gives, which is never above the
+/// log end.
+#[derive(Clone)]
+pub struct Reader {
+    shared: Arc<Shared>,
+}
+
+/// A segment as it was when a read began.
+struct Place {
+    info: SegmentInfo,
+    file: Arc<SegmentFile>,
+    sealed: bool,
+    generation: u64,
+    /// Which epoch each batch must have: no checksum covers that field.
+    epochs: Arc<EpochHistory>,
+}
+
+impl Reader {
+    pub(super) fn new(shared: Arc<Shared>) -> Self {
+        Self { shared }
+    }
+
+    /// Which partition it reads.
+    pub fn id(&self) -> PartitionId {
+        self.shared.id
+    }
+
+    /// First offset that can be read at all.
+    pub fn log_start(&self) -> Offset {
+        self.shared.state().log_start
+    }
+
+    /// First offset that is on this disk.
+    pub fn local_start(&self) -> Offset {
+        self.shared.state().local_start()
+    }
+
+    /// First unwritten offset.
+    pub fn log_end(&self) -> Offset {
+        self.shared.state().log_end()
+    }
+
+    /// The batches of `from..bound` that are in memory, about `max_bytes` of them and at least one; `None` when the first is not
+    /// there. Never blocks.
+    pub fn read_memory(&self, from: Offset, bound: Offset, max_bytes: usize) -> Option<Read> {
+        if from >= bound {
+            return Some(Read::empty(from));
+        }
+        self.shared.tail.read(from, bound, max_bytes)
+    }
+
+    /// The batches of `from..bound` that are in the segment of `from`, about `max_bytes` of them and at least one. Blocks.
+    /// Nothing is served whose checksum, place or epoch is wrong.
+    pub fn read_disk(&self, from: Offset, bound: Offset, max_bytes: usize) -> Result<Read, ReadError> {
+        self.consistently(|| {
+            if from >= bound {
+                return Ok(Read::empty(from));
+            }
+            let place = self.place(from)?;
+            let start = self.entry(&place, |index| index.at(from))?;
+            self.read_from(&place, start, from, bound, max_bytes)
+        })
+    }
+
+    /// The first batch below `bound` with a timestamp at or above `timestamp_ms`: base offset, its largest timestamp, leader
+    /// epoch. Blocks. The record itself is in that batch or, by the producer's word, in none.
+    pub fn offset_for_time(
+        &self,
+        timestamp_ms: i64,
+        bound: Offset,
+    ) -> Result<Option<(Offset, i64, LeaderEpoch)>, ReadError> {
+        let found = self.batch_for_time(timestamp_ms, bound)?;
+        Ok(found.map(|batch| (batch.base_offset(), batch.max_timestamp(), batch.leader_epoch().unwrap_or_default())))
+    }
+
+    /// As [`Self::offset_for_time`], and the whole batch, in which the caller finds the record. Blocks.
+    pub fn batch_for_time(&self, timestamp_ms: i64, bound: Offset) -> Result<Option<Batch>, ReadError> {
+        self.consistently(|| {
+            let bases: Vec<Offset> = {
+                let state = self.shared.state();
+                let later = state.segments.iter().filter(|segment| segment.info.max_timestamp >= timestamp_ms);
+                later.map(|segment| segment.info.base).collect()
+            };
+            for base in bases {
+                let place = self.place(base)?;
+                let start = self.entry(&place, |index| index.before_time(timestamp_ms))?;
+                let mut at = start.offset;
+                let mut entry = start;
+                while at < place.info.end.min(bound) {
+                    let read = self.read_from(&place, entry, at, place.info.end.min(bound), 1 << 20)?;
+                    let mut bytes = read.chunks.into_iter().next().unwrap_or_default();
+                    if bytes.is_empty() {
+                        break;
+                    }
+                    entry.position += u32::try_from(bytes.len()).unwrap_or(u32::MAX);
+                    (entry.offset, at) = (read.next, read.next);
+                    while let Ok(batch) = Batch::split_from(&mut bytes) {
+                        if batch.max_timestamp() >= timestamp_ms {
+                            return Ok(Some(batch));
+                        }
+                    }
+                }
+            }
+            Ok(None)
+        })
+    }
+
+    /// Does a read, and does it again when the log was cut meanwhile: what failed may not have been damage.
+    fn consistently<T>(&self, mut read: impl FnMut() -> Result<T, ReadError>) -> Result<T, ReadError> {
+        for _ in 0..RETRIES {
+            let generation = self.shared.state().generation;
+            let result = read();
+            let state = self.shared.state();
+            let gone = match &result {
+                Err(ReadError::Io { source, .. }) => source.kind() == io::ErrorKind::NotFound,
+                _ => false,
+            };
+            if state.generation == generation && !gone {
+                return result;
+            }
+        }
+        read()
+    }
+
+    fn place(&self, offset: Offset) -> Result<Place, ReadError> {
+        let state = self.shared.state();
+        let after = state.segments.partition_point(|segment| segment.info.base <= offset);
+        let out = || ReadError::OutOfRange { offset, start: state.local_start(), end: state.log_end() };
+        let i = after.checked_sub(1).ok_or_else(out)?;
+        let segment = &state.segments[i];
+        if offset >= segment.info.end && segment.info.bytes > 0 {
+            return Err(out());
+        }
+        let sealed = i + 1 < state.segments.len();
+        let (file, epochs, generation) = (segment.file.clone(), state.epochs.clone(), state.generation);
+        Ok(Place { info: segment.info, file, sealed, generation, epochs })
+    }
+
+    /// The index entry to start at.
+    fn entry(&self, place: &Place, pick: impl Fn(&Index) -> Option<IndexEntry>) -> Result<IndexEntry, ReadError> {
+        let first = IndexEntry { offset: place.info.base, position: 0, max_before: i64::MIN };
+        if !place.sealed {
+            let mut state = self.shared.state();
+            if state.index.is_none() && state.generation == place.generation {
+                drop(state);
+                let index = self.active_index(&place.info, &place.file).map_err(|error| io_error(place, error))?;
+                state = self.shared.state();
+                // The writer may have come first, or gone on: its index is the better one.
+                let same = state.active().info.bytes == place.info.bytes && state.generation == place.generation;
+                if state.index.is_none() && same {
+                    state.index = Some(index);
+                }
+            }
+            if state.active().info.base == place.info.base {
+                return Ok(state.index.as_ref().and_then(&pick).unwrap_or(first));
+            }
+        }
+        let open = self.open(place)?;
+        let mut cached = open.index.lock().unwrap_or_else(PoisonError::into_inner);
+        let index = match &*cached {
+            Some(index) => index.clone(),
+            None => {
+                let index = self.load_index(&place.info, &*open.file).map_err(|error| io_error(place, error))?;
+                cached.insert(Arc::new(index)).clone()
+            }
+        };
+        Ok(pick(&index).unwrap_or(first))
+    }
+
+    fn open(&self, place: &Place) -> Result<Arc<super::files::OpenFile>, ReadError> {
+        let files = &self.shared.core.files;
+        files.get(place.file.serial, &place.file.path, Mode::Read).map_err(|error| io_error(place, error))
+    }
+
+    /// The index of the active segment as it is in `info`.
+    pub(super) fn active_index(&self, info: &SegmentInfo, file: &SegmentFile) -> io::Result<Index> {
+        let open = self.shared.core.files.get(file.serial, &file.path, Mode::Read)?;
+        self.load_index(info, &*open.file)
+    }
+
+    /// A segment's index from its files, or made again from the segment.
+    pub(super) fn load_index(&self, info: &SegmentInfo, file: &dyn File) -> io::Result<Index> {
+        let disk = &self.shared.core.disk;
+        let read = |extension| disk.read(&self.shared.path(info.base, extension));
+        if let (Ok(offsets), Ok(times)) = (read("index"), read("timeindex"))
+            && let Some(index) = Index::decode(&offsets, &times, info.base, info.bytes)
+        {
+            return Ok(index);
+        }
+        let mut index = Index::default();
+        let mut max_before = i64::MIN;
+        let end = segment::scan(file, info.bytes, 0, info.base, None, |position, batch| {
+            index.note(batch.base_offset(), position, max_before);
+            max_before = max_before.max(batch.max_timestamp());
+        })?;
+        // Of a damaged segment the index reaches to the damage; a read there will say what is wrong.
+        if end.damage.is_none() {
+            let (offsets, times) = index.encode(info.base, info.bytes);
+            let written = disk.write(&self.shared.path(info.base, "index"), &offsets);
+            drop(written.and_then(|_| disk.write(&self.shared.path(info.base, "timeindex"), &times)));
+        }
+        Ok(index)
+    }
+
+    fn read_from(
+        &self,
+        place: &Place,
+        start: IndexEntry,
+        from: Offset,
+        bound: Offset,
+        max_bytes: usize,
+    ) -> Result<Read, ReadError> {
+        let open = self.open(place)?;
+        let mut position = u64::from(start.position);
+        let gap = usize::try_from(super::index::INTERVAL).unwrap_or(4096);
+        let mut want = max_bytes.clamp(HEADER_BYTES, limits::MAX_FETCH_BYTES) + gap;
+        let (mut expected, mut epoch) = (start.offset, None);
+        loop {
+            let left = usize::try_from(place.info.bytes.saturating_sub(position)).unwrap_or(usize::MAX);
+            let mut buffer = vec![0; want.min(left)];
+            let read = open.file.read_at(&mut buffer, position).map_err(|error| io_error(place, error))?;
+            buffer.truncate(read);
+            let whole = Bytes::from(buffer);
+            let mut rest = whole.clone();
+            let (mut first, mut end, mut next) = (None, 0, from);
+            while !rest.is_empty() && expected < bound {
+                let at = whole.len() - rest.len();
+                let damaged = |why: String| damage(place, expected, position + at as u64, why);
+                let needed = if rest.len() < HEADER_BYTES {
+                    HEADER_BYTES
+                } else {
+                    Batch::framed_len(&rest).map_err(|error| damaged(error.to_string()))?
+                };
+                if needed > rest.len() {
+                    if needed > left - at || read < want.min(left) {
+                        return Err(damaged(format!("{needed} bytes are needed and {} are there", rest.len())));
+                    }
+                    break;
+                }
+                if first.is_some_and(|first| at + needed - first > max_bytes) {
+                    break;
+                }
+                let batch = segment::next(&mut rest, expected, epoch).map_err(damaged)?;
+                let known = place.epochs.at(expected);
+                if known.is_some() && known != batch.leader_epoch() {
+                    return Err(damaged(format!("its leader epoch is {:?}, not {known:?}", batch.leader_epoch())));
+                }
+                if batch.end_offset() > bound {
+                    expected = bound;
+                    break;
+                }
+                (expected, epoch) = (batch.end_offset(), batch.leader_epoch());
+                if expected > from {
+                    first.get_or_insert(at);
+                    (end, next) = (at + needed, expected);
+                }
+            }
+            if let Some(first) = first {
+                return Ok(Read { chunks: vec![whole.slice(first..end)], next, bytes: end - first });
+            }
+            if whole.len() >= left && rest.is_empty() && expected <= from {
+                let why = format!("the segment ends at offset {expected}");
+                return Err(damage(place, from, place.info.bytes, why));
+            }
+            if expected >= bound {
+                return Ok(Read::empty(from));
+            }
+            // A batch longer than the buffer: its length was just read and is possible.
+            position += (whole.len() - rest.len()) as u64;
+            want = if rest.len() >= HEADER_BYTES { Batch::framed_len(&rest).unwrap_or(want).max(want) } else { want };
+        }
+    }
+}
+
+fn io_error(place: &Place, source: io::Error) -> ReadError {
+    ReadError::Io { file: place.file.path.clone(), source }
+}
+
+fn damage(place: &Place, offset: Offset, position: u64, why: String) -> ReadError {
+    let file: PathBuf = place.file.path.clone();
+    tracing::error!(file = %file.display(), position, %offset, why, "a segment is damaged");
+    ReadError::Damaged { offset, file, position, why }
+}

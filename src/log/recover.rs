@@ -1,0 +1,237 @@
+//! Opening a replica after a crash: which of its files count, where its log ends, and whether that is far enough.
+//!
+//! The journal has been replayed into the segments before. What is left is to read from the recovery point on, to stop
+//! at the first bytes that are no batch, and to compare with what was acknowledged as persisted: bytes missing above it are
+//! a torn tail, bytes missing below it are lost, and then the files stay as they are.
+
+use std::{collections::BTreeMap, io, path::Path, sync::Arc};
+
+use super::{
+    checkpoint::ReplicaRecord,
+    core::Core,
+    disk::Mode,
+    epochs::EpochHistory,
+    error::ReplicaError,
+    producers::ProducerTable,
+    segment::{self, SegmentInfo, base_of, name},
+    snapshot::Snapshot,
+};
+use crate::{model::Offset, record::Batch, task::clock};
+
+/// What is known of a replica that nobody has opened yet.
+#[derive(Clone)]
+pub(super) struct Dormant {
+    pub(super) record: ReplicaRecord,
+    /// The record is what lies on the disk: a clean stop wrote it.
+    pub(super) clean: bool,
+    /// There is no record of what was persisted: a torn tail cannot be told from a loss.
+    pub(super) unproven: bool,
+}
+
+/// Brings a replica's files and its record together. The record that is returned ends at the log end.
+pub(super) fn recover(core: &Arc<Core>, dir: &Path, dormant: Dormant) -> Result<ReplicaRecord, ReplicaError> {
+    let Dormant { record, clean, unproven } = dormant;
+    if clean && record.lost.is_none() {
+        return Ok(record);
+    }
+    let id = record.id;
+    let refuse = |persisted, why| ReplicaError::Lost { id, persisted, why, dir: dir.to_owned() };
+    if let Some(why) = record.lost.clone() {
+        return Err(refuse(record.persisted, why));
+    }
+    let io = |source| ReplicaError::Io { id, path: dir.to_owned(), source };
+    let persisted = record.persisted;
+    let files = list(core, dir, record.segments[0].base).map_err(io)?;
+    let recovery = Recovery { core, dir, record, files, unproven };
+    match recovery.run() {
+        Ok(Ok(record)) => Ok(record),
+        Ok(Err(why)) => Err(refuse(persisted, why)),
+        Err(source) => Err(io(source)),
+    }
+}
+
+/// The segment files of a replica from `start` on, and their lengths. Those that lie below were evicted: they go.
+fn list(core: &Core, dir: &Path, start: Offset) -> io::Result<BTreeMap<Offset, u64>> {
+    let entries = match core.disk.list(dir) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
+        Err(error) => return Err(error),
+    };
+    let mut files = BTreeMap::new();
+    for entry in entries {
+        match base_of(&entry.name) {
+            Some(base) if base < start => remove_segment(core, dir, base)?,
+            Some(base) => drop(files.insert(base, entry.len)),
+            None => {}
+        }
+    }
+    Ok(files)
+}
+
+/// Removes the indexes and snapshots of a replica that lie above `end`. They are of a log that was cut since: grown again to the
+/// same offset, it would take their epochs and producers for its own. True when there were any.
+pub(super) fn remove_caches_above(core: &Core, dir: &Path, end: Offset) -> io::Result<bool> {
+    let mut any = false;
+    for entry in core.disk.list(dir)? {
+        if segment::cache_base_of(&entry.name).is_some_and(|base| base > end) {
+            core.disk.remove(&dir.join(&entry.name))?;
+            any = true;
+        }
+    }
+    Ok(any)
+}
+
+/// Removes a segment and what belongs to it.
+pub(super) fn remove_segment(core: &Core, dir: &Path, base: Offset) -> io::Result<()> {
+    for extension in ["log", "index", "timeindex", "snapshot"] {
+        match core.disk.remove(&dir.join(name(base, extension))) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+struct Recovery<'a> {
+    core: &'a Core,
+    dir: &'a Path,
+    record: ReplicaRecord,
+    files: BTreeMap<Offset, u64>,
+    unproven: bool,
+}
+
+impl Recovery<'_> {
+    /// The outer error is the disk's, the inner one says what was lost.
+    fn run(mut self) -> io::Result<Result<ReplicaRecord, String>> {
+        if let Some(why) = self.missing() {
+            return Ok(Err(why));
+        }
+        // Everything before the recovery point is synced and is not read again.
+        let mut at = self.record.segments.pop().expect("a record has a segment");
+        let mut damage = None;
+        loop {
+            let len = self.files.get(&at.base).copied().unwrap_or(0);
+            let from = at.bytes;
+            damage = self.scan(&mut at, len)?.map(|why| (at.base, at.bytes, why)).or(damage);
+            self.record.segments.push(at);
+            let following = self.files.contains_key(&at.end) && at.end > at.base;
+            if damage.is_some() || !following {
+                break;
+            }
+            tracing::debug!(partition = %self.record.id, base = %at.base, from, to = at.bytes, "segment scanned");
+            at = SegmentInfo::empty(at.end, clock::wall_ms());
+        }
+        let end = at.end;
+        let persisted = self.record.persisted;
+        let beyond: u64 = self.files.range(at.base..).map(|(_, len)| *len).sum::<u64>().saturating_sub(at.bytes);
+        if end < persisted || (self.unproven && beyond > 0) {
+            let why = damage.map_or_else(
+                || format!("its files end at offset {end}"),
+                |(base, position, why)| format!("segment {base} is damaged at byte {position}, offset {end}: {why}"),
+            );
+            return Ok(Err(why));
+        }
+        self.cut(&at, beyond)?;
+        Ok(Ok(self.record))
+    }
+
+    /// Whether a file is missing, or shorter than what is known to be synced in it.
+    fn missing(&self) -> Option<String> {
+        for info in &self.record.segments {
+            let len = self.files.get(&info.base).copied();
+            if info.bytes > len.unwrap_or(0) {
+                let path = self.dir.join(name(info.base, "log"));
+                let found = len.map_or("is missing".to_owned(), |len| format!("has {len} of {} bytes", info.bytes));
+                return Some(format!("{} {found}", path.display()));
+            }
+        }
+        None
+    }
+
+    /// Reads a segment from where `info` ends, and moves that on.
+    fn scan(&mut self, info: &mut SegmentInfo, len: u64) -> io::Result<Option<String>> {
+        if len <= info.bytes {
+            return Ok(None);
+        }
+        let file = self.core.disk.open(&self.dir.join(name(info.base, "log")), Mode::Read)?;
+        let ReplicaRecord { epochs, producers, .. } = &mut self.record;
+        let epoch = epochs.last().map(|(epoch, _)| epoch);
+        let end = segment::scan(&*file, len, info.bytes, info.end, epoch, |_, batch| {
+            note(epochs, producers, batch);
+            info.note(batch);
+        })?;
+        Ok(end.damage)
+    }
+
+    /// Cuts what is no part of the log: nobody was told that it is durable.
+    fn cut(&self, last: &SegmentInfo, beyond: u64) -> io::Result<()> {
+        if beyond > 0 {
+            tracing::warn!(partition = %self.record.id, bytes = beyond, end = %last.end, "a torn tail was cut");
+        }
+        for base in self.files.range(last.base..).map(|(base, _)| *base).filter(|base| *base > last.base) {
+            remove_segment(self.core, self.dir, base)?;
+        }
+        if self.files.get(&last.base).is_some_and(|len| *len > last.bytes) {
+            let file = self.core.disk.open(&self.dir.join(name(last.base, "log")), Mode::Write)?;
+            file.truncate(last.bytes)?;
+            // What is appended next may be durable before this segment is synced again.
+            file.sync()?;
+        }
+        let caches = !self.files.is_empty() && remove_caches_above(self.core, self.dir, last.end)?;
+        if beyond > 0 || caches {
+            self.core.disk.sync_dir(self.dir)?;
+        }
+        Ok(())
+    }
+}
+
+fn note(epochs: &mut EpochHistory, producers: &mut ProducerTable, batch: &Batch) {
+    if let Some(epoch) = batch.leader_epoch()
+        && !epochs.note(epoch, batch.base_offset())
+    {
+        debug_assert!(false, "the scan refuses epochs that fall");
+    }
+    producers.note(batch);
+}
+
+/// Epochs and producers at `to`, and the segment that ends there, read from the segments that are known to be whole. Starts at the
+/// snapshot of the segment that holds `to`, or of an earlier one.
+pub(super) fn tables_at(
+    core: &Core,
+    dir: &Path,
+    segments: &[SegmentInfo],
+    to: Offset,
+) -> io::Result<(SegmentInfo, Snapshot, Option<String>)> {
+    let holding = segments.iter().rposition(|info| info.base <= to).unwrap_or(0);
+    let mut start = holding;
+    let mut tables = loop {
+        let base = segments[start].base;
+        let read = core.disk.read(&dir.join(name(base, "snapshot")));
+        match read.ok().and_then(|file| Snapshot::decode(&file, base)) {
+            Some(snapshot) => break snapshot,
+            None if start == 0 => break Snapshot::default(),
+            None => start -= 1,
+        }
+    };
+    let mut last = SegmentInfo::empty(segments[holding].base, segments[holding].created_ms);
+    for info in &segments[start..=holding] {
+        last = SegmentInfo::empty(info.base, info.created_ms);
+        if info.bytes == 0 || last.base >= to {
+            continue;
+        }
+        let file = core.disk.open(&dir.join(name(info.base, "log")), Mode::Read)?;
+        let epoch = tables.epochs.last().map(|(epoch, _)| epoch);
+        let mut whole = true;
+        let end = segment::scan(&*file, info.bytes, 0, info.base, epoch, |_, batch| {
+            whole &= batch.end_offset() <= to;
+            if whole {
+                note(&mut tables.epochs, &mut tables.producers, batch);
+                last.note(batch);
+            }
+        })?;
+        if end.damage.is_some() && last.end < to {
+            return Ok((last, tables, end.damage));
+        }
+    }
+    Ok((last, tables, None))
+}

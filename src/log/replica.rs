@@ -1,0 +1,416 @@
+//! One partition's log on this disk, as its single writer holds it.
+
+use std::{
+    io::{self, IoSlice},
+    ops::Deref,
+    sync::{Arc, MutexGuard, atomic::Ordering},
+    time::Duration,
+};
+
+use super::{
+    core::SyncJob,
+    disk::Mode,
+    epochs::EpochHistory,
+    error::{AppendError, PersistError, is_full},
+    index::Index,
+    journal::{Done, Item, entry::Kind},
+    producers::ProducerTable,
+    reader::Reader,
+    segment::{Segment, SegmentFile, SegmentInfo},
+    shared::{Shared, State},
+    snapshot::Snapshot,
+    tail::Tail,
+};
+use crate::{
+    model::{LeaderEpoch, Offset, PartitionId},
+    record::Batch,
+    task::clock,
+};
+
+/// Longest segment: positions in it are 32 bits wide.
+const MAX_SEGMENT_BYTES: u64 = i32::MAX as u64;
+
+/// One partition's log on this disk. Whoever holds it is its only writer; its methods do not wait for a sync unless
+/// they say so.
+pub struct Replica {
+    pub(super) shared: Arc<Shared>,
+    /// Appended and not handed over.
+    pending: Pending,
+    /// Serial of the segment file whose length was compared with what is known.
+    checked: Option<u64>,
+    /// Whether what is appended will be handed to the journal.
+    journaled: bool,
+}
+
+#[derive(Default)]
+struct Pending {
+    pieces: Vec<Piece>,
+    bytes: usize,
+    /// The bytes grew beyond what the journal takes: the segments are to be synced instead.
+    too_much: bool,
+}
+
+/// Batches that lie one after the other in one segment, and make one entry.
+struct Piece {
+    segment: Offset,
+    position: u64,
+    bytes: usize,
+    batches: Vec<Batch>,
+}
+
+/// A table of a replica, for a moment. The readers wait while it is held.
+pub struct Held<'a, T> {
+    state: MutexGuard<'a, State>,
+    pick: fn(&State) -> &T,
+}
+
+impl<T> Deref for Held<'_, T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        (self.pick)(&self.state)
+    }
+}
+
+impl Replica {
+    pub(super) fn new(shared: Arc<Shared>) -> Self {
+        // What was found in the files, or was appended by whoever held it before, may not be durable.
+        let too_much = {
+            let state = shared.state();
+            state.persisted_end < state.log_end()
+        };
+        Self { shared, pending: Pending { too_much, ..Pending::default() }, checked: None, journaled: true }
+    }
+
+    /// Which partition's log it is.
+    pub fn id(&self) -> PartitionId {
+        self.shared.id
+    }
+
+    /// A handle for reading.
+    pub fn reader(&self) -> Reader {
+        Reader::new(self.shared.clone())
+    }
+
+    /// First offset that can be read at all.
+    pub fn log_start(&self) -> Offset {
+        self.shared.state().log_start
+    }
+
+    /// First offset that is on this disk.
+    pub fn local_start(&self) -> Offset {
+        self.shared.state().local_start()
+    }
+
+    /// First unwritten offset.
+    pub fn log_end(&self) -> Offset {
+        self.shared.state().log_end()
+    }
+
+    /// First offset not known to be on stable storage.
+    pub fn persisted_end(&self) -> Offset {
+        self.shared.state().persisted_end
+    }
+
+    /// Bytes of its segments.
+    pub fn bytes(&self) -> u64 {
+        self.shared.state().bytes()
+    }
+
+    /// Why it takes no writes any more, when it does not.
+    pub fn failed(&self) -> Option<String> {
+        self.shared.refusal()
+    }
+
+    /// Which epochs wrote which offsets.
+    pub fn epochs(&self) -> Held<'_, EpochHistory> {
+        Held { state: self.shared.state(), pick: |state| &state.epochs }
+    }
+
+    /// What producers wrote last.
+    pub fn producers(&self) -> Held<'_, ProducerTable> {
+        Held { state: self.shared.state(), pick: |state| &state.producers }
+    }
+
+    /// The sealed segments, oldest first.
+    pub fn sealed(&self) -> Vec<SegmentInfo> {
+        let state = self.shared.state();
+        state.segments[..state.segments.len() - 1].iter().map(|segment| segment.info).collect()
+    }
+
+    /// The segment that is being written.
+    pub fn active(&self) -> SegmentInfo {
+        self.shared.state().active().info
+    }
+
+    /// Appends stamped batches: one write into the page cache. They can be read at once, and are durable when
+    /// [`Self::persist`] says so. On an error nothing of them is in the log.
+    ///
+    /// # Panics
+    /// When they do not begin at the log end, are not contiguous, or their epoch falls.
+    pub fn append(&mut self, batches: &[Batch]) -> Result<(), AppendError> {
+        let Some(first) = batches.first() else { return Ok(()) };
+        if let Some(reason) = self.shared.refusal() {
+            return Err(AppendError::Failed { reason });
+        }
+        let bytes: usize = batches.iter().map(Batch::encoded_len).sum();
+        self.assert_placed(batches);
+        if !self.shared.core.has_room(bytes as u64) {
+            return Err(self.disk_is_full());
+        }
+        if self.active().bytes + bytes as u64 > MAX_SEGMENT_BYTES {
+            self.roll()?;
+        }
+        let (info, file) = {
+            let state = self.shared.state();
+            (state.active().info, state.active().file.clone())
+        };
+        self.write(&info, &file, batches)?;
+        let owned: Vec<Batch> = batches.iter().map(Tail::own).collect();
+        let end = self.publish(&owned);
+        self.shared.core.tail.push(&self.shared.tail, &owned);
+        let most = if self.journaled { self.shared.core.options.journal_most } else { 0 };
+        self.pending.push(&info, owned, bytes, most);
+        self.shared.touch(bytes as u64);
+        debug_assert_eq!(end.since(first.base_offset()), batches.iter().map(|b| u64::from(b.count())).sum::<u64>());
+        Ok(())
+    }
+
+    fn assert_placed(&self, batches: &[Batch]) {
+        let state = self.shared.state();
+        let (mut end, mut epoch) = (state.log_end(), state.epochs.last().map(|(epoch, _)| epoch));
+        drop(state);
+        for batch in batches {
+            assert_eq!(batch.base_offset(), end, "batches are contiguous from the log end");
+            let stamped = batch.leader_epoch().expect("batches are stamped before they are appended");
+            assert!(epoch.is_none_or(|epoch| epoch <= stamped), "leader epochs never fall");
+            (end, epoch) = (batch.end_offset(), Some(stamped));
+        }
+    }
+
+    fn write(&mut self, info: &SegmentInfo, file: &SegmentFile, batches: &[Batch]) -> Result<(), AppendError> {
+        let written = self.prepare(info, file).and_then(|open| {
+            let mut slices = Vec::with_capacity(batches.len() * 2);
+            for batch in batches {
+                slices.push(IoSlice::new(batch.head()));
+                slices.push(IoSlice::new(batch.records_bytes()));
+            }
+            let written = open.file.write_at(&slices, info.bytes).inspect_err(|_| self.checked = None);
+            // After the write and before it is published: a sync that sees the batches sees the mark.
+            file.dirty.store(true, Ordering::Release);
+            written
+        });
+        let Err(error) = written else {
+            self.shared.core.disk_full.store(false, Ordering::Relaxed);
+            return Ok(());
+        };
+        let cut_back = || -> io::Result<()> {
+            let open = self.shared.core.files.get(file.serial, &file.path, Mode::Write)?;
+            if open.file.size()? > info.bytes { open.file.truncate(info.bytes) } else { Ok(()) }
+        };
+        if is_full(&error) && (cut_back().is_ok() || info.bytes == 0) {
+            return Err(self.disk_is_full());
+        }
+        let reason = format!("{} could not be written: {error}", file.path.display());
+        drop(cut_back());
+        self.shared.fail(reason.clone());
+        Err(AppendError::Failed { reason })
+    }
+
+    /// Says it once, until an append finds room again.
+    fn disk_is_full(&self) -> AppendError {
+        if !self.shared.core.disk_full.swap(true, Ordering::Relaxed) {
+            tracing::error!(path = %self.shared.core.dir.display(), "the disk is full: appends wait until there is room");
+        }
+        AppendError::DiskFull
+    }
+
+    /// Opens the active segment and sees that it is as long as it should be, and that its index is known.
+    fn prepare(&mut self, info: &SegmentInfo, file: &SegmentFile) -> io::Result<Arc<super::files::OpenFile>> {
+        if info.bytes == 0 && self.checked != Some(file.serial) {
+            self.shared.state().names_changed = true;
+        }
+        let open = self.shared.core.files.get(file.serial, &file.path, Mode::Write)?;
+        if self.checked == Some(file.serial) {
+            return Ok(open);
+        }
+        let len = open.file.size()?;
+        if len > info.bytes {
+            open.file.truncate(info.bytes)?;
+        } else if len < info.bytes {
+            let why = format!("it has {len} bytes and {} were written", info.bytes);
+            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, why));
+        }
+        if self.shared.state().index.is_none() {
+            let index = if info.bytes == 0 { Index::default() } else { self.reader().active_index(info, file)? };
+            self.shared.state().index = Some(index);
+        }
+        self.checked = Some(file.serial);
+        Ok(open)
+    }
+
+    /// Makes written batches part of the log.
+    fn publish(&self, batches: &[Batch]) -> Offset {
+        let mut state = self.shared.state();
+        let State { segments, epochs, producers, index, .. } = &mut *state;
+        let info = &mut segments.last_mut().expect("a log has an active segment").info;
+        for batch in batches {
+            if let Some(index) = index {
+                index.note(batch.base_offset(), info.bytes, info.max_timestamp);
+            }
+            info.note(batch);
+            let epoch = batch.leader_epoch().unwrap_or(LeaderEpoch(0));
+            if epochs.last().is_none_or(|(last, _)| last < epoch) {
+                assert!(Arc::make_mut(epochs).note(epoch, batch.base_offset()), "leader epochs never fall");
+            }
+            if batch.producer().is_some() {
+                Arc::make_mut(producers).note(batch);
+            }
+        }
+        let end = info.end;
+        state.unsynced_bytes += batches.iter().map(|batch| batch.encoded_len() as u64).sum::<u64>();
+        end
+    }
+
+    /// Makes everything appended so far durable, and calls `done` with the persisted end when it is, on the journal's
+    /// thread. Calls come in the order of the hand-overs.
+    pub fn persist(&mut self, done: Done) {
+        let pending = std::mem::take(&mut self.pending);
+        if let Some(reason) = self.shared.refusal() {
+            return done(Err(PersistError::Failed { reason }));
+        }
+        let core = &self.shared.core;
+        let round = core.options.round_bytes;
+        let mut state = self.shared.state();
+        let (generation, end) = (state.generation, state.log_end());
+        let marker = self.shared.head(Kind::Synced, generation, end, end);
+        let large = pending.too_much || pending.pieces.iter().any(|piece| piece.bytes > round);
+        if large || state.syncing > 0 {
+            state.syncing += 1;
+            drop(state);
+            core.work().jobs.push_back(SyncJob { replica: self.shared.clone(), head: marker, done });
+            core.wake.notify_all();
+            return;
+        }
+        drop(state);
+        let mut done = Some(done);
+        let last = pending.pieces.len().saturating_sub(1);
+        for (i, piece) in pending.pieces.into_iter().enumerate() {
+            let mut head = self.shared.head(Kind::Append, generation, piece.base(), piece.end());
+            (head.segment, head.position) = (piece.segment, piece.position);
+            head.epoch = piece.batches.last().and_then(Batch::leader_epoch);
+            let done = if i == last { done.take() } else { None };
+            let Piece { bytes, batches, .. } = piece;
+            core.journal.submit(Item { head, batches, bytes, replica: self.shared.clone(), done });
+        }
+        if let Some(done) = done {
+            let replica = self.shared.clone();
+            core.journal.submit(Item { head: marker, batches: Vec::new(), bytes: 0, replica, done: Some(done) });
+        }
+    }
+
+    /// Whether the active segment should be sealed before `next_bytes` more are appended: it would grow beyond `segment_bytes`, or
+    /// its first record is older than `segment_age`. An empty segment never is.
+    pub fn should_roll(&self, segment_bytes: u64, segment_age: Duration, now_ms: i64, next_bytes: usize) -> bool {
+        let info = self.active();
+        let age = u64::try_from(now_ms.saturating_sub(info.created_ms)).unwrap_or(0);
+        let bytes = info.bytes + next_bytes as u64;
+        info.bytes > 0
+            && (bytes > segment_bytes.min(MAX_SEGMENT_BYTES) || u128::from(age) >= segment_age.as_millis().max(1))
+    }
+
+    /// Seals the active segment: the next append begins a new one. Nothing happens where it is empty.
+    pub fn roll(&mut self) -> Result<(), AppendError> {
+        if let Some(reason) = self.shared.refusal() {
+            return Err(AppendError::Failed { reason });
+        }
+        let info = self.active();
+        if info.bytes == 0 {
+            return Ok(());
+        }
+        self.write_caches();
+        let file = SegmentFile::new(self.shared.core.files.serial(), &self.shared.dir, info.end);
+        let mut state = self.shared.state();
+        let segment = Segment { info: SegmentInfo::empty(info.end, clock::wall_ms()), file: Arc::new(file) };
+        state.segments.push(segment);
+        state.index = Some(Index::default());
+        Ok(())
+    }
+
+    /// Writes the index files of the active segment and the snapshot of what follows it. They are caches: a failure
+    /// is no failure, and the files are made again when they are needed.
+    pub(super) fn write_caches(&self) {
+        write_caches(&self.shared);
+    }
+
+    /// Whether appended batches will be handed over ([`Self::persist`]) soon, and so are kept until then; on at first. Off
+    /// for a topic that does not persist: a later hand-over then syncs the segments.
+    pub fn set_journaled(&mut self, journaled: bool) {
+        self.journaled = journaled;
+    }
+
+    /// Forgets what was not handed over.
+    pub(super) fn forget_pending(&mut self) {
+        self.pending = Pending::default();
+        self.checked = None;
+    }
+}
+
+/// Writes the index files of a replica's active segment and the snapshot at its end.
+pub(super) fn write_caches(shared: &Shared) {
+    let (info, index, snapshot) = {
+        let state = shared.state();
+        let snapshot = Snapshot::encode(&state.epochs, &state.producers, state.log_end());
+        (state.active().info, state.index.clone(), snapshot)
+    };
+    if info.bytes == 0 {
+        // What is known where a segment begins was written before. Where nothing lies before it any more it is no cache: it must not be
+        // touched by a write that may fail half-way.
+        return;
+    }
+    let disk = &shared.core.disk;
+    let mut written = disk.write(&shared.path(info.end, "snapshot"), &snapshot).map(drop);
+    if let Some(index) = index {
+        let (offsets, times) = index.encode(info.base, info.bytes);
+        written = written
+            .and_then(|()| disk.write(&shared.path(info.base, "index"), &offsets).map(drop))
+            .and_then(|()| disk.write(&shared.path(info.base, "timeindex"), &times).map(drop));
+    }
+    if let Err(error) = written {
+        tracing::debug!(partition = %shared.id, %error, "an index was not written; it is made again when needed");
+    }
+}
+
+impl Drop for Replica {
+    fn drop(&mut self) {
+        self.shared.taken.store(false, Ordering::Release);
+    }
+}
+
+impl Pending {
+    fn push(&mut self, info: &SegmentInfo, batches: Vec<Batch>, bytes: usize, most: usize) {
+        if self.too_much || self.bytes + bytes > most {
+            // Whoever never hands anything over (`replicated`) does not keep it in memory either.
+            *self = Self { too_much: true, ..Self::default() };
+            return;
+        }
+        self.bytes += bytes;
+        match self.pieces.last_mut() {
+            Some(piece) if piece.segment == info.base && piece.bytes + bytes <= 1 << 20 => {
+                piece.bytes += bytes;
+                piece.batches.extend(batches);
+            }
+            _ => self.pieces.push(Piece { segment: info.base, position: info.bytes, bytes, batches }),
+        }
+    }
+}
+
+impl Piece {
+    fn base(&self) -> Offset {
+        self.batches.first().map_or(self.segment, Batch::base_offset)
+    }
+
+    fn end(&self) -> Offset {
+        self.batches.last().map_or(self.segment, Batch::end_offset)
+    }
+}

@@ -1,0 +1,193 @@
+//! Segment files: their names, what is known of each, and the scan that trusts only whole batches.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+    sync::atomic::AtomicBool,
+};
+
+use bytes::{Buf, BufMut, Bytes};
+
+use super::disk::File;
+use crate::{
+    model::{LeaderEpoch, Offset},
+    record::{Batch, HEADER_BYTES},
+};
+
+/// What is known of a segment without reading it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SegmentInfo {
+    /// First offset, which also names the file.
+    pub base: Offset,
+    /// Offset after the last record.
+    pub end: Offset,
+    /// Length in bytes.
+    pub bytes: u64,
+    /// Largest timestamp of its records, in milliseconds; `i64::MIN` when empty.
+    pub max_timestamp: i64,
+    /// Epoch of its first batch; `None` when empty.
+    pub first_epoch: Option<LeaderEpoch>,
+    /// Epoch of its last batch; `None` when empty.
+    pub last_epoch: Option<LeaderEpoch>,
+    /// When it was made, in milliseconds since 1970 by this machine's clock.
+    pub created_ms: i64,
+}
+
+impl SegmentInfo {
+    pub(super) fn empty(base: Offset, created_ms: i64) -> Self {
+        Self { base, end: base, bytes: 0, max_timestamp: i64::MIN, first_epoch: None, last_epoch: None, created_ms }
+    }
+
+    pub(super) fn note(&mut self, batch: &Batch) {
+        self.end = batch.end_offset();
+        self.bytes += batch.encoded_len() as u64;
+        self.max_timestamp = self.max_timestamp.max(batch.max_timestamp());
+        self.last_epoch = batch.leader_epoch();
+        self.first_epoch = self.first_epoch.or(self.last_epoch);
+    }
+
+    pub(super) fn encode(&self, out: &mut impl BufMut) {
+        let epoch = |epoch: Option<LeaderEpoch>| epoch.map_or(-1, LeaderEpoch::as_i32);
+        out.put_u64(self.base.get());
+        out.put_u64(self.end.get());
+        out.put_u64(self.bytes);
+        out.put_i64(self.max_timestamp);
+        out.put_i32(epoch(self.first_epoch));
+        out.put_i32(epoch(self.last_epoch));
+        out.put_i64(self.created_ms);
+    }
+
+    pub(super) fn decode(from: &mut impl Buf) -> Option<Self> {
+        Some(Self {
+            base: Offset::new(from.try_get_u64().ok()?)?,
+            end: Offset::new(from.try_get_u64().ok()?)?,
+            bytes: from.try_get_u64().ok()?,
+            max_timestamp: from.try_get_i64().ok()?,
+            first_epoch: LeaderEpoch::from_i32(from.try_get_i32().ok()?),
+            last_epoch: LeaderEpoch::from_i32(from.try_get_i32().ok()?),
+            created_ms: from.try_get_i64().ok()?,
+        })
+    }
+}
+
+/// One segment of a replica: what is known of it, and its file.
+#[derive(Debug)]
+pub(super) struct Segment {
+    pub(super) info: SegmentInfo,
+    pub(super) file: std::sync::Arc<SegmentFile>,
+}
+
+/// Where a segment lies.
+#[derive(Debug)]
+pub(super) struct SegmentFile {
+    /// Its key in the table of open files.
+    pub(super) serial: u64,
+    pub(super) path: PathBuf,
+    /// Whether bytes were written since it was last synced.
+    pub(super) dirty: AtomicBool,
+}
+
+impl SegmentFile {
+    pub(super) fn new(serial: u64, dir: &Path, base: Offset) -> Self {
+        Self { serial, path: dir.join(name(base, "log")), dirty: AtomicBool::new(false) }
+    }
+}
+
+/// The name of a file of the segment at `base`.
+pub(super) fn name(base: Offset, extension: &str) -> String {
+    format!("{:020}.{extension}", base.get())
+}
+
+/// The base offset that a segment file's name states.
+pub(super) fn base_of(name: &str) -> Option<Offset> {
+    base_in(name.strip_suffix(".log")?)
+}
+
+/// The base offset that the name of an index or a snapshot states.
+pub(super) fn cache_base_of(name: &str) -> Option<Offset> {
+    let (digits, extension) = name.split_once('.')?;
+    if matches!(extension, "index" | "timeindex" | "snapshot") { base_in(digits) } else { None }
+}
+
+fn base_in(digits: &str) -> Option<Offset> {
+    (digits.len() == 20 && digits.bytes().all(|b| b.is_ascii_digit()))
+        .then(|| digits.parse().ok().and_then(Offset::new))?
+}
+
+/// Where a scan ended.
+#[derive(Debug)]
+pub(super) struct ScanEnd {
+    /// Offset after the last whole batch.
+    pub(super) end: Offset,
+    /// Where that batch ends in the file.
+    pub(super) position: u64,
+    /// What is wrong with the bytes there; `None` at the end of the file.
+    pub(super) damage: Option<String>,
+}
+
+/// Reads the batches of a file from `position` to `len`, the first of which must begin at `from`, each later one where
+/// the one before ended, with epochs that do not fall. Stops at the first bytes that are no such batch.
+pub(super) fn scan(
+    file: &dyn File,
+    len: u64,
+    position: u64,
+    from: Offset,
+    mut epoch: Option<LeaderEpoch>,
+    mut each: impl FnMut(u64, &Batch),
+) -> io::Result<ScanEnd> {
+    const WINDOW: usize = 1 << 20;
+    let mut end = ScanEnd { end: from, position, damage: None };
+    let mut window = Bytes::new();
+    while end.position < len {
+        let left = usize::try_from(len - end.position).unwrap_or(usize::MAX);
+        let needed = match Batch::framed_len(&window) {
+            Ok(needed) => needed,
+            Err(_) if window.len() < HEADER_BYTES => HEADER_BYTES,
+            Err(error) => {
+                end.damage = Some(error.to_string());
+                break;
+            }
+        };
+        if needed > left {
+            end.damage = Some(format!("{needed} bytes are needed and the file has {left}"));
+            break;
+        }
+        if window.len() < needed {
+            let mut buffer = vec![0; needed.max(WINDOW).min(left)];
+            let read = file.read_at(&mut buffer, end.position)?;
+            buffer.truncate(read);
+            if read < needed {
+                end.damage = Some("the file is shorter than it was".to_owned());
+                break;
+            }
+            window = buffer.into();
+            continue;
+        }
+        match next(&mut window, end.end, epoch) {
+            Ok(batch) => {
+                each(end.position, &batch);
+                end.position += batch.encoded_len() as u64;
+                end.end = batch.end_offset();
+                epoch = batch.leader_epoch();
+            }
+            Err(why) => {
+                end.damage = Some(why);
+                break;
+            }
+        }
+    }
+    Ok(end)
+}
+
+/// The next batch of `window`, which must begin at `expected` with an epoch not below `epoch`.
+pub(super) fn next(window: &mut Bytes, expected: Offset, epoch: Option<LeaderEpoch>) -> Result<Batch, String> {
+    let batch = Batch::split_from(window).map_err(|error| error.to_string())?;
+    if batch.base_offset() != expected {
+        return Err(format!("a batch begins at offset {}, not at {expected}", batch.base_offset()));
+    }
+    match (epoch, batch.leader_epoch()) {
+        (_, None) => Err("a batch has no leader epoch".to_owned()),
+        (Some(before), Some(now)) if now < before => Err(format!("leader epoch falls from {before} to {now}")),
+        _ => Ok(batch),
+    }
+}

@@ -1,0 +1,44 @@
+//! `{base}.snapshot`: the epochs and producers as they were where a segment begins, so that a cut or an upload need not read what lies
+//! before. A cache like the indexes.
+
+use bytes::{Buf, BufMut, BytesMut};
+
+use super::{epochs::EpochHistory, producers::ProducerTable};
+use crate::model::Offset;
+
+const MAGIC: &[u8; 8] = b"STRLSNP1";
+
+/// Epochs and producers at one offset.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Snapshot {
+    pub(super) epochs: EpochHistory,
+    pub(super) producers: ProducerTable,
+}
+
+impl Snapshot {
+    pub(super) fn encode(epochs: &EpochHistory, producers: &ProducerTable, at: Offset) -> BytesMut {
+        let mut out = BytesMut::new();
+        out.put_slice(MAGIC);
+        out.put_u64(at.get());
+        epochs.encode(&mut out);
+        producers.encode(&mut out);
+        let crc = crc32c::crc32c(&out);
+        out.put_u32(crc);
+        out
+    }
+
+    /// The snapshot in a file, if it is whole and of this offset.
+    pub(super) fn decode(file: &[u8], at: Offset) -> Option<Self> {
+        let (mut content, crc) = file.split_at_checked(file.len().checked_sub(4)?)?;
+        if crc32c::crc32c(content).to_be_bytes() != crc || content.get(..8)? != MAGIC {
+            return None;
+        }
+        content.advance(8);
+        if content.try_get_u64().ok()? != at.get() {
+            return None;
+        }
+        let epochs = EpochHistory::decode(&mut content)?;
+        let producers = ProducerTable::decode(&mut content)?;
+        content.is_empty().then_some(Self { epochs, producers })
+    }
+}

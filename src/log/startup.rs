@@ -1,0 +1,239 @@
+//! What a data directory holds when it is opened: the checkpoint, and what the journal knows beyond it.
+
+use std::{
+    collections::HashMap,
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use uuid::Uuid;
+
+use super::{
+    checkpoint::{Checkpoint, ReplicaRecord},
+    core::Options,
+    disk::Disk,
+    error::OpenError,
+    identity::io_error,
+    journal::{
+        entry::Kind,
+        replay::{self, Journaled, Story},
+    },
+    recover::Dormant,
+    segment::{SegmentInfo, base_of, name},
+    shared::replica_dir,
+    snapshot::Snapshot,
+};
+use crate::{
+    model::{Offset, PartitionId, TopicId},
+    task::clock,
+};
+
+/// What was found.
+pub(super) struct Found {
+    pub(super) first_round: u64,
+    pub(super) generation: u64,
+    pub(super) clean: bool,
+    pub(super) replicas: HashMap<PartitionId, Dormant>,
+}
+
+/// Reads the checkpoint, replays the journal into the segments, and writes a checkpoint that makes the journal free.
+pub(super) fn load(
+    disk: &Arc<dyn Disk>,
+    dir: &Path,
+    directory: Uuid,
+    fresh: bool,
+    options: &Options,
+) -> Result<Found, OpenError> {
+    let disk = &**disk;
+    let read = Checkpoint::read(disk, dir, directory).map_err(io_error(dir, "read the checkpoint"))?;
+    // A directory whose first checkpoint was never written has no replica either.
+    let (checkpoint, unproven) = match read {
+        Some(checkpoint) => (checkpoint, false),
+        None if fresh => (Checkpoint::default(), false),
+        None => {
+            let replicas = without_checkpoint(disk, dir).map_err(io_error(dir, "list"))?;
+            if !replicas.is_empty() {
+                tracing::error!(dir = %dir.display(), "the checkpoint is missing or damaged: every segment is read again");
+            }
+            (Checkpoint { replicas, ..Checkpoint::default() }, true)
+        }
+    };
+    let clean = checkpoint.clean;
+    let mut generation = checkpoint.generation;
+    let mut first_round = checkpoint.first_round;
+    let replicas = if clean {
+        let dormant = |record: ReplicaRecord| (record.id, Dormant { record, clean: true, unproven: false });
+        checkpoint.replicas.into_iter().map(dormant).collect()
+    } else {
+        let journal_dir = options.journal_dir.clone().unwrap_or_else(|| dir.join("journal"));
+        let mut journaled = replay::read(disk, &journal_dir, directory, checkpoint.first_round)
+            .map_err(io_error(&journal_dir, "read the journal"))?;
+        if unproven {
+            // Older files of the ring were used again: that rounds are missing says nothing.
+            journaled.unknown_loss = None;
+        }
+        first_round = journaled.next_round;
+        generation = generation.max(journaled.generation);
+        merge(disk, dir, checkpoint.replicas, journaled, unproven).map_err(io_error(dir, "replay the journal"))?
+    };
+    let mut records: Vec<_> = replicas.values().map(|dormant| dormant.record.clone()).collect();
+    records.sort_by_key(|record| record.id);
+    // Without a checkpoint the next one is written when the replicas were read.
+    if !unproven || replicas.is_empty() {
+        let checkpoint = Checkpoint { first_round, generation, clean: false, replicas: records };
+        checkpoint.write(disk, dir, directory).map_err(io_error(dir, "write the checkpoint"))?;
+    }
+    Ok(Found { first_round, generation, clean, replicas })
+}
+
+/// Joins what the checkpoint and the journal know of each replica.
+fn merge(
+    disk: &dyn Disk,
+    dir: &Path,
+    records: Vec<ReplicaRecord>,
+    mut journaled: Journaled,
+    unproven: bool,
+) -> io::Result<HashMap<PartitionId, Dormant>> {
+    let mut known: HashMap<PartitionId, ReplicaRecord> =
+        records.into_iter().map(|record| (record.id, record)).collect();
+    for (id, story) in &journaled.replicas {
+        let older = |generation: u64| known.get(id).is_none_or(|record| record.generation < generation);
+        if story.deleted.is_some_and(older) {
+            known.remove(id);
+        }
+        if let Some(created) = story.created
+            && known.get(id).is_none_or(|record| record.generation < created.generation)
+        {
+            let record = ReplicaRecord::empty(*id, created.generation, created.base, clock::wall_ms());
+            known.insert(*id, record);
+        }
+        if story.unsettled.is_some_and(|head| matches!(head.kind, Kind::Delete)) && !known.contains_key(id) {
+            remove_replica(disk, &replica_dir(dir, *id))?;
+        }
+        if let Some(reset) = story.unsettled.filter(|head| head.kind == Kind::Reset) {
+            let left = known.get(id).map_or(Offset::ZERO, |record| record.segments[0].base);
+            tracing::debug!(partition = %id, %left, at = %reset.base, "a reset is done again");
+            remove_files(disk, &replica_dir(dir, *id))?;
+        }
+    }
+    if journaled.unknown_loss.is_some() {
+        // The round may have held a replica's creation: what lies there is not passed over in silence.
+        for record in without_checkpoint(disk, dir)? {
+            known.entry(record.id).or_insert(record);
+        }
+    }
+    let restored = journaled.restore(disk, dir, |id| known.contains_key(id))?;
+    if restored > 0 {
+        tracing::info!(bytes = restored, "restored from the journal");
+    }
+    let mut replicas = HashMap::new();
+    for (id, mut record) in known {
+        if let Some(story) = journaled.replicas.get(&id) {
+            apply(disk, dir, &mut record, story)?;
+            record.lost = record.lost.or_else(|| story.lost.clone());
+        }
+        record.lost = record.lost.or_else(|| journaled.unknown_loss.clone());
+        replicas.insert(id, Dormant { record, clean: false, unproven });
+    }
+    Ok(replicas)
+}
+
+/// What the journal says of one replica, beyond its record.
+fn apply(disk: &dyn Disk, dir: &Path, record: &mut ReplicaRecord, story: &Story) -> io::Result<()> {
+    let dir = replica_dir(dir, record.id);
+    let known = record.generation;
+    for cut in story.cuts.iter().filter(|cut| cut.generation > known) {
+        record.generation = cut.generation;
+        if cut.kind == Kind::Reset {
+            *record = ReplicaRecord::empty(record.id, cut.generation, cut.base, clock::wall_ms());
+            let read = disk.read(&dir.join(name(cut.base, "snapshot")));
+            if let Some(snapshot) = read.ok().and_then(|file| Snapshot::decode(&file, cut.base)) {
+                (record.epochs, record.producers) = (snapshot.epochs, snapshot.producers);
+            }
+        } else if record.segments.last().is_some_and(|last| last.end > cut.base) {
+            let base = record.segments.iter().rfind(|info| info.base <= cut.base).map(|info| info.base);
+            rebase(disk, &dir, record, base.unwrap_or(cut.base));
+        }
+        record.persisted = record.persisted.min(cut.base);
+    }
+    record.persisted = record.persisted.max(story.persisted.unwrap_or(Offset::ZERO));
+    if let Some(moved) = story.log_start.filter(|head| head.generation >= known) {
+        record.log_start = record.log_start.max(moved.base);
+    }
+    if let Some(moved) = story.local_start.filter(|head| head.generation >= known) {
+        let start = moved.base;
+        record.segments.retain(|info| info.base >= start);
+        if record.segments.is_empty() {
+            rebase(disk, &dir, record, start);
+        }
+        record.persisted = record.persisted.max(start);
+    }
+    Ok(())
+}
+
+/// Moves the recovery point back, or on, to the start of the segment at `base`, with what was known there.
+fn rebase(disk: &dyn Disk, dir: &Path, record: &mut ReplicaRecord, base: Offset) {
+    record.segments.retain(|info| info.base < base && info.end <= base);
+    let snapshot = |base| Snapshot::decode(&disk.read(&dir.join(name(base, "snapshot"))).ok()?, base);
+    let mut base = base;
+    let tables = loop {
+        if let Some(tables) = snapshot(base) {
+            break tables;
+        }
+        // Without its snapshot the segment before it is read as well.
+        match record.segments.pop() {
+            Some(info) => base = info.base,
+            None => break Snapshot::default(),
+        }
+    };
+    record.segments.push(SegmentInfo::empty(base, clock::wall_ms()));
+    (record.epochs, record.producers) = (tables.epochs, tables.producers);
+}
+
+/// The replicas whose directories are there, as far as their files' names tell.
+fn without_checkpoint(disk: &dyn Disk, dir: &Path) -> io::Result<Vec<ReplicaRecord>> {
+    let mut records = Vec::new();
+    for topic in disk.list(dir)?.into_iter().filter(|entry| entry.is_dir) {
+        let Ok(topic_id) = topic.name.parse::<TopicId>() else { continue };
+        for partition in disk.list(&dir.join(&topic.name))?.into_iter().filter(|entry| entry.is_dir) {
+            let Ok(number) = partition.name.parse() else { continue };
+            let id = PartitionId::new(topic_id, number);
+            let files = disk.list(&replica_dir(dir, id))?;
+            let Some(start) = files.iter().filter_map(|entry| base_of(&entry.name)).min() else { continue };
+            let mut record = ReplicaRecord::empty(id, 0, start, clock::wall_ms());
+            let read = disk.read(&replica_dir(dir, id).join(name(start, "snapshot")));
+            if let Some(snapshot) = read.ok().and_then(|file| Snapshot::decode(&file, start)) {
+                (record.epochs, record.producers) = (snapshot.epochs, snapshot.producers);
+            }
+            records.push(record);
+        }
+    }
+    Ok(records)
+}
+
+fn remove_files(disk: &dyn Disk, dir: &Path) -> io::Result<()> {
+    match disk.list(dir) {
+        Ok(entries) => entries.iter().rev().try_for_each(|entry| disk.remove(&dir.join(&entry.name))),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+/// Removes a replica's directory, and its topic's when that was the last, durably.
+pub(super) fn remove_replica(disk: &dyn Disk, dir: &Path) -> io::Result<()> {
+    remove_files(disk, dir)?;
+    let topic: PathBuf = dir.parent().unwrap_or(dir).to_owned();
+    match disk.remove_dir(dir) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    match disk.sync_dir(&topic) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    if disk.remove_dir(&topic).is_ok() {
+        disk.sync_dir(topic.parent().unwrap_or(&topic))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,213 @@
+//! Syncing segments behind the journal: by bytes, by time, and when the journal's ring runs short. One thread.
+//!
+//! A pass takes every replica that was written to, notes what it held, syncs its files, and only then moves its recovery
+//! point. When files of the ring hold nothing but what is synced, a checkpoint is written, and then they are given up: in
+//! this order, so that replay never misses what it needs.
+
+use std::{
+    io,
+    path::Path,
+    sync::{Arc, PoisonError, atomic::Ordering},
+    time::Duration,
+};
+
+use super::{
+    checkpoint::Checkpoint,
+    core::{Core, SyncJob},
+    directory::Inner,
+    disk::Mode,
+    error::PersistError,
+    journal::{Item, ring},
+    shared::Shared,
+};
+use crate::task::clock;
+
+/// How long a failed checkpoint waits before it is tried again.
+const RETRY: Duration = Duration::from_millis(200);
+
+impl Shared {
+    /// Syncs everything appended so far and moves the recovery point there. An error is final for this replica.
+    pub(super) fn sync(&self) -> Result<(), PersistError> {
+        if let Some(reason) = self.failed.get() {
+            return Err(PersistError::Failed { reason: reason.clone() });
+        }
+        // Two at once would each believe the other's unfinished sync.
+        let _one_at_a_time = self.syncing.lock().unwrap_or_else(PoisonError::into_inner);
+        let (point, generation, names, files) = {
+            let mut state = self.state();
+            state.unsynced_bytes = 0;
+            let files: Vec<_> = state.segments.iter().map(|segment| segment.file.clone()).collect();
+            (state.point(), state.generation, std::mem::take(&mut state.names_changed), files)
+        };
+        let synced = || -> io::Result<()> {
+            for file in files {
+                if file.dirty.swap(false, Ordering::AcqRel) {
+                    match self.core.files.get(file.serial, &file.path, Mode::Read) {
+                        Ok(open) => open.file.sync()?,
+                        // Evicted or cut meanwhile.
+                        Err(error) if error.kind() == io::ErrorKind::NotFound && !self.holds(file.serial) => {}
+                        Err(error) => return Err(error),
+                    }
+                }
+            }
+            if names {
+                self.sync_names()?;
+            }
+            Ok(())
+        };
+        if let Err(error) = synced() {
+            let reason = format!("a segment could not be synced: {error}");
+            self.fail(reason.clone());
+            return Err(PersistError::Failed { reason });
+        }
+        let mut state = self.state();
+        if state.generation != generation {
+            return Err(PersistError::Cut);
+        }
+        let end = point.segment.end;
+        state.recovery = point;
+        state.persisted_end = state.persisted_end.max(end);
+        while state.unsynced.front().is_some_and(|(_, last)| *last <= end) {
+            state.unsynced.pop_front();
+        }
+        Ok(())
+    }
+
+    fn holds(&self, serial: u64) -> bool {
+        self.state().segments.iter().any(|segment| segment.file.serial == serial)
+    }
+
+    /// Makes the names of this replica's files and directories durable.
+    pub(super) fn sync_names(&self) -> io::Result<()> {
+        for dir in self.dir.ancestors().take(3) {
+            self.core.disk.sync_dir(dir)?;
+        }
+        Ok(())
+    }
+}
+
+impl Inner {
+    /// One pass: what is too large for the journal, then all that was written to, then the ring.
+    /// False when the ring could not be recycled.
+    pub(super) fn sync_step(&self) -> bool {
+        self.sync_jobs();
+        let (dirty, urgent) = {
+            let mut work = self.core.work();
+            work.dirty_bytes = 0;
+            work.since = None;
+            (std::mem::take(&mut work.dirty), std::mem::take(&mut work.urgent))
+        };
+        for replica in dirty {
+            replica.dirty.store(false, Ordering::Release);
+            drop(replica.sync());
+            self.sync_jobs();
+        }
+        let short = self.ring().short();
+        if (urgent || short)
+            && let Err(error) = self.recycle()
+        {
+            tracing::warn!(%error, "the checkpoint could not be written; acknowledgements may wait for it");
+            return false;
+        }
+        true
+    }
+
+    fn sync_jobs(&self) {
+        loop {
+            let Some(SyncJob { replica, head, done }) = self.core.work().jobs.pop_front() else { return };
+            let cut = || if replica.state().generation == head.generation { Ok(()) } else { Err(PersistError::Cut) };
+            match replica.sync().and_then(|()| cut()) {
+                Ok(()) => {
+                    let item = Item { head, batches: Vec::new(), bytes: 0, replica: replica.clone(), done: Some(done) };
+                    self.core.journal.submit(item);
+                }
+                Err(error) => done(Err(error)),
+            }
+            let mut state = replica.state();
+            state.syncing = state.syncing.saturating_sub(1);
+        }
+    }
+
+    /// Gives up the files of the ring that nothing needs any more.
+    pub(super) fn recycle(&self) -> io::Result<()> {
+        let open = self.open_replicas();
+        let oldest = open.iter().filter_map(|replica| replica.state().unsynced.front().map(|(file, _)| *file)).min();
+        let first_round = self.ring().start_after(oldest.unwrap_or(u64::MAX), self.core.journal.next_round());
+        self.checkpoint(first_round, false).write(&*self.core.disk, &self.core.dir, self.directory_id)?;
+        self.ring().release(first_round);
+        self.core.journal.released.notify_all();
+        Ok(())
+    }
+
+    /// What is known now, for replay from `first_round` on.
+    pub(super) fn checkpoint(&self, first_round: u64, clean: bool) -> Checkpoint {
+        let registry = self.registry();
+        let mut replicas: Vec<_> = registry.dormant.values().map(|dormant| dormant.record.clone()).collect();
+        replicas.extend(registry.open.values().map(|replica| replica.record()));
+        replicas.sort_by_key(|record| record.id);
+        Checkpoint { first_round, generation: self.core.generation.load(Ordering::Acquire), clean, replicas }
+    }
+
+    /// Makes the next file of the ring, if one is wanted and there is none.
+    pub(super) fn prepare_file(&self, only_when_wanted: bool) -> io::Result<bool> {
+        let _one_at_a_time = self.preparing.lock().unwrap_or_else(PoisonError::into_inner);
+        let (vacancy, bytes) = {
+            let ring = self.ring();
+            if only_when_wanted && !ring.wants_file() {
+                return Ok(false);
+            }
+            (ring.vacancy(), ring.file_bytes)
+        };
+        let Some((path, slot)) = vacancy else { return Ok(false) };
+        let dir = path.parent().unwrap_or(Path::new("."));
+        // Filling the disk to its last byte, if only for a moment, would fail others who write here.
+        if self.ring().owed() == 0
+            && self.core.disk.free_bytes(dir).is_ok_and(|free| free < bytes + self.core.options.reserve_bytes)
+        {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        ring::prepare(&*self.core.disk, &path, bytes)?;
+        self.ring().add(slot);
+        Ok(true)
+    }
+}
+
+/// The syncing thread: waits for something to do, and does it.
+pub(super) fn run(inner: &Arc<Inner>) {
+    loop {
+        if !wait(&inner.core) {
+            return;
+        }
+        if let Err(error) = inner.prepare_file(true) {
+            tracing::warn!(%error, "the journal could not grow; its files are used again sooner");
+        }
+        if !inner.sync_step() {
+            // A full disk, most likely: it is tried again soon, and not in a tight loop.
+            let mut work = inner.core.work();
+            work.urgent = true;
+            let waited = inner.core.wake.wait_timeout_while(work, RETRY, |work| !work.stopping);
+            drop(waited.unwrap_or_else(PoisonError::into_inner));
+        }
+    }
+}
+
+/// Waits until a pass is due. False when the log stops.
+fn wait(core: &Core) -> bool {
+    let mut work = core.work();
+    loop {
+        if work.stopping {
+            return false;
+        }
+        if work.urgent || !work.jobs.is_empty() || work.dirty_bytes >= core.options.sync_bytes {
+            return true;
+        }
+        let left = work
+            .since
+            .map(|since| core.options.sync_after.saturating_sub(clock::monotonic().saturating_duration_since(since)));
+        work = match left {
+            Some(left) if left.is_zero() => return true,
+            Some(left) => core.wake.wait_timeout(work, left.max(RETRY)).unwrap_or_else(PoisonError::into_inner).0,
+            None => core.wake.wait(work).unwrap_or_else(PoisonError::into_inner),
+        };
+    }
+}

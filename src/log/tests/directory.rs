@@ -1,0 +1,64 @@
+//! Whose a data directory is, and the real disk.
+
+use super::*;
+
+#[test]
+fn a_directory_in_use_foreign_or_newer_is_refused_with_what_to_do() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = || Options { journal_bytes: 1 << 20, ..Options::default() };
+    let log = Log::open(Arc::new(RealDisk), dir.path(), &identity(), options()).unwrap();
+    let refused = |identity: &Identity| match Log::open(Arc::new(RealDisk), dir.path(), identity, options()) {
+        Ok(_) => panic!("opened"),
+        Err(error) => error.to_string(),
+    };
+    let text = refused(&identity());
+    assert!(text.contains(&format!("pid {}", std::process::id())), "{text}");
+    drop(log);
+    let text = refused(&Identity { cluster: "other".to_owned(), broker: BrokerId(1) });
+    assert!(text.contains("broker 1 of cluster \"test\""), "{text}");
+    let text = refused(&Identity { cluster: "test".to_owned(), broker: BrokerId(2) });
+    assert!(text.contains("broker 2"), "{text}");
+    let card = dir.path().join("strandline.json");
+    let disk = RealDisk;
+    let newer = String::from_utf8(disk.read(&card).unwrap()).unwrap().replace("\"format\": 1", "\"format\": 99");
+    disk.replace(&card, newer.as_bytes()).unwrap();
+    let text = refused(&identity());
+    assert!(text.contains("has format 99"), "{text}");
+}
+
+#[test]
+fn on_a_real_disk_threads_make_appends_durable_and_a_clean_stop_is_known() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = Options { journal_bytes: 4 << 20, sync_bytes: 1 << 20, ..Options::default() };
+    let log = Log::open(Arc::new(RealDisk), dir.path(), &identity(), options.clone()).unwrap();
+    let answers = Answers::default();
+    let mut replicas: Vec<_> = (0..4).map(|n| log.open_replica(partition(n), at(0)).unwrap()).collect();
+    // More than the ring holds, several times: files are given up and used again.
+    for round in 0..200_u64 {
+        for replica in &mut replicas {
+            replica.append(&[batch(round * 2, 2, 1, i64::try_from(round).unwrap(), 20_000)]).unwrap();
+            replica.persist(answers.done());
+            if round == 120 {
+                replica.roll().unwrap();
+            }
+        }
+    }
+    for replica in &mut replicas {
+        persist(replica).recv().unwrap().unwrap();
+        assert_eq!(replica.persisted_end(), at(400));
+    }
+    assert!(answers.taken().iter().all(Result::is_ok));
+    drop(replicas);
+    log.close().unwrap();
+    drop(log);
+    for clean in [true, false] {
+        let log = Log::open(Arc::new(RealDisk), dir.path(), &identity(), options.clone()).unwrap();
+        assert_eq!(log.opened_clean(), clean, "the mark holds for one start");
+        let replica = log.open_replica(partition(3), at(0)).unwrap();
+        let batches = read_all(&replica.reader(), at(0)).unwrap();
+        assert_eq!(batches.len(), 200);
+        for (round, have) in (0..).zip(&batches) {
+            assert!(*have == batch(round * 2, 2, 1, i64::try_from(round).unwrap(), 20_000));
+        }
+    }
+}

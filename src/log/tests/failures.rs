@@ -1,0 +1,83 @@
+//! A full disk, a failing sync.
+
+use super::*;
+
+#[test]
+fn a_full_disk_refuses_appends_and_they_go_on_when_there_is_room() {
+    let disk = SimDisk::new();
+    let log = open(&disk);
+    let mut replica = log.open_replica(partition(0), at(0)).unwrap();
+    let end = write(&log, &mut replica, &[batch(0, 2, 1, 1, 5000)]);
+    let used: u64 = disk.files().iter().map(|(_, len)| len).sum();
+    disk.set_capacity(Some(used + 3000));
+    // The first batch would fit: nothing of the group stays.
+    let group = [batch(2, 1, 1, 2, 2000), batch(3, 1, 1, 2, 2000)];
+    assert_eq!(replica.append(&group), Err(AppendError::DiskFull));
+    assert_eq!(replica.append(&group), Err(AppendError::DiskFull));
+    assert!(log.status().disk_full);
+    assert_eq!(replica.log_end(), end);
+    assert_eq!(read_all(&replica.reader(), at(0)).unwrap().len(), 1);
+    disk.set_capacity(None);
+    assert_eq!(write(&log, &mut replica, &group), at(4));
+    assert!(!log.status().disk_full);
+    assert_eq!(read_all(&replica.reader(), at(0)).unwrap().len(), 3);
+}
+
+#[test]
+fn a_failed_sync_of_a_segment_ends_writing_to_its_replica_only() {
+    let disk = SimDisk::new();
+    let log = open(&disk);
+    let mut first = log.open_replica(partition(0), at(0)).unwrap();
+    let mut second = log.open_replica(partition(1), at(0)).unwrap();
+    write(&log, &mut first, &[batch(0, 1, 1, 1, 100)]);
+    first.append(&[batch(1, 1, 1, 1, 100)]).unwrap();
+    disk.fail_syncs(Some("/0/"));
+    log.sync_step();
+    disk.fail_syncs(None);
+    assert!(matches!(first.append(&[batch(2, 1, 1, 1, 100)]), Err(AppendError::Failed { .. })));
+    assert!(matches!(persist(&mut first).recv().unwrap(), Err(PersistError::Failed { .. })));
+    assert_eq!(log.status().failed_replicas.len(), 1);
+    assert_eq!(read_all(&first.reader(), at(0)).unwrap().len(), 2, "reading goes on");
+    assert_eq!(write(&log, &mut second, &[batch(0, 1, 1, 1, 100)]), at(1));
+}
+
+#[test]
+fn a_failed_sync_of_the_journal_ends_writing_to_the_directory() {
+    let disk = SimDisk::new();
+    let log = open(&disk);
+    let mut replica = log.open_replica(partition(0), at(0)).unwrap();
+    write(&log, &mut replica, &[batch(0, 1, 1, 1, 100)]);
+    disk.fail_syncs(Some("journal"));
+    replica.append(&[batch(1, 1, 1, 1, 100)]).unwrap();
+    let answer = persist(&mut replica);
+    log.journal_step();
+    assert!(matches!(answer.recv().unwrap(), Err(PersistError::Failed { .. })));
+    disk.fail_syncs(None);
+    assert!(matches!(replica.append(&[batch(2, 1, 1, 1, 100)]), Err(AppendError::Failed { .. })));
+    assert!(log.status().failed.is_some_and(|reason| reason.contains("journal")));
+    assert_eq!(replica.persisted_end(), at(1));
+}
+
+/// After an eviction the snapshot at the local start is all that is known of what lay before. A stop once wrote it anew, and one that
+/// was cut short left nothing of it: a producer's retry was then taken for a new batch.
+#[test]
+fn a_stop_that_fails_half_way_forgets_no_producer() {
+    for operations in 0..12 {
+        let disk = SimDisk::new();
+        let log = open(&disk);
+        let mut replica = log.open_replica(partition(0), at(0)).unwrap();
+        write(&log, &mut replica, &[produced(0, 2, 1, 1, 100, (9, 0, 0))]);
+        replica.roll().unwrap();
+        replica.evict(at(2)).unwrap();
+        disk.fail_writes_after(Some(operations));
+        drop(log.close());
+        drop((replica, log));
+        disk.kill();
+        let log = open(&disk);
+        let replica = log.open_replica(partition(0), at(0)).unwrap();
+        assert_eq!(replica.local_start(), at(2));
+        let retry = crate::record::ProducerStamp { id: 9, epoch: 0, base_sequence: 0 };
+        let known = Verdict::Duplicate { base: at(0), end: at(2) };
+        assert_eq!(replica.producers().check(retry, 2), known, "after {operations} operations");
+    }
+}

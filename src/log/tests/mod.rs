@@ -1,0 +1,144 @@
+//! Behaviour of a whole data directory, on both disks.
+
+mod crashes;
+mod damage;
+mod directory;
+mod failures;
+mod reading;
+
+use std::{
+    path::Path,
+    sync::{
+        Arc, Mutex,
+        mpsc::{Receiver, sync_channel},
+    },
+    time::Duration,
+};
+
+use bytes::Bytes;
+
+use super::*;
+use crate::{
+    model::{BrokerId, LeaderEpoch, Offset, PartitionId, TopicId},
+    record::Batch,
+    telemetry::Metrics,
+};
+
+fn at(offset: u64) -> Offset {
+    Offset::new(offset).unwrap()
+}
+
+fn partition(number: u32) -> PartitionId {
+    PartitionId::new(TopicId::from_bytes([7; 16]), number)
+}
+
+fn identity() -> Identity {
+    Identity { cluster: "test".to_owned(), broker: BrokerId(1) }
+}
+
+/// Small, without threads: many rounds, files and passes in a short test.
+fn small() -> Options {
+    Options {
+        journal_bytes: 1 << 20,
+        journal_dir: None,
+        round_bytes: 16 << 10,
+        journal_most: 24 << 10,
+        tail_bytes: 64 << 10,
+        sync_bytes: 1 << 20,
+        sync_after: Duration::from_secs(1),
+        reserve_bytes: 0,
+        metrics: Metrics::new(),
+        manual: true,
+    }
+}
+
+fn open(disk: &SimDisk) -> Log {
+    Log::open(Arc::new(disk.clone()), Path::new("/data"), &identity(), small()).unwrap()
+}
+
+/// A batch as a leader has stamped it: `count` records that say nothing, `bytes` long or a little more.
+fn batch(base: u64, count: u32, epoch: u32, timestamp: i64, bytes: usize) -> Batch {
+    produced(base, count, epoch, timestamp, bytes, (-1, -1, -1))
+}
+
+fn produced(base: u64, count: u32, epoch: u32, timestamp: i64, bytes: usize, producer: (i64, i16, i32)) -> Batch {
+    let mut raw = vec![0; 61.max(bytes)];
+    let length = i32::try_from(raw.len() - 12).unwrap();
+    raw[8..12].copy_from_slice(&length.to_be_bytes());
+    raw[16] = 2;
+    raw[23..27].copy_from_slice(&(count - 1).to_be_bytes());
+    raw[27..35].copy_from_slice(&timestamp.to_be_bytes());
+    raw[35..43].copy_from_slice(&timestamp.to_be_bytes());
+    raw[43..51].copy_from_slice(&producer.0.to_be_bytes());
+    raw[51..53].copy_from_slice(&producer.1.to_be_bytes());
+    raw[53..57].copy_from_slice(&producer.2.to_be_bytes());
+    raw[57..61].copy_from_slice(&count.to_be_bytes());
+    let mut state = base.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ u64::from(epoch);
+    for byte in &mut raw[61..] {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        *byte = state.to_be_bytes()[0];
+    }
+    let crc = crc32c::crc32c(&raw[21..]);
+    raw[17..21].copy_from_slice(&crc.to_be_bytes());
+    let mut batch = Batch::parse(Bytes::from(raw)).unwrap();
+    batch.stamp(at(base), LeaderEpoch(epoch));
+    batch
+}
+
+type Answer = Receiver<Result<Offset, PersistError>>;
+
+fn persist(replica: &mut Replica) -> Answer {
+    let (sender, receiver) = sync_channel(1);
+    replica.persist(Box::new(move |result| drop(sender.send(result))));
+    receiver
+}
+
+/// Appends and waits until it is durable, doing the threads' work.
+fn write(log: &Log, replica: &mut Replica, batches: &[Batch]) -> Offset {
+    replica.append(batches).unwrap();
+    let answer = persist(replica);
+    settle(log);
+    answer.try_recv().unwrap().unwrap()
+}
+
+/// Does all that the threads would do for hand-overs.
+fn settle(log: &Log) {
+    log.sync_step();
+    while log.journal_step() {}
+}
+
+fn join(read: &Read) -> Vec<u8> {
+    let bytes = read.chunks.concat();
+    assert_eq!(bytes.len(), read.bytes);
+    bytes
+}
+
+/// All batches from `from` on, by reading files.
+fn read_all(reader: &Reader, from: Offset) -> Result<Vec<Batch>, ReadError> {
+    let (mut batches, mut next) = (Vec::new(), from);
+    while next < reader.log_end() {
+        let read = reader.read_disk(next, reader.log_end(), 10_000)?;
+        let mut bytes = Bytes::from(join(&read));
+        assert!(!bytes.is_empty(), "a read below the bound gives a batch");
+        while !bytes.is_empty() {
+            batches.push(Batch::split_from(&mut bytes).unwrap());
+        }
+        next = read.next;
+    }
+    Ok(batches)
+}
+
+/// What was handed over and answered, by any thread.
+#[derive(Clone, Default)]
+struct Answers(Arc<Mutex<Vec<Result<Offset, PersistError>>>>);
+
+impl Answers {
+    fn done(&self) -> Done {
+        let answers = self.0.clone();
+        Box::new(move |result| answers.lock().unwrap().push(result))
+    }
+
+    fn taken(&self) -> Vec<Result<Offset, PersistError>> {
+        std::mem::take(&mut *self.0.lock().unwrap())
+    }
+}

@@ -1,0 +1,115 @@
+//! Reading from memory and from files, by offset and by time.
+
+use super::*;
+
+#[test]
+fn memory_and_disk_give_the_same_batches_and_end_at_the_bound() {
+    let disk = SimDisk::new();
+    let log = open(&disk);
+    let mut replica = log.open_replica(partition(0), at(10)).unwrap();
+    let batches: Vec<Batch> = (0..20).map(|i| batch(10 + i * 5, 5, 1, 1000 + i as i64, 700)).collect();
+    replica.append(&batches[..10]).unwrap();
+    replica.roll().unwrap();
+    replica.append(&batches[10..]).unwrap();
+    let reader = replica.reader();
+    for from in 10..110 {
+        let memory = reader.read_memory(at(from), at(110), 1).unwrap();
+        let file = reader.read_disk(at(from), at(110), 1).unwrap();
+        let index = usize::try_from((from - 10) / 5).unwrap();
+        assert_eq!(join(&memory), batches[index].to_bytes(), "one batch though larger than was asked for");
+        assert_eq!((join(&memory), memory.next), (join(&file), file.next));
+    }
+    assert_eq!(reader.read_memory(at(10), at(14), 1 << 20).unwrap().bytes, 0, "a batch beyond the bound");
+    assert_eq!(reader.read_disk(at(10), at(14), 1 << 20).unwrap().bytes, 0);
+    assert_eq!(reader.read_disk(at(10), at(110), 1 << 20).unwrap().next, at(60), "to the segment's end");
+    assert!(matches!(reader.read_disk(at(9), at(110), 1), Err(ReadError::OutOfRange { .. })));
+    for (time, base) in [(0, 10), (1000, 10), (1001, 15), (1010, 60), (1019, 105)] {
+        let (offset, _, epoch) = reader.offset_for_time(time, at(110)).unwrap().unwrap();
+        assert_eq!((offset, epoch), (at(base), LeaderEpoch(1)), "{time}");
+    }
+    assert_eq!(reader.offset_for_time(1020, at(110)).unwrap(), None);
+    assert_eq!(reader.offset_for_time(1019, at(105)).unwrap(), None, "beyond the bound");
+    let export = replica.export(at(10)).unwrap();
+    assert_eq!(export.read(0, 1 << 20).unwrap().len(), 7000);
+    assert_eq!(export.index[0].offset, at(10));
+    // Evicted, its bytes can still be read by whoever holds it.
+    assert_eq!(replica.evict(at(60)).unwrap(), 7000);
+    assert_eq!(export.read(0, 1 << 20).unwrap().len(), 7000);
+    assert!(matches!(reader.read_disk(at(10), at(110), 1), Err(ReadError::OutOfRange { .. })));
+}
+
+#[test]
+fn the_tail_buffer_keeps_to_its_budget_and_forgets_the_oldest_of_all() {
+    let disk = SimDisk::new();
+    let log = open(&disk);
+    let mut first = log.open_replica(partition(0), at(0)).unwrap();
+    let mut second = log.open_replica(partition(1), at(0)).unwrap();
+    first.append(&[batch(0, 1, 1, 1, 10_000)]).unwrap();
+    for i in 0..10 {
+        second.append(&[batch(i, 1, 1, 1, 10_000)]).unwrap();
+        assert!(log.status().tail_bytes <= small().tail_bytes);
+    }
+    assert_eq!(first.reader().read_memory(at(0), at(1), 1), None);
+    assert_eq!(second.reader().read_memory(at(0), at(10), 1), None);
+    assert!(second.reader().read_memory(at(9), at(10), 1).is_some());
+    assert_eq!(second.truncate(at(9)).unwrap(), at(9));
+    assert_eq!(second.reader().read_memory(at(9), at(10), 1), None, "what was cut is not in memory");
+}
+
+#[test]
+fn a_retry_is_recognised_after_a_restart_and_after_a_cut() {
+    let disk = SimDisk::new();
+    let log = open(&disk);
+    let mut replica = log.open_replica(partition(0), at(0)).unwrap();
+    let end = (crate::limits::PRODUCER_WINDOW as u64 + 3) * 2;
+    let sequence = |offset: u64| i32::try_from(offset).unwrap();
+    for base in (0..end).step_by(2) {
+        write(&log, &mut replica, &[produced(base, 2, 1, 1, 100, (9, 0, sequence(base)))]);
+    }
+    let check = |replica: &Replica, base: u64| {
+        let stamp = crate::record::ProducerStamp { id: 9, epoch: 0, base_sequence: sequence(base) };
+        replica.producers().check(stamp, 2)
+    };
+    assert_eq!(check(&replica, end - 2), Verdict::Duplicate { base: at(end - 2), end: at(end) });
+    assert_eq!(check(&replica, 4), Verdict::OutOfOrder { expected: sequence(end) }, "older than the window");
+    drop((replica, log));
+    disk.crash(3);
+    let log = open(&disk);
+    let mut replica = log.open_replica(partition(0), at(0)).unwrap();
+    assert_eq!(check(&replica, end), Verdict::New);
+    replica.truncate(at(end - 4)).unwrap();
+    assert_eq!(check(&replica, end - 4), Verdict::New, "what was cut may be written again");
+    assert_eq!(check(&replica, end - 6), Verdict::Duplicate { base: at(end - 6), end: at(end - 4) });
+}
+
+/// A stop writes a snapshot at the log end. Cut below it and grown to the same offset again, the log once took the snapshot
+/// for its own when the power failed before the new one was synced, and with it another history's producers.
+#[test]
+fn a_snapshot_of_what_was_cut_is_not_taken_for_one_of_what_came_after() {
+    for seed in 0..60 {
+        let disk = SimDisk::new();
+        let log = open(&disk);
+        let mut replica = log.open_replica(partition(0), at(0)).unwrap();
+        write(&log, &mut replica, &[produced(0, 2, 1, 1, 100, (1, 0, 0))]);
+        write(&log, &mut replica, &[produced(2, 2, 1, 1, 100, (1, 0, 2))]);
+        log.close().unwrap();
+        drop((replica, log));
+        disk.crash(seed);
+        let log = open(&disk);
+        let mut replica = log.open_replica(partition(0), at(0)).unwrap();
+        replica.truncate(at(2)).unwrap();
+        write(&log, &mut replica, &[produced(2, 2, 2, 1, 100, (2, 0, 0))]);
+        replica.roll().unwrap();
+        write(&log, &mut replica, &[batch(4, 1, 2, 1, 100)]);
+        drop((replica, log));
+        disk.crash(1000 + seed);
+        let log = open(&disk);
+        let mut replica = log.open_replica(partition(0), at(0)).unwrap();
+        // The segment from 4 on begins with a snapshot, where it kept its own.
+        replica.truncate(at(4)).unwrap();
+        let stamp = |id, base_sequence| crate::record::ProducerStamp { id, epoch: 0, base_sequence };
+        let check = |stamp| replica.producers().check(stamp, 2);
+        assert_eq!(check(stamp(1, 2)), Verdict::New, "seed {seed}: it was cut");
+        assert_eq!(check(stamp(2, 0)), Verdict::Duplicate { base: at(2), end: at(4) }, "seed {seed}");
+    }
+}
