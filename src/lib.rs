@@ -17,4 +17,7 @@ pub mod record;
 #[cfg(feature = "server")]
 pub mod log;
 
+#[cfg(feature = "server")]
+pub mod tier;
+
 pub mod proto;

@@ -1,0 +1,67 @@
+//! History in object storage: segment objects, the manifest that names them, uploads, cold reads, garbage.
+//!
+//! # Overview
+//!
+//! ```text
+//! leader    sealed file ─ check every batch ─► put object ─► verify ─► put manifest ─► Staged
+//!           Staged::state ─ compare-and-set in the metadata store (the caller's) ─► install
+//! reader    offset ─► manifest root ─► page? ─► footer ─► chunks (memory, folder, ranged GET) ─► checked batches
+//! garbage   list ─► ask which manifest is current ─► delete what it does not name and is older than the grace
+//! ```
+//!
+//! This room knows neither the log nor the metadata store. A [`PartitionTier`] is one partition's view; a [`Store`] is the
+//! prefix that the cluster owns; a [`Cache`] is shared by all partitions. Every byte of every object is in
+//! `docs/format.md`.
+//!
+//! # Invariants
+//!
+//! - An object is written once, under a name that no other attempt has, and is verified before a manifest names it.
+//! - A manifest covers its range without gap or overlap; its versions form one chain, because only a compare-and-set
+//!   makes one current.
+//! - Nothing is served that was not checked: a flipped bit anywhere is found or harmless.
+//! - No segment is ever whole in memory: uploads hold at most eight parts of 8 MiB over all partitions, reads at most the
+//!   chunks of one answer.
+//! - Garbage is what the current manifest does not name and what is older than the grace. No conditional request is
+//!   needed for any of this; some stores ignore them silently.
+//!
+//! # What a crash leaves
+//!
+//! Objects that no manifest names, and perhaps a multipart upload without an end. Never a manifest that names what is not
+//! there: the manifest is written after its objects are verified, and becomes current after that.
+//!
+//! # Shutdown
+//!
+//! [`Store::stop`] cancels every retry and joins read-ahead; what was being staged answers `Stopped` and is garbage.
+
+mod ahead;
+mod cache;
+pub mod doctor;
+mod files;
+pub mod footer;
+mod garbage;
+pub mod manifest;
+pub mod name;
+mod open;
+mod partition;
+mod read;
+mod segment;
+mod state;
+mod store;
+#[cfg(test)]
+mod tests;
+mod upload;
+mod wire;
+
+pub use cache::{Cache, CacheOptions};
+pub use footer::Footer;
+pub use garbage::{GarbageReport, Live, collect_garbage};
+pub use manifest::SegmentLine;
+pub use name::ManifestName;
+pub use open::{Keys, OpenError, StoreOptions, Verify};
+pub use partition::{PartitionTier, Staged};
+pub use read::{Read, ReadError, TimeHit};
+pub use segment::{SegmentSource, SourceError};
+pub use state::TierState;
+pub use store::{ClaimError, Listed, Store, StoreError, TopicRecord};
+pub use upload::UploadError;
+pub use wire::Invalid;

@@ -1,0 +1,224 @@
+//! Names of objects. A name says what the object holds, so that a bucket alone can be read and restored.
+//!
+//! ```text
+//! {prefix}/cluster.json
+//! {prefix}/topics/{topic-id}/topic.json
+//! {prefix}/topics/{topic-id}/{n}/{base:020}-{end:020}-{epoch:010}-{uuid}.segment
+//! {prefix}/topics/{topic-id}/{n}/{base:020}-{end:020}-{epoch:010}-{uuid}.page
+//! {prefix}/topics/{topic-id}/{n}/manifest-{version:020}-{epoch:010}-{uuid}
+//! ```
+//! Every name but the two `.json` ends in a UUID drawn for the one attempt that writes it. Without it a second attempt
+//! at a manifest version (the first one's commit failed or its answer was lost) would overwrite an object that may
+//! be referenced, and a late duplicate of a request could undo the newer one. Pure, but for [`Stamp::draw`].
+
+use std::{fmt, str::FromStr};
+
+use uuid::Uuid;
+
+use crate::model::{LeaderEpoch, Offset, PartitionId, TopicId};
+
+/// The object that says which cluster owns a prefix.
+pub const CLUSTER: &str = "cluster.json";
+
+/// The folder of all topics.
+pub const TOPICS: &str = "topics";
+
+/// A text that is no name of this kind of object.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{name:?} is not the name of a {kind}")]
+pub struct InvalidName {
+    /// What was given, cut to a length that can be printed.
+    pub name: String,
+    /// What was expected.
+    pub kind: &'static str,
+}
+
+impl InvalidName {
+    fn new(name: &str, kind: &'static str) -> Self {
+        Self { name: name.chars().take(200).collect(), kind }
+    }
+}
+
+/// Which offsets an immutable object covers, who wrote it, and the attempt that did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Stamp {
+    /// First offset.
+    pub base: Offset,
+    /// Offset after the last.
+    pub end: Offset,
+    /// The writer's leader epoch.
+    pub epoch: LeaderEpoch,
+    /// The attempt.
+    pub attempt: Uuid,
+}
+
+impl Stamp {
+    /// A stamp for a new attempt.
+    pub fn draw(base: Offset, end: Offset, epoch: LeaderEpoch) -> Self {
+        Self { base, end, epoch, attempt: Uuid::new_v4() }
+    }
+
+    /// The file name of the segment object with this stamp.
+    pub fn segment(&self) -> String {
+        format!("{self}.segment")
+    }
+
+    /// The file name of the manifest page with this stamp.
+    pub fn page(&self) -> String {
+        format!("{self}.page")
+    }
+
+    /// Reads the file name of a segment object.
+    pub fn from_segment(name: &str) -> Result<Self, InvalidName> {
+        Self::strip(name, ".segment", "segment object")
+    }
+
+    /// Reads the file name of a manifest page.
+    pub fn from_page(name: &str) -> Result<Self, InvalidName> {
+        Self::strip(name, ".page", "manifest page")
+    }
+
+    fn strip(name: &str, suffix: &str, kind: &'static str) -> Result<Self, InvalidName> {
+        let stamp = name.strip_suffix(suffix).and_then(|text| {
+            let mut parts = text.splitn(4, '-');
+            let base = Offset::new(digits(parts.next()?, 20)?)?;
+            let end = Offset::new(digits(parts.next()?, 20)?)?;
+            let epoch = epoch(parts.next()?)?;
+            let attempt = attempt(parts.next()?)?;
+            (base < end).then_some(Self { base, end, epoch, attempt })
+        });
+        stamp.ok_or_else(|| InvalidName::new(name, kind))
+    }
+}
+
+impl fmt::Display for Stamp {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { base, end, epoch, attempt } = self;
+        write!(f, "{:020}-{:020}-{:010}-{}", base.get(), end.get(), epoch.0, attempt.hyphenated())
+    }
+}
+
+/// The name of a manifest's root: its place in the partition's chain of versions and who wrote it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ManifestName {
+    /// Grows by one with each manifest that is installed.
+    pub version: u64,
+    /// The writer's leader epoch.
+    pub epoch: LeaderEpoch,
+    /// The attempt.
+    pub attempt: Uuid,
+}
+
+impl ManifestName {
+    /// A name for a new attempt at `version`.
+    pub fn draw(version: u64, epoch: LeaderEpoch) -> Self {
+        Self { version, epoch, attempt: Uuid::new_v4() }
+    }
+}
+
+impl fmt::Display for ManifestName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "manifest-{:020}-{:010}-{}", self.version, self.epoch.0, self.attempt.hyphenated())
+    }
+}
+
+impl FromStr for ManifestName {
+    type Err = InvalidName;
+
+    fn from_str(name: &str) -> Result<Self, InvalidName> {
+        let parsed = name.strip_prefix("manifest-").and_then(|text| {
+            let mut parts = text.splitn(3, '-');
+            let version = digits(parts.next()?, 20)?;
+            let epoch = epoch(parts.next()?)?;
+            let attempt = attempt(parts.next()?)?;
+            Some(Self { version, epoch, attempt })
+        });
+        parsed.ok_or_else(|| InvalidName::new(name, "manifest"))
+    }
+}
+
+impl serde::Serialize for ManifestName {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> serde::Deserialize<'de> for ManifestName {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        text.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+/// The folder of a topic, below the store's prefix.
+pub fn topic_folder(topic: TopicId) -> String {
+    format!("{TOPICS}/{topic}")
+}
+
+/// The object that describes a topic.
+pub fn topic_object(topic: TopicId) -> String {
+    format!("{TOPICS}/{topic}/topic.json")
+}
+
+/// The folder of a partition, below the store's prefix.
+pub fn partition_folder(partition: PartitionId) -> String {
+    format!("{TOPICS}/{}/{}", partition.topic, partition.number)
+}
+
+/// Exactly `width` digits.
+fn digits(text: &str, width: usize) -> Option<u64> {
+    (text.len() == width && text.bytes().all(|b| b.is_ascii_digit())).then(|| text.parse().ok())?
+}
+
+fn epoch(text: &str) -> Option<LeaderEpoch> {
+    u32::try_from(digits(text, 10)?).ok().map(LeaderEpoch)
+}
+
+/// A UUID in the one form that we write.
+fn attempt(text: &str) -> Option<Uuid> {
+    let attempt = Uuid::try_parse(text).ok()?;
+    (attempt.hyphenated().to_string() == text).then_some(attempt)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn a_name_reads_back_as_what_it_was_made_of(
+            base in 0..=u64::MAX / 4, len in 1..1_000_000u64, epoch: u32, version: u64, id: u128,
+        ) {
+            let (base, epoch, attempt) = (Offset::new(base).unwrap(), LeaderEpoch(epoch), Uuid::from_u128(id));
+            let stamp = Stamp { base, end: base.plus(len), epoch, attempt };
+            prop_assert_eq!(Stamp::from_segment(&stamp.segment()).unwrap(), stamp);
+            prop_assert_eq!(Stamp::from_page(&stamp.page()).unwrap(), stamp);
+            let name = ManifestName { version, epoch, attempt };
+            prop_assert_eq!(name.to_string().parse::<ManifestName>().unwrap(), name);
+        }
+
+        #[test]
+        fn a_name_that_parses_is_written_the_same_way(text in "(manifest-)?[0-9a-f-]{0,90}(\\.segment|\\.page)?") {
+            if let Ok(stamp) = Stamp::from_segment(&text) { prop_assert_eq!(stamp.segment(), text.clone()) }
+            if let Ok(stamp) = Stamp::from_page(&text) { prop_assert_eq!(stamp.page(), text.clone()) }
+            if let Ok(name) = text.parse::<ManifestName>() { prop_assert_eq!(name.to_string(), text) }
+        }
+    }
+
+    #[test]
+    fn names_that_cannot_be_are_refused() {
+        let id = Uuid::from_u128(7);
+        let zero = "0".repeat(20);
+        for bad in [
+            String::new(),
+            format!("{zero}-{zero}-0000000000-{id}.segment"),
+            format!("{zero}-00000000000000000001-9999999999-{id}.segment"),
+            format!("{zero}-00000000000000000001-+000000001-{id}.segment"),
+            format!("{zero}-99999999999999999999-0000000001-{id}.segment"),
+        ] {
+            assert!(Stamp::from_segment(&bad).is_err(), "{bad}");
+        }
+    }
+}

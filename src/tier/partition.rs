@@ -1,0 +1,305 @@
+//! One partition's history in the bucket: what is there, how to add to it, how to drop its front, how to read it.
+//!
+//! It knows neither the metadata store nor the log. Who drives it goes: [`PartitionTier::stage`] (or
+//! [`PartitionTier::stage_trim`]), then a compare-and-set of [`Staged::state`] over the state that it was staged from, then
+//! [`PartitionTier::install`]. Between the first and the last step nothing that a reader sees has changed.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use uuid::Uuid;
+
+use super::{
+    ahead::Readers,
+    cache::{Cache, Parsed},
+    footer::Footer,
+    manifest::{Found, Page, PageLine, Root, SegmentLine},
+    name::{ManifestName, partition_folder},
+    read::ReadError,
+    segment::{From, SegmentSource},
+    state::TierState,
+    store::Store,
+    upload::{self, UploadError},
+    wire::Invalid,
+};
+use crate::model::{LeaderEpoch, Offset, PartitionId};
+
+/// How often an object is fetched again when what came was damaged: on its way, perhaps.
+pub(super) const DAMAGE_RETRIES: usize = 2;
+
+/// One partition's view of the bucket. Clones share it. An idle one holds no manifest and no task.
+#[derive(Clone)]
+pub struct PartitionTier {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    store: Store,
+    cache: Cache,
+    id: PartitionId,
+    view: Mutex<View>,
+}
+
+struct View {
+    /// What was committed last, as far as it is known here. Its version only grows.
+    state: TierState,
+    readers: Readers,
+}
+
+/// A manifest that is in the bucket and not yet current.
+#[derive(Clone, Debug)]
+#[must_use = "nothing has changed before the state is committed and installed"]
+pub struct Staged {
+    state: TierState,
+    replaces: TierState,
+}
+
+impl Staged {
+    /// The state to commit.
+    pub fn state(&self) -> &TierState {
+        &self.state
+    }
+
+    /// The state that it was made from, which the commit has to find unchanged.
+    pub fn replaces(&self) -> &TierState {
+        &self.replaces
+    }
+}
+
+impl PartitionTier {
+    /// The view of partition `id` as `state` says. Asks nothing of the store.
+    pub fn new(store: Store, cache: Cache, id: PartitionId, state: TierState) -> Self {
+        let view = Mutex::new(View { state, readers: Readers::default() });
+        Self { inner: Arc::new(Inner { store, cache, id, view }) }
+    }
+
+    /// The state that was committed last, as far as it is known here.
+    pub fn state(&self) -> TierState {
+        self.view().state.clone()
+    }
+
+    /// Bytes of batches in the bucket.
+    pub fn bytes(&self) -> u64 {
+        self.view().state.bytes
+    }
+
+    /// Whose history it is.
+    pub fn id(&self) -> PartitionId {
+        self.inner.id
+    }
+
+    /// Takes over a state that was read from the metadata store, unless a newer one is known.
+    pub fn adopt(&self, state: TierState) {
+        let mut view = self.view();
+        if state.version() > view.state.version() {
+            view.state = state;
+        }
+    }
+
+    /// Puts what of a sealed segment is not in the bucket yet into it, verifies it, and writes the manifest that names it.
+    /// A source may begin below the tiered end (another leader cut its segments elsewhere), at a batch boundary.
+    ///
+    /// One at a time for each partition; the state must be committed soon, well within the garbage collection's grace.
+    pub async fn stage(&self, source: &SegmentSource, epoch: LeaderEpoch) -> Result<Staged, UploadError> {
+        let (state, root) = self.begin(epoch).await?;
+        let from = From { offset: root.end(), inside: root.is_empty(), partition: self.inner.id, writer_epoch: epoch };
+        let line = Box::pin(upload::segment(&self.inner.store, source, from)).await?;
+        let (next, page) = root.extend(line, epoch, Uuid::new_v4());
+        if let Some(page) = page {
+            upload::small(&self.inner.store, &self.object(&page.stamp.page()), page.bytes).await?;
+        }
+        self.write(state, next).await
+    }
+
+    /// Writes the manifest of a log that starts at `log_start`. What lies wholly below it becomes garbage with the
+    /// commit. A log start above the tiered end empties the manifest, and the bucket goes on from there.
+    pub async fn stage_trim(&self, log_start: Offset, epoch: LeaderEpoch) -> Result<Staged, UploadError> {
+        let (state, root) = self.begin(epoch).await?;
+        let log_start = log_start.max(root.log_start());
+        let cut = match root.page_to_cut(log_start) {
+            Some(line) => Some(self.page(&line).await?),
+            None => None,
+        };
+        let next = root.trim(log_start, cut.as_deref(), epoch);
+        self.write(state, next).await
+    }
+
+    async fn begin(&self, epoch: LeaderEpoch) -> Result<(TierState, Arc<Root>), UploadError> {
+        self.inner.store.claim().await?;
+        let state = self.state();
+        if epoch < state.epoch {
+            return Err(UploadError::Deposed { epoch, current: state.epoch });
+        }
+        let root = self.root(&state).await?;
+        Ok((state, root))
+    }
+
+    async fn write(&self, replaces: TierState, next: Root) -> Result<Staged, UploadError> {
+        let name = ManifestName::draw(next.version(), next.epoch());
+        upload::small(&self.inner.store, &self.object(&name.to_string()), next.encode()).await?;
+        let state = TierState::of(&next, name);
+        self.inner.cache.put_parsed(name.attempt, Parsed::Root(Arc::new(next))).await;
+        Ok(Staged { state, replaces })
+    }
+
+    /// Makes a staged state the current one. Its commit has succeeded.
+    pub fn install(&self, staged: Staged) {
+        self.adopt(staged.state);
+    }
+
+    /// The segments that hold offsets from `from` on, oldest first, at most `limit`.
+    pub async fn segments(&self, from: Offset, limit: usize) -> Result<Vec<SegmentLine>, ReadError> {
+        let state = self.state();
+        let root = self.root(&state).await?;
+        let from = from.max(state.log_start);
+        let mut found = Vec::new();
+        for line in root.pages().iter().filter(|line| line.stamp.end > from) {
+            if found.len() >= limit {
+                break;
+            }
+            found.extend(self.page(line).await?.segments().iter().filter(|line| line.stamp.end > from));
+        }
+        found.extend(root.segments().iter().filter(|line| line.stamp.end > from));
+        found.truncate(limit);
+        Ok(found)
+    }
+
+    /// The footer of the last segment: epochs and producer state at the tiered end. `None` when the bucket holds nothing.
+    pub async fn last_footer(&self) -> Result<Option<Arc<Footer>>, ReadError> {
+        let root = self.root(&self.state()).await?;
+        match root.segments().last() {
+            Some(line) => self.footer(line).await.map(Some),
+            None => Ok(None),
+        }
+    }
+
+    pub(super) fn store(&self) -> &Store {
+        &self.inner.store
+    }
+
+    pub(super) fn cache(&self) -> &Cache {
+        &self.inner.cache
+    }
+
+    pub(super) fn with_readers<T>(&self, act: impl FnOnce(&mut Readers) -> T) -> T {
+        act(&mut self.view().readers)
+    }
+
+    fn view(&self) -> MutexGuard<'_, View> {
+        self.inner.view.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn object(&self, name: &str) -> String {
+        format!("{}/{name}", partition_folder(self.inner.id))
+    }
+
+    /// The manifest that `state` names.
+    pub(super) async fn root(&self, state: &TierState) -> Result<Arc<Root>, ReadError> {
+        let Some(name) = state.manifest else { return Ok(Arc::new(Root::empty(self.inner.id, state.tiered_end))) };
+        let object = self.object(&name.to_string());
+        let load = self.load(&object, None, |bytes| {
+            let root = Root::parse(bytes)?;
+            if root.partition() == self.inner.id && state.agrees(&root) {
+                Ok(Parsed::Root(Arc::new(root)))
+            } else {
+                Err(Invalid::Contradiction { reason: "it is not the manifest that was committed" })
+            }
+        });
+        match self.inner.cache.parsed(name.attempt, load).await? {
+            Parsed::Root(root) => Ok(root),
+            _ => Err(ReadError::Damaged { object, reason: "its name is that of another object".to_owned() }),
+        }
+    }
+
+    async fn page(&self, line: &PageLine) -> Result<Arc<Page>, ReadError> {
+        let object = self.object(&line.stamp.page());
+        let load = self.load(&object, None, |bytes| {
+            Page::parse(bytes, self.inner.id, line).map(|page| Parsed::Page(Arc::new(page)))
+        });
+        match self.inner.cache.parsed(line.stamp.attempt, load).await? {
+            Parsed::Page(page) => Ok(page),
+            _ => Err(ReadError::Damaged { object, reason: "its name is that of another object".to_owned() }),
+        }
+    }
+
+    pub(super) async fn footer(&self, line: &SegmentLine) -> Result<Arc<Footer>, ReadError> {
+        let object = self.object(&line.stamp.segment());
+        let load = self.load(&object, Some(line.data_bytes..line.object_bytes()), |bytes| {
+            let footer = Footer::parse(bytes)?;
+            let same = footer.partition == self.inner.id
+                && (footer.base, footer.end, footer.data_bytes) == (line.stamp.base, line.stamp.end, line.data_bytes);
+            if same {
+                Ok(Parsed::Footer(Arc::new(footer)))
+            } else {
+                Err(Invalid::Contradiction { reason: "its footer is that of another segment" })
+            }
+        });
+        match self.inner.cache.parsed(line.stamp.attempt, load).await? {
+            Parsed::Footer(footer) => Ok(footer),
+            _ => Err(ReadError::Damaged { object, reason: "its name is that of another object".to_owned() }),
+        }
+    }
+
+    /// The segment that holds `offset`, by a manifest.
+    pub(super) async fn segment_of(&self, root: &Root, offset: Offset) -> Result<Option<SegmentLine>, ReadError> {
+        Ok(match root.find(offset) {
+            Some(Found::Segment(line)) => Some(line),
+            Some(Found::Page(line)) => self.page(&line).await?.find(offset),
+            None => None,
+        })
+    }
+
+    /// The first segment that reaches above `from` and whose largest timestamp is at or after `timestamp_ms`.
+    pub(super) async fn segment_at_time(
+        &self,
+        root: &Root,
+        timestamp_ms: i64,
+        mut from: Offset,
+    ) -> Result<Option<SegmentLine>, ReadError> {
+        loop {
+            let line = match root.find_time(timestamp_ms, from) {
+                Some(Found::Segment(line)) => return Ok(Some(line)),
+                Some(Found::Page(line)) => line,
+                None => return Ok(None),
+            };
+            let page = self.page(&line).await?;
+            let late = |line: &&SegmentLine| line.stamp.end > from && line.max_timestamp_ms >= timestamp_ms;
+            if let Some(line) = page.segments().iter().find(late) {
+                return Ok(Some(*line));
+            }
+            // The page's largest timestamp was that of a segment below `from`.
+            from = line.stamp.end;
+        }
+    }
+
+    /// Fetches an object, or a range of it, and reads it; again when what came does not parse.
+    async fn load(
+        &self,
+        object: &str,
+        range: Option<std::ops::Range<u64>>,
+        parse: impl Fn(&[u8]) -> Result<Parsed, Invalid>,
+    ) -> Result<Parsed, ReadError> {
+        let mut tries = 0;
+        loop {
+            let bytes = match range.clone() {
+                Some(range) => self.inner.store.get_range(object, range).await?,
+                None => self.inner.store.get(object).await?,
+            };
+            match parse(&bytes) {
+                Ok(parsed) => return Ok(parsed),
+                Err(_) if tries < DAMAGE_RETRIES => tries += 1,
+                Err(error) => {
+                    return Err(ReadError::Damaged { object: object.to_owned(), reason: error.to_string() });
+                }
+            }
+        }
+    }
+}
+
+impl std::fmt::Debug for PartitionTier {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("PartitionTier")
+            .field("id", &self.inner.id)
+            .field("state", &self.state())
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,372 @@
+//! Cold reads: from an offset to whole, checked batches, through the chunk cache.
+//!
+//! Every bit that is served was compared with something: a batch's own CRC covers all but its offset and its epoch, and
+//! those two have to be what the index and the footer's epoch list say. A chunk that does not pass is forgotten and
+//! fetched again, and only then is the object called damaged.
+
+use std::{collections::BTreeMap, ops::Range};
+
+use bytes::{Bytes, BytesMut};
+use futures::{StreamExt, TryStreamExt, stream};
+
+use super::{
+    ahead,
+    cache::CHUNK_BYTES,
+    footer::Footer,
+    manifest::{Root, SegmentLine},
+    partition::{DAMAGE_RETRIES, PartitionTier},
+    store::StoreError,
+};
+use crate::{
+    limits,
+    model::{LeaderEpoch, Offset},
+    record::Batch,
+    task,
+};
+
+/// Chunks that one read fetches at once.
+const CHUNKS_AT_ONCE: usize = 8;
+
+/// Bytes that a search by time reads at once.
+const SEARCH_BYTES: usize = 1 << 20;
+
+/// Why nothing could be read.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum ReadError {
+    /// The bucket does not hold this offset.
+    #[error("offset {offset} is not in the bucket, which holds {start}..{end}")]
+    OutOfRange {
+        /// What was asked for.
+        offset: Offset,
+        /// The log start.
+        start: Offset,
+        /// The tiered end.
+        end: Offset,
+    },
+    /// An object that the manifest names is gone.
+    #[error("object {object} is missing from the bucket, though the manifest names it")]
+    Missing {
+        /// Its name, below the prefix.
+        object: String,
+    },
+    /// An object is not what was written. Nothing of it was served.
+    #[error("object {object} is damaged: {reason}")]
+    Damaged {
+        /// Its name, below the prefix.
+        object: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The store could not be read.
+    #[error(transparent)]
+    Store(StoreError),
+}
+
+impl ReadError {
+    /// Whether the same read may succeed later, without anybody's help.
+    pub fn retryable(&self) -> bool {
+        matches!(self, Self::Store(error) if error.retryable())
+    }
+}
+
+impl From<StoreError> for ReadError {
+    fn from(error: StoreError) -> Self {
+        match error {
+            StoreError::NotFound { object } => Self::Missing { object },
+            other => Self::Store(other),
+        }
+    }
+}
+
+/// What one read found.
+#[derive(Clone, Debug)]
+pub struct Read {
+    /// Whole batches, in order; each piece holds one or more.
+    pub chunks: Vec<Bytes>,
+    /// Offset after the last of them.
+    pub next: Offset,
+    /// Their bytes.
+    pub bytes: usize,
+}
+
+/// The record that a search by time found: its offset, its timestamp in milliseconds, its leader epoch.
+pub type TimeHit = (Offset, i64, LeaderEpoch);
+
+/// Something that does not fit, and the chunks that it was seen in.
+struct Damage {
+    chunks: Range<u64>,
+    reason: String,
+}
+
+enum Failed {
+    Damage(Damage),
+    Read(ReadError),
+}
+
+impl From<ReadError> for Failed {
+    fn from(error: ReadError) -> Self {
+        Self::Read(error)
+    }
+}
+
+impl PartitionTier {
+    /// Batches from the one that holds `from`, which may begin below it, up to `max_bytes` or the end of a segment. At
+    /// least one batch, however large.
+    pub async fn read(&self, from: Offset, max_bytes: usize) -> Result<Read, ReadError> {
+        let state = self.state();
+        let (offset, start, end) = (from, state.log_start, state.tiered_end);
+        let outside = || ReadError::OutOfRange { offset, start, end };
+        if from < start || from >= end {
+            return Err(outside());
+        }
+        let root = self.root(&state).await?;
+        let line = self.segment_of(&root, from).await?.ok_or_else(outside)?;
+        let footer = self.footer(&line).await?;
+        let mut reader = self.with_readers(|readers| readers.arrive(from));
+        let (read, position) = self.read_segment(&line, &footer, from, max_bytes).await?;
+        if reader.window > 0 {
+            reader.asked = self.fetch_ahead(&root, line, position, &reader).await;
+        }
+        self.with_readers(|readers| readers.leave(reader, read.next));
+        Ok(read)
+    }
+
+    /// The first record at or above the log start whose timestamp is at or after `timestamp_ms`; `None` when the bucket holds none.
+    pub async fn offset_for_time(&self, timestamp_ms: i64) -> Result<Option<TimeHit>, ReadError> {
+        let state = self.state();
+        let root = self.root(&state).await?;
+        let mut from = state.log_start;
+        while let Some(line) = self.segment_at_time(&root, timestamp_ms, from).await? {
+            let footer = self.footer(&line).await?;
+            if let Some(stretch) = footer.stretch_at_time(timestamp_ms) {
+                let mut at = stretch.offset.max(from);
+                while at < line.stamp.end {
+                    let (read, _) = self.read_segment(&line, &footer, at, SEARCH_BYTES).await?;
+                    at = read.next;
+                    if let Some(hit) = task::blocking(move || first_at(&read, timestamp_ms, from)).await {
+                        return Ok(Some(hit));
+                    }
+                }
+            }
+            from = line.stamp.end;
+        }
+        Ok(None)
+    }
+
+    /// As [`PartitionTier::read`], in a known segment. Also answers the position after the last batch.
+    async fn read_segment(
+        &self,
+        line: &SegmentLine,
+        footer: &Footer,
+        from: Offset,
+        max_bytes: usize,
+    ) -> Result<(Read, u64), ReadError> {
+        let mut tries = 0;
+        loop {
+            let mut scan = Scan::new(self, line, footer, from);
+            match scan.run(max_bytes.min(limits::MAX_FETCH_BYTES)).await {
+                Ok(()) => return Ok(scan.finish()),
+                Err(Failed::Read(error)) => return Err(error),
+                Err(Failed::Damage(damage)) => {
+                    self.cache().forget(line, damage.chunks).await;
+                    if tries == DAMAGE_RETRIES {
+                        let object = self.object(&line.stamp.segment());
+                        tracing::error!(object, reason = damage.reason, "an object in the bucket is damaged");
+                        return Err(ReadError::Damaged { object, reason: damage.reason });
+                    }
+                    tries += 1;
+                }
+            }
+        }
+    }
+
+    /// Asks for the chunks in front of a sequential reader, across the segment's end too. Answers up to where.
+    async fn fetch_ahead(&self, root: &Root, line: SegmentLine, position: u64, reader: &ahead::Reader) -> ahead::Place {
+        let mut asked = reader.asked;
+        let (mut line, mut index, mut left) = (line, position.div_ceil(CHUNK_BYTES), reader.window);
+        while left > 0 {
+            if index >= line.data_bytes.div_ceil(CHUNK_BYTES) {
+                // A page or a store that fails here fails the read that needs it, too: there it is reported.
+                let Ok(Some(next)) = self.segment_of(root, line.stamp.end).await else { break };
+                (line, index) = (next, 0);
+            }
+            let place = (line.stamp.base, index + 1);
+            let object = self.object(&line.stamp.segment());
+            if place > asked {
+                if !self.cache().read_ahead(self.store(), &object, line, index) {
+                    break;
+                }
+                asked = place;
+            }
+            (index, left) = (index + 1, left - 1);
+        }
+        asked
+    }
+}
+
+/// One pass over a segment's batches from the stretch that holds an offset.
+struct Scan<'a> {
+    tier: &'a PartitionTier,
+    line: &'a SegmentLine,
+    footer: &'a Footer,
+    object: String,
+    from: Offset,
+    /// Position and offset of the next batch.
+    position: u64,
+    next: Offset,
+    chunks: BTreeMap<u64, Bytes>,
+    found: Vec<Bytes>,
+    bytes: usize,
+    /// Batches that follow each other in one chunk: they go out as one piece.
+    run: Option<Range<u64>>,
+}
+
+impl<'a> Scan<'a> {
+    fn new(tier: &'a PartitionTier, line: &'a SegmentLine, footer: &'a Footer, from: Offset) -> Self {
+        let (stretch, _) = footer.stretch_of(from);
+        Self {
+            tier,
+            line,
+            footer,
+            object: tier.object(&line.stamp.segment()),
+            from,
+            position: stretch.position,
+            next: stretch.offset,
+            chunks: BTreeMap::new(),
+            found: Vec::new(),
+            bytes: 0,
+            run: None,
+        }
+    }
+
+    async fn run(&mut self, max_bytes: usize) -> Result<(), Failed> {
+        let head = limits::BATCH_HEADER_BYTES as u64;
+        self.fetch(self.position + (max_bytes as u64).max(head)).await?;
+        while self.position < self.line.data_bytes {
+            self.fetch(self.position + head).await?;
+            let length = Batch::framed_len(&self.slice(self.position..self.position + head));
+            let length = length.map_err(|error| self.damage(head, &error.to_string()))?;
+            let skipped = self.bytes == 0;
+            if !skipped && self.bytes + length > max_bytes {
+                break;
+            }
+            let end = self.position + length as u64;
+            if end > self.line.data_bytes {
+                return Err(self.damage(head, "a batch reaches beyond the data"));
+            }
+            self.fetch(end).await?;
+            self.take(self.position..end)?;
+        }
+        if self.position == self.line.data_bytes && self.next != self.line.stamp.end {
+            return Err(self.damage(0, "the batches end before the segment does"));
+        }
+        self.end_run();
+        Ok(())
+    }
+
+    /// Checks the batch at `range` and keeps it if it reaches above what was asked for.
+    fn take(&mut self, range: Range<u64>) -> Result<(), Failed> {
+        let length = range.end - range.start;
+        let batch = Batch::parse(self.slice(range.clone())).map_err(|error| self.damage(length, &error.to_string()))?;
+        if batch.base_offset() != self.next || batch.end_offset() > self.line.stamp.end {
+            return Err(self.damage(length, "a batch is not at its offset"));
+        }
+        if batch.leader_epoch().is_none() || batch.leader_epoch() != self.footer.epoch_of(self.next) {
+            return Err(self.damage(length, "a batch has another leader epoch than the footer says"));
+        }
+        self.next = batch.end_offset();
+        self.position = range.end;
+        if self.next <= self.from {
+            return Ok(());
+        }
+        self.bytes += batch.encoded_len();
+        let crosses = range.start / CHUNK_BYTES != (range.end - 1) / CHUNK_BYTES;
+        match &mut self.run {
+            Some(run) if !crosses && run.start / CHUNK_BYTES == range.start / CHUNK_BYTES => run.end = range.end,
+            _ => {
+                self.end_run();
+                self.run = Some(range);
+                if crosses {
+                    self.end_run();
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn end_run(&mut self) {
+        if let Some(run) = self.run.take() {
+            self.found.push(self.slice(run));
+        }
+    }
+
+    /// Makes sure that the chunks up to position `end`, or to the data's end, are here.
+    async fn fetch(&mut self, end: u64) -> Result<(), ReadError> {
+        let end = end.min(self.line.data_bytes);
+        let missing: Vec<_> = (self.position / CHUNK_BYTES..end.div_ceil(CHUNK_BYTES))
+            .filter(|index| !self.chunks.contains_key(index))
+            .collect();
+        if missing.is_empty() {
+            return Ok(());
+        }
+        let (tier, object, line) = (self.tier, &self.object, self.line);
+        let fetched: Vec<_> = stream::iter(missing)
+            .map(|index| async move {
+                tier.cache().chunk(tier.store(), object, line, index).await.map(|chunk| (index, chunk))
+            })
+            .buffered(CHUNKS_AT_ONCE)
+            .try_collect()
+            .await?;
+        self.chunks.extend(fetched);
+        Ok(())
+    }
+
+    /// Bytes that are here: without a copy inside a chunk. Shorter than asked for at the data's end.
+    fn slice(&self, range: Range<u64>) -> Bytes {
+        let end = range.end.min(self.line.data_bytes);
+        let first = range.start / CHUNK_BYTES;
+        let within = |index: u64, at: u64| usize::try_from(at - index * CHUNK_BYTES).expect("inside a chunk");
+        if end <= (first + 1) * CHUNK_BYTES {
+            return self.chunks[&first].slice(within(first, range.start)..within(first, end));
+        }
+        let mut whole = BytesMut::with_capacity(usize::try_from(end - range.start).expect("at most one batch"));
+        for index in first..end.div_ceil(CHUNK_BYTES) {
+            let start = within(index, range.start.max(index * CHUNK_BYTES));
+            let stop = within(index, end.min((index + 1) * CHUNK_BYTES));
+            whole.extend_from_slice(&self.chunks[&index][start..stop]);
+        }
+        whole.freeze()
+    }
+
+    fn damage(&self, length: u64, reason: &str) -> Failed {
+        let chunks = self.position / CHUNK_BYTES..(self.position + length.max(1)).div_ceil(CHUNK_BYTES);
+        Failed::Damage(Damage { chunks, reason: format!("at byte {}: {reason}", self.position) })
+    }
+
+    fn finish(self) -> (Read, u64) {
+        (Read { chunks: self.found, next: self.next, bytes: self.bytes }, self.position)
+    }
+}
+
+/// The first record of checked batches at or above `from` whose timestamp is at or after `timestamp_ms`.
+fn first_at(read: &Read, timestamp_ms: i64, from: Offset) -> Option<TimeHit> {
+    for chunk in &read.chunks {
+        let mut chunk = chunk.clone();
+        while let Ok(batch) = Batch::split_from(&mut chunk) {
+            if batch.max_timestamp() < timestamp_ms || batch.end_offset() <= from {
+                continue;
+            }
+            let epoch = batch.leader_epoch().unwrap_or_default();
+            let Ok(records) = batch.records() else {
+                // Its codec refuses it: a consumer will say so. The batch is where the time is.
+                return Some((batch.base_offset().max(from), batch.max_timestamp(), epoch));
+            };
+            for (offset, record) in records.map_while(Result::ok) {
+                if offset >= from && record.timestamp_ms >= timestamp_ms {
+                    return Some((offset, record.timestamp_ms, epoch));
+                }
+            }
+        }
+    }
+    None
+}

@@ -1,0 +1,245 @@
+//! One sealed segment file on its way to becoming an object: read once from its start, every batch checked.
+
+use std::{collections::VecDeque, io, path::PathBuf};
+
+use bytes::{Bytes, BytesMut};
+
+use super::{
+    files::Pieces,
+    footer::{FooterBuilder, epoch_of},
+};
+use crate::{
+    limits,
+    model::{LeaderEpoch, Offset, PartitionId},
+    record::{Batch, Malformed},
+    task,
+};
+
+/// Bytes read from the file at once.
+const PIECE_BYTES: usize = 1 << 20;
+
+/// A file of whole batches, all below the high watermark, that changes no more.
+#[derive(Clone, Debug)]
+pub struct SegmentSource {
+    /// The file.
+    pub path: PathBuf,
+    /// First offset.
+    pub base: Offset,
+    /// Offset after the last.
+    pub end: Offset,
+    /// The file's length.
+    pub bytes: u64,
+    /// Largest timestamp of its records, in milliseconds.
+    pub max_timestamp_ms: i64,
+    /// Epoch and first offset of each leader up to `end`, ascending; the first at or below `base`.
+    pub epochs: Vec<(LeaderEpoch, Offset)>,
+    /// Producer state at `end`: opaque here, kept in the footer.
+    pub producers: Bytes,
+}
+
+/// Why a segment file cannot become an object.
+#[derive(Debug, thiserror::Error)]
+pub enum SourceError {
+    /// The file cannot be read.
+    #[error("segment {} cannot be read: {error}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        error: io::Error,
+    },
+    /// Its bytes are not what they should be. It is not uploaded.
+    #[error("segment {} is damaged at byte {position}: {reason}; it is not uploaded", path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// Where the batch starts that is wrong.
+        position: u64,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// It does not continue what is in the bucket.
+    #[error("segment {base}..{end} does not continue the bucket, which ends at {expected}")]
+    NotContiguous {
+        /// The tiered end.
+        expected: Offset,
+        /// The source's base.
+        base: Offset,
+        /// The source's end.
+        end: Offset,
+    },
+}
+
+/// The part of a segment file that is not in the bucket yet, as checked bytes.
+#[derive(Debug)]
+pub(super) struct Batches {
+    source: SegmentSource,
+    file: Option<Pieces>,
+    /// Read from the file and not yet split into batches.
+    unchecked: Bytes,
+    /// Position in the file of `unchecked`.
+    position: u64,
+    next: Offset,
+    epoch: LeaderEpoch,
+    builder: Option<FooterBuilder>,
+    from: From,
+}
+
+/// What to leave out at the front.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct From {
+    /// Batches that end at or below it are in the bucket, or below the log start.
+    pub(super) offset: Offset,
+    /// Whether the first batch may begin below `offset`: in an empty manifest.
+    pub(super) inside: bool,
+    pub(super) partition: PartitionId,
+    pub(super) writer_epoch: LeaderEpoch,
+}
+
+impl Batches {
+    pub(super) async fn open(source: &SegmentSource, from: From) -> Result<Self, SourceError> {
+        if source.base > from.offset || source.end <= from.offset {
+            let (expected, base, end) = (from.offset, source.base, source.end);
+            return Err(SourceError::NotContiguous { expected, base, end });
+        }
+        let path = source.path.clone();
+        let opened = task::blocking(move || Pieces::open(&path)).await;
+        let file = opened.map_err(|error| SourceError::Io { path: source.path.clone(), error })?;
+        Ok(Self {
+            source: source.clone(),
+            file: Some(file),
+            unchecked: Bytes::new(),
+            position: 0,
+            next: source.base,
+            epoch: LeaderEpoch(0),
+            builder: None,
+            from,
+        })
+    }
+
+    /// The next checked bytes, whole batches, at most some MiB; `None` at the end, which is then known to be right.
+    pub(super) async fn next(&mut self) -> Result<Option<VecDeque<Bytes>>, SourceError> {
+        loop {
+            let before = self.unchecked.clone();
+            let kept = self.take_batches()?;
+            if !kept.is_empty() {
+                return Ok(Some(kept));
+            }
+            if before.len() == self.unchecked.len() && !self.read().await? {
+                return self.finish().map(|()| None);
+            }
+        }
+    }
+
+    /// The footer's gatherer, once [`Batches::next`] has answered `None`.
+    pub(super) fn into_footer(self) -> FooterBuilder {
+        self.builder.expect("a segment that ends above the tiered end holds a batch above it")
+    }
+
+    /// Offset of the first batch that is kept, once there was one.
+    pub(super) fn first(&self) -> Option<Offset> {
+        self.builder.as_ref().map(FooterBuilder::base)
+    }
+
+    /// Reads on. `false` at the file's end.
+    async fn read(&mut self) -> Result<bool, SourceError> {
+        let Some(mut file) = self.file.take() else { return Ok(false) };
+        let needed = Batch::framed_len(&self.unchecked).unwrap_or(0);
+        let rest = std::mem::take(&mut self.unchecked);
+        // One byte more than there should be, to see a file that goes on. A wrong length in a batch allocates no more.
+        let left = self.source.bytes.saturating_sub(self.position + rest.len() as u64).saturating_add(1);
+        let most = PIECE_BYTES.max(needed.saturating_sub(rest.len())).min(usize::try_from(left).unwrap_or(usize::MAX));
+        let (file, buffer, read) = task::blocking(move || {
+            let mut buffer = BytesMut::with_capacity(rest.len() + most);
+            buffer.extend_from_slice(&rest);
+            let read = file.read(&mut buffer, most);
+            (file, buffer, read)
+        })
+        .await;
+        let read = read.map_err(|error| SourceError::Io { path: self.source.path.clone(), error })?;
+        self.unchecked = buffer.freeze();
+        self.file = (read > 0).then_some(file);
+        Ok(read > 0)
+    }
+
+    /// Checks and takes the whole batches at the front; answers those to keep.
+    fn take_batches(&mut self) -> Result<VecDeque<Bytes>, SourceError> {
+        let mut kept = VecDeque::new();
+        let (mut run, mut run_bytes) = (self.unchecked.clone(), 0);
+        while self.unchecked.len() >= limits::BATCH_HEADER_BYTES {
+            match Batch::framed_len(&self.unchecked) {
+                Ok(needed) if needed > self.unchecked.len() => break,
+                _ => {}
+            }
+            let batch = Batch::split_from(&mut self.unchecked).map_err(|error| self.malformed(&error))?;
+            self.check(&batch)?;
+            self.position += batch.encoded_len() as u64;
+            if self.keep(&batch)? {
+                run_bytes += batch.encoded_len();
+            } else {
+                run = self.unchecked.clone();
+            }
+        }
+        if run_bytes > 0 {
+            kept.push_back(run.split_to(run_bytes));
+        }
+        Ok(kept)
+    }
+
+    /// What the batch's own CRC does not cover: its place and its epoch.
+    fn check(&mut self, batch: &Batch) -> Result<(), SourceError> {
+        let base = batch.base_offset();
+        if base != self.next {
+            return Err(self.damaged(format!("the batch starts at offset {base}, {} was expected", self.next)));
+        }
+        let listed = epoch_of(&self.source.epochs, base);
+        let Some(epoch) = batch.leader_epoch().filter(|epoch| Some(*epoch) == listed && *epoch >= self.epoch) else {
+            let found = batch.leader_epoch().map_or("none".to_owned(), |epoch| epoch.to_string());
+            let listed = listed.map_or("none".to_owned(), |epoch| epoch.to_string());
+            return Err(self.damaged(format!("the batch at {base} has leader epoch {found}, listed is {listed}")));
+        };
+        self.epoch = epoch;
+        self.next = batch.end_offset();
+        Ok(())
+    }
+
+    fn keep(&mut self, batch: &Batch) -> Result<bool, SourceError> {
+        if batch.end_offset() <= self.from.offset {
+            return Ok(false);
+        }
+        if self.builder.is_none() {
+            let base = batch.base_offset();
+            if base != self.from.offset && !self.from.inside {
+                let (expected, end) = (self.from.offset, self.source.end);
+                return Err(SourceError::NotContiguous { expected, base, end });
+            }
+            let (source, from) = (&self.source, &self.from);
+            let bytes = source.bytes;
+            let epochs = source.epochs.clone();
+            self.builder = Some(FooterBuilder::new(from.partition, base, bytes, from.writer_epoch, epochs));
+        }
+        self.builder.as_mut().expect("just made").push(batch);
+        Ok(true)
+    }
+
+    fn finish(&self) -> Result<(), SourceError> {
+        if !self.unchecked.is_empty() {
+            let (needed, available) = (Batch::framed_len(&self.unchecked).unwrap_or(61), self.unchecked.len());
+            return Err(self.malformed(&Malformed::Truncated { needed, available }));
+        }
+        if self.next != self.source.end || self.position != self.source.bytes {
+            let (end, bytes) = (self.source.end, self.source.bytes);
+            let reason = format!("it ends at offset {}; it should at {end} with {bytes} bytes", self.next);
+            return Err(self.damaged(reason));
+        }
+        Ok(())
+    }
+
+    fn malformed(&self, error: &Malformed) -> SourceError {
+        self.damaged(error.to_string())
+    }
+
+    fn damaged(&self, reason: String) -> SourceError {
+        SourceError::Damaged { path: self.source.path.clone(), position: self.position, reason }
+    }
+}

@@ -1,0 +1,441 @@
+//! One prefix of one object store: opening it by URL, owning it, and plain requests with time limits and retries.
+//!
+//! Everything below takes names relative to the prefix. Requests are retried with growing, jittered pauses until
+//! [`StoreOptions::retry_for`] has passed; what cannot get better (missing, refused, not allowed) is answered at once.
+//! [`Store::stop`] ends every wait.
+
+use std::{fmt, ops::Range, sync::Arc, time::Duration};
+
+use backon::{ExponentialBuilder, Retryable};
+use bytes::Bytes;
+use futures::TryStreamExt;
+use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutPayload, path::Path};
+use serde::{Deserialize, Serialize};
+use tokio::sync::{OnceCell, Semaphore};
+
+use super::{
+    name,
+    open::{self, OpenError, StoreOptions},
+};
+use crate::{
+    model::{ConfigMap, TopicId, TopicName},
+    task::Tasks,
+};
+
+/// Most parts of multipart uploads, of 8 MiB each, that are in memory at the same time, over all partitions.
+const UPLOAD_PARTS: usize = 8;
+
+/// One prefix of one object store. Clones share it.
+#[derive(Clone)]
+pub struct Store {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    objects: Arc<dyn ObjectStore>,
+    prefix: Path,
+    /// The URL for messages.
+    place: String,
+    cluster: String,
+    options: StoreOptions,
+    claimed: OnceCell<()>,
+    parts: Arc<Semaphore>,
+    tasks: Tasks,
+}
+
+/// A request that did not succeed.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum StoreError {
+    /// No object has this name.
+    #[error("object {object} does not exist")]
+    NotFound {
+        /// Its name, below the prefix.
+        object: String,
+    },
+    /// The store refuses our credentials, or they may not do this.
+    #[error(
+        "the object store does not allow this on {object}: {reason}; check the credentials and the bucket's policy"
+    )]
+    Denied {
+        /// The object's name, below the prefix.
+        object: String,
+        /// What the store said.
+        reason: String,
+    },
+    /// The store did not answer, or answered that it cannot now.
+    #[error("the object store could not serve {object}: {reason}")]
+    Unavailable {
+        /// The object's name, below the prefix.
+        object: String,
+        /// What happened last.
+        reason: String,
+    },
+    /// The store does not know this operation.
+    #[error("the object store cannot do this on {object}: {reason}")]
+    Unsupported {
+        /// The object's name, below the prefix.
+        object: String,
+        /// What the store said.
+        reason: String,
+    },
+    /// The store was stopped.
+    #[error("the object store's client is stopping")]
+    Stopped,
+}
+
+impl StoreError {
+    /// Whether the same request may succeed later, without anybody's help.
+    pub fn retryable(&self) -> bool {
+        matches!(self, Self::Unavailable { .. })
+    }
+
+    pub(super) fn new(object: &str, error: &object_store::Error) -> Self {
+        use object_store::Error as E;
+        let (object, reason) = (object.to_owned(), reason(error));
+        match error {
+            E::NotFound { .. } => Self::NotFound { object },
+            E::PermissionDenied { .. } | E::Unauthenticated { .. } => Self::Denied { object, reason },
+            E::NotImplemented { .. }
+            | E::NotSupported { .. }
+            | E::InvalidPath { .. }
+            | E::UnknownConfigurationKey { .. } => Self::Unsupported { object, reason },
+            _ => Self::Unavailable { object, reason },
+        }
+    }
+}
+
+/// An error with its causes, each said once and in one line.
+pub(super) fn reason(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let more = error.to_string();
+        if !text.contains(&more) {
+            text.push_str(": ");
+            text.push_str(&more);
+        }
+        cause = error.source();
+    }
+    text.split_whitespace().collect::<Vec<_>>().join(" ").chars().take(500).collect()
+}
+
+/// The prefix cannot be used by this cluster, or it is not known yet whether it can.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum ClaimError {
+    /// Another cluster's history is there.
+    #[error(
+        "{place} belongs to cluster {theirs:?}; this is cluster {ours:?}: give each cluster a bucket or prefix of its own"
+    )]
+    Foreign {
+        /// The store's URL.
+        place: String,
+        /// This cluster's name.
+        ours: String,
+        /// The owner's name.
+        theirs: String,
+    },
+    /// `cluster.json` is not one that we wrote.
+    #[error("{place}/cluster.json cannot be read: {reason}: it must say which cluster owns this prefix")]
+    Unreadable {
+        /// The store's URL.
+        place: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// There is nothing that could hold the prefix.
+    #[error("{place}: there is no such bucket; create it, or correct the URL")]
+    NoBucket {
+        /// The store's URL.
+        place: String,
+    },
+    /// The store could not be asked.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+impl ClaimError {
+    /// Whether asking again later may help.
+    pub fn retryable(&self) -> bool {
+        matches!(self, Self::Store(error) if error.retryable())
+    }
+}
+
+/// The content of `cluster.json`.
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+struct Owner {
+    format: u32,
+    cluster: String,
+}
+
+/// The content of `topic.json`: what a restore needs to make the topic again.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TopicRecord {
+    /// The topic's name.
+    pub name: TopicName,
+    /// Its id.
+    pub id: TopicId,
+    /// How many partitions it has.
+    pub partitions: u32,
+    /// What its configuration sets.
+    #[serde(default)]
+    pub config: ConfigMap,
+}
+
+/// One object of a listing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Listed {
+    /// Its name, below the prefix.
+    pub object: String,
+    /// Its length.
+    pub bytes: u64,
+    /// When it was written, by the store's clock, in milliseconds since 1970.
+    pub modified_ms: i64,
+}
+
+impl Store {
+    /// Makes a client for a store. Nothing is asked of the store yet: an unreachable one does not keep a broker from
+    /// starting.
+    ///
+    /// # Errors
+    /// When the options make no sense: an unknown scheme, no bucket, a directory that cannot be made.
+    pub fn open(options: &StoreOptions, cluster: &str) -> Result<Self, OpenError> {
+        let (objects, prefix) = open::open(options)?;
+        Ok(Self::over(objects, prefix.as_ref(), options, cluster))
+    }
+
+    /// A store over a given implementation, for one that lives in this process.
+    pub fn over(objects: Arc<dyn ObjectStore>, prefix: &str, options: &StoreOptions, cluster: &str) -> Self {
+        let inner = Inner {
+            objects,
+            prefix: Path::from(prefix),
+            place: options.url.clone(),
+            cluster: cluster.to_owned(),
+            options: options.clone(),
+            claimed: OnceCell::new(),
+            parts: Arc::new(Semaphore::new(UPLOAD_PARTS)),
+            tasks: Tasks::new(),
+        };
+        Self { inner: Arc::new(inner) }
+    }
+
+    /// Makes sure that the prefix is this cluster's: takes it when nobody has it, refuses when another cluster has. Asks the
+    /// store until it has succeeded once; everything that writes calls it first, so a caller need not.
+    pub async fn claim(&self) -> Result<(), ClaimError> {
+        self.inner.claimed.get_or_try_init(|| self.ask_claim()).await.copied()
+    }
+
+    async fn ask_claim(&self) -> Result<(), ClaimError> {
+        if !self.owned().await? {
+            let owner = Owner { format: 1, cluster: self.inner.cluster.clone() };
+            let content = Bytes::from(serde_json::to_vec(&owner).expect("a plain struct"));
+            // Where the store knows conditions, only one of two clusters that come at the same moment succeeds. Where
+            // it does not, the last one does, and the first learns it here or at its next start.
+            match self.put_if_absent(name::CLUSTER, content.clone()).await {
+                Ok(()) => {}
+                Err(StoreError::Unsupported { .. }) => self.put(name::CLUSTER, content).await?,
+                Err(StoreError::NotFound { .. }) => {
+                    return Err(ClaimError::NoBucket { place: self.inner.place.clone() });
+                }
+                Err(error) => return Err(error.into()),
+            }
+            if !self.owned().await? {
+                let reason = "it is not there after it was written".to_owned();
+                return Err(ClaimError::Unreadable { place: self.inner.place.clone(), reason });
+            }
+        }
+        tracing::info!(place = self.inner.place, cluster = self.inner.cluster, "object store is ours");
+        Ok(())
+    }
+
+    /// Whether the prefix is ours; an error when it is another cluster's.
+    async fn owned(&self) -> Result<bool, ClaimError> {
+        let place = self.inner.place.clone();
+        let content = match self.get(name::CLUSTER).await {
+            Ok(content) => content,
+            Err(StoreError::NotFound { .. }) => return Ok(false),
+            Err(error) => return Err(error.into()),
+        };
+        let owner: Owner = match serde_json::from_slice(&content) {
+            Ok(owner) => owner,
+            Err(error) => return Err(ClaimError::Unreadable { place, reason: error.to_string() }),
+        };
+        if owner.format != 1 {
+            let reason = format!("format {} is newer than this release knows: upgrade", owner.format);
+            return Err(ClaimError::Unreadable { place, reason });
+        }
+        if owner.cluster != self.inner.cluster {
+            let ours = self.inner.cluster.clone();
+            return Err(ClaimError::Foreign { place, ours, theirs: owner.cluster });
+        }
+        Ok(true)
+    }
+
+    /// Writes or replaces a topic's description.
+    pub async fn put_topic(&self, topic: &TopicRecord) -> Result<(), ClaimError> {
+        self.claim().await?;
+        let content = serde_json::to_vec_pretty(topic).expect("a plain struct");
+        Ok(self.put(&name::topic_object(topic.id), content.into()).await?)
+    }
+
+    /// Ends every wait and joins what runs in the background.
+    pub async fn stop(&self) {
+        self.inner.tasks.stop().await;
+    }
+
+    /// The URL that it was opened with, for messages.
+    pub fn place(&self) -> &str {
+        &self.inner.place
+    }
+
+    pub(super) fn options(&self) -> &StoreOptions {
+        &self.inner.options
+    }
+
+    pub(super) fn objects(&self) -> &Arc<dyn ObjectStore> {
+        &self.inner.objects
+    }
+
+    pub(super) fn parts(&self) -> &Arc<Semaphore> {
+        &self.inner.parts
+    }
+
+    pub(super) fn tasks(&self) -> &Tasks {
+        &self.inner.tasks
+    }
+
+    pub(super) fn path(&self, object: &str) -> Path {
+        object.split('/').fold(self.inner.prefix.clone(), |path, part| path.join(part))
+    }
+
+    /// The whole of a small object.
+    pub async fn get(&self, object: &str) -> Result<Bytes, StoreError> {
+        let path = self.path(object);
+        self.retry(object, || async { self.inner.objects.get(&path).await?.bytes().await }).await
+    }
+
+    /// Exactly these bytes of an object. Fewer, because the object is shorter, is `Unavailable` after the retries.
+    pub async fn get_range(&self, object: &str, range: Range<u64>) -> Result<Bytes, StoreError> {
+        let path = self.path(object);
+        let wanted = range.end.saturating_sub(range.start);
+        self.retry(object, || async {
+            let bytes = self.inner.objects.get_range(&path, range.clone()).await?;
+            let got = bytes.len() as u64;
+            if got == wanted { Ok(bytes) } else { Err(short(&range, got)) }
+        })
+        .await
+    }
+
+    /// An object's length.
+    pub async fn head(&self, object: &str) -> Result<u64, StoreError> {
+        let path = self.path(object);
+        self.retry(object, || async { Ok(self.inner.objects.head(&path).await?.size) }).await
+    }
+
+    /// Writes a small object, whatever is there.
+    pub async fn put(&self, object: &str, content: Bytes) -> Result<(), StoreError> {
+        let path = self.path(object);
+        self.retry(object, || async {
+            self.inner.objects.put(&path, PutPayload::from_bytes(content.clone())).await.map(drop)
+        })
+        .await
+    }
+
+    /// Writes an object if there is none. Success says only that there is one now.
+    async fn put_if_absent(&self, object: &str, content: Bytes) -> Result<(), StoreError> {
+        let path = self.path(object);
+        self.retry(object, || async {
+            let payload = PutPayload::from_bytes(content.clone());
+            match self.inner.objects.put_opts(&path, payload, PutMode::Create.into()).await {
+                Ok(_) | Err(object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. }) => {
+                    Ok(())
+                }
+                Err(error) => Err(error),
+            }
+        })
+        .await
+    }
+
+    /// Deletes an object; one that is not there is deleted.
+    pub async fn delete(&self, object: &str) -> Result<(), StoreError> {
+        let path = self.path(object);
+        let deleted = self.retry(object, || self.inner.objects.delete(&path)).await;
+        match deleted {
+            Err(StoreError::NotFound { .. }) => Ok(()),
+            other => other,
+        }
+    }
+
+    /// All objects below a folder.
+    pub async fn list(&self, folder: &str) -> Result<Vec<Listed>, StoreError> {
+        let path = self.path(folder);
+        let metas = self.retry(folder, || self.inner.objects.list(Some(&path)).try_collect::<Vec<_>>()).await?;
+        let listed = metas.into_iter().map(|meta| Listed {
+            object: self.relative(&meta.location),
+            bytes: meta.size,
+            modified_ms: meta.last_modified.timestamp_millis(),
+        });
+        Ok(listed.collect())
+    }
+
+    /// The names of the folders that lie directly in a folder.
+    pub async fn folders(&self, folder: &str) -> Result<Vec<String>, StoreError> {
+        let path = self.path(folder);
+        let listing = self.retry(folder, || self.inner.objects.list_with_delimiter(Some(&path))).await?;
+        Ok(listing.common_prefixes.iter().filter_map(|path| path.filename()).map(str::to_owned).collect())
+    }
+
+    fn relative(&self, path: &Path) -> String {
+        let (path, prefix) = (path.as_ref(), self.inner.prefix.as_ref());
+        path.strip_prefix(prefix).unwrap_or(path).trim_start_matches('/').to_owned()
+    }
+
+    /// Runs a request until it succeeds, cannot, or has taken too long.
+    pub(super) async fn retry<T, F, Fut>(&self, object: &str, mut request: F) -> Result<T, StoreError>
+    where
+        F: FnMut() -> Fut,
+        Fut: Future<Output = object_store::Result<T>>,
+    {
+        let options = &self.inner.options;
+        let attempt = || {
+            let request = request();
+            async move {
+                match tokio::time::timeout(options.request_timeout, request).await {
+                    Ok(answer) => answer.map_err(|error| StoreError::new(object, &error)),
+                    Err(_) => {
+                        let reason = format!("no answer within {:?}", options.request_timeout);
+                        Err(StoreError::Unavailable { object: object.to_owned(), reason })
+                    }
+                }
+            }
+        };
+        let retried = attempt.retry(self.pauses()).when(StoreError::retryable).notify(|error, pause| {
+            tracing::debug!(object, %error, ?pause, "object store request failed, asking again");
+        });
+        tokio::select! {
+            biased;
+            () = self.inner.tasks.cancelled() => Err(StoreError::Stopped),
+            answer = retried => answer,
+        }
+    }
+
+    /// The pauses between attempts: from 50 ms, doubling, jittered, at most 5 s each and `retry_for` together.
+    pub(super) fn pauses(&self) -> ExponentialBuilder {
+        ExponentialBuilder::new()
+            .with_jitter()
+            .with_min_delay(Duration::from_millis(50))
+            .with_max_delay(Duration::from_secs(5))
+            .with_total_delay(Some(self.inner.options.retry_for))
+            .without_max_times()
+    }
+}
+
+fn short(range: &Range<u64>, got: u64) -> object_store::Error {
+    let text = format!("bytes {}..{} were asked for and {got} came", range.start, range.end);
+    object_store::Error::Generic { store: "range", source: text.into() }
+}
+
+impl fmt::Debug for Store {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Store").field("place", &self.inner.place).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,306 @@
+//! Stage, commit, read, trim, collect.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use super::*;
+
+/// A tier with three segments of epochs 0, 0 and 2, and all their bytes.
+async fn three(options: &StoreOptions, size: usize) -> (PartitionTier, tempfile::TempDir, Bytes) {
+    let folder = tempfile::tempdir().unwrap();
+    let tier = open(options);
+    let mut all = BytesMut::new();
+    for (number, epoch) in [0, 0, 2].into_iter().enumerate() {
+        let (source, content) = source(folder.path(), number as u64 * 300, 100, size, epoch);
+        let staged = tier.stage(&source, LeaderEpoch(epoch)).await.unwrap();
+        assert_eq!(staged.replaces(), &tier.state());
+        tier.install(staged);
+        all.extend_from_slice(&content);
+    }
+    (tier, folder, all.freeze())
+}
+
+#[tokio::test]
+async fn what_is_installed_reads_back_bit_exact_across_segments() {
+    let (tier, _folder, all) = three(&StoreOptions::new("memory://"), 3000).await;
+    assert_eq!((tier.state().version(), tier.state().tiered_end), (3, at(900)));
+    assert_eq!(tier.bytes(), all.len() as u64);
+    for max in [1, 10_000, 1 << 20, 100 << 20] {
+        assert_eq!(read_all(&tier, 0, 900, max).await, all, "reads of {max}");
+    }
+    // From the middle of a batch: the batch that holds the offset.
+    let read = tier.read(at(301), 1).await.unwrap();
+    assert_eq!(read.next, at(303));
+    let footer = tier.last_footer().await.unwrap().unwrap();
+    assert_eq!(footer.epochs, [(LeaderEpoch(0), at(0)), (LeaderEpoch(2), at(600))]);
+    assert_eq!(footer.producers, "producers");
+    assert!(matches!(tier.read(at(900), 1).await, Err(ReadError::OutOfRange { .. })));
+}
+
+#[tokio::test]
+async fn a_large_segment_goes_out_in_parts_and_reads_back() {
+    let store = tempfile::tempdir().unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let tier = open(&StoreOptions::new(&format!("file://{}", store.path().join("objects").display())));
+    // 26 MB with batches of 900 KB, so that parts and chunks cut through batches.
+    let (source, content) = source(folder.path(), 0, 29, 300_000, 0);
+    let staged = tier.stage(&source, LeaderEpoch(0)).await.unwrap();
+    tier.install(staged);
+    assert_eq!(read_all(&tier, 0, 87, 2 << 20).await, content);
+}
+
+#[tokio::test]
+async fn a_staged_manifest_changes_nothing_before_it_is_installed() {
+    let folder = tempfile::tempdir().unwrap();
+    let tier = open(&StoreOptions::new("memory://"));
+    let (source, _) = source(folder.path(), 0, 5, 10, 0);
+    let staged = tier.stage(&source, LeaderEpoch(0)).await.unwrap();
+    assert_eq!(tier.state(), TierState::default());
+    assert!(tier.read(at(0), 10).await.is_err());
+    // The commit failed; the same segment is staged again under other names, and that one is committed.
+    let again = tier.stage(&source, LeaderEpoch(0)).await.unwrap();
+    assert_ne!(staged.state().manifest, again.state().manifest);
+    tier.install(again.clone());
+    let json = serde_json::to_string(again.state()).unwrap();
+    assert_eq!(&serde_json::from_str::<TierState>(&json).unwrap(), again.state());
+    // A late watch event with an older state is no step back.
+    tier.adopt(TierState::default());
+    assert_eq!(&tier.state(), again.state());
+}
+
+#[tokio::test]
+async fn a_source_that_overlaps_the_bucket_uploads_only_the_rest() {
+    let folder = tempfile::tempdir().unwrap();
+    let tier = open(&StoreOptions::new("memory://"));
+    let (first, _) = source(folder.path(), 0, 10, 100, 0);
+    tier.install(tier.stage(&first, LeaderEpoch(0)).await.unwrap());
+    let (wide, content) = source(folder.path(), 0, 25, 100, 0);
+    tier.install(tier.stage(&wide, LeaderEpoch(0)).await.unwrap());
+    assert_eq!(read_all(&tier, 0, 75, 1 << 20).await, content);
+    let lines = tier.segments(at(0), 10).await.unwrap();
+    assert_eq!(lines.iter().map(|line| line.stamp.base.get()).collect::<Vec<_>>(), [0, 30]);
+    // One that ends where the bucket does, and one that leaves a gap, are refused.
+    assert!(matches!(
+        tier.stage(&wide, LeaderEpoch(0)).await,
+        Err(UploadError::Source(SourceError::NotContiguous { .. }))
+    ));
+    let (gap, _) = source(folder.path(), 90, 5, 100, 0);
+    assert!(matches!(
+        tier.stage(&gap, LeaderEpoch(0)).await,
+        Err(UploadError::Source(SourceError::NotContiguous { .. }))
+    ));
+}
+
+#[tokio::test]
+async fn a_flipped_bit_in_a_segment_file_is_never_uploaded() {
+    let folder = tempfile::tempdir().unwrap();
+    let tier = open(&StoreOptions::new("memory://"));
+    let (source, content) = source(folder.path(), 0, 3, 20, 0);
+    for bit in 0..content.len() * 8 {
+        let mut bytes = content.to_vec();
+        bytes[bit / 8] ^= 1 << (bit % 8);
+        std::fs::write(&source.path, &bytes).unwrap();
+        let error = tier.stage(&source, LeaderEpoch(0)).await.expect_err(&format!("bit {bit}"));
+        assert!(matches!(error, UploadError::Source(SourceError::Damaged { .. })), "bit {bit}: {error}");
+    }
+    for len in 0..content.len() {
+        std::fs::write(&source.path, &content[..len]).unwrap();
+        assert!(tier.stage(&source, LeaderEpoch(0)).await.is_err(), "cut at {len}");
+    }
+    std::fs::write(&source.path, [&content[..], b"x"].concat()).unwrap();
+    assert!(tier.stage(&source, LeaderEpoch(0)).await.is_err(), "a file that goes on");
+    assert!(tier.store().list("topics").await.unwrap().is_empty(), "nothing reached the store");
+}
+
+#[tokio::test]
+async fn a_flipped_bit_in_a_segment_object_is_found() {
+    let folder = tempfile::tempdir().unwrap();
+    let tier = open(&StoreOptions::new("memory://"));
+    let (source, content) = source(folder.path(), 0, 2, 20, 0);
+    tier.install(tier.stage(&source, LeaderEpoch(0)).await.unwrap());
+    let line = tier.segments(at(0), 1).await.unwrap()[0];
+    let object = tier.object(&line.stamp.segment());
+    let whole = tier.store().get(&object).await.unwrap();
+    for bit in 0..whole.len() * 8 {
+        let mut bytes = whole.to_vec();
+        bytes[bit / 8] ^= 1 << (bit % 8);
+        tier.store().put(&object, bytes.into()).await.unwrap();
+        let fresh = tier_over(tier.store().clone(), tier.state());
+        let mut next = 0;
+        let error = loop {
+            // A wrong length may end one read early. What was served is right, and the next read finds the damage.
+            match fresh.read(at(next), 1 << 20).await {
+                Ok(read) if read.next < at(6) => {
+                    assert!(content.starts_with(&read.chunks[0]), "bit {bit}");
+                    next = read.next.get();
+                }
+                Ok(_) => panic!("bit {bit} was not found"),
+                Err(error) => break error,
+            }
+        };
+        assert!(
+            matches!(error, ReadError::Damaged { object: ref named, .. } if *named == object),
+            "bit {bit}: {error}"
+        );
+    }
+    tier.store().delete(&object).await.unwrap();
+    let fresh = tier_over(tier.store().clone(), tier.state());
+    assert!(matches!(fresh.read(at(0), 1).await, Err(ReadError::Missing { .. })));
+}
+
+#[tokio::test]
+async fn a_time_finds_the_first_record_at_or_after_it() {
+    let (tier, _folder, _all) = three(&StoreOptions::new("memory://"), 500).await;
+    for (time, expected) in [(-5, 0), (0, 0), (1, 1), (3000, 300), (3001, 301), (5995, 600), (8990, 899)] {
+        let (offset, timestamp, epoch) = tier.offset_for_time(time).await.unwrap().unwrap();
+        assert_eq!((offset, timestamp), (at(expected), expected as i64 * 10), "time {time}");
+        assert_eq!(epoch, LeaderEpoch(if expected < 600 { 0 } else { 2 }));
+    }
+    assert_eq!(tier.offset_for_time(8991).await.unwrap(), None);
+    tier.install(tier.stage_trim(at(451), LeaderEpoch(2)).await.unwrap());
+    assert_eq!(tier.offset_for_time(0).await.unwrap().unwrap().0, at(451), "nothing below the log start");
+}
+
+#[tokio::test]
+async fn trimming_moves_the_log_start_and_leaves_garbage_that_is_collected() {
+    let (tier, folder, all) = three(&StoreOptions::new("memory://"), 100).await;
+    let store = tier.store().clone();
+    tier.install(tier.stage_trim(at(450), LeaderEpoch(2)).await.unwrap());
+    let state = tier.state();
+    assert_eq!((state.log_start, state.tiered_end), (at(450), at(900)));
+    assert!(matches!(tier.read(at(449), 1).await, Err(ReadError::OutOfRange { .. })));
+    let kept = read_all(&tier, 450, 900, 1 << 20).await;
+    assert!(all.ends_with(&kept));
+
+    let orphan = tier.stage(&source(folder.path(), 900, 5, 10, 2).0, LeaderEpoch(2)).await.unwrap();
+    drop(orphan);
+    let live = |_| std::future::ready(Live::Current(tier.state()));
+    let now = crate::task::clock::wall_ms();
+    let grace = Duration::from_secs(3600);
+    let young = collect_garbage(&store, live, grace, now).await.unwrap();
+    // The first segment, three old manifests, the orphan and its manifest.
+    assert_eq!((young.deleted, young.young), (0, 6));
+    let collected = collect_garbage(&store, live, grace, now + 3_700_000).await.unwrap();
+    assert_eq!((collected.deleted, collected.young, collected.skipped.len()), (6, 0, 0));
+    let fresh = tier_over(store.clone(), tier.state());
+    assert_eq!(read_all(&fresh, 450, 900, 1 << 20).await, kept, "what is named stays");
+
+    // Beyond the end: the manifest is empty and the bucket goes on from there.
+    tier.install(tier.stage_trim(at(905), LeaderEpoch(2)).await.unwrap());
+    assert_eq!((tier.state().tiered_end, tier.bytes()), (at(905), 0));
+    let (inside, _) = source(folder.path(), 900, 5, 10, 2);
+    tier.install(tier.stage(&inside, LeaderEpoch(2)).await.unwrap());
+    assert_eq!((tier.state().log_start, tier.state().tiered_end), (at(905), at(915)));
+    assert_eq!(tier.read(at(905), 1).await.unwrap().next, at(906));
+}
+
+#[tokio::test]
+async fn a_deleted_topic_leaves_nothing_and_an_unreadable_manifest_deletes_nothing() {
+    let (tier, _folder, _all) = three(&StoreOptions::new("memory://"), 10).await;
+    let store = tier.store().clone();
+    let topic = TopicRecord {
+        name: crate::model::TopicName::new("t").unwrap(),
+        id: partition().topic,
+        partitions: 1,
+        config: Default::default(),
+    };
+    store.put_topic(&topic).await.unwrap();
+    let later = crate::task::clock::wall_ms() + 10_000_000;
+    let unknown = |_| std::future::ready(Live::Unknown);
+    assert_eq!(collect_garbage(&store, unknown, Duration::ZERO, later).await.unwrap(), GarbageReport::default());
+
+    let manifest = tier.object(&tier.state().manifest.unwrap().to_string());
+    let content = store.get(&manifest).await.unwrap();
+    store.put(&manifest, Bytes::from_static(b"not a manifest")).await.unwrap();
+    let live = |_| std::future::ready(Live::Current(tier.state()));
+    let report = collect_garbage(&store, live, Duration::ZERO, later).await.unwrap();
+    assert_eq!((report.deleted, report.skipped.len()), (0, 1));
+    store.put(&manifest, content).await.unwrap();
+
+    let deleted = |_| std::future::ready(Live::Deleted);
+    collect_garbage(&store, deleted, Duration::ZERO, later).await.unwrap();
+    assert_eq!(store.list("topics").await.unwrap(), []);
+}
+
+#[tokio::test]
+async fn a_prefix_of_another_cluster_is_refused_with_both_names() {
+    let folder = tempfile::tempdir().unwrap();
+    let options = StoreOptions::new(&format!("file://{}/objects", folder.path().display()));
+    Store::open(&options, "red").unwrap().claim().await.unwrap();
+    Store::open(&options, "red").unwrap().claim().await.unwrap();
+    let blue = Store::open(&options, "blue").unwrap();
+    let error = blue.claim().await.unwrap_err();
+    assert!(!error.retryable());
+    let text = error.to_string();
+    assert!(text.contains("\"red\"") && text.contains("\"blue\"") && text.contains("file:///"), "{text}");
+    let (source, _) = source(folder.path(), 0, 1, 1, 0);
+    let refused = tier_over(blue, TierState::default()).stage(&source, LeaderEpoch(0)).await;
+    assert!(matches!(refused, Err(UploadError::Claim(ClaimError::Foreign { .. }))));
+}
+
+#[test]
+fn a_url_that_names_no_store_is_refused() {
+    for bad in ["", "bucket", "ftp://x/y", "s3://", "s3:///prefix", "file://relative/dir"] {
+        let error = Store::open(&StoreOptions::new(bad), "c").unwrap_err().to_string();
+        assert!(error.contains(&format!("{bad:?}")), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn an_older_leader_cannot_stage() {
+    let (tier, folder, _all) = three(&StoreOptions::new("memory://"), 10).await;
+    let (source, _) = source(folder.path(), 900, 1, 10, 1);
+    assert!(matches!(tier.stage(&source, LeaderEpoch(1)).await, Err(UploadError::Deposed { .. })));
+    assert!(matches!(tier.stage_trim(at(1), LeaderEpoch(1)).await, Err(UploadError::Deposed { .. })));
+}
+
+#[tokio::test]
+async fn the_disk_cache_serves_what_memory_has_dropped_and_never_damaged_bytes() {
+    let folder = tempfile::tempdir().unwrap();
+    let (tier, _folder, all) = three(&StoreOptions::new("memory://"), 3000).await;
+    let chunks = folder.path().join("chunks");
+    let options = CacheOptions { memory_bytes: 0, disk: Some((chunks.clone(), 64 << 20)), read_ahead_bytes: 4 << 20 };
+    let cache = Cache::open(&options, &Metrics::new()).unwrap();
+    let cold = PartitionTier::new(tier.store().clone(), cache, partition(), tier.state());
+    assert_eq!(read_all(&cold, 0, 900, 1 << 20).await, all);
+    let files: HashMap<_, _> = std::fs::read_dir(&chunks)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .map(|path| (path.clone(), std::fs::read(path).unwrap()))
+        .collect();
+    assert!(!files.is_empty());
+    for (path, content) in &files {
+        let mut damaged = content.clone();
+        damaged[content.len() / 2] ^= 1;
+        std::fs::write(path, damaged).unwrap();
+    }
+    assert_eq!(read_all(&cold, 0, 900, 1 << 20).await, all);
+    // The next start begins with an empty folder.
+    Cache::open(&options, &Metrics::new()).unwrap();
+    assert_eq!(std::fs::read_dir(&chunks).unwrap().count(), 0);
+}
+
+#[tokio::test]
+async fn stopping_ends_the_wait_for_a_store_that_never_answers() {
+    let options = StoreOptions {
+        endpoint: Some("http://127.0.0.1:9".to_owned()),
+        retry_for: Duration::from_secs(3600),
+        ..StoreOptions::new("s3://bucket/prefix")
+    };
+    let store = Store::open(&options, "c").unwrap();
+    let result = Arc::new(Mutex::new(None));
+    let tasks = crate::task::Tasks::new();
+    let (asked, answer) = (store.clone(), Arc::clone(&result));
+    tasks.spawn("claim", async move {
+        let claimed = asked.claim().await;
+        *answer.lock().unwrap() = Some(claimed);
+    });
+    tokio::task::yield_now().await;
+    store.stop().await;
+    tasks.stop().await;
+    let claimed = result.lock().unwrap().take();
+    assert!(matches!(claimed, Some(Err(ClaimError::Store(StoreError::Stopped)))), "{claimed:?}");
+}

@@ -1,0 +1,182 @@
+//! Golden files, and what hostile bytes can do: nothing.
+
+use proptest::prelude::*;
+use uuid::Uuid;
+
+use super::*;
+use crate::tier::{
+    footer::{FooterBuilder, Stretch, TRAILER_BYTES, Trailer},
+    manifest::{Found, PAGE_SEGMENTS, Page, Root},
+    name::Stamp,
+};
+
+fn line(base: u64, end: u64, epoch: u32) -> SegmentLine {
+    SegmentLine {
+        stamp: Stamp {
+            base: at(base),
+            end: at(end),
+            epoch: LeaderEpoch(epoch),
+            attempt: Uuid::from_u128(u128::from(base) << 64 | u128::from(end)),
+        },
+        data_bytes: (end - base) * 100,
+        footer_bytes: 200,
+        crc: 0xdead_beef,
+        max_timestamp_ms: end as i64,
+    }
+}
+
+/// A manifest of `count` segments of ten offsets, and the pages that were moved out.
+fn grown(count: u64) -> (Root, Vec<manifest::NewPage>) {
+    let (mut root, mut pages) = (Root::empty(partition(), at(0)), Vec::new());
+    for number in 0..count {
+        let (next, page) =
+            root.extend(line(number * 10, number * 10 + 10, 1), LeaderEpoch(1), Uuid::from_u128(number.into()));
+        (root, pages) = (next, {
+            pages.extend(page);
+            pages
+        });
+    }
+    (root, pages)
+}
+
+fn footer() -> Footer {
+    let mut bytes = batches(30, 5, 2000, 4);
+    let epochs = vec![(LeaderEpoch(1), at(0)), (LeaderEpoch(4), at(30))];
+    let mut builder = FooterBuilder::new(partition(), at(30), bytes.len() as u64, LeaderEpoch(5), epochs);
+    while !bytes.is_empty() {
+        builder.push(&crate::record::Batch::split_from(&mut bytes).unwrap());
+    }
+    builder.finish(Bytes::from_static(b"state"))
+}
+
+/// Compares with a file of this folder. With `STRANDLINE_GOLDEN=write` it writes the file instead: only for a new one,
+/// since old ones must stay readable.
+fn golden(name: &str, bytes: &[u8]) -> Vec<u8> {
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("src/tier/golden").join(name);
+    if std::env::var_os("STRANDLINE_GOLDEN").is_some() {
+        std::fs::write(&path, bytes).unwrap();
+    }
+    let stored = std::fs::read(&path).unwrap();
+    assert_eq!(stored, bytes, "{name}: the format changed; bump its version and keep the old file readable");
+    stored
+}
+
+#[test]
+fn the_golden_objects_still_read_and_are_still_written() {
+    let (root, pages) = grown(2 * PAGE_SEGMENTS as u64 + 2);
+    let root = root.trim(at(15), Some(&Page::read(&pages[0].bytes).unwrap()), LeaderEpoch(2));
+    assert_eq!(Root::parse(&golden("manifest-v1", &root.encode())).unwrap(), root);
+    let page = golden("page-v1", &pages[0].bytes);
+    assert_eq!(Page::parse(&page, partition(), &root.pages()[0]).unwrap().segments().len(), PAGE_SEGMENTS);
+    let footer = footer();
+    assert_eq!(Footer::parse(&golden("footer-v1", &footer.encode())).unwrap(), footer);
+}
+
+#[test]
+fn a_flipped_bit_in_a_footer_a_manifest_or_a_page_is_found() {
+    let (root, pages) = grown(2 * PAGE_SEGMENTS as u64);
+    let small = grown(3).0.encode();
+    let flipped = |bytes: &[u8], bit: usize| {
+        let mut bytes = bytes.to_vec();
+        bytes[bit / 8] ^= 1 << (bit % 8);
+        bytes
+    };
+    for bit in 0..small.len() * 8 {
+        assert!(Root::parse(&flipped(&small, bit)).is_err(), "manifest bit {bit}");
+    }
+    let encoded = footer().encode();
+    for bit in 0..encoded.len() * 8 {
+        assert!(Footer::parse(&flipped(&encoded, bit)).is_err(), "footer bit {bit}");
+    }
+    for len in 0..encoded.len() {
+        assert!(Footer::parse(&encoded[..len]).is_err(), "footer cut to {len}");
+    }
+    for byte in 0..pages[0].bytes.len() {
+        let page = flipped(&pages[0].bytes, byte * 8 + byte % 8);
+        assert!(Page::parse(&page, partition(), &root.pages()[0]).is_err(), "page byte {byte}");
+        assert!(Page::read(&page).is_err(), "page byte {byte}");
+    }
+}
+
+#[test]
+fn the_end_of_an_object_opens_it_whatever_lies_before() {
+    let encoded = footer().encode();
+    let object = [&batches(30, 5, 2000, 4)[..], &encoded].concat();
+    let trailer = Trailer::parse(&object[object.len() - TRAILER_BYTES..]).unwrap();
+    assert_eq!(trailer.footer_bytes(), encoded.len() as u64);
+    assert_eq!(Footer::parse(&object).unwrap(), footer());
+    let footer = footer();
+    assert_eq!(footer.data_crc, crc32c::crc32c(&object[..object.len() - encoded.len()]));
+    let last = *footer.stretches.last().unwrap();
+    assert_eq!(footer.stretch_of(at(44)), (last, footer.data_bytes));
+    assert_eq!(footer.stretch_at_time(440), Some(Stretch { ..last }));
+    assert_eq!(footer.stretch_at_time(441), None);
+    assert_eq!((footer.epoch_of(at(29)), footer.epoch_of(at(30))), (Some(LeaderEpoch(1)), Some(LeaderEpoch(4))));
+}
+
+#[test]
+fn a_root_stays_small_and_finds_every_offset() {
+    let segments = 5 * PAGE_SEGMENTS as u64 + 17;
+    let (root, pages) = grown(segments);
+    assert_eq!((root.pages().len(), root.segments().len()), (4, PAGE_SEGMENTS + 17));
+    assert_eq!(root.version(), segments);
+    for number in 0..segments {
+        for offset in [number * 10, number * 10 + 9] {
+            let found = match root.find(at(offset)).unwrap() {
+                Found::Segment(line) => line,
+                Found::Page(line) => {
+                    let new = pages.iter().find(|page| page.stamp == line.stamp).unwrap();
+                    Page::parse(&new.bytes, partition(), &line).unwrap().find(at(offset)).unwrap()
+                }
+            };
+            assert_eq!(found.stamp.base, at(number * 10));
+        }
+    }
+    assert_eq!(root.find(at(segments * 10)), None);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(16))]
+
+    #[test]
+    fn trimming_keeps_exactly_what_reaches_above_the_log_start(count in 1..1600u64, cuts in prop::collection::vec(0..1650u64, 1..5)) {
+        let (mut root, pages) = grown(count);
+        let mut cuts = cuts;
+        cuts.sort_unstable();
+        for cut in cuts {
+            let log_start = at(cut * 10 + cut % 7);
+            let page = root.page_to_cut(log_start).map(|line| {
+                let new = pages.iter().find(|page| page.stamp == line.stamp).unwrap();
+                Page::parse(&new.bytes, partition(), &line).unwrap()
+            });
+            root = root.trim(log_start, page.as_ref(), LeaderEpoch(1));
+            let kept = count.saturating_sub(log_start.get() / 10);
+            prop_assert_eq!(root.bytes(), kept * 1000);
+            prop_assert_eq!(root.end(), at(count * 10).max(log_start));
+            prop_assert_eq!(root.log_start(), log_start);
+            prop_assert_eq!(Root::parse(&root.encode()).unwrap(), root.clone());
+        }
+    }
+
+}
+
+proptest! {
+    #[test]
+    fn bytes_of_any_kind_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..600), kind in 0..3usize) {
+        // With right marks and checksums, so that the fields behind them are reached.
+        let marks: [&[u8]; 3] = [b"STMR\x00\x01", b"STMP\x00\x01", b""];
+        let mut content = [marks[kind], &bytes].concat();
+        content.extend(crc32c::crc32c(&content).to_be_bytes());
+        let _root = Root::parse(&content);
+        let _page = Page::read(&content);
+        let mut trailer = Vec::new();
+        trailer.extend((bytes.len() as u64).to_be_bytes());
+        trailer.extend(u32::try_from(bytes.len()).unwrap().to_be_bytes());
+        trailer.extend([0; 4]);
+        trailer.extend(crc32c::crc32c(&bytes).to_be_bytes());
+        trailer.extend([0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+        trailer.extend(crc32c::crc32c(&trailer).to_be_bytes());
+        trailer.extend(b"STRNDSEG");
+        let _footer = Footer::parse(&[&bytes[..], &trailer].concat());
+    }
+}

@@ -1,0 +1,404 @@
+//! Writing objects so that what is referenced is there: put, then verify, and only then may a manifest name it.
+//!
+//! A segment is streamed from its file: parts of 8 MiB, at most four of one segment and eight of all in memory. Small
+//! ones go out as one request. An attempt that fails is looked at before it is repeated: when only the answer was
+//! lost, the object is there and verifies. Attempts of one upload share a name and its content, so that a request that is
+//! done twice, or late, changes nothing.
+//!
+//! A crash or an error leaves at most objects that no manifest names, which the garbage collection takes, and multipart
+//! uploads that were never completed, which a bucket's life-cycle rule should end.
+
+use std::collections::VecDeque;
+
+use backon::Retryable;
+use bytes::Bytes;
+use futures::{StreamExt, stream::FuturesUnordered};
+use object_store::{MultipartUpload, ObjectStoreExt, PutPayload};
+
+use super::{
+    manifest::SegmentLine,
+    name::{Stamp, partition_folder},
+    open::Verify,
+    read::ReadError,
+    segment::{Batches, From, SegmentSource, SourceError},
+    store::{ClaimError, Store, StoreError},
+};
+use crate::model::LeaderEpoch;
+
+/// Bytes of each part but the last. All are of one size because some stores insist on it.
+const PART_BYTES: usize = 8 << 20;
+
+/// Segments up to this size go out as one request.
+const SINGLE_BYTES: u64 = 2 * PART_BYTES as u64;
+
+/// Most parts of one segment on their way at once.
+const PARTS_AT_ONCE: usize = 4;
+
+/// Bytes that one request reads back.
+const READ_BACK_BYTES: u64 = 8 << 20;
+
+/// Why a segment or a manifest did not get into the bucket. Nothing was installed; at most garbage is left.
+#[derive(Debug, thiserror::Error)]
+pub enum UploadError {
+    /// The segment file cannot be read, is damaged, or does not continue the bucket.
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    /// A newer leader has committed to the bucket.
+    #[error("leader epoch {epoch} may not write: epoch {current} has committed to the bucket")]
+    Deposed {
+        /// The caller's epoch.
+        epoch: LeaderEpoch,
+        /// The manifest's.
+        current: LeaderEpoch,
+    },
+    /// The prefix is not ours, or that is not known yet.
+    #[error(transparent)]
+    Claim(#[from] ClaimError),
+    /// The store did not take it.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// What the store gives back is not what was written.
+    #[error("object {object} is not what was written: {reason}; it will not be used")]
+    Mismatch {
+        /// Its name, below the prefix.
+        object: String,
+        /// What differs.
+        reason: String,
+    },
+    /// The current manifest cannot be read.
+    #[error("the current manifest cannot be read: {0}")]
+    Manifest(#[from] ReadError),
+}
+
+impl UploadError {
+    /// Whether trying again later may succeed without anybody's help.
+    pub fn retryable(&self) -> bool {
+        match self {
+            Self::Source(_) | Self::Deposed { .. } => false,
+            Self::Claim(error) => error.retryable(),
+            Self::Store(error) => error.retryable(),
+            Self::Mismatch { .. } => true,
+            Self::Manifest(error) => error.retryable(),
+        }
+    }
+}
+
+/// Uploads what of `source` is not in the bucket yet, and verifies it.
+pub(super) async fn segment(store: &Store, source: &SegmentSource, from: From) -> Result<SegmentLine, UploadError> {
+    let mut last_try: Option<SegmentLine> = None;
+    let mut attempt = Attempt::new(store, source, from);
+    let mut pauses = backon::BackoffBuilder::build(store.pauses());
+    loop {
+        let tried = tokio::select! {
+            biased;
+            () = store.tasks().cancelled() => return Err(StoreError::Stopped.into()),
+            tried = attempt.run(&mut last_try) => tried,
+        };
+        let error = match tried {
+            Ok(line) => return Ok(line),
+            Err(error) => error,
+        };
+        let Some(pause) = pauses.next().filter(|_| error.retryable()) else { return Err(error) };
+        tracing::debug!(path = %source.path.display(), %error, ?pause, "segment upload failed, trying again");
+        tokio::select! {
+            biased;
+            () = store.tasks().cancelled() => return Err(StoreError::Stopped.into()),
+            () = tokio::time::sleep(pause) => {}
+        }
+    }
+}
+
+/// One upload, however often it is tried.
+struct Attempt<'a> {
+    store: &'a Store,
+    source: &'a SegmentSource,
+    from: From,
+    name: uuid::Uuid,
+}
+
+/// What one attempt sent.
+struct Sent {
+    line: SegmentLine,
+    outcome: Result<(), StoreError>,
+}
+
+impl<'a> Attempt<'a> {
+    fn new(store: &'a Store, source: &'a SegmentSource, from: From) -> Self {
+        Self { store, source, from, name: uuid::Uuid::new_v4() }
+    }
+
+    async fn run(&mut self, last_try: &mut Option<SegmentLine>) -> Result<SegmentLine, UploadError> {
+        if let Some(line) = last_try.take()
+            && self.verify(&line).await.is_ok()
+        {
+            return Ok(line);
+        }
+        let sent = self.send().await?;
+        *last_try = Some(sent.line);
+        if let Err(error) = sent.outcome {
+            return Err(error.into());
+        }
+        self.verify(&sent.line).await?;
+        Ok(sent.line)
+    }
+
+    /// Streams the file to the store.
+    async fn send(&self) -> Result<Sent, UploadError> {
+        let mut batches = Batches::open(self.source, self.from).await?;
+        let mut parts = Parts::default();
+        while parts.len() as u64 <= SINGLE_BYTES {
+            match batches.next().await? {
+                Some(pieces) => parts.extend(pieces),
+                None => return self.send_whole(batches, parts).await,
+            }
+        }
+        let first = batches.first().expect("batches were kept");
+        let object = self.object(&self.stamp(first));
+        let path = self.store.path(&object);
+        let opened = self.store.retry(&object, || self.store.objects().put_multipart(&path)).await?;
+        let mut multipart =
+            Multipart { store: self.store, object: &object, upload: opened, flying: FuturesUnordered::new() };
+        match self.send_parts(&mut multipart, batches, parts).await {
+            Ok(line) => {
+                let outcome = multipart.complete().await;
+                Ok(Sent { line, outcome })
+            }
+            Err(error) => {
+                multipart.abort().await;
+                Err(error)
+            }
+        }
+    }
+
+    async fn send_whole(&self, batches: Batches, mut parts: Parts) -> Result<Sent, UploadError> {
+        let line = self.append_footer(batches, &mut parts);
+        let object = self.object(&line.stamp);
+        let path = self.store.path(&object);
+        let _permits = self.store.parts().acquire_many(2).await.map_err(|_| StoreError::Stopped)?;
+        let payload = parts.take(usize::MAX);
+        let put = || async { self.store.objects().put(&path, payload.clone()).await.map(drop) };
+        let outcome = self.store.retry(&object, put).await;
+        Ok(Sent { line, outcome })
+    }
+
+    async fn send_parts(
+        &self,
+        multipart: &mut Multipart<'_>,
+        mut batches: Batches,
+        mut parts: Parts,
+    ) -> Result<SegmentLine, UploadError> {
+        loop {
+            while parts.len() >= PART_BYTES {
+                multipart.put(parts.take(PART_BYTES)).await?;
+            }
+            match batches.next().await? {
+                Some(pieces) => parts.extend(pieces),
+                None => break,
+            }
+        }
+        let line = self.append_footer(batches, &mut parts);
+        while parts.len() > 0 {
+            multipart.put(parts.take(PART_BYTES)).await?;
+        }
+        multipart.drain().await?;
+        Ok(line)
+    }
+
+    fn append_footer(&self, batches: Batches, parts: &mut Parts) -> SegmentLine {
+        let footer = batches.into_footer().finish(self.source.producers.clone());
+        let encoded = footer.encode();
+        let line = SegmentLine {
+            stamp: self.stamp(footer.base),
+            data_bytes: footer.data_bytes,
+            footer_bytes: u32::try_from(encoded.len()).expect("a footer is far below 4 GiB"),
+            crc: crc32c::crc32c_append(footer.data_crc, &encoded),
+            max_timestamp_ms: footer.max_timestamp_ms,
+        };
+        parts.extend([encoded]);
+        line
+    }
+
+    fn stamp(&self, base: crate::model::Offset) -> Stamp {
+        Stamp { base, end: self.source.end, epoch: self.from.writer_epoch, attempt: self.name }
+    }
+
+    fn object(&self, stamp: &Stamp) -> String {
+        format!("{}/{}", partition_folder(self.from.partition), stamp.segment())
+    }
+
+    /// Whether the object is there with every byte that was sent.
+    async fn verify(&self, line: &SegmentLine) -> Result<(), UploadError> {
+        let object = self.object(&line.stamp);
+        let mismatch = |reason: String| UploadError::Mismatch { object: object.clone(), reason };
+        let bytes = match self.store.head(&object).await {
+            Err(StoreError::NotFound { .. }) => {
+                return Err(mismatch("it is not there after it was written".to_owned()));
+            }
+            answered => answered?,
+        };
+        if bytes != line.object_bytes() {
+            return Err(mismatch(format!("it has {bytes} bytes instead of {}", line.object_bytes())));
+        }
+        let mut at = match self.store.options().verify {
+            Verify::Whole => 0,
+            Verify::Footer => line.data_bytes,
+        };
+        let (whole, mut crc) = (at == 0, 0);
+        let mut tail = Bytes::new();
+        while at < bytes {
+            let end = if at < line.data_bytes { line.data_bytes.min(at + READ_BACK_BYTES) } else { bytes };
+            tail = self.store.get_range(&object, at..end).await?;
+            crc = crc32c::crc32c_append(crc, &tail);
+            at = end;
+        }
+        super::footer::Footer::parse(&tail).map_err(|error| mismatch(error.to_string()))?;
+        if whole && crc != line.crc {
+            return Err(mismatch(format!("its CRC-32C is {crc:#010x} instead of {:#010x}", line.crc)));
+        }
+        Ok(())
+    }
+}
+
+/// Checked bytes that wait to be sent. Taking moves no payload.
+#[derive(Default)]
+struct Parts {
+    pieces: VecDeque<Bytes>,
+    bytes: usize,
+}
+
+impl Parts {
+    fn len(&self) -> usize {
+        self.bytes
+    }
+
+    fn extend(&mut self, pieces: impl IntoIterator<Item = Bytes>) {
+        for piece in pieces {
+            self.bytes += piece.len();
+            self.pieces.push_back(piece);
+        }
+    }
+
+    /// The first `most` bytes.
+    fn take(&mut self, most: usize) -> PutPayload {
+        let (mut taken, mut left) = (Vec::new(), most.min(self.bytes));
+        self.bytes -= left;
+        while left > 0 {
+            let piece = self.pieces.front_mut().expect("the pieces hold as much as was counted");
+            if piece.len() > left {
+                taken.push(piece.split_to(left));
+                break;
+            }
+            left -= piece.len();
+            taken.extend(self.pieces.pop_front());
+        }
+        taken.into_iter().collect()
+    }
+}
+
+type Part = futures::future::BoxFuture<'static, object_store::Result<()>>;
+
+struct Multipart<'a> {
+    store: &'a Store,
+    object: &'a str,
+    upload: Box<dyn MultipartUpload>,
+    flying: FuturesUnordered<Part>,
+}
+
+impl Multipart<'_> {
+    async fn put(&mut self, payload: PutPayload) -> Result<(), UploadError> {
+        while self.flying.len() >= PARTS_AT_ONCE {
+            self.land().await?;
+        }
+        // Parts of this upload must go on landing while it waits for memory that other uploads hold.
+        let permit = loop {
+            tokio::select! {
+                permit = std::sync::Arc::clone(self.store.parts()).acquire_owned() => {
+                    break permit.map_err(|_| StoreError::Stopped)?;
+                }
+                landed = self.flying.next(), if !self.flying.is_empty() => self.landed(landed)?,
+            }
+        };
+        let part = self.upload.put_part(payload);
+        self.flying.push(Box::pin(async move {
+            let sent = part.await;
+            drop(permit);
+            sent
+        }));
+        Ok(())
+    }
+
+    async fn land(&mut self) -> Result<(), UploadError> {
+        let landed = tokio::time::timeout(self.store.options().request_timeout * 2, self.flying.next()).await;
+        match landed {
+            Ok(landed) => self.landed(landed),
+            Err(_) => {
+                let reason = "a part was not answered in time".to_owned();
+                Err(StoreError::Unavailable { object: self.object.to_owned(), reason }.into())
+            }
+        }
+    }
+
+    fn landed(&self, landed: Option<object_store::Result<()>>) -> Result<(), UploadError> {
+        match landed {
+            Some(Err(error)) => Err(StoreError::new(self.object, &error).into()),
+            _ => Ok(()),
+        }
+    }
+
+    async fn drain(&mut self) -> Result<(), UploadError> {
+        while !self.flying.is_empty() {
+            self.land().await?;
+        }
+        Ok(())
+    }
+
+    async fn complete(&mut self) -> Result<(), StoreError> {
+        let done = tokio::time::timeout(self.store.options().request_timeout * 2, self.upload.complete()).await;
+        match done {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(error)) => Err(as_unknown(StoreError::new(self.object, &error))),
+            Err(_) => {
+                let reason = "the end of the upload was not answered in time".to_owned();
+                Err(StoreError::Unavailable { object: self.object.to_owned(), reason })
+            }
+        }
+    }
+
+    /// Gives back what the store holds of an upload that failed. Its failure adds nothing: a life-cycle rule ends it.
+    async fn abort(&mut self) {
+        self.flying.clear();
+        let aborted = tokio::time::timeout(self.store.options().request_timeout, self.upload.abort()).await;
+        if let Ok(Err(error)) = aborted {
+            tracing::debug!(object = self.object, %error, "a multipart upload could not be aborted");
+        }
+    }
+}
+
+/// A completion that was done, with its answer lost, is refused when it is repeated, by each store in its own words (not
+/// found, not allowed, an error). So its outcome is unknown whatever it says: the next attempt looks first.
+fn as_unknown(error: StoreError) -> StoreError {
+    match error {
+        StoreError::NotFound { object } => {
+            StoreError::Unavailable { object, reason: "the multipart upload is unknown".to_owned() }
+        }
+        StoreError::Denied { object, reason } | StoreError::Unsupported { object, reason } => {
+            StoreError::Unavailable { object, reason }
+        }
+        other => other,
+    }
+}
+
+/// Writes a small object under a new name and compares what is there then.
+pub(super) async fn small(store: &Store, object: &str, content: Bytes) -> Result<(), UploadError> {
+    let write = || async {
+        store.put(object, content.clone()).await?;
+        let there = store.get(object).await?;
+        if there == content {
+            Ok(())
+        } else {
+            let reason = format!("{} bytes were written and {} others came back", content.len(), there.len());
+            Err(UploadError::Mismatch { object: object.to_owned(), reason })
+        }
+    };
+    write.retry(store.pauses()).when(|error| matches!(error, UploadError::Mismatch { .. })).await
+}

@@ -1,0 +1,175 @@
+//! Fixed-width fields of the tier's own objects: big-endian, checked against what is there before anything is taken.
+
+use bytes::{Buf, BufMut, Bytes, BytesMut};
+use uuid::Uuid;
+
+use super::name::Stamp;
+use crate::model::{LeaderEpoch, Offset, PartitionId, TopicId};
+
+/// Bytes of an encoded [`Stamp`].
+pub(super) const STAMP_BYTES: usize = 8 + 8 + 4 + 16;
+
+/// Why bytes are not the object that they should be.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Invalid {
+    /// Fewer bytes than the fields need.
+    #[error("it ends {missing} bytes too early, in {field}")]
+    Truncated {
+        /// The field that does not fit.
+        field: &'static str,
+        /// How many bytes are missing.
+        missing: usize,
+    },
+    /// A checksum does not match.
+    #[error("{what} is damaged: CRC-32C is {actual:#010x}, stored is {stored:#010x}")]
+    Crc {
+        /// What the checksum covers.
+        what: &'static str,
+        /// The stored value.
+        stored: u32,
+        /// The value of the bytes.
+        actual: u32,
+    },
+    /// It does not begin or end with the mark of its kind.
+    #[error("it does not carry the mark of a {kind}")]
+    Mark {
+        /// What was expected.
+        kind: &'static str,
+    },
+    /// Written by a newer release.
+    #[error("its format version is {found}; this release reads {known}: upgrade")]
+    Version {
+        /// The version found.
+        found: u16,
+        /// The newest known one.
+        known: u16,
+    },
+    /// Fields that contradict each other or what was asked for.
+    #[error("{reason}")]
+    Contradiction {
+        /// What is wrong.
+        reason: &'static str,
+    },
+}
+
+/// Takes fields off the front of a slice.
+pub(super) struct Reader<'a>(pub(super) &'a [u8]);
+
+impl<'a> Reader<'a> {
+    fn need(&self, bytes: usize, field: &'static str) -> Result<(), Invalid> {
+        match bytes.checked_sub(self.0.len()) {
+            None | Some(0) => Ok(()),
+            Some(missing) => Err(Invalid::Truncated { field, missing }),
+        }
+    }
+
+    pub(super) fn u16(&mut self, field: &'static str) -> Result<u16, Invalid> {
+        self.need(2, field).map(|()| self.0.get_u16())
+    }
+
+    pub(super) fn u32(&mut self, field: &'static str) -> Result<u32, Invalid> {
+        self.need(4, field).map(|()| self.0.get_u32())
+    }
+
+    pub(super) fn u64(&mut self, field: &'static str) -> Result<u64, Invalid> {
+        self.need(8, field).map(|()| self.0.get_u64())
+    }
+
+    pub(super) fn i64(&mut self, field: &'static str) -> Result<i64, Invalid> {
+        self.need(8, field).map(|()| self.0.get_i64())
+    }
+
+    pub(super) fn bytes(&mut self, len: usize, field: &'static str) -> Result<&'a [u8], Invalid> {
+        self.need(len, field)?;
+        let (taken, rest) = self.0.split_at(len);
+        self.0 = rest;
+        Ok(taken)
+    }
+
+    pub(super) fn array<const N: usize>(&mut self, field: &'static str) -> Result<[u8; N], Invalid> {
+        self.bytes(N, field).map(|bytes| bytes.try_into().expect("N bytes were taken"))
+    }
+
+    pub(super) fn offset(&mut self, field: &'static str) -> Result<Offset, Invalid> {
+        Offset::new(self.u64(field)?).ok_or(Invalid::Contradiction { reason: "an offset is 2^63 or more" })
+    }
+
+    pub(super) fn epoch(&mut self, field: &'static str) -> Result<LeaderEpoch, Invalid> {
+        self.u32(field).map(LeaderEpoch)
+    }
+
+    pub(super) fn partition(&mut self) -> Result<PartitionId, Invalid> {
+        let topic = TopicId::from_bytes(self.array("topic id")?);
+        Ok(PartitionId::new(topic, self.u32("partition")?))
+    }
+
+    pub(super) fn stamp(&mut self) -> Result<Stamp, Invalid> {
+        let (base, end) = (self.offset("base")?, self.offset("end")?);
+        let (epoch, attempt) = (self.epoch("epoch")?, Uuid::from_bytes(self.array("attempt")?));
+        if base >= end {
+            return Err(Invalid::Contradiction { reason: "a range of offsets is empty or reversed" });
+        }
+        Ok(Stamp { base, end, epoch, attempt })
+    }
+
+    /// How many entries of `size` bytes follow; refused when they cannot be there.
+    pub(super) fn count(&mut self, size: usize, field: &'static str) -> Result<usize, Invalid> {
+        let count = self.u32(field)? as usize;
+        self.need(count.saturating_mul(size), field)?;
+        Ok(count)
+    }
+
+    pub(super) fn done(&self) -> Result<(), Invalid> {
+        if self.0.is_empty() { Ok(()) } else { Err(Invalid::Contradiction { reason: "bytes follow the last field" }) }
+    }
+}
+
+pub(super) fn put_partition(out: &mut BytesMut, partition: PartitionId) {
+    out.put_slice(partition.topic.as_bytes());
+    out.put_u32(partition.number);
+}
+
+pub(super) fn put_stamp(out: &mut BytesMut, stamp: &Stamp) {
+    out.put_u64(stamp.base.get());
+    out.put_u64(stamp.end.get());
+    out.put_u32(stamp.epoch.0);
+    out.put_slice(stamp.attempt.as_bytes());
+}
+
+/// Writes how many entries follow.
+pub(super) fn put_count(out: &mut BytesMut, count: usize) {
+    out.put_u32(u32::try_from(count).expect("every list of the tier is bounded far below 2^32"));
+}
+
+/// Ends an object with the CRC-32C of all that it holds.
+pub(super) fn seal(mut out: BytesMut) -> Bytes {
+    let crc = crc32c::crc32c(&out);
+    out.put_u32(crc);
+    out.freeze()
+}
+
+/// The content of an object that [`seal`] ended, once its checksum, mark and version are right.
+pub(super) fn unseal<'a>(
+    bytes: &'a [u8],
+    mark: &[u8; 4],
+    kind: &'static str,
+    known: u16,
+) -> Result<Reader<'a>, Invalid> {
+    if !bytes.starts_with(mark) {
+        return Err(Invalid::Mark { kind });
+    }
+    let Some((content, crc)) = bytes.split_last_chunk::<4>() else {
+        return Err(Invalid::Truncated { field: "checksum", missing: 4 });
+    };
+    let (stored, actual) = (u32::from_be_bytes(*crc), crc32c::crc32c(content));
+    if stored != actual {
+        return Err(Invalid::Crc { what: kind, stored, actual });
+    }
+    let mut reader = Reader(content);
+    reader.bytes(4, "mark")?;
+    let found = reader.u16("version")?;
+    if found != known {
+        return Err(Invalid::Version { found, known });
+    }
+    Ok(reader)
+}
