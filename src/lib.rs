@@ -21,3 +21,5 @@ pub mod log;
 pub mod tier;
 
 pub mod proto;
+
+pub mod client;

@@ -1,0 +1,345 @@
+//! Topics and the cluster: typed calls and typed answers.
+
+use std::collections::BTreeMap;
+
+use super::{Client, connection::admin_client, connection::log_client, error::CallError};
+use crate::{
+    model::{BrokerId, ConfigMap, LeaderEpoch, Offset, TopicId, Watermarks},
+    proto::{
+        fault::{Fault, Reason},
+        v1,
+    },
+};
+
+/// Creates, changes, describes and deletes topics. Any broker answers.
+///
+/// ```no_run
+/// # async fn example(client: strandline::client::Client) -> Result<(), Box<dyn std::error::Error>> {
+/// use strandline::client::NewTopic;
+///
+/// let admin = client.admin();
+/// admin.create_topic(&NewTopic::new("orders").partitions(3).config("retention.ms", "86400000")).await?;
+/// for partition in admin.describe_topic("orders").await?.partitions {
+///     println!("{} ends at {}", partition.partition, partition.watermarks.high_watermark);
+/// }
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Debug)]
+pub struct Admin {
+    client: Client,
+}
+
+/// A topic to be made.
+#[derive(Clone, Debug, Default)]
+pub struct NewTopic {
+    request: v1::CreateTopicRequest,
+}
+
+impl NewTopic {
+    /// A topic of one partition with the brokers' defaults.
+    pub fn new(name: &str) -> Self {
+        Self { request: v1::CreateTopicRequest { name: name.to_owned(), ..Default::default() } }
+    }
+
+    /// How many partitions; 0 means 1.
+    #[must_use]
+    pub fn partitions(mut self, partitions: u32) -> Self {
+        self.request.partitions = partitions;
+        self
+    }
+
+    /// How many replicas of each partition; 0 means the brokers' default.
+    #[must_use]
+    pub fn replication_factor(mut self, replicas: u32) -> Self {
+        self.request.replication_factor = replicas;
+        self
+    }
+
+    /// Sets one key of the topic's configuration.
+    #[must_use]
+    pub fn config(mut self, key: &str, value: &str) -> Self {
+        self.request.config.insert(key.to_owned(), value.to_owned());
+        self
+    }
+
+    /// Checks everything and creates nothing.
+    #[must_use]
+    pub fn validate_only(mut self) -> Self {
+        self.request.validate_only = true;
+        self
+    }
+}
+
+/// A cluster's brokers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Cluster {
+    /// Its name.
+    pub name: String,
+    /// Its live brokers.
+    pub brokers: Vec<Broker>,
+}
+
+/// One live broker.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Broker {
+    /// Its number.
+    pub id: BrokerId,
+    /// `host:port` of its gRPC listener.
+    pub address: String,
+    /// Where it stands; empty when it did not say.
+    pub rack: String,
+}
+
+/// A topic in a list.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TopicSummary {
+    /// Its name.
+    pub name: String,
+    /// Its identity.
+    pub id: TopicId,
+    /// How many partitions it has.
+    pub partitions: u32,
+    /// How many replicas each has.
+    pub replication_factor: u32,
+    /// What the topic itself sets.
+    pub config: ConfigMap,
+}
+
+/// All about one topic.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TopicDescription {
+    /// As in a list.
+    pub summary: TopicSummary,
+    /// Every configuration key with its effective value.
+    pub effective_config: ConfigMap,
+    /// Its partitions, by number.
+    pub partitions: Vec<PartitionDescription>,
+}
+
+/// All about one partition, as its leader sees it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PartitionDescription {
+    /// Its number.
+    pub partition: u32,
+    /// Who leads it, if anyone.
+    pub leader: Option<BrokerId>,
+    /// The epoch of that leader.
+    pub leader_epoch: LeaderEpoch,
+    /// Who holds it.
+    pub replicas: Vec<BrokerId>,
+    /// Who is in sync.
+    pub isr: Vec<BrokerId>,
+    /// Its marks.
+    pub watermarks: Watermarks,
+    /// Bytes on the leader's disk.
+    pub local_bytes: u64,
+    /// Bytes in the bucket.
+    pub tiered_bytes: u64,
+    /// Why it takes no writes, when it takes none.
+    pub fault: Option<Fault>,
+}
+
+/// A place in a partition to look up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OffsetAt {
+    /// The first offset that can be read.
+    Earliest,
+    /// The first offset that is not committed yet.
+    Latest,
+    /// The first record whose timestamp is at least this, in milliseconds since 1970; the end where none is that young.
+    Time(i64),
+}
+
+impl Admin {
+    pub(super) fn new(client: Client) -> Self {
+        Self { client }
+    }
+
+    /// The cluster's name and brokers.
+    ///
+    /// # Errors
+    /// When no broker answers.
+    pub async fn cluster(&self) -> Result<Cluster, CallError> {
+        let call = |channel| async move { admin_client(channel).get_metadata(v1::GetMetadataRequest::default()).await };
+        let answer = self.client.retried(|| self.client.any_broker(call)).await?;
+        let brokers = answer.brokers.into_iter();
+        let brokers =
+            brokers.map(|broker| Broker { id: BrokerId(broker.id), address: broker.address, rack: broker.rack });
+        Ok(Cluster { name: answer.cluster, brokers: brokers.collect() })
+    }
+
+    /// Creates a topic.
+    ///
+    /// # Errors
+    /// When it exists, the name or the configuration is not allowed, or the cluster cannot hold it.
+    pub async fn create_topic(&self, topic: &NewTopic) -> Result<TopicSummary, CallError> {
+        let call = |channel| {
+            let request = topic.request.clone();
+            async move { admin_client(channel).create_topic(request).await }
+        };
+        summary(self.client.any_broker(call).await?.topic)
+    }
+
+    /// Every topic, by name.
+    ///
+    /// # Errors
+    /// When no broker answers.
+    pub async fn list_topics(&self) -> Result<Vec<TopicSummary>, CallError> {
+        let call = |channel| async move { admin_client(channel).list_topics(v1::ListTopicsRequest {}).await };
+        let answer = self.client.retried(|| self.client.any_broker(call)).await?;
+        answer.topics.into_iter().map(|topic| summary(Some(topic))).collect()
+    }
+
+    /// All about one topic.
+    ///
+    /// # Errors
+    /// When it does not exist.
+    pub async fn describe_topic(&self, name: &str) -> Result<TopicDescription, CallError> {
+        let call = |channel| {
+            let request = v1::DescribeTopicRequest { name: name.to_owned() };
+            async move { admin_client(channel).describe_topic(request).await }
+        };
+        let answer = self.client.retried(|| self.client.any_broker(call)).await?;
+        Ok(TopicDescription {
+            summary: summary(answer.topic)?,
+            effective_config: answer.effective_config.into_iter().collect(),
+            partitions: answer.partitions.into_iter().map(describe).collect::<Result<_, _>>()?,
+        })
+    }
+
+    /// Sets configuration keys of a topic and takes others back to their defaults; the rest stays.
+    ///
+    /// # Errors
+    /// When the topic does not exist, or a key or value is not allowed.
+    pub async fn alter_topic(&self, name: &str, set: &ConfigMap, unset: &[String]) -> Result<TopicSummary, CallError> {
+        let set: BTreeMap<String, String> = set.clone();
+        let call = |channel| {
+            let set = set.clone().into_iter().collect();
+            let request = v1::AlterTopicRequest { name: name.to_owned(), set, unset: unset.to_vec() };
+            async move { admin_client(channel).alter_topic(request).await }
+        };
+        summary(self.client.any_broker(call).await?.topic)
+    }
+
+    /// Gives a topic more partitions: `to` is how many it has afterwards.
+    ///
+    /// # Errors
+    /// When the topic does not exist, or has as many already.
+    pub async fn add_partitions(&self, name: &str, to: u32) -> Result<TopicSummary, CallError> {
+        let call = |channel| {
+            let request = v1::AddPartitionsRequest { name: name.to_owned(), to };
+            async move { admin_client(channel).add_partitions(request).await }
+        };
+        summary(self.client.any_broker(call).await?.topic)
+    }
+
+    /// Deletes a topic with all its records.
+    ///
+    /// # Errors
+    /// When it does not exist.
+    pub async fn delete_topic(&self, name: &str) -> Result<(), CallError> {
+        let call = |channel| {
+            let request = v1::DeleteTopicRequest { name: name.to_owned() };
+            async move { admin_client(channel).delete_topic(request).await }
+        };
+        self.client.any_broker(call).await.map(|_| ())
+    }
+
+    /// Looks up one offset; see [`OffsetAt`].
+    ///
+    /// # Errors
+    /// When the topic or the partition does not exist, or its leader does not answer in the request timeout.
+    pub async fn offset(&self, topic: &str, partition: u32, at: OffsetAt) -> Result<Offset, CallError> {
+        self.client.topic(topic).await?;
+        let number = i32::try_from(partition).unwrap_or(i32::MAX);
+        let at = match at {
+            OffsetAt::Earliest => v1::offset_query::At::Earliest(true),
+            OffsetAt::Latest => v1::offset_query::At::Latest(true),
+            OffsetAt::Time(ms) => v1::offset_query::At::TimestampMs(ms),
+        };
+        let query = v1::OffsetQuery { topic: topic.to_owned(), partition: number, at: Some(at) };
+        self.client
+            .retried(|| async {
+                let seen = self.client.routing().generation();
+                let answer = self.ask_leader(topic, partition, query.clone()).await;
+                if answer.as_ref().is_err_and(CallError::retryable) {
+                    self.client.refresh(seen, &[topic]).await?;
+                }
+                answer
+            })
+            .await
+    }
+
+    async fn ask_leader(&self, topic: &str, partition: u32, query: v1::OffsetQuery) -> Result<Offset, CallError> {
+        let route = self.client.topic(topic).await?;
+        if usize::try_from(partition).is_ok_and(|number| number >= route.partitions.len()) {
+            let count = route.partitions.len();
+            let message = format!("topic {topic:?} has no partition {partition}: it has {count}, numbered from 0");
+            return Err(Fault::new(Reason::UnknownPartition, message).into());
+        }
+        let Some(address) = self.client.routing().leader(topic, partition) else {
+            let message = format!("partition {topic}/{partition} has no leader at the moment");
+            return Err(Fault::new(Reason::NotLeader, message).into());
+        };
+        let request = v1::ListOffsetsRequest { queries: vec![query] };
+        let unreachable = |problem: String| {
+            let message = format!("the leader of {topic}/{partition}, {}: {problem}", address.as_str());
+            CallError::from(Fault::new(Reason::NotReady, message))
+        };
+        let channel = self.client.channel(&address).await.map_err(|error| unreachable(error.to_string()))?;
+        let answer = match self.client.bounded(&address, log_client(channel).list_offsets(request)).await {
+            Ok(answer) => answer,
+            Err(super::Unanswered::NotSent(problem)) => return Err(unreachable(problem)),
+            Err(super::Unanswered::Failed(fault)) => return Err(fault.into()),
+        };
+        let Some(answer) = answer.answers.into_iter().next() else {
+            return Err(odd("an empty answer to a query for an offset").into());
+        };
+        match answer.error {
+            Some(error) => Err(Fault::from(error).into()),
+            None => Ok(offset(answer.offset)?),
+        }
+    }
+}
+
+fn odd(what: &str) -> Fault {
+    Fault::new(Reason::Internal, format!("the broker sent {what}"))
+}
+
+fn offset(value: i64) -> Result<Offset, Fault> {
+    Offset::from_i64(value).ok_or_else(|| odd("a negative offset"))
+}
+
+fn summary(topic: Option<v1::TopicSummary>) -> Result<TopicSummary, CallError> {
+    let topic = topic.ok_or_else(|| odd("no topic where one was due"))?;
+    Ok(TopicSummary {
+        id: topic.topic_id.parse().map_err(|_| odd("a topic id that is no UUID"))?,
+        name: topic.name,
+        partitions: topic.partitions,
+        replication_factor: topic.replication_factor,
+        config: topic.config.into_iter().collect(),
+    })
+}
+
+fn describe(state: v1::PartitionState) -> Result<PartitionDescription, CallError> {
+    let brokers = |ids: Vec<u32>| ids.into_iter().map(BrokerId).collect();
+    Ok(PartitionDescription {
+        partition: u32::try_from(state.partition).map_err(|_| odd("a negative partition"))?,
+        leader: state.leader.map(BrokerId),
+        leader_epoch: LeaderEpoch::from_i32(state.leader_epoch).unwrap_or_default(),
+        replicas: brokers(state.replicas),
+        isr: brokers(state.isr),
+        watermarks: Watermarks {
+            log_start: offset(state.log_start)?,
+            local_start: offset(state.local_start)?,
+            tiered_end: offset(state.tiered_end)?,
+            high_watermark: offset(state.high_watermark)?,
+            persisted_end: offset(state.persisted_end)?,
+            log_end: offset(state.log_end)?,
+        },
+        local_bytes: state.local_bytes,
+        tiered_bytes: state.tiered_bytes,
+        fault: state.fault.map(Fault::from),
+    })
+}

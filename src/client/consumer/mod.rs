@@ -1,0 +1,397 @@
+//! The consumer: reads partitions from any offset and follows them as they grow.
+//!
+//! # Overview
+//!
+//! One task per consumer holds one Fetch stream per leader, each carrying all partitions that this leader has. It checks
+//! the CRC of every batch, knows each partition's position, and puts batches into a short queue; the [`Consumer`] takes
+//! them out and decodes records as they are asked for. When the queue is full the task reads nothing, and HTTP/2's
+//! windows stop the brokers.
+//!
+//! # Invariants
+//!
+//! - A partition's records come in offset order, none twice and none left out: a stream that breaks is opened again at
+//!   the position behind the last batch that went into the queue.
+//! - Nothing that was fetched before a seek comes out after it: batches carry the generation of their assignment.
+//! - At most `queue` responses of about `max_bytes` wait here, and a stream window per leader.
+//!
+//! # Shutdown
+//!
+//! The task ends when the consumer is dropped; [`Consumer::close`] also joins it. It owns nothing worth saving.
+
+mod driver;
+mod position;
+
+use std::{collections::HashMap, sync::Arc, time::Duration};
+
+use tokio::sync::mpsc;
+
+use self::driver::{Command, Driver};
+use super::{Client, admin::OffsetAt, error::ConsumeError};
+use crate::{
+    model::Offset,
+    record::{Batch, Malformed, Record, Records},
+    task::Tasks,
+};
+
+/// What a consumer does when its position is not in the log any more, or not yet.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnOutOfRange {
+    /// Stops there and says so, with the log's start and end.
+    #[default]
+    Fail,
+    /// Goes on at the first offset there is.
+    Earliest,
+    /// Goes on at the end.
+    Latest,
+}
+
+/// What a consumer may be told.
+#[derive(Clone, Debug)]
+pub struct ConsumerOptions {
+    /// Brokers hold back less than so many bytes for up to `max_wait`. 1.
+    pub min_bytes: u32,
+    /// About how many bytes one response carries. 1 MiB.
+    pub max_bytes: u32,
+    /// How long a broker may hold back less than `min_bytes`. 500 ms.
+    pub max_wait: Duration,
+    /// How many responses wait to be consumed. 4.
+    pub queue: usize,
+    /// What to do at a position that is not in the log. Fail.
+    pub on_out_of_range: OnOutOfRange,
+}
+
+impl Default for ConsumerOptions {
+    fn default() -> Self {
+        Self {
+            min_bytes: 1,
+            max_bytes: 1 << 20,
+            max_wait: Duration::from_millis(500),
+            queue: 4,
+            on_out_of_range: OnOutOfRange::Fail,
+        }
+    }
+}
+
+/// A record as it was read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ConsumedRecord {
+    /// Its topic.
+    pub topic: Arc<str>,
+    /// Its partition.
+    pub partition: u32,
+    /// Its offset.
+    pub offset: Offset,
+    /// What was written.
+    pub record: Record,
+}
+
+/// A whole batch as it was read, checked and not decoded.
+#[derive(Clone, Debug)]
+pub struct ConsumedBatch {
+    /// Its topic.
+    pub topic: Arc<str>,
+    /// Its partition.
+    pub partition: u32,
+    /// The batch. Its first records may lie below `from`.
+    pub batch: Batch,
+    /// The position: records below it were not asked for.
+    pub from: Offset,
+    /// The partition's high watermark when the batch was sent.
+    pub high_watermark: Offset,
+}
+
+impl ConsumedBatch {
+    /// Its records from the position on.
+    ///
+    /// # Errors
+    /// When it cannot be decompressed; the iterator's errors say which record is malformed.
+    pub fn records(&self) -> Result<impl Iterator<Item = Result<(Offset, Record), Malformed>> + use<>, Malformed> {
+        let from = self.from;
+        Ok(self.batch.records()?.filter(move |record| record.as_ref().map_or(true, |(offset, _)| *offset >= from)))
+    }
+}
+
+/// What comes out of the task's queue.
+struct Item {
+    topic: Arc<str>,
+    partition: u32,
+    /// That of the assignment that it was fetched for.
+    generation: u64,
+    what: What,
+}
+
+enum What {
+    Batch {
+        batch: Batch,
+        from: Offset,
+        high_watermark: Offset,
+    },
+    /// The position was out of range and has moved, as the options say.
+    Moved(Offset),
+    Failed(ConsumeError),
+}
+
+#[derive(Debug)]
+struct Assigned {
+    generation: u64,
+    position: Offset,
+}
+
+/// The batch whose records are being handed out.
+#[derive(Debug)]
+struct Current {
+    topic: Arc<str>,
+    partition: u32,
+    records: Records,
+    position: Offset,
+    end: Offset,
+}
+
+/// Reads partitions.
+///
+/// ```no_run
+/// # async fn example(client: strandline::client::Client) -> Result<(), Box<dyn std::error::Error>> {
+/// use strandline::client::{ConsumerOptions, OffsetAt};
+///
+/// let mut consumer = client.consumer(ConsumerOptions::default());
+/// consumer.assign("orders", 0, OffsetAt::Earliest).await?;
+/// loop {
+///     // Waits for new records at the end of the log.
+///     let next = consumer.next().await?;
+///     println!("{}: {:?}", next.offset, next.record.value);
+/// }
+/// # }
+/// ```
+#[derive(Debug)]
+pub struct Consumer {
+    client: Client,
+    commands: mpsc::Sender<Command>,
+    items: mpsc::Receiver<Item>,
+    assigned: HashMap<(Arc<str>, u32), Assigned>,
+    current: Option<Current>,
+    next_generation: u64,
+    tasks: Tasks,
+}
+
+impl Consumer {
+    pub(super) fn start(client: Client, options: ConsumerOptions) -> Self {
+        let (commands, received) = mpsc::channel(16);
+        let (output, items) = mpsc::channel(options.queue.max(1));
+        let tasks = Tasks::new();
+        let driver = Driver::new(client.clone(), options, tasks.clone(), output);
+        tasks.spawn("consumer", driver.run(received));
+        Self { client, commands, items, assigned: HashMap::new(), current: None, next_generation: 0, tasks }
+    }
+
+    /// Adds a partition, read from `start` on. One that is assigned already moves there.
+    ///
+    /// # Errors
+    /// When the topic or the partition does not exist, or its leader cannot say where `start` is.
+    pub async fn assign(&mut self, topic: &str, partition: u32, start: OffsetAt) -> Result<(), ConsumeError> {
+        let position = self.client.admin().offset(topic, partition, start).await?;
+        self.assign_at(topic, partition, position).await
+    }
+
+    /// Adds a partition, read from an offset on.
+    ///
+    /// # Errors
+    /// When the topic or the partition does not exist. Whether the log holds the offset comes out of reading.
+    pub async fn assign_at(&mut self, topic: &str, partition: u32, position: Offset) -> Result<(), ConsumeError> {
+        let route = self.client.topic(topic).await?;
+        let partitions = u32::try_from(route.partitions.len()).unwrap_or(u32::MAX);
+        if partition >= partitions {
+            return Err(ConsumeError::UnknownPartition { topic: topic.to_owned(), partition, partitions });
+        }
+        let generation = self.next_generation;
+        self.next_generation += 1;
+        let topic: Arc<str> = topic.into();
+        self.forget_current(&topic, partition);
+        self.assigned.insert((topic.clone(), partition), Assigned { generation, position });
+        let command = Command::Assign { topic, partition, generation, position };
+        self.commands.send(command).await.map_err(|_| ConsumeError::Closed)
+    }
+
+    /// Reads a partition no more.
+    ///
+    /// # Errors
+    /// When it is not assigned.
+    pub async fn unassign(&mut self, topic: &str, partition: u32) -> Result<(), ConsumeError> {
+        let key = (Arc::from(topic), partition);
+        if self.assigned.remove(&key).is_none() {
+            return Err(not_assigned(topic, partition));
+        }
+        self.forget_current(topic, partition);
+        let command = Command::Unassign { topic: key.0, partition };
+        self.commands.send(command).await.map_err(|_| ConsumeError::Closed)
+    }
+
+    /// Goes on reading a partition elsewhere.
+    ///
+    /// # Errors
+    /// When it is not assigned.
+    pub async fn seek(&mut self, topic: &str, partition: u32, position: Offset) -> Result<(), ConsumeError> {
+        self.position(topic, partition)?;
+        self.assign_at(topic, partition, position).await
+    }
+
+    /// Goes on reading a partition at its start, its end, or a time.
+    ///
+    /// # Errors
+    /// When it is not assigned, or its leader cannot be asked.
+    pub async fn seek_to(&mut self, topic: &str, partition: u32, to: OffsetAt) -> Result<(), ConsumeError> {
+        self.position(topic, partition)?;
+        self.assign(topic, partition, to).await
+    }
+
+    /// The offset of the next record that comes from a partition.
+    ///
+    /// # Errors
+    /// When it is not assigned.
+    pub fn position(&self, topic: &str, partition: u32) -> Result<Offset, ConsumeError> {
+        if let Some(current) = &self.current
+            && &*current.topic == topic
+            && current.partition == partition
+        {
+            return Ok(current.position);
+        }
+        let assigned = self.assigned.get(&(Arc::from(topic), partition));
+        assigned.map(|assigned| assigned.position).ok_or_else(|| not_assigned(topic, partition))
+    }
+
+    /// The next record of any assigned partition; waits until there is one. Dropping the future loses nothing.
+    ///
+    /// # Errors
+    /// When a partition cannot be read on. It is left at its position until it is assigned or sought anew; the others
+    /// go on with the next call.
+    pub async fn next(&mut self) -> Result<ConsumedRecord, ConsumeError> {
+        loop {
+            if let Some(record) = self.next_of_current()? {
+                return Ok(record);
+            }
+            let batch = self.fetch().await?;
+            let records =
+                batch.batch.records().map_err(|source| damaged(&batch.topic, batch.partition, batch.from, source))?;
+            let end = batch.batch.end_offset();
+            self.current =
+                Some(Current { topic: batch.topic, partition: batch.partition, records, position: batch.from, end });
+        }
+    }
+
+    /// A record that is there without waiting for the network.
+    ///
+    /// # Errors
+    /// As [`Consumer::next`].
+    pub fn try_next(&mut self) -> Result<Option<ConsumedRecord>, ConsumeError> {
+        loop {
+            if let Some(record) = self.next_of_current()? {
+                return Ok(Some(record));
+            }
+            let Ok(item) = self.items.try_recv() else { return Ok(None) };
+            let Some(batch) = self.accept(item)? else { continue };
+            let records =
+                batch.batch.records().map_err(|source| damaged(&batch.topic, batch.partition, batch.from, source))?;
+            let end = batch.batch.end_offset();
+            self.current =
+                Some(Current { topic: batch.topic, partition: batch.partition, records, position: batch.from, end });
+        }
+    }
+
+    /// The next whole batch, for callers that decode by themselves. What is left of a batch that [`Consumer::next`] has
+    /// begun is skipped.
+    ///
+    /// # Errors
+    /// As [`Consumer::next`].
+    pub async fn next_batch(&mut self) -> Result<ConsumedBatch, ConsumeError> {
+        self.end_current();
+        let batch = self.fetch().await?;
+        self.set_position(&batch.topic, batch.partition, batch.batch.end_offset());
+        Ok(batch)
+    }
+
+    /// Ends the consumer's task.
+    pub async fn close(self) {
+        self.tasks.stop().await;
+    }
+
+    fn next_of_current(&mut self) -> Result<Option<ConsumedRecord>, ConsumeError> {
+        let Some(current) = &mut self.current else { return Ok(None) };
+        for record in current.records.by_ref() {
+            let (offset, record) = match record {
+                Ok(record) => record,
+                Err(source) => {
+                    let error = damaged(&current.topic, current.partition, current.position, source);
+                    self.current = None;
+                    return Err(error);
+                }
+            };
+            if offset >= current.position {
+                current.position = offset.plus(1);
+                let (topic, partition) = (current.topic.clone(), current.partition);
+                return Ok(Some(ConsumedRecord { topic, partition, offset, record }));
+            }
+        }
+        self.end_current();
+        Ok(None)
+    }
+
+    async fn fetch(&mut self) -> Result<ConsumedBatch, ConsumeError> {
+        loop {
+            let item = self.items.recv().await.ok_or(ConsumeError::Closed)?;
+            if let Some(batch) = self.accept(item)? {
+                return Ok(batch);
+            }
+        }
+    }
+
+    /// The item's batch, unless the item is of an earlier assignment.
+    fn accept(&mut self, item: Item) -> Result<Option<ConsumedBatch>, ConsumeError> {
+        let (topic, partition) = (item.topic, item.partition);
+        let key = (topic, partition);
+        let Some(assigned) = self.assigned.get_mut(&key).filter(|assigned| assigned.generation == item.generation)
+        else {
+            return Ok(None);
+        };
+        match item.what {
+            What::Batch { batch, from, high_watermark } => {
+                Ok(Some(ConsumedBatch { topic: key.0, partition, batch, from, high_watermark }))
+            }
+            What::Moved(position) => {
+                assigned.position = position;
+                Ok(None)
+            }
+            What::Failed(error) => Err(error),
+        }
+    }
+
+    fn end_current(&mut self) {
+        if let Some(current) = self.current.take() {
+            self.set_position(&current.topic, current.partition, current.end);
+        }
+    }
+
+    fn forget_current(&mut self, topic: &str, partition: u32) {
+        if self.current.as_ref().is_some_and(|current| &*current.topic == topic && current.partition == partition) {
+            self.current = None;
+        }
+    }
+
+    fn set_position(&mut self, topic: &Arc<str>, partition: u32, position: Offset) {
+        if let Some(assigned) = self.assigned.get_mut(&(topic.clone(), partition)) {
+            assigned.position = position;
+        }
+    }
+}
+
+impl Drop for Consumer {
+    fn drop(&mut self) {
+        self.tasks.cancel();
+    }
+}
+
+fn not_assigned(topic: &str, partition: u32) -> ConsumeError {
+    ConsumeError::NotAssigned { topic: topic.to_owned(), partition }
+}
+
+fn damaged(topic: &str, partition: u32, offset: Offset, source: Malformed) -> ConsumeError {
+    ConsumeError::Damaged { topic: topic.to_owned(), partition, offset, source }
+}

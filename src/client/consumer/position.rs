@@ -1,0 +1,147 @@
+//! Where one partition's reading stands, and what of a response moves it on. Pure.
+
+use bytes::{Buf, Bytes, BytesMut};
+
+use crate::{
+    model::Offset,
+    record::{Batch, HEADER_BYTES, Malformed},
+};
+
+/// Why a response cannot be taken.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Untaken {
+    /// Not whole batches.
+    Malformed(Malformed),
+    /// Records are missing before this one.
+    Gap(Offset),
+}
+
+/// Checks a response's chunks and gives the batches that hold records at or above `position`, each with the position at
+/// which its reading starts, and the new position.
+pub(super) fn advance(mut position: Offset, chunks: Vec<Bytes>) -> (Vec<(Offset, Batch)>, Offset, Result<(), Untaken>) {
+    let mut taken = Vec::new();
+    let mut pieces = Pieces { chunks: chunks.into_iter(), rest: Bytes::new() };
+    loop {
+        match pieces.next() {
+            Ok(None) => return (taken, position, Ok(())),
+            Err(malformed) => return (taken, position, Err(Untaken::Malformed(malformed))),
+            Ok(Some(batch)) if batch.end_offset() <= position => {}
+            Ok(Some(batch)) if batch.base_offset() > position => {
+                return (taken, position, Err(Untaken::Gap(batch.base_offset())));
+            }
+            Ok(Some(batch)) => {
+                let end = batch.end_offset();
+                taken.push((position, batch));
+                position = end;
+            }
+        }
+    }
+}
+
+/// Batches out of chunks that may be cut anywhere. Cuts between batches, and between a header and its records, cost no
+/// copy.
+struct Pieces {
+    chunks: std::vec::IntoIter<Bytes>,
+    rest: Bytes,
+}
+
+impl Pieces {
+    fn next(&mut self) -> Result<Option<Batch>, Malformed> {
+        loop {
+            if self.rest.is_empty() {
+                match self.chunks.next() {
+                    None => return Ok(None),
+                    Some(chunk) => self.rest = chunk,
+                }
+                continue;
+            }
+            if self.rest.len() >= 12 && Batch::framed_len(&self.rest)? <= self.rest.len() {
+                return Batch::split_from(&mut self.rest).map(Some);
+            }
+            let Some(mut next) = self.chunks.next() else {
+                let needed = if self.rest.len() < 12 { HEADER_BYTES } else { Batch::framed_len(&self.rest)? };
+                return Err(Malformed::Truncated { needed, available: self.rest.len() });
+            };
+            if let Ok(head) = <[u8; HEADER_BYTES]>::try_from(&self.rest[..]) {
+                let records = Batch::framed_len(&head)? - HEADER_BYTES;
+                if next.len() >= records {
+                    let batch = Batch::from_halves(head, next.split_to(records))?;
+                    self.rest = next;
+                    return Ok(Some(batch));
+                }
+            }
+            let mut joined = BytesMut::with_capacity(self.rest.len() + next.len());
+            joined.extend_from_slice(&self.rest);
+            joined.extend_from_slice(&next);
+            next.advance(next.len());
+            self.rest = joined.freeze();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        model::{Compression, LeaderEpoch},
+        record::BatchBuilder,
+    };
+
+    fn batch(base: u64, count: u64) -> Batch {
+        let mut builder = BatchBuilder::new(Compression::None);
+        for n in 0..count {
+            builder.push(0, None, Some(format!("record {}", base + n).as_bytes()), &[]).expect("fits");
+        }
+        let mut batch = builder.finish(None).expect("not empty");
+        batch.stamp(Offset::new(base).expect("small"), LeaderEpoch(0));
+        batch
+    }
+
+    fn at(offset: u64) -> Offset {
+        Offset::new(offset).expect("small")
+    }
+
+    #[test]
+    fn batches_come_out_wherever_the_chunks_are_cut() {
+        let whole: Vec<u8> = [batch(0, 3), batch(3, 1), batch(4, 2)].iter().flat_map(|b| b.to_bytes()).collect();
+        for cut in 0..=whole.len() {
+            for second in (cut..=whole.len()).step_by(7) {
+                let chunks = [&whole[..cut], &whole[cut..second], &whole[second..]];
+                let chunks = chunks.into_iter().map(Bytes::copy_from_slice).collect();
+                let (taken, position, result) = advance(Offset::ZERO, chunks);
+                assert_eq!((taken.len(), position, result), (3, at(6), Ok(())), "cut at {cut} and {second}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_lies_below_the_position_is_left_out_and_a_batch_around_it_is_read_from_it() {
+        let chunks = vec![batch(0, 3).to_bytes(), batch(3, 3).to_bytes()];
+        let (taken, position, result) = advance(at(4), chunks);
+        assert_eq!(result, Ok(()));
+        assert_eq!(position, at(6));
+        assert_eq!(taken.len(), 1);
+        assert_eq!((taken[0].0, taken[0].1.base_offset()), (at(4), at(3)));
+    }
+
+    #[test]
+    fn a_gap_is_found_and_what_came_before_it_is_kept() {
+        let (taken, position, result) = advance(at(0), vec![batch(0, 2).to_bytes(), batch(3, 1).to_bytes()]);
+        assert_eq!((taken.len(), position, result), (1, at(2), Err(Untaken::Gap(at(3)))));
+    }
+
+    #[test]
+    fn a_flipped_bit_or_a_cut_end_is_never_taken() {
+        let good = batch(0, 2).to_bytes();
+        for bit in 0..good.len() * 8 {
+            let mut bad = good.to_vec();
+            bad[bit / 8] ^= 1 << (bit % 8);
+            let (taken, ..) = advance(Offset::ZERO, vec![bad.into()]);
+            // Bytes 0..8 and 12..16 are the broker's stamp, which the CRC leaves out.
+            let stamp = bit / 8 < 8 || (12..16).contains(&(bit / 8));
+            assert!(stamp || taken.is_empty(), "bit {bit}");
+        }
+        let (taken, _, result) = advance(Offset::ZERO, vec![good.slice(..good.len() - 1)]);
+        assert!(taken.is_empty() && matches!(result, Err(Untaken::Malformed(Malformed::Truncated { .. }))));
+    }
+}

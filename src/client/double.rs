@@ -1,0 +1,408 @@
+//! A broker's double for the client's tests: one topic in memory behind the real gRPC interface, with Kafka's rules for
+//! sequences, that fails as its script says.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    net::SocketAddr,
+    pin::Pin,
+    sync::{Arc, Mutex, MutexGuard},
+};
+
+use bytes::Bytes;
+use futures::Stream;
+use tokio::sync::{mpsc, watch};
+use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
+use tonic::{Request, Response, Status, Streaming};
+
+use crate::{
+    model::{LeaderEpoch, Offset, TopicId},
+    proto::{
+        fault::{Fault, Reason},
+        v1::{self, admin_server, log_server},
+    },
+    record::Batch,
+    task::Tasks,
+};
+
+/// What the double does with one produce request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Act {
+    /// Appends nothing and answers so.
+    Refuse(Reason),
+    /// Appends, and answers that the acknowledgement did not come in time.
+    AppendAndTimeOut,
+    /// Appends, and breaks the stream before the answer.
+    AppendAndBreak,
+    /// Breaks the stream.
+    Break,
+    /// Appends, and answers behind the next answer.
+    AnswerLate,
+    /// Appends and answers.
+    Append,
+}
+
+#[derive(Default)]
+struct Partition {
+    batches: Vec<Batch>,
+    start: u64,
+    /// By producer id: next sequence, and base sequence with base offset of the last ones.
+    producers: HashMap<i64, (i32, VecDeque<(i32, u64)>)>,
+}
+
+impl Partition {
+    fn end(&self) -> u64 {
+        self.batches.last().map_or(self.start, |batch| batch.end_offset().get())
+    }
+}
+
+pub(super) struct State {
+    partitions: Vec<Partition>,
+    next_producer: i64,
+    pub(super) script: VecDeque<Act>,
+    /// Fetch responses until the stream breaks, if it does.
+    pub(super) fetches_until_break: Option<u32>,
+    /// How many fetch responses are damaged.
+    pub(super) damage: u32,
+    pub(super) requests: u32,
+    address: SocketAddr,
+}
+
+#[derive(Clone)]
+pub(super) struct Double {
+    state: Arc<Mutex<State>>,
+    grown: watch::Sender<()>,
+    tasks: Tasks,
+    pub(super) address: SocketAddr,
+}
+
+impl Double {
+    pub(super) async fn start(partitions: usize) -> Self {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("bind");
+        let address = listener.local_addr().expect("bound");
+        let state = State {
+            partitions: (0..partitions).map(|_| Partition::default()).collect(),
+            next_producer: 100,
+            script: VecDeque::new(),
+            fetches_until_break: None,
+            damage: 0,
+            requests: 0,
+            address,
+        };
+        let tasks = Tasks::new();
+        let double = Self { state: Arc::new(Mutex::new(state)), grown: watch::Sender::new(()), tasks, address };
+        let server = tonic::transport::Server::builder()
+            .add_service(log_server::LogServer::new(double.clone()))
+            .add_service(admin_server::AdminServer::new(double.clone()))
+            .serve_with_incoming(TcpListenerStream::new(listener));
+        let tasks = double.tasks.clone();
+        double.tasks.spawn("double", async move {
+            tokio::select! {
+                () = tasks.cancelled() => {}
+                result = server => result.expect("served"),
+            }
+        });
+        double
+    }
+
+    pub(super) fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().expect("not poisoned")
+    }
+
+    pub(super) fn script(&self, acts: &[Act]) {
+        self.state().script.extend(acts);
+    }
+
+    /// Every value of a partition, in order.
+    pub(super) fn values(&self, partition: usize) -> Vec<String> {
+        let state = self.state();
+        let records = state.partitions[partition].batches.iter().flat_map(|batch| batch.records().expect("plain"));
+        let text = |value: Bytes| String::from_utf8(value.to_vec()).expect("text");
+        records.map(|record| text(record.expect("whole").1.value.expect("not null"))).collect()
+    }
+
+    pub(super) fn batches(&self, partition: usize) -> usize {
+        self.state().partitions[partition].batches.len()
+    }
+
+    pub(super) fn set_start(&self, partition: usize, start: u64) {
+        let mut state = self.state();
+        let partition = &mut state.partitions[partition];
+        partition.start = start;
+        partition.batches.retain(|batch| batch.end_offset().get() > start);
+    }
+
+    fn append(&self, request: &v1::AppendRequest) -> Result<v1::AppendResponse, Fault> {
+        let Some(v1::append_request::Payload::Batch(bytes)) = &request.payload else {
+            return Err(Fault::new(Reason::InvalidRequest, "no batch"));
+        };
+        let mut batch = Batch::parse(bytes.clone()).expect("the client sends whole batches");
+        let mut state = self.state();
+        let number = usize::try_from(request.partition).expect("positive");
+        let partition = &mut state.partitions[number];
+        let mut base = partition.end();
+        let mut duplicate = false;
+        if let Some(stamp) = batch.producer() {
+            let (next, last) = partition.producers.entry(stamp.id).or_default();
+            if let Some((_, at)) = last.iter().find(|(sequence, _)| *sequence == stamp.base_sequence) {
+                base = *at;
+                duplicate = true;
+            } else if *next != stamp.base_sequence {
+                return Err(Fault::new(Reason::OutOfOrderSequence, format!("{} is not {next}", stamp.base_sequence)));
+            } else {
+                *next += i32::try_from(batch.count()).expect("few");
+                last.push_back((stamp.base_sequence, base));
+                if last.len() > crate::limits::PRODUCER_WINDOW {
+                    last.pop_front();
+                }
+            }
+        }
+        let count = u64::from(batch.count());
+        if !duplicate {
+            batch.stamp(Offset::new(base).expect("small"), LeaderEpoch(0));
+            partition.batches.push(batch);
+            self.grown.send_replace(());
+        }
+        Ok(v1::AppendResponse {
+            base_offset: base.cast_signed(),
+            end_offset: (base + count).cast_signed(),
+            append_time_ms: -1,
+            durability: v1::Durability::Synced.into(),
+            replicas: 1,
+            duplicate,
+            ..Default::default()
+        })
+    }
+
+    fn perform(&self, request: &v1::AppendRequest) -> (Act, Result<v1::AppendResponse, Fault>) {
+        let act = {
+            let mut state = self.state();
+            state.requests += 1;
+            state.script.pop_front().unwrap_or(Act::Append)
+        };
+        let result = match act {
+            Act::Refuse(reason) => Err(Fault::new(reason, "as the script says")),
+            Act::Break => Err(Fault::new(Reason::NotReady, "unsaid")),
+            Act::AppendAndTimeOut => {
+                self.append(request).and_then(|_| Err(Fault::new(Reason::Timeout, "as the script says")))
+            }
+            Act::AppendAndBreak | Act::AnswerLate | Act::Append => self.append(request),
+        };
+        (act, result)
+    }
+
+    async fn serve_produce(
+        self,
+        mut requests: Streaming<v1::ProduceRequest>,
+        answers: mpsc::Sender<Result<v1::ProduceResponse, Status>>,
+    ) {
+        let mut late = None;
+        while let Ok(Some(request)) = requests.message().await {
+            let (act, result) = self.perform(&request.append.expect("the client fills it"));
+            if matches!(act, Act::Break | Act::AppendAndBreak) {
+                let _ = answers.send(Err(Status::unavailable("broken as the script says"))).await;
+                return;
+            }
+            let result = match result {
+                Ok(appended) => v1::produce_response::Result::Appended(appended),
+                Err(fault) => v1::produce_response::Result::Error(fault.into()),
+            };
+            let answer = v1::ProduceResponse { correlation: request.correlation, result: Some(result) };
+            if act == Act::AnswerLate {
+                late = Some(answer);
+                continue;
+            }
+            let _ = answers.send(Ok(answer)).await;
+            if let Some(late) = late.take() {
+                let _ = answers.send(Ok(late)).await;
+            }
+        }
+    }
+
+    /// One response for a partition from `offset` on; none at the end.
+    fn fetched(&self, want: &v1::FetchPartition) -> Option<v1::FetchedPartition> {
+        let mut state = self.state();
+        let number = usize::try_from(want.partition).expect("positive");
+        let (start, end) = (state.partitions[number].start, state.partitions[number].end());
+        let offset = want.offset.cast_unsigned();
+        let mut fetched = v1::FetchedPartition {
+            topic: want.topic.clone(),
+            partition: want.partition,
+            log_start: start.cast_signed(),
+            high_watermark: end.cast_signed(),
+            ..Default::default()
+        };
+        if !(start..=end).contains(&offset) {
+            let fault = Fault::new(Reason::OffsetOutOfRange, "out of range").with("start", start).with("end", end);
+            fetched.error = Some(fault.into());
+            return Some(fetched);
+        }
+        // One batch at a time, its header apart, so that streams are long.
+        let batch = state.partitions[number].batches.iter().find(|batch| batch.end_offset().get() > offset)?.clone();
+        let mut records = batch.records_bytes().to_vec();
+        if state.damage > 0 {
+            state.damage -= 1;
+            records[0] ^= 1;
+        }
+        fetched.next_offset = batch.end_offset().as_i64();
+        fetched.chunks = vec![Bytes::copy_from_slice(batch.head()), records.into()];
+        Some(fetched)
+    }
+
+    async fn serve_fetch(
+        self,
+        mut wanted: Vec<v1::FetchPartition>,
+        answers: mpsc::Sender<Result<v1::FetchResponse, Status>>,
+    ) {
+        let mut grown = self.grown.subscribe();
+        loop {
+            grown.borrow_and_update();
+            let mut idle = true;
+            for index in (0..wanted.len()).rev() {
+                let Some(fetched) = self.fetched(&wanted[index]) else { continue };
+                idle = false;
+                if fetched.error.is_some() {
+                    wanted.remove(index);
+                } else {
+                    wanted[index].offset = fetched.next_offset;
+                }
+                if answers.send(Ok(v1::FetchResponse { partitions: vec![fetched] })).await.is_err() {
+                    return;
+                }
+                let broken = match &mut self.state().fetches_until_break {
+                    Some(0) => true,
+                    Some(left) => {
+                        *left -= 1;
+                        false
+                    }
+                    None => false,
+                };
+                if broken {
+                    self.state().fetches_until_break = None;
+                    let _ = answers.send(Err(Status::unavailable("broken as the script says"))).await;
+                    return;
+                }
+            }
+            if idle {
+                tokio::select! {
+                    () = self.tasks.cancelled() => return,
+                    () = answers.closed() => return,
+                    _ = grown.changed() => {}
+                }
+            }
+        }
+    }
+}
+
+type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl log_server::Log for Double {
+    type ProduceStream = Answers<v1::ProduceResponse>;
+    type FetchStream = Answers<v1::FetchResponse>;
+
+    async fn append(&self, request: Request<v1::AppendRequest>) -> Result<Response<v1::AppendResponse>, Status> {
+        Ok(Response::new(Double::append(self, request.get_ref())?))
+    }
+
+    async fn produce(
+        &self,
+        request: Request<Streaming<v1::ProduceRequest>>,
+    ) -> Result<Response<Self::ProduceStream>, Status> {
+        let (answers, stream) = mpsc::channel(100);
+        self.tasks.spawn("double produce", self.clone().serve_produce(request.into_inner(), answers));
+        Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
+    }
+
+    async fn read(&self, _: Request<v1::ReadRequest>) -> Result<Response<v1::ReadResponse>, Status> {
+        Err(Status::unimplemented("the client does not call this"))
+    }
+
+    async fn fetch(
+        &self,
+        request: Request<Streaming<v1::FetchRequest>>,
+    ) -> Result<Response<Self::FetchStream>, Status> {
+        let mut requests = request.into_inner();
+        let first = requests.message().await?.expect("a first request");
+        let (answers, stream) = mpsc::channel(1);
+        self.tasks.spawn("double fetch", self.clone().serve_fetch(first.partitions, answers));
+        Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
+    }
+
+    async fn list_offsets(
+        &self,
+        request: Request<v1::ListOffsetsRequest>,
+    ) -> Result<Response<v1::ListOffsetsResponse>, Status> {
+        let state = self.state();
+        let answers = request.get_ref().queries.iter().map(|query| {
+            let partition = &state.partitions[usize::try_from(query.partition).expect("positive")];
+            let offset = match query.at {
+                Some(v1::offset_query::At::Earliest(_)) => partition.start,
+                _ => partition.end(),
+            };
+            v1::OffsetAnswer { offset: offset.cast_signed(), timestamp_ms: -1, ..Default::default() }
+        });
+        Ok(Response::new(v1::ListOffsetsResponse { answers: answers.collect() }))
+    }
+
+    async fn init_producer(
+        &self,
+        _: Request<v1::InitProducerRequest>,
+    ) -> Result<Response<v1::InitProducerResponse>, Status> {
+        let mut state = self.state();
+        state.next_producer += 1;
+        Ok(Response::new(v1::InitProducerResponse { producer_id: state.next_producer, producer_epoch: 0 }))
+    }
+}
+
+macro_rules! unimplemented_calls {
+    ($($name:ident($request:ident) -> $response:ident;)*) => {
+        #[tonic::async_trait]
+        impl admin_server::Admin for Double {
+            async fn get_metadata(
+                &self,
+                request: Request<v1::GetMetadataRequest>,
+            ) -> Result<Response<v1::GetMetadataResponse>, Status> {
+                Ok(Response::new(self.metadata(request.get_ref())))
+            }
+
+            $(async fn $name(&self, _: Request<v1::$request>) -> Result<Response<v1::$response>, Status> {
+                Err(Fault::new(Reason::TopicExists, "the double has its topic").into())
+            })*
+        }
+    };
+}
+unimplemented_calls! {
+    create_topic(CreateTopicRequest) -> CreateTopicResponse;
+    list_topics(ListTopicsRequest) -> ListTopicsResponse;
+    describe_topic(DescribeTopicRequest) -> DescribeTopicResponse;
+    alter_topic(AlterTopicRequest) -> AlterTopicResponse;
+    add_partitions(AddPartitionsRequest) -> AddPartitionsResponse;
+    delete_topic(DeleteTopicRequest) -> DeleteTopicResponse;
+}
+
+impl Double {
+    fn metadata(&self, request: &v1::GetMetadataRequest) -> v1::GetMetadataResponse {
+        let state = self.state();
+        let topics = request.topics.iter().map(|name| {
+            if name != "t" {
+                let fault = Fault::new(Reason::UnknownTopic, format!("topic {name:?} does not exist"));
+                return v1::TopicMetadata { name: name.clone(), error: Some(fault.into()), ..Default::default() };
+            }
+            let numbers = 0..i32::try_from(state.partitions.len()).expect("few");
+            v1::TopicMetadata {
+                name: name.clone(),
+                topic_id: TopicId::from_bytes([1; 16]).to_string(),
+                partitions: numbers
+                    .map(|partition| v1::PartitionMetadata { partition, leader: Some(1), leader_epoch: 0 })
+                    .collect(),
+                max_message_bytes: 1 << 20,
+                ..Default::default()
+            }
+        });
+        v1::GetMetadataResponse {
+            cluster: "double".into(),
+            brokers: vec![v1::Broker { id: 1, address: state.address.to_string(), rack: String::new() }],
+            topics: topics.collect(),
+        }
+    }
+}

@@ -1,0 +1,594 @@
+//! The producer's task. It owns every flight and every stream; its loop waits for one of a few things and calls one
+//! plain method for each.
+
+use std::{
+    collections::{BTreeSet, HashMap, VecDeque},
+    sync::Arc,
+    time::Duration,
+};
+
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::Instant,
+};
+
+use super::{
+    super::{
+        connection::Address,
+        error::{CallError, SendError},
+        lock::lock,
+        options::Pauses,
+    },
+    Shared,
+    completion::{Ack, Completion, Held},
+    flight::{Done, Flight, GivenUp, Identity, Next, Verdict, Why},
+    identity,
+    lane::{Lane, Taken},
+    stream,
+};
+use crate::{
+    model::{Acks, LeaderEpoch, Offset},
+    proto::{
+        fault::{Fault, Reason},
+        frame::ProduceFrame,
+        v1,
+    },
+    task::{Tasks, clock},
+};
+
+/// Batches under way on one stream. More wait in their lanes, where later records still join them.
+const STREAM_WINDOW: usize = 256;
+
+/// What handles ask of the task.
+pub(super) enum Command {
+    /// Seal all, and say what is outstanding.
+    Flush(oneshot::Sender<Vec<Arc<Completion>>>),
+    /// Seal all: somebody waits for memory.
+    Relieve,
+}
+
+/// What the task's own helpers tell it.
+pub(super) enum Event {
+    /// A broker answered.
+    Answer { stream: u64, answer: v1::ProduceResponse },
+    /// A stream ended. `delivered`: the broker may have seen what was sent.
+    Ended { stream: u64, delivered: bool, fault: Fault },
+    /// Metadata was asked for.
+    Routed(Result<(), CallError>),
+    /// A new id was asked for on behalf of a lane.
+    Identified { lane: usize, identity: Result<Identity, CallError> },
+}
+
+struct Stream {
+    address: Address,
+    requests: mpsc::Sender<ProduceFrame>,
+    under_way: usize,
+    /// Lanes that found the stream full.
+    waiting: VecDeque<usize>,
+}
+
+/// One lane's side that only the task sees.
+struct LaneState {
+    lane: Arc<Lane>,
+    flight: Flight,
+    /// Where the flight's batches are under way.
+    stream: Option<u64>,
+    /// The next pause; there while something fails.
+    pauses: Option<Pauses>,
+    /// Nothing is sent before.
+    not_before: Option<Instant>,
+    /// The timer that is set for it.
+    timer: Option<Instant>,
+    identifying: bool,
+    /// What stood in the way last, for the message of an expiry.
+    trouble: String,
+}
+
+pub(super) struct Driver {
+    shared: Arc<Shared>,
+    tasks: Tasks,
+    identity: Option<Identity>,
+    lanes: Vec<LaneState>,
+    streams: HashMap<u64, Stream>,
+    by_address: HashMap<Address, u64>,
+    next_stream: u64,
+    next_correlation: u64,
+    /// Lanes that want to be looked at, by time; at most one entry for each.
+    timers: BTreeSet<(Instant, usize)>,
+    events: mpsc::Sender<Event>,
+    received: mpsc::Receiver<Event>,
+    routing: bool,
+    /// Lanes that wait for metadata.
+    unrouted: BTreeSet<usize>,
+    route_pauses: Option<Pauses>,
+    refresh_at: Instant,
+}
+
+impl Driver {
+    pub(super) fn new(shared: Arc<Shared>, tasks: Tasks, identity: Option<Identity>) -> Self {
+        // The task never waits to put anything anywhere but here, so that this bound cannot lock it up.
+        let (events, received) = mpsc::channel(STREAM_WINDOW);
+        let refresh_at = clock::monotonic() + shared.client.options().metadata_age;
+        Self {
+            shared,
+            tasks,
+            identity,
+            lanes: Vec::new(),
+            streams: HashMap::new(),
+            by_address: HashMap::new(),
+            next_stream: 0,
+            next_correlation: 0,
+            timers: BTreeSet::new(),
+            events,
+            received,
+            routing: false,
+            unrouted: BTreeSet::new(),
+            route_pauses: None,
+            refresh_at,
+        }
+    }
+
+    pub(super) async fn run(mut self, mut commands: mpsc::Receiver<Command>) {
+        let shared = self.shared.clone();
+        let tasks = self.tasks.clone();
+        loop {
+            let timer = self.timers.first().map_or(self.refresh_at, |(at, _)| (*at).min(self.refresh_at));
+            tokio::select! {
+                biased;
+                () = tasks.cancelled() => break,
+                Some(command) = commands.recv() => self.on_command(command),
+                Some(event) = self.received.recv() => self.on_event(event),
+                () = shared.wake.notified() => self.on_wake(),
+                () = tokio::time::sleep_until(timer) => self.on_timer(),
+            }
+        }
+        self.end();
+    }
+
+    fn on_command(&mut self, command: Command) {
+        self.meet_new_lanes();
+        for index in 0..self.lanes.len() {
+            self.lanes[index].lane.seal_now();
+            self.pump(index);
+        }
+        if let Command::Flush(reply) = command {
+            let outstanding =
+                self.lanes.iter().flat_map(|state| state.flight.waiting().cloned().chain(state.lane.waiting()));
+            // Nobody waits any more: nothing to tell.
+            let _ = reply.send(outstanding.collect());
+        }
+    }
+
+    fn on_wake(&mut self) {
+        self.meet_new_lanes();
+        let dirty = std::mem::take(&mut *lock(&self.shared.dirty));
+        for index in dirty {
+            self.lanes[index].lane.clear_queued();
+            self.pump(index);
+        }
+    }
+
+    fn on_event(&mut self, event: Event) {
+        match event {
+            Event::Answer { stream, answer } => self.on_answer(stream, answer),
+            Event::Ended { stream, delivered, fault } => self.on_ended(stream, delivered, &fault),
+            Event::Routed(result) => self.on_routed(result),
+            Event::Identified { lane, identity } => self.on_identified(lane, identity),
+        }
+    }
+
+    fn on_timer(&mut self) {
+        let now = clock::monotonic();
+        if self.refresh_at <= now {
+            self.refresh_at = now + self.shared.client.options().metadata_age;
+            self.route();
+        }
+        while let Some((at, index)) = self.timers.first().copied() {
+            if at > now {
+                break;
+            }
+            self.timers.pop_first();
+            self.lanes[index].timer = None;
+            self.expire(index, now);
+            self.pump(index);
+        }
+    }
+
+    fn meet_new_lanes(&mut self) {
+        let all = lock(&self.shared.lanes);
+        let options = &self.shared.options;
+        for lane in all.iter().skip(self.lanes.len()) {
+            self.lanes.push(LaneState {
+                lane: lane.clone(),
+                flight: Flight::new(options.guarantee(), options.window(), self.identity),
+                stream: None,
+                pauses: None,
+                not_before: None,
+                timer: None,
+                identifying: false,
+                trouble: "none".to_owned(),
+            });
+        }
+    }
+
+    /// Sends what may be sent of a lane, and sets its timer.
+    fn pump(&mut self, index: usize) {
+        let now = clock::monotonic();
+        loop {
+            let state = &mut self.lanes[index];
+            if state.not_before.is_some_and(|at| at > now) {
+                break;
+            }
+            state.not_before = None;
+            match state.flight.next() {
+                Next::Wait => break,
+                Next::Resume => state.flight.resume(),
+                Next::Identify => {
+                    self.identify(index);
+                    break;
+                }
+                Next::Send(entry) => {
+                    if !self.send(index, entry) {
+                        break;
+                    }
+                }
+                Next::Take => match state.lane.take(now) {
+                    Taken::Batch(sealed) => state.flight.take(sealed),
+                    Taken::Later(at) => {
+                        self.set_timer(index, at);
+                        return;
+                    }
+                    Taken::Nothing => break,
+                },
+            }
+        }
+        self.set_next_timer(index);
+    }
+
+    /// Sends one batch; false when it must wait.
+    fn send(&mut self, index: usize, entry: usize) -> bool {
+        let state = &self.lanes[index];
+        let Some(address) = self.shared.client.routing().leader(&state.lane.topic, state.lane.partition) else {
+            self.unrouted.insert(index);
+            self.route();
+            return false;
+        };
+        let number = self.stream_to(&address);
+        let state = &mut self.lanes[index];
+        // The leader moved while batches are under way at the old one: their answers come first.
+        if state.stream.is_some_and(|old| old != number) && state.flight.under_way() > 0 {
+            return false;
+        }
+        let stream = self.streams.get_mut(&number).expect("made above");
+        if stream.under_way >= STREAM_WINDOW {
+            stream.waiting.push_back(index);
+            return false;
+        }
+        state.stream = Some(number);
+        let correlation = u64::try_from(index).expect("64 bits") << 32 | self.next_correlation & 0xffff_ffff;
+        self.next_correlation += 1;
+        match state.flight.send(entry, number, correlation) {
+            Ok(batch) => {
+                let options = &self.shared.options;
+                let frame = ProduceFrame {
+                    correlation,
+                    topic: state.lane.topic.clone(),
+                    partition: i32::try_from(state.lane.partition).expect("partitions are few"),
+                    acks: wire_acks(options.acks).into(),
+                    timeout_ms: u32::try_from(options.delivery_timeout.as_millis()).unwrap_or(u32::MAX).min(30_000),
+                    batch,
+                };
+                stream.under_way += 1;
+                // Full it cannot be; closed it is while its end is on the way here as an event.
+                let _ = stream.requests.try_send(frame);
+            }
+            Err(given_up) => self.give_up(index, vec![given_up]),
+        }
+        true
+    }
+
+    fn stream_to(&mut self, address: &Address) -> u64 {
+        if let Some(number) = self.by_address.get(address) {
+            return *number;
+        }
+        let number = self.next_stream;
+        self.next_stream += 1;
+        let (requests, queue) = mpsc::channel(STREAM_WINDOW);
+        let run = stream::run(self.shared.client.clone(), address.clone(), number, queue, self.events.clone());
+        let tasks = self.tasks.clone();
+        self.tasks.spawn("producer stream", async move {
+            tokio::select! {
+                biased;
+                () = tasks.cancelled() => {}
+                () = run => {}
+            }
+        });
+        let stream = Stream { address: address.clone(), requests, under_way: 0, waiting: VecDeque::new() };
+        self.streams.insert(number, stream);
+        self.by_address.insert(address.clone(), number);
+        number
+    }
+
+    fn on_answer(&mut self, number: u64, answer: v1::ProduceResponse) {
+        let index = usize::try_from(answer.correlation >> 32).unwrap_or(usize::MAX);
+        if index >= self.lanes.len() {
+            return;
+        }
+        let mut freed = VecDeque::new();
+        if let Some(stream) = self.streams.get_mut(&number) {
+            stream.under_way = stream.under_way.saturating_sub(1);
+            freed = std::mem::take(&mut stream.waiting);
+        }
+        let (appended, result) = match answer.result {
+            Some(v1::produce_response::Result::Appended(appended)) => (Some(appended), Ok(())),
+            Some(v1::produce_response::Result::Error(error)) => (None, Err(Fault::from(error))),
+            None => (None, Err(Fault::new(Reason::Internal, "the broker sent an empty answer"))),
+        };
+        let fault = result.clone().err();
+        let state = &mut self.lanes[index];
+        match state.flight.answered(number, answer.correlation, result) {
+            Verdict::Done(done) => {
+                state.pauses = None;
+                let partition = state.lane.partition;
+                self.acknowledge(partition, done, &appended.unwrap_or_default());
+            }
+            Verdict::Again => {
+                let fault = fault.expect("only a failure is repeated");
+                self.pause(index, &fault);
+                if moved(fault.reason) {
+                    self.route();
+                }
+            }
+            Verdict::GivenUp(given_up) => self.give_up(index, given_up),
+            Verdict::Stale => {}
+        }
+        self.pump(index);
+        for waiting in freed {
+            self.pump(waiting);
+        }
+    }
+
+    fn on_ended(&mut self, number: u64, delivered: bool, fault: &Fault) {
+        let Some(stream) = self.streams.remove(&number) else { return };
+        tracing::debug!(address = stream.address.as_str(), %fault, "produce stream ended");
+        self.by_address.remove(&stream.address);
+        for index in 0..self.lanes.len() {
+            let state = &mut self.lanes[index];
+            if state.stream != Some(number) {
+                continue;
+            }
+            state.stream = None;
+            if state.flight.under_way() > 0 {
+                let given_up = state.flight.lost(number, delivered);
+                self.give_up(index, given_up);
+                self.pause(index, fault);
+            }
+            self.pump(index);
+        }
+        for index in stream.waiting {
+            self.pump(index);
+        }
+        self.route();
+    }
+
+    /// Asks for newer metadata, unless that is under way.
+    fn route(&mut self) {
+        if self.routing {
+            return;
+        }
+        self.routing = true;
+        let client = self.shared.client.clone();
+        let shared = self.shared.clone();
+        let events = self.events.clone();
+        let tasks = self.tasks.clone();
+        let seen = client.routing().generation();
+        let pause = self.route_pauses.as_mut().map_or(Duration::ZERO, Pauses::next);
+        let wanted: BTreeSet<Arc<str>> =
+            self.unrouted.iter().map(|index| self.lanes[*index].lane.topic.clone()).collect();
+        self.tasks.spawn("producer metadata", async move {
+            tokio::select! {
+                biased;
+                () = tasks.cancelled() => {}
+                result = shared.refreshed(seen, &wanted, pause) => {
+                    let _ = events.send(Event::Routed(result)).await;
+                }
+            }
+        });
+    }
+
+    fn on_routed(&mut self, result: Result<(), CallError>) {
+        self.routing = false;
+        if let Err(error) = &result {
+            tracing::debug!(%error, "metadata could not be refreshed");
+        }
+        let mut missing = false;
+        for index in std::mem::take(&mut self.unrouted) {
+            let state = &mut self.lanes[index];
+            if let Err(error) = &result {
+                state.trouble = error.to_string();
+            } else if let Some(Err(fault)) = self.shared.client.routing().topic(&state.lane.topic) {
+                // The topic was deleted: nothing that waits for it can ever be sent.
+                self.refuse_all(index, &fault);
+                continue;
+            } else if self.shared.client.routing().leader(&state.lane.topic, state.lane.partition).is_some() {
+                self.pump(index);
+                continue;
+            } else {
+                state.trouble = "the partition has no leader".to_owned();
+            }
+            missing = true;
+            self.unrouted.insert(index);
+            self.set_next_timer(index);
+        }
+        if missing {
+            let options = self.shared.client.options();
+            self.route_pauses.get_or_insert_with(|| options.backoff());
+            self.route();
+        } else {
+            self.route_pauses = None;
+        }
+    }
+
+    fn identify(&mut self, index: usize) {
+        let state = &mut self.lanes[index];
+        if std::mem::replace(&mut state.identifying, true) {
+            return;
+        }
+        let client = self.shared.client.clone();
+        let events = self.events.clone();
+        let tasks = self.tasks.clone();
+        self.tasks.spawn("producer id", async move {
+            tokio::select! {
+                biased;
+                () = tasks.cancelled() => {}
+                identity = identity(&client) => {
+                    let _ = events.send(Event::Identified { lane: index, identity }).await;
+                }
+            }
+        });
+    }
+
+    fn on_identified(&mut self, index: usize, identity: Result<Identity, CallError>) {
+        let state = &mut self.lanes[index];
+        state.identifying = false;
+        match identity {
+            Ok(identity) => {
+                tracing::debug!(topic = &*state.lane.topic, partition = state.lane.partition, "new producer id");
+                let given_up = state.flight.identify(identity);
+                self.give_up(index, given_up);
+            }
+            Err(error) => {
+                let fault = Fault::new(Reason::NotReady, error.to_string());
+                self.pause(index, &fault);
+            }
+        }
+        self.pump(index);
+    }
+
+    /// Nothing of this lane is sent for a while.
+    fn pause(&mut self, index: usize, fault: &Fault) {
+        let options = self.shared.client.options();
+        let state = &mut self.lanes[index];
+        state.trouble.clone_from(&fault.message);
+        let pause = state.pauses.get_or_insert_with(|| options.backoff()).next();
+        let at = clock::monotonic() + pause;
+        state.not_before = Some(state.not_before.map_or(at, |old| old.max(at)));
+    }
+
+    fn expire(&mut self, index: usize, now: Instant) {
+        let state = &mut self.lanes[index];
+        if let Some((deadline, Some(stream))) = state.flight.deadline()
+            && deadline <= now
+        {
+            // A broker that has not answered for so long will not: its stream ends here, for all that use it.
+            let fault = Fault::new(Reason::Timeout, "the broker has not answered in the delivery timeout");
+            self.on_ended(stream, true, &fault);
+        }
+        let state = &mut self.lanes[index];
+        let mut given_up = state.flight.expire(now);
+        if state.flight.is_empty() {
+            given_up.extend(state.lane.take_expired(now).into_iter().map(|sealed| GivenUp {
+                done: Done { completion: sealed.completion, permits: sealed.permits, count: sealed.count },
+                why: Why::Expired { maybe_appended: false },
+            }));
+        }
+        self.give_up(index, given_up);
+    }
+
+    fn refuse_all(&mut self, index: usize, fault: &Fault) {
+        let state = &mut self.lanes[index];
+        let mut done = state.flight.abandon();
+        while let Taken::Batch(sealed) = {
+            state.lane.seal_now();
+            state.lane.take(clock::monotonic())
+        } {
+            done.push(Done { completion: sealed.completion, permits: sealed.permits, count: sealed.count });
+        }
+        let refused = done.into_iter().map(|done| GivenUp { done, why: Why::Refused(fault.clone()) });
+        self.give_up(index, refused.collect());
+    }
+
+    fn acknowledge(&self, partition: u32, done: Done, appended: &v1::AppendResponse) {
+        let base_offset = Offset::from_i64(appended.base_offset).filter(|_| self.shared.options.acks != Acks::None);
+        done.completion.complete(Ok(Ack {
+            partition,
+            offset: base_offset,
+            base_offset,
+            count: done.count,
+            leader_epoch: LeaderEpoch::from_i32(appended.leader_epoch).unwrap_or_default(),
+            append_time_ms: (appended.append_time_ms >= 0).then_some(appended.append_time_ms),
+            held: Held::from_wire(appended.durability),
+            replicas: appended.replicas,
+            duplicate: appended.duplicate,
+            received: clock::monotonic(),
+        }));
+        self.shared.release(done.permits);
+    }
+
+    fn give_up(&self, index: usize, given_up: Vec<GivenUp>) {
+        let state = &self.lanes[index];
+        for GivenUp { done, why } in given_up {
+            let (topic, partition) = (state.lane.topic.to_string(), state.lane.partition);
+            let error = match why {
+                Why::Refused(fault) => SendError::Refused { topic, partition, fault },
+                Why::Expired { maybe_appended } => {
+                    SendError::Expired { topic, partition, maybe_appended, trouble: state.trouble.clone() }
+                }
+                Why::Unknown => SendError::Unknown { topic, partition },
+                Why::Unbuildable(error) => SendError::Unbuildable(error),
+            };
+            tracing::debug!(%error, records = done.count, "batch given up");
+            done.completion.complete(Err(error));
+            self.shared.release(done.permits);
+        }
+    }
+
+    fn set_next_timer(&mut self, index: usize) {
+        let state = &self.lanes[index];
+        let deadline = state.flight.deadline().map(|(at, _)| at).or_else(|| state.lane.deadline());
+        if let Some(at) = [state.not_before, deadline].into_iter().flatten().min() {
+            self.set_timer(index, at);
+        }
+    }
+
+    fn set_timer(&mut self, index: usize, at: Instant) {
+        let state = &mut self.lanes[index];
+        match state.timer {
+            // An early timer costs one look; a later one would be missed.
+            Some(set) if set <= at => return,
+            Some(set) => {
+                self.timers.remove(&(set, index));
+            }
+            None => {}
+        }
+        state.timer = Some(at);
+        self.timers.insert((at, index));
+    }
+
+    /// Fails what was not acknowledged.
+    fn end(mut self) {
+        self.shared.memory.close();
+        self.meet_new_lanes();
+        for state in &mut self.lanes {
+            let sealed = state.lane.close(&SendError::Closed);
+            let done = state.flight.abandon().into_iter().map(|done| done.completion);
+            for completion in done.chain(sealed.into_iter().map(|sealed| sealed.completion)) {
+                completion.complete(Err(SendError::Closed));
+            }
+        }
+    }
+}
+
+/// Whether the partition may be led elsewhere now.
+fn moved(reason: Reason) -> bool {
+    matches!(reason, Reason::NotLeader | Reason::NotReady | Reason::StorageFailed)
+}
+
+fn wire_acks(acks: Acks) -> v1::Acks {
+    match acks {
+        Acks::None => v1::Acks::None,
+        Acks::Leader => v1::Acks::Leader,
+        Acks::All => v1::Acks::All,
+        Acks::Tiered => v1::Acks::Tiered,
+    }
+}

@@ -1,0 +1,495 @@
+//! The producer: records in, acknowledgements out, in order and once.
+//!
+//! # Overview
+//!
+//! ```text
+//! send ─► partitioner ─► lane: open batch ─► sealed batches        (sender's thread, one short lock)
+//!                                                 │ wake
+//!                        task: flight (bounded per partition) ─► stream to the leader ─► broker
+//!                              ▲ answers, lost streams, new leaders, pauses over
+//! ```
+//!
+//! Senders copy a record into the open batch of its partition and get a [`Delivery`]. One task per producer takes
+//! sealed batches, numbers them, sends them down one stream per leader and hears the answers. What may be under way and
+//! what must be repeated is decided by `flight`, which is pure.
+//!
+//! With `linger` 0 a batch goes out as soon as its partition has room under way, and what comes meanwhile makes the
+//! next batch: batches grow with load, and a lone record does not wait.
+//!
+//! # Invariants
+//!
+//! - Records of one partition are appended in the order in which `send` took them.
+//! - A record is appended once: the broker recognises a repeated batch by producer id and sequence. Where a lost answer
+//!   can no longer be settled so, the send fails as [`SendError::Unknown`] and is never silently repeated.
+//! - Records that are queued or under way take at most `memory_bytes`; beyond that `send` waits.
+//!
+//! # Shutdown
+//!
+//! [`Producer::close`] seals, delivers and joins. When the last handle is dropped, the task ends and what was not
+//! acknowledged fails as [`SendError::Closed`].
+
+mod completion;
+mod driver;
+mod flight;
+mod lane;
+mod partitioner;
+mod stream;
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    sync::{
+        Arc, Mutex, RwLock,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
+
+use tokio::sync::{Notify, Semaphore, mpsc, oneshot};
+
+use self::{
+    completion::Completion,
+    driver::{Command, Driver},
+    flight::{Guarantee, Identity},
+    lane::{Filling, Lane},
+};
+pub use self::{
+    completion::{Ack, Delivery, Held},
+    partitioner::{Choice, KeyHash, Partitioner, Spread, murmur2},
+};
+use super::{
+    Client, TopicRoute,
+    connection::log_client,
+    error::{CallError, SendError},
+    lock::lock,
+};
+use crate::{
+    limits,
+    model::{Acks, Compression},
+    proto::v1,
+    record::{Batch, BatchBuilder, HEADER_BYTES, Header},
+    task::Tasks,
+};
+
+/// What a producer may be told.
+#[derive(Clone, Debug)]
+pub struct ProducerOptions {
+    /// A batch goes out when it holds so many bytes before compression. 64 KiB.
+    pub batch_bytes: usize,
+    /// How long a batch that is not full waits for more records. 0: it goes out as soon as there is room under way.
+    pub linger: Duration,
+    /// How many batches of one partition may be under way: 1 to `limits::PRODUCER_WINDOW` when idempotent. 16.
+    pub in_flight: usize,
+    /// What counts as acknowledged. `All`.
+    pub acks: Acks,
+    /// How batches are compressed. Not at all.
+    pub compression: Compression,
+    /// Which partition a record goes to when it names none. [`KeyHash`].
+    pub partitioner: Arc<dyn Partitioner>,
+    /// Most bytes of records that are queued or under way; `send` waits for room. 32 MiB.
+    pub memory_bytes: usize,
+    /// How long a record may take until it is acknowledged, retries included; then it fails. 2 minutes.
+    pub delivery_timeout: Duration,
+    /// Whether a repeated batch must be recognised, so that nothing is doubled. True; never with `acks=0`.
+    pub idempotent: bool,
+}
+
+impl Default for ProducerOptions {
+    fn default() -> Self {
+        Self {
+            batch_bytes: 64 << 10,
+            linger: Duration::ZERO,
+            in_flight: 16,
+            acks: Acks::All,
+            compression: Compression::None,
+            partitioner: Arc::new(KeyHash),
+            memory_bytes: 32 << 20,
+            delivery_timeout: Duration::from_secs(120),
+            idempotent: true,
+        }
+    }
+}
+
+impl ProducerOptions {
+    fn guarantee(&self) -> Guarantee {
+        match (self.acks, self.idempotent) {
+            (Acks::None, _) => Guarantee::AtMostOnce,
+            (_, true) => Guarantee::Idempotent,
+            (_, false) => Guarantee::AtLeastOnce,
+        }
+    }
+
+    fn window(&self) -> usize {
+        let most = if self.guarantee() == Guarantee::Idempotent { limits::PRODUCER_WINDOW } else { usize::MAX };
+        self.in_flight.clamp(1, most)
+    }
+
+    /// The memory bound as permits: at least one batch fits.
+    fn memory(&self) -> u32 {
+        u32::try_from(self.memory_bytes.max(self.batch_bytes).clamp(1 << 10, 1 << 31)).expect("below 2^32")
+    }
+}
+
+/// A record to be sent. It borrows its bytes: sending copies them into a batch once.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct NewRecord<'a> {
+    partition: Option<u32>,
+    timestamp_ms: Option<i64>,
+    key: Option<&'a [u8]>,
+    value: Option<&'a [u8]>,
+    headers: &'a [Header],
+}
+
+impl<'a> NewRecord<'a> {
+    /// A record with this value, no key, and the time of sending.
+    pub fn value(value: &'a [u8]) -> Self {
+        Self { value: Some(value), ..Self::default() }
+    }
+
+    /// A record whose value is null, which is not the same as empty.
+    pub fn null() -> Self {
+        Self::default()
+    }
+
+    /// Sets the key.
+    #[must_use]
+    pub fn key(self, key: &'a [u8]) -> Self {
+        Self { key: Some(key), ..self }
+    }
+
+    /// Sets the headers, in order; keys may repeat.
+    #[must_use]
+    pub fn headers(self, headers: &'a [Header]) -> Self {
+        Self { headers, ..self }
+    }
+
+    /// Sets the timestamp, in milliseconds since 1970.
+    #[must_use]
+    pub fn timestamp_ms(self, timestamp_ms: i64) -> Self {
+        Self { timestamp_ms: Some(timestamp_ms), ..self }
+    }
+
+    /// Names the partition, instead of leaving it to the partitioner.
+    #[must_use]
+    pub fn partition(self, partition: u32) -> Self {
+        Self { partition: Some(partition), ..self }
+    }
+}
+
+/// What handles and the task share.
+#[derive(Debug)]
+struct Shared {
+    client: Client,
+    options: ProducerOptions,
+    topics: RwLock<HashMap<String, Arc<Lanes>>>,
+    /// One caller at a time adds lanes.
+    adding: tokio::sync::Mutex<()>,
+    /// Every lane, by index.
+    lanes: Mutex<Vec<Arc<Lane>>>,
+    /// Lanes that the task must look at.
+    dirty: Mutex<Vec<usize>>,
+    wake: Notify,
+    memory: Semaphore,
+}
+
+/// The partitions of one topic.
+#[derive(Debug)]
+struct Lanes {
+    lanes: Vec<Arc<Lane>>,
+    /// The partition that keyless records go to at the moment.
+    sticky: AtomicU32,
+    /// Largest batch that the topic takes.
+    max_message_bytes: usize,
+}
+
+/// Sends records. Clones share its memory, its id and its batches.
+///
+/// ```no_run
+/// # async fn example(client: strandline::client::Client) -> Result<(), Box<dyn std::error::Error>> {
+/// use strandline::client::{NewRecord, ProducerOptions};
+///
+/// let producer = client.producer(ProducerOptions::default()).await?;
+/// for order in 0..1000_u32 {
+///     // Waits only while the producer's memory is full.
+///     let _delivery = producer.send("orders", NewRecord::value(&order.to_be_bytes()).key(b"customer-7")).await?;
+/// }
+/// // Every record is acknowledged, or this says why one was not.
+/// producer.flush().await?;
+/// producer.close().await?;
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Debug)]
+pub struct Producer {
+    shared: Arc<Shared>,
+    commands: mpsc::Sender<Command>,
+    /// Ends the task with the last handle.
+    tasks: Arc<EndsTasks>,
+}
+
+#[derive(Debug)]
+struct EndsTasks(Tasks);
+
+impl Drop for EndsTasks {
+    fn drop(&mut self) {
+        self.0.cancel();
+    }
+}
+
+impl Producer {
+    pub(super) async fn start(client: Client, options: ProducerOptions) -> Result<Self, CallError> {
+        let identity = match options.guarantee() {
+            Guarantee::Idempotent => Some(identity(&client).await?),
+            _ => None,
+        };
+        let memory = usize::try_from(options.memory()).expect("a usize holds 32 bits");
+        let shared = Arc::new(Shared {
+            client,
+            options,
+            topics: RwLock::default(),
+            adding: tokio::sync::Mutex::default(),
+            lanes: Mutex::default(),
+            dirty: Mutex::default(),
+            wake: Notify::new(),
+            memory: Semaphore::new(memory),
+        });
+        let (commands, received) = mpsc::channel(16);
+        let tasks = Tasks::new();
+        let driver = Driver::new(shared.clone(), tasks.clone(), identity);
+        tasks.spawn("producer", driver.run(received));
+        Ok(Self { shared, commands, tasks: Arc::new(EndsTasks(tasks)) })
+    }
+
+    /// Queues a record and gives the future of its acknowledgement. Waits only while the producer's memory is full, or
+    /// while the topic is looked up for the first time. Records that one caller sends to one partition keep their order.
+    ///
+    /// # Errors
+    /// When the topic or the partition does not exist, the record is larger than the topic takes, or the producer is
+    /// closed. What happens later comes from the [`Delivery`].
+    pub async fn send(&self, topic: &str, record: NewRecord<'_>) -> Result<Delivery, SendError> {
+        let lanes = self.shared.lanes_of(topic, record.partition).await?;
+        let bytes = BatchBuilder::record_len(record.key, record.value, record.headers);
+        lanes.check_size(topic, bytes + HEADER_BYTES, self.shared.options.memory())?;
+        let permits = self.reserve(bytes).await?;
+        let (lane, sticky) = lanes.choose(&record, &*self.shared.options.partitioner);
+        match lane.append(&record, bytes, permits) {
+            Ok(appended) => {
+                if appended.wake {
+                    self.shared.poke(lane);
+                }
+                if appended.sealed && sticky {
+                    lanes.move_on(lane.partition);
+                }
+                Ok(appended.delivery)
+            }
+            Err(error) => {
+                self.shared.release(permits);
+                Err(error)
+            }
+        }
+    }
+
+    /// Queues a whole batch behind what was sent to its partition, for callers that make batches themselves. The
+    /// delivery is that of the batch's first record.
+    ///
+    /// # Errors
+    /// As [`Producer::send`].
+    pub async fn send_batch(&self, topic: &str, partition: u32, batch: Batch) -> Result<Delivery, SendError> {
+        let lanes = self.shared.lanes_of(topic, Some(partition)).await?;
+        let bytes = batch.encoded_len();
+        lanes.check_size(topic, bytes, self.shared.options.memory())?;
+        let permits = self.reserve(bytes).await?;
+        let lane = lanes.lane(partition);
+        match lane.append_batch(batch, permits) {
+            Ok(delivery) => {
+                self.shared.poke(lane);
+                Ok(delivery)
+            }
+            Err(error) => {
+                self.shared.release(permits);
+                Err(error)
+            }
+        }
+    }
+
+    /// Sends what is open and waits until everything sent before has its answer.
+    ///
+    /// # Errors
+    /// The first failure among what was outstanding. What had failed before is not repeated here.
+    pub async fn flush(&self) -> Result<(), SendError> {
+        let (reply, outstanding) = oneshot::channel();
+        self.commands.send(Command::Flush(reply)).await.map_err(|_| SendError::Closed)?;
+        let outstanding: Vec<Arc<Completion>> = outstanding.await.map_err(|_| SendError::Closed)?;
+        let mut result = Ok(());
+        for completion in outstanding {
+            let answer = Delivery::new(completion, 0).await;
+            result = result.and(answer.map(|_| ()));
+        }
+        result
+    }
+
+    /// Flushes, then ends the producer. Other handles fail from here on.
+    ///
+    /// # Errors
+    /// As [`Producer::flush`].
+    pub async fn close(self) -> Result<(), SendError> {
+        let flushed = self.flush().await;
+        self.tasks.0.stop().await;
+        flushed
+    }
+
+    /// Waits for memory. When it is full, whatever is open goes out, so that a long linger cannot hold the memory that
+    /// it waits for.
+    async fn reserve(&self, bytes: usize) -> Result<u32, SendError> {
+        let permits = u32::try_from(bytes).expect("checked against the memory bound");
+        let permit = match self.shared.memory.try_acquire_many(permits) {
+            Ok(permit) => permit,
+            Err(_) => {
+                self.commands.send(Command::Relieve).await.map_err(|_| SendError::Closed)?;
+                self.shared.memory.acquire_many(permits).await.map_err(|_| SendError::Closed)?
+            }
+        };
+        permit.forget();
+        Ok(permits)
+    }
+}
+
+impl Shared {
+    /// The lanes of a topic, looked up when they are not known or do not hold `partition`.
+    async fn lanes_of(&self, topic: &str, partition: Option<u32>) -> Result<Arc<Lanes>, SendError> {
+        let known = self.known(topic);
+        let holds = |lanes: &Lanes| partition.is_none_or(|partition| index(partition) < lanes.lanes.len());
+        if let Some(lanes) = &known
+            && holds(lanes)
+        {
+            return Ok(lanes.clone());
+        }
+        let client = &self.client;
+        let route = if known.is_some() { client.topic_now(topic).await? } else { client.topic(topic).await? };
+        let lanes = self.add_lanes(topic, &route).await;
+        match partition.or_else(|| lanes.lanes.is_empty().then_some(0)) {
+            Some(partition) if index(partition) >= lanes.lanes.len() => Err(SendError::UnknownPartition {
+                topic: topic.to_owned(),
+                partition,
+                partitions: u32::try_from(lanes.lanes.len()).unwrap_or(u32::MAX),
+            }),
+            _ => Ok(lanes),
+        }
+    }
+
+    fn known(&self, topic: &str) -> Option<Arc<Lanes>> {
+        self.topics.read().unwrap_or_else(std::sync::PoisonError::into_inner).get(topic).cloned()
+    }
+
+    /// Makes lanes for partitions that have none yet.
+    async fn add_lanes(&self, topic: &str, route: &TopicRoute) -> Arc<Lanes> {
+        let _one_at_a_time = self.adding.lock().await;
+        let known = self.known(topic);
+        let mut lanes = known.as_ref().map(|known| known.lanes.clone()).unwrap_or_default();
+        if let Some(known) = known
+            && known.lanes.len() >= route.partitions.len()
+            && known.max_message_bytes == route.max_message_bytes
+        {
+            return known;
+        }
+        let name: Arc<str> = topic.into();
+        let filling = Filling {
+            batch_bytes: self
+                .options
+                .batch_bytes
+                .clamp(HEADER_BYTES + 1, route.max_message_bytes.max(HEADER_BYTES + 1)),
+            linger: self.options.linger,
+            compression: self.options.compression,
+            delivery_timeout: self.options.delivery_timeout,
+        };
+        {
+            let mut all = lock(&self.lanes);
+            for partition in lanes.len()..route.partitions.len() {
+                let partition = u32::try_from(partition).expect("partitions are few");
+                let lane = Arc::new(Lane::new(name.clone(), partition, all.len(), filling));
+                all.push(lane.clone());
+                lanes.push(lane);
+            }
+        }
+        let sticky = rand::random_range(0..u32::try_from(lanes.len().max(1)).expect("partitions are few"));
+        let lanes =
+            Arc::new(Lanes { lanes, sticky: AtomicU32::new(sticky), max_message_bytes: route.max_message_bytes });
+        let mut topics = self.topics.write().unwrap_or_else(std::sync::PoisonError::into_inner);
+        topics.insert(topic.to_owned(), lanes.clone());
+        lanes
+    }
+
+    /// After `pause`, metadata newer than `seen`, and lanes for new partitions.
+    async fn refreshed(&self, seen: u64, wanted: &BTreeSet<Arc<str>>, pause: Duration) -> Result<(), CallError> {
+        tokio::time::sleep(pause).await;
+        let wanted: Vec<&str> = wanted.iter().map(|name| &**name).collect();
+        self.client.refresh(seen, &wanted).await?;
+        let topics: Vec<String> =
+            self.topics.read().unwrap_or_else(std::sync::PoisonError::into_inner).keys().cloned().collect();
+        for topic in topics {
+            if let Some(Ok(route)) = self.client.routing().topic(&topic) {
+                self.add_lanes(&topic, &route).await;
+            }
+        }
+        Ok(())
+    }
+
+    /// Tells the task to look at a lane.
+    fn poke(&self, lane: &Lane) {
+        if lane.mark_queued() {
+            lock(&self.dirty).push(lane.index);
+            self.wake.notify_one();
+        }
+    }
+
+    fn release(&self, permits: u32) {
+        self.memory.add_permits(index(permits));
+    }
+}
+
+impl Lanes {
+    fn check_size(&self, topic: &str, bytes: usize, memory: u32) -> Result<(), SendError> {
+        let limit = self.max_message_bytes.min(index(memory)).min(limits::MAX_BATCH_BYTES);
+        if bytes > limit {
+            return Err(SendError::TooLarge { topic: topic.to_owned(), bytes, limit });
+        }
+        Ok(())
+    }
+
+    fn lane(&self, partition: u32) -> &Arc<Lane> {
+        &self.lanes[index(partition)]
+    }
+
+    /// The record's lane, and whether it was chosen for being filled at the moment.
+    fn choose(&self, record: &NewRecord<'_>, partitioner: &dyn Partitioner) -> (&Arc<Lane>, bool) {
+        if let Some(partition) = record.partition {
+            return (self.lane(partition), false);
+        }
+        let partitions = u32::try_from(self.lanes.len()).expect("partitions are few");
+        match partitioner.choose(record.key, record.value, partitions) {
+            Choice::Partition(partition) => (self.lane(partition % partitions), false),
+            Choice::Sticky => (self.lane(self.sticky.load(Ordering::Relaxed)), true),
+        }
+    }
+
+    /// The sticky partition's batch is full: another one is filled next.
+    fn move_on(&self, from: u32) {
+        let partitions = u32::try_from(self.lanes.len()).expect("partitions are few");
+        if partitions > 1 {
+            let next = (from + rand::random_range(1..partitions)) % partitions;
+            // Of several who saw it full, one moves it.
+            let _ = self.sticky.compare_exchange(from, next, Ordering::Relaxed, Ordering::Relaxed);
+        }
+    }
+}
+
+/// A new producer id, from any broker.
+async fn identity(client: &Client) -> Result<Identity, CallError> {
+    let call = |channel| async move { log_client(channel).init_producer(v1::InitProducerRequest {}).await };
+    let answer = client.retried(|| client.any_broker(call)).await?;
+    let epoch = i16::try_from(answer.producer_epoch).unwrap_or(0);
+    Ok(Identity { id: answer.producer_id, epoch })
+}
+
+fn index(number: u32) -> usize {
+    usize::try_from(number).expect("a usize holds 32 bits")
+}

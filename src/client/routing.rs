@@ -1,0 +1,199 @@
+//! Who leads what: a cache of the cluster's metadata.
+//!
+//! Callers read the cache without waiting. Whoever finds it wrong says which generation it acted on and asks for a
+//! newer one; of many who ask at once, one calls a broker and all take its answer. A partition's leader is only ever
+//! replaced by one of a higher or equal leader epoch, so that a broker which lags cannot send a client back.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::{Arc, Mutex},
+};
+
+use super::{connection::Address, error::CallError, lock::lock};
+use crate::{
+    model::{BrokerId, LeaderEpoch, TopicId},
+    proto::{
+        fault::{Fault, Reason},
+        v1,
+    },
+};
+
+/// What a client knows of one topic.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TopicRoute {
+    /// The topic's id; another one under the same name is another topic.
+    pub id: TopicId,
+    /// Its partitions, by number.
+    pub partitions: Vec<PartitionRoute>,
+    /// Largest batch that it takes, in bytes as stored.
+    pub max_message_bytes: usize,
+    /// `compression.type` as configured.
+    pub compression_type: String,
+}
+
+/// Who leads one partition.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PartitionRoute {
+    /// The leader; none at the moment of an election.
+    pub leader: Option<BrokerId>,
+    /// The epoch that it leads in.
+    pub epoch: LeaderEpoch,
+}
+
+#[derive(Debug, Default)]
+struct View {
+    generation: u64,
+    brokers: BTreeMap<BrokerId, Address>,
+    topics: BTreeMap<String, Result<Arc<TopicRoute>, Fault>>,
+}
+
+/// The cache.
+#[derive(Debug, Default)]
+pub(super) struct Routing {
+    view: Mutex<View>,
+    /// Held while one caller asks a broker for all.
+    refreshing: tokio::sync::Mutex<()>,
+}
+
+impl Routing {
+    /// Grows with each refresh. Read it before acting, and hand it to [`Routing::refresh`] when the act failed.
+    pub(super) fn generation(&self) -> u64 {
+        lock(&self.view).generation
+    }
+
+    /// The topic, when it is known; a fault when brokers said that it does not exist.
+    pub(super) fn topic(&self, name: &str) -> Option<Result<Arc<TopicRoute>, Fault>> {
+        lock(&self.view).topics.get(name).cloned()
+    }
+
+    /// Where the leader of a partition listens.
+    pub(super) fn leader(&self, topic: &str, partition: u32) -> Option<Address> {
+        let view = lock(&self.view);
+        let route = view.topics.get(topic)?.as_ref().ok()?;
+        let leader = route.partitions.get(usize::try_from(partition).ok()?)?.leader?;
+        view.brokers.get(&leader).cloned()
+    }
+
+    /// The brokers that the last answer named.
+    pub(super) fn brokers(&self) -> Vec<Address> {
+        lock(&self.view).brokers.values().cloned().collect()
+    }
+
+    /// Makes the cache newer than `seen` and adds `wanted` to the topics that it keeps. `ask` calls a broker; it is not
+    /// called when somebody else has refreshed meanwhile.
+    pub(super) async fn refresh<F, R>(&self, seen: u64, wanted: &[&str], ask: F) -> Result<(), CallError>
+    where
+        F: FnOnce(Vec<String>) -> R,
+        R: Future<Output = Result<v1::GetMetadataResponse, CallError>>,
+    {
+        let _one_at_a_time = self.refreshing.lock().await;
+        let topics: BTreeSet<String> = {
+            let view = lock(&self.view);
+            if view.generation > seen && wanted.iter().all(|name| view.topics.contains_key(*name)) {
+                return Ok(());
+            }
+            // A name that nobody wants any more and that does not exist is not asked for for ever.
+            let known = view.topics.iter().filter(|(_, route)| route.is_ok()).map(|(name, _)| name.clone());
+            known.chain(wanted.iter().map(|name| (*name).to_owned())).collect()
+        };
+        let answer = ask(topics.into_iter().collect()).await?;
+        lock(&self.view).take(answer)?;
+        Ok(())
+    }
+}
+
+impl View {
+    fn take(&mut self, answer: v1::GetMetadataResponse) -> Result<(), Fault> {
+        let mut brokers = BTreeMap::new();
+        for broker in answer.brokers {
+            let address = Address::parse(&broker.address).map_err(|error| {
+                let message = format!("broker {} advertises an address that cannot be called: {error}", broker.id);
+                Fault::new(Reason::Internal, message)
+            })?;
+            brokers.insert(BrokerId(broker.id), address);
+        }
+        self.brokers = brokers;
+        let mut topics = BTreeMap::new();
+        for topic in answer.topics {
+            let name = topic.name.clone();
+            let old = self.topics.get(&name).and_then(|route| route.as_ref().ok());
+            let route = read_topic(topic, old.map(|route| &**route));
+            topics.insert(name, route.map(Arc::new));
+        }
+        self.topics = topics;
+        self.generation += 1;
+        Ok(())
+    }
+}
+
+fn read_topic(topic: v1::TopicMetadata, old: Option<&TopicRoute>) -> Result<TopicRoute, Fault> {
+    if let Some(error) = topic.error {
+        return Err(error.into());
+    }
+    let odd = |what: &str| Fault::new(Reason::Internal, format!("metadata of topic {:?} has {what}", topic.name));
+    let id: TopicId = topic.topic_id.parse().map_err(|_| odd("no valid topic id"))?;
+    let old = old.filter(|old| old.id == id);
+    let mut partitions = Vec::new();
+    for (number, partition) in topic.partitions.iter().enumerate() {
+        if usize::try_from(partition.partition) != Ok(number) {
+            return Err(odd("partitions out of order"));
+        }
+        let fresh = PartitionRoute {
+            leader: partition.leader.map(BrokerId),
+            epoch: LeaderEpoch::from_i32(partition.leader_epoch).unwrap_or_default(),
+        };
+        let known = old.and_then(|old| old.partitions.get(number)).copied();
+        partitions.push(known.filter(|known| known.epoch > fresh.epoch).unwrap_or(fresh));
+    }
+    Ok(TopicRoute {
+        id,
+        partitions,
+        max_message_bytes: usize::try_from(topic.max_message_bytes).unwrap_or(usize::MAX),
+        compression_type: topic.compression_type,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn answer(leader: u32, epoch: i32) -> v1::GetMetadataResponse {
+        v1::GetMetadataResponse {
+            cluster: "c".into(),
+            brokers: (1..=2).map(|id| v1::Broker { id, address: format!("b{id}:9460"), rack: String::new() }).collect(),
+            topics: vec![v1::TopicMetadata {
+                name: "t".into(),
+                topic_id: TopicId::from_bytes([7; 16]).to_string(),
+                partitions: vec![v1::PartitionMetadata { partition: 0, leader: Some(leader), leader_epoch: epoch }],
+                max_message_bytes: 1000,
+                ..Default::default()
+            }],
+        }
+    }
+
+    #[tokio::test]
+    async fn of_many_who_ask_at_once_one_calls() {
+        let routing = Routing::default();
+        let calls = std::sync::atomic::AtomicU32::new(0);
+        let ask = |_| async {
+            calls.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+            tokio::task::yield_now().await;
+            Ok(answer(1, 0))
+        };
+        let (a, b) = tokio::join!(routing.refresh(0, &["t"], ask), routing.refresh(0, &["t"], ask));
+        assert!(a.is_ok() && b.is_ok());
+        assert_eq!(calls.into_inner(), 1);
+        assert_eq!(routing.leader("t", 0).expect("known").as_str(), "b1:9460");
+        assert_eq!(routing.leader("t", 1), None);
+    }
+
+    #[tokio::test]
+    async fn a_leader_of_an_older_epoch_is_not_believed() {
+        let routing = Routing::default();
+        routing.refresh(0, &["t"], |_| async { Ok(answer(2, 5)) }).await.expect("answered");
+        routing.refresh(1, &["t"], |_| async { Ok(answer(1, 4)) }).await.expect("answered");
+        assert_eq!(routing.leader("t", 0).expect("known").as_str(), "b2:9460");
+        routing.refresh(2, &["t"], |_| async { Ok(answer(1, 6)) }).await.expect("answered");
+        assert_eq!(routing.leader("t", 0).expect("known").as_str(), "b1:9460");
+    }
+}

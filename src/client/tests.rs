@@ -1,0 +1,297 @@
+//! The client against a broker's double that fails as a script says.
+
+use std::time::Duration;
+
+use super::{
+    Client, ConsumeError, ConsumerOptions, Held, NewRecord, OffsetAt, OnOutOfRange, Options, Producer, ProducerOptions,
+    SendError,
+    double::{Act, Double},
+};
+use crate::{
+    model::{Acks, Compression, Offset},
+    proto::fault::Reason,
+    record::BatchBuilder,
+};
+
+async fn client(double: &Double) -> Client {
+    Client::connect(&double.address.to_string(), Options::default()).await.expect("the double answers")
+}
+
+/// One record per batch, so that a script speaks of records.
+fn one_by_one() -> ProducerOptions {
+    ProducerOptions { batch_bytes: 1, ..ProducerOptions::default() }
+}
+
+async fn send_numbers(producer: &Producer, numbers: std::ops::Range<u32>) -> Vec<super::Delivery> {
+    let mut deliveries = Vec::new();
+    for number in numbers {
+        let value = number.to_string();
+        deliveries.push(producer.send("t", NewRecord::value(value.as_bytes())).await.expect("queued"));
+    }
+    deliveries
+}
+
+fn numbers(range: std::ops::Range<u32>) -> Vec<String> {
+    range.map(|number| number.to_string()).collect()
+}
+
+/// Sends twenty records under a script; all must be there once, in order, at the offsets of their acknowledgements.
+async fn survives(acts: &[Act]) {
+    let double = Double::start(1).await;
+    let producer = client(&double).await.producer(one_by_one()).await.expect("an id");
+    double.script(acts);
+    let deliveries = send_numbers(&producer, 0..20).await;
+    for (number, delivery) in deliveries.into_iter().enumerate() {
+        let ack = delivery.await.unwrap_or_else(|error| panic!("{number} under {acts:?}: {error}"));
+        assert_eq!(ack.offset, Offset::new(u64::try_from(number).expect("small")), "under {acts:?}");
+        assert_eq!(ack.held, Held::Synced);
+    }
+    assert_eq!(double.values(0), numbers(0..20), "under {acts:?}");
+}
+
+#[tokio::test]
+async fn retries_keep_order_and_never_double() {
+    use Act::{Append, AppendAndBreak, AppendAndTimeOut, Break, Refuse};
+    for acts in [
+        &[Refuse(Reason::NotLeader)][..],
+        &[Append, Refuse(Reason::Overloaded), Append, Append],
+        &[AppendAndTimeOut],
+        &[AppendAndTimeOut, Append, AppendAndTimeOut, Refuse(Reason::NotReady)],
+        &[Break],
+        &[Append, AppendAndBreak],
+        &[AppendAndBreak, AppendAndBreak, Break, AppendAndBreak],
+        &[Append, Append, AppendAndTimeOut, Break, Refuse(Reason::DiskFull), AppendAndBreak],
+        // The broker has forgotten the producer: nothing was appended, so a new id is safe.
+        &[Append, Append, Refuse(Reason::UnknownProducer)],
+        &[Refuse(Reason::OutOfOrderSequence)],
+    ] {
+        survives(acts).await;
+    }
+}
+
+#[tokio::test]
+async fn a_refused_batch_fails_alone_and_the_rest_move_up() {
+    let double = Double::start(1).await;
+    let producer = client(&double).await.producer(one_by_one()).await.expect("an id");
+    double.script(&[Act::Append, Act::Refuse(Reason::RecordTooLarge), Act::Append]);
+    let mut results = Vec::new();
+    for delivery in send_numbers(&producer, 0..6).await {
+        results.push(delivery.await);
+    }
+    assert!(matches!(&results[1], Err(SendError::Refused { fault, .. }) if fault.reason == Reason::RecordTooLarge));
+    assert_eq!(results.iter().filter(|result| result.is_ok()).count(), 5);
+    assert_eq!(double.values(0), ["0", "2", "3", "4", "5"]);
+}
+
+#[tokio::test]
+async fn what_may_have_been_appended_is_not_repeated_under_a_new_id() {
+    let double = Double::start(1).await;
+    let producer = client(&double).await.producer(one_by_one()).await.expect("an id");
+    // Appended with its answer lost; then the broker forgets the producer.
+    double.script(&[Act::AppendAndTimeOut, Act::Refuse(Reason::UnknownProducer)]);
+    let first = producer.send("t", NewRecord::value(b"0")).await.expect("queued").await;
+    assert!(matches!(first, Err(SendError::Unknown { .. })), "{first:?}");
+    let second = producer.send("t", NewRecord::value(b"1")).await.expect("queued").await;
+    assert_eq!(second.expect("under the new id").offset, Offset::new(1));
+    assert_eq!(double.values(0), ["0", "1"]);
+}
+
+#[tokio::test]
+async fn answers_of_different_partitions_may_overtake_each_other() {
+    let double = Double::start(2).await;
+    let producer = client(&double).await.producer(one_by_one()).await.expect("an id");
+    double.script(&[Act::AnswerLate, Act::Append]);
+    let a = producer.send("t", NewRecord::value(b"a").partition(0)).await.expect("queued");
+    let b = producer.send("t", NewRecord::value(b"b").partition(1)).await.expect("queued");
+    assert_eq!(a.await.expect("answered").partition, 0);
+    assert_eq!(b.await.expect("answered").partition, 1);
+}
+
+#[tokio::test]
+async fn a_lost_answer_with_acks_0_is_never_repeated() {
+    let double = Double::start(1).await;
+    let options = ProducerOptions { acks: Acks::None, ..one_by_one() };
+    let producer = client(&double).await.producer(options).await.expect("started");
+    double.script(&[Act::AppendAndBreak]);
+    let lost = producer.send("t", NewRecord::value(b"0")).await.expect("queued").await;
+    assert!(matches!(lost, Err(SendError::Unknown { .. })), "{lost:?}");
+    let ack = producer.send("t", NewRecord::value(b"1")).await.expect("queued").await.expect("accepted");
+    assert_eq!(ack.offset, None, "acks=0 knows no offset");
+    assert_eq!(double.values(0), ["0", "1"]);
+}
+
+#[tokio::test]
+async fn records_that_linger_share_a_batch_and_flush_does_not_wait_for_it() {
+    let double = Double::start(1).await;
+    let options = ProducerOptions { linger: Duration::from_secs(3600), ..ProducerOptions::default() };
+    let producer = client(&double).await.producer(options).await.expect("an id");
+    let deliveries = send_numbers(&producer, 0..10).await;
+    assert_eq!(double.batches(0), 0, "nothing goes out while the batch lingers");
+    producer.flush().await.expect("acknowledged");
+    assert_eq!(double.batches(0), 1);
+    for (number, delivery) in deliveries.into_iter().enumerate() {
+        let ack = delivery.await.expect("acknowledged");
+        assert_eq!((ack.offset, ack.count), (Offset::new(u64::try_from(number).expect("small")), 10));
+    }
+}
+
+#[tokio::test]
+async fn a_full_memory_sends_what_lingers_instead_of_waiting_for_it() {
+    let double = Double::start(1).await;
+    let options = ProducerOptions {
+        linger: Duration::from_secs(3600),
+        batch_bytes: 4096,
+        memory_bytes: 4096,
+        ..ProducerOptions::default()
+    };
+    let producer = client(&double).await.producer(options).await.expect("an id");
+    for _ in 0..20 {
+        let _delivery = producer.send("t", NewRecord::value(&[7; 1000])).await.expect("queued");
+    }
+    producer.close().await.expect("all acknowledged");
+    let state_batches = double.batches(0);
+    assert!((5..=20).contains(&state_batches), "{state_batches} batches");
+}
+
+#[tokio::test]
+async fn a_record_that_nobody_takes_expires_and_says_why() {
+    let double = Double::start(1).await;
+    let options = ProducerOptions { delivery_timeout: Duration::from_millis(300), ..one_by_one() };
+    let producer = client(&double).await.producer(options).await.expect("an id");
+    double.script(&[Act::Refuse(Reason::DiskFull); 200]);
+    let error = producer.send("t", NewRecord::value(b"x")).await.expect("queued").await.expect_err("never taken");
+    assert!(matches!(error, SendError::Expired { maybe_appended: false, .. }), "{error}");
+    assert!(error.to_string().contains("as the script says"), "{error}");
+    // The sequence has no gap afterwards.
+    double.state().script.clear();
+    let ack = producer.send("t", NewRecord::value(b"y")).await.expect("queued").await.expect("taken");
+    assert_eq!(ack.offset, Offset::new(0));
+}
+
+#[tokio::test]
+async fn unknown_topics_and_partitions_and_large_records_fail_at_once() {
+    let double = Double::start(2).await;
+    let producer = client(&double).await.producer(one_by_one()).await.expect("an id");
+    let unknown = producer.send("nope", NewRecord::value(b"x")).await.expect_err("no such topic");
+    assert!(unknown.to_string().contains("nope"), "{unknown}");
+    let partition = producer.send("t", NewRecord::value(b"x").partition(7)).await.expect_err("no such partition");
+    assert!(matches!(partition, SendError::UnknownPartition { partition: 7, partitions: 2, .. }), "{partition}");
+    let large = producer.send("t", NewRecord::value(&vec![0; 2 << 20])).await.expect_err("too large");
+    assert!(matches!(large, SendError::TooLarge { limit: 1_048_576, .. }), "{large}");
+}
+
+#[tokio::test]
+async fn whole_batches_and_every_codec_arrive() {
+    let double = Double::start(1).await;
+    let client = client(&double).await;
+    let mut sent = Vec::new();
+    for compression in [Compression::Gzip, Compression::Snappy, Compression::Lz4, Compression::Zstd] {
+        let options = ProducerOptions { compression, ..ProducerOptions::default() };
+        let producer = client.producer(options).await.expect("an id");
+        let _delivery = producer.send("t", NewRecord::value(compression.word().as_bytes())).await.expect("queued");
+        let mut builder = BatchBuilder::new(compression);
+        builder.push(1, None, Some(b"whole"), &[]).expect("fits");
+        let batch = builder.finish(None).expect("not empty");
+        producer.send_batch("t", 0, batch).await.expect("queued").await.expect("acknowledged");
+        producer.close().await.expect("all acknowledged");
+        sent.extend([compression.word().to_owned(), "whole".to_owned()]);
+    }
+    assert_eq!(double.values(0), sent);
+}
+
+#[tokio::test]
+async fn a_dropped_producer_fails_what_was_not_acknowledged() {
+    let double = Double::start(1).await;
+    let options = ProducerOptions { linger: Duration::from_secs(3600), ..ProducerOptions::default() };
+    let producer = client(&double).await.producer(options).await.expect("an id");
+    let delivery = producer.send("t", NewRecord::value(b"x")).await.expect("queued");
+    drop(producer);
+    assert_eq!(delivery.await, Err(SendError::Closed));
+}
+
+async fn filled(records: u32) -> (Double, Client) {
+    let double = Double::start(1).await;
+    let client = client(&double).await;
+    let producer = client.producer(one_by_one()).await.expect("an id");
+    send_numbers(&producer, 0..records).await;
+    producer.close().await.expect("all acknowledged");
+    (double, client)
+}
+
+#[tokio::test]
+async fn a_consumer_neither_skips_nor_repeats_when_its_stream_breaks() {
+    let (double, client) = filled(30).await;
+    double.state().fetches_until_break = Some(7);
+    double.state().damage = 2;
+    let mut consumer = client.consumer(ConsumerOptions::default());
+    consumer.assign("t", 0, OffsetAt::Earliest).await.expect("assigned");
+    for number in 0..30_u64 {
+        if number == 20 {
+            double.state().fetches_until_break = Some(0);
+        }
+        let record = consumer.next().await.expect("read");
+        assert_eq!(record.offset, Offset::new(number).expect("small"));
+        assert_eq!(record.record.value.as_deref(), Some(number.to_string().as_bytes()));
+        assert_eq!(consumer.position("t", 0).expect("assigned"), record.offset.plus(1));
+    }
+}
+
+#[tokio::test]
+async fn a_consumer_follows_the_log_and_nothing_old_comes_after_a_seek() {
+    let (double, client) = filled(10).await;
+    let mut consumer = client.consumer(ConsumerOptions::default());
+    consumer.assign("t", 0, OffsetAt::Earliest).await.expect("assigned");
+    assert_eq!(consumer.next().await.expect("read").offset, Offset::new(0).expect("small"));
+    consumer.seek("t", 0, Offset::new(7).expect("small")).await.expect("assigned");
+    assert_eq!(consumer.next().await.expect("read").offset, Offset::new(7).expect("small"));
+    consumer.seek_to("t", 0, OffsetAt::Latest).await.expect("assigned");
+    let producer = client.producer(one_by_one()).await.expect("an id");
+    let (next, ack) = tokio::join!(consumer.next(), async {
+        producer.send("t", NewRecord::value(b"new")).await.expect("queued").await.expect("acknowledged")
+    });
+    assert_eq!(Some(next.expect("followed").offset), ack.offset);
+    drop(double);
+}
+
+#[tokio::test]
+async fn out_of_range_says_start_and_end_or_moves_as_told() {
+    let (double, client) = filled(10).await;
+    double.set_start(0, 4);
+    let offset = |n| Offset::new(n).expect("small");
+    let mut consumer = client.consumer(ConsumerOptions::default());
+    consumer.assign_at("t", 0, offset(1)).await.expect("assigned");
+    let error = consumer.next().await.expect_err("below the start");
+    assert_eq!(
+        error,
+        ConsumeError::OutOfRange {
+            topic: "t".into(),
+            partition: 0,
+            offset: offset(1),
+            start: offset(4),
+            end: offset(10)
+        }
+    );
+    let options = ConsumerOptions { on_out_of_range: OnOutOfRange::Earliest, ..ConsumerOptions::default() };
+    let mut consumer = client.consumer(options);
+    consumer.assign_at("t", 0, offset(1)).await.expect("assigned");
+    assert_eq!(consumer.next().await.expect("moved").offset, offset(4));
+}
+
+#[tokio::test]
+async fn damage_that_stays_is_reported_and_never_handed_out() {
+    let (double, client) = filled(3).await;
+    double.state().damage = u32::MAX;
+    let mut consumer = client.consumer(ConsumerOptions::default());
+    consumer.assign("t", 0, OffsetAt::Earliest).await.expect("assigned");
+    let error = consumer.next().await.expect_err("damaged");
+    assert!(matches!(error, ConsumeError::Damaged { .. }), "{error}");
+}
+
+#[tokio::test]
+async fn nobody_at_the_address_is_said_at_once() {
+    let double = std::net::TcpListener::bind("127.0.0.1:0").expect("bind");
+    let address = double.local_addr().expect("bound").to_string();
+    drop(double);
+    let error = Client::connect(&address, Options::default()).await.expect_err("nobody listens");
+    assert_eq!(error.to_string(), format!("no broker answers at {address}: connection refused"));
+}
