@@ -23,3 +23,6 @@ pub mod tier;
 pub mod proto;
 
 pub mod client;
+
+#[cfg(feature = "server")]
+pub mod cluster;

@@ -1,0 +1,280 @@
+//! What every [`MetaStore`] must do: one suite, run on each implementation.
+//!
+//! A suite runs on one store that others may have used before: it works under a prefix of its own and compares
+//! revisions with each other, never with numbers.
+
+use std::{sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use futures::future::{BoxFuture, join_all};
+
+use super::store::{Compare, Event, LeaseId, MetaStore, Outcome, Revision, StoreError, Transaction, Watch};
+use crate::limits;
+
+/// A store under test, and how to let its leases' time pass.
+pub(super) struct Subject {
+    pub(super) store: Arc<dyn MetaStore>,
+    /// Lets at least this long pass for leases.
+    pub(super) pass: Box<dyn Fn(Duration) -> BoxFuture<'static, ()> + Send + Sync>,
+    /// Unique to this run.
+    pub(super) prefix: String,
+}
+
+/// Runs everything.
+pub(super) async fn all(subject: &Subject) {
+    a_put_is_read_back_with_its_revisions(subject).await;
+    every_compare_decides(subject).await;
+    a_refused_transaction_changes_nothing_and_reads(subject).await;
+    a_transaction_without_effect_has_no_revision(subject).await;
+    a_listing_is_one_moment_in_order(subject).await;
+    of_racing_compare_and_sets_one_wins(subject).await;
+    a_watch_sees_everything_in_order_from_its_revision(subject).await;
+    two_halves_of_a_transaction_are_never_seen_apart(subject).await;
+    a_lease_that_is_not_kept_alive_takes_its_keys_along(subject).await;
+    a_revoked_lease_takes_its_keys_along_and_can_be_revoked_again(subject).await;
+    a_put_without_lease_takes_the_key_off_it(subject).await;
+    a_lease_that_ended_holds_nothing(subject).await;
+    what_is_too_large_is_refused_whole(subject).await;
+}
+
+impl Subject {
+    fn key(&self, name: &str) -> String {
+        format!("{}{name}", self.prefix)
+    }
+
+    async fn done(&self, transaction: Transaction) -> Revision {
+        match self.store.transact(transaction).await.expect("the store answers") {
+            Outcome::Done { revision } => revision,
+            Outcome::Refused { .. } => panic!("refused"),
+        }
+    }
+
+    async fn put(&self, name: &str, value: &str) -> Revision {
+        self.done(Transaction::new().put(self.key(name), value.to_owned())).await
+    }
+
+    async fn value(&self, name: &str) -> Option<Bytes> {
+        self.store.get(&self.key(name)).await.expect("the store answers").entry.map(|entry| entry.value)
+    }
+
+    async fn watch(&self, name: &str, from: Revision) -> Watch {
+        self.store.watch(&self.key(name), from).await.expect("the present can be watched")
+    }
+
+    async fn lease(&self) -> LeaseId {
+        self.store.grant(Duration::from_secs(5)).await.expect("the store answers")
+    }
+}
+
+/// The next events, at least so many.
+async fn events(watch: &mut Watch, count: usize) -> Vec<Event> {
+    let mut seen = Vec::new();
+    while seen.len() < count {
+        let next = tokio::time::timeout(Duration::from_secs(20), watch.next()).await;
+        seen.extend(next.expect("the watch goes on").expect("the store is open").expect("nothing is wrong").events);
+    }
+    seen
+}
+
+async fn a_put_is_read_back_with_its_revisions(subject: &Subject) {
+    let first = subject.put("rw/a", "1").await;
+    let second = subject.put("rw/a", "2").await;
+    assert!(second > first);
+    let reading = subject.store.get(&subject.key("rw/a")).await.expect("the store answers");
+    let entry = reading.entry.expect("it was put");
+    assert_eq!((entry.create_revision, entry.mod_revision, &entry.value[..]), (first, second, &b"2"[..]));
+    assert!(reading.revision >= second);
+    subject.done(Transaction::new().delete(subject.key("rw/a"))).await;
+    assert_eq!(subject.value("rw/a").await, None);
+    let again = subject.put("rw/a", "").await;
+    let entry = subject.store.get(&subject.key("rw/a")).await.expect("the store answers").entry.expect("it was put");
+    assert_eq!((entry.create_revision, entry.value.len()), (again, 0), "deleted and made again, it is another key");
+}
+
+async fn every_compare_decides(subject: &Subject) {
+    let (there, gone) = (subject.key("cmp/there"), subject.key("cmp/gone"));
+    let lease = subject.lease().await;
+    let created = subject.done(Transaction::new().put_leased(there.clone(), "0", lease)).await;
+    let modified = subject.done(Transaction::new().put_leased(there.clone(), "1", lease)).await;
+    let hold = [
+        Compare::ModRevision(there.clone(), modified),
+        Compare::CreateRevision(there.clone(), created),
+        Compare::Value(there.clone(), "1".into()),
+        Compare::Lease(there.clone(), lease),
+        Compare::Exists(there.clone()),
+        Compare::Absent(gone.clone()),
+    ];
+    let fail = [
+        Compare::ModRevision(there.clone(), created),
+        Compare::CreateRevision(there.clone(), modified),
+        Compare::Value(there.clone(), "0".into()),
+        Compare::Lease(there.clone(), LeaseId(lease.0 + 1)),
+        Compare::Absent(there.clone()),
+        Compare::Exists(gone.clone()),
+        Compare::ModRevision(gone.clone(), modified),
+        Compare::CreateRevision(gone.clone(), created),
+        Compare::Value(gone.clone(), "".into()),
+        Compare::Lease(gone, lease),
+    ];
+    for compare in &hold {
+        subject.done(Transaction::new().when(compare.clone())).await;
+    }
+    for compare in fail {
+        // Beside one that holds: all of them must.
+        let transaction = Transaction::new().when(hold[0].clone()).when(compare.clone()).put(there.clone(), "2");
+        let outcome = subject.store.transact(transaction).await.expect("the store answers");
+        assert!(matches!(outcome, Outcome::Refused { .. }), "{compare:?}");
+    }
+    assert_eq!(subject.value("cmp/there").await.as_deref(), Some(&b"1"[..]));
+}
+
+async fn a_refused_transaction_changes_nothing_and_reads(subject: &Subject) {
+    let revision = subject.put("else/a", "1").await;
+    let (a, b) = (subject.key("else/a"), subject.key("else/b"));
+    let transaction = Transaction::new()
+        .when(Compare::Absent(a.clone()))
+        .put(b.clone(), "x")
+        .delete(a.clone())
+        .else_get(b.clone())
+        .else_get(a.clone());
+    let Outcome::Refused { revision: now, found } = subject.store.transact(transaction).await.expect("answers") else {
+        panic!("the compare does not hold");
+    };
+    assert!(now >= revision);
+    assert_eq!(found.len(), 2);
+    assert_eq!(found[0], None);
+    assert_eq!(found[1].as_ref().map(|entry| entry.mod_revision), Some(revision));
+    assert_eq!(subject.value("else/b").await, None);
+}
+
+async fn a_transaction_without_effect_has_no_revision(subject: &Subject) {
+    let before = subject.put("none/a", "1").await;
+    let empty = subject.done(Transaction::new()).await;
+    let deleted = subject.done(Transaction::new().delete(subject.key("none/never"))).await;
+    let after = subject.put("none/a", "2").await;
+    assert_eq!((empty, deleted, after), (before, before, before.next()));
+}
+
+async fn a_listing_is_one_moment_in_order(subject: &Subject) {
+    for name in ["list/b", "list/a", "list/a/c", "listing"] {
+        subject.put(name, name).await;
+    }
+    let last = subject.put("list/b", "again").await;
+    let listing = subject.store.list(&subject.key("list/")).await.expect("the store answers");
+    assert!(listing.revision >= last);
+    let keys: Vec<_> = listing.entries.iter().map(|entry| entry.key.clone()).collect();
+    assert_eq!(keys, ["list/a", "list/a/c", "list/b"].map(|name| subject.key(name)));
+    assert_eq!(listing.entries[2].mod_revision, last);
+    let nothing = subject.store.list(&subject.key("list/zzz")).await.expect("the store answers");
+    assert!(nothing.entries.is_empty() && nothing.revision >= last);
+}
+
+async fn of_racing_compare_and_sets_one_wins(subject: &Subject) {
+    let revision = subject.put("race/a", "").await;
+    let key = subject.key("race/a");
+    let attempt = |n: usize| {
+        let compare = Compare::ModRevision(key.clone(), revision);
+        subject.store.transact(Transaction::new().when(compare).put(key.clone(), n.to_string()))
+    };
+    let outcomes = join_all((0..32).map(attempt)).await;
+    let won: Vec<_> = (0..32).filter(|n| matches!(outcomes[*n], Ok(Outcome::Done { .. }))).collect();
+    assert_eq!(won.len(), 1, "{outcomes:?}");
+    assert_eq!(subject.value("race/a").await, Some(won[0].to_string().into()));
+}
+
+async fn a_watch_sees_everything_in_order_from_its_revision(subject: &Subject) {
+    let first = subject.put("watch/a", "0").await;
+    let past = subject.put("watch/a", "1").await;
+    subject.put("other", "x").await;
+    let mut from_past = subject.watch("watch/", past).await;
+    let mut from_now = subject.watch("watch/", first).await;
+    let seen = events(&mut from_past, 1).await;
+    assert_eq!((seen.len(), seen[0].revision()), (1, past), "from is inclusive");
+    for n in 2..200 {
+        subject.put("watch/a", &n.to_string()).await;
+    }
+    let deleted = subject.done(Transaction::new().delete(subject.key("watch/a"))).await;
+    let all = events(&mut from_now, 201).await;
+    assert_eq!(all.len(), 201);
+    assert!(all.windows(2).all(|pair| pair[0].revision() < pair[1].revision()));
+    assert_eq!(all[200], Event::Delete { key: subject.key("watch/a"), revision: deleted });
+    let Event::Put(entry) = &all[199] else { panic!("the last value") };
+    assert_eq!((&entry.value[..], entry.create_revision), (&b"199"[..], first));
+    assert_eq!(events(&mut from_past, 199).await, all[2..]);
+}
+
+async fn two_halves_of_a_transaction_are_never_seen_apart(subject: &Subject) {
+    let start = subject.put("whole/start", "").await;
+    let mut watch = subject.watch("whole/", start.next()).await;
+    let count = 40;
+    for n in 0..count {
+        let put =
+            |transaction: Transaction, i: usize| transaction.put(subject.key(&format!("whole/{i}")), n.to_string());
+        subject.done((0..10).fold(Transaction::new(), put)).await;
+    }
+    let mut seen = 0;
+    while seen < count * 10 {
+        let changes = watch.next().await.expect("the store is open").expect("nothing is wrong");
+        assert_eq!(changes.events.len() % 10, 0, "half a transaction");
+        assert!(changes.events.iter().all(|event| event.revision() <= changes.revision));
+        seen += changes.events.len();
+    }
+}
+
+async fn a_lease_that_is_not_kept_alive_takes_its_keys_along(subject: &Subject) {
+    let lease = subject.lease().await;
+    let start = subject.put("lease/plain", "").await;
+    let mut watch = subject.watch("lease/", start.next()).await;
+    let (a, b) = (subject.key("lease/a"), subject.key("lease/b"));
+    subject.done(Transaction::new().put_leased(a, "", lease).put_leased(b, "", lease)).await;
+    (subject.pass)(Duration::from_secs(3)).await;
+    subject.store.keep_alive(lease).await.expect("it lives");
+    (subject.pass)(Duration::from_secs(3)).await;
+    assert!(subject.value("lease/a").await.is_some(), "a lease never ends early");
+    (subject.pass)(Duration::from_secs(10)).await;
+    let seen = events(&mut watch, 4).await;
+    assert!(matches!((&seen[2], &seen[3]), (Event::Delete { .. }, Event::Delete { .. })), "{seen:?}");
+    assert_eq!(seen[2].revision(), seen[3].revision(), "one transaction");
+    assert_eq!((subject.value("lease/a").await, subject.value("lease/b").await), (None, None));
+    assert!(subject.value("lease/plain").await.is_some());
+    assert_eq!(subject.store.keep_alive(lease).await, Err(StoreError::LeaseGone { lease }));
+}
+
+async fn a_revoked_lease_takes_its_keys_along_and_can_be_revoked_again(subject: &Subject) {
+    let lease = subject.lease().await;
+    subject.done(Transaction::new().put_leased(subject.key("revoke/a"), "", lease)).await;
+    subject.store.revoke(lease).await.expect("the store answers");
+    assert_eq!(subject.value("revoke/a").await, None);
+    subject.store.revoke(lease).await.expect("no error when it has ended");
+}
+
+async fn a_put_without_lease_takes_the_key_off_it(subject: &Subject) {
+    let lease = subject.lease().await;
+    subject.done(Transaction::new().put_leased(subject.key("off/a"), "", lease)).await;
+    subject.put("off/a", "stays").await;
+    subject.store.revoke(lease).await.expect("the store answers");
+    assert!(subject.value("off/a").await.is_some());
+}
+
+async fn a_lease_that_ended_holds_nothing(subject: &Subject) {
+    let lease = subject.lease().await;
+    subject.store.revoke(lease).await.expect("the store answers");
+    let (a, b) = (subject.key("ended/a"), subject.key("ended/b"));
+    let transaction = Transaction::new().put(a, "").put_leased(b, "", lease);
+    assert_eq!(subject.store.transact(transaction).await, Err(StoreError::LeaseGone { lease }));
+    assert_eq!(subject.value("ended/a").await, None, "nothing of it was done");
+}
+
+async fn what_is_too_large_is_refused_whole(subject: &Subject) {
+    let key = |n: usize| subject.key(&format!("large/{n}"));
+    let puts = |count: usize| (0..count).fold(Transaction::new(), |transaction, n| transaction.put(key(n), ""));
+    subject.done(puts(limits::MAX_TRANSACTION_OPS)).await;
+    let many = subject.store.transact(puts(limits::MAX_TRANSACTION_OPS + 1)).await;
+    assert!(matches!(many, Err(StoreError::TooLarge { .. })), "{many:?}");
+    let big = Transaction::new().put(key(0), vec![0; limits::MAX_TRANSACTION_BYTES]);
+    let big = subject.store.transact(big).await;
+    assert!(matches!(big, Err(StoreError::TooLarge { .. })), "{big:?}");
+    let fits = vec![1; limits::MAX_TRANSACTION_BYTES - 1000];
+    subject.done(Transaction::new().put(key(0), fits.clone())).await;
+    assert_eq!(subject.value("large/0").await, Some(fits.into()));
+}

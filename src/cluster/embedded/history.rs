@@ -1,0 +1,116 @@
+//! The last changes, for watches. One bounded copy for all of them: a watch is a place in it.
+
+use std::{
+    collections::VecDeque,
+    sync::{Arc, Weak},
+};
+
+use tokio::sync::watch;
+
+use super::{Shared, lock};
+use crate::cluster::store::{Changes, Event, Revision, StoreError};
+
+/// How many revisions a watch may lie behind. Fewer in tests, which fill it.
+pub(super) const MAX_REVISIONS: usize = if cfg!(test) { 500 } else { 10_000 };
+
+/// How many bytes of keys and values are kept, beside the count.
+const MAX_BYTES: usize = 16 << 20;
+
+/// The changes of the last revisions, one by one and without gaps.
+pub(super) struct History {
+    changes: VecDeque<Arc<Changes>>,
+    bytes: usize,
+    /// The first revision that a watch can begin at: that of the first change, or the next one to come.
+    oldest: Revision,
+}
+
+impl History {
+    /// An empty history that begins after this revision.
+    pub(super) fn after(revision: Revision) -> Self {
+        Self { changes: VecDeque::new(), bytes: 0, oldest: revision.next() }
+    }
+
+    /// Adds the next revisions, and forgets the oldest beyond the bounds.
+    pub(super) fn append(&mut self, changes: Vec<Arc<Changes>>) {
+        for change in changes {
+            assert_eq!(change.revision.0, self.oldest.0 + self.changes.len() as u64, "revisions have no gaps");
+            self.bytes += bytes(&change);
+            self.changes.push_back(change);
+        }
+        while self.changes.len() > MAX_REVISIONS || self.bytes > MAX_BYTES {
+            let Some(forgotten) = self.changes.pop_front() else { break };
+            self.bytes -= bytes(&forgotten);
+            self.oldest = forgotten.revision.next();
+        }
+    }
+
+    /// Refuses a watch that begins before what is kept.
+    pub(super) fn check(&self, from: Revision) -> Result<(), StoreError> {
+        if from < self.oldest { Err(StoreError::Compacted { from, oldest: self.oldest }) } else { Ok(()) }
+    }
+
+    /// The changes of one revision; `None` when it has not been reached.
+    fn at(&self, revision: Revision) -> Result<Option<Arc<Changes>>, StoreError> {
+        self.check(revision)?;
+        let place = usize::try_from(revision.0 - self.oldest.0).ok();
+        Ok(place.and_then(|place| self.changes.get(place)).cloned())
+    }
+}
+
+fn bytes(changes: &Changes) -> usize {
+    let event = |event: &Event| match event {
+        Event::Put(entry) => entry.key.len() + entry.value.len(),
+        Event::Delete { key, .. } => key.len(),
+    };
+    changes.events.iter().map(event).sum()
+}
+
+/// One watch's place.
+pub(super) struct Cursor {
+    /// Weak: a watch must not keep the file open. It ends with the store's last handle.
+    shared: Weak<Shared>,
+    reached: watch::Receiver<Revision>,
+    prefix: String,
+    next: Revision,
+}
+
+impl Cursor {
+    /// A watch of the keys under a prefix, from a revision on.
+    pub(super) fn new(shared: &Arc<Shared>, prefix: &str, from: Revision) -> Self {
+        Self {
+            shared: Arc::downgrade(shared),
+            reached: shared.reached.subscribe(),
+            prefix: prefix.to_owned(),
+            next: from,
+        }
+    }
+
+    /// What there is now, from the cursor on: the changes under the prefix, or `None` when nothing new has come.
+    fn read(&mut self) -> Result<Option<Changes>, StoreError> {
+        let Some(shared) = self.shared.upgrade() else { return Ok(None) };
+        let history = lock(&shared.history);
+        let first = self.next;
+        let mut events = Vec::new();
+        // A bound on one answer; the rest follows in the next.
+        while events.len() < 1000
+            && let Some(changes) = history.at(self.next)?
+        {
+            events.extend(changes.events.iter().filter(|event| event.key().starts_with(&self.prefix)).cloned());
+            self.next = self.next.next();
+        }
+        Ok((self.next > first).then(|| Changes { revision: Revision(self.next.0 - 1), events }))
+    }
+}
+
+/// One step of a watch's stream. After an error there is no cursor left, and the stream ends.
+pub(super) async fn step(cursor: Option<Cursor>) -> Option<(Result<Changes, StoreError>, Option<Cursor>)> {
+    let mut cursor = cursor?;
+    loop {
+        cursor.reached.mark_unchanged();
+        match cursor.read() {
+            Ok(Some(changes)) => return Some((Ok(changes), Some(cursor))),
+            Ok(None) => cursor.reached.changed().await.ok()?,
+            Err(error) => return Some((Err(error), None)),
+        }
+    }
+}

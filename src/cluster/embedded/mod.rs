@@ -1,0 +1,423 @@
+//! The metadata store of a broker that runs alone: one `redb` file, `{data_dir}/metadata.redb`.
+//!
+//! # Overview
+//!
+//! Two tables: `entries` (path → create revision, mod revision, lease, value) and `store` (format, revision). Reads are
+//! read transactions of redb and wait for nobody. Transactions queue; whoever has the turn does all that are queued in
+//! one commit, so that many callers share one sync. Watches read the last changes from a bounded history in memory,
+//! each at its own pace, and hold nothing of their own.
+//!
+//! # Invariants
+//!
+//! - An answer `Done` follows the sync of the commit that holds the transaction.
+//! - History is appended after the commit and in its order, under the writer's lock: watches see only what is kept.
+//! - A failed commit is final: what the file holds is not known any more. Every later call answers `Unavailable` until
+//!   the store is opened again.
+//!
+//! # What a crash leaves
+//!
+//! The file as of the last commit. Leases are in memory only: their keys are deleted when the file is opened, since
+//! whoever held them is gone with the process. The history is gone too: an older watch is answered `Compacted`.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    fmt, io,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
+    time::Duration,
+};
+
+use redb::{Database, DatabaseError, StorageError};
+use tokio::{
+    sync::{Semaphore, oneshot, watch},
+    time::Instant,
+};
+
+use self::{
+    history::{Cursor, History},
+    table::{entry, find},
+};
+use super::store::{Answer, LeaseId, Listing, MetaStore, Outcome, Reading, Revision, StoreError, Transaction, Watch};
+use crate::task::{self, Tasks, clock};
+
+mod history;
+mod table;
+
+/// The file's name in the data directory.
+pub const FILE: &str = "metadata.redb";
+
+/// redb's page cache. Metadata is small and the view mirrors it.
+const CACHE_BYTES: usize = 16 << 20;
+
+/// Free bytes that a commit is not begun without: more than one writes.
+const COMMIT_BYTES: u64 = 4 << 20;
+
+/// How often leases are looked at.
+const LEASE_TICK: Duration = Duration::from_millis(500);
+
+/// Why a store cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// Another process has the file open.
+    #[error("{} is in use by another process: stop that broker, or use another data directory", path.display())]
+    InUse {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A newer version of this program wrote the file.
+    #[error(
+        "{} was written by a newer version (format {found}; this version reads up to {known}): run that version",
+        path.display()
+    )]
+    Newer {
+        /// The file.
+        path: PathBuf,
+        /// The file's format.
+        found: u64,
+        /// The newest format that this version knows.
+        known: u64,
+    },
+    /// The file is not what was written, or no such file at all.
+    #[error("{} is damaged or no metadata file ({why}): restore it, or use another data directory", path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What was found.
+        why: String,
+    },
+    /// The file cannot be read or written.
+    #[error("{} cannot be opened: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
+/// The embedded store. Clones share it.
+#[derive(Clone)]
+pub struct EmbeddedStore {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    database: Database,
+    /// Where the file is; `None` in memory. Calls that may reach a disk leave the async threads.
+    folder: Option<PathBuf>,
+    /// Who may commit. Taken before the queue is emptied, so that others can join it meanwhile.
+    turn: Arc<Semaphore>,
+    queue: Mutex<VecDeque<Queued>>,
+    /// The newest revision in the file. Held through a whole commit: never lock it on an async thread.
+    writer: Mutex<Revision>,
+    /// Why nothing can be written any more.
+    failed: OnceLock<String>,
+    leases: Mutex<Leases>,
+    history: Mutex<History>,
+    /// The newest revision in the history: what watches wait on.
+    reached: watch::Sender<Revision>,
+}
+
+struct Queued {
+    transaction: Transaction,
+    answer: oneshot::Sender<Result<Outcome, StoreError>>,
+}
+
+#[derive(Default)]
+struct Leases {
+    by_id: BTreeMap<LeaseId, Lease>,
+    last: i64,
+}
+
+struct Lease {
+    time: Duration,
+    deadline: Instant,
+}
+
+impl fmt::Debug for EmbeddedStore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("EmbeddedStore").field("revision", &*self.shared.reached.borrow()).finish_non_exhaustive()
+    }
+}
+
+impl EmbeddedStore {
+    /// Opens `metadata.redb` in a data directory, which exists; makes the file when there is none.
+    pub async fn open(data_dir: &Path) -> Result<Self, OpenError> {
+        let path = data_dir.join(FILE);
+        task::blocking(move || {
+            let mut builder = Database::builder();
+            builder.set_cache_size(CACHE_BYTES).set_check_integrity_on_open(true);
+            let database = builder.create(&path).map_err(|error| open_error(&path, error))?;
+            Self::load(database, path.parent().map(Path::to_owned), &path)
+        })
+        .await
+    }
+
+    /// A store that lives in memory and ends with its last clone. Its calls never leave the caller's thread.
+    pub fn in_memory() -> Self {
+        let backend = redb::backends::InMemoryBackend::new();
+        let database = Database::builder().create_with_backend(backend).expect("memory holds an empty database");
+        Self::load(database, None, Path::new("memory")).expect("an empty database can be set up")
+    }
+
+    fn load(database: Database, folder: Option<PathBuf>, path: &Path) -> Result<Self, OpenError> {
+        let damaged = |error: redb::Error| match error {
+            redb::Error::Io(source) => OpenError::Io { path: path.to_owned(), source },
+            other => OpenError::Damaged { path: path.to_owned(), why: other.to_string() },
+        };
+        if let Some(found) = table::format(&database).map_err(damaged)?.filter(|found| *found > table::FORMAT) {
+            return Err(OpenError::Newer { path: path.to_owned(), found, known: table::FORMAT });
+        }
+        let revision = table::begin(&database).map_err(damaged)?;
+        Ok(Self {
+            shared: Arc::new(Shared {
+                database,
+                folder,
+                turn: Arc::new(Semaphore::new(1)),
+                queue: Mutex::default(),
+                writer: Mutex::new(revision),
+                failed: OnceLock::new(),
+                leases: Mutex::default(),
+                history: Mutex::new(History::after(revision)),
+                reached: watch::Sender::new(revision),
+            }),
+        })
+    }
+
+    /// Ends every lease whose time is over at `now`, and deletes their keys in one transaction.
+    pub async fn tick(&self, now: Instant) -> Result<(), StoreError> {
+        let over: Vec<LeaseId> = {
+            let leases = lock(&self.shared.leases);
+            leases.by_id.iter().filter(|(_, lease)| lease.deadline <= now).map(|(id, _)| *id).collect()
+        };
+        if over.is_empty() { Ok(()) } else { self.end_leases(over, Some(now)).await }
+    }
+
+    /// Lets leases end by the monotonic clock, until the tasks are stopped.
+    pub fn keep_time(&self, tasks: &Tasks) {
+        let (store, stop) = (self.clone(), tasks.clone());
+        tasks.spawn("metadata leases", async move {
+            loop {
+                tokio::select! {
+                    biased;
+                    () = stop.cancelled() => return,
+                    () = tokio::time::sleep(LEASE_TICK) => {
+                        if let Err(error) = store.tick(clock::monotonic()).await {
+                            tracing::error!(%error, "leases could not be ended");
+                        }
+                    }
+                }
+            }
+        });
+    }
+
+    /// Runs what reads or writes the database: away from the async threads when it may reach a disk.
+    async fn run<T: Send + 'static>(&self, function: impl FnOnce(&Shared) -> T + Send + 'static) -> T {
+        let shared = self.shared.clone();
+        if shared.folder.is_some() { task::blocking(move || function(&shared)).await } else { function(&shared) }
+    }
+
+    async fn end_leases(&self, leases: Vec<LeaseId>, only_over_at: Option<Instant>) -> Result<(), StoreError> {
+        self.run(move |shared| {
+            let mut writer = lock(&shared.writer);
+            let mut ended = BTreeSet::new();
+            {
+                let mut known = lock(&shared.leases);
+                for id in leases {
+                    // One that was kept alive since it was looked at lives on.
+                    let ends = known.by_id.get(&id).is_some_and(|l| only_over_at.is_none_or(|now| l.deadline <= now));
+                    if ends {
+                        known.by_id.remove(&id);
+                        ended.insert(id);
+                    }
+                }
+            }
+            shared.commit(&mut writer, |batch| batch.delete_leased(|lease| ended.contains(&lease)))
+        })
+        .await
+    }
+}
+
+impl MetaStore for EmbeddedStore {
+    fn get<'a>(&'a self, key: &'a str) -> Answer<'a, Reading> {
+        let key = key.to_owned();
+        Box::pin(self.run(move |shared| {
+            shared.usable()?;
+            shared.read(|revision, entries| Ok(Reading { revision, entry: find(entries, &key)? }))
+        }))
+    }
+
+    fn list<'a>(&'a self, prefix: &'a str) -> Answer<'a, Listing> {
+        let prefix = prefix.to_owned();
+        Box::pin(self.run(move |shared| {
+            shared.usable()?;
+            shared.read(|revision, entries| {
+                let mut listed = Vec::new();
+                for row in entries.range(prefix.as_str()..)? {
+                    let (key, value) = row?;
+                    if !key.value().starts_with(&prefix) {
+                        break;
+                    }
+                    listed.push(entry(key.value(), value.value()));
+                }
+                Ok(Listing { revision, entries: listed })
+            })
+        }))
+    }
+
+    fn transact(&self, transaction: Transaction) -> Answer<'_, Outcome> {
+        Box::pin(async move {
+            transaction.check()?;
+            let (answer, mut answered) = oneshot::channel();
+            lock(&self.shared.queue).push_back(Queued { transaction, answer });
+            let turn = self.shared.turn.clone().acquire_owned().await.expect("the semaphore is never closed");
+            // Whoever had the turn before may have done this one too.
+            if let Ok(outcome) = answered.try_recv() {
+                return outcome;
+            }
+            // The turn goes with the work: a caller that is dropped now does not let the next one in beside it.
+            self.run(move |shared| {
+                shared.commit_queued();
+                drop(turn);
+            })
+            .await;
+            answered.await.unwrap_or_else(|_| Err(StoreError::unknown("the transaction was lost")))
+        })
+    }
+
+    fn watch<'a>(&'a self, prefix: &'a str, from: Revision) -> Answer<'a, Watch> {
+        Box::pin(async move {
+            lock(&self.shared.history).check(from)?;
+            let cursor = Cursor::new(&self.shared, prefix, from);
+            Ok(Watch::new(futures::stream::unfold(Some(cursor), history::step)))
+        })
+    }
+
+    fn grant(&self, time: Duration) -> Answer<'_, LeaseId> {
+        Box::pin(async move {
+            self.shared.usable()?;
+            let mut leases = lock(&self.shared.leases);
+            leases.last += 1;
+            let id = LeaseId(leases.last);
+            leases.by_id.insert(id, Lease { time, deadline: clock::monotonic() + time });
+            Ok(id)
+        })
+    }
+
+    fn keep_alive(&self, lease: LeaseId) -> Answer<'_, ()> {
+        Box::pin(async move {
+            self.shared.usable()?;
+            let mut leases = lock(&self.shared.leases);
+            let known = leases.by_id.get_mut(&lease).ok_or(StoreError::LeaseGone { lease })?;
+            known.deadline = clock::monotonic() + known.time;
+            Ok(())
+        })
+    }
+
+    fn revoke(&self, lease: LeaseId) -> Answer<'_, ()> {
+        Box::pin(self.end_leases(vec![lease], None))
+    }
+}
+
+impl Shared {
+    /// Refuses everything after a failed commit.
+    fn usable(&self) -> Result<(), StoreError> {
+        match self.failed.get() {
+            Some(why) => Err(StoreError::unavailable(why)),
+            None => Ok(()),
+        }
+    }
+
+    /// Reads at one revision.
+    fn read<T>(
+        &self,
+        function: impl FnOnce(Revision, &table::ReadEntries) -> Result<T, redb::Error>,
+    ) -> Result<T, StoreError> {
+        table::read(&self.database, function).map_err(StoreError::unavailable)
+    }
+
+    /// Does everything that is queued, in one commit, and answers it.
+    fn commit_queued(&self) {
+        let mut writer = lock(&self.writer);
+        let queued = std::mem::take(&mut *lock(&self.queue));
+        // Whoever was dropped while waiting is not kept in suspense: it was not done.
+        let waiting: Vec<_> = queued.into_iter().filter(|queued| !queued.answer.is_closed()).collect();
+        let lives = |id| lock(&self.leases).by_id.contains_key(&id);
+        let outcomes = self.commit(&mut writer, |batch| {
+            waiting.iter().map(|queued| batch.transact(&queued.transaction, lives)).collect()
+        });
+        drop(writer);
+        match outcomes {
+            Ok(outcomes) => {
+                let outcomes: Vec<_> = outcomes;
+                for (queued, outcome) in waiting.into_iter().zip(outcomes) {
+                    // An error means that nobody waits any more.
+                    let _gone = queued.answer.send(outcome);
+                }
+            }
+            Err(error) => {
+                for queued in waiting {
+                    let _gone = queued.answer.send(Err(error.clone()));
+                }
+            }
+        }
+    }
+
+    /// Refuses a commit that the disk may not hold. One that failed half-way would be final; one that was not begun can be
+    /// tried again when there is room.
+    fn room(&self) -> Result<(), StoreError> {
+        let free =
+            |folder: &PathBuf| rustix::fs::statvfs(folder).map(|stat| stat.f_bavail.saturating_mul(stat.f_frsize));
+        match self.folder.as_ref().map(free) {
+            Some(Ok(free)) if free < COMMIT_BYTES => Err(StoreError::unavailable(format!(
+                "the disk of {FILE} is full ({free} bytes are free): make room; it goes on by itself"
+            ))),
+            _ => Ok(()),
+        }
+    }
+
+    /// Changes the tables in one commit, publishes what changed, and returns what `function` does.
+    fn commit<T>(
+        &self,
+        writer: &mut Revision,
+        function: impl FnOnce(&mut table::Batch<'_>) -> Result<T, redb::Error>,
+    ) -> Result<T, StoreError> {
+        self.usable()?;
+        self.room()?;
+        match table::write(&self.database, *writer, function) {
+            Ok((output, changes)) => {
+                if let Some(last) = changes.last() {
+                    *writer = last.revision;
+                    lock(&self.history).append(changes);
+                    self.reached.send_replace(*writer);
+                }
+                Ok(output)
+            }
+            Err(error) => {
+                let why = format!("a write to {FILE} failed ({error}); restart the broker when its disk is well");
+                tracing::error!(%error, "the metadata store takes no more writes until it is opened again");
+                Err(StoreError::unknown(self.failed.get_or_init(|| why)))
+            }
+        }
+    }
+}
+
+/// Locks for the length of a statement or two. A panic in between left nothing half done: values are set last.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn open_error(path: &Path, error: DatabaseError) -> OpenError {
+    let path = path.to_owned();
+    match error {
+        DatabaseError::DatabaseAlreadyOpen | DatabaseError::LockProtocolMismatch => OpenError::InUse { path },
+        DatabaseError::Storage(StorageError::Io(source)) if source.kind() == io::ErrorKind::InvalidData => {
+            OpenError::Damaged { path, why: source.to_string() }
+        }
+        DatabaseError::Storage(StorageError::Io(source)) => OpenError::Io { path, source },
+        other => OpenError::Damaged { path, why: other.to_string() },
+    }
+}
+
+#[cfg(test)]
+mod tests;

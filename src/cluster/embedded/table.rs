@@ -1,0 +1,189 @@
+//! The embedded store's two tables, and what one commit does to them. Knows no leases, queues or watches.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use redb::{Database, ReadOnlyTable, ReadableDatabase as _, ReadableTable, TableDefinition, TableError};
+
+use crate::cluster::store::{Changes, Entry, Event, LeaseId, Op, Outcome, Revision, StoreError, Transaction};
+
+/// The newest layout of the tables that this version reads and writes.
+pub(super) const FORMAT: u64 = 1;
+
+/// Create revision, mod revision, lease (0 is none), value.
+type Row = (u64, u64, i64, &'static [u8]);
+
+/// Entries in a read transaction.
+pub(super) type ReadEntries = ReadOnlyTable<&'static str, Row>;
+
+const ENTRIES: TableDefinition<'_, &str, Row> = TableDefinition::new("entries");
+const STORE: TableDefinition<'_, &str, u64> = TableDefinition::new("store");
+const FORMAT_KEY: &str = "format";
+const REVISION_KEY: &str = "revision";
+
+/// The format that a database says it has; `None` for a new one.
+pub(super) fn format(database: &Database) -> Result<Option<u64>, redb::Error> {
+    match database.begin_read()?.open_table(STORE) {
+        Ok(store) => Ok(store.get(FORMAT_KEY)?.map(|format| format.value())),
+        Err(TableError::TableDoesNotExist(_)) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Makes the tables of a new database, deletes what hung on leases, and returns the revision after that.
+pub(super) fn begin(database: &Database) -> Result<Revision, redb::Error> {
+    let transaction = database.begin_write()?;
+    let revision = {
+        let mut store = transaction.open_table(STORE)?;
+        store.insert(FORMAT_KEY, FORMAT)?;
+        let mut batch = Batch {
+            entries: transaction.open_table(ENTRIES)?,
+            revision: Revision(store.get(REVISION_KEY)?.map_or(0, |revision| revision.value())),
+            changes: Vec::new(),
+        };
+        batch.delete_leased(|_| true)?;
+        store.insert(REVISION_KEY, batch.revision.0)?;
+        batch.revision
+    };
+    transaction.commit()?;
+    Ok(revision)
+}
+
+/// Makes a database look like one of another version.
+#[cfg(test)]
+pub(super) fn set_format(database: &Database, format: u64) -> Result<(), redb::Error> {
+    let transaction = database.begin_write()?;
+    transaction.open_table(STORE)?.insert(FORMAT_KEY, format)?;
+    Ok(transaction.commit()?)
+}
+
+/// Reads the entries at one revision.
+pub(super) fn read<T>(
+    database: &Database,
+    function: impl FnOnce(Revision, &ReadEntries) -> Result<T, redb::Error>,
+) -> Result<T, redb::Error> {
+    let transaction = database.begin_read()?;
+    let revision = transaction.open_table(STORE)?.get(REVISION_KEY)?.map_or(0, |revision| revision.value());
+    function(Revision(revision), &transaction.open_table(ENTRIES)?)
+}
+
+/// Changes entries in one durable commit. Returns what `function` does and the changes, one per new revision.
+pub(super) fn write<T>(
+    database: &Database,
+    revision: Revision,
+    function: impl FnOnce(&mut Batch<'_>) -> Result<T, redb::Error>,
+) -> Result<(T, Vec<Arc<Changes>>), redb::Error> {
+    let transaction = database.begin_write()?;
+    let (output, changes) = {
+        let mut batch = Batch { entries: transaction.open_table(ENTRIES)?, revision, changes: Vec::new() };
+        let output = function(&mut batch)?;
+        if !batch.changes.is_empty() {
+            transaction.open_table(STORE)?.insert(REVISION_KEY, batch.revision.0)?;
+        }
+        (output, batch.changes)
+    };
+    if changes.is_empty() {
+        transaction.abort()?;
+    } else {
+        transaction.commit()?;
+    }
+    Ok((output, changes))
+}
+
+/// Transactions on their way into one commit.
+pub(super) struct Batch<'t> {
+    entries: redb::Table<'t, &'static str, Row>,
+    revision: Revision,
+    changes: Vec<Arc<Changes>>,
+}
+
+impl Batch<'_> {
+    /// Does one transaction on top of those before it.
+    pub(super) fn transact(
+        &mut self,
+        transaction: &Transaction,
+        lives: impl Fn(LeaseId) -> bool,
+    ) -> Result<Result<Outcome, StoreError>, redb::Error> {
+        for compare in &transaction.compares {
+            if !compare.holds(find(&self.entries, compare.key())?.as_ref()) {
+                let read = |key: &String| find(&self.entries, key);
+                let found = transaction.else_get.iter().map(read).collect::<Result<_, _>>()?;
+                return Ok(Ok(Outcome::Refused { revision: self.revision, found }));
+            }
+        }
+        for op in &transaction.ops {
+            if let Op::Put { lease: Some(lease), .. } = op
+                && !lives(*lease)
+            {
+                return Ok(Err(StoreError::LeaseGone { lease: *lease }));
+            }
+        }
+        let revision = self.revision.next();
+        let mut events = Vec::with_capacity(transaction.ops.len());
+        for op in &transaction.ops {
+            events.extend(self.apply(op, revision)?);
+        }
+        self.publish(revision, events);
+        Ok(Ok(Outcome::Done { revision: self.revision }))
+    }
+
+    /// Deletes every key that hangs on such a lease, as one transaction.
+    pub(super) fn delete_leased(&mut self, ends: impl Fn(LeaseId) -> bool) -> Result<(), redb::Error> {
+        let mut keys = Vec::new();
+        for row in self.entries.iter()? {
+            let (key, value) = row?;
+            if lease(value.value().2).is_some_and(&ends) {
+                keys.push(key.value().to_owned());
+            }
+        }
+        let revision = self.revision.next();
+        let mut events = Vec::with_capacity(keys.len());
+        for key in keys {
+            events.extend(self.apply(&Op::Delete { key }, revision)?);
+        }
+        self.publish(revision, events);
+        Ok(())
+    }
+
+    fn apply(&mut self, op: &Op, revision: Revision) -> Result<Option<Event>, redb::Error> {
+        match op {
+            Op::Put { key, value, lease } => {
+                let created = self.entries.get(key.as_str())?.map_or(revision.0, |row| row.value().0);
+                let row = (created, revision.0, lease.map_or(0, |lease| lease.0), &value[..]);
+                self.entries.insert(key.as_str(), row)?;
+                Ok(Some(Event::Put(entry(key, row))))
+            }
+            Op::Delete { key } => {
+                let deleted = self.entries.remove(key.as_str())?.is_some();
+                Ok(deleted.then(|| Event::Delete { key: key.clone(), revision }))
+            }
+        }
+    }
+
+    fn publish(&mut self, revision: Revision, events: Vec<Event>) {
+        if !events.is_empty() {
+            self.revision = revision;
+            self.changes.push(Arc::new(Changes { revision, events }));
+        }
+    }
+}
+
+/// Reads one key.
+pub(super) fn find(entries: &impl ReadableTable<&'static str, Row>, key: &str) -> Result<Option<Entry>, redb::Error> {
+    Ok(entries.get(key)?.map(|row| entry(key, row.value())))
+}
+
+/// The entry that a row holds.
+pub(super) fn entry(key: &str, (created, modified, lease_id, value): (u64, u64, i64, &[u8])) -> Entry {
+    Entry {
+        key: key.to_owned(),
+        value: Bytes::copy_from_slice(value),
+        create_revision: Revision(created),
+        mod_revision: Revision(modified),
+        lease: lease(lease_id),
+    }
+}
+
+fn lease(id: i64) -> Option<LeaseId> {
+    (id != 0).then_some(LeaseId(id))
+}

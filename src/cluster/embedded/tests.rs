@@ -1,0 +1,201 @@
+//! The embedded store: the conformance suite, and what is its own: the file, restarts, leases, history.
+
+use bytes::Bytes;
+
+use super::*;
+use crate::cluster::{
+    conformance::{self, Subject},
+    store::{Compare, Event},
+};
+
+fn subject(store: &EmbeddedStore) -> Subject {
+    let ticking = store.clone();
+    Subject {
+        store: Arc::new(store.clone()),
+        // Time passes by telling the store so. Each pass counts from now, as a lease that is kept alive does.
+        pass: Box::new(move |time| {
+            let store = ticking.clone();
+            Box::pin(async move { store.tick(clock::monotonic() + time).await.expect("the store answers") })
+        }),
+        prefix: "/conformance/".to_owned(),
+    }
+}
+
+async fn put(store: &EmbeddedStore, key: &str, value: &str) -> Revision {
+    match store.transact(Transaction::new().put(key, value.to_owned())).await.expect("the store answers") {
+        Outcome::Done { revision } => revision,
+        Outcome::Refused { .. } => panic!("refused"),
+    }
+}
+
+async fn value(store: &EmbeddedStore, key: &str) -> Option<Bytes> {
+    store.get(key).await.expect("the store answers").entry.map(|entry| entry.value)
+}
+
+#[tokio::test]
+async fn the_store_in_memory_keeps_the_contract() {
+    conformance::all(&subject(&EmbeddedStore::in_memory())).await;
+}
+
+#[tokio::test]
+async fn the_store_in_a_file_keeps_the_contract() {
+    let dir = tempfile::tempdir().expect("a directory");
+    conformance::all(&subject(&EmbeddedStore::open(dir.path()).await.expect("opens"))).await;
+}
+
+#[tokio::test]
+async fn what_was_done_survives_and_revisions_go_on() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let store = EmbeddedStore::open(dir.path()).await.expect("opens");
+    put(&store, "a", "1").await;
+    let last = put(&store, "a", "2").await;
+    drop(store);
+    let store = EmbeddedStore::open(dir.path()).await.expect("opens again");
+    let reading = store.get("a").await.expect("answers");
+    assert_eq!(reading.revision, last);
+    assert_eq!(reading.entry.map(|entry| (entry.create_revision, entry.mod_revision)), Some((Revision(1), last)));
+    assert_eq!(put(&store, "b", "").await, last.next());
+}
+
+#[tokio::test]
+async fn leased_keys_are_gone_after_a_restart() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let store = EmbeddedStore::open(dir.path()).await.expect("opens");
+    let lease = store.grant(Duration::from_secs(3600)).await.expect("answers");
+    store.transact(Transaction::new().put_leased("leased", "", lease).put("plain", "")).await.expect("answers");
+    let before = store.get("leased").await.expect("answers").revision;
+    drop(store);
+    let store = EmbeddedStore::open(dir.path()).await.expect("opens again");
+    let reading = store.get("leased").await.expect("answers");
+    assert_eq!((reading.entry, reading.revision), (None, before.next()), "their end is a change like any other");
+    assert!(value(&store, "plain").await.is_some());
+    assert_eq!(store.keep_alive(lease).await, Err(StoreError::LeaseGone { lease }));
+}
+
+#[tokio::test]
+async fn a_file_in_use_says_so() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let _open = EmbeddedStore::open(dir.path()).await.expect("opens");
+    let error = EmbeddedStore::open(dir.path()).await.expect_err("in use");
+    assert!(matches!(error, OpenError::InUse { .. }), "{error:?}");
+    assert!(error.to_string().contains("metadata.redb is in use by another process"), "{error}");
+}
+
+#[tokio::test]
+async fn a_file_of_a_newer_version_is_left_alone() {
+    let dir = tempfile::tempdir().expect("a directory");
+    put(&EmbeddedStore::open(dir.path()).await.expect("opens"), "a", "kept").await;
+    let path = dir.path().join(FILE);
+    let set_format = |format: u64| {
+        let database = Database::create(&path).expect("opens");
+        table::set_format(&database, format).expect("writes");
+    };
+    set_format(table::FORMAT + 1);
+    let error = EmbeddedStore::open(dir.path()).await.expect_err("newer");
+    assert!(matches!(error, OpenError::Newer { found, .. } if found == table::FORMAT + 1), "{error:?}");
+    set_format(table::FORMAT);
+    assert_eq!(value(&EmbeddedStore::open(dir.path()).await.expect("opens"), "a").await.as_deref(), Some(&b"kept"[..]));
+}
+
+#[tokio::test]
+async fn a_file_that_is_something_else_is_refused_and_left_alone() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join(FILE);
+    for bytes in [&b"not a database at all"[..], &[0x55; 100_000]] {
+        std::fs::write(&path, bytes).expect("writes");
+        let error = EmbeddedStore::open(dir.path()).await.expect_err("no database");
+        assert!(matches!(error, OpenError::Damaged { .. }), "{error:?}");
+        assert_eq!(std::fs::read(&path).expect("reads"), bytes);
+    }
+    let error = EmbeddedStore::open(&dir.path().join("missing")).await.expect_err("no directory");
+    assert!(matches!(error, OpenError::Io { .. }), "{error:?}");
+}
+
+#[tokio::test]
+async fn a_watch_that_lies_too_far_behind_is_told_so() {
+    let store = EmbeddedStore::in_memory();
+    let first = put(&store, "a", "").await;
+    let mut slow = store.watch("", first).await.expect("begins");
+    for _ in 0..history::MAX_REVISIONS + 1 {
+        put(&store, "a", "").await;
+    }
+    let oldest = Revision(first.0 + 2);
+    assert_eq!(slow.next().await, Some(Err(StoreError::Compacted { from: first, oldest })));
+    assert_eq!(slow.next().await, None, "it ends after its first error");
+    assert!(matches!(store.watch("", first).await, Err(StoreError::Compacted { .. })));
+    let mut whole = store.watch("", oldest).await.expect("the oldest that is kept");
+    assert!(matches!(whole.next().await, Some(Ok(changes)) if changes.events[0].revision() == oldest));
+}
+
+#[tokio::test]
+async fn the_history_of_before_a_restart_is_compacted_and_the_present_is_not() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let store = EmbeddedStore::open(dir.path()).await.expect("opens");
+    let last = put(&store, "a", "").await;
+    drop(store);
+    let store = EmbeddedStore::open(dir.path()).await.expect("opens again");
+    assert!(matches!(store.watch("", last).await, Err(StoreError::Compacted { .. })));
+    let mut watch = store.watch("", last.next()).await.expect("the present");
+    put(&store, "a", "new").await;
+    assert!(matches!(watch.next().await, Some(Ok(changes)) if matches!(changes.events[..], [Event::Put(_)])));
+}
+
+#[tokio::test]
+async fn a_watch_ends_with_the_store_and_does_not_hold_the_file() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let store = EmbeddedStore::open(dir.path()).await.expect("opens");
+    let mut watch = store.watch("", Revision(1)).await.expect("begins");
+    drop(store);
+    assert_eq!(watch.next().await, None);
+    EmbeddedStore::open(dir.path()).await.expect("the file is free");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn transactions_at_the_same_time_are_each_done_once() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let store = EmbeddedStore::open(dir.path()).await.expect("opens");
+    let tasks = Tasks::new();
+    let counting = (0..50).map(|n| {
+        let store = store.clone();
+        tasks.spawn("count", async move {
+            let key = format!("n/{n}");
+            store.transact(Transaction::new().when(Compare::Absent(key.clone())).put(key, "")).await
+        })
+    });
+    let mut revisions = BTreeSet::new();
+    for outcome in futures::future::join_all(counting.collect::<Vec<_>>()).await {
+        match outcome.expect("no panic").expect("answers") {
+            Outcome::Done { revision } => assert!(revisions.insert(revision), "a revision of its own"),
+            Outcome::Refused { .. } => panic!("nobody else has the key"),
+        }
+    }
+    assert_eq!(revisions, (1..=50).map(Revision).collect());
+}
+
+#[tokio::test]
+async fn a_dropped_caller_does_not_stop_the_others() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let store = EmbeddedStore::open(dir.path()).await.expect("opens");
+    for n in 0..20 {
+        let mut call = store.transact(Transaction::new().put(format!("dropped/{n}"), ""));
+        // Polled once, so that it is queued or under way, and then dropped.
+        assert!(futures::poll!(&mut call).is_pending());
+        drop(call);
+        put(&store, "kept", &n.to_string()).await;
+    }
+    assert_eq!(value(&store, "kept").await.as_deref(), Some(&b"19"[..]));
+}
+
+#[tokio::test(start_paused = true)]
+async fn leases_end_by_the_clock() {
+    let store = EmbeddedStore::in_memory();
+    let tasks = Tasks::new();
+    store.keep_time(&tasks);
+    let lease = store.grant(Duration::from_secs(10)).await.expect("answers");
+    store.transact(Transaction::new().put_leased("a", "", lease)).await.expect("answers");
+    tokio::time::sleep(Duration::from_millis(9_900)).await;
+    assert!(value(&store, "a").await.is_some());
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(value(&store, "a").await, None);
+    tasks.stop().await;
+}

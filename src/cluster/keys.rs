@@ -1,0 +1,323 @@
+//! The key space and the values in it: what is at which path, as JSON that an operator can read.
+//!
+//! Values are read leniently: a field that this version does not know is passed over, one that may be missing has a
+//! default. A value that does not parse, or contradicts itself, is an error with its key; who mirrors the store names
+//! it and goes on without it.
+
+use std::{collections::BTreeSet, fmt, str::FromStr, sync::Arc};
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+use crate::{
+    limits,
+    model::{BrokerId, ConfigMap, LeaderEpoch, Offset, PartitionId, TopicId, TopicName},
+    tier::TierState,
+};
+
+/// The paths of one cluster. Cheap to clone.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Keys {
+    prefix: Arc<str>,
+}
+
+/// A cluster's name: 1 to 100 of `a-z A-Z 0-9 . _ -`.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("cluster name {name:?} is not valid: use 1 to 100 of a-z, A-Z, 0-9, '.', '_' and '-'")]
+pub struct InvalidClusterName {
+    /// What was given, cut to a length that can be printed.
+    pub name: String,
+}
+
+/// What a path names.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Key {
+    /// `brokers/{id}`
+    Broker(BrokerId),
+    /// `controller`
+    Controller,
+    /// `topics/{name}`
+    Topic(TopicName),
+    /// `partitions/{topic-id}/{n}`
+    Partition(PartitionId),
+    /// `tier/{topic-id}/{n}`
+    Tier(PartitionId),
+    /// `deleted/{topic-id}`
+    Deleted(TopicId),
+    /// `producer-ids`
+    ProducerIds,
+}
+
+impl Keys {
+    /// The paths of the cluster of this name.
+    pub fn new(cluster: &str) -> Result<Self, InvalidClusterName> {
+        let legal = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-');
+        if cluster.is_empty() || cluster.len() > 100 || !cluster.bytes().all(legal) {
+            return Err(InvalidClusterName { name: cluster.chars().take(100).collect() });
+        }
+        Ok(Self { prefix: format!("/strandline/{cluster}/").into() })
+    }
+
+    /// What every path of the cluster begins with; ends with a slash.
+    pub fn prefix(&self) -> &str {
+        &self.prefix
+    }
+
+    /// The path of a key.
+    pub fn path(&self, key: &Key) -> String {
+        let prefix = &self.prefix;
+        match key {
+            Key::Broker(id) => format!("{prefix}brokers/{id}"),
+            Key::Controller => format!("{prefix}controller"),
+            Key::Topic(name) => format!("{prefix}topics/{name}"),
+            Key::Partition(id) => format!("{prefix}partitions/{id}"),
+            Key::Tier(id) => format!("{prefix}tier/{id}"),
+            Key::Deleted(id) => format!("{prefix}deleted/{id}"),
+            Key::ProducerIds => format!("{prefix}producer-ids"),
+        }
+    }
+
+    /// The path of a broker's registration.
+    pub fn broker(&self, id: BrokerId) -> String {
+        self.path(&Key::Broker(id))
+    }
+
+    /// The path of the controller's key.
+    pub fn controller(&self) -> String {
+        self.path(&Key::Controller)
+    }
+
+    /// The path of a topic.
+    pub fn topic(&self, name: &TopicName) -> String {
+        self.path(&Key::Topic(name.clone()))
+    }
+
+    /// The path of a partition.
+    pub fn partition(&self, id: PartitionId) -> String {
+        self.path(&Key::Partition(id))
+    }
+
+    /// The path of what a partition has in the bucket.
+    pub fn tier(&self, id: PartitionId) -> String {
+        self.path(&Key::Tier(id))
+    }
+
+    /// The path of the mark that a topic was deleted.
+    pub fn deleted(&self, id: TopicId) -> String {
+        self.path(&Key::Deleted(id))
+    }
+
+    /// The path of the next block of producer ids.
+    pub fn producer_ids(&self) -> String {
+        self.path(&Key::ProducerIds)
+    }
+
+    /// What a path names; `None` for one of another cluster, or of a kind that this version does not know.
+    pub fn parse(&self, path: &str) -> Option<Key> {
+        let rest = path.strip_prefix(&*self.prefix)?;
+        let key = match rest.split_once('/') {
+            None if rest == "controller" => Key::Controller,
+            None if rest == "producer-ids" => Key::ProducerIds,
+            Some(("brokers", id)) => Key::Broker(BrokerId(canonical(id)?)),
+            Some(("topics", name)) => Key::Topic(name.parse().ok()?),
+            Some(("partitions", id)) => Key::Partition(partition(id)?),
+            Some(("tier", id)) => Key::Tier(partition(id)?),
+            Some(("deleted", id)) => Key::Deleted(canonical(id)?),
+            _ => return None,
+        };
+        Some(key)
+    }
+}
+
+/// A number in its one spelling: `01` and `+1` would be second paths of the same thing.
+fn canonical<T: FromStr + fmt::Display>(text: &str) -> Option<T> {
+    let value: T = text.parse().ok()?;
+    (value.to_string() == text).then_some(value)
+}
+
+fn partition(text: &str) -> Option<PartitionId> {
+    let (topic, number) = text.split_once('/')?;
+    // Bounded, because a number becomes the length of a table.
+    let number = canonical(number).filter(|number| *number < limits::MAX_PARTITIONS)?;
+    Some(PartitionId::new(canonical(topic)?, number))
+}
+
+/// Where a broker is reached.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Addresses {
+    /// `host:port` of its gRPC listener as clients and brokers reach it.
+    pub grpc: String,
+    /// `host:port` of its HTTP listener.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub http: Option<String>,
+}
+
+/// The value of `brokers/{id}`: a broker that is alive. The key's create revision is the broker epoch.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BrokerValue {
+    /// Where it is reached.
+    pub addresses: Addresses,
+    /// Its rack or zone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rack: Option<String>,
+    /// The id of its data directory: another one holds nothing of what this one acknowledged.
+    pub directory_id: String,
+    /// The version of its program.
+    pub version: String,
+}
+
+/// The value of `controller`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ControllerValue {
+    /// Who plans.
+    pub broker: BrokerId,
+}
+
+/// The value of `topics/{name}`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TopicValue {
+    /// The topic's identity.
+    pub id: TopicId,
+    /// How many partitions it has: from 1. Partition keys of this number and above do not count (yet).
+    pub partitions: u32,
+    /// How many replicas each partition is to have: from 1.
+    pub replication_factor: u32,
+    /// What the topic itself sets.
+    #[serde(default)]
+    pub config: ConfigMap,
+}
+
+/// The value of `partitions/{topic-id}/{n}`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PartitionValue {
+    /// Who holds it; the first is the preferred leader.
+    pub replicas: Vec<BrokerId>,
+    /// Who orders its writes; `None` while nobody may.
+    pub leader: Option<BrokerId>,
+    /// Grows by one at each change of leader.
+    pub leader_epoch: LeaderEpoch,
+    /// Those that every commit waits for.
+    pub isr: Vec<BrokerId>,
+    /// Those that may still lead cleanly though they left the ISR.
+    #[serde(default)]
+    pub elr: Vec<BrokerId>,
+    /// Replicas that are being added.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub adding: Vec<BrokerId>,
+    /// Replicas that are being taken away.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub removing: Vec<BrokerId>,
+}
+
+/// The value of `deleted/{topic-id}`: the topic was deleted on purpose, so what the brokers and the bucket still hold of it is
+/// garbage. Without this mark, a topic that the metadata does not know is kept: its metadata may have been lost.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeletedValue {
+    /// The name it had.
+    pub name: TopicName,
+}
+
+/// The value of `producer-ids`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProducerIdsValue {
+    /// The first id that nobody has been given.
+    pub next: i64,
+}
+
+/// A value that cannot be used.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the value of {key} cannot be used: {why}")]
+pub struct InvalidValue {
+    /// The path.
+    pub key: String,
+    /// What is wrong with it.
+    pub why: String,
+}
+
+/// A value of the key space: JSON, checked when it is read.
+pub trait Value: Serialize + DeserializeOwned {
+    /// What is wrong with a value whose JSON parses.
+    fn contradiction(&self) -> Option<String> {
+        None
+    }
+
+    /// The value as it is stored.
+    fn encode(&self) -> Bytes {
+        serde_json::to_vec(self).expect("the values' fields are all JSON").into()
+    }
+
+    /// Reads a value; `key` is for the error.
+    fn decode(key: &str, bytes: &[u8]) -> Result<Self, InvalidValue> {
+        let invalid = |why: String| InvalidValue { key: key.to_owned(), why };
+        let value: Self = serde_json::from_slice(bytes).map_err(|error| invalid(error.to_string()))?;
+        match value.contradiction() {
+            Some(why) => Err(invalid(why)),
+            None => Ok(value),
+        }
+    }
+}
+
+impl Value for BrokerValue {}
+
+impl Value for ControllerValue {}
+
+impl Value for TopicValue {
+    fn contradiction(&self) -> Option<String> {
+        if self.partitions == 0 || self.partitions > limits::MAX_PARTITIONS {
+            return Some(format!("partitions is {}: 1 to {}", self.partitions, limits::MAX_PARTITIONS));
+        }
+        if self.replication_factor == 0 || self.replication_factor > limits::MAX_REPLICAS {
+            return Some(format!("replication_factor is {}: 1 to {}", self.replication_factor, limits::MAX_REPLICAS));
+        }
+        None
+    }
+}
+
+impl Value for PartitionValue {
+    fn contradiction(&self) -> Option<String> {
+        let replicas: BTreeSet<_> = self.replicas.iter().collect();
+        if replicas.is_empty() {
+            return Some("replicas is empty".to_owned());
+        }
+        if replicas.len() != self.replicas.len() {
+            return Some("a broker is in replicas twice".to_owned());
+        }
+        if self.leader_epoch.0 > i32::MAX.unsigned_abs() {
+            return Some(format!("leader_epoch is {}: at most {}", self.leader_epoch, i32::MAX));
+        }
+        let sets = [("isr", &self.isr), ("elr", &self.elr), ("adding", &self.adding), ("removing", &self.removing)];
+        for (name, set) in sets {
+            if let Some(stranger) = set.iter().find(|id| !replicas.contains(id)) {
+                return Some(format!("broker {stranger} is in {name} and not in replicas"));
+            }
+        }
+        match self.leader {
+            Some(leader) if !self.isr.contains(&leader) => Some(format!("leader {leader} is not in isr")),
+            _ => None,
+        }
+    }
+}
+
+/// The value of `tier/{topic-id}/{n}`: its shape belongs to the room that reads the bucket.
+impl Value for TierState {
+    fn contradiction(&self) -> Option<String> {
+        if Offset::new(self.tiered_end.get()).is_none() || Offset::new(self.log_start.get()).is_none() {
+            return Some("an offset is 2^63 or more".to_owned());
+        }
+        if self.manifest.is_none() && self.tiered_end > self.log_start {
+            return Some("tiered_end names records and there is no manifest".to_owned());
+        }
+        None
+    }
+}
+
+impl Value for DeletedValue {}
+
+impl Value for ProducerIdsValue {
+    fn contradiction(&self) -> Option<String> {
+        (self.next < 0).then(|| format!("next is {}: ids are not negative", self.next))
+    }
+}
+
+#[cfg(test)]
+mod tests;

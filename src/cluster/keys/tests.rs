@@ -1,0 +1,132 @@
+//! Golden values: what stands in the store is read by operators and by other versions.
+
+use super::*;
+
+fn keys() -> Keys {
+    Keys::new("blue").expect("valid")
+}
+
+fn topic() -> TopicId {
+    "6f1c2a9e-0000-4000-8000-0123456789ab".parse().expect("an id")
+}
+
+fn golden<T: Value + PartialEq + fmt::Debug>(value: &T, json: &str) {
+    assert_eq!(std::str::from_utf8(&value.encode()).expect("text"), json);
+    assert_eq!(T::decode("key", json.as_bytes()).as_ref(), Ok(value));
+    let newer = format!("{}, \"of_a_newer_version\": {{\"x\": [1]}}}}", &json[..json.len() - 1]);
+    assert_eq!(T::decode("key", newer.as_bytes()).as_ref(), Ok(value), "an unknown field is passed over");
+}
+
+#[test]
+fn values_are_written_as_the_format_says() {
+    golden(
+        &BrokerValue {
+            addresses: Addresses { grpc: "a:9460".into(), http: Some("a:9461".into()) },
+            rack: Some("z1".into()),
+            directory_id: "d".into(),
+            version: "0.1.0".into(),
+        },
+        r#"{"addresses":{"grpc":"a:9460","http":"a:9461"},"rack":"z1","directory_id":"d","version":"0.1.0"}"#,
+    );
+    golden(&ControllerValue { broker: BrokerId(3) }, r#"{"broker":3}"#);
+    golden(
+        &TopicValue {
+            id: topic(),
+            partitions: 2,
+            replication_factor: 1,
+            config: [("retention.ms".to_owned(), "5".to_owned())].into(),
+        },
+        r#"{"id":"6f1c2a9e-0000-4000-8000-0123456789ab","partitions":2,"replication_factor":1,"config":{"retention.ms":"5"}}"#,
+    );
+    golden(
+        &PartitionValue {
+            replicas: vec![BrokerId(2), BrokerId(1)],
+            leader: Some(BrokerId(2)),
+            leader_epoch: LeaderEpoch(7),
+            isr: vec![BrokerId(2)],
+            elr: vec![BrokerId(1)],
+            adding: vec![],
+            removing: vec![],
+        },
+        r#"{"replicas":[2,1],"leader":2,"leader_epoch":7,"isr":[2],"elr":[1]}"#,
+    );
+    golden(
+        &TierState {
+            manifest: None,
+            tiered_end: Offset::new(10).expect("small"),
+            log_start: Offset::new(10).expect("small"),
+            epoch: LeaderEpoch(7),
+            bytes: 0,
+        },
+        r#"{"manifest":null,"tiered_end":10,"log_start":10,"epoch":7,"bytes":0}"#,
+    );
+    golden(&ProducerIdsValue { next: 2000 }, r#"{"next":2000}"#);
+}
+
+#[test]
+fn paths_are_as_the_design_says_and_come_back() {
+    let id = PartitionId::new(topic(), 12);
+    for (key, path) in [
+        (Key::Broker(BrokerId(7)), "/strandline/blue/brokers/7"),
+        (Key::Controller, "/strandline/blue/controller"),
+        (Key::Topic("orders".parse().expect("valid")), "/strandline/blue/topics/orders"),
+        (Key::Partition(id), "/strandline/blue/partitions/6f1c2a9e-0000-4000-8000-0123456789ab/12"),
+        (Key::Tier(id), "/strandline/blue/tier/6f1c2a9e-0000-4000-8000-0123456789ab/12"),
+        (Key::Deleted(topic()), "/strandline/blue/deleted/6f1c2a9e-0000-4000-8000-0123456789ab"),
+        (Key::ProducerIds, "/strandline/blue/producer-ids"),
+    ] {
+        assert_eq!(keys().path(&key), path);
+        assert_eq!(keys().parse(path), Some(key));
+    }
+}
+
+#[test]
+fn what_is_no_path_of_ours_is_no_key() {
+    for path in [
+        "",
+        "/strandline/red/controller",
+        "/strandline/blue",
+        "/strandline/blue/",
+        "/strandline/blue/brokers/",
+        "/strandline/blue/brokers/01",
+        "/strandline/blue/brokers/+1",
+        "/strandline/blue/brokers/4294967296",
+        "/strandline/blue/topics/..",
+        "/strandline/blue/topics/a/b",
+        "/strandline/blue/groups/g",
+        "/strandline/blue/partitions/6f1c2a9e-0000-4000-8000-0123456789ab",
+        "/strandline/blue/partitions/6F1C2A9E-0000-4000-8000-0123456789AB/1",
+        "/strandline/blue/partitions/6f1c2a9e-0000-4000-8000-0123456789ab/100000",
+        "/strandline/blue/partitions/6f1c2a9e-0000-4000-8000-0123456789ab/4294967295",
+    ] {
+        assert_eq!(keys().parse(path), None, "{path}");
+    }
+    for name in ["", "a/b", "a b", "ü", &"x".repeat(101)] {
+        assert!(Keys::new(name).is_err(), "{name}");
+    }
+}
+
+#[test]
+fn values_that_contradict_themselves_are_named() {
+    let partition = |json: &str| PartitionValue::decode("the/key", json.as_bytes()).expect_err(json).to_string();
+    for (json, why) in [
+        (r#"{"replicas":[],"leader":null,"leader_epoch":0,"isr":[]}"#, "replicas is empty"),
+        (r#"{"replicas":[1,1],"leader":1,"leader_epoch":0,"isr":[1]}"#, "twice"),
+        (r#"{"replicas":[1],"leader":2,"leader_epoch":0,"isr":[1]}"#, "leader 2 is not in isr"),
+        (r#"{"replicas":[1],"leader":1,"leader_epoch":0,"isr":[1,9]}"#, "broker 9 is in isr"),
+        (r#"{"replicas":[1],"leader":1,"leader_epoch":4294967295,"isr":[1]}"#, "leader_epoch"),
+        (r#"{"replicas":[1],"leader":1,"leader_epoch":0}"#, "isr"),
+        ("not json", "expected"),
+        ("", "EOF"),
+    ] {
+        let error = partition(json);
+        assert!(error.contains("the/key") && error.contains(why), "{error}");
+    }
+    let tier = |json: &str| TierState::decode("k", json.as_bytes());
+    assert!(tier(r#"{"manifest":null,"tiered_end":9223372036854775808,"log_start":0,"epoch":0}"#).is_err());
+    assert!(tier(r#"{"manifest":null,"tiered_end":5,"log_start":0,"epoch":0}"#).is_err());
+    assert!(tier(r#"{"manifest":null,"tiered_end":0,"log_start":5,"epoch":0}"#).is_ok());
+    let topic = r#"{"id":"6f1c2a9e-0000-4000-8000-0123456789ab","partitions":4294967295,"replication_factor":1}"#;
+    assert!(TopicValue::decode("k", topic.as_bytes()).is_err());
+    assert!(ProducerIdsValue::decode("k", br#"{"next":-1}"#).is_err());
+}

@@ -1,0 +1,49 @@
+//! What all brokers agree on: the metadata store, the keys in it, the mirror of it, and topic administration.
+//!
+//! # Overview
+//!
+//! `store` is the trait [`MetaStore`]: a map from paths to values with one history, in etcd's words. `embedded` is the
+//! implementation for a broker alone. `keys` says what is at which path. `view` mirrors the cluster's prefix into
+//! memory: every question of where something is, is answered from there. `topics` creates, alters and deletes topics;
+//! `placement` says which brokers hold a new partition.
+//!
+//! # Invariants
+//!
+//! - The view is a hint. It never goes back, and it may lag: what changes the store compares what it was based on.
+//! - A topic's key and the key of its partition 0 are created in one transaction and deleted in one transaction. So a
+//!   partition without its topic is either on its way (its numbers begin at 1) or left over.
+//! - A partition counts only below the topic's partition count.
+//!
+//! # What a crash leaves
+//!
+//! Half a creation leaves partitions that no topic names, half a deletion too, half an enlargement leaves partitions
+//! above the topic's count. Nobody acts on them; [`Sweep`] finds and deletes them.
+
+mod embedded;
+mod keys;
+mod placement;
+mod session;
+mod store;
+mod tier_commits;
+mod topics;
+mod view;
+
+#[cfg(test)]
+mod conformance;
+
+pub use embedded::{EmbeddedStore, FILE as EMBEDDED_FILE, OpenError};
+pub use keys::{
+    Addresses, BrokerValue, ControllerValue, DeletedValue, InvalidClusterName, InvalidValue, Key, Keys, PartitionValue,
+    ProducerIdsValue, TopicValue, Value,
+};
+pub use placement::{Load, Placement};
+pub use session::{RegisterError, Session};
+pub use store::{
+    Answer, Changes, Compare, Entry, Event, LeaseId, Listing, MetaStore, Op, Outcome, Reading, Revision, StoreError,
+    Transaction, Watch,
+};
+pub use tier_commits::{TierCommitError, TierCommits};
+pub use topics::{
+    AddPartitionsError, AlterError, CreateError, DeleteError, NewTopic, Sweep, TopicInfo, Topics, UnknownTopic,
+};
+pub use view::{Feed, Known, Moved, PartitionEntry, View, ViewState};

@@ -1,0 +1,227 @@
+//! Which brokers hold a partition: a pure function of the live brokers and what they carry.
+//!
+//! The first replica is the preferred leader: the broker that leads least, since leading is most of the work. The others
+//! spread over racks first, then over the brokers that carry least, and no two meet on one broker. Ties are broken by a hash of
+//! partition and broker, so that the partitions of a lost broker do not all fall to the same two others.
+//!
+//! Creation uses it, and the controller will for replacing replicas: [`Placement::choose`] takes those that stay.
+
+use std::collections::BTreeMap;
+
+use crate::{
+    cluster::view::ViewState,
+    model::{BrokerId, PartitionId},
+};
+
+/// What one broker carries.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Load {
+    /// Partitions of which it is the preferred leader.
+    pub leaders: usize,
+    /// Partitions that it holds.
+    pub replicas: usize,
+}
+
+#[derive(Clone, Debug)]
+struct Candidate {
+    /// `None` is a rack of its own: a broker without one shares nothing that is known of.
+    rack: Option<String>,
+    load: Load,
+}
+
+/// The live brokers with what they carry; grows as partitions are placed.
+#[derive(Clone, Debug, Default)]
+pub struct Placement {
+    brokers: BTreeMap<BrokerId, Candidate>,
+}
+
+impl Placement {
+    /// An empty one.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The live brokers of a view, carrying what its topics say.
+    pub fn of(state: &ViewState) -> Self {
+        let mut placement = Self::new();
+        for (id, broker) in state.brokers() {
+            placement.add(*id, broker.value.rack.clone(), Load::default());
+        }
+        for topic in state.topics().values() {
+            for (_, entry) in state.partitions_of(&topic.value) {
+                if let Some(partition) = entry.partition {
+                    placement.carry(&partition.value.replicas);
+                }
+            }
+        }
+        placement
+    }
+
+    /// Adds a live broker.
+    pub fn add(&mut self, id: BrokerId, rack: Option<String>, load: Load) {
+        self.brokers.insert(id, Candidate { rack, load });
+    }
+
+    /// How many brokers there are.
+    pub fn len(&self) -> usize {
+        self.brokers.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.brokers.is_empty()
+    }
+
+    /// What each broker carries.
+    pub fn loads(&self) -> BTreeMap<BrokerId, Load> {
+        self.brokers.iter().map(|(id, candidate)| (*id, candidate.load)).collect()
+    }
+
+    /// Replicas for a new partition, the preferred leader first, and counts them as carried. `None` when there are
+    /// fewer brokers than replicas.
+    pub fn place(&mut self, partition: PartitionId, replicas: usize) -> Option<Vec<BrokerId>> {
+        let load = |(id, candidate): &(&BrokerId, &Candidate)| {
+            (candidate.load.leaders, candidate.load.replicas, mix(partition, **id))
+        };
+        let (leader, _) = self.brokers.iter().min_by_key(load)?;
+        let chosen = self.choose(partition, vec![*leader], replicas)?;
+        self.carry(&chosen);
+        Some(chosen)
+    }
+
+    /// Adds replicas to those that stay until there are this many, and leaves the order of those that stay. `None`
+    /// when there are too few brokers.
+    pub fn choose(&self, partition: PartitionId, stay: Vec<BrokerId>, replicas: usize) -> Option<Vec<BrokerId>> {
+        let mut chosen = stay;
+        while chosen.len() < replicas {
+            let next = self
+                .brokers
+                .iter()
+                .filter(|(id, _)| !chosen.contains(id))
+                .min_by_key(|(id, candidate)| {
+                    let Load { replicas, leaders } = candidate.load;
+                    (self.same_rack(&chosen, candidate), replicas, leaders, mix(partition, **id))
+                })
+                .map(|(id, _)| *id)?;
+            chosen.push(next);
+        }
+        Some(chosen)
+    }
+
+    fn same_rack(&self, chosen: &[BrokerId], candidate: &Candidate) -> usize {
+        let Some(rack) = &candidate.rack else { return 0 };
+        let there = |id: &&BrokerId| self.brokers.get(id).and_then(|other| other.rack.as_ref()) == Some(rack);
+        chosen.iter().filter(there).count()
+    }
+
+    fn carry(&mut self, replicas: &[BrokerId]) {
+        for (place, id) in replicas.iter().enumerate() {
+            // Replicas on brokers that are not alive weigh on nobody.
+            if let Some(candidate) = self.brokers.get_mut(id) {
+                candidate.load.replicas += 1;
+                candidate.load.leaders += usize::from(place == 0);
+            }
+        }
+    }
+}
+
+/// A number that is the same for the same pair everywhere, and as good as random over pairs (SplitMix64's finish).
+fn mix(partition: PartitionId, broker: BrokerId) -> u64 {
+    let mut topic = [0; 8];
+    topic.copy_from_slice(&partition.topic.as_bytes()[..8]);
+    let seed = u64::from_le_bytes(topic) ^ (u64::from(partition.number) << 32) ^ u64::from(broker.0);
+    let mut z = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::model::TopicId;
+
+    fn partition(number: u32) -> PartitionId {
+        PartitionId::new(TopicId::from_bytes([7; 16]), number)
+    }
+
+    fn brokers(racks: &[Option<u8>]) -> Placement {
+        let mut placement = Placement::new();
+        for (id, rack) in (1..).zip(racks) {
+            placement.add(BrokerId(id), rack.map(|rack| format!("rack-{rack}")), Load::default());
+        }
+        placement
+    }
+
+    fn spread(counts: impl Iterator<Item = usize> + Clone) -> usize {
+        counts.clone().max().unwrap_or(0) - counts.min().unwrap_or(0)
+    }
+
+    proptest! {
+        #[test]
+        fn no_broker_holds_a_partition_twice_and_racks_are_used_up_first(
+            racks in prop::collection::vec(prop::option::of(0_u8..4), 1..12),
+            wanted in 1_usize..6,
+            partitions in 1_u32..40,
+        ) {
+            let mut placement = brokers(&racks);
+            let rack_of = |id: &BrokerId| racks[usize::try_from(id.0 - 1).unwrap()].map_or(1000 + id.0, u32::from);
+            let all: BTreeSet<u32> = (1..).map(BrokerId).take(racks.len()).map(|id| rack_of(&id)).collect();
+            for number in 0..partitions {
+                match placement.place(partition(number), wanted) {
+                    None => prop_assert!(wanted > racks.len()),
+                    Some(replicas) => {
+                        prop_assert_eq!(replicas.len(), wanted);
+                        prop_assert_eq!(replicas.iter().collect::<BTreeSet<_>>().len(), wanted);
+                        let used: BTreeSet<u32> = replicas.iter().map(rack_of).collect();
+                        prop_assert_eq!(used.len(), wanted.min(all.len()));
+                    }
+                }
+            }
+        }
+
+        #[test]
+        fn without_racks_load_is_even(count in 1_usize..12, wanted in 1_usize..6, partitions in 1_u32..100) {
+            prop_assume!(wanted <= count);
+            let mut placement = brokers(&vec![None; count]);
+            for number in 0..partitions {
+                placement.place(partition(number), wanted).expect("enough brokers");
+            }
+            let loads = placement.loads();
+            prop_assert!(spread(loads.values().map(|load| load.replicas)) <= 2, "{loads:?}");
+            prop_assert!(spread(loads.values().map(|load| load.leaders)) <= 1, "{loads:?}");
+        }
+
+        #[test]
+        fn those_that_stay_keep_their_places(count in 4_usize..10, number in 0_u32..1000) {
+            let placement = brokers(&vec![None; count]);
+            let stay = vec![BrokerId(3), BrokerId(1)];
+            let chosen = placement.choose(partition(number), stay.clone(), 4).expect("enough brokers");
+            prop_assert_eq!(&chosen[..2], &stay[..]);
+            prop_assert_eq!(chosen.iter().collect::<BTreeSet<_>>().len(), 4);
+        }
+    }
+
+    #[test]
+    fn a_new_broker_takes_what_comes_until_it_carries_as_much() {
+        let mut placement = brokers(&[None, None]);
+        for number in 0..10 {
+            placement.place(partition(number), 1).expect("enough brokers");
+        }
+        placement.add(BrokerId(9), None, Load::default());
+        let next: Vec<_> = (10..15).map(|number| placement.place(partition(number), 1).expect("enough")).collect();
+        assert_eq!(next, vec![vec![BrokerId(9)]; 5]);
+    }
+
+    #[test]
+    fn the_partitions_of_a_lost_broker_fall_to_all_others() {
+        let mut placement = brokers(&[None; 6]);
+        let sets: Vec<_> = (0..60).map(|number| placement.place(partition(number), 3).expect("enough")).collect();
+        let heirs: BTreeSet<_> = sets.iter().filter(|set| set[0] == BrokerId(1)).flat_map(|set| &set[1..]).collect();
+        assert_eq!(heirs.len(), 5, "{heirs:?}");
+    }
+}

@@ -1,0 +1,205 @@
+//! Changing a topic: its configuration, its size, its end. Each is a compare-and-set of the topic's key.
+
+use super::{ATTEMPTS, TopicInfo, Topics, UnknownTopic, checked};
+use crate::{
+    cluster::{
+        keys::{DeletedValue, TopicValue, Value as _},
+        store::{Compare, Op, Outcome, StoreError, Transaction},
+    },
+    limits,
+    model::{ConfigMap, InvalidConfig, PartitionId, TopicConfig, TopicId, TopicName},
+};
+
+/// Why a topic's configuration was not changed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum AlterError {
+    /// No such topic.
+    #[error(transparent)]
+    Unknown(#[from] UnknownTopic),
+    /// A configuration key or value is not allowed.
+    #[error(transparent)]
+    Config(#[from] InvalidConfig),
+    /// A key is both to be set and to be taken back.
+    #[error("topic configuration {key:?} is both set and unset: choose one")]
+    Both {
+        /// The key.
+        key: String,
+    },
+    /// Others kept changing it.
+    #[error("topic {:?} is being changed by others at the same time: try again", name.as_str())]
+    Conflict {
+        /// The name.
+        name: TopicName,
+    },
+    /// The metadata store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+/// Why a topic did not grow.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum AddPartitionsError {
+    /// No such topic.
+    #[error(transparent)]
+    Unknown(#[from] UnknownTopic),
+    /// It has as many already, or more.
+    #[error("topic {:?} has {has} partitions and cannot go to {to}: partitions are only ever added", name.as_str())]
+    NotMore {
+        /// The name.
+        name: TopicName,
+        /// How many it has.
+        has: u32,
+        /// How many were asked for.
+        to: u32,
+    },
+    /// More than any topic may have.
+    #[error("a topic cannot have {to} partitions: 1 to {}", limits::MAX_PARTITIONS)]
+    TooMany {
+        /// How many were asked for.
+        to: u32,
+    },
+    /// More replicas than brokers.
+    #[error("the topic's replication factor of {asked} needs as many brokers, and {live} are alive: start more")]
+    Brokers {
+        /// Replicas of each partition.
+        asked: u32,
+        /// Brokers that are alive.
+        live: usize,
+    },
+    /// Others kept changing it.
+    #[error("topic {:?} is being changed by others at the same time: try again", name.as_str())]
+    Conflict {
+        /// The name.
+        name: TopicName,
+    },
+    /// The metadata store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+/// Why a topic was not deleted.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum DeleteError {
+    /// No such topic.
+    #[error(transparent)]
+    Unknown(#[from] UnknownTopic),
+    /// Others kept changing it.
+    #[error("topic {:?} is being changed by others at the same time: try again", name.as_str())]
+    Conflict {
+        /// The name.
+        name: TopicName,
+    },
+    /// The metadata store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+macro_rules! retryable {
+    ($($kind:ident { $($also:pat),* }),*) => {$(
+        impl $kind {
+            /// Whether the same request may succeed later.
+            pub const fn retryable(&self) -> bool {
+                match self {
+                    Self::Conflict { .. } => true,
+                    $($also => true,)*
+                    Self::Store(error) => error.retryable(),
+                    _ => false,
+                }
+            }
+        }
+    )*};
+}
+retryable!(AlterError {}, AddPartitionsError { Self::Brokers { .. } }, DeleteError {});
+
+impl Topics {
+    /// Sets some keys of a topic's configuration and takes others back to their defaults; the rest stays.
+    pub async fn alter(&self, name: &TopicName, set: ConfigMap, unset: Vec<String>) -> Result<TopicInfo, AlterError> {
+        if let Some(key) = unset.iter().find(|key| set.contains_key(*key)) {
+            return Err(AlterError::Both { key: key.clone() });
+        }
+        if let Some(key) = unset.iter().find(|key| !TopicConfig::texts(&ConfigMap::new(), &set).contains_key(*key)) {
+            return Err(InvalidConfig::UnknownKey { key: key.chars().take(100).collect() }.into());
+        }
+        for _ in 0..ATTEMPTS {
+            let Some((entry, mut value)) = self.read(name).await? else {
+                return Err(self.unknown(name.as_str()).into());
+            };
+            value.config.extend(set.clone());
+            value.config.retain(|key, _| !unset.contains(key));
+            checked(&self.defaults, &value.config)?;
+            let transaction = Transaction::new()
+                .when(Compare::ModRevision(entry.key.clone(), entry.mod_revision))
+                .put(entry.key, value.encode());
+            // Done twice it is the same, so an unknown outcome is the caller's to try again.
+            if let Outcome::Done { revision } = self.store.transact(transaction).await? {
+                return Ok(TopicInfo { name: name.clone(), value, revision });
+            }
+        }
+        Err(AlterError::Conflict { name: name.clone() })
+    }
+
+    /// Lets a topic grow to this many partitions.
+    pub async fn add_partitions(&self, name: &TopicName, to: u32) -> Result<TopicInfo, AddPartitionsError> {
+        if to > limits::MAX_PARTITIONS {
+            return Err(AddPartitionsError::TooMany { to });
+        }
+        for _ in 0..ATTEMPTS {
+            let Some((entry, value)) = self.read(name).await? else {
+                return Err(self.unknown(name.as_str()).into());
+            };
+            if to <= value.partitions {
+                return Err(AddPartitionsError::NotMore { name: name.clone(), has: value.partitions, to });
+            }
+            let ids = (value.partitions..to).map(|number| PartitionId::new(value.id, number));
+            let Some(puts) = self.first_values(ids, value.replication_factor) else {
+                let live = self.view.state().brokers().len();
+                return Err(AddPartitionsError::Brokers { asked: value.replication_factor, live });
+            };
+            // While the topic is unchanged nobody counts these partitions, so what lies there may be overwritten.
+            let same = Compare::ModRevision(entry.key.clone(), entry.mod_revision);
+            if !self.in_chunks(std::slice::from_ref(&same), puts).await? {
+                continue;
+            }
+            let first = self.keys.partition(PartitionId::new(value.id, value.partitions));
+            let value = TopicValue { partitions: to, ..value };
+            let transaction = Transaction::new().when(same).when(Compare::Exists(first)).put(entry.key, value.encode());
+            if let Outcome::Done { revision } = self.store.transact(transaction).await? {
+                return Ok(TopicInfo { name: name.clone(), value, revision });
+            }
+        }
+        Err(AddPartitionsError::Conflict { name: name.clone() })
+    }
+
+    /// Deletes a topic. Done when its name is free; what is left of its partitions goes after it, now or by a sweep.
+    pub async fn delete(&self, name: &TopicName) -> Result<TopicId, DeleteError> {
+        for _ in 0..ATTEMPTS {
+            let Some((entry, value)) = self.read(name).await? else {
+                return Err(self.unknown(name.as_str()).into());
+            };
+            let transaction = Transaction::new()
+                .when(Compare::ModRevision(entry.key.clone(), entry.mod_revision))
+                .delete(entry.key)
+                .delete(self.keys.partition(PartitionId::new(value.id, 0)))
+                .put(self.keys.deleted(value.id), DeletedValue { name: name.clone() }.encode());
+            if let Outcome::Done { .. } = self.store.transact(transaction).await? {
+                if let Err(error) = self.delete_rest(&value).await {
+                    tracing::info!(topic = %name, id = %value.id, %error, "the rest of a deleted topic is left to the sweep");
+                }
+                return Ok(value.id);
+            }
+        }
+        Err(DeleteError::Conflict { name: name.clone() })
+    }
+
+    /// Whether a topic was deleted on purpose. Read from the store and not from the view.
+    pub async fn was_deleted(&self, id: TopicId) -> Result<bool, StoreError> {
+        Ok(self.store.get(&self.keys.deleted(id)).await?.entry.is_some())
+    }
+
+    async fn delete_rest(&self, value: &TopicValue) -> Result<(), StoreError> {
+        let ids = (0..value.partitions).map(|number| PartitionId::new(value.id, number));
+        let ops = ids.flat_map(|id| [self.keys.partition(id), self.keys.tier(id)]).map(|key| Op::Delete { key });
+        self.in_chunks(&[], ops.collect()).await?;
+        Ok(())
+    }
+}

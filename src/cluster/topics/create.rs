@@ -1,0 +1,148 @@
+//! Making a topic.
+
+use super::{TopicInfo, Topics, checked};
+use crate::{
+    cluster::{
+        keys::{TopicValue, Value as _},
+        store::{Compare, Outcome, Revision, StoreError, Transaction},
+    },
+    limits,
+    model::{ConfigMap, InvalidConfig, PartitionId, TopicId, TopicName},
+};
+
+/// A topic to be made.
+#[derive(Clone, Debug)]
+pub struct NewTopic {
+    /// Its name.
+    pub name: TopicName,
+    /// How many partitions: from 1.
+    pub partitions: u32,
+    /// How many replicas of each: from 1 to the number of live brokers.
+    pub replication_factor: u32,
+    /// What it sets.
+    pub config: ConfigMap,
+    /// Check everything and make nothing.
+    pub validate_only: bool,
+}
+
+/// Why a topic was not made.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum CreateError {
+    /// The name is taken.
+    #[error("topic {:?} exists already", name.as_str())]
+    Exists {
+        /// The name.
+        name: TopicName,
+    },
+    /// Too few or too many partitions.
+    #[error("a topic cannot have {asked} partitions: 1 to {}", limits::MAX_PARTITIONS)]
+    Partitions {
+        /// How many were asked for.
+        asked: u32,
+    },
+    /// Too few or too many replicas for any cluster.
+    #[error("a topic cannot have a replication factor of {asked}: 1 to {}", limits::MAX_REPLICAS)]
+    Replicas {
+        /// How many were asked for.
+        asked: u32,
+    },
+    /// More replicas than brokers.
+    #[error(
+        "a replication factor of {asked} needs as many brokers, and {live} are alive: ask for fewer, or start more"
+    )]
+    Brokers {
+        /// Replicas asked for.
+        asked: u32,
+        /// Brokers that are alive.
+        live: usize,
+    },
+    /// The cluster is full.
+    #[error("the cluster has {} topics, which is the most that it takes: delete some", limits::MAX_TOPICS)]
+    TooManyTopics,
+    /// A configuration key or value is not allowed.
+    #[error(transparent)]
+    Config(#[from] InvalidConfig),
+    /// Half of what was written was swept away meanwhile.
+    #[error("topic {:?} could not be made because of another change at the same time: try again", name.as_str())]
+    Conflict {
+        /// The name.
+        name: TopicName,
+    },
+    /// The metadata store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+impl CreateError {
+    /// Whether the same request may succeed later.
+    pub const fn retryable(&self) -> bool {
+        match self {
+            Self::Conflict { .. } | Self::Brokers { .. } => true,
+            Self::Store(error) => error.retryable(),
+            _ => false,
+        }
+    }
+}
+
+impl Topics {
+    /// Makes a topic. Done when it exists in the store; views follow.
+    pub async fn create(&self, new: NewTopic) -> Result<TopicInfo, CreateError> {
+        self.admit(&new)?;
+        if self.read(&new.name).await?.is_some() {
+            return Err(CreateError::Exists { name: new.name });
+        }
+        let NewTopic { name, partitions, replication_factor, config, validate_only } = new;
+        let id = TopicId::random();
+        let value = TopicValue { id, partitions, replication_factor, config };
+        if validate_only {
+            return Ok(TopicInfo { name, value, revision: Revision::ZERO });
+        }
+        let ids = (0..partitions).map(|number| PartitionId::new(id, number));
+        let Some(mut puts) = self.first_values(ids, replication_factor) else {
+            let live = self.view.state().brokers().len();
+            return Err(CreateError::Brokers { asked: replication_factor, live });
+        };
+        let rest = puts.split_off(1);
+        self.in_chunks(&[], rest).await?;
+        let key = self.keys.topic(&name);
+        let mut transaction =
+            Transaction::new().when(Compare::Absent(key.clone())).put(key.as_str(), value.encode()).else_get(key);
+        transaction.ops.extend(puts);
+        if partitions > 1 {
+            // A sweep begins with the first: if that is there, no sweep has begun, and none will.
+            transaction = transaction.when(Compare::Exists(self.keys.partition(PartitionId::new(id, 1))));
+        }
+        let info = |revision| TopicInfo { name: name.clone(), value: value.clone(), revision };
+        match self.store.transact(transaction).await {
+            Ok(Outcome::Done { revision }) => Ok(info(revision)),
+            Ok(Outcome::Refused { found, .. }) if matches!(found[..], [Some(_)]) => Err(CreateError::Exists { name }),
+            Ok(Outcome::Refused { .. }) => Err(CreateError::Conflict { name }),
+            Err(error) if error.outcome_unknown() => match self.read(&name).await? {
+                Some((entry, read)) if read.id == id => Ok(info(entry.mod_revision)),
+                _ => Err(error.into()),
+            },
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// What can be told without the store.
+    fn admit(&self, new: &NewTopic) -> Result<(), CreateError> {
+        let state = self.view.state();
+        if new.partitions == 0 || new.partitions > limits::MAX_PARTITIONS {
+            return Err(CreateError::Partitions { asked: new.partitions });
+        }
+        let asked = new.replication_factor;
+        if asked == 0 || asked > limits::MAX_REPLICAS {
+            return Err(CreateError::Replicas { asked });
+        }
+        let live = state.brokers().len();
+        if usize::try_from(asked).is_ok_and(|asked| asked > live) {
+            return Err(CreateError::Brokers { asked, live });
+        }
+        checked(&self.defaults, &new.config)?;
+        if state.topic(&new.name).is_some() {
+            return Err(CreateError::Exists { name: new.name.clone() });
+        }
+        if state.topics().len() >= limits::MAX_TOPICS { Err(CreateError::TooManyTopics) } else { Ok(()) }
+    }
+}

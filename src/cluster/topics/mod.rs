@@ -1,0 +1,193 @@
+//! Topic administration: functions over the store and the view that the broker's admin face calls.
+//!
+//! # Overview
+//!
+//! A topic is made in this order: partition keys 1, 2, … in transactions of at most 100; then, in one transaction that
+//! compares the name's absence, the topic's key with partition 0's. So a topic exists whole or not at all. It is deleted the
+//! other way round: the topic's key with partition 0's, then the rest. It grows by new partition keys first and then its
+//! count.
+//!
+//! # Invariants
+//!
+//! - Partition 0's key and the topic's come and go in one transaction.
+//! - Nobody acts on a partition that its topic does not count. So what is half made may be written again or taken away.
+//!
+//! # What a crash leaves
+//!
+//! Partition keys that no topic counts. [`Sweep`] deletes them; a maker whose keys it takes away meanwhile is refused in
+//! its last transaction, with a retryable error.
+
+use std::{ops::Range, sync::Arc};
+
+use super::{
+    keys::{Keys, PartitionValue, ProducerIdsValue, TopicValue, Value},
+    placement::Placement,
+    store::{Compare, Entry, MetaStore, Op, Outcome, Revision, StoreError, Transaction},
+    view::{Known, View},
+};
+use crate::model::{ConfigMap, InvalidConfig, LeaderEpoch, PartitionId, TopicName};
+
+mod change;
+mod create;
+mod sweep;
+
+pub use change::{AddPartitionsError, AlterError, DeleteError};
+pub use create::{CreateError, NewTopic};
+pub use sweep::Sweep;
+
+/// Operations in one transaction of many: below `limits::MAX_TRANSACTION_OPS`, with room for what goes with them.
+const CHUNK: usize = 100;
+
+/// How often a compare-and-set is tried again when somebody else was faster.
+const ATTEMPTS: usize = 10;
+
+/// How many producer ids are taken at once.
+const PRODUCER_ID_BLOCK: i64 = 1000;
+
+/// How many near names an error lists.
+const NEAR_NAMES: usize = 3;
+
+/// Topic administration. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Topics {
+    store: Arc<dyn MetaStore>,
+    keys: Keys,
+    view: View,
+    defaults: Arc<ConfigMap>,
+}
+
+/// A topic as the store has it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TopicInfo {
+    /// Its name.
+    pub name: TopicName,
+    /// Its value.
+    pub value: TopicValue,
+    /// The transaction that wrote it: wait for the view to reach it. Zero when nothing was written.
+    pub revision: Revision,
+}
+
+/// No topic has this name.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("topic {name:?} does not exist{}", hint(near))]
+pub struct UnknownTopic {
+    /// What was asked for.
+    pub name: String,
+    /// Names that look like it, the nearest first.
+    pub near: Vec<TopicName>,
+}
+
+fn hint(near: &[TopicName]) -> String {
+    if near.is_empty() {
+        return String::new();
+    }
+    let names: Vec<_> = near.iter().map(|name| format!("{:?}", name.as_str())).collect();
+    format!("; did you mean {}?", names.join(" or "))
+}
+
+impl Topics {
+    /// Administration of a cluster's topics. `defaults` are the broker's `[topic_defaults]`.
+    pub fn new(store: Arc<dyn MetaStore>, keys: Keys, view: View, defaults: ConfigMap) -> Self {
+        Self { store, keys, view, defaults: Arc::new(defaults) }
+    }
+
+    /// The topic of this name, from the view.
+    pub fn find(&self, name: &TopicName) -> Result<Arc<Known<TopicValue>>, UnknownTopic> {
+        self.view.state().topic(name).cloned().ok_or_else(|| self.unknown(name.as_str()))
+    }
+
+    /// The error for a name that no topic has.
+    pub fn unknown(&self, name: &str) -> UnknownTopic {
+        let name: String = name.chars().take(TopicName::MAX_BYTES).collect();
+        let state = self.view.state();
+        let mut near: Vec<_> = state
+            .topics()
+            .keys()
+            .map(|known| (strsim::jaro_winkler(&name, known.as_str()), known))
+            .filter(|(likeness, _)| *likeness > 0.8)
+            .collect();
+        near.sort_by(|a, b| b.0.total_cmp(&a.0).then_with(|| a.1.cmp(b.1)));
+        UnknownTopic { name, near: near.into_iter().take(NEAR_NAMES).map(|(_, name)| name.clone()).collect() }
+    }
+
+    /// Takes the next block of producer ids. An unknown outcome costs a block and no more.
+    pub async fn producer_ids(&self) -> Result<Range<i64>, StoreError> {
+        let key = self.keys.producer_ids();
+        let mut entry = self.store.get(&key).await?.entry;
+        for _ in 0..ATTEMPTS {
+            let next = match &entry {
+                None => 0,
+                Some(entry) => {
+                    ProducerIdsValue::decode(&entry.key, &entry.value).map_err(StoreError::unavailable)?.next
+                }
+            };
+            let Some(end) = next.checked_add(PRODUCER_ID_BLOCK) else {
+                return Err(StoreError::unavailable("every producer id has been given"));
+            };
+            let transaction = Transaction::new()
+                .when(unchanged(&key, entry.as_ref()))
+                .put(key.as_str(), ProducerIdsValue { next: end }.encode())
+                .else_get(key.as_str());
+            match self.store.transact(transaction).await? {
+                Outcome::Done { .. } => return Ok(next..end),
+                Outcome::Refused { mut found, .. } => entry = found.pop().flatten(),
+            }
+        }
+        Err(StoreError::unavailable("other brokers take producer ids at the same time"))
+    }
+
+    /// The topic as the store has it now.
+    async fn read(&self, name: &TopicName) -> Result<Option<(Entry, TopicValue)>, StoreError> {
+        let Some(entry) = self.store.get(&self.keys.topic(name)).await?.entry else { return Ok(None) };
+        let value = TopicValue::decode(&entry.key, &entry.value).map_err(StoreError::unavailable)?;
+        Ok(Some((entry, value)))
+    }
+
+    /// Does many operations in transactions of at most `CHUNK`, each only under these conditions. False when one of
+    /// them was refused: those before it are done.
+    async fn in_chunks(&self, conditions: &[Compare], ops: Vec<Op>) -> Result<bool, StoreError> {
+        for chunk in ops.chunks(CHUNK) {
+            let transaction = Transaction { compares: conditions.to_vec(), ops: chunk.to_vec(), else_get: Vec::new() };
+            if let Outcome::Refused { .. } = self.store.transact(transaction).await? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// First values for new partitions. `None` when fewer brokers are alive than there are to be replicas.
+    fn first_values(&self, ids: impl Iterator<Item = PartitionId>, replicas: u32) -> Option<Vec<Op>> {
+        let mut placement = Placement::of(&self.view.state());
+        let replicas = usize::try_from(replicas).ok()?;
+        ids.map(|id| {
+            let replicas = placement.place(id, replicas)?;
+            let value = PartitionValue {
+                leader: replicas.first().copied(),
+                leader_epoch: LeaderEpoch(0),
+                isr: replicas.clone(),
+                replicas,
+                elr: Vec::new(),
+                adding: Vec::new(),
+                removing: Vec::new(),
+            };
+            Some(Op::Put { key: self.keys.partition(id), value: value.encode(), lease: None })
+        })
+        .collect()
+    }
+}
+
+/// The condition that a key is still what was read.
+fn unchanged(key: &str, entry: Option<&Entry>) -> Compare {
+    match entry {
+        Some(entry) => Compare::ModRevision(key.to_owned(), entry.mod_revision),
+        None => Compare::Absent(key.to_owned()),
+    }
+}
+
+/// What a topic's configuration must be: valid over the broker's defaults.
+fn checked(defaults: &ConfigMap, config: &ConfigMap) -> Result<(), InvalidConfig> {
+    crate::model::TopicConfig::resolve(defaults, config).map(|_| ())
+}
+
+#[cfg(test)]
+mod tests;

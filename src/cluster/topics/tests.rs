@@ -1,0 +1,308 @@
+//! Topic administration over the store in memory, with crashes and rivals in between.
+
+use std::time::Duration;
+
+use super::*;
+use crate::{
+    cluster::{
+        embedded::EmbeddedStore,
+        keys::{Addresses, BrokerValue, Key},
+    },
+    limits,
+    model::{BrokerId, TopicId},
+    task::Tasks,
+};
+
+struct Cluster {
+    store: EmbeddedStore,
+    keys: Keys,
+    view: View,
+    topics: Topics,
+    _tasks: Tasks,
+}
+
+impl Cluster {
+    async fn of(brokers: u32) -> Self {
+        let store = EmbeddedStore::in_memory();
+        let keys = Keys::new("test").expect("valid");
+        let lease = store.grant(Duration::from_secs(10_000)).await.expect("answers");
+        for id in 1..=brokers {
+            let value = BrokerValue {
+                addresses: Addresses { grpc: format!("b{id}:9460"), http: None },
+                rack: Some(format!("rack-{}", id % 3)),
+                directory_id: id.to_string(),
+                version: "0".to_owned(),
+            };
+            let put = Transaction::new().put_leased(keys.broker(BrokerId(id)), value.encode(), lease);
+            store.transact(put).await.expect("answers");
+        }
+        let tasks = Tasks::new();
+        let view = View::start(Arc::new(store.clone()), keys.clone(), &tasks);
+        let defaults = ConfigMap::from([("segment.bytes".to_owned(), "1048576".to_owned())]);
+        let topics = Topics::new(Arc::new(store.clone()), keys.clone(), view.clone(), defaults);
+        let cluster = Self { store, keys, view, topics, _tasks: tasks };
+        if brokers > 0 {
+            cluster.catch_up().await;
+        }
+        cluster
+    }
+
+    /// Until the view has seen everything.
+    async fn catch_up(&self) {
+        let revision = self.store.get("").await.expect("answers").revision;
+        self.view.reached(revision).await;
+    }
+
+    async fn create(&self, name: &str, partitions: u32, replicas: u32) -> Result<TopicInfo, CreateError> {
+        let made = self.topics.create(new(name, partitions, replicas)).await;
+        self.catch_up().await;
+        made
+    }
+
+    async fn paths(&self, kind: &str) -> Vec<String> {
+        let prefix = format!("{}{kind}", self.keys.prefix());
+        let listing = self.store.list(&prefix).await.expect("answers");
+        listing.entries.into_iter().map(|entry| entry.key).collect()
+    }
+
+    async fn put(&self, key: &Key, value: impl Into<bytes::Bytes>) {
+        self.store.transact(Transaction::new().put(self.keys.path(key), value)).await.expect("answers");
+        self.catch_up().await;
+    }
+
+    /// Two runs of a sweep, between which nothing happened.
+    async fn sweep(&self) -> Vec<TopicId> {
+        self.catch_up().await;
+        let mut sweep = Sweep::default();
+        assert_eq!(sweep.run(&self.topics).await, Ok(vec![]), "the first run only looks");
+        let swept = sweep.run(&self.topics).await.expect("answers");
+        self.catch_up().await;
+        swept
+    }
+}
+
+fn name(name: &str) -> TopicName {
+    name.parse().expect("valid")
+}
+
+fn new(topic: &str, partitions: u32, replication_factor: u32) -> NewTopic {
+    NewTopic { name: name(topic), partitions, replication_factor, config: ConfigMap::new(), validate_only: false }
+}
+
+fn map(key: &str, value: &str) -> ConfigMap {
+    ConfigMap::from([(key.to_owned(), value.to_owned())])
+}
+
+#[tokio::test]
+async fn a_topic_is_made_whole_with_leaders_at_epoch_zero() {
+    let cluster = Cluster::of(3).await;
+    let made = cluster.create("orders", 250, 2).await.expect("made");
+    let state = cluster.view.state();
+    let topic = state.topic(&name("orders")).expect("it exists");
+    assert_eq!((topic.value.clone(), topic.mod_revision), (made.value.clone(), made.revision));
+    let mut count = 0;
+    for (_, entry) in state.partitions_of(&topic.value) {
+        let value = &entry.partition.expect("every partition is there").value;
+        assert_eq!((value.replicas.len(), &value.isr, value.leader_epoch), (2, &value.replicas, LeaderEpoch(0)));
+        assert_eq!(value.leader, value.replicas.first().copied());
+        count += 1;
+    }
+    assert_eq!(count, 250);
+}
+
+#[tokio::test]
+async fn what_cannot_be_made_is_refused_with_the_numbers_and_makes_nothing() {
+    let cluster = Cluster::of(2).await;
+    let error = cluster.create("a", 1, 3).await.expect_err("three replicas on two brokers");
+    assert_eq!(error, CreateError::Brokers { asked: 3, live: 2 });
+    assert!(error.to_string().contains('3') && error.to_string().contains('2'), "{error}");
+    assert_eq!(cluster.create("a", 0, 1).await, Err(CreateError::Partitions { asked: 0 }));
+    let asked = limits::MAX_PARTITIONS + 1;
+    assert_eq!(cluster.create("a", asked, 1).await, Err(CreateError::Partitions { asked }));
+    assert_eq!(cluster.create("a", 1, 0).await, Err(CreateError::Replicas { asked: 0 }));
+    let bad = NewTopic { config: map("retention.ms", "soon"), ..new("a", 1, 1) };
+    let error = cluster.topics.create(bad).await.expect_err("no number").to_string();
+    assert!(error.contains("retention.ms") && error.contains("soon"), "{error}");
+    let validated = cluster.topics.create(NewTopic { validate_only: true, ..new("a", 1, 1) }).await.expect("valid");
+    assert_eq!(validated.revision, Revision::ZERO);
+    assert_eq!((cluster.paths("topics/").await.len(), cluster.paths("partitions/").await.len()), (0, 0));
+}
+
+#[tokio::test]
+async fn a_name_is_taken_once_however_many_want_it() {
+    let cluster = Cluster::of(1).await;
+    let attempts = (0..8).map(|_| cluster.topics.create(new("same", 3, 1)));
+    let made = futures::future::join_all(attempts).await;
+    assert_eq!(made.iter().filter(|made| made.is_ok()).count(), 1);
+    let exists = CreateError::Exists { name: name("same") };
+    assert!(made.iter().all(|made| made.is_ok() || made.as_ref().err() == Some(&exists)), "{made:?}");
+    cluster.catch_up().await;
+    assert_eq!(cluster.create("same", 1, 1).await, Err(exists));
+    let id = cluster.topics.find(&name("same")).expect("it exists").value.id;
+    cluster.sweep().await;
+    let paths = cluster.paths("partitions/").await;
+    assert_eq!(paths.len(), 3, "what the losers wrote is swept");
+    assert!(paths.iter().all(|path| path.contains(&id.to_string())));
+}
+
+#[tokio::test]
+async fn configuration_is_set_unset_and_checked() {
+    let cluster = Cluster::of(1).await;
+    cluster.create("a", 1, 1).await.expect("made");
+    let altered = cluster.topics.alter(&name("a"), map("retention.ms", "1000"), vec![]).await.expect("altered");
+    assert_eq!(altered.value.config, map("retention.ms", "1000"));
+    let both = cluster.topics.alter(&name("a"), map("segment.ms", "500"), vec!["retention.ms".to_owned()]).await;
+    assert_eq!(both.expect("altered").value.config, map("segment.ms", "500"));
+    let wrong = cluster.topics.alter(&name("a"), map("segment.bytes", "12"), vec![]).await.expect_err("too small");
+    assert!(matches!(wrong, AlterError::Config(_)), "{wrong}");
+    let unknown = cluster.topics.alter(&name("a"), ConfigMap::new(), vec!["segment.byte".to_owned()]).await;
+    assert!(matches!(unknown, Err(AlterError::Config(InvalidConfig::UnknownKey { .. }))), "{unknown:?}");
+    let twice = cluster.topics.alter(&name("a"), map("segment.ms", "1"), vec!["segment.ms".to_owned()]).await;
+    assert!(matches!(twice, Err(AlterError::Both { .. })), "{twice:?}");
+    cluster.catch_up().await;
+    assert_eq!(cluster.topics.find(&name("a")).expect("it exists").value.config, map("segment.ms", "500"));
+}
+
+#[tokio::test]
+async fn alterations_at_the_same_time_are_all_kept() {
+    let cluster = Cluster::of(1).await;
+    cluster.create("a", 1, 1).await.expect("made");
+    let keys =
+        [("retention.ms", "-1"), ("retention.bytes", "5000"), ("segment.ms", "777"), ("durability", "replicated")];
+    let topic = name("a");
+    let all = keys.map(|(key, value)| cluster.topics.alter(&topic, map(key, value), vec![]));
+    assert!(futures::future::join_all(all).await.iter().all(Result::is_ok));
+    cluster.catch_up().await;
+    assert_eq!(cluster.topics.find(&topic).expect("it exists").value.config.len(), 4);
+}
+
+#[tokio::test]
+async fn a_topic_grows_and_keeps_what_it_had() {
+    let cluster = Cluster::of(3).await;
+    cluster.create("a", 2, 3).await.expect("made");
+    let before: Vec<_> =
+        cluster.store.list(&format!("{}partitions/", cluster.keys.prefix())).await.expect("answers").entries;
+    let grown = cluster.topics.add_partitions(&name("a"), 150).await.expect("grown");
+    assert_eq!(grown.value.partitions, 150);
+    cluster.catch_up().await;
+    let after = cluster.store.list(&format!("{}partitions/", cluster.keys.prefix())).await.expect("answers").entries;
+    assert_eq!(after.len(), 150);
+    assert!(before.iter().all(|entry| after.contains(entry)), "what was there is untouched");
+    let less = cluster.topics.add_partitions(&name("a"), 150).await;
+    assert_eq!(less, Err(AddPartitionsError::NotMore { name: name("a"), has: 150, to: 150 }));
+    let many = cluster.topics.add_partitions(&name("a"), limits::MAX_PARTITIONS + 1).await;
+    assert!(matches!(many, Err(AddPartitionsError::TooMany { .. })), "{many:?}");
+}
+
+#[tokio::test]
+async fn growing_twice_at_the_same_time_never_rewrites_a_partition_that_counts() {
+    let cluster = Cluster::of(3).await;
+    cluster.create("a", 1, 1).await.expect("made");
+    let topic = name("a");
+    let (small, large) =
+        tokio::join!(cluster.topics.add_partitions(&topic, 110), cluster.topics.add_partitions(&topic, 230));
+    assert!(large.is_ok() || small.is_ok());
+    cluster.catch_up().await;
+    let state = cluster.view.state();
+    let value = &state.topic(&topic).expect("it exists").value;
+    assert!(state.partitions_of(value).all(|(_, entry)| entry.partition.is_some()));
+    let committed = state.topic(&topic).expect("it exists").mod_revision;
+    let rewritten = |(_, entry): (u32, crate::cluster::PartitionEntry)| {
+        entry.partition.is_some_and(|known| known.mod_revision > committed)
+    };
+    assert!(!state.partitions_of(value).any(rewritten));
+}
+
+#[tokio::test]
+async fn a_deleted_topic_leaves_nothing_and_its_name_is_another_topics() {
+    let cluster = Cluster::of(1).await;
+    let first = cluster.create("a", 130, 1).await.expect("made").value.id;
+    let tier = r#"{"manifest":null,"tiered_end":0,"log_start":0,"epoch":0}"#;
+    cluster.put(&Key::Tier(PartitionId::new(first, 7)), tier).await;
+    assert_eq!(cluster.topics.delete(&name("a")).await, Ok(first));
+    for kind in ["topics/", "partitions/", "tier/"] {
+        assert_eq!(cluster.paths(kind).await, Vec::<String>::new());
+    }
+    cluster.catch_up().await;
+    assert!(cluster.create("a", 1, 1).await.expect("made").value.id != first);
+}
+
+#[tokio::test]
+async fn unknown_topics_are_told_with_near_names() {
+    let cluster = Cluster::of(1).await;
+    for topic in ["orders", "orders-dead", "payments"] {
+        cluster.create(topic, 1, 1).await.expect("made");
+    }
+    let error = cluster.topics.find(&name("order")).expect_err("unknown");
+    assert_eq!(error.near, [name("orders"), name("orders-dead")]);
+    assert_eq!(error.to_string(), "topic \"order\" does not exist; did you mean \"orders\" or \"orders-dead\"?");
+    let error = cluster.topics.delete(&name("zzz")).await.expect_err("unknown");
+    assert_eq!(error.to_string(), "topic \"zzz\" does not exist");
+}
+
+#[tokio::test]
+async fn what_a_crash_left_of_a_creation_is_swept_and_whole_topics_are_not() {
+    let cluster = Cluster::of(1).await;
+    cluster.create("whole", 3, 1).await.expect("made");
+    let half = TopicId::random();
+    let ids = (1..150).map(|number| PartitionId::new(half, number));
+    let puts = cluster.topics.first_values(ids, 1).expect("enough brokers");
+    assert_eq!(cluster.topics.in_chunks(&[], puts).await, Ok(true));
+    assert_eq!(cluster.sweep().await, [half]);
+    assert_eq!(cluster.paths("partitions/").await.len(), 3);
+    assert_eq!(cluster.sweep().await, []);
+}
+
+#[tokio::test]
+async fn what_a_crash_left_of_growing_and_of_deleting_is_swept() {
+    let cluster = Cluster::of(1).await;
+    let id = cluster.create("a", 2, 1).await.expect("made").value.id;
+    let value = r#"{"replicas":[1],"leader":1,"leader_epoch":0,"isr":[1]}"#;
+    cluster.put(&Key::Partition(PartitionId::new(id, 2)), value).await;
+    let deleted = TopicId::random();
+    cluster.put(&Key::Partition(PartitionId::new(deleted, 5)), value).await;
+    cluster
+        .put(&Key::Tier(PartitionId::new(deleted, 0)), r#"{"manifest":null,"tiered_end":0,"log_start":0,"epoch":0}"#)
+        .await;
+    let mut swept = cluster.sweep().await;
+    swept.sort_unstable();
+    let mut expected = [id, deleted];
+    expected.sort_unstable();
+    assert_eq!(swept, expected);
+    assert_eq!((cluster.paths("partitions/").await.len(), cluster.paths("tier/").await.len()), (2, 0));
+}
+
+#[tokio::test]
+async fn partitions_of_a_topic_whose_value_cannot_be_read_are_never_swept() {
+    let cluster = Cluster::of(1).await;
+    cluster.create("a", 150, 1).await.expect("made");
+    cluster.put(&Key::Topic(name("a")), "{broken").await;
+    assert_eq!(cluster.sweep().await, []);
+    assert_eq!(cluster.paths("partitions/").await.len(), 150);
+}
+
+#[tokio::test]
+async fn a_sweep_never_takes_a_topic_that_was_made_meanwhile() {
+    let cluster = Cluster::of(1).await;
+    let made = cluster.create("a", 5, 1).await.expect("made").value.id;
+    let state = cluster.view.state();
+    // What the sweep saw before the last transaction of the creation.
+    let strays: Vec<_> = state.partitions_of(&state.topic(&name("a")).expect("it exists").value).skip(1).collect();
+    cluster.store.transact(Transaction::new().delete(cluster.keys.topic(&name("a")))).await.expect("answers");
+    cluster.catch_up().await;
+    assert_eq!(
+        cluster.topics.sweep_topic(made, &strays).await,
+        Ok(false),
+        "partition 0 is there, so the topic was made"
+    );
+    assert_eq!(cluster.paths("partitions/").await.len(), 5);
+}
+
+#[tokio::test]
+async fn producer_ids_are_given_once() {
+    let cluster = Cluster::of(0).await;
+    let blocks = futures::future::join_all((0..5).map(|_| cluster.topics.producer_ids())).await;
+    let mut starts: Vec<_> = blocks.into_iter().map(|block| block.expect("answers")).map(|ids| ids.start).collect();
+    starts.sort_unstable();
+    assert_eq!(starts, [0, 1000, 2000, 3000, 4000]);
+}

@@ -1,0 +1,190 @@
+//! The mirror of the cluster's prefix: where everyone looks, so that nobody asks the store.
+//!
+//! # Overview
+//!
+//! One task lists the prefix, then watches it from the listing's revision on. It lists again when the watch is compacted
+//! or breaks, and from time to time anyway. Each move is published twice: as the whole state ([`View::state`],
+//! [`View::watch`]) and as the keys that changed ([`View::feed`]). A move costs what changed, however much there is.
+//!
+//! # Invariants
+//!
+//! - The revision never goes back: what is older than the state changes nothing, whoever sends it.
+//! - A state is whole: no transaction is ever half in it.
+//! - While the store does not answer, the state stays as it is.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::sync::{broadcast, watch};
+
+use super::{
+    keys::{Key, Keys},
+    store::{MetaStore, Revision, StoreError, Watch},
+};
+use crate::{
+    model::PartitionId,
+    task::{Tasks, clock},
+};
+
+mod state;
+
+pub use state::{Known, PartitionEntry, ViewState};
+
+/// How often the prefix is listed again though nothing seems wrong.
+const RELIST: Duration = Duration::from_secs(600);
+
+/// The waits between attempts while the store does not answer.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(5));
+
+/// How many moves a feed may lie behind before it starts over.
+const FEED_MOVES: usize = 1024;
+
+/// A handle of the mirror. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct View {
+    state: Arc<watch::Sender<Arc<ViewState>>>,
+    moves: broadcast::Sender<Arc<[Key]>>,
+}
+
+/// What a feed says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Moved {
+    /// Anything may have changed: look at the whole state. The first answer of every feed, and the answer to one that
+    /// lay too far behind.
+    Everything,
+    /// These keys changed. The state is at least as new; look up what they are now.
+    Keys(Arc<[Key]>),
+}
+
+/// The keys that change, move by move.
+#[derive(Debug)]
+pub struct Feed {
+    moves: broadcast::Receiver<Arc<[Key]>>,
+    started: bool,
+}
+
+impl Feed {
+    /// The next move; `None` when the mirror was stopped. May be dropped at any moment without losing any.
+    pub async fn next(&mut self) -> Option<Moved> {
+        if !self.started {
+            self.started = true;
+            return Some(Moved::Everything);
+        }
+        match self.moves.recv().await {
+            Ok(keys) => Some(Moved::Keys(keys)),
+            Err(broadcast::error::RecvError::Lagged(_)) => {
+                self.moves = self.moves.resubscribe();
+                Some(Moved::Everything)
+            }
+            Err(broadcast::error::RecvError::Closed) => None,
+        }
+    }
+}
+
+impl View {
+    /// Starts the mirror. It is empty at first: see [`View::reached`].
+    pub fn start(store: Arc<dyn MetaStore>, keys: Keys, tasks: &Tasks) -> Self {
+        let view = Self { state: Arc::new(watch::Sender::default()), moves: broadcast::Sender::new(FEED_MOVES) };
+        let mirror = Mirror { store, keys, view: view.clone() };
+        let stop = tasks.clone();
+        tasks.spawn("cluster view", async move {
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => {}
+                () = mirror.run() => {}
+            }
+        });
+        view
+    }
+
+    /// The state now. Let go of it soon: while it is held, changes copy the tables that they touch.
+    pub fn state(&self) -> Arc<ViewState> {
+        self.state.borrow().clone()
+    }
+
+    /// The state and its changes.
+    pub fn watch(&self) -> watch::Receiver<Arc<ViewState>> {
+        self.state.subscribe()
+    }
+
+    /// The keys that change from now on; its first answer says to look at everything.
+    pub fn feed(&self) -> Feed {
+        Feed { moves: self.moves.subscribe(), started: false }
+    }
+
+    /// What is known of a partition that counts.
+    pub fn partition(&self, id: PartitionId) -> Option<PartitionEntry> {
+        self.state.borrow().partition(id).cloned()
+    }
+
+    /// Waits until the mirror holds this revision; with 1 or less, until it holds anything. It does not end
+    /// while the store does not answer: bound it.
+    pub async fn reached(&self, revision: Revision) {
+        let mut states = self.state.subscribe();
+        // The sender lives in `self`, so the channel cannot close.
+        let _state = states.wait_for(|state| state.revision() >= revision.max(Revision(1))).await;
+    }
+
+    fn publish(&self, change: impl FnOnce(&mut ViewState) -> Vec<Key>) {
+        let mut changed = Vec::new();
+        // In place unless somebody holds the state: that is what makes a move cost what changed.
+        self.state.send_modify(|state| changed = change(Arc::make_mut(state)));
+        if !changed.is_empty() {
+            // An error means that nobody listens.
+            let _listeners = self.moves.send(changed.into());
+        }
+    }
+}
+
+struct Mirror {
+    store: Arc<dyn MetaStore>,
+    keys: Keys,
+    view: View,
+}
+
+impl Mirror {
+    async fn run(self) {
+        let mut wait = BACKOFF.0;
+        loop {
+            match self.list().await {
+                Ok(watch) => {
+                    wait = BACKOFF.0;
+                    self.follow(watch).await;
+                }
+                Err(error) => {
+                    tracing::warn!(%error, retry_ms = wait.as_millis(), "the cluster's metadata could not be listed");
+                    tokio::time::sleep(wait).await;
+                    wait = (wait * 2).min(BACKOFF.1);
+                }
+            }
+        }
+    }
+
+    async fn list(&self) -> Result<Watch, StoreError> {
+        let listing = self.store.list(self.keys.prefix()).await?;
+        let from = listing.revision.next();
+        self.view.publish(|state| state.replace(&self.keys, listing));
+        self.store.watch(self.keys.prefix(), from).await
+    }
+
+    /// Applies what the watch says until it ends or it is time to list again.
+    async fn follow(&self, mut watch: Watch) {
+        let relist = clock::monotonic() + RELIST;
+        loop {
+            tokio::select! {
+                biased;
+                () = tokio::time::sleep_until(relist) => return,
+                changes = watch.next() => match changes {
+                    Some(Ok(changes)) => self.view.publish(|state| state.apply(&self.keys, changes)),
+                    Some(Err(error)) => {
+                        tracing::info!(%error, "the metadata watch broke; listing again");
+                        return tokio::time::sleep(BACKOFF.0).await;
+                    }
+                    None => return tokio::time::sleep(BACKOFF.0).await,
+                },
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,312 @@
+//! What the mirror holds, and how changes move it. Pure: no store, no task, no clock.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
+
+use crate::{
+    cluster::{
+        keys::{BrokerValue, ControllerValue, Key, Keys, PartitionValue, TopicValue, Value},
+        store::{Changes, Entry, Event, Listing, Revision},
+    },
+    model::{BrokerId, PartitionId, TopicId, TopicName},
+    tier::TierState,
+};
+
+/// A value and the transactions that made and last wrote it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Known<T> {
+    /// The value.
+    pub value: T,
+    /// The transaction that made the key. A broker's is its broker epoch.
+    pub create_revision: Revision,
+    /// The transaction that last wrote the key: what a compare-and-set compares.
+    pub mod_revision: Revision,
+}
+
+/// What is known of one partition.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PartitionEntry {
+    /// Its replicas and leader.
+    pub partition: Option<Arc<Known<PartitionValue>>>,
+    /// What it has in the bucket; `None` before the first commit.
+    pub tier: Option<Arc<Known<TierState>>>,
+}
+
+/// The cluster as it was at one revision.
+///
+/// Clones share everything. A change copies what it changes and only when a clone is still held: the table of topics,
+/// or the table of one topic's partitions. So ask and let go, rather than keep.
+#[derive(Clone, Debug, Default)]
+pub struct ViewState {
+    revision: Revision,
+    brokers: BTreeMap<BrokerId, Arc<Known<BrokerValue>>>,
+    controller: Option<Arc<Known<ControllerValue>>>,
+    topics: BTreeMap<TopicName, Arc<Known<TopicValue>>>,
+    names: BTreeMap<TopicId, TopicName>,
+    /// By topic, then by number. Also those that no topic names: on their way, or left over.
+    partitions: BTreeMap<TopicId, Arc<Vec<PartitionEntry>>>,
+    /// Keys whose values cannot be used, and why.
+    unreadable: BTreeMap<Key, String>,
+}
+
+impl ViewState {
+    /// The revision that it mirrors; zero before the first listing.
+    pub const fn revision(&self) -> Revision {
+        self.revision
+    }
+
+    /// The live brokers.
+    pub const fn brokers(&self) -> &BTreeMap<BrokerId, Arc<Known<BrokerValue>>> {
+        &self.brokers
+    }
+
+    /// The broker that plans, when there is one.
+    pub fn controller(&self) -> Option<BrokerId> {
+        self.controller.as_ref().map(|known| known.value.broker)
+    }
+
+    /// Every topic by name.
+    pub const fn topics(&self) -> &BTreeMap<TopicName, Arc<Known<TopicValue>>> {
+        &self.topics
+    }
+
+    /// The topic of this name.
+    pub fn topic(&self, name: &TopicName) -> Option<&Arc<Known<TopicValue>>> {
+        self.topics.get(name)
+    }
+
+    /// The name of the topic with this id.
+    pub fn name(&self, id: TopicId) -> Option<&TopicName> {
+        self.names.get(&id)
+    }
+
+    /// A topic's partitions by number, `0..topic.partitions`. One whose key is missing or unreadable has no
+    /// `partition`.
+    pub fn partitions_of<'a>(&'a self, topic: &TopicValue) -> impl Iterator<Item = (u32, PartitionEntry)> + use<'a> {
+        let entries = self.partitions.get(&topic.id);
+        (0..topic.partitions).map(move |number| (number, nth(entries, number).cloned().unwrap_or_default()))
+    }
+
+    /// What is known of a partition that counts: its topic exists and is that large.
+    pub fn partition(&self, id: PartitionId) -> Option<&PartitionEntry> {
+        let topic = self.topics.get(self.names.get(&id.topic)?)?;
+        (id.number < topic.value.partitions).then(|| nth(self.partitions.get(&id.topic), id.number)).flatten()
+    }
+
+    /// Every partition that counts and has this broker among its replicas.
+    pub fn partitions_on(&self, broker: BrokerId) -> Vec<PartitionId> {
+        let mut found = Vec::new();
+        for topic in self.topics.values() {
+            for (number, entry) in self.partitions_of(&topic.value) {
+                if entry.partition.is_some_and(|known| known.value.replicas.contains(&broker)) {
+                    found.push(PartitionId::new(topic.value.id, number));
+                }
+            }
+        }
+        found
+    }
+
+    /// Keys whose values cannot be used, and why.
+    pub const fn unreadable(&self) -> &BTreeMap<Key, String> {
+        &self.unreadable
+    }
+
+    /// Partition and tier keys that do not count, by topic, with the topic's name where it exists.
+    pub(crate) fn strays(&self) -> BTreeMap<TopicId, Vec<(u32, PartitionEntry)>> {
+        let mut strays = BTreeMap::new();
+        for (id, entries) in &self.partitions {
+            let count = self.names.get(id).and_then(|name| self.topics.get(name)).map_or(0, |t| t.value.partitions);
+            let above: Vec<_> = (0..)
+                .zip(entries.iter())
+                .filter(|(number, entry)| *number >= count && **entry != PartitionEntry::default())
+                .map(|(number, entry)| (number, entry.clone()))
+                .collect();
+            if !above.is_empty() {
+                strays.insert(*id, above);
+            }
+        }
+        strays
+    }
+
+    /// Moves on by a watch's changes. Returns the keys that changed; what is older than the state changes nothing.
+    pub(crate) fn apply(&mut self, keys: &Keys, changes: Changes) -> Vec<Key> {
+        let before = self.revision;
+        let mut changed = Vec::new();
+        for event in changes.events {
+            if event.revision() <= before {
+                continue;
+            }
+            self.revision = self.revision.max(event.revision());
+            // Kinds that the view does not mirror (groups, offsets, a newer version's) pass by.
+            let Some(key) = mirrored(keys, event.key()) else { continue };
+            match event {
+                Event::Put(entry) => self.put(keys, &key, &entry),
+                Event::Delete { .. } => self.remove(&key),
+            }
+            changed.push(key);
+        }
+        self.revision = self.revision.max(changes.revision);
+        changed
+    }
+
+    /// Moves to a listing of the whole prefix. Returns the keys that changed; an older listing changes nothing.
+    pub(crate) fn replace(&mut self, keys: &Keys, listing: Listing) -> Vec<Key> {
+        if listing.revision < self.revision {
+            return Vec::new();
+        }
+        let mut gone: BTreeSet<Key> = self.keys();
+        let mut changed = Vec::new();
+        for entry in &listing.entries {
+            let Some(key) = mirrored(keys, &entry.key) else { continue };
+            gone.remove(&key);
+            if self.mod_revision(&key) != Some(entry.mod_revision) {
+                self.put(keys, &key, entry);
+                changed.push(key);
+            }
+        }
+        for key in gone {
+            self.remove(&key);
+            changed.push(key);
+        }
+        self.revision = listing.revision;
+        changed
+    }
+
+    fn put(&mut self, keys: &Keys, key: &Key, entry: &Entry) {
+        let done = match key {
+            Key::Broker(id) => read(entry).map(|known| {
+                self.brokers.insert(*id, known);
+            }),
+            Key::Controller => read(entry).map(|known| self.controller = Some(known)),
+            Key::Topic(name) => read(entry).map(|known| self.put_topic(name, known)),
+            Key::Partition(id) => read(entry).map(|known| self.slot(*id).partition = Some(known)),
+            Key::Tier(id) => read(entry).map(|known| self.slot(*id).tier = Some(known)),
+            Key::Deleted(_) | Key::ProducerIds => Ok(()),
+        };
+        match done {
+            Ok(()) => {
+                self.unreadable.remove(key);
+            }
+            Err(why) => {
+                tracing::warn!(key = keys.path(key), %why, "a value in the metadata store cannot be used; skipped");
+                // What it said before is no longer true either.
+                self.remove(key);
+                self.unreadable.insert(key.clone(), why);
+            }
+        }
+    }
+
+    fn put_topic(&mut self, name: &TopicName, known: Arc<Known<TopicValue>>) {
+        let id = known.value.id;
+        if let Some(old) = self.topics.insert(name.clone(), known)
+            && old.value.id != id
+        {
+            self.names.remove(&old.value.id);
+        }
+        self.names.insert(id, name.clone());
+    }
+
+    fn remove(&mut self, key: &Key) {
+        self.unreadable.remove(key);
+        match key {
+            Key::Broker(id) => {
+                self.brokers.remove(id);
+            }
+            Key::Controller => self.controller = None,
+            Key::Topic(name) => {
+                if let Some(old) = self.topics.remove(name) {
+                    self.names.remove(&old.value.id);
+                }
+            }
+            Key::Partition(id) => self.clear(*id, |entry| entry.partition = None),
+            Key::Tier(id) => self.clear(*id, |entry| entry.tier = None),
+            Key::Deleted(_) | Key::ProducerIds => {}
+        }
+    }
+
+    fn slot(&mut self, id: PartitionId) -> &mut PartitionEntry {
+        let entries = Arc::make_mut(self.partitions.entry(id.topic).or_default());
+        let place = place(id.number);
+        if entries.len() <= place {
+            // The number is below limits::MAX_PARTITIONS: Keys::parse saw to it.
+            entries.resize_with(place + 1, PartitionEntry::default);
+        }
+        &mut entries[place]
+    }
+
+    fn clear(&mut self, id: PartitionId, function: impl FnOnce(&mut PartitionEntry)) {
+        let Some(entries) = self.partitions.get_mut(&id.topic) else { return };
+        let entries = Arc::make_mut(entries);
+        if let Some(entry) = entries.get_mut(place(id.number)) {
+            function(entry);
+        }
+        while entries.last().is_some_and(|entry| *entry == PartitionEntry::default()) {
+            entries.pop();
+        }
+        if entries.is_empty() {
+            self.partitions.remove(&id.topic);
+        }
+    }
+
+    fn mod_revision(&self, key: &Key) -> Option<Revision> {
+        match key {
+            Key::Broker(id) => self.brokers.get(id).map(|known| known.mod_revision),
+            Key::Controller => self.controller.as_ref().map(|known| known.mod_revision),
+            Key::Topic(name) => self.topics.get(name).map(|known| known.mod_revision),
+            Key::Partition(id) => {
+                nth(self.partitions.get(&id.topic), id.number)?.partition.as_ref().map(|known| known.mod_revision)
+            }
+            Key::Tier(id) => {
+                nth(self.partitions.get(&id.topic), id.number)?.tier.as_ref().map(|known| known.mod_revision)
+            }
+            Key::Deleted(_) | Key::ProducerIds => None,
+        }
+    }
+
+    fn keys(&self) -> BTreeSet<Key> {
+        let mut keys: BTreeSet<Key> = self.unreadable.keys().cloned().collect();
+        keys.extend(self.brokers.keys().map(|id| Key::Broker(*id)));
+        keys.extend(self.controller.as_ref().map(|_| Key::Controller));
+        keys.extend(self.topics.keys().map(|name| Key::Topic(name.clone())));
+        for (topic, entries) in &self.partitions {
+            for (number, entry) in (0..).zip(entries.iter()) {
+                let id = PartitionId::new(*topic, number);
+                keys.extend(entry.partition.as_ref().map(|_| Key::Partition(id)));
+                keys.extend(entry.tier.as_ref().map(|_| Key::Tier(id)));
+            }
+        }
+        keys
+    }
+}
+
+/// The key at a path, when the view mirrors it. Producer ids it does not: nobody looks, and they change all the time.
+fn mirrored(keys: &Keys, path: &str) -> Option<Key> {
+    keys.parse(path).filter(|key| *key != Key::ProducerIds)
+}
+
+fn place(number: u32) -> usize {
+    usize::try_from(number).expect("a partition's number fits into memory's numbers")
+}
+
+fn nth(entries: Option<&Arc<Vec<PartitionEntry>>>, number: u32) -> Option<&PartitionEntry> {
+    entries?.get(place(number))
+}
+
+fn read<T: Value>(entry: &Entry) -> Result<Arc<Known<T>>, String> {
+    let value = T::decode(&entry.key, &entry.value).map_err(|error| error.why)?;
+    let Entry { create_revision, mod_revision, .. } = *entry;
+    Ok(Arc::new(Known { value, create_revision, mod_revision }))
+}
+
+#[cfg(test)]
+impl ViewState {
+    /// How many topics' tables two states share.
+    pub(super) fn shared_tables(&self, other: &Self) -> usize {
+        let same = |(id, table): &(&TopicId, &Arc<Vec<PartitionEntry>>)| {
+            other.partitions.get(*id).is_some_and(|other| Arc::ptr_eq(table, other))
+        };
+        self.partitions.iter().filter(same).count()
+    }
+}

@@ -1,0 +1,256 @@
+//! The mirror: pure moves first, then the task over a real store.
+
+use std::sync::Arc;
+
+use super::*;
+use crate::{
+    cluster::{
+        embedded::EmbeddedStore,
+        keys::{PartitionValue, TopicValue, Value as _},
+        store::{Changes, Entry, Event, Listing, Transaction},
+    },
+    model::{BrokerId, ConfigMap, LeaderEpoch, TopicId, TopicName},
+};
+
+fn keys() -> Keys {
+    Keys::new("test").expect("valid")
+}
+
+fn id() -> TopicId {
+    TopicId::from_bytes([5; 16])
+}
+
+fn name() -> TopicName {
+    "orders".parse().expect("valid")
+}
+
+fn topic(partitions: u32) -> TopicValue {
+    TopicValue { id: id(), partitions, replication_factor: 1, config: ConfigMap::new() }
+}
+
+fn partition(epoch: u32) -> PartitionValue {
+    let on = vec![BrokerId(1)];
+    PartitionValue {
+        replicas: on.clone(),
+        leader: Some(BrokerId(1)),
+        leader_epoch: LeaderEpoch(epoch),
+        isr: on,
+        elr: vec![],
+        adding: vec![],
+        removing: vec![],
+    }
+}
+
+fn entry(key: String, value: impl Into<bytes::Bytes>, revision: u64) -> Entry {
+    let revision = Revision(revision);
+    Entry { key, value: value.into(), create_revision: revision, mod_revision: revision, lease: None }
+}
+
+fn changes(revision: u64, events: Vec<Event>) -> Changes {
+    Changes { revision: Revision(revision), events }
+}
+
+fn epoch(state: &ViewState, number: u32) -> Option<u32> {
+    let known = state.partition(PartitionId::new(id(), number))?.partition.clone()?;
+    Some(known.value.leader_epoch.0)
+}
+
+fn topic_path() -> String {
+    keys().topic(&name())
+}
+
+fn partition_path(number: u32) -> String {
+    keys().partition(PartitionId::new(id(), number))
+}
+
+/// A topic of two partitions at revision 10.
+fn listed() -> ViewState {
+    let mut state = ViewState::default();
+    let entries = vec![
+        entry(partition_path(0), partition(0).encode(), 8),
+        entry(partition_path(1), partition(0).encode(), 9),
+        entry(topic_path(), topic(2).encode(), 9),
+    ];
+    let changed = state.replace(&keys(), Listing { revision: Revision(10), entries });
+    assert_eq!(changed.len(), 3);
+    state
+}
+
+#[test]
+fn what_is_older_than_the_state_changes_nothing() {
+    let mut state = listed();
+    let late = Event::Put(entry(partition_path(0), partition(99).encode(), 9));
+    assert!(state.apply(&keys(), changes(10, vec![late])).is_empty());
+    let gone = Event::Delete { key: topic_path(), revision: Revision(10) };
+    assert!(state.apply(&keys(), changes(10, vec![gone])).is_empty());
+    assert!(state.replace(&keys(), Listing { revision: Revision(7), entries: vec![] }).is_empty());
+    assert_eq!((epoch(&state, 0), state.revision()), (Some(0), Revision(10)));
+}
+
+#[test]
+fn a_listing_brings_what_the_watch_missed_and_names_only_that() {
+    let mut state = listed();
+    let entries = vec![
+        entry(partition_path(0), partition(0).encode(), 8),
+        entry(partition_path(1), partition(4).encode(), 15),
+        entry(keys().controller(), r#"{"broker":2}"#, 12),
+    ];
+    let changed = state.replace(&keys(), Listing { revision: Revision(20), entries });
+    let expected = [Key::Partition(PartitionId::new(id(), 1)), Key::Controller, Key::Topic(name())];
+    assert_eq!(changed, expected);
+    assert_eq!((state.topic(&name()), state.name(id()), state.controller()), (None, None, Some(BrokerId(2))));
+    assert_eq!(epoch(&state, 1), None, "a partition without its topic does not count");
+    assert_eq!(state.strays()[&id()].len(), 2);
+}
+
+#[test]
+fn only_partitions_below_the_topics_count_count() {
+    let mut state = listed();
+    state.apply(&keys(), changes(11, vec![Event::Put(entry(partition_path(2), partition(0).encode(), 11))]));
+    assert_eq!(epoch(&state, 2), None);
+    assert_eq!(state.partitions_of(&topic(2)).count(), 2);
+    assert_eq!(state.strays()[&id()][0].0, 2);
+    state.apply(&keys(), changes(12, vec![Event::Put(entry(topic_path(), topic(3).encode(), 12))]));
+    assert_eq!(epoch(&state, 2), Some(0));
+    assert!(state.strays().is_empty());
+    assert_eq!(state.partitions_on(BrokerId(1)).len(), 3);
+}
+
+#[test]
+fn a_value_that_does_not_parse_is_named_and_skipped() {
+    let mut state = listed();
+    let broken = Event::Put(entry(partition_path(0), "{broken", 11));
+    assert_eq!(state.apply(&keys(), changes(11, vec![broken])).len(), 1);
+    let key = Key::Partition(PartitionId::new(id(), 0));
+    assert!(state.unreadable().contains_key(&key));
+    assert_eq!((epoch(&state, 0), epoch(&state, 1)), (None, Some(0)), "what it was before is not true any more");
+    let mended = Event::Put(entry(partition_path(0), partition(3).encode(), 12));
+    state.apply(&keys(), changes(12, vec![mended]));
+    assert!(state.unreadable().is_empty());
+    assert_eq!(epoch(&state, 0), Some(3));
+}
+
+#[test]
+fn keys_of_kinds_that_this_version_does_not_know_pass_by() {
+    let mut state = listed();
+    let new = Event::Put(entry(format!("{}groups/g", keys().prefix()), "?", 30));
+    assert!(state.apply(&keys(), changes(30, vec![new])).is_empty());
+    assert_eq!(state.revision(), Revision(30));
+}
+
+#[test]
+fn a_change_leaves_held_states_as_they_are_and_shares_other_topics() {
+    let mut state = listed();
+    let other = PartitionId::new(TopicId::from_bytes([6; 16]), 0);
+    state.apply(&keys(), changes(11, vec![Event::Put(entry(keys().partition(other), partition(0).encode(), 11))]));
+    let held = state.clone();
+    state.apply(&keys(), changes(12, vec![Event::Put(entry(partition_path(1), partition(5).encode(), 12))]));
+    assert_eq!((epoch(&held, 1), epoch(&state, 1)), (Some(0), Some(5)));
+    assert_eq!(state.shared_tables(&held), 1, "only the table of the topic that changed was copied");
+}
+
+async fn put(store: &EmbeddedStore, key: String, value: bytes::Bytes) -> Revision {
+    match store.transact(Transaction::new().put(key, value)).await.expect("answers") {
+        super::super::store::Outcome::Done { revision } => revision,
+        refused => panic!("{refused:?}"),
+    }
+}
+
+#[tokio::test]
+async fn the_mirror_follows_the_store_and_feeds_what_changed() {
+    let store = EmbeddedStore::in_memory();
+    put(&store, topic_path(), topic(1).encode()).await;
+    let tasks = Tasks::new();
+    let view = View::start(Arc::new(store.clone()), keys(), &tasks);
+    view.reached(Revision::ZERO).await;
+    assert!(view.state().topic(&name()).is_some());
+    let mut feed = view.feed();
+    assert_eq!(feed.next().await, Some(Moved::Everything));
+    let revision = put(&store, partition_path(0), partition(1).encode()).await;
+    view.reached(revision).await;
+    let key = Key::Partition(PartitionId::new(id(), 0));
+    assert_eq!(feed.next().await, Some(Moved::Keys([key].into())));
+    assert_eq!(epoch(&view.state(), 0), Some(1));
+    tasks.stop().await;
+    drop((view, tasks));
+    assert_eq!(feed.next().await, None);
+}
+
+#[tokio::test]
+async fn a_feed_that_lies_too_far_behind_starts_over() {
+    let store = EmbeddedStore::in_memory();
+    put(&store, topic_path(), topic(1).encode()).await;
+    let tasks = Tasks::new();
+    let view = View::start(Arc::new(store.clone()), keys(), &tasks);
+    view.reached(Revision::ZERO).await;
+    let mut feed = view.feed();
+    assert_eq!(feed.next().await, Some(Moved::Everything));
+    for n in 0..=FEED_MOVES {
+        let moved = Key::Partition(PartitionId::new(id(), u32::try_from(n).expect("small")));
+        let _listeners = view.moves.send([moved].into());
+    }
+    assert_eq!(feed.next().await, Some(Moved::Everything));
+    tasks.stop().await;
+}
+
+/// A store that does not answer at first, and whose watches break after each change.
+#[derive(Debug)]
+struct Flaky {
+    store: EmbeddedStore,
+    failures: std::sync::atomic::AtomicUsize,
+}
+
+impl MetaStore for Flaky {
+    fn get<'a>(&'a self, key: &'a str) -> crate::cluster::Answer<'a, crate::cluster::Reading> {
+        self.store.get(key)
+    }
+
+    fn list<'a>(&'a self, prefix: &'a str) -> crate::cluster::Answer<'a, Listing> {
+        let left = self.failures.load(std::sync::atomic::Ordering::Relaxed);
+        if left > 0 {
+            self.failures.store(left - 1, std::sync::atomic::Ordering::Relaxed);
+            return Box::pin(async { Err(StoreError::unavailable("cut off")) });
+        }
+        self.store.list(prefix)
+    }
+
+    fn transact(&self, transaction: Transaction) -> crate::cluster::Answer<'_, crate::cluster::Outcome> {
+        self.store.transact(transaction)
+    }
+
+    fn watch<'a>(&'a self, _prefix: &'a str, from: Revision) -> crate::cluster::Answer<'a, Watch> {
+        let broken = futures::stream::once(async move {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            Err(StoreError::Compacted { from, oldest: from.next() })
+        });
+        Box::pin(async { Ok(Watch::new(broken)) })
+    }
+
+    fn grant(&self, time: Duration) -> crate::cluster::Answer<'_, crate::cluster::LeaseId> {
+        self.store.grant(time)
+    }
+
+    fn keep_alive(&self, lease: crate::cluster::LeaseId) -> crate::cluster::Answer<'_, ()> {
+        self.store.keep_alive(lease)
+    }
+
+    fn revoke(&self, lease: crate::cluster::LeaseId) -> crate::cluster::Answer<'_, ()> {
+        self.store.revoke(lease)
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_store_that_fails_and_watches_that_break_are_outlived() {
+    let store = EmbeddedStore::in_memory();
+    put(&store, topic_path(), topic(1).encode()).await;
+    let flaky = Flaky { store: store.clone(), failures: 5.into() };
+    let tasks = Tasks::new();
+    let view = View::start(Arc::new(flaky), keys(), &tasks);
+    view.reached(Revision::ZERO).await;
+    for n in 1..5 {
+        let revision = put(&store, partition_path(0), partition(n).encode()).await;
+        view.reached(revision).await;
+        assert_eq!(epoch(&view.state(), 0), Some(n));
+    }
+    tasks.stop().await;
+}
