@@ -26,3 +26,6 @@ pub mod client;
 
 #[cfg(feature = "server")]
 pub mod cluster;
+
+#[cfg(feature = "server")]
+pub mod partition;

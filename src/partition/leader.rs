@@ -1,0 +1,336 @@
+//! The leader's decisions: what is admitted, when it is committed, and who may be told.
+//!
+//! A plain struct. The actor appends and syncs; it tells the outcome to the leader, and the leader says which writers
+//! have their answer. `W` is whatever the actor keeps for a writer: the leader only hands it back.
+//!
+//! # Invariants
+//!
+//! - `high_watermark` = the least acknowledged end over the in-sync replicas, while there are at least
+//!   `min.insync.replicas` of them; it never falls.
+//! - A writer is answered once, and not before its own rule ([`Acks`]) holds.
+//! - One sequence of a producer is appended once, without gaps.
+
+use std::collections::VecDeque;
+
+use crate::{
+    log::{ProducerTable, Verdict},
+    model::{Acks, BrokerId, Durability, LeaderEpoch, Offset},
+    record::{Batch, ProducerStamp},
+};
+
+/// What an acknowledgement says about where the records are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Held {
+    /// In the leader's memory.
+    Memory,
+    /// In the page cache of so many replicas.
+    PageCache(u32),
+    /// On stable storage of so many replicas.
+    Synced(u32),
+    /// In the bucket, and on so many replicas.
+    Tiered(u32),
+}
+
+/// A write that its writer may count on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Acked {
+    /// Offset of its first record.
+    pub base: Offset,
+    /// Offset after its last record.
+    pub end: Offset,
+    /// The epoch it was written in.
+    pub epoch: LeaderEpoch,
+    /// The time that the broker gave the records, where it did.
+    pub append_time_ms: Option<i64>,
+    /// Where the records are.
+    pub held: Held,
+    /// Whether an earlier try had written it already.
+    pub duplicate: bool,
+}
+
+/// Why a write was not admitted.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refused {
+    /// Too few replicas in sync.
+    #[error(
+        "{in_sync} replicas are in sync, min.insync.replicas is {needed}: wait for replicas to come back, or lower it"
+    )]
+    NotEnoughReplicas {
+        /// How many are in sync.
+        in_sync: usize,
+        /// How many are needed.
+        needed: usize,
+    },
+    /// A gap in a producer's sequence: records before these were not written.
+    #[error("producer {producer} sent sequence {sent}, expected was {expected}: an earlier batch is missing")]
+    OutOfOrder {
+        /// The producer's id.
+        producer: i64,
+        /// The sequence that came.
+        sent: i32,
+        /// The sequence that was due.
+        expected: i32,
+    },
+    /// A newer epoch of the same producer has written.
+    #[error("producer {producer} epoch {epoch} is fenced: epoch {current} has written since")]
+    Fenced {
+        /// The producer's id.
+        producer: i64,
+        /// The epoch that came.
+        epoch: i16,
+        /// The epoch that counts.
+        current: i16,
+    },
+    /// The partition has no state of this producer, and the batch is not its first.
+    #[error("producer {producer} is not known to this partition and its batch begins at sequence {sent}, not 0")]
+    UnknownProducer {
+        /// The producer's id.
+        producer: i64,
+        /// The sequence that came.
+        sent: i32,
+    },
+}
+
+/// What becomes of a write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Admission {
+    /// It is appended at this offset.
+    Append(Offset),
+    /// It stands in the log already, at these offsets.
+    Duplicate(Offset, Offset),
+}
+
+struct Waiting<W> {
+    acked: Acked,
+    writer: W,
+}
+
+/// One leader of one partition in one epoch.
+pub struct Leader<W> {
+    id: BrokerId,
+    epoch: LeaderEpoch,
+    durability: Durability,
+    min_insync: usize,
+    /// In-sync replicas and the end that each has acknowledged, this broker's own among them.
+    in_sync: Vec<(BrokerId, Offset)>,
+    log_end: Offset,
+    persisted_end: Offset,
+    high_watermark: Offset,
+    tiered_end: Offset,
+    /// Writers by what they wait for, in the order in which they came: that of their ends, but for duplicates.
+    for_leader: VecDeque<Waiting<W>>,
+    for_all: VecDeque<Waiting<W>>,
+    for_tier: VecDeque<Waiting<W>>,
+    /// Producers that have batches in the group that is being admitted: their table is not up to date yet.
+    in_group: Vec<(ProducerStamp, i32)>,
+    next_base: Offset,
+}
+
+/// Where a log stands when its leader begins.
+#[derive(Clone, Copy, Debug)]
+pub struct Start {
+    /// First unwritten offset.
+    pub log_end: Offset,
+    /// First offset not known to be on stable storage.
+    pub persisted_end: Offset,
+    /// First offset not committed to the bucket.
+    pub tiered_end: Offset,
+}
+
+impl<W> Leader<W> {
+    /// The leader of epoch `epoch`, alone in sync. What it finds in its log it commits: there is nobody else who
+    /// could have committed something different.
+    pub fn alone(id: BrokerId, epoch: LeaderEpoch, durability: Durability, min_insync: usize, start: Start) -> Self {
+        let mut leader = Self {
+            id,
+            epoch,
+            durability,
+            min_insync,
+            in_sync: vec![(id, start.tiered_end)],
+            log_end: start.log_end,
+            persisted_end: start.persisted_end,
+            high_watermark: start.tiered_end,
+            tiered_end: start.tiered_end,
+            for_leader: VecDeque::new(),
+            for_all: VecDeque::new(),
+            for_tier: VecDeque::new(),
+            in_group: Vec::new(),
+            next_base: start.log_end,
+        };
+        leader.advance();
+        leader
+    }
+
+    /// The epoch.
+    pub fn epoch(&self) -> LeaderEpoch {
+        self.epoch
+    }
+
+    /// First uncommitted offset.
+    pub fn high_watermark(&self) -> Offset {
+        self.high_watermark
+    }
+
+    /// The in-sync replicas.
+    pub fn in_sync(&self) -> impl Iterator<Item = BrokerId> + '_ {
+        self.in_sync.iter().map(|(id, _)| *id)
+    }
+
+    /// Whether somebody waits for the bucket.
+    pub fn awaits_tier(&self) -> bool {
+        !self.for_tier.is_empty()
+    }
+
+    /// Takes a changed topic configuration.
+    pub fn configure(&mut self, durability: Durability, min_insync: usize) {
+        self.durability = durability;
+        self.min_insync = min_insync;
+        self.advance();
+    }
+
+    /// Decides about one write. Admitted writes form a group until [`Self::appended`] or [`Self::not_appended`] ends it.
+    pub fn admit(&mut self, batch: &Batch, acks: Acks, producers: &ProducerTable) -> Result<Admission, Refused> {
+        let strict = matches!(acks, Acks::All | Acks::Tiered);
+        if strict && self.in_sync.len() < self.min_insync {
+            return Err(Refused::NotEnoughReplicas { in_sync: self.in_sync.len(), needed: self.min_insync });
+        }
+        let count = batch.count();
+        if let Some(stamp) = batch.producer() {
+            match self.check(stamp, count, producers)? {
+                Admission::Append(_) => self.note(stamp, count),
+                duplicate @ Admission::Duplicate(..) => return Ok(duplicate),
+            }
+        }
+        let base = self.next_base;
+        self.next_base = base.plus(u64::from(count));
+        Ok(Admission::Append(base))
+    }
+
+    /// Whether `batch` may only be judged once the group before it is in the log: it continues no sequence of the group,
+    /// and the table does not know that group yet.
+    pub fn must_flush_before(&self, batch: &Batch) -> bool {
+        let Some(stamp) = batch.producer() else { return false };
+        let in_group = self.in_group.iter().find(|(known, _)| known.id == stamp.id);
+        in_group.is_some_and(|(known, next)| known.epoch != stamp.epoch || *next != stamp.base_sequence)
+    }
+
+    fn check(&self, stamp: ProducerStamp, count: u32, producers: &ProducerTable) -> Result<Admission, Refused> {
+        if self.in_group.iter().any(|(known, _)| known.id == stamp.id) {
+            assert!(
+                self.in_group.iter().any(|(known, next)| {
+                    known.id == stamp.id && known.epoch == stamp.epoch && *next == stamp.base_sequence
+                }),
+                "the actor flushes before a batch that continues nothing"
+            );
+            return Ok(Admission::Append(self.next_base));
+        }
+        let (producer, sent) = (stamp.id, stamp.base_sequence);
+        match producers.check(stamp, count) {
+            Verdict::New => Ok(Admission::Append(self.next_base)),
+            Verdict::Duplicate { base, end } => Ok(Admission::Duplicate(base, end)),
+            Verdict::OutOfOrder { expected } => Err(Refused::OutOfOrder { producer, sent, expected }),
+            Verdict::Fenced { current } => Err(Refused::Fenced { producer, epoch: stamp.epoch, current }),
+            Verdict::Unknown => Err(Refused::UnknownProducer { producer, sent }),
+        }
+    }
+
+    fn note(&mut self, stamp: ProducerStamp, count: u32) {
+        let next = next_sequence(stamp.base_sequence, count);
+        match self.in_group.iter_mut().find(|(known, _)| known.id == stamp.id) {
+            Some(entry) => *entry = (stamp, next),
+            None => self.in_group.push((stamp, next)),
+        }
+    }
+
+    /// The group admitted since the last call is in the log.
+    pub fn appended(&mut self) {
+        self.log_end = self.next_base;
+        self.in_group.clear();
+        self.advance();
+    }
+
+    /// The group admitted since the last call is not in the log, and its offsets are free again.
+    pub fn not_appended(&mut self) {
+        self.next_base = self.log_end;
+        self.in_group.clear();
+    }
+
+    /// Keeps a writer until its write is as safe as it asked.
+    pub fn wait(&mut self, acks: Acks, acked: Acked, writer: W) {
+        let waiting = Waiting { acked, writer };
+        match acks {
+            Acks::None | Acks::Leader => self.for_leader.push_back(waiting),
+            Acks::All => self.for_all.push_back(waiting),
+            Acks::Tiered => self.for_tier.push_back(waiting),
+        }
+    }
+
+    /// Everything below `end` is on this broker's stable storage.
+    pub fn persisted(&mut self, end: Offset) {
+        self.persisted_end = self.persisted_end.max(end);
+        self.advance();
+    }
+
+    /// Everything below `end` is committed to the bucket.
+    pub fn tiered(&mut self, end: Offset) {
+        self.tiered_end = self.tiered_end.max(end);
+    }
+
+    /// What this broker itself counts as acknowledged, by the topic's durability.
+    fn own_end(&self) -> Offset {
+        match self.durability {
+            Durability::Persisted => self.persisted_end,
+            Durability::Replicated => self.log_end,
+        }
+    }
+
+    fn advance(&mut self) {
+        let own = self.own_end();
+        for (id, end) in &mut self.in_sync {
+            if *id == self.id {
+                *end = own.max(*end);
+            }
+        }
+        if self.in_sync.len() >= self.min_insync
+            && let Some(least) = self.in_sync.iter().map(|(_, end)| *end).min()
+        {
+            self.high_watermark = self.high_watermark.max(least);
+        }
+    }
+
+    /// Takes out the writers whose rule holds now, with their answers.
+    pub fn due(&mut self, mut answer: impl FnMut(W, Acked)) {
+        let replicas = u32::try_from(self.in_sync.len()).unwrap_or(u32::MAX);
+        let held = |replicas| match self.durability {
+            Durability::Persisted => Held::Synced(replicas),
+            Durability::Replicated => Held::PageCache(replicas),
+        };
+        let (own, high_watermark) = (self.own_end(), self.high_watermark);
+        let tiered = self.tiered_end.min(high_watermark);
+        let queues = [
+            (&mut self.for_leader, own, held(1)),
+            (&mut self.for_all, high_watermark, held(replicas)),
+            (&mut self.for_tier, tiered, Held::Tiered(replicas)),
+        ];
+        for (queue, reached, held) in queues {
+            while let Some(waiting) = queue.pop_front_if(|waiting| waiting.acked.end <= reached) {
+                answer(waiting.writer, Acked { held, ..waiting.acked });
+            }
+        }
+    }
+
+    /// Takes out every writer: none of them can be answered any more.
+    pub fn abandon(&mut self) -> impl Iterator<Item = W> + '_ {
+        let queues = [&mut self.for_leader, &mut self.for_all, &mut self.for_tier];
+        queues.into_iter().flat_map(|queue| queue.drain(..)).map(|waiting| waiting.writer)
+    }
+}
+
+/// The sequence after `count` records from `base`; sequences wrap from 2^31 - 1 to 0 (KIP-98).
+fn next_sequence(base: i32, count: u32) -> i32 {
+    let next = (i64::from(base) + i64::from(count)) % (i64::from(i32::MAX) + 1);
+    i32::try_from(next).expect("below 2^31 by the remainder")
+}
+
+#[cfg(test)]
+mod tests;

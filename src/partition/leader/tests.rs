@@ -1,0 +1,199 @@
+//! The leader's promises, by example and by chance.
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::{
+    model::Compression,
+    record::{BatchBuilder, ProducerStamp},
+};
+
+fn at(offset: u64) -> Offset {
+    Offset::new(offset).unwrap()
+}
+
+fn batch(records: u32, producer: Option<ProducerStamp>) -> Batch {
+    let mut builder = BatchBuilder::new(Compression::None);
+    for index in 0..records {
+        builder.push(i64::from(index), None, Some(b"value"), &[]).unwrap();
+    }
+    builder.finish(producer).unwrap()
+}
+
+fn leader(durability: Durability, min_insync: usize) -> Leader<u32> {
+    let start = Start { log_end: at(0), persisted_end: at(0), tiered_end: at(0) };
+    Leader::alone(BrokerId(1), LeaderEpoch(3), durability, min_insync, start)
+}
+
+/// A log that does what the actor does: admitted batches are stamped and applied to the table.
+struct Log {
+    leader: Leader<u32>,
+    table: ProducerTable,
+    group: Vec<Batch>,
+}
+
+impl Log {
+    fn new(durability: Durability) -> Self {
+        Self { leader: leader(durability, 1), table: ProducerTable::default(), group: Vec::new() }
+    }
+
+    fn admit(&mut self, mut batch: Batch, acks: Acks, writer: u32) -> Result<Admission, Refused> {
+        if self.leader.must_flush_before(&batch) {
+            self.flush();
+        }
+        let admission = self.leader.admit(&batch, acks, &self.table)?;
+        let (base, end) = match admission {
+            Admission::Append(base) => {
+                batch.stamp(base, self.leader.epoch());
+                let end = batch.end_offset();
+                self.group.push(batch);
+                (base, end)
+            }
+            Admission::Duplicate(base, end) => (base, end),
+        };
+        let acked =
+            Acked { base, end, epoch: LeaderEpoch(3), append_time_ms: None, held: Held::Memory, duplicate: false };
+        self.leader.wait(acks, acked, writer);
+        Ok(admission)
+    }
+
+    fn flush(&mut self) {
+        for batch in self.group.drain(..) {
+            self.table.note(&batch);
+        }
+        self.leader.appended();
+    }
+
+    fn due(&mut self) -> Vec<(u32, Held)> {
+        let mut due = Vec::new();
+        self.leader.due(|writer, acked| due.push((writer, acked.held)));
+        due
+    }
+}
+
+fn stamp(base_sequence: i32) -> ProducerStamp {
+    ProducerStamp { id: 7, epoch: 0, base_sequence }
+}
+
+#[test]
+fn a_persisted_write_is_answered_after_the_sync_and_not_before() {
+    let mut log = Log::new(Durability::Persisted);
+    log.admit(batch(2, None), Acks::All, 1).unwrap();
+    log.flush();
+    assert!(log.due().is_empty());
+    assert_eq!(log.leader.high_watermark(), at(0));
+    log.leader.persisted(at(2));
+    assert_eq!(log.due(), [(1, Held::Synced(1))]);
+    assert_eq!(log.leader.high_watermark(), at(2));
+}
+
+#[test]
+fn a_replicated_write_is_answered_once_it_is_in_the_page_cache() {
+    let mut log = Log::new(Durability::Replicated);
+    log.admit(batch(1, None), Acks::Leader, 1).unwrap();
+    assert!(log.due().is_empty(), "it is only queued");
+    log.flush();
+    assert_eq!(log.due(), [(1, Held::PageCache(1))]);
+}
+
+#[test]
+fn a_tiered_write_waits_for_the_bucket() {
+    let mut log = Log::new(Durability::Persisted);
+    log.admit(batch(1, None), Acks::Tiered, 1).unwrap();
+    log.flush();
+    log.leader.persisted(at(1));
+    assert!(log.due().is_empty() && log.leader.awaits_tier());
+    log.leader.tiered(at(1));
+    assert_eq!(log.due(), [(1, Held::Tiered(1))]);
+}
+
+#[test]
+fn too_few_replicas_refuse_all_but_not_one() {
+    let mut leader = leader(Durability::Persisted, 2);
+    let table = ProducerTable::default();
+    let refused = leader.admit(&batch(1, None), Acks::All, &table);
+    assert_eq!(refused, Err(Refused::NotEnoughReplicas { in_sync: 1, needed: 2 }));
+    assert_eq!(leader.admit(&batch(1, None), Acks::Leader, &table), Ok(Admission::Append(at(0))));
+}
+
+#[test]
+fn the_offsets_of_a_group_that_failed_are_given_again() {
+    let mut leader = leader(Durability::Persisted, 1);
+    let table = ProducerTable::default();
+    assert_eq!(leader.admit(&batch(3, None), Acks::All, &table), Ok(Admission::Append(at(0))));
+    leader.not_appended();
+    assert_eq!(leader.admit(&batch(3, None), Acks::All, &table), Ok(Admission::Append(at(0))));
+}
+
+#[test]
+fn a_producers_batches_may_follow_each_other_within_one_group() {
+    let mut log = Log::new(Durability::Persisted);
+    assert_eq!(log.admit(batch(2, Some(stamp(0))), Acks::All, 1), Ok(Admission::Append(at(0))));
+    assert_eq!(log.admit(batch(2, Some(stamp(2))), Acks::All, 2), Ok(Admission::Append(at(2))));
+    // The same batch again, in the same group: the group goes to the log first, and the table knows it then.
+    assert_eq!(log.admit(batch(2, Some(stamp(2))), Acks::All, 3), Ok(Admission::Duplicate(at(2), at(4))));
+    let gap = log.admit(batch(1, Some(stamp(9))), Acks::All, 4);
+    assert_eq!(gap, Err(Refused::OutOfOrder { producer: 7, sent: 9, expected: 4 }));
+}
+
+#[test]
+fn a_duplicate_is_answered_only_when_the_first_is_safe() {
+    let mut log = Log::new(Durability::Persisted);
+    log.admit(batch(1, Some(stamp(0))), Acks::All, 1).unwrap();
+    log.flush();
+    log.admit(batch(1, Some(stamp(0))), Acks::All, 2).unwrap();
+    assert!(log.due().is_empty());
+    log.leader.persisted(at(1));
+    assert_eq!(log.due().len(), 2);
+}
+
+#[test]
+fn a_sequence_wraps_to_zero() {
+    assert_eq!(next_sequence(i32::MAX, 1), 0);
+    assert_eq!(next_sequence(i32::MAX - 1, 3), 1);
+}
+
+proptest! {
+    /// Whatever happens in whatever order: each writer is answered at most once, none before its rule holds, all in the end; the high
+    /// watermark never falls.
+    #[test]
+    fn answers_follow_their_rules(
+        durable in any::<bool>(),
+        steps in prop::collection::vec((0u8..4, 0u8..4, 1u32..4), 1..60),
+    ) {
+        let mut log = Log::new(if durable { Durability::Persisted } else { Durability::Replicated });
+        let mut waiting = std::collections::BTreeMap::new();
+        let (mut end, mut appended, mut persisted, mut tiered, mut high) = (0u64, 0, 0, 0, at(0));
+        let mut writer = 0;
+        let check = |log: &mut Log, waiting: &mut std::collections::BTreeMap<u32, (Acks, u64)>, appended, persisted, tiered| {
+            for (writer, _) in log.due() {
+                let (acks, end) = waiting.remove(&writer).expect("answered once");
+                let safe = if durable { persisted } else { appended };
+                let reached = if acks == Acks::Tiered { std::cmp::min(tiered, safe) } else { safe };
+                assert!(end <= reached, "{acks} answered at {end}, reached {reached}");
+            }
+        };
+        for (what, acks, records) in steps {
+            match what {
+                0 => {
+                    let acks = [Acks::None, Acks::Leader, Acks::All, Acks::Tiered][usize::from(acks)];
+                    writer += 1;
+                    log.admit(batch(records, None), acks, writer).unwrap();
+                    end += u64::from(records);
+                    waiting.insert(writer, (acks, end));
+                }
+                1 => { log.flush(); appended = end; }
+                2 => { persisted = appended; log.leader.persisted(at(persisted)); }
+                _ => { tiered = log.leader.high_watermark().get(); log.leader.tiered(at(tiered)); }
+            }
+            check(&mut log, &mut waiting, appended, persisted, tiered);
+            prop_assert!(log.leader.high_watermark() >= high);
+            high = log.leader.high_watermark();
+        }
+        log.flush();
+        log.leader.persisted(at(end));
+        log.leader.tiered(at(end));
+        check(&mut log, &mut waiting, end, end, end);
+        prop_assert!(waiting.is_empty(), "unanswered: {waiting:?}");
+    }
+}

@@ -1,0 +1,249 @@
+//! One partition on this broker.
+//!
+//! # Overview
+//!
+//! ```text
+//!   writers ──append──▶ queue ──▶ actor ──▶ log (page cache) ──▶ journal (one sync for all partitions)
+//!                                   │  ▲                             │
+//!                                leader └────── persisted ───────────┘
+//!                                   │
+//!                                marks ──▶ readers: memory ─▶ disk ─▶ bucket
+//!                                   ▲
+//!   upkeep: plan (retention) ── seal, upload, commit, move the start, evict
+//! ```
+//!
+//! [`Partition`] is the handle. Its task (`actor`) owns the log and carries out what [`leader`] decides. Readers never ask
+//! the task: they see the marks it publishes. `upkeep` moves sealed segments to the bucket and lets old ones go, by the plan of
+//! [`retention`], in the order that makes a crash harmless: object, manifest, commit in the metadata store, and only then local files.
+//!
+//! # Invariants
+//!
+//! `log_start ≤ local_start ≤ tiered_end ≤ high_watermark ≤ log_end`, the middle ones wherever something was evicted.
+//! An acknowledgement is given once and not before its rule holds. Only committed data is uploaded; only what the bucket has is
+//! evicted; the log start is committed in the metadata store before anything is deleted.
+//!
+//! # Crash and shutdown
+//!
+//! A crash loses what was not acknowledged, and leaks at most an object that no manifest names. On a stop the task refuses
+//! what is queued, waits for the journal and answers what it covers.
+
+pub mod leader;
+pub mod retention;
+
+mod actor;
+mod reader;
+mod ready;
+mod shared;
+mod upkeep;
+mod upkeep_queue;
+
+use std::sync::{Arc, Mutex, PoisonError, atomic::Ordering};
+
+use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
+
+use self::{
+    actor::{Actor, Append, Command, Parts},
+    shared::Shared,
+};
+pub use self::{
+    actor::{AppendError, AppendResult},
+    leader::{Acked, Held, Refused},
+    reader::{Fetched, ReadError, Reader, Source},
+    ready::Ready,
+    upkeep::{Step, Upkeep, UpkeepError},
+    upkeep_queue::UpkeepQueue,
+};
+use crate::{
+    log::{ChangeError, Log, ReplicaError},
+    model::{Acks, BrokerId, LeaderEpoch, PartitionId, TopicConfig, TopicName, Watermarks},
+    record::Batch,
+    task::Tasks,
+    tier::{PartitionTier, TierState},
+};
+
+/// Commands that may wait in a partition's queue. Bytes are bounded by the permits that appends carry.
+const QUEUE: usize = 1024;
+
+/// What it takes to open a partition.
+#[derive(Clone)]
+pub struct Spec {
+    /// Which one.
+    pub id: PartitionId,
+    /// Its topic's name.
+    pub topic: TopicName,
+    /// The epoch in which this broker leads it.
+    pub epoch: LeaderEpoch,
+    /// The topic's configuration.
+    pub config: Arc<TopicConfig>,
+    /// What the metadata store says of its log start and its tier; `None` before the first commit.
+    pub committed: Option<TierState>,
+    /// Its tier, when this broker has an object store.
+    pub tier: Option<PartitionTier>,
+}
+
+/// Why a partition cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum PartitionError {
+    /// The replica on the disk cannot be used.
+    #[error(transparent)]
+    Replica(#[from] ReplicaError),
+    /// The replica could not be begun anew where the bucket ends.
+    #[error("the replica cannot begin anew where the bucket ends: {0}")]
+    Reset(#[from] ChangeError),
+}
+
+/// The handle of one partition's task.
+pub struct Partition {
+    id: PartitionId,
+    topic: TopicName,
+    mailbox: mpsc::Sender<Command>,
+    shared: Arc<Shared>,
+    reader: Reader,
+    tier: Option<PartitionTier>,
+    /// What is committed in the metadata store. Only upkeep, one worker at a time, changes it.
+    committed: Mutex<Option<TierState>>,
+    tasks: Tasks,
+}
+
+impl Partition {
+    /// Opens the replica and starts the partition's task. Blocks on files: call it where blocking is allowed.
+    pub fn open(
+        broker: BrokerId,
+        log: &Log,
+        spec: Spec,
+        upkeep: &UpkeepQueue,
+        parent: &Tasks,
+    ) -> Result<Arc<Self>, PartitionError> {
+        let committed = spec.committed.clone().unwrap_or_default();
+        let (log_start, tiered_end) = (committed.log_start, committed.tiered_end);
+        let start = log_start.max(tiered_end);
+        let mut replica = log.open_replica(spec.id, start)?;
+        if replica.log_end() < tiered_end {
+            // The bucket has more than this disk, which was lost or restored: go on where the bucket ends.
+            tracing::warn!(
+                partition = %spec.id, log_end = %replica.log_end(), %tiered_end,
+                "the local log ends below what the bucket holds; going on from there"
+            );
+            replica.reset(tiered_end)?;
+        }
+        let shared = Arc::new(Shared::new(spec.epoch, spec.config));
+        let reader = Reader::new(spec.id, Arc::clone(&shared), replica.reader(), spec.tier.clone());
+        let (mailbox, commands) = mpsc::channel(QUEUE);
+        let tasks = parent.child();
+        let actor = Actor::new(Parts {
+            broker,
+            id: spec.id,
+            replica,
+            shared: Arc::clone(&shared),
+            upkeep: upkeep.clone(),
+            log_start,
+            tiered_end,
+        });
+        tasks.spawn("partition", actor.run(commands, tasks.clone()));
+        Ok(Arc::new(Self {
+            id: spec.id,
+            topic: spec.topic,
+            mailbox,
+            shared,
+            reader,
+            tier: spec.tier,
+            committed: Mutex::new(spec.committed),
+            tasks,
+        }))
+    }
+
+    /// Which partition it is.
+    pub fn id(&self) -> PartitionId {
+        self.id
+    }
+
+    /// Its topic's name.
+    pub fn topic(&self) -> &TopicName {
+        &self.topic
+    }
+
+    /// Queues a write; waits only for room in the queue. Writes are appended in the order in which this returned. The
+    /// answer comes when `acks` holds; a writer that drops the receiver has still written.
+    pub async fn append(
+        &self,
+        batch: Batch,
+        acks: Acks,
+        permit: OwnedSemaphorePermit,
+    ) -> oneshot::Receiver<AppendResult> {
+        let (answer, receiver) = oneshot::channel();
+        let append = Box::new(Append { batch, acks, permit, answer });
+        if let Err(mpsc::error::SendError(Command::Append(append))) = self.mailbox.send(Command::Append(append)).await {
+            let _gone = append.answer.send(Err(AppendError::Closing));
+        }
+        receiver
+    }
+
+    /// Its reader.
+    pub fn reader(&self) -> &Reader {
+        &self.reader
+    }
+
+    /// Its marks.
+    pub fn marks(&self) -> Watermarks {
+        self.shared.marks()
+    }
+
+    /// The epoch in which this broker leads it.
+    pub fn epoch(&self) -> LeaderEpoch {
+        self.shared.epoch()
+    }
+
+    /// Its topic's configuration.
+    pub fn config(&self) -> Arc<TopicConfig> {
+        self.shared.config()
+    }
+
+    /// Takes a changed configuration; it holds for every write after this returned.
+    pub async fn configure(&self, config: Arc<TopicConfig>) {
+        let _stopped = self.mailbox.send(Command::Configure(config)).await;
+    }
+
+    /// Bytes on this broker's disk.
+    pub fn local_bytes(&self) -> u64 {
+        self.shared.local_bytes()
+    }
+
+    /// Bytes in the bucket.
+    pub fn tiered_bytes(&self) -> u64 {
+        self.tier.as_ref().map_or(0, PartitionTier::bytes)
+    }
+
+    /// Why it takes no writes, when it takes none.
+    pub fn fault(&self) -> Option<Arc<str>> {
+        self.shared.fault()
+    }
+
+    /// Whether its segments may need attention now: one is old enough to seal.
+    pub fn seal_is_due(&self, now_ms: i64) -> bool {
+        let since = self.shared.active_since_ms.load(Ordering::Relaxed);
+        let age = u128::from(u64::try_from(now_ms).unwrap_or(0).saturating_sub(since));
+        since != 0 && age >= self.shared.config().segment_age.as_millis()
+    }
+
+    /// Whether it holds any record, in either tier.
+    pub fn is_empty(&self) -> bool {
+        let marks = self.marks();
+        marks.log_start == marks.log_end
+    }
+
+    /// Stops its task: what is queued is refused, what is written is made durable and answered.
+    pub async fn stop(&self) {
+        self.tasks.stop().await;
+    }
+
+    fn committed(&self) -> Option<TierState> {
+        self.committed.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    async fn command(&self, command: Command) {
+        let _stopped = self.mailbox.send(command).await;
+    }
+}
+
+#[cfg(test)]
+mod tests;

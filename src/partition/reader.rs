@@ -1,0 +1,228 @@
+//! Reading a partition: memory, then disk, then bucket, without the caller noticing which.
+//!
+//! A reader never asks the partition's task anything. What it may see ends at the high watermark that the task
+//! published; what it may not see any more ends at the log start. Segments may be evicted or deleted while a read looks for
+//! them: the read then looks again, one tier further down.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use super::{Ready, shared::Shared};
+use crate::{
+    log,
+    model::{LeaderEpoch, Offset, PartitionId, Watermarks},
+    record::{Batch, Malformed},
+    task,
+    tier::{self, PartitionTier},
+};
+
+/// Where records came from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Source {
+    /// The tail buffer.
+    Memory,
+    /// A segment file.
+    Disk,
+    /// The object store, or its cache.
+    Bucket,
+}
+
+/// What a read found.
+#[derive(Clone, Debug)]
+pub struct Fetched {
+    /// Put one after another: whole batches. The first may begin before the offset asked for.
+    pub chunks: Vec<Bytes>,
+    /// Their bytes.
+    pub bytes: usize,
+    /// Where the next read goes on.
+    pub next: Offset,
+    /// Where it came from.
+    pub source: Source,
+}
+
+/// Why a read failed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ReadError {
+    /// The offset is not one that can be read.
+    #[error("offset {offset} is out of range: the partition holds {start} to {end}")]
+    OutOfRange {
+        /// What was asked for.
+        offset: Offset,
+        /// First offset that can be read.
+        start: Offset,
+        /// First offset that cannot be read yet.
+        end: Offset,
+    },
+    /// The partition is not on this broker any more.
+    #[error("the partition is closed on this broker")]
+    Closed,
+    /// What the disk or the bucket holds there is not what was written.
+    #[error("the data at offset {offset} is damaged and is not served: {why}")]
+    Damaged {
+        /// The offset.
+        offset: Offset,
+        /// What was found, and where.
+        why: String,
+    },
+    /// The disk could not be read.
+    #[error("reading from this broker's disk failed: {why}")]
+    Disk {
+        /// What the system said.
+        why: String,
+    },
+    /// The object store could not be read; it is asked again when the caller does.
+    #[error("reading from the object store failed: {why}")]
+    ObjectStore {
+        /// What the store said.
+        why: String,
+    },
+}
+
+/// One partition's reader. Clones are cheap.
+#[derive(Clone)]
+pub struct Reader {
+    id: PartitionId,
+    shared: Arc<Shared>,
+    log: log::Reader,
+    tier: Option<PartitionTier>,
+}
+
+/// How often a read looks again when what it found was taken away meanwhile.
+const TRIES: usize = 8;
+
+impl Reader {
+    pub(super) fn new(id: PartitionId, shared: Arc<Shared>, log: log::Reader, tier: Option<PartitionTier>) -> Self {
+        Self { id, shared, log, tier }
+    }
+
+    /// The partition's marks.
+    pub fn marks(&self) -> Watermarks {
+        self.shared.marks()
+    }
+
+    /// Marks `index` in `ready` whenever there is more to read, and once at first.
+    pub fn follow(&self, ready: &Arc<Ready>, index: usize) {
+        self.shared.follow(ready, index);
+    }
+
+    /// Reads committed records from `from`: at least one batch when there is one, beyond that up to `max_bytes`.
+    /// `None` when `from` is the high watermark: there is nothing yet.
+    pub async fn read(&self, from: Offset, max_bytes: usize) -> Result<Option<Fetched>, ReadError> {
+        for _ in 0..TRIES {
+            let Some(marks) = self.readable(from)? else { return Ok(None) };
+            let bound = marks.high_watermark;
+            if let Some(read) = self.log.read_memory(from, bound, max_bytes) {
+                return Ok(Some(fetched(read, Source::Memory)));
+            }
+            // The log moves its start before the task publishes it.
+            if from >= marks.local_start.max(self.log.local_start()) {
+                match self.read_disk(from, bound, max_bytes).await? {
+                    Some(read) => return Ok(Some(read)),
+                    // Evicted since the marks were read.
+                    None => continue,
+                }
+            }
+            return self.read_bucket(from, max_bytes).await;
+        }
+        Err(ReadError::Disk { why: format!("offset {from} moved away {TRIES} times while it was looked for") })
+    }
+
+    /// The marks when there is something to read at `from`, `None` when it is the end.
+    fn readable(&self, from: Offset) -> Result<Option<Watermarks>, ReadError> {
+        if self.shared.is_closed() {
+            return Err(ReadError::Closed);
+        }
+        let marks = self.shared.marks();
+        let (start, end) = (marks.log_start, marks.high_watermark);
+        if from < start || from > end {
+            return Err(ReadError::OutOfRange { offset: from, start, end });
+        }
+        Ok((from < end).then_some(marks))
+    }
+
+    async fn read_disk(&self, from: Offset, bound: Offset, max_bytes: usize) -> Result<Option<Fetched>, ReadError> {
+        let log = self.log.clone();
+        match task::blocking(move || log.read_disk(from, bound, max_bytes)).await {
+            Ok(read) => Ok(Some(fetched(read, Source::Disk))),
+            Err(log::ReadError::OutOfRange { .. }) => Ok(None),
+            Err(error) => self.other_tier(from, max_bytes, error).await.map(Some),
+        }
+    }
+
+    /// A local copy that cannot be read is no loss while the bucket has the same bytes.
+    async fn other_tier(&self, from: Offset, max_bytes: usize, error: log::ReadError) -> Result<Fetched, ReadError> {
+        tracing::error!(
+            partition = %self.id, offset = %from, %error,
+            "the local copy cannot be read; serving from the bucket where it has these records"
+        );
+        if from < self.shared.marks().tiered_end
+            && let Ok(Some(fetched)) = self.read_bucket(from, max_bytes).await
+        {
+            return Ok(fetched);
+        }
+        Err(match error {
+            log::ReadError::Damaged { .. } => ReadError::Damaged { offset: from, why: error.to_string() },
+            other => ReadError::Disk { why: other.to_string() },
+        })
+    }
+
+    async fn read_bucket(&self, from: Offset, max_bytes: usize) -> Result<Option<Fetched>, ReadError> {
+        let Some(tier) = &self.tier else {
+            return Err(ReadError::ObjectStore {
+                why: format!("offset {from} is in the object store, and this broker has none configured"),
+            });
+        };
+        match tier.read(from, max_bytes).await {
+            Ok(read) => {
+                Ok(Some(Fetched { bytes: read.bytes, next: read.next, chunks: read.chunks, source: Source::Bucket }))
+            }
+            // Retention may have moved on while the bucket was asked.
+            Err(error) => self.readable(from).and(Err(bucket_error(from, &error))),
+        }
+    }
+
+    /// The first committed record whose timestamp is at least `timestamp_ms`: its offset, timestamp and epoch. `None` when
+    /// there is none that young.
+    pub async fn offset_for_time(&self, timestamp_ms: i64) -> Result<Option<(Offset, i64, LeaderEpoch)>, ReadError> {
+        let Some((offset, batch_ms, epoch)) = self.batch_for_time(timestamp_ms).await? else { return Ok(None) };
+        let Some(fetched) = self.read(offset, 1).await? else { return Ok(None) };
+        let damaged = |error: Malformed| ReadError::Damaged { offset, why: error.to_string() };
+        let batch = Batch::split_from(&mut Bytes::from(fetched.chunks.concat())).map_err(damaged)?;
+        for entry in batch.records().map_err(damaged)? {
+            let (offset, record) = entry.map_err(damaged)?;
+            if record.timestamp_ms >= timestamp_ms {
+                return Ok(Some((offset, record.timestamp_ms, epoch)));
+            }
+        }
+        // The header claims a time that no record has: its producer made it so.
+        Ok(Some((offset, batch_ms, epoch)))
+    }
+
+    /// The first batch that claims a record of that time: its first offset, largest timestamp and epoch.
+    async fn batch_for_time(&self, timestamp_ms: i64) -> Result<Option<(Offset, i64, LeaderEpoch)>, ReadError> {
+        let marks = self.shared.marks();
+        if let Some(tier) = self.tier.as_ref().filter(|_| marks.log_start < marks.tiered_end) {
+            let found = tier.offset_for_time(timestamp_ms).await.map_err(|e| bucket_error(marks.log_start, &e))?;
+            if let Some(found) = found.filter(|(offset, ..)| *offset >= marks.log_start) {
+                return Ok(Some(found));
+            }
+        }
+        let log = self.log.clone();
+        let bound = marks.high_watermark;
+        let found = task::blocking(move || log.offset_for_time(timestamp_ms, bound)).await;
+        found.map_err(|error| ReadError::Disk { why: error.to_string() })
+    }
+}
+
+fn fetched(read: log::Read, source: Source) -> Fetched {
+    Fetched { chunks: read.chunks, bytes: read.bytes, next: read.next, source }
+}
+
+fn bucket_error(offset: Offset, error: &tier::ReadError) -> ReadError {
+    if matches!(error, tier::ReadError::Damaged { .. } | tier::ReadError::Missing { .. }) {
+        ReadError::Damaged { offset, why: error.to_string() }
+    } else {
+        ReadError::ObjectStore { why: error.to_string() }
+    }
+}

@@ -1,0 +1,227 @@
+//! Upkeep of one partition: carry out what [`retention`] plans, one step at a time.
+//!
+//! The order is what makes a crash harmless: object, manifest, commit in the metadata store, and only then the local
+//! files. A crash between any two leaves an object that nobody names, and the next try begins anew.
+
+use std::{sync::PoisonError, time::Duration};
+
+use tokio::sync::oneshot;
+
+use super::{
+    Partition,
+    actor::Command,
+    retention::{self, Plan, Segment},
+};
+use crate::{
+    cluster::TierCommits,
+    log::SegmentInfo,
+    model::{Offset, Watermarks},
+    task::clock,
+    tier::{self, PartitionTier, SegmentSource, Staged, TierState},
+};
+
+/// How many segments of the bucket one plan looks at.
+const TIERED_PER_PLAN: usize = 256;
+
+/// What the partition's task says of its segments.
+pub(super) struct Local {
+    pub(super) sealed: Vec<SegmentInfo>,
+    pub(super) active: SegmentInfo,
+    pub(super) active_since_ms: Option<i64>,
+    pub(super) awaits_tier: bool,
+}
+
+/// Why a step failed. All of them are tried again.
+#[derive(Debug, thiserror::Error)]
+pub enum UpkeepError {
+    /// The partition's task has ended.
+    #[error("the partition is closed")]
+    Closed,
+    /// The segment could not be read for its upload.
+    #[error("the segment at {base} cannot be uploaded: {source}")]
+    Export {
+        /// Its first offset.
+        base: Offset,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The object store did not take the segment or the manifest.
+    #[error("the upload failed: {0}")]
+    Upload(#[from] tier::UploadError),
+    /// The manifest could not be read.
+    #[error("the manifest cannot be read: {0}")]
+    Manifest(#[from] tier::ReadError),
+    /// The metadata store did not take the commit.
+    #[error("the commit failed: {0}")]
+    Commit(#[from] crate::cluster::TierCommitError),
+}
+
+/// What one step did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Step {
+    /// There may be more to do at once.
+    pub more: bool,
+    /// Bytes of the segment that was uploaded and committed, if one was.
+    pub uploaded: Option<u64>,
+}
+
+/// Carries out upkeep, for all partitions of a broker.
+#[derive(Clone)]
+pub struct Upkeep {
+    commits: TierCommits,
+    retry: Duration,
+}
+
+impl Upkeep {
+    /// Upkeep that commits through `commits`.
+    pub fn new(commits: TierCommits) -> Self {
+        Self { commits, retry: Duration::from_millis(500) }
+    }
+
+    /// How long to wait before the try after `failures` failures in a row.
+    pub fn delay(&self, failures: u32) -> Duration {
+        // At most 8 s: when the bucket is back, acks=tiered and a full disk wait for the next try.
+        let doubled = self.retry * 2u32.saturating_pow(failures.min(4));
+        doubled.mul_f64(rand::random_range(0.5..1.0))
+    }
+
+    /// Plans and carries out one step.
+    pub async fn step(&self, partition: &Partition) -> Result<Step, UpkeepError> {
+        let local = local(partition).await?;
+        let plan = plan(partition, &local).await?;
+        if plan.seal {
+            partition.command(Command::Seal).await;
+            return Ok(Step { more: true, uploaded: None });
+        }
+        if let Some(start) = plan.log_start {
+            self.move_log_start(partition, start).await?;
+        }
+        let mut uploaded = None;
+        if let (Some(base), Some(tier)) = (plan.upload, &partition.tier) {
+            uploaded = Some(self.upload(partition, tier, base, &local).await?);
+        }
+        if let Some(below) = plan.evict_below {
+            partition.command(Command::Evict(below)).await;
+            tracing::debug!(partition = %partition.id, %below, "evicted what the bucket has");
+        }
+        Ok(Step { more: plan.upload.is_some() || plan.log_start.is_some(), uploaded })
+    }
+
+    async fn move_log_start(&self, partition: &Partition, start: Offset) -> Result<(), UpkeepError> {
+        match &partition.tier {
+            Some(tier) => {
+                let staged = tier.stage_trim(start, partition.epoch()).await?;
+                self.commit(partition, tier, staged).await?;
+            }
+            None => {
+                let before = partition.committed().unwrap_or_default();
+                let tiered_end = before.tiered_end.max(start);
+                let after = TierState { log_start: start, tiered_end, epoch: partition.epoch(), ..before };
+                self.commit_state(partition, &after).await?;
+            }
+        }
+        partition.command(Command::AdvanceLogStart(start)).await;
+        tracing::info!(partition = %partition.id, log_start = %start, "retention moved the log start");
+        Ok(())
+    }
+
+    async fn upload(
+        &self,
+        partition: &Partition,
+        tier: &PartitionTier,
+        base: Offset,
+        local: &Local,
+    ) -> Result<u64, UpkeepError> {
+        let info = local.sealed.iter().find(|segment| segment.base == base).expect("the plan chose one of these");
+        let source = source(partition, info).await?;
+        let end = source.end;
+        if tier.state().tiered_end < base {
+            // The tier was turned on after the log had been cut: it begins where the log does now.
+            let staged = tier.stage_trim(base, partition.epoch()).await?;
+            self.commit(partition, tier, staged).await?;
+        }
+        let staged = tier.stage(&source, partition.epoch()).await?;
+        self.commit(partition, tier, staged).await?;
+        partition.command(Command::Tiered(end)).await;
+        tracing::debug!(partition = %partition.id, %base, %end, "a segment is in the bucket");
+        Ok(info.bytes)
+    }
+
+    async fn commit(&self, partition: &Partition, tier: &PartitionTier, staged: Staged) -> Result<(), UpkeepError> {
+        self.commit_state(partition, staged.state()).await?;
+        tier.install(staged);
+        Ok(())
+    }
+
+    async fn commit_state(&self, partition: &Partition, after: &TierState) -> Result<(), UpkeepError> {
+        let before = partition.committed();
+        self.commits.commit(partition.id, partition.epoch(), before.as_ref(), after).await?;
+        *partition.committed.lock().unwrap_or_else(PoisonError::into_inner) = Some(after.clone());
+        Ok(())
+    }
+}
+
+pub(super) async fn local(partition: &Partition) -> Result<Local, UpkeepError> {
+    let (answer, local) = oneshot::channel();
+    partition.command(Command::Local(answer)).await;
+    local.await.map_err(|_| UpkeepError::Closed)
+}
+
+async fn source(partition: &Partition, info: &SegmentInfo) -> Result<SegmentSource, UpkeepError> {
+    let (answer, export) = oneshot::channel();
+    partition.command(Command::Export(info.base, answer)).await;
+    let export = export.await.map_err(|_| UpkeepError::Closed)?;
+    let export = export.map_err(|source| UpkeepError::Export { base: info.base, source })?;
+    Ok(SegmentSource {
+        path: export.path,
+        base: export.info.base,
+        end: export.info.end,
+        bytes: export.info.bytes,
+        max_timestamp_ms: export.info.max_timestamp,
+        epochs: export.epochs.iter().collect(),
+        producers: export.producers.to_bytes(),
+    })
+}
+
+async fn plan(partition: &Partition, local: &Local) -> Result<Plan, UpkeepError> {
+    let marks: Watermarks = partition.marks();
+    let config = partition.config();
+    let tiered = match &partition.tier {
+        Some(tier) if wants_tiered(&config) => tier.segments(marks.log_start, TIERED_PER_PLAN).await?,
+        _ => Vec::new(),
+    };
+    let tiered: Vec<Segment> = tiered
+        .iter()
+        .map(|segment| Segment {
+            base: segment.stamp.base,
+            end: segment.stamp.end,
+            bytes: segment.data_bytes,
+            youngest_ms: segment.max_timestamp_ms,
+        })
+        .collect();
+    let sealed: Vec<Segment> = local.sealed.iter().map(segment).collect();
+    Ok(retention::plan(&retention::Input {
+        config: &config,
+        now_ms: clock::wall_ms(),
+        log_start: marks.log_start,
+        tiered_end: marks.tiered_end,
+        high_watermark: marks.high_watermark,
+        local: &sealed,
+        active: segment(&local.active),
+        active_since_ms: local.active_since_ms,
+        tiered: &tiered,
+        tiered_bytes: partition.tiered_bytes(),
+        uploads: config.tiered && partition.tier.is_some(),
+        hurry: local.awaits_tier,
+    }))
+}
+
+/// Whether the plan depends on what the bucket holds: without limits on the whole log it does not.
+fn wants_tiered(config: &crate::model::TopicConfig) -> bool {
+    config.retention.is_some() || config.retention_bytes.is_some()
+}
+
+fn segment(info: &SegmentInfo) -> Segment {
+    let youngest_ms = if info.max_timestamp < 0 { info.created_ms } else { info.max_timestamp };
+    Segment { base: info.base, end: info.end, bytes: info.bytes, youngest_ms }
+}

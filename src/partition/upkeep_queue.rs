@@ -1,0 +1,153 @@
+//! Which partitions need upkeep: each at most once in the queue, and never with two workers at a time.
+
+use std::{
+    collections::{BTreeMap, HashMap, VecDeque},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use tokio::{sync::Notify, time::Instant};
+
+use crate::{model::PartitionId, task::clock};
+
+/// A queue that forgets repetitions. Clones share it.
+#[derive(Clone, Debug, Default)]
+pub struct UpkeepQueue {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    state: Mutex<State>,
+    notify: Notify,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    due: VecDeque<PartitionId>,
+    known: HashMap<PartitionId, Place>,
+    /// Partitions that are to be tried again at a moment, after a failure.
+    later: BTreeMap<(Instant, PartitionId), ()>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    Queued,
+    Working,
+    /// With a worker, and pushed again since.
+    WorkingAgain,
+    Later(Instant),
+}
+
+impl UpkeepQueue {
+    /// Queues a partition. One that waits after a failure goes on waiting.
+    pub fn push(&self, id: PartitionId) {
+        let mut state = self.lock();
+        match state.known.get(&id) {
+            None => {
+                state.known.insert(id, Place::Queued);
+                state.due.push_back(id);
+                drop(state);
+                self.inner.notify.notify_one();
+            }
+            Some(Place::Working) => {
+                state.known.insert(id, Place::WorkingAgain);
+            }
+            Some(Place::Queued | Place::WorkingAgain | Place::Later(_)) => {}
+        }
+    }
+
+    /// Waits for a partition that is due. Whoever gets one must say [`Self::done`] or [`Self::failed`].
+    pub async fn next(&self) -> PartitionId {
+        loop {
+            let notified = self.inner.notify.notified();
+            let wake_at = match self.take(clock::monotonic()) {
+                Ok(id) => return id,
+                Err(wake_at) => wake_at,
+            };
+            match wake_at {
+                Some(moment) => {
+                    let _either = tokio::time::timeout_at(moment, notified).await;
+                }
+                None => notified.await,
+            }
+        }
+    }
+
+    /// A partition that is due, or the moment at which the next one will be.
+    fn take(&self, now: Instant) -> Result<PartitionId, Option<Instant>> {
+        let mut state = self.lock();
+        while let Some(((_, id), ())) = state.later.first_key_value().filter(|((at, _), ())| *at <= now) {
+            let id = *id;
+            state.later.pop_first();
+            state.known.insert(id, Place::Queued);
+            state.due.push_back(id);
+        }
+        let Some(id) = state.due.pop_front() else {
+            return Err(state.later.first_key_value().map(|((at, _), ())| *at));
+        };
+        state.known.insert(id, Place::Working);
+        if !state.due.is_empty() {
+            self.inner.notify.notify_one();
+        }
+        Ok(id)
+    }
+
+    /// The partition was seen to; it is queued again at once when `more` is left or it was pushed meanwhile.
+    pub fn done(&self, id: PartitionId, more: bool) {
+        let again = self.lock().known.remove(&id) == Some(Place::WorkingAgain);
+        if again || more {
+            self.push(id);
+        }
+    }
+
+    /// The partition is to be tried again after `delay`.
+    pub fn failed(&self, id: PartitionId, delay: Duration) {
+        let at = clock::monotonic() + delay;
+        let mut state = self.lock();
+        state.known.insert(id, Place::Later(at));
+        state.later.insert((at, id), ());
+        drop(state);
+        self.inner.notify.notify_one();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.inner.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::TopicId;
+
+    fn id(number: u32) -> PartitionId {
+        PartitionId::new(TopicId::from_bytes([1; 16]), number)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_partition_pushed_while_it_is_worked_on_comes_again_after() {
+        let queue = UpkeepQueue::default();
+        queue.push(id(1));
+        queue.push(id(1));
+        assert_eq!(queue.next().await, id(1));
+        queue.push(id(1));
+        assert!(queue.take(clock::monotonic()).is_err(), "never two workers at one partition");
+        queue.done(id(1), false);
+        assert_eq!(queue.next().await, id(1));
+        queue.done(id(1), false);
+        assert_eq!(queue.take(clock::monotonic()), Err(None));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_failed_partition_waits_for_its_delay_even_when_pushed() {
+        let queue = UpkeepQueue::default();
+        queue.push(id(1));
+        let begin = clock::monotonic();
+        assert_eq!(queue.next().await, id(1));
+        queue.failed(id(1), Duration::from_secs(3));
+        queue.push(id(1));
+        assert_eq!(queue.next().await, id(1));
+        assert!(clock::monotonic() - begin >= Duration::from_secs(3));
+    }
+}
