@@ -29,3 +29,6 @@ pub mod cluster;
 
 #[cfg(feature = "server")]
 pub mod partition;
+
+#[cfg(feature = "server")]
+pub mod broker;

@@ -1,0 +1,155 @@
+//! Topic administration: the requests' shapes over `cluster::Topics`.
+//!
+//! A change is answered when this broker itself acts by it: a topic that was created takes records at once.
+
+use std::{collections::HashMap, time::Duration};
+
+use super::{Broker, hosted::Holding};
+use crate::{
+    cluster::{NewTopic, PartitionEntry, TopicInfo, TopicValue},
+    model::{ConfigMap, Offset, TopicConfig, TopicId, TopicName, Watermarks},
+    proto::{
+        fault::{Fault, Reason},
+        v1,
+    },
+};
+
+/// How long an answer waits for this broker to act by the change. It goes out after that all the same: the change is made.
+const SETTLE: Duration = Duration::from_secs(10);
+
+impl Broker {
+    pub(super) async fn create_topic(&self, request: v1::CreateTopicRequest) -> Result<v1::CreateTopicResponse, Fault> {
+        let topic = NewTopic {
+            name: name(&request.name)?,
+            partitions: request.partitions.max(1),
+            replication_factor: request.replication_factor.max(1),
+            config: request.config.into_iter().collect(),
+            validate_only: request.validate_only,
+        };
+        let info = self.topics.create(topic).await?;
+        if !request.validate_only {
+            self.settled(&info).await;
+        }
+        Ok(v1::CreateTopicResponse { topic: Some(summary(&info.name, &info.value)) })
+    }
+
+    pub(super) fn list_topics(&self) -> v1::ListTopicsResponse {
+        let state = self.view.state();
+        let topics = state.topics().iter().map(|(name, topic)| summary(name, &topic.value)).collect();
+        v1::ListTopicsResponse { topics }
+    }
+
+    pub(super) fn describe_topic(&self, topic: &str) -> Result<v1::DescribeTopicResponse, Fault> {
+        let name = name(topic)?;
+        let state = self.view.state();
+        let Some(known) = state.topic(&name) else { return Err(self.topics.unknown(topic).into()) };
+        let value = &known.value;
+        let hosted = self.hosted.topic(&name).filter(|hosted| hosted.id == value.id);
+        let partitions = state.partitions_of(value).map(|(number, entry)| {
+            let holding = hosted.as_ref().and_then(|hosted| hosted.partitions.get(number as usize));
+            partition_state(number, &entry, holding)
+        });
+        Ok(v1::DescribeTopicResponse {
+            topic: Some(summary(&name, value)),
+            effective_config: texts(TopicConfig::texts(&self.settings.topic_defaults, &value.config)),
+            partitions: partitions.collect(),
+        })
+    }
+
+    pub(super) async fn alter_topic(&self, request: v1::AlterTopicRequest) -> Result<v1::AlterTopicResponse, Fault> {
+        let topic = name(&request.name)?;
+        let info = self.topics.alter(&topic, request.set.into_iter().collect(), request.unset).await?;
+        self.settled(&info).await;
+        Ok(v1::AlterTopicResponse { topic: Some(summary(&info.name, &info.value)) })
+    }
+
+    pub(super) async fn add_partitions(
+        &self,
+        request: v1::AddPartitionsRequest,
+    ) -> Result<v1::AddPartitionsResponse, Fault> {
+        let info = self.topics.add_partitions(&name(&request.name)?, request.to).await?;
+        self.settled(&info).await;
+        Ok(v1::AddPartitionsResponse { topic: Some(summary(&info.name, &info.value)) })
+    }
+
+    pub(super) async fn delete_topic(&self, topic: &str) -> Result<v1::DeleteTopicResponse, Fault> {
+        let topic = name(topic)?;
+        let id: TopicId = self.topics.delete(&topic).await?;
+        let gone = self.hosted.until(|hosted| hosted.topic(&topic).is_none_or(|hosted| hosted.id != id));
+        let _late = tokio::time::timeout(SETTLE, gone).await;
+        Ok(v1::DeleteTopicResponse {})
+    }
+
+    pub(super) async fn init_producer(&self) -> Result<v1::InitProducerResponse, Fault> {
+        let producer_id = self.producer_ids.next(&self.topics).await?;
+        Ok(v1::InitProducerResponse { producer_id, producer_epoch: 0 })
+    }
+
+    /// Waits until this broker acts by a change.
+    async fn settled(&self, info: &TopicInfo) {
+        let (name, value) = (&info.name, &info.value);
+        let acts = self.hosted.until(|hosted| {
+            hosted.topic(name).is_some_and(|topic| {
+                topic.id == value.id
+                    && topic.partitions.len() >= value.partitions as usize
+                    && topic.revision >= info.revision
+            })
+        });
+        let _late = tokio::time::timeout(SETTLE, acts).await;
+    }
+}
+
+fn name(text: &str) -> Result<TopicName, Fault> {
+    TopicName::new(text).map_err(|error| Fault::new(Reason::InvalidTopic, error.to_string()))
+}
+
+fn texts(config: ConfigMap) -> HashMap<String, String> {
+    config.into_iter().collect()
+}
+
+fn summary(name: &TopicName, value: &TopicValue) -> v1::TopicSummary {
+    v1::TopicSummary {
+        name: name.to_string(),
+        topic_id: value.id.to_string(),
+        partitions: value.partitions,
+        replication_factor: value.replication_factor,
+        config: texts(value.config.clone()),
+    }
+}
+
+fn partition_state(number: u32, entry: &PartitionEntry, holding: Option<&Holding>) -> v1::PartitionState {
+    let assigned = entry.partition.as_ref().map(|known| &known.value);
+    let tier = entry.tier.as_ref().map(|known| &known.value);
+    let ids = |ids: &Vec<crate::model::BrokerId>| ids.iter().map(|id| id.0).collect();
+    let mut state = v1::PartitionState {
+        partition: number.cast_signed(),
+        leader: assigned.and_then(|value| value.leader).map(|leader| leader.0),
+        leader_epoch: assigned.map_or(-1, |value| value.leader_epoch.as_i32()),
+        replicas: assigned.map(|value| ids(&value.replicas)).unwrap_or_default(),
+        isr: assigned.map(|value| ids(&value.isr)).unwrap_or_default(),
+        ..Default::default()
+    };
+    let marks = match holding {
+        Some(Holding::Open(partition)) => {
+            state.local_bytes = partition.local_bytes();
+            state.tiered_bytes = partition.tiered_bytes();
+            state.fault = partition.fault().map(|why| Fault::new(Reason::StorageFailed, why.as_ref()).into());
+            partition.marks()
+        }
+        other => {
+            if let Some(Holding::Unusable(why)) = other {
+                state.fault = Some(Fault::new(Reason::StorageFailed, why.as_ref()).into());
+            }
+            let log_start = tier.map_or(Offset::ZERO, |tier| tier.log_start);
+            let tiered_end = tier.map_or(Offset::ZERO, |tier| tier.tiered_end);
+            Watermarks { log_start, tiered_end, ..Watermarks::default() }
+        }
+    };
+    state.log_start = marks.log_start.as_i64();
+    state.local_start = marks.local_start.as_i64();
+    state.tiered_end = marks.tiered_end.as_i64();
+    state.high_watermark = marks.high_watermark.as_i64();
+    state.log_end = marks.log_end.as_i64();
+    state.persisted_end = marks.persisted_end.as_i64();
+    state
+}

@@ -1,0 +1,199 @@
+//! The one place that maps errors of the inner rooms to what travels.
+
+use crate::{
+    cluster::{AddPartitionsError, AlterError, CreateError, DeleteError, StoreError, UnknownTopic},
+    limits,
+    model::{Offset, TopicName},
+    partition::{AppendError, ReadError, Refused},
+    proto::fault::{Fault, Reason},
+    record::Malformed,
+};
+
+/// Topic or partition names that this broker cannot serve.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub(super) enum LookupError {
+    /// The topic has fewer partitions.
+    #[error("topic {topic:?} has no partition {partition}: it has {count}, numbered from 0")]
+    UnknownPartition {
+        /// The topic.
+        topic: String,
+        /// What was asked for.
+        partition: i32,
+        /// How many it has.
+        count: usize,
+    },
+    /// The partition is led elsewhere, or not open here yet.
+    #[error(
+        "this broker does not lead partition {partition} of topic {topic:?} at the moment: ask for metadata and try again"
+    )]
+    NotLeader {
+        /// The topic.
+        topic: String,
+        /// The partition.
+        partition: i32,
+    },
+    /// The replica here could not be opened.
+    #[error("partition {partition} of topic {topic:?} cannot be served by this broker: {why}")]
+    Unusable {
+        /// The topic.
+        topic: String,
+        /// The partition.
+        partition: i32,
+        /// What is wrong with it.
+        why: String,
+    },
+}
+
+impl From<LookupError> for Fault {
+    fn from(error: LookupError) -> Self {
+        let message = error.to_string();
+        match error {
+            LookupError::UnknownPartition { topic, partition, count } => Self::new(Reason::UnknownPartition, message)
+                .with("topic", topic)
+                .with("partition", partition)
+                .with("partitions", count),
+            LookupError::NotLeader { topic, partition } => {
+                Self::new(Reason::NotLeader, message).with("topic", topic).with("partition", partition)
+            }
+            LookupError::Unusable { topic, partition, .. } => {
+                Self::new(Reason::StorageFailed, message).with("topic", topic).with("partition", partition)
+            }
+        }
+    }
+}
+
+impl From<AppendError> for Fault {
+    fn from(error: AppendError) -> Self {
+        let message = error.to_string();
+        match error {
+            AppendError::Refused(refused) => match refused {
+                Refused::NotEnoughReplicas { in_sync, needed } => {
+                    Self::new(Reason::NotEnoughReplicas, message).with("in_sync", in_sync).with("needed", needed)
+                }
+                Refused::OutOfOrder { producer, sent, expected } => Self::new(Reason::OutOfOrderSequence, message)
+                    .with("producer", producer)
+                    .with("sent", sent)
+                    .with("expected", expected),
+                Refused::Fenced { producer, current, .. } => {
+                    Self::new(Reason::ProducerFenced, message).with("producer", producer).with("current", current)
+                }
+                Refused::UnknownProducer { producer, sent } => {
+                    Self::new(Reason::UnknownProducer, message).with("producer", producer).with("sent", sent)
+                }
+            },
+            AppendError::DiskFull => Self::new(Reason::DiskFull, message),
+            AppendError::StorageFailed { .. } => Self::new(Reason::StorageFailed, message),
+            AppendError::Closing => Self::new(Reason::NotReady, message),
+        }
+    }
+}
+
+impl From<ReadError> for Fault {
+    fn from(error: ReadError) -> Self {
+        let message = error.to_string();
+        match error {
+            ReadError::OutOfRange { offset, start, end } => Self::new(Reason::OffsetOutOfRange, message)
+                .with("offset", offset)
+                .with("start", start)
+                .with("end", end),
+            ReadError::Closed => Self::new(Reason::NotLeader, message),
+            ReadError::Damaged { offset, .. } => Self::new(Reason::DataDamaged, message).with("offset", offset),
+            ReadError::Disk { .. } => Self::new(Reason::StorageFailed, message),
+            ReadError::ObjectStore { .. } => Self::new(Reason::ObjectStoreUnavailable, message),
+        }
+    }
+}
+
+impl From<Malformed> for Fault {
+    fn from(error: Malformed) -> Self {
+        Self::new(Reason::MalformedBatch, error.to_string())
+    }
+}
+
+impl From<StoreError> for Fault {
+    fn from(error: StoreError) -> Self {
+        Self::new(Reason::MetadataUnavailable, error.to_string())
+    }
+}
+
+impl From<UnknownTopic> for Fault {
+    fn from(error: UnknownTopic) -> Self {
+        let near: Vec<&str> = error.near.iter().map(TopicName::as_str).collect();
+        Self::new(Reason::UnknownTopic, error.to_string()).with("topic", &error.name).with("near", near.join(","))
+    }
+}
+
+impl From<CreateError> for Fault {
+    fn from(error: CreateError) -> Self {
+        let message = error.to_string();
+        match error {
+            CreateError::Exists { name } => Self::new(Reason::TopicExists, message).with("topic", name),
+            CreateError::Partitions { .. } | CreateError::Replicas { .. } | CreateError::TooManyTopics => {
+                Self::new(Reason::InvalidRequest, message)
+            }
+            CreateError::Brokers { asked, live } => {
+                Self::new(Reason::InvalidRequest, message).with("replication_factor", asked).with("brokers", live)
+            }
+            CreateError::Config(_) => Self::new(Reason::InvalidTopic, message),
+            CreateError::Conflict { .. } => Self::new(Reason::Conflict, message),
+            CreateError::Store(error) => error.into(),
+        }
+    }
+}
+
+impl From<AlterError> for Fault {
+    fn from(error: AlterError) -> Self {
+        let message = error.to_string();
+        match error {
+            AlterError::Unknown(unknown) => unknown.into(),
+            AlterError::Config(_) | AlterError::Both { .. } => Self::new(Reason::InvalidTopic, message),
+            AlterError::Conflict { .. } => Self::new(Reason::Conflict, message),
+            AlterError::Store(error) => error.into(),
+        }
+    }
+}
+
+impl From<AddPartitionsError> for Fault {
+    fn from(error: AddPartitionsError) -> Self {
+        let message = error.to_string();
+        match error {
+            AddPartitionsError::Unknown(unknown) => unknown.into(),
+            AddPartitionsError::NotMore { .. }
+            | AddPartitionsError::TooMany { .. }
+            | AddPartitionsError::Brokers { .. } => Self::new(Reason::InvalidRequest, message),
+            AddPartitionsError::Conflict { .. } => Self::new(Reason::Conflict, message),
+            AddPartitionsError::Store(error) => error.into(),
+        }
+    }
+}
+
+impl From<DeleteError> for Fault {
+    fn from(error: DeleteError) -> Self {
+        let message = error.to_string();
+        match error {
+            DeleteError::Unknown(unknown) => unknown.into(),
+            DeleteError::Conflict { .. } => Self::new(Reason::Conflict, message),
+            DeleteError::Store(error) => error.into(),
+        }
+    }
+}
+
+/// A batch above the topic's limit.
+pub(super) fn too_large(topic: &TopicName, bytes: usize, most: usize) -> Fault {
+    let message = format!(
+        "the batch has {bytes} bytes, topic {topic} takes at most {most}: send smaller batches, or raise \
+         max.message.bytes (up to {})",
+        limits::MAX_BATCH_BYTES
+    );
+    Fault::new(Reason::RecordTooLarge, message).with("bytes", bytes).with("max", most)
+}
+
+/// A request that cannot mean anything.
+pub(super) fn invalid(message: impl Into<String>) -> Fault {
+    Fault::new(Reason::InvalidRequest, message)
+}
+
+/// An offset of a request.
+pub(super) fn offset(value: i64) -> Result<Offset, Fault> {
+    Offset::from_i64(value).ok_or_else(|| invalid(format!("offset {value} is negative")))
+}

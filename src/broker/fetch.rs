@@ -1,0 +1,390 @@
+//! Reading: the stream that goes on and on, and the single read.
+//!
+//! A [`Session`] holds the partitions of one reader with its position in each. Which of them has something new comes
+//! from [`Ready`], so a reader of ten thousand quiet partitions costs nothing. Reads of several partitions run side by
+//! side: one that waits for the bucket does not hold up those whose records are in memory.
+
+use std::{pin::Pin, sync::Arc, time::Duration};
+
+use futures::{FutureExt as _, Stream, StreamExt as _, stream, stream::FuturesUnordered};
+use tokio::time::Instant;
+use tonic::{Status, Streaming};
+
+use super::{Broker, faults};
+use crate::{
+    limits,
+    model::{Offset, Watermarks},
+    partition::{Fetched, ReadError, Reader, Ready, Source},
+    proto::{
+        fault::{Fault, Reason},
+        v1,
+    },
+    record::{Batch, Record},
+    task::clock,
+};
+
+/// Reads of one session that may be under way.
+const READS: usize = 8;
+
+/// Bytes of one answer where the request does not say.
+const DEFAULT_BYTES: usize = 1 << 20;
+
+/// Most bytes of records in one plain answer.
+const MAX_PLAIN_BYTES: usize = limits::MAX_MESSAGE_BYTES - (4 << 20);
+
+type ReadOutcome = (usize, Result<Option<Fetched>, ReadError>);
+
+/// One partition of a session.
+struct Place {
+    topic: String,
+    partition: i32,
+    /// `None` once it failed: it is left out from then on.
+    reader: Option<Reader>,
+    position: Offset,
+    /// A read from `position` is under way: a second one would give the same records again.
+    reading: bool,
+    /// Something new came during that read.
+    again: bool,
+}
+
+/// How much one answer holds, and how long it may be held back.
+#[derive(Clone, Copy)]
+struct Terms {
+    min_bytes: usize,
+    max_bytes: usize,
+    max_wait: Duration,
+}
+
+impl Terms {
+    fn new(min_bytes: u32, max_bytes: u32, max_wait_ms: u32) -> Self {
+        let max_bytes = if max_bytes == 0 { DEFAULT_BYTES } else { max_bytes as usize };
+        let max_bytes = max_bytes.min(limits::MAX_FETCH_BYTES);
+        Self {
+            min_bytes: (min_bytes as usize).clamp(1, max_bytes),
+            max_bytes,
+            max_wait: Duration::from_millis(max_wait_ms.min(limits::MAX_FETCH_WAIT_MS).into()),
+        }
+    }
+}
+
+/// What an answer is being made of.
+#[derive(Default)]
+struct Gathered {
+    partitions: Vec<v1::FetchedPartition>,
+    /// Which place each of `partitions` is of; failures have none.
+    places: Vec<Option<usize>>,
+    bytes: usize,
+    failed: bool,
+}
+
+/// The partitions of one reader.
+struct Session {
+    broker: Arc<Broker>,
+    places: Vec<Place>,
+    ready: Arc<Ready>,
+    reading: FuturesUnordered<Pin<Box<dyn Future<Output = ReadOutcome> + Send>>>,
+    terms: Terms,
+    /// Failures that are told with the next answer.
+    refused: Vec<v1::FetchedPartition>,
+}
+
+impl Session {
+    fn new(broker: Arc<Broker>, terms: Terms) -> Self {
+        let (ready, reading) = (Arc::default(), FuturesUnordered::new());
+        Self { broker, places: Vec::new(), ready, reading, terms, refused: Vec::new() }
+    }
+
+    /// Reads these partitions from now on, and no others. One that was being read goes on where it is, unless `restart`.
+    fn assign(&mut self, wanted: Vec<v1::FetchPartition>, restart: bool) -> Result<(), Fault> {
+        if wanted.len() > limits::MAX_FETCH_PARTITIONS {
+            return Err(faults::invalid(format!(
+                "{} partitions in one fetch; at most {} are allowed",
+                wanted.len(),
+                limits::MAX_FETCH_PARTITIONS
+            )));
+        }
+        let before = std::mem::take(&mut self.places);
+        self.reading = FuturesUnordered::new();
+        self.ready = Arc::default();
+        for want in wanted {
+            let kept = before.iter().find(|place| {
+                !restart && place.reader.is_some() && place.topic == want.topic && place.partition == want.partition
+            });
+            let position = match kept {
+                Some(place) => place.position,
+                None => faults::offset(want.offset)?,
+            };
+            match self.broker.partition(&want.topic, want.partition) {
+                Ok(partition) => {
+                    let reader = partition.reader().clone();
+                    reader.follow(&self.ready, self.places.len());
+                    let (topic, partition) = (want.topic, want.partition);
+                    let reader = Some(reader);
+                    self.places.push(Place { topic, partition, reader, position, reading: false, again: false });
+                }
+                Err(fault) => self.refused.push(refusal(want.topic, want.partition, fault)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Begins reads of what is ready.
+    fn begin_reads(&mut self, max_bytes: usize) {
+        while self.reading.len() < READS
+            && let Some(index) = self.ready.take()
+        {
+            let place = &mut self.places[index];
+            if place.reading {
+                place.again = true;
+                continue;
+            }
+            let Some(reader) = place.reader.clone() else { continue };
+            place.reading = true;
+            let position = place.position;
+            self.reading.push(Box::pin(async move { (index, reader.read(position, max_bytes).await) }));
+        }
+    }
+
+    /// Takes the outcome of one read into the answer.
+    fn absorb(&mut self, (index, outcome): ReadOutcome, gathered: &mut Gathered) {
+        let place = &mut self.places[index];
+        place.reading = false;
+        let again = std::mem::take(&mut place.again);
+        let Some(reader) = &place.reader else { return };
+        match outcome {
+            Ok(None) if again => self.ready.mark(index),
+            Ok(None) => {}
+            Ok(Some(fetched)) => {
+                let marks = reader.marks();
+                place.position = fetched.next;
+                let by_source = &self.broker.metrics.fetch_bytes;
+                let counter = match fetched.source {
+                    Source::Memory => &by_source.memory,
+                    Source::Disk => &by_source.disk,
+                    Source::Bucket => &by_source.bucket,
+                };
+                counter.inc_by(fetched.bytes as u64);
+                let next = fetched.next;
+                gathered.add(index, place, fetched, marks);
+                if next < marks.high_watermark {
+                    self.ready.mark(index);
+                }
+            }
+            Err(error) => {
+                place.reader = None;
+                gathered.failed = true;
+                let fault = Fault::from(error);
+                self.broker.metrics.fetch_errors.count(fault.reason.word());
+                gathered.refuse(refusal(place.topic.clone(), place.partition, fault));
+            }
+        }
+    }
+
+    /// Takes what can be had without waiting.
+    fn gather_now(&mut self, gathered: &mut Gathered) {
+        gathered.failed |= !self.refused.is_empty();
+        self.refused.drain(..).for_each(|refused| gathered.refuse(refused));
+        while gathered.bytes < self.terms.max_bytes {
+            self.begin_reads(self.terms.max_bytes - gathered.bytes);
+            match self.reading.next().now_or_never() {
+                Some(Some(outcome)) => self.absorb(outcome, gathered),
+                Some(None) | None => break,
+            }
+        }
+    }
+
+    /// Waits for one more outcome, or for something to become ready.
+    async fn wait(&mut self, gathered: &mut Gathered) {
+        let ready = Arc::clone(&self.ready);
+        let more = self.reading.len() < READS;
+        let outcome = tokio::select! {
+            biased;
+            Some(outcome) = self.reading.next(), if !self.reading.is_empty() => Some(outcome),
+            () = ready.wait(), if more => None,
+        };
+        if let Some(outcome) = outcome {
+            self.absorb(outcome, gathered);
+        }
+    }
+}
+
+impl Gathered {
+    /// Adds what was read of a place to what the answer has of it.
+    fn add(&mut self, index: usize, place: &Place, fetched: Fetched, marks: Watermarks) {
+        self.bytes += fetched.bytes;
+        let at = self.places.iter().position(|place| *place == Some(index)).unwrap_or_else(|| {
+            let (topic, partition) = (place.topic.clone(), place.partition);
+            self.partitions.push(v1::FetchedPartition { topic, partition, ..Default::default() });
+            self.places.push(Some(index));
+            self.partitions.len() - 1
+        });
+        let entry = &mut self.partitions[at];
+        entry.chunks.extend(fetched.chunks);
+        entry.log_start = marks.log_start.as_i64();
+        entry.high_watermark = marks.high_watermark.as_i64();
+        entry.next_offset = fetched.next.as_i64();
+    }
+
+    fn refuse(&mut self, refused: v1::FetchedPartition) {
+        self.partitions.push(refused);
+        self.places.push(None);
+    }
+
+    fn is_enough(&self, terms: &Terms) -> bool {
+        self.failed || self.bytes >= terms.min_bytes
+    }
+}
+
+impl Broker {
+    /// Reads once.
+    pub(super) async fn read(self: Arc<Self>, request: v1::ReadRequest) -> Result<v1::ReadResponse, Fault> {
+        let terms = Terms::new(request.min_bytes, request.max_bytes, request.max_wait_ms);
+        let wanted: Vec<_> = request.partitions.iter().map(|want| want.offset).collect();
+        let places: Vec<_> = request.partitions.iter().map(|want| (want.topic.clone(), want.partition)).collect();
+        let mut session = Session::new(self, terms);
+        session.assign(request.partitions, true)?;
+        let deadline = clock::monotonic() + terms.max_wait;
+        let mut gathered = Gathered::default();
+        loop {
+            session.gather_now(&mut gathered);
+            if gathered.is_enough(&terms)
+                || tokio::time::timeout_at(deadline, session.wait(&mut gathered)).await.is_err()
+            {
+                break;
+            }
+        }
+        if request.plain {
+            let mut room = MAX_PLAIN_BYTES;
+            for fetched in &mut gathered.partitions {
+                let named = |(topic, number): &(String, i32)| *topic == fetched.topic && *number == fetched.partition;
+                let from = places.iter().position(named).map_or(0, |index| wanted[index]);
+                decode(fetched, from, &mut room)?;
+            }
+        }
+        Ok(v1::ReadResponse { partitions: gathered.partitions })
+    }
+
+    /// Reads on and on.
+    pub(super) fn fetch(
+        self: Arc<Self>,
+        requests: Streaming<v1::FetchRequest>,
+    ) -> impl Stream<Item = Result<v1::FetchResponse, Status>> + Send + 'static {
+        let follow = Follow { session: Session::new(self, Terms::new(0, 0, 0)), requests, begun: false, ended: false };
+        stream::unfold(follow, |mut follow| async move { Some((follow.next().await?, follow)) })
+    }
+}
+
+/// One fetch stream.
+struct Follow {
+    session: Session,
+    requests: Streaming<v1::FetchRequest>,
+    begun: bool,
+    /// The caller sends no more requests; it goes on reading what it asked for.
+    ended: bool,
+}
+
+impl Follow {
+    async fn next(&mut self) -> Option<Result<v1::FetchResponse, Status>> {
+        let mut gathered = Gathered::default();
+        let mut deadline: Option<Instant> = None;
+        loop {
+            self.session.gather_now(&mut gathered);
+            let terms = self.session.terms;
+            if gathered.is_enough(&terms) {
+                break;
+            }
+            if gathered.bytes > 0 && deadline.is_none() {
+                deadline = Some(clock::monotonic() + terms.max_wait);
+            }
+            let hold = async {
+                match deadline {
+                    Some(moment) => tokio::time::sleep_until(moment).await,
+                    None => std::future::pending().await,
+                }
+            };
+            let broker = Arc::clone(&self.session.broker);
+            let session = &mut self.session;
+            tokio::select! {
+                biased;
+                () = broker.stopping() => return None,
+                request = self.requests.message(), if !self.ended => match request {
+                    Ok(Some(request)) => {
+                        // What was gathered for the old assignment goes out first: its positions have moved.
+                        if let Err(fault) = self.take(request) {
+                            return Some(Err(fault.into()));
+                        }
+                        if gathered.bytes > 0 {
+                            break;
+                        }
+                    }
+                    Ok(None) if !self.begun => return None,
+                    Ok(None) => self.ended = true,
+                    Err(status) => return Some(Err(status)),
+                },
+                () = session.wait(&mut gathered), if self.begun => {}
+                () = hold => break,
+            }
+        }
+        self.session.broker.metrics.fetch_requests.inc();
+        Some(Ok(v1::FetchResponse { partitions: gathered.partitions }))
+    }
+
+    fn take(&mut self, request: v1::FetchRequest) -> Result<(), Fault> {
+        if !self.begun {
+            self.session.terms = Terms::new(request.min_bytes, request.max_bytes, request.max_wait_ms);
+            self.begun = true;
+        }
+        self.session.assign(request.partitions, request.restart)
+    }
+}
+
+fn refusal(topic: String, partition: i32, fault: Fault) -> v1::FetchedPartition {
+    v1::FetchedPartition { topic, partition, error: Some(fault.into()), ..Default::default() }
+}
+
+/// Replaces the batches of an answer by their records from offset `from` on, as many as there is room for. What is
+/// compressed may be a thousand times larger than it was: an answer must stay one that can be sent.
+fn decode(fetched: &mut v1::FetchedPartition, from: i64, room: &mut usize) -> Result<(), Fault> {
+    let mut bytes = bytes::Bytes::from(fetched.chunks.concat());
+    fetched.chunks.clear();
+    while !bytes.is_empty() {
+        let batch = Batch::split_from(&mut bytes)?;
+        for entry in batch.records()? {
+            let (offset, record) = entry?;
+            if offset.as_i64() < from {
+                continue;
+            }
+            let size = plain_bytes(&record);
+            if size > *room {
+                fetched.next_offset = offset.as_i64();
+                return too_large_for_plain(fetched, size);
+            }
+            *room -= size;
+            let headers = record.headers.into_iter().map(|h| v1::Header { key: h.key, value: h.value }).collect();
+            fetched.records.push(v1::Record {
+                key: record.key,
+                value: record.value,
+                headers,
+                timestamp_ms: Some(record.timestamp_ms),
+                offset: offset.as_i64(),
+            });
+        }
+    }
+    Ok(())
+}
+
+/// What a record takes in an answer, at most.
+fn plain_bytes(record: &Record) -> usize {
+    let length = |bytes: &Option<bytes::Bytes>| bytes.as_ref().map_or(0, bytes::Bytes::len);
+    let headers = record.headers.iter().map(|header| header.key.len() + length(&header.value) + 32);
+    length(&record.key) + length(&record.value) + headers.sum::<usize>() + 64
+}
+
+/// An answer that is full goes out as it is; a record that no answer has room for must be read as a batch.
+fn too_large_for_plain(fetched: &v1::FetchedPartition, size: usize) -> Result<(), Fault> {
+    if !fetched.records.is_empty() || size <= MAX_PLAIN_BYTES {
+        return Ok(());
+    }
+    let message = format!("the record at offset {} has {size} bytes: read it as a batch", fetched.next_offset);
+    Err(Fault::new(Reason::RecordTooLarge, message).with("offset", fetched.next_offset))
+}

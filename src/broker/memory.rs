@@ -1,0 +1,35 @@
+//! Memory that requests under way may take: permits in bytes, given back when the request is answered.
+
+use std::sync::Arc;
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+/// Bytes that one permit of the semaphore stands for, so that gibibytes fit its counter.
+const UNIT: usize = 1 << 10;
+
+/// A bound in bytes. Who asks for more than is free waits its turn.
+#[derive(Clone, Debug)]
+pub(super) struct Memory {
+    semaphore: Arc<Semaphore>,
+    units: u32,
+}
+
+impl Memory {
+    /// At most `bytes`.
+    pub(super) fn new(bytes: u64) -> Self {
+        let units = u32::try_from(bytes.div_ceil(UNIT as u64)).unwrap_or(u32::MAX >> 4).clamp(1, u32::MAX >> 4);
+        Self { semaphore: Arc::new(Semaphore::new(units as usize)), units }
+    }
+
+    /// Waits for room for `bytes`. A request larger than the whole bound takes all of it: it comes alone, and comes through.
+    pub(super) async fn take(&self, bytes: usize) -> OwnedSemaphorePermit {
+        let units = u32::try_from(bytes.div_ceil(UNIT)).unwrap_or(u32::MAX).clamp(1, self.units);
+        let permit = Arc::clone(&self.semaphore).acquire_many_owned(units).await;
+        permit.expect("the semaphore is never closed")
+    }
+
+    /// Bytes that are taken.
+    pub(super) fn taken(&self) -> usize {
+        (self.units as usize).saturating_sub(self.semaphore.available_permits()) * UNIT
+    }
+}

@@ -1,0 +1,58 @@
+//! What a client needs to route: brokers, topics, leaders.
+
+use super::Broker;
+use crate::{
+    cluster::{TopicValue, ViewState},
+    model::{TopicConfig, TopicName},
+    proto::{fault::Fault, v1},
+};
+
+impl Broker {
+    /// Brokers, and the topics asked for.
+    pub(super) fn metadata(&self, request: &v1::GetMetadataRequest) -> v1::GetMetadataResponse {
+        let state = self.view.state();
+        let brokers = state.brokers().iter().map(|(id, known)| v1::Broker {
+            id: id.0,
+            address: known.value.addresses.grpc.clone(),
+            rack: known.value.rack.clone().unwrap_or_default(),
+        });
+        let topics = if request.all_topics {
+            state.topics().iter().map(|(name, topic)| self.describe_routes(&state, name, &topic.value)).collect()
+        } else {
+            request.topics.iter().map(|topic| self.routes(&state, topic)).collect()
+        };
+        v1::GetMetadataResponse { cluster: self.settings.cluster.clone(), brokers: brokers.collect(), topics }
+    }
+
+    fn routes(&self, state: &ViewState, topic: &str) -> v1::TopicMetadata {
+        let known = TopicName::new(topic).ok().and_then(|name| Some((state.topic(&name)?, name)));
+        match known {
+            Some((topic, name)) => self.describe_routes(state, &name, &topic.value),
+            None => v1::TopicMetadata {
+                name: topic.to_owned(),
+                error: Some(Fault::from(self.topics.unknown(topic)).into()),
+                ..Default::default()
+            },
+        }
+    }
+
+    fn describe_routes(&self, state: &ViewState, name: &TopicName, topic: &TopicValue) -> v1::TopicMetadata {
+        let config = TopicConfig::resolve(&self.settings.topic_defaults, &topic.config).unwrap_or_default();
+        let partitions = state.partitions_of(topic).map(|(number, entry)| {
+            let value = entry.partition.map(|known| known.value.clone());
+            v1::PartitionMetadata {
+                partition: number.cast_signed(),
+                leader: value.as_ref().and_then(|value| value.leader).map(|leader| leader.0),
+                leader_epoch: value.map_or(-1, |value| value.leader_epoch.as_i32()),
+            }
+        });
+        v1::TopicMetadata {
+            name: name.to_string(),
+            error: None,
+            topic_id: topic.id.to_string(),
+            partitions: partitions.collect(),
+            max_message_bytes: u32::try_from(config.max_message_bytes).unwrap_or(u32::MAX),
+            compression_type: config.compression.map_or("producer", |codec| codec.word()).to_owned(),
+        }
+    }
+}

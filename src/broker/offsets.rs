@@ -1,0 +1,52 @@
+//! Finding offsets: the ends of a partition, and the first record of a time.
+
+use futures::{StreamExt as _, stream};
+
+use super::{Broker, faults};
+use crate::{
+    limits,
+    proto::{
+        fault::Fault,
+        v1::{self, offset_query::At},
+    },
+};
+
+/// Look-ups by time of one request that run side by side: each may read a file or the bucket.
+const LOOKUPS: usize = 8;
+
+impl Broker {
+    /// Answers the queries in their order.
+    pub(super) async fn list_offsets(&self, request: v1::ListOffsetsRequest) -> Result<v1::ListOffsetsResponse, Fault> {
+        if request.queries.len() > limits::MAX_FETCH_PARTITIONS {
+            return Err(faults::invalid(format!(
+                "{} queries in one request; at most {} are allowed",
+                request.queries.len(),
+                limits::MAX_FETCH_PARTITIONS
+            )));
+        }
+        let answers = stream::iter(request.queries).map(|query| async move {
+            self.find_offset(&query).await.unwrap_or_else(|fault| v1::OffsetAnswer {
+                error: Some(fault.into()),
+                offset: -1,
+                timestamp_ms: -1,
+                leader_epoch: -1,
+            })
+        });
+        Ok(v1::ListOffsetsResponse { answers: answers.buffered(LOOKUPS).collect().await })
+    }
+
+    async fn find_offset(&self, query: &v1::OffsetQuery) -> Result<v1::OffsetAnswer, Fault> {
+        let partition = self.partition(&query.topic, query.partition)?;
+        let marks = partition.marks();
+        let epoch = partition.epoch();
+        let (offset, timestamp_ms, epoch) = match query.at {
+            Some(At::Earliest(_)) => (marks.log_start, -1, epoch),
+            Some(At::Latest(_)) => (marks.high_watermark, -1, epoch),
+            Some(At::TimestampMs(time)) => {
+                partition.reader().offset_for_time(time).await?.unwrap_or((marks.high_watermark, -1, epoch))
+            }
+            None => return Err(faults::invalid("the query says neither earliest nor latest nor a timestamp")),
+        };
+        Ok(v1::OffsetAnswer { error: None, offset: offset.as_i64(), timestamp_ms, leader_epoch: epoch.as_i32() })
+    }
+}

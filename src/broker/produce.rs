@@ -1,0 +1,271 @@
+//! Writing: unary append, and the pipelined stream.
+//!
+//! The edge checks a batch before anything is stored, finds its partition, takes memory for it, and queues it. The answer
+//! comes from the partition's task when the request's own rule holds.
+
+use std::{sync::Arc, time::Duration};
+
+use futures::{
+    Stream, StreamExt as _,
+    future::BoxFuture,
+    stream::{self, FuturesUnordered},
+};
+use tokio::sync::oneshot;
+use tonic::{Status, Streaming};
+
+use super::{Broker, faults};
+use crate::{
+    model::{Acks, Compression},
+    partition::{Acked, AppendResult, Held, Partition},
+    proto::{
+        fault::{Fault, Reason},
+        v1::{self, append_request::Payload, produce_response},
+    },
+    record::{Batch, BatchBuilder, Header, Unbuildable},
+    task::{self, clock},
+};
+
+/// Most requests of one stream that may be under way; more wait in HTTP/2's window.
+const STREAM_REQUESTS: usize = 4096;
+
+/// How long an acknowledgement is awaited where the request does not say.
+const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Batches from this size on are re-encoded away from the async threads.
+const BLOCKING_BYTES: usize = 32 << 10;
+
+/// A write that was queued: what is left is to wait for its answer.
+struct Queued {
+    answer: Option<oneshot::Receiver<AppendResult>>,
+    timeout: Duration,
+    began: tokio::time::Instant,
+    bytes: u64,
+    records: u64,
+}
+
+impl Broker {
+    /// Appends and waits for the acknowledgement.
+    pub(super) async fn append(&self, request: v1::AppendRequest) -> Result<v1::AppendResponse, Fault> {
+        let queued =
+            self.queue(request).await.inspect_err(|fault| self.metrics.produce_errors.count(fault.reason.word()))?;
+        self.outcome(queued).await
+    }
+
+    /// Answers a stream of writes. Requests are queued in the order in which they came.
+    pub(super) fn produce(
+        self: Arc<Self>,
+        requests: Streaming<v1::ProduceRequest>,
+    ) -> impl Stream<Item = Result<v1::ProduceResponse, Status>> + Send + 'static {
+        let state = Pipeline { broker: self, requests, answers: FuturesUnordered::new(), ended: false };
+        stream::unfold(state, |mut pipeline| async move { Some((pipeline.next().await?, pipeline)) })
+    }
+
+    /// Checks a write and puts it into its partition's queue.
+    async fn queue(&self, request: v1::AppendRequest) -> Result<Queued, Fault> {
+        let began = clock::monotonic();
+        let acks = acks(request.acks)?;
+        let partition = self.partition(&request.topic, request.partition)?;
+        let config = partition.config();
+        if acks == Acks::Tiered && !(config.tiered && self.has_object_store()) {
+            return Err(faults::invalid(format!(
+                "acks=tiered needs the object store, and topic {} does not use one: set remote.storage.enable=true on the \
+                 topic and an object store on the broker",
+                partition.topic()
+            )));
+        }
+        let most = config.max_message_bytes;
+        let batch = match request.payload {
+            Some(Payload::Batch(bytes)) => {
+                if bytes.len() > most {
+                    return Err(faults::too_large(partition.topic(), bytes.len(), most));
+                }
+                received(bytes)?
+            }
+            Some(Payload::Records(records)) => plain(&records, config.compression.unwrap_or_default())?,
+            None => return Err(faults::invalid("the request holds neither a batch nor records")),
+        };
+        let batch = match config.compression {
+            Some(codec) if codec != batch.compression() => recompressed(batch, codec).await?,
+            _ => batch,
+        };
+        if batch.encoded_len() > most {
+            return Err(faults::too_large(partition.topic(), batch.encoded_len(), most));
+        }
+        self.metrics.produce_requests.inc();
+        let (bytes, records) = (batch.encoded_len() as u64, u64::from(batch.count()));
+        let answer = self.submit(&partition, batch, acks).await?;
+        let timeout = match request.timeout_ms {
+            0 => DEFAULT_TIMEOUT,
+            ms => Duration::from_millis(ms.into()),
+        };
+        Ok(Queued { answer: (acks != Acks::None).then_some(answer), timeout, began, bytes, records })
+    }
+
+    async fn submit(
+        &self,
+        partition: &Partition,
+        batch: Batch,
+        acks: Acks,
+    ) -> Result<oneshot::Receiver<AppendResult>, Fault> {
+        let permit = self.produce_memory.take(batch.encoded_len()).await;
+        if self.is_stopping() {
+            return Err(Fault::new(Reason::NotReady, "this broker is stopping; try another, or again later"));
+        }
+        Ok(partition.append(batch, acks, permit).await)
+    }
+
+    async fn outcome(&self, queued: Queued) -> Result<v1::AppendResponse, Fault> {
+        let Some(answer) = queued.answer else { return Ok(unacknowledged()) };
+        let outcome = match tokio::time::timeout(queued.timeout, answer).await {
+            Ok(Ok(Ok(acked))) => Ok(response(&acked)),
+            Ok(Ok(Err(error))) => Err(Fault::from(error)),
+            Ok(Err(_dropped)) => Err(crate::partition::AppendError::Closing.into()),
+            Err(_elapsed) => Err(Fault::new(
+                Reason::Timeout,
+                format!("no acknowledgement within {} ms; the write may still happen", queued.timeout.as_millis()),
+            )),
+        };
+        match &outcome {
+            Ok(_) => {
+                self.metrics.produce_records.inc_by(queued.records);
+                self.metrics.produce_bytes.inc_by(queued.bytes);
+                self.metrics.produce_ack_seconds.observe(queued.began.elapsed().as_secs_f64());
+            }
+            Err(fault) => self.metrics.produce_errors.count(fault.reason.word()),
+        }
+        outcome
+    }
+}
+
+/// One produce stream: requests going in, answers coming out as they are due.
+struct Pipeline {
+    broker: Arc<Broker>,
+    requests: Streaming<v1::ProduceRequest>,
+    answers: FuturesUnordered<BoxFuture<'static, v1::ProduceResponse>>,
+    ended: bool,
+}
+
+impl Pipeline {
+    async fn next(&mut self) -> Option<Result<v1::ProduceResponse, Status>> {
+        loop {
+            tokio::select! {
+                biased;
+                Some(answer) = self.answers.next(), if !self.answers.is_empty() => return Some(Ok(answer)),
+                // Every write that came has its answer: a stop need not wait for a producer that is quiet.
+                () = self.broker.stopping(), if self.answers.is_empty() => return None,
+                request = self.requests.message(), if !self.ended && self.answers.len() < STREAM_REQUESTS => {
+                    match request {
+                        Ok(Some(request)) => self.begin(request).await,
+                        Ok(None) => self.ended = true,
+                        Err(status) => return Some(Err(status)),
+                    }
+                }
+                else => return None,
+            }
+        }
+    }
+
+    async fn begin(&mut self, request: v1::ProduceRequest) {
+        let correlation = request.correlation;
+        let queued = match request.append {
+            Some(append) => self.broker.queue(append).await,
+            None => Err(faults::invalid("the request holds no append")),
+        };
+        let broker = Arc::clone(&self.broker);
+        self.answers.push(Box::pin(async move {
+            let result = match queued {
+                Ok(queued) => broker.outcome(queued).await,
+                Err(fault) => {
+                    broker.metrics.produce_errors.count(fault.reason.word());
+                    Err(fault)
+                }
+            };
+            let result = match result {
+                Ok(appended) => produce_response::Result::Appended(appended),
+                Err(fault) => produce_response::Result::Error(fault.into()),
+            };
+            v1::ProduceResponse { correlation, result: Some(result) }
+        }));
+    }
+}
+
+fn acks(value: i32) -> Result<Acks, Fault> {
+    match v1::Acks::try_from(value) {
+        Ok(v1::Acks::Unspecified | v1::Acks::All) => Ok(Acks::All),
+        Ok(v1::Acks::None) => Ok(Acks::None),
+        Ok(v1::Acks::Leader) => Ok(Acks::Leader),
+        Ok(v1::Acks::Tiered) => Ok(Acks::Tiered),
+        Err(_) => Err(faults::invalid(format!("acks {value} does not exist"))),
+    }
+}
+
+/// A batch as a client made it. The framing of plain records is walked too, because a consumer of somebody else would
+/// stumble over it; what is compressed is its reader's to open.
+fn received(bytes: bytes::Bytes) -> Result<Batch, Fault> {
+    let batch = Batch::parse(bytes)?;
+    batch.check_client()?;
+    if batch.compression() == Compression::None {
+        batch.verify_records()?;
+    }
+    Ok(batch)
+}
+
+/// A batch of records that came plain.
+fn plain(records: &v1::PlainRecords, codec: Compression) -> Result<Batch, Fault> {
+    if records.records.is_empty() {
+        return Err(faults::invalid("the request holds no record"));
+    }
+    let now_ms = clock::wall_ms();
+    let mut builder = BatchBuilder::new(codec);
+    for record in &records.records {
+        let headers: Vec<Header> = record
+            .headers
+            .iter()
+            .map(|header| Header { key: header.key.clone(), value: header.value.clone() })
+            .collect();
+        let timestamp_ms = record.timestamp_ms.unwrap_or(now_ms);
+        builder.push(timestamp_ms, record.key.as_deref(), record.value.as_deref(), &headers).map_err(unbuildable)?;
+    }
+    builder.finish(None).map_err(unbuildable)
+}
+
+fn unbuildable(error: Unbuildable) -> Fault {
+    faults::invalid(format!("the records make no batch: {error}"))
+}
+
+async fn recompressed(batch: Batch, codec: Compression) -> Result<Batch, Fault> {
+    if batch.encoded_len() < BLOCKING_BYTES {
+        return Ok(batch.recompress(codec)?);
+    }
+    Ok(task::blocking(move || batch.recompress(codec)).await?)
+}
+
+fn unacknowledged() -> v1::AppendResponse {
+    v1::AppendResponse {
+        base_offset: -1,
+        end_offset: -1,
+        leader_epoch: -1,
+        append_time_ms: -1,
+        durability: v1::Durability::Memory.into(),
+        replicas: 1,
+        duplicate: false,
+    }
+}
+
+fn response(acked: &Acked) -> v1::AppendResponse {
+    let (durability, replicas) = match acked.held {
+        Held::Memory => (v1::Durability::Memory, 1),
+        Held::PageCache(replicas) => (v1::Durability::PageCache, replicas),
+        Held::Synced(replicas) => (v1::Durability::Synced, replicas),
+        Held::Tiered(replicas) => (v1::Durability::Tiered, replicas),
+    };
+    v1::AppendResponse {
+        base_offset: acked.base.as_i64(),
+        end_offset: acked.end.as_i64(),
+        leader_epoch: acked.epoch.as_i32(),
+        append_time_ms: acked.append_time_ms.unwrap_or(-1),
+        durability: durability.into(),
+        replicas,
+        duplicate: acked.duplicate,
+    }
+}

@@ -1,0 +1,225 @@
+//! Follows the cluster's metadata: opens the partitions that this broker is given, passes on changed configurations, closes
+//! and deletes what is gone.
+//!
+//! Metadata is only a hint of what to do next; nothing here decides who leads. A topic that disappears from the metadata
+//! while this broker watches is deleted from the disk. Replicas that are on the disk at start and in no topic are kept and
+//! named: metadata that was lost must not cost data as well.
+
+use std::{collections::BTreeSet, sync::Arc};
+
+use futures::{StreamExt as _, stream};
+
+use super::{
+    Broker,
+    hosted::{Holding, HostedTopic},
+};
+use crate::{
+    cluster::{Key, Moved, PartitionEntry, TopicValue, ViewState},
+    model::{PartitionId, TopicConfig, TopicId, TopicName},
+    partition::{Partition, Spec},
+    task,
+    tier::{PartitionTier, TopicRecord},
+};
+
+/// Partitions that are opened side by side: each may have to recover its tail.
+const OPENINGS: usize = 16;
+
+/// Topics that are seen to side by side.
+const TOPICS: usize = 4;
+
+/// Applies every change of the metadata until the broker stops.
+pub(super) async fn follow(broker: Arc<Broker>) {
+    let mut feed = broker.view.feed();
+    loop {
+        let moved = tokio::select! {
+            biased;
+            () = broker.tasks.cancelled() => return,
+            moved = feed.next() => moved,
+        };
+        let Some(moved) = moved else { return };
+        let state = broker.view.state();
+        match moved {
+            Moved::Everything => broker.reconcile(&state).await,
+            Moved::Keys(keys) => broker.reconcile_topics(topics_of(&keys, &state), &state).await,
+        }
+    }
+}
+
+/// The topics that changed keys belong to.
+fn topics_of(keys: &[Key], state: &ViewState) -> BTreeSet<TopicName> {
+    let by_id = |id: TopicId| state.name(id).cloned();
+    keys.iter()
+        .filter_map(|key| match key {
+            Key::Topic(name) => Some(name.clone()),
+            Key::Partition(id) => by_id(id.topic),
+            // Tier keys are written by the leader itself.
+            _ => None,
+        })
+        .collect()
+}
+
+impl Broker {
+    /// Brings what is held in line with all of the metadata.
+    pub(super) async fn reconcile(&self, state: &ViewState) {
+        let mut names: BTreeSet<TopicName> = state.topics().keys().cloned().collect();
+        names.extend(self.hosted.names());
+        self.reconcile_topics(names, state).await;
+    }
+
+    async fn reconcile_topics(&self, names: BTreeSet<TopicName>, state: &ViewState) {
+        let held: Vec<(TopicName, HostedTopic)> = stream::iter(names)
+            .map(|name| async move { Some((name.clone(), self.hold_topic(&name, state).await?)) })
+            .buffer_unordered(TOPICS)
+            .filter_map(std::future::ready)
+            .collect()
+            .await;
+        self.hosted.update(|topics| topics.extend(held));
+    }
+
+    /// Sees to the replicas on the disk that no topic has: those of a topic that was deleted go, others are named.
+    pub(super) async fn see_to_strays(&self, state: &ViewState) {
+        let known: BTreeSet<TopicId> = state.topics().values().map(|topic| topic.value.id).collect();
+        let strays: BTreeSet<TopicId> =
+            self.log.partitions().iter().map(|id| id.topic).filter(|topic| !known.contains(topic)).collect();
+        for topic in strays {
+            if self.topics.was_deleted(topic).await.unwrap_or(false) {
+                let left = self.log.partitions().into_iter().filter(|id| id.topic == topic);
+                for id in left {
+                    self.delete_replica(id).await;
+                }
+                tracing::info!(%topic, "deleted what a stop had left of a deleted topic");
+                continue;
+            }
+            tracing::warn!(
+                %topic,
+                "the data directory holds partitions of a topic that the metadata does not know; they are kept and not served: \
+                 if the topic was deleted, remove its folder while the broker is stopped"
+            );
+        }
+    }
+
+    /// What this broker has of one topic from now on; `None` when that is nothing, or nothing new.
+    async fn hold_topic(&self, name: &TopicName, state: &ViewState) -> Option<HostedTopic> {
+        let hosted = self.hosted.topic(name);
+        let wanted = state.topic(name);
+        if let Some(hosted) = &hosted
+            && wanted.is_none_or(|topic| topic.value.id != hosted.id)
+        {
+            self.delete_local(name, hosted).await;
+        }
+        let wanted = wanted?;
+        let topic = &wanted.value;
+        let held = hosted.filter(|hosted| hosted.id == topic.id);
+        let config = match TopicConfig::resolve(&self.settings.topic_defaults, &topic.config) {
+            Ok(config) => Arc::new(config),
+            Err(error) => {
+                tracing::error!(topic = %name, %error, "the topic's stored configuration is not valid; alter it to repair it");
+                return None;
+            }
+        };
+        if held.is_none() {
+            self.record_topic(name, topic);
+        }
+        let holdings: Vec<Holding> = stream::iter(state.partitions_of(topic))
+            .map(|(number, entry)| {
+                let before = held.as_ref().and_then(|held| held.partitions.get(number as usize)).cloned();
+                self.hold(name, PartitionId::new(topic.id, number), entry, &config, before)
+            })
+            .buffered(OPENINGS)
+            .collect()
+            .await;
+        Some(HostedTopic { id: topic.id, revision: wanted.mod_revision, partitions: holdings.into() })
+    }
+
+    /// What this broker has of one partition from now on.
+    async fn hold(
+        &self,
+        name: &TopicName,
+        id: PartitionId,
+        entry: PartitionEntry,
+        config: &Arc<TopicConfig>,
+        before: Option<Holding>,
+    ) -> Holding {
+        let Some(assigned) = entry.partition.map(|known| known.value.clone()) else { return Holding::Elsewhere };
+        if assigned.leader != Some(self.settings.id) {
+            if let Some(Holding::Open(partition)) = before {
+                partition.stop().await;
+            }
+            return Holding::Elsewhere;
+        }
+        match before {
+            Some(Holding::Open(partition)) if partition.epoch() == assigned.leader_epoch => {
+                if *partition.config() != **config {
+                    partition.configure(Arc::clone(config)).await;
+                }
+                return Holding::Open(partition);
+            }
+            Some(Holding::Open(partition)) => partition.stop().await,
+            _ => {}
+        }
+        let committed = entry.tier.map(|known| known.value.clone());
+        let tier = self.tier.as_ref().map(|tier| {
+            let state = committed.clone().unwrap_or_default();
+            PartitionTier::new(tier.store.clone(), tier.cache.clone(), id, state)
+        });
+        let spec =
+            Spec { id, topic: name.clone(), epoch: assigned.leader_epoch, config: Arc::clone(config), committed, tier };
+        self.open(spec).await
+    }
+
+    async fn open(&self, spec: Spec) -> Holding {
+        let (log, queue, tasks) = (self.log.clone(), self.upkeep_queue.clone(), self.partitions.clone());
+        let (broker, id, topic) = (self.settings.id, spec.id, spec.topic.clone());
+        match task::blocking(move || Partition::open(broker, &log, spec, &queue, &tasks)).await {
+            Ok(partition) => {
+                self.upkeep_queue.push(id);
+                Holding::Open(partition)
+            }
+            Err(error) => {
+                tracing::error!(partition = %id, %topic, %error, "the partition cannot be opened on this broker");
+                Holding::Unusable(error.to_string().into())
+            }
+        }
+    }
+
+    /// Writes down in the bucket what the topic is called, for `restore`. Best effort: it is written again at each start.
+    fn record_topic(&self, name: &TopicName, topic: &TopicValue) {
+        let Some(tier) = &self.tier else { return };
+        let (store, tasks) = (tier.store.clone(), self.tasks.clone());
+        let record = TopicRecord {
+            name: name.clone(),
+            id: topic.id,
+            partitions: topic.partitions,
+            config: topic.config.clone(),
+        };
+        self.tasks.spawn("topic record", async move {
+            tokio::select! {
+                biased;
+                () = tasks.cancelled() => {}
+                outcome = store.put_topic(&record) => if let Err(error) = outcome {
+                    tracing::warn!(topic = %record.name, %error, "could not write the topic's record to the object store");
+                }
+            }
+        });
+    }
+
+    async fn delete_local(&self, name: &TopicName, hosted: &HostedTopic) {
+        self.hosted.update(|topics| {
+            topics.remove(name);
+        });
+        for (number, holding) in (0..).zip(hosted.partitions.iter()) {
+            if let Holding::Open(partition) = holding {
+                partition.stop().await;
+            }
+            self.delete_replica(PartitionId::new(hosted.id, number)).await;
+        }
+        tracing::info!(topic = %name, id = %hosted.id, "the topic is deleted from this broker");
+    }
+
+    async fn delete_replica(&self, id: PartitionId) {
+        let log = self.log.clone();
+        if let Err(error) = task::blocking(move || log.delete_replica(id)).await {
+            tracing::warn!(partition = %id, %error, "could not delete the partition's files; they go at the next start");
+        }
+    }
+}

@@ -1,0 +1,133 @@
+//! The gRPC services: each method hands over to the room that serves it, and maps its failure once.
+
+use std::{pin::Pin, sync::Arc};
+
+use futures::Stream;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::Broker;
+use crate::{
+    limits,
+    proto::{
+        fault::Fault,
+        v1::{self, admin_server, log_server},
+    },
+};
+
+type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+/// The `Log` service of a broker.
+#[derive(Clone)]
+pub struct LogService(Arc<Broker>);
+
+/// The `Admin` service of a broker.
+#[derive(Clone)]
+pub struct AdminService(Arc<Broker>);
+
+/// Both services, with their message limits.
+pub fn services(broker: &Arc<Broker>) -> (log_server::LogServer<LogService>, admin_server::AdminServer<AdminService>) {
+    let log = log_server::LogServer::new(LogService(Arc::clone(broker)))
+        .max_decoding_message_size(limits::MAX_MESSAGE_BYTES)
+        .max_encoding_message_size(limits::MAX_MESSAGE_BYTES);
+    let admin = admin_server::AdminServer::new(AdminService(Arc::clone(broker)));
+    (log, admin)
+}
+
+fn answer<T>(result: Result<T, Fault>) -> Result<Response<T>, Status> {
+    result.map(Response::new).map_err(Status::from)
+}
+
+#[tonic::async_trait]
+impl log_server::Log for LogService {
+    async fn append(&self, request: Request<v1::AppendRequest>) -> Result<Response<v1::AppendResponse>, Status> {
+        answer(self.0.append(request.into_inner()).await)
+    }
+
+    type ProduceStream = Answers<v1::ProduceResponse>;
+
+    async fn produce(
+        &self,
+        request: Request<Streaming<v1::ProduceRequest>>,
+    ) -> Result<Response<Self::ProduceStream>, Status> {
+        Ok(Response::new(Box::pin(Arc::clone(&self.0).produce(request.into_inner()))))
+    }
+
+    async fn read(&self, request: Request<v1::ReadRequest>) -> Result<Response<v1::ReadResponse>, Status> {
+        answer(Arc::clone(&self.0).read(request.into_inner()).await)
+    }
+
+    type FetchStream = Answers<v1::FetchResponse>;
+
+    async fn fetch(
+        &self,
+        request: Request<Streaming<v1::FetchRequest>>,
+    ) -> Result<Response<Self::FetchStream>, Status> {
+        Ok(Response::new(Box::pin(Arc::clone(&self.0).fetch(request.into_inner()))))
+    }
+
+    async fn list_offsets(
+        &self,
+        request: Request<v1::ListOffsetsRequest>,
+    ) -> Result<Response<v1::ListOffsetsResponse>, Status> {
+        answer(self.0.list_offsets(request.into_inner()).await)
+    }
+
+    async fn init_producer(
+        &self,
+        _request: Request<v1::InitProducerRequest>,
+    ) -> Result<Response<v1::InitProducerResponse>, Status> {
+        answer(self.0.init_producer().await)
+    }
+}
+
+#[tonic::async_trait]
+impl admin_server::Admin for AdminService {
+    async fn get_metadata(
+        &self,
+        request: Request<v1::GetMetadataRequest>,
+    ) -> Result<Response<v1::GetMetadataResponse>, Status> {
+        answer(Ok(self.0.metadata(&request.into_inner())))
+    }
+
+    async fn create_topic(
+        &self,
+        request: Request<v1::CreateTopicRequest>,
+    ) -> Result<Response<v1::CreateTopicResponse>, Status> {
+        answer(self.0.create_topic(request.into_inner()).await)
+    }
+
+    async fn list_topics(
+        &self,
+        _request: Request<v1::ListTopicsRequest>,
+    ) -> Result<Response<v1::ListTopicsResponse>, Status> {
+        answer(Ok(self.0.list_topics()))
+    }
+
+    async fn describe_topic(
+        &self,
+        request: Request<v1::DescribeTopicRequest>,
+    ) -> Result<Response<v1::DescribeTopicResponse>, Status> {
+        answer(self.0.describe_topic(&request.into_inner().name))
+    }
+
+    async fn alter_topic(
+        &self,
+        request: Request<v1::AlterTopicRequest>,
+    ) -> Result<Response<v1::AlterTopicResponse>, Status> {
+        answer(self.0.alter_topic(request.into_inner()).await)
+    }
+
+    async fn add_partitions(
+        &self,
+        request: Request<v1::AddPartitionsRequest>,
+    ) -> Result<Response<v1::AddPartitionsResponse>, Status> {
+        answer(self.0.add_partitions(request.into_inner()).await)
+    }
+
+    async fn delete_topic(
+        &self,
+        request: Request<v1::DeleteTopicRequest>,
+    ) -> Result<Response<v1::DeleteTopicResponse>, Status> {
+        answer(self.0.delete_topic(&request.into_inner().name).await)
+    }
+}

@@ -1,0 +1,145 @@
+//! Gives partitions their turn at upkeep, and collects the bucket's garbage.
+
+use std::{collections::HashMap, sync::Arc, time::Duration};
+
+use super::Broker;
+use crate::{
+    model::PartitionId,
+    partition::{Partition, UpkeepError},
+    task::clock,
+    tier::{Live, collect_garbage},
+};
+
+/// How often old active segments are looked for.
+const SEAL_INTERVAL: Duration = Duration::from_millis(500);
+
+/// How often the bucket is searched for garbage, at most; a shorter grace means a shorter interval.
+const GARBAGE_INTERVAL: Duration = Duration::from_secs(3600);
+
+/// Starts the workers, the clockwork, and the collection of garbage.
+pub(super) fn spawn(broker: &Arc<Broker>) {
+    for _ in 0..broker.settings.upkeep_workers.max(1) {
+        broker.tasks.spawn("upkeep", work(Arc::clone(broker)));
+    }
+    broker.tasks.spawn("upkeep clock", tick(Arc::clone(broker)));
+    if broker.tier.is_some() {
+        broker.tasks.spawn("garbage", collect(Arc::clone(broker)));
+    }
+}
+
+async fn work(broker: Arc<Broker>) {
+    let mut failures: HashMap<PartitionId, u32> = HashMap::new();
+    loop {
+        let id = tokio::select! {
+            biased;
+            () = broker.tasks.cancelled() => return,
+            id = broker.upkeep_queue.next() => id,
+        };
+        let Some(partition) = broker.hosted.by_id(id) else {
+            failures.remove(&id);
+            broker.upkeep_queue.done(id, false);
+            continue;
+        };
+        let outcome = tokio::select! {
+            biased;
+            // A step that is cut off here leaves at most an object that nobody names.
+            () = broker.tasks.cancelled() => return,
+            outcome = broker.upkeep.step(&partition) => outcome,
+        };
+        match outcome {
+            Ok(step) => {
+                if let Some(bytes) = step.uploaded {
+                    broker.metrics.tier_uploads.inc();
+                    broker.metrics.tier_upload_bytes.inc_by(bytes);
+                }
+                if failures.remove(&id).is_some() {
+                    tracing::info!(partition = %id, topic = %partition.topic(), "upkeep works again");
+                }
+                broker.upkeep_queue.done(id, step.more);
+            }
+            Err(UpkeepError::Closed) => broker.upkeep_queue.done(id, false),
+            Err(error) => {
+                let count = failures.entry(id).or_default();
+                report(&broker, &partition, &error, *count);
+                *count = count.saturating_add(1);
+                broker.upkeep_queue.failed(id, broker.upkeep.delay(*count));
+            }
+        }
+    }
+}
+
+/// Says a failure once aloud, and then only softly until it is over: a bucket that is gone for an hour must not fill the log.
+fn report(broker: &Broker, partition: &Partition, error: &UpkeepError, earlier: u32) {
+    broker.metrics.tier_upload_failures.inc();
+    let (id, topic) = (partition.id(), partition.topic());
+    if earlier == 0 {
+        tracing::warn!(
+            partition = %id, %topic, %error,
+            "upkeep failed and is tried again until it works; segments stay on disk meanwhile"
+        );
+    } else {
+        tracing::debug!(partition = %id, %topic, %error, tries = earlier + 1, "upkeep failed again");
+    }
+}
+
+async fn tick(broker: Arc<Broker>) {
+    let mut retention_at = clock::monotonic();
+    loop {
+        tokio::select! {
+            biased;
+            () = broker.tasks.cancelled() => return,
+            () = tokio::time::sleep(SEAL_INTERVAL.min(broker.settings.retention_interval)) => {}
+        }
+        let retention = clock::monotonic() >= retention_at;
+        if retention {
+            retention_at = clock::monotonic() + broker.settings.retention_interval;
+        }
+        let now_ms = clock::wall_ms();
+        for partition in broker.hosted.open() {
+            if partition.seal_is_due(now_ms) || (retention && !partition.is_empty()) {
+                broker.upkeep_queue.push(partition.id());
+            }
+        }
+    }
+}
+
+async fn collect(broker: Arc<Broker>) {
+    let grace = broker.settings.garbage_grace;
+    let Some(tier) = &broker.tier else { return };
+    loop {
+        tokio::select! {
+            biased;
+            () = broker.tasks.cancelled() => return,
+            () = tokio::time::sleep(GARBAGE_INTERVAL.min(grace.max(Duration::from_secs(1)))) => {}
+        }
+        let collected = tokio::select! {
+            biased;
+            () = broker.tasks.cancelled() => return,
+            collected = collect_garbage(&tier.store, |id| broker.live(id), grace, clock::wall_ms()) => collected,
+        };
+        match collected {
+            Ok(report) => {
+                broker.metrics.tier_objects_deleted.inc_by(report.deleted);
+                for (partition, why) in &report.skipped {
+                    tracing::warn!(%partition, why, "garbage of this partition was left for the next time");
+                }
+                if report.deleted > 0 {
+                    let (objects, bytes) = (report.deleted, report.deleted_bytes);
+                    tracing::info!(objects, bytes, "collected garbage in the object store");
+                }
+            }
+            Err(error) => tracing::warn!(%error, "could not collect garbage in the object store; it is tried again"),
+        }
+    }
+}
+
+impl Broker {
+    /// What the metadata store says of a partition at this moment, for whoever is about to delete objects.
+    async fn live(&self, id: PartitionId) -> Live {
+        match (self.topics.was_deleted(id.topic).await, self.commits.current(id).await) {
+            (Ok(true), _) => Live::Deleted,
+            (Ok(false), Ok(Some(state))) => Live::Current(state),
+            _ => Live::Unknown,
+        }
+    }
+}
