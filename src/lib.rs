@@ -32,3 +32,6 @@ pub mod partition;
 
 #[cfg(feature = "server")]
 pub mod broker;
+
+#[cfg(feature = "server")]
+pub mod config;

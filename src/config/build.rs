@@ -1,0 +1,204 @@
+//! From the values that won to a [`Config`], and the checks of what must go together.
+
+use std::{net::SocketAddr, time::Duration};
+
+use super::{
+    Broker, Cache, Config, ConfigError, ConfigErrors, Grpc, Http, Limits, Log, Metadata, ObjectStore, Settings, Source,
+    Telemetry, Tier,
+    setting::TOPIC_DEFAULTS,
+    sources::Values,
+    value::{bytes, duration, host_port, masked, urls, web_url},
+};
+use crate::{
+    model::{BrokerId, ConfigMap, InvalidConfig, TopicConfig},
+    telemetry,
+};
+
+/// What object store URLs may begin with.
+const SCHEMES: &[&str] =
+    &["s3://", "s3a://", "gs://", "az://", "azure://", "abfs://", "abfss://", "adl://", "file://", "memory://"];
+
+impl Settings {
+    /// Builds and checks. Every error is told at once.
+    pub(super) fn build(mut values: Values) -> Result<Self, ConfigErrors> {
+        let mut errors = std::mem::take(&mut values.errors);
+        // What could not be read has its default here: that is checked too, and never used.
+        let config = values.config();
+        values.check(&config, &mut errors);
+        if errors.is_empty() { Ok(Self { config, values }) } else { Err(ConfigErrors(errors)) }
+    }
+
+    pub(super) const fn values(&self) -> &Values {
+        &self.values
+    }
+}
+
+impl Values {
+    fn text(&self, key: &str) -> Option<&str> {
+        self.set.get(key).map(|given| given.text.as_str())
+    }
+
+    fn required(&self, key: &str) -> &str {
+        self.text(key).expect("a setting without a default is read as optional")
+    }
+
+    fn optional(&self, key: &str) -> Option<String> {
+        self.text(key).map(str::to_owned)
+    }
+
+    fn number<T: TryFrom<u64>>(&self, key: &str) -> T {
+        let number = bytes(self.required(key)).and_then(|number| T::try_from(number).ok());
+        number.expect("values were checked when they were given")
+    }
+
+    fn time(&self, key: &str) -> Duration {
+        duration(self.required(key)).expect("values were checked when they were given")
+    }
+
+    fn listen(&self, key: &str) -> SocketAddr {
+        self.required(key).parse().expect("values were checked when they were given")
+    }
+
+    fn config(&self) -> Config {
+        Config {
+            cluster: self.required("cluster").to_owned(),
+            broker: Broker {
+                id: BrokerId(self.number("broker.id")),
+                rack: self.optional("broker.rack"),
+                data_dir: self.required("broker.data_dir").into(),
+                shutdown_timeout: self.time("broker.shutdown_timeout"),
+            },
+            grpc: Grpc { listen: self.listen("grpc.listen"), advertise: self.optional("grpc.advertise") },
+            http: Http { listen: self.listen("http.listen") },
+            metadata: Metadata { etcd: self.text("metadata.etcd").map(urls).unwrap_or_default() },
+            object_store: ObjectStore {
+                url: self.optional("object_store.url"),
+                endpoint: self.optional("object_store.endpoint"),
+                region: self.optional("object_store.region"),
+                path_style: self.required("object_store.path_style") == "true",
+            },
+            topic_defaults: self.topic.iter().map(|(key, given)| (key.clone(), given.text.clone())).collect(),
+            log: Log {
+                journal_bytes: self.number("log.journal_bytes"),
+                journal_dir: self.optional("log.journal_dir").map(Into::into),
+                tail_memory_bytes: self.number("log.tail_memory_bytes"),
+            },
+            cache: Cache {
+                memory_bytes: self.number("cache.memory_bytes"),
+                disk_bytes: self.number("cache.disk_bytes"),
+                dir: self.optional("cache.dir").map(Into::into),
+            },
+            tier: Tier {
+                upload_concurrency: self.number("tier.upload_concurrency"),
+                garbage_grace: self.time("tier.garbage_grace"),
+                check_interval: self.time("tier.check_interval"),
+            },
+            limits: Limits { produce_memory_bytes: self.number("limits.produce_memory_bytes") },
+            telemetry: Telemetry {
+                level: self.required("telemetry.level").to_owned(),
+                format: telemetry::Format::from_word(self.required("telemetry.format")).unwrap_or_default(),
+            },
+        }
+    }
+
+    fn source(&self, key: &str) -> Source {
+        self.set.get(key).map_or(Source::Default, |given| given.source.clone())
+    }
+
+    fn wrong(&self, key: &str, why: String) -> ConfigError {
+        ConfigError::Wrong { place: self.source(key), why }
+    }
+
+    fn value(&self, key: &str, allowed: &str) -> ConfigError {
+        let value = masked(self.text(key).unwrap_or_default());
+        ConfigError::Value { place: self.source(key), key: key.to_owned(), value, allowed: allowed.to_owned() }
+    }
+
+    fn check(&self, config: &Config, errors: &mut Vec<ConfigError>) {
+        if crate::cluster::Keys::new(&config.cluster).is_err() {
+            errors.push(self.value("cluster", "1 to 100 of a-z, A-Z, 0-9, '.', '_' and '-'"));
+        }
+        self.check_addresses(config, errors);
+        if !config.metadata.etcd.is_empty() {
+            let why = "metadata.etcd is not supported in this version: leave it out, and metadata is kept in the data \
+                       directory";
+            errors.push(self.wrong("metadata.etcd", why.to_owned()));
+        }
+        self.check_object_store(&config.object_store, errors);
+        if let Err(error) = TopicConfig::resolve(&config.topic_defaults, &ConfigMap::new()) {
+            errors.push(self.topic_error(error));
+        }
+        if let Err(error) = telemetry::check_level(&config.telemetry.level) {
+            errors.push(self.wrong("telemetry.level", format!("telemetry.level: {error}")));
+        }
+    }
+
+    fn check_addresses(&self, config: &Config, errors: &mut Vec<ConfigError>) {
+        let (grpc, http) = (config.grpc.listen, config.http.listen);
+        let meet = grpc.ip() == http.ip() || grpc.ip().is_unspecified() || http.ip().is_unspecified();
+        if meet && grpc.port() == http.port() && grpc.port() != 0 {
+            let why = format!("grpc.listen {grpc} and http.listen {http} are the same port: choose two");
+            let key = if self.source("http.listen") == Source::Default { "grpc.listen" } else { "http.listen" };
+            errors.push(self.wrong(key, why));
+        }
+        match &config.grpc.advertise {
+            None if grpc.ip().is_unspecified() => {
+                let why = format!(
+                    "grpc.listen {grpc} is every address of this machine, which nobody can connect to: set \
+                     grpc.advertise to the host:port that clients reach"
+                );
+                errors.push(self.wrong("grpc.listen", why));
+            }
+            Some(advertise) if host_port(advertise).is_some_and(|(host, _)| matches!(host, "0.0.0.0" | "[::]")) => {
+                let why = format!("grpc.advertise {advertise} is no address that clients can connect to: name a host");
+                errors.push(self.wrong("grpc.advertise", why));
+            }
+            _ => {}
+        }
+    }
+
+    fn check_object_store(&self, store: &ObjectStore, errors: &mut Vec<ConfigError>) {
+        let key = "object_store.url";
+        if let Some(url) = &store.url {
+            let Some(scheme) = SCHEMES.iter().find(|scheme| url.starts_with(**scheme)) else {
+                return errors.push(self.value(key, &format!("a URL that begins with {}", SCHEMES.join(", "))));
+            };
+            let rest = &url[scheme.len()..];
+            match *scheme {
+                "file://" if rest.len() < 2 || !rest.starts_with('/') || rest.split('/').any(|part| part == "..") => {
+                    errors
+                        .push(self.value(key, "file:// and an absolute path, like file:///var/lib/strandline/bucket"));
+                }
+                "memory://" | "file://" => {}
+                scheme if rest.is_empty() || rest.starts_with('/') => {
+                    errors.push(self.value(key, &format!("{scheme} and a bucket's name, like {scheme}bucket/prefix")));
+                }
+                _ => {}
+            }
+            if masked(url) != *url {
+                let allowed = "a URL with no user or password: credentials come from the vendor's usual environment";
+                errors.push(self.value(key, allowed));
+            }
+            if store.endpoint.is_some() && !scheme.starts_with("s3") {
+                let why = format!("object_store.endpoint goes with s3:// URLs only, and the URL is {}", masked(url));
+                errors.push(self.wrong("object_store.endpoint", why));
+            }
+        }
+        if store.endpoint.as_ref().is_some_and(|endpoint| !web_url(endpoint) || masked(endpoint) != *endpoint) {
+            errors.push(self.value("object_store.endpoint", "a URL like http://127.0.0.1:9000"));
+        }
+    }
+
+    fn topic_error(&self, error: InvalidConfig) -> ConfigError {
+        let key = match &error {
+            InvalidConfig::UnknownKey { key } | InvalidConfig::Value { key, .. } => key,
+        };
+        let place = self.topic.get(key).map_or(Source::Default, |given| given.source.clone());
+        match error {
+            InvalidConfig::Value { key, value, allowed } => {
+                ConfigError::Value { place, key: format!("{TOPIC_DEFAULTS}.{key}"), value, allowed }
+            }
+            unknown @ InvalidConfig::UnknownKey { .. } => ConfigError::Wrong { place, why: unknown.to_string() },
+        }
+    }
+}

@@ -1,0 +1,195 @@
+//! Every setting: from a file, from the environment, from the command line; unknown ones are errors.
+//!
+//! `setting` declares each setting once. `sources` layers what is given over the defaults and checks each value;
+//! [`Settings`] makes a typed [`Config`] of the result and checks what must go together. All of that happens before
+//! anything is opened, listened on or written.
+//!
+//! ```text
+//! strandline.toml          environment                 printed by `strandline config print`
+//! [grpc]
+//! listen = "0.0.0.0:9460"  STRANDLINE_GRPC_LISTEN=…    listen = "0.0.0.0:9460" # strandline.toml:2:1
+//! ```
+
+use std::{fs, io, net::SocketAddr, path::PathBuf, time::Duration};
+
+use self::sources::Values;
+use crate::{
+    model::{BrokerId, ConfigMap},
+    telemetry,
+};
+
+mod build;
+mod error;
+mod print;
+mod setting;
+mod sources;
+mod value;
+
+pub use error::{ConfigError, ConfigErrors, Source};
+pub use print::docs;
+pub use sources::Sources;
+
+/// A configuration, and where each value comes from.
+#[derive(Debug)]
+pub struct Settings {
+    /// The values.
+    pub config: Config,
+    values: Values,
+}
+
+/// Every setting's effective value.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// The cluster's name.
+    pub cluster: String,
+    /// `[broker]`
+    pub broker: Broker,
+    /// `[grpc]`
+    pub grpc: Grpc,
+    /// `[http]`
+    pub http: Http,
+    /// `[metadata]`
+    pub metadata: Metadata,
+    /// `[object_store]`
+    pub object_store: ObjectStore,
+    /// `[topic_defaults]`: valid, as `model::TopicConfig` takes it.
+    pub topic_defaults: ConfigMap,
+    /// `[log]`
+    pub log: Log,
+    /// `[cache]`
+    pub cache: Cache,
+    /// `[tier]`
+    pub tier: Tier,
+    /// `[limits]`
+    pub limits: Limits,
+    /// `[telemetry]`
+    pub telemetry: Telemetry,
+}
+
+/// This broker.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Broker {
+    /// Its number.
+    pub id: BrokerId,
+    /// Its rack or zone.
+    pub rack: Option<String>,
+    /// Everything that it keeps on disk.
+    pub data_dir: PathBuf,
+    /// How long a stop waits for what is under way.
+    pub shutdown_timeout: Duration,
+}
+
+/// Where clients and brokers connect.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Grpc {
+    /// What it listens on. Port 0 takes any free one.
+    pub listen: SocketAddr,
+    /// `host:port` that others reach it at; `None` is what it listens on.
+    pub advertise: Option<String>,
+}
+
+impl Grpc {
+    /// The address to tell others, given what the listener was bound to: port 0 becomes the port that it got.
+    pub fn advertised(&self, bound: SocketAddr) -> String {
+        match &self.advertise {
+            None => bound.to_string(),
+            Some(advertise) => match advertise.strip_suffix(":0") {
+                Some(host) => format!("{host}:{}", bound.port()),
+                None => advertise.clone(),
+            },
+        }
+    }
+}
+
+/// Metrics and health.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Http {
+    /// What it listens on. Port 0 takes any free one.
+    pub listen: SocketAddr,
+}
+
+/// Where brokers agree.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Metadata {
+    /// etcd's endpoints; empty is the embedded store.
+    pub etcd: Vec<String>,
+}
+
+/// Where history goes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ObjectStore {
+    /// Where; `None` keeps history on local disk.
+    pub url: Option<String>,
+    /// The URL of an S3-compatible server.
+    pub endpoint: Option<String>,
+    /// The bucket's region.
+    pub region: Option<String>,
+    /// Whether the bucket is named in the path.
+    pub path_style: bool,
+}
+
+/// Segments and journal.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Log {
+    /// The journal's size.
+    pub journal_bytes: u64,
+    /// The journal's own directory; `None` is in the data directory.
+    pub journal_dir: Option<PathBuf>,
+    /// How much of all partitions' tails is kept in memory.
+    pub tail_memory_bytes: u64,
+}
+
+/// What is kept of reads from the object store.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Cache {
+    /// In memory.
+    pub memory_bytes: u64,
+    /// On disk; 0 is none.
+    pub disk_bytes: u64,
+    /// Its directory; `None` is in the data directory.
+    pub dir: Option<PathBuf>,
+}
+
+/// Moving segments to the object store.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tier {
+    /// Uploads at the same time.
+    pub upload_concurrency: usize,
+    /// How long garbage is kept.
+    pub garbage_grace: Duration,
+    /// How often retention and uploads are looked at.
+    pub check_interval: Duration,
+}
+
+/// Bounds on what is under way.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Bytes of batches that may wait for their acknowledgement.
+    pub produce_memory_bytes: u64,
+}
+
+/// What the broker says about itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Telemetry {
+    /// What is logged, in the syntax of `tracing_subscriber`'s `EnvFilter`.
+    pub level: String,
+    /// How lines are written.
+    pub format: telemetry::Format,
+}
+
+impl Config {
+    /// Makes the data directory where there is none, and proves that it can be written.
+    pub fn prepare_data_dir(&self) -> Result<(), ConfigError> {
+        let path = &self.broker.data_dir;
+        let prove = || -> io::Result<()> {
+            fs::create_dir_all(path)?;
+            let probe = path.join(".writable");
+            fs::write(&probe, b"")?;
+            fs::remove_file(&probe)
+        };
+        prove().map_err(|source| ConfigError::DataDir { path: path.clone(), source })
+    }
+}
+
+#[cfg(test)]
+mod tests;

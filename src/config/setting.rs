@@ -1,0 +1,299 @@
+//! Every setting, declared once: reading, checking, printing and `docs/configuration.md` are made from this list.
+
+/// What values a setting takes, and how they are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// Any text that is not empty.
+    Text,
+    /// A path; relative ones are relative to where the broker was started.
+    Path,
+    /// `ip:port`.
+    Listen,
+    /// `host:port`.
+    HostPort,
+    /// A whole number in `least..=most`.
+    Number { least: u64, most: u64 },
+    /// A number of bytes in `least..=most`, also with KiB, MiB, GiB or TiB.
+    Bytes { least: u64, most: u64 },
+    /// A time in seconds in `least..=most`, with its unit: `500ms`, `30s`, `5m`, `1h`, `7d`.
+    Time { least: u64, most: u64 },
+    /// true or false.
+    Flag,
+    /// One of these words.
+    Word(&'static [&'static str]),
+    /// URLs: an array in the file, separated by commas elsewhere.
+    Urls,
+}
+
+/// One setting.
+#[derive(Debug)]
+pub(super) struct Setting {
+    /// Its section; empty for the top of the file.
+    pub(super) section: &'static str,
+    /// Its name in the section.
+    pub(super) name: &'static str,
+    /// What it takes.
+    pub(super) kind: Kind,
+    /// The value where nothing sets it; `None` leaves it unset.
+    pub(super) default: Option<&'static str>,
+    /// What it does, in one line; of an optional one also what happens without it.
+    pub(super) doc: &'static str,
+}
+
+const KIB: u64 = 1 << 10;
+const MIB: u64 = 1 << 20;
+const TIB: u64 = 1 << 40;
+const DAY: u64 = 86_400;
+
+/// Section, what it is about. In the order of the printed file.
+pub(super) const SECTIONS: &[(&str, &str)] = &[
+    ("", "The cluster."),
+    ("broker", "This broker."),
+    ("grpc", "Where clients and brokers connect."),
+    ("http", "Metrics and health."),
+    ("metadata", "Where brokers agree."),
+    ("object_store", "Where history goes. Credentials come from the vendor's usual environment, never from this file."),
+    ("log", "Segments and journal on local disk."),
+    ("cache", "What is kept of reads from the object store."),
+    ("tier", "Moving segments to the object store."),
+    ("limits", "Bounds on what is under way."),
+    ("telemetry", "What the broker says about itself."),
+];
+
+/// The section that takes any topic configuration.
+pub(super) const TOPIC_DEFAULTS: &str = "topic_defaults";
+
+const fn setting(
+    section: &'static str,
+    name: &'static str,
+    kind: Kind,
+    default: Option<&'static str>,
+    doc: &'static str,
+) -> Setting {
+    Setting { section, name, kind, default, doc }
+}
+
+/// Every setting but the topic defaults, by section.
+pub(super) const SETTINGS: &[Setting] = &[
+    setting(
+        "",
+        "cluster",
+        Kind::Text,
+        Some("strandline"),
+        "The cluster's name: 1 to 100 of a-z, A-Z, 0-9, '.', '_' and '-'.",
+    ),
+    setting(
+        "broker",
+        "id",
+        Kind::Number { least: 0, most: 2_147_483_647 },
+        Some("1"),
+        "This broker's number: its own in the cluster, and the same for as long as its data directory lives.",
+    ),
+    setting(
+        "broker",
+        "rack",
+        Kind::Text,
+        None,
+        "The rack or zone that it stands in: replicas spread over racks. Unset: none.",
+    ),
+    setting("broker", "data_dir", Kind::Path, Some("./data"), "The directory for everything that it keeps on disk."),
+    setting(
+        "broker",
+        "shutdown_timeout",
+        Kind::Time { least: 0, most: DAY },
+        Some("30s"),
+        "How long a stop waits for what is under way before it gives up on it.",
+    ),
+    setting(
+        "grpc",
+        "listen",
+        Kind::Listen,
+        Some("127.0.0.1:9460"),
+        "The address that it listens on for gRPC. Port 0 takes any free one.",
+    ),
+    setting(
+        "grpc",
+        "advertise",
+        Kind::HostPort,
+        None,
+        "The address that clients and brokers reach it at. Unset: what it listens on. Needed when it listens on 0.0.0.0.",
+    ),
+    setting(
+        "http",
+        "listen",
+        Kind::Listen,
+        Some("127.0.0.1:9461"),
+        "The address that it listens on for /metrics, /healthz and /readyz. Port 0 takes any free one.",
+    ),
+    setting(
+        "metadata",
+        "etcd",
+        Kind::Urls,
+        None,
+        "etcd's endpoints. Not supported in this version. Unset: metadata is kept in the data directory.",
+    ),
+    setting(
+        "object_store",
+        "url",
+        Kind::Text,
+        None,
+        "s3://bucket/prefix, gs://bucket/prefix, az://container/prefix, file:///directory or memory:///. \
+         Unset: history stays on local disk.",
+    ),
+    setting(
+        "object_store",
+        "endpoint",
+        Kind::Text,
+        None,
+        "The URL of an S3-compatible server. Unset: the vendor's own.",
+    ),
+    setting("object_store", "region", Kind::Text, None, "The bucket's region. Unset: AWS_REGION, or us-east-1."),
+    setting(
+        "object_store",
+        "path_style",
+        Kind::Flag,
+        Some("false"),
+        "Whether the bucket is named in the path and not in the host's name: most S3-compatible servers want true.",
+    ),
+    setting(
+        "log",
+        "journal_bytes",
+        Kind::Bytes { least: 16 * MIB, most: TIB },
+        Some("256MiB"),
+        "The size of the journal, the ring of files that makes appends durable.",
+    ),
+    setting(
+        "log",
+        "journal_dir",
+        Kind::Path,
+        None,
+        "A directory for the journal on a device of its own. Unset: in the data directory.",
+    ),
+    setting(
+        "log",
+        "tail_memory_bytes",
+        Kind::Bytes { least: MIB, most: TIB },
+        Some("256MiB"),
+        "How much of the newest batches of all partitions is kept in memory for readers at the tail.",
+    ),
+    setting(
+        "cache",
+        "memory_bytes",
+        Kind::Bytes { least: 0, most: TIB },
+        Some("128MiB"),
+        "How much of what was read from the object store is kept in memory.",
+    ),
+    setting(
+        "cache",
+        "disk_bytes",
+        Kind::Bytes { least: 0, most: 1024 * TIB },
+        Some("1GiB"),
+        "How much of what was read from the object store is kept on disk; 0 keeps none.",
+    ),
+    setting("cache", "dir", Kind::Path, None, "A directory for that. Unset: in the data directory."),
+    setting(
+        "tier",
+        "upload_concurrency",
+        Kind::Number { least: 1, most: 256 },
+        Some("4"),
+        "How many segments are uploaded at the same time.",
+    ),
+    setting(
+        "tier",
+        "garbage_grace",
+        Kind::Time { least: 0, most: 3650 * DAY },
+        Some("1h"),
+        "How long an object that nothing refers to any more is kept before it is deleted.",
+    ),
+    setting(
+        "tier",
+        "check_interval",
+        Kind::Time { least: 1, most: DAY },
+        Some("5s"),
+        "How often retention and uploads of each partition are looked at.",
+    ),
+    setting(
+        "limits",
+        "produce_memory_bytes",
+        Kind::Bytes { least: MIB, most: TIB },
+        Some("256MiB"),
+        "How many bytes of batches may wait for their acknowledgement; above it producers are slowed down.",
+    ),
+    setting(
+        "telemetry",
+        "level",
+        Kind::Text,
+        Some("info"),
+        "What is logged: error, warn, info, debug or trace, also by module (`info,strandline::tier=debug`).",
+    ),
+    setting(
+        "telemetry",
+        "format",
+        Kind::Word(&["text", "json"]),
+        Some("text"),
+        "How log lines are written to standard error.",
+    ),
+];
+
+impl Setting {
+    /// `section.name`, as flags and errors call it.
+    pub(super) fn key(&self) -> String {
+        if self.section.is_empty() { self.name.to_owned() } else { format!("{}.{}", self.section, self.name) }
+    }
+
+    /// Its environment variable.
+    pub(super) fn variable(&self) -> String {
+        variable(&self.key())
+    }
+
+    /// The setting with this key.
+    pub(super) fn find(key: &str) -> Option<&'static Setting> {
+        SETTINGS.iter().find(|setting| setting.key() == key)
+    }
+}
+
+/// The environment variable of a key.
+pub(super) fn variable(key: &str) -> String {
+    format!("STRANDLINE_{}", key.replace('.', "_").to_uppercase())
+}
+
+impl Kind {
+    /// What values are allowed, in words.
+    pub(super) fn allowed(self) -> String {
+        match self {
+            Self::Text => "a text that is not empty".to_owned(),
+            Self::Path => "a path".to_owned(),
+            Self::Listen => "an IP address and a port, like 127.0.0.1:9460 or [::1]:9460".to_owned(),
+            Self::HostPort => "a host name or IP address and a port, like broker-1.example:9460".to_owned(),
+            Self::Number { least, most } => format!("a whole number from {least} to {most}"),
+            Self::Bytes { least, most } => {
+                format!("a number of bytes from {} to {}, like 1048576 or 64MiB", size(least), size(most))
+            }
+            Self::Time { least, most } => {
+                let (least, most) = (time(least), time(most));
+                format!("a time with its unit from {least} to {most}, like 500ms, 30s, 5m, 1h or 7d")
+            }
+            Self::Flag => "true or false".to_owned(),
+            Self::Word(words) => words.join(" or "),
+            Self::Urls => "URLs like http://127.0.0.1:2379".to_owned(),
+        }
+    }
+
+    /// Whether the file writes it in quotes.
+    pub(super) const fn quoted(self) -> bool {
+        !matches!(self, Self::Number { .. } | Self::Flag | Self::Urls)
+    }
+}
+
+fn size(bytes: u64) -> String {
+    for (unit, name) in [(TIB, "TiB"), (1 << 30, "GiB"), (MIB, "MiB"), (KIB, "KiB")] {
+        if bytes >= unit && bytes.is_multiple_of(unit) {
+            return format!("{}{name}", bytes / unit);
+        }
+    }
+    bytes.to_string()
+}
+
+fn time(seconds: u64) -> String {
+    if seconds >= DAY && seconds.is_multiple_of(DAY) { format!("{}d", seconds / DAY) } else { format!("{seconds}s") }
+}

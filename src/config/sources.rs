@@ -1,0 +1,306 @@
+//! The layers of a configuration: defaults, file, environment, command line. Each later one wins.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use toml::de::{DeTable, DeValue};
+
+use super::{
+    Settings,
+    error::{ConfigError, ConfigErrors, Source},
+    setting::{Kind, SECTIONS, SETTINGS, Setting, TOPIC_DEFAULTS, variable},
+    value::{masked, valid},
+};
+use crate::model::TOPIC_CONFIG_KEYS;
+
+/// Where a configuration comes from. Collects, then [`Sources::load`] judges everything at once.
+#[derive(Clone, Debug, Default)]
+pub struct Sources {
+    file: Option<(PathBuf, String)>,
+    environment: Vec<(String, String)>,
+    flags: Vec<(String, String)>,
+    defaults: Vec<(String, String)>,
+}
+
+/// One value, and who says so.
+#[derive(Clone, Debug)]
+pub(super) struct Given {
+    pub(super) text: String,
+    pub(super) source: Source,
+}
+
+/// The values that won.
+#[derive(Debug, Default)]
+pub(super) struct Values {
+    /// By setting.
+    pub(super) set: BTreeMap<String, Given>,
+    /// By topic configuration key.
+    pub(super) topic: BTreeMap<String, Given>,
+    /// What was wrong so far.
+    pub(super) errors: Vec<ConfigError>,
+}
+
+impl Sources {
+    /// Nothing but the defaults.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// A file's text; the path is for messages.
+    #[must_use]
+    pub fn file(mut self, path: &Path, text: impl Into<String>) -> Self {
+        self.file = Some((path.to_owned(), text.into()));
+        self
+    }
+
+    /// Reads a file.
+    pub fn read_file(self, path: &Path) -> Result<Self, ConfigError> {
+        match fs::read_to_string(path) {
+            Ok(text) => Ok(self.file(path, text)),
+            Err(source) => Err(ConfigError::Unreadable { path: path.to_owned(), source }),
+        }
+    }
+
+    /// Variables, of which those that begin with `STRANDLINE_` and a section count. An empty one is as good as none.
+    #[must_use]
+    pub fn environment(mut self, variables: impl IntoIterator<Item = (String, String)>) -> Self {
+        let ours = |(name, text): &(String, String)| name.starts_with("STRANDLINE_") && !text.is_empty();
+        self.environment.extend(variables.into_iter().filter(ours));
+        self
+    }
+
+    /// A value of the command line. `topic_defaults` takes `key=value,key=value`.
+    #[must_use]
+    pub fn flag(mut self, key: &str, text: impl Into<String>) -> Self {
+        self.flags.push((key.to_owned(), text.into()));
+        self
+    }
+
+    /// Another default than the built-in one, as `strandline dev` has.
+    #[must_use]
+    pub fn with_default(mut self, key: &str, text: impl Into<String>) -> Self {
+        self.defaults.push((key.to_owned(), text.into()));
+        self
+    }
+
+    /// Reads everything, checks it, and says everything that is wrong.
+    pub fn load(self) -> Result<Settings, ConfigErrors> {
+        let mut values = Values::default();
+        for setting in SETTINGS {
+            if let Some(default) = setting.default {
+                values.give(&setting.key(), default.to_owned(), Source::Default);
+            }
+        }
+        for (key, text) in self.defaults {
+            values.give(&key, text, Source::Default);
+        }
+        if let Some((path, text)) = &self.file {
+            values.read(path, text);
+        }
+        for (name, text) in self.environment {
+            values.variable(name, text);
+        }
+        for (key, text) in self.flags {
+            values.give(&key, text, Source::Flag { key: key.clone() });
+        }
+        Settings::build(values)
+    }
+}
+
+impl Values {
+    fn give(&mut self, key: &str, text: String, source: Source) {
+        if key == TOPIC_DEFAULTS {
+            return self.topic_list(&text, &source);
+        }
+        let Some(setting) = Setting::find(key) else { return self.unknown(key, source) };
+        if valid(setting.kind, &text) {
+            self.set.insert(key.to_owned(), Given { text, source });
+        } else {
+            self.invalid(key, &text, setting.kind, source);
+        }
+    }
+
+    fn invalid(&mut self, key: &str, text: &str, kind: Kind, place: Source) {
+        let value = masked(text).chars().take(200).collect();
+        self.errors.push(ConfigError::Value { place, key: key.to_owned(), value, allowed: kind.allowed() });
+    }
+
+    fn unknown(&mut self, key: &str, place: Source) {
+        let near = nearest(key);
+        self.errors.push(ConfigError::Unknown { place, key: key.to_owned(), near });
+    }
+
+    fn topic(&mut self, key: &str, text: String, source: Source) {
+        if TOPIC_CONFIG_KEYS.iter().any(|known| known.name == key) {
+            self.topic.insert(key.to_owned(), Given { text, source });
+        } else {
+            let near = best(key, TOPIC_CONFIG_KEYS.iter().map(|known| (known.name, known.name.to_owned())));
+            let key = format!("{TOPIC_DEFAULTS}.{key}");
+            self.errors.push(ConfigError::Unknown { place: source, key, near });
+        }
+    }
+
+    fn topic_list(&mut self, text: &str, source: &Source) {
+        for pair in text.split(',').map(str::trim).filter(|pair| !pair.is_empty()) {
+            match pair.split_once('=') {
+                Some((key, value)) => self.topic(key.trim(), value.trim().to_owned(), source.clone()),
+                None => {
+                    let allowed = "topic configuration as key=value,key=value".to_owned();
+                    let (place, key) = (source.clone(), TOPIC_DEFAULTS.to_owned());
+                    self.errors.push(ConfigError::Value { place, key, value: pair.to_owned(), allowed });
+                }
+            }
+        }
+    }
+
+    fn variable(&mut self, name: String, text: String) {
+        let source = Source::Environment { name: name.clone() };
+        if name == variable(TOPIC_DEFAULTS) {
+            return self.topic_list(&text, &source);
+        }
+        if let Some(setting) = SETTINGS.iter().find(|setting| setting.variable() == name) {
+            return self.give(&setting.key(), text, source);
+        }
+        let ours = SECTIONS.iter().any(|(section, _)| {
+            !section.is_empty() && name.strip_prefix(&variable(section)).is_some_and(|rest| rest.starts_with('_'))
+        });
+        // Others may begin alike (STRANDLINE_BOOTSTRAP is the command line's); only a section's name makes one ours.
+        if ours && !of_kubernetes(&name) {
+            let near = best(&name, SETTINGS.iter().map(|setting| (setting.name, setting.variable())));
+            self.errors.push(ConfigError::Unknown { place: source, key: name, near });
+        }
+    }
+
+    fn read(&mut self, path: &Path, text: &str) {
+        let place = |offset: usize| place(path, text, offset);
+        let table = match DeTable::parse(text) {
+            Ok(table) => table.into_inner(),
+            Err(error) => {
+                let place = place(error.span().map_or(0, |span| span.start));
+                return self.errors.push(ConfigError::Syntax { place, why: error.message().to_owned() });
+            }
+        };
+        for (name, value) in &table {
+            let (section, at) = (name.get_ref().as_ref(), place(name.span().start));
+            match value.get_ref() {
+                DeValue::Table(entries) if section == TOPIC_DEFAULTS => self.topics("", entries, &place),
+                DeValue::Table(entries) if SECTIONS.iter().any(|(known, _)| *known == section) => {
+                    for (name, value) in entries {
+                        let key = format!("{section}.{}", name.get_ref());
+                        self.entry(&key, value.get_ref(), place(name.span().start));
+                    }
+                }
+                DeValue::Table(_) => {
+                    let known = SECTIONS.iter().map(|(known, _)| *known).chain([TOPIC_DEFAULTS]);
+                    let near = best(section, known.map(|known| (known, format!("[{known}]"))));
+                    self.errors.push(ConfigError::Unknown { place: at, key: format!("[{section}]"), near });
+                }
+                value => self.entry(section, value, at),
+            }
+        }
+    }
+
+    fn entry(&mut self, key: &str, value: &DeValue<'_>, source: Source) {
+        let Some(setting) = Setting::find(key) else { return self.unknown(key, source) };
+        match text_of(setting.kind, value) {
+            Some(text) => self.give(key, text, source),
+            None => self.invalid(key, &shown(value), setting.kind, source),
+        }
+    }
+
+    /// Topic keys hold dots: quoted they are one key, bare they are tables in tables.
+    fn topics(&mut self, prefix: &str, entries: &DeTable<'_>, place: &impl Fn(usize) -> Source) {
+        for (name, value) in entries {
+            let key = format!("{prefix}{}", name.get_ref());
+            let source = place(name.span().start);
+            match value.get_ref() {
+                DeValue::Table(inner) => self.topics(&format!("{key}."), inner, place),
+                DeValue::String(_) | DeValue::Integer(_) | DeValue::Boolean(_) => {
+                    self.topic(&key, shown(value.get_ref()), source);
+                }
+                other => {
+                    let allowed = "a text, a number, true or false".to_owned();
+                    let (key, value) = (format!("{TOPIC_DEFAULTS}.{key}"), shown(other));
+                    self.errors.push(ConfigError::Value { place: source, key, value, allowed });
+                }
+            }
+        }
+    }
+}
+
+/// The text of a TOML value, when its type suits the setting.
+fn text_of(kind: Kind, value: &DeValue<'_>) -> Option<String> {
+    match (kind, value) {
+        (Kind::Number { .. } | Kind::Bytes { .. }, DeValue::Integer(number)) => {
+            decimal(number.as_str(), number.radix())
+        }
+        (Kind::Number { .. }, _) => None,
+        (Kind::Flag, DeValue::Boolean(flag)) => Some(flag.to_string()),
+        (Kind::Flag, _) => None,
+        (Kind::Urls, DeValue::Array(urls)) => {
+            let url = |value: &DeValue<'_>| value.as_str().filter(|url| !url.contains(',')).map(str::to_owned);
+            let urls = urls.iter().map(|value| url(value.get_ref())).collect::<Option<Vec<_>>>()?;
+            Some(urls.join(","))
+        }
+        (_, DeValue::String(text)) => Some(text.to_string()),
+        _ => None,
+    }
+}
+
+fn decimal(digits: &str, radix: u32) -> Option<String> {
+    i64::from_str_radix(digits, radix).ok().map(|number| number.to_string())
+}
+
+/// A value for a message, or for a topic's configuration.
+fn shown(value: &DeValue<'_>) -> String {
+    match value {
+        DeValue::String(text) => text.to_string(),
+        DeValue::Integer(number) => {
+            decimal(number.as_str(), number.radix()).unwrap_or_else(|| number.as_str().to_owned())
+        }
+        DeValue::Float(number) => number.as_str().to_owned(),
+        DeValue::Boolean(flag) => flag.to_string(),
+        DeValue::Datetime(time) => time.to_string(),
+        DeValue::Array(values) => {
+            let values: Vec<_> = values.iter().map(|value| shown(value.get_ref())).collect();
+            format!("[{}]", values.join(", "))
+        }
+        DeValue::Table(_) => "a table".to_owned(),
+    }
+}
+
+fn place(path: &Path, text: &str, offset: usize) -> Source {
+    let before = &text[..text.floor_char_boundary(offset)];
+    let line_start = before.rfind('\n').map_or(0, |newline| newline + 1);
+    let line = before.bytes().filter(|byte| *byte == b'\n').count() + 1;
+    Source::File { path: path.to_owned(), line, column: before[line_start..].chars().count() + 1 }
+}
+
+/// The setting that looks most like a key, by its name first: a right name in a wrong section is found.
+fn nearest(key: &str) -> Option<String> {
+    let (section, name) = key.rsplit_once('.').unwrap_or(("", key));
+    let score = |setting: &Setting| {
+        strsim::jaro_winkler(name, setting.name) + if setting.section == section { 0.1 } else { 0.0 }
+    };
+    let (score, setting) = SETTINGS.iter().map(|s| (score(s), s)).max_by(|a, b| a.0.total_cmp(&b.0))?;
+    (score > 0.8).then(|| setting.key())
+}
+
+/// The candidate that looks most like a text, when one does.
+fn best<'a>(text: &str, candidates: impl Iterator<Item = (&'a str, String)>) -> Option<String> {
+    let likeness = |(short, long): (&str, String)| {
+        (strsim::jaro_winkler(text, short).max(strsim::jaro_winkler(text, &long)), long)
+    };
+    candidates.map(likeness).max_by(|a, b| a.0.total_cmp(&b.0)).filter(|(score, _)| *score > 0.8).map(|(_, long)| long)
+}
+
+/// What Kubernetes sets for a service whose name begins like ours.
+fn of_kubernetes(name: &str) -> bool {
+    name.ends_with("_SERVICE_HOST") || name.contains("_SERVICE_PORT") || name.ends_with("_PORT") || {
+        let port = name.split_once("_PORT_").map(|(_, rest)| rest);
+        port.is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()))
+    }
+}

@@ -1,0 +1,283 @@
+//! Layers, messages, the printed file and the documentation.
+
+use std::path::Path;
+
+use super::{
+    setting::{SECTIONS, SETTINGS},
+    value::valid,
+    *,
+};
+
+fn load(text: &str) -> Result<Settings, ConfigErrors> {
+    Sources::new().file(Path::new("s.toml"), text).load()
+}
+
+fn error(text: &str) -> String {
+    load(text).expect_err(text).to_string()
+}
+
+fn variables(pairs: &[(&str, &str)]) -> Vec<(String, String)> {
+    pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
+}
+
+#[test]
+fn the_keys_that_are_fixed_are_read() {
+    let text = r#"
+cluster = "blue"
+[broker]
+id = 7
+rack = "zone-a"
+data_dir = "/var/lib/s"
+[grpc]
+listen = "0.0.0.0:1000"
+advertise = "b7.example:1000"
+[http]
+listen = "127.0.0.1:1001"
+[object_store]
+url = "s3://bucket/prefix"
+endpoint = "http://127.0.0.1:9000"
+region = "eu-west-1"
+path_style = true
+[topic_defaults]
+"segment.bytes" = 1048576
+retention.ms = "-1"
+"remote.storage.enable" = false
+[log]
+journal_bytes = "1GiB"
+[tier]
+garbage_grace = "90m"
+[telemetry]
+format = "json"
+"#;
+    let config = load(text).expect("valid").config;
+    assert_eq!(
+        (config.cluster.as_str(), config.broker.id, config.broker.rack.as_deref()),
+        ("blue", BrokerId(7), Some("zone-a"))
+    );
+    assert_eq!(config.grpc.advertise.as_deref(), Some("b7.example:1000"));
+    assert_eq!(config.object_store.endpoint.as_deref(), Some("http://127.0.0.1:9000"));
+    assert!(config.object_store.path_style);
+    assert_eq!(config.topic_defaults["segment.bytes"], "1048576");
+    assert_eq!(config.topic_defaults["retention.ms"], "-1");
+    assert_eq!(config.topic_defaults["remote.storage.enable"], "false");
+    assert_eq!((config.log.journal_bytes, config.tier.garbage_grace), (1 << 30, Duration::from_secs(5400)));
+    assert_eq!(config.telemetry.format, telemetry::Format::Json);
+}
+
+#[test]
+fn flags_win_over_the_environment_over_the_file_over_defaults() {
+    let sources = Sources::new()
+        .with_default("broker.data_dir", "/dev-data")
+        .file(Path::new("s.toml"), "cluster = \"file\"\n[broker]\nid = 2\nrack = \"file\"")
+        .environment(variables(&[
+            ("STRANDLINE_CLUSTER", "environment"),
+            ("STRANDLINE_BROKER_ID", "3"),
+            ("STRANDLINE_BROKER_RACK", ""),
+            ("STRANDLINE_TOPIC_DEFAULTS", "segment.bytes=20000, retention.ms=5"),
+            ("HOME", "/root"),
+        ]))
+        .flag("broker.id", "4");
+    let settings = sources.load().expect("valid");
+    let config = &settings.config;
+    assert_eq!((config.broker.id, config.cluster.as_str()), (BrokerId(4), "environment"));
+    assert_eq!(config.broker.rack.as_deref(), Some("file"), "an empty variable counts as not set");
+    assert_eq!(config.broker.data_dir, Path::new("/dev-data"));
+    assert_eq!(config.topic_defaults.len(), 2);
+    let printed = settings.print();
+    for (line, source) in [
+        ("id = 4", "# flag"),
+        ("cluster = \"environment\"", "# env STRANDLINE_CLUSTER"),
+        ("rack = \"file\"", "# file s.toml:4:1"),
+        ("\"segment.bytes\" = \"20000\"", "# env STRANDLINE_TOPIC_DEFAULTS"),
+        ("listen = \"127.0.0.1:9460\"", "# default"),
+    ] {
+        let found = printed.lines().any(|found| found.starts_with(line) && found.ends_with(source));
+        assert!(found, "{line} {source}\n{printed}");
+    }
+}
+
+#[test]
+fn unknown_keys_are_told_with_their_place_and_the_nearest_right_key() {
+    for (text, expected) in [
+        (
+            "[grpc]\nlisten = \"127.0.0.1:1\"\n  advertize = \"a:1\"",
+            "s.toml:3:3: there is no setting \"grpc.advertize\"; did you mean \"grpc.advertise\"?",
+        ),
+        ("[grcp]\n", "s.toml:1:2: there is no setting \"[grcp]\"; did you mean \"[grpc]\"?"),
+        ("data_dir = \"x\"", "s.toml:1:1: there is no setting \"data_dir\"; did you mean \"broker.data_dir\"?"),
+        (
+            "[topic_defaults]\n\"segment.byte\" = 5",
+            "s.toml:2:1: there is no setting \"topic_defaults.segment.byte\"; did you mean \"segment.bytes\"?",
+        ),
+        ("[http]\nqqqqqqqq = 1", "s.toml:2:1: there is no setting \"http.qqqqqqqq\""),
+        ("ünï = 1", "s.toml:1:1: "),
+    ] {
+        assert!(error(text).contains(expected), "{}\n{expected}", error(text));
+    }
+    let environment = Sources::new().environment(variables(&[("STRANDLINE_GRPC_LISTN", "127.0.0.1:1")]));
+    let told = environment.load().expect_err("unknown").to_string();
+    assert!(
+        told.contains("STRANDLINE_GRPC_LISTN") && told.contains("did you mean \"STRANDLINE_GRPC_LISTEN\"?"),
+        "{told}"
+    );
+    let flag = Sources::new().flag("grpc.listn", "x").load().expect_err("unknown").to_string();
+    assert!(flag.contains("command line") && flag.contains("grpc.listen"), "{flag}");
+}
+
+#[test]
+fn variables_that_are_not_ours_are_left_alone() {
+    let foreign = variables(&[
+        ("STRANDLINE_BOOTSTRAP", "a:1"),
+        ("STRANDLINE_GRPC_SERVICE_HOST", "10.0.0.1"),
+        ("STRANDLINE_GRPC_SERVICE_PORT_GRPC", "9460"),
+        ("STRANDLINE_GRPC_PORT", "tcp://10.0.0.1:9460"),
+        ("STRANDLINE_GRPC_PORT_9460_TCP_ADDR", "10.0.0.1"),
+    ]);
+    Sources::new().environment(foreign).load().expect("Kubernetes sets such for a service of our name");
+}
+
+#[test]
+fn wrong_values_are_told_with_key_value_place_and_what_is_allowed() {
+    for (text, parts) in [
+        ("[grpc]\nlisten = \"localhost\"", ["s.toml:2:1", "grpc.listen", "\"localhost\"", "an IP address and a port"]),
+        ("[grpc]\nlisten = 5", ["s.toml:2:1", "grpc.listen", "\"5\"", "an IP address and a port"]),
+        ("[broker]\nid = -1", ["s.toml:2:1", "broker.id", "\"-1\"", "from 0 to 2147483647"]),
+        ("[broker]\nid = \"1\"", ["s.toml:2:1", "broker.id", "\"1\"", "a whole number"]),
+        ("[log]\njournal_bytes = \"1MB\"", ["s.toml:2:1", "log.journal_bytes", "\"1MB\"", "from 16MiB to 1TiB"]),
+        ("[tier]\ncheck_interval = 5", ["s.toml:2:1", "tier.check_interval", "\"5\"", "a time with its unit"]),
+        ("[object_store]\npath_style = \"yes\"", ["s.toml:2:1", "object_store.path_style", "\"yes\"", "true or false"]),
+        (
+            "[object_store]\nurl = \"file://data\"",
+            ["s.toml:2:1", "object_store.url", "\"file://data\"", "absolute path"],
+        ),
+        ("[object_store]\nurl = \"ftp://x\"", ["s.toml:2:1", "object_store.url", "\"ftp://x\"", "s3://"]),
+        ("[object_store]\nurl = \"s3://\"", ["s.toml:2:1", "object_store.url", "\"s3://\"", "a bucket's name"]),
+        (
+            "[topic_defaults]\n\"segment.bytes\" = 12",
+            ["s.toml:2:1", "topic_defaults.segment.bytes", "\"12\"", "from 16384"],
+        ),
+        ("[telemetry]\nformat = \"xml\"", ["s.toml:2:1", "telemetry.format", "\"xml\"", "text or json"]),
+        ("[telemetry]\nlevel = \"loud\"", ["s.toml:2:1", "telemetry.level", "\"loud\"", "use error, warn"]),
+        ("cluster = \"a/b\"", ["s.toml:1:1", "cluster", "\"a/b\"", "1 to 100"]),
+        ("broker = 5", ["s.toml:1:1", "broker", "", ""]),
+    ] {
+        let told = error(text);
+        assert!(parts.iter().all(|part| told.contains(part)), "{told}\n{parts:?}");
+    }
+}
+
+#[test]
+fn what_does_not_go_together_is_refused_before_anything_is_touched() {
+    for (text, part) in [
+        (
+            "[grpc]\nlisten = \"127.0.0.1:5\"\n[http]\nlisten = \"127.0.0.1:5\"",
+            "s.toml:4:1: grpc.listen 127.0.0.1:5 and http.listen 127.0.0.1:5 are the same port",
+        ),
+        ("[grpc]\nlisten = \"127.0.0.1:9461\"", "s.toml:2:1: "),
+        ("[grpc]\nlisten = \"0.0.0.0:9460\"", "set grpc.advertise"),
+        ("[grpc]\nlisten = \"0.0.0.0:9460\"\nadvertise = \"0.0.0.0:9460\"", "name a host"),
+        (
+            "[metadata]\netcd = [\"http://127.0.0.1:2379\"]",
+            "s.toml:2:1: metadata.etcd is not supported in this version",
+        ),
+        ("[object_store]\nurl = \"file:///x\"\nendpoint = \"http://a\"", "goes with s3:// URLs only"),
+    ] {
+        assert!(error(text).contains(part), "{}\n{part}", error(text));
+    }
+    load("[grpc]\nlisten = \"127.0.0.1:0\"\n[http]\nlisten = \"127.0.0.1:0\"").expect("port 0 is any free one, twice");
+    load("[topic_defaults]\n\"retention.ms\" = -1\n\"local.retention.ms\" = -1").expect("both are raised");
+}
+
+#[test]
+fn everything_wrong_is_told_at_once() {
+    let told = error("[broker]\nid = \"x\"\nrak = \"y\"\n[grpc]\nlisten = \"z\"");
+    assert_eq!(told.lines().count(), 3, "{told}");
+}
+
+#[test]
+fn what_is_no_toml_is_told_with_line_and_column() {
+    let told = error("cluster = \"a\"\n[broker\nid = 1");
+    assert!(told.starts_with("s.toml:2:"), "{told}");
+    for text in ["\u{0}", "a = ", "= 1", "[a]\n[a]", "x = 99999999999999999999", "[[broker]]\nid=1", "\"\" = 1", "é"] {
+        assert!(load(text).is_err(), "{text:?}");
+    }
+    let missing = Sources::new().read_file(Path::new("/nonexistent/s.toml")).expect_err("missing").to_string();
+    assert!(missing.contains("/nonexistent/s.toml"), "{missing}");
+}
+
+#[test]
+fn what_is_printed_is_a_file_that_says_the_same() {
+    let text = "[broker]\nrack = \"a\\\"b\\\\c # d\"\n[object_store]\nurl = \"memory:///\"\n[cache]\ndisk_bytes = 0\n";
+    let first = load(text).expect("valid");
+    let second = load(&first.print()).expect("what was printed is valid");
+    let mut config = first.config.clone();
+    // The printed file states every topic default, set or not.
+    config.topic_defaults = second.config.topic_defaults.clone();
+    assert_eq!(second.config, config);
+    assert_eq!(second.config.topic_defaults.len(), crate::model::TOPIC_CONFIG_KEYS.len());
+}
+
+#[test]
+fn passwords_are_neither_printed_nor_told() {
+    let told = error("[object_store]\nurl = \"s3://key:secret@bucket/p\"");
+    assert!(told.contains("no user or password") && !told.contains("secret"), "{told}");
+    let told = error(
+        "[metadata]\netcd = [\"http://root:secret@a:1\", \"nonsense\"]\n[object_store]\nurl = \"ftp://u:secret@x\"",
+    );
+    assert!(!told.contains("secret"), "{told}");
+}
+
+#[test]
+fn every_setting_is_declared_well() {
+    for setting in SETTINGS {
+        assert!(SECTIONS.iter().any(|(section, _)| *section == setting.section), "{}", setting.key());
+        assert!(setting.default.is_none_or(|default| valid(setting.kind, default)), "{}", setting.key());
+        assert_eq!(
+            SETTINGS.iter().filter(|other| other.variable() == setting.variable()).count(),
+            1,
+            "{}",
+            setting.key()
+        );
+        assert!(
+            setting.doc.ends_with('.') && (setting.default.is_some() || setting.doc.contains("Unset: ")),
+            "{}",
+            setting.key()
+        );
+    }
+}
+
+#[test]
+fn an_advertised_address_takes_the_port_that_the_listener_got() {
+    let bound: SocketAddr = "127.0.0.1:4242".parse().expect("valid");
+    let grpc = |advertise: Option<&str>| Grpc { listen: bound, advertise: advertise.map(str::to_owned) };
+    assert_eq!(grpc(None).advertised(bound), "127.0.0.1:4242");
+    assert_eq!(grpc(Some("b:0")).advertised(bound), "b:4242");
+    assert_eq!(grpc(Some("b:10")).advertised(bound), "b:10");
+}
+
+#[test]
+fn a_data_directory_is_made_and_proved() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let mut config = Sources::new().load().expect("the defaults are valid").config;
+    config.broker.data_dir = dir.path().join("a/b");
+    config.prepare_data_dir().expect("made");
+    assert_eq!(std::fs::read_dir(dir.path().join("a/b")).expect("it is there").count(), 0, "the probe is gone");
+    std::fs::write(dir.path().join("file"), "").expect("writes");
+    config.broker.data_dir = dir.path().join("file/b");
+    let told = config.prepare_data_dir().expect_err("a file is in the way").to_string();
+    assert!(told.contains("file/b") && told.contains("broker.data_dir"), "{told}");
+}
+
+#[test]
+fn the_documentation_is_what_the_settings_say() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/configuration.md");
+    if std::env::var_os("STRANDLINE_WRITE_DOCS").is_some() {
+        std::fs::write(path, docs()).expect("docs/ can be written");
+    }
+    let checked_in = std::fs::read_to_string(path).unwrap_or_default();
+    assert!(
+        checked_in == docs(),
+        "docs/configuration.md differs from src/config/setting.rs: make it again with \
+         `strandline config print --docs > docs/configuration.md`"
+    );
+}
