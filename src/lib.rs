@@ -35,3 +35,6 @@ pub mod broker;
 
 #[cfg(feature = "server")]
 pub mod config;
+
+#[cfg(feature = "server")]
+pub mod server;

@@ -1,0 +1,37 @@
+//! Taking the ports, before any data is touched.
+
+use std::{io, net::SocketAddr};
+
+use tokio::net::TcpListener;
+
+/// A port that cannot be had.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot listen on {address} for {purpose}: {why}; {remedy}")]
+pub(super) struct ListenError {
+    address: SocketAddr,
+    purpose: &'static str,
+    why: String,
+    remedy: String,
+}
+
+/// Listens on `address`. `purpose` and `flag` are for the message when that fails.
+pub(super) async fn listen(address: SocketAddr, purpose: &'static str, flag: &str) -> Result<TcpListener, ListenError> {
+    TcpListener::bind(address).await.map_err(|error| {
+        let (why, remedy) = match error.kind() {
+            io::ErrorKind::AddrInUse => (
+                format!("port {} is in use by another process", address.port()),
+                format!("stop that process, or choose another port with {flag}"),
+            ),
+            io::ErrorKind::AddrNotAvailable => (
+                format!("{} is no address of this machine", address.ip()),
+                format!("choose one that is with {flag}, or 0.0.0.0 for all"),
+            ),
+            io::ErrorKind::PermissionDenied => (
+                format!("this user may not use port {}", address.port()),
+                format!("choose a port above 1023 with {flag}"),
+            ),
+            _ => (error.to_string(), format!("choose another address with {flag}")),
+        };
+        ListenError { address, purpose, why, remedy }
+    })
+}
