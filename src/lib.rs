@@ -38,3 +38,6 @@ pub mod config;
 
 #[cfg(feature = "server")]
 pub mod server;
+
+#[cfg(feature = "server")]
+pub mod cli;

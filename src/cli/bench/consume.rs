@@ -1,0 +1,154 @@
+//! `strandline bench consume`.
+
+use std::{
+    collections::BTreeMap,
+    process::ExitCode,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use anyhow::bail;
+use clap::Args;
+use serde_json::json;
+use tokio::time::Instant;
+
+use super::{
+    super::{
+        Common,
+        cluster::{connect, explain},
+        output,
+        place::Place,
+    },
+    report::{self, Seen},
+};
+use crate::{
+    client::{Consumer, ConsumerOptions, OffsetAt},
+    model::Offset,
+    task::{Tasks, clock},
+};
+
+#[derive(Debug, Args)]
+pub(in crate::cli) struct Consume {
+    /// The topic
+    #[arg(long, value_name = "T")]
+    topic: String,
+    /// Where to begin: earliest, latest, an offset, or @ with a time
+    #[arg(long, value_name = "W", default_value = "earliest")]
+    from: Place,
+    /// End after so many records, waiting for them if need be; else where the log ends now
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    records: Option<u64>,
+    /// Consumers, each with its own connection and its share of the partitions
+    #[arg(long, value_name = "C", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    consumers: u32,
+}
+
+/// What one consumer reads.
+#[derive(Debug, Default)]
+struct Share {
+    /// Start and end of each partition.
+    partitions: BTreeMap<u32, (Offset, Offset)>,
+}
+
+pub(super) async fn run(common: &Common, command: Consume) -> anyhow::Result<ExitCode> {
+    let shares = shares(common, &command).await?;
+    let left = Arc::new(AtomicU64::new(command.records.unwrap_or(u64::MAX)));
+    let tasks = Tasks::new();
+    let mut handles = Vec::new();
+    let bar = output::progress(None, "{spinner} {elapsed} reading");
+    bar.enable_steady_tick(Duration::from_millis(200));
+    let start = clock::monotonic();
+    for share in shares {
+        let mut consumer = connect(common).await?.consumer(ConsumerOptions::default());
+        for (partition, (from, _)) in &share.partitions {
+            consumer.assign_at(&command.topic, *partition, *from).await?;
+        }
+        let bounded = command.records.is_none();
+        handles.push(tasks.spawn("bench reader", read(consumer, share, bounded, left.clone())));
+    }
+    let mut seen = Seen::default();
+    let mut last = start;
+    for handle in handles {
+        let (one, at) = handle.await?;
+        seen.merge(one);
+        last = last.max(at);
+    }
+    bar.finish_and_clear();
+    tasks.stop().await;
+    let words: Vec<String> = ["latency is the wait for each batch".to_owned()]
+        .into_iter()
+        .chain(seen.first_error.iter().map(|error| format!("first error: {error}")))
+        .collect();
+    let extra = json!({ "consumers": command.consumers, "first_error": seen.first_error });
+    report::print(seen.figures(last - start), extra, &words, common.output)?;
+    Ok(if seen.errors == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+async fn shares(common: &Common, command: &Consume) -> anyhow::Result<Vec<Share>> {
+    let client = connect(common).await?;
+    let admin = client.admin();
+    let partitions = match client.topic(&command.topic).await {
+        Ok(route) => u32::try_from(route.partitions.len())?,
+        Err(error) => return Err(explain(&admin, &command.topic, error).await),
+    };
+    if command.consumers > partitions {
+        bail!(
+            "topic {:?} has {partitions} partitions, too few for {} consumers; ask for at most {partitions}",
+            command.topic,
+            command.consumers
+        );
+    }
+    let mut shares: Vec<Share> = (0..command.consumers).map(|_| Share::default()).collect();
+    for partition in 0..partitions {
+        let end = admin.offset(&command.topic, partition, OffsetAt::Latest).await?;
+        let from = match command.from {
+            Place::At(at) => admin.offset(&command.topic, partition, at).await?,
+            Place::Offset(offset) => offset,
+        };
+        if from != end || command.records.is_some() {
+            let share = usize::try_from(partition % command.consumers)?;
+            shares[share].partitions.insert(partition, (from, end));
+        }
+    }
+    shares.retain(|share| !share.partitions.is_empty());
+    if shares.is_empty() {
+        bail!("nothing to read in topic {:?} there; write some with `strandline bench produce`", command.topic);
+    }
+    Ok(shares)
+}
+
+/// Reads a share to its end, or until all readers together have what is `left`.
+async fn read(mut consumer: Consumer, mut share: Share, bounded: bool, left: Arc<AtomicU64>) -> (Seen, Instant) {
+    let mut seen = Seen::default();
+    let mut last = clock::monotonic();
+    while left.load(Ordering::Relaxed) > 0 {
+        // Another reader may take the last record while this one waits for a batch that never comes.
+        let next = tokio::time::timeout(Duration::from_millis(200), consumer.next_batch());
+        let batch = match next.await {
+            Err(_) => continue,
+            Ok(Ok(batch)) => batch,
+            Ok(Err(error)) => {
+                seen.error(&error);
+                break;
+            }
+        };
+        let now = clock::monotonic();
+        seen.latency(now - last);
+        last = now;
+        let records = batch.batch.end_offset().since(batch.from);
+        let before = left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| Some(left.saturating_sub(records)));
+        seen.records += records.min(before.unwrap_or(0));
+        seen.bytes += u64::try_from(batch.batch.encoded_len()).expect("64 bits");
+        if bounded && share.partitions.get(&batch.partition).is_some_and(|(_, end)| batch.batch.end_offset() >= *end) {
+            share.partitions.remove(&batch.partition);
+            if share.partitions.is_empty() {
+                break;
+            }
+        }
+    }
+    consumer.close().await;
+    (seen, last)
+}

@@ -1,0 +1,98 @@
+//! What the disk itself can do beside a broker: sequential writes, each one synced.
+
+use std::{
+    fs::{File, OpenOptions},
+    io,
+    os::unix::fs::{FileExt as _, OpenOptionsExt as _},
+    path::Path,
+    time::Duration,
+};
+
+use rand::Rng as _;
+use serde_json::{Value, json};
+
+use super::report::{Seen, round};
+use crate::task::clock;
+
+/// Bytes of the file that is written round and round.
+const FILE_BYTES: usize = 256 << 20;
+
+/// How long it is written.
+const TIME: Duration = Duration::from_secs(3);
+
+/// What direct I/O needs its memory and sizes to be multiples of.
+const ALIGNMENT: usize = 4096;
+
+/// Writes a file in `folder` in pieces of `piece` bytes for some seconds, over blocks that are there already, with a
+/// sync after each. Blocks the thread. The file is gone afterwards.
+pub(super) fn measure(folder: &Path, piece: usize) -> io::Result<Value> {
+    let piece = piece.max(1).next_multiple_of(ALIGNMENT).min(FILE_BYTES);
+    let path = folder.join(format!(".strandline-bench-{}", std::process::id()));
+    let result = prepare(&path).and_then(|()| write(&path, piece));
+    let removed = std::fs::remove_file(&path);
+    let (direct, seen, elapsed) = result?;
+    removed?;
+    let figures = seen.figures(elapsed);
+    Ok(json!({
+        "directory": folder,
+        "write_bytes": piece,
+        "direct": direct,
+        "mb_per_s": figures["mb_per_s"],
+        "p50_ms": figures["p50_ms"],
+        "p99_ms": figures["p99_ms"],
+        "seconds": round(elapsed.as_secs_f64()),
+    }))
+}
+
+/// Fills the file, so that the timed writes meet blocks that exist.
+fn prepare(path: &Path) -> io::Result<()> {
+    let file = File::create_new(path)?;
+    let zeros = vec![0; 1 << 20];
+    for step in 0..FILE_BYTES / zeros.len() {
+        file.write_all_at(&zeros, place(step * zeros.len()))?;
+    }
+    file.sync_all()
+}
+
+fn write(path: &Path, piece: usize) -> io::Result<(bool, Seen, Duration)> {
+    let (file, direct) = open(path)?;
+    let mut memory = vec![0; piece + ALIGNMENT];
+    rand::rng().fill_bytes(&mut memory);
+    let start = memory.as_ptr().align_offset(ALIGNMENT);
+    let bytes = &memory[start..start + piece];
+    let mut seen = Seen::default();
+    let begun = clock::monotonic();
+    let mut at = 0;
+    while begun.elapsed() < TIME {
+        let before = clock::monotonic();
+        file.write_all_at(bytes, place(at))?;
+        file.sync_data()?;
+        seen.latency(before.elapsed());
+        seen.records += 1;
+        seen.bytes += place(piece);
+        at = if at + 2 * piece > FILE_BYTES { 0 } else { at + piece };
+    }
+    Ok((direct, seen, begun.elapsed()))
+}
+
+/// Opens for direct I/O, or without where the file system has none (tmpfs).
+fn open(path: &Path) -> io::Result<(File, bool)> {
+    let flags = i32::try_from(rustix::fs::OFlags::DIRECT.bits()).expect("a flag of open(2)");
+    match OpenOptions::new().write(true).custom_flags(flags).open(path) {
+        Ok(file) => Ok((file, true)),
+        Err(_) => Ok((OpenOptions::new().write(true).open(path)?, false)),
+    }
+}
+
+fn place(bytes: usize) -> u64 {
+    u64::try_from(bytes).expect("64 bits")
+}
+
+/// The same for people.
+pub(super) fn words(disk: &Value) -> String {
+    let how = if disk["direct"] == true { "direct" } else { "through the page cache" };
+    format!(
+        "the disk at {}: {} MB/s in writes of {} bytes ({how}, each synced), p50 {} ms, p99 {} ms",
+        disk["directory"], disk["mb_per_s"], disk["write_bytes"], disk["p50_ms"], disk["p99_ms"]
+    )
+}

@@ -1,0 +1,190 @@
+//! `strandline bench latency`: from the moment at which a record was due to the moment at which it was read.
+
+use std::{process::ExitCode, time::Duration};
+
+use clap::Args;
+use serde_json::json;
+use tokio::{sync::watch, time::Instant};
+
+use super::{
+    super::{
+        Common,
+        cluster::{connect, explain},
+        output,
+    },
+    pace::{Due, Pace, Until, wait_until},
+    payload::Payloads,
+    rate,
+    report::{self, Seen},
+};
+use crate::{
+    client::{Consumer, ConsumerOptions, NewRecord, OffsetAt, Producer, ProducerOptions},
+    task::{Tasks, clock},
+};
+
+/// A payload starts with a mark of the run (8 bytes) and the nanoseconds from its start to the record's due moment.
+const STAMP_BYTES: usize = 16;
+
+/// How long records that were sent may take to come back.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+#[derive(Debug, Args)]
+pub(in crate::cli) struct Latency {
+    /// The topic; it must exist
+    #[arg(long, value_name = "T")]
+    topic: String,
+    /// Megabytes (10^6 bytes) per second
+    #[arg(long, value_name = "MB_PER_S", default_value = "1", value_parser = rate)]
+    rate: f64,
+    /// How long records are sent
+    #[arg(long, value_name = "S", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..))]
+    seconds: u64,
+    /// Bytes of a record's value
+    #[arg(long, value_name = "B", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(16..))]
+    record_size: u32,
+}
+
+pub(super) async fn run(common: &Common, command: Latency) -> anyhow::Result<ExitCode> {
+    let client = connect(common).await?;
+    let topic = command.topic.clone();
+    let partitions = match client.topic(&topic).await {
+        Ok(route) => u32::try_from(route.partitions.len())?,
+        Err(error) => return Err(explain(&client.admin(), &topic, error).await),
+    };
+    // A connection of its own: what is read does not queue behind what is written.
+    let mut consumer = connect(common).await?.consumer(ConsumerOptions::default());
+    for partition in 0..partitions {
+        consumer.assign(&topic, partition, OffsetAt::Latest).await?;
+    }
+    let producer = client.producer(ProducerOptions::default()).await?;
+    let size = usize::try_from(command.record_size)?;
+    // Made before the clock starts: filling the pool takes a moment.
+    let payloads = Payloads::new(size);
+    let tasks = Tasks::new();
+    let start = clock::monotonic();
+    let run = rand::random();
+    let bar = output::progress(None, "{spinner} {elapsed} sending and reading");
+    bar.enable_steady_tick(Duration::from_millis(200));
+    let (sent_all, all) = watch::channel(None);
+    let reader = tasks.spawn("bench reader", read(consumer, run, start, all));
+    let pace = Pace::new(
+        start,
+        Some(command.rate * 1e6),
+        command.record_size,
+        Until::After(Duration::from_secs(command.seconds)),
+    );
+    let load = Load { topic, pace, payloads, size, run, start, partitions };
+    let runtime = tokio::runtime::Handle::current();
+    // A thread of its own, because it sleeps between records.
+    let sender = tasks.spawn_blocking(move || runtime.block_on(Box::pin(load.send(producer))));
+    let (sent, error) = sender.await?;
+    let elapsed = start.elapsed();
+    sent_all.send_replace(Some(sent));
+    let mut seen = reader.await?;
+    bar.finish_and_clear();
+    tasks.stop().await;
+    if let Some(error) = error {
+        seen.error(&error);
+    }
+    let missing = sent.saturating_sub(seen.records);
+    if missing > 0 {
+        seen.error(&format!("{missing} of {sent} records were not read back in {PATIENCE:?}"));
+    }
+    let words: Vec<String> = seen.first_error.iter().map(|error| format!("first error: {error}")).collect();
+    let extra = json!({ "sent": sent, "first_error": seen.first_error });
+    report::print(seen.figures(elapsed), extra, &words, common.output)?;
+    Ok(if seen.errors == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Reads this run's records until all that were sent are there, or for so long as is sensible.
+async fn read(mut consumer: Consumer, run: u64, start: Instant, mut all: watch::Receiver<Option<u64>>) -> Seen {
+    let mut seen = Seen::default();
+    let mut deadline = None;
+    while all.borrow().is_none_or(|all| seen.records < all) {
+        let given_up = async {
+            match deadline {
+                Some(at) => tokio::time::sleep_until(at).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            biased;
+            next = consumer.next() => match next {
+                Ok(record) => {
+                    let now = clock::monotonic();
+                    let value = record.record.value.unwrap_or_default();
+                    if let Some(due) = stamped(&value, run) {
+                        seen.records += 1;
+                        seen.bytes += u64::try_from(value.len()).expect("64 bits");
+                        seen.latency(now.saturating_duration_since(start + due));
+                    }
+                }
+                Err(error) => {
+                    seen.error(&error);
+                    break;
+                }
+            },
+            _ = all.changed(), if deadline.is_none() => deadline = Some(clock::monotonic() + PATIENCE),
+            () = given_up => break,
+        }
+    }
+    consumer.close().await;
+    seen
+}
+
+fn stamp(payload: &mut [u8], run: u64, due: Duration) {
+    payload[..8].copy_from_slice(&run.to_be_bytes());
+    payload[8..STAMP_BYTES].copy_from_slice(&u64::try_from(due.as_nanos()).unwrap_or(u64::MAX).to_be_bytes());
+}
+
+/// When the record was due, counted from the run's start; none for a record of somebody else.
+fn stamped(payload: &[u8], run: u64) -> Option<Duration> {
+    let (mark, rest) = payload.split_first_chunk::<8>()?;
+    let (due, _) = rest.split_first_chunk::<8>()?;
+    (*mark == run.to_be_bytes()).then(|| Duration::from_nanos(u64::from_be_bytes(*due)))
+}
+
+/// What is sent.
+struct Load {
+    topic: String,
+    pace: Pace,
+    payloads: Payloads,
+    size: usize,
+    run: u64,
+    start: Instant,
+    partitions: u32,
+}
+
+impl Load {
+    /// Sends until the pace ends; how many were sent, and what stopped it early.
+    async fn send(mut self, producer: Producer) -> (u64, Option<String>) {
+        let mut payload = vec![0; self.size];
+        let mut sent = 0;
+        while let Some(due) = self.pace.due(sent) {
+            let Due::At(at) = due else { break };
+            wait_until(at);
+            payload.copy_from_slice(self.payloads.next());
+            stamp(&mut payload, self.run, at - self.start);
+            let partition = u32::try_from(sent % u64::from(self.partitions)).expect("below a u32");
+            if let Err(error) = producer.send(&self.topic, NewRecord::value(&payload).partition(partition)).await {
+                return (sent, Some(error.to_string()));
+            }
+            sent += 1;
+        }
+        (sent, producer.close().await.err().map(|error| error.to_string()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_of_another_run_is_not_counted() {
+        let mut payload = [0; 40];
+        stamp(&mut payload, 7, Duration::from_millis(3));
+        assert_eq!(stamped(&payload, 7), Some(Duration::from_millis(3)));
+        assert_eq!(stamped(&payload, 8), None);
+        assert_eq!(stamped(&payload[..15], 7), None);
+    }
+}

@@ -1,0 +1,279 @@
+//! `strandline bench produce`.
+
+use std::{path::PathBuf, process::ExitCode, time::Duration};
+
+use anyhow::bail;
+use clap::Args;
+use serde_json::{Value, json};
+use tokio::{sync::mpsc, time::Instant};
+
+use super::{
+    super::{
+        Common,
+        cluster::{connect, explain},
+        output, produce,
+    },
+    disk,
+    pace::{Due, Pace, Until, wait_until},
+    payload::Payloads,
+    rate,
+    report::{self, Seen},
+};
+use crate::{
+    client::{Delivery, NewRecord, Producer, ProducerOptions, SendError},
+    model::{Acks, Compression},
+    task::{self, Tasks, clock},
+};
+
+/// Deliveries that travel together from the sender to the one who waits for them.
+const HAND_OVER: usize = 64;
+
+#[derive(Debug, Args)]
+pub(in crate::cli) struct Produce {
+    /// The topic; it must exist
+    #[arg(long, value_name = "T")]
+    topic: String,
+    /// End after so many records
+    #[arg(long, value_name = "N", conflicts_with = "seconds")]
+    records: Option<u64>,
+    /// End after so many seconds; 10 if neither is given
+    #[arg(long, value_name = "S", value_parser = clap::value_parser!(u64).range(1..))]
+    seconds: Option<u64>,
+    /// Bytes of a record's value
+    #[arg(long, value_name = "B", default_value_t = 1024)]
+    record_size: u32,
+    /// Spread over the first N partitions; all if left out
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    partitions_used: Option<u32>,
+    /// Megabytes (10^6 bytes) per second over all producers, sent at fixed moments; as fast as possible if left out
+    #[arg(long, value_name = "MB_PER_S", value_parser = rate)]
+    rate: Option<f64>,
+    /// What to wait for: nothing, the leader, all in-sync replicas, or the bucket as well
+    #[arg(long, value_name = "0|1|all|tiered", default_value = "all", value_parser = produce::acks)]
+    acks: Acks,
+    /// none, gzip, snappy, lz4 or zstd
+    #[arg(long, value_name = "CODEC", default_value = "none", value_parser = produce::compression)]
+    compression: Compression,
+    /// Bytes of a batch
+    #[arg(long, value_name = "B", default_value_t = 65536)]
+    batch_size: usize,
+    /// How long a batch waits for more records
+    #[arg(long, value_name = "L", default_value_t = 0)]
+    linger_ms: u64,
+    /// Batches under way for each partition of a producer
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u8).range(1..=64))]
+    in_flight: u8,
+    /// Producers, each with its own connection
+    #[arg(long, value_name = "P", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    producers: u32,
+    /// Also measure what the disk itself can do, in writes of a batch's size
+    #[arg(long)]
+    with_disk: bool,
+    /// The folder to measure the disk in
+    #[arg(long, value_name = "DIR", default_value = ".")]
+    disk_dir: PathBuf,
+}
+
+pub(super) async fn run(common: &Common, command: Produce) -> anyhow::Result<ExitCode> {
+    let client = connect(common).await?;
+    let partitions = match client.topic(&command.topic).await {
+        Ok(route) => u32::try_from(route.partitions.len())?,
+        Err(error) => return Err(explain(&client.admin(), &command.topic, error).await),
+    };
+    let used = command.partitions_used.unwrap_or(partitions);
+    if used > partitions {
+        bail!(
+            "topic {:?} has {partitions} partitions, not {used}; add some with `strandline topic add-partitions {} --to {used}`",
+            command.topic,
+            command.topic
+        );
+    }
+    let disk = match command.with_disk {
+        true => {
+            let (folder, piece) = (command.disk_dir.clone(), command.batch_size);
+            Some(task::blocking(move || disk::measure(&folder, piece)).await?)
+        }
+        false => None,
+    };
+    let tasks = Tasks::new();
+    let mut running = Vec::new();
+    for number in 0..command.producers {
+        // A client each, so that each has a connection of its own.
+        let producer = connect(common).await?.producer(options(&command)).await?;
+        // Made before the clock starts: filling the pool takes a moment.
+        let payloads = Payloads::new(usize::try_from(command.record_size)?);
+        running.push((number, producer, payloads));
+    }
+    let start = clock::monotonic();
+    let bar = output::progress(None, "{spinner} {elapsed} sending");
+    bar.enable_steady_tick(Duration::from_millis(200));
+    let mut handles = Vec::new();
+    for (number, producer, payloads) in running {
+        let (out, deliveries) = mpsc::channel(1024);
+        let sender = Sender::new(&command, number, used, start, (producer, payloads), out);
+        handles.push(tasks.spawn("bench answers", collect(deliveries, u64::from(command.record_size))));
+        let runtime = tokio::runtime::Handle::current();
+        // Records due at fixed moments need a thread that sleeps precisely; the others may run where they like.
+        if command.rate.is_some() {
+            tasks.spawn_blocking(move || runtime.block_on(Box::pin(sender.run())));
+        } else {
+            tasks.spawn("bench sender", sender.run());
+        }
+    }
+    let mut seen = Seen::default();
+    let mut last = start;
+    for handle in handles {
+        let (one, at) = handle.await?;
+        seen.merge(one);
+        last = last.max(at);
+    }
+    bar.finish_and_clear();
+    tasks.stop().await;
+    print(&command, &seen, last - start, disk, common)
+}
+
+fn options(command: &Produce) -> ProducerOptions {
+    ProducerOptions {
+        batch_bytes: command.batch_size,
+        linger: Duration::from_millis(command.linger_ms),
+        in_flight: usize::from(command.in_flight),
+        acks: command.acks,
+        compression: command.compression,
+        memory_bytes: (64 << 20).max(16 * command.batch_size),
+        ..ProducerOptions::default()
+    }
+}
+
+fn print(
+    command: &Produce,
+    seen: &Seen,
+    elapsed: Duration,
+    disk: Option<Value>,
+    common: &Common,
+) -> anyhow::Result<ExitCode> {
+    let mut words = Vec::new();
+    if !seen.meanings.is_empty() {
+        words.push(format!("acks={}: each acknowledged record was {}", command.acks, seen.meaning()));
+    }
+    words.extend(seen.first_error.iter().map(|error| format!("first error: {error}")));
+    words.extend(disk.as_ref().map(disk::words));
+    let mut extra = json!({ "acks": command.acks.word(), "meaning": seen.meaning(), "first_error": seen.first_error });
+    if let Some(disk) = disk {
+        extra["disk"] = disk;
+    }
+    report::print(seen.figures(elapsed), extra, &words, common.output)?;
+    Ok(if seen.errors == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// A record on its way: when it was due or sent, and its answer to come.
+type Sent = (Instant, Result<Delivery, SendError>);
+
+struct Sender {
+    topic: String,
+    producer: Producer,
+    pace: Pace,
+    payloads: Payloads,
+    first_partition: u32,
+    partitions: u32,
+    /// Records that go to one partition before the next takes its turn: a batch's worth.
+    turn: u64,
+    out: mpsc::Sender<Vec<Sent>>,
+}
+
+impl Sender {
+    fn new(
+        command: &Produce,
+        number: u32,
+        partitions: u32,
+        start: Instant,
+        (producer, payloads): (Producer, Payloads),
+        out: mpsc::Sender<Vec<Sent>>,
+    ) -> Self {
+        let until = match (command.records, command.seconds) {
+            (Some(records), _) => {
+                let (share, rest) = (records / u64::from(command.producers), records % u64::from(command.producers));
+                Until::Records(share + u64::from(u64::from(number) < rest))
+            }
+            (None, seconds) => Until::After(Duration::from_secs(seconds.unwrap_or(10))),
+        };
+        let rate = command.rate.map(|rate| rate * 1e6 / f64::from(command.producers));
+        let size = usize::try_from(command.record_size).expect("a usize holds 32 bits");
+        // At a rate every record takes its turn, so that all partitions are in use at any moment.
+        let turn = if rate.is_some() { 1 } else { command.batch_size / (size + 16).max(1) };
+        Self {
+            topic: command.topic.clone(),
+            producer,
+            pace: Pace::new(start, rate, command.record_size.max(1), until),
+            payloads,
+            first_partition: number % partitions,
+            partitions,
+            turn: u64::try_from(turn.max(1)).expect("64 bits"),
+            out,
+        }
+    }
+
+    async fn run(mut self) {
+        let mut sent = Vec::with_capacity(HAND_OVER);
+        let mut n = 0;
+        while let Some(due) = self.pace.due(n) {
+            let at = match due {
+                Due::At(at) => {
+                    wait_until(at);
+                    at
+                }
+                Due::Now => clock::monotonic(),
+            };
+            let turn = u32::try_from(n / self.turn % u64::from(self.partitions)).expect("below a u32");
+            let partition = (self.first_partition + turn) % self.partitions;
+            let record = NewRecord::value(self.payloads.next()).partition(partition);
+            let delivery = self.producer.send(&self.topic, record).await;
+            let failed = delivery.is_err();
+            sent.push((at, delivery));
+            n += 1;
+            if sent.len() == HAND_OVER || failed {
+                let full = std::mem::replace(&mut sent, Vec::with_capacity(HAND_OVER));
+                if self.out.send(full).await.is_err() {
+                    return;
+                }
+            }
+            if failed {
+                // A send is refused at once only where the next would be too.
+                break;
+            }
+        }
+        let _ = self.out.send(sent).await;
+        // The answers to what still lingers are waited for by the other side.
+        let _ = self.producer.close().await;
+    }
+}
+
+/// Waits for the answers; the moment of the last one.
+async fn collect(mut deliveries: mpsc::Receiver<Vec<Sent>>, record_bytes: u64) -> (Seen, Instant) {
+    let mut seen = Seen::default();
+    let mut last = clock::monotonic();
+    let mut meanings = Vec::new();
+    while let Some(sent) = deliveries.recv().await {
+        for (at, delivery) in sent {
+            let answer = match delivery {
+                Ok(delivery) => delivery.await,
+                Err(error) => Err(error),
+            };
+            match answer {
+                Ok(ack) => {
+                    seen.records += 1;
+                    seen.bytes += record_bytes;
+                    // An answer is stamped when it comes, so that waiting in order costs no accuracy.
+                    seen.latency(ack.received.saturating_duration_since(at));
+                    last = last.max(ack.received);
+                    // A run has one or two meanings; the words are made once for each.
+                    if !meanings.contains(&(ack.held, ack.replicas)) {
+                        meanings.push((ack.held, ack.replicas));
+                        seen.meanings.insert(ack.meaning());
+                    }
+                }
+                Err(error) => seen.error(&error),
+            }
+        }
+    }
+    (seen, last)
+}

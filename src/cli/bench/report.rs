@@ -1,0 +1,141 @@
+//! What a bench found, for people and for programs.
+
+use std::{collections::BTreeSet, time::Duration};
+
+use hdrhistogram::Histogram;
+use serde_json::{Value, json};
+
+use super::super::output::{self, Output};
+
+/// Longest latency that is told apart; longer ones count as this.
+const MOST_US: u64 = 600_000_000;
+
+/// What one sender or reader saw.
+#[derive(Debug)]
+pub(super) struct Seen {
+    pub(super) records: u64,
+    pub(super) bytes: u64,
+    pub(super) errors: u64,
+    pub(super) first_error: Option<String>,
+    /// Microseconds.
+    latency: Histogram<u64>,
+    /// What acknowledgements meant.
+    pub(super) meanings: BTreeSet<String>,
+}
+
+impl Default for Seen {
+    fn default() -> Self {
+        Self {
+            records: 0,
+            bytes: 0,
+            errors: 0,
+            first_error: None,
+            latency: Histogram::new_with_bounds(1, MOST_US, 3).expect("the bounds are constants"),
+            meanings: BTreeSet::new(),
+        }
+    }
+}
+
+impl Seen {
+    pub(super) fn latency(&mut self, latency: Duration) {
+        self.latency.saturating_record(u64::try_from(latency.as_micros()).unwrap_or(MOST_US).max(1));
+    }
+
+    pub(super) fn error(&mut self, error: &dyn std::fmt::Display) {
+        self.errors += 1;
+        self.first_error.get_or_insert_with(|| error.to_string());
+    }
+
+    pub(super) fn merge(&mut self, other: Self) {
+        self.records += other.records;
+        self.bytes += other.bytes;
+        self.errors += other.errors;
+        self.first_error = self.first_error.take().or(other.first_error);
+        self.latency.add(&other.latency).expect("both have the same bounds");
+        self.meanings.extend(other.meanings);
+    }
+
+    #[expect(clippy::cast_precision_loss, reason = "figures for people")]
+    fn ms(&self, quantile: f64) -> f64 {
+        self.latency.value_at_quantile(quantile) as f64 / 1000.0
+    }
+
+    /// The promised fields.
+    #[expect(clippy::cast_precision_loss, reason = "figures for people")]
+    pub(super) fn figures(&self, elapsed: Duration) -> Value {
+        let seconds = elapsed.as_secs_f64().max(1e-9);
+        json!({
+            "records": self.records,
+            "bytes": self.bytes,
+            "seconds": round(seconds),
+            "mb_per_s": round(self.bytes as f64 / 1e6 / seconds),
+            "records_per_s": round(self.records as f64 / seconds),
+            "p50_ms": self.ms(0.5),
+            "p99_ms": self.ms(0.99),
+            "p999_ms": self.ms(0.999),
+            "max_ms": self.latency.max() as f64 / 1000.0,
+            "errors": self.errors,
+        })
+    }
+
+    pub(super) fn meaning(&self) -> String {
+        self.meanings.iter().cloned().collect::<Vec<_>>().join("; some ")
+    }
+}
+
+pub(super) fn round(value: f64) -> f64 {
+    (value * 1000.0).round() / 1000.0
+}
+
+/// Prints figures with what else there is to say. `extra` joins the JSON object; `words` are lines for people.
+pub(super) fn print(mut figures: Value, extra: Value, words: &[String], output: Output) -> std::io::Result<()> {
+    if output == Output::Json {
+        if let (Some(figures), Value::Object(extra)) = (figures.as_object_mut(), extra) {
+            figures.extend(extra);
+        }
+        return output::json(&figures);
+    }
+    output::line(&format!(
+        "{} records, {} bytes in {} s: {} MB/s, {} records/s",
+        figures["records"], figures["bytes"], figures["seconds"], figures["mb_per_s"], figures["records_per_s"]
+    ))?;
+    output::line(&format!(
+        "latency p50 {} ms, p99 {} ms, p99.9 {} ms, most {} ms; errors {}",
+        figures["p50_ms"], figures["p99_ms"], figures["p999_ms"], figures["max_ms"], figures["errors"]
+    ))?;
+    for line in words {
+        output::line(line)?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_promised_fields_are_there_with_their_values() {
+        let mut seen = Seen { records: 1000, bytes: 2_000_000, ..Seen::default() };
+        for ms in 1..=1000 {
+            seen.latency(Duration::from_millis(ms));
+        }
+        seen.error(&"one");
+        let mut other = Seen::default();
+        other.latency(Duration::from_millis(5000));
+        seen.merge(other);
+        let figures = seen.figures(Duration::from_secs(2));
+        assert_eq!(
+            (&figures["records"], &figures["bytes"], &figures["errors"]),
+            (&json!(1000), &json!(2_000_000), &json!(1))
+        );
+        assert_eq!((&figures["mb_per_s"], &figures["records_per_s"]), (&json!(1.0), &json!(500.0)));
+        let about = |name: &str, wanted: f64| {
+            let value = figures[name].as_f64().expect("a number");
+            assert!((value - wanted).abs() / wanted < 0.01, "{name} is {value}");
+        };
+        about("p50_ms", 501.0);
+        about("p99_ms", 991.0);
+        about("p999_ms", 1000.0);
+        about("max_ms", 5000.0);
+    }
+}

@@ -1,0 +1,110 @@
+//! Finding the cluster, and saying what to do when something is not there.
+
+use anyhow::anyhow;
+
+use super::Common;
+use crate::{
+    client::{Admin, CallError, Client, ConsumeError, Options, SendError},
+    proto::fault::Reason,
+};
+
+/// How alike two names must be for one to be a slip of the other, from 0 to 1.
+const NEAR: f64 = 0.8;
+
+/// Most names that are worth reading.
+const MOST_NAMES: usize = 5;
+
+pub(super) async fn connect(common: &Common) -> anyhow::Result<Client> {
+    match Client::connect(&common.bootstrap, Options::default()).await {
+        Ok(client) => Ok(client),
+        Err(error) => Err(without_cluster(&error)),
+    }
+}
+
+fn without_cluster(error: &CallError) -> anyhow::Error {
+    match error {
+        CallError::Connect(crate::client::ConnectError::NoAnswer { .. }) => {
+            anyhow!("{error}; start one with `strandline dev` or name one with --bootstrap")
+        }
+        _ => anyhow!("{error}"),
+    }
+}
+
+/// An error for people: for an unknown topic, with the names that look like it.
+pub(super) async fn explain(admin: &Admin, topic: &str, error: CallError) -> anyhow::Error {
+    if error.reason() != Some(Reason::UnknownTopic) {
+        return without_cluster(&error);
+    }
+    let names = match admin.list_topics().await {
+        Ok(topics) => topics.into_iter().map(|topic| topic.name).collect(),
+        Err(_) => Vec::new(),
+    };
+    anyhow!("{}", unknown_topic(topic, &names))
+}
+
+/// As [`explain`], for a send that failed.
+pub(super) async fn explain_send(admin: &Admin, topic: &str, error: SendError) -> anyhow::Error {
+    match error {
+        SendError::Lookup(error) => explain(admin, topic, error).await,
+        error => anyhow!("{error}"),
+    }
+}
+
+/// As [`explain`], for a read that failed.
+pub(super) async fn explain_read(admin: &Admin, topic: &str, error: ConsumeError) -> anyhow::Error {
+    match error {
+        ConsumeError::Lookup(error) => explain(admin, topic, error).await,
+        error => anyhow!("{error}"),
+    }
+}
+
+/// How alike two names are, from 0 to 1. In short names one slip (a letter more, less, other, or two exchanged) is enough
+/// to look unlike anything, so it counts by itself.
+fn likeness(one: &str, other: &str) -> f64 {
+    let slip = strsim::osa_distance(one, other) == 1 && one.len().min(other.len()) > 1;
+    strsim::jaro_winkler(one, other).max(if slip { NEAR } else { 0.0 })
+}
+
+fn unknown_topic(topic: &str, names: &[String]) -> String {
+    let mut near: Vec<(f64, &String)> =
+        names.iter().map(|name| (likeness(topic, name), name)).filter(|(score, _)| *score >= NEAR).collect();
+    near.sort_by(|a, b| b.0.total_cmp(&a.0));
+    let list = |names: Vec<&String>| {
+        let mut text = names.iter().take(MOST_NAMES).map(|name| name.as_str()).collect::<Vec<_>>().join(", ");
+        if names.len() > MOST_NAMES {
+            text += ", …";
+        }
+        text
+    };
+    match (near.is_empty(), names.is_empty()) {
+        (false, _) => {
+            format!(
+                "topic {topic:?} does not exist; did you mean {}?",
+                list(near.into_iter().map(|(_, name)| name).collect())
+            )
+        }
+        (true, false) => format!(
+            "topic {topic:?} does not exist; the cluster has {}; create it with `strandline topic create {topic}`",
+            list(names.iter().collect())
+        ),
+        (true, true) => {
+            format!("topic {topic:?} does not exist, and no other; create it with `strandline topic create {topic}`")
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_unknown_topic_comes_with_the_near_names_or_with_what_to_type() {
+        let names = ["orders".to_owned(), "audit".to_owned()];
+        assert_eq!(unknown_topic("ordres", &names), "topic \"ordres\" does not exist; did you mean orders?");
+        let short = unknown_topic("lgo", &["log".to_owned()]);
+        assert_eq!(short, "topic \"lgo\" does not exist; did you mean log?");
+        let far = unknown_topic("zzz", &names);
+        assert!(far.contains("the cluster has orders, audit") && far.contains("strandline topic create zzz"), "{far}");
+        assert!(unknown_topic("t", &[]).contains("strandline topic create t"));
+    }
+}

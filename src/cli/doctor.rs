@@ -1,0 +1,88 @@
+//! `strandline doctor`: can this bucket, with these credentials, do what a broker needs?
+
+use std::process::ExitCode;
+
+use clap::Args;
+use serde_json::json;
+
+use super::{
+    Common,
+    output::{self, Output},
+};
+use crate::tier::{
+    StoreOptions,
+    doctor::{Check, Outcome, examine},
+};
+
+/// Tries everything that a broker does with a bucket, on objects in a folder of their own that is deleted at the end.
+/// Credentials come from the usual environment. Exits 1 when something that a broker needs does not work.
+#[derive(Debug, Args)]
+pub(super) struct Doctor {
+    /// The object store: s3://bucket/prefix, gs://…, az://…, file:///dir or memory://
+    #[arg(long, value_name = "URL", env = "STRANDLINE_OBJECT_STORE_URL")]
+    object_store: String,
+    /// Where the S3 service answers, if not at Amazon
+    #[arg(long, value_name = "URL", env = "STRANDLINE_OBJECT_STORE_ENDPOINT")]
+    endpoint: Option<String>,
+    /// The S3 region
+    #[arg(long, value_name = "REGION", env = "STRANDLINE_OBJECT_STORE_REGION")]
+    region: Option<String>,
+    /// Put the bucket's name into the path instead of the host's name
+    #[arg(long, env = "STRANDLINE_OBJECT_STORE_PATH_STYLE")]
+    path_style: bool,
+}
+
+pub(super) async fn run(common: &Common, command: Doctor) -> anyhow::Result<ExitCode> {
+    let options = StoreOptions {
+        endpoint: command.endpoint,
+        region: command.region,
+        path_style: command.path_style,
+        ..StoreOptions::new(&command.object_store)
+    };
+    let bar = output::progress(None, "{spinner} {elapsed} trying the object store");
+    bar.enable_steady_tick(std::time::Duration::from_millis(200));
+    let checks = Box::pin(examine(&options)).await;
+    bar.finish_and_clear();
+    let checks = checks?;
+    print(&command.object_store, &checks, common.output)?;
+    Ok(if fit(&checks) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Whether a broker can work with it.
+fn fit(checks: &[Check]) -> bool {
+    checks.iter().all(|check| check.outcome != Outcome::Fail)
+}
+
+fn print(url: &str, checks: &[Check], output: Output) -> anyhow::Result<()> {
+    if output == Output::Json {
+        return Ok(output::json(&json!({ "object_store": url, "fit": fit(checks), "checks": checks }))?);
+    }
+    let row = |check: &Check| vec![check.name.to_owned(), word(check.outcome).to_owned(), check.detail.clone()];
+    output::table(&["CHECK", "RESULT", "SEEN"], &[], checks.iter().map(row).collect())?;
+    output::line("")?;
+    for check in checks.iter().filter(|check| check.outcome != Outcome::Pass) {
+        output::line(&format!("{} {}: {}", check.name, word(check.outcome), check.meaning))?;
+    }
+    let verdict = if fit(checks) { "a broker can work with it" } else { "a broker cannot work with it" };
+    Ok(output::line(&format!("{url}: {verdict}"))?)
+}
+
+fn word(outcome: Outcome) -> &'static str {
+    match outcome {
+        Outcome::Pass => "passed",
+        Outcome::Fail => "FAILED",
+        Outcome::Unsupported => "unsupported",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_a_broker_needs_makes_a_bucket_unfit() {
+        let check = |outcome| Check { name: "n", outcome, detail: String::new(), meaning: "m" };
+        assert!(fit(&[check(Outcome::Pass), check(Outcome::Unsupported)]));
+        assert!(!fit(&[check(Outcome::Pass), check(Outcome::Fail)]));
+    }
+}

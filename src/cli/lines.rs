@@ -1,0 +1,97 @@
+//! Lines out of a byte stream, with their bytes unchanged and memory bounded.
+
+use std::io;
+
+use tokio::io::{AsyncRead, AsyncReadExt as _};
+
+/// Bytes that are read at a time.
+const READ_BYTES: usize = 256 << 10;
+
+/// Splits at `\n` alone: a carriage return stays, an empty line is an empty line, and a last line needs no end.
+pub(super) struct Lines<R> {
+    input: R,
+    buffer: Vec<u8>,
+    /// What of the buffer was not handed out.
+    start: usize,
+    /// Up to where no `\n` was found.
+    searched: usize,
+    longest: usize,
+    ended: bool,
+    /// How many lines were handed out.
+    pub(super) number: u64,
+}
+
+impl<R: AsyncRead + Unpin> Lines<R> {
+    /// Lines of at most `longest` bytes.
+    pub(super) fn new(input: R, longest: usize) -> Self {
+        Self { input, buffer: Vec::new(), start: 0, searched: 0, longest, ended: false, number: 0 }
+    }
+
+    /// The next line without its end. Dropping the future loses nothing.
+    pub(super) async fn next(&mut self) -> io::Result<Option<&[u8]>> {
+        loop {
+            if let Some(at) = self.buffer[self.searched..].iter().position(|byte| *byte == b'\n') {
+                let (start, end) = (self.start, self.searched + at);
+                self.start = end + 1;
+                self.searched = self.start;
+                self.number += 1;
+                return Ok(Some(&self.buffer[start..end]));
+            }
+            self.searched = self.buffer.len();
+            if self.ended {
+                let start = std::mem::replace(&mut self.start, self.buffer.len());
+                let rest = &self.buffer[start..];
+                self.number += u64::from(!rest.is_empty());
+                return Ok((!rest.is_empty()).then_some(rest));
+            }
+            self.fill().await?;
+        }
+    }
+
+    async fn fill(&mut self) -> io::Result<()> {
+        self.buffer.drain(..self.start);
+        self.searched -= self.start;
+        self.start = 0;
+        if self.buffer.len() > self.longest {
+            let message = format!("line {} is longer than {} bytes, the largest record", self.number + 1, self.longest);
+            return Err(io::Error::new(io::ErrorKind::InvalidData, message));
+        }
+        self.buffer.reserve(READ_BYTES);
+        self.ended = self.input.read_buf(&mut self.buffer).await? == 0;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn split(input: &[u8]) -> Vec<Vec<u8>> {
+        let mut lines = Lines::new(input, 1 << 20);
+        let mut found = Vec::new();
+        while let Some(line) = lines.next().await.expect("memory can be read") {
+            found.push(line.to_vec());
+        }
+        assert_eq!(lines.number, u64::try_from(found.len()).expect("few"));
+        found
+    }
+
+    #[tokio::test]
+    async fn every_line_counts_and_no_byte_changes() {
+        assert_eq!(split(b"").await, [b""; 0]);
+        assert_eq!(split(b"\n").await, [b""]);
+        assert_eq!(split(b"a").await, [b"a"]);
+        assert_eq!(split(b"a\n").await, [b"a"]);
+        assert_eq!(split(b"a\r\n\n\xff\0b").await, [&b"a\r"[..], b"", b"\xff\0b"]);
+        let long = vec![b'x'; 3 * READ_BYTES];
+        assert_eq!(split(&[&long[..], b"\ny"].concat()).await, [&long[..], b"y"]);
+    }
+
+    #[tokio::test]
+    async fn a_line_without_an_end_takes_bounded_memory() {
+        let mut lines = Lines::new(tokio::io::repeat(b'x'), 1 << 20);
+        let error = lines.next().await.expect_err("it never ends");
+        assert!(error.to_string().contains("line 1 is longer"), "{error}");
+        assert!(lines.buffer.capacity() < 4 << 20);
+    }
+}

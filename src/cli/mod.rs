@@ -1,0 +1,216 @@
+//! The command line: one file per command.
+//!
+//! Exit codes: 0 done, 1 failed, 2 wrong usage. Answers go to standard output, everything else to standard error. A
+//! reader that closes its end of a pipe ends a command quietly. Progress is drawn only on a terminal, and never with
+//! `NO_COLOR`.
+
+mod bench;
+mod cluster;
+mod config;
+mod consume;
+mod doctor;
+mod format;
+mod lines;
+mod output;
+mod place;
+mod produce;
+mod segment;
+mod serve;
+mod topic;
+
+use std::{io, process::ExitCode};
+
+use clap::{CommandFactory as _, Parser, Subcommand};
+
+use self::output::Output;
+
+/// A log service: milliseconds on local disk, history in object storage.
+#[derive(Debug, Parser)]
+#[command(name = "strandline", version, max_term_width = 100, arg_required_else_help = true)]
+struct Arguments {
+    #[command(flatten)]
+    common: Common,
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// Where `strandline dev` listens unless told otherwise.
+const DEFAULT_BOOTSTRAP: &str = "127.0.0.1:9460";
+
+/// Under what the help lists the options that all commands share, below a command's own.
+const COMMON: &str = "Common options";
+
+/// What every command that talks to a cluster, or prints a table, takes.
+#[derive(Clone, Debug, clap::Args)]
+struct Common {
+    /// Some of the cluster's brokers, by which the others are found
+    #[arg(
+        long,
+        global = true,
+        env = "STRANDLINE_BOOTSTRAP",
+        default_value = DEFAULT_BOOTSTRAP,
+        value_name = "ADDR[,ADDR]",
+        help_heading = COMMON
+    )]
+    bootstrap: String,
+    /// Whether answers are printed for people or for programs
+    #[arg(long, global = true, value_enum, default_value_t = Output::Text, help_heading = COMMON)]
+    output: Output,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Dev(serve::Dev),
+    Broker(serve::Broker),
+    /// Create, list, describe, alter, grow and delete topics
+    #[command(subcommand)]
+    Topic(topic::Topic),
+    /// Send the lines of files, or of standard input, as records
+    Produce(produce::Produce),
+    /// Print records
+    Consume(consume::Consume),
+    /// Measure a cluster from the client's side
+    #[command(subcommand)]
+    Bench(bench::Bench),
+    /// Look into segment files
+    #[command(subcommand)]
+    Segment(segment::Segment),
+    /// Try whether an object store can do what a broker needs
+    Doctor(doctor::Doctor),
+    /// Show the configuration
+    #[command(subcommand)]
+    Config(config::ConfigCommand),
+    /// Print a completion script for a shell
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+}
+
+/// Runs the program on the process's arguments.
+pub fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    match run(arguments) {
+        Ok(code) => code,
+        Err(error) if is_closed_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {}", whole(&error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
+    let common = arguments.common;
+    match arguments.command {
+        Command::Dev(command) => block_on(serve::dev(command)),
+        Command::Broker(command) => block_on(serve::broker(command)),
+        Command::Doctor(command) => block_on(doctor::run(&common, command)),
+        Command::Topic(command) => block_on(topic::run(&common, command)),
+        Command::Produce(command) => block_on(produce::run(&common, command)),
+        Command::Consume(command) => block_on(consume::run(&common, command)),
+        Command::Bench(command) => block_on(bench::run(&common, command)),
+        Command::Segment(command) => segment::run(&common, command),
+        Command::Config(command) => config::run(command),
+        Command::Completions { shell } => {
+            // Into memory first: the generator panics where its writer fails.
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Arguments::command(), "strandline", &mut script);
+            io::Write::write_all(&mut io::stdout().lock(), &script)?;
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}
+
+/// Runs a command's future. Large ones are boxed, so that no command's size is every command's stack.
+fn block_on<F: Future<Output = anyhow::Result<ExitCode>>>(command: F) -> anyhow::Result<ExitCode> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let result = runtime.block_on(Box::pin(command));
+    // A read of standard input cannot be interrupted; nobody waits for it.
+    runtime.shutdown_background();
+    result
+}
+
+/// An error with its causes. Some of ours have their cause's words in their own sentence; those are not said again.
+fn whole(error: &anyhow::Error) -> String {
+    error
+        .chain()
+        .skip(1)
+        .map(ToString::to_string)
+        .fold(error.to_string(), |text, cause| if text.contains(&cause) { text } else { format!("{text}: {cause}") })
+}
+
+/// Whether an error says that nobody reads standard output any more.
+fn is_closed_pipe(error: &anyhow::Error) -> bool {
+    let mut chain = error.chain();
+    chain.any(|cause| cause.downcast_ref::<io::Error>().is_some_and(|io| io.kind() == io::ErrorKind::BrokenPipe))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_arguments_are_consistent() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn an_error_says_each_cause_once() {
+        let cause = || io::Error::other("no such place");
+        let said = anyhow::Error::from(cause()).context("f cannot be read: no such place");
+        assert_eq!(whole(&said), "f cannot be read: no such place");
+        let unsaid = anyhow::Error::from(cause()).context("f cannot be read");
+        assert_eq!(whole(&unsaid), "f cannot be read: no such place");
+    }
+
+    #[test]
+    fn the_fixed_forms_are_understood() {
+        for line in [
+            "topic create t --partitions 3 --replication-factor 1 --config a=b --config c=d",
+            "topic list --output json",
+            "topic describe t",
+            "topic alter t --config retention.ms=1",
+            "topic add-partitions t --to 4",
+            "topic delete t",
+            "produce t --key-separator : --partition 2 --acks tiered --compression zstd a b",
+            "consume t --partition 0 --partition 1 --from @2026-01-01T00:00:00Z --until-end --max 3 --format json",
+            "segment dump f --records",
+            "config print",
+            "bench produce --topic t --records 10 --record-size 100 --partitions-used 2 --rate 1.5 --acks all \
+             --batch-size 65536 --linger-ms 1 --in-flight 5 --producers 2 --output json",
+            "bench produce --topic t --seconds 3 --with-disk --disk-dir /tmp",
+            "bench consume --topic t --from earliest --records 10 --consumers 2 --output json",
+            "bench latency --topic t --rate 1 --seconds 2 --output json",
+            "--bootstrap a:1,b:2 topic list",
+            "completions bash",
+            "dev --data-dir d --listen 127.0.0.1:1 --http 127.0.0.1:2",
+            "broker --config f",
+            "doctor --object-store s3://b/p --endpoint http://127.0.0.1:9000 --region r --path-style",
+        ] {
+            let words = std::iter::once("strandline").chain(line.split_whitespace());
+            Arguments::try_parse_from(words).unwrap_or_else(|error| panic!("{line}: {error}"));
+        }
+    }
+
+    #[test]
+    fn wrong_usage_is_refused_before_anything_is_called() {
+        for line in [
+            "topic create",
+            "broker",
+            "doctor",
+            "topic create t --config nothing",
+            "produce t --acks 2",
+            "produce t --compression brotli",
+            "consume t --from yesterday",
+            "consume t --format xml",
+            "bench produce --topic t --records 1 --seconds 1",
+            "bench produce --topic t --in-flight 65",
+            "bench produce --topic t --rate 0",
+        ] {
+            let words = std::iter::once("strandline").chain(line.split_whitespace());
+            let error = Arguments::try_parse_from(words).expect_err(line);
+            assert_eq!(error.exit_code(), 2, "{line}");
+        }
+    }
+}

@@ -1,0 +1,60 @@
+//! How answers are printed: tables for people, JSON for programs.
+
+use std::io::{self, IsTerminal as _, Write as _};
+
+use comfy_table::{CellAlignment, Table, presets};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+/// For whom an answer is printed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(super) enum Output {
+    /// Tables and sentences
+    Text,
+    /// One JSON value
+    Json,
+}
+
+/// Prints a value as JSON on one line.
+pub(super) fn json(value: &serde_json::Value) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    writeln!(out, "{value}")?;
+    out.flush()
+}
+
+/// Prints a line.
+pub(super) fn line(text: &str) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    writeln!(out, "{text}")?;
+    out.flush()
+}
+
+/// Prints rows under a header, without frames, so that `awk` and `grep` can read them too. Columns named in `right`
+/// hold numbers.
+pub(super) fn table(header: &[&str], right: &[usize], rows: Vec<Vec<String>>) -> io::Result<()> {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING).set_header(header.to_vec());
+    table.add_rows(rows);
+    for index in 0..header.len() {
+        if let Some(column) = table.column_mut(index) {
+            column.set_padding((0, 2));
+            if right.contains(&index) {
+                column.set_cell_alignment(CellAlignment::Right);
+            }
+        }
+    }
+    line(&table.trim_fmt())
+}
+
+/// A progress bar on standard error when a person is watching; nothing otherwise.
+pub(super) fn progress(length: Option<u64>, template: &'static str) -> ProgressBar {
+    let watched = io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    let target = if watched { ProgressDrawTarget::stderr_with_hz(5) } else { ProgressDrawTarget::hidden() };
+    let bar = ProgressBar::with_draw_target(length, target);
+    bar.set_style(ProgressStyle::with_template(template).expect("the template is a constant"));
+    bar
+}
+
+/// Bytes for people.
+pub(super) fn bytes(bytes: u64) -> String {
+    indicatif::BinaryBytes(bytes).to_string()
+}

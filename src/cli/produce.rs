@@ -1,0 +1,340 @@
+//! `strandline produce`: one record per line.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::Duration,
+};
+
+use anyhow::{Context as _, anyhow};
+use clap::Args;
+use futures::FutureExt;
+use indicatif::ProgressBar;
+use serde_json::{Value, json};
+use tokio::io::AsyncRead;
+
+use super::{
+    Common,
+    cluster::{connect, explain, explain_send},
+    lines::Lines,
+    output::{self, Output},
+};
+use crate::{
+    client::{Ack, Client, Delivery, NewRecord, Producer, ProducerOptions, SendError},
+    limits,
+    model::{Acks, Compression},
+};
+
+/// Deliveries that may be outstanding before the oldest is waited for.
+const MOST_OUTSTANDING: usize = 100_000;
+
+/// Ranges of offsets that are printed for one partition.
+const MOST_RANGES: usize = 8;
+
+/// Sends each line of the files, or of standard input, as one record. Bytes are unchanged: a carriage return stays, an
+/// empty line is an empty value, a last line without an end counts. Exits 0 only if every record was acknowledged.
+#[derive(Debug, Args)]
+pub(super) struct Produce {
+    /// The topic
+    topic: String,
+    /// Files to read; standard input if none, or for `-`
+    files: Vec<PathBuf>,
+    /// A line's key is what stands before the first of these; a line without one has no key
+    #[arg(long, value_name = "S", value_parser = clap::builder::NonEmptyStringValueParser::new())]
+    key_separator: Option<String>,
+    /// The partition; by the key, else spread over all, if left out
+    #[arg(long, value_name = "N")]
+    partition: Option<u32>,
+    /// What to wait for: nothing, the leader, all in-sync replicas, or the bucket as well
+    #[arg(long, value_name = "0|1|all|tiered", default_value = "all", value_parser = acks)]
+    acks: Acks,
+    /// none, gzip, snappy, lz4 or zstd
+    #[arg(long, value_name = "CODEC", default_value = "none", value_parser = compression)]
+    compression: Compression,
+}
+
+pub(super) fn acks(text: &str) -> Result<Acks, String> {
+    Acks::from_word(text).ok_or_else(|| format!("write one of {}", Acks::WORDS.join(", ")))
+}
+
+pub(super) fn compression(text: &str) -> Result<Compression, String> {
+    Compression::from_word(text).ok_or_else(|| format!("write one of {}", Compression::WORDS.join(", ")))
+}
+
+/// What was acknowledged so far.
+#[derive(Debug, Default)]
+struct Tally {
+    sent: u64,
+    acknowledged: u64,
+    failed: u64,
+    first_failure: Option<SendError>,
+    partitions: BTreeMap<u32, Landed>,
+    /// What the acknowledgements meant; several where the in-sync set changed meanwhile.
+    meanings: BTreeMap<String, u64>,
+}
+
+/// Where records of one partition are.
+#[derive(Debug, Default)]
+struct Landed {
+    records: u64,
+    /// Ascending, ends exclusive.
+    ranges: Vec<(u64, u64)>,
+}
+
+impl Tally {
+    fn count(&mut self, answer: Result<Ack, SendError>) {
+        let ack = match answer {
+            Ok(ack) => ack,
+            Err(error) => {
+                self.failed += 1;
+                self.first_failure.get_or_insert(error);
+                return;
+            }
+        };
+        self.acknowledged += 1;
+        *self.meanings.entry(ack.meaning()).or_default() += 1;
+        let landed = self.partitions.entry(ack.partition).or_default();
+        landed.records += 1;
+        if let Some(offset) = ack.offset {
+            landed.add(offset.get());
+        }
+    }
+
+    fn meaning(&self) -> String {
+        self.meanings.keys().cloned().collect::<Vec<_>>().join("; some ")
+    }
+}
+
+impl Landed {
+    fn add(&mut self, offset: u64) {
+        match self.ranges.last_mut() {
+            Some((_, end)) if *end == offset => *end += 1,
+            // A repeated batch may be answered behind later ones.
+            _ => self.ranges.push((offset, offset + 1)),
+        }
+    }
+
+    fn words(&self) -> String {
+        let shown: Vec<String> =
+            self.ranges.iter().take(MOST_RANGES).map(|(start, end)| format!("{start}..{end}")).collect();
+        let more = self.ranges.len().saturating_sub(MOST_RANGES);
+        let tail = if more > 0 { format!(" and {more} more ranges") } else { String::new() };
+        if shown.is_empty() { "unknown, as acks=0 asks for none".to_owned() } else { shown.join(", ") + &tail }
+    }
+}
+
+/// Deliveries in the order of sending.
+struct Outstanding {
+    deliveries: VecDeque<Delivery>,
+    tally: Tally,
+}
+
+impl Outstanding {
+    /// Counts what is answered already, and waits when too much is not.
+    async fn push(&mut self, delivery: Delivery) {
+        self.tally.sent += 1;
+        self.deliveries.push_back(delivery);
+        // Looking is cheap, but not free: once for every few records.
+        if self.tally.sent.is_multiple_of(64) {
+            while let Some(answer) = self.deliveries.front_mut().and_then(FutureExt::now_or_never) {
+                self.deliveries.pop_front();
+                self.tally.count(answer);
+            }
+        }
+        while self.deliveries.len() > MOST_OUTSTANDING
+            && let Some(delivery) = self.deliveries.pop_front()
+        {
+            self.tally.count(delivery.await);
+        }
+    }
+
+    async fn finish(mut self) -> Tally {
+        for delivery in self.deliveries {
+            self.tally.count(delivery.await);
+        }
+        self.tally
+    }
+}
+
+pub(super) async fn run(common: &Common, command: Produce) -> anyhow::Result<ExitCode> {
+    // Said before anything is sent.
+    for file in command.files.iter().filter(|file| !is_stdin(file)) {
+        std::fs::File::open(file).with_context(|| format!("cannot read {}", file.display()))?;
+    }
+    let client = connect(common).await?;
+    let topic = command.topic.as_str();
+    if let Err(error) = client.topic(topic).await {
+        return Err(explain(&client.admin(), topic, error).await);
+    }
+    let producer = start(&client, &command).await?;
+    let bar = output::progress(None, "{spinner} {human_pos} records sent, {per_sec}");
+    let mut outstanding = Outstanding { deliveries: VecDeque::new(), tally: Tally::default() };
+    let sent = tokio::select! {
+        biased;
+        signal = tokio::signal::ctrl_c() => signal.map_err(Into::into).and(Err(anyhow!("interrupted"))),
+        sent = send_all(&command, &producer, &mut outstanding, &bar) => sent,
+    };
+    bar.finish_and_clear();
+    let flushed = producer.flush();
+    let (_, tally) = tokio::join!(flushed, outstanding.finish());
+    report(&command, &tally, common.output)?;
+    if let Err(error) = sent {
+        return match error.downcast_ref() {
+            Some(SendError::Lookup(lookup)) => Err(explain(&client.admin(), topic, lookup.clone()).await),
+            _ => Err(error),
+        };
+    }
+    match tally.first_failure {
+        Some(error) => Err(explain_send(&client.admin(), topic, error).await),
+        None => Ok(ExitCode::SUCCESS),
+    }
+}
+
+async fn start(client: &Client, command: &Produce) -> anyhow::Result<Producer> {
+    let options = ProducerOptions {
+        acks: command.acks,
+        compression: command.compression,
+        // Long enough for the next read of a pipe, too short for a person to notice.
+        linger: Duration::from_millis(5),
+        ..ProducerOptions::default()
+    };
+    Ok(client.producer(options).await?)
+}
+
+fn is_stdin(file: &Path) -> bool {
+    file.as_os_str() == "-"
+}
+
+async fn send_all(
+    command: &Produce,
+    producer: &Producer,
+    outstanding: &mut Outstanding,
+    bar: &ProgressBar,
+) -> anyhow::Result<()> {
+    if command.files.is_empty() {
+        return send_lines(command, "standard input", tokio::io::stdin(), producer, outstanding, bar).await;
+    }
+    for file in &command.files {
+        if is_stdin(file) {
+            send_lines(command, "standard input", tokio::io::stdin(), producer, outstanding, bar).await?;
+        } else {
+            let name = file.display().to_string();
+            let input = tokio::fs::File::open(file).await.with_context(|| format!("cannot read {name}"))?;
+            send_lines(command, &name, input, producer, outstanding, bar).await?;
+        }
+    }
+    Ok(())
+}
+
+async fn send_lines(
+    command: &Produce,
+    name: &str,
+    input: impl AsyncRead + Unpin,
+    producer: &Producer,
+    outstanding: &mut Outstanding,
+    bar: &ProgressBar,
+) -> anyhow::Result<()> {
+    let mut lines = Lines::new(input, limits::MAX_BATCH_BYTES);
+    while let Some(line) = lines.next().await.with_context(|| format!("cannot read {name}"))? {
+        let record = record(line, command);
+        let sent = producer.send(&command.topic, record).await;
+        let number = lines.number;
+        let delivery = sent.with_context(|| format!("{name}, line {number}"))?;
+        outstanding.push(delivery).await;
+        bar.inc(1);
+        if outstanding.tally.first_failure.is_some() {
+            // What comes after a lost record is not sent: the error comes from the tally.
+            return Ok(());
+        }
+    }
+    Ok(())
+}
+
+fn record<'a>(line: &'a [u8], command: &Produce) -> NewRecord<'a> {
+    let separator = command.key_separator.as_deref().map(str::as_bytes);
+    let split = separator.and_then(|separator| {
+        let at = line.windows(separator.len()).position(|window| window == separator)?;
+        Some((&line[..at], &line[at + separator.len()..]))
+    });
+    let record = match split {
+        Some((key, value)) => NewRecord::value(value).key(key),
+        None => NewRecord::value(line),
+    };
+    match command.partition {
+        Some(partition) => record.partition(partition),
+        None => record,
+    }
+}
+
+fn report(command: &Produce, tally: &Tally, output: Output) -> anyhow::Result<()> {
+    if output == Output::Json {
+        return Ok(output::json(&object(command, tally))?);
+    }
+    if tally.sent == 0 {
+        return Ok(output::line(&format!("no records were sent to {}", command.topic))?);
+    }
+    let meaning = if tally.acknowledged == 0 { String::new() } else { format!(": {}", tally.meaning()) };
+    let verb = if command.acks == Acks::None { "accepted" } else { "acknowledged" };
+    output::line(&format!("{verb} {} of {} records in {}{meaning}", tally.acknowledged, tally.sent, command.topic))?;
+    for (partition, landed) in &tally.partitions {
+        let records = if landed.records == 1 { "record" } else { "records" };
+        output::line(&format!("  partition {partition}: {} {records}, offsets {}", landed.records, landed.words()))?;
+    }
+    Ok(())
+}
+
+fn object(command: &Produce, tally: &Tally) -> Value {
+    let partition = |(partition, landed): (&u32, &Landed)| {
+        let ranges: Vec<Value> = landed.ranges.iter().map(|(start, end)| json!([start, end])).collect();
+        json!({ "partition": partition, "records": landed.records, "offsets": ranges })
+    };
+    json!({
+        "topic": command.topic,
+        "sent": tally.sent,
+        "acknowledged": tally.acknowledged,
+        "failed": tally.failed,
+        "acks": command.acks.word(),
+        "meaning": tally.meaning(),
+        "partitions": tally.partitions.iter().map(partition).collect::<Vec<_>>(),
+        "error": tally.first_failure.as_ref().map(ToString::to_string),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        client::Held,
+        model::{LeaderEpoch, Offset},
+    };
+
+    fn ack(partition: u32, offset: u64) -> Result<Ack, SendError> {
+        let offset = Offset::new(offset);
+        Ok(Ack {
+            partition,
+            offset,
+            base_offset: offset,
+            count: 1,
+            leader_epoch: LeaderEpoch(0),
+            append_time_ms: None,
+            held: Held::Synced,
+            replicas: 1,
+            duplicate: false,
+            received: crate::task::clock::monotonic(),
+        })
+    }
+
+    #[tokio::test]
+    async fn a_tally_says_how_many_where_and_what_it_meant() {
+        let mut tally = Tally::default();
+        for (partition, offset) in [(0, 5), (0, 6), (1, 0), (0, 9)] {
+            tally.count(ack(partition, offset));
+        }
+        tally.count(Err(SendError::Closed));
+        assert_eq!((tally.acknowledged, tally.failed), (4, 1));
+        assert_eq!(tally.partitions[&0].words(), "5..7, 9..10");
+        assert_eq!(tally.partitions[&1].words(), "0..1");
+        assert_eq!(tally.meaning(), "synced on 1 replica");
+    }
+}
