@@ -1,1 +1,26 @@
 //! The one integration binary: real processes, real files, real HTTP.
+//!
+//! One binary, because linking is what costs. Each file is one subject; `broker` starts and kills processes for the
+//! others, `wire` speaks to them in raw gRPC, and `history` judges what their clients saw.
+
+mod broker;
+mod crash;
+mod crash_client;
+mod damage;
+mod end_to_end;
+mod figures;
+mod format;
+mod full_disk;
+mod fuzz;
+mod history;
+mod hostile;
+mod outage;
+mod pages;
+mod proxy;
+mod python;
+mod rooms;
+// For clippy: what is compiled for tests only may unwrap.
+#[cfg(test)]
+mod s3;
+mod source;
+mod wire;

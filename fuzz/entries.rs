@@ -1,0 +1,122 @@
+//! What the fuzzers call: one function per parser. Each takes any bytes, must not panic, and checks what must hold when
+//! the bytes are accepted. The targets under `fuzz_targets/` hand them to libFuzzer, `tests/it/fuzz.rs` runs the same
+//! functions on a stable compiler.
+//!
+//! ```text
+//! cargo +nightly fuzz run batch_parse fuzz/corpus/batch_parse src/record/golden
+//! ```
+//! The first byte of a `records` or `decompress` input picks the codec. A case that was found goes to
+//! `regressions/TARGET/`, from where the test keeps running it.
+
+use bytes::Bytes;
+use strandline::{
+    model::Compression,
+    record::{Batch, BatchBuilder, HEADER_BYTES, Malformed, Record, decompress},
+};
+
+/// One entry: the target's name and its function.
+pub(crate) type Entry = (&'static str, fn(&[u8]));
+
+/// Every entry.
+pub(crate) const ENTRIES: &[Entry] =
+    &[("batch_parse", batch_parse), ("records", records), ("decompress", decompress_any)];
+
+/// Most bytes that the entries decompress to: enough to be interesting, little enough to be fast.
+const MOST: usize = 1 << 20;
+
+/// Bytes as they come from a socket or a file: batches until one is refused. Then once more with the first batch's CRC
+/// made right, or no fuzzer would ever see what comes after that check.
+pub(crate) fn batch_parse(input: &[u8]) {
+    split_all(Bytes::copy_from_slice(input));
+    let mut right = input.to_vec();
+    let framed = Batch::framed_len(&right).unwrap_or(right.len()).min(right.len());
+    renew_crc(&mut right[..framed]);
+    split_all(right.into());
+}
+
+fn split_all(mut rest: Bytes) {
+    loop {
+        let before = rest.clone();
+        match Batch::split_from(&mut rest) {
+            Err(_) => {
+                assert_eq!(rest, before, "a refused batch takes nothing");
+                return;
+            }
+            Ok(batch) => {
+                assert_eq!(batch.to_bytes(), before[..batch.encoded_len()], "a batch is the bytes it came from");
+                assert_eq!(before.len() - rest.len(), batch.encoded_len());
+                assert_eq!(Batch::framed_len(&before), Ok(batch.encoded_len()));
+                assert_eq!(batch.end_offset().since(batch.base_offset()), u64::from(batch.count()));
+                assert_eq!(Batch::parse(batch.to_bytes()).as_ref(), Ok(&batch));
+                let _ = both_walks_agree(&batch);
+            }
+        }
+    }
+}
+
+/// A codec, a count and any bytes as the records of a batch that is otherwise right.
+pub(crate) fn records(input: &[u8]) {
+    let Some((&[codec, high, low], records)) = input.split_first_chunk::<3>() else { return };
+    let count = u16::from_be_bytes([high, low]);
+    let Ok(batch) = Batch::parse(forge(codec % 5, count.max(1), records)) else { return };
+    let Ok(decoded) = both_walks_agree(&batch) else { return };
+    let mut builder = BatchBuilder::new(batch.compression());
+    for Record { timestamp_ms, key, value, headers } in &decoded {
+        builder.push(*timestamp_ms, key.as_deref(), value.as_deref(), headers).expect("it was in a batch before");
+    }
+    let again = builder.finish(batch.producer()).expect("they were in a batch before");
+    assert_eq!(both_walks_agree(&again).as_ref(), Ok(&decoded), "records survive being written again");
+    let plain = batch.recompress(Compression::None).expect("it was decompressed before");
+    assert_eq!(both_walks_agree(&plain), Ok(decoded), "records survive another codec");
+}
+
+/// A codec and any bytes that claim to be compressed.
+pub(crate) fn decompress_any(input: &[u8]) {
+    let Some((&codec, stored)) = input.split_first() else { return };
+    if let Ok(plain) = decompress(codec_of(codec), stored, MOST) {
+        assert!(plain.len() <= MOST);
+        assert_eq!(decompress(codec_of(codec), stored, plain.len()), Ok(plain.clone()), "the bound is inclusive");
+        if !plain.is_empty() {
+            assert!(decompress(codec_of(codec), stored, plain.len() - 1).is_err(), "one byte less is too little");
+        }
+    }
+}
+
+fn both_walks_agree(batch: &Batch) -> Result<Vec<Record>, Malformed> {
+    let decoded = batch.records().and_then(|records| records.map(|item| item.map(|(_, record)| record)).collect());
+    assert_eq!(decoded.as_ref().map(|_: &Vec<Record>| ()).map_err(Clone::clone), batch.verify_records());
+    decoded
+}
+
+fn codec_of(byte: u8) -> Compression {
+    match byte % 5 {
+        0 => Compression::None,
+        1 => Compression::Gzip,
+        2 => Compression::Snappy,
+        3 => Compression::Lz4,
+        _ => Compression::Zstd,
+    }
+}
+
+/// The bytes of a batch with these records, whose length, count and CRC are right.
+fn forge(codec: u8, count: u16, records: &[u8]) -> Bytes {
+    let mut builder = BatchBuilder::new(Compression::None);
+    builder.push(0, None, None, &[]).expect("an empty record fits");
+    let mut bytes = builder.finish(None).expect("it has a record").head().to_vec();
+    bytes.extend_from_slice(records);
+    let length = u32::try_from(HEADER_BYTES - 12 + records.len()).unwrap_or(u32::MAX);
+    bytes[8..12].copy_from_slice(&length.to_be_bytes());
+    bytes[22] = codec;
+    bytes[23..27].copy_from_slice(&u32::from(count - 1).to_be_bytes());
+    bytes[57..61].copy_from_slice(&u32::from(count).to_be_bytes());
+    renew_crc(&mut bytes);
+    bytes.into()
+}
+
+/// Makes a batch's CRC right again, where there are enough bytes for one.
+fn renew_crc(bytes: &mut [u8]) {
+    if bytes.len() >= HEADER_BYTES {
+        let crc = crc32c::crc32c(&bytes[21..]);
+        bytes[17..21].copy_from_slice(&crc.to_be_bytes());
+    }
+}

@@ -1,0 +1,476 @@
+//! Real broker processes, and the command line run as a person would.
+//!
+//! A [`Home`] is a broker's folder and ports; [`Home::start`] gives a [`Broker`] that is ready. A broker ends with its
+//! value, by its process id. Its output goes to `broker.log` in the home and is printed when a test fails.
+
+use std::{
+    fmt::Write as _,
+    fs::{self, File, OpenOptions},
+    io::{ErrorKind, Read, Write},
+    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
+    path::{Path, PathBuf},
+    process::{Child, Command, ExitStatus, Stdio},
+    sync::atomic::{AtomicU32, Ordering},
+    thread,
+    time::Duration,
+};
+
+use rustix::process::{Pid, Signal};
+use strandline::task::{self, clock};
+
+use crate::s3::S3;
+
+const BINARY: &str = env!("CARGO_BIN_EXE_strandline");
+
+/// Longest time that anything here waits for a process. Generous: two slow cores may be busy with other tests.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Where one broker lives: its folder, its ports and its configuration. It outlives the processes that run there.
+pub(crate) struct Home {
+    folder: tempfile::TempDir,
+    grpc: SocketAddr,
+    http: SocketAddr,
+    advertise: Option<SocketAddr>,
+    topic_defaults: Vec<(String, String)>,
+    object_store: Option<String>,
+    settings: Vec<(&'static str, String)>,
+    environment: Vec<(&'static str, &'static str)>,
+}
+
+impl Home {
+    /// A new home. Its object store is a folder beside the data.
+    pub(crate) fn new() -> Self {
+        let folder = tempfile::Builder::new().prefix("strandline-it-").tempdir().expect("a folder for the test");
+        let object_store = Some(format!("file://{}", folder.path().join("bucket").display()));
+        fs::create_dir_all(folder.path().join("bucket")).expect("a folder for the bucket");
+        Self {
+            folder,
+            grpc: free_address(),
+            http: free_address(),
+            advertise: None,
+            topic_defaults: Vec::new(),
+            object_store,
+            settings: Vec::new(),
+            environment: Vec::new(),
+        }
+    }
+
+    /// Sets a topic default of the broker's configuration.
+    pub(crate) fn topic_default(mut self, key: &str, value: impl ToString) -> Self {
+        self.topic_defaults.push((key.to_owned(), value.to_string()));
+        self
+    }
+
+    /// Takes an S3 server for the object store.
+    pub(crate) fn object_store(mut self, server: &S3) -> Self {
+        self.object_store = Some(format!("s3://{}/it", crate::s3::BUCKET));
+        self.environment.extend(server.environment());
+        self.setting("object_store.endpoint", format!("{:?}", server.endpoint()))
+            .setting("object_store.region", "\"us-east-1\"")
+            .setting("object_store.path_style", "true")
+    }
+
+    /// Adds a setting, `section.key`, with its value as TOML.
+    pub(crate) fn setting(mut self, key: &'static str, value: impl ToString) -> Self {
+        self.settings.push((key, value.to_string()));
+        self
+    }
+
+    /// Tells clients this address instead of the listener's.
+    pub(crate) fn advertise(mut self, address: SocketAddr) -> Self {
+        self.advertise = Some(address);
+        self
+    }
+
+    /// The folder.
+    pub(crate) fn path(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// The data directory.
+    pub(crate) fn data_dir(&self) -> PathBuf {
+        self.folder.path().join("data")
+    }
+
+    /// The folder that is the object store.
+    pub(crate) fn bucket(&self) -> PathBuf {
+        self.folder.path().join("bucket")
+    }
+
+    /// One figure of `/metrics`; labels belong to the name.
+    pub(crate) fn metric(&self, name: &str) -> f64 {
+        let (_, page) = http_get(self.http, "/metrics").expect("the metrics page answers");
+        let line = page.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        let value = line.unwrap_or_else(|| panic!("no {name} in {page}"));
+        value.parse().expect("a number")
+    }
+
+    /// The gRPC listener's address.
+    pub(crate) fn grpc(&self) -> SocketAddr {
+        self.grpc
+    }
+
+    /// The HTTP listener's address.
+    pub(crate) fn http(&self) -> SocketAddr {
+        self.http
+    }
+
+    /// Everything that brokers of this home have printed.
+    pub(crate) fn log(&self) -> String {
+        fs::read_to_string(self.log_path()).unwrap_or_default()
+    }
+
+    fn log_path(&self) -> PathBuf {
+        self.folder.path().join("broker.log")
+    }
+
+    /// Writes the configuration file that the fixed keys allow and returns its path.
+    pub(crate) fn write_config(&self) -> PathBuf {
+        let mut text = String::from("cluster = \"it\"\n");
+        write!(text, "[broker]\nid = 1\nrack = \"zone-a\"\ndata_dir = {:?}\n", self.data_dir())
+            .expect("a string grows");
+        let advertise = self.advertise.unwrap_or(self.grpc);
+        write!(text, "[grpc]\nlisten = \"{}\"\nadvertise = \"{advertise}\"\n", self.grpc).expect("a string grows");
+        write!(text, "[http]\nlisten = \"{}\"\n", self.http).expect("a string grows");
+        // Dotted and before every section, so that several may be of one section.
+        let url = self.object_store.iter().map(|url| format!("object_store.url = {url:?}\n"));
+        let settings = self.settings.iter().map(|(key, value)| format!("{key} = {value}\n"));
+        text.insert_str(0, &url.chain(settings).collect::<String>());
+        text.push_str("[topic_defaults]\n");
+        for (key, value) in &self.topic_defaults {
+            match value.parse::<i64>() {
+                Ok(number) => writeln!(text, "{key:?} = {number}").expect("a string grows"),
+                Err(_) => writeln!(text, "{key:?} = {value:?}").expect("a string grows"),
+            }
+        }
+        let path = self.folder.path().join("broker.toml");
+        fs::write(&path, text).expect("the configuration is written");
+        path
+    }
+
+    /// Starts `strandline broker` and waits until it is ready. Takes other ports when someone else has taken ours.
+    pub(crate) fn start(&mut self) -> Broker {
+        for _ in 0..5 {
+            let mut broker = self.spawn();
+            match broker.wait_ready() {
+                Ok(()) => return broker,
+                Err(_) if self.log().contains("port ") && self.log().contains("in use") => {
+                    drop(broker);
+                    (self.grpc, self.http) = (free_address(), free_address());
+                }
+                Err(why) => panic!("the broker did not become ready: {why}\n{}", self.log()),
+            }
+        }
+        panic!("five pairs of ports were all in use\n{}", self.log());
+    }
+
+    /// Starts `strandline broker` and does not wait.
+    pub(crate) fn spawn(&self) -> Broker {
+        let config = self.write_config();
+        let mut command = Command::new(BINARY);
+        command.arg("broker").arg("--config").arg(config);
+        self.launch(command)
+    }
+
+    /// Starts `strandline dev` and waits until it is ready.
+    pub(crate) fn start_dev(&self) -> Broker {
+        let mut command = Command::new(BINARY);
+        command.arg("dev").arg("--data-dir").arg(self.data_dir());
+        command.args(["--listen", &self.grpc.to_string(), "--http", &self.http.to_string()]);
+        let mut broker = self.launch(command);
+        if let Err(why) = broker.wait_ready() {
+            panic!("strandline dev did not become ready: {why}\n{}", self.log());
+        }
+        broker
+    }
+
+    fn launch(&self, mut command: Command) -> Broker {
+        let open = || -> File {
+            OpenOptions::new().create(true).append(true).open(self.log_path()).expect("the log file opens")
+        };
+        let child = clean(&mut command)
+            .envs(self.environment.iter().copied())
+            .current_dir(self.folder.path())
+            .stdin(Stdio::null())
+            .stdout(open())
+            .stderr(open())
+            .spawn()
+            .expect("the broker's binary starts");
+        Broker { child, http: self.http, log: self.log_path() }
+    }
+
+    /// A command line that talks to this broker.
+    pub(crate) fn cli(&self) -> Cli {
+        Cli { bootstrap: Some(self.grpc.to_string()), folder: self.folder.path().to_owned() }
+    }
+}
+
+/// A broker process. Dropping it kills it.
+pub(crate) struct Broker {
+    child: Child,
+    http: SocketAddr,
+    log: PathBuf,
+}
+
+impl Broker {
+    /// Waits until `/readyz` says so; the error tells why it never will.
+    pub(crate) fn wait_ready(&mut self) -> Result<(), String> {
+        let deadline = clock::monotonic() + PATIENCE;
+        loop {
+            if let Some(status) = self.child.try_wait().expect("the child can be asked") {
+                return Err(format!("it ended with {status}"));
+            }
+            if http_get(self.http, "/readyz").is_ok_and(|(code, _)| code == 200) {
+                return Ok(());
+            }
+            if clock::monotonic() > deadline {
+                return Err(format!("not ready after {PATIENCE:?}"));
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// Kills it with signal 9, as a failing machine would, and waits until it is gone.
+    pub(crate) fn kill9(mut self) {
+        self.child.kill().expect("the process can be killed");
+        self.child.wait().expect("the process ends");
+    }
+
+    /// Asks it to stop with SIGTERM and waits until it has.
+    pub(crate) fn terminate(mut self) -> ExitStatus {
+        let pid = Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, Signal::TERM).expect("the process can be asked to stop");
+        self.wait()
+    }
+
+    /// Waits until it ends by itself.
+    pub(crate) fn wait(&mut self) -> ExitStatus {
+        let deadline = clock::monotonic() + PATIENCE;
+        loop {
+            if let Some(status) = self.child.try_wait().expect("the child can be asked") {
+                return status;
+            }
+            assert!(clock::monotonic() < deadline, "the broker did not stop in {PATIENCE:?}");
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// Its process id.
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Whether it still runs.
+    pub(crate) fn is_running(&mut self) -> bool {
+        self.child.try_wait().expect("the child can be asked").is_none()
+    }
+}
+
+impl Drop for Broker {
+    fn drop(&mut self) {
+        // It may be gone already; then both calls say so and nothing is left to do.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if thread::panicking() {
+            let log = fs::read_to_string(&self.log).unwrap_or_default();
+            let lines: Vec<&str> = log.lines().collect();
+            eprintln!("--- the broker's last lines\n{}", lines[lines.len().saturating_sub(60)..].join("\n"));
+        }
+    }
+}
+
+/// The command line, pointed at one broker.
+pub(crate) struct Cli {
+    bootstrap: Option<String>,
+    folder: PathBuf,
+}
+
+/// How a command ended.
+#[derive(Debug)]
+pub(crate) struct Output {
+    /// Its exit code.
+    pub(crate) code: i32,
+    /// What it printed.
+    pub(crate) stdout: Vec<u8>,
+    /// What it complained.
+    pub(crate) stderr: String,
+}
+
+impl Output {
+    /// What it printed, as text.
+    pub(crate) fn text(&self) -> String {
+        String::from_utf8(self.stdout.clone()).expect("the output is UTF-8")
+    }
+
+    /// What it printed, as one JSON value.
+    pub(crate) fn json(&self) -> serde_json::Value {
+        serde_json::from_slice(&self.stdout).unwrap_or_else(|error| panic!("{error} in {self:?}"))
+    }
+
+    /// What it printed, as one JSON value per line.
+    pub(crate) fn json_lines(&self) -> Vec<serde_json::Value> {
+        self.text().lines().map(|line| serde_json::from_str(line).expect("each line is JSON")).collect()
+    }
+}
+
+impl Cli {
+    /// A command line that is pointed at nothing.
+    pub(crate) fn without_broker(folder: &Path) -> Self {
+        Self { bootstrap: None, folder: folder.to_owned() }
+    }
+
+    /// Runs a command without input.
+    pub(crate) fn run(&self, arguments: &[&str]) -> Output {
+        self.run_with(arguments, b"")
+    }
+
+    /// Runs a command that must succeed.
+    pub(crate) fn ok(&self, arguments: &[&str]) -> Output {
+        self.ok_with(arguments, b"")
+    }
+
+    /// Runs a command with input; it must succeed.
+    pub(crate) fn ok_with(&self, arguments: &[&str], input: &[u8]) -> Output {
+        let output = self.run_with(arguments, input);
+        assert_eq!(output.code, 0, "strandline {arguments:?}: {output:?}");
+        output
+    }
+
+    /// Runs a command with input to its end, which must come in bounded time.
+    pub(crate) fn run_with(&self, arguments: &[&str], input: &[u8]) -> Output {
+        let mut command = Command::new(BINARY);
+        clean(&mut command);
+        if let Some(bootstrap) = &self.bootstrap {
+            command.env("STRANDLINE_BOOTSTRAP", bootstrap);
+        }
+        let mut child = command
+            .args(arguments)
+            .current_dir(&self.folder)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("the binary starts");
+        let mut stdin = child.stdin.take().expect("piped");
+        let input = input.to_vec();
+        let feed = task::thread("stdin", move || match stdin.write_all(&input) {
+            // A command that fails early does not read its input.
+            Err(error) if error.kind() != ErrorKind::BrokenPipe => panic!("feeding the command: {error}"),
+            _ => {}
+        });
+        let stdout = drain(child.stdout.take().expect("piped"));
+        let stderr = drain(child.stderr.take().expect("piped"));
+        let deadline = clock::monotonic() + PATIENCE * 2;
+        let status = loop {
+            if let Some(status) = child.try_wait().expect("the child can be asked") {
+                break status;
+            }
+            if clock::monotonic() > deadline {
+                child.kill().expect("the command can be killed");
+                child.wait().expect("the command ends");
+                panic!("strandline {arguments:?} did not end in {:?}", PATIENCE * 2);
+            }
+            thread::sleep(Duration::from_millis(5));
+        };
+        feed.join().expect("the input was fed");
+        Output {
+            code: status.code().expect("the command ended by itself"),
+            stdout: stdout.join().expect("stdout was read"),
+            stderr: String::from_utf8_lossy(&stderr.join().expect("stderr was read")).into_owned(),
+        }
+    }
+}
+
+fn drain(mut from: impl Read + Send + 'static) -> thread::JoinHandle<Vec<u8>> {
+    task::thread("drain", move || {
+        let mut bytes = Vec::new();
+        from.read_to_end(&mut bytes).expect("the pipe can be read");
+        bytes
+    })
+}
+
+/// A command whose environment holds none of our own settings.
+fn clean(command: &mut Command) -> &mut Command {
+    for (name, _) in std::env::vars_os() {
+        if name.to_string_lossy().starts_with("STRANDLINE_") {
+            command.env_remove(name);
+        }
+    }
+    command.env("NO_COLOR", "1").env("RUST_BACKTRACE", "1")
+}
+
+/// A loopback address whose port is free. It lies below the ports that the kernel hands out by itself, so that no
+/// client's connection can take it while a broker is restarted.
+pub(crate) fn free_address() -> SocketAddr {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    loop {
+        let step = NEXT.fetch_add(1, Ordering::Relaxed);
+        let port = 12_000 + (std::process::id().wrapping_mul(37).wrapping_add(step)) % 18_000;
+        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, u16::try_from(port).expect("below 65,536")));
+        if TcpListener::bind(address).is_ok() {
+            return address;
+        }
+    }
+}
+
+/// One HTTP GET: the status code and the body.
+pub(crate) fn http_get(address: SocketAddr, path: &str) -> std::io::Result<(u16, String)> {
+    let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(5))?;
+    stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+    // One write: a server may answer, and close, before a second one has come.
+    let request = format!("GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes())?;
+    let mut bytes = Vec::new();
+    stream.read_to_end(&mut bytes)?;
+    let text = String::from_utf8_lossy(&bytes);
+    let code = text.split(' ').nth(1).and_then(|code| code.parse().ok());
+    let code = code.ok_or_else(|| std::io::Error::new(ErrorKind::InvalidData, "no status line"))?;
+    Ok((code, text.split_once("\r\n\r\n").map_or("", |(_, body)| body).to_owned()))
+}
+
+/// Asks again until the answer is there; the text says what was waited for.
+pub(crate) fn eventually<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
+    let deadline = clock::monotonic() + PATIENCE;
+    loop {
+        if let Some(answer) = ask() {
+            return answer;
+        }
+        assert!(clock::monotonic() < deadline, "{what}: not so after {PATIENCE:?}");
+        thread::sleep(Duration::from_millis(50));
+    }
+}
+
+#[test]
+fn free_addresses_are_distinct_and_can_be_bound() {
+    let addresses: Vec<SocketAddr> = (0..20).map(|_| free_address()).collect();
+    let listeners: Vec<TcpListener> = addresses.iter().map(|at| TcpListener::bind(at).expect("free")).collect();
+    assert!(listeners.iter().all(|listener| listener.local_addr().is_ok_and(|at| at.port() < 32_768)));
+}
+
+#[test]
+fn the_configuration_file_is_toml_with_the_fixed_keys() {
+    let home = Home::new().topic_default("segment.bytes", 65_536).topic_default("durability", "replicated");
+    let text = fs::read_to_string(home.write_config()).expect("written");
+    let table: toml::Table = text.parse().expect("it is TOML");
+    assert_eq!(table["topic_defaults"]["segment.bytes"].as_integer(), Some(65_536));
+    assert_eq!(table["topic_defaults"]["durability"].as_str(), Some("replicated"));
+    assert_eq!(table["broker"]["data_dir"].as_str(), home.data_dir().to_str());
+    assert_eq!(table["grpc"]["listen"].as_str(), Some(home.grpc().to_string().as_str()));
+    assert!(table["object_store"]["url"].as_str().is_some_and(|url| url.starts_with("file:///")));
+}
+
+#[test]
+fn one_http_answer_is_read_whole() {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let address = listener.local_addr().expect("bound");
+    let server = task::thread("http", move || {
+        let (mut stream, _) = listener.accept().expect("a caller");
+        let mut request = [0; 1024];
+        let read = stream.read(&mut request).expect("a request");
+        assert!(request[..read].starts_with(b"GET /readyz HTTP/1.1\r\n"));
+        stream.write_all(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 8\r\n\r\nstarting").expect("an answer");
+    });
+    assert_eq!(http_get(address, "/readyz").expect("an answer"), (503, "starting".to_owned()));
+    server.join().expect("served");
+    assert!(http_get(address, "/readyz").is_err(), "nobody listens any more");
+}

@@ -1,0 +1,195 @@
+//! The Rust client, while the broker it talks to is killed again and again: it delivers everything, once, in order.
+//!
+//! Where `crash` asks what the broker keeps, this asks what the client makes of it: an idempotent producer's retries
+//! across kills neither lose nor double, and a consumer that follows sees every record once, without noticing.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    net::SocketAddr,
+    sync::Arc,
+    time::Duration,
+};
+
+use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
+use strandline::{
+    client::{Client, Consumer, ConsumerOptions, Delivery, NewRecord, OffsetAt, Options, Producer, ProducerOptions},
+    task::{Tasks, clock},
+};
+use tokio::{sync::watch, task::JoinHandle};
+
+use crate::{
+    broker::Home,
+    crash::{Load, PARTITIONS, SMALL, identify, judge, read, restart, setting, value},
+    history::{Attempt, Log, Outcome, Pass},
+    proxy::Proxy,
+    wire,
+};
+
+const TOPIC: &str = "exactly";
+
+/// Most records that one producer has under way.
+const OUTSTANDING: usize = 100;
+
+/// Sends until it is stopped, then waits for everything. Every single record must be acknowledged.
+async fn produce(load: Arc<Load>, number: u32, producer: Producer, seed: u64, tasks: Tasks) {
+    let mut rng = StdRng::seed_from_u64(seed);
+    let mut outstanding: VecDeque<(Attempt, Delivery)> = VecDeque::new();
+    let mut pace = tokio::time::interval(Duration::from_millis(1));
+    while !tasks.is_cancelled() {
+        pace.tick().await;
+        let payload = load.tick();
+        let partition = rng.random_range(0..PARTITIONS);
+        let attempt = Attempt {
+            log: (0, partition),
+            payload,
+            producer: number,
+            sequence: payload,
+            sent: payload,
+            answered: 0,
+            outcome: Outcome::Unknown,
+        };
+        let bytes = value(payload);
+        let record = NewRecord::value(&bytes).partition(partition.unsigned_abs());
+        let delivery = producer.send(TOPIC, record).await.expect("the record is queued");
+        outstanding.push_back((attempt, delivery));
+        if outstanding.len() > OUTSTANDING {
+            settle(&load, outstanding.pop_front().expect("not empty")).await;
+        }
+    }
+    for one in outstanding {
+        settle(&load, one).await;
+    }
+    producer.close().await.expect("nothing is left undelivered");
+}
+
+async fn settle(load: &Load, (attempt, delivery): (Attempt, Delivery)) {
+    let ack = delivery.await.unwrap_or_else(|error| panic!("{attempt:?} was given up: {error}"));
+    let offset = ack.offset.expect("acks=all names the offset").as_i64();
+    load.conclude(vec![attempt], |_| Outcome::Acknowledged { offset });
+}
+
+/// Follows all partitions from their start until it has seen the ends that it is told at last.
+async fn follow(
+    mut consumer: Consumer,
+    mut ends: watch::Receiver<Option<HashMap<Log, i64>>>,
+) -> HashMap<Log, Vec<(i64, u64)>> {
+    let mut seen: HashMap<Log, Vec<(i64, u64)>> = HashMap::new();
+    loop {
+        let done = ends.borrow_and_update().as_ref().is_some_and(|ends| {
+            ends.iter()
+                .all(|(log, end)| seen.get(log).and_then(|records| records.last()).map_or(0, |last| last.0 + 1) >= *end)
+        });
+        if done {
+            return seen;
+        }
+        tokio::select! {
+            biased;
+            changed = ends.changed() => changed.expect("the test tells the ends"),
+            record = consumer.next() => {
+                let record = record.expect("the consumer goes on by itself");
+                let partition = i32::try_from(record.partition).expect("few partitions");
+                let id = record.record.value.as_deref().and_then(identify);
+                let id = id.unwrap_or_else(|| panic!("damaged record at {partition}@{}", record.offset));
+                seen.entry((0, partition)).or_default().push((record.offset.as_i64(), id));
+            }
+        }
+    }
+}
+
+/// Producers and a following consumer at work, all through the library's client.
+struct Work {
+    load: Arc<Load>,
+    tasks: Tasks,
+    producers: Vec<JoinHandle<()>>,
+    follower: JoinHandle<HashMap<Log, Vec<(i64, u64)>>>,
+    tell: watch::Sender<Option<HashMap<Log, i64>>>,
+}
+
+impl Work {
+    /// Starts on a new topic. Clients go to `bootstrap`, the last reading to `direct`.
+    async fn start(bootstrap: SocketAddr, direct: SocketAddr, rng: &mut StdRng) -> Self {
+        wire::create_topic(direct, TOPIC, PARTITIONS.unsigned_abs(), &SMALL).await;
+        let load = Load::new(direct, vec![TOPIC]);
+        let client = Client::connect(&bootstrap.to_string(), Options::default()).await.expect("the broker is there");
+        let (tasks, mut producers) = (Tasks::new(), Vec::new());
+        for number in 0..2 {
+            let producer = client.producer(ProducerOptions::default()).await.expect("an idempotent producer");
+            let work = produce(load.clone(), number, producer, rng.random(), tasks.clone());
+            producers.push(tasks.spawn("producer", work));
+        }
+        let mut consumer = client.consumer(ConsumerOptions::default());
+        for partition in 0..PARTITIONS.unsigned_abs() {
+            consumer.assign(TOPIC, partition, OffsetAt::Earliest).await.expect("the partition is there");
+        }
+        let (tell, ends) = watch::channel(None);
+        let follower = tasks.spawn("consumer", follow(consumer, ends));
+        Self { load, tasks, producers, follower, tell }
+    }
+
+    /// Ends the work; everything sent must have been delivered, once, and followed. How many records that were.
+    async fn finish(self) -> i64 {
+        self.tasks.cancel();
+        for producer in self.producers {
+            producer.await.expect("every record was acknowledged");
+        }
+        let mut passes = read(&self.load, |_| 0).await;
+        let ends: HashMap<Log, i64> = passes.iter().map(|pass| (pass.log, pass.end)).collect();
+        self.tell.send(Some(ends.clone())).expect("the consumer still follows");
+        let seen = tokio::time::timeout(Duration::from_secs(60), self.follower).await;
+        for (log, records) in seen.expect("the consumer reaches the ends").expect("the consumer followed") {
+            passes.push(Pass { log, began: self.load.tick(), from: 0, end: ends[&log], records });
+        }
+        judge(&self.load, &passes);
+        let total: i64 = ends.values().sum();
+        assert_eq!(i64::try_from(self.load.acknowledged()).expect("a count"), total, "each record is in the log once");
+        assert!(total > 100, "the load got through: {total}");
+        total
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_client_delivers_everything_once_and_in_order_across_kills() {
+    let kills = setting("STRANDLINE_KILLS", 5).min(50);
+    let seed = setting("STRANDLINE_SEED", clock::wall_ms().unsigned_abs());
+    println!("crash: {kills} kills under the client, STRANDLINE_SEED={seed}");
+    let mut rng = StdRng::seed_from_u64(seed);
+    let mut home = Home::new();
+    let mut broker = tokio::task::block_in_place(|| home.start());
+    let work = Work::start(home.grpc(), home.grpc(), &mut rng).await;
+    for _ in 0..kills {
+        tokio::time::sleep(Duration::from_millis(rng.random_range(100..1000))).await;
+        broker = tokio::task::block_in_place(|| restart(&mut home, broker, &mut rng));
+        assert_eq!(home.grpc(), work.load.address, "nobody took the broker's port");
+    }
+    let total = work.finish().await;
+    println!("crash: {total} records delivered once across {kills} kills");
+    assert!(broker.terminate().success(), "{}", home.log());
+}
+
+/// A kill seldom falls between an append and its answer. Here the answers are lost on purpose: only recognising the
+/// retries keeps records from being doubled, and some losses are followed by a kill, so that recovery must know them too.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn lost_answers_double_nothing_even_when_the_broker_is_killed_before_the_retry() {
+    let losses = setting("STRANDLINE_KILLS", 8).min(50);
+    let seed = setting("STRANDLINE_SEED", clock::wall_ms().unsigned_abs());
+    println!("crash: {losses} times lost answers, STRANDLINE_SEED={seed}");
+    let mut rng = StdRng::seed_from_u64(seed);
+    let proxy = Proxy::bind().await;
+    let bootstrap = proxy.address();
+    let mut home = Home::new().advertise(bootstrap);
+    let mut broker = tokio::task::block_in_place(|| home.start());
+    let link = proxy.carry_to(home.grpc());
+    let work = Work::start(bootstrap, home.grpc(), &mut rng).await;
+    for _ in 0..losses {
+        tokio::time::sleep(Duration::from_millis(rng.random_range(50..400))).await;
+        let mute = Duration::from_millis(rng.random_range(5..60));
+        link.lose_answers(mute).await;
+        if rng.random_ratio(1, 4) {
+            broker = tokio::task::block_in_place(|| restart(&mut home, broker, &mut rng));
+        }
+    }
+    let total = work.finish().await;
+    println!("crash: {total} records delivered once across {losses} times lost answers");
+    link.stop().await;
+    assert!(broker.terminate().success(), "{}", home.log());
+}

@@ -1,0 +1,166 @@
+//! What lies on disk or in the bucket is damaged, missing or out of reach: never wrong data, never more lost than is
+//! damaged, and back to work without a restart.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use serde_json::Value;
+
+use crate::broker::{Broker, Cli, Home, eventually};
+
+/// Lines that no other line equals, so that any wrong byte shows.
+pub(crate) fn lines(count: usize) -> String {
+    (0..count).map(|n| format!("line {n} of the log, which is {:x}\n", n.wrapping_mul(0x9e37_79b9))).collect()
+}
+
+/// The files below a folder whose names end so.
+pub(crate) fn files(folder: &Path, ending: &str) -> Vec<PathBuf> {
+    let (mut folders, mut found) = (vec![folder.to_owned()], Vec::new());
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder).expect("it can be listed") {
+            let path = entry.expect("it can be listed").path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.to_string_lossy().ends_with(ending) {
+                found.push(path);
+            }
+        }
+    }
+    found.sort();
+    found
+}
+
+fn flip(path: &Path, at: usize) {
+    let mut bytes = fs::read(path).expect("a file");
+    bytes[at] ^= 0x04;
+    fs::write(path, bytes).expect("it is written");
+}
+
+pub(crate) fn partition(cli: &Cli, topic: &str) -> Value {
+    cli.ok(&["topic", "describe", topic, "--output", "json"]).json()["partitions"][0].clone()
+}
+
+/// A broker with one topic that was fed and, when `tiered`, whose history is in the bucket alone.
+fn fed(tiered: bool, text: &str) -> (Home, Broker) {
+    let mut home = Home::new();
+    let broker = home.start();
+    let cli = home.cli();
+    let tier = format!("remote.storage.enable={tiered}");
+    let config = ["segment.bytes=65536", "segment.ms=200", "local.retention.bytes=0", "retention.ms=-1", &tier];
+    let config: Vec<&str> = config.into_iter().flat_map(|one| ["--config", one]).collect();
+    cli.ok(&[&["topic", "create", "victim"][..], &config].concat());
+    cli.ok(&["topic", "create", "calm"]);
+    cli.ok_with(&["produce", "victim"], text.as_bytes());
+    if tiered {
+        eventually("the history is in the bucket alone", || {
+            let state = partition(&cli, "victim");
+            (state["tiered_end"] == state["high_watermark"] && state["local_start"] == state["tiered_end"])
+                .then_some(())
+        });
+    }
+    (home, broker)
+}
+
+/// Reading the victim fails, and all that was printed until then is right; another topic is served.
+fn fails_without_a_wrong_byte(cli: &Cli, text: &str) {
+    let read = cli.run(&["consume", "victim", "--from", "earliest", "--until-end"]);
+    assert_eq!(read.code, 1, "damage is not a success: {}", read.stderr);
+    assert!(text.as_bytes().starts_with(&read.stdout), "what it printed is right");
+    assert!(read.stdout.len() < text.len() && !read.stderr.is_empty(), "{}", read.stderr);
+    assert!(!read.stderr.contains("panicked"), "{}", read.stderr);
+    cli.ok_with(&["produce", "calm"], b"still here\n");
+}
+
+#[test]
+fn a_flipped_bit_in_a_segment_file_is_never_served() {
+    let text = lines(20_000);
+    let (mut home, broker) = fed(false, &text);
+    assert!(broker.terminate().success(), "{}", home.log());
+    let victims: Vec<PathBuf> = files(&home.data_dir(), ".log")
+        .into_iter()
+        .filter(|path| fs::metadata(path).is_ok_and(|file| file.len() > 60_000))
+        .collect();
+    assert!(victims.len() > 3, "there are sealed segments: {victims:?}");
+    flip(&victims[1], 30_000);
+    let _broker = home.start();
+    fails_without_a_wrong_byte(&home.cli(), &text);
+}
+
+#[test]
+fn a_flipped_bit_in_an_object_is_never_served_and_its_neighbours_are() {
+    let text = lines(20_000);
+    let (mut home, broker) = fed(true, &text);
+    assert!(broker.terminate().success(), "{}", home.log());
+    let objects = files(&home.bucket(), ".segment");
+    assert!(objects.len() > 3, "there are segment objects: {objects:?}");
+    flip(&objects[1], 30_000);
+    let _broker = home.start();
+    fails_without_a_wrong_byte(&home.cli(), &text);
+    // What lies after the damaged object can be read.
+    let name = objects[2].file_name().and_then(|name| name.to_str()).expect("a name");
+    let base: usize = name.split('-').next().expect("the base offset").parse().expect("a number");
+    let rest: String = text.split_inclusive('\n').skip(base).collect();
+    let read = home.cli().ok(&["consume", "victim", "--from", &base.to_string(), "--until-end"]);
+    assert_eq!(read.stdout.len(), rest.len());
+    assert!(read.stdout == rest.as_bytes());
+}
+
+#[test]
+fn a_missing_object_is_said_and_put_back_it_is_served() {
+    let text = lines(20_000);
+    let (mut home, broker) = fed(true, &text);
+    assert!(broker.terminate().success(), "{}", home.log());
+    let object = files(&home.bucket(), ".segment").remove(1);
+    let away = home.path().join("away");
+    fs::rename(&object, &away).expect("moved away");
+    let _broker = home.start();
+    fails_without_a_wrong_byte(&home.cli(), &text);
+    fs::rename(&away, &object).expect("put back");
+    let whole = eventually("it is served again", || {
+        let read = home.cli().run(&["consume", "victim", "--from", "earliest", "--until-end"]);
+        (read.code == 0).then_some(read.stdout)
+    });
+    assert!(whole == text.as_bytes(), "{} of {} bytes", whole.len(), text.len());
+}
+
+/// Uploads fail for as long as the bucket is away, records do not; when it is back the rest follows by itself.
+#[test]
+fn a_bucket_that_goes_away_costs_no_record_and_no_restart() {
+    let text = lines(20_000);
+    let (home, mut broker) = fed(true, &text);
+    let cli = home.cli();
+    let away = home.path().join("bucket-away");
+    fs::rename(home.bucket(), &away).expect("moved away");
+    // Not a folder: nothing can be made below it either.
+    fs::write(home.bucket(), "no bucket").expect("written");
+    cli.ok_with(&["produce", "victim"], text.as_bytes());
+    let state = partition(&cli, "victim");
+    let (tiered, end) =
+        (state["tiered_end"].as_i64().expect("a number"), state["high_watermark"].as_i64().expect("a number"));
+    assert_eq!((tiered, end), (20_000, 40_000), "written, and not in the bucket");
+    let tail = cli.ok(&["consume", "victim", "--from", "20000", "--until-end"]);
+    assert!(tail.stdout == text.as_bytes(), "nothing is evicted that is not committed");
+    assert!(broker.is_running());
+    fs::remove_file(home.bucket()).expect("removed");
+    fs::rename(&away, home.bucket()).expect("put back");
+    eventually("the rest is uploaded", || (partition(&cli, "victim")["tiered_end"] == 40_000).then_some(()));
+    let whole = cli.ok(&["consume", "victim", "--from", "earliest", "--until-end"]);
+    assert!(whole.stdout == [text.as_bytes(), text.as_bytes()].concat());
+}
+
+#[test]
+fn a_bucket_of_another_cluster_is_refused_with_both_names() {
+    let (home, _broker) = fed(true, &lines(10));
+    let other = Home::new();
+    let text = fs::read_to_string(other.write_config()).expect("a configuration");
+    let text = text.replace("cluster = \"it\"", "cluster = \"someone-else\"");
+    let text = text.replace(&other.bucket().display().to_string(), &home.bucket().display().to_string());
+    let file = other.path().join("foreign.toml");
+    fs::write(&file, text).expect("written");
+    let output = Cli::without_broker(other.path()).run(&["broker", "--config", file.to_str().expect("a path of ours")]);
+    assert_eq!(output.code, 1, "{output:?}");
+    assert!(output.stderr.contains("someone-else") && output.stderr.contains("\"it\""), "{output:?}");
+    home.cli().ok_with(&["produce", "calm"], b"still here\n");
+}

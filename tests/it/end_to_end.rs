@@ -1,0 +1,382 @@
+//! A person's way through the system: the binary's commands, a real log file, history in the bucket, a restart.
+
+use std::{fs, path::PathBuf};
+
+use serde_json::Value;
+
+use crate::broker::{Cli, Home, Output, eventually};
+
+/// Text that this machine really holds, tens of thousands of lines of it.
+fn real_text() -> Vec<u8> {
+    const WANTED: usize = 30_000;
+    let candidates = [
+        "/var/log/dpkg.log",
+        "/var/log/apt/term.log",
+        "/var/log/apt/history.log",
+        "/var/log/syslog",
+        "/var/lib/dpkg/status",
+        "/usr/share/dict/words",
+    ];
+    let lines = |text: &[u8]| text.iter().filter(|byte| **byte == b'\n').count();
+    let mut text = Vec::new();
+    for path in candidates.map(PathBuf::from) {
+        if lines(&text) < WANTED {
+            text.extend(fs::read(path).unwrap_or_default());
+        }
+    }
+    // A machine without logs gets lines that look like one's.
+    for n in lines(&text)..WANTED {
+        let (hour, minute, second) = (n / 3600 % 24, n / 60 % 60, n % 60);
+        let line = format!(
+            "2026-11-01 {hour:02}:{minute:02}:{second:02} status installed lib{}:amd64 {n}.{}\n",
+            n % 977,
+            n % 13
+        );
+        text.extend(line.bytes());
+    }
+    if text.last() != Some(&b'\n') {
+        text.push(b'\n');
+    }
+    text
+}
+
+/// `topic describe` of a topic's first partition.
+fn partition(cli: &Cli, topic: &str) -> Value {
+    cli.ok(&["topic", "describe", topic, "--output", "json"]).json()["partitions"][0].clone()
+}
+
+fn number(value: &Value, name: &str) -> i64 {
+    value[name].as_i64().unwrap_or_else(|| panic!("{name} is a number in {value}"))
+}
+
+/// The main job, end to end: produce, tier, evict, restart, consume; every byte as it was.
+#[test]
+fn a_real_log_comes_back_byte_for_byte_from_the_bucket() {
+    let mut home = Home::new();
+    let broker = home.start();
+    let cli = home.cli();
+    let text = real_text();
+    let count = i64::try_from(text.iter().filter(|byte| **byte == b'\n').count()).expect("a count");
+    let file = home.path().join("real.log");
+    fs::write(&file, &text).expect("written");
+    let create = ["topic", "create", "history", "--partitions", "1", "--config", "segment.bytes=131072"];
+    let evict = ["--config", "segment.ms=200", "--config", "local.retention.bytes=0", "--config", "retention.ms=-1"];
+    cli.ok(&[&create[..], &evict[..]].concat());
+    let said = cli.ok(&["produce", "history", "--compression", "none", file.to_str().expect("a path of ours")]);
+    let said = format!("{}{}", said.text(), said.stderr);
+    assert!(said.contains(&count.to_string()), "it says how many of {count} were acknowledged: {said}");
+
+    let state = eventually("everything is in the bucket and evicted", || {
+        let state = partition(&cli, "history");
+        let evicted = number(&state, "tiered_end") == count && number(&state, "local_start") > count / 2;
+        evicted.then_some(state)
+    });
+    assert_eq!((number(&state, "log_start"), number(&state, "high_watermark")), (0, count));
+    let status = broker.terminate();
+    assert!(status.success(), "a stop that was asked for ends with {status}\n{}", home.log());
+
+    let broker = home.start();
+    let cli = home.cli();
+    let read = cli.ok(&["consume", "history", "--from", "earliest", "--until-end"]);
+    let differs = read.stdout.iter().zip(&text).position(|(read, written)| read != written);
+    assert_eq!((read.stdout.len(), differs), (text.len(), None), "byte for byte");
+    // And it still takes records after that.
+    cli.ok_with(&["produce", "history"], b"one more\n");
+    let last = cli.ok(&["consume", "history", "--from", &count.to_string(), "--until-end"]);
+    assert_eq!(last.text(), "one more\n");
+    assert!(broker.terminate().success(), "{}", home.log());
+}
+
+/// The README's first command, with another data directory and other ports.
+#[test]
+fn dev_says_where_it_is_and_keeps_topics_and_records() {
+    let home = Home::new();
+    let broker = home.start_dev();
+    let greeting = home.log();
+    for said in [home.grpc().to_string(), home.http().to_string(), home.data_dir().display().to_string()] {
+        assert!(greeting.contains(&said), "it says {said}: {greeting}");
+    }
+    assert!(greeting.contains("strandline produce"), "it says what to type next: {greeting}");
+    let cli = home.cli();
+    cli.ok(&["topic", "create", "hello"]);
+    cli.ok_with(&["produce", "hello"], b"world\n");
+    assert!(broker.terminate().success(), "{}", home.log());
+    let broker = home.start_dev();
+    assert_eq!(cli.ok(&["consume", "hello", "--from", "earliest", "--until-end"]).text(), "world\n");
+    assert!(broker.terminate().success(), "{}", home.log());
+}
+
+/// The smallest inputs that a line reader gets wrong.
+#[test]
+fn produce_sends_one_record_per_line_with_its_bytes_unchanged() {
+    let mut home = Home::new();
+    let _broker = home.start();
+    let cli = home.cli();
+    for (topic, input, values) in [
+        ("lines", &b"a\nb\n"[..], &[&b"a"[..], b"b"][..]),
+        ("no-final-newline", b"a\nb", &[b"a", b"b"]),
+        ("carriage-returns", b"a\r\nb\r", &[b"a\r", b"b\r"]),
+        ("empty-lines", b"\n\na\n\n", &[b"", b"", b"a", b""]),
+        ("one-newline", b"\n", &[b""]),
+        ("nothing", b"", &[]),
+        ("bytes", b"\xff\x00\xfe\n\x00\n", &[b"\xff\x00\xfe", b"\x00"]),
+    ] {
+        cli.ok(&["topic", "create", topic]);
+        cli.ok_with(&["produce", topic], input);
+        let read = cli.ok(&["consume", topic, "--from", "earliest", "--until-end"]);
+        let wanted: Vec<u8> = values.iter().flat_map(|value| [*value, b"\n"].concat()).collect();
+        assert_eq!(read.stdout, wanted, "{topic}");
+    }
+}
+
+#[test]
+fn consume_prints_json_with_exactly_the_promised_fields() {
+    let mut home = Home::new();
+    let _broker = home.start();
+    let cli = home.cli();
+    cli.ok(&["topic", "create", "shapes", "--partitions", "1"]);
+    cli.ok_with(&["produce", "shapes", "--key-separator", ":"], b"k:v\n:empty key\nk2:\nk3:a:b\n");
+    cli.ok_with(&["produce", "shapes"], b"no key\n\xff\xfe\n");
+    let records = cli.ok(&["consume", "shapes", "--from", "earliest", "--until-end", "--format", "json"]).json_lines();
+    let seen: Vec<(Value, Value)> = records.iter().map(|one| (one["key"].clone(), one["value"].clone())).collect();
+    let text = |text: &str| Value::String(text.to_owned());
+    assert_eq!(
+        seen,
+        [
+            (text("k"), text("v")),
+            (text(""), text("empty key")),
+            (text("k2"), text("")),
+            (text("k3"), text("a:b")),
+            (Value::Null, text("no key")),
+            (Value::Null, serde_json::json!({"base64": "//4="})),
+        ]
+    );
+    for (offset, record) in records.iter().enumerate() {
+        let mut names: Vec<&String> = record.as_object().expect("an object").keys().collect();
+        names.sort();
+        assert_eq!(names, ["headers", "key", "offset", "partition", "timestamp", "topic", "value"], "{record}");
+        assert_eq!((&record["topic"], &record["partition"]), (&text("shapes"), &Value::from(0)));
+        assert_eq!(record["offset"], Value::from(offset));
+        assert!(record["timestamp"].as_i64().is_some_and(|ms| ms > 1_600_000_000_000), "{record}");
+    }
+}
+
+#[test]
+fn consume_begins_and_ends_where_it_is_told() {
+    let mut home = Home::new();
+    let _broker = home.start();
+    let cli = home.cli();
+    cli.ok(&["topic", "create", "ten", "--partitions", "2"]);
+    let five: String = (0..5).map(|n| format!("{n}\n")).collect();
+    cli.ok_with(&["produce", "ten", "--partition", "1"], five.as_bytes());
+    let read = |more: &[&str]| -> String { cli.ok(&[&["consume", "ten", "--until-end"], more].concat()).text() };
+    let middle = cli.ok(&["consume", "ten", "--from", "earliest", "--until-end", "--format", "json"]).json_lines();
+    // The second half comes later by the records' own clock.
+    let last_ms = middle.iter().filter_map(|record| record["timestamp"].as_i64()).max().expect("records");
+    eventually("the clock goes on", || (strandline::task::clock::wall_ms() > last_ms + 5).then_some(()));
+    let later: String = (5..10).map(|n| format!("{n}\n")).collect();
+    cli.ok_with(&["produce", "ten", "--partition", "1"], later.as_bytes());
+
+    assert_eq!(read(&["--from", "earliest"]), five.clone() + &later);
+    assert_eq!(read(&["--from", "earliest", "--partition", "0"]), "");
+    assert_eq!(read(&["--from", "8", "--partition", "1"]), "8\n9\n");
+    assert_eq!(read(&["--from", "latest"]), "");
+    assert_eq!(read(&["--from", &format!("@{}", last_ms + 1), "--partition", "1"]), later);
+    assert_eq!(read(&["--from", "earliest", "--max", "3"]), "0\n1\n2\n");
+    assert_eq!(cli.ok(&["consume", "ten", "--from", "earliest", "--max", "2"]).text(), "0\n1\n", "ends at --max alone");
+    let beyond = cli.run(&["consume", "ten", "--from", "11", "--partition", "1", "--until-end"]);
+    assert_eq!(beyond.code, 1, "{beyond:?}");
+    assert!(beyond.stderr.contains("11") && beyond.stderr.contains("10"), "says offset, start and end: {beyond:?}");
+}
+
+#[test]
+fn topics_are_created_described_altered_grown_and_deleted() {
+    let mut home = Home::new();
+    let broker = home.start();
+    let cli = home.cli();
+    cli.ok(&["topic", "create", "orders", "--partitions", "2", "--config", "retention.ms=86400000"]);
+    cli.ok(&["topic", "create", "access-log"]);
+    let list = cli.ok(&["topic", "list", "--output", "json"]).json();
+    let names: Vec<&str> = list.as_array().expect("a list").iter().filter_map(|topic| topic["name"].as_str()).collect();
+    assert_eq!(names, ["access-log", "orders"]);
+
+    let described = cli.ok(&["topic", "describe", "orders", "--output", "json"]).json();
+    let mut keys: Vec<&String> = described.as_object().expect("an object").keys().collect();
+    keys.retain(|key| ["name", "id", "config", "partitions"].contains(&key.as_str()));
+    assert_eq!(keys.len(), 4, "{described}");
+    assert_eq!(described["name"], "orders");
+    assert_eq!(described["config"]["retention.ms"], "86400000");
+    assert_eq!(described["id"].as_str().map(str::len), Some(36), "{described}");
+    let partitions = described["partitions"].as_array().expect("a list");
+    assert_eq!(partitions.len(), 2);
+    for (n, partition) in partitions.iter().enumerate() {
+        assert_eq!(number(partition, "partition"), i64::try_from(n).expect("small"));
+        assert_eq!((number(partition, "leader"), &partition["replicas"]), (1, &serde_json::json!([1])));
+        assert_eq!(partition["isr"], serde_json::json!([1]));
+        for name in ["leader_epoch", "log_start", "local_start", "tiered_end", "high_watermark", "log_end"] {
+            assert!(number(partition, name) >= 0, "{partition}");
+        }
+    }
+    let people = cli.ok(&["topic", "describe", "orders"]).text();
+    assert!(people.contains("orders") && people.contains("retention.ms"), "{people}");
+
+    cli.ok(&["topic", "alter", "orders", "--config", "retention.ms=3600000"]);
+    cli.ok(&["topic", "add-partitions", "orders", "--to", "4"]);
+    assert!(broker.terminate().success(), "{}", home.log());
+    let _broker = home.start();
+    let cli = home.cli();
+    let described = cli.ok(&["topic", "describe", "orders", "--output", "json"]).json();
+    assert_eq!(described["config"]["retention.ms"], "3600000", "an alteration survives a restart");
+    assert_eq!(described["partitions"].as_array().map(Vec::len), Some(4));
+
+    cli.ok_with(&["produce", "orders", "--partition", "3"], b"old\n");
+    cli.ok(&["topic", "delete", "orders"]);
+    assert_eq!(cli.run(&["topic", "describe", "orders"]).code, 1);
+    cli.ok(&["topic", "create", "orders", "--partitions", "4"]);
+    assert_eq!(cli.ok(&["consume", "orders", "--from", "earliest", "--until-end"]).text(), "", "nothing is shared");
+}
+
+/// A failed command ends with 1 and names what it was about.
+#[test]
+fn a_failure_names_the_thing_and_ends_with_one() {
+    let mut home = Home::new();
+    let _broker = home.start();
+    let cli = home.cli();
+    cli.ok(&["topic", "create", "access-log"]);
+    let fails = |arguments: &[&str], said: &[&str]| {
+        let output: Output = cli.run_with(arguments, b"x\n");
+        assert_eq!(output.code, 1, "{arguments:?}: {output:?}");
+        for word in said {
+            assert!(output.stderr.contains(word), "{arguments:?} says {word:?}: {output:?}");
+        }
+        assert!(!output.stderr.contains("panicked") && !output.stderr.contains("Error {"), "for people: {output:?}");
+    };
+    for command in
+        [&["produce", "acces-log"][..], &["consume", "acces-log", "--until-end"], &["topic", "describe", "acces-log"]]
+    {
+        fails(command, &["acces-log", "access-log"]);
+    }
+    fails(&["topic", "create", "access-log"], &["access-log", "exists"]);
+    fails(&["topic", "create", "a/b"], &["a/b"]);
+    fails(&["topic", "create", "t", "--config", "retention.mss=1"], &["retention.mss", "retention.ms"]);
+    fails(&["topic", "create", "t", "--config", "segment.bytes=-5"], &["segment.bytes", "-5", "16384"]);
+    fails(&["topic", "create", "t", "--config", "durability=maybe"], &["durability", "maybe", "persisted"]);
+    fails(&["topic", "create", "t", "--replication-factor", "3"], &["3", "1"]);
+    fails(&["topic", "add-partitions", "access-log", "--to", "1"], &["access-log", "1"]);
+    fails(&["topic", "delete", "nothing-like-it"], &["nothing-like-it"]);
+    fails(&["produce", "access-log", "--partition", "9"], &["9"]);
+    fails(&["consume", "access-log", "--partition", "9", "--until-end"], &["9"]);
+    fails(&["produce", "access-log", "/nowhere/at-all.log"], &["/nowhere/at-all.log"]);
+    let list = cli.ok(&["topic", "list", "--output", "json"]).json();
+    assert_eq!(list.as_array().map(Vec::len), Some(1), "nothing was half created: {list}");
+}
+
+#[test]
+fn wrong_usage_ends_with_two() {
+    let home = Home::new();
+    let cli = Cli::without_broker(home.path());
+    for arguments in [
+        &["no-such-command"][..],
+        &["topic", "create"],
+        &["topic", "create", "t", "--partitions", "many"],
+        &["produce", "t", "--acks", "some"],
+        &["produce", "t", "--compression", "rar"],
+        &["consume", "t", "--from", "yesterday"],
+        &["consume", "t", "--format", "yaml"],
+        &["broker"],
+    ] {
+        let output = cli.run(arguments);
+        assert_eq!(output.code, 2, "{arguments:?}: {output:?}");
+        assert!(!output.stderr.is_empty() && output.stdout.is_empty(), "{arguments:?}: {output:?}");
+    }
+}
+
+#[test]
+fn an_unreachable_broker_is_named_after_a_bounded_wait() {
+    let home = Home::new();
+    let address = home.grpc().to_string();
+    for arguments in [&["topic", "list"][..], &["produce", "t"], &["consume", "t", "--until-end"]] {
+        let output = home.cli().run_with(arguments, b"x\n");
+        assert_eq!(output.code, 1, "{arguments:?}: {output:?}");
+        assert!(output.stderr.contains(&address), "{arguments:?} names {address}: {output:?}");
+    }
+}
+
+/// What an acknowledgement meant is said in words, and is true for each kind.
+#[test]
+fn produce_says_what_its_acknowledgements_meant() {
+    let mut home = Home::new();
+    let _broker = home.start();
+    let cli = home.cli();
+    cli.ok(&["topic", "create", "synced", "--config", "segment.ms=200"]);
+    cli.ok(&["topic", "create", "cached", "--config", "durability=replicated"]);
+    for (topic, acks, word) in [
+        ("synced", "all", "synced"),
+        ("synced", "1", "synced"),
+        ("cached", "all", "page cache"),
+        ("synced", "tiered", "bucket"),
+        ("synced", "0", "memory"),
+    ] {
+        let output = cli.ok_with(&["produce", topic, "--acks", acks], b"x\n");
+        let said = format!("{}{}", output.text(), output.stderr);
+        assert!(said.contains(word), "{topic} with acks={acks} says {word:?}: {said}");
+    }
+}
+
+/// Every codec, through the client, the disk and back; `segment dump` reads what is on disk.
+#[test]
+fn every_codec_comes_back_and_the_segment_can_be_dumped() {
+    let mut home = Home::new();
+    let broker = home.start();
+    let cli = home.cli();
+    cli.ok(&["topic", "create", "codecs", "--config", "remote.storage.enable=false"]);
+    let mut wanted = String::new();
+    for codec in ["none", "gzip", "snappy", "lz4", "zstd"] {
+        let input: String = (0..100).map(|n| format!("{codec} compresses line {n}\n")).collect();
+        cli.ok_with(&["produce", "codecs", "--compression", codec], input.as_bytes());
+        wanted += &input;
+    }
+    assert_eq!(cli.ok(&["consume", "codecs", "--from", "earliest", "--until-end"]).text(), wanted);
+    let id =
+        cli.ok(&["topic", "describe", "codecs", "--output", "json"]).json()["id"].as_str().expect("an id").to_owned();
+    assert!(broker.terminate().success(), "{}", home.log());
+    let segment = home.data_dir().join(id).join("0").join(format!("{:020}.log", 0));
+    assert!(segment.exists(), "segments lie where the design says: {}", segment.display());
+    let dump = |more: &[&str]| {
+        let path = segment.to_str().expect("a path of ours");
+        cli.ok(&[&["segment", "dump", path], more].concat()).text()
+    };
+    let batches = dump(&[]);
+    for codec in ["none", "gzip", "snappy", "lz4", "zstd"] {
+        assert!(batches.contains(codec), "{batches}");
+    }
+    let records = dump(&["--records"]);
+    assert!(
+        records.contains("zstd compresses line 99") && records.lines().count() >= 500,
+        "{}",
+        records.lines().count()
+    );
+}
+
+#[test]
+fn the_health_and_metrics_pages_answer() {
+    let mut home = Home::new();
+    let _broker = home.start();
+    for path in ["/healthz", "/readyz"] {
+        assert_eq!(crate::broker::http_get(home.http(), path).expect("an answer").0, 200, "{path}");
+    }
+    let (code, metrics) = crate::broker::http_get(home.http(), "/metrics").expect("an answer");
+    assert_eq!(code, 200);
+    assert!(metrics.contains("# TYPE strandline_") && metrics.trim_end().ends_with("# EOF"), "OpenMetrics: {metrics}");
+    assert_eq!(crate::broker::http_get(home.http(), "/nothing").expect("an answer").0, 404);
+}
+
+#[test]
+fn config_print_shows_the_defaults_as_a_configuration_file() {
+    let home = Home::new();
+    let printed = Cli::without_broker(home.path()).ok(&["config", "print"]).text();
+    let table: toml::Table = printed.parse().unwrap_or_else(|error| panic!("{error} in {printed}"));
+    assert_eq!(table["broker"]["id"].as_integer(), Some(1));
+    assert_eq!(table["grpc"]["listen"].as_str(), Some("127.0.0.1:9460"));
+    assert_eq!(table["http"]["listen"].as_str(), Some("127.0.0.1:9461"));
+}

@@ -1,0 +1,67 @@
+//! `/metrics` while real records go in, to the bucket, and out again: every figure that counts them moves.
+
+use strandline::proto::v1::GetMetadataRequest;
+
+use crate::{
+    broker::{Home, eventually},
+    damage::{lines, partition},
+    wire,
+};
+
+#[test]
+fn every_figure_moves_with_what_it_counts() {
+    let text = lines(20_000);
+    let mut home = Home::new();
+    let broker = home.start();
+    let cli = home.cli();
+    let config = ["segment.bytes=65536", "segment.ms=200", "local.retention.bytes=0"];
+    let config: Vec<&str> = config.into_iter().flat_map(|one| ["--config", one]).collect();
+    cli.ok(&[&["topic", "create", "counted"][..], &config].concat());
+    cli.ok_with(&["produce", "counted"], text.as_bytes());
+    assert!(home.metric("strandline_journal_rounds_total") >= 1.0);
+    assert!(home.metric("strandline_journal_bytes_total") >= home.metric("strandline_produce_bytes_total"));
+    assert_eq!(
+        home.metric("strandline_journal_sync_seconds_count"),
+        home.metric("strandline_journal_rounds_total"),
+        "each round is one sync"
+    );
+    eventually("the history is in the bucket alone", || {
+        let state = partition(&cli, "counted");
+        (state["tiered_end"] == 20_000 && state["local_start"] == 20_000).then_some(())
+    });
+    eventually("the lag is gone", || (home.metric("strandline_tier_lag_records") == 0.0).then_some(()));
+    assert!(home.metric("strandline_tier_uploads_total") > 5.0);
+    assert_eq!(home.metric("strandline_tier_upload_bytes_total"), home.metric("strandline_tiered_bytes"));
+    assert!(broker.terminate().success(), "{}", home.log());
+
+    // Nothing is in memory or in the cache after a start.
+    let _broker = home.start();
+    let cli = home.cli();
+    let read =
+        || assert!(cli.ok(&["consume", "counted", "--from", "earliest", "--until-end"]).stdout == text.as_bytes());
+    read();
+    let misses = home.metric("strandline_cache_misses_total");
+    assert!(misses > 5.0, "a chunk of every segment was fetched: {misses}");
+    assert!(home.metric("strandline_fetch_bytes_total{source=\"bucket\"}") > 0.0);
+    let hits = home.metric("strandline_cache_hits_total");
+    read();
+    assert_eq!(home.metric("strandline_cache_misses_total"), misses, "nothing is fetched twice");
+    assert!(home.metric("strandline_cache_hits_total") > hits);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_connection_counts_while_it_is_open() {
+    let mut home = Home::new();
+    let _broker = tokio::task::block_in_place(|| home.start());
+    let count = |wanted: f64| {
+        eventually("the connections", || (home.metric("strandline_connections") == wanted).then_some(()));
+    };
+    tokio::task::block_in_place(|| count(0.0));
+    let mut clients = [wire::admin(home.grpc()), wire::admin(home.grpc())];
+    for client in &mut clients {
+        client.get_metadata(GetMetadataRequest::default()).await.expect("an answer");
+    }
+    tokio::task::block_in_place(|| count(2.0));
+    drop(clients);
+    tokio::task::block_in_place(|| count(0.0));
+}

@@ -1,0 +1,206 @@
+//! The batch format against an independent implementation, both ways and in every codec: the `kafka-protocol` crate, which
+//! shares no code with ours (its LZ4 is the C library).
+//!
+//! Its quirks bound what is tried: it holds headers in a map, so names are unique here; it splits a batch where sequences
+//! do not follow, so theirs do; it subtracts timestamps without care for overflow, so they stay within centuries.
+
+#![allow(clippy::unwrap_used, reason = "in a test it is an assertion")]
+
+use bytes::{Bytes, BytesMut};
+use kafka_protocol::{
+    protocol::StrBytes,
+    records::{
+        self as theirs, RecordBatchDecoder, RecordBatchEncoder, RecordEncodeOptions,
+        TimestampType as TheirTimestampType,
+    },
+};
+use proptest::prelude::*;
+use strandline::{
+    model::{Compression, LeaderEpoch, Offset},
+    record::{Batch, BatchBuilder, Header, ProducerStamp, Record},
+};
+
+const CODECS: [(Compression, theirs::Compression); 5] = [
+    (Compression::None, theirs::Compression::None),
+    (Compression::Gzip, theirs::Compression::Gzip),
+    (Compression::Snappy, theirs::Compression::Snappy),
+    (Compression::Lz4, theirs::Compression::Lz4),
+    (Compression::Zstd, theirs::Compression::Zstd),
+];
+
+/// What a test writes and must find again.
+#[derive(Clone, Debug)]
+struct Written {
+    base_offset: i64,
+    epoch: i32,
+    producer: ProducerStamp,
+    records: Vec<Record>,
+}
+
+fn any_bytes(most: usize) -> impl Strategy<Value = Option<Bytes>> {
+    // Half random and half one byte again and again, so that codecs find something to do.
+    let bytes = (proptest::collection::vec(any::<u8>(), 0..most), 0..most, any::<u8>())
+        .prop_map(|(random, run, byte)| Bytes::from([random, vec![byte; run]].concat()));
+    proptest::option::of(bytes)
+}
+
+fn any_record() -> impl Strategy<Value = Record> {
+    let headers = proptest::collection::btree_map("\\PC{0,12}", any_bytes(20), 0..5)
+        .prop_map(|headers| headers.into_iter().map(|(key, value)| Header { key, value }).collect());
+    (-(1_i64 << 45)..1 << 45, any_bytes(40), any_bytes(3000), headers)
+        .prop_map(|(timestamp_ms, key, value, headers)| Record { timestamp_ms, key, value, headers })
+}
+
+fn any_written() -> impl Strategy<Value = Written> {
+    let records = proptest::collection::vec(any_record(), 1..60);
+    (0..1_i64 << 60, 0..i32::MAX, 0..i64::MAX, 0..i16::MAX, 0..1 << 30, records).prop_map(
+        |(base_offset, epoch, id, producer_epoch, base_sequence, records)| Written {
+            base_offset,
+            epoch,
+            producer: ProducerStamp { id, epoch: producer_epoch, base_sequence },
+            records,
+        },
+    )
+}
+
+impl Written {
+    fn by_us(&self, codec: Compression) -> Batch {
+        let mut builder = BatchBuilder::new(codec);
+        for Record { timestamp_ms, key, value, headers } in &self.records {
+            builder.push(*timestamp_ms, key.as_deref(), value.as_deref(), headers).unwrap();
+        }
+        let mut batch = builder.finish(Some(self.producer)).unwrap();
+        batch.stamp(Offset::from_i64(self.base_offset).unwrap(), LeaderEpoch::from_i32(self.epoch).unwrap());
+        batch
+    }
+
+    /// The same records in the other implementation's words.
+    fn in_their_words(&self) -> Vec<theirs::Record> {
+        let record = |(at, record): (i32, &Record)| theirs::Record {
+            transactional: false,
+            control: false,
+            delete_horizon: false,
+            partition_leader_epoch: self.epoch,
+            producer_id: self.producer.id,
+            producer_epoch: self.producer.epoch,
+            timestamp_type: TheirTimestampType::Creation,
+            offset: self.base_offset + i64::from(at),
+            sequence: self.producer.base_sequence + at,
+            timestamp: record.timestamp_ms,
+            key: record.key.clone(),
+            value: record.value.clone(),
+            headers: record
+                .headers
+                .iter()
+                .map(|header| (StrBytes::from_string(header.key.clone()), header.value.clone()))
+                .collect(),
+        };
+        (0..).zip(&self.records).map(record).collect()
+    }
+
+    fn by_them(&self, codec: theirs::Compression) -> Bytes {
+        let mut bytes = BytesMut::new();
+        let options = RecordEncodeOptions { version: 2, compression: codec };
+        RecordBatchEncoder::encode(&mut bytes, &self.in_their_words(), &options).unwrap();
+        bytes.freeze()
+    }
+}
+
+fn decode(batch: &Batch) -> Vec<(Offset, Record)> {
+    batch.records().unwrap().collect::<Result<_, _>>().unwrap()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn what_we_write_the_other_implementation_reads(written in any_written()) {
+        for (ours, their) in CODECS {
+            let mut bytes = written.by_us(ours).to_bytes();
+            let set = RecordBatchDecoder::decode(&mut bytes).unwrap();
+            prop_assert!(bytes.is_empty(), "nothing is left over");
+            prop_assert_eq!(set.compression, their);
+            prop_assert_eq!(set.records, written.in_their_words());
+        }
+    }
+
+    #[test]
+    fn what_the_other_implementation_writes_we_read(written in any_written()) {
+        for (ours, their) in CODECS {
+            let batch = Batch::parse(written.by_them(their)).unwrap();
+            prop_assert_eq!(batch.compression(), ours);
+            prop_assert_eq!(batch.base_offset().as_i64(), written.base_offset);
+            prop_assert_eq!(batch.leader_epoch().unwrap().as_i32(), written.epoch);
+            prop_assert_eq!(batch.producer(), Some(written.producer));
+            prop_assert_eq!(batch.check_client(), Ok(()));
+            prop_assert_eq!(batch.verify_records(), Ok(()));
+            let expected: Vec<_> = (0..).map(|at| batch.base_offset().plus(at)).zip(written.records.clone()).collect();
+            prop_assert_eq!(decode(&batch), expected);
+        }
+    }
+
+    #[test]
+    fn what_we_recompress_the_other_implementation_reads(written in any_written()) {
+        for (_, from) in CODECS {
+            let batch = Batch::parse(written.by_them(from)).unwrap();
+            for (to, their) in CODECS {
+                let mut bytes = batch.recompress(to).unwrap().to_bytes();
+                let set = RecordBatchDecoder::decode(&mut bytes).unwrap();
+                prop_assert_eq!(set.compression, their);
+                prop_assert_eq!(set.records, written.in_their_words());
+            }
+        }
+    }
+}
+
+#[test]
+fn append_time_is_understood_as_such() {
+    let record = Record { timestamp_ms: 5, value: Some(Bytes::from_static(b"v")), ..Record::default() };
+    let producer = ProducerStamp { id: 1, epoch: 0, base_sequence: 0 };
+    let mut batch = Written { base_offset: 9, epoch: 2, producer, records: vec![record; 3] }.by_us(Compression::Zstd);
+    batch.set_append_time(1_700_000_000_000);
+    let info = RecordBatchDecoder::decode_batch_info(&mut batch.to_bytes()).unwrap();
+    assert_eq!(info[0].timestamp_type, TheirTimestampType::LogAppend);
+    assert_eq!(info[0].record_count, 3);
+    assert!(decode(&batch).iter().all(|(_, record)| record.timestamp_ms == 1_700_000_000_000));
+}
+
+/// Kafka's DumpLogSegments on a segment of batches in every codec. `KAFKA_DUMP` names the script that runs it.
+#[test]
+#[ignore = "needs a JDK and Kafka's jars: KAFKA_DUMP=../shared/peers/kafka/dump"]
+fn kafkas_own_reader_accepts_every_codec() {
+    let dump = std::env::var("KAFKA_DUMP").expect("KAFKA_DUMP names the script");
+    let folder = tempfile::tempdir().unwrap();
+    let records: Vec<_> = (0..1000_u32)
+        .map(|at| Record {
+            timestamp_ms: 1_700_000_000_000 + i64::from(at),
+            key: (at % 3 != 0).then(|| Bytes::from(format!("key {at}"))),
+            value: (at % 5 != 0).then(|| Bytes::from("value ".repeat(at as usize % 200))),
+            headers: vec![Header { key: "h".to_owned(), value: None }; at as usize % 3],
+        })
+        .collect();
+    let mut segment = Vec::new();
+    let mut end = 0;
+    for (codec, _) in CODECS {
+        let producer = ProducerStamp { id: 7, epoch: 0, base_sequence: i32::try_from(end).unwrap() };
+        let written = Written { base_offset: end, epoch: 4, producer, records: records.clone() };
+        let batch = written.by_us(codec);
+        segment.extend_from_slice(&batch.to_bytes());
+        end = batch.end_offset().as_i64();
+        let mut stamped = batch.recompress(Compression::Lz4).unwrap();
+        stamped.stamp(Offset::from_i64(end).unwrap(), LeaderEpoch(5));
+        stamped.set_append_time(1_800_000_000_000);
+        segment.extend_from_slice(&stamped.to_bytes());
+        end = stamped.end_offset().as_i64();
+    }
+    let path = folder.path().join("00000000000000000000.log");
+    std::fs::write(&path, &segment).unwrap();
+    let output = std::process::Command::new(dump).arg(&path).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{text}\n{}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(text.lines().filter(|line| line.starts_with("| offset:")).count(), 10 * records.len());
+    for codec in ["none", "gzip", "snappy", "lz4", "zstd"] {
+        assert!(text.contains(&format!("compresscodec: {codec}")), "{codec}");
+    }
+    assert!(text.contains("payload: value value"), "{text}");
+}

@@ -1,0 +1,222 @@
+//! A disk that is really full: appends are refused and may be tried again, everything else goes on, and room is all that is
+//! needed for appends to go on too.
+//!
+//! The data directory is a file system of its own of 96 MiB, which only a superuser can mount. Where that is not allowed the
+//! tests say so and end; `log`'s own tests, on the simulated disk, run everywhere.
+
+use std::{fs, path::PathBuf, process::Command};
+
+use bytes::Bytes;
+use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
+use strandline::proto::{
+    fault::{Fault, Reason},
+    v1::{AppendRequest, CreateTopicRequest, log_client::LogClient},
+};
+use tonic::transport::Channel;
+
+use crate::{
+    broker::{Broker, Home, eventually},
+    damage::partition,
+    s3::S3,
+    wire,
+};
+
+const SMALL: &[(&str, &str)] =
+    &[("segment.bytes", "4194304"), ("segment.ms", "1000"), ("local.retention.bytes", "0"), ("retention.ms", "-1")];
+
+/// A mounted file system. It goes with this value.
+struct Mount {
+    at: PathBuf,
+}
+
+impl Mount {
+    /// `None`, with a word on why, where this user may not mount.
+    fn new(at: PathBuf) -> Option<Self> {
+        fs::create_dir_all(&at).expect("a folder");
+        let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", "size=96m", "strandline"]).arg(&at).output();
+        match mounted {
+            Ok(output) if output.status.success() => return Some(Self { at }),
+            Ok(output) => eprintln!("skipped: cannot mount: {}", String::from_utf8_lossy(&output.stderr)),
+            Err(error) => eprintln!("skipped: cannot mount: {error}"),
+        }
+        None
+    }
+
+    fn free(&self) -> u64 {
+        let stat = rustix::fs::statvfs(&self.at).expect("it says");
+        stat.f_bavail * stat.f_frsize
+    }
+
+    /// Somebody else's file that leaves so many bytes free.
+    fn fill(&self, leave: u64) -> PathBuf {
+        let path = self.at.join("filler");
+        let bytes = self.free().saturating_sub(leave);
+        let zeros = vec![0; usize::try_from(bytes).expect("it fits in memory")];
+        fs::write(&path, zeros).expect("there is room for it");
+        path
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        // Lazily: a broker that is being killed may hold files for a moment.
+        let _ = Command::new("umount").arg("-l").arg(&self.at).status();
+    }
+}
+
+/// The order is that of being dropped: the broker first.
+struct Full {
+    _broker: Broker,
+    mount: Mount,
+    home: Home,
+}
+
+fn start(home: Home) -> Option<Full> {
+    let mut home = home.setting("log.journal_bytes", "\"16MiB\"");
+    let mount = Mount::new(home.data_dir())?;
+    let broker = home.start();
+    Some(Full { _broker: broker, mount, home })
+}
+
+/// Nearly one MiB that no codec makes smaller, told apart by its number.
+fn payload(number: u64) -> Bytes {
+    let mut bytes = vec![0; 1_000_000];
+    StdRng::seed_from_u64(number).fill_bytes(&mut bytes);
+    bytes.into()
+}
+
+fn request(topic: &str, number: u64) -> AppendRequest {
+    wire::append_plain(topic, 0, vec![payload(number)])
+}
+
+/// Appends one record after the other until one is refused; how many were taken, and the refusal.
+async fn until_full(log: &mut LogClient<Channel>, topic: &str, from: u64) -> (u64, Fault) {
+    for number in from..from + 300 {
+        if let Err(fault) = wire::append(log, request(topic, number)).await {
+            return (number, fault);
+        }
+    }
+    panic!("300 MB went to a disk of 96 MiB");
+}
+
+async fn append_until_taken(log: &mut LogClient<Channel>, topic: &str, number: u64) {
+    for _ in 0..600 {
+        match wire::append(log, request(topic, number)).await {
+            Ok(_) => return,
+            Err(fault) => assert_eq!(fault.reason, Reason::DiskFull, "{fault:?}"),
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+    }
+    panic!("appends did not resume");
+}
+
+/// Every record is there, at its offset, with its bytes.
+async fn holds(log: &mut LogClient<Channel>, topic: &str, count: u64) {
+    let end = i64::try_from(count).expect("few");
+    assert_eq!(wire::latest(log, topic, 0).await.expect("an answer"), end);
+    let records = wire::read_range(log, topic, 0, 0, end).await.expect("it reads");
+    assert_eq!(records.len() as u64, count);
+    for (number, record) in (0..).zip(records) {
+        assert!(record.value == Some(payload(number)), "record {number}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_disk_refuses_appends_serves_reads_and_goes_on_when_there_is_room() {
+    let Some(full) = tokio::task::block_in_place(|| start(Home::new())) else { return };
+    let address = full.home.grpc();
+    let local = [("remote.storage.enable", "false"), SMALL[0]];
+    wire::create_topic(address, "t", 1, &local).await;
+    let mut log = wire::log(address);
+    let filler = full.mount.fill(50 << 20);
+    let (count, fault) = until_full(&mut log, "t", 0).await;
+    assert!(count > 5, "{count} records found room");
+    assert_eq!(fault.reason, Reason::DiskFull, "{fault:?}");
+    assert!(fault.reason.retryable());
+    // It stays so without anything breaking, and what can do without much room goes on.
+    for _ in 0..20 {
+        let fault = wire::append(&mut log, request("t", count)).await.expect_err("still full");
+        assert_eq!(fault.reason, Reason::DiskFull, "{fault:?}");
+    }
+    holds(&mut log, "t", count).await;
+    wire::create_topic(address, "another", 1, &local).await;
+    fs::remove_file(filler).expect("removed");
+    append_until_taken(&mut log, "t", count).await;
+    // More than the journal holds: it goes round.
+    for number in count + 1..count + 15 {
+        wire::append(&mut log, request("t", number)).await.expect("there is room");
+    }
+    holds(&mut log, "t", count + 15).await;
+    wire::append(&mut log, request("another", 0)).await.expect("there is room");
+}
+
+/// The log leaves a reserve: the commit after which segments may go, and the checkpoint after which the journal goes round, may
+/// need room themselves.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_disk_full_of_what_the_bucket_should_have_frees_itself_when_the_bucket_is_back() {
+    let server = S3::start().await;
+    let home = Home::new().object_store(&server);
+    let Some(full) = tokio::task::block_in_place(|| start(home)) else { return };
+    wire::create_topic(full.home.grpc(), "t", 1, SMALL).await;
+    let mut log = wire::log(full.home.grpc());
+    server.faults().set_down(true);
+    let (count, fault) = until_full(&mut log, "t", 0).await;
+    assert_eq!(fault.reason, Reason::DiskFull, "{fault:?}");
+    let free = full.mount.free();
+    server.faults().set_down(false);
+    append_until_taken(&mut log, "t", count).await;
+    tokio::task::block_in_place(|| {
+        eventually("the bucket has it all", || {
+            let state = partition(&full.home.cli(), "t");
+            (state["tiered_end"] == count + 1 && state["local_start"] == count + 1).then_some(())
+        });
+    });
+    holds(&mut log, "t", count + 1).await;
+    assert!(free > 16 << 20, "the log leaves room for what makes room: {free}");
+}
+
+/// Somebody else takes the last byte, the reserve included.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn not_one_byte_left_is_survived_without_a_restart() {
+    let server = S3::start().await;
+    let home = Home::new().object_store(&server);
+    let Some(full) = tokio::task::block_in_place(|| start(home)) else { return };
+    let address = full.home.grpc();
+    wire::create_topic(address, "t", 1, SMALL).await;
+    let mut log = wire::log(address);
+    for number in 0..15 {
+        wire::append(&mut log, request("t", number)).await.expect("there is room");
+    }
+    let filler = full.mount.fill(0);
+    let (count, fault) = until_full(&mut log, "t", 15).await;
+    assert_eq!(fault.reason, Reason::DiskFull, "{fault:?}");
+    let another = CreateTopicRequest { name: "another".to_owned(), partitions: 1, ..Default::default() };
+    let refused = wire::admin(address).create_topic(another.clone()).await.expect_err("metadata needs room too");
+    let fault = Fault::from(&refused);
+    assert_eq!(fault.reason, Reason::MetadataUnavailable, "{fault:?}");
+    assert!(fault.reason.retryable() && fault.message.contains("full"), "{fault:?}");
+    holds(&mut log, "t", count).await;
+    fs::remove_file(filler).expect("removed");
+    append_until_taken(&mut log, "t", count).await;
+    wire::admin(address).create_topic(another).await.expect("there is room");
+    tokio::task::block_in_place(|| {
+        eventually("the bucket has it all", || {
+            (partition(&full.home.cli(), "t")["tiered_end"] == count + 1).then_some(())
+        });
+    });
+    holds(&mut log, "t", count + 1).await;
+}
+
+/// Not even the superuser writes there.
+#[test]
+fn a_data_directory_on_a_read_only_file_system_is_named() {
+    let home = Home::new();
+    let Some(mount) = Mount::new(home.data_dir()) else { return };
+    let remounted = Command::new("mount").args(["-o", "remount,ro"]).arg(&mount.at).status().expect("mount is there");
+    assert!(remounted.success());
+    let mut broker = home.spawn();
+    assert_eq!(broker.wait().code(), Some(1), "{}", home.log());
+    let (log, place) = (home.log(), home.data_dir().display().to_string());
+    assert!(log.contains(&place) && log.to_lowercase().contains("read-only"), "{log}");
+    assert!(!log.contains("panicked"), "{log}");
+}

@@ -1,0 +1,400 @@
+//! Bad input over every port: each gets an error that says what is wrong, and everybody else is served meanwhile.
+
+use std::{
+    fs,
+    io::{Read as _, Write as _},
+    net::{SocketAddr, TcpListener, TcpStream},
+    path::Path,
+    time::Duration,
+};
+
+use bytes::Bytes;
+use rand::{Rng as _, RngExt as _, SeedableRng as _, rngs::StdRng};
+use strandline::{
+    limits,
+    proto::{
+        fault::{Fault, Reason},
+        v1::{CreateTopicRequest, FetchPartition, ReadRequest},
+    },
+};
+
+use crate::{
+    broker::{Broker, Cli, Home, Output, http_get},
+    wire,
+};
+
+/// One record in and out again: the broker serves.
+async fn serves(address: SocketAddr, topic: &str) {
+    let mut log = wire::log(address);
+    let value = Bytes::from_static(b"still here");
+    let appended =
+        wire::append(&mut log, wire::append_plain(topic, 0, vec![value.clone()])).await.expect("it takes records");
+    let records =
+        wire::read_range(&mut log, topic, 0, appended.base_offset, appended.end_offset).await.expect("it reads");
+    assert_eq!(records.len(), 1);
+    assert_eq!(records[0].value, Some(value));
+}
+
+async fn running(topics: &[&str]) -> (Home, Broker) {
+    let mut home = Home::new();
+    let broker = tokio::task::block_in_place(|| home.start());
+    for topic in topics {
+        wire::create_topic(home.grpc(), topic, 1, &[]).await;
+    }
+    (home, broker)
+}
+
+/// Sends bytes and reads what comes until the other side ends or has nothing more to say.
+fn throw(address: SocketAddr, bytes: &[u8]) {
+    let mut stream = TcpStream::connect(address).expect("the port is open");
+    stream.set_read_timeout(Some(Duration::from_millis(200))).expect("a timeout can be set");
+    // The broker may well hang up in the middle.
+    let _ = stream.write_all(bytes);
+    let _ = stream.shutdown(std::net::Shutdown::Write);
+    let mut answer = [0; 4096];
+    while stream.read(&mut answer).is_ok_and(|read| read > 0) {}
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn random_bytes_on_every_port_harm_nobody() {
+    const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+    let (home, mut broker) = running(&["calm"]).await;
+    let seed = 0x57a4_d11e;
+    let mut rng = StdRng::seed_from_u64(seed);
+    for address in [home.grpc(), home.http()] {
+        for prefix in [
+            &b""[..],
+            PREFACE,
+            b"GET / HTTP/1.1\r\n",
+            b"\x16\x03\x01\x02\x00\x01\x00",
+            b"POST /strandline.v1.Log/Append",
+        ] {
+            for _ in 0..5 {
+                let mut bytes = prefix.to_vec();
+                let start = bytes.len();
+                bytes.resize(start + rng.random_range(0..20_000_usize), 0);
+                rng.fill_bytes(&mut bytes[start..]);
+                tokio::task::block_in_place(|| throw(address, &bytes));
+            }
+        }
+        serves(home.grpc(), "calm").await;
+    }
+    // Frames of HTTP/2 that promise what does not come: a settings frame and headers of 16 MB.
+    let promises = [PREFACE, &[0, 0, 0, 4, 0, 0, 0, 0, 0], &[0xff, 0xff, 0xff, 1, 4, 0, 0, 0, 1]].concat();
+    tokio::task::block_in_place(|| throw(home.grpc(), &promises));
+    // A hundred callers who say nothing.
+    let silent: Vec<TcpStream> = (0..100)
+        .map(|n| TcpStream::connect(if n % 2 == 0 { home.grpc() } else { home.http() }).expect("the port is open"))
+        .collect();
+    serves(home.grpc(), "calm").await;
+    assert_eq!(http_get(home.http(), "/healthz").expect("an answer").0, 200);
+    drop(silent);
+    assert!(broker.is_running());
+}
+
+/// What a changed batch must be answered with. The topic takes the largest batches, so that only the change is wrong.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_bad_batch_is_refused_by_name_and_nothing_of_it_is_stored() {
+    let (home, mut broker) = running(&["batches"]).await;
+    let mut log = wire::log(home.grpc());
+    let good = wire::batch(&[b"one", b"two"]);
+    let changed = |change: &dyn Fn(&mut Vec<u8>)| {
+        let mut bytes = good.clone();
+        change(&mut bytes);
+        bytes
+    };
+    let put = |at: usize, value: i32| {
+        move |bytes: &mut Vec<u8>| {
+            bytes[at..at + 4].copy_from_slice(&value.to_be_bytes());
+            wire::renew_crc(bytes);
+        }
+    };
+    let cases: Vec<(&str, Vec<u8>)> = vec![
+        ("a wrong CRC", changed(&|bytes| bytes[17] ^= 1)),
+        ("a flipped bit in a value", changed(&|bytes| *bytes.last_mut().expect("bytes") ^= 0x10)),
+        ("magic 0", changed(&|bytes| bytes[16] = 0)),
+        ("magic 1", changed(&|bytes| bytes[16] = 1)),
+        ("magic 3", changed(&|bytes| bytes[16] = 3)),
+        ("a length of zero", changed(&put(8, 0))),
+        ("a negative length", changed(&put(8, -1))),
+        ("the least length", changed(&put(8, i32::MIN))),
+        ("the largest length", changed(&put(8, i32::MAX))),
+        ("a length that is one short", changed(&put(8, i32::try_from(good.len()).expect("small") - 13))),
+        ("a length that is one long", changed(&put(8, i32::try_from(good.len()).expect("small") - 11))),
+        ("no records", changed(&put(57, 0))),
+        ("a negative count", changed(&put(57, -1))),
+        ("a count above the last delta", changed(&put(57, 3))),
+        (
+            "the largest count",
+            changed(&|bytes| {
+                put(23, i32::MAX - 1)(bytes);
+                put(57, i32::MAX)(bytes);
+            }),
+        ),
+        ("a negative last delta", changed(&put(23, -2))),
+        ("a negative offset", changed(&|bytes| bytes[..8].copy_from_slice(&(-5_i64).to_be_bytes()))),
+        ("an offset that overflows", changed(&|bytes| bytes[..8].copy_from_slice(&i64::MAX.to_be_bytes()))),
+        ("an unknown codec", wire::frame(&good[61..], 2, 7)),
+        ("a control batch", wire::frame(&good[61..], 2, 1 << 5)),
+        ("a transaction", wire::frame(&good[61..], 2, 1 << 4)),
+        ("unknown attributes", wire::frame(&good[61..], 2, 1 << 9)),
+        ("half a batch", good[..good.len() / 2].to_vec()),
+        ("half a header", good[..30].to_vec()),
+        ("one byte", vec![0]),
+        ("two batches", [good.clone(), good.clone()].concat()),
+        ("text", b"this is no batch at all, though it is long enough to hold the header of one".to_vec()),
+    ];
+    for (name, bytes) in cases {
+        let fault = wire::append(&mut log, wire::append_batch("batches", 0, bytes)).await.expect_err(name);
+        assert_eq!(fault.reason, Reason::MalformedBatch, "{name}: {fault}");
+        assert!(!fault.retryable && fault.message.len() > 15, "{name} is explained: {fault}");
+    }
+    let fault = wire::append(&mut log, wire::append_batch("batches", 0, Bytes::new())).await.expect_err("nothing");
+    assert!(matches!(fault.reason, Reason::MalformedBatch | Reason::InvalidRequest), "{fault:?}");
+    assert_eq!(wire::latest(&mut log, "batches", 0).await, Ok(0), "nothing was stored");
+    wire::append(&mut log, wire::append_batch("batches", 0, good)).await.expect("the good one is taken");
+    let records = wire::read_range(&mut log, "batches", 0, 0, 2).await.expect("it is read");
+    assert_eq!(records.iter().filter_map(|record| record.value.as_deref()).collect::<Vec<_>>(), [b"one", b"two"]);
+    assert!(broker.is_running());
+}
+
+/// The header is right and the CRC too: only who decodes the records finds out. Whoever does must survive it, and other
+/// topics must not notice.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hostile_records_and_bombs_behind_a_good_header_are_survived() {
+    let (home, mut broker) = running(&["plain", "calm"]).await;
+    wire::create_topic(home.grpc(), "recompressed", 1, &[("compression.type", "gzip")]).await;
+    let mut log = wire::log(home.grpc());
+    let hostile_length = |length: i64| {
+        let mut records = Vec::new();
+        wire::varint(&mut records, length);
+        records.extend_from_slice(&[0; 20]);
+        wire::frame(&records, 1, 0)
+    };
+    let cases = [
+        ("a record of 2 GiB", hostile_length(i64::from(i32::MAX))),
+        ("a record of a negative length", hostile_length(-1)),
+        ("a length that never ends", wire::frame(&[0xff; 40], 1, 0)),
+        ("a million records in no bytes", wire::frame(&[], 1 << 20, 0)),
+        ("zstd that is none", wire::frame(b"certainly no zstd frame", 1, 4)),
+        ("lz4 that is none", wire::frame(&[0xff; 64], 1, 3)),
+        ("snappy that claims 4 GiB", wire::frame(&[0xff, 0xff, 0xff, 0xff, 0x0f, 0, 0, 0], 1, 2)),
+        ("a zstd bomb", wire::frame(&bomb(), 1, 4)),
+    ];
+    for (name, bytes) in cases {
+        for topic in ["plain", "recompressed"] {
+            let append = wire::append(&mut log, wire::append_batch(topic, 0, bytes.clone())).await;
+            match append {
+                // Refused at the door, which is best.
+                Err(fault) => assert_eq!(fault.reason, Reason::MalformedBatch, "{name} into {topic}: {fault}"),
+                // Taken unread: then reading it as records fails, and says so.
+                Ok(appended) => {
+                    assert_eq!(topic, "plain", "{name}: a broker that compresses anew has read it");
+                    let read = wire::read_range(&mut log, topic, 0, appended.base_offset, appended.end_offset).await;
+                    let fault = read.expect_err(name);
+                    assert!(matches!(fault.reason, Reason::MalformedBatch | Reason::DataDamaged), "{name}: {fault:?}");
+                }
+            }
+        }
+        serves(home.grpc(), "calm").await;
+    }
+    assert!(broker.is_running());
+}
+
+/// Zeros, more of them than anything may decompress to, in a few kilobytes.
+fn bomb() -> Vec<u8> {
+    let mut encoder = zstd::stream::Encoder::new(Vec::new(), 1).expect("an encoder");
+    let zeros = vec![0; 1 << 20];
+    for _ in 0..=limits::MAX_DECOMPRESSED_BYTES >> 20 {
+        encoder.write_all(&zeros).expect("a vector grows");
+    }
+    encoder.finish().expect("a vector grows")
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn requests_for_what_is_not_there_are_refused_by_name() {
+    let (home, _broker) = running(&["small"]).await;
+    let mut log = wire::log(home.grpc());
+    let value = || vec![Bytes::from_static(b"x")];
+    for topic in ["nobody", "", "a/b", "..", "\u{1f980}", &"n".repeat(100_000)] {
+        let fault = wire::append(&mut log, wire::append_plain(topic, 0, value())).await.expect_err("no such topic");
+        assert!(matches!(fault.reason, Reason::UnknownTopic | Reason::InvalidTopic), "{fault:?}");
+        assert!(fault.message.len() < 2000, "a name of any length is not thrown back: {}", fault.message.len());
+        let fault = wire::latest(&mut log, topic, 0).await.expect_err("no such topic");
+        assert!(matches!(fault.reason, Reason::UnknownTopic | Reason::InvalidTopic), "{fault:?}");
+    }
+    for partition in [1, -1, i32::MAX, i32::MIN] {
+        let fault =
+            wire::append(&mut log, wire::append_plain("small", partition, value())).await.expect_err("no partition");
+        assert_eq!(fault.reason, Reason::UnknownPartition, "{fault:?}");
+        assert!(fault.message.contains(&partition.to_string()), "{fault}");
+    }
+    let fault = wire::append(&mut log, wire::append_plain("small", 0, vec![])).await.expect_err("no records");
+    assert_eq!(fault.reason, Reason::InvalidRequest, "{fault:?}");
+    wire::append(&mut log, wire::append_plain("small", 0, value())).await.expect("one record");
+    for offset in [2, i64::MAX - 1, -1, i64::MIN] {
+        let fault = wire::read_range(&mut log, "small", 0, offset, i64::MAX).await;
+        let fault = fault.expect_err("there is no such offset");
+        assert!(matches!(fault.reason, Reason::OffsetOutOfRange | Reason::InvalidRequest), "{offset}: {fault:?}");
+        if offset == 2 {
+            assert_eq!(
+                (fault.reason, fault.number("start"), fault.number("end")),
+                (Reason::OffsetOutOfRange, Some(0), Some(1))
+            );
+        }
+    }
+    let partitions =
+        vec![FetchPartition { topic: "small".into(), ..Default::default() }; limits::MAX_FETCH_PARTITIONS + 1];
+    let status = log.read(ReadRequest { partitions, ..Default::default() }).await.expect_err("too many");
+    assert_eq!(Fault::from(&status).reason, Reason::InvalidRequest, "{status:?}");
+    for (name, partitions) in [("", 1), ("a b", 1), ("..", 1), ("huge", limits::MAX_PARTITIONS + 1)] {
+        let request = CreateTopicRequest { name: name.into(), partitions, ..Default::default() };
+        let status = wire::admin(home.grpc()).create_topic(request).await.expect_err("not possible");
+        let fault = Fault::from(&status);
+        assert!(matches!(fault.reason, Reason::InvalidTopic | Reason::InvalidRequest), "{name:?}: {fault:?}");
+    }
+    serves(home.grpc(), "small").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_too_large_is_refused_and_the_next_is_taken() {
+    let (home, mut broker) = running(&["calm"]).await;
+    wire::create_topic(home.grpc(), "narrow", 1, &[("max.message.bytes", "2000")]).await;
+    let mut log = wire::log(home.grpc());
+    let large = vec![7_u8; 3000];
+    let plain = wire::append_plain("narrow", 0, vec![large.clone().into()]);
+    for request in [wire::append_batch("narrow", 0, wire::batch(&[&large])), plain] {
+        let fault = wire::append(&mut log, request).await.expect_err("too large");
+        assert_eq!(fault.reason, Reason::RecordTooLarge, "{fault:?}");
+        assert!(fault.message.contains("2000"), "says what is allowed: {fault}");
+    }
+    wire::append(&mut log, wire::append_batch("narrow", 0, wire::batch(&[b"fits"]))).await.expect("small enough");
+    let over = wire::append_batch("calm", 0, vec![0; limits::MAX_MESSAGE_BYTES + 1]);
+    let fault = wire::append(&mut log, over).await.expect_err("over the message limit");
+    assert!(!matches!(fault.reason, Reason::Internal), "{fault:?}");
+    serves(home.grpc(), "calm").await;
+    assert!(broker.is_running());
+}
+
+/// A broker that must not start: it ends by itself with 1 and says why.
+fn refuses(home: &Home, said: &[&str]) {
+    let before = home.log().len();
+    let status = home.spawn().wait();
+    let log = home.log().split_off(before);
+    assert_eq!(status.code(), Some(1), "{log}");
+    for word in said {
+        assert!(log.contains(word), "it says {word:?}: {log}");
+    }
+    assert!(!log.contains("panicked") && !log.contains("stack backtrace"), "{log}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_data_directory_has_one_broker() {
+    let (home, broker) = running(&["calm"]).await;
+    let second = Home::new();
+    let output = start(second.path(), &config(&second, &home.data_dir(), ""));
+    assert_eq!(output.code, 1, "{output:?}");
+    let place = home.data_dir().display().to_string();
+    assert!(output.stderr.contains(&place) && output.stderr.contains("in use"), "{output:?}");
+    assert!(output.stderr.contains(&broker.pid().to_string()), "it says by whom: {output:?}");
+    serves(home.grpc(), "calm").await;
+}
+
+/// A configuration for a home's ports with another data directory, and more lines after it.
+fn config(home: &Home, data: &Path, more: &str) -> String {
+    format!(
+        "[broker]\nid = 1\ndata_dir = {data:?}\n[grpc]\nlisten = \"{}\"\n[http]\nlisten = \"{}\"\n{more}",
+        home.grpc(),
+        home.http()
+    )
+}
+
+/// Runs `strandline broker` with this configuration; it is expected to end by itself.
+fn start(folder: &Path, config: &str) -> Output {
+    let file = folder.join("bad.toml");
+    fs::write(&file, config).expect("written");
+    Cli::without_broker(folder).run(&["broker", "--config", file.to_str().expect("a path of ours")])
+}
+
+/// The card that says whose directory it is holds against what starts there.
+#[test]
+fn a_data_directory_of_a_newer_version_or_of_another_broker_is_left_alone() {
+    let mut home = Home::new();
+    assert!(home.start().terminate().success(), "{}", home.log());
+    let other = start(home.path(), &config(&home, &home.data_dir(), "").replace("id = 1", "id = 2"));
+    assert_eq!(other.code, 1, "{other:?}");
+    assert!(other.stderr.contains(&home.data_dir().display().to_string()), "{other:?}");
+    let path = home.data_dir().join("strandline.json");
+    let mut card: serde_json::Value = serde_json::from_slice(&fs::read(&path).expect("a card")).expect("it is JSON");
+    card["format"] = 99.into();
+    let newer = card.to_string();
+    fs::write(&path, &newer).expect("written");
+    refuses(&home, &[&home.data_dir().display().to_string(), "99"]);
+    assert_eq!(fs::read_to_string(&path).expect("a card"), newer, "it is as it was");
+}
+
+#[test]
+fn a_data_directory_that_cannot_be_used_is_named() {
+    let home = Home::new();
+    let file = home.path().join("a-file");
+    fs::write(&file, "not a folder").expect("written");
+    // Even the superuser makes no folder in /proc.
+    for place in [file.as_path(), &file.join("below"), Path::new("/proc/strandline")] {
+        let output = start(home.path(), &config(&home, place, ""));
+        assert_eq!(output.code, 1, "{output:?}");
+        assert!(output.stderr.contains(&place.display().to_string()), "names {}: {output:?}", place.display());
+        assert!(!output.stderr.contains("panicked"), "{output:?}");
+    }
+}
+
+#[test]
+fn a_port_in_use_is_named() {
+    let home = Home::new();
+    let taken = TcpListener::bind(home.grpc()).expect("free");
+    refuses(&home, &[&home.grpc().port().to_string(), "127.0.0.1", "in use"]);
+    drop(taken);
+    let _taken = TcpListener::bind(home.http()).expect("free");
+    refuses(&home, &[&home.http().port().to_string(), "127.0.0.1", "in use"]);
+}
+
+/// Every mistake is found before data is touched, by file, line and key.
+#[test]
+fn a_wrong_configuration_names_file_line_and_key() {
+    let home = Home::new();
+    let data = home.path().join("never-made");
+    for (more, line, said) in [
+        ("[object_stor]\nurl = \"memory://\"\n", 8, &["object_stor", "object_store"][..]),
+        ("[object_store]\nurll = \"memory://\"\n", 9, &["urll", "url"]),
+        ("[object_store]\nurl = 7\n", 9, &["url"]),
+        ("[object_store]\nurl = \"memory://\n", 9, &[]),
+        ("[topic_defaults]\n\"segment.byte\" = 1000000\n", 9, &["segment.byte", "segment.bytes"]),
+        ("[topic_defaults]\n\"segment.bytes\" = 5\n", 9, &["segment.bytes", "5", "16384"]),
+        ("[topic_defaults]\n\"durability\" = \"maybe\"\n", 9, &["durability", "maybe", "persisted"]),
+        ("[metadata]\netcd = \"not a list\"\n", 9, &["etcd"]),
+    ] {
+        let output = start(home.path(), &config(&home, &data, more));
+        assert_eq!(output.code, 1, "{more}: {output:?}");
+        assert!(output.stderr.contains("bad.toml"), "names the file: {more}: {output:?}");
+        assert!(output.stderr.contains(&line.to_string()), "names line {line}: {more}: {output:?}");
+        for word in said {
+            assert!(output.stderr.contains(word), "says {word:?}: {more}: {output:?}");
+        }
+        assert!(!data.exists(), "nothing was made: {more}");
+    }
+    let missing = Cli::without_broker(home.path()).run(&["broker", "--config", "/nowhere/broker.toml"]);
+    assert_eq!(missing.code, 1, "{missing:?}");
+    assert!(missing.stderr.contains("/nowhere/broker.toml"), "{missing:?}");
+    let store = start(home.path(), &config(&home, &data, "[object_store]\nurl = \"ftp://host/x\"\n"));
+    assert_eq!(store.code, 1, "{store:?}");
+    assert!(store.stderr.contains("ftp://host/x"), "{store:?}");
+}
+
+#[test]
+fn the_bomb_is_one() {
+    let bomb = bomb();
+    assert!(bomb.len() < 100_000, "{} bytes", bomb.len());
+    let mut grown: u64 = 0;
+    let mut decoder = zstd::stream::Decoder::new(&bomb[..]).expect("a decoder");
+    grown += std::io::copy(&mut decoder, &mut std::io::sink()).expect("it decompresses");
+    assert!(usize::try_from(grown).expect("64 bits") > limits::MAX_DECOMPRESSED_BYTES);
+}

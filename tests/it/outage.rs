@@ -1,0 +1,235 @@
+//! The bucket is an S3 server that goes away, refuses, loses answers, is slow, or loses an object: a real broker goes on
+//! with what it has, loses nothing, and catches up by itself.
+
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use strandline::proto::{fault::Reason, v1::Acks};
+
+use crate::{
+    broker::{Broker, Cli, Home, eventually},
+    damage::{files, lines, partition},
+    s3::{Fault, Op, S3},
+    wire,
+};
+
+/// Small segments that leave the disk as soon as the bucket has them.
+const EAGER: &[&str] = &["segment.bytes=65536", "segment.ms=200", "local.retention.bytes=0", "retention.ms=-1"];
+
+fn start(with: impl FnOnce(Home) -> Home) -> (S3, Home, Broker) {
+    let server = S3::begin();
+    let mut home = with(Home::new().object_store(&server));
+    let broker = home.start();
+    (server, home, broker)
+}
+
+fn create(cli: &Cli, topic: &str, config: &[&str]) {
+    let config: Vec<&str> = config.iter().flat_map(|one| ["--config", *one]).collect();
+    cli.ok(&[&["topic", "create", topic][..], &config].concat());
+}
+
+fn mark(cli: &Cli, topic: &str, name: &str) -> i64 {
+    partition(cli, topic)[name].as_i64().expect("a number")
+}
+
+/// Waits until the bucket alone holds the first `end` records, which are all.
+fn settled(cli: &Cli, topic: &str, end: i64) {
+    eventually("everything is in the bucket, and there alone", || {
+        let state = partition(cli, topic);
+        (state["high_watermark"] == end && state["tiered_end"] == end && state["local_start"] == end).then_some(())
+    });
+}
+
+fn reads(cli: &Cli, topic: &str, from: &str, expected: &str) {
+    let read = cli.ok(&["consume", topic, "--from", from, "--until-end"]);
+    assert!(read.stdout == expected.as_bytes(), "{} of {} bytes", read.stdout.len(), expected.len());
+}
+
+fn segments(folder: &Path) -> Vec<PathBuf> {
+    files(folder, ".segment")
+}
+
+/// The offsets that a segment object's name says.
+fn range(object: &Path) -> (i64, i64) {
+    let name = object.file_name().and_then(|name| name.to_str()).expect("a name");
+    let mut parts = name.split('-').map(|part| part.parse().expect("a number"));
+    (parts.next().expect("its base"), parts.next().expect("its end"))
+}
+
+#[test]
+fn a_bucket_that_is_gone_costs_no_record_and_its_return_needs_no_restart() {
+    let (server, home, mut broker) = start(|home| home);
+    let (cli, text) = (home.cli(), lines(20_000));
+    create(&cli, "t", EAGER);
+    cli.ok_with(&["produce", "t"], text.as_bytes());
+    settled(&cli, "t", 20_000);
+    server.faults().set_down(true);
+    for _ in 0..3 {
+        cli.ok_with(&["produce", "t"], text.as_bytes());
+    }
+    reads(&cli, "t", "20000", &text.repeat(3));
+    assert_eq!(mark(&cli, "t", "tiered_end"), 20_000);
+    assert_eq!(mark(&cli, "t", "local_start"), 20_000, "nothing is evicted that the bucket has not");
+    let local = files(&home.data_dir(), ".log").len();
+    assert!(local > 20, "sealed segments gather on disk: {local}");
+    assert_eq!(home.metric("strandline_tier_lag_records"), 60_000.0);
+    assert!(broker.is_running());
+    server.faults().set_down(false);
+    settled(&cli, "t", 80_000);
+    assert_eq!(home.metric("strandline_tier_lag_records"), 0.0);
+    eventually("the local files are gone", || (files(&home.data_dir(), ".log").len() < 5).then_some(()));
+    reads(&cli, "t", "earliest", &text.repeat(4));
+}
+
+#[test]
+fn a_bucket_that_is_gone_at_the_start_delays_uploads_and_not_the_start() {
+    let (server, mut home, broker) = start(|home| home);
+    let text = lines(10_000);
+    create(&home.cli(), "t", EAGER);
+    home.cli().ok_with(&["produce", "t"], text.as_bytes());
+    settled(&home.cli(), "t", 10_000);
+    assert!(broker.terminate().success(), "{}", home.log());
+    server.faults().set_down(true);
+    let _broker = home.start();
+    home.cli().ok_with(&["produce", "t"], text.as_bytes());
+    reads(&home.cli(), "t", "10000", &text);
+    server.faults().set_down(false);
+    settled(&home.cli(), "t", 20_000);
+    reads(&home.cli(), "t", "earliest", &text.repeat(2));
+}
+
+#[test]
+fn a_storm_of_refusals_and_lost_answers_doubles_and_loses_nothing() {
+    let (server, home, _broker) = start(|home| home);
+    let (cli, text) = (home.cli(), lines(20_000));
+    create(&cli, "t", EAGER);
+    for op in [Op::Put, Op::Get, Op::Head, Op::List] {
+        server.faults().inject(op, Fault::Status(503), 5);
+        server.faults().inject(op, Fault::LostAnswer, 5);
+        server.faults().inject(op, Fault::Refuse, 2);
+        server.faults().inject(op, Fault::Status(500), 2);
+    }
+    server.faults().inject(Op::Put, Fault::Twice, 10);
+    for _ in 0..2 {
+        cli.ok_with(&["produce", "t"], text.as_bytes());
+    }
+    reads(&cli, "t", "earliest", &text.repeat(2));
+    settled(&cli, "t", 40_000);
+    assert!(server.faults().hits() > 20, "{}", server.faults().hits());
+    server.faults().clear();
+    reads(&cli, "t", "earliest", &text.repeat(2));
+}
+
+#[test]
+fn a_slow_bucket_holds_up_no_acknowledgement() {
+    let (server, home, _broker) = start(|home| home);
+    let (cli, text) = (home.cli(), lines(20_000));
+    create(&cli, "t", EAGER);
+    for op in [Op::Put, Op::Get, Op::Head, Op::List] {
+        server.faults().inject(op, Fault::Delay(Duration::from_secs(10)), usize::MAX);
+    }
+    cli.ok_with(&["produce", "t"], text.as_bytes());
+    eventually("an upload is under way", || (server.faults().hits() > 0).then_some(()));
+    cli.ok_with(&["produce", "t"], text.as_bytes());
+    assert_eq!(mark(&cli, "t", "tiered_end"), 0, "all are acknowledged before the bucket has answered once");
+    server.faults().clear();
+    settled(&cli, "t", 40_000);
+    reads(&cli, "t", "earliest", &text.repeat(2));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_object_that_is_gone_is_damage_there_and_nowhere_else() {
+    let (server, home, _broker) = tokio::task::block_in_place(|| start(|home| home));
+    let (cli, text) = (home.cli(), lines(20_000));
+    let gone = tokio::task::block_in_place(|| {
+        create(&cli, "t", EAGER);
+        cli.ok_with(&["produce", "t"], text.as_bytes());
+        settled(&cli, "t", 20_000);
+        segments(&server.bucket()).remove(2)
+    });
+    let (base, end) = range(&gone);
+    std::fs::remove_file(&gone).expect("deleted behind the broker's back");
+    let mut log = wire::log(home.grpc());
+    assert_eq!(wire::read_range(&mut log, "t", 0, 0, base).await.expect("before it").len() as i64, base);
+    let fault = wire::read_range(&mut log, "t", 0, base, end).await.expect_err("not there");
+    assert_eq!(fault.reason, Reason::DataDamaged, "{fault:?}");
+    let name = gone.file_name().and_then(|name| name.to_str()).expect("a name");
+    assert!(fault.message.contains(name) && fault.message.contains(&base.to_string()), "{fault:?}");
+    let after = wire::read_range(&mut log, "t", 0, end, 20_000).await.expect("after it");
+    assert_eq!(after.len() as i64, 20_000 - end);
+    let appended = wire::append(&mut log, wire::append_plain("t", 0, vec![Bytes::from_static(b"goes on")])).await;
+    assert_eq!(appended.expect("it takes records").base_offset, 20_000);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn acks_tiered_waits_for_the_bucket_and_not_for_the_segment_to_fill() {
+    let (server, home, _broker) = tokio::task::block_in_place(|| start(|home| home));
+    // A segment that neither fills nor ages within this test.
+    wire::create_topic(home.grpc(), "t", 1, &[("segment.ms", "86400000")]).await;
+    let mut log = wire::log(home.grpc());
+    let tiered = |value: &'static [u8], timeout_ms| {
+        let mut request = wire::append_plain("t", 0, vec![Bytes::from_static(value)]);
+        (request.acks, request.timeout_ms) = (Acks::Tiered.into(), timeout_ms);
+        request
+    };
+    let first = wire::append(&mut log, tiered(b"one", 10_000)).await.expect("the bucket works");
+    assert_eq!(first.base_offset, 0);
+    assert_eq!(tokio::task::block_in_place(|| mark(&home.cli(), "t", "tiered_end")), 1);
+    assert_eq!(segments(&server.bucket()).len(), 1);
+
+    server.faults().set_down(true);
+    let fault = wire::append(&mut log, tiered(b"two", 1_000)).await.expect_err("it is not in the bucket");
+    assert_eq!(fault.reason, Reason::Timeout, "{fault:?}");
+    let there = wire::read_range(&mut log, "t", 0, 1, 2).await.expect("it is written all the same");
+    assert_eq!(there[0].value.as_deref(), Some(&b"two"[..]));
+    server.faults().set_down(false);
+    let third = wire::append(&mut log, tiered(b"three", 40_000)).await.expect("the bucket works again");
+    assert_eq!(third.base_offset, 2);
+    assert_eq!(tokio::task::block_in_place(|| mark(&home.cli(), "t", "tiered_end")), 3);
+}
+
+#[test]
+fn a_deleted_topic_leaves_the_bucket_after_the_grace_and_others_stay() {
+    let (server, home, _broker) = start(|home| home.setting("tier.garbage_grace", "\"1s\""));
+    let (cli, text) = (home.cli(), lines(5_000));
+    let mut folders = Vec::new();
+    for topic in ["goes", "stays"] {
+        create(&cli, topic, EAGER);
+        cli.ok_with(&["produce", topic], text.as_bytes());
+        settled(&cli, topic, 5_000);
+        let described = cli.ok(&["topic", "describe", topic, "--output", "json"]).json();
+        let id = described["topic_id"].as_str().or(described["id"].as_str()).expect("an id").to_owned();
+        folders.push(server.bucket().join("it/topics").join(id));
+    }
+    let stay = segments(&folders[1]);
+    assert!(!segments(&folders[0]).is_empty() && !stay.is_empty());
+    cli.ok(&["topic", "delete", "goes"]);
+    eventually("its objects are gone", || (!folders[0].exists() || files(&folders[0], "").is_empty()).then_some(()));
+    assert_eq!(segments(&folders[1]), stay);
+    reads(&cli, "stays", "earliest", &text);
+}
+
+#[test]
+fn size_retention_covers_both_tiers_and_objects_go_after_the_grace() {
+    let (server, home, _broker) =
+        start(|home| home.setting("tier.garbage_grace", "\"1s\"").setting("tier.check_interval", "\"1s\""));
+    let (cli, text) = (home.cli(), lines(40_000));
+    create(&cli, "t", &[EAGER, &["retention.bytes=400000"]].concat());
+    cli.ok_with(&["produce", "t"], text.as_bytes());
+    let start = eventually("the log start has moved as far as it goes", || {
+        let state = partition(&cli, "t");
+        let bytes = state["tiered_bytes"].as_u64().expect("a number");
+        let start = state["log_start"].as_i64().expect("a number");
+        (state["tiered_end"] == 40_000 && start > 0 && bytes < 400_000 + 70_000).then_some(start)
+    });
+    let bytes = partition(&cli, "t")["tiered_bytes"].as_u64().expect("a number");
+    assert!(bytes >= 400_000, "no more goes than must: {bytes}");
+    eventually("what lies below the log start is deleted", || {
+        segments(&server.bucket()).iter().all(|object| range(object).1 > start).then_some(())
+    });
+    let rest: String = text.split_inclusive('\n').skip(usize::try_from(start).expect("positive")).collect();
+    reads(&cli, "t", "earliest", &rest);
+}

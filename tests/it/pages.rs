@@ -1,0 +1,140 @@
+//! The pages that people read say what is so: links lead somewhere, `docs/errors.md` has the code's errors.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use strandline::proto::fault::Reason;
+
+/// The first three cells of each row that the page must have, in order.
+fn expected() -> Vec<String> {
+    let retry = |reason: &Reason| if reason.retryable() { "yes" } else { "no" };
+    Reason::ALL
+        .iter()
+        .map(|reason| format!("| `{}` | `{:?}` | {} |", reason.word(), reason.code(), retry(reason)))
+        .collect()
+}
+
+#[test]
+fn every_reason_is_documented_with_its_code_and_whether_to_retry() {
+    let path = root().join("docs/errors.md");
+    let page = fs::read_to_string(path).expect("the page is there");
+    let rows: Vec<&str> = page.lines().filter(|line| line.starts_with("| `")).collect();
+    let expected = expected();
+    for (row, wanted) in rows.iter().zip(&expected) {
+        assert!(row.starts_with(wanted.as_str()), "docs/errors.md has\n{row}\nwhere the code says\n{wanted}");
+        assert!(row.len() > wanted.len() + 20, "the row says what to do: {row}");
+    }
+    assert_eq!(rows.len(), expected.len(), "rows of docs/errors.md and reasons of the code");
+}
+
+#[test]
+fn every_reason_is_known_by_its_word() {
+    for reason in Reason::ALL {
+        assert_eq!(Reason::from_word(reason.word()), Some(*reason));
+    }
+}
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// Every page: those at the top and those of `docs/`.
+fn pages() -> Vec<PathBuf> {
+    let (mut folders, mut found) = (vec![root().join("docs")], Vec::new());
+    let markdown = |path: &Path| path.extension().is_some_and(|extension| extension == "md");
+    let list = |folder: &Path| -> Vec<PathBuf> {
+        fs::read_dir(folder).expect("it can be listed").map(|entry| entry.expect("it can be listed").path()).collect()
+    };
+    found.extend(list(root()).into_iter().filter(|path| markdown(path)));
+    while let Some(folder) = folders.pop() {
+        for path in list(&folder) {
+            if path.is_dir() {
+                folders.push(path);
+            } else if markdown(&path) {
+                found.push(path);
+            }
+        }
+    }
+    found
+}
+
+/// The targets of a page's links that lead into this repository.
+fn links(page: &str) -> Vec<&str> {
+    let after = page.split("](").skip(1);
+    let targets = after.filter_map(|rest| rest.split([')', '#']).next());
+    targets.filter(|target| !target.is_empty() && !target.contains("://")).collect()
+}
+
+#[test]
+fn every_link_leads_somewhere() {
+    let pages = pages();
+    assert!(pages.len() > 10, "the pages were found: {pages:?}");
+    for path in pages {
+        let text = fs::read_to_string(&path).expect("a page");
+        for link in links(&text) {
+            let target = path.parent().expect("a folder").join(link);
+            assert!(target.exists(), "{} links to {link}, which is not there", path.display());
+        }
+    }
+    assert_eq!(links("[a](b.md#c) and [d](https://e) [f](#g) ![h](i/j.png)"), ["b.md", "i/j.png"]);
+}
+
+#[test]
+fn every_decision_is_listed() {
+    let index = fs::read_to_string(root().join("docs/adr/README.md")).expect("the list");
+    let listed: Vec<&str> = links(&index);
+    for path in pages() {
+        let name = path.file_name().and_then(|name| name.to_str()).expect("a name").to_owned();
+        if path.parent().is_some_and(|folder| folder.ends_with("adr")) && name != "README.md" {
+            assert!(listed.contains(&name.as_str()), "docs/adr/README.md does not list {name}");
+            let text = fs::read_to_string(&path).expect("a page");
+            for part in ["**Decided.**", "**Why.**", "**Costs.**", "**Not taken.**", "**Would change our mind.**"] {
+                assert!(text.contains(part), "{name} says nothing under {part}");
+            }
+            assert!(text.starts_with(&format!("# {}: ", &name[..4])), "{name} opens with its number and title");
+        }
+    }
+}
+
+/// The code that a page names, as `room/file::function`: the file below `src/`, and the function.
+fn named(page: &str) -> Vec<(&str, &str)> {
+    let quoted = page.split('`').skip(1).step_by(2);
+    let code = quoted.filter(|text| text.chars().all(|c| c.is_ascii_lowercase() || "_/:".contains(c)));
+    code.filter_map(|text| text.split_once("::")).collect()
+}
+
+#[test]
+fn the_architecture_page_names_functions_that_exist() {
+    let page = fs::read_to_string(root().join("docs/architecture.md")).expect("the page");
+    let named = named(&page);
+    assert!(named.len() > 20, "the names were found: {named:?}");
+    for (file, function) in named {
+        let places = [format!("src/{file}.rs"), format!("src/{file}/mod.rs")];
+        let text = places.iter().find_map(|place| fs::read_to_string(root().join(place)).ok());
+        let text = text.unwrap_or_else(|| panic!("docs/architecture.md names `{file}`, which is none of {places:?}"));
+        let begins = format!("fn {function}");
+        let there = text.split(&begins).skip(1).any(|rest| rest.starts_with(['(', '<']));
+        assert!(there, "docs/architecture.md names `{file}::{function}`, which {file} does not have");
+    }
+    assert_eq!(self::named("`a/b::c` and `D::E` and ``x`` and `a`"), [("a/b", "c")]);
+}
+
+/// What a page tells people to type with make exists.
+#[test]
+fn every_make_command_of_the_pages_exists() {
+    let makefile = fs::read_to_string(root().join("Makefile")).expect("the Makefile");
+    let targets: Vec<&str> = makefile
+        .lines()
+        .filter_map(|line| line.split_once(": ").or(line.split_once(":")))
+        .map(|(name, _)| name)
+        .collect();
+    for path in pages() {
+        let text = fs::read_to_string(&path).expect("a page");
+        for line in text.lines().filter_map(|line| line.strip_prefix("    make ")) {
+            let name = line.split(' ').next().expect("a word");
+            assert!(targets.contains(&name), "{} says `make {name}`, which the Makefile does not know", path.display());
+        }
+    }
+}

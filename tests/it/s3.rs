@@ -1,0 +1,216 @@
+//! A real S3 server over HTTP for the tests, with faults on demand, and the tier's tests against it.
+//!
+//! The server is `s3s-fs` on a loopback port, on a thread of its own, so that a test that blocks does not stop it. Between
+//! the socket and the service stands [`Faults`].
+
+mod faults;
+mod fs;
+mod tier;
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use http_body_util::BodyExt;
+use hyper::{body::Incoming, server::conn::http1, service::service_fn};
+use hyper_util::rt::TokioIo;
+use s3s::{
+    Body,
+    auth::SimpleAuth,
+    service::{S3Service, S3ServiceBuilder},
+};
+use strandline::{
+    task::{self, Tasks},
+    tier::{Keys, StoreOptions},
+};
+use tokio::{net::TcpListener, sync::Mutex};
+
+pub(crate) use faults::{Fault, Faults, Op};
+
+/// The bucket that every server starts with.
+pub(crate) const BUCKET: &str = "strandline";
+/// What `AWS_ACCESS_KEY_ID` must be.
+pub(crate) const ACCESS_KEY: &str = "AKTEST";
+/// What `AWS_SECRET_ACCESS_KEY` must be.
+pub(crate) const SECRET_KEY: &str = "secret-of-the-test";
+
+/// A running server. It ends, with all that it holds, when this is dropped.
+pub(crate) struct S3 {
+    address: SocketAddr,
+    folder: tempfile::TempDir,
+    faults: Faults,
+    tasks: Tasks,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+/// One service for all connections, and locks that make its conditional puts atomic, which they are not by themselves.
+struct Shared {
+    service: S3Service,
+    stripes: [Mutex<()>; 64],
+    faults: Faults,
+}
+
+impl S3 {
+    /// Starts a server on a free port, with an empty bucket.
+    pub(crate) async fn start() -> Self {
+        Self::begin()
+    }
+
+    /// The same, outside of a runtime.
+    pub(crate) fn begin() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::create_dir(folder.path().join(BUCKET)).unwrap();
+        let faults = Faults::default();
+        let files = s3s_fs::FileSystem::new(folder.path()).unwrap();
+        let mut service = S3ServiceBuilder::new(fs::LongKeys { files, faults: faults.clone() });
+        service.set_auth(SimpleAuth::from_single(ACCESS_KEY, SECRET_KEY));
+        let shared = Arc::new(Shared {
+            service: service.build(),
+            stripes: std::array::from_fn(|_| Mutex::new(())),
+            faults: faults.clone(),
+        });
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let address = listener.local_addr().unwrap();
+        let tasks = Tasks::new();
+        let of_thread = tasks.clone();
+        let thread = task::thread("s3", move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(serve(listener, shared, of_thread));
+        });
+        Self { address, folder, faults, tasks, thread: Some(thread) }
+    }
+
+    /// Its URL: `http://127.0.0.1:PORT`.
+    pub(crate) fn endpoint(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    /// What goes wrong from now on.
+    pub(crate) fn faults(&self) -> &Faults {
+        &self.faults
+    }
+
+    /// The environment that gives a process access.
+    pub(crate) fn environment(&self) -> [(&'static str, &'static str); 2] {
+        [("AWS_ACCESS_KEY_ID", ACCESS_KEY), ("AWS_SECRET_ACCESS_KEY", SECRET_KEY)]
+    }
+
+    /// The folder that [`BUCKET`]'s objects are files in.
+    pub(crate) fn bucket(&self) -> std::path::PathBuf {
+        self.folder.path().join(BUCKET)
+    }
+
+    /// Makes another bucket.
+    pub(crate) fn create_bucket(&self, name: &str) {
+        std::fs::create_dir(self.folder.path().join(name)).unwrap();
+    }
+
+    /// Options for a prefix in [`BUCKET`], impatient enough for tests.
+    pub(crate) fn options(&self, prefix: &str) -> StoreOptions {
+        StoreOptions {
+            endpoint: Some(self.endpoint()),
+            region: Some("us-east-1".to_owned()),
+            path_style: true,
+            keys: Some(Keys { access_key_id: ACCESS_KEY.to_owned(), secret_access_key: SECRET_KEY.to_owned() }),
+            request_timeout: Duration::from_secs(5),
+            retry_for: Duration::from_secs(3),
+            ..StoreOptions::new(&format!("s3://{BUCKET}/{prefix}"))
+        }
+    }
+}
+
+impl Drop for S3 {
+    fn drop(&mut self) {
+        self.tasks.cancel();
+        if let Some(thread) = self.thread.take() {
+            // A panic of the server has been printed; the test that it broke says the rest.
+            let _panicked = thread.join();
+        }
+    }
+}
+
+async fn serve(listener: std::net::TcpListener, shared: Arc<Shared>, tasks: Tasks) {
+    let listener = TcpListener::from_std(listener).unwrap();
+    loop {
+        let (socket, _) = tokio::select! {
+            biased;
+            () = tasks.cancelled() => return,
+            accepted = listener.accept() => accepted.unwrap(),
+        };
+        if shared.faults.is_down() {
+            continue;
+        }
+        let shared = Arc::clone(&shared);
+        tasks.spawn("s3 connection", async move {
+            let service = service_fn(|request| answer(Arc::clone(&shared), request));
+            // A connection that breaks is what the faults do, and what clients do.
+            let _broken = http1::Builder::new().serve_connection(TokioIo::new(socket), service).await;
+        });
+    }
+}
+
+/// The connection is closed without an answer.
+#[derive(Debug, thiserror::Error)]
+#[error("cut")]
+struct Cut;
+
+type Answer = hyper::Response<Body>;
+
+async fn answer(shared: Arc<Shared>, request: hyper::Request<Incoming>) -> Result<Answer, Cut> {
+    if shared.faults.is_down() {
+        return Err(Cut);
+    }
+    let (head, body) = request.into_parts();
+    let mut content = body.collect().await.map_err(|_| Cut)?.to_bytes();
+    let query = head.uri.query().unwrap_or_default();
+    let op = Op::of(&head.method, head.uri.path(), query);
+    let fault = shared.faults.take(op, head.uri.path());
+    match fault {
+        Some(Fault::Status(status)) => {
+            return Ok(refusal(status, if status == 503 { "SlowDown" } else { "InternalError" }));
+        }
+        Some(Fault::Vanished) => return Ok(refusal(404, "NoSuchKey")),
+        Some(Fault::Refuse) => return Err(Cut),
+        Some(Fault::Delay(time)) => tokio::time::sleep(time).await,
+        Some(Fault::CorruptRequest) => content = flip(content),
+        _ => {}
+    }
+    let times = if fault == Some(Fault::Twice) { 2 } else { 1 };
+    let mut response = None;
+    for _ in 0..times {
+        let request = hyper::Request::from_parts(head.clone(), Body::from(content.clone()));
+        let stripe = head.uri.path().bytes().fold(0usize, |sum, byte| sum.wrapping_mul(31) + usize::from(byte)) % 64;
+        let _one_at_a_time = if op == Op::Put { Some(shared.stripes[stripe].lock().await) } else { None };
+        response = Some(shared.service.call(request).await.map_err(|_| Cut)?);
+    }
+    let response = response.ok_or(Cut)?;
+    match fault {
+        Some(Fault::LostAnswer) => Err(Cut),
+        Some(Fault::CorruptAnswer) => reshape(response, flip).await,
+        Some(Fault::CutAnswer) => {
+            let (head, body) = response.into_parts();
+            let whole = body.collect().await.map_err(|_| Cut)?.to_bytes();
+            Ok(hyper::Response::from_parts(head, faults::cut(whole)))
+        }
+        _ => Ok(response),
+    }
+}
+
+async fn reshape(response: Answer, change: impl Fn(bytes::Bytes) -> bytes::Bytes) -> Result<Answer, Cut> {
+    let (head, body) = response.into_parts();
+    let whole = body.collect().await.map_err(|_| Cut)?.to_bytes();
+    Ok(hyper::Response::from_parts(head, Body::from(change(whole))))
+}
+
+/// One bit in the middle is another.
+fn flip(content: bytes::Bytes) -> bytes::Bytes {
+    let mut content = content.to_vec();
+    if let Some(byte) = (content.len() / 2 < content.len()).then_some(content.len() / 2) {
+        content[byte] ^= 0x10;
+    }
+    content.into()
+}
+
+fn refusal(status: u16, code: &str) -> Answer {
+    let xml = format!("<?xml version=\"1.0\"?><Error><Code>{code}</Code><Message>injected</Message></Error>");
+    hyper::Response::builder().status(status).body(Body::from(xml)).unwrap()
+}

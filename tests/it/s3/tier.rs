@@ -1,0 +1,304 @@
+//! The tier over real HTTP: whatever the store does, what is installed reads back bit-exact, and what fails is garbage.
+
+use std::{path::Path, time::Duration};
+
+use bytes::{Bytes, BytesMut};
+use strandline::telemetry::Metrics;
+use strandline::{
+    model::{Compression, LeaderEpoch, Offset, PartitionId, TopicId},
+    record::BatchBuilder,
+    task,
+    tier::{
+        Cache, CacheOptions, ClaimError, Live, PartitionTier, ReadError, SegmentSource, Staged, Store, StoreOptions,
+        TierState, UploadError, collect_garbage, doctor,
+    },
+};
+
+use super::{Fault, Op, S3};
+
+const EPOCH: LeaderEpoch = LeaderEpoch(0);
+
+fn at(offset: u64) -> Offset {
+    Offset::new(offset).unwrap()
+}
+
+fn partition() -> PartitionId {
+    PartitionId::new(TopicId::from_bytes([9; 16]), 0)
+}
+
+/// A segment of `count` batches with one record of `size` bytes each.
+fn segment(folder: &Path, base: u64, count: u64, size: usize) -> (SegmentSource, Bytes) {
+    let mut content = BytesMut::new();
+    for offset in base..base + count {
+        let mut state = offset + 1;
+        let value: Vec<u8> = std::iter::repeat_with(|| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            state.to_be_bytes()[0]
+        })
+        .take(size)
+        .collect();
+        let mut builder = BatchBuilder::new(Compression::None);
+        builder.push(i64::try_from(offset).unwrap(), None, Some(&value), &[]).unwrap();
+        let mut batch = builder.finish(None).unwrap();
+        batch.stamp(at(offset), EPOCH);
+        content.extend_from_slice(&batch.to_bytes());
+    }
+    let path = folder.join(format!("{base}.log"));
+    std::fs::write(&path, &content).unwrap();
+    let source = SegmentSource {
+        path,
+        base: at(base),
+        end: at(base + count),
+        bytes: content.len() as u64,
+        max_timestamp_ms: i64::try_from(base + count - 1).unwrap(),
+        epochs: vec![(EPOCH, at(0))],
+        producers: Bytes::new(),
+    };
+    (source, content.freeze())
+}
+
+fn tier(options: &StoreOptions, state: TierState) -> PartitionTier {
+    let store = Store::open(options, "test").unwrap();
+    PartitionTier::new(store, Cache::open(&CacheOptions::default(), &Metrics::new()).unwrap(), partition(), state)
+}
+
+async fn read_all(tier: &PartitionTier, end: u64) -> Result<Bytes, ReadError> {
+    let (mut out, mut next) = (BytesMut::new(), tier.state().log_start);
+    while next < at(end) {
+        let read = tier.read(next, 3 << 20).await?;
+        read.chunks.iter().for_each(|chunk| out.extend_from_slice(chunk));
+        next = read.next;
+    }
+    Ok(out.freeze())
+}
+
+/// Commits and reads everything back through a view that has nothing cached.
+async fn install_and_compare(tier: &PartitionTier, options: &StoreOptions, staged: Staged, content: &Bytes) {
+    tier.install(staged);
+    let fresh = self::tier(options, tier.state());
+    let end = tier.state().tiered_end.get();
+    assert!(read_all(&fresh, end).await.unwrap() == *content, "what was installed reads back bit-exact");
+}
+
+/// What the collection takes and leaves, once everything is older than the grace.
+async fn collect(options: &StoreOptions, state: &TierState) -> u64 {
+    let store = Store::open(options, "test").unwrap();
+    let later = task::clock::wall_ms() + 3_600_000;
+    let live = |_| std::future::ready(Live::Current(state.clone()));
+    let report = collect_garbage(&store, live, Duration::from_secs(60), later).await.unwrap();
+    assert_eq!((report.skipped.len(), report.young, report.foreign), (0, 0, 0));
+    report.deleted
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_request_segments_survive_every_fault_of_an_upload() {
+    let s3 = S3::start().await;
+    let folder = tempfile::tempdir().unwrap();
+    let (source, content) = segment(folder.path(), 0, 40, 50_000);
+    let faults = [
+        (Op::Put, Fault::Status(503)),
+        (Op::Put, Fault::Status(500)),
+        (Op::Put, Fault::Refuse),
+        (Op::Put, Fault::LostAnswer),
+        (Op::Put, Fault::Twice),
+        (Op::Put, Fault::Delay(Duration::from_millis(200))),
+        (Op::Put, Fault::CorruptRequest),
+        (Op::Head, Fault::Status(503)),
+        (Op::Head, Fault::Vanished),
+        (Op::Get, Fault::CorruptAnswer),
+        (Op::Get, Fault::CutAnswer),
+        (Op::Get, Fault::Status(500)),
+    ];
+    for (number, (op, fault)) in faults.into_iter().enumerate() {
+        let options = s3.options(&format!("single-{number}"));
+        let tier = tier(&options, TierState::default());
+        // Claims the prefix, so that the faults meet the upload.
+        drop(tier.stage_trim(at(0), EPOCH).await.unwrap());
+        let before = s3.faults().hits();
+        s3.faults().inject(op, fault, 2);
+        let staged = tier.stage(&source, EPOCH).await.unwrap_or_else(|error| panic!("{op:?} {fault:?}: {error}"));
+        assert_eq!(s3.faults().hits(), before + 2, "{op:?} {fault:?} happened");
+        install_and_compare(&tier, &options, staged, &content).await;
+        s3.faults().clear();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn multipart_segments_survive_every_fault_of_an_upload() {
+    let s3 = S3::start().await;
+    let folder = tempfile::tempdir().unwrap();
+    let (source, content) = segment(folder.path(), 0, 40, 600_000);
+    let faults = [
+        (Op::StartUpload, Fault::Status(503)),
+        (Op::StartUpload, Fault::LostAnswer),
+        (Op::PutPart, Fault::Status(503)),
+        (Op::PutPart, Fault::LostAnswer),
+        (Op::PutPart, Fault::Twice),
+        (Op::PutPart, Fault::CorruptRequest),
+        (Op::EndUpload, Fault::Status(500)),
+        (Op::EndUpload, Fault::LostAnswer),
+        (Op::EndUpload, Fault::Refuse),
+    ];
+    for (number, (op, fault)) in faults.into_iter().enumerate() {
+        let options = s3.options(&format!("multipart-{number}"));
+        let tier = tier(&options, TierState::default());
+        let before = s3.faults().hits();
+        s3.faults().inject(op, fault, 1);
+        let staged = tier.stage(&source, EPOCH).await.unwrap_or_else(|error| panic!("{op:?} {fault:?}: {error}"));
+        assert_eq!(s3.faults().hits(), before + 1, "{op:?} {fault:?} happened");
+        install_and_compare(&tier, &options, staged, &content).await;
+        s3.faults().clear();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_store_that_is_gone_fails_the_upload_and_comes_back() {
+    let s3 = S3::start().await;
+    let folder = tempfile::tempdir().unwrap();
+    let options = s3.options("gone");
+    let (source, content) = segment(folder.path(), 0, 10, 1000);
+    let tier = tier(&options, TierState::default());
+    s3.faults().set_down(true);
+    let error = tier.stage(&source, EPOCH).await.unwrap_err();
+    assert!(matches!(error, UploadError::Claim(ClaimError::Store(_))) && error.retryable(), "{error}");
+    s3.faults().set_down(false);
+    // Gone in the middle: the object is there, its manifest is not.
+    s3.faults().inject_at(Op::Put, "manifest-", 0, Fault::Status(503), usize::MAX);
+    let error = tier.stage(&source, EPOCH).await.unwrap_err();
+    assert!(matches!(error, UploadError::Store(_)) && error.retryable(), "{error}");
+    s3.faults().clear();
+    let staged = tier.stage(&source, EPOCH).await.unwrap();
+    install_and_compare(&tier, &options, staged, &content).await;
+    assert_eq!(collect(&options, &tier.state()).await, 1, "the first attempt's object");
+    assert_eq!(collect(&options, &tier.state()).await, 0);
+    assert!(read_all(&self::tier(&options, tier.state()), 10).await.unwrap() == content);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn reads_get_through_faults_and_never_give_wrong_data() {
+    let s3 = S3::start().await;
+    let folder = tempfile::tempdir().unwrap();
+    let options = s3.options("reads");
+    let (source, content) = segment(folder.path(), 0, 80, 100_000);
+    let first = tier(&options, TierState::default());
+    first.install(first.stage(&source, EPOCH).await.unwrap());
+    let faults =
+        [Fault::Status(503), Fault::Refuse, Fault::LostAnswer, Fault::CorruptAnswer, Fault::CutAnswer, Fault::Twice];
+    for fault in faults {
+        for pass in 0..4 {
+            s3.faults().inject_at(Op::Get, "", pass, fault, 1);
+            let fresh = tier(&options, first.state());
+            assert!(read_all(&fresh, 80).await.unwrap() == content, "{fault:?} after {pass}");
+            s3.faults().clear();
+        }
+    }
+    // What stays damaged, missing or unreachable is said so, with the object's name.
+    for (fault, expected) in
+        [(Fault::CorruptAnswer, "damaged"), (Fault::Vanished, "missing"), (Fault::Status(500), "serve")]
+    {
+        s3.faults().inject_at(Op::Get, ".segment", 0, fault, usize::MAX);
+        let error = read_all(&tier(&options, first.state()), 80).await.unwrap_err();
+        let text = error.to_string();
+        assert!(text.contains(expected) && text.contains(".segment"), "{text}");
+        assert_eq!(error.retryable(), expected == "serve");
+        s3.faults().clear();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn many_readers_of_one_chunk_make_one_request() {
+    let s3 = S3::start().await;
+    let folder = tempfile::tempdir().unwrap();
+    let options = s3.options("flight");
+    let (source, _) = segment(folder.path(), 0, 5, 100_000);
+    let writer = tier(&options, TierState::default());
+    writer.install(writer.stage(&source, EPOCH).await.unwrap());
+    let fresh = tier(&options, writer.state());
+    let before = s3.faults().requests(Op::Get);
+    s3.faults().inject(Op::Get, Fault::Delay(Duration::from_millis(100)), 100);
+    let reads = futures::future::join_all((0..32).map(|_| fresh.read(at(0), 1 << 20))).await;
+    assert!(reads.iter().all(Result::is_ok));
+    assert_eq!(s3.faults().requests(Op::Get) - before, 3, "manifest, footer, chunk");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_sequential_reader_is_read_ahead_of() {
+    let s3 = S3::start().await;
+    let folder = tempfile::tempdir().unwrap();
+    let options = s3.options("ahead");
+    let (source, content) = segment(folder.path(), 0, 100, 200_000);
+    let writer = tier(&options, TierState::default());
+    writer.install(writer.stage(&source, EPOCH).await.unwrap());
+    let fresh = tier(&options, writer.state());
+    let before = s3.faults().requests(Op::Get);
+    let (mut next, mut bytes) = (at(0), 0);
+    for _ in 0..4 {
+        let read = fresh.read(next, 1 << 20).await.unwrap();
+        (next, bytes) = (read.next, bytes + read.bytes);
+    }
+    let read_chunks = bytes.div_ceil(1 << 20);
+    // The requests ahead are under way: wait for them, not for a time.
+    while s3.faults().requests(Op::Get) - before < read_chunks + 4 {
+        tokio::task::yield_now().await;
+    }
+    assert!(read_all(&fresh, 100).await.unwrap() == content);
+    let chunks = content.len().div_ceil(1 << 20);
+    assert_eq!(s3.faults().requests(Op::Get) - before, chunks + 2, "every chunk once, manifest and footer");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_clusters_that_come_at_once_do_not_share_a_prefix() {
+    let s3 = S3::start().await;
+    let options = s3.options("claimed");
+    let stores: Vec<_> = ["red", "blue"].map(|cluster| Store::open(&options, cluster).unwrap()).into();
+    let claims = futures::future::join_all(stores.iter().map(Store::claim)).await;
+    assert_eq!(claims.iter().filter(|claim| claim.is_ok()).count(), 1, "{claims:?}");
+    assert!(claims.iter().any(|claim| matches!(claim, Err(ClaimError::Foreign { .. }))));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn wrong_keys_are_said_at_once_and_never_printed() {
+    let s3 = S3::start().await;
+    let mut options = s3.options("keys");
+    options.keys.as_mut().unwrap().secret_access_key = "wrong".to_owned();
+    let error = Store::open(&options, "test").unwrap().claim().await.unwrap_err();
+    assert!(!error.retryable() && error.to_string().contains("credentials"), "{error}");
+    assert!(!format!("{options:?}").contains("wrong"), "a secret is never printed");
+    s3.create_bucket("other");
+    let mut options = s3.options("x");
+    options.url = "s3://other/x".to_owned();
+    Store::open(&options, "test").unwrap().claim().await.unwrap();
+    assert_eq!(s3.environment()[0].0, "AWS_ACCESS_KEY_ID");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_doctor_passes_a_good_bucket_and_finds_what_is_wrong() {
+    let s3 = S3::start().await;
+    let outcome = async |options: &StoreOptions, name: &str| {
+        let checks = doctor::examine(options).await.unwrap();
+        checks.into_iter().find(|check| check.name == name).unwrap_or_else(|| panic!("no check {name}"))
+    };
+    let options = s3.options("doctor");
+    for check in doctor::examine(&options).await.unwrap() {
+        // s3s-fs has no list of uploads; all that a broker needs is there.
+        let expected =
+            if check.name == "list multipart uploads" { doctor::Outcome::Unsupported } else { doctor::Outcome::Pass };
+        assert_eq!(check.outcome, expected, "{check:?}");
+    }
+    s3.faults().set_ignore_conditions(true);
+    let check = outcome(&options, "conditional put").await;
+    assert_eq!(check.outcome, doctor::Outcome::Unsupported);
+    assert!(check.detail.contains("silently ignored") && check.meaning.contains("never needs them"), "{check:?}");
+    s3.faults().clear();
+    s3.faults().inject(Op::Get, Fault::CorruptAnswer, usize::MAX);
+    assert_eq!(outcome(&options, "ranged get").await.outcome, doctor::Outcome::Fail);
+    s3.faults().clear();
+    s3.faults().inject(Op::Delete, Fault::Status(403), usize::MAX);
+    let check = outcome(&options, "delete").await;
+    assert!(check.outcome == doctor::Outcome::Fail && check.detail.contains("403"), "{check:?}");
+    s3.faults().clear();
+    let mut wrong = s3.options("doctor");
+    wrong.keys.as_mut().unwrap().secret_access_key = "wrong".to_owned();
+    let checks = doctor::examine(&wrong).await.unwrap();
+    assert_eq!((checks[0].name, checks[0].outcome), ("put", doctor::Outcome::Fail), "{checks:?}");
+}

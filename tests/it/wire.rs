@@ -1,0 +1,190 @@
+//! Raw gRPC to a broker, and batches made by hand: what a client in any language would send, right or wrong.
+//!
+//! Nothing here uses the library's own client or batch builder, so that a mistake they share is not hidden.
+
+use std::{net::SocketAddr, time::Duration};
+
+use bytes::Bytes;
+use strandline::{
+    limits,
+    proto::{
+        fault::Fault,
+        v1::{
+            Acks, AppendRequest, AppendResponse, CreateTopicRequest, FetchPartition, ListOffsetsRequest, OffsetQuery,
+            PlainRecords, ReadRequest, Record, admin_client::AdminClient, append_request::Payload,
+            log_client::LogClient, offset_query::At,
+        },
+    },
+    task::clock,
+};
+use tonic::transport::{Channel, Endpoint};
+
+/// A connection that is made at the first call. Must be called within a runtime.
+fn channel(address: SocketAddr) -> Channel {
+    Endpoint::from_shared(format!("http://{address}"))
+        .expect("an address is a URI")
+        .connect_timeout(Duration::from_secs(5))
+        .tcp_nodelay(true)
+        .connect_lazy()
+}
+
+/// The log service at an address.
+pub(crate) fn log(address: SocketAddr) -> LogClient<Channel> {
+    LogClient::new(channel(address)).max_decoding_message_size(limits::MAX_MESSAGE_BYTES)
+}
+
+/// The admin service at an address.
+pub(crate) fn admin(address: SocketAddr) -> AdminClient<Channel> {
+    AdminClient::new(channel(address))
+}
+
+/// Creates a topic, which must succeed.
+pub(crate) async fn create_topic(address: SocketAddr, name: &str, partitions: u32, config: &[(&str, &str)]) {
+    let config = config.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
+    let request = CreateTopicRequest { name: name.to_owned(), partitions, config, ..Default::default() };
+    admin(address).create_topic(request).await.expect("the topic is created");
+}
+
+/// An append of plain records.
+pub(crate) fn append_plain(topic: &str, partition: i32, values: Vec<Bytes>) -> AppendRequest {
+    let records = values.into_iter().map(|value| Record { value: Some(value), ..Default::default() }).collect();
+    request(topic, partition, Payload::Records(PlainRecords { records }))
+}
+
+/// An append of bytes that claim to be a batch.
+pub(crate) fn append_batch(topic: &str, partition: i32, batch: impl Into<Bytes>) -> AppendRequest {
+    request(topic, partition, Payload::Batch(batch.into()))
+}
+
+fn request(topic: &str, partition: i32, payload: Payload) -> AppendRequest {
+    AppendRequest {
+        topic: topic.to_owned(),
+        partition,
+        acks: Acks::All.into(),
+        timeout_ms: 10_000,
+        payload: Some(payload),
+    }
+}
+
+/// Appends and reads the failure as the fault that it carries.
+pub(crate) async fn append(log: &mut LogClient<Channel>, request: AppendRequest) -> Result<AppendResponse, Fault> {
+    log.append(request).await.map(tonic::Response::into_inner).map_err(|status| Fault::from(&status))
+}
+
+/// The first offset that is not committed.
+pub(crate) async fn latest(log: &mut LogClient<Channel>, topic: &str, partition: i32) -> Result<i64, Fault> {
+    let query = OffsetQuery { topic: topic.to_owned(), partition, at: Some(At::Latest(true)) };
+    let answer = log.list_offsets(ListOffsetsRequest { queries: vec![query] }).await;
+    let answers = answer.map_err(|status| Fault::from(&status))?.into_inner().answers;
+    let answer = answers.into_iter().next().expect("one answer for one query");
+    answer.error.map_or(Ok(answer.offset), |error| Err(error.into()))
+}
+
+/// Reads the records of `from..end` as they come; fewer when no more come for half a minute.
+pub(crate) async fn read_range(
+    log: &mut LogClient<Channel>,
+    topic: &str,
+    partition: i32,
+    from: i64,
+    end: i64,
+) -> Result<Vec<Record>, Fault> {
+    let (mut next, mut records) = (from, Vec::new());
+    let mut deadline = clock::monotonic() + Duration::from_secs(30);
+    while next < end && clock::monotonic() < deadline {
+        let request = ReadRequest {
+            partitions: vec![FetchPartition { topic: topic.to_owned(), partition, offset: next }],
+            max_wait_ms: 200,
+            plain: true,
+            ..Default::default()
+        };
+        let answer = log.read(request).await.map_err(|status| Fault::from(&status))?.into_inner();
+        for part in answer.partitions {
+            if let Some(error) = part.error {
+                return Err(error.into());
+            }
+            if part.next_offset > next {
+                next = part.next_offset;
+                deadline = clock::monotonic() + Duration::from_secs(30);
+            }
+            records.extend(part.records);
+        }
+    }
+    records.retain(|record| record.offset < end);
+    Ok(records)
+}
+
+/// A Kafka record batch, version 2, with these values, as a producer would send it.
+pub(crate) fn batch(values: &[&[u8]]) -> Vec<u8> {
+    let mut records = Vec::new();
+    for (delta, value) in values.iter().enumerate() {
+        let mut body = vec![0];
+        varint(&mut body, 0);
+        varint(&mut body, i64::try_from(delta).expect("few records"));
+        varint(&mut body, -1);
+        varint(&mut body, i64::try_from(value.len()).expect("a length"));
+        body.extend_from_slice(value);
+        varint(&mut body, 0);
+        varint(&mut records, i64::try_from(body.len()).expect("a length"));
+        records.extend_from_slice(&body);
+    }
+    frame(&records, i32::try_from(values.len()).expect("few records"), 0)
+}
+
+/// Any bytes with a header before them that is right in every field.
+pub(crate) fn frame(records: &[u8], count: i32, attributes: i16) -> Vec<u8> {
+    let mut out = Vec::with_capacity(61 + records.len());
+    out.extend_from_slice(&0_i64.to_be_bytes());
+    out.extend_from_slice(&i32::try_from(49 + records.len()).expect("a small batch").to_be_bytes());
+    out.extend_from_slice(&(-1_i32).to_be_bytes());
+    out.push(2);
+    out.extend_from_slice(&[0; 4]);
+    out.extend_from_slice(&attributes.to_be_bytes());
+    out.extend_from_slice(&(count.wrapping_sub(1)).to_be_bytes());
+    out.extend_from_slice(&1_700_000_000_000_i64.to_be_bytes());
+    out.extend_from_slice(&1_700_000_000_000_i64.to_be_bytes());
+    out.extend_from_slice(&(-1_i64).to_be_bytes());
+    out.extend_from_slice(&(-1_i16).to_be_bytes());
+    out.extend_from_slice(&(-1_i32).to_be_bytes());
+    out.extend_from_slice(&count.to_be_bytes());
+    out.extend_from_slice(records);
+    renew_crc(&mut out);
+    out
+}
+
+/// Makes the CRC that of the bytes.
+pub(crate) fn renew_crc(batch: &mut [u8]) {
+    let crc = crc32c::crc32c(&batch[21..]);
+    batch[17..21].copy_from_slice(&crc.to_be_bytes());
+}
+
+/// Kafka's zigzag varint.
+pub(crate) fn varint(out: &mut Vec<u8>, value: i64) {
+    let mut rest = ((value << 1) ^ (value >> 63)).cast_unsigned();
+    while rest >= 0x80 {
+        out.push(rest.to_le_bytes()[0] | 0x80);
+        rest >>= 7;
+    }
+    out.push(rest.to_le_bytes()[0]);
+}
+
+#[test]
+fn a_batch_made_by_hand_is_one_for_the_library() {
+    let bytes = batch(&[b"one", b"", b"three"]);
+    let parsed = strandline::record::Batch::parse(bytes.into()).expect("a valid batch");
+    assert_eq!((parsed.count(), parsed.max_timestamp()), (3, 1_700_000_000_000));
+    assert_eq!(parsed.check_client(), Ok(()));
+}
+
+#[test]
+fn varints_are_kafkas() {
+    let encoded = |value| {
+        let mut out = Vec::new();
+        varint(&mut out, value);
+        out
+    };
+    assert_eq!(encoded(0), [0]);
+    assert_eq!(encoded(-1), [1]);
+    assert_eq!(encoded(1), [2]);
+    assert_eq!(encoded(64), [0x80, 1]);
+    assert_eq!(encoded(i64::MIN), [0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 1]);
+}
