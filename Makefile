@@ -15,7 +15,7 @@ FUZZ_SECONDS ?= 60
 # How often `make crash-test` kills the broker. STRANDLINE_SEED repeats a run's choices.
 KILLS ?= 200
 
-.PHONY: build release test check fmt clippy client docs deny crash-test bench fuzz write-docs help
+.PHONY: build release test check fmt clippy client docs deny crash-test bench fuzz golden kafka-reader write-docs help
 
 help: ## These lines.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -69,6 +69,13 @@ fuzz: $(FUZZ) ## Every fuzz target for FUZZ_SECONDS (60) each, beginning with it
 $(FUZZ):
 	$(CARGO) install --locked --debug --version $(FUZZ_VERSION) --root target/tools --target-dir target/tools/build cargo-fuzz
 	rm -rf target/tools/build
+
+golden: ## Writes the golden batch of a codec that has none yet; existing ones are never touched.
+	$(CARGO) test --locked --lib -- --ignored write_missing_golden_files
+
+kafka-reader: ## Kafka's own DumpLogSegments on batches of every codec; KAFKA_DUMP=/path/to/a/script that runs it.
+	KAFKA_DUMP=$${KAFKA_DUMP:?names the script that runs DumpLogSegments} \
+	  $(CARGO) test --locked --test it -- --ignored kafkas_own_reader
 
 write-docs: ## Writes the generated pages of docs/ anew; tests hold them against the code.
 	STRANDLINE_WRITE_DOCS=1 $(CARGO) test --locked --lib the_documentation_is

@@ -121,7 +121,7 @@ fn the_builder_writes_the_golden_bytes() {
 
 /// Writes what is missing under `golden/`; existing files are never touched. Run by hand when a codec is added.
 #[test]
-#[ignore = "writes into the source tree"]
+#[ignore = "writes into the source tree: make golden"]
 fn write_missing_golden_files() {
     for codec in CODECS {
         let path = format!("{}/src/record/golden/{codec}.batch", env!("CARGO_MANIFEST_DIR"));

@@ -167,7 +167,7 @@ fn append_time_is_understood_as_such() {
 
 /// Kafka's DumpLogSegments on a segment of batches in every codec. `KAFKA_DUMP` names the script that runs it.
 #[test]
-#[ignore = "needs a JDK and Kafka's jars: KAFKA_DUMP=../shared/peers/kafka/dump"]
+#[ignore = "needs a JDK and Kafka's jars: make kafka-reader KAFKA_DUMP=script"]
 fn kafkas_own_reader_accepts_every_codec() {
     let dump = std::env::var("KAFKA_DUMP").expect("KAFKA_DUMP names the script");
     let folder = tempfile::tempdir().unwrap();
