@@ -153,6 +153,26 @@ async fn a_full_memory_sends_what_lingers_instead_of_waiting_for_it() {
     assert!((5..=20).contains(&state_batches), "{state_batches} batches");
 }
 
+/// A stream carries 256 batches at a time. A producer once looked at every waiting partition at each answer, so that a
+/// thousand partitions cost a thousand looks a batch; now each waits once, for its turn.
+#[tokio::test]
+async fn more_partitions_than_a_stream_carries_all_get_their_turn() {
+    let double = Double::start(600).await;
+    let options = ProducerOptions { memory_bytes: 64 << 10, ..ProducerOptions::default() };
+    let producer = client(&double).await.producer(options).await.expect("an id");
+    for round in 0..3 {
+        for partition in 0..600 {
+            let value = round.to_string();
+            let record = NewRecord::value(value.as_bytes()).partition(partition);
+            let _delivery = producer.send("t", record).await.expect("queued");
+        }
+    }
+    producer.close().await.expect("all acknowledged");
+    for partition in 0..600 {
+        assert_eq!(double.values(partition), ["0", "1", "2"], "partition {partition}");
+    }
+}
+
 #[tokio::test]
 async fn a_record_that_nobody_takes_expires_and_says_why() {
     let double = Double::start(1).await;

@@ -63,8 +63,14 @@ struct Stream {
     address: Address,
     requests: mpsc::Sender<ProduceFrame>,
     under_way: usize,
-    /// Lanes that found the stream full.
+    /// Lanes that found the stream full, each once, the longest wait first.
     waiting: VecDeque<usize>,
+}
+
+impl Stream {
+    fn is_full(&self) -> bool {
+        self.under_way >= STREAM_WINDOW
+    }
 }
 
 /// One lane's side that only the task sees.
@@ -73,6 +79,8 @@ struct LaneState {
     flight: Flight,
     /// Where the flight's batches are under way.
     stream: Option<u64>,
+    /// Whether it is among those that wait for room in a stream.
+    waiting: bool,
     /// The next pause; there while something fails.
     pauses: Option<Pauses>,
     /// Nothing is sent before.
@@ -95,6 +103,8 @@ pub(super) struct Driver {
     next_correlation: u64,
     /// Lanes that want to be looked at, by time; at most one entry for each.
     timers: BTreeSet<(Instant, usize)>,
+    /// Lanes whose open batch may be lingering.
+    lingering: BTreeSet<usize>,
     events: mpsc::Sender<Event>,
     received: mpsc::Receiver<Event>,
     routing: bool,
@@ -119,6 +129,7 @@ impl Driver {
             next_stream: 0,
             next_correlation: 0,
             timers: BTreeSet::new(),
+            lingering: BTreeSet::new(),
             events,
             received,
             routing: false,
@@ -146,16 +157,28 @@ impl Driver {
     }
 
     fn on_command(&mut self, command: Command) {
-        self.meet_new_lanes();
-        for index in 0..self.lanes.len() {
+        // What has not been looked at yet may linger too.
+        self.on_wake();
+        match command {
+            Command::Flush(reply) => {
+                self.seal(0..self.lanes.len());
+                let outstanding =
+                    self.lanes.iter().flat_map(|state| state.flight.waiting().cloned().chain(state.lane.waiting()));
+                // Nobody waits any more: nothing to tell.
+                let _ = reply.send(outstanding.collect());
+            }
+            // It comes with every record that finds the memory full: a look at all partitions would cost more than sending.
+            Command::Relieve => {
+                let lingering = std::mem::take(&mut self.lingering);
+                self.seal(lingering);
+            }
+        }
+    }
+
+    fn seal(&mut self, lanes: impl IntoIterator<Item = usize>) {
+        for index in lanes {
             self.lanes[index].lane.seal_now();
             self.pump(index);
-        }
-        if let Command::Flush(reply) = command {
-            let outstanding =
-                self.lanes.iter().flat_map(|state| state.flight.waiting().cloned().chain(state.lane.waiting()));
-            // Nobody waits any more: nothing to tell.
-            let _ = reply.send(outstanding.collect());
         }
     }
 
@@ -202,6 +225,7 @@ impl Driver {
                 lane: lane.clone(),
                 flight: Flight::new(options.guarantee(), options.window(), self.identity),
                 stream: None,
+                waiting: false,
                 pauses: None,
                 not_before: None,
                 timer: None,
@@ -216,6 +240,10 @@ impl Driver {
         let now = clock::monotonic();
         loop {
             let state = &mut self.lanes[index];
+            // It has its turn; until then later records join its open batch.
+            if state.waiting {
+                break;
+            }
             if state.not_before.is_some_and(|at| at > now) {
                 break;
             }
@@ -235,6 +263,7 @@ impl Driver {
                 Next::Take => match state.lane.take(now) {
                     Taken::Batch(sealed) => state.flight.take(sealed),
                     Taken::Later(at) => {
+                        self.lingering.insert(index);
                         self.set_timer(index, at);
                         return;
                     }
@@ -260,8 +289,9 @@ impl Driver {
             return false;
         }
         let stream = self.streams.get_mut(&number).expect("made above");
-        if stream.under_way >= STREAM_WINDOW {
+        if stream.is_full() {
             stream.waiting.push_back(index);
+            state.waiting = true;
             return false;
         }
         state.stream = Some(number);
@@ -314,10 +344,8 @@ impl Driver {
         if index >= self.lanes.len() {
             return;
         }
-        let mut freed = VecDeque::new();
         if let Some(stream) = self.streams.get_mut(&number) {
             stream.under_way = stream.under_way.saturating_sub(1);
-            freed = std::mem::take(&mut stream.waiting);
         }
         let (appended, result) = match answer.result {
             Some(v1::produce_response::Result::Appended(appended)) => (Some(appended), Ok(())),
@@ -342,9 +370,19 @@ impl Driver {
             Verdict::GivenUp(given_up) => self.give_up(index, given_up),
             Verdict::Stale => {}
         }
+        // Those that wait come first: else a busy partition would keep the stream to itself.
+        self.admit_waiting(number);
         self.pump(index);
-        for waiting in freed {
-            self.pump(waiting);
+    }
+
+    /// Gives the stream's room to the lanes that wait for it.
+    fn admit_waiting(&mut self, number: u64) {
+        while let Some(stream) = self.streams.get_mut(&number)
+            && !stream.is_full()
+            && let Some(index) = stream.waiting.pop_front()
+        {
+            self.lanes[index].waiting = false;
+            self.pump(index);
         }
     }
 
@@ -352,6 +390,9 @@ impl Driver {
         let Some(stream) = self.streams.remove(&number) else { return };
         tracing::debug!(address = stream.address.as_str(), %fault, "produce stream ended");
         self.by_address.remove(&stream.address);
+        for index in &stream.waiting {
+            self.lanes[*index].waiting = false;
+        }
         for index in 0..self.lanes.len() {
             let state = &mut self.lanes[index];
             if state.stream != Some(number) {
