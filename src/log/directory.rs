@@ -24,6 +24,7 @@ use super::{
     journal::{Journal, Room, entry::Kind, ring::Ring},
     recover::{Dormant, recover, remove_caches_above, remove_segment},
     replica::{Replica, write_caches},
+    reserve,
     segment::base_of,
     shared::{Shared, replica_dir},
     startup, sync,
@@ -87,6 +88,12 @@ impl Log {
     pub fn open(disk: Arc<dyn Disk>, dir: &Path, identity: &Identity, options: Options) -> Result<Self, OpenError> {
         let lock = identity::lock(&*disk, dir)?;
         let (directory_id, fresh) = identity::check(&*disk, dir, identity)?;
+        if options.reserve_bytes > 0 && reserve::release(&*disk, dir) {
+            tracing::warn!(
+                dir = %dir.display(),
+                "the disk is full: the reserve was given up for this start; add space, or lower local.retention.* or retention.*"
+            );
+        }
         let found = startup::load(&disk, dir, directory_id, fresh, &options)?;
         let journal_dir = options.journal_dir.clone().unwrap_or_else(|| dir.join("journal"));
         let most = 16;
@@ -105,6 +112,7 @@ impl Log {
             generation: AtomicU64::new(found.generation),
             closed: AtomicBool::new(false),
             disk_full: AtomicBool::new(false),
+            reserved: AtomicBool::new(options.reserve_bytes == 0),
             granted: AtomicU64::new(0),
             work: Mutex::new(Work::default()),
             wake: std::sync::Condvar::new(),
@@ -125,6 +133,7 @@ impl Log {
         if no_file {
             inner.prepare_file(true).map_err(io_error(&journal_dir, "make the journal"))?;
         }
+        inner.take_reserve();
         let handles = if inner.core.options.manual { Vec::new() } else { inner.start() };
         let threads = Arc::new(Threads { inner: inner.clone(), handles: Mutex::new(handles) });
         Ok(Self { inner, threads })

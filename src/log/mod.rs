@@ -5,6 +5,7 @@
 //! ```text
 //! {data}/strandline.json                                    whose it is: format, cluster, broker, directory id
 //! {data}/lock                                               held while a process has it
+//! {data}/reserve                                            room for a start on a disk that is full
 //! {data}/checkpoint                                         what is known of every replica without reading it
 //! {data}/journal/{slot:05}.journal                          the ring
 //! {data}/{topic-id}/{partition}/{base:020}.log              a segment: whole batches and nothing else
@@ -38,7 +39,7 @@
 //!
 //! # Failures
 //!
-//! A full disk fails the append, which is taken back, and nothing else. A failed write or sync of a segment ends writing to
+//! A full disk fails the append, which is taken back, and nothing else. A start on one takes its room from the reserve. A failed write or sync of a segment ends writing to
 //! that replica, of the journal to all: pages may be gone, and a second sync would not say so. Reading goes on.
 //!
 //! # Shutdown
@@ -62,6 +63,7 @@ mod producers;
 mod reader;
 mod recover;
 mod replica;
+mod reserve;
 mod segment;
 mod shared;
 mod snapshot;

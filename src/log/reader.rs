@@ -107,7 +107,7 @@ impl Reader {
         })
     }
 
-    /// The first batch below `bound` with a timestamp at or above `timestamp_ms`: base offset, its largest timestamp, leader
+    /// The first batch below `bound`, and not wholly below the log start, with a timestamp at or above `timestamp_ms`: base offset, its largest timestamp, leader
     /// epoch. Blocks. The record itself is in that batch or, by the producer's word, in none.
     pub fn offset_for_time(
         &self,
@@ -121,10 +121,10 @@ impl Reader {
     /// As [`Self::offset_for_time`], and the whole batch, in which the caller finds the record. Blocks.
     pub fn batch_for_time(&self, timestamp_ms: i64, bound: Offset) -> Result<Option<Batch>, ReadError> {
         self.consistently(|| {
-            let bases: Vec<Offset> = {
+            let (bases, log_start): (Vec<Offset>, Offset) = {
                 let state = self.shared.state();
                 let later = state.segments.iter().filter(|segment| segment.info.max_timestamp >= timestamp_ms);
-                later.map(|segment| segment.info.base).collect()
+                (later.map(|segment| segment.info.base).collect(), state.log_start)
             };
             for base in bases {
                 let place = self.place(base)?;
@@ -140,7 +140,7 @@ impl Reader {
                     entry.position += u32::try_from(bytes.len()).unwrap_or(u32::MAX);
                     (entry.offset, at) = (read.next, read.next);
                     while let Ok(batch) = Batch::split_from(&mut bytes) {
-                        if batch.max_timestamp() >= timestamp_ms {
+                        if batch.max_timestamp() >= timestamp_ms && batch.end_offset() > log_start {
                             return Ok(Some(batch));
                         }
                     }

@@ -18,6 +18,7 @@ use super::{
     disk::Mode,
     error::PersistError,
     journal::{Item, ring},
+    reserve,
     shared::Shared,
 };
 use crate::task::clock;
@@ -97,6 +98,7 @@ impl Inner {
             work.since = None;
             (std::mem::take(&mut work.dirty), std::mem::take(&mut work.urgent))
         };
+        self.take_reserve();
         for replica in dirty {
             replica.dirty.store(false, Ordering::Release);
             drop(replica.sync());
@@ -146,6 +148,19 @@ impl Inner {
         replicas.extend(registry.open.values().map(|replica| replica.record()));
         replicas.sort_by_key(|record| record.id);
         Checkpoint { first_round, generation: self.core.generation.load(Ordering::Acquire), clean, replicas }
+    }
+
+    /// Takes the reserve where it is not taken and there is plenty of room.
+    pub(super) fn take_reserve(&self) {
+        let core = &self.core;
+        if core.reserved.load(Ordering::Acquire) {
+            return;
+        }
+        match reserve::take(&*core.disk, &core.dir, core.options.reserve_bytes) {
+            Ok(taken) => core.reserved.store(taken, Ordering::Release),
+            // Nothing but a start on a full disk needs it.
+            Err(error) => tracing::debug!(%error, "the reserve was not made; it is tried again"),
+        }
     }
 
     /// Makes the next file of the ring, if one is wanted and there is none.

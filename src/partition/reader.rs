@@ -169,9 +169,9 @@ impl Reader {
 
     async fn read_bucket(&self, from: Offset, max_bytes: usize) -> Result<Option<Fetched>, ReadError> {
         let Some(tier) = &self.tier else {
-            return Err(ReadError::ObjectStore {
-                why: format!("offset {from} is in the object store, and this broker has none configured"),
-            });
+            let why = format!("offset {from} is in the object store, and this broker has none configured");
+            // Retention may have moved on meanwhile: then it is nowhere.
+            return self.readable(from).and(Err(ReadError::ObjectStore { why }));
         };
         match tier.read(from, max_bytes).await {
             Ok(read) => {
@@ -185,14 +185,16 @@ impl Reader {
     /// The first committed record whose timestamp is at least `timestamp_ms`: its offset, timestamp and epoch. `None` when
     /// there is none that young.
     pub async fn offset_for_time(&self, timestamp_ms: i64) -> Result<Option<(Offset, i64, LeaderEpoch)>, ReadError> {
-        let Some((offset, batch_ms, epoch)) = self.batch_for_time(timestamp_ms).await? else { return Ok(None) };
+        let Some((base, batch_ms, epoch)) = self.batch_for_time(timestamp_ms).await? else { return Ok(None) };
+        // The batch that the log start lies in can be read from there on.
+        let offset = base.max(self.shared.marks().log_start);
         let Some(fetched) = self.read(offset, 1).await? else { return Ok(None) };
         let damaged = |error: Malformed| ReadError::Damaged { offset, why: error.to_string() };
         let batch = Batch::split_from(&mut Bytes::from(fetched.chunks.concat())).map_err(damaged)?;
         for entry in batch.records().map_err(damaged)? {
-            let (offset, record) = entry.map_err(damaged)?;
-            if record.timestamp_ms >= timestamp_ms {
-                return Ok(Some((offset, record.timestamp_ms, epoch)));
+            let (found, record) = entry.map_err(damaged)?;
+            if found >= offset && record.timestamp_ms >= timestamp_ms {
+                return Ok(Some((found, record.timestamp_ms, epoch)));
             }
         }
         // The header claims a time that no record has: its producer made it so.
