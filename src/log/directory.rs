@@ -254,16 +254,20 @@ impl Log {
         if let Some(reason) = inner.core.journal.failed() {
             return failed(reason.to_owned());
         }
-        let whole = inner.open_replicas().iter().all(|replica| {
+        // What was not opened since a crash was not read either: the next start must not take its record for the whole of it.
+        let known = inner.registry().dormant.values().all(|dormant| dormant.clean || dormant.record.lost.is_some());
+        let synced = inner.open_replicas().iter().all(|replica| {
             let state = replica.state();
             replica.failed.get().is_none() && state.recovery.segment.end == state.log_end()
         });
+        let whole = known && synced;
         if !whole {
             return inner.recycle().or_else(|error| failed(format!("the checkpoint could not be written: {error}")));
         }
         let checkpoint = inner.checkpoint(inner.core.journal.next_round(), true);
-        let written = checkpoint.write(&*inner.core.disk, &inner.core.dir, inner.directory_id);
-        written.or_else(|error| failed(format!("the checkpoint could not be written: {error}")))
+        inner
+            .write_checkpoint(&checkpoint)
+            .or_else(|error| failed(format!("the checkpoint could not be written: {error}")))
     }
 
     /// With `manual`: writes one round of the journal. False when there was nothing to write, or no room to write it.

@@ -39,8 +39,9 @@
 //!
 //! # Failures
 //!
-//! A full disk fails the append, which is taken back, and nothing else. A start on one takes its room from the reserve. A failed write or sync of a segment ends writing to
-//! that replica, of the journal to all: pages may be gone, and a second sync would not say so. Reading goes on.
+//! A full disk fails the append, which is taken back, and nothing else; a start on one, or a checkpoint, takes its room from
+//! the reserve. A failed write or sync of a segment ends writing to that replica, of the journal to all: pages may be gone, and a
+//! second sync would not say so. Reading goes on.
 //!
 //! # Shutdown
 //!

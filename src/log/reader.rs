@@ -107,8 +107,9 @@ impl Reader {
         })
     }
 
-    /// The first batch below `bound`, and not wholly below the log start, with a timestamp at or above `timestamp_ms`: base offset, its largest timestamp, leader
-    /// epoch. Blocks. The record itself is in that batch or, by the producer's word, in none.
+    /// The first batch below `bound` with a timestamp at or above `timestamp_ms` that does not lie wholly below the log start:
+    /// base offset, its largest timestamp, leader epoch. Blocks. The record itself is in that batch or, by the producer's word,
+    /// in none.
     pub fn offset_for_time(
         &self,
         timestamp_ms: i64,

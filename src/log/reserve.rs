@@ -3,7 +3,7 @@
 //! Appends leave [`Options::reserve_bytes`](super::Options::reserve_bytes) free, so that a log never fills its own disk. That
 //! does not keep others from filling it, and then a broker could not even start: the checkpoint, and the commit in the metadata
 //! store after which segments may go, need room. So some of it is a file, made when there is plenty. A start that finds less than
-//! that free removes the file first, and it is made again when there is plenty again.
+//! that free removes the file first, so does a checkpoint that finds no room, and it is made again when there is plenty again.
 
 use std::{
     io::{self, IoSlice},

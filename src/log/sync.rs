@@ -16,7 +16,7 @@ use super::{
     core::{Core, SyncJob},
     directory::Inner,
     disk::Mode,
-    error::PersistError,
+    error::{PersistError, is_full},
     journal::{Item, ring},
     reserve,
     shared::Shared,
@@ -135,10 +135,24 @@ impl Inner {
         let open = self.open_replicas();
         let oldest = open.iter().filter_map(|replica| replica.state().unsynced.front().map(|(file, _)| *file)).min();
         let first_round = self.ring().start_after(oldest.unwrap_or(u64::MAX), self.core.journal.next_round());
-        self.checkpoint(first_round, false).write(&*self.core.disk, &self.core.dir, self.directory_id)?;
+        self.write_checkpoint(&self.checkpoint(first_round, false))?;
         self.ring().release(first_round);
         self.core.journal.released.notify_all();
         Ok(())
+    }
+
+    /// Replaces the checkpoint. On a full disk in the room of the reserve: whoever makes room waits for the journal, and the
+    /// journal for this.
+    pub(super) fn write_checkpoint(&self, checkpoint: &Checkpoint) -> io::Result<()> {
+        let core = &self.core;
+        let write = || checkpoint.write(&*core.disk, &core.dir, self.directory_id);
+        match write() {
+            Err(error) if is_full(&error) && reserve::release(&*core.disk, &core.dir) => {
+                core.reserved.store(core.options.reserve_bytes == 0, Ordering::Release);
+                write()
+            }
+            written => written,
+        }
     }
 
     /// What is known now, for replay from `first_round` on.

@@ -113,3 +113,23 @@ fn a_disk_that_others_filled_to_the_last_byte_can_be_opened_and_takes_its_reserv
     write(&log, &mut replica, &[batch(8, 1, 1, 1, 5000)]);
     assert!(held(&disk));
 }
+
+/// While the disk has not one byte, whoever removes segments waits for the journal, and the journal for a checkpoint.
+#[test]
+fn a_checkpoint_that_finds_no_room_takes_that_of_the_reserve() {
+    let disk = SimDisk::new();
+    let options = Options { reserve_bytes: 64 << 10, ..small() };
+    let log = Log::open(Arc::new(disk.clone()), Path::new("/data"), &identity(), options).unwrap();
+    let mut replica = log.open_replica(partition(0), at(0)).unwrap();
+    write(&log, &mut replica, &[batch(0, 2, 1, 1, 5000)]);
+    let reserve = |disk: &SimDisk| disk.files().iter().any(|(path, _)| path == Path::new("/data/reserve"));
+    assert!(reserve(&disk));
+    disk.set_capacity(Some(disk.files().iter().map(|(_, len)| len).sum()));
+    log.inner_recycle();
+    assert!(!reserve(&disk), "it was given up");
+    drop((replica, log));
+    disk.kill();
+    disk.set_capacity(None);
+    let log = open(&disk);
+    assert_eq!(log.open_replica(partition(0), at(0)).unwrap().log_end(), at(2));
+}
