@@ -10,8 +10,11 @@ use crate::{
     tier::{Live, collect_garbage},
 };
 
-/// How often old active segments are looked for.
+/// How often old active segments are looked for, at most.
 const SEAL_INTERVAL: Duration = Duration::from_millis(500);
+
+/// The look at all partitions is made so much more rarely than it takes: thousands of idle ones must not cost a core's percent.
+const LOOK_SHARE: u32 = 500;
 
 /// How often the bucket is searched for garbage, at most; a shorter grace means a shorter interval.
 const GARBAGE_INTERVAL: Duration = Duration::from_secs(3600);
@@ -83,16 +86,19 @@ fn report(broker: &Broker, partition: &Partition, error: &UpkeepError, earlier: 
 }
 
 async fn tick(broker: Arc<Broker>) {
+    let least = SEAL_INTERVAL.min(broker.settings.retention_interval);
+    let mut pause = least;
     let mut retention_at = clock::monotonic();
     loop {
         tokio::select! {
             biased;
             () = broker.tasks.cancelled() => return,
-            () = tokio::time::sleep(SEAL_INTERVAL.min(broker.settings.retention_interval)) => {}
+            () = tokio::time::sleep(pause) => {}
         }
-        let retention = clock::monotonic() >= retention_at;
+        let began = clock::monotonic();
+        let retention = began >= retention_at;
         if retention {
-            retention_at = clock::monotonic() + broker.settings.retention_interval;
+            retention_at = began + broker.settings.retention_interval;
         }
         let now_ms = clock::wall_ms();
         for partition in broker.hosted.open() {
@@ -100,6 +106,7 @@ async fn tick(broker: Arc<Broker>) {
                 broker.upkeep_queue.push(partition.id());
             }
         }
+        pause = least.max(began.elapsed() * LOOK_SHARE);
     }
 }
 
