@@ -41,6 +41,7 @@ async fn run(broker: Arc<Broker>) {
             () = broker.tasks.cancelled() => return,
             () = search.run(&broker) => {}
         }
+        broker.metrics.garbage_searches.inc();
     }
 }
 

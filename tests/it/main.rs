@@ -7,6 +7,7 @@ mod broker;
 mod crash;
 mod crash_client;
 mod damage;
+mod deletion;
 mod end_to_end;
 mod figures;
 mod format;
