@@ -93,7 +93,8 @@ impl S3 {
 
     /// The uploads without an end below our prefix.
     ///
-    /// The whole bucket is listed: asked for a prefix, MinIO names only uploads of exactly that key.
+    /// The whole bucket is listed: asked for a prefix, MinIO names only uploads of exactly that key. (It also forgets, when it is
+    /// started again, those from before; but it ends what is a day old by itself.)
     pub(super) async fn uploads(&self) -> Result<Vec<Upload>, String> {
         let below = self.key("");
         let (mut uploads, mut key, mut id) = (Vec::new(), None::<String>, None::<String>);

@@ -10,10 +10,7 @@
 
 use std::time::Duration;
 
-use super::{
-    name,
-    store::{ClaimError, Store},
-};
+use super::store::{ClaimError, Store};
 
 /// What one sweep did.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -100,7 +97,7 @@ enum Verdict {
 #[cfg(any(test, feature = "aws-sdk"))]
 fn judge(object: &str, begun_ms: Option<i64>, oldest_young_ms: i64) -> Verdict {
     match begun_ms {
-        _ if !name::is_segment(object) => Verdict::Foreign,
+        _ if !super::name::is_segment(object) => Verdict::Foreign,
         Some(begun_ms) if begun_ms < oldest_young_ms => Verdict::Abandoned,
         _ => Verdict::Young,
     }
@@ -109,7 +106,10 @@ fn judge(object: &str, begun_ms: Option<i64>, oldest_young_ms: i64) -> Verdict {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{LeaderEpoch, Offset, PartitionId, TopicId};
+    use crate::{
+        model::{LeaderEpoch, Offset, PartitionId, TopicId},
+        tier::name,
+    };
 
     #[test]
     fn only_an_old_upload_of_a_segment_is_abandoned() {
