@@ -15,6 +15,7 @@ mod full_disk;
 mod fuzz;
 mod history;
 mod hostile;
+mod kafka_reader;
 mod outage;
 mod pages;
 mod proxy;
