@@ -1,4 +1,4 @@
-//! Gives partitions their turn at upkeep, and collects the bucket's garbage.
+//! Gives partitions their turn at upkeep.
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
@@ -7,7 +7,6 @@ use crate::{
     model::PartitionId,
     partition::{Partition, UpkeepError},
     task::clock,
-    tier::{Live, collect_garbage},
 };
 
 /// How often old active segments are looked for, at most.
@@ -16,18 +15,12 @@ const SEAL_INTERVAL: Duration = Duration::from_millis(500);
 /// The look at all partitions is made so much more rarely than it takes: thousands of idle ones must not cost a core's percent.
 const LOOK_SHARE: u32 = 500;
 
-/// How often the bucket is searched for garbage, at most; a shorter grace means a shorter interval.
-const GARBAGE_INTERVAL: Duration = Duration::from_secs(3600);
-
-/// Starts the workers, the clockwork, and the collection of garbage.
+/// Starts the workers and the clockwork.
 pub(super) fn spawn(broker: &Arc<Broker>) {
     for _ in 0..broker.settings.upkeep_workers.max(1) {
         broker.tasks.spawn("upkeep", work(Arc::clone(broker)));
     }
     broker.tasks.spawn("upkeep clock", tick(Arc::clone(broker)));
-    if broker.tier.is_some() {
-        broker.tasks.spawn("garbage", collect(Arc::clone(broker)));
-    }
 }
 
 async fn work(broker: Arc<Broker>) {
@@ -107,46 +100,5 @@ async fn tick(broker: Arc<Broker>) {
             }
         }
         pause = least.max(began.elapsed() * LOOK_SHARE);
-    }
-}
-
-async fn collect(broker: Arc<Broker>) {
-    let grace = broker.settings.garbage_grace;
-    let Some(tier) = &broker.tier else { return };
-    loop {
-        tokio::select! {
-            biased;
-            () = broker.tasks.cancelled() => return,
-            () = tokio::time::sleep(GARBAGE_INTERVAL.min(grace.max(Duration::from_secs(1)))) => {}
-        }
-        let collected = tokio::select! {
-            biased;
-            () = broker.tasks.cancelled() => return,
-            collected = collect_garbage(&tier.store, |id| broker.live(id), grace, clock::wall_ms()) => collected,
-        };
-        match collected {
-            Ok(report) => {
-                broker.metrics.tier_objects_deleted.inc_by(report.deleted);
-                for (partition, why) in &report.skipped {
-                    tracing::warn!(%partition, why, "garbage of this partition was left for the next time");
-                }
-                if report.deleted > 0 {
-                    let (objects, bytes) = (report.deleted, report.deleted_bytes);
-                    tracing::info!(objects, bytes, "collected garbage in the object store");
-                }
-            }
-            Err(error) => tracing::warn!(%error, "could not collect garbage in the object store; it is tried again"),
-        }
-    }
-}
-
-impl Broker {
-    /// What the metadata store says of a partition at this moment, for whoever is about to delete objects.
-    async fn live(&self, id: PartitionId) -> Live {
-        match (self.topics.was_deleted(id.topic).await, self.commits.current(id).await) {
-            (Ok(true), _) => Live::Deleted,
-            (Ok(false), Ok(Some(state))) => Live::Current(state),
-            _ => Live::Unknown,
-        }
     }
 }
