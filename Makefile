@@ -15,7 +15,7 @@ FUZZ_SECONDS ?= 60
 # How often `make crash-test` kills the broker. STRANDLINE_SEED repeats a run's choices.
 KILLS ?= 200
 
-.PHONY: build release test check fmt clippy client docs deny crash-test bench fuzz golden kafka-reader real-s3 write-docs help
+.PHONY: build release test check fmt clippy client docs deny crash-test bench fuzz fuzz-seeds golden kafka-reader real-s3 write-docs help
 
 help: ## These lines.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -59,12 +59,18 @@ bench: ## The benchmarks of record, log and tier paths.
 	$(CARGO) bench --locked --bench paths
 
 # libFuzzer wants unstable flags of the compiler. The pinned one takes them when asked, so no second toolchain is needed.
-fuzz: $(FUZZ) ## Every fuzz target for FUZZ_SECONDS (60) each, beginning with its known cases.
+fuzz: $(FUZZ) ## Every fuzz target for FUZZ_SECONDS (60) each, beginning with its seeds and its known cases.
+	RUSTC_BOOTSTRAP=1 $(FUZZ) build
 	for target in fuzz/fuzz_targets/*.rs; do \
 	  name=$$(basename $$target .rs); \
 	  mkdir -p fuzz/corpus/$$name fuzz/regressions/$$name; \
-	  RUSTC_BOOTSTRAP=1 $(FUZZ) run $$name fuzz/corpus/$$name fuzz/regressions/$$name -- -max_total_time=$(FUZZ_SECONDS); \
+	  echo "fuzz: $$name for $(FUZZ_SECONDS) s"; \
+	  RUSTC_BOOTSTRAP=1 $(FUZZ) run $$name fuzz/corpus/$$name fuzz/seeds/$$name fuzz/regressions/$$name -- \
+	    -max_total_time=$(FUZZ_SECONDS); \
 	done
+
+fuzz-seeds: ## Writes the seeds of fuzz targets that have none of that name yet; existing ones are never touched.
+	$(CARGO) test --locked --test it -- --ignored write_missing_seeds
 
 $(FUZZ):
 	$(CARGO) install --locked --debug --version $(FUZZ_VERSION) --root target/tools --target-dir target/tools/build cargo-fuzz

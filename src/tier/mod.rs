@@ -39,6 +39,8 @@ mod cache;
 pub mod doctor;
 mod files;
 pub mod footer;
+#[doc(hidden)]
+pub mod fuzzing;
 mod garbage;
 pub mod manifest;
 pub mod name;

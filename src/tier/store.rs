@@ -162,7 +162,7 @@ impl ClaimError {
 
 /// The content of `cluster.json`.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
-struct Owner {
+pub(super) struct Owner {
     format: u32,
     cluster: String,
 }
