@@ -8,6 +8,7 @@ mod crash;
 mod crash_client;
 mod damage;
 mod deletion;
+mod edge;
 mod end_to_end;
 mod figures;
 mod format;
