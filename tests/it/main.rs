@@ -14,6 +14,7 @@ mod full_disk;
 mod fuzz;
 mod history;
 mod hostile;
+mod lost;
 mod outage;
 mod pages;
 mod proxy;
