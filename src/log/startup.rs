@@ -72,7 +72,11 @@ pub(super) fn load(disk: &Arc<dyn Disk>, dir: &Path, directory: Uuid, options: &
         (Journaled::nothing(first_round), replicas)
     } else {
         let read = replay::read(disk, &journal_dir, directory, first_round);
-        let journaled = read.map_err(io_error(&journal_dir, "read the journal"))?;
+        let mut journaled = read.map_err(io_error(&journal_dir, "read the journal"))?;
+        if !known {
+            // It is not known where replay begins, and older files of the ring were used again.
+            journaled.unknown_loss = None;
+        }
         match &journaled.missing {
             Some(why) if expected => without_journal(disk, dir, first_round, replicas, options, why)?,
             _ => (journaled, replicas),
@@ -117,7 +121,9 @@ fn without_journal(
     }
     // Should the lost one turn up again, none of its rounds may be taken for one of ours.
     let next_round = first_round.saturating_add(1 << 32);
-    Ok((Journaled { generation: 1, ..Journaled::nothing(next_round) }, records))
+    let mut journaled = Journaled::nothing(next_round);
+    journaled.generation = 1;
+    Ok((journaled, records))
 }
 
 /// Whether nobody has read the replica since its record was lost: a torn tail cannot be told from a loss.
@@ -153,10 +159,6 @@ fn merge(
             tracing::debug!(partition = %id, %left, at = %reset.base, "a reset is done again");
             remove_files(disk, &replica_dir(dir, *id))?;
         }
-    }
-    if known.values().any(unread) {
-        // Without a checkpoint it is not known where replay begins: older files of the ring were used again.
-        journaled.unknown_loss = None;
     }
     if journaled.unknown_loss.is_some() {
         // The round may have held a replica's creation: what lies there is not passed over in silence.
