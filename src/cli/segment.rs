@@ -9,11 +9,12 @@ use std::{
 use clap::{Args, Subcommand};
 use serde_json::json;
 
-use self::file::{Batches, Damage, Epochs, Known};
+use self::file::{Batches, Damage, Epochs};
 use super::{Common, format, output::Output};
 use crate::{
     model::{Offset, TimestampType},
     record::{Batch, Malformed, Record},
+    tier::Footer,
 };
 
 mod file;
@@ -35,9 +36,9 @@ pub(super) struct Dump {
 
 pub(super) fn run(common: &Common, command: Segment) -> anyhow::Result<ExitCode> {
     let Segment::Dump(dump) = command;
-    let (batches, known) = file::open(&dump.file)?;
+    let (batches, footer) = file::open(&dump.file)?;
     let mut out = BufWriter::new(io::stdout().lock());
-    let result = dump_all(batches, &known, &dump, common.output, &mut out);
+    let result = dump_all(batches, footer.as_ref(), &dump, common.output, &mut out);
     out.flush()?;
     result?;
     Ok(ExitCode::SUCCESS)
@@ -46,7 +47,7 @@ pub(super) fn run(common: &Common, command: Segment) -> anyhow::Result<ExitCode>
 /// A batch is printed once the one after it was read: only then is its epoch known to be no fall.
 fn dump_all(
     mut batches: Batches<impl Read>,
-    known: &Known,
+    footer: Option<&Footer>,
     dump: &Dump,
     output: Output,
     out: &mut impl Write,
@@ -58,13 +59,11 @@ fn dump_all(
         let next = batches.next();
         // Damage behind this batch says nothing about it.
         let after = next.as_ref().ok().and_then(|next| next.as_ref()).map(|(_, next)| next);
-        epochs
-            .check(&batch, after, known.footer.as_ref())
-            .map_err(|problem| file::damaged(&dump.file, position, &problem))?;
+        epochs.check(&batch, after, footer).map_err(|problem| file::damaged(&dump.file, position, &problem))?;
         print_all(position, &batch, dump, output, out)?;
         current = next.map_err(damage)?;
     }
-    known.footer.as_ref().map_or(Ok(()), |footer| batches.check(footer).map_err(damage))
+    footer.map_or(Ok(()), |footer| batches.check(footer).map_err(damage))
 }
 
 fn print_all(position: u64, batch: &Batch, dump: &Dump, output: Output, out: &mut impl Write) -> anyhow::Result<()> {

@@ -36,17 +36,8 @@ const OTHERS: &[(&[u8], &str)] = &[
     (b"STMP", "a page of a manifest"),
 ];
 
-/// What is known of a segment beside its batches.
-#[derive(Debug, Default)]
-pub(super) struct Known {
-    /// First offset.
-    pub(super) base: Option<Offset>,
-    /// What the footer of an object says.
-    pub(super) footer: Option<Footer>,
-}
-
-/// Opens a segment file or a segment object, and reads what it says of itself.
-pub(super) fn open(path: &Path) -> anyhow::Result<(Batches<impl Read + use<>>, Known)> {
+/// Opens a segment file, or a segment object with its footer.
+pub(super) fn open(path: &Path) -> anyhow::Result<(Batches<impl Read + use<>>, Option<Footer>)> {
     let unreadable = || format!("cannot read {}", path.display());
     let mut file = File::open(path).with_context(unreadable)?;
     let metadata = file.metadata().with_context(unreadable)?;
@@ -87,7 +78,7 @@ pub(super) fn open(path: &Path) -> anyhow::Result<(Batches<impl Read + use<>>, K
     file.seek(SeekFrom::Start(0)).with_context(unreadable)?;
     let data = footer.as_ref().map_or(len, |footer| footer.data_bytes);
     let input = BufReader::with_capacity(1 << 20, file).take(data);
-    Ok((Batches { input, position: 0, end: base, crc: 0 }, Known { base, footer }))
+    Ok((Batches { input, position: 0, end: base, crc: 0 }, footer))
 }
 
 /// The footer of an object; `None` where the file does not end as one. The outer error is the disk's.

@@ -40,7 +40,7 @@ fn dumped(bytes: &[u8], records: bool, output: Output) -> (String, Result<(), St
     let dump = Dump { file: "f.log".into(), records };
     let mut out = Vec::new();
     let batches = Batches::new(bytes, Some(Offset::ZERO));
-    let result = dump_all(batches, &Known::default(), &dump, output, &mut out).map_err(|error| error.to_string());
+    let result = dump_all(batches, None, &dump, output, &mut out).map_err(|error| error.to_string());
     (String::from_utf8(out).expect("text"), result)
 }
 
@@ -50,9 +50,9 @@ fn dumped_as(name: &str, bytes: &[u8]) -> (String, Result<(), String>) {
     let file = folder.path().join(name);
     fs::write(&file, bytes).expect("written");
     let mut out = Vec::new();
-    let result = file::open(&file).and_then(|(batches, known)| {
+    let result = file::open(&file).and_then(|(batches, footer)| {
         let dump = Dump { file: Path::new(name).to_owned(), records: false };
-        dump_all(batches, &known, &dump, Output::Text, &mut out)
+        dump_all(batches, footer.as_ref(), &dump, Output::Text, &mut out)
     });
     (String::from_utf8(out).expect("text"), result.map_err(|error| format!("{error:#}")))
 }
