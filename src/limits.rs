@@ -58,5 +58,9 @@ pub const MAX_TRANSACTION_OPS: usize = 128;
 /// Most bytes of keys and values in one transaction of the metadata store, below etcd's 1.5 MiB for a request.
 pub const MAX_TRANSACTION_BYTES: usize = 1 << 20;
 
+/// A journal of up to so many bytes grows as far as its disk allows. A larger one is asked for on purpose, and refused where it
+/// can never be had.
+pub const MODEST_JOURNAL_BYTES: u64 = 256 << 20;
+
 /// Most idempotent producers that one partition remembers; beyond it, those that wrote longest ago are forgotten.
 pub const MAX_PRODUCERS: usize = 16_384;

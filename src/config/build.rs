@@ -81,6 +81,7 @@ impl Values {
             log: Log {
                 journal_bytes: self.number("log.journal_bytes"),
                 journal_dir: self.optional("log.journal_dir").map(Into::into),
+                accept_journal_loss: self.required("log.accept_journal_loss") == "true",
                 tail_memory_bytes: self.number("log.tail_memory_bytes"),
             },
             cache: Cache {

@@ -172,6 +172,14 @@ pub(super) const SETTINGS: &[Setting] = &[
     ),
     setting(
         "log",
+        "accept_journal_loss",
+        Kind::Flag,
+        Some("false"),
+        "Whether to start without the journal of a data directory that was not stopped cleanly. What was acknowledged and is in that \
+         journal alone is lost: set it for one start, when the journal's device is gone for good.",
+    ),
+    setting(
+        "log",
         "tail_memory_bytes",
         Kind::Bytes { least: MIB, most: TIB },
         Some("256MiB"),

@@ -2,7 +2,7 @@
 //! what is to be synced.
 
 use std::{
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{
         Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -33,6 +33,8 @@ pub struct Options {
     pub journal_bytes: u64,
     /// Where the journal lies; in the data directory when not set. May be a device of its own.
     pub journal_dir: Option<PathBuf>,
+    /// Go on where the journal of a directory that was not stopped cleanly is gone: what was in it alone is lost.
+    pub accept_journal_loss: bool,
     /// Most bytes of one round: one write and one sync.
     pub round_bytes: usize,
     /// What is handed over at once beyond this is synced in its segment instead of being written twice.
@@ -52,11 +54,19 @@ pub struct Options {
     pub manual: bool,
 }
 
+impl Options {
+    /// The journal's folder for a data directory.
+    pub(super) fn journal_in(&self, dir: &Path) -> PathBuf {
+        self.journal_dir.clone().unwrap_or_else(|| dir.join("journal"))
+    }
+}
+
 impl Default for Options {
     fn default() -> Self {
         Self {
             journal_bytes: 512 << 20,
             journal_dir: None,
+            accept_journal_loss: false,
             round_bytes: 4 << 20,
             journal_most: 8 << 20,
             tail_bytes: 128 << 20,

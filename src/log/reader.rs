@@ -274,26 +274,19 @@ impl Reader {
             let (mut first, mut end, mut next) = (None, 0, from);
             while !rest.is_empty() && expected < bound {
                 let at = whole.len() - rest.len();
-                let damaged = |why: String| damage(place, expected, position + at as u64, why);
-                let needed = if rest.len() < HEADER_BYTES {
-                    HEADER_BYTES
-                } else {
-                    Batch::framed_len(&rest).map_err(|error| damaged(error.to_string()))?
+                let needed = match needed_at(&rest) {
+                    // The buffer ends before the batch does, the file does not.
+                    Ok(needed) if needed > rest.len() && needed <= left - at && read == want.min(left) => break,
+                    Ok(needed) if first.is_some_and(|first| at + needed - first > max_bytes) => break,
+                    other => other,
                 };
-                if needed > rest.len() {
-                    if needed > left - at || read < want.min(left) {
-                        return Err(damaged(format!("{needed} bytes are needed and {} are there", rest.len())));
-                    }
-                    break;
-                }
-                if first.is_some_and(|first| at + needed - first > max_bytes) {
-                    break;
-                }
-                let batch = segment::next(&mut rest, expected, epoch).map_err(damaged)?;
-                let known = place.epochs.at(expected);
-                if known.is_some() && known != batch.leader_epoch() {
-                    return Err(damaged(format!("its leader epoch is {:?}, not {known:?}", batch.leader_epoch())));
-                }
+                let batch = match needed.and_then(|needed| checked(place, &mut rest, needed, expected, epoch)) {
+                    Ok(batch) => batch,
+                    // What lies before the damage is served; who reads on from there is told.
+                    Err(_) if first.is_some() => break,
+                    Err(why) => return Err(damage(place, expected, position + at as u64, why)),
+                };
+                let needed = batch.encoded_len();
                 if batch.end_offset() > bound {
                     expected = bound;
                     break;
@@ -318,6 +311,33 @@ impl Reader {
             position += (whole.len() - rest.len()) as u64;
             want = if rest.len() >= HEADER_BYTES { Batch::framed_len(&rest).unwrap_or(want).max(want) } else { want };
         }
+    }
+}
+
+/// Bytes of the batch at the front of `rest`, as far as can be told there.
+fn needed_at(rest: &Bytes) -> Result<usize, String> {
+    if rest.len() < HEADER_BYTES {
+        Ok(HEADER_BYTES)
+    } else {
+        Batch::framed_len(rest).map_err(|error| error.to_string())
+    }
+}
+
+/// The batch of `needed` bytes at the front of `rest`, if it is the one that was written there.
+fn checked(
+    place: &Place,
+    rest: &mut Bytes,
+    needed: usize,
+    expected: Offset,
+    epoch: Option<LeaderEpoch>,
+) -> Result<Batch, String> {
+    if needed > rest.len() {
+        return Err(format!("{needed} bytes are needed and {} are there", rest.len()));
+    }
+    let batch = segment::next(rest, expected, epoch)?;
+    match (place.epochs.at(expected), batch.leader_epoch()) {
+        (Some(known), Some(epoch)) if known != epoch => Err(format!("its leader epoch is {epoch}, not {known}")),
+        _ => Ok(batch),
     }
 }
 

@@ -15,7 +15,7 @@ use std::{
 };
 
 use super::{
-    checkpoint::Checkpoint,
+    checkpoint::{Checkpoint, Standing},
     core::{Core, SyncJob},
     directory::Inner,
     disk::Mode,
@@ -155,19 +155,19 @@ impl Inner {
         let open = self.open_replicas();
         let oldest = open.iter().filter_map(|replica| replica.state().unsynced.front().map(|(file, _)| *file)).min();
         let first_round = self.ring().start_after(oldest.unwrap_or(u64::MAX), self.core.journal.next_round());
-        self.checkpoint(first_round, false).write(&*self.core.disk, &self.core.dir, self.directory_id)?;
+        self.checkpoint(first_round, Standing::Running).write(&*self.core.disk, &self.core.dir, self.directory_id)?;
         self.ring().release(first_round);
         self.core.journal.released.notify_all();
         Ok(())
     }
 
     /// What is known now, for replay from `first_round` on.
-    pub(super) fn checkpoint(&self, first_round: u64, clean: bool) -> Checkpoint {
+    pub(super) fn checkpoint(&self, first_round: u64, standing: Standing) -> Checkpoint {
         let registry = self.registry();
         let mut replicas: Vec<_> = registry.dormant.values().map(|dormant| dormant.record.clone()).collect();
         replicas.extend(registry.open.values().map(|replica| replica.record()));
         replicas.sort_by_key(|record| record.id);
-        Checkpoint { first_round, generation: self.core.generation.load(Ordering::Acquire), clean, replicas }
+        Checkpoint { first_round, generation: self.core.generation.load(Ordering::Acquire), standing, replicas }
     }
 
     /// Makes the next file of the ring, if one is wanted and there is none.

@@ -165,7 +165,7 @@ impl Reader {
             return Ok(fetched);
         }
         Err(match error {
-            log::ReadError::Damaged { .. } => ReadError::Damaged { offset: from, why: error.to_string() },
+            log::ReadError::Damaged { offset, .. } => ReadError::Damaged { offset, why: error.to_string() },
             other => ReadError::Disk { why: other.to_string() },
         })
     }

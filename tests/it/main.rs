@@ -17,6 +17,7 @@ mod fuzz;
 mod history;
 mod hostile;
 mod kafka_reader;
+mod lost;
 mod outage;
 mod pages;
 mod proxy;

@@ -137,6 +137,16 @@ pub(in crate::log) fn encode<'a>(
     front[8..CRC_FROM].copy_from_slice(&crc.to_be_bytes());
 }
 
+/// The data directory that wrote the round at the front of `bytes`, if the round's own directory is whole there.
+pub(in crate::log) fn owner(bytes: &[u8]) -> Option<Uuid> {
+    let mut head = bytes.strip_prefix(MAGIC)?.get(..ROUND_HEAD - MAGIC.len())?;
+    let crc = head.get_u32();
+    let id = Uuid::from_slice(head.get(..16)?).ok()?;
+    head.advance(24);
+    let end = usize::try_from(head.get_u32()).ok()?.checked_mul(ENTRY_HEAD)?.checked_add(ROUND_HEAD)?;
+    (crc32c::crc32c(bytes.get(CRC_FROM..end)?) == crc).then_some(id)
+}
+
 /// The round that begins at the front of `bytes`, if its directory is whole, of this data directory, and says nothing that
 /// is never written.
 pub(in crate::log) fn decode(bytes: &[u8], directory: Uuid) -> Option<RoundRead> {

@@ -5,6 +5,7 @@ mod damage;
 mod directory;
 mod failures;
 mod formats;
+mod lost;
 mod reading;
 
 use std::{
@@ -42,6 +43,7 @@ fn small() -> Options {
     Options {
         journal_bytes: 1 << 20,
         journal_dir: None,
+        accept_journal_loss: false,
         round_bytes: 16 << 10,
         journal_most: 24 << 10,
         tail_bytes: 64 << 10,
