@@ -107,8 +107,9 @@ impl Reader {
         })
     }
 
-    /// The first batch below `bound` with a timestamp at or above `timestamp_ms`: base offset, its largest timestamp, leader
-    /// epoch. Blocks. The record itself is in that batch or, by the producer's word, in none.
+    /// The first batch below `bound` with a timestamp at or above `timestamp_ms` that does not lie wholly below the log start:
+    /// base offset, its largest timestamp, leader epoch. Blocks. The record itself is in that batch or, by the producer's word,
+    /// in none.
     pub fn offset_for_time(
         &self,
         timestamp_ms: i64,
@@ -122,7 +123,7 @@ impl Reader {
     /// the record. Where that batch's header lied, the caller asks again from its end. Blocks.
     pub fn batch_for_time(&self, timestamp_ms: i64, from: Offset, bound: Offset) -> Result<Option<Batch>, ReadError> {
         self.consistently(|| {
-            let bases: Vec<Offset> = {
+            let (bases, log_start): (Vec<Offset>, Offset) = {
                 let state = self.shared.state();
                 let later = |info: &SegmentInfo| info.max_timestamp >= timestamp_ms && info.end > from;
                 state.segments.iter().map(|segment| segment.info).filter(later).map(|info| info.base).collect()

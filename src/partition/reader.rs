@@ -172,9 +172,9 @@ impl Reader {
 
     async fn read_bucket(&self, from: Offset, max_bytes: usize) -> Result<Option<Fetched>, ReadError> {
         let Some(tier) = &self.tier else {
-            return Err(ReadError::ObjectStore {
-                why: format!("offset {from} is in the object store, and this broker has none configured"),
-            });
+            let why = format!("offset {from} is in the object store, and this broker has none configured");
+            // Retention may have moved on meanwhile: then it is nowhere.
+            return self.readable(from).and(Err(ReadError::ObjectStore { why }));
         };
         match tier.read(from, max_bytes).await {
             Ok(read) => {

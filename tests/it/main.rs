@@ -22,6 +22,7 @@ mod outage;
 mod pages;
 mod proxy;
 mod python;
+mod retention;
 mod rooms;
 // For clippy: what is compiled for tests only may unwrap.
 #[cfg(test)]

@@ -194,9 +194,15 @@ async fn trimming_moves_the_log_start_and_leaves_garbage_that_is_collected() {
     let fresh = tier_over(store.clone(), tier.state());
     assert_eq!(read_all(&fresh, 450, 900, 1 << 20).await, kept, "what is named stays");
 
-    // Beyond the end: the manifest is empty and the bucket goes on from there.
+    // Beyond the end: the manifest is empty, and the tiered end says what was uploaded and no more.
+    tier.install(tier.stage_trim(at(903), LeaderEpoch(2)).await.unwrap());
+    let emptied = tier.state();
+    assert_eq!((emptied.log_start, emptied.tiered_end, tier.bytes()), (at(903), at(900), 0));
+    assert!(matches!(tier.read(at(903), 1).await, Err(ReadError::OutOfRange { .. })));
+    assert_eq!(tier_over(store.clone(), emptied.clone()).segments(at(0), 9).await.unwrap(), [], "it is read again");
+    // From then on the bucket is not needed to move the log start.
     tier.install(tier.stage_trim(at(905), LeaderEpoch(2)).await.unwrap());
-    assert_eq!((tier.state().tiered_end, tier.bytes()), (at(905), 0));
+    assert_eq!((tier.state().log_start, tier.state().manifest), (at(905), emptied.manifest));
     let (inside, _) = source(folder.path(), 900, 5, 10, 2);
     tier.install(tier.stage(&inside, LeaderEpoch(2)).await.unwrap());
     assert_eq!((tier.state().log_start, tier.state().tiered_end), (at(905), at(915)));
