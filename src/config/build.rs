@@ -81,6 +81,7 @@ impl Values {
             log: Log {
                 journal_bytes: self.number("log.journal_bytes"),
                 journal_dir: self.optional("log.journal_dir").map(Into::into),
+                accept_journal_loss: self.required("log.accept_journal_loss") == "true",
                 tail_memory_bytes: self.number("log.tail_memory_bytes"),
             },
             cache: Cache {
@@ -91,6 +92,7 @@ impl Values {
             tier: Tier {
                 upload_concurrency: self.number("tier.upload_concurrency"),
                 garbage_grace: self.time("tier.garbage_grace"),
+                upload_grace: self.time("tier.upload_grace"),
                 check_interval: self.time("tier.check_interval"),
             },
             limits: Limits { produce_memory_bytes: self.number("limits.produce_memory_bytes") },

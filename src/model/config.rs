@@ -114,7 +114,7 @@ pub const TOPIC_CONFIG_KEYS: &[ConfigKey] = &[
         name: "compression.type",
         default: "producer",
         allowed: "producer, uncompressed, gzip, snappy, lz4 or zstd",
-        doc: "`producer` stores batches as they come; any other word makes the broker store every batch in that codec.",
+        doc: "`producer` stores batches as they come; any other word makes the broker store every batch in that codec, and refuse one whose records take more than 64 MiB plain.",
     },
     ConfigKey {
         name: "durability",

@@ -32,6 +32,8 @@ pub mod leader;
 pub mod retention;
 
 mod actor;
+mod memory;
+mod opener;
 mod reader;
 mod ready;
 mod shared;
@@ -49,6 +51,8 @@ use self::{
 pub use self::{
     actor::{AppendError, AppendResult},
     leader::{Acked, Held, Refused},
+    memory::Memory,
+    opener::{Opener, Use},
     reader::{Fetched, ReadError, Reader, Source},
     ready::Ready,
     upkeep::{Step, Upkeep, UpkeepError},

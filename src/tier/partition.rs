@@ -153,6 +153,8 @@ impl PartitionTier {
     async fn write(&self, replaces: TierState, next: Root) -> Result<Staged, UploadError> {
         let name = ManifestName::draw(next.version(), next.epoch());
         upload::small(&self.inner.store, &self.object(&name.to_string()), next.encode()).await?;
+        // The last look before the commit: all of it went to our store, and not to a folder made anew in its place.
+        self.inner.store.claim().await?;
         let state = TierState::of(&next, name);
         self.inner.cache.put_parsed(name.attempt, Parsed::Root(Arc::new(next))).await;
         Ok(Staged { state, replaces })
