@@ -115,7 +115,7 @@ impl Reader {
         timestamp_ms: i64,
         bound: Offset,
     ) -> Result<Option<(Offset, i64, LeaderEpoch)>, ReadError> {
-        let found = self.batch_for_time(timestamp_ms, Offset::ZERO, bound)?;
+        let found = self.batch_for_time(timestamp_ms, self.log_start(), bound)?;
         Ok(found.map(|batch| (batch.base_offset(), batch.max_timestamp(), batch.leader_epoch().unwrap_or_default())))
     }
 
@@ -123,7 +123,7 @@ impl Reader {
     /// the record. Where that batch's header lied, the caller asks again from its end. Blocks.
     pub fn batch_for_time(&self, timestamp_ms: i64, from: Offset, bound: Offset) -> Result<Option<Batch>, ReadError> {
         self.consistently(|| {
-            let (bases, log_start): (Vec<Offset>, Offset) = {
+            let bases: Vec<Offset> = {
                 let state = self.shared.state();
                 let later = |info: &SegmentInfo| info.max_timestamp >= timestamp_ms && info.end > from;
                 state.segments.iter().map(|segment| segment.info).filter(later).map(|info| info.base).collect()
