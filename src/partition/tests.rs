@@ -464,7 +464,7 @@ async fn a_reader_at_the_front_is_told_the_start_while_segments_are_deleted() {
     let bench = Bench::new(dir.path(), false).await;
     let partition = bench.open(LOCAL);
     let reader = partition.reader().clone();
-    let front = tokio::spawn(async move {
+    let front = async move {
         let (mut at, mut told) = (Offset::ZERO, 0);
         loop {
             match reader.read(at, 1).await {
@@ -478,12 +478,15 @@ async fn a_reader_at_the_front_is_told_the_start_while_segments_are_deleted() {
             }
             tokio::task::yield_now().await;
         }
-    });
-    partition.configure(resolve(&with("60000"))).await;
-    for n in 0..200u8 {
-        append(&partition, &[n; 4000], Acks::All).await.unwrap();
-        bench.settle(&partition).await;
-    }
-    partition.stop().await;
-    assert!(front.await.unwrap() > 0);
+    };
+    let writer = async {
+        partition.configure(resolve(&with("60000"))).await;
+        for n in 0..200u8 {
+            append(&partition, &[n; 4000], Acks::All).await.unwrap();
+            bench.settle(&partition).await;
+        }
+        partition.stop().await;
+    };
+    let (told, ()) = tokio::join!(front, writer);
+    assert!(told > 0);
 }
