@@ -2,7 +2,9 @@
 
 use std::{future::Future, ops::Range, time::Duration};
 
-use aws_config::{BehaviorVersion, Region};
+use aws_config::{
+    BehaviorVersion, Region, environment::EnvironmentVariableRegionProvider, meta::region::RegionProviderChain,
+};
 use aws_sdk_s3::{
     Client,
     config::Credentials,
@@ -13,11 +15,24 @@ use aws_sdk_s3::{
 use bytes::Bytes;
 use futures::future::BoxFuture;
 
-use super::{Check, Created, Outcome, Probe, pattern};
+use super::{Check, Created, Outcome, Probe, pattern, untried};
 use crate::tier::open::{OpenError, StoreOptions};
+
+/// The region where none is named, as for the broker's own client.
+const DEFAULT_REGION: &str = "us-east-1";
+
+const CHECKSUM: (&str, &str) =
+    ("content checksum", "Uploads are read back and compared, so a store without checksums is as safe.");
+
+const UPLOADS: (&str, &str) = (
+    "list multipart uploads",
+    "A crash can leave an upload without an end, which costs storage: give the bucket a life-cycle rule that ends them.",
+);
 
 pub(super) struct Sdk {
     client: Client,
+    /// Where it calls, if not at Amazon.
+    endpoint: Option<String>,
     bucket: String,
     prefix: String,
     timeout: Duration,
@@ -31,9 +46,11 @@ impl Sdk {
             return Err(OpenError::Url { url: options.url.clone() });
         }
         let mut loader = aws_config::defaults(BehaviorVersion::v2026_01_12());
-        if let Some(region) = &options.region {
-            loader = loader.region(Region::new(region.clone()));
-        }
+        let region = match &options.region {
+            Some(region) => RegionProviderChain::first_try(Region::new(region.clone())),
+            None => RegionProviderChain::first_try(EnvironmentVariableRegionProvider::new()),
+        };
+        loader = loader.region(region.or_else(Region::new(DEFAULT_REGION)));
         if let Some(endpoint) = &options.endpoint {
             loader = loader.endpoint_url(endpoint);
         }
@@ -45,6 +62,7 @@ impl Sdk {
         let config = aws_sdk_s3::config::Builder::from(&config).force_path_style(options.path_style).build();
         Ok(Self {
             client: Client::from_conf(config),
+            endpoint: options.endpoint.clone(),
             bucket: bucket.to_owned(),
             prefix: prefix.trim_matches('/').to_owned(),
             timeout: options.request_timeout,
@@ -66,10 +84,21 @@ impl Sdk {
         let answer = Box::pin(tokio::time::timeout(self.timeout, request));
         Box::pin(async move {
             match answer.await {
-                Ok(answer) => answer.map_err(|error| text(&error)),
-                Err(_) => Err(format!("no answer within {:?}", self.timeout)),
+                Ok(answer) => answer.map_err(|error| match &self.endpoint {
+                    Some(endpoint) if error.raw_response().is_none() => format!("{endpoint}: {}", text(&error)),
+                    _ => text(&error),
+                }),
+                Err(_) => {
+                    let endpoint = self.endpoint.as_ref().map_or(String::new(), |endpoint| format!("{endpoint}: "));
+                    Err(format!("{endpoint}no answer within {:?}", self.timeout))
+                }
             }
         })
+    }
+
+    /// The checks that only S3 has, where nothing could be asked.
+    pub(super) fn untried() -> Vec<Check> {
+        [CHECKSUM, UPLOADS].into_iter().map(|(name, meaning)| untried(name, meaning)).collect()
     }
 
     /// Checksums that the store keeps, and uploads without an end.
@@ -88,18 +117,8 @@ impl Sdk {
             Err(error) => (Outcome::Unsupported, error),
         };
         vec![
-            Check {
-                name: "content checksum",
-                outcome: checksum.0,
-                detail: checksum.1,
-                meaning: "Uploads are read back and compared, so a store without checksums is as safe.",
-            },
-            Check {
-                name: "list multipart uploads",
-                outcome: uploads.0,
-                detail: uploads.1,
-                meaning: "A crash can leave an upload without an end, which costs storage: give the bucket a life-cycle rule that ends them.",
-            },
+            Check { name: CHECKSUM.0, outcome: checksum.0, detail: checksum.1, meaning: CHECKSUM.1 },
+            Check { name: UPLOADS.0, outcome: uploads.0, detail: uploads.1, meaning: UPLOADS.1 },
         ]
     }
 
