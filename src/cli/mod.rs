@@ -12,6 +12,7 @@ mod doctor;
 mod format;
 mod lines;
 mod output;
+mod patience;
 mod place;
 mod produce;
 mod segment;
@@ -37,25 +38,32 @@ struct Arguments {
 /// Where `strandline dev` listens unless told otherwise.
 const DEFAULT_BOOTSTRAP: &str = "127.0.0.1:9460";
 
+/// What names the brokers where no option does.
+const BOOTSTRAP_VARIABLE: &str = "STRANDLINE_BOOTSTRAP";
+
 /// Under what the help lists the options that all commands share, below a command's own.
 const COMMON: &str = "Common options";
 
 /// What every command that talks to a cluster, or prints a table, takes.
 #[derive(Clone, Debug, clap::Args)]
 struct Common {
-    /// Some of the cluster's brokers, by which the others are found
-    #[arg(
-        long,
-        global = true,
-        env = "STRANDLINE_BOOTSTRAP",
-        default_value = DEFAULT_BOOTSTRAP,
-        value_name = "ADDR[,ADDR]",
-        help_heading = COMMON
-    )]
-    bootstrap: String,
+    /// Some of the cluster's brokers, by which the others are found; else those of the environment's
+    /// STRANDLINE_BOOTSTRAP, else 127.0.0.1:9460
+    // Read by hand: clap's usage lines show an option that the environment sets as if it had to be given.
+    #[arg(long, global = true, value_name = "ADDR[,ADDR]", help_heading = COMMON)]
+    bootstrap: Option<String>,
     /// Whether answers are printed for people or for programs
     #[arg(long, global = true, value_enum, default_value_t = Output::Text, help_heading = COMMON)]
     output: Output,
+}
+
+impl Common {
+    /// The brokers to ask first. A variable that is set and empty counts as not set.
+    fn bootstrap(&self) -> String {
+        let given = self.bootstrap.clone();
+        let set = || std::env::var(BOOTSTRAP_VARIABLE).ok().filter(|addresses| !addresses.is_empty());
+        given.or_else(set).unwrap_or_else(|| DEFAULT_BOOTSTRAP.to_owned())
+    }
 }
 
 #[derive(Debug, Subcommand)]
@@ -111,7 +119,7 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         Command::Consume(command) => block_on(consume::run(&common, command)),
         Command::Bench(command) => block_on(bench::run(&common, command)),
         Command::Segment(command) => segment::run(&common, command),
-        Command::Config(command) => config::run(command),
+        Command::Config(command) => config::run(&common, command),
         Command::Completions { shell } => {
             // Into memory first: the generator panics where its writer fails.
             let mut script = Vec::new();
@@ -207,6 +215,11 @@ mod tests {
             "bench produce --topic t --records 1 --seconds 1",
             "bench produce --topic t --in-flight 65",
             "bench produce --topic t --rate 0",
+            "bench produce --topic t --batch-size 0",
+            "bench produce --topic t --batch-size 999999999",
+            "consume t --from @1767225600",
+            "consume t --timeout 0",
+            "produce t --timeout 0",
         ] {
             let words = std::iter::once("strandline").chain(line.split_whitespace());
             let error = Arguments::try_parse_from(words).expect_err(line);

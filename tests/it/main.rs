@@ -23,4 +23,5 @@ mod rooms;
 #[cfg(test)]
 mod s3;
 mod source;
+mod waiting;
 mod wire;
