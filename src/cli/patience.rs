@@ -84,7 +84,9 @@ impl Patience {
         let mut story = Story::default();
         let mut last = (0, clock::monotonic());
         loop {
-            let now = looks.tick().await;
+            // Not the tick's own moment: it is long past where printing has blocked.
+            looks.tick().await;
+            let now = clock::monotonic();
             let shown = self.troubles.iter().find_map(|trouble| trouble.borrow().clone());
             let mut trouble = shown.clone();
             if let Some(expected) = &expected {

@@ -370,6 +370,9 @@ fn wrong_usage_ends_with_two() {
         assert_eq!(output.code, 2, "{arguments:?}: {output:?}");
         assert!(!output.stderr.is_empty() && output.stdout.is_empty(), "{arguments:?}: {output:?}");
     }
+    // What the environment sets is not shown as if it had to be given.
+    let twice = home.cli().run(&["bench", "produce", "--topic", "t", "--records", "1", "--seconds", "1"]);
+    assert!(twice.code == 2 && !twice.stderr.contains("--bootstrap"), "{twice:?}");
 }
 
 #[test]

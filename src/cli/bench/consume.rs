@@ -112,8 +112,9 @@ async fn shares(common: &Common, command: &Consume) -> anyhow::Result<Vec<Share>
     };
     if command.consumers > partitions {
         bail!(
-            "topic {:?} has {partitions} partitions, too few for {} consumers; ask for at most {partitions}",
+            "topic {:?} has {}, too few for {} consumers; ask for at most {partitions}",
             command.topic,
+            output::count(partitions.into(), "partition"),
             command.consumers
         );
     }

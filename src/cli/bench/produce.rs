@@ -88,8 +88,9 @@ pub(super) async fn run(common: &Common, command: Produce) -> anyhow::Result<Exi
     let used = command.partitions_used.unwrap_or(partitions);
     if used > partitions {
         bail!(
-            "topic {:?} has {partitions} partitions, not {used}; add some with `strandline topic add-partitions {} --to {used}`",
+            "topic {:?} has {}, not {used}; add some with `strandline topic add-partitions {} --to {used}`",
             command.topic,
+            output::count(partitions.into(), "partition"),
             command.topic
         );
     }

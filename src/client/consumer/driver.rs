@@ -493,7 +493,10 @@ impl Driver {
                 let error = ConsumeError::Refused { topic: topic.to_string(), partition, fault };
                 self.park(&topic, partition, error);
             } else if let Err(error) = &result {
-                self.trouble(&topic, partition, Trouble::Leader, &error.to_string());
+                // What the partition itself met says more.
+                if self.state(&topic, partition).is_some_and(|state| state.trouble.is_none()) {
+                    self.trouble(&topic, partition, Trouble::Leader, &error.to_string());
+                }
             } else if self.client.routing().leader(&topic, partition).is_none() {
                 unknown = true;
                 self.trouble(&topic, partition, Trouble::Leader, "the partition has no leader");
