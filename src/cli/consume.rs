@@ -28,9 +28,11 @@ use crate::{
 /// Bytes that are held back while more records are there.
 const BUFFER_BYTES: usize = 64 << 10;
 
-/// Prints records, and waits for more unless told where to end. Without --partition it also reads partitions that the
-/// topic is given meanwhile, from their beginning and within 5 seconds. What keeps it from reading is said on standard
-/// error while it tries again.
+/// Print records
+///
+/// It waits for more unless told where to end. Without --partition it also reads partitions that the topic is given
+/// meanwhile, from their beginning and within 5 seconds. What keeps it from reading is said on standard error while it tries
+/// again.
 #[derive(Debug, Args)]
 pub(super) struct Consume {
     /// The topic
@@ -76,27 +78,28 @@ pub(super) async fn run(common: &Common, command: Consume) -> anyhow::Result<Exi
 }
 
 async fn consume(common: &Common, command: &Consume, client: &Client, patience: &Patience) -> anyhow::Result<ExitCode> {
-    let mut plan = patience.over(None, plan(common, command, client)).await?;
+    let pieces = Cell::new(0);
+    let timeout = Duration::from_secs(command.timeout);
+    let expected = || command.until_end.then_some(Expected { pieces: &pieces, piece: "record", timeout });
+    let mut plan = patience.over(expected(), plan(common, command, client, &pieces)).await?;
     if command.max == Some(0) || command.until_end && plan.bounds.ends.is_empty() {
         return Ok(ExitCode::SUCCESS);
     }
-    let pieces = Cell::new(0);
-    let timeout = Duration::from_secs(command.timeout);
-    let expected = command.until_end.then_some(Expected { pieces: &pieces, piece: "record", timeout });
     let mut out = BufWriter::with_capacity(BUFFER_BYTES, io::stdout().lock());
-    patience.over(expected, print(command, client, &mut plan, &pieces, &mut out)).await?;
+    patience.over(expected(), print(command, client, &mut plan, &pieces, &mut out)).await?;
     out.flush()?;
     Ok(ExitCode::SUCCESS)
 }
 
 /// Looks up where to begin and end in each partition. All of it is checked before anything is printed.
-async fn plan(common: &Common, command: &Consume, client: &Client) -> anyhow::Result<Plan> {
+async fn plan(common: &Common, command: &Consume, client: &Client, pieces: &Cell<u64>) -> anyhow::Result<Plan> {
     let admin = client.admin();
     let mut bounds = Bounds::default();
     let mut consumer = client.consumer(ConsumerOptions::default());
     let (wanted, partitions) = partitions(client, command).await?;
     let mut starts = Vec::new();
     for partition in wanted {
+        pieces.set(pieces.get() + 1);
         let lookup = |at| offset(&admin, &command.topic, partition, at);
         let start = match command.from {
             Place::At(at) => lookup(at).await?,

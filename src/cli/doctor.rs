@@ -14,7 +14,9 @@ use crate::tier::{
     doctor::{Check, Outcome, examine},
 };
 
-/// Tries everything that a broker does with a bucket, on objects in a folder of their own that is deleted at the end.
+/// Try whether an object store can do what a broker needs
+///
+/// It tries everything that a broker does with a bucket, on objects in a folder of their own that is deleted at the end.
 /// Credentials come from the usual environment. Exits 1 when something that a broker needs does not work.
 #[derive(Debug, Args)]
 pub(super) struct Doctor {

@@ -73,9 +73,7 @@ enum Command {
     /// Create, list, describe, alter, grow and delete topics
     #[command(subcommand)]
     Topic(topic::Topic),
-    /// Send the lines of files, or of standard input, as records
     Produce(produce::Produce),
-    /// Print records
     Consume(consume::Consume),
     /// Measure a cluster from the client's side
     #[command(subcommand)]
@@ -83,7 +81,6 @@ enum Command {
     /// Look into segment files
     #[command(subcommand)]
     Segment(segment::Segment),
-    /// Try whether an object store can do what a broker needs
     Doctor(doctor::Doctor),
     /// Show the configuration
     #[command(subcommand)]
@@ -198,6 +195,22 @@ mod tests {
         ] {
             let words = std::iter::once("strandline").chain(line.split_whitespace());
             Arguments::try_parse_from(words).unwrap_or_else(|error| panic!("{line}: {error}"));
+        }
+    }
+
+    #[test]
+    fn the_help_says_what_a_command_does_beyond_its_first_line() {
+        let seconds = format!("within {} seconds", cluster::METADATA_AGE.as_secs());
+        for (name, said) in [
+            ("produce", "only if every record was acknowledged"),
+            ("produce", seconds.as_str()),
+            ("consume", seconds.as_str()),
+            ("doctor", "Credentials come from the usual environment"),
+        ] {
+            let mut all = Arguments::command();
+            let help = all.find_subcommand_mut(name).expect(name).render_long_help().to_string();
+            let words: Vec<&str> = help.split_whitespace().collect();
+            assert!(words.join(" ").contains(said), "{name}: {help}");
         }
     }
 

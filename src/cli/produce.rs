@@ -38,10 +38,12 @@ const LAST_ANSWERS: Duration = Duration::from_secs(5);
 /// Ranges of offsets that are printed for one partition.
 const MOST_RANGES: usize = 8;
 
-/// Sends each line of the files, or of standard input, as one record. Bytes are unchanged: a carriage return stays, an
-/// empty line is an empty value, a last line without an end counts. Exits 0 only if every record was acknowledged. What
-/// keeps records from being acknowledged is said on standard error while it tries again. Partitions that the topic is
-/// given meanwhile are used within 5 seconds.
+/// Send the lines of files, or of standard input, as records
+///
+/// Bytes are unchanged: a carriage return stays, an empty line is an empty value, a last line without an end counts. Exits
+/// 0 only if every record was acknowledged. What keeps records from being acknowledged is said on standard error while it
+/// tries again. Partitions that the topic is given meanwhile are used within 5 seconds. Ctrl-C and SIGTERM end it with its
+/// summary.
 #[derive(Debug, Args)]
 pub(super) struct Produce {
     /// The topic

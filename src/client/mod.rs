@@ -13,6 +13,7 @@
 //!   (see [`producer`]); where that cannot be known the send fails and says so.
 //! - A consumer hands out records in offset order, none twice and none left out, whatever broke in between.
 //! - Memory is bounded: a producer by `ProducerOptions::memory_bytes`, a consumer by a few responses per leader.
+//! - Nothing is retried in secret: [`Client::trouble`] shows what is, since when and until when.
 //!
 //! # Shutdown
 //!

@@ -102,7 +102,7 @@ fn check(name: &'static str, result: Result<String, String>, meaning: &'static s
 
 /// A check that makes no sense while nothing can be put.
 fn untried(name: &'static str, meaning: &'static str) -> Check {
-    let detail = "not tried: nothing could be put into the store".to_owned();
+    let detail = "nothing could be put into the store".to_owned();
     Check { name, outcome: Outcome::Untried, detail, meaning }
 }
 

@@ -86,6 +86,9 @@ fn a_leader_that_cannot_be_reached_is_said_and_given_up_in_time() {
         assert!(line.contains(&nowhere.to_string()) && line.contains("giving up in 2 s"), "{output:?}");
         assert!(output.stderr.contains("error: t/0: not acknowledged"), "{output:?}");
     }
+    let output = cli.run(&["consume", "t", "--until-end", "--timeout", "3"]);
+    let said = format!("error: given up after 3 s without a record: the leader of t/0, {nowhere}: connection refused");
+    assert!(output.code == 1 && output.stderr.contains(&said), "{output:?}");
 }
 
 /// Found by a user: a reader of a broker that was killed was as silent as one of a quiet topic.
