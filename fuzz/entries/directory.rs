@@ -63,6 +63,7 @@ pub(crate) fn data_directory(input: &[u8]) -> bool {
 
 fn open(disk: &SimDisk) -> Result<Log, strandline::log::OpenError> {
     let options = Options {
+        accept_journal_loss: false,
         journal_bytes: 1 << 20,
         journal_dir: None,
         round_bytes: 16 << 10,

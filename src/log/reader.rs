@@ -123,7 +123,7 @@ impl Reader {
     /// the record. Where that batch's header lied, the caller asks again from its end. Blocks.
     pub fn batch_for_time(&self, timestamp_ms: i64, from: Offset, bound: Offset) -> Result<Option<Batch>, ReadError> {
         self.consistently(|| {
-            let (bases, log_start): (Vec<Offset>, Offset) = {
+            let bases: Vec<Offset> = {
                 let state = self.shared.state();
                 let later = |info: &SegmentInfo| info.max_timestamp >= timestamp_ms && info.end > from;
                 state.segments.iter().map(|segment| segment.info).filter(later).map(|info| info.base).collect()

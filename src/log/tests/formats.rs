@@ -5,7 +5,7 @@ use uuid::Uuid;
 
 use super::*;
 use crate::log::{
-    checkpoint::{Checkpoint, ReplicaRecord},
+    checkpoint::{Checkpoint, ReplicaRecord, Standing},
     epochs::EpochHistory,
     index::Index,
     journal::entry::{self, EntryHead, Kind},
@@ -118,7 +118,8 @@ fn a_checkpoint_whose_replicas_cannot_be_is_refused() {
         let mut record = ReplicaRecord::empty(partition(0), 3, at(5), 0);
         record.segments = vec![SegmentInfo { end: at(9), bytes: 300, ..SegmentInfo::empty(at(5), 0) }];
         record.epochs = epochs(&[(1, 5)]).unwrap();
-        let mut checkpoint = Checkpoint { first_round: 1, generation: 3, clean: true, replicas: vec![record] };
+        let mut checkpoint =
+            Checkpoint { first_round: 1, generation: 3, standing: Standing::Clean, replicas: vec![record] };
         change(&mut checkpoint);
         Checkpoint::decode(&checkpoint.encode(DIRECTORY), DIRECTORY)
     };
