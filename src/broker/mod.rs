@@ -5,7 +5,7 @@
 //! Every request does the same steps: validate, find the partition (or refuse with who serves it), serve. `service` is
 //! the gRPC face; `produce`, `fetch`, `offsets` and `admin` serve; `faults` maps every error once. `reconcile` follows the
 //! cluster's metadata and opens, configures and closes partitions; `upkeep` gives partitions their turn at sealing,
-//! uploading and deleting.
+//! uploading and deleting; `garbage` takes away what crashes and deletions left in the bucket and in the metadata.
 //!
 //! # Shutdown
 //!
@@ -15,6 +15,7 @@
 mod admin;
 mod faults;
 mod fetch;
+mod garbage;
 mod hosted;
 mod memory;
 mod metadata;
@@ -62,6 +63,8 @@ pub struct Settings {
     pub retention_interval: std::time::Duration,
     /// How long an object that no manifest names is kept.
     pub garbage_grace: std::time::Duration,
+    /// How long a multipart upload may take before it counts as abandoned.
+    pub upload_grace: std::time::Duration,
 }
 
 /// The object store and the cache before it.
@@ -143,6 +146,7 @@ impl Broker {
         broker.ready.store(true, Ordering::Release);
         broker.tasks.spawn("reconcile", reconcile::follow(Arc::clone(&broker)));
         upkeep::spawn(&broker);
+        garbage::spawn(&broker);
         broker
     }
 

@@ -92,6 +92,7 @@ impl Values {
             tier: Tier {
                 upload_concurrency: self.number("tier.upload_concurrency"),
                 garbage_grace: self.time("tier.garbage_grace"),
+                upload_grace: self.time("tier.upload_grace"),
                 check_interval: self.time("tier.check_interval"),
             },
             limits: Limits { produce_memory_bytes: self.number("limits.produce_memory_bytes") },

@@ -159,6 +159,8 @@ pub struct Tier {
     pub upload_concurrency: usize,
     /// How long garbage is kept.
     pub garbage_grace: Duration,
+    /// How long a multipart upload may take before it counts as abandoned.
+    pub upload_grace: Duration,
     /// How often retention and uploads are looked at.
     pub check_interval: Duration,
 }

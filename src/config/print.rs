@@ -56,6 +56,8 @@ fn literal(kind: Kind, text: &str) -> String {
             let urls: Vec<_> = urls(&masked(text)).iter().map(|url| quoted(url)).collect();
             format!("[{}]", urls.join(", "))
         }
+        // The environment takes spellings that TOML does not: 007.
+        Kind::Number { .. } => text.parse::<u64>().map_or_else(|_| text.to_owned(), |number| number.to_string()),
         kind if kind.quoted() => quoted(&masked(text)),
         _ => text.to_owned(),
     }

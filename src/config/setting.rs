@@ -43,6 +43,7 @@ pub(super) struct Setting {
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
 const TIB: u64 = 1 << 40;
+const HOUR: u64 = 3600;
 const DAY: u64 = 86_400;
 
 /// Section, what it is about. In the order of the printed file.
@@ -215,6 +216,14 @@ pub(super) const SETTINGS: &[Setting] = &[
     ),
     setting(
         "tier",
+        "upload_grace",
+        Kind::Time { least: HOUR, most: 3650 * DAY },
+        Some("1d"),
+        "How old a multipart upload without an end must be before it counts as one that a killed broker left, and is ended \
+         (s3 only). Longer than any upload of a segment may take.",
+    ),
+    setting(
+        "tier",
         "check_interval",
         Kind::Time { least: 1, most: DAY },
         Some("5s"),
@@ -303,5 +312,7 @@ fn size(bytes: u64) -> String {
 }
 
 fn time(seconds: u64) -> String {
-    if seconds >= DAY && seconds.is_multiple_of(DAY) { format!("{}d", seconds / DAY) } else { format!("{seconds}s") }
+    let whole =
+        [(DAY, 'd'), (HOUR, 'h')].into_iter().find(|(unit, _)| seconds >= *unit && seconds.is_multiple_of(*unit));
+    whole.map_or_else(|| format!("{seconds}s"), |(unit, letter)| format!("{}{letter}", seconds / unit))
 }

@@ -217,6 +217,20 @@ fn what_is_printed_is_a_file_that_says_the_same() {
     assert_eq!(second.config.topic_defaults.len(), crate::model::TOPIC_CONFIG_KEYS.len());
 }
 
+/// The environment takes `007` for a number, TOML does not: what was printed of it was once no configuration file.
+#[test]
+fn a_number_is_printed_in_the_one_way_that_the_file_takes() {
+    let from = |spelling| Sources::new().environment(variables(&[("STRANDLINE_BROKER_ID", spelling)])).load();
+    for spelling in ["007", "7"] {
+        let printed = from(spelling).expect(spelling).print();
+        assert!(printed.contains("\nid = 7 "), "{spelling}: {printed}");
+        assert_eq!(load(&printed).expect(spelling).config.broker.id, BrokerId(7));
+    }
+    // A sign once passed the check, and ended the program where the number was taken.
+    let refused = from("+7").expect_err("a sign").to_string();
+    assert!(refused.contains("STRANDLINE_BROKER_ID") && refused.contains("\"+7\""), "{refused}");
+}
+
 #[test]
 fn passwords_are_neither_printed_nor_told() {
     let told = error("[object_store]\nurl = \"s3://key:secret@bucket/p\"");

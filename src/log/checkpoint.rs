@@ -5,7 +5,9 @@ use std::{io, path::Path};
 use bytes::{Buf, BufMut, BytesMut};
 use uuid::Uuid;
 
-use super::{disk::Disk, epochs::EpochHistory, producers::ProducerTable, segment::SegmentInfo};
+use super::{
+    disk::Disk, epochs::EpochHistory, journal::entry::MAX_NUMBER, producers::ProducerTable, segment::SegmentInfo,
+};
 use crate::model::{Offset, PartitionId, TopicId};
 
 const MAGIC: &[u8; 8] = b"STRLCKP1";
@@ -114,13 +116,16 @@ impl ReplicaRecord {
         }
         let lost = String::from_utf8(from.copy_to_bytes(lost).to_vec()).ok()?;
         let lost = (!lost.is_empty()).then_some(lost);
-        let record = Self { id, generation, log_start, persisted, segments, epochs, producers, lost };
-        (chained && !record.segments.is_empty()).then_some(record)
+        let end = segments.last()?.end;
+        // What is appended at the end begins no epoch before one that is known.
+        let known = epochs.last().is_none_or(|(_, start)| start <= end);
+        let possible = chained && known && generation <= MAX_NUMBER;
+        possible.then_some(Self { id, generation, log_start, persisted, segments, epochs, producers, lost })
     }
 }
 
 impl Checkpoint {
-    fn encode(&self, directory: Uuid) -> BytesMut {
+    pub(super) fn encode(&self, directory: Uuid) -> BytesMut {
         let mut out = BytesMut::with_capacity(64 + self.replicas.len() * 192);
         out.put_slice(MAGIC);
         out.put_slice(directory.as_bytes());
@@ -136,7 +141,7 @@ impl Checkpoint {
         out
     }
 
-    fn decode(file: &[u8], directory: Uuid) -> Option<Self> {
+    pub(super) fn decode(file: &[u8], directory: Uuid) -> Option<Self> {
         let (mut content, crc) = file.split_at_checked(file.len().checked_sub(4)?)?;
         if crc32c::crc32c(content).to_be_bytes() != crc || content.get(..8)? != MAGIC {
             return None;
@@ -148,6 +153,9 @@ impl Checkpoint {
         content.advance(16);
         let first_round = content.try_get_u64().ok()?;
         let generation = content.try_get_u64().ok()?;
+        if first_round > MAX_NUMBER || generation > MAX_NUMBER {
+            return None;
+        }
         let standing = Standing::from_byte(content.try_get_u8().ok()?)?;
         let mut replicas = Vec::new();
         for _ in 0..content.try_get_u32().ok()? {

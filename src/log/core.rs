@@ -23,6 +23,9 @@ use crate::{limits, telemetry::Metrics};
 /// Bytes that may be appended before the file system is asked again how much is free.
 const GRANT: u64 = 4 << 20;
 
+/// Bytes of one replica that are worth a sync of their own.
+const WORTH_A_SYNC: u64 = 512 << 10;
+
 /// What a user may choose about a data directory.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -116,6 +119,13 @@ pub(super) struct SyncJob {
 impl Core {
     pub(super) fn work(&self) -> MutexGuard<'_, Work> {
         self.work.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether enough was written for a pass of syncs. Where many replicas were written to it waits for more of each, because a
+    /// sync costs by the file; never so long that the journal's ring runs short for it.
+    pub(super) fn sync_is_due(&self, work: &Work) -> bool {
+        let of_all = (work.dirty.len() as u64 * WORTH_A_SYNC).min(self.options.journal_bytes / 4);
+        work.dirty_bytes >= self.options.sync_bytes.max(of_all)
     }
 
     /// A number larger than every one before it in this data directory.

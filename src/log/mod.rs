@@ -59,6 +59,8 @@ mod epochs;
 mod error;
 mod export;
 mod files;
+#[doc(hidden)]
+pub mod fuzzing;
 mod identity;
 mod index;
 mod journal;

@@ -7,7 +7,10 @@
 use std::{
     io,
     path::Path,
-    sync::{Arc, PoisonError, atomic::Ordering},
+    sync::{
+        Arc, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::Duration,
 };
 
@@ -20,7 +23,14 @@ use super::{
     journal::{Item, ring},
     shared::Shared,
 };
-use crate::task::clock;
+use crate::task::{self, clock};
+
+/// Most files that are synced side by side. The file system makes those that wait together durable with one commit of its own
+/// journal, which is what a small file's sync costs.
+const SIDE_BY_SIDE: usize = 4;
+
+/// Files that are worth another thread.
+const FILES_A_THREAD: usize = 16;
 
 /// How long a failed checkpoint waits before it is tried again.
 const RETRY: Duration = Duration::from_millis(200);
@@ -97,11 +107,7 @@ impl Inner {
             work.since = None;
             (std::mem::take(&mut work.dirty), std::mem::take(&mut work.urgent))
         };
-        for replica in dirty {
-            replica.dirty.store(false, Ordering::Release);
-            drop(replica.sync());
-            self.sync_jobs();
-        }
+        self.sync_dirty(&dirty);
         let short = self.ring().short();
         if (urgent || short)
             && let Err(error) = self.recycle()
@@ -110,6 +116,22 @@ impl Inner {
             return false;
         }
         true
+    }
+
+    fn sync_dirty(&self, dirty: &[Arc<Shared>]) {
+        let threads = dirty.len().div_ceil(FILES_A_THREAD).clamp(1, SIDE_BY_SIDE);
+        let threads = if self.core.options.manual { 1 } else { threads };
+        let next = AtomicUsize::new(0);
+        task::side_by_side("segment-sync", threads, |thread| {
+            while let Some(replica) = dirty.get(next.fetch_add(1, Ordering::Relaxed)) {
+                replica.dirty.store(false, Ordering::Release);
+                drop(replica.sync());
+                // One thread, so that the answers keep their order.
+                if thread == 0 {
+                    self.sync_jobs();
+                }
+            }
+        });
     }
 
     fn sync_jobs(&self) {
@@ -198,7 +220,7 @@ fn wait(core: &Core) -> bool {
         if work.stopping {
             return false;
         }
-        if work.urgent || !work.jobs.is_empty() || work.dirty_bytes >= core.options.sync_bytes {
+        if work.urgent || !work.jobs.is_empty() || core.sync_is_due(&work) {
             return true;
         }
         let left = work

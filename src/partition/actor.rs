@@ -249,7 +249,9 @@ impl Actor {
             let _gone = answer.send(Err(AppendError::StorageFailed { why }));
             return;
         }
-        if self.leader.must_flush_before(&batch) || self.group_bytes + batch.encoded_len() > GROUP_BYTES {
+        // A group lies in one segment, so it must not be larger than one may be.
+        let most = usize::try_from(self.config.segment_bytes).map_or(GROUP_BYTES, |bytes| bytes.min(GROUP_BYTES));
+        if self.leader.must_flush_before(&batch) || self.group_bytes + batch.encoded_len() > most {
             self.flush(now_ms);
         }
         let writer = Writer { answer, _permit: permit };

@@ -128,6 +128,31 @@ async fn what_is_acknowledged_is_read_and_survives_a_reopen() {
     assert_eq!(read_all(&again, 0).await.0.len(), 10);
 }
 
+/// A fast producer's batches come in large groups; one group once lay in one segment whatever its size.
+#[tokio::test]
+async fn a_segment_does_not_outgrow_its_topic_because_batches_came_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let bench = Bench::new(dir.path(), false).await;
+    let partition = bench.open(&[("segment.bytes", "16384")]);
+    // On one thread: all of them are queued before the partition has its turn.
+    let mut answers = Vec::new();
+    for n in 0..40_u8 {
+        let permit = Arc::new(Semaphore::new(1)).acquire_owned().await.unwrap();
+        answers.push(partition.append(batch(&[n; 4000]), Acks::All, permit).await);
+    }
+    for answer in answers {
+        answer.await.unwrap().unwrap();
+    }
+    let folder = dir.path().join(bench.id.to_string());
+    let bytes: Vec<u64> = std::fs::read_dir(folder)
+        .unwrap()
+        .map(|entry| entry.unwrap())
+        .filter(|entry| entry.path().extension().is_some_and(|extension| extension == "log"))
+        .map(|entry| entry.metadata().unwrap().len())
+        .collect();
+    assert!(bytes.len() >= 10 && bytes.iter().all(|bytes| *bytes <= 16_384), "{bytes:?}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_reader_crosses_bucket_disk_and_memory() {
     let dir = tempfile::tempdir().unwrap();

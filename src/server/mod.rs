@@ -287,5 +287,6 @@ fn settings(config: &Config) -> broker::Settings {
         upkeep_workers: config.tier.upload_concurrency,
         retention_interval: config.tier.check_interval,
         garbage_grace: config.tier.garbage_grace,
+        upload_grace: config.tier.upload_grace,
     }
 }

@@ -76,10 +76,10 @@ trait Probe {
 pub async fn examine(options: &StoreOptions) -> Result<Vec<Check>, OpenError> {
     let folder = format!(".strandline-doctor-{}", uuid::Uuid::new_v4());
     #[cfg(feature = "aws-sdk")]
-    if options.url.starts_with("s3://") {
-        let probe = aws::Sdk::connect(options).await?;
+    if options.is_s3() {
+        let probe = super::s3::S3::connect(options).await?;
         let mut checks = Box::pin(run(&probe, &folder)).await;
-        checks.extend(probe.own_checks(&folder).await);
+        checks.extend(aws::own_checks(&probe, &folder).await);
         clean(&probe, &folder).await;
         return Ok(checks);
     }

@@ -385,6 +385,9 @@ impl Root {
         if self.is_empty() && (self.log_start != self.end || self.bytes != 0) {
             return refuse("an empty manifest covers something");
         }
+        if self.version > i64::MAX.unsigned_abs() {
+            return refuse("its version is 2^63 or more, and so has no next one");
+        }
         if stamps().any(|stamp| stamp.epoch > self.epoch) {
             return refuse("a segment is newer than its manifest");
         }

@@ -4,7 +4,7 @@
 //! [`StoreOptions::retry_for`] has passed; what cannot get better (missing, refused, not allowed) is answered at once.
 //! [`Store::stop`] ends every wait.
 
-use std::{fmt, ops::Range, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, fmt, ops::Range, sync::Arc, time::Duration};
 
 use backon::{ExponentialBuilder, Retryable};
 use bytes::Bytes;
@@ -162,7 +162,7 @@ impl ClaimError {
 
 /// The content of `cluster.json`.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
-struct Owner {
+pub(super) struct Owner {
     format: u32,
     cluster: String,
 }
@@ -382,6 +382,19 @@ impl Store {
         let path = self.path(folder);
         let listing = self.retry(folder, || self.inner.objects.list_with_delimiter(Some(&path))).await?;
         Ok(listing.common_prefixes.iter().filter_map(|path| path.filename()).map(str::to_owned).collect())
+    }
+
+    /// Which of these topics there is any object of. A folder alone is nothing: a directory as store keeps empty ones.
+    pub async fn held(&self, topics: &BTreeSet<TopicId>) -> Result<BTreeSet<TopicId>, StoreError> {
+        let mut held = BTreeSet::new();
+        for folder in self.folders(name::TOPICS).await? {
+            let topic = folder.parse::<TopicId>().ok().filter(|topic| topics.contains(topic));
+            let Some(topic) = topic else { continue };
+            if !self.list(&name::topic_folder(topic)).await?.is_empty() {
+                held.insert(topic);
+            }
+        }
+        Ok(held)
     }
 
     fn relative(&self, path: &Path) -> String {

@@ -15,7 +15,7 @@
 //! # What a crash leaves
 //!
 //! Partition keys that no topic counts. [`Sweep`] deletes them; a maker whose keys it takes away meanwhile is refused in
-//! its last transaction, with a retryable error.
+//! its last transaction, with a retryable error. A deleted topic leaves a [`Mark`], until long after the last of it is gone.
 
 use std::{ops::Range, sync::Arc};
 
@@ -29,10 +29,12 @@ use crate::model::{ConfigMap, InvalidConfig, LeaderEpoch, PartitionId, TopicName
 
 mod change;
 mod create;
+mod marks;
 mod sweep;
 
 pub use change::{AddPartitionsError, AlterError, DeleteError};
 pub use create::{CreateError, NewTopic};
+pub use marks::Mark;
 pub use sweep::Sweep;
 
 /// Operations in one transaction of many: below `limits::MAX_TRANSACTION_OPS`, with room for what goes with them.

@@ -4,6 +4,7 @@ mod crashes;
 mod damage;
 mod directory;
 mod failures;
+mod formats;
 mod lost;
 mod reading;
 
