@@ -13,6 +13,13 @@ pub const MAX_BATCH_RECORDS: usize = 1 << 20;
 /// Most bytes that one batch's records may have after decompression, wherever anything is decompressed.
 pub const MAX_DECOMPRESSED_BYTES: usize = 256 << 20;
 
+/// Most bytes that a batch's records may have without compression where the broker itself writes them anew, on a topic that
+/// sets `compression.type`: what the largest batch could hold plain.
+pub const MAX_RECOMPRESSED_BYTES: usize = MAX_BATCH_BYTES;
+
+/// Memory of a broker for opening compressed batches, all of them at a time together: one of the largest that can be read.
+pub const OPENING_BYTES: u64 = 2 * MAX_DECOMPRESSED_BYTES as u64;
+
 /// Most headers on one record.
 pub const MAX_RECORD_HEADERS: usize = 10_000;
 

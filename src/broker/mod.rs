@@ -17,7 +17,6 @@ mod faults;
 mod fetch;
 mod garbage;
 mod hosted;
-mod memory;
 mod metadata;
 mod offsets;
 mod produce;
@@ -34,12 +33,13 @@ use std::sync::{
 use futures::{StreamExt as _, stream};
 
 pub use self::service::services;
-use self::{hosted::Hosted, memory::Memory, producer_ids::ProducerIds};
+use self::{hosted::Hosted, producer_ids::ProducerIds};
 use crate::{
     cluster::{Keys, MetaStore, TierCommits, Topics, View},
+    limits,
     log::Log,
     model::{BrokerId, ConfigMap},
-    partition::{Partition, Upkeep, UpkeepQueue},
+    partition::{Memory, Opener, Partition, Upkeep, UpkeepQueue},
     proto::fault::Fault,
     task::Tasks,
     telemetry::Metrics,
@@ -104,6 +104,8 @@ pub struct Broker {
     tier: Option<Tier>,
     hosted: Hosted,
     produce_memory: Memory,
+    /// Who opens compressed batches goes through it.
+    opener: Opener,
     commits: TierCommits,
     upkeep: Upkeep,
     upkeep_queue: UpkeepQueue,
@@ -127,6 +129,7 @@ impl Broker {
             producer_ids: ProducerIds::default(),
             hosted: Hosted::default(),
             produce_memory: Memory::new(settings.produce_memory_bytes),
+            opener: Opener::new(limits::OPENING_BYTES),
             upkeep: Upkeep::new(commits.clone()),
             commits,
             upkeep_queue: UpkeepQueue::default(),

@@ -58,6 +58,13 @@ struct Common {
     output: Output,
 }
 
+impl Common {
+    /// An empty STRANDLINE_BOOTSTRAP is as good as none, as an empty variable of every setting is.
+    fn bootstrap(&self) -> &str {
+        if self.bootstrap.is_empty() { DEFAULT_BOOTSTRAP } else { &self.bootstrap }
+    }
+}
+
 #[derive(Debug, Subcommand)]
 enum Command {
     Dev(serve::Dev),
@@ -191,6 +198,13 @@ mod tests {
             let words = std::iter::once("strandline").chain(line.split_whitespace());
             Arguments::try_parse_from(words).unwrap_or_else(|error| panic!("{line}: {error}"));
         }
+    }
+
+    #[test]
+    fn an_empty_bootstrap_is_the_default() {
+        let parsed = |value: &str| Arguments::try_parse_from(["strandline", "--bootstrap", value, "topic", "list"]);
+        assert_eq!(parsed("").expect("valid").common.bootstrap(), DEFAULT_BOOTSTRAP);
+        assert_eq!(parsed("a:1").expect("valid").common.bootstrap(), "a:1");
     }
 
     #[test]

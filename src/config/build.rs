@@ -193,14 +193,17 @@ impl Values {
 
     fn topic_error(&self, error: InvalidConfig) -> ConfigError {
         let key = match &error {
-            InvalidConfig::UnknownKey { key } | InvalidConfig::Value { key, .. } => key,
+            InvalidConfig::UnknownKey { key } | InvalidConfig::Value { key, .. } => key.as_str(),
+            InvalidConfig::LocalAboveWhole { local, .. } => local,
         };
         let place = self.topic.get(key).map_or(Source::Default, |given| given.source.clone());
         match error {
             InvalidConfig::Value { key, value, allowed } => {
                 ConfigError::Value { place, key: format!("{TOPIC_DEFAULTS}.{key}"), value, allowed }
             }
-            unknown @ InvalidConfig::UnknownKey { .. } => ConfigError::Wrong { place, why: unknown.to_string() },
+            other @ (InvalidConfig::UnknownKey { .. } | InvalidConfig::LocalAboveWhole { .. }) => {
+                ConfigError::Wrong { place, why: other.to_string() }
+            }
         }
     }
 }

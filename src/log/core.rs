@@ -89,6 +89,8 @@ pub(super) struct Core {
     pub(super) generation: AtomicU64,
     pub(super) closed: AtomicBool,
     pub(super) disk_full: AtomicBool,
+    /// Whether the reserve's file is there; made again when there is room.
+    pub(super) reserved: AtomicBool,
     /// Bytes that may be appended without asking the file system.
     pub(super) granted: AtomicU64,
     pub(super) work: Mutex<Work>,

@@ -28,6 +28,7 @@ use super::{
     },
     recover::{Dormant, recover, set_aside},
     replica::{Replica, write_caches},
+    reserve,
     shared::{Shared, replica_dir},
     startup, sync,
     tail::Tail,
@@ -93,6 +94,12 @@ impl Log {
         let journal_dir = options.journal_in(dir);
         room_for_journal(&*disk, &journal_dir, options.journal_bytes)?;
         let directory_id = identity::check(&*disk, dir, identity)?;
+        if options.reserve_bytes > 0 && reserve::release(&*disk, dir) {
+            tracing::warn!(
+                dir = %dir.display(),
+                "the disk is full: the reserve was given up for this start; add space, or lower local.retention.* or retention.*"
+            );
+        }
         let found = startup::load(&disk, dir, directory_id, &options)?;
         let (file_bytes, most) = ring::shape(options.journal_bytes);
         // A round has to fit into a file, several times.
@@ -109,6 +116,7 @@ impl Log {
             generation: AtomicU64::new(found.generation),
             closed: AtomicBool::new(false),
             disk_full: AtomicBool::new(false),
+            reserved: AtomicBool::new(options.reserve_bytes == 0),
             granted: AtomicU64::new(0),
             work: Mutex::new(Work::default()),
             wake: std::sync::Condvar::new(),
@@ -127,6 +135,7 @@ impl Log {
         drop(inner.core.owner.set(Arc::downgrade(&inner)));
         inner.prepare_file(true).map_err(io_error(&journal_dir, "make the journal"))?;
         inner.begin(found.first_round).map_err(io_error(dir, "begin the journal"))?;
+        inner.take_reserve();
         let handles = if inner.core.options.manual { Vec::new() } else { inner.start() };
         let threads = Arc::new(Threads { inner: inner.clone(), handles: Mutex::new(handles) });
         Ok(Self { inner, threads })
@@ -258,7 +267,7 @@ impl Log {
         }
         let standing = if unopened { Standing::Settled } else { Standing::Clean };
         let checkpoint = inner.checkpoint(inner.core.journal.next_round(), standing);
-        let written = checkpoint.write(&*inner.core.disk, &inner.core.dir, inner.directory_id);
+        let written = inner.write_checkpoint(&checkpoint);
         written.or_else(|error| failed(format!("the checkpoint could not be written: {error}")))
     }
 
@@ -302,7 +311,7 @@ impl Inner {
             Room::NeedsFile => return Err(io::ErrorKind::StorageFull.into()),
             Room::Entered | Room::Ready => self.core.journal.begin()?,
         }
-        self.checkpoint(first_round, Standing::Running).write(&*self.core.disk, &self.core.dir, self.directory_id)
+        self.write_checkpoint(&self.checkpoint(first_round, Standing::Running))
     }
 
     /// Makes a recovered replica one that is open.

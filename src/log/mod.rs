@@ -5,6 +5,7 @@
 //! ```text
 //! {data}/strandline.json                                    whose it is: format, cluster, broker, directory id
 //! {data}/lock                                               held while a process has it
+//! {data}/reserve                                            room for a start on a disk that is full
 //! {data}/checkpoint                                         what is known of every replica without reading it
 //! {data}/journal/{slot:05}.journal                          the ring
 //! {data}/{topic-id}/{partition}/{base:020}.log              a segment: whole batches and nothing else
@@ -42,8 +43,9 @@
 //!
 //! # Failures
 //!
-//! A full disk fails the append, which is taken back, and nothing else. A failed write or sync of a segment ends writing to
-//! that replica, of the journal to all: pages may be gone, and a second sync would not say so. Reading goes on.
+//! A full disk fails the append, which is taken back, and nothing else; a start on one, or a checkpoint, takes its room from
+//! the reserve. A failed write or sync of a segment ends writing to that replica, of the journal to all: pages may be gone, and a
+//! second sync would not say so. Reading goes on.
 //!
 //! # Shutdown
 //!
@@ -68,6 +70,7 @@ mod producers;
 mod reader;
 mod recover;
 mod replica;
+mod reserve;
 mod segment;
 mod shared;
 mod snapshot;

@@ -107,28 +107,33 @@ impl Reader {
         })
     }
 
-    /// The first batch below `bound` with a timestamp at or above `timestamp_ms`: base offset, its largest timestamp, leader
-    /// epoch. Blocks. The record itself is in that batch or, by the producer's word, in none.
+    /// The first batch below `bound` with a timestamp at or above `timestamp_ms` that does not lie wholly below the log start:
+    /// base offset, its largest timestamp, leader epoch. Blocks. The record itself is in that batch or, by the producer's word,
+    /// in none.
     pub fn offset_for_time(
         &self,
         timestamp_ms: i64,
         bound: Offset,
     ) -> Result<Option<(Offset, i64, LeaderEpoch)>, ReadError> {
-        let found = self.batch_for_time(timestamp_ms, bound)?;
+        let found = self.batch_for_time(timestamp_ms, Offset::ZERO, bound)?;
         Ok(found.map(|batch| (batch.base_offset(), batch.max_timestamp(), batch.leader_epoch().unwrap_or_default())))
     }
 
-    /// As [`Self::offset_for_time`], and the whole batch, in which the caller finds the record. Blocks.
-    pub fn batch_for_time(&self, timestamp_ms: i64, bound: Offset) -> Result<Option<Batch>, ReadError> {
+    /// As [`Self::offset_for_time`], of the batches that reach above `from`, and the whole batch, in which the caller finds
+    /// the record. Where that batch's header lied, the caller asks again from its end. Blocks.
+    pub fn batch_for_time(&self, timestamp_ms: i64, from: Offset, bound: Offset) -> Result<Option<Batch>, ReadError> {
         self.consistently(|| {
-            let bases: Vec<Offset> = {
+            let (bases, log_start): (Vec<Offset>, Offset) = {
                 let state = self.shared.state();
-                let later = state.segments.iter().filter(|segment| segment.info.max_timestamp >= timestamp_ms);
-                later.map(|segment| segment.info.base).collect()
+                let later = |info: &SegmentInfo| info.max_timestamp >= timestamp_ms && info.end > from;
+                state.segments.iter().map(|segment| segment.info).filter(later).map(|info| info.base).collect()
             };
             for base in bases {
                 let place = self.place(base)?;
-                let start = self.entry(&place, |index| index.before_time(timestamp_ms))?;
+                let start = self.entry(&place, |index| {
+                    let entries = [index.before_time(timestamp_ms), index.at(from)];
+                    entries.into_iter().flatten().max_by_key(|entry| entry.position)
+                })?;
                 let mut at = start.offset;
                 let mut entry = start;
                 while at < place.info.end.min(bound) {
@@ -140,7 +145,7 @@ impl Reader {
                     entry.position += u32::try_from(bytes.len()).unwrap_or(u32::MAX);
                     (entry.offset, at) = (read.next, read.next);
                     while let Ok(batch) = Batch::split_from(&mut bytes) {
-                        if batch.max_timestamp() >= timestamp_ms {
+                        if batch.max_timestamp() >= timestamp_ms && batch.end_offset() > from {
                             return Ok(Some(batch));
                         }
                     }

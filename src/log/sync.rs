@@ -19,8 +19,9 @@ use super::{
     core::{Core, SyncJob},
     directory::Inner,
     disk::Mode,
-    error::PersistError,
+    error::{PersistError, is_full},
     journal::{Item, ring},
+    reserve,
     shared::Shared,
 };
 use crate::task::{self, clock};
@@ -107,6 +108,7 @@ impl Inner {
             work.since = None;
             (std::mem::take(&mut work.dirty), std::mem::take(&mut work.urgent))
         };
+        self.take_reserve();
         self.sync_dirty(&dirty);
         let short = self.ring().short();
         if (urgent || short)
@@ -155,10 +157,24 @@ impl Inner {
         let open = self.open_replicas();
         let oldest = open.iter().filter_map(|replica| replica.state().unsynced.front().map(|(file, _)| *file)).min();
         let first_round = self.ring().start_after(oldest.unwrap_or(u64::MAX), self.core.journal.next_round());
-        self.checkpoint(first_round, Standing::Running).write(&*self.core.disk, &self.core.dir, self.directory_id)?;
+        self.write_checkpoint(&self.checkpoint(first_round, Standing::Running))?;
         self.ring().release(first_round);
         self.core.journal.released.notify_all();
         Ok(())
+    }
+
+    /// Replaces the checkpoint. On a full disk in the room of the reserve: whoever makes room waits for the journal, and the
+    /// journal for this.
+    pub(super) fn write_checkpoint(&self, checkpoint: &Checkpoint) -> io::Result<()> {
+        let core = &self.core;
+        let write = || checkpoint.write(&*core.disk, &core.dir, self.directory_id);
+        match write() {
+            Err(error) if is_full(&error) && reserve::release(&*core.disk, &core.dir) => {
+                core.reserved.store(core.options.reserve_bytes == 0, Ordering::Release);
+                write()
+            }
+            written => written,
+        }
     }
 
     /// What is known now, for replay from `first_round` on.
@@ -168,6 +184,19 @@ impl Inner {
         replicas.extend(registry.open.values().map(|replica| replica.record()));
         replicas.sort_by_key(|record| record.id);
         Checkpoint { first_round, generation: self.core.generation.load(Ordering::Acquire), standing, replicas }
+    }
+
+    /// Takes the reserve where it is not taken and there is plenty of room.
+    pub(super) fn take_reserve(&self) {
+        let core = &self.core;
+        if core.reserved.load(Ordering::Acquire) {
+            return;
+        }
+        match reserve::take(&*core.disk, &core.dir, core.options.reserve_bytes) {
+            Ok(taken) => core.reserved.store(taken, Ordering::Release),
+            // Nothing but a start on a full disk needs it.
+            Err(error) => tracing::debug!(%error, "the reserve was not made; it is tried again"),
+        }
     }
 
     /// Makes the next file of the ring, if one is wanted and there is none.

@@ -182,7 +182,7 @@ impl Listeners {
         let served = Arc::clone(broker);
         let setter = reporter.clone();
         tasks.spawn("grpc", async move {
-            setter.set_service_status("", tonic_health::ServingStatus::Serving).await;
+            grpc::report(&setter, tonic_health::ServingStatus::Serving).await;
             if let Err(error) =
                 grpc::serve(
                     &served,
@@ -206,7 +206,7 @@ impl Listeners {
     }
 
     async fn unready(&self) {
-        self.health.set_service_status("", tonic_health::ServingStatus::NotServing).await;
+        grpc::report(&self.health, tonic_health::ServingStatus::NotServing).await;
     }
 
     /// Ends the connections; those that have not ended in time are cut.

@@ -278,6 +278,16 @@ impl Root {
         (next, page)
     }
 
+    /// The same version of an empty manifest, with its end moved up to `base`: nothing below will ever be uploaded.
+    ///
+    /// # Panics
+    /// When it lists anything.
+    #[must_use]
+    pub fn beginning_at(&self, base: Offset) -> Self {
+        assert!(self.is_empty(), "only an empty manifest begins elsewhere");
+        Self { log_start: self.log_start.max(base), end: self.end.max(base), ..self.clone() }
+    }
+
     /// The next version, which starts at `log_start`: without what lies wholly below it. `cut` are the segments of
     /// the one page that the log start lies in, so that its bytes below are no more counted; `None` when it lies in no page.
     ///

@@ -65,7 +65,7 @@ pub use manifest::SegmentLine;
 pub use name::ManifestName;
 pub use open::{Keys, OpenError, StoreOptions, Verify};
 pub use partition::{PartitionTier, Staged};
-pub use read::{Read, ReadError, TimeHit};
+pub use read::{Read, ReadError};
 pub use segment::{SegmentSource, SourceError};
 pub use state::TierState;
 pub use store::{ClaimError, Listed, Store, StoreError, TopicRecord};

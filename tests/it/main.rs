@@ -8,6 +8,7 @@ mod crash;
 mod crash_client;
 mod damage;
 mod deletion;
+mod edge;
 mod end_to_end;
 mod figures;
 mod format;
@@ -21,6 +22,7 @@ mod outage;
 mod pages;
 mod proxy;
 mod python;
+mod retention;
 mod rooms;
 // For clippy: what is compiled for tests only may unwrap.
 #[cfg(test)]

@@ -25,7 +25,7 @@ use super::{
     store::{Compare, Entry, MetaStore, Op, Outcome, Revision, StoreError, Transaction},
     view::{Known, View},
 };
-use crate::model::{ConfigMap, InvalidConfig, LeaderEpoch, PartitionId, TopicName};
+use crate::model::{ConfigMap, InvalidConfig, LeaderEpoch, PartitionId, TopicName, near};
 
 mod change;
 mod create;
@@ -102,14 +102,9 @@ impl Topics {
     pub fn unknown(&self, name: &str) -> UnknownTopic {
         let name: String = name.chars().take(TopicName::MAX_BYTES).collect();
         let state = self.view.state();
-        let mut near: Vec<_> = state
-            .topics()
-            .keys()
-            .map(|known| (strsim::jaro_winkler(&name, known.as_str()), known))
-            .filter(|(likeness, _)| *likeness > 0.8)
-            .collect();
-        near.sort_by(|a, b| b.0.total_cmp(&a.0).then_with(|| a.1.cmp(b.1)));
-        UnknownTopic { name, near: near.into_iter().take(NEAR_NAMES).map(|(_, name)| name.clone()).collect() }
+        let near = near::nearest(&name, state.topics().keys(), |known| known.as_str(), NEAR_NAMES);
+        let near = near.into_iter().cloned().collect();
+        UnknownTopic { name, near }
     }
 
     /// Takes the next block of producer ids. An unknown outcome costs a block and no more.

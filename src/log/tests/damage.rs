@@ -160,6 +160,12 @@ fn a_synced_segment_that_is_missing_or_short_is_lost_and_its_files_are_kept() {
     assert_eq!(persisted, at(12));
     assert!(why.contains("100 of 180 bytes"), "{why}");
     assert_eq!(disk.read(&replica_file(0)).unwrap().len(), 100);
+    // A clean stop once took the record of what nobody had read for what is there, and the next start served it.
+    log.close().unwrap();
+    drop(log);
+    let log = open(&disk);
+    assert!(!log.opened_clean());
+    assert!(matches!(log.open_replica(partition(0), at(0)), Err(ReplicaError::Lost { .. })), "still lost");
 }
 
 /// A replica that nobody was told of leaves files behind when it is forgotten. Made again, its new file once did not yet
