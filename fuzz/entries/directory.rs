@@ -74,6 +74,7 @@ fn open(disk: &SimDisk) -> Result<Log, strandline::log::OpenError> {
         sync_bytes: 1 << 20,
         sync_after: Duration::from_secs(1),
         reserve_bytes: 0,
+        accept_journal_loss: false,
         metrics: Metrics::new(),
         manual: true,
     };

@@ -115,7 +115,7 @@ impl Reader {
         timestamp_ms: i64,
         bound: Offset,
     ) -> Result<Option<(Offset, i64, LeaderEpoch)>, ReadError> {
-        let found = self.batch_for_time(timestamp_ms, Offset::ZERO, bound)?;
+        let found = self.batch_for_time(timestamp_ms, self.log_start(), bound)?;
         Ok(found.map(|batch| (batch.base_offset(), batch.max_timestamp(), batch.leader_epoch().unwrap_or_default())))
     }
 

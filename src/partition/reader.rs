@@ -217,17 +217,25 @@ impl Reader {
 
     /// The first batch that reaches above `from` and claims a record of that time.
     async fn batch_for_time(&self, timestamp_ms: i64, from: Offset) -> Result<Option<Batch>, ReadError> {
-        let marks = self.shared.marks();
-        if let Some(tier) = self.tier.as_ref().filter(|_| from < marks.tiered_end) {
-            let found = tier.batch_for_time(timestamp_ms, from).await.map_err(|error| bucket_error(from, &error))?;
-            if found.is_some() {
-                return Ok(found);
+        for _ in 0..TRIES {
+            let marks = self.shared.marks();
+            let from = from.max(marks.log_start);
+            if let Some(tier) = self.tier.as_ref().filter(|_| from < marks.tiered_end) {
+                let found =
+                    tier.batch_for_time(timestamp_ms, from).await.map_err(|error| bucket_error(from, &error))?;
+                if found.is_some() {
+                    return Ok(found);
+                }
+            }
+            let log = self.log.clone();
+            let bound = marks.high_watermark;
+            match task::blocking(move || log.batch_for_time(timestamp_ms, from, bound)).await {
+                // A segment left the disk while it was looked at.
+                Err(log::ReadError::OutOfRange { .. }) => {}
+                found => return found.map_err(|error| ReadError::Disk { why: error.to_string() }),
             }
         }
-        let log = self.log.clone();
-        let bound = marks.high_watermark;
-        let found = task::blocking(move || log.batch_for_time(timestamp_ms, from, bound)).await;
-        found.map_err(|error| ReadError::Disk { why: error.to_string() })
+        Err(ReadError::Disk { why: format!("segments left the disk {TRIES} times while a time was looked for") })
     }
 }
 

@@ -187,7 +187,7 @@ impl Journaled {
                 let story = self.replicas.get(&entry.head.id);
                 entry.head.kind == Kind::Append
                     && wanted(&entry.head.id)
-                    && story.is_some_and(|story| *sequence >= story.barrier)
+                    && story.is_some_and(|story| *sequence >= story.barrier && story.has(&entry.head))
             };
             if !entries.iter().any(|entry| needed(&entry)) {
                 continue;
@@ -236,6 +236,11 @@ impl Journaled {
 }
 
 impl Story {
+    /// Whether the segment of these batches was not removed since: making it again might need room that there is not.
+    fn has(&self, batches: &EntryHead) -> bool {
+        self.local_start.is_none_or(|start| batches.segment >= start.base)
+    }
+
     fn follow(&mut self, head: &EntryHead, sequence: u64) {
         match head.kind {
             Kind::Create => {

@@ -82,6 +82,21 @@ fn a_deletion_that_was_cut_short_is_done_again_and_stays_done() {
     }
 }
 
+/// The journal still holds their records: to write them once more is to need room for nothing.
+#[test]
+fn replay_does_not_even_make_deleted_segments_for_a_moment() {
+    let disk = SimDisk::new();
+    let log = open(&disk);
+    let mut replica = six_segments(&log);
+    replica.advance_log_start(at(6));
+    replica.evict(at(6)).unwrap();
+    drop((replica, log));
+    disk.kill();
+    let log = open(&disk);
+    assert_eq!(bases(&disk), [6, 8, 10]);
+    assert_eq!(log.open_replica(partition(0), at(0)).unwrap().log_end(), at(12));
+}
+
 /// A snapshot that found no room when its segment was sealed keeps the segments before it, and those alone.
 #[test]
 fn on_a_disk_without_one_byte_a_deletion_makes_its_own_room() {
