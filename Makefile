@@ -15,7 +15,7 @@ FUZZ_SECONDS ?= 60
 # How often `make crash-test` kills the broker. STRANDLINE_SEED repeats a run's choices.
 KILLS ?= 200
 
-.PHONY: build release test check fmt clippy client docs deny crash-test bench fuzz golden kafka-reader write-docs help
+.PHONY: build release test check fmt clippy client docs deny crash-test bench fuzz fuzz-seeds golden kafka-reader real-s3 write-docs help
 
 help: ## These lines.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -52,19 +52,25 @@ $(DENY):
 	  --target-dir target/tools/build cargo-deny
 	rm -rf target/tools/build
 
-crash-test: ## Kills a broker KILLS times (200) under load; nothing acknowledged may be lost.
-	STRANDLINE_KILLS=$(KILLS) $(CARGO) test --locked --test it -- --nocapture crash::
+crash-test: ## Kills a broker KILLS times (200) under load, and a quarter as often under the client; nothing may be lost.
+	STRANDLINE_KILLS=$(KILLS) $(CARGO) test --locked --test it -- --nocapture --test-threads 1 crash:: crash_client::
 
 bench: ## The benchmarks of record, log and tier paths.
 	$(CARGO) bench --locked --bench paths
 
 # libFuzzer wants unstable flags of the compiler. The pinned one takes them when asked, so no second toolchain is needed.
-fuzz: $(FUZZ) ## Every fuzz target for FUZZ_SECONDS (60) each, beginning with its known cases.
+fuzz: $(FUZZ) ## Every fuzz target for FUZZ_SECONDS (60) each, beginning with its seeds and its known cases.
+	RUSTC_BOOTSTRAP=1 $(FUZZ) build
 	for target in fuzz/fuzz_targets/*.rs; do \
 	  name=$$(basename $$target .rs); \
 	  mkdir -p fuzz/corpus/$$name fuzz/regressions/$$name; \
-	  RUSTC_BOOTSTRAP=1 $(FUZZ) run $$name fuzz/corpus/$$name fuzz/regressions/$$name -- -max_total_time=$(FUZZ_SECONDS); \
+	  echo "fuzz: $$name for $(FUZZ_SECONDS) s"; \
+	  RUSTC_BOOTSTRAP=1 $(FUZZ) run $$name fuzz/corpus/$$name fuzz/seeds/$$name fuzz/regressions/$$name -- \
+	    -max_total_time=$(FUZZ_SECONDS); \
 	done
+
+fuzz-seeds: ## Writes the seeds of fuzz targets that have none of that name yet; existing ones are never touched.
+	$(CARGO) test --locked --test it -- --ignored write_missing_seeds
 
 $(FUZZ):
 	$(CARGO) install --locked --debug --version $(FUZZ_VERSION) --root target/tools --target-dir target/tools/build cargo-fuzz
@@ -73,9 +79,13 @@ $(FUZZ):
 golden: ## Writes the golden batch of a codec that has none yet; existing ones are never touched.
 	$(CARGO) test --locked --lib -- --ignored write_missing_golden_files
 
-kafka-reader: ## Kafka's own DumpLogSegments on batches of every codec; KAFKA_DUMP=/path/to/a/script that runs it.
+kafka-reader: ## Kafka's own DumpLogSegments on batches of every codec and on whole data directories; KAFKA_DUMP=/path/to/a/script that runs it.
 	KAFKA_DUMP=$${KAFKA_DUMP:?names the script that runs DumpLogSegments} \
-	  $(CARGO) test --locked --test it -- --ignored kafkas_own_reader
+	  $(CARGO) test --locked --test it -- --ignored --nocapture --test-threads 1 kafkas_own_reader
+
+real-s3: ## The doctor and the end of abandoned uploads on a real store: S3_URL=s3://bucket/prefix, AWS_ENDPOINT_URL, keys.
+	S3_URL=$${S3_URL:?names a bucket and a prefix, as s3://bucket/prefix} \
+	  $(CARGO) test --locked --test it -- --ignored --nocapture a_real_store
 
 write-docs: ## Writes the generated pages of docs/ anew; tests hold them against the code.
 	STRANDLINE_WRITE_DOCS=1 $(CARGO) test --locked --lib the_documentation_is

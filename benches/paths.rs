@@ -2,8 +2,9 @@
 
 use criterion::{criterion_group, criterion_main};
 
+mod log;
 mod record;
 mod tier;
 
-criterion_group!(paths, record::record, tier::tier);
+criterion_group!(paths, record::record, log::log, tier::tier);
 criterion_main!(paths);

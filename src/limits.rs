@@ -13,6 +13,13 @@ pub const MAX_BATCH_RECORDS: usize = 1 << 20;
 /// Most bytes that one batch's records may have after decompression, wherever anything is decompressed.
 pub const MAX_DECOMPRESSED_BYTES: usize = 256 << 20;
 
+/// Most bytes that a batch's records may have without compression where the broker itself writes them anew, on a topic that
+/// sets `compression.type`: what the largest batch could hold plain.
+pub const MAX_RECOMPRESSED_BYTES: usize = MAX_BATCH_BYTES;
+
+/// Memory of a broker for opening compressed batches, all of them at a time together: one of the largest that can be read.
+pub const OPENING_BYTES: u64 = 2 * MAX_DECOMPRESSED_BYTES as u64;
+
 /// Most headers on one record.
 pub const MAX_RECORD_HEADERS: usize = 10_000;
 
@@ -50,6 +57,10 @@ pub const MAX_TRANSACTION_OPS: usize = 128;
 
 /// Most bytes of keys and values in one transaction of the metadata store, below etcd's 1.5 MiB for a request.
 pub const MAX_TRANSACTION_BYTES: usize = 1 << 20;
+
+/// A journal of up to so many bytes grows as far as its disk allows. A larger one is asked for on purpose, and refused where it
+/// can never be had.
+pub const MODEST_JOURNAL_BYTES: u64 = 256 << 20;
 
 /// Most idempotent producers that one partition remembers; beyond it, those that wrote longest ago are forgotten.
 pub const MAX_PRODUCERS: usize = 16_384;

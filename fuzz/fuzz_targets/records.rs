@@ -1,8 +1,7 @@
-//! See `entries.rs`.
+//! See `entries/mod.rs`.
 #![no_main]
 
-#[path = "../entries.rs"]
-#[allow(dead_code, reason = "each target runs one entry")]
-mod entries;
+#[path = "../harness.rs"]
+mod harness;
 
-libfuzzer_sys::fuzz_target!(|input: &[u8]| entries::records(input));
+libfuzzer_sys::fuzz_target!(|input: &[u8]| harness::run(env!("CARGO_BIN_NAME"), input));

@@ -141,7 +141,7 @@ fn partition_state(number: u32, entry: &PartitionEntry, holding: Option<&Holding
                 state.fault = Some(Fault::new(Reason::StorageFailed, why.as_ref()).into());
             }
             let log_start = tier.map_or(Offset::ZERO, |tier| tier.log_start);
-            let tiered_end = tier.map_or(Offset::ZERO, |tier| tier.tiered_end);
+            let tiered_end = tier.map_or(Offset::ZERO, |tier| tier.bucket_end());
             Watermarks { log_start, tiered_end, ..Watermarks::default() }
         }
     };

@@ -1,11 +1,13 @@
 //! The one place that maps errors of the inner rooms to what travels.
 
+use tonic::Status;
+
 use crate::{
     cluster::{AddPartitionsError, AlterError, CreateError, DeleteError, StoreError, UnknownTopic},
     limits,
     model::{Offset, TopicName},
     partition::{AppendError, ReadError, Refused},
-    proto::fault::{Fault, Reason},
+    proto::fault::{self, Fault, Reason},
     record::Malformed,
 };
 
@@ -186,6 +188,21 @@ pub(super) fn too_large(topic: &TopicName, bytes: usize, most: usize) -> Fault {
         limits::MAX_BATCH_BYTES
     );
     Fault::new(Reason::RecordTooLarge, message).with("bytes", bytes).with("max", most)
+}
+
+/// A compressed batch that is above the topic's limit without compression, which is how the topic stores it.
+pub(super) fn grows(topic: &TopicName, most: usize) -> Fault {
+    let message = format!(
+        "the batch has more than {most} bytes without compression, as topic {topic} stores it (compression.type=\
+         uncompressed), and {most} is what it takes at most: send smaller batches, or raise max.message.bytes (up to {})",
+        limits::MAX_BATCH_BYTES
+    );
+    Fault::new(Reason::RecordTooLarge, message).with("max", most)
+}
+
+/// Why no more requests of a stream can be read, with a stable word where the transport refused one.
+pub(super) fn unreadable(status: Status) -> Status {
+    fault::of_transport(&status, "").map_or(status, Status::from)
 }
 
 /// A request that cannot mean anything.

@@ -6,6 +6,7 @@
 
 use std::{pin::Pin, sync::Arc, time::Duration};
 
+use bytes::Bytes;
 use futures::{FutureExt as _, Stream, StreamExt as _, stream, stream::FuturesUnordered};
 use tokio::time::Instant;
 use tonic::{Status, Streaming};
@@ -13,13 +14,13 @@ use tonic::{Status, Streaming};
 use super::{Broker, faults};
 use crate::{
     limits,
-    model::{Offset, Watermarks},
-    partition::{Fetched, ReadError, Reader, Ready, Source},
+    model::{Compression, Offset, Watermarks},
+    partition::{Fetched, Opener, ReadError, Reader, Ready, Source, Use},
     proto::{
         fault::{Fault, Reason},
         v1,
     },
-    record::{Batch, Record},
+    record::{Batch, Malformed, Record},
     task::clock,
 };
 
@@ -29,7 +30,11 @@ const READS: usize = 8;
 /// Bytes of one answer where the request does not say.
 const DEFAULT_BYTES: usize = 1 << 20;
 
-/// Most bytes of records in one plain answer.
+/// Bytes of records from which on a plain answer takes no more. What is compressed may be a thousand times larger than it
+/// was: an answer must stay one that can be sent, and held until it is.
+const PLAIN_BYTES: usize = limits::MAX_FETCH_BYTES;
+
+/// Most bytes of records in one plain answer: each partition's first record is taken up to here.
 const MAX_PLAIN_BYTES: usize = limits::MAX_MESSAGE_BYTES - (4 << 20);
 
 type ReadOutcome = (usize, Result<Option<Fetched>, ReadError>);
@@ -122,7 +127,10 @@ impl Session {
                     let reader = Some(reader);
                     self.places.push(Place { topic, partition, reader, position, reading: false, again: false });
                 }
-                Err(fault) => self.refused.push(refusal(want.topic, want.partition, fault)),
+                Err(fault) => {
+                    self.broker.metrics.fetch_errors.count(fault.reason.word());
+                    self.refused.push(refusal(want.topic, want.partition, fault));
+                }
             }
         }
         Ok(())
@@ -254,11 +262,15 @@ impl Broker {
             }
         }
         if request.plain {
-            let mut room = MAX_PLAIN_BYTES;
+            let broker = &session.broker;
+            let mut used = 0;
             for fetched in &mut gathered.partitions {
                 let named = |(topic, number): &(String, i32)| *topic == fetched.topic && *number == fetched.partition;
                 let from = places.iter().position(named).map_or(0, |index| wanted[index]);
-                decode(fetched, from, &mut room)?;
+                if let Err(fault) = decode(&broker.opener, fetched, from, &mut used).await {
+                    broker.metrics.fetch_errors.count(fault.reason.word());
+                    fetched.error = Some(fault.into());
+                }
             }
         }
         Ok(v1::ReadResponse { partitions: gathered.partitions })
@@ -319,7 +331,7 @@ impl Follow {
                     }
                     Ok(None) if !self.begun => return None,
                     Ok(None) => self.ended = true,
-                    Err(status) => return Some(Err(status)),
+                    Err(status) => return Some(Err(faults::unreadable(status))),
                 },
                 () = session.wait(&mut gathered), if self.begun => {}
                 () = hold => break,
@@ -342,49 +354,91 @@ fn refusal(topic: String, partition: i32, fault: Fault) -> v1::FetchedPartition 
     v1::FetchedPartition { topic, partition, error: Some(fault.into()), ..Default::default() }
 }
 
-/// Replaces the batches of an answer by their records from offset `from` on, as many as there is room for. What is
-/// compressed may be a thousand times larger than it was: an answer must stay one that can be sent.
-fn decode(fetched: &mut v1::FetchedPartition, from: i64, room: &mut usize) -> Result<(), Fault> {
-    let mut bytes = bytes::Bytes::from(fetched.chunks.concat());
-    fetched.chunks.clear();
+/// Replaces the batches of an answer by their records from offset `from` on, as many as there is room for; `used` is what all
+/// partitions together have taken. An error says why there is none: where some come before what is wrong, the next read
+/// meets it first.
+async fn decode(opener: &Opener, fetched: &mut v1::FetchedPartition, from: i64, used: &mut usize) -> Result<(), Fault> {
+    let mut bytes = Bytes::from(std::mem::take(&mut fetched.chunks).concat());
     while !bytes.is_empty() {
         let batch = Batch::split_from(&mut bytes)?;
-        for entry in batch.records()? {
-            let (offset, record) = entry?;
-            if offset.as_i64() < from {
-                continue;
+        let (before, first) = (*used, fetched.records.is_empty());
+        let work = move |batch: &Batch, most: usize| take_records(batch, most, from, before, first);
+        match opener.open(&batch, limits::MAX_DECOMPRESSED_BYTES, Use::Read, work).await {
+            Ok(taken) => {
+                *used = taken.used;
+                fetched.records.extend(taken.records);
+                let Some((offset, size)) = taken.left else { continue };
+                fetched.next_offset = offset;
+                let too_large = fetched.records.is_empty() && size > MAX_PLAIN_BYTES;
+                return if too_large { Err(too_large_for_plain(fetched, size)) } else { Ok(()) };
             }
-            let size = plain_bytes(&record);
-            if size > *room {
-                fetched.next_offset = offset.as_i64();
-                return too_large_for_plain(fetched, size);
+            Err(error) => {
+                fetched.next_offset = from.max(batch.base_offset().as_i64());
+                return if fetched.records.is_empty() { Err(undecodable(fetched, &batch, &error)) } else { Ok(()) };
             }
-            *room -= size;
-            let headers = record.headers.into_iter().map(|h| v1::Header { key: h.key, value: h.value }).collect();
-            fetched.records.push(v1::Record {
-                key: record.key,
-                value: record.value,
-                headers,
-                timestamp_ms: Some(record.timestamp_ms),
-                offset: offset.as_i64(),
-            });
         }
     }
     Ok(())
 }
 
+/// What was taken of a batch.
+struct Taken {
+    records: Vec<v1::Record>,
+    /// Bytes of the whole answer.
+    used: usize,
+    /// The first record that has no room any more, and its size.
+    left: Option<(i64, usize)>,
+}
+
+fn take_records(batch: &Batch, most: usize, from: i64, used: usize, first: bool) -> Result<Taken, Malformed> {
+    // A slice would hold all that was decompressed until the answer is sent.
+    let copies = batch.compression() != Compression::None;
+    let keep = |bytes: Bytes| if copies { Bytes::copy_from_slice(&bytes) } else { bytes };
+    let mut taken = Taken { records: Vec::new(), used, left: None };
+    for entry in batch.records_within(most)? {
+        let (offset, record) = entry?;
+        if offset.as_i64() < from || taken.left.is_some() {
+            continue;
+        }
+        let size = plain_bytes(&record);
+        let room = if first && taken.records.is_empty() { MAX_PLAIN_BYTES } else { PLAIN_BYTES };
+        if taken.used + size > room {
+            taken.left = Some((offset.as_i64(), size));
+            continue;
+        }
+        taken.used += size;
+        let headers = record.headers.into_iter().map(|h| v1::Header { key: h.key, value: h.value.map(keep) }).collect();
+        taken.records.push(v1::Record {
+            key: record.key.map(keep),
+            value: record.value.map(keep),
+            headers,
+            timestamp_ms: Some(record.timestamp_ms),
+            offset: offset.as_i64(),
+        });
+    }
+    Ok(taken)
+}
+
 /// What a record takes in an answer, at most.
 fn plain_bytes(record: &Record) -> usize {
-    let length = |bytes: &Option<bytes::Bytes>| bytes.as_ref().map_or(0, bytes::Bytes::len);
+    let length = |bytes: &Option<Bytes>| bytes.as_ref().map_or(0, Bytes::len);
     let headers = record.headers.iter().map(|header| header.key.len() + length(&header.value) + 32);
     length(&record.key) + length(&record.value) + headers.sum::<usize>() + 64
 }
 
-/// An answer that is full goes out as it is; a record that no answer has room for must be read as a batch.
-fn too_large_for_plain(fetched: &v1::FetchedPartition, size: usize) -> Result<(), Fault> {
-    if !fetched.records.is_empty() || size <= MAX_PLAIN_BYTES {
-        return Ok(());
-    }
+/// A record that no answer has room for must be read as a batch.
+fn too_large_for_plain(fetched: &v1::FetchedPartition, size: usize) -> Fault {
     let message = format!("the record at offset {} has {size} bytes: read it as a batch", fetched.next_offset);
-    Err(Fault::new(Reason::RecordTooLarge, message).with("offset", fetched.next_offset))
+    Fault::new(Reason::RecordTooLarge, message).with("offset", fetched.next_offset)
+}
+
+/// A batch is stored with its records unread: what is wrong with them is its reader's to find.
+fn undecodable(fetched: &v1::FetchedPartition, batch: &Batch, error: &Malformed) -> Fault {
+    let (base, end) = (batch.base_offset(), batch.end_offset());
+    let message = format!(
+        "topic {}, partition {}: the records of the batch at offset {base} cannot be decoded: {error}; read it as a batch, \
+         or go on behind it at offset {end}",
+        fetched.topic, fetched.partition
+    );
+    Fault::new(Reason::DataDamaged, message).with("offset", base).with("next", end)
 }

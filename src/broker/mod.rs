@@ -5,7 +5,7 @@
 //! Every request does the same steps: validate, find the partition (or refuse with who serves it), serve. `service` is
 //! the gRPC face; `produce`, `fetch`, `offsets` and `admin` serve; `faults` maps every error once. `reconcile` follows the
 //! cluster's metadata and opens, configures and closes partitions; `upkeep` gives partitions their turn at sealing,
-//! uploading and deleting.
+//! uploading and deleting; `garbage` takes away what crashes and deletions left in the bucket and in the metadata.
 //!
 //! # Shutdown
 //!
@@ -15,8 +15,8 @@
 mod admin;
 mod faults;
 mod fetch;
+mod garbage;
 mod hosted;
-mod memory;
 mod metadata;
 mod offsets;
 mod produce;
@@ -33,12 +33,13 @@ use std::sync::{
 use futures::{StreamExt as _, stream};
 
 pub use self::service::services;
-use self::{hosted::Hosted, memory::Memory, producer_ids::ProducerIds};
+use self::{hosted::Hosted, producer_ids::ProducerIds};
 use crate::{
     cluster::{Keys, MetaStore, TierCommits, Topics, View},
+    limits,
     log::Log,
     model::{BrokerId, ConfigMap},
-    partition::{Partition, Upkeep, UpkeepQueue},
+    partition::{Memory, Opener, Partition, Upkeep, UpkeepQueue},
     proto::fault::Fault,
     task::Tasks,
     telemetry::Metrics,
@@ -62,6 +63,8 @@ pub struct Settings {
     pub retention_interval: std::time::Duration,
     /// How long an object that no manifest names is kept.
     pub garbage_grace: std::time::Duration,
+    /// How long a multipart upload may take before it counts as abandoned.
+    pub upload_grace: std::time::Duration,
 }
 
 /// The object store and the cache before it.
@@ -101,6 +104,8 @@ pub struct Broker {
     tier: Option<Tier>,
     hosted: Hosted,
     produce_memory: Memory,
+    /// Who opens compressed batches goes through it.
+    opener: Opener,
     commits: TierCommits,
     upkeep: Upkeep,
     upkeep_queue: UpkeepQueue,
@@ -124,6 +129,7 @@ impl Broker {
             producer_ids: ProducerIds::default(),
             hosted: Hosted::default(),
             produce_memory: Memory::new(settings.produce_memory_bytes),
+            opener: Opener::new(limits::OPENING_BYTES),
             upkeep: Upkeep::new(commits.clone()),
             commits,
             upkeep_queue: UpkeepQueue::default(),
@@ -143,6 +149,7 @@ impl Broker {
         broker.ready.store(true, Ordering::Release);
         broker.tasks.spawn("reconcile", reconcile::follow(Arc::clone(&broker)));
         upkeep::spawn(&broker);
+        garbage::spawn(&broker);
         broker
     }
 

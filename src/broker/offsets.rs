@@ -42,9 +42,11 @@ impl Broker {
         let (offset, timestamp_ms, epoch) = match query.at {
             Some(At::Earliest(_)) => (marks.log_start, -1, epoch),
             Some(At::Latest(_)) => (marks.high_watermark, -1, epoch),
-            Some(At::TimestampMs(time)) => {
-                partition.reader().offset_for_time(time).await?.unwrap_or((marks.high_watermark, -1, epoch))
-            }
+            Some(At::TimestampMs(time)) => partition.reader().offset_for_time(time, &self.opener).await?.unwrap_or((
+                marks.high_watermark,
+                -1,
+                epoch,
+            )),
             None => return Err(faults::invalid("the query says neither earliest nor latest nor a timestamp")),
         };
         Ok(v1::OffsetAnswer { error: None, offset: offset.as_i64(), timestamp_ms, leader_epoch: epoch.as_i32() })

@@ -15,14 +15,15 @@ use tonic::{Status, Streaming};
 
 use super::{Broker, faults};
 use crate::{
+    limits,
     model::{Acks, Compression},
-    partition::{Acked, AppendResult, Held, Partition},
+    partition::{Acked, AppendResult, Held, Partition, Use},
     proto::{
         fault::{Fault, Reason},
         v1::{self, append_request::Payload, produce_response},
     },
-    record::{Batch, BatchBuilder, Header, Unbuildable},
-    task::{self, clock},
+    record::{Batch, BatchBuilder, HEADER_BYTES, Header, Malformed, Unbuildable},
+    task::clock,
 };
 
 /// Most requests of one stream that may be under way; more wait in HTTP/2's window.
@@ -30,9 +31,6 @@ const STREAM_REQUESTS: usize = 4096;
 
 /// How long an acknowledgement is awaited where the request does not say.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
-
-/// Batches from this size on are re-encoded away from the async threads.
-const BLOCKING_BYTES: usize = 32 << 10;
 
 /// A write that was queued: what is left is to wait for its answer.
 struct Queued {
@@ -56,13 +54,14 @@ impl Broker {
         self: Arc<Self>,
         requests: Streaming<v1::ProduceRequest>,
     ) -> impl Stream<Item = Result<v1::ProduceResponse, Status>> + Send + 'static {
-        let state = Pipeline { broker: self, requests, answers: FuturesUnordered::new(), ended: false };
+        let state = Pipeline { broker: self, requests, answers: FuturesUnordered::new(), ended: None };
         stream::unfold(state, |mut pipeline| async move { Some((pipeline.next().await?, pipeline)) })
     }
 
     /// Checks a write and puts it into its partition's queue.
     async fn queue(&self, request: v1::AppendRequest) -> Result<Queued, Fault> {
         let began = clock::monotonic();
+        self.metrics.produce_requests.inc();
         let acks = acks(request.acks)?;
         let partition = self.partition(&request.topic, request.partition)?;
         let config = partition.config();
@@ -85,13 +84,12 @@ impl Broker {
             None => return Err(faults::invalid("the request holds neither a batch nor records")),
         };
         let batch = match config.compression {
-            Some(codec) if codec != batch.compression() => recompressed(batch, codec).await?,
+            Some(codec) if codec != batch.compression() => self.recompressed(&batch, codec, &partition, most).await?,
             _ => batch,
         };
         if batch.encoded_len() > most {
             return Err(faults::too_large(partition.topic(), batch.encoded_len(), most));
         }
-        self.metrics.produce_requests.inc();
         let (bytes, records) = (batch.encoded_len() as u64, u64::from(batch.count()));
         let answer = self.submit(&partition, batch, acks).await?;
         let timeout = match request.timeout_ms {
@@ -99,6 +97,25 @@ impl Broker {
             ms => Duration::from_millis(ms.into()),
         };
         Ok(Queued { answer: (acks != Acks::None).then_some(answer), timeout, began, bytes, records })
+    }
+
+    /// The batch in its topic's own codec. It is opened within the memory that there is for that, and refused as soon as it
+    /// is seen to be larger than the topic takes.
+    async fn recompressed(
+        &self,
+        batch: &Batch,
+        codec: Compression,
+        partition: &Partition,
+        most: usize,
+    ) -> Result<Batch, Fault> {
+        // Without a codec the stored batch is as large as its records are.
+        let plain = most.saturating_sub(HEADER_BYTES);
+        let bound = limits::MAX_RECOMPRESSED_BYTES.min(if codec == Compression::None { plain } else { usize::MAX });
+        let work = move |batch: &Batch, most: usize| batch.recompress_within(codec, most);
+        match self.opener.open(batch, bound, Use::Rewrite, work).await {
+            Err(Malformed::Grows { .. }) if bound == plain => Err(faults::grows(partition.topic(), most)),
+            outcome => Ok(outcome?),
+        }
     }
 
     async fn submit(
@@ -142,25 +159,31 @@ struct Pipeline {
     broker: Arc<Broker>,
     requests: Streaming<v1::ProduceRequest>,
     answers: FuturesUnordered<BoxFuture<'static, v1::ProduceResponse>>,
-    ended: bool,
+    /// No more requests come: the producer said so, or what it sent cannot be read. The stream ends with this.
+    ended: Option<Result<(), Status>>,
 }
 
 impl Pipeline {
     async fn next(&mut self) -> Option<Result<v1::ProduceResponse, Status>> {
         loop {
+            // What was queued is answered first, whatever came after it.
+            if self.answers.is_empty()
+                && let Some(ended) = &mut self.ended
+            {
+                return std::mem::replace(ended, Ok(())).err().map(Err);
+            }
             tokio::select! {
                 biased;
                 Some(answer) = self.answers.next(), if !self.answers.is_empty() => return Some(Ok(answer)),
                 // Every write that came has its answer: a stop need not wait for a producer that is quiet.
                 () = self.broker.stopping(), if self.answers.is_empty() => return None,
-                request = self.requests.message(), if !self.ended && self.answers.len() < STREAM_REQUESTS => {
+                request = self.requests.message(), if self.ended.is_none() && self.answers.len() < STREAM_REQUESTS => {
                     match request {
                         Ok(Some(request)) => self.begin(request).await,
-                        Ok(None) => self.ended = true,
-                        Err(status) => return Some(Err(status)),
+                        Ok(None) => self.ended = Some(Ok(())),
+                        Err(status) => self.ended = Some(Err(faults::unreadable(status))),
                     }
                 }
-                else => return None,
             }
         }
     }
@@ -169,7 +192,10 @@ impl Pipeline {
         let correlation = request.correlation;
         let queued = match request.append {
             Some(append) => self.broker.queue(append).await,
-            None => Err(faults::invalid("the request holds no append")),
+            None => {
+                self.broker.metrics.produce_requests.inc();
+                Err(faults::invalid("the request holds no append"))
+            }
         };
         let broker = Arc::clone(&self.broker);
         self.answers.push(Box::pin(async move {
@@ -199,14 +225,13 @@ fn acks(value: i32) -> Result<Acks, Fault> {
     }
 }
 
-/// A batch as a client made it. The framing of plain records is walked too, because a consumer of somebody else would
-/// stumble over it; what is compressed is its reader's to open.
+/// A batch as a client made it. Plain records are walked too: a consumer of somebody else would stumble over their framing,
+/// and retention and search by time over a header that says another time than they do. What is compressed is its reader's to
+/// open.
 fn received(bytes: bytes::Bytes) -> Result<Batch, Fault> {
-    let batch = Batch::parse(bytes)?;
+    let mut batch = Batch::parse(bytes)?;
     batch.check_client()?;
-    if batch.compression() == Compression::None {
-        batch.verify_records()?;
-    }
+    batch.correct_max_timestamp()?;
     Ok(batch)
 }
 
@@ -231,13 +256,6 @@ fn plain(records: &v1::PlainRecords, codec: Compression) -> Result<Batch, Fault>
 
 fn unbuildable(error: Unbuildable) -> Fault {
     faults::invalid(format!("the records make no batch: {error}"))
-}
-
-async fn recompressed(batch: Batch, codec: Compression) -> Result<Batch, Fault> {
-    if batch.encoded_len() < BLOCKING_BYTES {
-        return Ok(batch.recompress(codec)?);
-    }
-    Ok(task::blocking(move || batch.recompress(codec)).await?)
 }
 
 fn unacknowledged() -> v1::AppendResponse {

@@ -21,11 +21,15 @@ use crate::{
     tier::{PartitionTier, TopicRecord},
 };
 
-/// Partitions that are opened side by side: each may have to recover its tail.
-const OPENINGS: usize = 16;
+/// Partitions that one thread opens one after the other. A hand-over for each would start threads by the dozen, which open
+/// none sooner and leave memory behind.
+const OPENED_TOGETHER: usize = 64;
+
+/// Threads that open partitions of a topic side by side: each partition may have to recover its tail.
+const OPENINGS: usize = 4;
 
 /// Topics that are seen to side by side.
-const TOPICS: usize = 4;
+const TOPICS: usize = 2;
 
 /// Applies every change of the metadata until the broker stops.
 pub(super) async fn follow(broker: Arc<Broker>) {
@@ -120,39 +124,42 @@ impl Broker {
         if held.is_none() {
             self.record_topic(name, topic);
         }
-        let holdings: Vec<Holding> = stream::iter(state.partitions_of(topic))
-            .map(|(number, entry)| {
+        let partitions: Vec<Wanted> = stream::iter(state.partitions_of(topic))
+            .then(|(number, entry)| {
                 let before = held.as_ref().and_then(|held| held.partitions.get(number as usize)).cloned();
-                self.hold(name, PartitionId::new(topic.id, number), entry, &config, before)
+                self.want(name, PartitionId::new(topic.id, number), entry, &config, before)
             })
-            .buffered(OPENINGS)
             .collect()
             .await;
+        let holdings: Vec<Vec<Holding>> =
+            stream::iter(chunks(partitions)).map(|wanted| self.open(wanted)).buffered(OPENINGS).collect().await;
+        let holdings: Vec<Holding> = holdings.into_iter().flatten().collect();
         Some(HostedTopic { id: topic.id, revision: wanted.mod_revision, partitions: holdings.into() })
     }
 
-    /// What this broker has of one partition from now on.
-    async fn hold(
+    /// What this broker is to have of one partition from now on. What it no longer leads is stopped.
+    async fn want(
         &self,
         name: &TopicName,
         id: PartitionId,
         entry: PartitionEntry,
         config: &Arc<TopicConfig>,
         before: Option<Holding>,
-    ) -> Holding {
-        let Some(assigned) = entry.partition.map(|known| known.value.clone()) else { return Holding::Elsewhere };
+    ) -> Wanted {
+        let elsewhere = Wanted::Held(Holding::Elsewhere);
+        let Some(assigned) = entry.partition.map(|known| known.value.clone()) else { return elsewhere };
         if assigned.leader != Some(self.settings.id) {
             if let Some(Holding::Open(partition)) = before {
                 partition.stop().await;
             }
-            return Holding::Elsewhere;
+            return elsewhere;
         }
         match before {
             Some(Holding::Open(partition)) if partition.epoch() == assigned.leader_epoch => {
                 if *partition.config() != **config {
                     partition.configure(Arc::clone(config)).await;
                 }
-                return Holding::Open(partition);
+                return Wanted::Held(Holding::Open(partition));
             }
             Some(Holding::Open(partition)) => partition.stop().await,
             _ => {}
@@ -164,22 +171,33 @@ impl Broker {
         });
         let spec =
             Spec { id, topic: name.clone(), epoch: assigned.leader_epoch, config: Arc::clone(config), committed, tier };
-        self.open(spec).await
+        Wanted::Opened(Box::new(spec))
     }
 
-    async fn open(&self, spec: Spec) -> Holding {
-        let (log, queue, tasks) = (self.log.clone(), self.upkeep_queue.clone(), self.partitions.clone());
-        let (broker, id, topic) = (self.settings.id, spec.id, spec.topic.clone());
-        match task::blocking(move || Partition::open(broker, &log, spec, &queue, &tasks)).await {
-            Ok(partition) => {
-                self.upkeep_queue.push(id);
-                Holding::Open(partition)
-            }
-            Err(error) => {
-                tracing::error!(partition = %id, %topic, %error, "the partition cannot be opened on this broker");
-                Holding::Unusable(error.to_string().into())
-            }
+    /// Opens what is to be opened, one after the other.
+    async fn open(&self, wanted: Vec<Wanted>) -> Vec<Holding> {
+        if wanted.iter().all(|wanted| matches!(wanted, Wanted::Held(_))) {
+            return wanted.into_iter().filter_map(Wanted::held).collect();
         }
+        let (log, queue, tasks) = (self.log.clone(), self.upkeep_queue.clone(), self.partitions.clone());
+        let broker = self.settings.id;
+        let open = move |wanted| match wanted {
+            Wanted::Held(holding) => holding,
+            Wanted::Opened(spec) => {
+                let (id, topic) = (spec.id, spec.topic.clone());
+                match Partition::open(broker, &log, *spec, &queue, &tasks) {
+                    Ok(partition) => {
+                        queue.push(id);
+                        Holding::Open(partition)
+                    }
+                    Err(error) => {
+                        tracing::error!(partition = %id, %topic, %error, "the partition cannot be opened on this broker");
+                        Holding::Unusable(error.to_string().into())
+                    }
+                }
+            }
+        };
+        task::blocking(move || wanted.into_iter().map(open).collect()).await
     }
 
     /// Writes down in the bucket what the topic is called, for `restore`. Best effort: it is written again at each start.
@@ -222,4 +240,32 @@ impl Broker {
             tracing::warn!(partition = %id, %error, "could not delete the partition's files; they go at the next start");
         }
     }
+}
+
+/// What is to become of a partition here.
+enum Wanted {
+    /// Nothing new.
+    Held(Holding),
+    /// It is opened.
+    Opened(Box<Spec>),
+}
+
+impl Wanted {
+    fn held(self) -> Option<Holding> {
+        match self {
+            Self::Held(holding) => Some(holding),
+            Self::Opened(_) => None,
+        }
+    }
+}
+
+/// In order, as many together as one thread opens.
+fn chunks(mut wanted: Vec<Wanted>) -> Vec<Vec<Wanted>> {
+    let mut chunks = Vec::new();
+    while wanted.len() > OPENED_TOGETHER {
+        let rest = wanted.split_off(OPENED_TOGETHER);
+        chunks.push(std::mem::replace(&mut wanted, rest));
+    }
+    chunks.push(wanted);
+    chunks
 }

@@ -1,4 +1,4 @@
-//! Gives partitions their turn at upkeep, and collects the bucket's garbage.
+//! Gives partitions their turn at upkeep.
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
@@ -7,24 +7,20 @@ use crate::{
     model::PartitionId,
     partition::{Partition, UpkeepError},
     task::clock,
-    tier::{Live, collect_garbage},
 };
 
-/// How often old active segments are looked for.
+/// How often old active segments are looked for, at most.
 const SEAL_INTERVAL: Duration = Duration::from_millis(500);
 
-/// How often the bucket is searched for garbage, at most; a shorter grace means a shorter interval.
-const GARBAGE_INTERVAL: Duration = Duration::from_secs(3600);
+/// The look at all partitions is made so much more rarely than it takes: thousands of idle ones must not cost a core's percent.
+const LOOK_SHARE: u32 = 500;
 
-/// Starts the workers, the clockwork, and the collection of garbage.
+/// Starts the workers and the clockwork.
 pub(super) fn spawn(broker: &Arc<Broker>) {
     for _ in 0..broker.settings.upkeep_workers.max(1) {
         broker.tasks.spawn("upkeep", work(Arc::clone(broker)));
     }
     broker.tasks.spawn("upkeep clock", tick(Arc::clone(broker)));
-    if broker.tier.is_some() {
-        broker.tasks.spawn("garbage", collect(Arc::clone(broker)));
-    }
 }
 
 async fn work(broker: Arc<Broker>) {
@@ -83,16 +79,19 @@ fn report(broker: &Broker, partition: &Partition, error: &UpkeepError, earlier: 
 }
 
 async fn tick(broker: Arc<Broker>) {
+    let least = SEAL_INTERVAL.min(broker.settings.retention_interval);
+    let mut pause = least;
     let mut retention_at = clock::monotonic();
     loop {
         tokio::select! {
             biased;
             () = broker.tasks.cancelled() => return,
-            () = tokio::time::sleep(SEAL_INTERVAL.min(broker.settings.retention_interval)) => {}
+            () = tokio::time::sleep(pause) => {}
         }
-        let retention = clock::monotonic() >= retention_at;
+        let began = clock::monotonic();
+        let retention = began >= retention_at;
         if retention {
-            retention_at = clock::monotonic() + broker.settings.retention_interval;
+            retention_at = began + broker.settings.retention_interval;
         }
         let now_ms = clock::wall_ms();
         for partition in broker.hosted.open() {
@@ -100,46 +99,6 @@ async fn tick(broker: Arc<Broker>) {
                 broker.upkeep_queue.push(partition.id());
             }
         }
-    }
-}
-
-async fn collect(broker: Arc<Broker>) {
-    let grace = broker.settings.garbage_grace;
-    let Some(tier) = &broker.tier else { return };
-    loop {
-        tokio::select! {
-            biased;
-            () = broker.tasks.cancelled() => return,
-            () = tokio::time::sleep(GARBAGE_INTERVAL.min(grace.max(Duration::from_secs(1)))) => {}
-        }
-        let collected = tokio::select! {
-            biased;
-            () = broker.tasks.cancelled() => return,
-            collected = collect_garbage(&tier.store, |id| broker.live(id), grace, clock::wall_ms()) => collected,
-        };
-        match collected {
-            Ok(report) => {
-                broker.metrics.tier_objects_deleted.inc_by(report.deleted);
-                for (partition, why) in &report.skipped {
-                    tracing::warn!(%partition, why, "garbage of this partition was left for the next time");
-                }
-                if report.deleted > 0 {
-                    let (objects, bytes) = (report.deleted, report.deleted_bytes);
-                    tracing::info!(objects, bytes, "collected garbage in the object store");
-                }
-            }
-            Err(error) => tracing::warn!(%error, "could not collect garbage in the object store; it is tried again"),
-        }
-    }
-}
-
-impl Broker {
-    /// What the metadata store says of a partition at this moment, for whoever is about to delete objects.
-    async fn live(&self, id: PartitionId) -> Live {
-        match (self.topics.was_deleted(id.topic).await, self.commits.current(id).await) {
-            (Ok(true), _) => Live::Deleted,
-            (Ok(false), Ok(Some(state))) => Live::Current(state),
-            _ => Live::Unknown,
-        }
+        pause = least.max(began.elapsed() * LOOK_SHARE);
     }
 }

@@ -7,14 +7,12 @@ use anyhow::anyhow;
 use super::Common;
 use crate::{
     client::{Admin, CallError, Client, ConsumeError, Options, SendError},
+    model::near,
     proto::fault::Reason,
 };
 
 /// How soon a command that sends or reads sees new partitions.
 pub(super) const METADATA_AGE: Duration = Duration::from_secs(5);
-
-/// How alike two names must be for one to be a slip of the other, from 0 to 1.
-const NEAR: f64 = 0.8;
 
 /// Most names that are worth reading.
 const MOST_NAMES: usize = 5;
@@ -69,17 +67,8 @@ pub(super) async fn explain_read(admin: &Admin, topic: &str, error: ConsumeError
     }
 }
 
-/// How alike two names are, from 0 to 1. In short names one slip (a letter more, less, other, or two exchanged) is enough
-/// to look unlike anything, so it counts by itself.
-fn likeness(one: &str, other: &str) -> f64 {
-    let slip = strsim::osa_distance(one, other) == 1 && one.len().min(other.len()) > 1;
-    strsim::jaro_winkler(one, other).max(if slip { NEAR } else { 0.0 })
-}
-
 fn unknown_topic(topic: &str, names: &[String]) -> String {
-    let mut near: Vec<(f64, &String)> =
-        names.iter().map(|name| (likeness(topic, name), name)).filter(|(score, _)| *score >= NEAR).collect();
-    near.sort_by(|a, b| b.0.total_cmp(&a.0));
+    let near = near::nearest(topic, names, |name| name.as_str(), MOST_NAMES);
     let list = |names: Vec<&String>| {
         let mut text = names.iter().take(MOST_NAMES).map(|name| name.as_str()).collect::<Vec<_>>().join(", ");
         if names.len() > MOST_NAMES {
@@ -89,10 +78,7 @@ fn unknown_topic(topic: &str, names: &[String]) -> String {
     };
     match (near.is_empty(), names.is_empty()) {
         (false, _) => {
-            format!(
-                "topic {topic:?} does not exist; did you mean {}?",
-                list(near.into_iter().map(|(_, name)| name).collect())
-            )
+            format!("topic {topic:?} does not exist; did you mean {}?", list(near))
         }
         (true, false) => format!(
             "topic {topic:?} does not exist; the cluster has {}; create it with `strandline topic create {topic}`",

@@ -1,22 +1,23 @@
 //! `strandline segment dump`: what a segment file holds, batch by batch.
 
 use std::{
-    fs::File,
-    io::{self, BufReader, BufWriter, Read, Write},
-    path::{Path, PathBuf},
+    io::{self, BufWriter, Read, Write},
+    path::PathBuf,
     process::ExitCode,
 };
 
-use anyhow::{Context as _, anyhow};
-use bytes::Bytes;
 use clap::{Args, Subcommand};
 use serde_json::json;
 
+use self::file::{Batches, Damage, Epochs};
 use super::{Common, format, output::Output};
 use crate::{
-    model::{LeaderEpoch, Offset, TimestampType},
-    record::{Batch, HEADER_BYTES, Malformed, Record},
+    model::{Offset, TimestampType},
+    record::{Batch, Malformed, Record},
+    tier::Footer,
 };
+
+mod file;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Segment {
@@ -26,7 +27,7 @@ pub(super) enum Segment {
 
 #[derive(Debug, Args)]
 pub(super) struct Dump {
-    /// A segment file (.log)
+    /// A segment file (.log) of a data directory, or a segment object (.segment) of a bucket
     file: PathBuf,
     /// Print one line per record as well
     #[arg(long)]
@@ -35,112 +36,48 @@ pub(super) struct Dump {
 
 pub(super) fn run(common: &Common, command: Segment) -> anyhow::Result<ExitCode> {
     let Segment::Dump(dump) = command;
-    let file = File::open(&dump.file).with_context(|| format!("cannot read {}", dump.file.display()))?;
+    let (batches, footer) = file::open(&dump.file)?;
     let mut out = BufWriter::new(io::stdout().lock());
-    let result = dump_all(BufReader::with_capacity(1 << 20, file), &dump, common.output, &mut out);
+    let result = dump_all(batches, footer.as_ref(), &dump, common.output, &mut out);
     out.flush()?;
     result?;
     Ok(ExitCode::SUCCESS)
 }
 
-fn dump_all(input: impl Read, dump: &Dump, output: Output, out: &mut impl Write) -> anyhow::Result<()> {
-    let mut batches = Batches { input, position: 0, end: None, epoch: None };
-    while let Some((position, batch)) = batches.next().map_err(|damage| damage.into_error(&dump.file))? {
-        print_batch(position, &batch, output, out)?;
-        if dump.records {
-            for record in batch.records().map_err(|error| damaged(&dump.file, position, &error))? {
-                let (offset, record) = record.map_err(|error| damaged(&dump.file, position, &error))?;
-                print_record(offset, &record, output, out)?;
-            }
-        } else {
-            batch.verify_records().map_err(|error| damaged(&dump.file, position, &error))?;
-        }
+/// A batch is printed once the one after it was read: only then is its epoch known to be no fall.
+fn dump_all(
+    mut batches: Batches<impl Read>,
+    footer: Option<&Footer>,
+    dump: &Dump,
+    output: Output,
+    out: &mut impl Write,
+) -> anyhow::Result<()> {
+    let damage = |damage: Damage| damage.into_error(&dump.file);
+    let mut epochs = Epochs::default();
+    let mut current = batches.next().map_err(damage)?;
+    while let Some((position, batch)) = current {
+        let next = batches.next();
+        // Damage behind this batch says nothing about it.
+        let after = next.as_ref().ok().and_then(|next| next.as_ref()).map(|(_, next)| next);
+        epochs.check(&batch, after, footer).map_err(|problem| file::damaged(&dump.file, position, &problem))?;
+        print_all(position, &batch, dump, output, out)?;
+        current = next.map_err(damage)?;
+    }
+    footer.map_or(Ok(()), |footer| batches.check(footer).map_err(damage))
+}
+
+fn print_all(position: u64, batch: &Batch, dump: &Dump, output: Output, out: &mut impl Write) -> anyhow::Result<()> {
+    let damaged = |error: Malformed| file::damaged(&dump.file, position, &error);
+    if !dump.records {
+        batch.verify_records().map_err(damaged)?;
+        return Ok(print_batch(position, batch, output, out)?);
+    }
+    print_batch(position, batch, output, out)?;
+    for record in batch.records().map_err(damaged)? {
+        let (offset, record) = record.map_err(damaged)?;
+        print_record(offset, &record, output, out)?;
     }
     Ok(())
-}
-
-fn damaged(file: &Path, position: u64, problem: &dyn std::fmt::Display) -> anyhow::Error {
-    anyhow!("{} is damaged at byte {position}: {problem}", file.display())
-}
-
-/// Why a file cannot be read on.
-#[derive(Debug)]
-enum Damage {
-    Read(io::Error),
-    At { position: u64, problem: String },
-}
-
-impl Damage {
-    fn into_error(self, file: &Path) -> anyhow::Error {
-        match self {
-            Self::Read(error) => anyhow::Error::new(error).context(format!("cannot read {}", file.display())),
-            Self::At { position, problem } => damaged(file, position, &problem),
-        }
-    }
-}
-
-/// The batches of a file, one in memory at a time.
-struct Batches<R> {
-    input: R,
-    position: u64,
-    /// Offset at which the next batch must begin.
-    end: Option<Offset>,
-    epoch: Option<LeaderEpoch>,
-}
-
-impl<R: Read> Batches<R> {
-    fn next(&mut self) -> Result<Option<(u64, Batch)>, Damage> {
-        let position = self.position;
-        let damage = |problem: &Malformed| Damage::At { position, problem: problem.to_string() };
-        let mut head = [0; HEADER_BYTES];
-        let got = read_full(&mut self.input, &mut head).map_err(Damage::Read)?;
-        if got == 0 {
-            return Ok(None);
-        }
-        if got < HEADER_BYTES {
-            return Err(damage(&Malformed::Truncated { needed: HEADER_BYTES, available: got }));
-        }
-        // Bounded by the largest batch, whatever the bytes say.
-        let size = Batch::framed_len(&head).map_err(|problem| damage(&problem))?;
-        let mut records = Vec::new();
-        let wanted = u64::try_from(size - HEADER_BYTES).expect("64 bits");
-        self.input.by_ref().take(wanted).read_to_end(&mut records).map_err(Damage::Read)?;
-        let batch = Batch::from_halves(head, Bytes::from(records)).map_err(|problem| damage(&problem))?;
-        self.check_order(position, &batch)?;
-        self.position += u64::try_from(size).expect("64 bits");
-        Ok(Some((position, batch)))
-    }
-
-    /// What the CRC does not cover: offsets without gaps, epochs that never fall.
-    fn check_order(&mut self, position: u64, batch: &Batch) -> Result<(), Damage> {
-        if let Some(end) = self.end.filter(|end| *end != batch.base_offset()) {
-            let problem = format!("the batch begins at offset {} where {end} is due", batch.base_offset());
-            return Err(Damage::At { position, problem });
-        }
-        let epoch = batch.leader_epoch();
-        if let (Some(old), Some(new)) = (self.epoch, epoch)
-            && new < old
-        {
-            return Err(Damage::At { position, problem: format!("leader epoch {new} follows {old}") });
-        }
-        self.end = Some(batch.end_offset());
-        self.epoch = epoch.or(self.epoch);
-        Ok(())
-    }
-}
-
-/// Reads until the buffer is full or the input ends.
-fn read_full(input: &mut impl Read, buffer: &mut [u8]) -> io::Result<usize> {
-    let mut got = 0;
-    while got < buffer.len() {
-        match input.read(&mut buffer[got..]) {
-            Ok(0) => break,
-            Ok(read) => got += read,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(got)
 }
 
 fn print_batch(position: u64, batch: &Batch, output: Output, out: &mut impl Write) -> io::Result<()> {
@@ -202,70 +139,4 @@ fn print_record(offset: Offset, record: &Record, output: Output, out: &mut impl 
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::{model::Compression, record::BatchBuilder};
-
-    fn file() -> Vec<u8> {
-        let mut bytes = Vec::new();
-        for base in [0, 2] {
-            let mut builder = BatchBuilder::new(Compression::None);
-            for value in [b"one", b"two"] {
-                builder.push(5, Some(b"k"), Some(value), &[]).expect("fits");
-            }
-            let mut batch = builder.finish(None).expect("not empty");
-            batch.stamp(Offset::new(base).expect("small"), LeaderEpoch(3));
-            bytes.extend_from_slice(&batch.to_bytes());
-        }
-        bytes
-    }
-
-    fn dumped(bytes: &[u8], records: bool, output: Output) -> (String, Result<(), String>) {
-        let dump = Dump { file: "f.log".into(), records };
-        let mut out = Vec::new();
-        let result = dump_all(bytes, &dump, output, &mut out).map_err(|error| error.to_string());
-        (String::from_utf8(out).expect("text"), result)
-    }
-
-    #[test]
-    fn one_line_per_batch_and_one_per_record() {
-        let (text, result) = dumped(&file(), false, Output::Text);
-        assert_eq!(result, Ok(()));
-        let lines: Vec<&str> = text.lines().collect();
-        assert_eq!(lines.len(), 2);
-        assert!(lines[1].contains("offsets 2..4 epoch 3 count 2") && lines[1].ends_with("ok"), "{text}");
-        let (text, _) = dumped(&file(), true, Output::Text);
-        assert_eq!(text.lines().count(), 6);
-        assert!(text.contains("offset 3 timestamp 5 key \"k\" value \"two\""), "{text}");
-        let (text, _) = dumped(&file(), true, Output::Json);
-        for line in text.lines() {
-            serde_json::from_str::<serde_json::Value>(line).expect("one JSON value per line");
-        }
-    }
-
-    #[test]
-    fn damage_is_named_with_its_place() {
-        let good = file();
-        let second = good.len() / 2;
-        let mut flipped = good.clone();
-        flipped[second + 70] ^= 4;
-        let (text, result) = dumped(&flipped, false, Output::Text);
-        assert_eq!(text.lines().count(), 1, "what is whole is printed");
-        let error = result.expect_err("damaged");
-        assert!(error.contains(&format!("f.log is damaged at byte {second}")) && error.contains("CRC"), "{error}");
-        let error = dumped(&good[..good.len() - 1], false, Output::Text).1.expect_err("cut");
-        assert!(error.contains(&second.to_string()) && error.contains("truncated"), "{error}");
-        let twice = [&good[..second], &good[..second]].concat();
-        let error = dumped(&twice, false, Output::Text).1.expect_err("offsets go back");
-        assert!(error.contains("offset 0 where 2 is due"), "{error}");
-    }
-
-    #[test]
-    fn a_hostile_length_does_not_allocate() {
-        let mut bytes = file();
-        bytes.truncate(HEADER_BYTES);
-        bytes[8..12].copy_from_slice(&(60_i32 << 20).to_be_bytes());
-        let error = dumped(&bytes, false, Output::Text).1.expect_err("truncated");
-        assert!(error.contains("truncated"), "{error}");
-    }
-}
+mod tests;

@@ -1,6 +1,6 @@
 //! `strandline dev` and `strandline broker`: run a broker in this process.
 
-use std::{io::Write as _, net::SocketAddr, path::PathBuf, process::ExitCode};
+use std::{io::Write as _, path::PathBuf, process::ExitCode};
 
 use anyhow::Context as _;
 use clap::Args;
@@ -19,10 +19,10 @@ pub(super) struct Dev {
     data_dir: PathBuf,
     /// Where clients connect (gRPC)
     #[arg(long, value_name = "ADDR", default_value = super::DEFAULT_BOOTSTRAP)]
-    listen: SocketAddr,
+    listen: String,
     /// Where /metrics, /healthz and /readyz are
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:9461")]
-    http: SocketAddr,
+    http: String,
     #[command(flatten)]
     overrides: Overrides,
 }
@@ -38,13 +38,13 @@ pub(super) struct Broker {
     data_dir: Option<PathBuf>,
     /// Where clients connect (gRPC): grpc.listen
     #[arg(long, value_name = "ADDR")]
-    listen: Option<SocketAddr>,
+    listen: Option<String>,
     /// The address that clients are told: grpc.advertise
     #[arg(long, value_name = "HOST:PORT")]
     advertise: Option<String>,
     /// Where /metrics, /healthz and /readyz are: http.listen
     #[arg(long, value_name = "ADDR")]
-    http: Option<SocketAddr>,
+    http: Option<String>,
     /// The object store's URL: object_store.url
     #[arg(long, value_name = "URL")]
     object_store: Option<String>,
@@ -81,8 +81,8 @@ impl Dev {
             .with_default("object_store.url", format!("file://{}", data_dir.join("bucket").display()))
             .environment(environment())
             .flag("broker.data_dir", data_dir.display().to_string())
-            .flag("grpc.listen", self.listen.to_string())
-            .flag("http.listen", self.http.to_string());
+            .flag("grpc.listen", self.listen)
+            .flag("http.listen", self.http);
         Ok(self.overrides.apply(sources).load()?)
     }
 }
@@ -92,9 +92,9 @@ impl Broker {
         let mut sources = Sources::new().read_file(&self.config)?.environment(environment());
         let flags = [
             ("broker.data_dir", self.data_dir.map(|dir| dir.display().to_string())),
-            ("grpc.listen", self.listen.map(|address| address.to_string())),
+            ("grpc.listen", self.listen),
             ("grpc.advertise", self.advertise),
-            ("http.listen", self.http.map(|address| address.to_string())),
+            ("http.listen", self.http),
             ("object_store.url", self.object_store),
         ];
         for (key, value) in flags {

@@ -215,6 +215,9 @@ pub struct PartitionValue {
 pub struct DeletedValue {
     /// The name it had.
     pub name: TopicName,
+    /// Since when nothing is left of it, by the wall clock in milliseconds, as far as is known. The mark ends long after that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gone_since_ms: Option<i64>,
 }
 
 /// The value of `producer-ids`.

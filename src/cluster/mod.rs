@@ -44,6 +44,6 @@ pub use store::{
 };
 pub use tier_commits::{TierCommitError, TierCommits};
 pub use topics::{
-    AddPartitionsError, AlterError, CreateError, DeleteError, NewTopic, Sweep, TopicInfo, Topics, UnknownTopic,
+    AddPartitionsError, AlterError, CreateError, DeleteError, Mark, NewTopic, Sweep, TopicInfo, Topics, UnknownTopic,
 };
 pub use view::{Feed, Known, Moved, PartitionEntry, View, ViewState};

@@ -81,6 +81,7 @@ impl Values {
             log: Log {
                 journal_bytes: self.number("log.journal_bytes"),
                 journal_dir: self.optional("log.journal_dir").map(Into::into),
+                accept_journal_loss: self.required("log.accept_journal_loss") == "true",
                 tail_memory_bytes: self.number("log.tail_memory_bytes"),
             },
             cache: Cache {
@@ -91,6 +92,7 @@ impl Values {
             tier: Tier {
                 upload_concurrency: self.number("tier.upload_concurrency"),
                 garbage_grace: self.time("tier.garbage_grace"),
+                upload_grace: self.time("tier.upload_grace"),
                 check_interval: self.time("tier.check_interval"),
             },
             limits: Limits { produce_memory_bytes: self.number("limits.produce_memory_bytes") },
@@ -191,14 +193,17 @@ impl Values {
 
     fn topic_error(&self, error: InvalidConfig) -> ConfigError {
         let key = match &error {
-            InvalidConfig::UnknownKey { key } | InvalidConfig::Value { key, .. } => key,
+            InvalidConfig::UnknownKey { key } | InvalidConfig::Value { key, .. } => key.as_str(),
+            InvalidConfig::LocalAboveWhole { local, .. } => local,
         };
         let place = self.topic.get(key).map_or(Source::Default, |given| given.source.clone());
         match error {
             InvalidConfig::Value { key, value, allowed } => {
                 ConfigError::Value { place, key: format!("{TOPIC_DEFAULTS}.{key}"), value, allowed }
             }
-            unknown @ InvalidConfig::UnknownKey { .. } => ConfigError::Wrong { place, why: unknown.to_string() },
+            other @ (InvalidConfig::UnknownKey { .. } | InvalidConfig::LocalAboveWhole { .. }) => {
+                ConfigError::Wrong { place, why: other.to_string() }
+            }
         }
     }
 }

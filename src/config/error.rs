@@ -88,6 +88,15 @@ pub enum ConfigError {
         /// What is wrong and what to do.
         why: String,
     },
+    /// The data directory, or what it should lie in, is a file.
+    #[error("data directory {} cannot be used: {} is a file, and a folder is needed; set broker.data_dir (--data-dir) to a folder, \
+        which is made when there is none", path.display(), file.display())]
+    DataDirIsFile {
+        /// The directory.
+        path: PathBuf,
+        /// The file.
+        file: PathBuf,
+    },
     /// The data directory cannot be used.
     #[error("data directory {} cannot be used: {source}; set broker.data_dir to one that can be written", path.display())]
     DataDir {

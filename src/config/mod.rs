@@ -135,6 +135,8 @@ pub struct Log {
     pub journal_bytes: u64,
     /// The journal's own directory; `None` is in the data directory.
     pub journal_dir: Option<PathBuf>,
+    /// Whether to start without the journal of a directory that was not stopped cleanly.
+    pub accept_journal_loss: bool,
     /// How much of all partitions' tails is kept in memory.
     pub tail_memory_bytes: u64,
 }
@@ -157,6 +159,8 @@ pub struct Tier {
     pub upload_concurrency: usize,
     /// How long garbage is kept.
     pub garbage_grace: Duration,
+    /// How long a multipart upload may take before it counts as abandoned.
+    pub upload_grace: Duration,
     /// How often retention and uploads are looked at.
     pub check_interval: Duration,
 }
@@ -187,6 +191,9 @@ impl Config {
             fs::write(&probe, b"")?;
             fs::remove_file(&probe)
         };
+        if let Some(file) = path.ancestors().find(|above| above.exists() && !above.is_dir()) {
+            return Err(ConfigError::DataDirIsFile { path: path.clone(), file: file.to_owned() });
+        }
         prove().map_err(|source| ConfigError::DataDir { path: path.clone(), source })
     }
 }

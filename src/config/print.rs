@@ -56,6 +56,8 @@ fn literal(kind: Kind, text: &str) -> String {
             let urls: Vec<_> = urls(&masked(text)).iter().map(|url| quoted(url)).collect();
             format!("[{}]", urls.join(", "))
         }
+        // The environment takes spellings that TOML does not: 007.
+        Kind::Number { .. } => text.parse::<u64>().map_or_else(|_| text.to_owned(), |number| number.to_string()),
         kind if kind.quoted() => quoted(&masked(text)),
         _ => text.to_owned(),
     }
@@ -102,8 +104,9 @@ const HEAD: &str = "\
 
 `strandline broker --config FILE` reads a TOML file. Every setting has an environment variable too, which wins over the \
 file; a flag of the command line wins over both. An environment variable that is set and empty counts as not set. \
-Settings that do not exist, and values that are not allowed, are errors that name the place. `strandline config print` \
-prints what is in effect, and where each value comes from.
+Settings that do not exist, and values that are not allowed, are errors that name the place; so is a variable that begins \
+with `STRANDLINE_` and names no setting. `--set KEY=VALUE` sets any, a topic default as `topic_defaults.retention.ms`. \
+`strandline config print` prints what is in effect, and where each value comes from.
 
 Sizes are bytes, or text with `KiB`, `MiB`, `GiB` or `TiB`. Times are text with their unit: `500ms`, `30s`, `5m`, `1h`, \
 `7d`.

@@ -43,6 +43,7 @@ pub(super) struct Setting {
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
 const TIB: u64 = 1 << 40;
+const HOUR: u64 = 3600;
 const DAY: u64 = 86_400;
 
 /// Section, what it is about. In the order of the printed file.
@@ -171,6 +172,14 @@ pub(super) const SETTINGS: &[Setting] = &[
     ),
     setting(
         "log",
+        "accept_journal_loss",
+        Kind::Flag,
+        Some("false"),
+        "Whether to start without the journal of a data directory that was not stopped cleanly. What was acknowledged and is in that \
+         journal alone is lost: set it for one start, when the journal's device is gone for good.",
+    ),
+    setting(
+        "log",
         "tail_memory_bytes",
         Kind::Bytes { least: MIB, most: TIB },
         Some("256MiB"),
@@ -204,6 +213,14 @@ pub(super) const SETTINGS: &[Setting] = &[
         Kind::Time { least: 0, most: 3650 * DAY },
         Some("1h"),
         "How long an object that nothing refers to any more is kept before it is deleted.",
+    ),
+    setting(
+        "tier",
+        "upload_grace",
+        Kind::Time { least: HOUR, most: 3650 * DAY },
+        Some("1d"),
+        "How old a multipart upload without an end must be before it counts as one that a killed broker left, and is ended \
+         (s3 only). Longer than any upload of a segment may take.",
     ),
     setting(
         "tier",
@@ -295,5 +312,7 @@ fn size(bytes: u64) -> String {
 }
 
 fn time(seconds: u64) -> String {
-    if seconds >= DAY && seconds.is_multiple_of(DAY) { format!("{}d", seconds / DAY) } else { format!("{seconds}s") }
+    let whole =
+        [(DAY, 'd'), (HOUR, 'h')].into_iter().find(|(unit, _)| seconds >= *unit && seconds.is_multiple_of(*unit));
+    whole.map_or_else(|| format!("{seconds}s"), |(unit, letter)| format!("{}{letter}", seconds / unit))
 }

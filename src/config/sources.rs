@@ -14,7 +14,13 @@ use super::{
     setting::{Kind, SECTIONS, SETTINGS, Setting, TOPIC_DEFAULTS, variable},
     value::{masked, valid},
 };
-use crate::model::TOPIC_CONFIG_KEYS;
+use crate::model::{TOPIC_CONFIG_KEYS, near};
+
+/// What every variable of ours begins with.
+const PREFIX: &str = "STRANDLINE_";
+
+/// Variables of ours that are no settings: the command line's.
+const OTHERS: [&str; 1] = ["STRANDLINE_BOOTSTRAP"];
 
 /// Where a configuration comes from. Collects, then [`Sources::load`] judges everything at once.
 #[derive(Clone, Debug, Default)]
@@ -64,15 +70,15 @@ impl Sources {
         }
     }
 
-    /// Variables, of which those that begin with `STRANDLINE_` and a section count. An empty one is as good as none.
+    /// Variables, of which those that begin with `STRANDLINE_` count. An empty one is as good as none.
     #[must_use]
     pub fn environment(mut self, variables: impl IntoIterator<Item = (String, String)>) -> Self {
-        let ours = |(name, text): &(String, String)| name.starts_with("STRANDLINE_") && !text.is_empty();
+        let ours = |(name, text): &(String, String)| name.starts_with(PREFIX) && !text.is_empty();
         self.environment.extend(variables.into_iter().filter(ours));
         self
     }
 
-    /// A value of the command line. `topic_defaults` takes `key=value,key=value`.
+    /// A value of the command line. `topic_defaults` takes `key=value,key=value`, and `topic_defaults.segment.bytes` one.
     #[must_use]
     pub fn flag(mut self, key: &str, text: impl Into<String>) -> Self {
         self.flags.push((key.to_owned(), text.into()));
@@ -115,6 +121,9 @@ impl Values {
         if key == TOPIC_DEFAULTS {
             return self.topic_list(&text, &source);
         }
+        if let Some(key) = key.strip_prefix(TOPIC_DEFAULTS).and_then(|key| key.strip_prefix('.')) {
+            return self.topic(key, text, source);
+        }
         let Some(setting) = Setting::find(key) else { return self.unknown(key, source) };
         if valid(setting.kind, &text) {
             self.set.insert(key.to_owned(), Given { text, source });
@@ -137,7 +146,7 @@ impl Values {
         if TOPIC_CONFIG_KEYS.iter().any(|known| known.name == key) {
             self.topic.insert(key.to_owned(), Given { text, source });
         } else {
-            let near = best(key, TOPIC_CONFIG_KEYS.iter().map(|known| (known.name, known.name.to_owned())));
+            let near = best(key, TOPIC_CONFIG_KEYS.iter().map(|known| (known.name.to_owned(), known.name.to_owned())));
             let key = format!("{TOPIC_DEFAULTS}.{key}");
             self.errors.push(ConfigError::Unknown { place: source, key, near });
         }
@@ -164,12 +173,13 @@ impl Values {
         if let Some(setting) = SETTINGS.iter().find(|setting| setting.variable() == name) {
             return self.give(&setting.key(), text, source);
         }
-        let ours = SECTIONS.iter().any(|(section, _)| {
-            !section.is_empty() && name.strip_prefix(&variable(section)).is_some_and(|rest| rest.starts_with('_'))
-        });
-        // Others may begin alike (STRANDLINE_BOOTSTRAP is the command line's); only a section's name makes one ours.
-        if ours && !of_kubernetes(&name) {
-            let near = best(&name, SETTINGS.iter().map(|setting| (setting.name, setting.variable())));
+        if !OTHERS.contains(&name.as_str()) && !of_kubernetes(&name, &text) {
+            let known = SETTINGS.iter().map(Setting::variable).chain([variable(TOPIC_DEFAULTS)]);
+            let known = known.chain(OTHERS.iter().map(|other| (*other).to_owned()));
+            // What all have in common says nothing.
+            let rest = |name: &str| name.strip_prefix(PREFIX).unwrap_or(name).to_owned();
+            let candidates: Vec<_> = known.map(|name| (rest(&name), name)).collect();
+            let near = best(&rest(&name), candidates);
             self.errors.push(ConfigError::Unknown { place: source, key: name, near });
         }
     }
@@ -195,7 +205,7 @@ impl Values {
                 }
                 DeValue::Table(_) => {
                     let known = SECTIONS.iter().map(|(known, _)| *known).chain([TOPIC_DEFAULTS]);
-                    let near = best(section, known.map(|known| (known, format!("[{known}]"))));
+                    let near = best(section, known.map(|known| (known.to_owned(), format!("[{known}]"))));
                     self.errors.push(ConfigError::Unknown { place: at, key: format!("[{section}]"), near });
                 }
                 value => self.entry(section, value, at),
@@ -282,24 +292,23 @@ fn place(path: &Path, text: &str, offset: usize) -> Source {
 /// The setting that looks most like a key, by its name first: a right name in a wrong section is found.
 fn nearest(key: &str) -> Option<String> {
     let (section, name) = key.rsplit_once('.').unwrap_or(("", key));
-    let score = |setting: &Setting| {
-        strsim::jaro_winkler(name, setting.name) + if setting.section == section { 0.1 } else { 0.0 }
-    };
-    let (score, setting) = SETTINGS.iter().map(|s| (score(s), s)).max_by(|a, b| a.0.total_cmp(&b.0))?;
-    (score > 0.8).then(|| setting.key())
+    let near = near::nearest(name, SETTINGS, |setting| setting.name, SETTINGS.len());
+    // Of equal names the one in the section that was meant; the sort keeps the rest as it is.
+    let best = near.first().map(|setting| setting.name)?;
+    let alike = || near.iter().filter(|setting| setting.name == best);
+    let found = alike().find(|setting| setting.section == section).or_else(|| alike().next())?;
+    Some(found.key())
 }
 
-/// The candidate that looks most like a text, when one does.
-fn best<'a>(text: &str, candidates: impl Iterator<Item = (&'a str, String)>) -> Option<String> {
-    let likeness = |(short, long): (&str, String)| {
-        (strsim::jaro_winkler(text, short).max(strsim::jaro_winkler(text, &long)), long)
-    };
-    candidates.map(likeness).max_by(|a, b| a.0.total_cmp(&b.0)).filter(|(score, _)| *score > 0.8).map(|(_, long)| long)
+/// The candidate whose first text looks most like this one, when one does: its second.
+fn best(text: &str, candidates: impl IntoIterator<Item = (String, String)>) -> Option<String> {
+    near::nearest(text, candidates, |(short, _)| short, 1).pop().map(|(_, long)| long)
 }
 
 /// What Kubernetes sets for a service whose name begins like ours.
-fn of_kubernetes(name: &str) -> bool {
-    name.ends_with("_SERVICE_HOST") || name.contains("_SERVICE_PORT") || name.ends_with("_PORT") || {
+fn of_kubernetes(name: &str, text: &str) -> bool {
+    let port = name.ends_with("_PORT") && text.contains("://");
+    name.ends_with("_SERVICE_HOST") || name.contains("_SERVICE_PORT") || port || {
         let port = name.split_once("_PORT_").map(|(_, rest)| rest);
         port.is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()))
     }

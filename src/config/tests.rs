@@ -124,6 +124,42 @@ fn unknown_keys_are_told_with_their_place_and_the_nearest_right_key() {
     assert!(flag.contains("command line") && flag.contains("grpc.listen"), "{flag}");
 }
 
+/// `STRANDLINE_BROKR_ID=1 strandline config print` said nothing and used another broker id.
+#[test]
+fn a_variable_with_our_prefix_that_is_no_setting_is_an_error_with_the_nearest() {
+    for (name, near) in [
+        ("STRANDLINE_BROKR_ID", Some("STRANDLINE_BROKER_ID")),
+        ("STRANDLINE_CLUSTR", Some("STRANDLINE_CLUSTER")),
+        ("STRANDLINE_BOOTSTRAPS", Some("STRANDLINE_BOOTSTRAP")),
+        ("STRANDLINE_TOPICS_DEFAULT", Some("STRANDLINE_TOPIC_DEFAULTS")),
+        ("STRANDLINE_GRPC_PORT", None),
+        ("STRANDLINE_QQQ", None),
+    ] {
+        let told = Sources::new().environment(variables(&[(name, "9460")])).load().expect_err(name).to_string();
+        assert!(told.starts_with(&format!("environment variable {name}: there is no setting")), "{told}");
+        if let Some(near) = near {
+            assert!(told.ends_with(&format!("did you mean {near:?}?")), "{told}");
+        }
+    }
+}
+
+/// The configuration's own errors name topic keys as `topic_defaults.segment.bytes`, which `--set` did not take.
+#[test]
+fn a_flag_sets_one_topic_default_by_the_name_that_errors_give_it() {
+    let sources = Sources::new()
+        .flag("topic_defaults", "segment.bytes=20000,retention.ms=5")
+        .flag("topic_defaults.segment.bytes", "30000");
+    let config = sources.load().expect("valid").config;
+    assert_eq!((config.topic_defaults["segment.bytes"].as_str(), config.topic_defaults.len()), ("30000", 2));
+    for (key, value, parts) in [
+        ("topic_defaults.segment.bytes", "5", ["topic_defaults.segment.bytes", "16384"]),
+        ("topic_defaults.segment.byte", "20000", ["topic_defaults.segment.byte", "did you mean \"segment.bytes\"?"]),
+    ] {
+        let told = Sources::new().flag(key, value).load().expect_err(key).to_string();
+        assert!(told.starts_with("command line") && parts.iter().all(|part| told.contains(part)), "{told}");
+    }
+}
+
 #[test]
 fn variables_that_are_not_ours_are_left_alone() {
     let foreign = variables(&[
@@ -215,6 +251,20 @@ fn what_is_printed_is_a_file_that_says_the_same() {
     config.topic_defaults = second.config.topic_defaults.clone();
     assert_eq!(second.config, config);
     assert_eq!(second.config.topic_defaults.len(), crate::model::TOPIC_CONFIG_KEYS.len());
+}
+
+/// The environment takes `007` for a number, TOML does not: what was printed of it was once no configuration file.
+#[test]
+fn a_number_is_printed_in_the_one_way_that_the_file_takes() {
+    let from = |spelling| Sources::new().environment(variables(&[("STRANDLINE_BROKER_ID", spelling)])).load();
+    for spelling in ["007", "7"] {
+        let printed = from(spelling).expect(spelling).print();
+        assert!(printed.contains("\nid = 7 "), "{spelling}: {printed}");
+        assert_eq!(load(&printed).expect(spelling).config.broker.id, BrokerId(7));
+    }
+    // A sign once passed the check, and ended the program where the number was taken.
+    let refused = from("+7").expect_err("a sign").to_string();
+    assert!(refused.contains("STRANDLINE_BROKER_ID") && refused.contains("\"+7\""), "{refused}");
 }
 
 #[test]

@@ -10,7 +10,10 @@ pub(super) fn valid(kind: Kind, text: &str) -> bool {
         Kind::Text | Kind::Path => !text.is_empty() && !text.contains('\0'),
         Kind::Listen => text.parse::<SocketAddr>().is_ok(),
         Kind::HostPort => host_port(text).is_some(),
-        Kind::Number { least, most } => text.parse::<u64>().is_ok_and(|number| (least..=most).contains(&number)),
+        Kind::Number { least, most } => {
+            let digits = text.bytes().all(|byte| byte.is_ascii_digit());
+            digits && text.parse::<u64>().is_ok_and(|number| (least..=most).contains(&number))
+        }
         Kind::Bytes { least, most } => bytes(text).is_some_and(|number| (least..=most).contains(&number)),
         Kind::Time { least, most } => {
             let within = |time: Duration| (Duration::from_secs(least)..=Duration::from_secs(most)).contains(&time);

@@ -1,5 +1,8 @@
 //! Cutting a replica at either end, and emptying it.
 //!
+//! At the front whole segments go, of what the bucket has or nobody may read any more. The journal says where the log begins on
+//! this disk before a file goes, so a crash leaves files that are known to count for nothing: the next opening removes them.
+//!
 //! A cut is written to the journal before a file is touched and once more when the files are cut and synced. Between
 //! the two, replay does the cut again; after the second, replay leaves out whatever came before. So nothing that was
 //! cut comes back, and nothing that was appended after a cut is cut by its replay.
@@ -12,7 +15,7 @@ use std::{
 use super::{
     disk::Mode,
     epochs::EpochHistory,
-    error::ChangeError,
+    error::{ChangeError, is_full},
     journal::entry::Kind,
     producers::ProducerTable,
     recover::{remove_caches_above, remove_segment, tables_at},
@@ -149,7 +152,7 @@ impl Replica {
     }
 
     /// Removes the sealed segments that end at or below `below` and returns their bytes. Waits for one round of the
-    /// journal. Whoever is reading them reads on.
+    /// journal. Whoever is reading them reads on. On a full disk it may remove fewer, and so make room for the rest.
     pub fn evict(&mut self, below: Offset) -> Result<u64, ChangeError> {
         self.writable()?;
         let shared = self.shared.clone();
@@ -169,10 +172,10 @@ impl Replica {
             // The recovery point has to lie in what stays.
             return Err(ChangeError::Failed { reason: error.to_string() });
         }
-        self.keep_tables(below).map_err(|error| ChangeError::Failed { reason: error.to_string() })?;
+        let kept = self.keep_tables(below).map_err(|error| ChangeError::Failed { reason: error.to_string() })?;
         let (removed, generation, start) = {
             let mut state = shared.state();
-            let count = sealed_below(&state);
+            let count = state.segments.partition_point(|segment| segment.info.base < kept);
             let removed: Vec<Segment> = state.segments.drain(..count).collect();
             let start = state.local_start();
             (removed, state.generation, start)
@@ -193,16 +196,26 @@ impl Replica {
         Ok(bytes)
     }
 
-    /// Makes the snapshot durable at what will be the local start: nothing below it can be read again.
-    fn keep_tables(&self, below: Offset) -> io::Result<()> {
+    /// Makes the snapshot durable at what will be the local start, and returns that: nothing below it can be read again. Where
+    /// there is no room to write one, an earlier segment may have its own already.
+    fn keep_tables(&self, below: Offset) -> io::Result<Offset> {
+        let segments: Vec<SegmentInfo> = self.shared.state().segments.iter().map(|segment| segment.info).collect();
+        let removed = segments[..segments.len() - 1].partition_point(|info| info.end <= below);
+        let mut start = removed;
+        loop {
+            match self.keep_tables_at(&segments, segments[start].base) {
+                Err(error) if is_full(&error) && start > 1 => start -= 1,
+                kept => return kept.map(|()| segments[start].base),
+            }
+        }
+    }
+
+    fn keep_tables_at(&self, segments: &[SegmentInfo], start: Offset) -> io::Result<()> {
         let shared = &self.shared;
-        let segments: Vec<SegmentInfo> = shared.state().segments.iter().map(|segment| segment.info).collect();
-        let sealed = &segments[..segments.len() - 1];
-        let start = segments[sealed.partition_point(|info| info.end <= below)].base;
         let path = shared.path(start, "snapshot");
         let disk = &shared.core.disk;
         if !disk.read(&path).is_ok_and(|file| Snapshot::decode(&file, start).is_some()) {
-            let (_, tables, damage) = tables_at(&shared.core, &shared.dir, &segments, start)?;
+            let (_, tables, damage) = tables_at(&shared.core, &shared.dir, segments, start)?;
             if let Some(why) = damage {
                 return Err(io::Error::new(io::ErrorKind::InvalidData, why));
             }

@@ -5,7 +5,9 @@ use std::{io, path::Path};
 use bytes::{Buf, BufMut, BytesMut};
 use uuid::Uuid;
 
-use super::{disk::Disk, epochs::EpochHistory, producers::ProducerTable, segment::SegmentInfo};
+use super::{
+    disk::Disk, epochs::EpochHistory, journal::entry::MAX_NUMBER, producers::ProducerTable, segment::SegmentInfo,
+};
 use crate::model::{Offset, PartitionId, TopicId};
 
 const MAGIC: &[u8; 8] = b"STRLCKP1";
@@ -18,15 +20,36 @@ pub(super) struct Checkpoint {
     pub(super) first_round: u64,
     /// The largest generation given.
     pub(super) generation: u64,
-    /// Written as the last thing of a clean stop.
-    pub(super) clean: bool,
+    /// How the records and the journal stand to what lies in the segments.
+    pub(super) standing: Standing,
     pub(super) replicas: Vec<ReplicaRecord>,
+}
+
+/// What a start has to do before the records are the truth.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Standing {
+    /// Replay begins with the first round, which is in the journal for certain: a journal without it is another one, or
+    /// lost.
+    #[default]
+    Running = 0,
+    /// Written as the last thing of a clean stop: nothing is to be done, and the journal may go.
+    Clean = 1,
+    /// All of the journal is synced in the segments, so the journal may go; the segments are to be read from the recovery
+    /// points on.
+    Settled = 2,
+}
+
+impl Standing {
+    fn from_byte(byte: u8) -> Option<Self> {
+        [Self::Running, Self::Clean, Self::Settled].into_iter().find(|standing| *standing as u8 == byte)
+    }
 }
 
 /// One replica.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct ReplicaRecord {
     pub(super) id: PartitionId,
+    /// Grows with each creation, cut and reset; 0 says that a checkpoint was lost and nobody has read the replica since.
     pub(super) generation: u64,
     pub(super) log_start: Offset,
     /// All below was durable, in a segment or in the journal.
@@ -93,19 +116,22 @@ impl ReplicaRecord {
         }
         let lost = String::from_utf8(from.copy_to_bytes(lost).to_vec()).ok()?;
         let lost = (!lost.is_empty()).then_some(lost);
-        let record = Self { id, generation, log_start, persisted, segments, epochs, producers, lost };
-        (chained && !record.segments.is_empty()).then_some(record)
+        let end = segments.last()?.end;
+        // What is appended at the end begins no epoch before one that is known.
+        let known = epochs.last().is_none_or(|(_, start)| start <= end);
+        let possible = chained && known && generation <= MAX_NUMBER;
+        possible.then_some(Self { id, generation, log_start, persisted, segments, epochs, producers, lost })
     }
 }
 
 impl Checkpoint {
-    fn encode(&self, directory: Uuid) -> BytesMut {
+    pub(super) fn encode(&self, directory: Uuid) -> BytesMut {
         let mut out = BytesMut::with_capacity(64 + self.replicas.len() * 192);
         out.put_slice(MAGIC);
         out.put_slice(directory.as_bytes());
         out.put_u64(self.first_round);
         out.put_u64(self.generation);
-        out.put_u8(u8::from(self.clean));
+        out.put_u8(self.standing as u8);
         out.put_u32(u32::try_from(self.replicas.len()).unwrap_or(u32::MAX));
         for replica in &self.replicas {
             replica.encode(&mut out);
@@ -115,7 +141,7 @@ impl Checkpoint {
         out
     }
 
-    fn decode(file: &[u8], directory: Uuid) -> Option<Self> {
+    pub(super) fn decode(file: &[u8], directory: Uuid) -> Option<Self> {
         let (mut content, crc) = file.split_at_checked(file.len().checked_sub(4)?)?;
         if crc32c::crc32c(content).to_be_bytes() != crc || content.get(..8)? != MAGIC {
             return None;
@@ -127,12 +153,22 @@ impl Checkpoint {
         content.advance(16);
         let first_round = content.try_get_u64().ok()?;
         let generation = content.try_get_u64().ok()?;
-        let clean = content.try_get_u8().ok()? == 1;
+        if first_round > MAX_NUMBER || generation > MAX_NUMBER {
+            return None;
+        }
+        let standing = Standing::from_byte(content.try_get_u8().ok()?)?;
         let mut replicas = Vec::new();
         for _ in 0..content.try_get_u32().ok()? {
             replicas.push(ReplicaRecord::decode(&mut content)?);
         }
-        content.is_empty().then_some(Self { first_round, generation, clean, replicas })
+        content.is_empty().then_some(Self { first_round, generation, standing, replicas })
+    }
+
+    /// The id of the data directory that a checkpoint lies in, by itself.
+    pub(super) fn owner(disk: &dyn Disk, dir: &Path) -> Option<Uuid> {
+        let file = disk.read(&dir.join(NAME)).ok()?;
+        let id = Uuid::from_slice(file.get(8..24)?).ok()?;
+        Self::decode(&file, id).map(|_| id)
     }
 
     /// The checkpoint of a data directory; `None` when it is missing or damaged.

@@ -2,7 +2,7 @@
 //! what is to be synced.
 
 use std::{
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{
         Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -23,6 +23,9 @@ use crate::{limits, telemetry::Metrics};
 /// Bytes that may be appended before the file system is asked again how much is free.
 const GRANT: u64 = 4 << 20;
 
+/// Bytes of one replica that are worth a sync of their own.
+const WORTH_A_SYNC: u64 = 512 << 10;
+
 /// What a user may choose about a data directory.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -30,6 +33,8 @@ pub struct Options {
     pub journal_bytes: u64,
     /// Where the journal lies; in the data directory when not set. May be a device of its own.
     pub journal_dir: Option<PathBuf>,
+    /// Go on where the journal of a directory that was not stopped cleanly is gone: what was in it alone is lost.
+    pub accept_journal_loss: bool,
     /// Most bytes of one round: one write and one sync.
     pub round_bytes: usize,
     /// What is handed over at once beyond this is synced in its segment instead of being written twice.
@@ -49,11 +54,19 @@ pub struct Options {
     pub manual: bool,
 }
 
+impl Options {
+    /// The journal's folder for a data directory.
+    pub(super) fn journal_in(&self, dir: &Path) -> PathBuf {
+        self.journal_dir.clone().unwrap_or_else(|| dir.join("journal"))
+    }
+}
+
 impl Default for Options {
     fn default() -> Self {
         Self {
             journal_bytes: 512 << 20,
             journal_dir: None,
+            accept_journal_loss: false,
             round_bytes: 4 << 20,
             journal_most: 8 << 20,
             tail_bytes: 128 << 20,
@@ -76,6 +89,8 @@ pub(super) struct Core {
     pub(super) generation: AtomicU64,
     pub(super) closed: AtomicBool,
     pub(super) disk_full: AtomicBool,
+    /// Whether the reserve's file is there; made again when there is room.
+    pub(super) reserved: AtomicBool,
     /// Bytes that may be appended without asking the file system.
     pub(super) granted: AtomicU64,
     pub(super) work: Mutex<Work>,
@@ -106,6 +121,13 @@ pub(super) struct SyncJob {
 impl Core {
     pub(super) fn work(&self) -> MutexGuard<'_, Work> {
         self.work.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether enough was written for a pass of syncs. Where many replicas were written to it waits for more of each, because a
+    /// sync costs by the file; never so long that the journal's ring runs short for it.
+    pub(super) fn sync_is_due(&self, work: &Work) -> bool {
+        let of_all = (work.dirty.len() as u64 * WORTH_A_SYNC).min(self.options.journal_bytes / 4);
+        work.dirty_bytes >= self.options.sync_bytes.max(of_all)
     }
 
     /// A number larger than every one before it in this data directory.

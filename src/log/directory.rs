@@ -15,21 +15,26 @@ use std::{
 use uuid::Uuid;
 
 use super::{
-    checkpoint::ReplicaRecord,
+    checkpoint::{ReplicaRecord, Standing},
     core::{Core, Options, Work},
     disk::{Disk, Mode},
     error::{OpenError, PersistError, ReplicaError, is_full},
     files::Files,
     identity::{self, Identity, io_error},
-    journal::{Journal, Room, entry::Kind, ring::Ring},
-    recover::{Dormant, recover, remove_caches_above, remove_segment},
+    journal::{
+        Journal, Room,
+        entry::Kind,
+        ring::{self, Ring},
+    },
+    recover::{Dormant, recover, set_aside},
     replica::{Replica, write_caches},
-    segment::base_of,
+    reserve,
     shared::{Shared, replica_dir},
     startup, sync,
     tail::Tail,
 };
 use crate::{
+    limits,
     model::{Offset, PartitionId},
     task::{self, clock},
 };
@@ -86,15 +91,21 @@ impl Log {
     /// Opens a data directory, or makes it. Reads the journal after a crash, and never the segments. Blocks.
     pub fn open(disk: Arc<dyn Disk>, dir: &Path, identity: &Identity, options: Options) -> Result<Self, OpenError> {
         let lock = identity::lock(&*disk, dir)?;
-        let (directory_id, fresh) = identity::check(&*disk, dir, identity)?;
-        let found = startup::load(&disk, dir, directory_id, fresh, &options)?;
-        let journal_dir = options.journal_dir.clone().unwrap_or_else(|| dir.join("journal"));
-        let most = 16;
-        let file_bytes = (options.journal_bytes / most).next_multiple_of(4096).max(64 << 10);
+        let journal_dir = options.journal_in(dir);
+        room_for_journal(&*disk, &journal_dir, options.journal_bytes)?;
+        let directory_id = identity::check(&*disk, dir, identity)?;
+        if options.reserve_bytes > 0 && reserve::release(&*disk, dir) {
+            tracing::warn!(
+                dir = %dir.display(),
+                "the disk is full: the reserve was given up for this start; add space, or lower local.retention.* or retention.*"
+            );
+        }
+        let found = startup::load(&disk, dir, directory_id, &options)?;
+        let (file_bytes, most) = ring::shape(options.journal_bytes);
         // A round has to fit into a file, several times.
         let round_bytes = options.round_bytes.min(usize::try_from(file_bytes / 3).unwrap_or(usize::MAX));
         let options = Options { round_bytes, ..options };
-        let ring = Ring::open(disk.clone(), &journal_dir, file_bytes, usize::try_from(most).unwrap_or(16))
+        let ring = Ring::open(disk.clone(), &journal_dir, file_bytes, most)
             .map_err(io_error(&journal_dir, "open the journal"))?;
         let core = Arc::new(Core {
             files: Files::new(disk.clone()),
@@ -105,6 +116,7 @@ impl Log {
             generation: AtomicU64::new(found.generation),
             closed: AtomicBool::new(false),
             disk_full: AtomicBool::new(false),
+            reserved: AtomicBool::new(options.reserve_bytes == 0),
             granted: AtomicU64::new(0),
             work: Mutex::new(Work::default()),
             wake: std::sync::Condvar::new(),
@@ -121,10 +133,9 @@ impl Log {
             _lock: lock,
         });
         drop(inner.core.owner.set(Arc::downgrade(&inner)));
-        let no_file = inner.ring().wants_file();
-        if no_file {
-            inner.prepare_file(true).map_err(io_error(&journal_dir, "make the journal"))?;
-        }
+        inner.prepare_file(true).map_err(io_error(&journal_dir, "make the journal"))?;
+        inner.begin(found.first_round).map_err(io_error(dir, "begin the journal"))?;
+        inner.take_reserve();
         let handles = if inner.core.options.manual { Vec::new() } else { inner.start() };
         let threads = Arc::new(Threads { inner: inner.clone(), handles: Mutex::new(handles) });
         Ok(Self { inner, threads })
@@ -245,6 +256,8 @@ impl Log {
         if let Some(reason) = inner.core.journal.failed() {
             return failed(reason.to_owned());
         }
+        // A replica that nobody opened since a crash: its record is not yet what lies on the disk.
+        let unopened = inner.registry().dormant.values().any(|dormant| !dormant.clean);
         let whole = inner.open_replicas().iter().all(|replica| {
             let state = replica.state();
             replica.failed.get().is_none() && state.recovery.segment.end == state.log_end()
@@ -252,8 +265,9 @@ impl Log {
         if !whole {
             return inner.recycle().or_else(|error| failed(format!("the checkpoint could not be written: {error}")));
         }
-        let checkpoint = inner.checkpoint(inner.core.journal.next_round(), true);
-        let written = checkpoint.write(&*inner.core.disk, &inner.core.dir, inner.directory_id);
+        let standing = if unopened { Standing::Settled } else { Standing::Clean };
+        let checkpoint = inner.checkpoint(inner.core.journal.next_round(), standing);
+        let written = inner.write_checkpoint(&checkpoint);
         written.or_else(|error| failed(format!("the checkpoint could not be written: {error}")))
     }
 
@@ -265,6 +279,11 @@ impl Log {
     #[cfg(test)]
     pub(super) fn inner_recycle(&self) {
         self.inner.recycle().expect("the disk works");
+    }
+
+    #[cfg(test)]
+    pub(super) fn inner_forget(&self, id: PartitionId) {
+        self.inner.registry().open.remove(&id);
     }
 
     /// With `manual`: syncs everything that is not, and gives up journal files that are not needed.
@@ -286,13 +305,26 @@ impl Inner {
         self.registry().open.values().cloned().collect()
     }
 
+    /// Writes the round that replay would begin with, and then the checkpoint that says so.
+    fn begin(&self, first_round: u64) -> io::Result<()> {
+        match self.core.journal.make_room(&mut || self.prepare_file(false))? {
+            Room::NeedsFile => return Err(io::ErrorKind::StorageFull.into()),
+            Room::Entered | Room::Ready => self.core.journal.begin()?,
+        }
+        self.write_checkpoint(&self.checkpoint(first_round, Standing::Running))
+    }
+
     /// Makes a recovered replica one that is open.
-    fn adopt(&self, id: PartitionId, dir: PathBuf, record: ReplicaRecord, clean: bool) -> Arc<Shared> {
+    fn adopt(&self, id: PartitionId, dir: PathBuf, mut record: ReplicaRecord, clean: bool) -> Arc<Shared> {
         let mut registry = self.registry();
         if let Some(shared) = registry.open.get(&id) {
             return shared.clone();
         }
         let synced = registry.dormant.remove(&id).map(|dormant| dormant.record);
+        if startup::unread(&record) {
+            // It was read: from now on there is a record of it.
+            record.generation = self.core.next_generation();
+        }
         let shared = Shared::new(&self.core, dir, record);
         registry.open.insert(id, shared.clone());
         drop(registry);
@@ -319,15 +351,7 @@ impl Inner {
         let io = |source| ReplicaError::Io { id, path: dir.clone(), source };
         let disk = &self.core.disk;
         match disk.list(&dir) {
-            // Of a replica whose deletion was cut short, or whose creation nobody was told of.
-            Ok(left) => {
-                for base in left.iter().filter_map(|entry| base_of(&entry.name)) {
-                    remove_segment(&self.core, &dir, base).map_err(io)?;
-                }
-                remove_caches_above(&self.core, &dir, Offset::ZERO).map_err(io)?;
-                // A loss of power must not bring back its records in the place of ours. Somebody may have come as far as here before.
-                disk.sync_dir(&dir).map_err(io)?;
-            }
+            Ok(_) => set_aside(&self.core, &dir).map_err(io)?,
             Err(error) if error.kind() == io::ErrorKind::NotFound => disk.create_dir_all(&dir).map_err(io)?,
             Err(error) => return Err(io(error)),
         }
@@ -412,6 +436,20 @@ impl Inner {
                 journal.wait_for_file(PATIENCE);
             }
         }
+    }
+}
+
+/// Whether the journal that is asked for can be had, before anything is written. A ring grows as it is needed and makes do with less
+/// where the disk is full; but a large one that was never made is somebody's wish, which is not to be found impossible under load.
+fn room_for_journal(disk: &dyn Disk, journal_dir: &Path, bytes: u64) -> Result<(), OpenError> {
+    let made = disk.list(journal_dir).is_ok_and(|entries| entries.iter().any(|entry| entry.name.ends_with(".journal")));
+    // The folder may not be there yet: then the one above it says.
+    let free = journal_dir.ancestors().find_map(|dir| disk.free_bytes(dir).ok());
+    match free {
+        Some(free) if bytes > limits::MODEST_JOURNAL_BYTES && !made && free < bytes => {
+            Err(OpenError::JournalTooLarge { journal_dir: journal_dir.to_owned(), bytes, free })
+        }
+        _ => Ok(()),
     }
 }
 

@@ -96,10 +96,13 @@ impl EpochHistory {
         }
         let mut history = Self { starts: Vec::with_capacity(count) };
         for _ in 0..count {
-            let epoch = LeaderEpoch(from.try_get_u32().ok()?);
-            if !history.note(epoch, Offset::new(from.try_get_u64().ok()?)?) {
+            // One that a batch can carry.
+            let epoch = LeaderEpoch::from_i32(from.try_get_i32().ok()?)?;
+            let start = Offset::new(from.try_get_u64().ok()?)?;
+            if history.last().is_some_and(|(last, last_start)| last >= epoch || last_start >= start) {
                 return None;
             }
+            history.starts.push((epoch, start));
         }
         Some(history)
     }

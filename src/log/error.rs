@@ -42,6 +42,52 @@ pub enum OpenError {
         /// Who opens it.
         broker: BrokerId,
     },
+    /// It holds data, and not the file that says whose.
+    #[error("data directory {} holds {found}, and not strandline.json, which says whose they are. Put that file back{}; or, if this \
+        data is not wanted, name an empty directory (broker.data_dir, --data-dir)", dir.display(), card.as_ref()
+        .map(|card| format!(" (by the checkpoint, if it is this broker's directory, it reads {card})")).unwrap_or_default())]
+    Unidentified {
+        /// The directory.
+        dir: PathBuf,
+        /// What is in it.
+        found: String,
+        /// What the file would hold, as far as the checkpoint tells.
+        card: Option<String>,
+    },
+    /// It was not stopped cleanly, and the journal that it was running with is not there.
+    #[error("data directory {} was not stopped cleanly, and its journal is not in {}: {why}. Acknowledged records may be in it \
+        alone. Mount its device, or name its folder (log.journal_dir). To go on without it and lose them, start once with \
+        log.accept_journal_loss = true", dir.display(), journal_dir.display())]
+    JournalLost {
+        /// The directory.
+        dir: PathBuf,
+        /// Where the journal was looked for.
+        journal_dir: PathBuf,
+        /// What was found there.
+        why: String,
+    },
+    /// The journal's folder is used by another data directory.
+    #[error("{} holds the journal of another data directory (id {other}): give data directory {} a journal folder of its own \
+        (log.journal_dir), or empty that one if the other directory is gone", journal_dir.display(), dir.display())]
+    JournalForeign {
+        /// The directory.
+        dir: PathBuf,
+        /// The journal's folder.
+        journal_dir: PathBuf,
+        /// Whose it is.
+        other: uuid::Uuid,
+    },
+    /// There is no room for the journal.
+    #[error("log.journal_bytes = {bytes} is more than {} has room for: {free} bytes are free. Set it lower, or name a folder on a \
+        larger device (log.journal_dir)", journal_dir.display())]
+    JournalTooLarge {
+        /// The journal's folder.
+        journal_dir: PathBuf,
+        /// The journal's size.
+        bytes: u64,
+        /// What is free.
+        free: u64,
+    },
     /// A file that says whose directory it is does not parse.
     #[error("{} is damaged: {why}; restore it, or move the directory away and let the broker copy its data again",
         file.display())]

@@ -5,13 +5,23 @@ use std::{io, path::Path};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::{disk::Disk, error::OpenError};
-use crate::model::BrokerId;
+use super::{
+    checkpoint::{self, Checkpoint},
+    disk::Disk,
+    error::OpenError,
+    journal::replay,
+    segment::base_of,
+};
+use crate::model::{BrokerId, TopicId};
 
 /// The format of a data directory that this version writes, and the newest that it reads.
 pub const FORMAT: u32 = 1;
 
 pub(super) const NAME: &str = "strandline.json";
+
+/// The metadata store of a broker that runs alone, which lies beside the log. Not the log's, but a directory that holds it is
+/// not a new one.
+pub const METADATA: &str = "metadata.redb";
 
 /// Who opens a data directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -33,6 +43,13 @@ struct Card {
     directory_id: String,
 }
 
+impl Card {
+    fn new(identity: &Identity, id: Uuid) -> Self {
+        let Identity { cluster, broker } = identity;
+        Self { format: FORMAT, cluster: cluster.clone(), broker: broker.0, directory_id: id.to_string() }
+    }
+}
+
 pub(super) fn io_error(path: &Path, what: &'static str) -> impl FnOnce(io::Error) -> OpenError {
     let path = path.to_owned();
     move |source| OpenError::Io { path, what, source }
@@ -52,8 +69,8 @@ pub(super) fn lock(disk: &dyn Disk, dir: &Path) -> Result<Box<dyn Send + Sync>, 
     }
 }
 
-/// The directory's id, and whether it is new. A new directory is given to `identity`.
-pub(super) fn check(disk: &dyn Disk, dir: &Path, identity: &Identity) -> Result<(Uuid, bool), OpenError> {
+/// The directory's id. A new directory is given to `identity`; one that holds data is not new.
+pub(super) fn check(disk: &dyn Disk, dir: &Path, identity: &Identity) -> Result<Uuid, OpenError> {
     if let Some(parent) = dir.parent().filter(|parent| !parent.as_os_str().is_empty()) {
         // The directory may be new. Who may not read its parent did not make it.
         match disk.sync_dir(parent) {
@@ -68,16 +85,17 @@ pub(super) fn check(disk: &dyn Disk, dir: &Path, identity: &Identity) -> Result<
     let text = match disk.read(&path) {
         Ok(text) => text,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let found = remains(disk, dir).map_err(io_error(dir, "list the directory"))?;
+            if !found.is_empty() {
+                let id = Checkpoint::owner(disk, dir);
+                let card = id.and_then(|id| serde_json::to_string(&Card::new(identity, id)).ok());
+                return Err(OpenError::Unidentified { dir: dir.to_owned(), found: found.join(", "), card });
+            }
             let id = Uuid::new_v4();
-            let card = Card {
-                format: FORMAT,
-                cluster: identity.cluster.clone(),
-                broker: identity.broker.0,
-                directory_id: id.to_string(),
-            };
+            let card = Card::new(identity, id);
             let text = serde_json::to_vec_pretty(&card).map_err(|error| damaged(error.to_string()))?;
             disk.replace(&path, &text).map_err(io_error(&path, "write"))?;
-            return Ok((id, true));
+            return Ok(id);
         }
         Err(error) => return Err(io_error(&path, "read")(error)),
     };
@@ -94,6 +112,38 @@ pub(super) fn check(disk: &dyn Disk, dir: &Path, identity: &Identity) -> Result<
             broker: identity.broker,
         });
     }
-    let id = Uuid::try_parse(&card.directory_id).map_err(|error| damaged(format!("directory_id: {error}")))?;
-    Ok((id, false))
+    Uuid::try_parse(&card.directory_id).map_err(|error| damaged(format!("directory_id: {error}")))
+}
+
+/// What in a directory can hold data. A first start that was cut short leaves none of it: the card comes first.
+fn remains(disk: &dyn Disk, dir: &Path) -> io::Result<Vec<String>> {
+    let mut found = Vec::new();
+    for entry in disk.list(dir)? {
+        let path = dir.join(&entry.name);
+        if entry.name == checkpoint::NAME || (entry.name == METADATA && entry.len > 0) {
+            found.push(entry.name);
+        } else if entry.is_dir && entry.name == "journal" {
+            if replay::was_written(disk, &path)? {
+                found.push("a journal".to_owned());
+            }
+        } else if entry.is_dir && entry.name.parse::<TopicId>().is_ok() && holds_segments(disk, &path)? {
+            found.push(format!("segments of topic {}", entry.name));
+        }
+    }
+    // Of many topics the first few tell enough.
+    if let Some(more) = found.len().checked_sub(5).filter(|more| *more > 0) {
+        found.truncate(5);
+        found.push(format!("{more} more"));
+    }
+    Ok(found)
+}
+
+fn holds_segments(disk: &dyn Disk, topic: &Path) -> io::Result<bool> {
+    for partition in disk.list(topic)?.into_iter().filter(|entry| entry.is_dir) {
+        let files = disk.list(&topic.join(&partition.name))?;
+        if files.iter().any(|entry| entry.len > 0 && base_of(&entry.name).is_some()) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }

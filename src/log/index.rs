@@ -96,8 +96,13 @@ impl Index {
             }
             entries.push(IndexEntry { offset, position, max_before });
         }
-        let ordered = entries.is_sorted_by(|a, b| a.position < b.position && a.offset < b.offset);
-        (ordered && (segment_bytes == 0 || !entries.is_empty())).then_some(Self { entries })
+        let ordered =
+            entries.is_sorted_by(|a, b| a.position < b.position && a.offset < b.offset && a.max_before <= b.max_before);
+        let whole = match entries.first() {
+            Some(first) => first.offset == base && first.position == 0,
+            None => segment_bytes == 0,
+        };
+        (ordered && whole).then_some(Self { entries })
     }
 }
 

@@ -5,9 +5,11 @@
 //! ```text
 //! {data}/strandline.json                                    whose it is: format, cluster, broker, directory id
 //! {data}/lock                                               held while a process has it
+//! {data}/reserve                                            room for a start on a disk that is full
 //! {data}/checkpoint                                         what is known of every replica without reading it
 //! {data}/journal/{slot:05}.journal                          the ring
 //! {data}/{topic-id}/{partition}/{base:020}.log              a segment: whole batches and nothing else
+//!                                        .log.aside-{n}     found where a new replica was made; nothing reads it
 //!                                        .index .timeindex  caches: where to start reading
 //!                                        .snapshot          a cache: epochs and producers where it begins
 //! ```
@@ -26,20 +28,24 @@
 //! - A journal file is written again only when everything in it is synced in its segment and the checkpoint says that
 //!   replay begins after it.
 //! - An index, a snapshot or a timestamp in them is never evidence of anything: damaged ones are made again.
+//! - What is missing is never taken for empty. The identity comes before all other files, and a running directory's checkpoint
+//!   names a round that is in its journal: a directory without either is refused, and so is a foreign journal.
 //! - The recovery point of a replica only covers what was synced, and its tables are those of that very offset.
 //!
 //! # What a crash leaves
 //!
 //! Segments with any of their unsynced bytes missing, and a journal whose last round may be torn. Opening the directory
 //! writes the journaled bytes to the places that they had (physical redo: the same bytes at the same positions, so it may be done
-//! twice), syncs them, and writes a checkpoint. Opening a replica reads it from its recovery point on. Bytes that are
+//! twice), syncs them, and writes a checkpoint. Then the journal is begun anew with a round of nothing, which the next checkpoint
+//! names. Opening a replica reads it from its recovery point on. Bytes that are
 //! no batch, above what was persisted, are a torn tail and are cut; below it, data was lost: the replica is refused
 //! ([`ReplicaError::Lost`]) and its files stay as they are.
 //!
 //! # Failures
 //!
-//! A full disk fails the append, which is taken back, and nothing else. A failed write or sync of a segment ends writing to
-//! that replica, of the journal to all: pages may be gone, and a second sync would not say so. Reading goes on.
+//! A full disk fails the append, which is taken back, and nothing else; a start on one, or a checkpoint, takes its room from
+//! the reserve. A failed write or sync of a segment ends writing to that replica, of the journal to all: pages may be gone, and a
+//! second sync would not say so. Reading goes on.
 //!
 //! # Shutdown
 //!
@@ -55,6 +61,8 @@ mod epochs;
 mod error;
 mod export;
 mod files;
+#[doc(hidden)]
+pub mod fuzzing;
 mod identity;
 mod index;
 mod journal;
@@ -62,6 +70,7 @@ mod producers;
 mod reader;
 mod recover;
 mod replica;
+mod reserve;
 mod segment;
 mod shared;
 mod snapshot;
@@ -78,7 +87,7 @@ pub use disk::{Disk, RealDisk, SimDisk};
 pub use epochs::EpochHistory;
 pub use error::{AppendError, ChangeError, OpenError, PersistError, ReadError, ReplicaError};
 pub use export::SegmentExport;
-pub use identity::{FORMAT, Identity};
+pub use identity::{FORMAT, Identity, METADATA};
 pub use index::IndexEntry;
 pub use journal::Done;
 pub use producers::{ProducerTable, Verdict};

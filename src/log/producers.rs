@@ -139,13 +139,13 @@ impl ProducerTable {
             let id = from.try_get_i64().ok()?;
             let epoch = from.try_get_i16().ok()?;
             let count = usize::from(from.try_get_u8().ok()?);
-            if !(1..=limits::PRODUCER_WINDOW).contains(&count) {
+            let follows = table.producers.last_key_value().is_none_or(|(last, _)| *last < id);
+            if id < 0 || !follows || !(1..=limits::PRODUCER_WINDOW).contains(&count) {
                 return None;
             }
             let mut batches = Vec::with_capacity(count);
             for _ in 0..count {
-                let (sequence, count) = (from.try_get_i32().ok()?, from.try_get_u32().ok()?);
-                batches.push(Written { sequence, count, base: Offset::new(from.try_get_u64().ok()?)? });
+                batches.push(Written::decode(from)?);
             }
             table.producers.insert(id, Producer { epoch, batches });
         }
@@ -162,6 +162,17 @@ impl ProducerTable {
     /// The table that [`Self::to_bytes`] gave; `None` when the bytes are not one.
     pub fn from_bytes(mut bytes: &[u8]) -> Option<Self> {
         Self::decode(&mut bytes).filter(|_| bytes.is_empty())
+    }
+}
+
+impl Written {
+    /// One whose count and offsets a batch can have: the end is told to whoever repeats it.
+    fn decode(from: &mut impl Buf) -> Option<Self> {
+        let (sequence, count) = (from.try_get_i32().ok()?, from.try_get_u32().ok()?);
+        let base = Offset::new(from.try_get_u64().ok()?)?;
+        let possible = (1..=limits::MAX_BATCH_RECORDS).contains(&usize::try_from(count).ok()?);
+        Offset::new(base.get() + u64::from(count)).filter(|_| possible)?;
+        Some(Self { sequence, count, base })
     }
 }
 

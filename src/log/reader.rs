@@ -107,28 +107,33 @@ impl Reader {
         })
     }
 
-    /// The first batch below `bound` with a timestamp at or above `timestamp_ms`: base offset, its largest timestamp, leader
-    /// epoch. Blocks. The record itself is in that batch or, by the producer's word, in none.
+    /// The first batch below `bound` with a timestamp at or above `timestamp_ms` that does not lie wholly below the log start:
+    /// base offset, its largest timestamp, leader epoch. Blocks. The record itself is in that batch or, by the producer's word,
+    /// in none.
     pub fn offset_for_time(
         &self,
         timestamp_ms: i64,
         bound: Offset,
     ) -> Result<Option<(Offset, i64, LeaderEpoch)>, ReadError> {
-        let found = self.batch_for_time(timestamp_ms, bound)?;
+        let found = self.batch_for_time(timestamp_ms, Offset::ZERO, bound)?;
         Ok(found.map(|batch| (batch.base_offset(), batch.max_timestamp(), batch.leader_epoch().unwrap_or_default())))
     }
 
-    /// As [`Self::offset_for_time`], and the whole batch, in which the caller finds the record. Blocks.
-    pub fn batch_for_time(&self, timestamp_ms: i64, bound: Offset) -> Result<Option<Batch>, ReadError> {
+    /// As [`Self::offset_for_time`], of the batches that reach above `from`, and the whole batch, in which the caller finds
+    /// the record. Where that batch's header lied, the caller asks again from its end. Blocks.
+    pub fn batch_for_time(&self, timestamp_ms: i64, from: Offset, bound: Offset) -> Result<Option<Batch>, ReadError> {
         self.consistently(|| {
-            let bases: Vec<Offset> = {
+            let (bases, log_start): (Vec<Offset>, Offset) = {
                 let state = self.shared.state();
-                let later = state.segments.iter().filter(|segment| segment.info.max_timestamp >= timestamp_ms);
-                later.map(|segment| segment.info.base).collect()
+                let later = |info: &SegmentInfo| info.max_timestamp >= timestamp_ms && info.end > from;
+                state.segments.iter().map(|segment| segment.info).filter(later).map(|info| info.base).collect()
             };
             for base in bases {
                 let place = self.place(base)?;
-                let start = self.entry(&place, |index| index.before_time(timestamp_ms))?;
+                let start = self.entry(&place, |index| {
+                    let entries = [index.before_time(timestamp_ms), index.at(from)];
+                    entries.into_iter().flatten().max_by_key(|entry| entry.position)
+                })?;
                 let mut at = start.offset;
                 let mut entry = start;
                 while at < place.info.end.min(bound) {
@@ -140,7 +145,7 @@ impl Reader {
                     entry.position += u32::try_from(bytes.len()).unwrap_or(u32::MAX);
                     (entry.offset, at) = (read.next, read.next);
                     while let Ok(batch) = Batch::split_from(&mut bytes) {
-                        if batch.max_timestamp() >= timestamp_ms {
+                        if batch.max_timestamp() >= timestamp_ms && batch.end_offset() > from {
                             return Ok(Some(batch));
                         }
                     }
@@ -270,26 +275,19 @@ impl Reader {
             let (mut first, mut end, mut next) = (None, 0, from);
             while !rest.is_empty() && expected < bound {
                 let at = whole.len() - rest.len();
-                let damaged = |why: String| damage(place, expected, position + at as u64, why);
-                let needed = if rest.len() < HEADER_BYTES {
-                    HEADER_BYTES
-                } else {
-                    Batch::framed_len(&rest).map_err(|error| damaged(error.to_string()))?
+                let needed = match needed_at(&rest) {
+                    // The buffer ends before the batch does, the file does not.
+                    Ok(needed) if needed > rest.len() && needed <= left - at && read == want.min(left) => break,
+                    Ok(needed) if first.is_some_and(|first| at + needed - first > max_bytes) => break,
+                    other => other,
                 };
-                if needed > rest.len() {
-                    if needed > left - at || read < want.min(left) {
-                        return Err(damaged(format!("{needed} bytes are needed and {} are there", rest.len())));
-                    }
-                    break;
-                }
-                if first.is_some_and(|first| at + needed - first > max_bytes) {
-                    break;
-                }
-                let batch = segment::next(&mut rest, expected, epoch).map_err(damaged)?;
-                let known = place.epochs.at(expected);
-                if known.is_some() && known != batch.leader_epoch() {
-                    return Err(damaged(format!("its leader epoch is {:?}, not {known:?}", batch.leader_epoch())));
-                }
+                let batch = match needed.and_then(|needed| checked(place, &mut rest, needed, expected, epoch)) {
+                    Ok(batch) => batch,
+                    // What lies before the damage is served; who reads on from there is told.
+                    Err(_) if first.is_some() => break,
+                    Err(why) => return Err(damage(place, expected, position + at as u64, why)),
+                };
+                let needed = batch.encoded_len();
                 if batch.end_offset() > bound {
                     expected = bound;
                     break;
@@ -314,6 +312,33 @@ impl Reader {
             position += (whole.len() - rest.len()) as u64;
             want = if rest.len() >= HEADER_BYTES { Batch::framed_len(&rest).unwrap_or(want).max(want) } else { want };
         }
+    }
+}
+
+/// Bytes of the batch at the front of `rest`, as far as can be told there.
+fn needed_at(rest: &Bytes) -> Result<usize, String> {
+    if rest.len() < HEADER_BYTES {
+        Ok(HEADER_BYTES)
+    } else {
+        Batch::framed_len(rest).map_err(|error| error.to_string())
+    }
+}
+
+/// The batch of `needed` bytes at the front of `rest`, if it is the one that was written there.
+fn checked(
+    place: &Place,
+    rest: &mut Bytes,
+    needed: usize,
+    expected: Offset,
+    epoch: Option<LeaderEpoch>,
+) -> Result<Batch, String> {
+    if needed > rest.len() {
+        return Err(format!("{needed} bytes are needed and {} are there", rest.len()));
+    }
+    let batch = segment::next(rest, expected, epoch)?;
+    match (place.epochs.at(expected), batch.leader_epoch()) {
+        (Some(known), Some(epoch)) if known != epoch => Err(format!("its leader epoch is {epoch}, not {known}")),
+        _ => Ok(batch),
     }
 }
 

@@ -15,6 +15,7 @@ use super::{
     producers::ProducerTable,
     segment::{self, SegmentInfo, base_of, name},
     snapshot::Snapshot,
+    startup,
 };
 use crate::{model::Offset, record::Batch, task::clock};
 
@@ -24,13 +25,12 @@ pub(super) struct Dormant {
     pub(super) record: ReplicaRecord,
     /// The record is what lies on the disk: a clean stop wrote it.
     pub(super) clean: bool,
-    /// There is no record of what was persisted: a torn tail cannot be told from a loss.
-    pub(super) unproven: bool,
 }
 
 /// Brings a replica's files and its record together. The record that is returned ends at the log end.
 pub(super) fn recover(core: &Arc<Core>, dir: &Path, dormant: Dormant) -> Result<ReplicaRecord, ReplicaError> {
-    let Dormant { record, clean, unproven } = dormant;
+    let Dormant { record, clean } = dormant;
+    let unproven = startup::unread(&record);
     if clean && record.lost.is_none() {
         return Ok(record);
     }
@@ -92,11 +92,41 @@ pub(super) fn remove_segment(core: &Core, dir: &Path, base: Offset) -> io::Resul
     Ok(())
 }
 
+/// Keeps the segment files that lie in the folder of a replica that is about to be made, under names that nothing else
+/// reads. They are of a replica that is not known any more: one whose deletion was cut short, or whose creation nobody was told
+/// of; what the checkpoint does not know may be wanted all the same. Empty ones and caches go.
+pub(super) fn set_aside(core: &Core, dir: &Path) -> io::Result<()> {
+    let entries = core.disk.list(dir)?;
+    let mut kept = Vec::new();
+    for entry in &entries {
+        let Some(base) = base_of(&entry.name) else { continue };
+        if entry.len > 0 {
+            let taken = |name: &String| entries.iter().any(|other| other.name == *name);
+            let names = (1..).map(|n| format!("{}.aside-{n}", entry.name));
+            let aside = names.into_iter().find(|name| !taken(name)).expect("a folder has an end");
+            core.disk.rename(&dir.join(&entry.name), &dir.join(&aside))?;
+            kept.push(aside);
+        }
+        remove_segment(core, dir, base)?;
+    }
+    if !kept.is_empty() {
+        tracing::warn!(
+            dir = %dir.display(), files = kept.join(", "),
+            "a new replica's folder held segments that the checkpoint does not know; they are kept under other names and not served: \
+             look into them with `strandline segment dump`, and delete them when they are not wanted"
+        );
+    }
+    remove_caches_above(core, dir, Offset::ZERO)?;
+    // A loss of power must not bring back their records in the place of ours. Somebody may have come as far as here before.
+    core.disk.sync_dir(dir)
+}
+
 struct Recovery<'a> {
     core: &'a Core,
     dir: &'a Path,
     record: ReplicaRecord,
     files: BTreeMap<Offset, u64>,
+    /// There is no record of what was persisted: a torn tail cannot be told from a loss.
     unproven: bool,
 }
 

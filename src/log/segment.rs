@@ -57,8 +57,9 @@ impl SegmentInfo {
         out.put_i64(self.created_ms);
     }
 
+    /// What [`Self::encode`] wrote; `None` for a range or a length that no segment has.
     pub(super) fn decode(from: &mut impl Buf) -> Option<Self> {
-        Some(Self {
+        let info = Self {
             base: Offset::new(from.try_get_u64().ok()?)?,
             end: Offset::new(from.try_get_u64().ok()?)?,
             bytes: from.try_get_u64().ok()?,
@@ -66,7 +67,11 @@ impl SegmentInfo {
             first_epoch: LeaderEpoch::from_i32(from.try_get_i32().ok()?),
             last_epoch: LeaderEpoch::from_i32(from.try_get_i32().ok()?),
             created_ms: from.try_get_i64().ok()?,
-        })
+        };
+        let empty = info.bytes == 0;
+        // Positions are 32 bits wide.
+        let possible = info.base <= info.end && empty == (info.base == info.end) && info.bytes <= u64::from(u32::MAX);
+        possible.then_some(info)
     }
 }
 

@@ -166,7 +166,7 @@ impl Shared {
             work.since = Some(clock::monotonic());
         }
         work.dirty_bytes += bytes;
-        let due = work.dirty_bytes >= self.core.options.sync_bytes;
+        let due = self.core.sync_is_due(&work);
         drop(work);
         if first || due {
             self.core.wake.notify_all();

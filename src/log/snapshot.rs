@@ -39,6 +39,7 @@ impl Snapshot {
         }
         let epochs = EpochHistory::decode(&mut content)?;
         let producers = ProducerTable::decode(&mut content)?;
-        content.is_empty().then_some(Self { epochs, producers })
+        let known = epochs.last().is_none_or(|(_, start)| start <= at);
+        (known && content.is_empty()).then_some(Self { epochs, producers })
     }
 }

@@ -10,7 +10,7 @@ use std::{
 use uuid::Uuid;
 
 use super::{
-    checkpoint::{Checkpoint, ReplicaRecord},
+    checkpoint::{Checkpoint, ReplicaRecord, Standing},
     core::Options,
     disk::Disk,
     error::OpenError,
@@ -37,54 +37,98 @@ pub(super) struct Found {
     pub(super) replicas: HashMap<PartitionId, Dormant>,
 }
 
-/// Reads the checkpoint, replays the journal into the segments, and writes a checkpoint that makes the journal free.
-pub(super) fn load(
-    disk: &Arc<dyn Disk>,
-    dir: &Path,
-    directory: Uuid,
-    fresh: bool,
-    options: &Options,
-) -> Result<Found, OpenError> {
+/// Reads the checkpoint and replays the journal into the segments. Afterwards nothing of the journal is needed, and a
+/// checkpoint says so: whoever opens the directory may write to its files.
+pub(super) fn load(disk: &Arc<dyn Disk>, dir: &Path, directory: Uuid, options: &Options) -> Result<Found, OpenError> {
     let disk = &**disk;
+    let journal_dir = options.journal_in(dir);
+    let other =
+        replay::other_owner(disk, &journal_dir, directory).map_err(io_error(&journal_dir, "read the journal"))?;
+    if let Some(other) = other {
+        return Err(OpenError::JournalForeign { dir: dir.to_owned(), journal_dir, other });
+    }
     let read = Checkpoint::read(disk, dir, directory).map_err(io_error(dir, "read the checkpoint"))?;
-    // A directory whose first checkpoint was never written has no replica either.
-    let (checkpoint, unproven) = match read {
-        Some(checkpoint) => (checkpoint, false),
-        None if fresh => (Checkpoint::default(), false),
+    let known = read.is_some();
+    let checkpoint = match read {
+        Some(checkpoint) => checkpoint,
+        // A directory whose first checkpoint was never written has no replica either.
         None => {
             let replicas = without_checkpoint(disk, dir).map_err(io_error(dir, "list"))?;
             if !replicas.is_empty() {
                 tracing::error!(dir = %dir.display(), "the checkpoint is missing or damaged: every segment is read again");
             }
-            (Checkpoint { replicas, ..Checkpoint::default() }, true)
+            Checkpoint { replicas, ..Checkpoint::default() }
         }
     };
-    let clean = checkpoint.clean;
-    let mut generation = checkpoint.generation;
-    let mut first_round = checkpoint.first_round;
-    let replicas = if clean {
-        let dormant = |record: ReplicaRecord| (record.id, Dormant { record, clean: true, unproven: false });
-        checkpoint.replicas.into_iter().map(dormant).collect()
+    // Where there is nothing yet, there need be no journal.
+    let expected = known || !checkpoint.replicas.is_empty();
+    let Checkpoint { first_round, generation, standing, replicas } = checkpoint;
+    if standing == Standing::Clean {
+        let dormant = |record: ReplicaRecord| (record.id, Dormant { record, clean: true });
+        let replicas = replicas.into_iter().map(dormant).collect();
+        return Ok(Found { first_round, generation, clean: true, replicas });
+    }
+    let (journaled, records) = if standing == Standing::Settled {
+        (Journaled::nothing(first_round), replicas)
     } else {
-        let journal_dir = options.journal_dir.clone().unwrap_or_else(|| dir.join("journal"));
-        let mut journaled = replay::read(disk, &journal_dir, directory, checkpoint.first_round)
-            .map_err(io_error(&journal_dir, "read the journal"))?;
-        if unproven {
-            // Older files of the ring were used again: that rounds are missing says nothing.
+        let read = replay::read(disk, &journal_dir, directory, first_round);
+        let mut journaled = read.map_err(io_error(&journal_dir, "read the journal"))?;
+        if !known {
+            // It is not known where replay begins, and older files of the ring were used again.
             journaled.unknown_loss = None;
         }
-        first_round = journaled.next_round;
-        generation = generation.max(journaled.generation);
-        merge(disk, dir, checkpoint.replicas, journaled, unproven).map_err(io_error(dir, "replay the journal"))?
+        match &journaled.missing {
+            Some(why) if expected => without_journal(disk, dir, first_round, replicas, options, why)?,
+            _ => (journaled, replicas),
+        }
     };
+    let first_round = journaled.next_round;
+    let generation = generation.max(journaled.generation);
+    let replicas = merge(disk, dir, records, journaled).map_err(io_error(dir, "replay the journal"))?;
     let mut records: Vec<_> = replicas.values().map(|dormant| dormant.record.clone()).collect();
     records.sort_by_key(|record| record.id);
-    // Without a checkpoint the next one is written when the replicas were read.
-    if !unproven || replicas.is_empty() {
-        let checkpoint = Checkpoint { first_round, generation, clean: false, replicas: records };
-        checkpoint.write(disk, dir, directory).map_err(io_error(dir, "write the checkpoint"))?;
+    let settled = Checkpoint { first_round, generation, standing: Standing::Settled, replicas: records };
+    settled.write(disk, dir, directory).map_err(io_error(dir, "write the checkpoint"))?;
+    Ok(Found { first_round, generation, clean: false, replicas })
+}
+
+/// What is left of a directory whose journal is gone. Refused, unless somebody said that it may be.
+fn without_journal(
+    disk: &dyn Disk,
+    dir: &Path,
+    first_round: u64,
+    mut records: Vec<ReplicaRecord>,
+    options: &Options,
+    why: &str,
+) -> Result<(Journaled, Vec<ReplicaRecord>), OpenError> {
+    let journal_dir = options.journal_in(dir);
+    if !options.accept_journal_loss {
+        return Err(OpenError::JournalLost { dir: dir.to_owned(), journal_dir, why: why.to_owned() });
     }
-    Ok(Found { first_round, generation, clean, replicas })
+    tracing::error!(
+        dir = %dir.display(), journal_dir = %journal_dir.display(), why,
+        "the journal is gone, and log.accept_journal_loss says to go on: what was in it alone is lost"
+    );
+    for record in without_checkpoint(disk, dir).map_err(io_error(dir, "list"))? {
+        // Its creation may have been in the journal.
+        if records.iter().all(|known| known.id != record.id) {
+            records.push(record);
+        }
+    }
+    for record in &mut records {
+        record.generation = record.generation.max(1);
+        record.persisted = record.segments.last().map_or(record.log_start, |recovered| recovered.end);
+    }
+    // Should the lost one turn up again, none of its rounds may be taken for one of ours.
+    let next_round = first_round.saturating_add(1 << 32);
+    let mut journaled = Journaled::nothing(next_round);
+    journaled.generation = 1;
+    Ok((journaled, records))
+}
+
+/// Whether nobody has read the replica since its record was lost: a torn tail cannot be told from a loss.
+pub(super) fn unread(record: &ReplicaRecord) -> bool {
+    record.generation == 0
 }
 
 /// Joins what the checkpoint and the journal know of each replica.
@@ -93,7 +137,6 @@ fn merge(
     dir: &Path,
     records: Vec<ReplicaRecord>,
     mut journaled: Journaled,
-    unproven: bool,
 ) -> io::Result<HashMap<PartitionId, Dormant>> {
     let mut known: HashMap<PartitionId, ReplicaRecord> =
         records.into_iter().map(|record| (record.id, record)).collect();
@@ -129,12 +172,16 @@ fn merge(
     }
     let mut replicas = HashMap::new();
     for (id, mut record) in known {
+        let unread = unread(&record);
         if let Some(story) = journaled.replicas.get(&id) {
             apply(disk, dir, &mut record, story)?;
             record.lost = record.lost.or_else(|| story.lost.clone());
         }
         record.lost = record.lost.or_else(|| journaled.unknown_loss.clone());
-        replicas.insert(id, Dormant { record, clean: false, unproven });
+        if unread {
+            record.generation = 0;
+        }
+        replicas.insert(id, Dormant { record, clean: false });
     }
     Ok(replicas)
 }

@@ -7,20 +7,31 @@
 use std::{
     io,
     path::Path,
-    sync::{Arc, PoisonError, atomic::Ordering},
+    sync::{
+        Arc, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::Duration,
 };
 
 use super::{
-    checkpoint::Checkpoint,
+    checkpoint::{Checkpoint, Standing},
     core::{Core, SyncJob},
     directory::Inner,
     disk::Mode,
-    error::PersistError,
+    error::{PersistError, is_full},
     journal::{Item, ring},
+    reserve,
     shared::Shared,
 };
-use crate::task::clock;
+use crate::task::{self, clock};
+
+/// Most files that are synced side by side. The file system makes those that wait together durable with one commit of its own
+/// journal, which is what a small file's sync costs.
+const SIDE_BY_SIDE: usize = 4;
+
+/// Files that are worth another thread.
+const FILES_A_THREAD: usize = 16;
 
 /// How long a failed checkpoint waits before it is tried again.
 const RETRY: Duration = Duration::from_millis(200);
@@ -97,11 +108,8 @@ impl Inner {
             work.since = None;
             (std::mem::take(&mut work.dirty), std::mem::take(&mut work.urgent))
         };
-        for replica in dirty {
-            replica.dirty.store(false, Ordering::Release);
-            drop(replica.sync());
-            self.sync_jobs();
-        }
+        self.take_reserve();
+        self.sync_dirty(&dirty);
         let short = self.ring().short();
         if (urgent || short)
             && let Err(error) = self.recycle()
@@ -110,6 +118,22 @@ impl Inner {
             return false;
         }
         true
+    }
+
+    fn sync_dirty(&self, dirty: &[Arc<Shared>]) {
+        let threads = dirty.len().div_ceil(FILES_A_THREAD).clamp(1, SIDE_BY_SIDE);
+        let threads = if self.core.options.manual { 1 } else { threads };
+        let next = AtomicUsize::new(0);
+        task::side_by_side("segment-sync", threads, |thread| {
+            while let Some(replica) = dirty.get(next.fetch_add(1, Ordering::Relaxed)) {
+                replica.dirty.store(false, Ordering::Release);
+                drop(replica.sync());
+                // One thread, so that the answers keep their order.
+                if thread == 0 {
+                    self.sync_jobs();
+                }
+            }
+        });
     }
 
     fn sync_jobs(&self) {
@@ -133,19 +157,46 @@ impl Inner {
         let open = self.open_replicas();
         let oldest = open.iter().filter_map(|replica| replica.state().unsynced.front().map(|(file, _)| *file)).min();
         let first_round = self.ring().start_after(oldest.unwrap_or(u64::MAX), self.core.journal.next_round());
-        self.checkpoint(first_round, false).write(&*self.core.disk, &self.core.dir, self.directory_id)?;
+        self.write_checkpoint(&self.checkpoint(first_round, Standing::Running))?;
         self.ring().release(first_round);
         self.core.journal.released.notify_all();
         Ok(())
     }
 
+    /// Replaces the checkpoint. On a full disk in the room of the reserve: whoever makes room waits for the journal, and the
+    /// journal for this.
+    pub(super) fn write_checkpoint(&self, checkpoint: &Checkpoint) -> io::Result<()> {
+        let core = &self.core;
+        let write = || checkpoint.write(&*core.disk, &core.dir, self.directory_id);
+        match write() {
+            Err(error) if is_full(&error) && reserve::release(&*core.disk, &core.dir) => {
+                core.reserved.store(core.options.reserve_bytes == 0, Ordering::Release);
+                write()
+            }
+            written => written,
+        }
+    }
+
     /// What is known now, for replay from `first_round` on.
-    pub(super) fn checkpoint(&self, first_round: u64, clean: bool) -> Checkpoint {
+    pub(super) fn checkpoint(&self, first_round: u64, standing: Standing) -> Checkpoint {
         let registry = self.registry();
         let mut replicas: Vec<_> = registry.dormant.values().map(|dormant| dormant.record.clone()).collect();
         replicas.extend(registry.open.values().map(|replica| replica.record()));
         replicas.sort_by_key(|record| record.id);
-        Checkpoint { first_round, generation: self.core.generation.load(Ordering::Acquire), clean, replicas }
+        Checkpoint { first_round, generation: self.core.generation.load(Ordering::Acquire), standing, replicas }
+    }
+
+    /// Takes the reserve where it is not taken and there is plenty of room.
+    pub(super) fn take_reserve(&self) {
+        let core = &self.core;
+        if core.reserved.load(Ordering::Acquire) {
+            return;
+        }
+        match reserve::take(&*core.disk, &core.dir, core.options.reserve_bytes) {
+            Ok(taken) => core.reserved.store(taken, Ordering::Release),
+            // Nothing but a start on a full disk needs it.
+            Err(error) => tracing::debug!(%error, "the reserve was not made; it is tried again"),
+        }
     }
 
     /// Makes the next file of the ring, if one is wanted and there is none.
@@ -198,7 +249,7 @@ fn wait(core: &Core) -> bool {
         if work.stopping {
             return false;
         }
-        if work.urgent || !work.jobs.is_empty() || work.dirty_bytes >= core.options.sync_bytes {
+        if work.urgent || !work.jobs.is_empty() || core.sync_is_due(&work) {
             return true;
         }
         let left = work

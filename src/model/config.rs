@@ -114,7 +114,7 @@ pub const TOPIC_CONFIG_KEYS: &[ConfigKey] = &[
         name: "compression.type",
         default: "producer",
         allowed: "producer, uncompressed, gzip, snappy, lz4 or zstd",
-        doc: "`producer` stores batches as they come; any other word makes the broker store every batch in that codec.",
+        doc: "`producer` stores batches as they come; any other word makes the broker store every batch in that codec, and refuse one whose records take more than 64 MiB plain.",
     },
     ConfigKey {
         name: "durability",
@@ -126,7 +126,7 @@ pub const TOPIC_CONFIG_KEYS: &[ConfigKey] = &[
         name: "local.retention.bytes",
         default: "-2",
         allowed: "a number of bytes up to 2305843009213693951, -1 for no limit, or -2 for the value of retention.bytes",
-        doc: "How much of each partition stays on local disk once it is in the bucket.",
+        doc: "How much of each partition stays on local disk once it is in the bucket. What lies below the log start leaves the disk at once, whatever this says.",
     },
     ConfigKey {
         name: "local.retention.ms",
@@ -162,13 +162,13 @@ pub const TOPIC_CONFIG_KEYS: &[ConfigKey] = &[
         name: "retention.bytes",
         default: "-1",
         allowed: "a number of bytes up to 2305843009213693951, or -1 for no limit",
-        doc: "How much of each partition is kept, over both tiers.",
+        doc: "How much of each partition is kept, over both tiers: its oldest segment goes, from the disk and the bucket, while what remains is still at least this, the active segment counted.",
     },
     ConfigKey {
         name: "retention.ms",
         default: "604800000",
         allowed: "a number of milliseconds up to 2305843009213693951, or -1 for no limit",
-        doc: "How long records are kept, over both tiers.",
+        doc: "How long records are kept, over both tiers: a segment goes, from the disk and the bucket, when its youngest record is older.",
     },
     ConfigKey {
         name: "segment.bytes",
@@ -202,6 +202,21 @@ pub enum InvalidConfig {
         value: String,
         /// What is allowed.
         allowed: String,
+    },
+    /// More is to stay on local disk than is kept at all. Either key may be the one that was just set, so both are named.
+    #[error(
+        "topic configuration {local}={local_value} keeps more on local disk than {whole}={whole_value} keeps at all: \
+         lower {local} to at most {whole_value}, or set it to -2, which follows {whole}; or raise {whole}"
+    )]
+    LocalAboveWhole {
+        /// The key of the limit on local disk.
+        local: &'static str,
+        /// Its value.
+        local_value: String,
+        /// The key of the limit on the whole log.
+        whole: &'static str,
+        /// Its value.
+        whole_value: String,
     },
 }
 
@@ -363,21 +378,18 @@ impl Layers<'_> {
 
     /// A local limit, where -2 means the whole log's. It can never hold more than the whole log does: a default that
     /// would is lowered to it, and a topic that asks for more than it keeps is refused.
-    fn local_limit(&self, name: &str, whole: Option<u64>) -> Result<Option<u64>, InvalidConfig> {
+    fn local_limit(&self, name: &'static str, whole: Option<u64>) -> Result<Option<u64>, InvalidConfig> {
         if self.text(name) == "-2" {
             return Ok(whole);
         }
-        let local = self.limit(name)?;
-        let whole_name = name.trim_start_matches("local.");
-        let above = whole.is_some_and(|whole| local.is_none_or(|local| local > whole));
+        let limit = self.limit(name)?;
+        let above = whole.is_some_and(|whole| limit.is_none_or(|limit| limit > whole));
         if above && self.overrides.contains_key(name) {
-            return Err(InvalidConfig::Value {
-                key: name.to_owned(),
-                value: self.text(name).to_owned(),
-                allowed: format!("at most {whole_name}, which is {}", self.text(whole_name)),
-            });
+            let (local, whole) = (name, name.trim_start_matches("local."));
+            let (local_value, whole_value) = (self.text(local).to_owned(), self.text(whole).to_owned());
+            return Err(InvalidConfig::LocalAboveWhole { local, local_value, whole, whole_value });
         }
-        Ok(if above { whole } else { local })
+        Ok(if above { whole } else { limit })
     }
 
     fn refuse(&self, name: &str) -> InvalidConfig {
@@ -464,6 +476,10 @@ mod tests {
     fn local_retention_never_exceeds_retention() {
         assert!(resolve(&[("retention.ms", "10"), ("local.retention.ms", "11")]).is_err());
         assert!(resolve(&[("retention.ms", "10"), ("local.retention.ms", "-1")]).is_err());
+        let error = resolve(&[("retention.bytes", "0"), ("local.retention.bytes", "1")]).expect_err("above");
+        let text = error.to_string();
+        assert!(text.contains("local.retention.bytes=1 ") && text.contains(" retention.bytes=0 "), "{text}");
+        assert!(text.contains("lower local.retention.bytes") && text.contains("or raise retention.bytes"), "{text}");
         let lowered = resolve(&[("retention.ms", "10")]).expect("the default follows");
         assert_eq!(lowered.local_retention, Some(Duration::from_millis(10)));
         let same = resolve(&[("retention.bytes", "99")]).expect("valid");

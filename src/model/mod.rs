@@ -4,6 +4,8 @@
 
 mod config;
 mod ids;
+#[cfg(feature = "server")]
+pub mod near;
 mod offset;
 
 pub use config::{

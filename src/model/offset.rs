@@ -85,8 +85,9 @@ impl fmt::Display for LeaderEpoch {
 /// ```text
 /// log_start ≤ local_start ≤ tiered_end ≤ high_watermark ≤ persisted_end ≤ log_end
 /// ```
-/// `local_start ≤ tiered_end` holds wherever something was evicted; `high_watermark ≤ persisted_end` where the topic's
-/// durability is `persisted`.
+/// `local_start ≤ tiered_end` holds wherever something was evicted. Where retention deleted what was not uploaded the
+/// log start lies above the tiered end: `local_start ≤ max(tiered_end, log_start)`. `high_watermark ≤ persisted_end` where
+/// the topic's durability is `persisted`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Watermarks {
     /// First offset that can be read at all.

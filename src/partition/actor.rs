@@ -149,12 +149,15 @@ impl Actor {
             log_end: parts.replica.log_end(),
             persisted_end: parts.replica.persisted_end(),
             tiered_end: parts.tiered_end,
+            committed_end: parts.tiered_end.max(parts.log_start),
         };
         let leader =
             Leader::alone(parts.broker, parts.shared.epoch(), config.durability, config.min_insync_replicas, start);
         let active = parts.replica.active();
         let mut replica = parts.replica;
         replica.set_journaled(config.durability == Durability::Persisted);
+        // A crash between the commit and this broker's disk leaves the disk behind.
+        replica.advance_log_start(parts.log_start);
         let handed_end = replica.persisted_end();
         let actor = Self {
             handed_end,
@@ -164,7 +167,7 @@ impl Actor {
             shared: parts.shared,
             upkeep: parts.upkeep,
             persisted: Arc::default(),
-            log_start: parts.log_start.max(replica.log_start()),
+            log_start: replica.log_start(),
             tiered_end: parts.tiered_end,
             active_since_ms: (active.end > active.base).then_some(active.created_ms),
             replica,
@@ -249,7 +252,9 @@ impl Actor {
             let _gone = answer.send(Err(AppendError::StorageFailed { why }));
             return;
         }
-        if self.leader.must_flush_before(&batch) || self.group_bytes + batch.encoded_len() > GROUP_BYTES {
+        // A group lies in one segment, so it must not be larger than one may be.
+        let most = usize::try_from(self.config.segment_bytes).map_or(GROUP_BYTES, |bytes| bytes.min(GROUP_BYTES));
+        if self.leader.must_flush_before(&batch) || self.group_bytes + batch.encoded_len() > most {
             self.flush(now_ms);
         }
         let writer = Writer { answer, _permit: permit };
@@ -408,9 +413,13 @@ impl Actor {
             }
             Command::AdvanceLogStart(to) => self.advance_log_start(to),
             Command::Evict(below) => {
-                assert!(below <= self.tiered_end, "only what the bucket has is evicted");
-                if let Err(error) = self.replica.evict(below) {
-                    tracing::warn!(partition = %self.id, %error, "could not evict segments; it is tried again");
+                let free = self.tiered_end.max(self.log_start);
+                assert!(below <= free, "only what the bucket has, or nobody may read, leaves the disk");
+                match self.replica.evict(below) {
+                    Ok(bytes) => tracing::debug!(partition = %self.id, %below, bytes, "segments left the disk"),
+                    Err(error) => {
+                        tracing::warn!(partition = %self.id, %error, "could not remove segments; it is tried again");
+                    }
                 }
             }
         }

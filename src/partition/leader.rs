@@ -135,6 +135,8 @@ pub struct Start {
     pub persisted_end: Offset,
     /// First offset not committed to the bucket.
     pub tiered_end: Offset,
+    /// All below it was committed once: it is in the bucket, or was deleted.
+    pub committed_end: Offset,
 }
 
 impl<W> Leader<W> {
@@ -146,10 +148,10 @@ impl<W> Leader<W> {
             epoch,
             durability,
             min_insync,
-            in_sync: vec![(id, start.tiered_end)],
+            in_sync: vec![(id, start.committed_end)],
             log_end: start.log_end,
             persisted_end: start.persisted_end,
-            high_watermark: start.tiered_end,
+            high_watermark: start.committed_end,
             tiered_end: start.tiered_end,
             for_leader: VecDeque::new(),
             for_all: VecDeque::new(),

@@ -9,7 +9,7 @@
 //!                                   │
 //!                                marks ──▶ readers: memory ─▶ disk ─▶ bucket
 //!                                   ▲
-//!   upkeep: plan (retention) ── seal, upload, commit, move the start, evict
+//!   upkeep: plan (retention) ── seal, move the start, upload, commit, evict
 //! ```
 //!
 //! [`Partition`] is the handle. Its task (`actor`) owns the log and carries out what [`leader`] decides. Readers never ask
@@ -18,9 +18,10 @@
 //!
 //! # Invariants
 //!
-//! `log_start ≤ local_start ≤ tiered_end ≤ high_watermark ≤ log_end`, the middle ones wherever something was evicted.
-//! An acknowledgement is given once and not before its rule holds. Only committed data is uploaded; only what the bucket has is
-//! evicted; the log start is committed in the metadata store before anything is deleted.
+//! `log_start ≤ local_start ≤ tiered_end ≤ high_watermark ≤ log_end`, the middle ones wherever something was evicted. Where
+//! nothing is uploaded, or deletion overtook it, `tiered_end` stays behind: it says what is in the bucket and nothing else.
+//! An acknowledgement is given once and not before its rule holds. Only committed data is uploaded; only what the bucket has, or
+//! what lies below the log start, leaves the disk; the log start is committed in the metadata store before anything is deleted.
 //!
 //! # Crash and shutdown
 //!
@@ -31,6 +32,8 @@ pub mod leader;
 pub mod retention;
 
 mod actor;
+mod memory;
+mod opener;
 mod reader;
 mod ready;
 mod shared;
@@ -48,6 +51,8 @@ use self::{
 pub use self::{
     actor::{AppendError, AppendResult},
     leader::{Acked, Held, Refused},
+    memory::Memory,
+    opener::{Opener, Use},
     reader::{Fetched, ReadError, Reader, Source},
     ready::Ready,
     upkeep::{Step, Upkeep, UpkeepError},
@@ -115,16 +120,17 @@ impl Partition {
         parent: &Tasks,
     ) -> Result<Arc<Self>, PartitionError> {
         let committed = spec.committed.clone().unwrap_or_default();
-        let (log_start, tiered_end) = (committed.log_start, committed.tiered_end);
+        let (log_start, tiered_end) = (committed.log_start, committed.bucket_end());
         let start = log_start.max(tiered_end);
         let mut replica = log.open_replica(spec.id, start)?;
-        if replica.log_end() < tiered_end {
-            // The bucket has more than this disk, which was lost or restored: go on where the bucket ends.
+        if replica.log_end() < start {
+            // This disk was lost or restored: go on behind what the bucket has and behind what was deleted. An offset is
+            // never given twice.
             tracing::warn!(
-                partition = %spec.id, log_end = %replica.log_end(), %tiered_end,
-                "the local log ends below what the bucket holds; going on from there"
+                partition = %spec.id, log_end = %replica.log_end(), %tiered_end, %log_start,
+                "the local log ends below what was committed; going on from there"
             );
-            replica.reset(tiered_end)?;
+            replica.reset(start)?;
         }
         let shared = Arc::new(Shared::new(spec.epoch, spec.config));
         let reader = Reader::new(spec.id, Arc::clone(&shared), replica.reader(), spec.tier.clone());

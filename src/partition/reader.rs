@@ -8,9 +8,9 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use super::{Ready, shared::Shared};
+use super::{Opener, Ready, Use, shared::Shared};
 use crate::{
-    log,
+    limits, log,
     model::{LeaderEpoch, Offset, PartitionId, Watermarks},
     record::{Batch, Malformed},
     task,
@@ -88,6 +88,9 @@ pub struct Reader {
     tier: Option<PartitionTier>,
 }
 
+/// How many batches a search by time opens whose header claimed a time that none of their records has.
+const CLAIMS: usize = 64;
+
 /// How often a read looks again when what it found was taken away meanwhile.
 const TRIES: usize = 8;
 
@@ -162,16 +165,16 @@ impl Reader {
             return Ok(fetched);
         }
         Err(match error {
-            log::ReadError::Damaged { .. } => ReadError::Damaged { offset: from, why: error.to_string() },
+            log::ReadError::Damaged { offset, .. } => ReadError::Damaged { offset, why: error.to_string() },
             other => ReadError::Disk { why: other.to_string() },
         })
     }
 
     async fn read_bucket(&self, from: Offset, max_bytes: usize) -> Result<Option<Fetched>, ReadError> {
         let Some(tier) = &self.tier else {
-            return Err(ReadError::ObjectStore {
-                why: format!("offset {from} is in the object store, and this broker has none configured"),
-            });
+            let why = format!("offset {from} is in the object store, and this broker has none configured");
+            // Retention may have moved on meanwhile: then it is nowhere.
+            return self.readable(from).and(Err(ReadError::ObjectStore { why }));
         };
         match tier.read(from, max_bytes).await {
             Ok(read) => {
@@ -184,35 +187,59 @@ impl Reader {
 
     /// The first committed record whose timestamp is at least `timestamp_ms`: its offset, timestamp and epoch. `None` when
     /// there is none that young.
-    pub async fn offset_for_time(&self, timestamp_ms: i64) -> Result<Option<(Offset, i64, LeaderEpoch)>, ReadError> {
-        let Some((offset, batch_ms, epoch)) = self.batch_for_time(timestamp_ms).await? else { return Ok(None) };
-        let Some(fetched) = self.read(offset, 1).await? else { return Ok(None) };
-        let damaged = |error: Malformed| ReadError::Damaged { offset, why: error.to_string() };
-        let batch = Batch::split_from(&mut Bytes::from(fetched.chunks.concat())).map_err(damaged)?;
-        for entry in batch.records().map_err(damaged)? {
-            let (offset, record) = entry.map_err(damaged)?;
-            if record.timestamp_ms >= timestamp_ms {
-                return Ok(Some((offset, record.timestamp_ms, epoch)));
+    ///
+    /// Headers only lead to batches: what is in them counts, because of compressed ones a producer may claim any time. After
+    /// [`CLAIMS`] batches whose claim no record bears out it gives up, and answers the offset that it came to with -1 for the
+    /// timestamp: no earlier record is that young, so reading from there misses none.
+    pub async fn offset_for_time(
+        &self,
+        timestamp_ms: i64,
+        opener: &Opener,
+    ) -> Result<Option<(Offset, i64, LeaderEpoch)>, ReadError> {
+        let mut from = self.shared.marks().log_start;
+        let mut epoch = LeaderEpoch::default();
+        for _ in 0..CLAIMS {
+            let Some(batch) = self.batch_for_time(timestamp_ms, from).await? else { return Ok(None) };
+            epoch = batch.leader_epoch().unwrap_or_default();
+            let find = move |batch: &Batch, most: usize| first_at(batch, most, timestamp_ms, from);
+            match opener.open(&batch, limits::MAX_DECOMPRESSED_BYTES, Use::Read, find).await {
+                Ok(Some((offset, timestamp_ms))) => return Ok(Some((offset, timestamp_ms, epoch))),
+                Ok(None) => {}
+                // What nobody can decode holds no record that anybody could read.
+                Err(error) => {
+                    tracing::debug!(partition = %self.id, offset = %batch.base_offset(), %error, "passed over")
+                }
             }
+            from = batch.end_offset();
         }
-        // The header claims a time that no record has: its producer made it so.
-        Ok(Some((offset, batch_ms, epoch)))
+        Ok(Some((from, -1, epoch)))
     }
 
-    /// The first batch that claims a record of that time: its first offset, largest timestamp and epoch.
-    async fn batch_for_time(&self, timestamp_ms: i64) -> Result<Option<(Offset, i64, LeaderEpoch)>, ReadError> {
+    /// The first batch that reaches above `from` and claims a record of that time.
+    async fn batch_for_time(&self, timestamp_ms: i64, from: Offset) -> Result<Option<Batch>, ReadError> {
         let marks = self.shared.marks();
-        if let Some(tier) = self.tier.as_ref().filter(|_| marks.log_start < marks.tiered_end) {
-            let found = tier.offset_for_time(timestamp_ms).await.map_err(|e| bucket_error(marks.log_start, &e))?;
-            if let Some(found) = found.filter(|(offset, ..)| *offset >= marks.log_start) {
-                return Ok(Some(found));
+        if let Some(tier) = self.tier.as_ref().filter(|_| from < marks.tiered_end) {
+            let found = tier.batch_for_time(timestamp_ms, from).await.map_err(|error| bucket_error(from, &error))?;
+            if found.is_some() {
+                return Ok(found);
             }
         }
         let log = self.log.clone();
         let bound = marks.high_watermark;
-        let found = task::blocking(move || log.offset_for_time(timestamp_ms, bound)).await;
+        let found = task::blocking(move || log.batch_for_time(timestamp_ms, from, bound)).await;
         found.map_err(|error| ReadError::Disk { why: error.to_string() })
     }
+}
+
+/// The first record of a batch from `from` on that is that young.
+fn first_at(batch: &Batch, most: usize, timestamp_ms: i64, from: Offset) -> Result<Option<(Offset, i64)>, Malformed> {
+    for entry in batch.records_within(most)? {
+        let (offset, record) = entry?;
+        if offset >= from && record.timestamp_ms >= timestamp_ms {
+            return Ok(Some((offset, record.timestamp_ms)));
+        }
+    }
+    Ok(None)
 }
 
 fn fetched(read: log::Read, source: Source) -> Fetched {

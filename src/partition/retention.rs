@@ -1,7 +1,11 @@
 //! Retention: what to seal, upload, evict and delete. A pure function of configuration, segments and time.
 //!
 //! `retention.*` bound the whole log, `local.retention.*` what stays on disk after it is in the bucket (KIP-405).
-//! Only whole segments go, and only from the front: what is kept is always one unbroken range.
+//! Only whole segments go, and only from the front: what is kept is always one unbroken range. As in Kafka the oldest
+//! goes by size only while what remains is still at least `retention.bytes`, the active segment counted.
+//!
+//! A plan that was carried out leaves nothing to plan: what lies below the log start counts for nothing any more, and so
+//! cannot push out what lies above it.
 
 use crate::model::{Offset, TopicConfig};
 
@@ -38,9 +42,10 @@ pub struct Input<'a> {
     /// When the active segment took its first batch; `None` while it is empty.
     pub active_since_ms: Option<i64>,
     /// The first segments in the bucket, in order, from `log_start`. Those after them matter only by their bytes: what
-    /// they would add to this plan, a later one finds.
+    /// they would add to this plan, a later one finds. Empty as well where the bucket cannot be asked: then nothing that
+    /// lies behind its segments is deleted.
     pub tiered: &'a [Segment],
-    /// Bytes of all segments in the bucket.
+    /// Bytes of all segments in the bucket that reach above `log_start`.
     pub tiered_bytes: u64,
     /// Whether sealed segments are uploaded: the topic says so and there is a bucket.
     pub uploads: bool,
@@ -57,7 +62,7 @@ pub struct Plan {
     pub log_start: Option<Offset>,
     /// The base of the next sealed segment to upload. One at a time: the next plan names the one after it.
     pub upload: Option<Offset>,
-    /// Drop sealed segments that lie wholly below this from the disk: the bucket has them.
+    /// Drop sealed segments that lie wholly below this from the disk: the bucket has them, or nobody may read them.
     pub evict_below: Option<Offset>,
 }
 
@@ -65,12 +70,7 @@ pub struct Plan {
 pub fn plan(input: &Input<'_>) -> Plan {
     let log_start = log_start(input);
     let kept_from = log_start.unwrap_or(input.log_start);
-    Plan {
-        seal: seal(input),
-        log_start,
-        upload: upload(input, kept_from),
-        evict_below: evict_below(input).filter(|below| *below > kept_from),
-    }
+    Plan { seal: seal(input), log_start, upload: upload(input, kept_from), evict_below: evict_below(input, kept_from) }
 }
 
 fn seal(input: &Input<'_>) -> bool {
@@ -80,18 +80,27 @@ fn seal(input: &Input<'_>) -> bool {
     old_enough || expired || (input.hurry && input.uploads)
 }
 
+/// What of the log only the disk has. A segment that reaches into the bucket is one of these and weighs nothing: the
+/// bucket's bytes count for a part of it, and how large the rest is nobody knows.
+fn only_local<'a>(input: &Input<'a>) -> impl Iterator<Item = Segment> + use<'a> {
+    let tiered_end = input.tiered_end;
+    let held_from = tiered_end.max(input.log_start);
+    let held = input.local.iter().filter(move |segment| segment.end > held_from);
+    held.map(move |segment| Segment { bytes: if segment.base < tiered_end { 0 } else { segment.bytes }, ..*segment })
+}
+
 /// The oldest segments of the log: those in the bucket, then, where these are all, those that only the disk has.
-fn oldest<'a>(input: &Input<'a>) -> impl Iterator<Item = &'a Segment> + use<'a> {
-    let (log_start, tiered_end) = (input.log_start, input.tiered_end);
-    let all_named = input.tiered.last().map_or(log_start, |last| last.end) >= tiered_end;
+fn oldest<'a>(input: &Input<'a>) -> impl Iterator<Item = Segment> + use<'a> {
+    let log_start = input.log_start;
+    let all_named = input.tiered.last().map_or(log_start, |last| last.end) >= input.tiered_end;
     let tiered = input.tiered.iter().filter(move |segment| segment.end > log_start);
-    let local = input.local.iter().filter(move |segment| all_named && segment.base >= tiered_end);
-    tiered.chain(local.filter(move |segment| segment.end > log_start))
+    tiered.copied().chain(only_local(input).filter(move |_| all_named))
 }
 
 fn log_start(input: &Input<'_>) -> Option<Offset> {
-    let only_local = input.local.iter().filter(|segment| segment.base >= input.tiered_end);
-    let mut total = input.tiered_bytes + only_local.map(|segment| segment.bytes).sum::<u64>() + input.active.bytes;
+    let tiered_bytes = if input.tiered_end > input.log_start { input.tiered_bytes } else { 0 };
+    let local_bytes: u64 = only_local(input).map(|segment| segment.bytes).sum();
+    let mut total = tiered_bytes.saturating_add(local_bytes).saturating_add(input.active.bytes);
     let mut start = None;
     for segment in oldest(input) {
         let too_old = input.config.retention.is_some_and(|limit| expired(input, segment.youngest_ms, limit));
@@ -109,17 +118,20 @@ fn upload(input: &Input<'_>, kept_from: Offset) -> Option<Offset> {
     if !input.uploads {
         return None;
     }
-    let next = input.local.iter().find(|segment| segment.base >= input.tiered_end.max(kept_from))?;
+    let next = input.local.iter().find(|segment| segment.end > input.tiered_end.max(kept_from))?;
     (next.end <= input.high_watermark).then_some(next.base)
 }
 
-fn evict_below(input: &Input<'_>) -> Option<Offset> {
+/// Where the disk's copy may begin: behind what lies wholly below the log start, whatever the bucket has, and behind what the
+/// bucket has and the local limits say.
+fn evict_below(input: &Input<'_>, kept_from: Offset) -> Option<Offset> {
     let mut local: u64 = input.local.iter().map(|segment| segment.bytes).sum::<u64>() + input.active.bytes;
     let mut below = None;
-    for segment in input.local.iter().take_while(|segment| segment.end <= input.tiered_end) {
+    for segment in input.local {
+        let deleted = segment.end <= kept_from;
         let too_old = input.config.local_retention.is_some_and(|limit| expired(input, segment.youngest_ms, limit));
         let too_much = input.config.local_retention_bytes.is_some_and(|limit| local - segment.bytes >= limit);
-        if !(too_old || too_much) {
+        if !(deleted || (segment.end <= input.tiered_end && (too_old || too_much))) {
             break;
         }
         local -= segment.bytes;
@@ -192,6 +204,63 @@ mod tests {
         assert_eq!(plan(&input(&config, &local, &[])).log_start, Some(at(10)));
     }
 
+    /// What lay below the log start once counted again, and so the next plan gave up the rest of the log.
+    #[test]
+    fn what_was_given_up_does_not_push_out_what_is_kept() {
+        let config = config(&[("retention.bytes", "50000"), ("remote.storage.enable", "false")]);
+        let local: Vec<Segment> = (0..10).map(|n| segment(n * 60, n * 60 + 60, 15_000, 9_000)).collect();
+        let mut input = input(&config, &local, &[]);
+        let first = plan(&input);
+        assert_eq!((first.log_start, first.evict_below), (Some(at(360)), Some(at(360))));
+        input.log_start = at(360);
+        assert_eq!(plan(&input), Plan { evict_below: Some(at(360)), ..Plan::default() }, "a crash left the files");
+        input.local = &local[6..];
+        assert_eq!(plan(&input), Plan::default());
+    }
+
+    #[test]
+    fn the_active_segment_counts_for_the_size_and_never_goes() {
+        let config = config(&[("retention.bytes", "100"), ("remote.storage.enable", "false")]);
+        let local = [segment(0, 10, 100, 9_000)];
+        let mut input = input(&config, &local, &[]);
+        input.active = segment(10, 20, 99, 9_000);
+        assert_eq!(plan(&input).log_start, None);
+        input.active.bytes = 100;
+        assert_eq!(plan(&input).log_start, Some(at(10)));
+    }
+
+    #[test]
+    fn only_what_lies_wholly_below_the_log_start_leaves_the_disk() {
+        let config = config(&[]);
+        let local = [segment(0, 10, 100, 9_000), segment(10, 20, 100, 9_000)];
+        let mut input = input(&config, &local, &[]);
+        input.uploads = false;
+        for (log_start, below) in [(9, None), (10, Some(at(10))), (15, Some(at(10))), (20, Some(at(20)))] {
+            input.log_start = at(log_start);
+            assert_eq!(plan(&input).evict_below, below, "log start {log_start}");
+        }
+    }
+
+    /// The bucket's segments cannot be told apart where it cannot be asked: what lies behind them must not go first.
+    #[test]
+    fn nothing_behind_a_bucket_that_cannot_be_asked_is_deleted() {
+        let config = config(&[("retention.bytes", "0"), ("retention.ms", "1")]);
+        let local = [segment(10, 20, 100, 0)];
+        let mut input = input(&config, &local, &[]);
+        (input.tiered_end, input.uploads) = (at(10), false);
+        assert_eq!(plan(&input).log_start, None);
+    }
+
+    #[test]
+    fn a_segment_that_reaches_into_the_bucket_or_below_the_log_start_is_uploaded() {
+        let config = config(&[("retention.ms", "-1")]);
+        let (local, tiered) = ([segment(0, 10, 1, 0), segment(10, 20, 1, 0)], [segment(0, 15, 1, 0)]);
+        assert_eq!(plan(&input(&config, &local, &tiered)).upload, Some(at(10)));
+        let mut cut = input(&config, &local, &[]);
+        cut.log_start = at(5);
+        assert_eq!(plan(&cut).upload, Some(at(0)));
+    }
+
     #[test]
     fn time_retention_counts_from_the_youngest_record_and_stops_at_the_first_that_stays() {
         let config = config(&[("retention.ms", "1000"), ("remote.storage.enable", "false")]);
@@ -234,6 +303,132 @@ mod tests {
         assert!(!plan(&input).seal);
         input.hurry = true;
         assert!(plan(&input).seal);
+    }
+
+    /// A log as plans find it, and what carrying them out makes of it.
+    #[derive(Clone, Debug)]
+    struct World {
+        config: TopicConfig,
+        log_start: Offset,
+        high_watermark: Offset,
+        local: Vec<Segment>,
+        tiered: Vec<Segment>,
+        tiered_end: Offset,
+        active: Segment,
+    }
+
+    impl World {
+        fn plan(&self) -> Plan {
+            plan(&Input {
+                config: &self.config,
+                now_ms: 20_000,
+                log_start: self.log_start,
+                tiered_end: self.tiered_end,
+                high_watermark: self.high_watermark,
+                local: &self.local,
+                active: self.active,
+                active_since_ms: None,
+                tiered: &self.tiered,
+                tiered_bytes: self.tiered.iter().map(|segment| segment.bytes).sum(),
+                uploads: false,
+                hurry: false,
+            })
+        }
+
+        fn carry_out(&mut self, plan: &Plan) {
+            if let Some(start) = plan.log_start {
+                assert!(start > self.log_start && start <= self.high_watermark, "{start} in {self:?}");
+                self.log_start = start;
+                self.tiered.retain(|segment| segment.end > start);
+            }
+            if let Some(below) = plan.evict_below {
+                assert!(below <= self.log_start.max(self.tiered_end), "{below} in {self:?}");
+                self.local.retain(|segment| segment.end > below);
+            }
+        }
+
+        /// Bytes that can be read, at least: of a segment that lies in both tiers or partly below the log start, none.
+        fn readable(&self) -> u64 {
+            let whole = |segment: &&Segment| segment.base >= self.log_start;
+            let tiered: u64 = self.tiered.iter().filter(whole).map(|segment| segment.bytes).sum();
+            let local = self.local.iter().filter(|segment| segment.base >= self.tiered_end);
+            tiered + local.filter(whole).map(|segment| segment.bytes).sum::<u64>() + self.active.bytes
+        }
+    }
+
+    fn limit() -> impl Strategy<Value = Option<u64>> {
+        prop_oneof![Just(None), (0u64..1500).prop_map(Some)]
+    }
+
+    prop_compose! {
+        /// One log in two tiers, whose segments need not be cut at the same offsets.
+        fn worlds()(
+            local in prop::collection::vec((1u64..20, 0u64..200, 0i64..20_000), 0..12),
+            tiered in prop::collection::vec((1u64..20, 0u64..200, 0i64..20_000), 0..12),
+            evicted in 0usize..4,
+            start in 0u64..60,
+            committed in 0u64..300,
+            active in 0u64..200,
+            bytes in (limit(), limit()),
+            times in (any::<Option<u16>>(), any::<Option<u16>>()),
+        ) -> World {
+            let chain = |sizes: &[(u64, u64, i64)]| {
+                let mut next = 0;
+                let segments = sizes.iter().map(|&(records, bytes, youngest)| {
+                    next += records;
+                    segment(next - records, next, bytes, youngest)
+                });
+                segments.collect::<Vec<_>>()
+            };
+            let (mut local, mut tiered) = (chain(&local), chain(&tiered));
+            let end = local.last().map_or(0, |last| last.end.get());
+            tiered.retain(|segment| segment.end.get() <= end);
+            let tiered_end = tiered.last().map_or(at(0), |last| last.end);
+            local.drain(..evicted.min(local.iter().filter(|segment| segment.end <= tiered_end).count()));
+            let high_watermark = at(committed.min(end)).max(tiered_end);
+            let log_start = at(start).min(high_watermark);
+            tiered.retain(|segment| segment.end > log_start);
+            let time = |ms: Option<u16>| ms.map(|ms| std::time::Duration::from_millis(ms.into()));
+            let config = TopicConfig {
+                retention: time(times.0),
+                retention_bytes: bytes.0,
+                local_retention: time(times.1),
+                local_retention_bytes: bytes.1,
+                ..TopicConfig::default()
+            };
+            let active = segment(end, end + active, active, 20_000);
+            World { config, log_start, high_watermark, local, tiered, tiered_end, active }
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2000))]
+
+        /// One plan carried out is all there is to do, and no local file lies wholly below the log start.
+        #[test]
+        fn a_plan_that_was_carried_out_leaves_nothing_to_plan(world in worlds()) {
+            let mut after = world.clone();
+            after.carry_out(&world.plan());
+            prop_assert_eq!(after.plan(), Plan::default());
+            prop_assert!(after.local.iter().all(|segment| segment.end > after.log_start));
+        }
+
+        /// By size alone: what can still be read is as much as the limit, or all that could be read before. And the oldest
+        /// whole segment is needed for that.
+        #[test]
+        fn size_retention_keeps_the_newest_and_no_more_than_it_must(world in worlds()) {
+            let mut world = world;
+            world.config.retention = None;
+            let before = world.readable();
+            let mut after = world.clone();
+            after.carry_out(&world.plan());
+            let limit = world.config.retention_bytes.unwrap_or(u64::MAX);
+            prop_assert!(after.readable() >= limit.min(before), "{} of {before} in {after:?}", after.readable());
+            let first = after.tiered.first().or(after.local.iter().find(|one| one.base >= after.tiered_end));
+            if let Some(first) = first.filter(|first| first.base >= after.log_start && first.end <= after.high_watermark) {
+                prop_assert!(after.readable() - first.bytes < limit, "{first:?} is too much in {after:?}");
+            }
+        }
     }
 
     proptest! {

@@ -18,6 +18,7 @@ use crate::{
 struct Bench {
     log: Log,
     tier: Option<PartitionTier>,
+    commits: TierCommits,
     upkeep: Upkeep,
     queue: UpkeepQueue,
     tasks: Tasks,
@@ -47,17 +48,28 @@ impl Bench {
             let cache = Cache::open(&CacheOptions::default(), &Metrics::new()).unwrap();
             PartitionTier::new(store, cache, id, TierState::default())
         });
-        let upkeep = Upkeep::new(TierCommits::new(Arc::new(store), keys));
-        Self { log, tier, upkeep, queue: UpkeepQueue::default(), tasks: Tasks::new(), id }
+        let commits = TierCommits::new(Arc::new(store), keys);
+        let upkeep = Upkeep::new(commits.clone());
+        Self { log, tier, commits, upkeep, queue: UpkeepQueue::default(), tasks: Tasks::new(), id }
     }
 
     fn open(&self, config: &[(&str, &str)]) -> Arc<Partition> {
+        self.open_with(config, None)
+    }
+
+    /// Opens it as a restart does: with what the metadata store says.
+    async fn reopen(&self, config: &[(&str, &str)]) -> Arc<Partition> {
+        let committed = self.commits.current(self.id).await.unwrap();
+        self.open_with(config, committed.filter(|state| *state != TierState::default()))
+    }
+
+    fn open_with(&self, config: &[(&str, &str)], committed: Option<TierState>) -> Arc<Partition> {
         let spec = Spec {
             id: self.id,
             topic: TopicName::new("events").unwrap(),
             epoch: LeaderEpoch(4),
             config: resolve(config),
-            committed: None,
+            committed,
             tier: self.tier.clone(),
         };
         Partition::open(BrokerId(1), &self.log, spec, &self.queue, &self.tasks).unwrap()
@@ -126,6 +138,31 @@ async fn what_is_acknowledged_is_read_and_survives_a_reopen() {
     let again = bench.open(&[]);
     assert_eq!(again.marks().high_watermark.get(), 10);
     assert_eq!(read_all(&again, 0).await.0.len(), 10);
+}
+
+/// A fast producer's batches come in large groups; one group once lay in one segment whatever its size.
+#[tokio::test]
+async fn a_segment_does_not_outgrow_its_topic_because_batches_came_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let bench = Bench::new(dir.path(), false).await;
+    let partition = bench.open(&[("segment.bytes", "16384")]);
+    // On one thread: all of them are queued before the partition has its turn.
+    let mut answers = Vec::new();
+    for n in 0..40_u8 {
+        let permit = Arc::new(Semaphore::new(1)).acquire_owned().await.unwrap();
+        answers.push(partition.append(batch(&[n; 4000]), Acks::All, permit).await);
+    }
+    for answer in answers {
+        answer.await.unwrap().unwrap();
+    }
+    let folder = dir.path().join(bench.id.to_string());
+    let bytes: Vec<u64> = std::fs::read_dir(folder)
+        .unwrap()
+        .map(|entry| entry.unwrap())
+        .filter(|entry| entry.path().extension().is_some_and(|extension| extension == "log"))
+        .map(|entry| entry.metadata().unwrap().len())
+        .collect();
+    assert!(bytes.len() >= 10 && bytes.iter().all(|bytes| *bytes <= 16_384), "{bytes:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -218,15 +255,235 @@ async fn a_time_is_found_to_the_record_in_every_tier() {
         let answer = partition.append(builder.finish(None).unwrap(), Acks::All, permit).await;
         answer.await.unwrap().unwrap();
     }
+    let opener = Opener::new(64 << 20);
     for tiered in [false, true] {
         if tiered {
             bench.settle(&partition).await;
             assert!(partition.marks().tiered_end > Offset::ZERO);
         }
         for (time, offset) in [(0, 0), (1000, 0), (1001, 1), (1115, 12), (1230, 23)] {
-            let found = partition.reader().offset_for_time(time).await.unwrap().expect("a record that young");
+            let found = partition.reader().offset_for_time(time, &opener).await.unwrap().expect("a record that young");
             assert_eq!((found.0.get(), found.1), (offset, 1000 + i64::try_from(offset).unwrap() * 10), "{time}");
         }
-        assert_eq!(partition.reader().offset_for_time(1231).await.unwrap(), None);
+        assert_eq!(partition.reader().offset_for_time(1231, &opener).await.unwrap(), None);
     }
+}
+
+/// The header of a compressed batch is its producer's word. A search by time answered a lie of 2^62 for a record of 1970.
+#[tokio::test]
+async fn a_time_that_only_a_header_claims_is_not_found() {
+    let dir = tempfile::tempdir().unwrap();
+    let bench = Bench::new(dir.path(), true).await;
+    let partition = bench.open(&[("segment.bytes", "16384"), ("retention.ms", "-1")]);
+    let opener = Opener::new(64 << 20);
+    // The second and the third batch claim the end of time, and what is in the third nobody can decode.
+    for (time, claim, garbage) in [(1000, 1000, false), (2000, 1 << 62, false), (0, 1 << 62, true), (3000, 3000, false)]
+    {
+        let mut builder = BatchBuilder::new(Compression::Gzip);
+        let mut state = 1_u64;
+        let noise: Vec<u8> = std::iter::repeat_with(|| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            state.to_be_bytes()[0]
+        })
+        .take(9000)
+        .collect();
+        builder.push(time, None, Some(&noise), &[]).unwrap();
+        let batch = builder.finish(None).unwrap();
+        let mut bytes = bytes::BytesMut::from(&batch.to_bytes()[..]);
+        bytes[35..43].copy_from_slice(&i64::to_be_bytes(claim));
+        if garbage {
+            bytes[70..90].fill(7);
+        }
+        let crc = crc32c::crc32c(&bytes[21..]);
+        bytes[17..21].copy_from_slice(&crc.to_be_bytes());
+        let permit = Arc::new(Semaphore::new(1)).acquire_owned().await.unwrap();
+        let answer = partition.append(Batch::parse(bytes.freeze()).unwrap(), Acks::All, permit).await;
+        answer.await.unwrap().unwrap();
+    }
+    for tiered in [false, true] {
+        if tiered {
+            bench.settle(&partition).await;
+            assert!(partition.marks().tiered_end > Offset::ZERO);
+        }
+        for (time, found) in [(0, Some((0, 1000))), (1001, Some((1, 2000))), (2001, Some((3, 3000))), (3001, None)] {
+            let answer = partition.reader().offset_for_time(time, &opener).await.unwrap();
+            assert_eq!(answer.map(|(offset, time, _)| (offset.get(), time)), found, "{time}, tiered: {tiered}");
+        }
+    }
+}
+
+/// Bytes of the segment files in a data directory.
+fn bytes_on_disk(dir: &Path) -> u64 {
+    let mut bytes = 0;
+    for entry in std::fs::read_dir(dir).unwrap().map(Result::unwrap) {
+        let metadata = entry.metadata().unwrap();
+        if metadata.is_dir() {
+            bytes += bytes_on_disk(&entry.path());
+        } else if entry.path().extension().is_some_and(|extension| extension == "log") {
+            bytes += metadata.len();
+        }
+    }
+    bytes
+}
+
+const LOCAL: &[(&str, &str)] =
+    &[("segment.bytes", "16384"), ("remote.storage.enable", "false"), ("retention.ms", "-1")];
+
+fn with(limit: &'static str) -> Vec<(&'static str, &'static str)> {
+    LOCAL.iter().copied().chain([("retention.bytes", limit)]).collect()
+}
+
+/// Lowering the limit once gave up nearly the whole log, as what lay below the log start was counted again, and freed
+/// nothing, as only what the bucket has ever left the disk.
+#[tokio::test(flavor = "multi_thread")]
+async fn without_uploads_size_retention_keeps_the_limit_and_frees_the_disk() {
+    for bucket in [false, true] {
+        let dir = tempfile::tempdir().unwrap();
+        let bench = Bench::new(dir.path(), bucket).await;
+        let partition = bench.open(LOCAL);
+        for n in 0..100u8 {
+            append(&partition, &[n; 4000], Acks::All).await.unwrap();
+        }
+        bench.settle(&partition).await;
+        assert_eq!(partition.marks().log_start, Offset::ZERO);
+        let before = bytes_on_disk(dir.path());
+
+        partition.configure(resolve(&with("100000"))).await;
+        bench.settle(&partition).await;
+        let marks = partition.marks();
+        let on_disk = bytes_on_disk(dir.path());
+        assert!((100_000..100_000 + 16_384).contains(&on_disk), "{before} became {on_disk}, bucket: {bucket}");
+        assert_eq!(partition.local_bytes(), on_disk);
+        assert_eq!((marks.log_start, marks.tiered_end), (marks.local_start, Offset::ZERO));
+        let (values, _) = read_all(&partition, marks.log_start.get()).await;
+        let first = u8::try_from(marks.log_start.get()).unwrap();
+        assert_eq!(values, (first..100).map(|n| vec![n; 4000]).collect::<Vec<_>>());
+        assert_eq!(
+            partition.reader().read(Offset::ZERO, 1).await.unwrap_err(),
+            ReadError::OutOfRange { offset: Offset::ZERO, start: marks.log_start, end: marks.high_watermark }
+        );
+
+        // Again and again: nothing more goes.
+        for _ in 0..3 {
+            bench.upkeep.step(&partition).await.unwrap();
+            assert_eq!(partition.marks(), marks);
+        }
+        partition.stop().await;
+        drop(partition);
+        let again = bench.reopen(&with("100000")).await;
+        bench.settle(&again).await;
+        assert_eq!(again.marks(), marks, "after a restart, bucket: {bucket}");
+        assert_eq!(bytes_on_disk(dir.path()), on_disk);
+        again.stop().await;
+    }
+}
+
+/// The commit is in the metadata store, and the broker died before it touched the disk.
+#[tokio::test(flavor = "multi_thread")]
+async fn files_that_a_crash_left_below_the_log_start_go_with_the_next_upkeep() {
+    let dir = tempfile::tempdir().unwrap();
+    let bench = Bench::new(dir.path(), false).await;
+    let partition = bench.open(LOCAL);
+    for n in 0..40u8 {
+        append(&partition, &[n; 4000], Acks::All).await.unwrap();
+    }
+    partition.stop().await;
+    let state = TierState { log_start: Offset::new(9).unwrap(), epoch: LeaderEpoch(4), ..TierState::default() };
+    bench.commits.commit(bench.id, LeaderEpoch(4), None, &state).await.unwrap();
+    drop(partition);
+    let again = bench.reopen(LOCAL).await;
+    assert_eq!(again.marks().log_start.get(), 9);
+    bench.settle(&again).await;
+    let marks = again.marks();
+    assert!(marks.local_start > Offset::ZERO && marks.local_start.get() <= 9, "the segment of 9 stays: {marks:?}");
+    assert_eq!(bytes_on_disk(dir.path()), again.local_bytes());
+    assert_eq!(read_all(&again, 9).await.0.len(), 31);
+    again.stop().await;
+}
+
+/// An offset is never given twice, even where nothing else than the metadata store knows that it was given once.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_log_without_a_bucket_whose_disk_is_lost_goes_on_at_its_log_start() {
+    let dir = tempfile::tempdir().unwrap();
+    let bench = Bench::new(dir.path(), false).await;
+    let state = TierState { log_start: Offset::new(600).unwrap(), epoch: LeaderEpoch(4), ..TierState::default() };
+    bench.commits.commit(bench.id, LeaderEpoch(4), None, &state).await.unwrap();
+    let partition = bench.reopen(LOCAL).await;
+    let marks = partition.marks();
+    assert_eq!((marks.log_start.get(), marks.log_end.get(), marks.high_watermark.get()), (600, 600, 600));
+    assert_eq!((marks.local_start.get(), marks.tiered_end.get()), (600, 0));
+    assert_eq!(append(&partition, b"x", Acks::All).await.unwrap().base.get(), 600);
+    partition.stop().await;
+}
+
+/// History in the bucket, then uploads are turned off, deletion overtakes the tiered end, and they are turned on again.
+#[tokio::test(flavor = "multi_thread")]
+async fn uploads_that_were_off_go_on_behind_what_was_deleted_meanwhile() {
+    let dir = tempfile::tempdir().unwrap();
+    let bench = Bench::new(dir.path(), true).await;
+    let on = [("segment.bytes", "16384"), ("retention.ms", "-1"), ("local.retention.ms", "-1")];
+    let partition = bench.open(&on);
+    for n in 0..40u8 {
+        append(&partition, &[n; 4000], Acks::All).await.unwrap();
+    }
+    bench.settle(&partition).await;
+    let tiered_end = partition.marks().tiered_end;
+    assert!(tiered_end > Offset::ZERO);
+
+    partition.configure(resolve(LOCAL)).await;
+    for n in 40..100u8 {
+        append(&partition, &[n; 4000], Acks::All).await.unwrap();
+    }
+    partition.configure(resolve(&with("100000"))).await;
+    bench.settle(&partition).await;
+    let marks = partition.marks();
+    assert!(marks.log_start > tiered_end, "{marks:?}");
+    assert_eq!((marks.tiered_end, partition.tiered_bytes()), (tiered_end, 0));
+    let on_disk = bytes_on_disk(dir.path());
+    assert!((100_000..100_000 + 16_384).contains(&on_disk), "{on_disk}");
+    partition.stop().await;
+    drop(partition);
+
+    let again = bench.reopen(&with("100000")).await;
+    bench.settle(&again).await;
+    assert_eq!(again.marks(), marks, "a restart changes nothing");
+    again.configure(resolve(&on)).await;
+    bench.settle(&again).await;
+    let caught_up = again.marks();
+    assert!(caught_up.tiered_end > caught_up.log_start && caught_up.log_start == marks.log_start, "{caught_up:?}");
+    let (values, _) = read_all(&again, marks.log_start.get()).await;
+    let first = u8::try_from(marks.log_start.get()).unwrap();
+    assert_eq!(values, (first..100).map(|n| vec![n; 4000]).collect::<Vec<_>>());
+    again.stop().await;
+}
+
+/// Readers of the front while it goes: what they get is whole, or they are told where the log starts by then.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reader_at_the_front_is_told_the_start_while_segments_are_deleted() {
+    let dir = tempfile::tempdir().unwrap();
+    let bench = Bench::new(dir.path(), false).await;
+    let partition = bench.open(LOCAL);
+    let reader = partition.reader().clone();
+    let front = tokio::spawn(async move {
+        let (mut at, mut told) = (Offset::ZERO, 0);
+        loop {
+            match reader.read(at, 1).await {
+                Ok(_) => {}
+                Err(ReadError::OutOfRange { offset, start, end }) => {
+                    assert!(offset == at && start > at && start <= end, "{offset} {start} {end}");
+                    (at, told) = (start, told + 1);
+                }
+                Err(ReadError::Closed) => return told,
+                Err(error) => panic!("{error}"),
+            }
+            tokio::task::yield_now().await;
+        }
+    });
+    partition.configure(resolve(&with("60000"))).await;
+    for n in 0..200u8 {
+        append(&partition, &[n; 4000], Acks::All).await.unwrap();
+        bench.settle(&partition).await;
+    }
+    partition.stop().await;
+    assert!(front.await.unwrap() > 0);
 }

@@ -1,7 +1,8 @@
 //! Upkeep of one partition: carry out what [`retention`] plans, one step at a time.
 //!
 //! The order is what makes a crash harmless: object, manifest, commit in the metadata store, and only then the local
-//! files. A crash between any two leaves an object that nobody names, and the next try begins anew.
+//! files. A crash between any two leaves an object that nobody names, or files below the log start, and the next try begins
+//! anew: every step is planned from what is there.
 
 use std::{sync::PoisonError, time::Duration};
 
@@ -91,7 +92,8 @@ impl Upkeep {
         let plan = plan(partition, &local).await?;
         if plan.seal {
             partition.command(Command::Seal).await;
-            return Ok(Step { more: true, uploaded: None });
+            // Where nothing can be written the segment stays open, and is looked at again in time.
+            return Ok(Step { more: partition.fault().is_none(), uploaded: None });
         }
         if let Some(start) = plan.log_start {
             self.move_log_start(partition, start).await?;
@@ -102,7 +104,6 @@ impl Upkeep {
         }
         if let Some(below) = plan.evict_below {
             partition.command(Command::Evict(below)).await;
-            tracing::debug!(partition = %partition.id, %below, "evicted what the bucket has");
         }
         Ok(Step { more: plan.upload.is_some() || plan.log_start.is_some(), uploaded })
     }
@@ -115,8 +116,7 @@ impl Upkeep {
             }
             None => {
                 let before = partition.committed().unwrap_or_default();
-                let tiered_end = before.tiered_end.max(start);
-                let after = TierState { log_start: start, tiered_end, epoch: partition.epoch(), ..before };
+                let after = TierState { log_start: start, epoch: partition.epoch(), ..before };
                 self.commit_state(partition, &after).await?;
             }
         }
@@ -135,11 +135,6 @@ impl Upkeep {
         let info = local.sealed.iter().find(|segment| segment.base == base).expect("the plan chose one of these");
         let source = source(partition, info).await?;
         let end = source.end;
-        if tier.state().tiered_end < base {
-            // The tier was turned on after the log had been cut: it begins where the log does now.
-            let staged = tier.stage_trim(base, partition.epoch()).await?;
-            self.commit(partition, tier, staged).await?;
-        }
         let staged = tier.stage(&source, partition.epoch()).await?;
         self.commit(partition, tier, staged).await?;
         partition.command(Command::Tiered(end)).await;

@@ -60,6 +60,12 @@ reasons! {
     RecordTooLarge = "RECORD_TOO_LARGE", InvalidArgument, false;
     /// The bytes are no batch, or a damaged one.
     MalformedBatch = "MALFORMED_BATCH", InvalidArgument, false;
+    /// The request is larger than any message may be.
+    MessageTooLarge = "MESSAGE_TOO_LARGE", ResourceExhausted, false;
+    /// The broker has no method of this name.
+    UnknownMethod = "UNKNOWN_METHOD", Unimplemented, false;
+    /// The request's messages are compressed, which gRPC allows and this broker does not take.
+    UnsupportedEncoding = "UNSUPPORTED_ENCODING", Unimplemented, false;
     /// A gap in an idempotent producer's sequence.
     OutOfOrderSequence = "OUT_OF_ORDER_SEQUENCE", FailedPrecondition, false;
     /// A newer epoch of the same producer has written.
@@ -176,6 +182,35 @@ impl From<&Status> for Fault {
 /// Whether a failed call's status is a broker's own answer, and not the transport's or that of something in between.
 pub fn is_own(status: &Status) -> bool {
     status.get_details_error_info().is_some_and(|info| info.domain == DOMAIN)
+}
+
+/// What a refusal means that the gRPC library made itself, before or instead of a service of ours: those carry no word.
+/// `None` for every other status. `path` is that of the call, `/package.Service/Method`.
+pub fn of_transport(status: &Status, path: &str) -> Option<Fault> {
+    if !status.details().is_empty() {
+        return None;
+    }
+    let said = status.message();
+    Some(match status.code() {
+        Code::OutOfRange => {
+            let message = format!("the request is larger than a message may be: send less at once ({said})");
+            Fault::new(Reason::MessageTooLarge, message)
+        }
+        Code::Internal => Fault::new(Reason::InvalidRequest, format!("the request cannot be read: {said}")),
+        Code::Unimplemented if said.contains("compress") => {
+            let message = format!("send messages without gRPC compression; batches may be compressed instead ({said})");
+            Fault::new(Reason::UnsupportedEncoding, message)
+        }
+        Code::Unimplemented => {
+            let path: String = path.chars().take(200).collect();
+            let message = format!(
+                "this broker, version {}, has no method {path}: compare with proto/strandline/v1",
+                env!("CARGO_PKG_VERSION")
+            );
+            Fault::new(Reason::UnknownMethod, message).with("method", path)
+        }
+        _ => return None,
+    })
 }
 
 impl From<Fault> for v1::Error {

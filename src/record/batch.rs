@@ -104,7 +104,15 @@ pub enum Malformed {
         /// What is wrong with it.
         reason: &'static str,
     },
-    /// Compressed bytes that their codec refuses, or that grow beyond the bound.
+    /// Compressed bytes that grow beyond what is allowed where they are opened.
+    #[error("batch cannot be decompressed ({codec}): it grows beyond {most} bytes; send fewer records in a batch")]
+    Grows {
+        /// The codec.
+        codec: Compression,
+        /// Most bytes that its records may have.
+        most: usize,
+    },
+    /// Compressed bytes that their codec refuses.
     #[error("batch cannot be decompressed ({codec}): {reason}")]
     Compression {
         /// The codec.
@@ -178,15 +186,24 @@ impl Batch {
     }
 
     /// The same records in another codec, for topics that set `compression.type`: timestamps, producer and every
-    /// attribute but the codec stay. A batch already in that codec comes back as it is.
+    /// attribute but the codec stay, and `maxTimestamp` becomes that of the records. A batch already in that codec comes back as it is.
     ///
     /// # Errors
-    /// When it cannot be decompressed, or is larger than any batch may be in the new codec.
+    /// When it cannot be decompressed or its records are malformed, or when it is larger than any batch may be in the new
+    /// codec.
     pub fn recompress(&self, codec: Compression) -> Result<Self, Malformed> {
+        self.recompress_within(codec, limits::MAX_DECOMPRESSED_BYTES)
+    }
+
+    /// As [`Batch::recompress`], of records that have at most `most` bytes without compression.
+    ///
+    /// # Errors
+    /// As there; [`Malformed::Grows`] when they have more.
+    pub fn recompress_within(&self, codec: Compression, most: usize) -> Result<Self, Malformed> {
         if codec == self.compression() {
             return Ok(self.clone());
         }
-        let plain = self.plain_records()?;
+        let (plain, largest) = self.plain_records_of_times(most)?;
         let records = match codec {
             Compression::None => plain,
             codec => compression::compress(codec, &plain),
@@ -199,6 +216,7 @@ impl Batch {
         let mut head = self.head;
         let attributes = self.attributes() & !layout::COMPRESSION_MASK | codec as u16;
         set(&mut head, layout::ATTRIBUTES, attributes.to_be_bytes());
+        set(&mut head, layout::MAX_TIMESTAMP, largest.to_be_bytes());
         Ok(Self::seal(head, records))
     }
 
@@ -241,7 +259,7 @@ impl Batch {
         Ok(())
     }
 
-    /// What no client may send, though it is well formed: control batches, transactions.
+    /// What no client may send, though it is well formed: control batches, transactions, a timestamp type.
     pub fn check_client(&self) -> Result<(), Malformed> {
         let attributes = self.attributes();
         let refuse = |reason| Err(Malformed::Attributes { attributes, reason });
@@ -251,7 +269,10 @@ impl Batch {
         if attributes & layout::TRANSACTIONAL != 0 {
             return refuse("transactions are not supported");
         }
-        if attributes & !(layout::COMPRESSION_MASK | layout::LOG_APPEND_TIME) != 0 {
+        if attributes & layout::LOG_APPEND_TIME != 0 {
+            return refuse("only the broker says that the broker set the timestamps");
+        }
+        if attributes & !layout::COMPRESSION_MASK != 0 {
             return refuse("unknown bits are set");
         }
         Ok(())
@@ -273,6 +294,24 @@ impl Batch {
         set(&mut self.head, layout::ATTRIBUTES, attributes.to_be_bytes());
         set(&mut self.head, layout::MAX_TIMESTAMP, now_ms.to_be_bytes());
         self.renew_checksum();
+    }
+
+    /// Makes `maxTimestamp` what retention and search by time take it for: the largest timestamp of the records, where they
+    /// are plain, which checks them as [`Batch::verify_records`] does in the same walk. Of compressed ones only the first
+    /// timestamp is known, and the largest is not below it.
+    ///
+    /// # Errors
+    /// As [`Batch::verify_records`].
+    pub fn correct_max_timestamp(&mut self) -> Result<(), Malformed> {
+        let max = match self.compression() {
+            Compression::None => self.records()?.largest_timestamp()?,
+            _ => self.max_timestamp().max(self.base_timestamp()),
+        };
+        if max != self.max_timestamp() {
+            set(&mut self.head, layout::MAX_TIMESTAMP, max.to_be_bytes());
+            self.renew_checksum();
+        }
+        Ok(())
     }
 
     /// Clears a producer's claim that the broker set the timestamps, which only the broker may make.

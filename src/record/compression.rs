@@ -57,7 +57,12 @@ pub(super) fn compress(codec: Compression, plain: &[u8]) -> Bytes {
             encoder.write_all(plain).expect(MEMORY);
             encoder.finish().expect(MEMORY).into()
         }
-        Compression::Zstd => zstd::bulk::compress(plain, ZSTD_LEVEL).expect("zstd fails only without memory").into(),
+        Compression::Zstd => {
+            let mut bytes = zstd::bulk::compress(plain, ZSTD_LEVEL).expect("zstd fails only without memory");
+            // It asked for room for the worst case.
+            bytes.shrink_to_fit();
+            bytes.into()
+        }
     }
 }
 
@@ -78,14 +83,61 @@ fn compress_snappy(plain: &[u8]) -> Vec<u8> {
     out
 }
 
+/// What the frames say that they grow to, where they do. More than that, or nothing at all, comes out of a right one:
+/// a claim above a bound needs no decompression to be refused.
+pub(super) fn claimed(codec: Compression, stored: &[u8]) -> Option<usize> {
+    match codec {
+        Compression::None => Some(stored.len()),
+        // The last member's length, modulo 2^32.
+        Compression::Gzip => {
+            let length = u32::from_le_bytes(*stored.last_chunk::<4>()?);
+            usize::try_from(length).ok()
+        }
+        Compression::Snappy => snappy_claim(stored),
+        Compression::Lz4 => lz4::claimed(stored),
+        Compression::Zstd => {
+            let claimed = zstd::zstd_safe::get_frame_content_size(stored).ok()??;
+            Some(usize::try_from(claimed).unwrap_or(usize::MAX))
+        }
+    }
+}
+
+fn snappy_claim(stored: &[u8]) -> Option<usize> {
+    if !stored.starts_with(XERIAL_MAGIC) {
+        return snap::raw::decompress_len(stored).ok();
+    }
+    let (mut rest, mut total) = (stored.get(XERIAL_HEADER_BYTES..)?, 0_usize);
+    while let Some((length, after)) = rest.split_first_chunk::<4>() {
+        let length = usize::try_from(i32::from_be_bytes(*length)).ok()?;
+        let (block, following) = after.split_at_checked(length)?;
+        total = total.saturating_add(snap::raw::decompress_len(block).ok()?);
+        rest = following;
+    }
+    Some(total)
+}
+
+/// Why bytes were not decompressed.
+pub(super) enum Refused {
+    /// They grow beyond the bound.
+    Grows,
+    /// The codec says that they are wrong.
+    Codec(String),
+}
+
+impl<T: Into<String>> From<T> for Refused {
+    fn from(reason: T) -> Self {
+        Self::Codec(reason.into())
+    }
+}
+
 /// Decompresses `stored`, which is all of one batch's records, to at most `most` bytes.
 ///
 /// # Errors
-/// [`Malformed::Compression`] when the codec refuses the bytes, when bytes are left over, or when the output would
-/// pass `most`.
+/// [`Malformed::Grows`] when the output would pass `most`, [`Malformed::Compression`] when the codec refuses the bytes or
+/// when bytes are left over.
 pub fn decompress(codec: Compression, stored: &[u8], most: usize) -> Result<Bytes, Malformed> {
     let plain = match codec {
-        Compression::None if stored.len() > most => Err(beyond(most)),
+        _ if claimed(codec, stored).is_some_and(|claimed| claimed > most) => Err(Refused::Grows),
         Compression::None => Ok(stored.to_vec()),
         Compression::Gzip => {
             read_bounded(flate2::bufread::MultiGzDecoder::new(stored), stored.len().saturating_mul(2), most)
@@ -94,7 +146,10 @@ pub fn decompress(codec: Compression, stored: &[u8], most: usize) -> Result<Byte
         Compression::Lz4 => lz4::decompress(stored, most),
         Compression::Zstd => decompress_zstd(stored, most),
     };
-    let mut plain = plain.map_err(|reason| Malformed::Compression { codec, reason })?;
+    let mut plain = plain.map_err(|refused| match refused {
+        Refused::Grows => Malformed::Grows { codec, most },
+        Refused::Codec(reason) => Malformed::Compression { codec, reason },
+    })?;
     // Records are slices of this and may live long: do not let them hold much more than themselves.
     if plain.capacity() / 2 > plain.len() {
         plain.shrink_to_fit();
@@ -102,19 +157,15 @@ pub fn decompress(codec: Compression, stored: &[u8], most: usize) -> Result<Byte
     Ok(Bytes::from(plain))
 }
 
-fn beyond(most: usize) -> String {
-    format!("it grows beyond {most} bytes")
-}
-
 /// Reads all of `decoder`; the buffer starts at `hint` bytes and grows with what comes out.
-fn read_bounded(decoder: impl Read, hint: usize, most: usize) -> Result<Vec<u8>, String> {
+fn read_bounded(decoder: impl Read, hint: usize, most: usize) -> Result<Vec<u8>, Refused> {
     let mut plain = Vec::with_capacity(hint.min(most));
     let bound = u64::try_from(most).unwrap_or(u64::MAX).saturating_add(1);
     decoder.take(bound).read_to_end(&mut plain).map_err(|error| error.to_string())?;
-    if plain.len() > most { Err(beyond(most)) } else { Ok(plain) }
+    if plain.len() > most { Err(Refused::Grows) } else { Ok(plain) }
 }
 
-fn decompress_snappy(stored: &[u8], most: usize) -> Result<Vec<u8>, String> {
+fn decompress_snappy(stored: &[u8], most: usize) -> Result<Vec<u8>, Refused> {
     let mut plain = Vec::new();
     let mut decoder = snap::raw::Decoder::new();
     if !stored.starts_with(XERIAL_MAGIC) {
@@ -137,14 +188,15 @@ fn snappy_block(
     block: &[u8],
     plain: &mut Vec<u8>,
     most: usize,
-) -> Result<(), String> {
+) -> Result<(), Refused> {
     let claimed = snap::raw::decompress_len(block).map_err(|error| error.to_string())?;
     if claimed > block.len().saturating_mul(SNAPPY_BEST_RATIO) {
-        return Err(format!("a block of {} bytes cannot grow to the {claimed} that it claims", block.len()));
+        let bytes = block.len();
+        return Err(Refused::Codec(format!("a block of {bytes} bytes cannot grow to the {claimed} that it claims")));
     }
     let start = plain.len();
     if claimed > most - start {
-        return Err(beyond(most));
+        return Err(Refused::Grows);
     }
     plain.resize(start + claimed, 0);
     decoder.decompress(block, &mut plain[start..]).map_err(|error| error.to_string())?;
@@ -153,7 +205,7 @@ fn snappy_block(
 
 /// Into one buffer, without zstd's streaming window: a frame may claim a window of 128 MiB that zstd would allocate.
 /// The price is to start again with a larger buffer when the first was too small, which costs a third more at worst.
-fn decompress_zstd(stored: &[u8], most: usize) -> Result<Vec<u8>, String> {
+fn decompress_zstd(stored: &[u8], most: usize) -> Result<Vec<u8>, Refused> {
     use zstd::zstd_safe::{DCtx, get_error_name, get_frame_content_size};
     let mut room = stored.len().saturating_mul(4).max(ZSTD_BLOCK_BYTES).min(most);
     // Believed only where it makes the buffer smaller.
@@ -165,9 +217,9 @@ fn decompress_zstd(stored: &[u8], most: usize) -> Result<Vec<u8>, String> {
         let mut plain = Vec::with_capacity(room);
         match context.decompress(&mut plain, stored) {
             Ok(_) if plain.len() <= most => return Ok(plain),
-            Ok(_) => return Err(beyond(most)),
-            Err(code) if code.wrapping_neg() != ZSTD_OUTPUT_TOO_SMALL => return Err(get_error_name(code).to_owned()),
-            Err(_) if room == most => return Err(beyond(most)),
+            Ok(_) => return Err(Refused::Grows),
+            Err(code) if code.wrapping_neg() != ZSTD_OUTPUT_TOO_SMALL => return Err(get_error_name(code).into()),
+            Err(_) if room == most => return Err(Refused::Grows),
             Err(_) => room = room.max(ZSTD_BLOCK_BYTES).saturating_mul(4).min(most),
         }
     }

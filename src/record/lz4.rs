@@ -7,8 +7,10 @@
 //! The codec's crate has a frame reader too. It takes a frame that was cut between two blocks for a whole one, stops at an
 //! empty block without a word, and copies everything twice; here a frame is whole or refused, and is decoded in place.
 
-use lz4_flex::block::{decompress_into, decompress_into_with_dict};
+use lz4_flex::block::{DecompressError, decompress_into, decompress_into_with_dict};
 use twox_hash::XxHash32;
+
+use super::compression::Refused;
 
 const MAGIC: u32 = 0x184d_2204;
 const VERSION_MASK: u8 = 0b1100_0000;
@@ -29,7 +31,13 @@ const WINDOW_BYTES: usize = 64 << 10;
 /// The most that LZ4 gets from one byte of a block.
 const BEST_RATIO: usize = 255;
 
-type Checked<T> = Result<T, String>;
+type Checked<T> = Result<T, Refused>;
+
+/// How long the content is by the frame's header, where that says.
+pub(super) fn claimed(mut stored: &[u8]) -> Option<usize> {
+    let size = Frame::read(&mut stored).ok()?.content_size?;
+    Some(usize::try_from(size).unwrap_or(usize::MAX))
+}
 
 /// Decodes one frame, which must be all of `stored`, to at most `most` bytes.
 pub(super) fn decompress(stored: &[u8], most: usize) -> Checked<Vec<u8>> {
@@ -47,12 +55,12 @@ pub(super) fn decompress(stored: &[u8], most: usize) -> Checked<Vec<u8>> {
         check(&plain, take(&mut input, "the content's checksum is cut")?, "the content's checksum")?;
     }
     if frame.content_size.is_some_and(|size| size != plain.len() as u64) {
-        return Err("the content is not as long as the frame says".to_owned());
+        return Err("the content is not as long as the frame says".into());
     }
     if input.is_empty() {
         Ok(plain)
     } else {
-        Err(format!("the frame is followed by {} B that are no part of it", input.len()))
+        Err(format!("the frame is followed by {} B that are no part of it", input.len()).into())
     }
 }
 
@@ -68,28 +76,28 @@ impl Frame {
         const CUT: &str = "the frame's header is cut";
         let magic = u32::from_le_bytes(take(input, CUT)?);
         if magic != MAGIC {
-            return Err(format!("{magic:#010x} does not start an LZ4 frame"));
+            return Err(format!("{magic:#010x} does not start an LZ4 frame").into());
         }
         let descriptor = *input;
         let [flags, sizes] = take(input, CUT)?;
         if flags & VERSION_MASK != VERSION || flags & RESERVED != 0 {
-            return Err(format!("frame flags {flags:#010b} are not supported"));
+            return Err(format!("frame flags {flags:#010b} are not supported").into());
         }
         if flags & DICTIONARY != 0 {
-            return Err("the frame needs a dictionary".to_owned());
+            return Err("the frame needs a dictionary".into());
         }
         let block_bytes = match sizes {
             0x40 => 64 << 10,
             0x50 => 256 << 10,
             0x60 => 1 << 20,
             0x70 => 4 << 20,
-            _ => return Err(format!("block size code {sizes:#04x} is unknown")),
+            _ => return Err(format!("block size code {sizes:#04x} is unknown").into()),
         };
         let content_size = if flags & CONTENT_SIZE != 0 { Some(u64::from_le_bytes(take(input, CUT)?)) } else { None };
         let hashed = &descriptor[..descriptor.len() - input.len()];
         let [stored] = take(input, CUT)?;
         if XxHash32::oneshot(0, hashed).to_le_bytes()[1] != stored {
-            return Err("the header's checksum is wrong".to_owned());
+            return Err("the header's checksum is wrong".into());
         }
         Ok(Self { flags, content_size, block_bytes })
     }
@@ -98,7 +106,7 @@ impl Frame {
     fn block(&self, length: u32, input: &mut &[u8], plain: &mut Vec<u8>, most: usize) -> Checked<()> {
         let bytes = (length & !PLAIN_BLOCK) as usize;
         if bytes > self.block_bytes {
-            return Err(format!("a block of {bytes} bytes is above the frame's {}", self.block_bytes));
+            return Err(format!("a block of {bytes} bytes is above the frame's {}", self.block_bytes).into());
         }
         let (block, rest) = input.split_at_checked(bytes).ok_or("a block passes the end")?;
         *input = rest;
@@ -109,7 +117,7 @@ impl Frame {
         let left = most - start;
         if length & PLAIN_BLOCK != 0 {
             if bytes > left {
-                return Err(format!("it grows beyond {most} bytes"));
+                return Err(Refused::Grows);
             }
             plain.extend_from_slice(block);
             return Ok(());
@@ -122,9 +130,9 @@ impl Frame {
         } else {
             decompress_into_with_dict(block, out, &before[start.saturating_sub(WINDOW_BYTES)..])
         };
-        let decoded = decoded.map_err(|error| match room == left {
-            true => format!("{error}; at most {most} bytes are allowed"),
-            false => error.to_string(),
+        let decoded = decoded.map_err(|error| match error {
+            DecompressError::OutputTooSmall { .. } if room == left => Refused::Grows,
+            error => Refused::Codec(error.to_string()),
         })?;
         plain.truncate(start + decoded);
         Ok(())
@@ -138,5 +146,6 @@ fn take<const N: usize>(input: &mut &[u8], cut: &str) -> Checked<[u8; N]> {
 }
 
 fn check(bytes: &[u8], stored: [u8; 4], what: &str) -> Checked<()> {
-    if XxHash32::oneshot(0, bytes) == u32::from_le_bytes(stored) { Ok(()) } else { Err(format!("{what} is wrong")) }
+    let right = XxHash32::oneshot(0, bytes) == u32::from_le_bytes(stored);
+    if right { Ok(()) } else { Err(format!("{what} is wrong").into()) }
 }

@@ -11,13 +11,14 @@
 //! 57 recordsCount i32 │ 61 records …
 //! ```
 //!
-//! [`Batch`] is a whole batch whose framing and CRC were checked. The broker writes three of its fields, two of which
-//! the CRC does not cover: the base offset and the leader epoch ([`Batch::stamp`]). Everything else, compressed records
-//! included, passes through unread.
+//! [`Batch`] is a whole batch whose framing and CRC were checked. The broker writes its base offset and leader epoch, which
+//! the CRC does not cover ([`Batch::stamp`]); the timestamps' type and the largest of them where the topic says so
+//! ([`Batch::set_append_time`]); and the largest timestamp where the producer's is not that of the records
+//! ([`Batch::correct_max_timestamp`]). Everything else, compressed records included, passes through unread.
 //!
 //! ```text
 //! producer   BatchBuilder::push … finish ──► Batch ──► wire, disk, replicas, bucket
-//! edge       Batch::parse or split_from, check_client; recompress where the topic sets compression.type
+//! edge       Batch::parse or split_from, check_client, correct_max_timestamp; recompress where the topic sets compression.type
 //! leader     Batch::stamp
 //! consumer   Batch::records ──► Record …                    slices of the batch, or of what it decompressed to
 //! ```

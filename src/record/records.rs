@@ -20,6 +20,9 @@ use crate::{
     model::{Compression, Offset, TimestampType},
 };
 
+/// How often smaller compressed records usually are, where nothing says.
+const USUAL_RATIO: usize = 4;
+
 /// One header of a record: metadata that the system does not look at.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Header {
@@ -63,8 +66,16 @@ impl Batch {
     /// When the bytes cannot be decompressed within `limits::MAX_DECOMPRESSED_BYTES`. What is wrong with a single
     /// record comes from the iterator, at that record.
     pub fn records(&self) -> Result<Records, Malformed> {
+        self.records_within(limits::MAX_DECOMPRESSED_BYTES)
+    }
+
+    /// As [`Batch::records`], of records that have at most `most` bytes without compression.
+    ///
+    /// # Errors
+    /// As there; [`Malformed::Grows`] when they have more.
+    pub fn records_within(&self, most: usize) -> Result<Records, Malformed> {
         Ok(Records {
-            bytes: self.plain_records()?,
+            bytes: self.plain_records(most)?,
             at: 0,
             next: 0,
             count: self.count(),
@@ -79,18 +90,30 @@ impl Batch {
     /// # Errors
     /// As [`Batch::records`] and its iterator.
     pub fn verify_records(&self) -> Result<(), Malformed> {
-        let mut records = self.records()?;
-        while let Some(shape) = records.advance() {
-            shape?;
+        self.records()?.largest_timestamp().map(drop)
+    }
+
+    /// The framed records without compression, checked, and the largest of their timestamps.
+    pub(super) fn plain_records_of_times(&self, most: usize) -> Result<(Bytes, i64), Malformed> {
+        let records = self.records_within(most)?;
+        Ok((records.bytes.clone(), records.largest_timestamp()?))
+    }
+
+    /// How many bytes the records have without compression, as far as can be told without decompressing them: what the
+    /// frame says, which may be a lie, or what is usual.
+    pub fn plain_guess(&self) -> usize {
+        let stored = self.records_bytes();
+        match self.compression() {
+            Compression::None => stored.len(),
+            codec => compression::claimed(codec, stored).unwrap_or(stored.len().saturating_mul(USUAL_RATIO)),
         }
-        Ok(())
     }
 
     /// The framed records without compression.
-    pub(super) fn plain_records(&self) -> Result<Bytes, Malformed> {
+    pub(super) fn plain_records(&self, most: usize) -> Result<Bytes, Malformed> {
         match self.compression() {
             Compression::None => Ok(self.records_bytes().clone()),
-            codec => compression::decompress(codec, self.records_bytes(), limits::MAX_DECOMPRESSED_BYTES),
+            codec => compression::decompress(codec, self.records_bytes(), most),
         }
     }
 }
@@ -105,6 +128,19 @@ struct Shape {
 }
 
 impl Records {
+    /// Walks all that is left, without building any, for the largest timestamp.
+    pub(super) fn largest_timestamp(mut self) -> Result<i64, Malformed> {
+        let mut largest = i64::MIN;
+        while let Some(shape) = self.advance() {
+            largest = largest.max(self.timestamp(&shape?));
+        }
+        Ok(largest)
+    }
+
+    fn timestamp(&self, shape: &Shape) -> i64 {
+        self.append_time.unwrap_or(self.base_timestamp.wrapping_add(shape.timestamp_delta))
+    }
+
     /// Walks the next record and checks all of it. `None` after the last.
     fn advance(&mut self) -> Option<Result<Shape, Malformed>> {
         if self.next == self.count {
@@ -138,7 +174,7 @@ impl Records {
         });
         Record {
             headers: headers.collect(),
-            timestamp_ms: self.append_time.unwrap_or(self.base_timestamp.wrapping_add(shape.timestamp_delta)),
+            timestamp_ms: self.timestamp(&shape),
             key: shape.key.map(slice),
             value: shape.value.map(slice),
         }

@@ -1,7 +1,7 @@
 //! What a batch promises, tried from outside: round trips, golden bytes, every bit flip, every cut, hostile numbers,
 //! bombs.
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use proptest::prelude::*;
 
 use super::{layout, *};
@@ -175,7 +175,10 @@ fn compressed_records_cut_at_any_length_are_refused() {
             let batch = forge(codec, 27, &records[..len]);
             let error = decode(&batch).expect_err("a cut batch has no 27 records");
             assert_eq!(batch.verify_records(), Err(error.clone()), "both walks agree");
-            assert!(matches!(error, Malformed::Record { .. } | Malformed::Compression { .. }), "{codec}: {error}");
+            assert!(
+                matches!(error, Malformed::Record { .. } | Malformed::Compression { .. } | Malformed::Grows { .. }),
+                "{codec}: {error}"
+            );
         }
     }
 }
@@ -318,6 +321,49 @@ fn recompression_changes_the_codec_and_nothing_else() {
     assert_eq!(batch.recompress(Compression::Zstd).unwrap().timestamp_type(), TimestampType::LogAppendTime);
 }
 
+/// A producer may write any largest timestamp: one of 1970 had the record deleted, one of the far future found it always.
+#[test]
+fn the_largest_timestamp_becomes_that_of_the_records() {
+    let records = [5, 9, 7].map(|timestamp_ms| Record { timestamp_ms, ..Record::default() });
+    for codec in CODECS {
+        let honest = build(codec, &records, None);
+        assert_eq!(honest.max_timestamp(), 9);
+        for claim in [i64::MIN, 0, 9, 1 << 62] {
+            let mut bytes = BytesMut::from(&honest.to_bytes()[..]);
+            bytes[35..43].copy_from_slice(&claim.to_be_bytes());
+            let crc = crc32c::crc32c(&bytes[21..]);
+            bytes[17..21].copy_from_slice(&crc.to_be_bytes());
+            let mut batch = Batch::parse(bytes.freeze()).unwrap();
+            for other in CODECS.into_iter().filter(|other| *other != codec) {
+                assert_eq!(batch.recompress(other).unwrap().max_timestamp(), 9, "{codec} to {other}, {claim}");
+            }
+            batch.correct_max_timestamp().unwrap();
+            let batch = Batch::parse(batch.to_bytes()).unwrap();
+            match codec {
+                Compression::None => assert_eq!(batch, honest),
+                // Unread, only the first timestamp is known.
+                _ => assert_eq!(batch.max_timestamp(), claim.max(5), "{codec}"),
+            }
+        }
+    }
+}
+
+#[test]
+fn a_bomb_that_says_how_large_it_is_is_refused_by_its_word() {
+    let zeros = vec![0; 8 << 20];
+    for codec in [Compression::Gzip, Compression::Snappy, Compression::Zstd] {
+        let stored = super::compression::compress(codec, &zeros);
+        assert_eq!(super::compression::claimed(codec, &stored), Some(zeros.len()), "{codec}");
+    }
+    let frame = lz4_flex::frame::FrameInfo::new().content_size(Some(zeros.len() as u64));
+    let mut encoder = lz4_flex::frame::FrameEncoder::with_frame_info(frame, Vec::new());
+    std::io::Write::write_all(&mut encoder, &zeros).unwrap();
+    assert_eq!(super::compression::claimed(Compression::Lz4, &encoder.finish().unwrap()), Some(zeros.len()));
+    for codec in CODECS {
+        assert_eq!(super::compression::claimed(codec, &[]).unwrap_or(0), 0, "{codec} of nothing");
+    }
+}
+
 #[test]
 fn recompression_into_a_batch_that_is_too_large_is_refused() {
     let value = vec![0; limits::MAX_BATCH_BYTES - 40];
@@ -381,9 +427,9 @@ fn a_bomb_in_a_batch_is_refused() {
     let zeros = std::io::Read::take(std::io::repeat(0), limits::MAX_DECOMPRESSED_BYTES as u64 + 1);
     let stored = zstd::stream::encode_all(zeros, 1).unwrap();
     let batch = forge(Compression::Zstd, 1, &stored);
-    assert!(matches!(batch.records().unwrap_err(), Malformed::Compression { .. }));
-    assert!(matches!(batch.verify_records().unwrap_err(), Malformed::Compression { .. }));
-    assert!(matches!(batch.recompress(Compression::None).unwrap_err(), Malformed::Compression { .. }));
+    assert!(matches!(batch.records().unwrap_err(), Malformed::Grows { .. }));
+    assert!(matches!(batch.verify_records().unwrap_err(), Malformed::Grows { .. }));
+    assert!(matches!(batch.recompress(Compression::None).unwrap_err(), Malformed::Grows { .. }));
 }
 
 /// A few bytes that claim to become gigabytes, in the way of each codec that has a claim.
@@ -447,7 +493,7 @@ fn an_lz4_frame_that_lies_about_its_content_is_refused() {
     };
     assert_eq!(decompress(Compression::Lz4, &frame(3), 10).unwrap(), "abc");
     for size in [0, 2, 4, u64::MAX] {
-        let error = decompress(Compression::Lz4, &frame(size), 10).unwrap_err().to_string();
+        let error = decompress(Compression::Lz4, &frame(size), usize::MAX).unwrap_err().to_string();
         assert!(error.contains("as long as the frame says"), "{size}: {error}");
     }
 }

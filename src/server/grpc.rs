@@ -1,16 +1,29 @@
 //! The gRPC listener: services, health, reflection, and HTTP/2 tuned for batches.
+//!
+//! What the transport itself refuses (a message above the limit, bytes that are no message, an unknown method) never
+//! reaches a service. [`explain`] gives these answers the same stable words that every other failure carries.
 
 use std::{future::Future, io, sync::Arc, time::Duration};
 
+use axum::{extract::Request, middleware::Next, response::Response};
 use futures::Stream;
-use tonic::transport::Server;
-use tonic_health::server::{HealthReporter, health_reporter};
+use tonic::{Status, service::Routes, transport::Server};
+use tonic_health::{
+    ServingStatus,
+    server::{HealthReporter, health_reporter},
+};
 
 use super::connection::Connection;
 use crate::{
     broker::{Broker, services},
-    proto::DESCRIPTORS,
+    proto::{
+        DESCRIPTORS, fault,
+        v1::{admin_server, log_server},
+    },
 };
+
+/// Whom health is told of: the whole server, which has no name, and each service.
+const HEALTH_NAMES: [&str; 3] = ["", log_server::SERVICE_NAME, admin_server::SERVICE_NAME];
 
 /// Bytes that one stream may have on its way to us. Throughput over a distance is bounded by this per round trip.
 const STREAM_WINDOW: u32 = 4 << 20;
@@ -35,10 +48,18 @@ pub(super) async fn serve(
     stop: impl Future<Output = ()> + Send,
 ) -> anyhow::Result<()> {
     let (log, admin) = services(broker);
-    let reflection = tonic_reflection::server::Builder::configure()
-        .register_encoded_file_descriptor_set(DESCRIPTORS)
-        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-        .build_v1()?;
+    // Most tools ask for v1 first; grpcio-reflection and older ones know v1alpha alone.
+    let reflection = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(DESCRIPTORS)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+    };
+    let routes = Routes::new(log)
+        .add_service(admin)
+        .add_service(health)
+        .add_service(reflection().build_v1()?)
+        .add_service(reflection().build_v1alpha()?);
+    let routes = routes.into_axum_router().layer(axum::middleware::from_fn(explain));
     Server::builder()
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
@@ -46,10 +67,7 @@ pub(super) async fn serve(
         .max_concurrent_streams(STREAMS)
         .http2_keepalive_interval(Some(PING))
         .http2_keepalive_timeout(Some(PING))
-        .add_service(log)
-        .add_service(admin)
-        .add_service(health)
-        .add_service(reflection)
+        .add_routes(routes.into())
         .serve_with_incoming_shutdown(connections, stop)
         .await?;
     Ok(())
@@ -59,4 +77,24 @@ pub(super) async fn serve(
 pub(super) fn health()
 -> (HealthReporter, tonic_health::pb::health_server::HealthServer<impl tonic_health::pb::health_server::Health>) {
     health_reporter()
+}
+
+/// Says of every service whether it takes requests.
+pub(super) async fn report(reporter: &HealthReporter, status: ServingStatus) {
+    for name in HEALTH_NAMES {
+        reporter.set_service_status(name, status).await;
+    }
+}
+
+/// Gives a refusal of the transport's own a stable word, a sentence and a fitting code.
+async fn explain(request: Request, next: Next) -> Response {
+    let uri = request.uri().clone();
+    let mut response = next.run(request).await;
+    if let Some(status) = Status::from_header_map(response.headers())
+        && let Some(fault) = fault::of_transport(&status, uri.path())
+    {
+        // A header that cannot be written leaves the answer as it was: refused, without our word.
+        let _ = Status::from(fault).add_header(response.headers_mut());
+    }
+    response
 }

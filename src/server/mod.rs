@@ -3,8 +3,9 @@
 //! # Start
 //!
 //! 1. Take the ports: the likeliest mistake, found before any data is touched.
-//! 2. Ask the object store whose it is: another cluster's prefix ends the start. A bucket that does not answer at once
-//!    delays uploads, not the start. Then open the data directory (lock, journal replay) and the metadata store.
+//! 2. Open the data directory (lock, journal replay): nothing is claimed for a broker that cannot run. Ask the object store
+//!    whose it is: another cluster's prefix ends the start. A bucket that does not answer at once delays uploads, not the
+//!    start. Then open the metadata store.
 //! 3. Mirror the metadata, register the broker, open its partitions.
 //! 4. Serve; say that it is ready.
 //!
@@ -99,13 +100,28 @@ struct Node {
 
 impl Node {
     async fn open(config: &Config, grpc: &TcpListener, http: &TcpListener) -> anyhow::Result<Self> {
-        let tasks = Tasks::new();
         let metrics = Metrics::new();
+        let log = open_log(config, &metrics).await?;
+        let opened = Self::start(config, grpc, http, log.clone(), metrics).await;
+        if opened.is_err() {
+            // What was found clean is left clean. Why the start failed is the news, not what comes after.
+            drop(task::blocking(move || log.close()).await);
+        }
+        opened
+    }
+
+    async fn start(
+        config: &Config,
+        grpc: &TcpListener,
+        http: &TcpListener,
+        log: Log,
+        metrics: Metrics,
+    ) -> anyhow::Result<Self> {
+        let tasks = Tasks::new();
         let tier = config.object_store.url.as_deref().map(|url| open_tier(config, url, &metrics)).transpose()?;
         if let Some(tier) = &tier {
             claim(&tier.store, &tasks).await?;
         }
-        let log = open_log(config, &metrics).await?;
         let store = EmbeddedStore::open(&config.broker.data_dir).await?;
         store.keep_time(&tasks);
 
@@ -166,7 +182,7 @@ impl Listeners {
         let served = Arc::clone(broker);
         let setter = reporter.clone();
         tasks.spawn("grpc", async move {
-            setter.set_service_status("", tonic_health::ServingStatus::Serving).await;
+            grpc::report(&setter, tonic_health::ServingStatus::Serving).await;
             if let Err(error) =
                 grpc::serve(
                     &served,
@@ -190,7 +206,7 @@ impl Listeners {
     }
 
     async fn unready(&self) {
-        self.health.set_service_status("", tonic_health::ServingStatus::NotServing).await;
+        grpc::report(&self.health, tonic_health::ServingStatus::NotServing).await;
     }
 
     /// Ends the connections; those that have not ended in time are cut.
@@ -206,6 +222,7 @@ async fn open_log(config: &Config, metrics: &Metrics) -> anyhow::Result<Log> {
     let options = Options {
         journal_bytes: config.log.journal_bytes,
         journal_dir: config.log.journal_dir.clone(),
+        accept_journal_loss: config.log.accept_journal_loss,
         tail_bytes: usize::try_from(config.log.tail_memory_bytes).unwrap_or(usize::MAX),
         metrics: metrics.clone(),
         ..Options::default()
@@ -270,5 +287,6 @@ fn settings(config: &Config) -> broker::Settings {
         upkeep_workers: config.tier.upload_concurrency,
         retention_interval: config.tier.check_interval,
         garbage_grace: config.tier.garbage_grace,
+        upload_grace: config.tier.upload_grace,
     }
 }

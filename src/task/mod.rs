@@ -105,3 +105,23 @@ where
     #[expect(clippy::disallowed_methods, reason = "the one place that spawns")]
     std::thread::Builder::new().name(name.to_owned()).spawn(function).expect("the system can start a thread")
 }
+
+/// Runs `work` on so many threads at once, the caller's among them, and returns when all are done. Each is told its number,
+/// from 0. For work that blocks, on a thread that may. Where the system has no thread left, those that there are do it all.
+///
+/// # Panics
+/// When the work panicked on one of them.
+pub fn side_by_side(name: &str, threads: usize, work: impl Fn(usize) + Sync) {
+    let work = &work;
+    std::thread::scope(|scope| {
+        for number in 1..threads {
+            #[expect(clippy::disallowed_methods, reason = "the one place that spawns")]
+            let started = std::thread::Builder::new().name(name.to_owned()).spawn_scoped(scope, move || work(number));
+            if let Err(error) = started {
+                tracing::debug!(%error, name, "no thread was to be had");
+                break;
+            }
+        }
+        work(0);
+    });
+}

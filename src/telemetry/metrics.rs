@@ -160,6 +160,9 @@ metrics! {
     tier_upload_bytes: Counter = "strandline_tier_upload_bytes", "Bytes of segments uploaded and committed.";
     tier_upload_failures: Counter = "strandline_tier_upload_failures", "Uploads that failed; each is tried again.";
     tier_objects_deleted: Counter = "strandline_tier_objects_deleted", "Objects deleted by retention and garbage collection.";
+    garbage_searches: Counter = "strandline_garbage_searches", "Searches for what crashes and deletions left behind.";
+    tier_uploads_ended: Counter = "strandline_tier_uploads_ended", "Multipart uploads of killed brokers that were ended.";
+    tier_garbage_failures: Counter = "strandline_tier_garbage_failures", "What garbage collection could not list, read or take away; it is tried again.";
     cache_hits: Counter = "strandline_cache_hits", "Chunks of objects that were found in the cache.";
     cache_misses: Counter = "strandline_cache_misses", "Chunks of objects that were read from the object store.";
     partitions: Level = "strandline_partitions", "Partitions that this broker holds.";

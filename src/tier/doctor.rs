@@ -78,11 +78,14 @@ trait Probe {
 pub async fn examine(options: &StoreOptions) -> Result<Vec<Check>, OpenError> {
     let folder = format!(".strandline-doctor-{}", uuid::Uuid::new_v4());
     #[cfg(feature = "aws-sdk")]
-    if options.url.starts_with("s3://") {
-        let probe = aws::Sdk::connect(options).await?;
+    if options.is_s3() {
+        let probe = super::s3::S3::connect(options).await?;
         let mut checks = Box::pin(run(&probe, &folder)).await;
         let works = works(&checks);
-        checks.extend(if works { probe.own_checks(&folder).await } else { aws::Sdk::untried() });
+        if let Some(endpoint) = options.endpoint.as_ref().filter(|_| !works) {
+            checks[0].detail = format!("{endpoint}: {}", checks[0].detail);
+        }
+        checks.extend(if works { aws::own_checks(&probe, &folder).await } else { aws::untried_checks() });
         clean(&probe, &folder, works).await;
         return Ok(checks);
     }

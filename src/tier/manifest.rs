@@ -278,6 +278,16 @@ impl Root {
         (next, page)
     }
 
+    /// The same version of an empty manifest, with its end moved up to `base`: nothing below will ever be uploaded.
+    ///
+    /// # Panics
+    /// When it lists anything.
+    #[must_use]
+    pub fn beginning_at(&self, base: Offset) -> Self {
+        assert!(self.is_empty(), "only an empty manifest begins elsewhere");
+        Self { log_start: self.log_start.max(base), end: self.end.max(base), ..self.clone() }
+    }
+
     /// The next version, which starts at `log_start`: without what lies wholly below it. `cut` are the segments of
     /// the one page that the log start lies in, so that its bytes below are no more counted; `None` when it lies in no page.
     ///
@@ -384,6 +394,9 @@ impl Root {
         }
         if self.is_empty() && (self.log_start != self.end || self.bytes != 0) {
             return refuse("an empty manifest covers something");
+        }
+        if self.version > i64::MAX.unsigned_abs() {
+            return refuse("its version is 2^63 or more, and so has no next one");
         }
         if stamps().any(|stamp| stamp.epoch > self.epoch) {
             return refuse("a segment is newer than its manifest");

@@ -27,7 +27,8 @@
 //! # What a crash leaves
 //!
 //! Objects that no manifest names, and perhaps a multipart upload without an end. Never a manifest that names what is not
-//! there: the manifest is written after its objects are verified, and becomes current after that.
+//! there: the manifest is written after its objects are verified, and becomes current after that. Garbage collection takes
+//! the objects, and `uploads` ends the uploads where the store is S3.
 //!
 //! # Shutdown
 //!
@@ -38,18 +39,23 @@ mod cache;
 pub mod doctor;
 mod files;
 pub mod footer;
+#[doc(hidden)]
+pub mod fuzzing;
 mod garbage;
 pub mod manifest;
 pub mod name;
 mod open;
 mod partition;
 mod read;
+#[cfg(feature = "aws-sdk")]
+mod s3;
 mod segment;
 mod state;
 mod store;
 #[cfg(test)]
 mod tests;
 mod upload;
+mod uploads;
 mod wire;
 
 pub use cache::{Cache, CacheOptions};
@@ -59,9 +65,10 @@ pub use manifest::SegmentLine;
 pub use name::ManifestName;
 pub use open::{Keys, OpenError, StoreOptions, Verify};
 pub use partition::{PartitionTier, Staged};
-pub use read::{Read, ReadError, TimeHit};
+pub use read::{Read, ReadError};
 pub use segment::{SegmentSource, SourceError};
 pub use state::TierState;
 pub use store::{ClaimError, Listed, Store, StoreError, TopicRecord};
 pub use upload::UploadError;
+pub use uploads::{UploadsError, UploadsReport, end_abandoned_uploads};
 pub use wire::Invalid;

@@ -165,6 +165,21 @@ pub fn partition_folder(partition: PartitionId) -> String {
     format!("{TOPICS}/{}/{}", partition.topic, partition.number)
 }
 
+/// Whether an object's name, below the store's prefix, is that of a partition's segment.
+pub fn is_segment(object: &str) -> bool {
+    let mut parts = object.split('/');
+    let (Some(TOPICS), Some(topic), Some(number), Some(file), None) =
+        (parts.next(), parts.next(), parts.next(), parts.next(), parts.next())
+    else {
+        return false;
+    };
+    let folder = topic.parse::<TopicId>().ok().zip(number.parse::<u32>().ok());
+    // Spelled as we spell it: another spelling is another key, and nobody of ours wrote it.
+    folder.is_some_and(|(topic, number)| {
+        object == format!("{}/{file}", partition_folder(PartitionId::new(topic, number)))
+    }) && Stamp::from_segment(file).is_ok()
+}
+
 /// Exactly `width` digits.
 fn digits(text: &str, width: usize) -> Option<u64> {
     (text.len() == width && text.bytes().all(|b| b.is_ascii_digit())).then(|| text.parse().ok())?
@@ -204,6 +219,28 @@ mod tests {
             if let Ok(stamp) = Stamp::from_segment(&text) { prop_assert_eq!(stamp.segment(), text.clone()) }
             if let Ok(stamp) = Stamp::from_page(&text) { prop_assert_eq!(stamp.page(), text.clone()) }
             if let Ok(name) = text.parse::<ManifestName>() { prop_assert_eq!(name.to_string(), text) }
+        }
+    }
+
+    #[test]
+    fn only_a_segment_in_a_partitions_folder_is_a_segment() {
+        let topic = TopicId::from_bytes([0xab; 16]);
+        let stamp = Stamp::draw(Offset::new(0).unwrap(), Offset::new(9).unwrap(), LeaderEpoch(1));
+        let (segment, page) = (stamp.segment(), stamp.page());
+        let folder = partition_folder(PartitionId::new(topic, 3));
+        assert!(is_segment(&format!("{folder}/{segment}")));
+        for other in [
+            format!("{folder}/{page}"),
+            format!("{folder}/deeper/{segment}"),
+            format!("other/{folder}/{segment}"),
+            format!("/{folder}/{segment}"),
+            format!("topics/{topic}/03/{segment}"),
+            format!("topics/{}/3/{segment}", topic.to_string().to_uppercase()),
+            format!("topics/{topic}/{segment}"),
+            topic_object(topic),
+            segment.clone(),
+        ] {
+            assert!(!is_segment(&other), "{other}");
         }
     }
 

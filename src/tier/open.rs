@@ -68,6 +68,11 @@ impl StoreOptions {
             verify: Verify::Whole,
         }
     }
+
+    /// Whether the store speaks S3.
+    pub(super) fn is_s3(&self) -> bool {
+        ["s3://", "s3a://"].iter().any(|scheme| self.url.starts_with(scheme))
+    }
 }
 
 /// Options that name no store.

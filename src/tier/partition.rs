@@ -40,7 +40,7 @@ struct Inner {
 }
 
 struct View {
-    /// What was committed last, as far as it is known here. Its version only grows.
+    /// What was committed last, as far as it is known here. Its version and its log start only grow.
     state: TierState,
     readers: Readers,
 }
@@ -90,7 +90,8 @@ impl PartitionTier {
     /// Takes over a state that was read from the metadata store, unless a newer one is known.
     pub fn adopt(&self, state: TierState) {
         let mut view = self.view();
-        if state.version() > view.state.version() {
+        let age = |state: &TierState| (state.version(), state.log_start);
+        if age(&state) > age(&view.state) {
             view.state = state;
         }
     }
@@ -100,7 +101,11 @@ impl PartitionTier {
     ///
     /// One at a time for each partition; the state must be committed soon, well within the garbage collection's grace.
     pub async fn stage(&self, source: &SegmentSource, epoch: LeaderEpoch) -> Result<Staged, UploadError> {
-        let (state, root) = self.begin(epoch).await?;
+        let (state, mut root) = self.begin(epoch).await?;
+        if root.is_empty() {
+            // What lay between the bucket's end and the log start was deleted before it was uploaded.
+            root = Arc::new(root.beginning_at(state.log_start.max(source.base)));
+        }
         let from = From { offset: root.end(), inside: root.is_empty(), partition: self.inner.id, writer_epoch: epoch };
         let line = Box::pin(upload::segment(&self.inner.store, source, from)).await?;
         let (next, page) = root.extend(line, epoch, Uuid::new_v4());
@@ -111,16 +116,28 @@ impl PartitionTier {
     }
 
     /// Writes the manifest of a log that starts at `log_start`. What lies wholly below it becomes garbage with the
-    /// commit. A log start above the tiered end empties the manifest, and the bucket goes on from there.
+    /// commit. A log start above the tiered end empties the manifest; the tiered end stays, and the next segment begins behind
+    /// the gap. Where the manifest lists nothing already, the bucket is not asked: a log that is not uploaded can be cut
+    /// while the bucket is away.
     pub async fn stage_trim(&self, log_start: Offset, epoch: LeaderEpoch) -> Result<Staged, UploadError> {
+        let known = self.state();
+        if log_start > known.tiered_end && known.bytes == 0 {
+            if epoch < known.epoch {
+                return Err(UploadError::Deposed { epoch, current: known.epoch });
+            }
+            let log_start = log_start.max(known.log_start);
+            return Ok(Staged { state: TierState { log_start, epoch, ..known.clone() }, replaces: known });
+        }
         let (state, root) = self.begin(epoch).await?;
-        let log_start = log_start.max(root.log_start());
-        let cut = match root.page_to_cut(log_start) {
+        let log_start = log_start.max(state.log_start);
+        let cut_at = log_start.min(root.end()).max(root.log_start());
+        let cut = match root.page_to_cut(cut_at) {
             Some(line) => Some(self.page(&line).await?),
             None => None,
         };
-        let next = root.trim(log_start, cut.as_deref(), epoch);
-        self.write(state, next).await
+        let mut staged = self.write(state, root.trim(cut_at, cut.as_deref(), epoch)).await?;
+        staged.state.log_start = log_start;
+        Ok(staged)
     }
 
     async fn begin(&self, epoch: LeaderEpoch) -> Result<(TierState, Arc<Root>), UploadError> {
@@ -136,6 +153,8 @@ impl PartitionTier {
     async fn write(&self, replaces: TierState, next: Root) -> Result<Staged, UploadError> {
         let name = ManifestName::draw(next.version(), next.epoch());
         upload::small(&self.inner.store, &self.object(&name.to_string()), next.encode()).await?;
+        // The last look before the commit: all of it went to our store, and not to a folder made anew in its place.
+        self.inner.store.claim().await?;
         let state = TierState::of(&next, name);
         self.inner.cache.put_parsed(name.attempt, Parsed::Root(Arc::new(next))).await;
         Ok(Staged { state, replaces })
@@ -194,7 +213,7 @@ impl PartitionTier {
 
     /// The manifest that `state` names.
     pub(super) async fn root(&self, state: &TierState) -> Result<Arc<Root>, ReadError> {
-        let Some(name) = state.manifest else { return Ok(Arc::new(Root::empty(self.inner.id, state.tiered_end))) };
+        let Some(name) = state.manifest else { return Ok(Arc::new(Root::empty(self.inner.id, state.bucket_end()))) };
         let object = self.object(&name.to_string());
         let load = self.load(&object, None, |bytes| {
             let root = Root::parse(bytes)?;

@@ -17,12 +17,7 @@ use super::{
     partition::{DAMAGE_RETRIES, PartitionTier},
     store::StoreError,
 };
-use crate::{
-    limits,
-    model::{LeaderEpoch, Offset},
-    record::Batch,
-    task,
-};
+use crate::{limits, model::Offset, record::Batch};
 
 /// Chunks that one read fetches at once.
 const CHUNKS_AT_ONCE: usize = 8;
@@ -89,9 +84,6 @@ pub struct Read {
     pub bytes: usize,
 }
 
-/// The record that a search by time found: its offset, its timestamp in milliseconds, its leader epoch.
-pub type TimeHit = (Offset, i64, LeaderEpoch);
-
 /// Something that does not fit, and the chunks that it was seen in.
 struct Damage {
     chunks: Range<u64>,
@@ -131,11 +123,13 @@ impl PartitionTier {
         Ok(read)
     }
 
-    /// The first record at or above the log start whose timestamp is at or after `timestamp_ms`; `None` when the bucket holds none.
-    pub async fn offset_for_time(&self, timestamp_ms: i64) -> Result<Option<TimeHit>, ReadError> {
+    /// The first batch above the log start that reaches above `from` and whose header claims a record of `timestamp_ms` or
+    /// later; `None` when the bucket holds none. The record is in it or, by its producer's word, in none: then the caller asks
+    /// again from its end.
+    pub async fn batch_for_time(&self, timestamp_ms: i64, from: Offset) -> Result<Option<Batch>, ReadError> {
         let state = self.state();
         let root = self.root(&state).await?;
-        let mut from = state.log_start;
+        let mut from = from.max(state.log_start);
         while let Some(line) = self.segment_at_time(&root, timestamp_ms, from).await? {
             let footer = self.footer(&line).await?;
             if let Some(stretch) = footer.stretch_at_time(timestamp_ms) {
@@ -143,8 +137,8 @@ impl PartitionTier {
                 while at < line.stamp.end {
                     let (read, _) = self.read_segment(&line, &footer, at, SEARCH_BYTES).await?;
                     at = read.next;
-                    if let Some(hit) = task::blocking(move || first_at(&read, timestamp_ms, from)).await {
-                        return Ok(Some(hit));
+                    if let Some(batch) = first_at(&read, timestamp_ms, from) {
+                        return Ok(Some(batch));
                     }
                 }
             }
@@ -348,25 +342,11 @@ impl<'a> Scan<'a> {
     }
 }
 
-/// The first record of checked batches at or above `from` whose timestamp is at or after `timestamp_ms`.
-fn first_at(read: &Read, timestamp_ms: i64, from: Offset) -> Option<TimeHit> {
-    for chunk in &read.chunks {
+/// The first of checked batches that reaches above `from` and claims a record of `timestamp_ms` or later.
+fn first_at(read: &Read, timestamp_ms: i64, from: Offset) -> Option<Batch> {
+    let batches = read.chunks.iter().flat_map(|chunk| {
         let mut chunk = chunk.clone();
-        while let Ok(batch) = Batch::split_from(&mut chunk) {
-            if batch.max_timestamp() < timestamp_ms || batch.end_offset() <= from {
-                continue;
-            }
-            let epoch = batch.leader_epoch().unwrap_or_default();
-            let Ok(records) = batch.records() else {
-                // Its codec refuses it: a consumer will say so. The batch is where the time is.
-                return Some((batch.base_offset().max(from), batch.max_timestamp(), epoch));
-            };
-            for (offset, record) in records.map_while(Result::ok) {
-                if offset >= from && record.timestamp_ms >= timestamp_ms {
-                    return Some((offset, record.timestamp_ms, epoch));
-                }
-            }
-        }
-    }
-    None
+        std::iter::from_fn(move || Batch::split_from(&mut chunk).ok())
+    });
+    batches.into_iter().find(|batch| batch.max_timestamp() >= timestamp_ms && batch.end_offset() > from)
 }

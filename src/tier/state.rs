@@ -15,7 +15,8 @@ pub struct TierState {
     pub manifest: Option<ManifestName>,
     /// First offset not committed to the bucket. Never falls.
     pub tiered_end: Offset,
-    /// First offset that can be read. Never falls, never above the tiered end.
+    /// First offset that can be read. Never falls. Above the tiered end where retention deleted what was not uploaded: then
+    /// the manifest is empty.
     pub log_start: Offset,
     /// The leader epoch that committed it.
     pub epoch: LeaderEpoch,
@@ -30,6 +31,11 @@ impl TierState {
         self.manifest.map_or(0, |name| name.version)
     }
 
+    /// The end of what the bucket holds; 0 before anything was uploaded.
+    pub fn bucket_end(&self) -> Offset {
+        if self.manifest.is_some() { self.tiered_end } else { Offset::ZERO }
+    }
+
     pub(super) fn of(root: &Root, name: ManifestName) -> Self {
         Self {
             manifest: Some(name),
@@ -40,8 +46,12 @@ impl TierState {
         }
     }
 
-    /// Whether `root` is what this state was committed with.
+    /// Whether `root` is the manifest that this state names. The log start may have gone on beyond an empty one.
     pub(super) fn agrees(&self, root: &Root) -> bool {
-        self.manifest.is_some_and(|name| Self::of(root, name) == *self && name.version == root.version())
+        self.manifest.is_some_and(|name| {
+            let log_start = self.log_start.min(self.tiered_end);
+            Self::of(root, name) == Self { log_start, epoch: name.epoch, ..self.clone() }
+                && name.version == root.version()
+        })
     }
 }

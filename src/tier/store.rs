@@ -4,7 +4,7 @@
 //! [`StoreOptions::retry_for`] has passed; what cannot get better (missing, refused, not allowed) is answered at once.
 //! [`Store::stop`] ends every wait.
 
-use std::{fmt, ops::Range, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, fmt, ops::Range, sync::Arc, time::Duration};
 
 use backon::{ExponentialBuilder, Retryable};
 use bytes::Bytes;
@@ -38,6 +38,8 @@ struct Inner {
     place: String,
     cluster: String,
     options: StoreOptions,
+    /// Whether it is a folder of this machine, which may go or change while we run.
+    folder: bool,
     claimed: OnceCell<()>,
     parts: Arc<Semaphore>,
     tasks: Tasks,
@@ -142,6 +144,15 @@ pub enum ClaimError {
         /// What is wrong with it.
         reason: String,
     },
+    /// The folder that was ours is not there any more, or is another one: an unmounted disk, a folder moved away.
+    #[error(
+        "{place} was this cluster's object store and is not any more: the folder or its cluster.json is gone; mount or \
+         move it back, nothing is written there until then"
+    )]
+    Gone {
+        /// The store's URL.
+        place: String,
+    },
     /// There is nothing that could hold the prefix.
     #[error("{place}: there is no such bucket; create it, or correct the URL")]
     NoBucket {
@@ -156,13 +167,17 @@ pub enum ClaimError {
 impl ClaimError {
     /// Whether asking again later may help.
     pub fn retryable(&self) -> bool {
-        matches!(self, Self::Store(error) if error.retryable())
+        match self {
+            Self::Gone { .. } => true,
+            Self::Store(error) => error.retryable(),
+            Self::Foreign { .. } | Self::Unreadable { .. } | Self::NoBucket { .. } => false,
+        }
     }
 }
 
 /// The content of `cluster.json`.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
-struct Owner {
+pub(super) struct Owner {
     format: u32,
     cluster: String,
 }
@@ -211,6 +226,7 @@ impl Store {
             place: options.url.clone(),
             cluster: cluster.to_owned(),
             options: options.clone(),
+            folder: options.url.starts_with("file:"),
             claimed: OnceCell::new(),
             parts: Arc::new(Semaphore::new(UPLOAD_PARTS)),
             tasks: Tasks::new(),
@@ -220,7 +236,14 @@ impl Store {
 
     /// Makes sure that the prefix is this cluster's: takes it when nobody has it, refuses when another cluster has. Asks the
     /// store until it has succeeded once; everything that writes calls it first, so a caller need not.
+    ///
+    /// A folder is looked at each time. A bucket that goes away says so itself; where a disk is not mounted any more there
+    /// is still a folder, or one is made by the next write, and what lands in it is on the wrong disk.
     pub async fn claim(&self) -> Result<(), ClaimError> {
+        if self.inner.folder && self.inner.claimed.initialized() {
+            let gone = ClaimError::Gone { place: self.inner.place.clone() };
+            return if self.owned().await? { Ok(()) } else { Err(gone) };
+        }
         self.inner.claimed.get_or_try_init(|| self.ask_claim()).await.copied()
     }
 
@@ -250,7 +273,7 @@ impl Store {
     /// Whether the prefix is ours; an error when it is another cluster's.
     async fn owned(&self) -> Result<bool, ClaimError> {
         let place = self.inner.place.clone();
-        let content = match self.get(name::CLUSTER).await {
+        let content = match self.fetch(name::CLUSTER).await {
             Ok(content) => content,
             Err(StoreError::NotFound { .. }) => return Ok(false),
             Err(error) => return Err(error.into()),
@@ -309,20 +332,43 @@ impl Store {
 
     /// The whole of a small object.
     pub async fn get(&self, object: &str) -> Result<Bytes, StoreError> {
+        match self.fetch(object).await {
+            Err(missing @ StoreError::NotFound { .. }) => Err(self.missing(missing, object).await),
+            answer => answer,
+        }
+    }
+
+    async fn fetch(&self, object: &str) -> Result<Bytes, StoreError> {
         let path = self.path(object);
         self.retry(object, || async { self.inner.objects.get(&path).await?.bytes().await }).await
+    }
+
+    /// An object is missing only where the rest of the store is there: else all of it is away, and may come back.
+    async fn missing(&self, missing: StoreError, object: &str) -> StoreError {
+        if !self.inner.claimed.initialized() {
+            return missing;
+        }
+        match self.claim().await {
+            Err(gone @ ClaimError::Gone { .. }) => {
+                StoreError::Unavailable { object: object.to_owned(), reason: gone.to_string() }
+            }
+            _ => missing,
+        }
     }
 
     /// Exactly these bytes of an object. Fewer, because the object is shorter, is `Unavailable` after the retries.
     pub async fn get_range(&self, object: &str, range: Range<u64>) -> Result<Bytes, StoreError> {
         let path = self.path(object);
         let wanted = range.end.saturating_sub(range.start);
-        self.retry(object, || async {
+        let answer = self.retry(object, || async {
             let bytes = self.inner.objects.get_range(&path, range.clone()).await?;
             let got = bytes.len() as u64;
             if got == wanted { Ok(bytes) } else { Err(short(&range, got)) }
-        })
-        .await
+        });
+        match answer.await {
+            Err(missing @ StoreError::NotFound { .. }) => Err(self.missing(missing, object).await),
+            answer => answer,
+        }
     }
 
     /// An object's length.
@@ -382,6 +428,19 @@ impl Store {
         let path = self.path(folder);
         let listing = self.retry(folder, || self.inner.objects.list_with_delimiter(Some(&path))).await?;
         Ok(listing.common_prefixes.iter().filter_map(|path| path.filename()).map(str::to_owned).collect())
+    }
+
+    /// Which of these topics there is any object of. A folder alone is nothing: a directory as store keeps empty ones.
+    pub async fn held(&self, topics: &BTreeSet<TopicId>) -> Result<BTreeSet<TopicId>, StoreError> {
+        let mut held = BTreeSet::new();
+        for folder in self.folders(name::TOPICS).await? {
+            let topic = folder.parse::<TopicId>().ok().filter(|topic| topics.contains(topic));
+            let Some(topic) = topic else { continue };
+            if !self.list(&name::topic_folder(topic)).await?.is_empty() {
+                held.insert(topic);
+            }
+        }
+        Ok(held)
     }
 
     fn relative(&self, path: &Path) -> String {

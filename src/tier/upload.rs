@@ -6,7 +6,7 @@
 //! done twice, or late, changes nothing.
 //!
 //! A crash or an error leaves at most objects that no manifest names, which the garbage collection takes, and multipart
-//! uploads that were never completed, which a bucket's life-cycle rule should end.
+//! uploads that were never completed, which `uploads` ends where the store is S3.
 
 use std::collections::VecDeque;
 
@@ -364,7 +364,7 @@ impl Multipart<'_> {
         }
     }
 
-    /// Gives back what the store holds of an upload that failed. Its failure adds nothing: a life-cycle rule ends it.
+    /// Gives back what the store holds of an upload that failed. Its failure adds nothing: `uploads` ends it later.
     async fn abort(&mut self) {
         self.flying.clear();
         let aborted = tokio::time::timeout(self.store.options().request_timeout, self.upload.abort()).await;

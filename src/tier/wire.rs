@@ -94,8 +94,10 @@ impl<'a> Reader<'a> {
         Offset::new(self.u64(field)?).ok_or(Invalid::Contradiction { reason: "an offset is 2^63 or more" })
     }
 
+    /// An epoch that a batch can carry.
     pub(super) fn epoch(&mut self, field: &'static str) -> Result<LeaderEpoch, Invalid> {
-        self.u32(field).map(LeaderEpoch)
+        let epoch = LeaderEpoch::from_i32(self.u32(field)?.cast_signed());
+        epoch.ok_or(Invalid::Contradiction { reason: "a leader epoch is 2^31 or more" })
     }
 
     pub(super) fn partition(&mut self) -> Result<PartitionId, Invalid> {

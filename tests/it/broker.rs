@@ -55,6 +55,12 @@ impl Home {
         }
     }
 
+    /// Takes no object store at all.
+    pub(crate) fn without_object_store(mut self) -> Self {
+        self.object_store = None;
+        self
+    }
+
     /// Sets a topic default of the broker's configuration.
     pub(crate) fn topic_default(mut self, key: &str, value: impl ToString) -> Self {
         self.topic_defaults.push((key.to_owned(), value.to_string()));

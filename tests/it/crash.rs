@@ -2,8 +2,12 @@
 //!
 //! Several producers pipeline into several partitions of two topics, one for each durability. Segments are small and soon
 //! evicted, so that kills hit rolls, uploads, manifest commits and evictions too; some hit the recovery from the kill
-//! before, and some are polite stops. After each start a reader goes over the tail of every partition, now and then over
-//! all of it, while the producers go on. `history` judges. Every payload can be told from its own number, so damage shows.
+//! before, and some are polite stops. `history` judges. Every payload can be told from its own number, so damage shows.
+//!
+//! While the producers go on, a reader goes on in every partition after each start from a little below where the one before
+//! it ended, and looks at a piece of the history at a place drawn by lot. So a kill costs the same whether it is the
+//! first or the last, every record is read soon after it was written, and old ones again after later kills. At the end
+//! everything is read once more and must be what all those readers saw.
 //!
 //! `STRANDLINE_KILLS` says how often (`make crash-test`: 200), `STRANDLINE_SEED` repeats a run's choices, though not the
 //! scheduler's.
@@ -49,6 +53,12 @@ const REQUESTS: u64 = 1000;
 
 /// How many records below the last end that was seen a reader starts over after each kill.
 const OVERLAP: i64 = 200;
+/// Most records of the piece of history that is looked at after each kill.
+const PIECE: i64 = 1000;
+
+/// After how many kills everything that was seen so far is judged, and progress is told. The first ones each, because most
+/// runs are short.
+const ROUND: u64 = 20;
 
 /// The number of a setting of the environment.
 pub(crate) fn setting(name: &str, default: u64) -> u64 {
@@ -203,25 +213,67 @@ fn settle(load: &Load, pending: &mut HashMap<u64, Vec<Attempt>>, answer: Produce
     }
 }
 
+/// Where a reader begins, and where it may stop before the end that it is told.
+#[derive(Clone, Copy)]
+struct Part {
+    from: i64,
+    most: i64,
+}
+
 /// Reads every partition from where `from` says to the end that it is told first.
 pub(crate) async fn read(load: &Load, from: impl Fn(Log) -> i64) -> Vec<Pass> {
-    let mut log_client = wire::log(load.address);
     let mut passes = Vec::new();
-    for (topic, name) in load.topics.iter().enumerate() {
+    for topic in 0..load.topics.len() {
         for partition in 0..PARTITIONS {
             let log = (topic, partition);
-            let (began, from) = (load.tick(), from(log));
-            let end = wire::latest(&mut log_client, name, partition).await.expect("the end is known");
-            let records = wire::read_range(&mut log_client, name, partition, from, end).await.expect("it can be read");
-            let records = records.into_iter().map(|record| {
-                let bytes = record.value.expect("a value");
-                let id = identify(&bytes);
-                (record.offset, id.unwrap_or_else(|| panic!("damaged record at {name}/{partition}@{}", record.offset)))
-            });
-            passes.push(Pass { log, began, from, end, records: records.collect() });
+            passes.push(read_part(load, log, Part { from: from(log), most: i64::MAX }).await);
         }
     }
     passes
+}
+
+async fn read_part(load: &Load, log: Log, part: Part) -> Pass {
+    let mut client = wire::log(load.address);
+    let (name, partition) = (load.topics[log.0], log.1);
+    let (began, from) = (load.tick(), part.from);
+    let end = wire::latest(&mut client, name, partition).await.expect("the end is known");
+    let to = end.min(from.saturating_add(part.most));
+    let records = wire::read_range(&mut client, name, partition, from, to).await.expect("it can be read");
+    let records = records.into_iter().map(|record| {
+        let bytes = record.value.expect("a value");
+        let id = identify(&bytes);
+        (record.offset, id.unwrap_or_else(|| panic!("damaged record at {name}/{partition}@{}", record.offset)))
+    });
+    Pass { log, began, from, end, to, records: records.collect() }
+}
+
+/// What readers have seen, and where the next ones go on.
+#[derive(Default)]
+struct Readers {
+    passes: Vec<Pass>,
+    ends: HashMap<Log, i64>,
+}
+
+impl Readers {
+    /// After a kill: all that is new, and a piece of what is old.
+    async fn go_on(&mut self, load: &Load, rng: &mut StdRng) {
+        let ends = &self.ends;
+        let new = read(load, |log| ends.get(&log).map_or(0, |end| (end - OVERLAP).max(0))).await;
+        let log: Log = (rng.random_range(0..load.topics.len()), rng.random_range(0..PARTITIONS));
+        let old = Part { from: rng.random_range(0..=self.ends.get(&log).copied().unwrap_or(0)), most: PIECE };
+        let old = read_part(load, log, old).await;
+        self.ends.extend(new.iter().map(|pass| (pass.log, pass.end)));
+        self.passes.extend(new.into_iter().chain([old]));
+    }
+
+    /// Everything from the beginning.
+    async fn start_over(&mut self, load: &Load) {
+        self.passes.extend(read(load, |_| 0).await);
+    }
+
+    fn records(&self) -> i64 {
+        self.ends.values().sum()
+    }
 }
 
 /// Ends the process one way or another and starts it again, perhaps killing it once more as it recovers.
@@ -265,25 +317,23 @@ async fn nothing_acknowledged_is_lost_to_kill_9() {
         let seed = rng.random();
         tasks.spawn("producer", produce(load.clone(), producer, seed, tasks.clone()));
     }
-    let mut passes: Vec<Pass> = Vec::new();
+    let mut readers = Readers::default();
     for kill in 1..=kills {
         load.grant();
         tokio::time::sleep(Duration::from_millis(rng.random_range(50..900))).await;
         broker = tokio::task::block_in_place(|| restart(&mut home, broker, &mut rng));
         assert_eq!(home.grpc(), load.address, "nobody took the broker's port");
-        let whole = kill == kills || kill.is_multiple_of(20);
-        let tails: HashMap<Log, i64> = passes.iter().map(|pass| (pass.log, pass.end - OVERLAP)).collect();
-        let start = |log: Log| if whole { 0 } else { tails.get(&log).copied().unwrap_or(0).max(0) };
-        passes.extend(read(&load, start).await);
-        if whole || kills <= 20 {
-            judge(&load, &passes);
+        readers.go_on(&load, &mut rng).await;
+        if kill < ROUND || kill.is_multiple_of(ROUND) {
+            judge(&load, &readers.passes);
+            println!("crash: kill {kill} of {kills}, {} records so far", readers.records());
         }
     }
     tasks.stop().await;
-    passes.extend(read(&load, |_| 0).await);
-    judge(&load, &passes);
-    let acknowledged = load.acknowledged();
-    println!("crash: {kills} kills, {acknowledged} records acknowledged, {} readings, nothing lost", passes.len());
+    readers.start_over(&load).await;
+    judge(&load, &readers.passes);
+    let (acknowledged, passes) = (load.acknowledged(), readers.passes.len());
+    println!("crash: {kills} kills, {acknowledged} records acknowledged, {passes} readings, nothing lost");
     assert!(acknowledged > 100, "the load got through: {acknowledged}");
     let uploaded = std::fs::read_dir(home.bucket()).expect("the bucket").count();
     assert!(uploaded > 0, "kills hit uploads only if there are some");

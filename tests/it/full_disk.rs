@@ -4,7 +4,7 @@
 //! The data directory is a file system of its own of 96 MiB, which only a superuser can mount. Where that is not allowed the
 //! tests say so and end; `log`'s own tests, on the simulated disk, run everywhere.
 
-use std::{fs, path::PathBuf, process::Command};
+use std::{fs, io::Write as _, path::PathBuf, process::Command};
 
 use bytes::Bytes;
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
@@ -55,6 +55,14 @@ impl Mount {
         fs::write(&path, zeros).expect("there is room for it");
         path
     }
+
+    /// The filler takes what is left.
+    fn fill_more(&self) {
+        let mut filler = fs::OpenOptions::new().append(true).open(self.at.join("filler")).expect("it is there");
+        let zeros = vec![0; usize::try_from(self.free()).expect("it fits in memory")];
+        // Somebody else may take some of it meanwhile.
+        let _ = filler.write_all(&zeros);
+    }
 }
 
 impl Drop for Mount {
@@ -66,7 +74,7 @@ impl Drop for Mount {
 
 /// The order is that of being dropped: the broker first.
 struct Full {
-    _broker: Broker,
+    broker: Broker,
     mount: Mount,
     home: Home,
 }
@@ -75,7 +83,7 @@ fn start(home: Home) -> Option<Full> {
     let mut home = home.setting("log.journal_bytes", "\"16MiB\"");
     let mount = Mount::new(home.data_dir())?;
     let broker = home.start();
-    Some(Full { _broker: broker, mount, home })
+    Some(Full { broker, mount, home })
 }
 
 /// Nearly one MiB that no codec makes smaller, told apart by its number.
@@ -190,21 +198,91 @@ async fn not_one_byte_left_is_survived_without_a_restart() {
     let filler = full.mount.fill(0);
     let (count, fault) = until_full(&mut log, "t", 15).await;
     assert_eq!(fault.reason, Reason::DiskFull, "{fault:?}");
-    let another = CreateTopicRequest { name: "another".to_owned(), partitions: 1, ..Default::default() };
-    let refused = wire::admin(address).create_topic(another.clone()).await.expect_err("metadata needs room too");
-    let fault = Fault::from(&refused);
+    let another = |n| CreateTopicRequest { name: format!("another{n}"), partitions: 1, ..Default::default() };
+    // The log may give up its reserve once, and then there is room; which is taken as well.
+    let mut refused = wire::admin(address).create_topic(another(0)).await;
+    if refused.is_ok() {
+        full.mount.fill_more();
+        refused = wire::admin(address).create_topic(another(1)).await;
+    }
+    let fault = Fault::from(&refused.expect_err("metadata needs room too"));
     assert_eq!(fault.reason, Reason::MetadataUnavailable, "{fault:?}");
     assert!(fault.reason.retryable() && fault.message.contains("full"), "{fault:?}");
     holds(&mut log, "t", count).await;
     fs::remove_file(filler).expect("removed");
     append_until_taken(&mut log, "t", count).await;
-    wire::admin(address).create_topic(another).await.expect("there is room");
+    wire::admin(address).create_topic(another(2)).await.expect("there is room");
     tokio::task::block_in_place(|| {
         eventually("the bucket has it all", || {
             (partition(&full.home.cli(), "t")["tiered_end"] == count + 1).then_some(())
         });
     });
     holds(&mut log, "t", count + 1).await;
+}
+
+/// The log starts above 0 and what lies from there on can be read, whole.
+async fn holds_the_end(full: &Full, log: &mut LogClient<Channel>, count: u64) -> u64 {
+    let state = tokio::task::block_in_place(|| partition(&full.home.cli(), "t"));
+    let start = state["log_start"].as_u64().expect("a number");
+    let (from, end) = (i64::try_from(start).expect("few"), i64::try_from(count).expect("few"));
+    let records = wire::read_range(log, "t", 0, from, end).await.expect("it reads");
+    assert_eq!(records.len() as u64, count - start);
+    for (number, record) in (start..).zip(records) {
+        assert!(record.value == Some(payload(number)), "record {number}");
+    }
+    start
+}
+
+/// What a user does whose disk is full: keep less.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lower_limit_frees_a_full_disk_without_a_restart() {
+    let Some(full) = tokio::task::block_in_place(|| start(Home::new())) else { return };
+    wire::create_topic(full.home.grpc(), "t", 1, &[("remote.storage.enable", "false"), SMALL[0], SMALL[3]]).await;
+    let mut log = wire::log(full.home.grpc());
+    let (count, fault) = until_full(&mut log, "t", 0).await;
+    assert_eq!(fault.reason, Reason::DiskFull, "{fault:?}");
+    let free = full.mount.free();
+    tokio::task::block_in_place(|| {
+        full.home.cli().ok(&["topic", "alter", "t", "--config", "retention.bytes=10000000"]);
+    });
+    append_until_taken(&mut log, "t", count).await;
+    tokio::task::block_in_place(|| {
+        eventually("the disk is given back", || (full.mount.free() > free + (10 << 20)).then_some(()));
+    });
+    let start = holds_the_end(&full, &mut log, count + 1).await;
+    assert!(start > 0 && count + 1 - start >= 10, "{start} of {count}");
+}
+
+/// A broker that could not start there could not be told to keep less either.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_broker_starts_on_a_disk_without_one_byte_and_can_be_helped() {
+    let Some(full) = tokio::task::block_in_place(|| start(Home::new())) else { return };
+    let local = [("remote.storage.enable", "false"), SMALL[0], SMALL[3]];
+    wire::create_topic(full.home.grpc(), "t", 1, &local).await;
+    let mut log = wire::log(full.home.grpc());
+    for number in 0..25 {
+        wire::append(&mut log, request("t", number)).await.expect("there is room");
+    }
+    let (Full { broker, mount, mut home }, filler) = tokio::task::block_in_place(|| {
+        let filler = full.mount.fill(0);
+        (full, filler)
+    });
+    let broker = tokio::task::block_in_place(|| {
+        broker.kill9();
+        home.start()
+    });
+    let full = Full { broker, mount, home };
+    let mut log = wire::log(full.home.grpc());
+    holds(&mut log, "t", 25).await;
+    let fault = wire::append(&mut log, request("t", 25)).await.expect_err("it is full");
+    assert_eq!(fault.reason, Reason::DiskFull, "{fault:?}");
+    tokio::task::block_in_place(|| {
+        full.home.cli().ok(&["topic", "alter", "t", "--config", "retention.bytes=5000000"]);
+        eventually("the disk is given back", || (full.mount.free() > 10 << 20).then_some(()));
+    });
+    assert!(holds_the_end(&full, &mut log, 25).await > 10);
+    fs::remove_file(filler).expect("removed");
+    append_until_taken(&mut log, "t", 25).await;
 }
 
 /// Not even the superuser writes there.

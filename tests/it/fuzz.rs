@@ -8,11 +8,12 @@ use std::path::Path;
 
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 
-#[path = "../../fuzz/entries.rs"]
+#[path = "../../fuzz/entries/mod.rs"]
 mod entries;
+mod seeds;
 
-/// Mutated inputs of each entry: some seconds of a debug build.
-const ITERATIONS: u64 = 30_000;
+/// Mutated inputs of each entry, fewer of the slow ones: some seconds of a debug build.
+const ITERATIONS: u64 = 20_000;
 
 /// Prints the input when the entry panics.
 struct Running<'a>(&'a str, &'a [u8]);
@@ -26,35 +27,22 @@ impl Drop for Running<'_> {
     }
 }
 
-fn run((name, entry): entries::Entry, input: &[u8]) {
-    let _running = Running(name, input);
-    entry(input);
+fn run(entry: &entries::Entry, input: &[u8]) -> bool {
+    let _running = Running(entry.name, input);
+    (entry.run)(input)
 }
 
-/// The files of a folder in the order of their names.
-fn files(folder: &str) -> Vec<Vec<u8>> {
+/// The names and contents of a folder's files, in the order of their names; none where there is no such folder.
+fn files(folder: &str) -> Vec<(String, Vec<u8>)> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join(folder);
+    if !folder.exists() {
+        return Vec::new();
+    }
     let mut paths: Vec<_> = std::fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path()).collect();
     paths.retain(|path| path.is_file());
     paths.sort();
-    paths.iter().map(|path| std::fs::read(path).unwrap()).collect()
-}
-
-/// Good inputs of an entry, made from the golden batches.
-fn seeds(name: &str) -> Vec<Vec<u8>> {
-    let batches: Vec<_> = ["src/record/golden", "src/record/golden/kafka"]
-        .into_iter()
-        .flat_map(files)
-        .filter(|file| file.starts_with(&[0, 0, 1]))
-        .collect();
-    assert_eq!(batches.len(), 10);
-    let (codec, count) = (|batch: &[u8]| batch[22], |batch: &[u8]| [batch[59], batch[60]]);
-    let seed = |batch: Vec<u8>| match name {
-        "records" => [&[codec(&batch)][..], &count(&batch), &batch[61..]].concat(),
-        "decompress" => [&[codec(&batch)], &batch[61..]].concat(),
-        _ => batch,
-    };
-    batches.into_iter().map(seed).collect()
+    let name = |path: &Path| path.file_name().unwrap().to_string_lossy().into_owned();
+    paths.iter().map(|path| (name(path), std::fs::read(path).unwrap())).collect()
 }
 
 /// One to eight changes of the kinds that parsers stumble over.
@@ -101,12 +89,48 @@ fn number(variable: &str, default: u64) -> u64 {
 
 #[test]
 fn cases_that_were_found_once_stay_fixed() {
+    let mut cases = 0;
     for entry in entries::ENTRIES {
-        let cases = files(&format!("fuzz/regressions/{}", entry.0));
-        assert!(!cases.is_empty(), "{} has none", entry.0);
-        for case in cases {
-            run(*entry, &case);
+        for (_, case) in files(&format!("fuzz/regressions/{}", entry.name)) {
+            run(entry, &case);
+            cases += 1;
         }
+    }
+    assert!(cases > 15, "they were found: {cases}");
+}
+
+/// What an earlier version wrote is read. A format that changes gets a new version and keeps its old seeds.
+#[test]
+fn every_seed_is_accepted() {
+    for entry in entries::ENTRIES {
+        let seeds = files(&format!("fuzz/seeds/{}", entry.name));
+        assert!(!seeds.is_empty(), "{} has none", entry.name);
+        for (name, seed) in seeds {
+            assert!(run(entry, &seed), "fuzz/seeds/{}/{name} is refused", entry.name);
+        }
+    }
+}
+
+/// What this version writes is read, whatever lies in `fuzz/seeds`.
+#[test]
+fn what_is_written_now_is_accepted() {
+    for (target, name, seed) in seeds::all() {
+        let entry = entries::ENTRIES.iter().find(|entry| entry.name == target).unwrap();
+        assert!(run(entry, &seed), "{target}: {name} is refused");
+    }
+}
+
+#[test]
+fn every_entry_is_a_target_and_has_its_folders() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz");
+    let mut targets: Vec<_> = files("fuzz/fuzz_targets").into_iter().map(|(name, _)| name).collect();
+    let mut entries: Vec<_> = entries::ENTRIES.iter().map(|entry| format!("{}.rs", entry.name)).collect();
+    targets.sort();
+    entries.sort();
+    assert_eq!(targets, entries);
+    let manifest = std::fs::read_to_string(root.join("Cargo.toml")).unwrap();
+    for target in targets {
+        assert!(manifest.contains(&format!("path = \"fuzz_targets/{target}\"")), "{target} is not in fuzz/Cargo.toml");
     }
 }
 
@@ -115,13 +139,24 @@ fn mutated_inputs_break_no_parser() {
     let (seed, iterations) = (number("FUZZ_SEED", 1), number("FUZZ_ITERATIONS", ITERATIONS));
     for entry in entries::ENTRIES {
         let mut rng = StdRng::seed_from_u64(seed);
-        let seeds = seeds(entry.0);
-        for seed in &seeds {
-            run(*entry, seed);
-        }
-        for _ in 0..iterations {
+        let seeds: Vec<_> = files(&format!("fuzz/seeds/{}", entry.name)).into_iter().map(|(_, seed)| seed).collect();
+        for _ in 0..iterations / entry.weight {
             let input = mutate(&mut rng, &seeds);
-            run(*entry, &input);
+            run(entry, &input);
+        }
+    }
+}
+
+/// For `make fuzz-seeds`. A seed that is there is never touched: it is what an earlier version wrote.
+#[test]
+#[ignore = "writes files"]
+fn write_missing_seeds() {
+    for (target, name, seed) in seeds::all() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/seeds").join(target);
+        std::fs::create_dir_all(&folder).unwrap();
+        let path = folder.join(name);
+        if !path.exists() {
+            std::fs::write(path, seed).unwrap();
         }
     }
 }

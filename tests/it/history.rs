@@ -56,8 +56,10 @@ pub(crate) struct Pass {
     pub(crate) began: u64,
     /// Where it began.
     pub(crate) from: i64,
-    /// The end that it was told before it read, up to which it read.
+    /// The end that it was told before it read.
     pub(crate) end: i64,
+    /// Where it stopped: at that end, or below it when it was only to look at a piece.
+    pub(crate) to: i64,
     /// What it saw, in the order in which it saw it.
     pub(crate) records: Vec<(i64, u64)>,
 }
@@ -100,8 +102,9 @@ impl History {
         let content = content(log, &passes, &mut found);
         ends(log, &passes, &mut found);
         identities(log, &attempts, &content, &mut found);
+        let acknowledged = Acknowledged::of(&attempts);
         for pass in &passes {
-            losses(&attempts, pass, &mut found);
+            acknowledged.losses(pass, &mut found);
         }
         producer_order(log, &attempts, &content, &mut found);
         time_order(log, &attempts, &mut found);
@@ -124,8 +127,8 @@ fn content(log: Log, passes: &[&Pass], found: &mut Vec<Violation>) -> BTreeMap<i
                 found.push(Violation::Rewritten { log, offset, first, second: payload });
             }
         }
-        if expected < pass.end {
-            found.push(Violation::Skipped { log, after: expected - 1, next: pass.end });
+        if expected < pass.to {
+            found.push(Violation::Skipped { log, after: expected - 1, next: pass.to });
         }
     }
     content
@@ -161,15 +164,40 @@ fn identities(log: Log, attempts: &[&Attempt], content: &BTreeMap<i64, u64>, fou
     }
 }
 
-/// A reader must see, where it read, all that was acknowledged before it began.
-fn losses(attempts: &[&Attempt], pass: &Pass, found: &mut Vec<Violation>) {
-    let seen: HashSet<u64> = pass.records.iter().map(|&(_, payload)| payload).collect();
-    for one in attempts.iter().filter(|one| one.answered < pass.began) {
-        if let Outcome::Acknowledged { offset } = one.outcome
-            && offset >= pass.from
-            && !seen.contains(&one.payload)
-        {
-            found.push(Violation::Lost { log: pass.log, offset, payload: one.payload });
+/// What was acknowledged in one log, in the order of its offsets, so that what a reader must have seen is found without
+/// going over the whole history for each of them.
+struct Acknowledged<'a> {
+    attempts: Vec<(i64, &'a Attempt)>,
+    /// For each, when the first of it and all above it was answered.
+    earliest: Vec<u64>,
+}
+
+impl<'a> Acknowledged<'a> {
+    fn of(attempts: &[&'a Attempt]) -> Self {
+        let offset = |one: &&'a Attempt| match one.outcome {
+            Outcome::Acknowledged { offset } => Some((offset, *one)),
+            _ => None,
+        };
+        let mut attempts: Vec<_> = attempts.iter().filter_map(offset).collect();
+        attempts.sort_by_key(|&(offset, _)| offset);
+        let mut earliest: Vec<u64> = attempts.iter().map(|(_, one)| one.answered).collect();
+        for at in (1..earliest.len()).rev() {
+            earliest[at - 1] = earliest[at - 1].min(earliest[at]);
+        }
+        Self { attempts, earliest }
+    }
+
+    /// A reader must see, where it read, all that was acknowledged before it began.
+    fn losses(&self, pass: &Pass, found: &mut Vec<Violation>) {
+        let seen: HashSet<u64> = pass.records.iter().map(|&(_, payload)| payload).collect();
+        let first = self.attempts.partition_point(|&(offset, _)| offset < pass.from);
+        // Above the first place from which on everything was answered later, nothing was its to see.
+        let due = self.attempts[first..].iter().zip(&self.earliest[first..]);
+        for (&(offset, one), _) in due.take_while(|&(_, &earliest)| earliest < pass.began) {
+            let looked = !(pass.to..pass.end).contains(&offset);
+            if looked && one.answered < pass.began && !seen.contains(&one.payload) {
+                found.push(Violation::Lost { log: pass.log, offset, payload: one.payload });
+            }
         }
     }
 }
@@ -226,7 +254,8 @@ mod tests {
 
     fn pass(began: u64, from: i64, payloads: &[u64]) -> Pass {
         let records: Vec<(i64, u64)> = (from..).zip(payloads.iter().copied()).collect();
-        Pass { log: LOG, began, from, end: from + records.len() as i64, records }
+        let end = from + records.len() as i64;
+        Pass { log: LOG, began, from, end, to: end, records }
     }
 
     /// Five records in order, one of unknown outcome that is there, one that is not, one that was refused.
@@ -285,6 +314,31 @@ mod tests {
     }
 
     #[test]
+    fn a_reader_of_a_piece_answers_for_the_piece_and_for_what_lies_above_the_end() {
+        let piece = |from, to, payloads: &[u64]| {
+            let mut history = sound();
+            history.passes = vec![pass(100, 0, &[1, 2, 3, 6, 7])];
+            history.passes.push(Pass { end: 5, to, ..pass(110, from, payloads) });
+            history
+        };
+        assert_eq!(piece(1, 4, &[2, 3, 6]).check(), []);
+        let short = piece(1, 4, &[2, 3]).check();
+        assert!(short.contains(&Violation::Skipped { log: LOG, after: 2, next: 4 }), "{short:?}");
+        assert!(short.contains(&Violation::Lost { log: LOG, offset: 3, payload: 6 }), "{short:?}");
+        let rewritten = piece(1, 3, &[2, 4]).check();
+        assert!(
+            rewritten.contains(&Violation::Rewritten { log: LOG, offset: 2, first: 3, second: 4 }),
+            "{rewritten:?}"
+        );
+        // Acknowledged above the end that it was told: lost, wherever it stopped.
+        let mut history = piece(1, 2, &[2]);
+        history.attempts.push(attempt(8, 80, 85, Outcome::Acknowledged { offset: 5 }));
+        assert!(history.check().contains(&Violation::Lost { log: LOG, offset: 5, payload: 8 }));
+        let pieces = history.check().iter().filter(|one| matches!(one, Violation::Lost { .. })).count();
+        assert_eq!(pieces, 2, "by the reader of everything and by that of the piece");
+    }
+
+    #[test]
     fn a_duplicate_is_found() {
         let mut history = sound();
         history.passes = vec![pass(100, 0, &[1, 2, 3, 6, 7, 3])];
@@ -339,7 +393,7 @@ mod tests {
     fn gaps_repeats_and_steps_back_of_a_reader_are_found() {
         let with = |records: Vec<(i64, u64)>, end| {
             let mut history = sound();
-            history.passes = vec![Pass { log: LOG, began: 100, from: 0, end, records }];
+            history.passes = vec![Pass { log: LOG, began: 100, from: 0, end, to: end, records }];
             history.check()
         };
         let gap = with(vec![(0, 1), (1, 2), (3, 6), (4, 7)], 5);

@@ -137,6 +137,7 @@ async fn a_bad_batch_is_refused_by_name_and_nothing_of_it_is_stored() {
         ("an unknown codec", wire::frame(&good[61..], 2, 7)),
         ("a control batch", wire::frame(&good[61..], 2, 1 << 5)),
         ("a transaction", wire::frame(&good[61..], 2, 1 << 4)),
+        ("the broker's own timestamp type", wire::frame(&good[61..], 2, 1 << 3)),
         ("unknown attributes", wire::frame(&good[61..], 2, 1 << 9)),
         ("half a batch", good[..good.len() / 2].to_vec()),
         ("half a header", good[..30].to_vec()),
@@ -380,6 +381,13 @@ fn a_wrong_configuration_names_file_line_and_key() {
             assert!(output.stderr.contains(word), "says {word:?}: {more}: {output:?}");
         }
         assert!(!data.exists(), "nothing was made: {more}");
+    }
+    // A flag is told the same as the file's line.
+    let dev = ["dev", "--data-dir", data.to_str().expect("a path of ours"), "--listen", "localhost:29464"];
+    let listen = Cli::without_broker(home.path()).run(&dev);
+    assert_eq!(listen.code, 1, "{listen:?}");
+    for word in ["grpc.listen", "localhost:29464", "an IP address and a port"] {
+        assert!(listen.stderr.contains(word), "says {word:?}: {listen:?}");
     }
     let missing = Cli::without_broker(home.path()).run(&["broker", "--config", "/nowhere/broker.toml"]);
     assert_eq!(missing.code, 1, "{missing:?}");

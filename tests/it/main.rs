@@ -7,6 +7,8 @@ mod broker;
 mod crash;
 mod crash_client;
 mod damage;
+mod deletion;
+mod edge;
 mod end_to_end;
 mod figures;
 mod format;
@@ -14,10 +16,13 @@ mod full_disk;
 mod fuzz;
 mod history;
 mod hostile;
+mod kafka_reader;
+mod lost;
 mod outage;
 mod pages;
 mod proxy;
 mod python;
+mod retention;
 mod rooms;
 // For clippy: what is compiled for tests only may unwrap.
 #[cfg(test)]

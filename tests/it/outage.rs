@@ -251,3 +251,33 @@ fn size_retention_covers_both_tiers_and_objects_go_after_the_grace() {
     let rest: String = text.split_inclusive('\n').skip(usize::try_from(start).expect("positive")).collect();
     reads(&cli, "t", "earliest", &rest);
 }
+
+/// `mv bucket away`, as when a disk is unmounted: the folder was made again, without its card, and acks=tiered said that
+/// records were in the bucket.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_counts_as_tiered_in_a_folder_that_has_vanished() {
+    let mut home = Home::new();
+    let _broker = tokio::task::block_in_place(|| home.start());
+    let config = [("segment.ms", "200"), ("remote.storage.enable", "true")];
+    wire::create_topic(home.grpc(), "t", 1, &config).await;
+    let mut log = wire::log(home.grpc());
+    let tiered = |timeout_ms| {
+        let mut request = wire::append_plain("t", 0, vec![Bytes::from_static(b"x")]);
+        (request.acks, request.timeout_ms) = (Acks::Tiered.into(), timeout_ms);
+        request
+    };
+    wire::append(&mut log, tiered(30_000)).await.expect("the bucket is there");
+    let away = home.path().join("away");
+    std::fs::rename(home.bucket(), &away).expect("moved");
+    let fault = wire::append(&mut log, tiered(3_000)).await.expect_err("there is no bucket");
+    assert_eq!(fault.reason, Reason::Timeout, "{fault}");
+    assert!(!home.bucket().exists(), "no new bucket is made in its place");
+    wire::append(&mut log, wire::append_plain("t", 0, vec![Bytes::from_static(b"y")]))
+        .await
+        .expect("without the bucket");
+    let said = home.log();
+    assert!(said.contains("cluster.json is gone"), "the log names it: {said}");
+    std::fs::rename(&away, home.bucket()).expect("moved back");
+    let appended = wire::append(&mut log, tiered(30_000)).await.expect("it is back");
+    assert_eq!((appended.base_offset, appended.durability()), (3, strandline::proto::v1::Durability::Tiered));
+}

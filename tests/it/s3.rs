@@ -6,6 +6,7 @@
 mod faults;
 mod fs;
 mod tier;
+mod uploads;
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
@@ -37,6 +38,7 @@ pub(crate) struct S3 {
     address: SocketAddr,
     folder: tempfile::TempDir,
     faults: Faults,
+    uploads: fs::Uploads,
     tasks: Tasks,
     thread: Option<std::thread::JoinHandle<()>>,
 }
@@ -58,9 +60,10 @@ impl S3 {
     pub(crate) fn begin() -> Self {
         let folder = tempfile::tempdir().unwrap();
         std::fs::create_dir(folder.path().join(BUCKET)).unwrap();
-        let faults = Faults::default();
+        let (faults, uploads) = (Faults::default(), fs::Uploads::default());
         let files = s3s_fs::FileSystem::new(folder.path()).unwrap();
-        let mut service = S3ServiceBuilder::new(fs::LongKeys { files, faults: faults.clone() });
+        let mut service =
+            S3ServiceBuilder::new(fs::LongKeys { files, faults: faults.clone(), uploads: uploads.clone() });
         service.set_auth(SimpleAuth::from_single(ACCESS_KEY, SECRET_KEY));
         let shared = Arc::new(Shared {
             service: service.build(),
@@ -76,7 +79,7 @@ impl S3 {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             runtime.block_on(serve(listener, shared, of_thread));
         });
-        Self { address, folder, faults, tasks, thread: Some(thread) }
+        Self { address, folder, faults, uploads, tasks, thread: Some(thread) }
     }
 
     /// Its URL: `http://127.0.0.1:PORT`.
@@ -87,6 +90,16 @@ impl S3 {
     /// What goes wrong from now on.
     pub(crate) fn faults(&self) -> &Faults {
         &self.faults
+    }
+
+    /// The keys of the multipart uploads that have no end yet.
+    pub(crate) fn open_uploads(&self) -> Vec<String> {
+        self.uploads.keys()
+    }
+
+    /// Makes those uploads so much older.
+    pub(crate) fn age_uploads(&self, by: Duration) {
+        self.uploads.age(by);
     }
 
     /// The environment that gives a process access.

@@ -57,6 +57,19 @@ def main(address: str) -> None:
         assert list(mine.headers) == list(theirs.headers), theirs
     assert got[0].timestamp_ms == 1_700_000_000_000, got[0]
 
+    # A stream ends once all that was sent is answered, also when nothing was.
+    requests = [
+        log_pb2.ProduceRequest(
+            correlation=number,
+            append=log_pb2.AppendRequest(topic=TOPIC, partition=0, records=log_pb2.PlainRecords(records=sent[:1])),
+        )
+        for number in range(5)
+    ]
+    answers = list(log.Produce(iter(requests), timeout=30))
+    assert sorted(answer.correlation for answer in answers) == list(range(5)), answers
+    assert all(answer.HasField("appended") for answer in answers), answers
+    assert list(log.Produce(iter([]), timeout=30)) == []
+
     try:
         log.Append(
             log_pb2.AppendRequest(topic="nobody", records=log_pb2.PlainRecords(records=sent)), timeout=10

@@ -44,7 +44,7 @@ mod history;
 mod table;
 
 /// The file's name in the data directory.
-pub const FILE: &str = "metadata.redb";
+pub const FILE: &str = crate::log::METADATA;
 
 /// redb's page cache. Metadata is small and the view mirrors it.
 const CACHE_BYTES: usize = 16 << 20;

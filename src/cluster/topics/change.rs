@@ -184,7 +184,7 @@ impl Topics {
                 .when(Compare::ModRevision(entry.key.clone(), entry.mod_revision))
                 .delete(entry.key)
                 .delete(self.keys.partition(PartitionId::new(value.id, 0)))
-                .put(self.keys.deleted(value.id), DeletedValue { name: name.clone() }.encode());
+                .put(self.keys.deleted(value.id), DeletedValue { name: name.clone(), gone_since_ms: None }.encode());
             if let Outcome::Done { .. } = self.store.transact(transaction).await? {
                 if let Err(error) = self.delete_rest(&value).await {
                     tracing::info!(topic = %name, id = %value.id, %error, "the rest of a deleted topic is left to the sweep");

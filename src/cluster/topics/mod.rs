@@ -15,7 +15,7 @@
 //! # What a crash leaves
 //!
 //! Partition keys that no topic counts. [`Sweep`] deletes them; a maker whose keys it takes away meanwhile is refused in
-//! its last transaction, with a retryable error.
+//! its last transaction, with a retryable error. A deleted topic leaves a [`Mark`], until long after the last of it is gone.
 
 use std::{ops::Range, sync::Arc};
 
@@ -25,14 +25,16 @@ use super::{
     store::{Compare, Entry, MetaStore, Op, Outcome, Revision, StoreError, Transaction},
     view::{Known, View},
 };
-use crate::model::{ConfigMap, InvalidConfig, LeaderEpoch, PartitionId, TopicConfig, TopicName};
+use crate::model::{ConfigMap, InvalidConfig, LeaderEpoch, PartitionId, TopicConfig, TopicName, near};
 
 mod change;
 mod create;
+mod marks;
 mod sweep;
 
 pub use change::{AddPartitionsError, AlterError, DeleteError};
 pub use create::{CreateError, NewTopic};
+pub use marks::Mark;
 pub use sweep::Sweep;
 
 /// Operations in one transaction of many: below `limits::MAX_TRANSACTION_OPS`, with room for what goes with them.
@@ -100,14 +102,9 @@ impl Topics {
     pub fn unknown(&self, name: &str) -> UnknownTopic {
         let name: String = name.chars().take(TopicName::MAX_BYTES).collect();
         let state = self.view.state();
-        let mut near: Vec<_> = state
-            .topics()
-            .keys()
-            .map(|known| (strsim::jaro_winkler(&name, known.as_str()), known))
-            .filter(|(likeness, _)| *likeness > 0.8)
-            .collect();
-        near.sort_by(|a, b| b.0.total_cmp(&a.0).then_with(|| a.1.cmp(b.1)));
-        UnknownTopic { name, near: near.into_iter().take(NEAR_NAMES).map(|(_, name)| name.clone()).collect() }
+        let near = near::nearest(&name, state.topics().keys(), |known| known.as_str(), NEAR_NAMES);
+        let near = near.into_iter().cloned().collect();
+        UnknownTopic { name, near }
     }
 
     /// Takes the next block of producer ids. An unknown outcome costs a block and no more.

@@ -306,3 +306,63 @@ async fn producer_ids_are_given_once() {
     starts.sort_unstable();
     assert_eq!(starts, [0, 1000, 2000, 3000, 4000]);
 }
+
+#[tokio::test]
+async fn the_mark_of_a_deleted_topic_ends_long_after_the_last_of_it_and_not_before() {
+    const KEPT: Duration = Duration::from_millis(1000);
+    let cluster = Cluster::of(1).await;
+    let id = cluster.create("gone", 3, 1).await.expect("made").value.id;
+    assert_eq!(cluster.topics.marks().await, Ok(vec![]));
+    cluster.topics.delete(&name("gone")).await.expect("deleted");
+    cluster.catch_up().await;
+    // One look at all marks at a time, as a restarted broker would.
+    let age = async |left: bool, now_ms: i64| {
+        let marks = cluster.topics.marks().await.expect("answers");
+        let [mark] = marks.as_slice() else { panic!("one mark: {marks:?}") };
+        assert_eq!(mark.id, id);
+        cluster.topics.age(mark, left, now_ms, KEPT).await.expect("answers")
+    };
+    for (left, now_ms) in
+        [(true, 0), (true, 5000), (false, 6000), (false, 6999), (true, 7001), (false, 7002), (false, 8001)]
+    {
+        assert!(!age(left, now_ms).await, "left: {left}, at {now_ms}");
+        assert_eq!(cluster.topics.was_deleted(id).await, Ok(true));
+    }
+    // A key of it turns up: of a creation that was cut short, or a deletion.
+    let stray = Key::Partition(PartitionId::new(id, 2));
+    let value = PartitionValue {
+        replicas: vec![BrokerId(1)],
+        leader: None,
+        leader_epoch: LeaderEpoch(0),
+        isr: vec![],
+        elr: vec![],
+        adding: vec![],
+        removing: vec![],
+    };
+    cluster.put(&stray, value.encode()).await;
+    assert!(!age(false, 9000).await);
+    assert_eq!(cluster.sweep().await, [id]);
+    assert!(!age(false, 10_000).await, "counted from when nothing was left again");
+
+    // Two look at the same moment: one ends it.
+    let marks = cluster.topics.marks().await.expect("answers");
+    assert_eq!(cluster.topics.age(&marks[0], false, 11_000, KEPT).await, Ok(true));
+    assert_eq!(cluster.topics.age(&marks[0], false, 11_000, KEPT).await, Ok(false));
+    assert_eq!(cluster.topics.was_deleted(id).await, Ok(false));
+    assert_eq!(cluster.paths("deleted/").await, Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn a_mark_without_its_newer_fields_is_read_and_one_that_does_not_parse_is_kept() {
+    let cluster = Cluster::of(1).await;
+    let (old, torn) = (TopicId::from_bytes([1; 16]), TopicId::from_bytes([2; 16]));
+    cluster.put(&Key::Deleted(old), &b"{\"name\":\"old\"}"[..]).await;
+    cluster.put(&Key::Deleted(torn), &b"{"[..]).await;
+    let marks = cluster.topics.marks().await.expect("answers");
+    assert_eq!(marks.iter().map(|mark| mark.id).collect::<Vec<_>>(), [old]);
+    for (now_ms, ended) in [(1, false), (2, true)] {
+        let marks = cluster.topics.marks().await.expect("answers");
+        assert_eq!(cluster.topics.age(&marks[0], false, now_ms, Duration::from_millis(1)).await, Ok(ended));
+    }
+    assert_eq!(cluster.topics.was_deleted(torn).await, Ok(true));
+}

@@ -229,8 +229,9 @@ impl Machine {
         self.changes.push(Change { dir: path.parent().unwrap_or(Path::new("")).to_owned(), what });
     }
 
+    /// Bytes of the files that have a name: one that was removed takes no room, though a crash may bring it back.
     fn used(&self) -> u64 {
-        self.files.values().map(|content| content.bytes.len() as u64).sum()
+        self.names.values().map(|id| self.files[id].bytes.len() as u64).sum()
     }
 
     fn content(&mut self, id: u64, boot: u64) -> io::Result<&mut Content> {

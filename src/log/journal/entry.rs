@@ -22,6 +22,9 @@ use crate::{
 
 const MAGIC: &[u8; 8] = b"STRLJRN1";
 const CRC_FROM: usize = 12;
+/// Largest sequence and generation that can be: one is added for each round and each change, so nothing written comes near,
+/// and the next one always exists.
+pub(in crate::log) const MAX_NUMBER: u64 = i64::MAX.unsigned_abs();
 pub(in crate::log) const ROUND_HEAD: usize = 44;
 pub(in crate::log) const ENTRY_HEAD: usize = 80;
 
@@ -134,7 +137,18 @@ pub(in crate::log) fn encode<'a>(
     front[8..CRC_FROM].copy_from_slice(&crc.to_be_bytes());
 }
 
-/// The round that begins at the front of `bytes`, if its directory is whole and of this data directory.
+/// The data directory that wrote the round at the front of `bytes`, if the round's own directory is whole there.
+pub(in crate::log) fn owner(bytes: &[u8]) -> Option<Uuid> {
+    let mut head = bytes.strip_prefix(MAGIC)?.get(..ROUND_HEAD - MAGIC.len())?;
+    let crc = head.get_u32();
+    let id = Uuid::from_slice(head.get(..16)?).ok()?;
+    head.advance(24);
+    let end = usize::try_from(head.get_u32()).ok()?.checked_mul(ENTRY_HEAD)?.checked_add(ROUND_HEAD)?;
+    (crc32c::crc32c(bytes.get(CRC_FROM..end)?) == crc).then_some(id)
+}
+
+/// The round that begins at the front of `bytes`, if its directory is whole, of this data directory, and says nothing that
+/// is never written.
 pub(in crate::log) fn decode(bytes: &[u8], directory: Uuid) -> Option<RoundRead> {
     let mut head = bytes.get(..ROUND_HEAD)?;
     if &head[..8] != MAGIC || &head[CRC_FROM..CRC_FROM + 16] != directory.as_bytes() {
@@ -143,7 +157,7 @@ pub(in crate::log) fn decode(bytes: &[u8], directory: Uuid) -> Option<RoundRead>
     head.advance(8);
     let crc = head.get_u32();
     head.advance(16);
-    let sequence = head.get_u64();
+    let sequence = Some(head.get_u64()).filter(|sequence| *sequence <= MAX_NUMBER)?;
     let count = usize::try_from(head.get_u32()).ok()?;
     let total = usize::try_from(head.get_u32()).ok()?;
     let directory_end = count.checked_mul(ENTRY_HEAD)?.checked_add(ROUND_HEAD)?;
@@ -162,13 +176,15 @@ pub(in crate::log) fn decode(bytes: &[u8], directory: Uuid) -> Option<RoundRead>
         let mut topic = [0; 16];
         header.copy_to_slice(&mut topic);
         let id = PartitionId::new(TopicId::from_bytes(topic), number);
-        let generation = header.get_u64();
+        let generation = Some(header.get_u64()).filter(|generation| *generation <= MAX_NUMBER)?;
         let (base, end) = (Offset::new(header.get_u64())?, Offset::new(header.get_u64())?);
         let (segment, position) = (Offset::new(header.get_u64())?, header.get_u64());
         let payload = at..at.checked_add(usize::try_from(header.get_u32()).ok()?)?;
         let heads_crc = header.get_u32();
         let epoch = LeaderEpoch::from_i32(header.get_i32());
-        if payload.end > total {
+        // Positions in a segment are 32 bits wide.
+        let segment_end = position.checked_add(payload.len() as u64)?;
+        if payload.end > total || segment_end > u64::from(u32::MAX) {
             return None;
         }
         at = payload.end;

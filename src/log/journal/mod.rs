@@ -7,6 +7,8 @@
 //! # Invariants
 //!
 //! - Rounds are numbered without gaps, and a round is written only after the one before it was synced.
+//! - The round that a checkpoint of a running directory names as the first is in the journal: [`Journal::begin`] writes
+//!   one before the first of these checkpoints. So a journal that was lost, or is another directory's, is noticed.
 //! - A file is used again only after everything in it is synced in its segment and a checkpoint says that replay begins
 //!   later (`sync`).
 //! - A failed write is final: every item from then on is answered with the reason, and appends are refused.
@@ -207,6 +209,21 @@ impl Journal {
         let (items, payload) = self.next_round_items(&queue);
         // What is queued meanwhile makes the round longer, at most to its bound.
         entry::round_bytes(items, payload).max(entry::round_bytes(1, self.round_bytes))
+    }
+
+    /// Writes a round of nothing. A checkpoint that says where replay begins names a round that is there for certain, so that a
+    /// journal without it is known to be another one. There is room for it: [`Self::make_room`] was just called.
+    pub(super) fn begin(&self) -> io::Result<()> {
+        let mut writer = lock(&self.writer);
+        let Writer { current, buffer } = &mut *writer;
+        let current = current.as_mut().expect("there is room");
+        let round = buffer.slice(entry::round_bytes(0, 0));
+        let sequence = self.next_round();
+        entry::encode(round, self.directory, sequence, std::iter::empty());
+        current.file.write_durable(round, current.position)?;
+        current.position += round.len() as u64;
+        self.next_round.store(sequence + 1, Ordering::Release);
+        Ok(())
     }
 
     /// Writes one round of what is queued and answers it. There is room for it: [`Self::make_room`] was just called.

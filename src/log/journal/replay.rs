@@ -19,6 +19,9 @@ use crate::{
     model::{Offset, PartitionId},
 };
 
+/// Bytes of a file that are read to see whose it is: the entry headers of all but the longest rounds.
+const OWNER: usize = 64 << 10;
+
 /// What the journal says.
 #[derive(Default)]
 pub(in crate::log) struct Journaled {
@@ -29,6 +32,8 @@ pub(in crate::log) struct Journaled {
     pub(in crate::log) replicas: HashMap<PartitionId, Story>,
     /// A round that was durable cannot be read, and so it is not known whose data it held.
     pub(in crate::log) unknown_loss: Option<String>,
+    /// Why the journal is not the one that the directory was running with, when it is not.
+    pub(in crate::log) missing: Option<String>,
     rounds: BTreeMap<u64, (PathBuf, u64, Vec<EntryRead>)>,
 }
 
@@ -53,22 +58,62 @@ pub(in crate::log) struct Story {
     barrier: u64,
 }
 
+/// Another directory whose journal lies in `dir`, if one does.
+pub(in crate::log) fn other_owner(disk: &dyn Disk, dir: &Path, directory: Uuid) -> io::Result<Option<Uuid>> {
+    for path in files(disk, dir)?.unwrap_or_default() {
+        let owner = entry::owner(&front(disk, &path, OWNER)?);
+        if owner.is_some_and(|owner| owner != directory) {
+            return Ok(owner);
+        }
+    }
+    Ok(None)
+}
+
+/// Whether anything was ever written to a journal in `dir`: its files are zeros before.
+pub(in crate::log) fn was_written(disk: &dyn Disk, dir: &Path) -> io::Result<bool> {
+    for path in files(disk, dir)?.unwrap_or_default() {
+        if front(disk, &path, BLOCK)?.iter().any(|byte| *byte != 0) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+fn front(disk: &dyn Disk, path: &Path, bytes: usize) -> io::Result<Vec<u8>> {
+    let mut front = vec![0; bytes];
+    let read = disk.open(path, Mode::Read)?.read_at(&mut front, 0)?;
+    front.truncate(read);
+    Ok(front)
+}
+
+/// The journal's files in `dir`; `None` where there is no such folder.
+fn files(disk: &dyn Disk, dir: &Path) -> io::Result<Option<Vec<PathBuf>>> {
+    match disk.list(dir) {
+        Ok(entries) => {
+            let ours = entries.iter().filter(|entry| entry.name.ends_with(".journal") && !entry.is_dir);
+            Ok(Some(ours.map(|entry| dir.join(&entry.name)).collect()))
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
 /// Reads the journal in `dir`, from round `first_round` on.
 pub(in crate::log) fn read(disk: &dyn Disk, dir: &Path, directory: Uuid, first_round: u64) -> io::Result<Journaled> {
-    let mut journaled = Journaled { next_round: first_round, ..Journaled::default() };
+    let mut journaled = Journaled::nothing(first_round);
     let mut torn: Vec<u64> = Vec::new();
-    let entries = match disk.list(dir) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(journaled),
-        Err(error) => return Err(error),
+    let Some(paths) = files(disk, dir)? else {
+        journaled.missing = Some("there is no such folder".to_owned());
+        return Ok(journaled);
     };
-    for file in entries.iter().filter(|entry| entry.name.ends_with(".journal")) {
-        let path = dir.join(&file.name);
-        let bytes = Bytes::from(disk.read(&path)?);
+    let mut older = None;
+    for path in &paths {
+        let bytes = Bytes::from(disk.read(path)?);
         let mut at = 0;
         while at < bytes.len() {
-            let round = entry::decode(&bytes[at..], directory).filter(|round| round.sequence >= first_round);
-            let Some(round) = round else {
+            let round = entry::decode(&bytes[at..], directory);
+            older = older.max(round.as_ref().map(|round| round.sequence).filter(|sequence| *sequence < first_round));
+            let Some(round) = round.filter(|round| round.sequence >= first_round) else {
                 at += BLOCK;
                 continue;
             };
@@ -84,7 +129,17 @@ pub(in crate::log) fn read(disk: &dyn Disk, dir: &Path, directory: Uuid, first_r
     journaled.next_round = last.map_or(first_round, |last| last + 1);
     let gap = last.and_then(|last| (first_round..last).find(|sequence| !journaled.rounds.contains_key(sequence)));
     journaled.unknown_loss = gap.map(|sequence| format!("round {sequence} of the journal cannot be read"));
-    if let Some(last) = last.filter(|last| torn.contains(last)) {
+    if last.is_none() {
+        journaled.missing = Some(match (paths.len(), older) {
+            (0, _) => "it holds no journal file".to_owned(),
+            (files, None) => format!("its {files} files hold no round of this directory"),
+            (files, Some(older)) => {
+                format!("its {files} files end with round {older}, and round {first_round} is where replay begins")
+            }
+        });
+    }
+    // The first round was durable when the checkpoint named it: damage to it is no torn end.
+    if let Some(last) = last.filter(|last| torn.contains(last) && *last > first_round) {
         // Nobody was answered about a round that was being written.
         tracing::warn!(round = last, "the journal's last round is torn and is left out");
         journaled.rounds.remove(&last);
@@ -94,6 +149,11 @@ pub(in crate::log) fn read(disk: &dyn Disk, dir: &Path, directory: Uuid, first_r
 }
 
 impl Journaled {
+    /// A journal of which nothing is needed; rounds go on with `next_round`.
+    pub(in crate::log) fn nothing(next_round: u64) -> Self {
+        Self { next_round, ..Self::default() }
+    }
+
     /// Follows every replica's entries.
     fn tell(&mut self, torn: &[u64]) {
         for (sequence, (path, _, entries)) in &self.rounds {

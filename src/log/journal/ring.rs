@@ -16,6 +16,19 @@ const ZEROS: usize = 1 << 20;
 /// Files that a ring needs to go round.
 const LEAST: usize = 2;
 
+/// Files that a ring is cut into, and the largest that one of them may be: a file is made whole before it is used, which must
+/// not take long.
+const FILES: u64 = 16;
+const MOST_FILE_BYTES: u64 = 64 << 20;
+const LEAST_FILE_BYTES: u64 = 64 << 10;
+
+/// Bytes of a file, and most files, of a ring of `bytes`.
+pub(in crate::log) fn shape(bytes: u64) -> (u64, usize) {
+    let file_bytes = (bytes / FILES).next_multiple_of(4096).clamp(LEAST_FILE_BYTES, MOST_FILE_BYTES);
+    let files = bytes.div_ceil(file_bytes).max(FILES);
+    (file_bytes, usize::try_from(files).unwrap_or(usize::MAX))
+}
+
 /// Which files there are and what they hold.
 pub(in crate::log) struct Ring {
     disk: Arc<dyn Disk>,
@@ -109,11 +122,13 @@ impl Ring {
         Ok(Some(Current { file, serial: self.uses, position: 0 }))
     }
 
-    /// Where replay would have to begin if the files before use `keep` were given up: the sequence of a round.
+    /// Where replay would have to begin if the files before use `keep` were given up: the sequence of a round that was
+    /// written. The file that was entered last may hold none yet.
     pub(in crate::log) fn start_after(&self, keep: u64, next_round: u64) -> u64 {
-        let last = self.used.len().saturating_sub(1);
-        let kept = self.used.iter().enumerate().find(|(i, used)| used.serial >= keep || *i == last);
-        kept.map_or(next_round, |(_, used)| used.first_round)
+        let written = self.used.iter().take_while(|used| used.first_round < next_round);
+        let last = written.clone().last();
+        let kept = written.clone().find(|used| used.serial >= keep).or(last);
+        kept.map_or(next_round, |used| used.first_round)
     }
 
     /// Gives up the files that hold only rounds below `first_round`. The one being written stays.

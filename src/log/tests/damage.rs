@@ -111,6 +111,31 @@ fn a_damaged_round_of_the_journal_refuses_only_whose_data_it_held() {
     assert_eq!(log.open_replica(partition(0), at(6)).unwrap().log_end(), at(6));
 }
 
+/// A reader at the start was told that offset 0 is damaged, and got nothing.
+#[test]
+fn what_lies_before_damage_is_served_and_the_damaged_batch_is_the_one_named() {
+    for (byte, says) in [(100, "CRC"), (8, ""), (3, "begins at offset"), (13, "its leader epoch is 65537, not 1")] {
+        let disk = SimDisk::new();
+        let log = open(&disk);
+        let mut replica = log.open_replica(partition(0), at(0)).unwrap();
+        let batches: Vec<Batch> = (0..8).map(|i| batch(i * 3, 3, 1, 1, 1000)).collect();
+        write(&log, &mut replica, &batches);
+        log.close().unwrap();
+        drop((replica, log));
+        disk.kill();
+        assert!(disk.flip(&replica_file(0), (5 * 1000 + byte) * 8));
+        let log = open(&disk);
+        let reader = log.open_replica(partition(0), at(0)).unwrap().reader();
+        let read = reader.read_disk(at(0), at(24), 1 << 20).unwrap();
+        assert_eq!((read.next, read.bytes), (at(15), 5000), "{says}");
+        let Err(ReadError::Damaged { offset, why, .. }) = reader.read_disk(at(15), at(24), 1 << 20) else {
+            panic!("{says}: served")
+        };
+        assert_eq!(offset, at(15));
+        assert!(why.contains(says), "{says}: {why}");
+    }
+}
+
 fn replica_file(number: u32) -> std::path::PathBuf {
     Path::new("/data").join(partition(number).topic.to_string()).join(number.to_string()).join(format!("{:020}.log", 0))
 }
@@ -135,6 +160,12 @@ fn a_synced_segment_that_is_missing_or_short_is_lost_and_its_files_are_kept() {
     assert_eq!(persisted, at(12));
     assert!(why.contains("100 of 180 bytes"), "{why}");
     assert_eq!(disk.read(&replica_file(0)).unwrap().len(), 100);
+    // A clean stop once took the record of what nobody had read for what is there, and the next start served it.
+    log.close().unwrap();
+    drop(log);
+    let log = open(&disk);
+    assert!(!log.opened_clean());
+    assert!(matches!(log.open_replica(partition(0), at(0)), Err(ReplicaError::Lost { .. })), "still lost");
 }
 
 /// A replica that nobody was told of leaves files behind when it is forgotten. Made again, its new file once did not yet

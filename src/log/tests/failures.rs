@@ -81,3 +81,55 @@ fn a_stop_that_fails_half_way_forgets_no_producer() {
         assert_eq!(replica.producers().check(retry, 2), known, "after {operations} operations");
     }
 }
+
+/// What lets segments go needs room itself: a broker that could not start on a full disk could never be helped.
+#[test]
+fn a_disk_that_others_filled_to_the_last_byte_can_be_opened_and_takes_its_reserve_again_later() {
+    let options = || Options { reserve_bytes: 64 << 10, ..small() };
+    let reserve = Path::new("/data/reserve");
+    let held = |disk: &SimDisk| disk.files().iter().any(|(path, _)| path == reserve);
+    let start = |disk: &SimDisk| Log::open(Arc::new(disk.clone()), Path::new("/data"), &identity(), options());
+    let disk = SimDisk::new();
+    let log = start(&disk).unwrap();
+    let mut replica = log.open_replica(partition(0), at(0)).unwrap();
+    for base in (0..8).step_by(2) {
+        write(&log, &mut replica, &[batch(base, 2, 1, 1, 5000)]);
+        replica.roll().unwrap();
+    }
+    assert!(held(&disk));
+    drop((replica, log));
+    disk.kill();
+    disk.set_capacity(Some(disk.files().iter().map(|(_, len)| len).sum()));
+
+    let log = start(&disk).unwrap();
+    assert!(!held(&disk));
+    let mut replica = log.open_replica(partition(0), at(0)).unwrap();
+    assert_eq!(read_all(&replica.reader(), at(0)).unwrap().len(), 4);
+    replica.advance_log_start(at(4));
+    assert_eq!(replica.evict(at(4)), Ok(10_000), "what is deleted leaves the disk");
+    log.sync_step();
+    assert!(!held(&disk), "there is no plenty yet");
+    disk.set_capacity(None);
+    write(&log, &mut replica, &[batch(8, 1, 1, 1, 5000)]);
+    assert!(held(&disk));
+}
+
+/// While the disk has not one byte, whoever removes segments waits for the journal, and the journal for a checkpoint.
+#[test]
+fn a_checkpoint_that_finds_no_room_takes_that_of_the_reserve() {
+    let disk = SimDisk::new();
+    let options = Options { reserve_bytes: 64 << 10, ..small() };
+    let log = Log::open(Arc::new(disk.clone()), Path::new("/data"), &identity(), options).unwrap();
+    let mut replica = log.open_replica(partition(0), at(0)).unwrap();
+    write(&log, &mut replica, &[batch(0, 2, 1, 1, 5000)]);
+    let reserve = |disk: &SimDisk| disk.files().iter().any(|(path, _)| path == Path::new("/data/reserve"));
+    assert!(reserve(&disk));
+    disk.set_capacity(Some(disk.files().iter().map(|(_, len)| len).sum()));
+    log.inner_recycle();
+    assert!(!reserve(&disk), "it was given up");
+    drop((replica, log));
+    disk.kill();
+    disk.set_capacity(None);
+    let log = open(&disk);
+    assert_eq!(log.open_replica(partition(0), at(0)).unwrap().log_end(), at(2));
+}

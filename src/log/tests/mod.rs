@@ -2,8 +2,11 @@
 
 mod crashes;
 mod damage;
+mod deletion;
 mod directory;
 mod failures;
+mod formats;
+mod lost;
 mod reading;
 
 use std::{
@@ -41,6 +44,7 @@ fn small() -> Options {
     Options {
         journal_bytes: 1 << 20,
         journal_dir: None,
+        accept_journal_loss: false,
         round_bytes: 16 << 10,
         journal_most: 24 << 10,
         tail_bytes: 64 << 10,

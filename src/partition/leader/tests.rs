@@ -21,7 +21,7 @@ fn batch(records: u32, producer: Option<ProducerStamp>) -> Batch {
 }
 
 fn leader(durability: Durability, min_insync: usize) -> Leader<u32> {
-    let start = Start { log_end: at(0), persisted_end: at(0), tiered_end: at(0) };
+    let start = Start { log_end: at(0), persisted_end: at(0), tiered_end: at(0), committed_end: at(0) };
     Leader::alone(BrokerId(1), LeaderEpoch(3), durability, min_insync, start)
 }
 

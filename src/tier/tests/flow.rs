@@ -152,16 +152,22 @@ async fn a_flipped_bit_in_a_segment_object_is_found() {
 }
 
 #[tokio::test]
-async fn a_time_finds_the_first_record_at_or_after_it() {
+async fn a_time_finds_the_first_batch_that_claims_it() {
     let (tier, _folder, _all) = three(&StoreOptions::new("memory://"), 500).await;
     for (time, expected) in [(-5, 0), (0, 0), (1, 1), (3000, 300), (3001, 301), (5995, 600), (8990, 899)] {
-        let (offset, timestamp, epoch) = tier.offset_for_time(time).await.unwrap().unwrap();
-        assert_eq!((offset, timestamp), (at(expected), expected as i64 * 10), "time {time}");
-        assert_eq!(epoch, LeaderEpoch(if expected < 600 { 0 } else { 2 }));
+        let batch = tier.batch_for_time(time, at(0)).await.unwrap().unwrap();
+        assert_eq!(batch.base_offset(), at(expected / 3 * 3), "time {time}");
+        assert_eq!(batch.leader_epoch(), Some(LeaderEpoch(if expected < 600 { 0 } else { 2 })));
     }
-    assert_eq!(tier.offset_for_time(8991).await.unwrap(), None);
+    assert_eq!(tier.batch_for_time(8991, at(0)).await.unwrap(), None);
+    for (from, expected) in [(302, 300), (303, 303), (304, 303), (897, 897)] {
+        let batch = tier.batch_for_time(0, at(from)).await.unwrap().unwrap();
+        assert_eq!(batch.base_offset(), at(expected), "from {from}");
+    }
+    assert_eq!(tier.batch_for_time(0, at(900)).await.unwrap(), None);
     tier.install(tier.stage_trim(at(451), LeaderEpoch(2)).await.unwrap());
-    assert_eq!(tier.offset_for_time(0).await.unwrap().unwrap().0, at(451), "nothing below the log start");
+    let batch = tier.batch_for_time(0, at(0)).await.unwrap().unwrap();
+    assert_eq!(batch.base_offset(), at(450), "nothing below the batch of the log start");
 }
 
 #[tokio::test]
@@ -188,9 +194,15 @@ async fn trimming_moves_the_log_start_and_leaves_garbage_that_is_collected() {
     let fresh = tier_over(store.clone(), tier.state());
     assert_eq!(read_all(&fresh, 450, 900, 1 << 20).await, kept, "what is named stays");
 
-    // Beyond the end: the manifest is empty and the bucket goes on from there.
+    // Beyond the end: the manifest is empty, and the tiered end says what was uploaded and no more.
+    tier.install(tier.stage_trim(at(903), LeaderEpoch(2)).await.unwrap());
+    let emptied = tier.state();
+    assert_eq!((emptied.log_start, emptied.tiered_end, tier.bytes()), (at(903), at(900), 0));
+    assert!(matches!(tier.read(at(903), 1).await, Err(ReadError::OutOfRange { .. })));
+    assert_eq!(tier_over(store.clone(), emptied.clone()).segments(at(0), 9).await.unwrap(), [], "it is read again");
+    // From then on the bucket is not needed to move the log start.
     tier.install(tier.stage_trim(at(905), LeaderEpoch(2)).await.unwrap());
-    assert_eq!((tier.state().tiered_end, tier.bytes()), (at(905), 0));
+    assert_eq!((tier.state().log_start, tier.state().manifest), (at(905), emptied.manifest));
     let (inside, _) = source(folder.path(), 900, 5, 10, 2);
     tier.install(tier.stage(&inside, LeaderEpoch(2)).await.unwrap());
     assert_eq!((tier.state().log_start, tier.state().tiered_end), (at(905), at(915)));
@@ -239,6 +251,40 @@ async fn a_prefix_of_another_cluster_is_refused_with_both_names() {
     let (source, _) = source(folder.path(), 0, 1, 1, 0);
     let refused = tier_over(blue, TierState::default()).stage(&source, LeaderEpoch(0)).await;
     assert!(matches!(refused, Err(UploadError::Claim(ClaimError::Foreign { .. }))));
+}
+
+/// A disk that is not mounted any more leaves an empty folder, or none. Writing made a new store of it, on the wrong disk.
+#[tokio::test]
+async fn a_folder_that_is_gone_or_another_one_takes_nothing_until_it_is_back() {
+    let folder = tempfile::tempdir().unwrap();
+    let (place, away) = (folder.path().join("objects"), folder.path().join("away"));
+    let options =
+        StoreOptions { retry_for: Duration::ZERO, ..StoreOptions::new(&format!("file://{}", place.display())) };
+    let tier = open(&options);
+    let (first, content) = source(folder.path(), 0, 1, 10, 0);
+    let staged = tier.stage(&first, LeaderEpoch(0)).await.unwrap();
+    tier.install(staged);
+    let (second, more) = source(folder.path(), 3, 1, 10, 0);
+    std::fs::rename(&place, &away).unwrap();
+    for mounted in [false, true] {
+        if mounted {
+            std::fs::create_dir(&place).unwrap();
+        }
+        let refused = tier.stage(&second, LeaderEpoch(0)).await.unwrap_err();
+        assert!(matches!(refused, UploadError::Claim(ClaimError::Gone { .. })) && refused.retryable(), "{refused}");
+        assert!(refused.to_string().contains(&options.url), "{refused}");
+        assert_eq!(place.exists(), mounted, "nothing is made there");
+        assert!(!mounted || std::fs::read_dir(&place).unwrap().next().is_none(), "nothing is written there");
+        // What is there may come back: it is away, not damaged.
+        let cold = tier_over(tier.store().clone(), tier.state());
+        let read = cold.read(at(0), 1).await.unwrap_err();
+        assert!(matches!(&read, ReadError::Store(StoreError::Unavailable { .. })), "{read:?}");
+    }
+    std::fs::remove_dir(&place).unwrap();
+    std::fs::rename(&away, &place).unwrap();
+    let staged = tier.stage(&second, LeaderEpoch(0)).await.unwrap();
+    tier.install(staged);
+    assert_eq!(read_all(&tier, 0, 6, 1 << 20).await, [content, more].concat());
 }
 
 #[test]

@@ -98,6 +98,23 @@ fn a_flipped_bit_in_a_footer_a_manifest_or_a_page_is_found() {
     }
 }
 
+/// The next version is this one and one: a manifest without a next once ended the broker that wanted to write it.
+#[test]
+fn a_manifest_without_a_next_version_or_of_an_epoch_that_no_batch_can_carry_is_refused() {
+    let content = grown(3).0.encode();
+    let changed = |at: usize, bytes: &[u8]| {
+        let mut content = content[..content.len() - 4].to_vec();
+        content[at..at + bytes.len()].copy_from_slice(bytes);
+        content.extend(crc32c::crc32c(&content).to_be_bytes());
+        Root::parse(&content)
+    };
+    let version = 4 + 2 + 20;
+    assert!(changed(version, &7_u64.to_be_bytes()).is_ok());
+    assert!(changed(version, &u64::MAX.to_be_bytes()).is_err());
+    assert!(changed(version + 8, &[0x7f; 4]).is_ok());
+    assert!(changed(version + 8, &[0x80, 0, 0, 0]).is_err());
+}
+
 #[test]
 fn the_end_of_an_object_opens_it_whatever_lies_before() {
     let encoded = footer().encode();

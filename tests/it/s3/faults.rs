@@ -19,6 +19,7 @@ pub(crate) enum Op {
     Head,
     Delete,
     List,
+    ListUploads,
     StartUpload,
     PutPart,
     EndUpload,
@@ -38,6 +39,7 @@ impl Op {
             Method::DELETE if has("uploadId") => Self::AbortUpload,
             Method::DELETE => Self::Delete,
             Method::HEAD => Self::Head,
+            _ if has("uploads") => Self::ListUploads,
             _ if has("list-type") || !object => Self::List,
             _ => Self::Get,
         }

@@ -3,13 +3,96 @@
 //! It keeps what a multipart upload was begun with in one file whose name holds the whole key in base64, which for our
 //! segment names is more than the 255 bytes of a file name. That file is only for attributes, which we do not use: the
 //! upload is begun under a short key, and everything after goes by the upload's id.
+//!
+//! It also has no list of uploads: [`Uploads`] keeps it, in the order and the pages of S3.
 
-use s3s::{S3, S3Request, S3Response, S3Result, dto::*};
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex},
+    time::{Duration, SystemTime},
+};
+
+use s3s::{S3, S3Request, S3Response, S3Result, dto::*, s3_error};
 use s3s_fs::FileSystem;
+
+/// Uploads in one page of a list.
+const PAGE: i32 = 3;
 
 pub(super) struct LongKeys {
     pub(super) files: FileSystem,
     pub(super) faults: super::Faults,
+    pub(super) uploads: Uploads,
+}
+
+/// Bucket, key and id of an upload.
+type Named = (String, String, String);
+
+/// The multipart uploads that have no end yet, with when each was begun. Clones share them.
+#[derive(Clone, Default)]
+pub(super) struct Uploads {
+    begun: Arc<Mutex<BTreeMap<Named, SystemTime>>>,
+}
+
+impl Uploads {
+    fn begin(&self, bucket: &str, key: &str, id: &str) {
+        // The clock of a store is its own.
+        #[allow(clippy::disallowed_methods, reason = "the server stands for another machine")]
+        let now = SystemTime::now();
+        self.begun.lock().unwrap().insert((bucket.to_owned(), key.to_owned(), id.to_owned()), now);
+    }
+
+    fn end(&self, id: &str) {
+        self.begun.lock().unwrap().retain(|(_, _, known), _| known != id);
+    }
+
+    fn knows(&self, id: &str) -> bool {
+        self.begun.lock().unwrap().keys().any(|(_, _, known)| known == id)
+    }
+
+    /// The keys of all of them.
+    pub(super) fn keys(&self) -> Vec<String> {
+        self.begun.lock().unwrap().keys().map(|(_, key, _)| key.clone()).collect()
+    }
+
+    /// Makes all of them so much older.
+    pub(super) fn age(&self, by: Duration) {
+        self.begun.lock().unwrap().values_mut().for_each(|begun| *begun -= by);
+    }
+
+    fn list(&self, asked: &ListMultipartUploadsInput) -> ListMultipartUploadsOutput {
+        let most = usize::try_from(asked.max_uploads.unwrap_or(1000)).unwrap();
+        let prefix = asked.prefix.clone().unwrap_or_default();
+        let after = asked.key_marker.clone().map(|key| (key, asked.upload_id_marker.clone()));
+        let begun = self.begun.lock().unwrap();
+        let mut all = begun.iter().filter(|((bucket, key, id), _)| {
+            let beyond = after.as_ref().is_none_or(|(marker, marked)| match marked {
+                Some(marked) => (key, id) > (marker, marked),
+                None => key > marker,
+            });
+            *bucket == asked.bucket && key.starts_with(&prefix) && beyond
+        });
+        let page: Vec<MultipartUpload> = all
+            .by_ref()
+            .take(most)
+            .map(|((_, key, id), begun)| MultipartUpload {
+                key: Some(key.clone()),
+                upload_id: Some(id.clone()),
+                initiated: Some((*begun).into()),
+                ..MultipartUpload::default()
+            })
+            .collect();
+        let truncated = all.next().is_some();
+        let last = page.last().filter(|_| truncated);
+        ListMultipartUploadsOutput {
+            bucket: Some(asked.bucket.clone()),
+            is_truncated: Some(truncated),
+            max_uploads: asked.max_uploads,
+            next_key_marker: last.and_then(|last| last.key.clone()),
+            next_upload_id_marker: last.and_then(|last| last.upload_id.clone()),
+            uploads: Some(page),
+            ..ListMultipartUploadsOutput::default()
+        }
+    }
 }
 
 macro_rules! pass_on {
@@ -21,9 +104,46 @@ macro_rules! pass_on {
                 mut request: S3Request<CreateMultipartUploadInput>,
             ) -> S3Result<S3Response<CreateMultipartUploadOutput>> {
                 let key = std::mem::replace(&mut request.input.key, "upload".to_owned());
+                let bucket = request.input.bucket.clone();
                 let mut response = self.files.create_multipart_upload(request).await?;
+                let id = response.output.upload_id.as_deref().expect("an upload has an id");
+                self.uploads.begin(&bucket, &key, id);
                 response.output.key = Some(key);
                 Ok(response)
+            }
+
+            async fn complete_multipart_upload(
+                &self,
+                request: S3Request<CompleteMultipartUploadInput>,
+            ) -> S3Result<S3Response<CompleteMultipartUploadOutput>> {
+                let id = request.input.upload_id.clone();
+                let response = self.files.complete_multipart_upload(request).await?;
+                self.uploads.end(&id);
+                Ok(response)
+            }
+
+            async fn abort_multipart_upload(
+                &self,
+                request: S3Request<AbortMultipartUploadInput>,
+            ) -> S3Result<S3Response<AbortMultipartUploadOutput>> {
+                let id = request.input.upload_id.clone();
+                // s3s-fs refuses an upload that it does not know as if it were somebody else's.
+                if !self.uploads.knows(&id) {
+                    return Err(s3_error!(NoSuchUpload));
+                }
+                let response = self.files.abort_multipart_upload(request).await?;
+                self.uploads.end(&id);
+                Ok(response)
+            }
+
+            async fn list_multipart_uploads(
+                &self,
+                request: S3Request<ListMultipartUploadsInput>,
+            ) -> S3Result<S3Response<ListMultipartUploadsOutput>> {
+                let mut input = request.input;
+                // Pages small enough for tests to see several.
+                input.max_uploads = Some(input.max_uploads.map_or(PAGE, |asked| asked.min(PAGE)));
+                Ok(S3Response::new(self.uploads.list(&input)))
             }
 
             async fn put_object(
@@ -56,6 +176,4 @@ pass_on! {
     list_objects_v2: ListObjectsV2Input => ListObjectsV2Output;
     upload_part: UploadPartInput => UploadPartOutput;
     list_parts: ListPartsInput => ListPartsOutput;
-    complete_multipart_upload: CompleteMultipartUploadInput => CompleteMultipartUploadOutput;
-    abort_multipart_upload: AbortMultipartUploadInput => AbortMultipartUploadOutput;
 }

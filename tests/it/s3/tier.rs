@@ -280,10 +280,7 @@ async fn the_doctor_passes_a_good_bucket_and_finds_what_is_wrong() {
     };
     let options = s3.options("doctor");
     for check in doctor::examine(&options).await.unwrap() {
-        // s3s-fs has no list of uploads; all that a broker needs is there.
-        let expected =
-            if check.name == "list multipart uploads" { doctor::Outcome::Unsupported } else { doctor::Outcome::Pass };
-        assert_eq!(check.outcome, expected, "{check:?}");
+        assert_eq!(check.outcome, doctor::Outcome::Pass, "{check:?}");
     }
     s3.faults().set_ignore_conditions(true);
     let check = outcome(&options, "conditional put").await;

@@ -1,12 +1,4 @@
-//! What the fuzzers call: one function per parser. Each takes any bytes, must not panic, and checks what must hold when
-//! the bytes are accepted. The targets under `fuzz_targets/` hand them to libFuzzer, `tests/it/fuzz.rs` runs the same
-//! functions on a stable compiler.
-//!
-//! ```text
-//! cargo +nightly fuzz run batch_parse fuzz/corpus/batch_parse src/record/golden
-//! ```
-//! The first byte of a `records` or `decompress` input picks the codec. A case that was found goes to
-//! `regressions/TARGET/`, from where the test keeps running it.
+//! Batches, their records, and the codecs.
 
 use bytes::Bytes;
 use strandline::{
@@ -14,33 +6,28 @@ use strandline::{
     record::{Batch, BatchBuilder, HEADER_BYTES, Malformed, Record, decompress},
 };
 
-/// One entry: the target's name and its function.
-pub(crate) type Entry = (&'static str, fn(&[u8]));
-
-/// Every entry.
-pub(crate) const ENTRIES: &[Entry] =
-    &[("batch_parse", batch_parse), ("records", records), ("decompress", decompress_any)];
-
 /// Most bytes that the entries decompress to: enough to be interesting, little enough to be fast.
 const MOST: usize = 1 << 20;
 
 /// Bytes as they come from a socket or a file: batches until one is refused. Then once more with the first batch's CRC
 /// made right, or no fuzzer would ever see what comes after that check.
-pub(crate) fn batch_parse(input: &[u8]) {
-    split_all(Bytes::copy_from_slice(input));
+pub(crate) fn batch_parse(input: &[u8]) -> bool {
+    let as_is = split_all(Bytes::copy_from_slice(input));
     let mut right = input.to_vec();
     let framed = Batch::framed_len(&right).unwrap_or(right.len()).min(right.len());
     renew_crc(&mut right[..framed]);
-    split_all(right.into());
+    split_all(right.into()) || as_is
 }
 
-fn split_all(mut rest: Bytes) {
+/// Whether there was one.
+fn split_all(mut rest: Bytes) -> bool {
+    let mut any = false;
     loop {
         let before = rest.clone();
         match Batch::split_from(&mut rest) {
             Err(_) => {
                 assert_eq!(rest, before, "a refused batch takes nothing");
-                return;
+                return any;
             }
             Ok(batch) => {
                 assert_eq!(batch.to_bytes(), before[..batch.encoded_len()], "a batch is the bytes it came from");
@@ -49,17 +36,18 @@ fn split_all(mut rest: Bytes) {
                 assert_eq!(batch.end_offset().since(batch.base_offset()), u64::from(batch.count()));
                 assert_eq!(Batch::parse(batch.to_bytes()).as_ref(), Ok(&batch));
                 let _ = both_walks_agree(&batch);
+                any = true;
             }
         }
     }
 }
 
 /// A codec, a count and any bytes as the records of a batch that is otherwise right.
-pub(crate) fn records(input: &[u8]) {
-    let Some((&[codec, high, low], records)) = input.split_first_chunk::<3>() else { return };
+pub(crate) fn records(input: &[u8]) -> bool {
+    let Some((&[codec, high, low], records)) = input.split_first_chunk::<3>() else { return false };
     let count = u16::from_be_bytes([high, low]);
-    let Ok(batch) = Batch::parse(forge(codec % 5, count.max(1), records)) else { return };
-    let Ok(decoded) = both_walks_agree(&batch) else { return };
+    let Ok(batch) = Batch::parse(forge(codec % 5, count.max(1), records)) else { return false };
+    let Ok(decoded) = both_walks_agree(&batch) else { return false };
     let mut builder = BatchBuilder::new(batch.compression());
     for Record { timestamp_ms, key, value, headers } in &decoded {
         builder.push(*timestamp_ms, key.as_deref(), value.as_deref(), headers).expect("it was in a batch before");
@@ -68,18 +56,19 @@ pub(crate) fn records(input: &[u8]) {
     assert_eq!(both_walks_agree(&again).as_ref(), Ok(&decoded), "records survive being written again");
     let plain = batch.recompress(Compression::None).expect("it was decompressed before");
     assert_eq!(both_walks_agree(&plain), Ok(decoded), "records survive another codec");
+    true
 }
 
 /// A codec and any bytes that claim to be compressed.
-pub(crate) fn decompress_any(input: &[u8]) {
-    let Some((&codec, stored)) = input.split_first() else { return };
-    if let Ok(plain) = decompress(codec_of(codec), stored, MOST) {
-        assert!(plain.len() <= MOST);
-        assert_eq!(decompress(codec_of(codec), stored, plain.len()), Ok(plain.clone()), "the bound is inclusive");
-        if !plain.is_empty() {
-            assert!(decompress(codec_of(codec), stored, plain.len() - 1).is_err(), "one byte less is too little");
-        }
+pub(crate) fn decompress_any(input: &[u8]) -> bool {
+    let Some((&codec, stored)) = input.split_first() else { return false };
+    let Ok(plain) = decompress(codec_of(codec), stored, MOST) else { return false };
+    assert!(plain.len() <= MOST);
+    assert_eq!(decompress(codec_of(codec), stored, plain.len()), Ok(plain.clone()), "the bound is inclusive");
+    if !plain.is_empty() {
+        assert!(decompress(codec_of(codec), stored, plain.len() - 1).is_err(), "one byte less is too little");
     }
+    true
 }
 
 fn both_walks_agree(batch: &Batch) -> Result<Vec<Record>, Malformed> {
@@ -114,7 +103,7 @@ fn forge(codec: u8, count: u16, records: &[u8]) -> Bytes {
 }
 
 /// Makes a batch's CRC right again, where there are enough bytes for one.
-fn renew_crc(bytes: &mut [u8]) {
+pub(super) fn renew_crc(bytes: &mut [u8]) {
     if bytes.len() >= HEADER_BYTES {
         let crc = crc32c::crc32c(&bytes[21..]);
         bytes[17..21].copy_from_slice(&crc.to_be_bytes());

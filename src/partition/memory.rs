@@ -9,27 +9,32 @@ const UNIT: usize = 1 << 10;
 
 /// A bound in bytes. Who asks for more than is free waits its turn.
 #[derive(Clone, Debug)]
-pub(super) struct Memory {
+pub struct Memory {
     semaphore: Arc<Semaphore>,
     units: u32,
 }
 
 impl Memory {
     /// At most `bytes`.
-    pub(super) fn new(bytes: u64) -> Self {
+    pub fn new(bytes: u64) -> Self {
         let units = u32::try_from(bytes.div_ceil(UNIT as u64)).unwrap_or(u32::MAX >> 4).clamp(1, u32::MAX >> 4);
         Self { semaphore: Arc::new(Semaphore::new(units as usize)), units }
     }
 
     /// Waits for room for `bytes`. A request larger than the whole bound takes all of it: it comes alone, and comes through.
-    pub(super) async fn take(&self, bytes: usize) -> OwnedSemaphorePermit {
+    pub async fn take(&self, bytes: usize) -> OwnedSemaphorePermit {
         let units = u32::try_from(bytes.div_ceil(UNIT)).unwrap_or(u32::MAX).clamp(1, self.units);
         let permit = Arc::clone(&self.semaphore).acquire_many_owned(units).await;
         permit.expect("the semaphore is never closed")
     }
 
+    /// The bound.
+    pub fn bytes(&self) -> usize {
+        self.units as usize * UNIT
+    }
+
     /// Bytes that are taken.
-    pub(super) fn taken(&self) -> usize {
+    pub fn taken(&self) -> usize {
         (self.units as usize).saturating_sub(self.semaphore.available_permits()) * UNIT
     }
 }

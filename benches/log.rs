@@ -1,0 +1,231 @@
+//! A data directory on the real disk (below `target/`): appending, reading back, opening after a crash, finding a time.
+//! Batches are 64 KiB of one record unless a name says otherwise.
+
+use std::{
+    fs,
+    hint::black_box,
+    path::Path,
+    sync::{
+        Arc,
+        mpsc::{Receiver, sync_channel},
+    },
+    time::Duration,
+};
+
+use criterion::{BatchSize, BenchmarkGroup, Criterion, Throughput, measurement::WallTime};
+use rand::{Rng, SeedableRng, rngs::StdRng};
+use strandline::{
+    log::{Identity, Log, Options, RealDisk, Replica},
+    model::{BrokerId, Compression, LeaderEpoch, Offset, PartitionId, TopicId},
+    record::{Batch, BatchBuilder},
+    task::clock,
+};
+
+const BATCH_BYTES: usize = 64 << 10;
+/// A segment is sealed and given up at this size, so that a long run needs no more disk than a short one.
+const SEGMENT_BYTES: u64 = 64 << 20;
+const EPOCH: LeaderEpoch = LeaderEpoch(1);
+
+/// A data directory of its own, removed at the end.
+fn folder() -> tempfile::TempDir {
+    tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("target/ can be written")
+}
+
+/// With a broker's threads and its journal; segments are synced behind once `sync_bytes` of them are not.
+fn open(dir: &Path, sync_bytes: u64) -> Log {
+    let identity = Identity { cluster: "bench".to_owned(), broker: BrokerId(1) };
+    let sync_after = Duration::from_secs(3600);
+    let options = Options { journal_bytes: 256 << 20, sync_bytes, sync_after, ..Options::default() };
+    Log::open(Arc::new(RealDisk), dir, &identity, options).expect("the directory opens")
+}
+
+fn partition(number: u32) -> PartitionId {
+    PartitionId::new(TopicId::from_bytes([1; 16]), number)
+}
+
+fn replicas(log: &Log, count: u32) -> Vec<Replica> {
+    let open = |number| log.open_replica(partition(number), Offset::ZERO).expect("it opens");
+    (0..count).map(open).collect()
+}
+
+/// One record of bytes that nothing shrinks.
+fn batch(bytes: usize) -> Batch {
+    let mut value = vec![0; bytes - 100];
+    StdRng::seed_from_u64(1).fill_bytes(&mut value);
+    let mut builder = BatchBuilder::new(Compression::None);
+    builder.push(0, None, Some(&value), &[]).expect("it fits");
+    builder.finish(None).expect("it has a record")
+}
+
+/// Appends one batch, stamped as a leader does.
+fn append(replica: &mut Replica, batch: &Batch) {
+    let mut batch = batch.clone();
+    batch.stamp(replica.log_end(), EPOCH);
+    replica.append(&[batch]).expect("the disk has room");
+}
+
+fn persist(replica: &mut Replica) -> Receiver<Offset> {
+    let (sender, receiver) = sync_channel(1);
+    replica.persist(Box::new(move |result| {
+        sender.send(result.expect("the journal works")).expect("somebody waits");
+    }));
+    receiver
+}
+
+/// Hands over what all have appended, then waits for all.
+fn persist_all(replicas: &mut [Replica]) {
+    let answers: Vec<_> = replicas.iter_mut().map(persist).collect();
+    for answer in answers {
+        answer.recv().expect("it is answered");
+    }
+}
+
+/// Seals what has grown to a segment, and gives it up.
+fn give_up(replica: &mut Replica) {
+    if replica.active().bytes >= SEGMENT_BYTES {
+        replica.roll().expect("the disk has room");
+        replica.evict(replica.log_end()).expect("the disk works");
+    }
+}
+
+/// Times `round` on replicas of a new directory; what gives segments up between the rounds is not timed.
+fn rounds(group: &mut BenchmarkGroup<'_, WallTime>, name: &str, count: u32, mut round: impl FnMut(&mut [Replica])) {
+    let folder = folder();
+    let log = open(folder.path(), 64 << 20);
+    let mut replicas = replicas(&log, count);
+    group.throughput(Throughput::Bytes(u64::from(count) * BATCH_BYTES as u64));
+    group.bench_function(name, |b| {
+        b.iter_custom(|iterations| {
+            let mut spent = Duration::ZERO;
+            for _ in 0..iterations {
+                let began = clock::monotonic();
+                round(&mut replicas);
+                spent += began.elapsed();
+                replicas.iter_mut().for_each(give_up);
+            }
+            spent
+        });
+    });
+}
+
+fn appending(group: &mut BenchmarkGroup<'_, WallTime>) {
+    let batch = batch(BATCH_BYTES);
+    rounds(group, "append to the page cache", 1, |replicas| append(&mut replicas[0], &batch));
+    for count in [1, 16] {
+        let name = format!("append and persist, {count} {}", if count == 1 { "replica" } else { "replicas" });
+        rounds(group, &name, count, |replicas| {
+            replicas.iter_mut().for_each(|replica| append(replica, &batch));
+            persist_all(replicas);
+        });
+    }
+}
+
+fn reading(group: &mut BenchmarkGroup<'_, WallTime>) {
+    const READ: usize = 1 << 20;
+    let folder = folder();
+    let log = open(folder.path(), u64::MAX);
+    let mut replica = replicas(&log, 1).remove(0);
+    let batch = batch(BATCH_BYTES);
+    (0..SEGMENT_BYTES / BATCH_BYTES as u64).for_each(|_| append(&mut replica, &batch));
+    let (reader, end) = (replica.reader(), replica.log_end());
+    group.throughput(Throughput::Bytes(READ as u64));
+    let mut place = Offset::ZERO;
+    group.bench_function("read 1 MiB from memory", |b| {
+        b.iter(|| {
+            let read = reader.read_memory(place, end, READ).expect("the tail buffer holds all");
+            place = if read.next < end { read.next } else { Offset::ZERO };
+            black_box(read)
+        });
+    });
+    group.bench_function("read 1 MiB from a file", |b| {
+        b.iter(|| {
+            let read = reader.read_disk(place, end, READ).expect("the file is whole");
+            place = if read.next < end { read.next } else { Offset::ZERO };
+            black_box(read)
+        });
+    });
+}
+
+/// A directory as kill -9 leaves it: 16 replicas, 2 MiB of each journaled and not synced in its segment.
+fn killed(dir: &Path) -> u64 {
+    let log = open(dir, u64::MAX);
+    let mut replicas = replicas(&log, 16);
+    let batch = batch(BATCH_BYTES);
+    for _ in 0..32 {
+        replicas.iter_mut().for_each(|replica| append(replica, &batch));
+        persist_all(&mut replicas);
+    }
+    // Nothing is closed: what a drop leaves is what a killed process leaves.
+    replicas.iter().map(Replica::bytes).sum()
+}
+
+fn copy(from: &Path, to: &Path) {
+    fs::create_dir_all(to).expect("it can be made");
+    for entry in fs::read_dir(from).expect("it can be listed") {
+        let entry = entry.expect("it can be listed");
+        let target = to.join(entry.file_name());
+        if entry.file_type().expect("it has a type").is_dir() {
+            copy(&entry.path(), &target);
+        } else {
+            fs::copy(entry.path(), target).expect("there is room");
+        }
+    }
+}
+
+fn recovering(group: &mut BenchmarkGroup<'_, WallTime>) {
+    let (kept, copies) = (folder(), folder());
+    let bytes = killed(kept.path());
+    let dir = copies.path().join("copy");
+    group.throughput(Throughput::Bytes(bytes));
+    group.sample_size(10);
+    group.bench_function("open after kill -9, 32 MiB journaled", |b| {
+        b.iter_batched(
+            || {
+                if dir.exists() {
+                    fs::remove_dir_all(&dir).expect("it is ours");
+                }
+                copy(kept.path(), &dir);
+            },
+            |()| {
+                let log = open(&dir, u64::MAX);
+                let replicas = replicas(&log, 16);
+                assert_eq!(replicas.iter().map(Replica::bytes).sum::<u64>(), bytes);
+            },
+            BatchSize::PerIteration,
+        );
+    });
+    group.sample_size(100);
+}
+
+fn finding(group: &mut BenchmarkGroup<'_, WallTime>) {
+    let folder = folder();
+    let log = open(folder.path(), u64::MAX);
+    let mut replica = replicas(&log, 1).remove(0);
+    let mut small = batch(4 << 10);
+    let batches = SEGMENT_BYTES / small.encoded_len() as u64;
+    for time in 0..batches {
+        small.set_append_time(time.cast_signed());
+        append(&mut replica, &small);
+    }
+    replica.roll().expect("the disk has room");
+    let (reader, end) = (replica.reader(), replica.log_end());
+    let mut times = StdRng::seed_from_u64(3);
+    group.throughput(Throughput::Elements(1));
+    group.bench_function("find a time in 64 MiB of 4 KiB batches", |b| {
+        b.iter(|| {
+            let time = (times.next_u64() % batches).cast_signed();
+            let found = reader.offset_for_time(time, end).expect("the file is whole").expect("every time is there");
+            assert_eq!(found.1, time);
+        });
+    });
+}
+
+/// Everything that a replica does on the way of a write and of a read.
+pub(crate) fn log(c: &mut Criterion) {
+    let mut group = c.benchmark_group("log");
+    appending(&mut group);
+    reading(&mut group);
+    finding(&mut group);
+    recovering(&mut group);
+    group.finish();
+}

@@ -1,0 +1,47 @@
+//! The configuration file and the environment.
+
+use std::path::Path;
+
+use strandline::{
+    config::{Config, Settings, Sources},
+    model::{ConfigMap, TopicConfig},
+};
+
+/// A file, and after a zero byte the variables of an environment, one per line.
+pub(crate) fn config(input: &[u8]) -> bool {
+    let mut parts = input.splitn(2, |byte| *byte == 0);
+    let text = |bytes: Option<&[u8]>| String::from_utf8_lossy(bytes.unwrap_or_default()).into_owned();
+    let (file, environment) = (text(parts.next()), text(parts.next()));
+    let variables = environment.lines().filter_map(|line| line.split_once('='));
+    let variables = variables.map(|(name, value)| (name.to_owned(), value.to_owned()));
+    let sources = Sources::new().file(Path::new("strandline.toml"), file).environment(variables);
+    match sources.load() {
+        Ok(settings) => {
+            printed(&settings);
+            true
+        }
+        Err(errors) => {
+            assert!(!errors.to_string().is_empty());
+            false
+        }
+    }
+}
+
+/// What `config print` prints is a configuration file that says the same.
+fn printed(settings: &Settings) {
+    let text = settings.print();
+    // A password is not printed, and so what is printed says something else.
+    if text.contains("***@") {
+        return;
+    }
+    match Sources::new().file(Path::new("printed.toml"), text.as_str()).load() {
+        Ok(mut again) => {
+            // Every default is printed, and so is set in what is read: what topics take is the same.
+            let topics = |config: &Config| TopicConfig::resolve(&config.topic_defaults, &ConfigMap::new());
+            assert_eq!(topics(&again.config), topics(&settings.config), "{text}");
+            again.config.topic_defaults.clone_from(&settings.config.topic_defaults);
+            assert_eq!(again.config, settings.config, "{text}");
+        }
+        Err(errors) => panic!("the printed file is refused: {errors}\n{text}"),
+    }
+}

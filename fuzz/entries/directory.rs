@@ -1,0 +1,204 @@
+//! A whole data directory, each file of it hostile: opened, read, written to, closed, and opened again.
+//!
+//! The input is a row of files: a byte that says which, two that say how long, and the content. What is checked, as in every
+//! broker's start: nothing panics, nothing is served that is no row of whole batches, what is readable once is readable again,
+//! and a log that takes an append has it after the next start.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use bytes::Bytes;
+use strandline::{
+    log::{Disk, Identity, Log, Options, Reader, Replica, SimDisk},
+    model::{BrokerId, Compression, LeaderEpoch, Offset, TopicId},
+    record::{Batch, BatchBuilder},
+    telemetry::Metrics,
+};
+
+/// The id in `strandline.json`; rounds and checkpoints are made to carry it.
+const DIRECTORY: [u8; 16] = [0xd1; 16];
+const CARD: &str = r#"{"format":1,"cluster":"test","broker":1,"directory_id":"d1d1d1d1-d1d1-d1d1-d1d1-d1d1d1d1d1d1"}"#;
+const TOPIC: [u8; 16] = [7; 16];
+const DATA: &str = "/data";
+/// Where segments may begin.
+const BASES: [u64; 4] = [0, 6, 12, 18];
+const EXTENSIONS: [&str; 4] = ["log", "index", "timeindex", "snapshot"];
+const BLOCK: usize = 4096;
+
+/// The files of the input as a directory.
+pub(crate) fn data_directory(input: &[u8]) -> bool {
+    let disk = SimDisk::new();
+    // A disk of some size: a position of exabytes is a full disk here and not all of the fuzzer's memory.
+    disk.set_capacity(Some(8 << 20));
+    lay_out(&disk, input);
+    let Ok(log) = open(&disk) else { return false };
+    let mut kept = Vec::new();
+    for id in log.partitions() {
+        let Ok(mut replica) = log.open_replica(id, Offset::ZERO) else { continue };
+        let before = read_all(&replica.reader());
+        if append(&log, &mut replica) {
+            kept.push((id, replica.log_end(), before));
+        }
+    }
+    let closed = log.close();
+    drop(log);
+    disk.kill();
+    if closed.is_err() {
+        return !kept.is_empty();
+    }
+    let log = open(&disk).unwrap_or_else(|error| panic!("a directory that was closed is refused: {error}"));
+    let any = !kept.is_empty();
+    for (id, end, before) in kept {
+        let replica = log.open_replica(id, Offset::ZERO);
+        let replica = replica.unwrap_or_else(|error| panic!("a replica that was closed is refused: {error}"));
+        assert_eq!(replica.log_end(), end, "the log ends elsewhere after a clean stop");
+        let after = read_all(&replica.reader());
+        assert!(after.starts_with(&before), "what could be read cannot be read again, or is something else");
+    }
+    any
+}
+
+fn open(disk: &SimDisk) -> Result<Log, strandline::log::OpenError> {
+    let options = Options {
+        journal_bytes: 1 << 20,
+        journal_dir: None,
+        round_bytes: 16 << 10,
+        journal_most: 24 << 10,
+        tail_bytes: 64 << 10,
+        sync_bytes: 1 << 20,
+        sync_after: Duration::from_secs(1),
+        reserve_bytes: 0,
+        metrics: Metrics::new(),
+        manual: true,
+    };
+    let identity = Identity { cluster: "test".to_owned(), broker: BrokerId(1) };
+    Log::open(Arc::new(disk.clone()), Path::new(DATA), &identity, options)
+}
+
+/// Everything that can be read, in order; damage ends it. The other ways to read must not panic either.
+fn read_all(reader: &Reader) -> Vec<u8> {
+    let (mut next, end) = (reader.local_start(), reader.log_end());
+    for time in [i64::MIN, 0, i64::MAX] {
+        if let Ok(Some((offset, timestamp, _))) = reader.offset_for_time(time, end) {
+            assert!(offset < end && timestamp >= time);
+        }
+    }
+    let mut all = Vec::new();
+    while next < end {
+        let Ok(read) = reader.read_disk(next, end, 10_000) else { break };
+        let mut bytes = Bytes::from(read.chunks.concat());
+        assert!(bytes.len() == read.bytes && !bytes.is_empty(), "a read below the bound gives a batch");
+        all.extend_from_slice(&bytes);
+        while !bytes.is_empty() {
+            let batch = Batch::split_from(&mut bytes).expect("only whole batches are served");
+            assert_eq!(batch.base_offset(), next, "batches are contiguous");
+            next = batch.end_offset();
+        }
+        assert_eq!(next, read.next);
+    }
+    all
+}
+
+/// Appends one batch and waits for the journal. False when the log refuses, as one with a missing file may.
+fn append(log: &Log, replica: &mut Replica) -> bool {
+    for info in replica.sealed() {
+        if let Ok(export) = replica.export(info.base) {
+            let mut position = 0;
+            while let Ok(bytes) = export.read(position, 10_000)
+                && !bytes.is_empty()
+            {
+                position += bytes.len() as u64;
+            }
+        }
+    }
+    let end = replica.log_end();
+    if end.get() + 1 >= Offset::MAX.get() {
+        return false;
+    }
+    let epoch = replica.epochs().last().map_or(LeaderEpoch(0), |(epoch, _)| epoch);
+    let mut builder = BatchBuilder::new(Compression::None);
+    builder.push(1, None, Some(b"value"), &[]).expect("it fits");
+    let mut batch = builder.finish(None).expect("it has a record");
+    batch.stamp(end, epoch);
+    if replica.append(&[batch]).is_err() {
+        return false;
+    }
+    let (sender, receiver) = std::sync::mpsc::sync_channel(1);
+    replica.persist(Box::new(move |result| drop(sender.send(result))));
+    log.sync_step();
+    while log.journal_step() {}
+    let persisted = receiver.try_recv().expect("a hand-over is answered");
+    if let Ok(end) = persisted {
+        assert_eq!(end, replica.log_end());
+    }
+    persisted.is_ok()
+}
+
+/// Which file a byte names.
+fn path(kind: u8) -> PathBuf {
+    let data = Path::new(DATA);
+    let replica = data.join(TopicId::from_bytes(TOPIC).to_string()).join("0");
+    match kind % 20 {
+        0 => data.join("strandline.json"),
+        1 => data.join("checkpoint"),
+        slot @ (2 | 3) => data.join("journal").join(format!("{:05}.journal", slot - 2)),
+        file => {
+            let base = BASES[usize::from((file - 4) / 4)];
+            replica.join(format!("{base:020}.{}", EXTENSIONS[usize::from((file - 4) % 4)]))
+        }
+    }
+}
+
+fn lay_out(disk: &SimDisk, mut input: &[u8]) {
+    let write = |kind: u8, content: &[u8]| {
+        let path = path(kind);
+        let made = disk.create_dir_all(path.parent().expect("every file lies in a folder"));
+        made.and_then(|()| disk.write(&path, content).map(drop)).expect("the disk has room for an input");
+    };
+    write(0, CARD.as_bytes());
+    while let Some((&[kind, high, low], rest)) = input.split_first_chunk::<3>() {
+        let (content, rest) = rest.split_at(usize::from(u16::from_be_bytes([high, low])).min(rest.len()));
+        let mut content = content.to_vec();
+        make_right(kind, &mut content);
+        write(kind, &content);
+        input = rest;
+    }
+}
+
+/// Makes checksums and the directory's id right, so that what lies behind them is seen. A bit of the kind leaves them wrong.
+fn make_right(kind: u8, content: &mut Vec<u8>) {
+    if kind >= 0x80 {
+        return;
+    }
+    match kind % 20 {
+        0 => {}
+        1 => {
+            if let Some(directory) = content.get_mut(8..24) {
+                directory.copy_from_slice(&DIRECTORY);
+            }
+            *content = super::sealed(content);
+        }
+        2 | 3 => {
+            for at in (0..content.len()).step_by(BLOCK) {
+                if content[at..].starts_with(b"STRLJRN1")
+                    && let Some(directory) = content.get_mut(at + 12..at + 28)
+                {
+                    directory.copy_from_slice(&DIRECTORY);
+                    super::log::renew_round(&mut content[at..]);
+                }
+            }
+        }
+        file if (file - 4) % 4 == 0 => {
+            let mut rest = content.as_mut_slice();
+            while let Some(length) = Batch::framed_len(rest).ok().filter(|length| *length <= rest.len()) {
+                let (batch, after) = rest.split_at_mut(length);
+                super::record::renew_crc(batch);
+                rest = after;
+            }
+        }
+        _ => *content = super::sealed(content),
+    }
+}

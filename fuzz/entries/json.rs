@@ -1,0 +1,70 @@
+//! JSON that an operator may have edited, in the bucket and in the metadata store, and the names beside it.
+
+use strandline::{
+    cluster::{BrokerValue, ControllerValue, DeletedValue, Keys, PartitionValue, ProducerIdsValue, TopicValue, Value},
+    tier::{ManifestName, TierState, fuzzing, name::Stamp},
+};
+
+/// The first byte picks what the rest claims to be.
+pub(crate) fn json(input: &[u8]) -> bool {
+    let Some((&kind, content)) = input.split_first() else { return false };
+    match kind % 12 {
+        0 => stable(content, fuzzing::owner),
+        1 => stable(content, fuzzing::topic),
+        2 => value::<TierState>(content),
+        3 => value::<TopicValue>(content),
+        4 => value::<PartitionValue>(content),
+        5 => value::<BrokerValue>(content),
+        6 => value::<ControllerValue>(content),
+        7 => value::<DeletedValue>(content),
+        8 => value::<ProducerIdsValue>(content),
+        9 => path(content),
+        10 => name(content),
+        _ => cluster(content),
+    }
+}
+
+fn stable(content: &[u8], door: fn(&[u8]) -> Option<Vec<u8>>) -> bool {
+    let Some(again) = door(content) else { return false };
+    assert_eq!(door(&again).as_ref(), Some(&again), "what was written again is understood otherwise");
+    true
+}
+
+fn value<T: Value + PartialEq + std::fmt::Debug>(content: &[u8]) -> bool {
+    match T::decode("key", content) {
+        Ok(value) => {
+            assert_eq!(T::decode("key", &value.encode()).as_ref(), Ok(&value), "a value survives being written again");
+            true
+        }
+        Err(error) => {
+            assert!(error.to_string().contains("key"));
+            false
+        }
+    }
+}
+
+/// A path of the metadata store: each thing has one.
+fn path(content: &[u8]) -> bool {
+    let Ok(text) = std::str::from_utf8(content) else { return false };
+    let keys = Keys::new("test").expect("a legal name");
+    let path = format!("{}{text}", keys.prefix());
+    let Some(key) = keys.parse(&path) else { return false };
+    assert_eq!(keys.path(&key), path, "one thing has one path");
+    true
+}
+
+/// An object's file name.
+fn name(content: &[u8]) -> bool {
+    let Ok(text) = std::str::from_utf8(content) else { return false };
+    let segment = Stamp::from_segment(text).map(|stamp| stamp.segment());
+    let page = Stamp::from_page(text).map(|stamp| stamp.page());
+    let manifest = text.parse::<ManifestName>().map(|name| name.to_string());
+    let names = [segment, page, manifest];
+    assert!(names.iter().flatten().all(|name| name == text), "one object has one name");
+    names.iter().any(Result::is_ok)
+}
+
+fn cluster(content: &[u8]) -> bool {
+    let Ok(text) = std::str::from_utf8(content) else { return false };
+    Keys::new(text).is_ok_and(|keys| keys.prefix() == format!("/strandline/{text}/"))
+}

@@ -1,0 +1,105 @@
+//! The files of a data directory, one by one.
+
+use bytes::Bytes;
+use strandline::{
+    log::{ProducerTable, Verdict, fuzzing},
+    record::{Batch, HEADER_BYTES, ProducerStamp},
+};
+
+use super::{sealed, understood};
+
+const ROUND_HEAD: usize = 44;
+const ENTRY_HEAD: usize = 80;
+
+/// One round of the journal.
+pub(crate) fn journal(input: &[u8]) -> bool {
+    let round = |bytes: &[u8]| fuzzing::round(&Bytes::copy_from_slice(bytes));
+    let as_is = understood(input, round);
+    let mut right = input.to_vec();
+    renew_round(&mut right);
+    understood(&right, round) || as_is
+}
+
+/// A checkpoint.
+pub(crate) fn checkpoint(input: &[u8]) -> bool {
+    let as_is = understood(input, fuzzing::checkpoint);
+    understood(&sealed(input), fuzzing::checkpoint) || as_is
+}
+
+/// An offset index and a time index: two bytes that say how long the first is, then both.
+pub(crate) fn index(input: &[u8]) -> bool {
+    let Some((&[high, low], files)) = input.split_first_chunk::<2>() else { return false };
+    let length = usize::from(u16::from_be_bytes([high, low])).min(files.len());
+    let (offsets, times) = files.split_at(length);
+    let door = |(offsets, times): (&[u8], &[u8])| {
+        let Some(again) = fuzzing::index(offsets, times) else { return false };
+        assert_eq!((again.0.as_slice(), again.1.as_slice()), (offsets, times), "an index has one way to be written");
+        true
+    };
+    let as_is = door((offsets, times));
+    door((&sealed(offsets), &sealed(times))) || as_is
+}
+
+/// A snapshot, and the same bytes as a table of producers, which a footer holds by itself.
+pub(crate) fn snapshot(input: &[u8]) -> bool {
+    let as_is = understood(input, fuzzing::snapshot);
+    let table = producers(input);
+    understood(&sealed(input), fuzzing::snapshot) || as_is || table
+}
+
+fn producers(input: &[u8]) -> bool {
+    let Some(table) = ProducerTable::from_bytes(input) else { return false };
+    assert_eq!(table.to_bytes(), input, "a table has one way to be written");
+    let mut rest = &input[4..];
+    let mut producers = 0;
+    // Every batch that it remembers is a duplicate, and the number after the last is the next one.
+    while let Some((head, after)) = rest.split_first_chunk::<11>() {
+        let (id, epoch) = (number(&head[..8]), i16::from_be_bytes([head[8], head[9]]));
+        let (batches, after) = after.split_at(usize::from(head[10]) * 16);
+        for batch in batches.chunks(16) {
+            let base_sequence = i32::from_be_bytes(batch[..4].try_into().expect("four bytes"));
+            let count = u32::from_be_bytes(batch[4..8].try_into().expect("four bytes"));
+            let stamp = ProducerStamp { id, epoch, base_sequence };
+            assert!(matches!(table.check(stamp, count), Verdict::Duplicate { .. }));
+            assert_eq!(
+                table.check(ProducerStamp { epoch: epoch.saturating_sub(1), ..stamp }, count),
+                if epoch == i16::MIN { table.check(stamp, count) } else { Verdict::Fenced { current: epoch } },
+            );
+        }
+        (rest, producers) = (after, producers + 1);
+    }
+    assert_eq!(table.len(), producers);
+    true
+}
+
+fn number(bytes: &[u8]) -> i64 {
+    i64::from_be_bytes(bytes.try_into().expect("eight bytes"))
+}
+
+/// Makes all checksums of a round right: of its batches, of their headers, of its directory.
+pub(super) fn renew_round(round: &mut [u8]) {
+    let Some(count) = round.get(36..40).map(|count| u32::from_be_bytes(count.try_into().expect("four bytes"))) else {
+        return;
+    };
+    let end = (count as usize).saturating_mul(ENTRY_HEAD).saturating_add(ROUND_HEAD);
+    if end > round.len() {
+        return;
+    }
+    let (front, payloads) = round.split_at_mut(end);
+    let mut rest = payloads;
+    for entry in front[ROUND_HEAD..].chunks_exact_mut(ENTRY_HEAD) {
+        let bytes = u32::from_be_bytes(entry[64..68].try_into().expect("four bytes")) as usize;
+        let Some((mut payload, after)) = rest.split_at_mut_checked(bytes) else { break };
+        let mut crc = 0;
+        while let Some(length) = Batch::framed_len(payload).ok().filter(|length| *length <= payload.len()) {
+            let (batch, next) = payload.split_at_mut(length);
+            super::record::renew_crc(batch);
+            crc = crc32c::crc32c_append(crc, &batch[..HEADER_BYTES]);
+            payload = next;
+        }
+        entry[68..72].copy_from_slice(&crc.to_be_bytes());
+        rest = after;
+    }
+    let crc = crc32c::crc32c(&front[12..]);
+    front[8..12].copy_from_slice(&crc.to_be_bytes());
+}

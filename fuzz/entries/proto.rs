@@ -1,0 +1,58 @@
+//! What a producer sends: the generated message, and the frame that this package writes by hand in its place.
+
+use bytes::Bytes;
+use prost::Message;
+use strandline::{
+    proto::{
+        fault::Fault,
+        frame::ProduceFrame,
+        v1::{self, append_request::Payload},
+    },
+    record::Batch,
+};
+
+/// Bytes as a produce request.
+pub(crate) fn produce(input: &[u8]) -> bool {
+    error(input);
+    let Ok(request) = v1::ProduceRequest::decode(Bytes::copy_from_slice(input)) else { return false };
+    let again = v1::ProduceRequest::decode(&request.encode_to_vec()[..]);
+    assert_eq!(again.as_ref(), Ok(&request), "a message survives being written again");
+    let as_is = framed(&request);
+    framed(&with_right_batch(request)) || as_is
+}
+
+/// A request whose batch is right goes out as a frame: the same message.
+fn framed(request: &v1::ProduceRequest) -> bool {
+    let Some(append) = &request.append else { return false };
+    let Some(Payload::Batch(batch)) = &append.payload else { return false };
+    let Ok(batch) = Batch::parse(batch.clone()) else { return false };
+    let frame = ProduceFrame {
+        correlation: request.correlation,
+        topic: append.topic.as_str().into(),
+        partition: append.partition,
+        acks: append.acks,
+        timeout_ms: append.timeout_ms,
+        batch,
+    };
+    let bytes = frame.encode_to_vec();
+    assert_eq!(bytes.len(), frame.encoded_len());
+    assert_eq!(v1::ProduceRequest::decode(&bytes[..]).as_ref(), Ok(request), "a frame is the message on the wire");
+    true
+}
+
+fn with_right_batch(mut request: v1::ProduceRequest) -> v1::ProduceRequest {
+    if let Some(v1::AppendRequest { payload: Some(Payload::Batch(batch)), .. }) = &mut request.append {
+        let mut right = batch.to_vec();
+        super::record::renew_crc(&mut right);
+        *batch = right.into();
+    }
+    request
+}
+
+/// The same bytes as an error of a stream: a reason that this version does not know keeps its words.
+fn error(input: &[u8]) {
+    let Ok(error) = v1::Error::decode(input) else { return };
+    let fault = Fault::from(error.clone());
+    assert_eq!((&fault.message, fault.retryable), (&error.message, error.retryable));
+    assert_eq!(Fault::from(v1::Error::from(fault.clone())), fault);
+}

@@ -1,0 +1,114 @@
+//! The objects of a bucket.
+
+use strandline::{
+    model::{LeaderEpoch, Offset},
+    tier::{
+        Footer, SegmentLine,
+        footer::{TRAILER_BYTES, Trailer},
+        manifest::{Found, Page, Root},
+        name::Stamp,
+    },
+};
+
+use super::sealed;
+
+/// Where a body says how long the data is.
+const BODY_DATA_BYTES: std::ops::Range<usize> = 40..48;
+
+/// The end of a segment object.
+pub(crate) fn footer(input: &[u8]) -> bool {
+    let as_is = opened(input);
+    // The whole input as one footer, with everything in the trailer right that is not the footer's word.
+    let Some((body, trailer)) = input.split_last_chunk::<TRAILER_BYTES>() else { return as_is };
+    let mut trailer = *trailer;
+    if let Some(data_bytes) = body.get(BODY_DATA_BYTES) {
+        trailer[..8].copy_from_slice(data_bytes);
+    }
+    let Ok(body_bytes) = u32::try_from(body.len()) else { return as_is };
+    trailer[8..12].copy_from_slice(&body_bytes.to_be_bytes());
+    trailer[16..20].copy_from_slice(&crc32c::crc32c(body).to_be_bytes());
+    let crc = crc32c::crc32c(&trailer[..32]);
+    trailer[32..36].copy_from_slice(&crc.to_be_bytes());
+    trailer[36..].copy_from_slice(b"STRNDSEG");
+    opened(&[body, &trailer].concat()) || as_is
+}
+
+fn opened(tail: &[u8]) -> bool {
+    let Ok(footer) = Footer::parse(tail) else { return false };
+    let trailer = Trailer::parse(tail).expect("the footer was found by it");
+    let encoded = footer.encode();
+    assert_eq!(encoded.len() as u64, trailer.footer_bytes());
+    assert_eq!(Footer::parse(&encoded).as_ref(), Ok(&footer), "a footer survives being written again");
+    for offset in footer.stretches.iter().map(|stretch| stretch.offset).chain([before(footer.end)]) {
+        let (stretch, end) = footer.stretch_of(offset);
+        assert!(stretch.offset <= offset && stretch.position < end && end <= footer.data_bytes);
+        assert!(footer.epoch_of(offset).is_some(), "the epochs cover the segment");
+    }
+    for time in [i64::MIN, footer.max_timestamp_ms, i64::MAX] {
+        assert!(footer.stretch_at_time(time).is_none_or(|stretch| stretch.max_timestamp_ms >= time));
+    }
+    true
+}
+
+/// A manifest's root or a page of one.
+pub(crate) fn manifest(input: &[u8]) -> bool {
+    let as_is = root(input) || page(input);
+    let right = sealed(input);
+    root(&right) || page(&right) || as_is
+}
+
+fn root(bytes: &[u8]) -> bool {
+    let Ok(root) = Root::parse(bytes) else { return false };
+    let encoded = root.encode();
+    assert_eq!(encoded.len(), bytes.len());
+    assert_eq!(Root::parse(&encoded).as_ref(), Ok(&root), "a root survives being written again");
+    assert!(root.base() <= root.log_start() && root.log_start() <= root.end());
+    assert_eq!(root.find(root.end()), None);
+    assert_eq!(root.find(root.log_start()).is_some(), !root.is_empty());
+    if !root.is_empty() {
+        assert!(matches!(root.find(before(root.end())), Some(Found::Segment(_) | Found::Page(_))));
+    }
+    for time in [i64::MIN, 0, i64::MAX] {
+        let late = |max: i64| max >= time;
+        match root.find_time(time, root.log_start()) {
+            Some(Found::Segment(line)) => assert!(late(line.max_timestamp_ms)),
+            Some(Found::Page(line)) => assert!(late(line.max_timestamp_ms)),
+            None => {}
+        }
+    }
+    grow(&root);
+    true
+}
+
+/// What a broker does with a manifest that it has read: it adds a segment, and drops what is too old.
+fn grow(root: &Root) {
+    let end = root.end();
+    if let Some(next) = end.get().checked_add(10).and_then(Offset::new) {
+        let stamp = Stamp { base: end, end: next, epoch: root.epoch(), attempt: Default::default() };
+        let line = SegmentLine { stamp, data_bytes: 1000, footer_bytes: 200, crc: 0, max_timestamp_ms: 0 };
+        let (longer, page) = root.extend(line, root.epoch(), Default::default());
+        assert_eq!((longer.end(), longer.version()), (next, root.version() + 1));
+        assert!(page.is_none_or(|page| Page::read(&page.bytes).is_ok()));
+        assert_eq!(Root::parse(&longer.encode()), Ok(longer));
+    }
+    if root.page_to_cut(end).is_none() {
+        let empty = root.trim(end, None, LeaderEpoch(i32::MAX.unsigned_abs()));
+        assert!(empty.is_empty() && empty.bytes() == 0);
+        assert_eq!(Root::parse(&empty.encode()), Ok(empty));
+    }
+}
+
+fn page(bytes: &[u8]) -> bool {
+    let Ok(page) = Page::read(bytes) else { return false };
+    for line in page.segments() {
+        let Stamp { base, end, .. } = line.stamp;
+        assert_eq!((page.find(base), page.find(before(end))), (Some(*line), Some(*line)));
+        assert!(line.object_bytes() >= line.data_bytes);
+    }
+    true
+}
+
+/// The offset before one that is not the first.
+fn before(offset: Offset) -> Offset {
+    Offset::new(offset.get() - 1).expect("smaller than an offset")
+}

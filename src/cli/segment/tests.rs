@@ -1,0 +1,167 @@
+//! Dumps of whole, damaged and other files.
+
+use std::{fs, path::Path};
+
+use super::*;
+use crate::{
+    model::{Compression, LeaderEpoch, PartitionId, TopicId},
+    record::{BatchBuilder, HEADER_BYTES},
+    tier::footer::FooterBuilder,
+};
+
+/// Batches of two records each, one for each epoch.
+fn batches(epochs: &[u32]) -> Vec<Batch> {
+    let batch = |(base, epoch): (usize, &u32)| {
+        let mut builder = BatchBuilder::new(Compression::None);
+        for value in [b"one", b"two"] {
+            builder.push(5, Some(b"k"), Some(value), &[]).expect("fits");
+        }
+        let mut batch = builder.finish(None).expect("not empty");
+        batch.stamp(Offset::new(2 * base as u64).expect("small"), LeaderEpoch(*epoch));
+        batch
+    };
+    epochs.iter().enumerate().map(batch).collect()
+}
+
+fn log(epochs: &[u32]) -> Vec<u8> {
+    batches(epochs).iter().flat_map(|batch| batch.to_bytes().to_vec()).collect()
+}
+
+fn object(epochs: &[u32]) -> Vec<u8> {
+    let partition = PartitionId::new(TopicId::from_bytes([7; 16]), 0);
+    let list = vec![(LeaderEpoch(3), Offset::ZERO)];
+    let mut footer = FooterBuilder::new(partition, Offset::ZERO, 1000, LeaderEpoch(3), list);
+    let batches = batches(epochs);
+    batches.iter().for_each(|batch| footer.push(batch));
+    [log(epochs), footer.finish(bytes::Bytes::new()).encode().to_vec()].concat()
+}
+
+fn dumped(bytes: &[u8], records: bool, output: Output) -> (String, Result<(), String>) {
+    let dump = Dump { file: "f.log".into(), records };
+    let mut out = Vec::new();
+    let batches = Batches::new(bytes, Some(Offset::ZERO));
+    let result = dump_all(batches, None, &dump, output, &mut out).map_err(|error| error.to_string());
+    (String::from_utf8(out).expect("text"), result)
+}
+
+/// What the command prints of a file of this name.
+fn dumped_as(name: &str, bytes: &[u8]) -> (String, Result<(), String>) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join(name);
+    fs::write(&file, bytes).expect("written");
+    let mut out = Vec::new();
+    let result = file::open(&file).and_then(|(batches, footer)| {
+        let dump = Dump { file: Path::new(name).to_owned(), records: false };
+        dump_all(batches, footer.as_ref(), &dump, Output::Text, &mut out)
+    });
+    (String::from_utf8(out).expect("text"), result.map_err(|error| format!("{error:#}")))
+}
+
+const LOG: &str = "00000000000000000000.log";
+const OBJECT: &str =
+    "00000000000000000000-00000000000000000004-0000000003-5f0c0000-0000-4000-8000-000000000000.segment";
+
+#[test]
+fn one_line_per_batch_and_one_per_record() {
+    let (text, result) = dumped(&log(&[3, 3]), false, Output::Text);
+    assert_eq!(result, Ok(()));
+    let lines: Vec<&str> = text.lines().collect();
+    assert_eq!(lines.len(), 2);
+    assert!(lines[1].contains("offsets 2..4 epoch 3 count 2") && lines[1].ends_with("ok"), "{text}");
+    let (text, _) = dumped(&log(&[3, 3]), true, Output::Text);
+    assert_eq!(text.lines().count(), 6);
+    assert!(text.contains("offset 3 timestamp 5 key \"k\" value \"two\""), "{text}");
+    let (text, _) = dumped(&log(&[3, 3]), true, Output::Json);
+    for line in text.lines() {
+        serde_json::from_str::<serde_json::Value>(line).expect("one JSON value per line");
+    }
+}
+
+#[test]
+fn damage_is_named_with_its_place() {
+    let good = log(&[3, 3]);
+    let second = good.len() / 2;
+    let mut flipped = good.clone();
+    flipped[second + 70] ^= 4;
+    let (text, result) = dumped(&flipped, false, Output::Text);
+    assert_eq!(text.lines().count(), 1, "what is whole is printed");
+    let error = result.expect_err("damaged");
+    assert!(error.contains(&format!("f.log is damaged at byte {second}")) && error.contains("CRC"), "{error}");
+    let error = dumped(&good[..good.len() - 1], false, Output::Text).1.expect_err("cut");
+    assert!(error.contains(&second.to_string()) && error.contains("truncated"), "{error}");
+    let twice = [&good[..second], &good[..second]].concat();
+    let error = dumped(&twice, false, Output::Text).1.expect_err("offsets go back");
+    assert!(error.contains("offset 0 where 2 is due"), "{error}");
+}
+
+/// No checksum covers the first batch's offset: a flipped one was called whole.
+#[test]
+fn a_flipped_offset_of_the_first_batch_is_found_by_the_files_name() {
+    let good = log(&[3]);
+    assert_eq!(dumped_as(LOG, &good).1, Ok(()));
+    for byte in 0..8 {
+        let mut flipped = good.clone();
+        flipped[byte] ^= 1;
+        let (text, result) = dumped_as(LOG, &flipped);
+        assert_eq!(text, "");
+        assert!(result.expect_err("damaged").contains("damaged at byte 0"), "byte {byte}");
+    }
+    // A copy under another name has nothing to be held against.
+    assert_eq!(dumped_as("copy", &good).1, Ok(()));
+}
+
+/// The batch after the damaged one was blamed.
+#[test]
+fn a_fall_of_epochs_is_blamed_on_the_batch_that_stands_out() {
+    let bytes = log(&[3]).len() as u64;
+    for (epochs, at, says) in [
+        (&[65536, 0][..], 0, "falls from 65536 to 0 at offset 2"),
+        (&[3, 259, 3, 3], bytes, "falls from 259 to 3 at offset 4"),
+        (&[3, 3, 1, 3], 2 * bytes, "falls from 3 to 1 at offset 4"),
+    ] {
+        let (text, result) = dumped_as(LOG, &log(epochs));
+        let error = result.expect_err("damaged");
+        assert!(error.contains(&format!("damaged at byte {at}: ")) && error.contains(says), "{epochs:?}: {error}");
+        assert_eq!(text.lines().count() as u64 * bytes, at, "{epochs:?}: what is not in doubt is printed");
+    }
+}
+
+#[test]
+fn a_buckets_object_is_read_by_its_footer_and_every_flipped_bit_in_it_is_found() {
+    let good = object(&[3, 3]);
+    let (text, result) = dumped_as(OBJECT, &good);
+    assert_eq!((text.lines().count(), result), (2, Ok(())));
+    assert_eq!(dumped_as("copy", &good).1, Ok(()));
+    for byte in 0..good.len() {
+        let mut flipped = good.clone();
+        flipped[byte] ^= 1;
+        let (_, result) = dumped_as(OBJECT, &flipped);
+        assert!(result.is_err(), "byte {byte}");
+    }
+    let cut = dumped_as(OBJECT, &log(&[3, 3])).1.expect_err("damaged");
+    assert!(cut.contains("has no footer"), "{cut}");
+}
+
+#[test]
+fn a_file_that_is_no_segment_is_not_called_damaged() {
+    for (name, bytes, says) in [
+        ("README.md", &b"# Strandline\n"[..], "is no segment file"),
+        ("long.txt", &[b'x'; 500], "is no segment file"),
+        ("checkpoint", b"STRLCKP1 and more", "is a checkpoint, no segment file"),
+        ("00000000000000000000.index", b"STRLOIX1", "is an index, no segment file"),
+    ] {
+        let error = dumped_as(name, bytes).1.expect_err("refused");
+        assert!(error.contains(says) && !error.contains("damaged"), "{error}");
+    }
+    let error = dumped_as(LOG, &[b'x'; 500]).1.expect_err("damaged");
+    assert!(error.contains("damaged at byte 0"), "by its name it is one: {error}");
+}
+
+#[test]
+fn a_hostile_length_does_not_allocate() {
+    let mut bytes = log(&[3]);
+    bytes.truncate(HEADER_BYTES);
+    bytes[8..12].copy_from_slice(&(60_i32 << 20).to_be_bytes());
+    let error = dumped(&bytes, false, Output::Text).1.expect_err("truncated");
+    assert!(error.contains("truncated"), "{error}");
+}

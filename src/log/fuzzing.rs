@@ -1,0 +1,56 @@
+//! Doors for the fuzzers (`fuzz/entries`) to what this room reads off the disk and shows to nobody else.
+//!
+//! Each takes a file's bytes and writes again what it understood; `None` is a refusal. What a file is compared with when
+//! a directory is opened (the directory's id, the segment's base and length) is taken from the file itself here: otherwise
+//! nothing would ever be accepted.
+
+use bytes::{Buf, Bytes};
+use uuid::Uuid;
+
+use super::{checkpoint::Checkpoint, index::Index, journal::entry, snapshot::Snapshot};
+use crate::{model::Offset, record::Batch};
+
+/// The round of a journal that begins at the front of `bytes`; refused as well where a payload is not what its entry says.
+pub fn round(bytes: &Bytes) -> Option<Vec<u8>> {
+    let directory = Uuid::from_slice(bytes.get(12..28)?).ok()?;
+    let round = entry::decode(bytes, directory)?;
+    let mut entries = Vec::new();
+    let mut payload_bytes = 0;
+    for read in &round.entries {
+        if !read.whole(bytes) {
+            return None;
+        }
+        let mut payload = bytes.slice(read.payload.clone());
+        let mut batches = Vec::new();
+        while payload.has_remaining() {
+            batches.push(Batch::split_from(&mut payload).ok()?);
+        }
+        payload_bytes += read.payload.len();
+        entries.push((read.head, batches));
+    }
+    let mut out = vec![0; entry::round_bytes(entries.len(), payload_bytes)];
+    let entries = entries.iter().map(|(head, batches)| (head, batches.as_slice()));
+    entry::encode(&mut out, directory, round.sequence, entries);
+    Some(out)
+}
+
+/// A checkpoint.
+pub fn checkpoint(file: &[u8]) -> Option<Vec<u8>> {
+    let directory = Uuid::from_slice(file.get(8..24)?).ok()?;
+    Some(Checkpoint::decode(file, directory)?.encode(directory).to_vec())
+}
+
+/// A segment's offset index and its time index.
+pub fn index(offsets: &[u8], times: &[u8]) -> Option<(Vec<u8>, Vec<u8>)> {
+    let mut head = offsets.get(8..24)?;
+    let (base, segment_bytes) = (Offset::new(head.get_u64())?, head.get_u64());
+    let (offsets, times) = Index::decode(offsets, times, base, segment_bytes)?.encode(base, segment_bytes);
+    Some((offsets.to_vec(), times.to_vec()))
+}
+
+/// A segment's snapshot.
+pub fn snapshot(file: &[u8]) -> Option<Vec<u8>> {
+    let at = Offset::new(file.get(8..16)?.get_u64())?;
+    let Snapshot { epochs, producers } = Snapshot::decode(file, at)?;
+    Some(Snapshot::encode(&epochs, &producers, at).to_vec())
+}

@@ -1,0 +1,109 @@
+//! Segments below the log start: gone from the disk, and gone for good.
+
+use super::*;
+
+/// Six segments of two records each.
+fn six_segments(log: &Log) -> Replica {
+    let mut replica = log.open_replica(partition(0), at(0)).unwrap();
+    for base in (0..12).step_by(2) {
+        write(log, &mut replica, &[batch(base, 2, 1, 1, 500)]);
+        replica.roll().unwrap();
+    }
+    replica
+}
+
+/// The first offsets of the segment files that are there.
+fn bases(disk: &SimDisk) -> Vec<u64> {
+    let files = disk.files().into_iter().map(|(path, _)| path);
+    let logs = files.filter(|path| path.extension().is_some_and(|extension| extension == "log"));
+    logs.map(|path| path.file_stem().unwrap().to_str().unwrap().parse().unwrap()).collect()
+}
+
+#[test]
+fn a_segment_that_lies_only_partly_below_the_log_start_stays() {
+    let disk = SimDisk::new();
+    let log = open(&disk);
+    let mut replica = six_segments(&log);
+    replica.advance_log_start(at(5));
+    assert_eq!(replica.evict(at(5)), Ok(1000));
+    assert_eq!((replica.log_start(), replica.local_start()), (at(5), at(4)));
+    assert_eq!(bases(&disk)[0], 4);
+    assert_eq!(replica.evict(at(5)), Ok(0), "there is nothing left to do");
+}
+
+#[test]
+fn deleted_segments_leave_no_file_behind() {
+    let disk = SimDisk::new();
+    let log = open(&disk);
+    let mut replica = six_segments(&log);
+    replica.advance_log_start(at(12));
+    assert_eq!(replica.evict(at(12)), Ok(3000));
+    let names: Vec<_> = disk.files().into_iter().map(|(path, _)| path).collect();
+    let of_the_replica = names.iter().filter(|path| path.parent().unwrap().ends_with("0"));
+    let left: Vec<_> = of_the_replica.filter_map(|path| path.file_name()?.to_str()).collect();
+    assert_eq!(left, ["00000000000000000012.snapshot"], "the new segment's file is made by its first append");
+    assert_eq!(write(&log, &mut replica, &[batch(12, 1, 1, 1, 100)]), at(13));
+}
+
+/// The power may go at any moment of a deletion. Whatever is there afterwards opens, a second try finishes it, and neither a
+/// kill nor a loss of power brings a segment back, by the journal or by the checkpoint.
+#[test]
+fn a_deletion_that_was_cut_short_is_done_again_and_stays_done() {
+    for operations in 0..30 {
+        let disk = SimDisk::new();
+        let log = open(&disk);
+        let mut replica = six_segments(&log);
+        disk.fail_writes_after(Some(operations));
+        replica.advance_log_start(at(6));
+        drop(replica.evict(at(6)));
+        drop((replica, log));
+        disk.crash(operations);
+
+        let log = open(&disk);
+        let mut replica = log.open_replica(partition(0), at(0)).unwrap();
+        assert!(replica.local_start() <= at(6), "after {operations} operations");
+        assert_eq!(replica.log_end(), at(12), "after {operations} operations");
+        // The metadata store says so again.
+        replica.advance_log_start(at(6));
+        replica.evict(at(6)).unwrap();
+        assert!(bases(&disk).iter().all(|base| *base >= 6), "after {operations} operations: {:?}", bases(&disk));
+        for (life, clean) in [(1, false), (2, true), (3, false)] {
+            if clean {
+                log_closes(&disk, operations);
+                continue;
+            }
+            disk.crash(operations * 10 + life);
+            let log = open(&disk);
+            let replica = log.open_replica(partition(0), at(0)).unwrap();
+            assert_eq!((replica.log_start(), replica.local_start()), (at(6), at(6)), "life {life}, {operations}");
+            assert!(bases(&disk).iter().all(|base| *base >= 6), "life {life}, {operations}: {:?}", bases(&disk));
+            assert_eq!(read_all(&replica.reader(), at(6)).unwrap().len(), 3);
+        }
+    }
+}
+
+/// A snapshot that found no room when its segment was sealed keeps the segments before it, and those alone.
+#[test]
+fn on_a_disk_without_one_byte_a_deletion_makes_its_own_room() {
+    let disk = SimDisk::new();
+    let log = open(&disk);
+    let mut replica = six_segments(&log);
+    let files = disk.files();
+    let snapshot = files.iter().find(|(path, _)| path.ends_with("00000000000000000006.snapshot")).unwrap();
+    disk.remove(&snapshot.0).unwrap();
+    disk.set_capacity(Some(disk.files().iter().map(|(_, len)| len).sum()));
+    replica.advance_log_start(at(6));
+    assert_eq!(replica.evict(at(6)), Ok(1000));
+    assert_eq!(replica.local_start(), at(4));
+    assert_eq!(replica.evict(at(6)), Ok(500), "now there is room");
+    assert_eq!((replica.local_start(), bases(&disk)[0]), (at(6), 6));
+}
+
+fn log_closes(disk: &SimDisk, operations: u64) {
+    disk.kill();
+    let log = open(disk);
+    let replica = log.open_replica(partition(0), at(0)).unwrap();
+    assert_eq!(replica.local_start(), at(6), "after {operations} operations");
+    drop(replica);
+    log.close().unwrap();
+}

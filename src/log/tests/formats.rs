@@ -1,0 +1,139 @@
+//! What a file can say whose checksum is right: nothing that the log cannot bear.
+
+use bytes::{BufMut, BytesMut};
+use uuid::Uuid;
+
+use super::*;
+use crate::log::{
+    checkpoint::{Checkpoint, ReplicaRecord},
+    epochs::EpochHistory,
+    index::Index,
+    journal::entry::{self, EntryHead, Kind},
+    producers::ProducerTable,
+    segment::SegmentInfo,
+    snapshot::Snapshot,
+};
+
+const DIRECTORY: Uuid = Uuid::from_u128(7);
+
+fn epochs(entries: &[(u32, u64)]) -> Option<EpochHistory> {
+    let mut out = BytesMut::new();
+    out.put_u32(u32::try_from(entries.len()).unwrap());
+    for (epoch, start) in entries {
+        out.put_u32(*epoch);
+        out.put_u64(*start);
+    }
+    EpochHistory::decode(&mut out.freeze())
+}
+
+#[test]
+fn epochs_that_no_batch_can_carry_or_that_do_not_grow_are_refused() {
+    assert!(epochs(&[(1, 0), (3, 10), (i32::MAX.unsigned_abs(), 11)]).is_some());
+    for bad in [&[(1 << 31, 0)][..], &[(1, 0), (1, 5)], &[(2, 0), (1, 5)], &[(1, 5), (2, 5)], &[(1, 5), (2, 4)]] {
+        assert_eq!(epochs(bad), None, "{bad:?}");
+    }
+}
+
+/// Producers with one batch each: id, count, base.
+fn producers(entries: &[(i64, u32, u64)]) -> Option<ProducerTable> {
+    let mut out = BytesMut::new();
+    out.put_u32(u32::try_from(entries.len()).unwrap());
+    for (id, count, base) in entries {
+        out.put_i64(*id);
+        out.put_i16(0);
+        out.put_u8(1);
+        out.put_i32(0);
+        out.put_u32(*count);
+        out.put_u64(*base);
+    }
+    ProducerTable::from_bytes(&out)
+}
+
+/// A retry is answered with the end of what it repeats. A table from the bucket once made that answer pass 2^63, and the
+/// broker with it.
+#[test]
+fn producers_whose_batches_cannot_be_are_refused() {
+    let last = Offset::MAX.get() - 3;
+    assert!(producers(&[(0, 1, 0), (4, 3, last)]).is_some());
+    for bad in [
+        &[(0, 4, last)][..],
+        &[(0, u32::MAX, last)],
+        &[(0, 0, 7)],
+        &[(-1, 1, 0)],
+        &[(1, 1, 0), (1, 1, 0)],
+        &[(2, 1, 0), (1, 1, 0)],
+    ] {
+        assert_eq!(producers(bad), None, "{bad:?}");
+    }
+}
+
+/// A time is looked for by halving: where times fall, records would be passed over.
+#[test]
+fn an_index_whose_times_fall_or_that_does_not_begin_with_its_segment_is_refused() {
+    let decode = |notes: &[(u64, u64, i64)]| {
+        let mut index = Index::default();
+        notes.iter().for_each(|(offset, position, max_before)| index.note(at(*offset), *position, *max_before));
+        let (offsets, times) = index.encode(at(5), 100_000);
+        Index::decode(&offsets, &times, at(5), 100_000)
+    };
+    assert!(decode(&[(5, 0, i64::MIN), (9, 5000, 7), (12, 10_000, 7)]).is_some());
+    for bad in [&[(5, 0, i64::MIN), (9, 5000, 7), (12, 10_000, 6)][..], &[(6, 0, i64::MIN)], &[(5, 1, i64::MIN)]] {
+        assert_eq!(decode(bad), None, "{bad:?}");
+    }
+}
+
+fn head(generation: u64, position: u64) -> EntryHead {
+    EntryHead {
+        kind: Kind::Append,
+        id: partition(0),
+        generation,
+        base: at(0),
+        end: at(3),
+        segment: at(0),
+        position,
+        epoch: Some(LeaderEpoch(1)),
+    }
+}
+
+/// The next round, the next generation, the end of the write: each is a sum that must not pass its type.
+#[test]
+fn a_round_whose_numbers_leave_no_room_for_the_next_is_refused() {
+    let batches = [batch(0, 3, 1, 5, 100)];
+    let decode = |sequence: u64, head: EntryHead| {
+        let mut round = vec![0; entry::round_bytes(1, 100)];
+        entry::encode(&mut round, DIRECTORY, sequence, [(&head, &batches[..])].into_iter());
+        entry::decode(&round, DIRECTORY)
+    };
+    assert!(decode(1, head(1, u64::from(u32::MAX) - 100)).is_some());
+    assert!(decode(u64::MAX, head(1, 0)).is_none(), "sequence");
+    assert!(decode(1, head(u64::MAX, 0)).is_none(), "generation");
+    for position in [u64::from(u32::MAX), 1 << 40, u64::MAX] {
+        assert!(decode(1, head(1, position)).is_none(), "position {position}");
+    }
+}
+
+#[test]
+fn a_checkpoint_whose_replicas_cannot_be_is_refused() {
+    let decode = |change: &dyn Fn(&mut Checkpoint)| {
+        let mut record = ReplicaRecord::empty(partition(0), 3, at(5), 0);
+        record.segments = vec![SegmentInfo { end: at(9), bytes: 300, ..SegmentInfo::empty(at(5), 0) }];
+        record.epochs = epochs(&[(1, 5)]).unwrap();
+        let mut checkpoint = Checkpoint { first_round: 1, generation: 3, clean: true, replicas: vec![record] };
+        change(&mut checkpoint);
+        Checkpoint::decode(&checkpoint.encode(DIRECTORY), DIRECTORY)
+    };
+    assert!(decode(&|_| {}).is_some());
+    assert_eq!(decode(&|checkpoint| checkpoint.first_round = u64::MAX), None);
+    assert_eq!(decode(&|checkpoint| checkpoint.generation = u64::MAX), None);
+    assert_eq!(decode(&|checkpoint| checkpoint.replicas[0].generation = u64::MAX), None);
+    assert_eq!(decode(&|checkpoint| checkpoint.replicas[0].segments[0].bytes = 1 << 32), None);
+    assert_eq!(decode(&|checkpoint| checkpoint.replicas[0].segments[0].end = at(4)), None);
+    assert_eq!(decode(&|checkpoint| checkpoint.replicas[0].epochs = epochs(&[(1, 10)]).unwrap()), None);
+}
+
+#[test]
+fn a_snapshot_of_epochs_that_begin_later_is_refused() {
+    let snapshot = |start| Snapshot::encode(&epochs(&[(1, start)]).unwrap(), &ProducerTable::new(), at(9));
+    assert!(Snapshot::decode(&snapshot(9), at(9)).is_some());
+    assert_eq!(Snapshot::decode(&snapshot(10), at(9)), None);
+}

@@ -1,0 +1,169 @@
+//! Opening compressed batches, which are strangers': how much comes out is known only when it has.
+//!
+//! Memory is taken before anything is decompressed, for all who do at the same time together. It is not taken for the
+//! worst case, which would let one in at a time: first for what the batch itself says or what is usual, and where that was too
+//! little, after giving it back, for four times as much. So an honest batch is opened once, a bomb costs a third more
+//! than it may grow to, and a batch that says itself that it is too large costs nothing.
+//!
+//! ```text
+//! guess ─ take ─► decompress within it ─► done
+//!                          └ it grows ─► give back ─ take × 4 ─► … up to the bound: refused
+//! ```
+
+use super::Memory;
+use crate::{
+    model::Compression,
+    record::{Batch, Malformed},
+    task,
+};
+
+/// Up to so many bytes are opened where the caller runs: handing over to another thread would cost more.
+const INLINE_BYTES: usize = 64 << 10;
+
+/// What opened records are for, which says how much memory that takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Use {
+    /// They are read and dropped. A buffer that grows holds what it was beside what it becomes.
+    Read,
+    /// They are written in another codec: what is made of them may be as large as they are.
+    Rewrite,
+}
+
+impl Use {
+    /// Most bytes that it takes for each plain byte.
+    const fn cost(self) -> usize {
+        match self {
+            Self::Read => 2,
+            Self::Rewrite => 3,
+        }
+    }
+}
+
+/// Opens batches within a bound on the memory that this takes. Clones share it.
+#[derive(Clone, Debug)]
+pub struct Opener {
+    memory: Memory,
+}
+
+impl Opener {
+    /// At most `bytes` of memory at any time.
+    pub fn new(bytes: u64) -> Self {
+        Self { memory: Memory::new(bytes) }
+    }
+
+    /// Does `work` with a batch. `work` is given how many bytes the records may have without compression, answers
+    /// [`Malformed::Grows`] when they have more, and may be asked again with a larger number, up to `most`. What it returns
+    /// is its caller's to account for: it must not hold what it decompressed.
+    ///
+    /// # Errors
+    /// What `work` answers; [`Malformed::Grows`] also where `most` is more than all memory here could hold.
+    pub async fn open<T, F>(&self, batch: &Batch, most: usize, purpose: Use, work: F) -> Result<T, Malformed>
+    where
+        F: Fn(&Batch, usize) -> Result<T, Malformed> + Clone + Send + 'static,
+        T: Send + 'static,
+    {
+        if batch.compression() == Compression::None && purpose == Use::Read {
+            return work(batch, most);
+        }
+        let most = most.min(self.memory.bytes() / purpose.cost());
+        let guess = batch.plain_guess();
+        if guess > most {
+            return Err(Malformed::Grows { codec: batch.compression(), most });
+        }
+        let mut room = guess.max(INLINE_BYTES).min(most);
+        loop {
+            let permit = self.memory.take(room * purpose.cost()).await;
+            let opened = if room <= INLINE_BYTES {
+                work(batch, room)
+            } else {
+                let (batch, work) = (batch.clone(), work.clone());
+                // The permit goes along: whoever waits may stop waiting, and the work goes on.
+                task::blocking(move || (work(&batch, room), permit).0).await
+            };
+            match opened {
+                Err(Malformed::Grows { .. }) if room < most => room = room.saturating_mul(4).min(most),
+                opened => return opened,
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    };
+
+    use futures::future;
+
+    use super::*;
+    use crate::record::BatchBuilder;
+
+    /// A batch of zeros, and how many bytes its records have.
+    fn zeros(codec: Compression, bytes: usize) -> (Batch, usize) {
+        let mut builder = BatchBuilder::new(Compression::None);
+        builder.push(0, None, Some(&vec![0; bytes]), &[]).expect("fits");
+        let plain = builder.finish(None).expect("one record");
+        (plain.recompress(codec).expect("it was plain"), plain.records_bytes().len())
+    }
+
+    const CODECS: [Compression; 4] = [Compression::Gzip, Compression::Snappy, Compression::Lz4, Compression::Zstd];
+
+    #[tokio::test]
+    async fn every_batch_within_the_bound_is_opened_and_none_above_it() {
+        let opener = Opener::new(64 << 20);
+        for codec in CODECS {
+            let (batch, plain) = zeros(codec, 5 << 20);
+            let count = |batch: &Batch, most: usize| Ok(batch.records_within(most)?.count());
+            assert_eq!(opener.open(&batch, plain, Use::Read, count).await, Ok(1), "{codec}");
+            let refused = opener.open(&batch, plain - 1, Use::Read, count).await;
+            assert_eq!(refused, Err(Malformed::Grows { codec, most: plain - 1 }), "{codec}");
+        }
+    }
+
+    /// Six batches of a quarter of a megabyte that grow to 250 MiB took 2.7 GB.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn what_is_reserved_and_what_is_opened_never_passes_the_bound() {
+        const BOUND: usize = 8 << 20;
+        let opener = Opener::new(BOUND as u64);
+        let (now, peak) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+        let (batch, _) = zeros(Compression::Lz4, 2 << 20);
+        let work = {
+            let (now, peak, memory) = (Arc::clone(&now), Arc::clone(&peak), opener.memory.clone());
+            move |batch: &Batch, room: usize| {
+                let here = now.fetch_add(room * Use::Rewrite.cost(), Ordering::SeqCst) + room * Use::Rewrite.cost();
+                peak.fetch_max(here.max(memory.taken()), Ordering::SeqCst);
+                let outcome = batch.recompress_within(Compression::Zstd, room).map(drop);
+                now.fetch_sub(room * Use::Rewrite.cost(), Ordering::SeqCst);
+                outcome
+            }
+        };
+        let all = (0..24).map(|_| opener.open(&batch, usize::MAX, Use::Rewrite, work.clone()));
+        assert!(future::join_all(all).await.iter().all(Result::is_ok));
+        let peak = peak.load(Ordering::SeqCst);
+        assert!(peak <= BOUND && peak > BOUND / 2, "{peak} of {BOUND}");
+        assert_eq!(opener.memory.taken(), 0, "all is given back");
+        // What could never be held is refused, and waits for nothing.
+        let (large, _) = zeros(Compression::Lz4, 3 << 20);
+        let refused = opener.open(&large, usize::MAX, Use::Rewrite, work).await;
+        assert!(matches!(refused, Err(Malformed::Grows { .. })), "{refused:?}");
+    }
+
+    #[tokio::test]
+    async fn a_bomb_that_says_what_it_is_is_never_decompressed() {
+        let opener = Opener::new(64 << 20);
+        let calls = Arc::new(AtomicUsize::new(0));
+        for codec in [Compression::Gzip, Compression::Snappy, Compression::Zstd] {
+            let counted = Arc::clone(&calls);
+            let work = move |batch: &Batch, most: usize| {
+                counted.fetch_add(1, Ordering::SeqCst);
+                batch.records_within(most).map(drop)
+            };
+            let (batch, _) = zeros(codec, 20 << 20);
+            let refused = opener.open(&batch, 4 << 20, Use::Read, work).await;
+            assert_eq!(refused, Err(Malformed::Grows { codec, most: 4 << 20 }));
+        }
+        assert_eq!(calls.load(Ordering::SeqCst), 0);
+    }
+}

@@ -1,0 +1,156 @@
+//! S3's own requests, through the vendor's own client: what other stores do not have, and what the doctor asks.
+//!
+//! Everything that a broker needs for its data goes through `store`. This client is made when it is needed, seldom, and from
+//! the same options.
+
+use std::{future::Future, time::Duration};
+
+use aws_config::{BehaviorVersion, Region, meta::region::RegionProviderChain};
+use aws_sdk_s3::{
+    Client,
+    config::Credentials,
+    error::{ProvideErrorMetadata, SdkError},
+};
+use futures::future::BoxFuture;
+
+use super::open::{OpenError, StoreOptions};
+
+/// The region where none is configured anywhere, as for all other requests.
+const REGION: &str = "us-east-1";
+
+/// Most pages of one listing of uploads, of up to 1,000 each. What lies beyond them waits until those are ended.
+const UPLOAD_PAGES: usize = 100;
+
+/// One prefix of one bucket.
+pub(super) struct S3 {
+    pub(super) client: Client,
+    pub(super) bucket: String,
+    prefix: String,
+    pub(super) timeout: Duration,
+}
+
+/// A multipart upload that has no end yet.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Upload {
+    /// The name below our prefix of the object that it would make.
+    pub(super) object: String,
+    /// Its id.
+    pub(super) id: String,
+    /// When it was begun, by the store's clock, in milliseconds since 1970; `None` where the store does not say.
+    pub(super) begun_ms: Option<i64>,
+}
+
+impl S3 {
+    pub(super) async fn connect(options: &StoreOptions) -> Result<Self, OpenError> {
+        let Some(rest) = options.url.strip_prefix("s3://").or_else(|| options.url.strip_prefix("s3a://")) else {
+            return Err(OpenError::Url { url: options.url.clone() });
+        };
+        let (bucket, prefix) = rest.split_once('/').unwrap_or((rest, ""));
+        if bucket.is_empty() {
+            return Err(OpenError::Url { url: options.url.clone() });
+        }
+        let region = RegionProviderChain::first_try(options.region.clone().map(Region::new));
+        let region = region.or_default_provider().or_else(REGION);
+        let mut loader = aws_config::defaults(BehaviorVersion::v2026_01_12()).region(region);
+        if let Some(endpoint) = &options.endpoint {
+            loader = loader.endpoint_url(endpoint);
+        }
+        if let Some(keys) = &options.keys {
+            let (id, secret) = (keys.access_key_id.as_str(), keys.secret_access_key.as_str());
+            loader = loader.credentials_provider(Credentials::new(id, secret, None, None, "options"));
+        }
+        let config = loader.load().await;
+        let config = aws_sdk_s3::config::Builder::from(&config).force_path_style(options.path_style).build();
+        Ok(Self {
+            client: Client::from_conf(config),
+            bucket: bucket.to_owned(),
+            prefix: prefix.trim_matches('/').to_owned(),
+            timeout: options.request_timeout,
+        })
+    }
+
+    /// The whole key of a name below the prefix.
+    pub(super) fn key(&self, key: &str) -> String {
+        if self.prefix.is_empty() { key.to_owned() } else { format!("{}/{key}", self.prefix) }
+    }
+
+    /// One request, within the time limit. Boxed, because the client's futures are some 20 KiB.
+    pub(super) fn ask<'a, T, E>(
+        &'a self,
+        request: impl Future<Output = Result<T, SdkError<E>>> + Send + 'a,
+    ) -> BoxFuture<'a, Result<T, String>>
+    where
+        E: ProvideErrorMetadata + std::error::Error + 'static,
+    {
+        let answer = Box::pin(tokio::time::timeout(self.timeout, request));
+        Box::pin(async move {
+            match answer.await {
+                Ok(answer) => answer.map_err(|error| text(&error)),
+                Err(_) => Err(format!("no answer within {:?}", self.timeout)),
+            }
+        })
+    }
+
+    /// The uploads without an end below our prefix.
+    ///
+    /// The whole bucket is listed: asked for a prefix, MinIO names only uploads of exactly that key. (It also forgets, when it is
+    /// started again, those from before; but it ends what is a day old by itself.)
+    pub(super) async fn uploads(&self) -> Result<Vec<Upload>, String> {
+        let below = self.key("");
+        let (mut uploads, mut key, mut id) = (Vec::new(), None::<String>, None::<String>);
+        for _ in 0..UPLOAD_PAGES {
+            let list = self.client.list_multipart_uploads().bucket(&self.bucket);
+            let page = self.ask(list.set_key_marker(key.take()).set_upload_id_marker(id.take()).send()).await?;
+            uploads.extend(page.uploads().iter().filter_map(|upload| {
+                Some(Upload {
+                    object: upload.key()?.strip_prefix(&below)?.to_owned(),
+                    id: upload.upload_id()?.to_owned(),
+                    begun_ms: upload.initiated().and_then(|time| time.to_millis().ok()),
+                })
+            }));
+            key = page.next_key_marker().filter(|key| !key.is_empty()).map(str::to_owned);
+            id = page.next_upload_id_marker().filter(|id| !id.is_empty()).map(str::to_owned);
+            if page.is_truncated() != Some(true) || key.is_none() {
+                break;
+            }
+        }
+        Ok(uploads)
+    }
+
+    /// Ends an upload, so that the store frees what it holds of it. One that is gone is ended.
+    pub(super) async fn end_upload(&self, upload: &Upload) -> Result<(), String> {
+        let abort = self.client.abort_multipart_upload().bucket(&self.bucket);
+        let abort = abort.key(self.key(&upload.object)).upload_id(&upload.id).send();
+        match Box::pin(tokio::time::timeout(self.timeout, abort)).await {
+            Ok(Err(error)) if error.code() == Some("NoSuchUpload") => Ok(()),
+            Ok(answer) => answer.map(drop).map_err(|error| text(&error)),
+            Err(_) => Err(format!("no answer within {:?}", self.timeout)),
+        }
+    }
+}
+
+/// An error and what caused it, in the words of each.
+fn causes(error: &dyn std::error::Error) -> String {
+    let chain = std::iter::successors(Some(error), |error| error.source());
+    let text = chain.map(ToString::to_string).collect::<Vec<_>>().join(": ");
+    if text.contains("loading credentials") {
+        return format!(
+            "no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give a profile or role ({text})"
+        );
+    }
+    text
+}
+
+/// The service's own words when it answered, else why there was no answer.
+pub(super) fn text<E>(error: &SdkError<E>) -> String
+where
+    E: ProvideErrorMetadata + std::error::Error + 'static,
+{
+    let status = error.raw_response().map(|response| format!("HTTP {}", response.status().as_u16()));
+    match (status, error.code(), error.message()) {
+        (Some(status), Some(code), Some(message)) => format!("{status} {code}: {message}"),
+        (Some(status), Some(code), None) => format!("{status} {code}"),
+        (Some(status), ..) => status,
+        _ => causes(error),
+    }
+}

@@ -1,0 +1,89 @@
+//! What is left of a deleted topic, where, and for how long: everything of it goes, its mark last, and what has no mark stays.
+
+use std::fs;
+
+use strandline::{
+    cluster::{DeletedValue, EmbeddedStore, Key, Keys, MetaStore, Transaction, Value},
+    model::{LeaderEpoch, Offset, TopicId},
+    task::clock,
+    tier::name::Stamp,
+};
+
+use crate::{
+    broker::{Home, eventually},
+    damage::files,
+};
+
+/// A little longer than marks outlive their topics.
+const LONG_MS: i64 = 31 * 24 * 3600 * 1000;
+
+fn keys() -> Keys {
+    Keys::new("it").expect("valid")
+}
+
+/// Does something with the metadata of a broker that is stopped.
+fn metadata<T>(home: &Home, work: impl AsyncFnOnce(&EmbeddedStore) -> T) -> T {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    runtime.block_on(async {
+        let store = EmbeddedStore::open(&home.data_dir()).await.expect("the broker has let go of it");
+        work(&store).await
+    })
+}
+
+fn mark(home: &Home, id: TopicId) -> Option<DeletedValue> {
+    let key = keys().path(&Key::Deleted(id));
+    let entry = metadata(home, async |store| store.get(&key).await).expect("answers").entry;
+    entry.map(|entry| DeletedValue::decode(&key, &entry.value).expect("it parses"))
+}
+
+fn put_mark(home: &Home, id: TopicId, gone_since_ms: Option<i64>) {
+    let value = DeletedValue { name: "gone".parse().expect("valid"), gone_since_ms };
+    let put = Transaction::new().put(keys().path(&Key::Deleted(id)), value.encode());
+    metadata(home, async |store| store.transact(put).await).expect("answers");
+}
+
+/// Until a search has begun and ended from now on.
+fn searched(home: &Home) {
+    let searches = || home.metric("strandline_garbage_searches_total");
+    let before = searches();
+    eventually("a search for garbage", || (searches() >= before + 2.0).then_some(()));
+}
+
+#[test]
+fn the_mark_of_a_deleted_topic_goes_last_and_nothing_goes_without_one() {
+    let mut home = Home::new().setting("tier.garbage_grace", "\"1s\"");
+    let broker = home.start();
+    let cli = home.cli();
+    cli.ok(&["topic", "create", "gone", "--config", "segment.ms=100"]);
+    cli.ok_with(&["produce", "gone", "--acks", "tiered"], b"a record\n");
+    let described = cli.ok(&["topic", "describe", "gone", "--output", "json"]).json();
+    let id: TopicId = described["id"].as_str().and_then(|id| id.parse().ok()).expect("an id");
+    let folder = |id: TopicId| home.bucket().join("topics").join(id.to_string());
+    assert!(!files(&folder(id), "").is_empty());
+    // Nobody knows the first, and nobody deleted it: its metadata may have been lost. The second was deleted, and something is
+    // left of it that is not ours to delete.
+    let (unknown, held) = (TopicId::from_bytes([1; 16]), TopicId::from_bytes([2; 16]));
+    let at = |offset| Offset::new(offset).expect("small");
+    let history = Stamp::draw(at(0), at(9), LeaderEpoch(0)).segment();
+    let left = [folder(unknown).join("0").join(history), folder(held).join("0/notes.txt")];
+    for path in &left {
+        fs::create_dir_all(path.parent().expect("a folder")).expect("it is made");
+        fs::write(path, "something").expect("a file");
+    }
+    cli.ok(&["topic", "delete", "gone"]);
+    eventually("its objects are gone", || files(&folder(id), "").is_empty().then_some(()));
+    searched(&home);
+    assert!(broker.terminate().success(), "{}", home.log());
+    let now_ms = clock::wall_ms();
+    let since_ms = mark(&home, id).expect("it was deleted a moment ago").gone_since_ms.expect("nothing is left of it");
+    assert!((now_ms - 60_000..=now_ms).contains(&since_ms), "{since_ms}");
+
+    put_mark(&home, id, Some(now_ms - LONG_MS));
+    put_mark(&home, held, Some(now_ms - LONG_MS));
+    let broker = home.start();
+    searched(&home);
+    assert!(broker.terminate().success(), "{}", home.log());
+    assert_eq!(mark(&home, id), None);
+    assert_eq!(mark(&home, held).expect("something is left").gone_since_ms, None, "the count starts again");
+    assert!(left.iter().all(|path| path.exists()), "{left:?}");
+}

@@ -1,0 +1,368 @@
+//! The gRPC edge as any client sees it: how streams end, how what is wrong with a call is said, and what tools find.
+
+use std::{io::Write as _, time::Duration};
+
+use bytes::{BufMut as _, Bytes};
+use strandline::{
+    limits,
+    proto::{
+        codec::Tuned,
+        fault::{Fault, Reason},
+        v1::{self, FetchPartition, ProduceRequest, ReadRequest, produce_response},
+    },
+};
+use tokio_stream::StreamExt as _;
+use tonic::{Code, Status, transport::Channel};
+use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
+
+use crate::{
+    broker::{Broker, Home},
+    wire,
+};
+
+/// Longest wait for something that is due at once.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+async fn running() -> (Home, Broker) {
+    let mut home = Home::new();
+    let broker = tokio::task::block_in_place(|| home.start());
+    // Records of any time stay.
+    wire::create_topic(home.grpc(), "edge", 2, &[("retention.ms", "-1")]).await;
+    (home, broker)
+}
+
+fn write(correlation: u64, value: &[u8]) -> ProduceRequest {
+    let append = wire::append_batch("edge", 0, wire::batch(&[value]));
+    ProduceRequest { correlation, append: Some(append) }
+}
+
+/// A client that half-closes and reads on, as Python's `for answer in stub.Produce(iter(requests))` does, waited for ever.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_produce_stream_ends_when_all_that_was_sent_is_answered() {
+    let (home, _broker) = running().await;
+    let mut log = wire::log(home.grpc());
+    for count in [0, 1, 100] {
+        let requests: Vec<_> = (0..count).map(|number| write(number, b"x")).collect();
+        let mut answers = log.produce(tokio_stream::iter(requests)).await.expect("a stream").into_inner();
+        let mut seen = Vec::new();
+        while let Some(answer) =
+            tokio::time::timeout(PATIENCE, answers.message()).await.expect("it ends").expect("it ends well")
+        {
+            assert!(matches!(answer.result, Some(produce_response::Result::Appended(_))), "{answer:?}");
+            seen.push(answer.correlation);
+        }
+        seen.sort_unstable();
+        assert_eq!(seen, (0..count).collect::<Vec<_>>());
+    }
+}
+
+/// A request that the transport refuses ends the stream, by name, and what came before it has its answer.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_message_that_is_too_large_is_named_after_what_came_before_it_was_answered() {
+    let (home, _broker) = running().await;
+    let mut log = wire::log(home.grpc());
+    let mut large = write(2, b"x");
+    large.append = Some(wire::append_batch("edge", 0, vec![0; limits::MAX_MESSAGE_BYTES + 1]));
+    let requests = tokio_stream::iter([write(1, b"x"), large.clone()]);
+    let mut answers = log.produce(requests).await.expect("a stream").into_inner();
+    let first = tokio::time::timeout(PATIENCE, answers.message()).await.expect("in time").expect("an answer");
+    assert_eq!(first.map(|answer| answer.correlation), Some(1));
+    let status = tokio::time::timeout(PATIENCE, answers.message()).await.expect("in time").expect_err("refused");
+    expect(&status, Reason::MessageTooLarge, Code::ResourceExhausted);
+
+    let status = log.append(large.append.expect("set")).await.expect_err("refused");
+    expect(&status, Reason::MessageTooLarge, Code::ResourceExhausted);
+    assert!(status.message().contains(&limits::MAX_MESSAGE_BYTES.to_string()), "{status:?}");
+}
+
+fn expect(status: &Status, reason: Reason, code: Code) {
+    let fault = Fault::from(status);
+    assert_eq!((fault.reason, status.code()), (reason, code), "{status:?}");
+    assert!(fault.message.len() > 15, "{fault}");
+}
+
+/// Calls a method with a message of any bytes.
+async fn call(channel: &Channel, path: &'static str, message: Bytes) -> Result<(), Status> {
+    let mut grpc = tonic::client::Grpc::new(channel.clone());
+    grpc.ready().await.expect("a connection");
+    let path = tonic::codegen::http::uri::PathAndQuery::from_static(path);
+    grpc.unary(tonic::Request::new(message), path, Raw).await.map(drop)
+}
+
+/// Messages that are not encoded at all.
+#[derive(Clone, Copy)]
+struct Raw;
+
+impl tonic::codec::Codec for Raw {
+    type Encode = Bytes;
+    type Decode = v1::AppendResponse;
+    type Encoder = Self;
+    type Decoder = <Tuned<v1::AppendRequest, v1::AppendResponse> as tonic::codec::Codec>::Decoder;
+
+    fn encoder(&mut self) -> Self {
+        *self
+    }
+
+    fn decoder(&mut self) -> Self::Decoder {
+        Tuned::<v1::AppendRequest, v1::AppendResponse>::default().decoder()
+    }
+}
+
+impl tonic::codec::Encoder for Raw {
+    type Item = Bytes;
+    type Error = Status;
+
+    fn encode(&mut self, item: Bytes, into: &mut tonic::codec::EncodeBuf<'_>) -> Result<(), Status> {
+        into.put(item);
+        Ok(())
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_the_transport_refuses_has_a_stable_word_too() {
+    let (home, _broker) = running().await;
+    let channel = Channel::from_shared(format!("http://{}", home.grpc())).expect("a URI").connect_lazy();
+    const APPEND: &str = "/strandline.v1.Log/Append";
+    for (name, path, message, reason, code) in [
+        ("a field that is cut", APPEND, &b"\x0a\xff"[..], Reason::InvalidRequest, Code::InvalidArgument),
+        ("a topic that is no UTF-8", APPEND, b"\x0a\x02\xff\xfe", Reason::InvalidRequest, Code::InvalidArgument),
+        ("a wrong wire type", APPEND, b"\x0d\x00\x00\x00\x00", Reason::InvalidRequest, Code::InvalidArgument),
+        ("a method of a newer version", "/strandline.v1.Log/Rewind", b"", Reason::UnknownMethod, Code::Unimplemented),
+        ("a service that is not here", "/strandline.v9.Log/Append", b"", Reason::UnknownMethod, Code::Unimplemented),
+        ("a path that is no method", "/", b"", Reason::UnknownMethod, Code::Unimplemented),
+    ] {
+        let status = call(&channel, path, Bytes::copy_from_slice(message)).await.expect_err(name);
+        let fault = Fault::from(&status);
+        assert_eq!((fault.reason, status.code()), (reason, code), "{name}: {status:?}");
+        if reason == Reason::UnknownMethod {
+            assert!(fault.message.contains(path), "{name}: {fault}");
+        }
+    }
+    let mut request = tonic::Request::new(wire::append_plain("edge", 0, vec![Bytes::from_static(b"x")]));
+    request.metadata_mut().insert("grpc-encoding", "gzip".parse().expect("ASCII"));
+    let status = wire::log(home.grpc()).append(request).await.expect_err("compressed by gRPC");
+    expect(&status, Reason::UnsupportedEncoding, Code::Unimplemented);
+    // Refusals of the services themselves stay as they are.
+    let status = wire::log(home.grpc()).append(wire::append_plain("nobody", 0, vec![])).await.expect_err("unknown");
+    expect(&status, Reason::UnknownTopic, Code::NotFound);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn health_knows_the_server_and_each_service() {
+    let (home, broker) = running().await;
+    let channel = Channel::from_shared(format!("http://{}", home.grpc())).expect("a URI").connect_lazy();
+    let mut health = HealthClient::new(channel);
+    for service in ["", "strandline.v1.Log", "strandline.v1.Admin"] {
+        let request = HealthCheckRequest { service: service.to_owned() };
+        let answer = health.check(request).await.unwrap_or_else(|status| panic!("{service:?}: {status:?}"));
+        assert_eq!(answer.into_inner().status, 1, "{service:?} serves");
+    }
+    let request = HealthCheckRequest { service: "strandline.v1.Other".to_owned() };
+    assert_eq!(health.check(request).await.expect_err("unknown").code(), Code::NotFound);
+    assert!(tokio::task::block_in_place(|| broker.terminate()).success());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn reflection_answers_in_both_of_its_versions() {
+    macro_rules! services {
+        ($version:ident, $channel:expr) => {{
+            use tonic_reflection::pb::$version::{
+                ServerReflectionRequest, server_reflection_client::ServerReflectionClient,
+                server_reflection_request::MessageRequest, server_reflection_response::MessageResponse,
+            };
+            let message_request = Some(MessageRequest::ListServices(String::new()));
+            let request = ServerReflectionRequest { message_request, ..Default::default() };
+            let answers =
+                ServerReflectionClient::new($channel).server_reflection_info(tokio_stream::once(request)).await;
+            let mut answers = answers.expect("it is there").into_inner();
+            match answers.next().await.expect("an answer").expect("a good one").message_response {
+                Some(MessageResponse::ListServicesResponse(list)) => {
+                    list.service.into_iter().map(|service| service.name).collect::<Vec<_>>()
+                }
+                other => panic!("{other:?}"),
+            }
+        }};
+    }
+    let (home, _broker) = running().await;
+    let channel = Channel::from_shared(format!("http://{}", home.grpc())).expect("a URI").connect_lazy();
+    for names in [services!(v1, channel.clone()), services!(v1alpha, channel.clone())] {
+        for name in ["strandline.v1.Log", "strandline.v1.Admin", "grpc.health.v1.Health"] {
+            assert!(names.iter().any(|known| known == name), "{name} is not in {names:?}");
+        }
+    }
+}
+
+/// One batch that nobody can decompress made every partition of the call unreadable.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_batch_that_cannot_be_decoded_is_the_failure_of_its_partition_alone() {
+    let (home, _broker) = running().await;
+    let mut log = wire::log(home.grpc());
+    let good = |partition| wire::append_batch("edge", partition, wire::batch(&[b"good"]));
+    let bad = wire::append_batch("edge", 0, wire::frame(b"certainly no zstd frame", 3, 4));
+    for request in [good(0), bad, good(0), good(1)] {
+        wire::append(&mut log, request).await.expect("stored unread");
+    }
+    let place = |partition, offset| FetchPartition { topic: "edge".to_owned(), partition, offset };
+    let mut read = async |partitions| {
+        let request = ReadRequest { partitions, max_wait_ms: 1000, plain: true, ..Default::default() };
+        let mut partitions = log.read(request).await.expect("the call as a whole succeeds").into_inner().partitions;
+        partitions.sort_by_key(|part| part.partition);
+        partitions
+    };
+    // What lies before the bad batch is served, and the next read begins with it.
+    let parts = read(vec![place(0, 0)]).await;
+    assert_eq!((parts[0].records.len(), parts[0].next_offset, parts[0].error.clone()), (1, 1, None));
+    let parts = read(vec![place(0, 1), place(1, 0)]).await;
+    assert_eq!(parts.len(), 2, "{parts:?}");
+    let error = Fault::from(parts[0].error.clone().expect("partition 0 says what is wrong"));
+    assert_eq!((error.reason, error.number("offset"), error.number("next")), (Reason::DataDamaged, Some(1), Some(4)));
+    assert!(error.message.contains("edge") && error.message.contains("offset 1"), "{error}");
+    assert!(parts[0].records.is_empty());
+    assert_eq!((parts[1].error.clone(), parts[1].records.len()), (None, 1), "{parts:?}");
+    // Behind it reading goes on.
+    let parts = read(vec![place(0, 4)]).await;
+    assert_eq!((parts[0].records.len(), parts[0].next_offset), (1, 5), "{parts:?}");
+}
+
+/// Six batches of 255 KB that were 250 MiB without compression took 2.7 GB of memory where a topic sets `compression.type`.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn bombs_into_a_topic_with_a_codec_of_its_own_are_refused_and_cost_no_memory() {
+    let (home, broker) = running().await;
+    for (topic, codec) in [("zstd", "zstd"), ("plain", "uncompressed")] {
+        wire::create_topic(home.grpc(), topic, 1, &[("compression.type", codec), ("retention.ms", "-1")]).await;
+    }
+    // Compressed in two members, so that the last one's word about its length says nothing of the first.
+    let bomb = [gzip_of_zeros(249 << 20), gzip_of_zeros(1 << 20)].concat();
+    let bomb = wire::frame(&bomb, 1, 1);
+    assert!(bomb.len() < 300_000, "{}", bomb.len());
+    let before = resident_bytes(broker.pid());
+    for (topic, reason) in [("zstd", Reason::MalformedBatch), ("plain", Reason::RecordTooLarge)] {
+        let calls = (0..6).map(|_| {
+            let (mut log, request) = (wire::log(home.grpc()), wire::append_batch(topic, 0, bomb.clone()));
+            async move { wire::append(&mut log, request).await }
+        });
+        for answer in futures::future::join_all(calls).await {
+            assert_eq!(answer.expect_err("a bomb").reason, reason, "{topic}");
+        }
+        let honest = wire::append_batch(topic, 0, wire::frame(&gzip(&wire::batch(&[b"one", b"two"])[61..]), 2, 1));
+        let mut log = wire::log(home.grpc());
+        wire::append(&mut log, honest).await.expect("what is no bomb is taken");
+        assert_eq!(wire::read_range(&mut log, topic, 0, 0, 2).await.expect("read").len(), 2);
+    }
+    let grown = resident_bytes(broker.pid()).saturating_sub(before);
+    assert!(grown < 600 << 20, "{} MiB more than before", grown >> 20);
+}
+
+/// The same behind a plain read: the answer is bounded, and read on from where it ends.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_plain_read_of_what_grows_a_thousand_times_comes_in_bounded_answers() {
+    let (home, broker) = running().await;
+    let value = vec![0_u8; 1 << 20];
+    let values = vec![&value[..]; 60];
+    let stored = wire::frame(&gzip(&wire::batch(&values)[61..]), 60, 1);
+    assert!(stored.len() < 100_000, "{}", stored.len());
+    let mut log = wire::log(home.grpc());
+    wire::append(&mut log, wire::append_batch("edge", 0, stored)).await.expect("stored unread");
+    let before = resident_bytes(broker.pid());
+    let (mut next, mut answers) = (0, 0);
+    while next < 60 {
+        let partitions = vec![FetchPartition { topic: "edge".to_owned(), partition: 0, offset: next }];
+        let request = ReadRequest { partitions, plain: true, max_wait_ms: 1000, ..Default::default() };
+        let parts = log.read(request).await.expect("an answer").into_inner().partitions;
+        assert!(!parts[0].records.is_empty() && parts[0].records.len() <= 16, "{} records", parts[0].records.len());
+        assert_eq!(parts[0].records[0].offset, next);
+        next = parts[0].next_offset;
+        answers += 1;
+    }
+    assert!((4..=6).contains(&answers), "{answers} answers");
+    let grown = resident_bytes(broker.pid()).saturating_sub(before);
+    assert!(grown < 600 << 20, "{} MiB more than before", grown >> 20);
+}
+
+/// Memory that a process has, by the system's account.
+fn resident_bytes(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("it runs");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("its peak");
+    line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") << 10
+}
+
+fn gzip(plain: &[u8]) -> Vec<u8> {
+    let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::best());
+    encoder.write_all(plain).expect("a vector grows");
+    encoder.finish().expect("a vector grows")
+}
+
+fn gzip_of_zeros(bytes: usize) -> Vec<u8> {
+    let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::best());
+    let zeros = vec![0; 1 << 20];
+    for _ in 0..bytes >> 20 {
+        encoder.write_all(&zeros).expect("a vector grows");
+    }
+    encoder.finish().expect("a vector grows")
+}
+
+/// `maxTimestamp` is the producer's word: one of 1970 had a new record deleted within seconds, one of 2^62 was found for any
+/// time.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_batch_that_lies_about_its_youngest_record_is_stored_with_the_truth() {
+    let (home, _broker) = running().await;
+    let mut log = wire::log(home.grpc());
+    for claim in [1000, 1 << 62] {
+        let mut batch = wire::batch(&[b"x"]);
+        batch[35..43].copy_from_slice(&i64::to_be_bytes(claim));
+        wire::renew_crc(&mut batch);
+        wire::append(&mut log, wire::append_batch("edge", 0, batch)).await.expect("taken");
+    }
+    let partitions = vec![FetchPartition { topic: "edge".to_owned(), ..Default::default() }];
+    let request = ReadRequest { partitions, max_wait_ms: 1000, ..Default::default() };
+    let parts = log.read(request).await.expect("an answer").into_inner().partitions;
+    let mut stored = Bytes::from(parts[0].chunks.concat());
+    while !stored.is_empty() {
+        let batch = strandline::record::Batch::split_from(&mut stored).expect("a batch");
+        assert_eq!(batch.max_timestamp(), 1_700_000_000_000);
+    }
+    for (time, expected) in [(1_700_000_000_000, (0, 1_700_000_000_000)), (1_700_000_000_001, (2, -1))] {
+        let at = Some(v1::offset_query::At::TimestampMs(time));
+        let query = v1::OffsetQuery { topic: "edge".to_owned(), partition: 0, at };
+        let request = v1::ListOffsetsRequest { queries: vec![query] };
+        let answer = log.list_offsets(request).await.expect("an answer").into_inner().answers.remove(0);
+        assert_eq!((answer.offset, answer.timestamp_ms), expected, "{time}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_refusal_is_a_request_and_an_error_in_the_metrics() {
+    let (home, _broker) = running().await;
+    let mut log = wire::log(home.grpc());
+    let bad = wire::append_batch("edge", 0, vec![0; 100]);
+    for request in [wire::append_batch("edge", 0, wire::batch(&[b"x"])), bad, wire::append_plain("nobody", 0, vec![])] {
+        let _answer = log.append(request).await;
+    }
+    let places = [("nobody", 0), ("edge", 7), ("edge", 0)];
+    let partitions = places.map(|(topic, partition)| FetchPartition { topic: topic.to_owned(), partition, offset: 0 });
+    log.read(ReadRequest { partitions: partitions.to_vec(), ..Default::default() }).await.expect("an answer");
+    tokio::task::block_in_place(|| {
+        assert_eq!(home.metric("strandline_produce_requests_total"), 3.0);
+        for name in [
+            "strandline_produce_errors_total{reason=\"MALFORMED_BATCH\"}",
+            "strandline_produce_errors_total{reason=\"UNKNOWN_TOPIC\"}",
+            "strandline_fetch_errors_total{reason=\"UNKNOWN_TOPIC\"}",
+            "strandline_fetch_errors_total{reason=\"UNKNOWN_PARTITION\"}",
+        ] {
+            assert_eq!(home.metric(name), 1.0, "{name}");
+        }
+    });
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_unknown_topic_comes_with_the_near_names_for_every_client() {
+    let (home, _broker) = running().await;
+    for topic in ["log", "p1"] {
+        wire::create_topic(home.grpc(), topic, 1, &[]).await;
+    }
+    let asked = ["lgo", "pp1", "LOG", "zzzzz"].map(str::to_owned).to_vec();
+    let request = v1::GetMetadataRequest { topics: asked, ..Default::default() };
+    let topics = wire::admin(home.grpc()).get_metadata(request).await.expect("an answer").into_inner().topics;
+    let near: Vec<_> = topics.iter().map(|topic| &topic.error.as_ref().expect("unknown").metadata["near"]).collect();
+    assert_eq!(near, ["log", "p1", "log", ""]);
+}

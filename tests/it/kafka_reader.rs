@@ -1,0 +1,227 @@
+//! Kafka's own reader over whole data directories of a real broker: every segment, sealed or active, is one of Kafka's, in
+//! every codec, and nothing follows its last batch, after a polite stop and after a kill with its recovery.
+//!
+//! It needs a JDK and Kafka's jars, and a second for each segment, so `make kafka-reader` runs it. `KAFKA_DUMP` names the
+//! script that takes segment files, prints what DumpLogSegments says of them, and fails where that finds a fault.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
+
+use bytes::Bytes;
+use strandline::{
+    client::{Client, Delivery, NewRecord, Options, Producer, ProducerOptions},
+    model::Compression,
+    record::Header,
+    task::Tasks,
+};
+
+use crate::{broker::Home, crash, wire};
+
+/// Both durabilities, both kinds of timestamps, and batches that the broker compresses anew.
+const TOPICS: [(&str, &[(&str, &str)]); 3] = [
+    ("synced", &[]),
+    ("cached", &[("durability", "replicated"), ("message.timestamp.type", "LogAppendTime")]),
+    ("squeezed", &[("compression.type", "gzip")]),
+];
+const PARTITIONS: u32 = 2;
+/// Above most batches and below the big ones, so that some segments hold many batches and some one.
+const SEGMENT_BYTES: &str = "100000";
+const BIG_BYTES: u64 = 300_000;
+const CODECS: [Compression; 5] =
+    [Compression::None, Compression::Gzip, Compression::Snappy, Compression::Lz4, Compression::Zstd];
+/// Records of each codec in each topic.
+const RECORDS: u64 = 300;
+
+/// One record of each shape after another: null keys and values, doubled headers, text, noise, one that is big.
+async fn send(producer: &Producer, topic: &str, number: u64, big: &[u8]) -> Delivery {
+    let header =
+        |value: Option<&'static [u8]>| Header { key: "trace".to_owned(), value: value.map(Bytes::from_static) };
+    let headers = [header(None), header(Some(b"\x00\xff"))];
+    let (key, noise) = (format!("key {number}"), crash::value(number));
+    let text = "again and ".repeat(usize::try_from(number % 150).expect("small"));
+    let record = match number % 5 {
+        _ if number % RECORDS == 7 => NewRecord::value(big),
+        0 => NewRecord::null(),
+        1 | 2 => NewRecord::value(&noise),
+        _ => NewRecord::value(text.as_bytes()),
+    };
+    let record = if number.is_multiple_of(3) { record } else { record.key(key.as_bytes()) };
+    let record = if number.is_multiple_of(4) { record.headers(&headers) } else { record };
+    producer.send(topic, record).await.expect("the record is queued")
+}
+
+/// Sends [`RECORDS`] in one codec to each topic; every one must be acknowledged, whatever happens to the broker.
+async fn produce(client: Client, codec: Compression) {
+    // Long enough for batches of many records.
+    let linger = Duration::from_millis(5);
+    let options = ProducerOptions { compression: codec, linger, ..ProducerOptions::default() };
+    let producer = client.producer(options).await.expect("an idempotent producer");
+    let big: Bytes = (0..BIG_BYTES / 8).flat_map(|at| (at << 20).to_be_bytes()).collect();
+    for (topic, _) in TOPICS {
+        let mut deliveries = Vec::new();
+        for number in 0..RECORDS {
+            deliveries.push(send(&producer, topic, number, &big).await);
+        }
+        for delivery in deliveries {
+            delivery.await.expect("acknowledged");
+        }
+    }
+    producer.close().await.expect("nothing is left undelivered");
+}
+
+/// The ends of all partitions, in order of size.
+async fn ends(home: &Home) -> Vec<i64> {
+    let mut log = wire::log(home.grpc());
+    let mut ends = Vec::new();
+    for (topic, _) in TOPICS {
+        for partition in 0..PARTITIONS {
+            let partition = i32::try_from(partition).expect("few partitions");
+            ends.push(wire::latest(&mut log, topic, partition).await.expect("the end is known"));
+        }
+    }
+    ends.sort_unstable();
+    ends
+}
+
+/// What Kafka says of one batch.
+#[derive(Debug)]
+struct Batch {
+    base: i64,
+    last: i64,
+    count: i64,
+    position: u64,
+    size: u64,
+    codec: String,
+}
+
+impl Batch {
+    fn parse(line: &str) -> Self {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let field = |name: &str| {
+            let at = words.iter().position(|word| *word == name).unwrap_or_else(|| panic!("no {name} in {line:?}"));
+            words[at + 1]
+        };
+        let number = |name: &str| -> i64 { field(name).parse().unwrap_or_else(|_| panic!("{name} in {line:?}")) };
+        assert_eq!(field("isvalid:"), "true", "{line}");
+        assert_eq!(field("magic:"), "2", "{line}");
+        Self {
+            base: number("baseOffset:"),
+            last: number("lastOffset:"),
+            count: number("count:"),
+            position: number("position:").unsigned_abs(),
+            size: number("size:").unsigned_abs(),
+            codec: field("compresscodec:").to_owned(),
+        }
+    }
+}
+
+/// Every segment below a folder, by its partition's folder and its name, which is its order.
+fn segments(folder: &Path) -> BTreeMap<PathBuf, Vec<PathBuf>> {
+    let mut found: BTreeMap<PathBuf, Vec<PathBuf>> = BTreeMap::new();
+    let mut folders = vec![folder.to_owned()];
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(&folder).expect("the folder is there") {
+            let path = entry.expect("it can be listed").path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.extension().is_some_and(|extension| extension == "log") {
+                found.entry(folder.clone()).or_default().push(path);
+            }
+        }
+    }
+    found.values_mut().for_each(|segments| segments.sort());
+    found
+}
+
+/// What Kafka's reader prints for these files, which it must accept.
+fn dump(files: &[PathBuf]) -> String {
+    let script = std::env::var("KAFKA_DUMP").expect("KAFKA_DUMP names the script");
+    let output = Command::new(script).args(files).output().expect("the script runs");
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let said: String = text.lines().filter(|line| line.len() < 500).collect::<Vec<_>>().join("\n");
+    assert!(output.status.success(), "{said}\n{}", String::from_utf8_lossy(&output.stderr));
+    text
+}
+
+/// Holds a data directory against Kafka's reader. The ends of the partitions by what it read, in order of size.
+fn check(home: &Home, seen: &mut BTreeSet<String>) -> Vec<i64> {
+    let (mut ends, mut files, mut batches) = (Vec::new(), 0, 0);
+    for (folder, segments) in segments(&home.data_dir()) {
+        assert!(segments.len() > 1, "{}: sealed segments and an active one", folder.display());
+        let mut end = 0;
+        for segment in segments {
+            let text = dump(std::slice::from_ref(&segment));
+            let records = text.lines().filter(|line| line.starts_with("| offset: ")).count();
+            let found: Vec<Batch> =
+                text.lines().filter(|line| line.starts_with("baseOffset: ")).map(Batch::parse).collect();
+            let base = segment.file_stem().expect("a name").to_string_lossy().parse::<i64>().expect("the base offset");
+            assert_eq!(base, end, "{} continues the one before it", segment.display());
+            let mut position = 0;
+            for batch in &found {
+                assert_eq!((batch.base, batch.position), (end, position), "{}: {batch:?}", segment.display());
+                assert_eq!(batch.count, batch.last - batch.base + 1, "{}: {batch:?}", segment.display());
+                (end, position) = (batch.last + 1, position + batch.size);
+                seen.insert(batch.codec.clone());
+            }
+            let bytes = std::fs::metadata(&segment).expect("it is there").len();
+            assert_eq!(position, bytes, "{}: nothing follows the last batch", segment.display());
+            assert_eq!(i64::try_from(records).expect("few"), end - base, "{}: every record", segment.display());
+            for shape in ["keySize: -1 ", "valueSize: -1 ", "headerKeys: [trace,trace]"] {
+                seen.extend(text.contains(shape).then(|| shape.to_owned()));
+            }
+            (files, batches) = (files + 1, batches + found.len());
+        }
+        ends.push(end);
+    }
+    ends.sort_unstable();
+    let records: i64 = ends.iter().sum();
+    println!("kafka's reader: {files} segments of {} partitions, {batches} batches, {records} records", ends.len());
+    ends
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "needs a JDK and Kafka's jars: make kafka-reader KAFKA_DUMP=script"]
+async fn kafkas_own_reader_accepts_a_whole_data_directory() {
+    let mut home = Home::new();
+    let broker = tokio::task::block_in_place(|| home.start());
+    for (topic, config) in TOPICS {
+        let config: Vec<_> = config.iter().copied().chain([("segment.bytes", SEGMENT_BYTES)]).collect();
+        wire::create_topic(home.grpc(), topic, PARTITIONS, &config).await;
+    }
+    let client = Client::connect(&home.grpc().to_string(), Options::default()).await.expect("the broker is there");
+    for codec in CODECS {
+        produce(client.clone(), codec).await;
+    }
+    let told = ends(&home).await;
+    let sent = i64::try_from(RECORDS).expect("few") * 15;
+    assert_eq!(told.iter().sum::<i64>(), sent, "five codecs, three topics");
+    let status = tokio::task::block_in_place(|| broker.terminate());
+    assert!(status.success(), "{}", home.log());
+    let mut seen = BTreeSet::new();
+    assert_eq!(tokio::task::block_in_place(|| check(&home, &mut seen)), told);
+    let expected =
+        ["gzip", "headerKeys: [trace,trace]", "keySize: -1 ", "lz4", "none", "snappy", "valueSize: -1 ", "zstd"];
+    assert_eq!(seen.iter().map(String::as_str).collect::<Vec<_>>(), expected);
+
+    // Killed with all codecs under way at once. Recovery cuts what is torn; the producers' retries bring the rest.
+    let broker = tokio::task::block_in_place(|| home.start());
+    let tasks = Tasks::new();
+    let producers: Vec<_> =
+        CODECS.map(|codec| tasks.spawn("producer", produce(client.clone(), codec))).into_iter().collect();
+    while ends(&home).await.iter().sum::<i64>() < sent + 100 {
+        tokio::task::yield_now().await;
+    }
+    tokio::task::block_in_place(|| broker.kill9());
+    let broker = tokio::task::block_in_place(|| home.start());
+    for producer in producers {
+        producer.await.expect("every record was acknowledged");
+    }
+    let told = ends(&home).await;
+    assert_eq!(told.iter().sum::<i64>(), 2 * sent, "nothing is lost and nothing doubled");
+    assert!(tokio::task::block_in_place(|| broker.terminate()).success(), "{}", home.log());
+    assert_eq!(tokio::task::block_in_place(|| check(&home, &mut seen)), told);
+}

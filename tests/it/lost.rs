@@ -1,0 +1,130 @@
+//! Files of a data directory that are gone: a broker that starts on the rest says so, and loses nothing that is put back.
+
+use std::{fs, path::Path};
+
+use crate::{
+    broker::{Broker, Cli, Home, Output},
+    damage::{files, lines},
+};
+
+const LINES: usize = 5000;
+
+/// A broker that took lines and was killed: some of them are in its journal and nowhere safe else.
+fn killed(home: Home) -> Home {
+    let mut home = home;
+    let broker = home.start();
+    let cli = home.cli();
+    cli.ok(&["topic", "create", "kept"]);
+    cli.ok_with(&["produce", "kept"], lines(LINES).as_bytes());
+    broker.kill9();
+    home
+}
+
+/// A start that must fail.
+fn refused(home: &Home) -> Output {
+    let config = home.write_config();
+    let output =
+        Cli::without_broker(home.path()).run(&["broker", "--config", config.to_str().expect("a path of ours")]);
+    assert_eq!(output.code, 1, "{output:?}");
+    assert!(!output.stderr.contains("panicked"), "{output:?}");
+    output
+}
+
+fn segment_bytes(home: &Home) -> u64 {
+    files(&home.data_dir(), ".log").iter().map(|path| fs::metadata(path).expect("a file").len()).sum()
+}
+
+fn all_is_there(home: &mut Home) -> Broker {
+    let broker = home.start();
+    let read = home.cli().ok(&["consume", "kept", "--from", "earliest", "--until-end"]);
+    assert!(read.stdout == lines(LINES).as_bytes(), "{} bytes", read.stdout.len());
+    broker
+}
+
+/// It once started as if the directory were new, and emptied every segment.
+#[test]
+fn a_data_directory_without_its_identity_is_refused_and_put_back_it_is_whole() {
+    let mut home = killed(Home::new());
+    let (card, away) = (home.data_dir().join("strandline.json"), home.path().join("away.json"));
+    fs::rename(&card, &away).expect("moved away");
+    let before = segment_bytes(&home);
+    let said = refused(&home).stderr;
+    for part in ["strandline.json", "checkpoint", "a journal", "metadata.redb"] {
+        assert!(said.contains(part), "{part}: {said}");
+    }
+    assert_eq!(segment_bytes(&home), before);
+    fs::rename(&away, &card).expect("put back");
+    all_is_there(&mut home);
+}
+
+#[test]
+fn a_lost_journal_is_refused_after_a_kill_and_nothing_after_a_clean_stop() {
+    let mut home = killed(Home::new());
+    let (journal, away) = (home.data_dir().join("journal"), home.path().join("away"));
+    fs::rename(&journal, &away).expect("moved away");
+    // What a power failure leaves of a segment that was not synced.
+    let segment = files(&home.data_dir(), ".log").remove(0);
+    let whole = fs::read(&segment).expect("a segment");
+    fs::write(&segment, &whole[..whole.len() / 2]).expect("cut");
+    let said = refused(&home).stderr;
+    assert!(said.contains(journal.to_str().expect("a path of ours")) && said.contains("accept_journal_loss"), "{said}");
+    assert_eq!(fs::read(&segment).expect("a segment").len(), whole.len() / 2, "nothing is cut");
+    fs::rename(&away, &journal).expect("put back");
+    let broker = all_is_there(&mut home);
+    assert!(broker.terminate().success(), "{}", home.log());
+    fs::remove_dir_all(&journal).expect("removed");
+    all_is_there(&mut home);
+}
+
+#[test]
+fn what_lies_before_a_flipped_bit_is_consumed_and_the_damaged_batch_is_named() {
+    let mut home = killed(Home::new());
+    let broker = all_is_there(&mut home);
+    assert!(broker.terminate().success(), "{}", home.log());
+    let segment = files(&home.data_dir(), ".log").remove(0);
+    let dump = |cli: &Cli| cli.run(&["segment", "dump", segment.to_str().expect("a path"), "--output", "json"]);
+    let batches = dump(&home.cli()).json_lines();
+    assert!(batches.len() > 1, "{batches:?}");
+    let last = batches.last().expect("a batch");
+    let (base, position) =
+        (last["base_offset"].as_u64().expect("a number"), last["position"].as_u64().expect("a number"));
+    let mut bytes = fs::read(&segment).expect("a segment");
+    bytes[usize::try_from(position).expect("small") + 100] ^= 4;
+    fs::write(&segment, bytes).expect("written");
+    let _broker = home.start();
+    let read = home.cli().run(&["consume", "kept", "--from", "earliest", "--until-end"]);
+    let served = lines(usize::try_from(base).expect("small"));
+    assert_eq!(read.code, 1, "{}", read.stderr);
+    assert!(read.stdout == served.as_bytes(), "{} of {} bytes", read.stdout.len(), served.len());
+    assert!(read.stderr.contains(&format!("the data at offset {base} is damaged")), "{}", read.stderr);
+}
+
+#[test]
+fn a_data_directory_is_checked_before_the_bucket_is_asked_or_the_journal_made() {
+    let mut home = Home::new();
+    let _broker = home.start();
+    let other = Home::new();
+    let config = fs::read_to_string(other.write_config()).expect("a configuration");
+    let run = |home: &Home, data: &Path, flags: &[&str]| {
+        let file = home.path().join("variant.toml");
+        let text = config.replace(&other.data_dir().display().to_string(), &data.display().to_string());
+        fs::write(&file, text).expect("written");
+        let file = file.to_str().expect("a path of ours");
+        let output = Cli::without_broker(home.path()).run(&[&["broker", "--config", file], flags].concat());
+        assert_eq!(output.code, 1, "{output:?}");
+        output.stderr
+    };
+    let said = run(&other, &home.data_dir(), &[]);
+    assert!(said.contains("in use by another process"), "{said}");
+    assert!(files(&other.bucket(), "").is_empty(), "the bucket was not claimed");
+    let file = other.path().join("file");
+    fs::write(&file, "").expect("written");
+    let said = run(&other, &file, &[]);
+    assert!(said.contains("is a file, and a folder is needed"), "{said}");
+    let disk = rustix::fs::statvfs(other.path()).expect("it says");
+    if disk.f_bavail * disk.f_frsize < 1 << 40 {
+        let said = run(&other, &other.data_dir(), &["--set", "log.journal_bytes=1TiB"]);
+        assert!(said.contains("log.journal_bytes = 1099511627776"), "{said}");
+        assert!(!other.data_dir().join("journal").exists(), "nothing was made");
+    }
+}
