@@ -58,11 +58,10 @@ struct Common {
 }
 
 impl Common {
-    /// The brokers to ask first. A variable that is set and empty counts as not set.
+    /// The brokers to ask first. A variable, or an option, that is set and empty counts as not set.
     fn bootstrap(&self) -> String {
-        let given = self.bootstrap.clone().filter(|addresses| !addresses.is_empty());
-        let set = || std::env::var(BOOTSTRAP_VARIABLE).ok().filter(|addresses| !addresses.is_empty());
-        given.or_else(set).unwrap_or_else(|| DEFAULT_BOOTSTRAP.to_owned())
+        let given = self.bootstrap.clone().or_else(|| std::env::var(BOOTSTRAP_VARIABLE).ok());
+        given.filter(|addresses| !addresses.is_empty()).unwrap_or_else(|| DEFAULT_BOOTSTRAP.to_owned())
     }
 }
 
@@ -199,13 +198,6 @@ mod tests {
     }
 
     #[test]
-    fn an_empty_bootstrap_is_the_default() {
-        let parsed = |value: &str| Arguments::try_parse_from(["strandline", "--bootstrap", value, "topic", "list"]);
-        assert_eq!(parsed("").expect("valid").common.bootstrap(), DEFAULT_BOOTSTRAP);
-        assert_eq!(parsed("a:1").expect("valid").common.bootstrap(), "a:1");
-    }
-
-    #[test]
     fn the_help_says_what_a_command_does_beyond_its_first_line() {
         let seconds = format!("within {} seconds", cluster::METADATA_AGE.as_secs());
         for (name, said) in [
@@ -219,6 +211,13 @@ mod tests {
             let words: Vec<&str> = help.split_whitespace().collect();
             assert!(words.join(" ").contains(said), "{name}: {help}");
         }
+    }
+
+    #[test]
+    fn an_empty_bootstrap_is_the_default() {
+        let parsed = |value: &str| Arguments::try_parse_from(["strandline", "--bootstrap", value, "topic", "list"]);
+        assert_eq!(parsed("").expect("valid").common.bootstrap(), DEFAULT_BOOTSTRAP);
+        assert_eq!(parsed("a:1").expect("valid").common.bootstrap(), "a:1");
     }
 
     #[test]

@@ -179,6 +179,11 @@ impl From<&Status> for Fault {
     }
 }
 
+/// Whether a failed call's status is a broker's own answer, and not the transport's or that of something in between.
+pub fn is_own(status: &Status) -> bool {
+    status.get_details_error_info().is_some_and(|info| info.domain == DOMAIN)
+}
+
 /// What a refusal means that the gRPC library made itself, before or instead of a service of ours: those carry no word.
 /// `None` for every other status. `path` is that of the call, `/package.Service/Method`.
 pub fn of_transport(status: &Status, path: &str) -> Option<Fault> {
@@ -206,11 +211,6 @@ pub fn of_transport(status: &Status, path: &str) -> Option<Fault> {
         }
         _ => return None,
     })
-}
-
-/// Whether a failed call's status is a broker's own answer, and not the transport's or that of something in between.
-pub fn is_own(status: &Status) -> bool {
-    status.get_details_error_info().is_some_and(|info| info.domain == DOMAIN)
 }
 
 impl From<Fault> for v1::Error {

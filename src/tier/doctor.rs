@@ -82,7 +82,7 @@ pub async fn examine(options: &StoreOptions) -> Result<Vec<Check>, OpenError> {
         let probe = super::s3::S3::connect(options).await?;
         let mut checks = Box::pin(run(&probe, &folder)).await;
         let works = works(&checks);
-        checks.extend(if works { aws::own_checks(&probe, &folder).await } else { aws::untried() });
+        checks.extend(if works { aws::own_checks(&probe, &folder).await } else { aws::untried_checks() });
         clean(&probe, &folder, works).await;
         return Ok(checks);
     }

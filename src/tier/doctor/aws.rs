@@ -8,7 +8,7 @@ use aws_sdk_s3::{
 };
 use bytes::Bytes;
 
-use super::{Check, Created, Outcome, Probe, pattern, untried as not_tried};
+use super::{Check, Created, Outcome, Probe, pattern, untried};
 use crate::tier::s3::{S3, text};
 
 const CHECKSUM: (&str, &str) =
@@ -16,13 +16,13 @@ const CHECKSUM: (&str, &str) =
 
 const UPLOADS: (&str, &str) = (
     "list multipart uploads",
-    "A crash can leave an upload without an end, which costs storage. Brokers end old ones; where that is not possible, \
-     give the bucket a life-cycle rule that does.",
+    "A crash can leave an upload without an end, which costs storage. Brokers end old ones; where that is not possible, give \
+     the bucket a life-cycle rule that does.",
 );
 
 /// The checks that only S3 has, where nothing could be asked.
-pub(super) fn untried() -> Vec<Check> {
-    [CHECKSUM, UPLOADS].into_iter().map(|(name, meaning)| not_tried(name, meaning)).collect()
+pub(super) fn untried_checks() -> Vec<Check> {
+    [CHECKSUM, UPLOADS].into_iter().map(|(name, meaning)| untried(name, meaning)).collect()
 }
 
 /// Checksums that the store keeps, and uploads without an end.
