@@ -63,8 +63,11 @@ pub(crate) fn data_directory(input: &[u8]) -> bool {
 
 fn open(disk: &SimDisk) -> Result<Log, strandline::log::OpenError> {
     let options = Options {
+        accept_journal_loss: false,
         journal_bytes: 1 << 20,
         journal_dir: None,
+        // Most inputs bring no journal; what is left without one is to be opened as well.
+        accept_journal_loss: true,
         round_bytes: 16 << 10,
         journal_most: 24 << 10,
         tail_bytes: 64 << 10,

@@ -1,5 +1,7 @@
 //! Finding the cluster, and saying what to do when something is not there.
 
+use std::time::Duration;
+
 use anyhow::anyhow;
 
 use super::Common;
@@ -9,11 +11,15 @@ use crate::{
     proto::fault::Reason,
 };
 
+/// How soon a command that sends or reads sees new partitions.
+pub(super) const METADATA_AGE: Duration = Duration::from_secs(5);
+
 /// Most names that are worth reading.
 const MOST_NAMES: usize = 5;
 
 pub(super) async fn connect(common: &Common) -> anyhow::Result<Client> {
-    match Client::connect(common.bootstrap(), Options::default()).await {
+    let options = Options { metadata_age: METADATA_AGE, ..Options::default() };
+    match Client::connect(&common.bootstrap(), options).await {
         Ok(client) => Ok(client),
         Err(error) => Err(without_cluster(&error)),
     }
@@ -52,6 +58,11 @@ pub(super) async fn explain_send(admin: &Admin, topic: &str, error: SendError) -
 pub(super) async fn explain_read(admin: &Admin, topic: &str, error: ConsumeError) -> anyhow::Error {
     match error {
         ConsumeError::Lookup(error) => explain(admin, topic, error).await,
+        ConsumeError::OutOfRange { topic, partition, offset, start, end } => anyhow!(
+            "{topic}/{partition}: offset {offset} is out of range: partition {partition} holds {start} up to, but not \
+             including, {end}; begin with --from earliest or --from latest, or read the partitions that hold {offset} \
+             with --partition"
+        ),
         error => anyhow!("{error}"),
     }
 }

@@ -4,12 +4,17 @@ use std::{path::PathBuf, process::ExitCode};
 
 use clap::Subcommand;
 
-use super::{output, serve::environment};
+use super::{
+    Common,
+    output::{self, Output},
+    serve::environment,
+};
 use crate::config::{Sources, docs};
 
 #[derive(Debug, Subcommand)]
 pub(super) enum ConfigCommand {
-    /// Print every setting with its value and where it comes from, as a configuration file
+    /// Print every setting with its value and where it comes from, as a configuration file; with --output json, the values
+    /// of those that are set
     Print {
         /// The configuration file
         #[arg(long, value_name = "FILE")]
@@ -20,7 +25,7 @@ pub(super) enum ConfigCommand {
     },
 }
 
-pub(super) fn run(command: ConfigCommand) -> anyhow::Result<ExitCode> {
+pub(super) fn run(common: &Common, command: ConfigCommand) -> anyhow::Result<ExitCode> {
     let ConfigCommand::Print { config, docs: as_docs } = command;
     if as_docs {
         output::line(docs().trim_end())?;
@@ -30,6 +35,16 @@ pub(super) fn run(command: ConfigCommand) -> anyhow::Result<ExitCode> {
         Some(path) => Sources::new().read_file(&path)?,
         None => Sources::new(),
     };
-    output::line(sources.environment(environment()).load()?.print().trim_end())?;
+    let printed = sources.environment(environment()).load()?.print();
+    match common.output {
+        Output::Text => output::line(printed.trim_end())?,
+        Output::Json => output::json(&json(&printed)?)?,
+    }
     Ok(ExitCode::SUCCESS)
+}
+
+/// A configuration file's values, by section and key.
+fn json(file: &str) -> anyhow::Result<serde_json::Value> {
+    let table: toml::Table = file.parse()?;
+    Ok(serde_json::to_value(table)?)
 }

@@ -1,9 +1,11 @@
 //! `strandline consume`: print records.
 
 use std::{
+    cell::Cell,
     collections::BTreeMap,
     io::{self, BufWriter, Write as _},
     process::ExitCode,
+    time::Duration,
 };
 
 use anyhow::bail;
@@ -11,19 +13,26 @@ use clap::Args;
 
 use super::{
     Common,
-    cluster::{connect, explain, explain_read},
+    cluster::{METADATA_AGE, connect, explain, explain_read},
     format::Format,
+    output::Output,
+    patience::{Expected, Patience},
     place::Place,
+    serve::stop_signal,
 };
 use crate::{
-    client::{Admin, Client, ConsumedRecord, Consumer, ConsumerOptions, OffsetAt},
+    client::{Admin, Client, ConsumeError, ConsumedRecord, Consumer, ConsumerOptions, OffsetAt},
     model::Offset,
 };
 
 /// Bytes that are held back while more records are there.
 const BUFFER_BYTES: usize = 64 << 10;
 
-/// Prints records, and waits for more unless told where to end.
+/// Print records
+///
+/// It waits for more unless told where to end. Without --partition it also reads partitions that the topic is given
+/// meanwhile, from their beginning and within 5 seconds. What keeps it from reading is said on standard error while it tries
+/// again.
 #[derive(Debug, Args)]
 pub(super) struct Consume {
     /// The topic
@@ -37,53 +46,96 @@ pub(super) struct Consume {
     /// End where the log ends now, instead of waiting for more
     #[arg(long)]
     until_end: bool,
+    /// With --until-end: give up, with exit code 1, when no record has come for so many seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    timeout: u64,
     /// End after so many records
     #[arg(long, value_name = "N")]
     max: Option<u64>,
-    /// How a record is printed
-    #[arg(long, value_enum, default_value_t = Format::Value)]
+    /// How a record is printed: value, or json with --output json, if left out
+    #[arg(long, value_enum)]
+    format: Option<Format>,
+}
+
+/// What is read.
+struct Plan {
+    consumer: Consumer,
+    bounds: Bounds,
+    /// How many partitions the topic had.
+    partitions: u32,
     format: Format,
 }
 
 pub(super) async fn run(common: &Common, command: Consume) -> anyhow::Result<ExitCode> {
     let client = connect(common).await?;
-    let admin = client.admin();
-    let mut bounds = Bounds::default();
-    let mut consumer = client.consumer(ConsumerOptions::default());
-    for partition in partitions(&client, &command).await? {
-        let end = match command.until_end {
-            true => Some(offset(&admin, &command.topic, partition, OffsetAt::Latest).await?),
-            false => None,
-        };
-        let start = match command.from {
-            Place::At(at) => offset(&admin, &command.topic, partition, at).await?,
-            Place::Offset(offset) => offset,
-        };
-        // An offset beyond the end is asked for all the same: the broker's answer says what is wrong.
-        if end == Some(start) {
-            continue;
-        }
-        if let Some(end) = end {
-            bounds.ends.insert(partition, end);
-        }
-        if let Err(error) = consumer.assign_at(&command.topic, partition, start).await {
-            return Err(explain_read(&admin, &command.topic, error).await);
-        }
+    let patience = Patience::new(&client);
+    let stop = stop_signal()?;
+    tokio::select! {
+        biased;
+        () = stop => Ok(ExitCode::SUCCESS),
+        done = consume(common, &command, &client, &patience) => done,
     }
-    if command.max == Some(0) || command.until_end && bounds.ends.is_empty() {
+}
+
+async fn consume(common: &Common, command: &Consume, client: &Client, patience: &Patience) -> anyhow::Result<ExitCode> {
+    let pieces = Cell::new(0);
+    let timeout = Duration::from_secs(command.timeout);
+    let expected = || command.until_end.then_some(Expected { pieces: &pieces, piece: "record", timeout });
+    let mut plan = patience.over(expected(), plan(common, command, client, &pieces)).await?;
+    if command.max == Some(0) || command.until_end && plan.bounds.ends.is_empty() {
         return Ok(ExitCode::SUCCESS);
     }
     let mut out = BufWriter::with_capacity(BUFFER_BYTES, io::stdout().lock());
-    tokio::select! {
-        biased;
-        signal = tokio::signal::ctrl_c() => signal?,
-        printed = print(&command, &admin, &mut consumer, bounds, &mut out) => printed?,
-    }
+    patience.over(expected(), print(command, client, &mut plan, &pieces, &mut out)).await?;
     out.flush()?;
     Ok(ExitCode::SUCCESS)
 }
 
-async fn partitions(client: &Client, command: &Consume) -> anyhow::Result<Vec<u32>> {
+/// Looks up where to begin and end in each partition. All of it is checked before anything is printed.
+async fn plan(common: &Common, command: &Consume, client: &Client, pieces: &Cell<u64>) -> anyhow::Result<Plan> {
+    let admin = client.admin();
+    let mut bounds = Bounds::default();
+    let mut consumer = client.consumer(ConsumerOptions::default());
+    let (wanted, partitions) = partitions(client, command).await?;
+    let mut starts = Vec::new();
+    for partition in wanted {
+        pieces.set(pieces.get() + 1);
+        let lookup = |at| offset(&admin, &command.topic, partition, at);
+        let start = match command.from {
+            Place::At(at) => lookup(at).await?,
+            Place::Offset(offset) => {
+                let (start, end) = (lookup(OffsetAt::Earliest).await?, lookup(OffsetAt::Latest).await?);
+                if offset < start || offset > end {
+                    let topic = command.topic.clone();
+                    let error = ConsumeError::OutOfRange { topic, partition, offset, start, end };
+                    return Err(explain_read(&admin, &command.topic, error).await);
+                }
+                offset
+            }
+        };
+        if command.until_end {
+            let end = lookup(OffsetAt::Latest).await?;
+            if end <= start {
+                continue;
+            }
+            bounds.ends.insert(partition, end);
+        }
+        starts.push((partition, start));
+    }
+    for (partition, start) in starts {
+        if let Err(error) = consumer.assign_at(&command.topic, partition, start).await {
+            return Err(explain_read(&admin, &command.topic, error).await);
+        }
+    }
+    let format = command.format.unwrap_or(match common.output {
+        Output::Json => Format::Json,
+        Output::Text => Format::Value,
+    });
+    Ok(Plan { consumer, bounds, partitions, format })
+}
+
+/// The partitions to read, and how many there are.
+async fn partitions(client: &Client, command: &Consume) -> anyhow::Result<(Vec<u32>, u32)> {
     let route = match client.topic(&command.topic).await {
         Ok(route) => route,
         Err(error) => return Err(explain(&client.admin(), &command.topic, error).await),
@@ -95,13 +147,30 @@ async fn partitions(client: &Client, command: &Consume) -> anyhow::Result<Vec<u3
     let mut wanted = command.partitions.clone();
     wanted.sort_unstable();
     wanted.dedup();
-    Ok(if wanted.is_empty() { (0..count).collect() } else { wanted })
+    Ok((if wanted.is_empty() { (0..count).collect() } else { wanted }, count))
 }
 
 async fn offset(admin: &Admin, topic: &str, partition: u32, at: OffsetAt) -> anyhow::Result<Offset> {
     match admin.offset(topic, partition, at).await {
         Ok(offset) => Ok(offset),
         Err(error) => Err(explain(admin, topic, error).await),
+    }
+}
+
+/// Waits until the topic has more than `known` partitions; the new ones, each with its first offset.
+async fn growth(client: &Client, topic: &str, known: u32) -> Vec<(u32, Offset)> {
+    loop {
+        tokio::time::sleep(METADATA_AGE).await;
+        // What fails here is said by those who read, and looked at again.
+        let Ok(route) = client.topic_now(topic).await else { continue };
+        let mut found = Vec::new();
+        for partition in known..u32::try_from(route.partitions.len()).unwrap_or(known) {
+            let Ok(start) = client.admin().offset(topic, partition, OffsetAt::Earliest).await else { break };
+            found.push((partition, start));
+        }
+        if !found.is_empty() {
+            return found;
+        }
     }
 }
 
@@ -127,25 +196,40 @@ impl Bounds {
 
 async fn print(
     command: &Consume,
-    admin: &Admin,
-    consumer: &mut Consumer,
-    mut bounds: Bounds,
+    client: &Client,
+    plan: &mut Plan,
+    pieces: &Cell<u64>,
     out: &mut BufWriter<io::StdoutLock<'_>>,
 ) -> anyhow::Result<()> {
+    let follows = !command.until_end && command.partitions.is_empty();
     let mut left = command.max.unwrap_or(u64::MAX);
+    let mut grown = Box::pin(growth(client, &command.topic, plan.partitions));
     loop {
-        // With records at hand nothing else would let Ctrl-C be seen.
+        // With records at hand nothing else would let a signal be seen.
         tokio::task::consume_budget().await;
-        let record = match next(consumer, out).await? {
+        let next = tokio::select! {
+            biased;
+            found = &mut grown, if follows => {
+                for (partition, start) in found {
+                    plan.consumer.assign_at(&command.topic, partition, start).await?;
+                    plan.partitions = partition + 1;
+                }
+                grown.set(growth(client, &command.topic, plan.partitions));
+                continue;
+            }
+            next = next(&mut plan.consumer, out) => next?,
+        };
+        let record = match next {
             Ok(record) => record,
             Err(error) => {
                 out.flush()?;
-                return Err(explain_read(admin, &command.topic, error).await);
+                return Err(explain_read(&client.admin(), &command.topic, error).await);
             }
         };
-        let (wanted, last) = bounds.admit(record.partition, record.offset, command.until_end);
+        pieces.set(pieces.get() + 1);
+        let (wanted, last) = plan.bounds.admit(record.partition, record.offset, command.until_end);
         if wanted {
-            command.format.write(&record, out)?;
+            plan.format.write(&record, out)?;
             left -= 1;
         }
         if last || left == 0 {
@@ -158,7 +242,7 @@ async fn print(
 async fn next(
     consumer: &mut Consumer,
     out: &mut BufWriter<io::StdoutLock<'_>>,
-) -> io::Result<Result<ConsumedRecord, crate::client::ConsumeError>> {
+) -> io::Result<Result<ConsumedRecord, ConsumeError>> {
     match consumer.try_next() {
         Ok(Some(record)) => Ok(Ok(record)),
         Ok(None) => {

@@ -14,7 +14,9 @@ use crate::tier::{
     doctor::{Check, Outcome, examine},
 };
 
-/// Tries everything that a broker does with a bucket, on objects in a folder of their own that is deleted at the end.
+/// Try whether an object store can do what a broker needs
+///
+/// It tries everything that a broker does with a bucket, on objects in a folder of their own that is deleted at the end.
 /// Credentials come from the usual environment. Exits 1 when something that a broker needs does not work.
 #[derive(Debug, Args)]
 pub(super) struct Doctor {
@@ -24,7 +26,7 @@ pub(super) struct Doctor {
     /// Where the S3 service answers, if not at Amazon
     #[arg(long, value_name = "URL", env = "STRANDLINE_OBJECT_STORE_ENDPOINT")]
     endpoint: Option<String>,
-    /// The S3 region
+    /// The S3 region; AWS_REGION, or us-east-1, if left out
     #[arg(long, value_name = "REGION", env = "STRANDLINE_OBJECT_STORE_REGION")]
     region: Option<String>,
     /// Put the bucket's name into the path instead of the host's name
@@ -39,12 +41,16 @@ pub(super) async fn run(common: &Common, command: Doctor) -> anyhow::Result<Exit
         path_style: command.path_style,
         ..StoreOptions::new(&command.object_store)
     };
+    let place = match &options.endpoint {
+        Some(endpoint) => format!("{} at {endpoint}", options.url),
+        None => options.url.clone(),
+    };
     let bar = output::progress(None, "{spinner} {elapsed} trying the object store");
     bar.enable_steady_tick(std::time::Duration::from_millis(200));
     let checks = Box::pin(examine(&options)).await;
     bar.finish_and_clear();
     let checks = checks?;
-    print(&command.object_store, &checks, common.output)?;
+    print(&command.object_store, &place, &checks, common.output)?;
     Ok(if fit(&checks) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
@@ -53,18 +59,18 @@ fn fit(checks: &[Check]) -> bool {
     checks.iter().all(|check| check.outcome != Outcome::Fail)
 }
 
-fn print(url: &str, checks: &[Check], output: Output) -> anyhow::Result<()> {
+fn print(url: &str, place: &str, checks: &[Check], output: Output) -> anyhow::Result<()> {
     if output == Output::Json {
         return Ok(output::json(&json!({ "object_store": url, "fit": fit(checks), "checks": checks }))?);
     }
     let row = |check: &Check| vec![check.name.to_owned(), word(check.outcome).to_owned(), check.detail.clone()];
     output::table(&["CHECK", "RESULT", "SEEN"], &[], checks.iter().map(row).collect())?;
     output::line("")?;
-    for check in checks.iter().filter(|check| check.outcome != Outcome::Pass) {
+    for check in checks.iter().filter(|check| matches!(check.outcome, Outcome::Fail | Outcome::Unsupported)) {
         output::line(&format!("{} {}: {}", check.name, word(check.outcome), check.meaning))?;
     }
     let verdict = if fit(checks) { "a broker can work with it" } else { "a broker cannot work with it" };
-    Ok(output::line(&format!("{url}: {verdict}"))?)
+    Ok(output::line(&format!("{place}: {verdict}"))?)
 }
 
 fn word(outcome: Outcome) -> &'static str {
@@ -72,6 +78,7 @@ fn word(outcome: Outcome) -> &'static str {
         Outcome::Pass => "passed",
         Outcome::Fail => "FAILED",
         Outcome::Unsupported => "unsupported",
+        Outcome::Untried => "not tried",
     }
 }
 
@@ -83,6 +90,7 @@ mod tests {
     fn only_what_a_broker_needs_makes_a_bucket_unfit() {
         let check = |outcome| Check { name: "n", outcome, detail: String::new(), meaning: "m" };
         assert!(fit(&[check(Outcome::Pass), check(Outcome::Unsupported)]));
+        assert!(!fit(&[check(Outcome::Fail), check(Outcome::Untried)]));
         assert!(!fit(&[check(Outcome::Pass), check(Outcome::Fail)]));
     }
 }

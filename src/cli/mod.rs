@@ -12,6 +12,7 @@ mod doctor;
 mod format;
 mod lines;
 mod output;
+mod patience;
 mod place;
 mod produce;
 mod segment;
@@ -37,31 +38,30 @@ struct Arguments {
 /// Where `strandline dev` listens unless told otherwise.
 const DEFAULT_BOOTSTRAP: &str = "127.0.0.1:9460";
 
+/// What names the brokers where no option does.
+const BOOTSTRAP_VARIABLE: &str = "STRANDLINE_BOOTSTRAP";
+
 /// Under what the help lists the options that all commands share, below a command's own.
 const COMMON: &str = "Common options";
 
 /// What every command that talks to a cluster, or prints a table, takes.
 #[derive(Clone, Debug, clap::Args)]
 struct Common {
-    /// Some of the cluster's brokers, by which the others are found
-    #[arg(
-        long,
-        global = true,
-        env = "STRANDLINE_BOOTSTRAP",
-        default_value = DEFAULT_BOOTSTRAP,
-        value_name = "ADDR[,ADDR]",
-        help_heading = COMMON
-    )]
-    bootstrap: String,
+    /// Some of the cluster's brokers, by which the others are found; else those of the environment's
+    /// STRANDLINE_BOOTSTRAP, else 127.0.0.1:9460
+    // Read by hand: clap's usage lines show an option that the environment sets as if it had to be given.
+    #[arg(long, global = true, value_name = "ADDR[,ADDR]", help_heading = COMMON)]
+    bootstrap: Option<String>,
     /// Whether answers are printed for people or for programs
     #[arg(long, global = true, value_enum, default_value_t = Output::Text, help_heading = COMMON)]
     output: Output,
 }
 
 impl Common {
-    /// An empty STRANDLINE_BOOTSTRAP is as good as none, as an empty variable of every setting is.
-    fn bootstrap(&self) -> &str {
-        if self.bootstrap.is_empty() { DEFAULT_BOOTSTRAP } else { &self.bootstrap }
+    /// The brokers to ask first. A variable, or an option, that is set and empty counts as not set.
+    fn bootstrap(&self) -> String {
+        let given = self.bootstrap.clone().or_else(|| std::env::var(BOOTSTRAP_VARIABLE).ok());
+        given.filter(|addresses| !addresses.is_empty()).unwrap_or_else(|| DEFAULT_BOOTSTRAP.to_owned())
     }
 }
 
@@ -72,9 +72,7 @@ enum Command {
     /// Create, list, describe, alter, grow and delete topics
     #[command(subcommand)]
     Topic(topic::Topic),
-    /// Send the lines of files, or of standard input, as records
     Produce(produce::Produce),
-    /// Print records
     Consume(consume::Consume),
     /// Measure a cluster from the client's side
     #[command(subcommand)]
@@ -82,7 +80,6 @@ enum Command {
     /// Look into segment files
     #[command(subcommand)]
     Segment(segment::Segment),
-    /// Try whether an object store can do what a broker needs
     Doctor(doctor::Doctor),
     /// Show the configuration
     #[command(subcommand)]
@@ -118,7 +115,7 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         Command::Consume(command) => block_on(consume::run(&common, command)),
         Command::Bench(command) => block_on(bench::run(&common, command)),
         Command::Segment(command) => segment::run(&common, command),
-        Command::Config(command) => config::run(command),
+        Command::Config(command) => config::run(&common, command),
         Command::Completions { shell } => {
             // Into memory first: the generator panics where its writer fails.
             let mut script = Vec::new();
@@ -201,6 +198,22 @@ mod tests {
     }
 
     #[test]
+    fn the_help_says_what_a_command_does_beyond_its_first_line() {
+        let seconds = format!("within {} seconds", cluster::METADATA_AGE.as_secs());
+        for (name, said) in [
+            ("produce", "only if every record was acknowledged"),
+            ("produce", seconds.as_str()),
+            ("consume", seconds.as_str()),
+            ("doctor", "Credentials come from the usual environment"),
+        ] {
+            let mut all = Arguments::command();
+            let help = all.find_subcommand_mut(name).expect(name).render_long_help().to_string();
+            let words: Vec<&str> = help.split_whitespace().collect();
+            assert!(words.join(" ").contains(said), "{name}: {help}");
+        }
+    }
+
+    #[test]
     fn an_empty_bootstrap_is_the_default() {
         let parsed = |value: &str| Arguments::try_parse_from(["strandline", "--bootstrap", value, "topic", "list"]);
         assert_eq!(parsed("").expect("valid").common.bootstrap(), DEFAULT_BOOTSTRAP);
@@ -221,6 +234,11 @@ mod tests {
             "bench produce --topic t --records 1 --seconds 1",
             "bench produce --topic t --in-flight 65",
             "bench produce --topic t --rate 0",
+            "bench produce --topic t --batch-size 0",
+            "bench produce --topic t --batch-size 999999999",
+            "consume t --from @1767225600",
+            "consume t --timeout 0",
+            "produce t --timeout 0",
         ] {
             let words = std::iter::once("strandline").chain(line.split_whitespace());
             let error = Arguments::try_parse_from(words).expect_err(line);

@@ -54,6 +54,11 @@ pub(super) fn progress(length: Option<u64>, template: &'static str) -> ProgressB
     bar
 }
 
+/// A number of things: `1 partition`, `2 partitions`.
+pub(super) fn count(number: u64, noun: &str) -> String {
+    if number == 1 { format!("1 {noun}") } else { format!("{number} {noun}s") }
+}
+
 /// Bytes for people.
 pub(super) fn bytes(bytes: u64) -> String {
     indicatif::BinaryBytes(bytes).to_string()

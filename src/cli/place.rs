@@ -4,6 +4,9 @@ use std::time::UNIX_EPOCH;
 
 use crate::{client::OffsetAt, model::Offset};
 
+/// Numbers below it are hardly meant as milliseconds.
+const YEAR_2000_MS: i64 = 946_684_800_000;
+
 /// Where reading starts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Place {
@@ -23,6 +26,12 @@ impl std::str::FromStr for Place {
             _ => {}
         }
         if let Some(time) = text.strip_prefix('@') {
+            if time.parse().is_ok_and(|ms: i64| (1..YEAR_2000_MS).contains(&ms)) {
+                return Err(format!(
+                    "{time} milliseconds since 1970 is a time before 2000, so it looks like seconds: write milliseconds \
+                     (@{time}000), or RFC 3339 such as @2026-01-31T12:00:00Z"
+                ));
+            }
             return time_ms(time).map(|ms| Self::At(OffsetAt::Time(ms))).ok_or_else(|| {
                 format!("{time:?} is no time: write milliseconds since 1970, or RFC 3339 such as @2026-01-31T12:00:00Z")
             });
@@ -83,5 +92,8 @@ mod tests {
         {
             assert!(text.parse::<Place>().is_err(), "{text}");
         }
+        let seconds = "@1767225600".parse::<Place>().expect_err("in January 1970");
+        assert!(seconds.contains("seconds") && seconds.contains("@1767225600000"), "{seconds}");
+        assert_eq!("@1999-12-31T23:59:59Z".parse::<Place>(), time(946_684_799_000), "that one is meant");
     }
 }

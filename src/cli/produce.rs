@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, anyhow};
+use anyhow::{Context as _, anyhow, bail};
 use clap::Args;
 use futures::FutureExt;
 use indicatif::ProgressBar;
@@ -19,6 +19,9 @@ use super::{
     cluster::{connect, explain, explain_send},
     lines::Lines,
     output::{self, Output},
+    patience::Patience,
+    serve::stop_signal,
+    whole,
 };
 use crate::{
     client::{Ack, Client, Delivery, NewRecord, Producer, ProducerOptions, SendError},
@@ -29,11 +32,18 @@ use crate::{
 /// Deliveries that may be outstanding before the oldest is waited for.
 const MOST_OUTSTANDING: usize = 100_000;
 
+/// How long a stop waits for the answers to what is on its way.
+const LAST_ANSWERS: Duration = Duration::from_secs(5);
+
 /// Ranges of offsets that are printed for one partition.
 const MOST_RANGES: usize = 8;
 
-/// Sends each line of the files, or of standard input, as one record. Bytes are unchanged: a carriage return stays, an
-/// empty line is an empty value, a last line without an end counts. Exits 0 only if every record was acknowledged.
+/// Send the lines of files, or of standard input, as records
+///
+/// Bytes are unchanged: a carriage return stays, an empty line is an empty value, a last line without an end counts. Exits
+/// 0 only if every record was acknowledged. What keeps records from being acknowledged is said on standard error while it
+/// tries again. Partitions that the topic is given meanwhile are used within 5 seconds. Ctrl-C and SIGTERM end it with its
+/// summary.
 #[derive(Debug, Args)]
 pub(super) struct Produce {
     /// The topic
@@ -52,6 +62,10 @@ pub(super) struct Produce {
     /// none, gzip, snappy, lz4 or zstd
     #[arg(long, value_name = "CODEC", default_value = "none", value_parser = compression)]
     compression: Compression,
+    /// How many seconds a record may take until it is acknowledged, retries included; 60, or 120 with --acks tiered, if
+    /// left out
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    timeout: Option<u64>,
 }
 
 pub(super) fn acks(text: &str) -> Result<Acks, String> {
@@ -62,11 +76,12 @@ pub(super) fn compression(text: &str) -> Result<Compression, String> {
     Compression::from_word(text).ok_or_else(|| format!("write one of {}", Compression::WORDS.join(", ")))
 }
 
-/// What was acknowledged so far.
+/// What became of the records so far.
 #[derive(Debug, Default)]
 struct Tally {
     sent: u64,
-    acknowledged: u64,
+    /// Acknowledged; with acks=0, accepted.
+    answered: u64,
     failed: u64,
     first_failure: Option<SendError>,
     partitions: BTreeMap<u32, Landed>,
@@ -92,7 +107,7 @@ impl Tally {
                 return;
             }
         };
-        self.acknowledged += 1;
+        self.answered += 1;
         *self.meanings.entry(ack.meaning()).or_default() += 1;
         let landed = self.partitions.entry(ack.partition).or_default();
         landed.records += 1;
@@ -125,6 +140,7 @@ impl Landed {
 }
 
 /// Deliveries in the order of sending.
+#[derive(Default)]
 struct Outstanding {
     deliveries: VecDeque<Delivery>,
     tally: Tally,
@@ -143,63 +159,110 @@ impl Outstanding {
             }
         }
         while self.deliveries.len() > MOST_OUTSTANDING
-            && let Some(delivery) = self.deliveries.pop_front()
+            && let Some(delivery) = self.deliveries.front_mut()
         {
-            self.tally.count(delivery.await);
+            let answer = delivery.await;
+            self.deliveries.pop_front();
+            self.tally.count(answer);
         }
     }
 
-    async fn finish(mut self) -> Tally {
-        for delivery in self.deliveries {
-            self.tally.count(delivery.await);
+    /// Counts every answer. Dropping the future loses none.
+    async fn finish(&mut self) {
+        while let Some(delivery) = self.deliveries.front_mut() {
+            let answer = delivery.await;
+            self.deliveries.pop_front();
+            self.tally.count(answer);
         }
-        self.tally
+    }
+
+    /// Counts what nobody waits for any more.
+    fn give_up(&mut self) {
+        self.tally.failed += self.deliveries.len() as u64;
+        self.deliveries.clear();
     }
 }
 
 pub(super) async fn run(common: &Common, command: Produce) -> anyhow::Result<ExitCode> {
+    let mut outstanding = Outstanding::default();
+    let failure = produce(common, &command, &mut outstanding).await.err();
+    report(&command, &outstanding.tally, failure.as_ref(), common.output)?;
+    failure.map_or(Ok(ExitCode::SUCCESS), Err)
+}
+
+async fn produce(common: &Common, command: &Produce, outstanding: &mut Outstanding) -> anyhow::Result<()> {
     // Said before anything is sent.
     for file in command.files.iter().filter(|file| !is_stdin(file)) {
         std::fs::File::open(file).with_context(|| format!("cannot read {}", file.display()))?;
     }
+    let mut stop = std::pin::pin!(stop_signal()?);
     let client = connect(common).await?;
-    let topic = command.topic.as_str();
-    if let Err(error) = client.topic(topic).await {
-        return Err(explain(&client.admin(), topic, error).await);
-    }
-    let producer = start(&client, &command).await?;
+    let mut patience = Patience::new(&client);
     let bar = output::progress(None, "{spinner} {human_pos} records sent, {per_sec}");
-    let mut outstanding = Outstanding { deliveries: VecDeque::new(), tally: Tally::default() };
+    patience.beside(&bar);
+    let producer = tokio::select! {
+        biased;
+        () = &mut stop => bail!("interrupted"),
+        started = patience.over(None, start(&client, command)) => started?,
+    };
     let sent = tokio::select! {
         biased;
-        signal = tokio::signal::ctrl_c() => signal.map_err(Into::into).and(Err(anyhow!("interrupted"))),
-        sent = send_all(&command, &producer, &mut outstanding, &bar) => sent,
+        () = &mut stop => Err(anyhow!("interrupted")),
+        sent = patience.over(None, send_all(command, &producer, outstanding, &bar)) => {
+            tokio::select! {
+                biased;
+                () = &mut stop => sent.and(Err(anyhow!("interrupted"))),
+                finished = patience.over(None, finish(&producer, outstanding)) => sent.and(finished),
+            }
+        }
     };
+    // What is on its way when a person stops it is mostly answered in a moment; the summary does not wait for more.
+    let _late = tokio::time::timeout(LAST_ANSWERS, finish(&producer, outstanding)).await;
+    outstanding.give_up();
     bar.finish_and_clear();
-    let flushed = producer.flush();
-    let (_, tally) = tokio::join!(flushed, outstanding.finish());
-    report(&command, &tally, common.output)?;
-    if let Err(error) = sent {
-        return match error.downcast_ref() {
-            Some(SendError::Lookup(lookup)) => Err(explain(&client.admin(), topic, lookup.clone()).await),
+    let admin = client.admin();
+    let topic = command.topic.as_str();
+    match (sent, outstanding.tally.first_failure.take()) {
+        (Err(error), _) => match error.downcast_ref() {
+            Some(SendError::Lookup(lookup)) => Err(explain(&admin, topic, lookup.clone()).await),
             _ => Err(error),
-        };
-    }
-    match tally.first_failure {
-        Some(error) => Err(explain_send(&client.admin(), topic, error).await),
-        None => Ok(ExitCode::SUCCESS),
+        },
+        (Ok(()), Some(error)) => Err(explain_send(&admin, topic, error).await),
+        (Ok(()), None) => Ok(()),
     }
 }
 
+/// A producer, once the topic and the partition are known to be there.
 async fn start(client: &Client, command: &Produce) -> anyhow::Result<Producer> {
+    let topic = command.topic.as_str();
+    let route = match client.topic(topic).await {
+        Ok(route) => route,
+        Err(error) => return Err(explain(&client.admin(), topic, error).await),
+    };
+    let partitions = u32::try_from(route.partitions.len())?;
+    if let Some(partition) = command.partition.filter(|partition| *partition >= partitions) {
+        return Err(SendError::UnknownPartition { topic: topic.to_owned(), partition, partitions }.into());
+    }
     let options = ProducerOptions {
         acks: command.acks,
         compression: command.compression,
         // Long enough for the next read of a pipe, too short for a person to notice.
         linger: Duration::from_millis(5),
+        delivery_timeout: command.timeout.map_or_else(|| timeout(command.acks), Duration::from_secs),
         ..ProducerOptions::default()
     };
     Ok(client.producer(options).await?)
+}
+
+/// How long a command's records may take unless it is told: the bucket takes longer.
+pub(super) fn timeout(acks: Acks) -> Duration {
+    Duration::from_secs(if acks == Acks::Tiered { 120 } else { 60 })
+}
+
+/// Waits for what is on its way.
+async fn finish(producer: &Producer, outstanding: &mut Outstanding) -> anyhow::Result<()> {
+    let _ = tokio::join!(producer.flush(), outstanding.finish());
+    Ok(())
 }
 
 fn is_stdin(file: &Path) -> bool {
@@ -240,6 +303,10 @@ async fn send_lines(
         let record = record(line, command);
         let sent = producer.send(&command.topic, record).await;
         let number = lines.number;
+        if sent.is_err() {
+            outstanding.tally.sent += 1;
+            outstanding.tally.failed += 1;
+        }
         let delivery = sent.with_context(|| format!("{name}, line {number}"))?;
         outstanding.push(delivery).await;
         bar.inc(1);
@@ -267,16 +334,19 @@ fn record<'a>(line: &'a [u8], command: &Produce) -> NewRecord<'a> {
     }
 }
 
-fn report(command: &Produce, tally: &Tally, output: Output) -> anyhow::Result<()> {
+fn report(command: &Produce, tally: &Tally, failure: Option<&anyhow::Error>, output: Output) -> anyhow::Result<()> {
     if output == Output::Json {
-        return Ok(output::json(&object(command, tally))?);
+        return Ok(output::json(&object(command, tally, failure))?);
     }
-    if tally.sent == 0 {
-        return Ok(output::line(&format!("no records were sent to {}", command.topic))?);
+    match (tally.sent, failure) {
+        (0, Some(_)) => return Ok(()),
+        (0, None) => return Ok(output::line(&format!("no records were sent to {}", command.topic))?),
+        _ => {}
     }
-    let meaning = if tally.acknowledged == 0 { String::new() } else { format!(": {}", tally.meaning()) };
-    let verb = if command.acks == Acks::None { "accepted" } else { "acknowledged" };
-    output::line(&format!("{verb} {} of {} records in {}{meaning}", tally.acknowledged, tally.sent, command.topic))?;
+    let meaning = if tally.answered == 0 { String::new() } else { format!(": {}", tally.meaning()) };
+    let records = if tally.sent == 1 { "record" } else { "records" };
+    let verb = verb(command.acks);
+    output::line(&format!("{verb} {} of {} {records} in {}{meaning}", tally.answered, tally.sent, command.topic))?;
     for (partition, landed) in &tally.partitions {
         let records = if landed.records == 1 { "record" } else { "records" };
         output::line(&format!("  partition {partition}: {} {records}, offsets {}", landed.records, landed.words()))?;
@@ -284,7 +354,12 @@ fn report(command: &Produce, tally: &Tally, output: Output) -> anyhow::Result<()
     Ok(())
 }
 
-fn object(command: &Produce, tally: &Tally) -> Value {
+/// What an answer says of a record.
+fn verb(acks: Acks) -> &'static str {
+    if acks == Acks::None { "accepted" } else { "acknowledged" }
+}
+
+fn object(command: &Produce, tally: &Tally, failure: Option<&anyhow::Error>) -> Value {
     let partition = |(partition, landed): (&u32, &Landed)| {
         let ranges: Vec<Value> = landed.ranges.iter().map(|(start, end)| json!([start, end])).collect();
         json!({ "partition": partition, "records": landed.records, "offsets": ranges })
@@ -292,12 +367,12 @@ fn object(command: &Produce, tally: &Tally) -> Value {
     json!({
         "topic": command.topic,
         "sent": tally.sent,
-        "acknowledged": tally.acknowledged,
+        (verb(command.acks)): tally.answered,
         "failed": tally.failed,
         "acks": command.acks.word(),
         "meaning": tally.meaning(),
         "partitions": tally.partitions.iter().map(partition).collect::<Vec<_>>(),
-        "error": tally.first_failure.as_ref().map(ToString::to_string),
+        "error": failure.map(whole),
     })
 }
 
@@ -332,7 +407,7 @@ mod tests {
             tally.count(ack(partition, offset));
         }
         tally.count(Err(SendError::Closed));
-        assert_eq!((tally.acknowledged, tally.failed), (4, 1));
+        assert_eq!((tally.answered, tally.failed), (4, 1));
         assert_eq!(tally.partitions[&0].words(), "5..7, 9..10");
         assert_eq!(tally.partitions[&1].words(), "0..1");
         assert_eq!(tally.meaning(), "synced on 1 replica");

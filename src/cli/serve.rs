@@ -174,7 +174,7 @@ async fn serve(settings: Settings, ready: impl FnOnce(&Ready)) -> anyhow::Result
 }
 
 /// Resolves at Ctrl-C or SIGTERM. The handlers are in place when this returns.
-fn stop_signal() -> anyhow::Result<impl Future<Output = ()>> {
+pub(super) fn stop_signal() -> anyhow::Result<impl Future<Output = ()>> {
     use tokio::signal::unix::{SignalKind, signal};
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for Ctrl-C")?;
     let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;

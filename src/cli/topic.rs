@@ -9,6 +9,7 @@ use super::{
     Common,
     cluster::{connect, explain},
     output::{self, Output},
+    patience::Patience,
 };
 use crate::{
     client::{Admin, NewTopic, PartitionDescription, TopicDescription, TopicSummary},
@@ -85,8 +86,11 @@ fn key_value(text: &str) -> Result<(String, String), String> {
 }
 
 pub(super) async fn run(common: &Common, command: Topic) -> anyhow::Result<ExitCode> {
-    let admin = connect(common).await?.admin();
-    let output = common.output;
+    let client = connect(common).await?;
+    Patience::new(&client).over(None, act(client.admin(), command, common.output)).await
+}
+
+async fn act(admin: Admin, command: Topic, output: Output) -> anyhow::Result<ExitCode> {
     match command {
         Topic::Create(create) => {
             let name = create.name.clone();
@@ -138,7 +142,10 @@ async fn said(
     }
     let config = pairs(&topic.config);
     let config = if config.is_empty() { String::new() } else { format!(", {config}") };
-    let (partitions, replicas) = (count(topic.partitions, "partition"), count(topic.replication_factor, "replica"));
+    let (partitions, replicas) = (
+        output::count(topic.partitions.into(), "partition"),
+        output::count(topic.replication_factor.into(), "replica"),
+    );
     Ok(output::line(&format!("{verb} topic {}: {partitions}, {replicas} of each{config}", topic.name))?)
 }
 
@@ -253,10 +260,6 @@ fn pairs(config: &ConfigMap) -> String {
 
 fn ids(brokers: &[BrokerId]) -> String {
     brokers.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
-}
-
-fn count(number: u32, noun: &str) -> String {
-    if number == 1 { format!("1 {noun}") } else { format!("{number} {noun}s") }
 }
 
 #[cfg(test)]

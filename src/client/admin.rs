@@ -162,7 +162,7 @@ impl Admin {
     /// When no broker answers.
     pub async fn cluster(&self) -> Result<Cluster, CallError> {
         let call = |channel| async move { admin_client(channel).get_metadata(v1::GetMetadataRequest::default()).await };
-        let answer = self.client.retried(|| self.client.any_broker(call)).await?;
+        let answer = self.client.retried(|| self.client.ask_any(call)).await?;
         let brokers = answer.brokers.into_iter();
         let brokers =
             brokers.map(|broker| Broker { id: BrokerId(broker.id), address: broker.address, rack: broker.rack });
@@ -178,7 +178,7 @@ impl Admin {
             let request = topic.request.clone();
             async move { admin_client(channel).create_topic(request).await }
         };
-        summary(self.client.any_broker(call).await?.topic)
+        summary(self.client.tell_any(call).await?.topic)
     }
 
     /// Every topic, by name.
@@ -187,7 +187,7 @@ impl Admin {
     /// When no broker answers.
     pub async fn list_topics(&self) -> Result<Vec<TopicSummary>, CallError> {
         let call = |channel| async move { admin_client(channel).list_topics(v1::ListTopicsRequest {}).await };
-        let answer = self.client.retried(|| self.client.any_broker(call)).await?;
+        let answer = self.client.retried(|| self.client.ask_any(call)).await?;
         answer.topics.into_iter().map(|topic| summary(Some(topic))).collect()
     }
 
@@ -200,7 +200,7 @@ impl Admin {
             let request = v1::DescribeTopicRequest { name: name.to_owned() };
             async move { admin_client(channel).describe_topic(request).await }
         };
-        let answer = self.client.retried(|| self.client.any_broker(call)).await?;
+        let answer = self.client.retried(|| self.client.ask_any(call)).await?;
         Ok(TopicDescription {
             summary: summary(answer.topic)?,
             effective_config: answer.effective_config.into_iter().collect(),
@@ -219,7 +219,7 @@ impl Admin {
             let request = v1::AlterTopicRequest { name: name.to_owned(), set, unset: unset.to_vec() };
             async move { admin_client(channel).alter_topic(request).await }
         };
-        summary(self.client.any_broker(call).await?.topic)
+        summary(self.client.tell_any(call).await?.topic)
     }
 
     /// Gives a topic more partitions: `to` is how many it has afterwards.
@@ -231,7 +231,7 @@ impl Admin {
             let request = v1::AddPartitionsRequest { name: name.to_owned(), to };
             async move { admin_client(channel).add_partitions(request).await }
         };
-        summary(self.client.any_broker(call).await?.topic)
+        summary(self.client.tell_any(call).await?.topic)
     }
 
     /// Deletes a topic with all its records.
@@ -243,7 +243,7 @@ impl Admin {
             let request = v1::DeleteTopicRequest { name: name.to_owned() };
             async move { admin_client(channel).delete_topic(request).await }
         };
-        self.client.any_broker(call).await.map(|_| ())
+        self.client.tell_any(call).await.map(|_| ())
     }
 
     /// Looks up one offset; see [`OffsetAt`].
@@ -282,16 +282,21 @@ impl Admin {
             let message = format!("partition {topic}/{partition} has no leader at the moment");
             return Err(Fault::new(Reason::NotLeader, message).into());
         };
-        let request = v1::ListOffsetsRequest { queries: vec![query] };
         let unreachable = |problem: String| {
             let message = format!("the leader of {topic}/{partition}, {}: {problem}", address.as_str());
             CallError::from(Fault::new(Reason::NotReady, message))
         };
-        let channel = self.client.channel(&address).await.map_err(|error| unreachable(error.to_string()))?;
-        let answer = match self.client.bounded(&address, log_client(channel).list_offsets(request)).await {
+        let channel = self.client.channel(&address).await.map_err(|error| unreachable(error.problem()))?;
+        let wait = match query.at {
+            // May have to read the bucket.
+            Some(v1::offset_query::At::TimestampMs(_)) => self.client.options().request_timeout,
+            _ => self.client.options().request_timeout.min(super::ANY_ANSWER),
+        };
+        let request = v1::ListOffsetsRequest { queries: vec![query] };
+        let answer = match super::bounded(wait, log_client(channel).list_offsets(request)).await {
             Ok(answer) => answer,
-            Err(super::Unanswered::NotSent(problem)) => return Err(unreachable(problem)),
-            Err(super::Unanswered::Failed(fault)) => return Err(fault.into()),
+            Err(super::Unanswered::Refused(fault)) => return Err(fault.into()),
+            Err(unanswered) => return Err(unreachable(unanswered.fault().message)),
         };
         let Some(answer) = answer.answers.into_iter().next() else {
             return Err(odd("an empty answer to a query for an offset").into());

@@ -39,6 +39,8 @@ pub(super) enum Act {
     AnswerLate,
     /// Appends and answers.
     Append,
+    /// Appends, and never answers.
+    Hold,
 }
 
 #[derive(Default)]
@@ -64,7 +66,10 @@ pub(super) struct State {
     /// How many fetch responses are damaged.
     pub(super) damage: u32,
     pub(super) requests: u32,
-    address: SocketAddr,
+    /// Where its metadata says that it listens.
+    pub(super) advertised: String,
+    /// Why partitions cannot be read, if they cannot.
+    pub(super) unreadable: Option<Reason>,
 }
 
 #[derive(Clone)]
@@ -86,7 +91,8 @@ impl Double {
             fetches_until_break: None,
             damage: 0,
             requests: 0,
-            address,
+            advertised: address.to_string(),
+            unreadable: None,
         };
         let tasks = Tasks::new();
         let double = Self { state: Arc::new(Mutex::new(state)), grown: watch::Sender::new(()), tasks, address };
@@ -185,7 +191,7 @@ impl Double {
             Act::AppendAndTimeOut => {
                 self.append(request).and_then(|_| Err(Fault::new(Reason::Timeout, "as the script says")))
             }
-            Act::AppendAndBreak | Act::AnswerLate | Act::Append => self.append(request),
+            Act::AppendAndBreak | Act::AnswerLate | Act::Append | Act::Hold => self.append(request),
         };
         (act, result)
     }
@@ -206,6 +212,9 @@ impl Double {
                 Ok(appended) => v1::produce_response::Result::Appended(appended),
                 Err(fault) => v1::produce_response::Result::Error(fault.into()),
             };
+            if act == Act::Hold {
+                continue;
+            }
             let answer = v1::ProduceResponse { correlation: request.correlation, result: Some(result) };
             if act == Act::AnswerLate {
                 late = Some(answer);
@@ -231,6 +240,10 @@ impl Double {
             high_watermark: end.cast_signed(),
             ..Default::default()
         };
+        if let Some(reason) = state.unreadable {
+            fetched.error = Some(Fault::new(reason, "unreadable as the test says").into());
+            return Some(fetched);
+        }
         if !(start..=end).contains(&offset) {
             let fault = Fault::new(Reason::OffsetOutOfRange, "out of range").with("start", start).with("end", end);
             fetched.error = Some(fault.into());
@@ -401,7 +414,7 @@ impl Double {
         });
         v1::GetMetadataResponse {
             cluster: "double".into(),
-            brokers: vec![v1::Broker { id: 1, address: state.address.to_string(), rack: String::new() }],
+            brokers: vec![v1::Broker { id: 1, address: state.advertised.clone(), rack: String::new() }],
             topics: topics.collect(),
         }
     }

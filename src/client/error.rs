@@ -31,6 +31,18 @@ pub enum ConnectError {
     },
 }
 
+impl ConnectError {
+    /// What is wrong, for a sentence that names the address itself.
+    pub(super) fn problem(&self) -> String {
+        match self {
+            Self::NoAnswer { tried } => {
+                tried.iter().map(|(_, problem)| problem.as_str()).collect::<Vec<_>>().join(", ")
+            }
+            other => other.to_string(),
+        }
+    }
+}
+
 struct Tried<'a>(&'a [(String, String)]);
 
 impl fmt::Display for Tried<'_> {
@@ -96,8 +108,8 @@ pub enum SendError {
     },
     /// Larger than the topic takes.
     #[error(
-        "record of {bytes} bytes is too large for topic {topic:?}: {limit} bytes is the most \
-         (max.message.bytes, or the producer's memory if that is less)"
+        "record of {bytes} bytes is too large for topic {topic:?}: {limit} bytes is the most; raise the topic's \
+         max.message.bytes, or send less at a time"
     )]
     TooLarge {
         /// The topic.

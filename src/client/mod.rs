@@ -13,6 +13,7 @@
 //!   (see [`producer`]); where that cannot be known the send fails and says so.
 //! - A consumer hands out records in offset order, none twice and none left out, whatever broke in between.
 //! - Memory is bounded: a producer by `ProducerOptions::memory_bytes`, a consumer by a few responses per leader.
+//! - Nothing is retried in secret: [`Client::trouble`] shows what is, since when and until when.
 //!
 //! # Shutdown
 //!
@@ -31,15 +32,15 @@ pub mod producer;
 mod routing;
 #[cfg(all(test, feature = "server"))]
 mod tests;
+mod trouble;
 
 use std::{
     future::Future,
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
+    sync::{Arc, Mutex},
+    time::Duration,
 };
 
+use tokio::sync::watch;
 use tonic::{Status, transport::Channel};
 
 pub use self::{
@@ -49,14 +50,17 @@ pub use self::{
     options::{DEFAULT_PORT, Options},
     producer::{Ack, Delivery, Held, NewRecord, Producer, ProducerOptions},
     routing::{PartitionRoute, TopicRoute},
+    trouble::Trouble,
 };
 use self::{
     connection::{Address, Pool},
+    lock::lock,
     routing::Routing,
+    trouble::{Party, Troubles},
 };
 use crate::{
     proto::{
-        fault::{Fault, Reason},
+        fault::{self, Fault, Reason},
         v1,
     },
     task::clock,
@@ -88,8 +92,13 @@ struct Inner {
     pool: Pool,
     routing: Routing,
     /// Which broker the next call that any may answer goes to first: the one that answered last.
-    preferred: AtomicUsize,
+    preferred: Mutex<Option<Address>>,
+    troubles: Arc<Troubles>,
 }
+
+/// How long one broker may take for an answer that another could give as well. A broker that is there but does not work
+/// (stopped, or cut off) is noticed by nothing else.
+const ANY_ANSWER: Duration = Duration::from_secs(5);
 
 impl Client {
     /// Finds a cluster by the addresses of some of its brokers, `host:port` separated by commas.
@@ -103,7 +112,14 @@ impl Client {
             return Err(ConnectError::NoAddress.into());
         }
         let pool = Pool::new(options.connect_timeout);
-        let inner = Inner { options, bootstrap, pool, routing: Routing::default(), preferred: AtomicUsize::new(0) };
+        let inner = Inner {
+            options,
+            bootstrap,
+            pool,
+            routing: Routing::default(),
+            preferred: Mutex::default(),
+            troubles: Troubles::new(),
+        };
         let client = Self { inner: Arc::new(inner) };
         client.refresh(0, &[]).await?;
         Ok(client)
@@ -155,8 +171,19 @@ impl Client {
         self.topic(name).await
     }
 
+    /// What keeps this client's producers, consumers and calls from going on while they retry; nothing when all is well.
+    /// Of several troubles it shows the oldest.
+    pub fn trouble(&self) -> watch::Receiver<Option<Trouble>> {
+        self.inner.troubles.watch()
+    }
+
     fn options(&self) -> &Options {
         &self.inner.options
+    }
+
+    /// Somebody who may get into trouble.
+    fn party(&self) -> Party {
+        self.inner.troubles.party()
     }
 
     fn routing(&self) -> &Routing {
@@ -170,7 +197,7 @@ impl Client {
     /// Makes what is known newer than generation `seen`.
     async fn refresh(&self, seen: u64, wanted: &[&str]) -> Result<(), CallError> {
         let ask = |topics: Vec<String>| {
-            self.any_broker(move |channel| {
+            self.ask_any(move |channel| {
                 let request = v1::GetMetadataRequest { topics: topics.clone(), all_topics: false };
                 async move { connection::admin_client(channel).get_metadata(request).await }
             })
@@ -178,25 +205,37 @@ impl Client {
         self.inner.routing.refresh(seen, wanted, ask).await
     }
 
-    /// Calls whichever broker answers: first the one that did last, then the others. A call that a broker has taken is
-    /// not repeated elsewhere.
-    async fn any_broker<F, R, T>(&self, call: F) -> Result<T, CallError>
+    /// Asks whichever broker answers: first the one that did last, then the others. For questions: one that may have been
+    /// heard is asked elsewhere all the same.
+    async fn ask_any<F, R, T>(&self, call: F) -> Result<T, CallError>
     where
         F: Fn(Channel) -> R,
         R: Future<Output = Result<tonic::Response<T>, Status>>,
     {
-        let mut addresses = self.inner.routing.brokers();
-        for address in &self.inner.bootstrap {
-            if !addresses.contains(address) {
-                addresses.push(address.clone());
-            }
-        }
-        let first = self.inner.preferred.load(Ordering::Relaxed);
+        let wait = self.options().request_timeout.min(ANY_ANSWER);
+        self.walk(call, wait, |unanswered| !matches!(unanswered, Unanswered::Refused(_))).await
+    }
+
+    /// Has whichever broker there is do something. What a broker may have begun is not repeated elsewhere.
+    async fn tell_any<F, R, T>(&self, call: F) -> Result<T, CallError>
+    where
+        F: Fn(Channel) -> R,
+        R: Future<Output = Result<tonic::Response<T>, Status>>,
+    {
+        let wait = self.options().request_timeout;
+        self.walk(call, wait, |unanswered| matches!(unanswered, Unanswered::NotSent(_) | Unanswered::NoBroker(_))).await
+    }
+
+    /// Calls one broker after the other while `elsewhere` says that the next may be called.
+    async fn walk<F, R, T>(&self, call: F, wait: Duration, elsewhere: fn(&Unanswered) -> bool) -> Result<T, CallError>
+    where
+        F: Fn(Channel) -> R,
+        R: Future<Output = Result<tonic::Response<T>, Status>>,
+    {
         let mut tried = Vec::new();
-        for step in 0..addresses.len() {
-            let index = (first + step) % addresses.len();
-            let address = &addresses[index];
-            let channel = match self.channel(address).await {
+        let mut heard = false;
+        for address in self.anybody() {
+            let channel = match self.channel(&address).await {
                 Ok(channel) => channel,
                 Err(ConnectError::NoAnswer { tried: here }) => {
                     tried.extend(here);
@@ -204,32 +243,38 @@ impl Client {
                 }
                 Err(error) => return Err(error.into()),
             };
-            match self.bounded(address, call(channel)).await {
-                // The connection was there once and is not now: nothing was sent, so the next may be asked.
-                Err(Unanswered::NotSent(problem)) => tried.push((address.as_str().to_owned(), problem)),
-                Err(Unanswered::Failed(fault)) => return Err(fault.into()),
+            match bounded(wait, call(channel)).await {
                 Ok(answer) => {
-                    self.inner.preferred.store(index, Ordering::Relaxed);
+                    *lock(&self.inner.preferred) = Some(address);
                     return Ok(answer);
                 }
+                Err(unanswered) if elsewhere(&unanswered) => {
+                    heard |= matches!(unanswered, Unanswered::Broken(_) | Unanswered::Silent(_));
+                    let problem = unanswered.fault().message;
+                    tried.push((address.as_str().to_owned(), problem));
+                }
+                Err(unanswered) => return Err(unanswered.at(&address).into()),
             }
         }
-        Err(ConnectError::NoAnswer { tried }.into())
+        let nobody = ConnectError::NoAnswer { tried };
+        // One that took the call may answer the next: that is no reason to give up.
+        Err(if heard { Fault::new(Reason::NotReady, nobody.to_string()).into() } else { nobody.into() })
     }
 
-    /// One unary call with the request timeout.
-    async fn bounded<R, T>(&self, address: &Address, call: R) -> Result<T, Unanswered>
-    where
-        R: Future<Output = Result<tonic::Response<T>, Status>>,
-    {
-        match tokio::time::timeout(self.options().request_timeout, call).await {
-            Ok(Ok(answer)) => Ok(answer.into_inner()),
-            Ok(Err(status)) => Err(unanswered(&status)),
-            Err(_) => {
-                let message = format!("{} did not answer in {:?}", address.as_str(), self.options().request_timeout);
-                Err(Unanswered::Failed(Fault::new(Reason::Timeout, message)))
+    /// Every broker that is known, in the order in which they are called.
+    fn anybody(&self) -> Vec<Address> {
+        let mut addresses = self.inner.routing.brokers();
+        for address in &self.inner.bootstrap {
+            if !addresses.contains(address) {
+                addresses.push(address.clone());
             }
         }
+        let preferred = lock(&self.inner.preferred).clone();
+        if let Some(first) = preferred.and_then(|preferred| addresses.iter().position(|address| *address == preferred))
+        {
+            addresses[..=first].rotate_right(1);
+        }
+        addresses
     }
 
     /// Repeats a call that may be repeated until it succeeds, fails for good, or the request timeout is over.
@@ -240,6 +285,7 @@ impl Client {
     {
         let deadline = clock::monotonic() + self.options().request_timeout;
         let mut pauses = self.options().backoff();
+        let mut party = None;
         loop {
             let error = match call().await {
                 Ok(answer) => return Ok(answer),
@@ -252,17 +298,59 @@ impl Client {
                 return Err(error);
             }
             tracing::debug!(%error, ?pause, "call will be repeated");
+            party.get_or_insert_with(|| self.party()).enter(0, error.to_string(), Some(deadline));
             tokio::time::sleep(pause).await;
         }
     }
 }
 
+/// One unary call, within a time.
+async fn bounded<R, T>(wait: Duration, call: R) -> Result<T, Unanswered>
+where
+    R: Future<Output = Result<tonic::Response<T>, Status>>,
+{
+    match tokio::time::timeout(wait, call).await {
+        Ok(Ok(answer)) => Ok(answer.into_inner()),
+        Ok(Err(status)) => Err(unanswered(&status)),
+        Err(_) => Err(Unanswered::Silent(wait)),
+    }
+}
+
 /// A unary call without an answer.
+#[derive(Debug)]
 enum Unanswered {
     /// The connection could not be made: the broker never saw the call.
     NotSent(String),
-    /// Refused, or broken on the way.
-    Failed(Fault),
+    /// What is there is no broker, or one that does not know the call: nothing was done.
+    NoBroker(Fault),
+    /// The connection broke, or something in between answered: the broker may have seen the call.
+    Broken(Fault),
+    /// Nothing came in that time.
+    Silent(Duration),
+    /// The broker's own answer.
+    Refused(Fault),
+}
+
+impl Unanswered {
+    /// The same as a fault, without the address.
+    fn fault(self) -> Fault {
+        match self {
+            Self::NotSent(problem) => Fault::new(Reason::NotReady, problem),
+            Self::Silent(wait) => Fault::new(Reason::Timeout, format!("no answer in {wait:?}")),
+            Self::NoBroker(fault) | Self::Broken(fault) | Self::Refused(fault) => fault,
+        }
+    }
+
+    /// The same as a fault that says where. A broker's own words need no address.
+    fn at(self, address: &Address) -> Fault {
+        match self {
+            Self::Refused(fault) => fault,
+            other => {
+                let fault = other.fault();
+                Fault { message: format!("{}: {}", address.as_str(), fault.message), ..fault }
+            }
+        }
+    }
 }
 
 fn unanswered(status: &Status) -> Unanswered {
@@ -271,7 +359,14 @@ fn unanswered(status: &Status) -> Unanswered {
         Some(error) if error.to_string() == "transport error" && is_connect(error) => {
             Unanswered::NotSent(error::root_cause(error))
         }
-        _ => Unanswered::Failed(Fault::from(status)),
+        _ => {
+            let fault = Fault::from(status);
+            match (fault::is_own(status), status.code()) {
+                (true, _) => Unanswered::Refused(fault),
+                (false, tonic::Code::Unimplemented) => Unanswered::NoBroker(fault),
+                (false, _) => Unanswered::Broken(fault),
+            }
+        }
     }
 }
 

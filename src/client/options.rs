@@ -18,8 +18,8 @@ pub struct Options {
     pub backoff_min: Duration,
     /// Longest pause between tries. 1 second.
     pub backoff_max: Duration,
-    /// How often the leaders of partitions in use are looked up though nothing failed, so that new partitions are seen.
-    /// 5 minutes.
+    /// How often a producer looks up the leaders of partitions in use though nothing failed, so that new partitions are
+    /// seen. 1 minute.
     pub metadata_age: Duration,
 }
 
@@ -30,7 +30,7 @@ impl Default for Options {
             request_timeout: Duration::from_secs(30),
             backoff_min: Duration::from_millis(20),
             backoff_max: Duration::from_secs(1),
-            metadata_age: Duration::from_secs(300),
+            metadata_age: Duration::from_secs(60),
         }
     }
 }

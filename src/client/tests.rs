@@ -6,6 +6,7 @@ use super::{
     Client, ConsumeError, ConsumerOptions, Held, NewRecord, OffsetAt, OnOutOfRange, Options, Producer, ProducerOptions,
     SendError,
     double::{Act, Double},
+    trouble::Trouble,
 };
 use crate::{
     model::{Acks, Compression, Offset},
@@ -305,6 +306,160 @@ async fn damage_that_stays_is_reported_and_never_handed_out() {
     consumer.assign("t", 0, OffsetAt::Earliest).await.expect("assigned");
     let error = consumer.next().await.expect_err("damaged");
     assert!(matches!(error, ConsumeError::Damaged { .. }), "{error}");
+}
+
+/// The trouble that a client shows once it is one that `is` it.
+async fn trouble(client: &Client, is: impl Fn(Option<&Trouble>) -> bool) -> Option<Trouble> {
+    let mut watch = client.trouble();
+    let shown = watch.wait_for(|trouble| is(trouble.as_ref()));
+    let shown = tokio::time::timeout(Duration::from_secs(20), shown).await.expect("the trouble comes in time");
+    shown.expect("the client is there").clone()
+}
+
+fn says(words: impl Into<String>) -> impl Fn(Option<&Trouble>) -> bool {
+    let words = words.into();
+    move |trouble| trouble.is_some_and(|trouble| trouble.problem.contains(&words))
+}
+
+/// Found by a user: two minutes without a word though the cause was known at once.
+#[tokio::test]
+async fn a_producer_says_what_it_retries_until_it_works() {
+    let double = Double::start(1).await;
+    let client = client(&double).await;
+    let producer = client.producer(one_by_one()).await.expect("an id");
+    assert_eq!(*client.trouble().borrow(), None);
+    double.script(&[Act::Refuse(Reason::DiskFull); 1000]);
+    let delivery = producer.send("t", NewRecord::value(b"x")).await.expect("queued");
+    let shown = trouble(&client, says("t/0: as the script says")).await.expect("shown");
+    assert!(shown.until.is_some_and(|until| until > shown.since), "it says when it is given up: {shown:?}");
+    double.state().script.clear();
+    delivery.await.expect("taken at last");
+    trouble(&client, |trouble| trouble.is_none()).await;
+}
+
+#[tokio::test]
+async fn what_a_producer_has_given_up_is_no_trouble_any_more() {
+    let double = Double::start(1).await;
+    let client = client(&double).await;
+    let options = ProducerOptions { delivery_timeout: Duration::from_millis(200), ..one_by_one() };
+    let producer = client.producer(options).await.expect("an id");
+    double.script(&[Act::Refuse(Reason::DiskFull); 1000]);
+    let delivery = producer.send("t", NewRecord::value(b"x")).await.expect("queued");
+    trouble(&client, says("as the script says")).await;
+    delivery.await.expect_err("never taken");
+    trouble(&client, |trouble| trouble.is_none()).await;
+}
+
+#[tokio::test]
+async fn a_broker_that_does_not_answer_is_said_before_the_batch_is_given_up() {
+    let double = Double::start(1).await;
+    let client = client(&double).await;
+    let options = ProducerOptions { acks: Acks::Tiered, ..one_by_one() };
+    let producer = client.producer(options).await.expect("an id");
+    double.script(&[Act::Hold]);
+    let _delivery = producer.send("t", NewRecord::value(b"x")).await.expect("queued");
+    let shown = trouble(&client, says("has not answered")).await.expect("shown");
+    let address = double.address.to_string();
+    assert!(shown.problem.contains(&address) && shown.problem.contains("bucket"), "{shown:?}");
+}
+
+/// A broker that advertises what nobody can reach: the leader's address is known, and must be said.
+#[tokio::test]
+async fn a_leader_that_cannot_be_reached_is_named_by_all_who_wait_for_it() {
+    let double = Double::start(1).await;
+    let nobody = std::net::TcpListener::bind("127.0.0.1:0").expect("bind").local_addr().expect("bound").to_string();
+    double.state().advertised = nobody.clone();
+    let options = Options { request_timeout: Duration::from_secs(2), ..Options::default() };
+    let address = double.address.to_string();
+    let connect = || Client::connect(&address, options.clone());
+    let producing = connect().await.expect("the double answers");
+    let producer = producing.producer(one_by_one()).await.expect("an id");
+    let _delivery = producer.send("t", NewRecord::value(b"x")).await.expect("queued");
+    trouble(&producing, says(format!("t/0: no broker answers at {nobody}: connection refused"))).await;
+
+    let consuming = connect().await.expect("the double answers");
+    let mut consumer = consuming.consumer(ConsumerOptions::default());
+    consumer.assign_at("t", 0, Offset::ZERO).await.expect("assigned");
+    trouble(&consuming, says(format!("t/0: {nobody}: connection refused"))).await;
+
+    let asking = connect().await.expect("the double answers");
+    let admin = asking.admin();
+    let (shown, refused) = tokio::join!(
+        trouble(&asking, says(format!("the leader of t/0, {nobody}: connection refused"))),
+        admin.offset("t", 0, OffsetAt::Latest),
+    );
+    assert!(shown.is_some_and(|shown| shown.until.is_some()));
+    assert!(refused.expect_err("nobody there").to_string().contains(&nobody));
+    assert_eq!(*asking.trouble().borrow(), None, "a call that was given up is no trouble");
+}
+
+#[tokio::test]
+async fn a_consumer_says_what_it_retries_until_records_come() {
+    let (double, client) = filled(1).await;
+    double.state().unreadable = Some(Reason::ObjectStoreUnavailable);
+    let mut consumer = client.consumer(ConsumerOptions::default());
+    consumer.assign_at("t", 0, Offset::ZERO).await.expect("assigned");
+    trouble(&client, says("t/0: unreadable as the test says")).await;
+    double.state().unreadable = None;
+    consumer.next().await.expect("read");
+    trouble(&client, |trouble| trouble.is_none()).await;
+}
+
+/// At the end of a log no record comes to prove that all is well again.
+#[tokio::test]
+async fn a_consumer_at_the_end_of_the_log_sees_its_leader_come_back() {
+    let (double, client) = filled(1).await;
+    double.state().unreadable = Some(Reason::NotLeader);
+    let mut consumer = client.consumer(ConsumerOptions::default());
+    consumer.assign_at("t", 0, Offset::new(1).expect("small")).await.expect("assigned");
+    trouble(&client, says("t/0: unreadable as the test says")).await;
+    double.state().unreadable = None;
+    trouble(&client, |trouble| trouble.is_none()).await;
+    drop(consumer);
+}
+
+/// Found by a user: a first address that was another server's port hid the good second one.
+#[tokio::test]
+async fn every_bootstrap_address_is_tried_and_named() {
+    let double = Double::start(1).await;
+    let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("bind");
+    let silent_address = silent.local_addr().expect("bound");
+    let other = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("bind");
+    let other_address = other.local_addr().expect("bound");
+    let tasks = crate::task::Tasks::new();
+    // Speaks gRPC, and knows none of our calls.
+    let server = tonic::transport::Server::builder()
+        .add_service(crate::proto::v1::log_server::LogServer::new(double.clone()))
+        .serve_with_incoming(tokio_stream::wrappers::TcpListenerStream::new(other));
+    tasks.spawn("another server", server);
+    let options = || Options { request_timeout: Duration::from_millis(500), ..Options::default() };
+    let bad = format!("{other_address},{}", silent_address);
+    let all = format!("{bad},{}", double.address);
+    let client = Client::connect(&all, options()).await.expect("the third one answers");
+    client.topic("t").await.expect("known");
+    let error = Client::connect(&bad, options()).await.expect_err("neither is a broker").to_string();
+    drop(silent);
+    for said in [
+        format!("{other_address}: what answers there is no Strandline broker"),
+        format!("{}: no answer in", silent_address),
+    ] {
+        assert!(error.contains(&said), "{said:?} is in {error:?}");
+    }
+    tasks.cancel();
+}
+
+/// Found by a user: a topic may take larger records than a producer's memory, and then none could send them.
+#[tokio::test]
+async fn a_record_larger_than_the_memory_takes_all_of_it() {
+    let double = Double::start(1).await;
+    let options = ProducerOptions { memory_bytes: 4096, batch_bytes: 1, ..ProducerOptions::default() };
+    let producer = client(&double).await.producer(options).await.expect("an id");
+    for bytes in [100, 100_000, 4096, 500_000, 7] {
+        let _delivery = producer.send("t", NewRecord::value(&vec![b'x'; bytes])).await.expect("queued");
+    }
+    producer.close().await.expect("all acknowledged");
+    let lengths: Vec<usize> = double.values(0).iter().map(String::len).collect();
+    assert_eq!(lengths, [100, 100_000, 4096, 500_000, 7]);
 }
 
 #[tokio::test]

@@ -16,7 +16,7 @@ use super::{
     error::OpenError,
     identity::io_error,
     journal::{
-        entry::Kind,
+        entry::{Kind, MAX_NUMBER},
         replay::{self, Journaled, Story},
     },
     recover::Dormant,
@@ -120,7 +120,7 @@ fn without_journal(
         record.persisted = record.segments.last().map_or(record.log_start, |recovered| recovered.end);
     }
     // Should the lost one turn up again, none of its rounds may be taken for one of ours.
-    let next_round = first_round.saturating_add(1 << 32);
+    let next_round = Some(first_round + (1 << 32)).filter(|round| *round <= MAX_NUMBER).unwrap_or(first_round);
     let mut journaled = Journaled::nothing(next_round);
     journaled.generation = 1;
     Ok((journaled, records))

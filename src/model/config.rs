@@ -125,13 +125,13 @@ pub const TOPIC_CONFIG_KEYS: &[ConfigKey] = &[
     ConfigKey {
         name: "local.retention.bytes",
         default: "-2",
-        allowed: "a number of bytes, -1 for no limit, or -2 for the value of retention.bytes",
+        allowed: "a number of bytes up to 2305843009213693951, -1 for no limit, or -2 for the value of retention.bytes",
         doc: "How much of each partition stays on local disk once it is in the bucket. What lies below the log start leaves the disk at once, whatever this says.",
     },
     ConfigKey {
         name: "local.retention.ms",
         default: "86400000",
-        allowed: "a number of milliseconds, -1 for no limit, or -2 for the value of retention.ms",
+        allowed: "a number of milliseconds up to 2305843009213693951, -1 for no limit, or -2 for the value of retention.ms",
         doc: "How long records stay on local disk once they are in the bucket.",
     },
     ConfigKey {
@@ -161,13 +161,13 @@ pub const TOPIC_CONFIG_KEYS: &[ConfigKey] = &[
     ConfigKey {
         name: "retention.bytes",
         default: "-1",
-        allowed: "a number of bytes, or -1 for no limit",
+        allowed: "a number of bytes up to 2305843009213693951, or -1 for no limit",
         doc: "How much of each partition is kept, over both tiers: its oldest segment goes, from the disk and the bucket, while what remains is still at least this, the active segment counted.",
     },
     ConfigKey {
         name: "retention.ms",
         default: "604800000",
-        allowed: "a number of milliseconds, or -1 for no limit",
+        allowed: "a number of milliseconds up to 2305843009213693951, or -1 for no limit",
         doc: "How long records are kept, over both tiers: a segment goes, from the disk and the bucket, when its youngest record is older.",
     },
     ConfigKey {
@@ -179,7 +179,7 @@ pub const TOPIC_CONFIG_KEYS: &[ConfigKey] = &[
     ConfigKey {
         name: "segment.ms",
         default: "3600000",
-        allowed: "a number of milliseconds, at least 100",
+        allowed: "a number of milliseconds from 100 to 2305843009213693951",
         doc: "The age at which a segment that holds records is sealed, so that the bucket's lag is bounded.",
     },
 ];
@@ -294,6 +294,39 @@ impl TopicConfig {
         })
     }
 
+    /// Refuses a topic whose appends could never be acknowledged: more replicas in sync than there are.
+    ///
+    /// # Errors
+    /// When `min.insync.replicas` is above the replication factor.
+    pub fn check_replicas(&self, replicas: u32) -> Result<(), InvalidConfig> {
+        if u32::try_from(self.min_insync_replicas).is_ok_and(|needed| needed <= replicas) {
+            return Ok(());
+        }
+        Err(InvalidConfig::Value {
+            key: "min.insync.replicas".to_owned(),
+            value: self.min_insync_replicas.to_string(),
+            allowed: format!(
+                "at most the topic's replication factor, which is {replicas}: with more, no append with acks=all would ever \
+                 be acknowledged"
+            ),
+        })
+    }
+
+    /// The same configuration with numbers as they are usually written: `+5` and `007` mean 5 and 7.
+    pub fn normal(config: ConfigMap) -> ConfigMap {
+        let text = |key: &str, text: String| {
+            let numeric = known(key).is_ok_and(|key| key.default.parse::<i64>().is_ok());
+            text.parse::<i64>().ok().filter(|_| numeric).map_or(text, |number| number.to_string())
+        };
+        config
+            .into_iter()
+            .map(|(key, value)| {
+                let value = text(&key, value);
+                (key, value)
+            })
+            .collect()
+    }
+
     /// Every key's effective text, for `describe`.
     pub fn texts(defaults: &ConfigMap, overrides: &ConfigMap) -> ConfigMap {
         let values = Layers { defaults, overrides };
@@ -335,10 +368,10 @@ impl Layers<'_> {
         self.one_of(name, |text| text.parse().ok().filter(|number| (least..=most).contains(number)))
     }
 
-    /// A limit where -1 means none.
+    /// A limit where -1 means none, and so does the largest number there is, as users of Kafka write it.
     fn limit(&self, name: &str) -> Result<Option<u64>, InvalidConfig> {
         self.one_of(name, |text| match text.parse::<i64>().ok()? {
-            -1 => Some(None),
+            -1 | i64::MAX => Some(None),
             number => u64::try_from(number).ok().filter(|number| *number <= MAX_MS).map(Some),
         })
     }
@@ -407,6 +440,36 @@ mod tests {
         assert_eq!(broker.segment_bytes, 1_000_000);
         let topic = TopicConfig::resolve(&defaults, &map(&[("segment.bytes", "20000")])).expect("valid");
         assert_eq!(topic.segment_bytes, 20_000);
+    }
+
+    #[test]
+    fn for_ever_is_written_as_kafkas_users_write_it_and_the_bound_is_named() {
+        for text in ["-1", "9223372036854775807"] {
+            let config = resolve(&[("retention.ms", text), ("retention.bytes", text)]).expect(text);
+            assert_eq!((config.retention, config.retention_bytes), (None, None));
+        }
+        let most = MAX_MS.to_string();
+        let config = resolve(&[("retention.ms", &most)]).expect("the bound itself");
+        assert_eq!(config.retention, Some(Duration::from_millis(MAX_MS)));
+        for key in TOPIC_CONFIG_KEYS.iter().filter(|key| key.allowed.contains("milliseconds")) {
+            let above = resolve(&[(key.name, "9223372036854775806")]).expect_err(key.name).to_string();
+            assert!(above.contains(&most), "{above}");
+        }
+    }
+
+    #[test]
+    fn numbers_are_kept_as_they_are_usually_written() {
+        let given = map(&[("retention.ms", "+5"), ("segment.bytes", "0020000"), ("durability", "persisted")]);
+        let kept = TopicConfig::normal(given);
+        assert_eq!(kept, map(&[("retention.ms", "5"), ("segment.bytes", "20000"), ("durability", "persisted")]));
+    }
+
+    #[test]
+    fn more_replicas_in_sync_than_there_are_is_refused_with_both_numbers() {
+        let config = resolve(&[("min.insync.replicas", "3")]).expect("valid in itself");
+        assert_eq!(config.check_replicas(3), Ok(()));
+        let error = config.check_replicas(2).expect_err("one too few").to_string();
+        assert!(error.contains("min.insync.replicas=\"3\"") && error.contains("factor, which is 2"), "{error}");
     }
 
     #[test]

@@ -168,7 +168,7 @@ impl From<&Status> for Fault {
             // An answer that no version of a broker gives to a call that it knows: often another HTTP server's 404.
             Code::Unimplemented => {
                 let message = format!(
-                    "what answers at this address is no Strandline broker, or an older one that does not know the call ({})",
+                    "what answers there is no Strandline broker, or an older one that does not know the call ({})",
                     status.message()
                 );
                 return Self::new(Reason::Internal, message);
@@ -177,6 +177,11 @@ impl From<&Status> for Fault {
         };
         Self::new(reason, format!("{}: {}", status.code().description(), status.message()))
     }
+}
+
+/// Whether a failed call's status is a broker's own answer, and not the transport's or that of something in between.
+pub fn is_own(status: &Status) -> bool {
+    status.get_details_error_info().is_some_and(|info| info.domain == DOMAIN)
 }
 
 /// What a refusal means that the gRPC library made itself, before or instead of a service of ours: those carry no word.

@@ -43,7 +43,7 @@ pub enum Malformed {
         available: usize,
     },
     /// Bytes after the batch where exactly one was expected.
-    #[error("{extra} bytes follow the batch; one request carries one batch")]
+    #[error("the batch is followed by {extra} B that are no part of it; one request carries one batch")]
     Trailing {
         /// How many.
         extra: usize,

@@ -57,7 +57,11 @@ pub(super) fn decompress(stored: &[u8], most: usize) -> Checked<Vec<u8>> {
     if frame.content_size.is_some_and(|size| size != plain.len() as u64) {
         return Err("the content is not as long as the frame says".into());
     }
-    if input.is_empty() { Ok(plain) } else { Err(format!("{} bytes follow the frame", input.len()).into()) }
+    if input.is_empty() {
+        Ok(plain)
+    } else {
+        Err(format!("the frame is followed by {} B that are no part of it", input.len()).into())
+    }
 }
 
 struct Frame {

@@ -34,6 +34,8 @@ pub enum Outcome {
     Fail,
     /// It does not work, and a broker does without it.
     Unsupported,
+    /// Nothing is known of it: what comes before it failed.
+    Untried,
 }
 
 /// One check.
@@ -79,13 +81,14 @@ pub async fn examine(options: &StoreOptions) -> Result<Vec<Check>, OpenError> {
     if options.is_s3() {
         let probe = super::s3::S3::connect(options).await?;
         let mut checks = Box::pin(run(&probe, &folder)).await;
-        checks.extend(aws::own_checks(&probe, &folder).await);
-        clean(&probe, &folder).await;
+        let works = works(&checks);
+        checks.extend(if works { aws::own_checks(&probe, &folder).await } else { aws::untried_checks() });
+        clean(&probe, &folder, works).await;
         return Ok(checks);
     }
     let probe = generic::Objects::connect(options)?;
     let checks = Box::pin(run(&probe, &folder)).await;
-    clean(&probe, &folder).await;
+    clean(&probe, &folder, works(&checks)).await;
     Ok(checks)
 }
 
@@ -97,27 +100,42 @@ fn check(name: &'static str, result: Result<String, String>, meaning: &'static s
     Check { name, outcome, detail, meaning }
 }
 
+/// A check that makes no sense while nothing can be put.
+fn untried(name: &'static str, meaning: &'static str) -> Check {
+    let detail = "nothing could be put into the store".to_owned();
+    Check { name, outcome: Outcome::Untried, detail, meaning }
+}
+
+/// The check that all others build on.
+const PUT: &str = "put";
+
+/// What else a broker needs, and for what.
+const NEEDED: [(&str, &str); 5] = [
+    ("ranged get", "Cold reads fetch ranges of segment objects."),
+    ("head and clock", "Uploads are verified by length; garbage is judged by age; signatures by time."),
+    ("list", "Garbage collection and restore list the bucket."),
+    ("multipart", "Segments above 16 MiB are uploaded in parts."),
+    ("delete", "Without it retention never frees anything in the bucket."),
+];
+
 async fn run(probe: &impl Probe, folder: &str) -> Vec<Check> {
     let written = put(probe, folder).await;
     let reachable = written.is_ok();
-    let mut checks = vec![check("put", written, "Without it nothing moves to the bucket.")];
+    let mut checks = vec![check(PUT, written, "Without it nothing moves to the bucket.")];
     if !reachable {
         // Everything else would say the same thing again.
+        checks.extend(NEEDED.map(|(name, meaning)| untried(name, meaning)));
+        checks.extend(["conditional put", "conditional puts at once"].map(|name| untried(name, CONDITIONAL)));
         return checks;
     }
-    checks.push(check("ranged get", ranged_get(probe, folder).await, "Cold reads fetch ranges of segment objects."));
-    checks.push(check(
-        "head and clock",
+    let seen = [
+        ranged_get(probe, folder).await,
         clock_skew(probe, folder).await,
-        "Uploads are verified by length; garbage is judged by age; signatures by time.",
-    ));
-    checks.push(check("list", list(probe, folder).await, "Garbage collection and restore list the bucket."));
-    checks.push(check("multipart", multipart(probe, folder).await, "Segments above 16 MiB are uploaded in parts."));
-    checks.push(check(
-        "delete",
+        list(probe, folder).await,
+        multipart(probe, folder).await,
         delete(probe, folder).await,
-        "Without it retention never frees anything in the bucket.",
-    ));
+    ];
+    checks.extend(NEEDED.into_iter().zip(seen).map(|((name, meaning), seen)| check(name, seen, meaning)));
     let (one, many) = conditional(probe, folder).await;
     checks.extend([one, many]);
     checks
@@ -220,9 +238,16 @@ async fn conditional(probe: &impl Probe, folder: &str) -> (Check, Check) {
     (named("conditional put", sequential), named("conditional puts at once", concurrent))
 }
 
-/// Deletes what the checks wrote. A store that cannot delete has said so in its check.
-async fn clean(probe: &impl Probe, folder: &str) {
-    for name in ["small", "clock", "parts", "race", "checksum"] {
+/// Whether anything could be put at all.
+fn works(checks: &[Check]) -> bool {
+    checks.iter().all(|check| check.name != PUT || check.outcome == Outcome::Pass)
+}
+
+/// Deletes what the checks wrote: all of it, or the first object alone, whose put failed but may have arrived. A store
+/// that cannot delete has said so in its check.
+async fn clean(probe: &impl Probe, folder: &str, all: bool) {
+    let names = ["small", "clock", "parts", "race", "checksum"];
+    for name in names.into_iter().take(if all { names.len() } else { 1 }) {
         if let Err(error) = probe.delete(&format!("{folder}/{name}")).await {
             tracing::debug!(folder, name, error, "left behind");
         }
@@ -253,5 +278,27 @@ mod tests {
             .unwrap()
             .flat_map(|entry| std::fs::read_dir(entry.unwrap().path()).unwrap().map(|entry| entry.unwrap().path()));
         assert_eq!(left.collect::<Vec<_>>(), Vec::<std::path::PathBuf>::new());
+    }
+
+    /// Found by a user: a store that could not be reached was said to lack what nobody had asked it for.
+    #[cfg(feature = "aws-sdk")]
+    #[tokio::test]
+    async fn what_cannot_be_reached_is_not_judged() {
+        let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let keys = crate::tier::Keys { access_key_id: "a".into(), secret_access_key: "b".into() };
+        let options = StoreOptions {
+            endpoint: Some(format!("http://{nobody}")),
+            path_style: true,
+            keys: Some(keys),
+            ..StoreOptions::new("s3://bucket")
+        };
+        let checks = examine(&options).await.unwrap();
+        assert_eq!(checks.len(), 10, "{checks:?}");
+        assert_eq!((checks[0].name, checks[0].outcome), (PUT, Outcome::Fail));
+        assert!(checks[0].detail.contains(&format!("http://{nobody}")), "{checks:?}");
+        assert!(!checks[0].detail.contains("region"), "a region is not asked of everybody: {checks:?}");
+        for check in &checks[1..] {
+            assert_eq!(check.outcome, Outcome::Untried, "{check:?}");
+        }
     }
 }

@@ -24,6 +24,8 @@ const UPLOAD_PAGES: usize = 100;
 /// One prefix of one bucket.
 pub(super) struct S3 {
     pub(super) client: Client,
+    /// Where it calls, if not at Amazon.
+    endpoint: Option<String>,
     pub(super) bucket: String,
     prefix: String,
     pub(super) timeout: Duration,
@@ -63,6 +65,7 @@ impl S3 {
         let config = aws_sdk_s3::config::Builder::from(&config).force_path_style(options.path_style).build();
         Ok(Self {
             client: Client::from_conf(config),
+            endpoint: options.endpoint.clone(),
             bucket: bucket.to_owned(),
             prefix: prefix.trim_matches('/').to_owned(),
             timeout: options.request_timeout,
@@ -85,10 +88,18 @@ impl S3 {
         let answer = Box::pin(tokio::time::timeout(self.timeout, request));
         Box::pin(async move {
             match answer.await {
-                Ok(answer) => answer.map_err(|error| text(&error)),
-                Err(_) => Err(format!("no answer within {:?}", self.timeout)),
+                Ok(answer) => answer.map_err(|error| match error.raw_response() {
+                    Some(_) => text(&error),
+                    None => self.at_endpoint(&text(&error)),
+                }),
+                Err(_) => Err(self.at_endpoint(&format!("no answer within {:?}", self.timeout))),
             }
         })
+    }
+
+    /// What went wrong before anybody answered, with the place.
+    fn at_endpoint(&self, trouble: &str) -> String {
+        self.endpoint.as_ref().map_or_else(|| trouble.to_owned(), |endpoint| format!("{endpoint}: {trouble}"))
     }
 
     /// The uploads without an end below our prefix.

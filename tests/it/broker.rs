@@ -342,16 +342,21 @@ impl Cli {
         output
     }
 
-    /// Runs a command with input to its end, which must come in bounded time.
-    pub(crate) fn run_with(&self, arguments: &[&str], input: &[u8]) -> Output {
+    /// A command that has not been started.
+    pub(crate) fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(BINARY);
         clean(&mut command);
         if let Some(bootstrap) = &self.bootstrap {
             command.env("STRANDLINE_BOOTSTRAP", bootstrap);
         }
-        let mut child = command
-            .args(arguments)
-            .current_dir(&self.folder)
+        command.args(arguments).current_dir(&self.folder);
+        command
+    }
+
+    /// Runs a command with input to its end, which must come in bounded time.
+    pub(crate) fn run_with(&self, arguments: &[&str], input: &[u8]) -> Output {
+        let mut child = self
+            .command(arguments)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())

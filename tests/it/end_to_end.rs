@@ -267,8 +267,89 @@ fn a_failure_names_the_thing_and_ends_with_one() {
     fails(&["produce", "access-log", "--partition", "9"], &["9"]);
     fails(&["consume", "access-log", "--partition", "9", "--until-end"], &["9"]);
     fails(&["produce", "access-log", "/nowhere/at-all.log"], &["/nowhere/at-all.log"]);
+    fails(&["bench", "produce", "--topic", "access-log", "--with-disk", "--disk-dir", "/nowhere"], &["/nowhere"]);
+    fails(
+        &["topic", "create", "t", "--config", "min.insync.replicas=2"],
+        &["min.insync.replicas=\"2\"", "factor, which is 1"],
+    );
+    fails(
+        &["topic", "alter", "access-log", "--config", "min.insync.replicas=2"],
+        &["min.insync.replicas=\"2\"", "factor, which is 1"],
+    );
     let list = cli.ok(&["topic", "list", "--output", "json"]).json();
     assert_eq!(list.as_array().map(Vec::len), Some(1), "nothing was half created: {list}");
+}
+
+/// A program that reads the answer must find the failure in it.
+#[test]
+fn a_failure_before_sending_is_in_the_json_answer_too() {
+    let mut home = Home::new();
+    let _broker = home.start();
+    let cli = home.cli();
+    cli.ok(&["topic", "create", "t"]);
+    let long = [&[b'x'; 2 << 20][..], b"\n"].concat();
+    for (arguments, input, sent, said) in [
+        (&["produce", "t", "."][..], &b""[..], 0, "cannot read ."),
+        (&["produce", "t"], &long, 1, "line 1: record of"),
+        (&["produce", "t", "--partition", "7"], b"", 0, "no partition 7"),
+    ] {
+        let output = cli.run_with(&[arguments, &["--output", "json"]].concat(), input);
+        assert_eq!(output.code, 1, "{output:?}");
+        let answer = output.json();
+        assert!(answer["error"].as_str().is_some_and(|error| error.contains(said)), "{arguments:?}: {answer}");
+        assert_eq!(
+            (&answer["sent"], &answer["failed"], &answer["acknowledged"]),
+            (&sent.into(), &sent.into(), &0.into())
+        );
+    }
+    let accepted = cli.ok_with(&["produce", "t", "--acks", "0", "--output", "json"], b"a\nb\n").json();
+    assert_eq!((&accepted["accepted"], &accepted["acknowledged"]), (&2.into(), &Value::Null), "{accepted}");
+}
+
+/// Nothing is printed of a place that not all partitions have.
+#[test]
+fn consume_checks_where_to_begin_before_it_prints() {
+    let mut home = Home::new();
+    let _broker = home.start();
+    let cli = home.cli();
+    cli.ok(&["topic", "create", "t", "--partitions", "2"]);
+    cli.ok_with(&["produce", "t", "--partition", "0"], b"0\n1\n2\n");
+    cli.ok_with(&["produce", "t", "--partition", "1"], b"0\n");
+    let output = cli.run(&["consume", "t", "--from", "2", "--until-end"]);
+    assert_eq!((output.code, output.text()), (1, String::new()), "{output:?}");
+    for said in ["partition 1", "not including, 1", "--from earliest", "--partition"] {
+        assert!(output.stderr.contains(said), "{said:?}: {output:?}");
+    }
+    let json = cli.ok(&["consume", "t", "--partition", "1", "--until-end", "--output", "json"]).json_lines();
+    assert_eq!(json[0]["value"], "0", "--output json is the format too");
+}
+
+/// Records above a producer's usual memory.
+#[test]
+fn a_line_as_large_as_the_topic_takes_is_one_record() {
+    let mut home = Home::new();
+    let _broker = home.start();
+    let cli = home.cli();
+    cli.ok(&["topic", "create", "large", "--config", "max.message.bytes=67108864"]);
+    let line = [vec![b'x'; 60_000_000], b"\n".to_vec()].concat();
+    cli.ok_with(&["produce", "large"], &line);
+    assert!(cli.ok(&["consume", "large", "--until-end"]).stdout == line, "byte for byte");
+}
+
+/// What a bench prints is what was asked for, or it fails.
+#[test]
+fn a_bench_at_a_rate_is_of_the_whole_time_and_one_without_records_fails() {
+    let mut home = Home::new();
+    let _broker = home.start();
+    let cli = home.cli();
+    cli.ok(&["topic", "create", "t", "--config", "max.message.bytes=1024"]);
+    let rated = ["bench", "produce", "--topic", "t", "--rate", "0.000001", "--seconds", "1", "--record-size", "100"];
+    let figures = cli.ok(&[&rated[..], &["--output", "json"]].concat()).json();
+    assert_eq!(figures["records"], 1);
+    assert!(figures["seconds"].as_f64().is_some_and(|seconds| seconds >= 1.0), "{figures}");
+    let output = cli.run(&["bench", "produce", "--topic", "t", "--records", "5", "--record-size", "5000"]);
+    assert_eq!(output.code, 1, "{output:?}");
+    assert!(output.text().contains("no record was acknowledged"), "{output:?}");
 }
 
 #[test]
@@ -289,6 +370,9 @@ fn wrong_usage_ends_with_two() {
         assert_eq!(output.code, 2, "{arguments:?}: {output:?}");
         assert!(!output.stderr.is_empty() && output.stdout.is_empty(), "{arguments:?}: {output:?}");
     }
+    // What the environment sets is not shown as if it had to be given.
+    let twice = home.cli().run(&["bench", "produce", "--topic", "t", "--records", "1", "--seconds", "1"]);
+    assert!(twice.code == 2 && !twice.stderr.contains("--bootstrap"), "{twice:?}");
 }
 
 #[test]
@@ -379,4 +463,6 @@ fn config_print_shows_the_defaults_as_a_configuration_file() {
     assert_eq!(table["broker"]["id"].as_integer(), Some(1));
     assert_eq!(table["grpc"]["listen"].as_str(), Some("127.0.0.1:9460"));
     assert_eq!(table["http"]["listen"].as_str(), Some("127.0.0.1:9461"));
+    let json = Cli::without_broker(home.path()).ok(&["config", "print", "--output", "json"]).json();
+    assert_eq!((&json["broker"]["id"], &json["grpc"]["listen"]), (&1.into(), &"127.0.0.1:9460".into()));
 }

@@ -28,4 +28,5 @@ mod rooms;
 #[cfg(test)]
 mod s3;
 mod source;
+mod waiting;
 mod wire;

@@ -84,6 +84,24 @@ fn a_bucket_that_is_gone_costs_no_record_and_its_return_needs_no_restart() {
     reads(&cli, "t", "earliest", &text.repeat(4));
 }
 
+/// Found by a user: a reader of old records was silent until the bucket came back, however long that was.
+#[test]
+fn a_reader_of_what_only_the_bucket_has_says_that_it_waits_and_gives_up() {
+    let (server, mut home, broker) = start(|home| home);
+    create(&home.cli(), "t", EAGER);
+    home.cli().ok_with(&["produce", "t"], lines(20_000).as_bytes());
+    settled(&home.cli(), "t", 20_000);
+    eventually("it is evicted", || (mark(&home.cli(), "t", "local_start") == 20_000).then_some(()));
+    assert!(broker.terminate().success(), "{}", home.log());
+    server.faults().set_down(true);
+    let _broker = home.start();
+    let output = home.cli().run(&["consume", "t", "--until-end", "--timeout", "8"]);
+    assert_eq!(output.code, 1, "{output:?}");
+    for said in ["still trying: ", "giving up in", "error: given up after 8 s without a record", "--timeout"] {
+        assert!(output.stderr.contains(said), "{said:?}: {output:?}");
+    }
+}
+
 #[test]
 fn a_bucket_that_is_gone_at_the_start_delays_uploads_and_not_the_start() {
     let (server, mut home, broker) = start(|home| home);

@@ -20,6 +20,7 @@ use super::{
         Common,
         cluster::{connect, explain},
         output,
+        patience::Patience,
         place::Place,
     },
     report::{self, Seen},
@@ -29,6 +30,9 @@ use crate::{
     model::Offset,
     task::{Tasks, clock},
 };
+
+/// How long the next record of a log that is not at its end may take.
+const LATE: Duration = Duration::from_secs(60);
 
 #[derive(Debug, Args)]
 pub(in crate::cli) struct Consume {
@@ -61,8 +65,14 @@ pub(super) async fn run(common: &Common, command: Consume) -> anyhow::Result<Exi
     let bar = output::progress(None, "{spinner} {elapsed} reading");
     bar.enable_steady_tick(Duration::from_millis(200));
     let start = clock::monotonic();
+    let mut troubles: Option<Patience> = None;
     for share in shares {
-        let mut consumer = connect(common).await?.consumer(ConsumerOptions::default());
+        let client = connect(common).await?;
+        match &mut troubles {
+            Some(troubles) => troubles.and(&client),
+            None => troubles = Some(Patience::new(&client)),
+        }
+        let mut consumer = client.consumer(ConsumerOptions::default());
         for (partition, (from, _)) in &share.partitions {
             consumer.assign_at(&command.topic, *partition, *from).await?;
         }
@@ -71,11 +81,17 @@ pub(super) async fn run(common: &Common, command: Consume) -> anyhow::Result<Exi
     }
     let mut seen = Seen::default();
     let mut last = start;
-    for handle in handles {
-        let (one, at) = handle.await?;
-        seen.merge(one);
-        last = last.max(at);
-    }
+    let all = async {
+        for handle in handles {
+            let (one, at) = handle.await?;
+            seen.merge(one);
+            last = last.max(at);
+        }
+        Ok(())
+    };
+    let mut patience = troubles.expect("a run has a share");
+    patience.beside(&bar);
+    patience.over(None, all).await?;
     bar.finish_and_clear();
     tasks.stop().await;
     let words: Vec<String> = ["latency is the wait for each batch".to_owned()]
@@ -84,7 +100,7 @@ pub(super) async fn run(common: &Common, command: Consume) -> anyhow::Result<Exi
         .collect();
     let extra = json!({ "consumers": command.consumers, "first_error": seen.first_error });
     report::print(seen.figures(last - start), extra, &words, common.output)?;
-    Ok(if seen.errors == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if seen.errors == 0 && seen.records > 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 async fn shares(common: &Common, command: &Consume) -> anyhow::Result<Vec<Share>> {
@@ -96,8 +112,9 @@ async fn shares(common: &Common, command: &Consume) -> anyhow::Result<Vec<Share>
     };
     if command.consumers > partitions {
         bail!(
-            "topic {:?} has {partitions} partitions, too few for {} consumers; ask for at most {partitions}",
+            "topic {:?} has {}, too few for {} consumers; ask for at most {partitions}",
             command.topic,
+            output::count(partitions.into(), "partition"),
             command.consumers
         );
     }
@@ -128,6 +145,10 @@ async fn read(mut consumer: Consumer, mut share: Share, bounded: bool, left: Arc
         // Another reader may take the last record while this one waits for a batch that never comes.
         let next = tokio::time::timeout(Duration::from_millis(200), consumer.next_batch());
         let batch = match next.await {
+            Err(_) if bounded && last.elapsed() >= LATE => {
+                seen.error(&format!("no record came for {LATE:?}, though the log goes on"));
+                break;
+            }
             Err(_) => continue,
             Ok(Ok(batch)) => batch,
             Ok(Err(error)) => {

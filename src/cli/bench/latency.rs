@@ -11,6 +11,8 @@ use super::{
         Common,
         cluster::{connect, explain},
         output,
+        patience::Patience,
+        produce,
     },
     pace::{Due, Pace, Until, wait_until},
     payload::Payloads,
@@ -19,6 +21,7 @@ use super::{
 };
 use crate::{
     client::{Consumer, ConsumerOptions, NewRecord, OffsetAt, Producer, ProducerOptions},
+    model::Acks,
     task::{Tasks, clock},
 };
 
@@ -52,11 +55,13 @@ pub(super) async fn run(common: &Common, command: Latency) -> anyhow::Result<Exi
         Err(error) => return Err(explain(&client.admin(), &topic, error).await),
     };
     // A connection of its own: what is read does not queue behind what is written.
-    let mut consumer = connect(common).await?.consumer(ConsumerOptions::default());
+    let reading = connect(common).await?;
+    let mut consumer = reading.consumer(ConsumerOptions::default());
     for partition in 0..partitions {
         consumer.assign(&topic, partition, OffsetAt::Latest).await?;
     }
-    let producer = client.producer(ProducerOptions::default()).await?;
+    let options = ProducerOptions { delivery_timeout: produce::timeout(Acks::All), ..ProducerOptions::default() };
+    let producer = client.producer(options).await?;
     let size = usize::try_from(command.record_size)?;
     // Made before the clock starts: filling the pool takes a moment.
     let payloads = Payloads::new(size);
@@ -77,10 +82,17 @@ pub(super) async fn run(common: &Common, command: Latency) -> anyhow::Result<Exi
     let runtime = tokio::runtime::Handle::current();
     // A thread of its own, because it sleeps between records.
     let sender = tasks.spawn_blocking(move || runtime.block_on(Box::pin(load.send(producer))));
-    let (sent, error) = sender.await?;
-    let elapsed = start.elapsed();
-    sent_all.send_replace(Some(sent));
-    let mut seen = reader.await?;
+    let mut patience = Patience::new(&client);
+    patience.and(&reading);
+    patience.beside(&bar);
+    let (sent, error, elapsed, mut seen) = patience
+        .over(None, async {
+            let (sent, error) = sender.await?;
+            let elapsed = start.elapsed();
+            sent_all.send_replace(Some(sent));
+            Ok((sent, error, elapsed, reader.await?))
+        })
+        .await?;
     bar.finish_and_clear();
     tasks.stop().await;
     if let Some(error) = error {
@@ -93,7 +105,7 @@ pub(super) async fn run(common: &Common, command: Latency) -> anyhow::Result<Exi
     let words: Vec<String> = seen.first_error.iter().map(|error| format!("first error: {error}")).collect();
     let extra = json!({ "sent": sent, "first_error": seen.first_error });
     report::print(seen.figures(elapsed), extra, &words, common.output)?;
-    Ok(if seen.errors == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if seen.errors == 0 && seen.records > 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// Reads this run's records until all that were sent are there, or for so long as is sensible.

@@ -6,6 +6,9 @@ use tokio::time::Instant;
 
 use crate::task::clock;
 
+/// Seconds that no run lasts: the moments of a rate of next to nothing are not beyond it.
+const MOST_S: f64 = 1e9;
+
 /// When to stop.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Until {
@@ -28,11 +31,19 @@ impl Pace {
         Self { start, interval: bytes_per_s.map(|rate| f64::from(record_bytes) / rate), until }
     }
 
+    /// When a run at a rate and for a time ends, however early its last record was due.
+    pub(super) fn end(&self) -> Option<Instant> {
+        match self.until {
+            Until::After(time) => self.interval.map(|_| self.start + time),
+            Until::Records(_) => None,
+        }
+    }
+
     /// When record `n` of this sender is due; none when the sender is done.
     pub(super) fn due(&self, n: u64) -> Option<Due> {
         let at = self.interval.map(|interval| {
             #[expect(clippy::cast_precision_loss, reason = "2^53 records are more than any run sends")]
-            let after = Duration::from_secs_f64(interval * n as f64);
+            let after = Duration::from_secs_f64((interval * n as f64).min(MOST_S));
             self.start + after
         });
         match self.until {
@@ -74,6 +85,9 @@ mod tests {
         tokio::time::advance(Duration::from_secs(30)).await;
         assert_eq!(pace.due(5), Some(Due::At(start + Duration::from_millis(500))));
         assert_eq!(pace.due(10), None, "one second at ten records a second");
+        assert_eq!(pace.end(), Some(start + Duration::from_secs(1)), "whatever the rate");
+        let slow = Pace::new(start, Some(1e-300), 1_000_000, Until::After(Duration::from_secs(1)));
+        assert_eq!((slow.due(0), slow.due(1)), (Some(Due::At(start)), None), "an interval longer than any run");
     }
 
     #[tokio::test(start_paused = true)]

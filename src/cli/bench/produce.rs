@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, process::ExitCode, time::Duration};
 
-use anyhow::bail;
+use anyhow::{Context as _, bail};
 use clap::Args;
 use serde_json::{Value, json};
 use tokio::{sync::mpsc, time::Instant};
@@ -11,7 +11,9 @@ use super::{
     super::{
         Common,
         cluster::{connect, explain},
-        output, produce,
+        output,
+        patience::Patience,
+        produce,
     },
     disk,
     pace::{Due, Pace, Until, wait_until},
@@ -25,6 +27,9 @@ use crate::{
     task::{self, Tasks, clock},
 };
 
+/// `limits::MAX_BATCH_BYTES`, as the parser wants it.
+const MOST_BATCH: i64 = crate::limits::MAX_BATCH_BYTES as i64;
+
 /// Deliveries that travel together from the sender to the one who waits for them.
 const HAND_OVER: usize = 64;
 
@@ -34,9 +39,9 @@ pub(in crate::cli) struct Produce {
     #[arg(long, value_name = "T")]
     topic: String,
     /// End after so many records
-    #[arg(long, value_name = "N", conflicts_with = "seconds")]
+    #[arg(long, value_name = "N", conflicts_with = "seconds", value_parser = clap::value_parser!(u64).range(1..))]
     records: Option<u64>,
-    /// End after so many seconds; 10 if neither is given
+    /// End after so many seconds; 10 if neither is given. With --rate the figures are of the whole time
     #[arg(long, value_name = "S", value_parser = clap::value_parser!(u64).range(1..))]
     seconds: Option<u64>,
     /// Bytes of a record's value
@@ -54,9 +59,9 @@ pub(in crate::cli) struct Produce {
     /// none, gzip, snappy, lz4 or zstd
     #[arg(long, value_name = "CODEC", default_value = "none", value_parser = produce::compression)]
     compression: Compression,
-    /// Bytes of a batch
-    #[arg(long, value_name = "B", default_value_t = 65536)]
-    batch_size: usize,
+    /// Bytes of a batch: up to 67108864, and never more than the topic's max.message.bytes
+    #[arg(long, value_name = "B", default_value_t = 65536, value_parser = clap::value_parser!(u32).range(1..=MOST_BATCH))]
+    batch_size: u32,
     /// How long a batch waits for more records
     #[arg(long, value_name = "L", default_value_t = 0)]
     linger_ms: u64,
@@ -83,23 +88,28 @@ pub(super) async fn run(common: &Common, command: Produce) -> anyhow::Result<Exi
     let used = command.partitions_used.unwrap_or(partitions);
     if used > partitions {
         bail!(
-            "topic {:?} has {partitions} partitions, not {used}; add some with `strandline topic add-partitions {} --to {used}`",
+            "topic {:?} has {}, not {used}; add some with `strandline topic add-partitions {} --to {used}`",
             command.topic,
+            output::count(partitions.into(), "partition"),
             command.topic
         );
     }
     let disk = match command.with_disk {
         true => {
-            let (folder, piece) = (command.disk_dir.clone(), command.batch_size);
-            Some(task::blocking(move || disk::measure(&folder, piece)).await?)
+            let (folder, piece) = (command.disk_dir.clone(), command.batch_bytes());
+            let measured = task::blocking(move || disk::measure(&folder, piece)).await;
+            Some(measured.with_context(|| format!("cannot measure the disk at {}", command.disk_dir.display()))?)
         }
         false => None,
     };
     let tasks = Tasks::new();
+    let mut patience = Patience::new(&client);
     let mut running = Vec::new();
     for number in 0..command.producers {
         // A client each, so that each has a connection of its own.
-        let producer = connect(common).await?.producer(options(&command)).await?;
+        let client = connect(common).await?;
+        patience.and(&client);
+        let producer = client.producer(options(&command)).await?;
         // Made before the clock starts: filling the pool takes a moment.
         let payloads = Payloads::new(usize::try_from(command.record_size)?);
         running.push((number, producer, payloads));
@@ -107,6 +117,7 @@ pub(super) async fn run(common: &Common, command: Produce) -> anyhow::Result<Exi
     let start = clock::monotonic();
     let bar = output::progress(None, "{spinner} {elapsed} sending");
     bar.enable_steady_tick(Duration::from_millis(200));
+    patience.beside(&bar);
     let mut handles = Vec::new();
     for (number, producer, payloads) in running {
         let (out, deliveries) = mpsc::channel(1024);
@@ -122,24 +133,45 @@ pub(super) async fn run(common: &Common, command: Produce) -> anyhow::Result<Exi
     }
     let mut seen = Seen::default();
     let mut last = start;
-    for handle in handles {
-        let (one, at) = handle.await?;
-        seen.merge(one);
-        last = last.max(at);
-    }
+    let all = async {
+        for handle in handles {
+            let (one, at) = handle.await?;
+            seen.merge(one);
+            last = last.max(at);
+        }
+        Ok(())
+    };
+    patience.over(None, all).await?;
     bar.finish_and_clear();
     tasks.stop().await;
-    print(&command, &seen, last - start, disk, common)
+    // At a rate the time is part of the order: records that were all there early are no faster than that.
+    let ordered = match (command.rate, command.records) {
+        (Some(_), None) => command.period(),
+        _ => Duration::ZERO,
+    };
+    print(&command, &seen, (last - start).max(ordered), disk, common)
+}
+
+impl Produce {
+    /// How long a run without a count lasts.
+    fn period(&self) -> Duration {
+        Duration::from_secs(self.seconds.unwrap_or(10))
+    }
+
+    fn batch_bytes(&self) -> usize {
+        usize::try_from(self.batch_size).expect("a usize holds 32 bits")
+    }
 }
 
 fn options(command: &Produce) -> ProducerOptions {
     ProducerOptions {
-        batch_bytes: command.batch_size,
+        batch_bytes: command.batch_bytes(),
         linger: Duration::from_millis(command.linger_ms),
         in_flight: usize::from(command.in_flight),
         acks: command.acks,
         compression: command.compression,
-        memory_bytes: (64 << 20).max(16 * command.batch_size),
+        memory_bytes: (64 << 20).max(16 * command.batch_bytes()),
+        delivery_timeout: produce::timeout(command.acks),
         ..ProducerOptions::default()
     }
 }
@@ -156,13 +188,16 @@ fn print(
         words.push(format!("acks={}: each acknowledged record was {}", command.acks, seen.meaning()));
     }
     words.extend(seen.first_error.iter().map(|error| format!("first error: {error}")));
+    if seen.records == 0 {
+        words.push("no record was acknowledged: these figures say nothing".to_owned());
+    }
     words.extend(disk.as_ref().map(disk::words));
     let mut extra = json!({ "acks": command.acks.word(), "meaning": seen.meaning(), "first_error": seen.first_error });
     if let Some(disk) = disk {
         extra["disk"] = disk;
     }
     report::print(seen.figures(elapsed), extra, &words, common.output)?;
-    Ok(if seen.errors == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if seen.errors == 0 && seen.records > 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// A record on its way: when it was due or sent, and its answer to come.
@@ -189,17 +224,17 @@ impl Sender {
         (producer, payloads): (Producer, Payloads),
         out: mpsc::Sender<Vec<Sent>>,
     ) -> Self {
-        let until = match (command.records, command.seconds) {
-            (Some(records), _) => {
+        let until = match command.records {
+            Some(records) => {
                 let (share, rest) = (records / u64::from(command.producers), records % u64::from(command.producers));
                 Until::Records(share + u64::from(u64::from(number) < rest))
             }
-            (None, seconds) => Until::After(Duration::from_secs(seconds.unwrap_or(10))),
+            None => Until::After(command.period()),
         };
         let rate = command.rate.map(|rate| rate * 1e6 / f64::from(command.producers));
         let size = usize::try_from(command.record_size).expect("a usize holds 32 bits");
         // At a rate every record takes its turn, so that all partitions are in use at any moment.
-        let turn = if rate.is_some() { 1 } else { command.batch_size / (size + 16).max(1) };
+        let turn = if rate.is_some() { 1 } else { command.batch_bytes() / (size + 16).max(1) };
         Self {
             topic: command.topic.clone(),
             producer,
@@ -214,7 +249,7 @@ impl Sender {
 
     async fn run(mut self) {
         let mut sent = Vec::with_capacity(HAND_OVER);
-        let mut n = 0;
+        let (mut n, mut refused) = (0, false);
         while let Some(due) = self.pace.due(n) {
             let at = match due {
                 Due::At(at) => {
@@ -237,11 +272,15 @@ impl Sender {
                 }
             }
             if failed {
+                refused = true;
                 // A send is refused at once only where the next would be too.
                 break;
             }
         }
         let _ = self.out.send(sent).await;
+        if let Some(end) = self.pace.end().filter(|_| !refused) {
+            wait_until(end);
+        }
         // The answers to what still lingers are waited for by the other side.
         let _ = self.producer.close().await;
     }

@@ -96,8 +96,12 @@ pub(super) fn print(mut figures: Value, extra: Value, words: &[String], output: 
         return output::json(&figures);
     }
     output::line(&format!(
-        "{} records, {} bytes in {} s: {} MB/s, {} records/s",
-        figures["records"], figures["bytes"], figures["seconds"], figures["mb_per_s"], figures["records_per_s"]
+        "{}, {} bytes in {} s: {} MB/s, {} records/s",
+        output::count(figures["records"].as_u64().unwrap_or(0), "record"),
+        figures["bytes"],
+        figures["seconds"],
+        figures["mb_per_s"],
+        figures["records_per_s"]
     ))?;
     output::line(&format!(
         "latency p50 {} ms, p99 {} ms, p99.9 {} ms, most {} ms; errors {}",

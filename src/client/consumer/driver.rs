@@ -17,6 +17,7 @@ use super::{
         connection::{Address, log_client},
         error::{CallError, ConsumeError},
         options::Pauses,
+        trouble::Party,
     },
     ConsumerOptions, Item, OnOutOfRange, What,
     position::{self, Untaken},
@@ -33,6 +34,10 @@ use crate::{
 /// How often damaged bytes are asked for again before the reader is told: a transport may damage them, a disk stays so.
 const DAMAGE_TRIES: u32 = 3;
 
+/// How long a stream is open without a word until what went wrong before it counts as over: at the end of a log no record
+/// comes to prove it.
+const SETTLED: Duration = Duration::from_secs(2);
+
 /// What the handle asks of the task.
 #[derive(Debug)]
 pub(super) enum Command {
@@ -40,7 +45,23 @@ pub(super) enum Command {
     Unassign { topic: Arc<str>, partition: u32 },
 }
 
-type Responses = Pin<Box<dyn Stream<Item = Result<v1::FetchResponse, Fault>> + Send>>;
+/// What comes of a stream.
+enum Heard {
+    /// The leader has taken the request.
+    Opened,
+    Response(v1::FetchResponse),
+}
+
+type Responses = Pin<Box<dyn Stream<Item = Result<Heard, Fault>> + Send>>;
+
+/// What stands in the way of a partition.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Trouble {
+    /// Its leader cannot be reached, or does not lead it: over when a stream stays open.
+    Leader,
+    /// Its records cannot be read: over when some come.
+    Records,
+}
 
 struct Partition {
     generation: u64,
@@ -52,6 +73,9 @@ struct Partition {
     pauses: Option<Pauses>,
     not_before: Option<Instant>,
     damaged: u32,
+    trouble: Option<Trouble>,
+    /// Since when its stream is open.
+    open_since: Option<Instant>,
 }
 
 struct Source {
@@ -62,6 +86,7 @@ struct Source {
 
 pub(super) struct Driver {
     client: Client,
+    troubles: Party,
     options: ConsumerOptions,
     tasks: Tasks,
     output: mpsc::Sender<Item>,
@@ -83,6 +108,7 @@ impl Driver {
     pub(super) fn new(client: Client, options: ConsumerOptions, tasks: Tasks, output: mpsc::Sender<Item>) -> Self {
         let (route_done, routed) = mpsc::channel(1);
         Self {
+            troubles: client.party(),
             client,
             options,
             tasks,
@@ -140,6 +166,8 @@ impl Driver {
                     pauses: None,
                     not_before: None,
                     damaged: 0,
+                    trouble: None,
+                    open_since: None,
                 };
                 self.topics.entry(topic).or_default().insert(partition, fresh);
                 self.arrange_soon(clock::monotonic());
@@ -153,6 +181,7 @@ impl Driver {
     fn drop_partition(&mut self, topic: &str, partition: u32) {
         let Some(partitions) = self.topics.get_mut(topic) else { return };
         let Some(gone) = partitions.remove(&partition) else { return };
+        self.troubles.leave(gone.generation);
         if let Some(stream) = gone.stream {
             self.drop_stream(stream);
             self.arrange_soon(clock::monotonic());
@@ -166,6 +195,7 @@ impl Driver {
         for state in self.topics.values_mut().flat_map(BTreeMap::values_mut) {
             if state.stream == Some(number) {
                 state.stream = None;
+                state.open_since = None;
             }
         }
     }
@@ -183,9 +213,13 @@ impl Driver {
         let mut later = None;
         let mut unknown = false;
         for (topic, partitions) in &mut self.topics {
-            for (number, state) in partitions.iter_mut().filter(|(_, state)| !state.parked && state.stream.is_none()) {
+            for (number, state) in partitions.iter_mut().filter(|(_, state)| !state.parked) {
+                if state.stream.is_some() {
+                    later = sooner(later, state.settle(now, &self.troubles));
+                    continue;
+                }
                 if let Some(at) = state.not_before.filter(|at| *at > now) {
-                    later = Some(later.map_or(at, |old: Instant| old.min(at)));
+                    later = sooner(later, Some(at));
                     continue;
                 }
                 match self.client.routing().leader(topic, *number) {
@@ -242,14 +276,29 @@ impl Driver {
         self.sources.insert(number, Source { address, _requests: requests });
     }
 
-    fn on_response(&mut self, number: u64, response: Result<v1::FetchResponse, Fault>) {
-        match response {
-            Ok(response) => {
+    fn on_response(&mut self, number: u64, heard: Result<Heard, Fault>) {
+        match heard {
+            Ok(Heard::Opened) => self.on_opened(number),
+            Ok(Heard::Response(response)) => {
                 for fetched in response.partitions {
                     self.on_fetched(number, fetched);
                 }
             }
             Err(fault) => self.on_ended(number, &fault),
+        }
+    }
+
+    fn on_opened(&mut self, number: u64) {
+        let now = clock::monotonic();
+        let mut troubled = false;
+        for state in self.topics.values_mut().flat_map(BTreeMap::values_mut) {
+            if state.stream == Some(number) {
+                state.open_since = Some(now);
+                troubled |= state.trouble.is_some();
+            }
+        }
+        if troubled {
+            self.arrange_soon(now + SETTLED);
         }
     }
 
@@ -264,6 +313,7 @@ impl Driver {
             .collect();
         self.drop_stream(number);
         for (topic, partition) in carried {
+            self.trouble(&topic, partition, Trouble::Leader, &fault.message);
             self.pause(&topic, partition);
         }
         self.route();
@@ -282,6 +332,7 @@ impl Driver {
         if let Some(error) = fetched.error {
             // The stream has left it out already.
             state.stream = None;
+            state.open_since = None;
             return self.on_fault(&topic, partition, error.into());
         }
         let (batches, position, result) = position::advance(state.position, fetched.chunks);
@@ -290,6 +341,7 @@ impl Driver {
         if !batches.is_empty() {
             state.pauses = None;
             state.damaged = 0;
+            state.over(&self.troubles);
         }
         state.position = position;
         for (from, batch) in batches {
@@ -327,6 +379,11 @@ impl Driver {
         }
         if fault.retryable {
             tracing::debug!(topic = &**topic, partition, %fault, position = %state.position, "partition will be read again");
+            let trouble = match fault.reason {
+                Reason::NotLeader | Reason::NotReady => Trouble::Leader,
+                _ => Trouble::Records,
+            };
+            self.trouble(topic, partition, trouble, &fault.message);
             self.pause(topic, partition);
             return self.route();
         }
@@ -358,6 +415,18 @@ impl Driver {
         self.pause(topic, partition);
     }
 
+    /// Something stands in the partition's way.
+    fn trouble(&mut self, topic: &str, partition: u32, trouble: Trouble, problem: &str) {
+        let Some(state) = self.topics.get_mut(topic).and_then(|partitions| partitions.get_mut(&partition)) else {
+            return;
+        };
+        // Where records cannot be read, a leader that is there proves nothing.
+        if state.trouble != Some(Trouble::Records) {
+            state.trouble = Some(trouble);
+        }
+        self.troubles.enter(state.generation, format!("{topic}/{partition}: {problem}"), None);
+    }
+
     /// Reads the partition again after a while.
     fn pause(&mut self, topic: &str, partition: u32) {
         let backoff = || self.client.options().backoff();
@@ -374,6 +443,7 @@ impl Driver {
         let Some(state) = self.state(topic, partition) else { return };
         state.parked = true;
         let generation = state.generation;
+        self.troubles.leave(generation);
         self.outbox.push_back(Item { topic: topic.clone(), partition, generation, what: What::Failed(error) });
     }
 
@@ -422,8 +492,14 @@ impl Driver {
             if let Some(Err(fault)) = self.client.routing().topic(&topic) {
                 let error = ConsumeError::Refused { topic: topic.to_string(), partition, fault };
                 self.park(&topic, partition, error);
-            } else {
-                unknown |= self.client.routing().leader(&topic, partition).is_none();
+            } else if let Err(error) = &result {
+                // What the partition itself met says more.
+                if self.state(&topic, partition).is_some_and(|state| state.trouble.is_none()) {
+                    self.trouble(&topic, partition, Trouble::Leader, &error.to_string());
+                }
+            } else if self.client.routing().leader(&topic, partition).is_none() {
+                unknown = true;
+                self.trouble(&topic, partition, Trouble::Leader, "the partition has no leader");
             }
         }
         if unknown || result.is_err() {
@@ -437,15 +513,41 @@ impl Driver {
     }
 }
 
+impl Partition {
+    /// A stream that stays open proves that its leader is there again; when to look next, if it is too early to tell.
+    fn settle(&mut self, now: Instant, troubles: &Party) -> Option<Instant> {
+        let settled = self.open_since? + SETTLED;
+        if self.trouble != Some(Trouble::Leader) {
+            return None;
+        }
+        if settled > now {
+            return Some(settled);
+        }
+        self.over(troubles);
+        None
+    }
+
+    fn over(&mut self, troubles: &Party) {
+        if self.trouble.take().is_some() {
+            troubles.leave(self.generation);
+        }
+    }
+}
+
+/// The sooner of two moments.
+fn sooner(one: Option<Instant>, other: Option<Instant>) -> Option<Instant> {
+    one.into_iter().chain(other).min()
+}
+
 /// The responses of one stream to one leader; its last item says why it ended.
 fn responses(client: Client, address: Address, requests: mpsc::Receiver<v1::FetchRequest>) -> Responses {
     let name = address.clone();
     let open = async move {
-        let channel =
-            client.channel(&address).await.map_err(|error| Fault::new(Reason::NotReady, error.to_string()))?;
+        let channel = client.channel(&address).await.map_err(|error| Fault::new(Reason::NotReady, error.problem()))?;
         let requests = tokio_stream::wrappers::ReceiverStream::new(requests);
         let answer = log_client(channel).fetch(requests).await.map_err(|status| Fault::from(&status))?;
-        Ok::<_, Fault>(answer.into_inner().map_err(|status| Fault::from(&status)))
+        let responses = answer.into_inner().map_ok(Heard::Response).map_err(|status| Fault::from(&status));
+        Ok::<_, Fault>(futures::stream::once(async { Ok(Heard::Opened) }).chain(responses))
     };
     let ended = futures::stream::once(async { Err(Fault::new(Reason::NotReady, "the broker ended the stream")) });
     let stream = futures::stream::once(open).try_flatten().chain(ended);

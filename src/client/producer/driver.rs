@@ -1,10 +1,12 @@
 //! The producer's task. It owns every flight and every stream; its loop waits for one of a few things and calls one
 //! plain method for each.
 
+mod lookups;
+mod trouble;
+
 use std::{
     collections::{BTreeSet, HashMap, VecDeque},
     sync::Arc,
-    time::Duration,
 };
 
 use tokio::{
@@ -18,11 +20,11 @@ use super::{
         error::{CallError, SendError},
         lock::lock,
         options::Pauses,
+        trouble::Party,
     },
     Shared,
     completion::{Ack, Completion, Held},
     flight::{Done, Flight, GivenUp, Identity, Next, Verdict, Why},
-    identity,
     lane::{Lane, Taken},
     stream,
 };
@@ -88,12 +90,17 @@ struct LaneState {
     /// The timer that is set for it.
     timer: Option<Instant>,
     identifying: bool,
+    /// When its leader was last heard, or last given something to answer.
+    heard: Instant,
     /// What stood in the way last, for the message of an expiry.
     trouble: String,
+    /// Whether that is what the client shows.
+    in_trouble: bool,
 }
 
 pub(super) struct Driver {
     shared: Arc<Shared>,
+    troubles: Party,
     tasks: Tasks,
     identity: Option<Identity>,
     lanes: Vec<LaneState>,
@@ -120,6 +127,7 @@ impl Driver {
         let (events, received) = mpsc::channel(STREAM_WINDOW);
         let refresh_at = clock::monotonic() + shared.client.options().metadata_age;
         Self {
+            troubles: shared.client.party(),
             shared,
             tasks,
             identity,
@@ -213,6 +221,7 @@ impl Driver {
             self.timers.pop_first();
             self.lanes[index].timer = None;
             self.expire(index, now);
+            self.notice_silence(index, now);
             self.pump(index);
         }
     }
@@ -230,7 +239,9 @@ impl Driver {
                 not_before: None,
                 timer: None,
                 identifying: false,
+                heard: clock::monotonic(),
                 trouble: "none".to_owned(),
+                in_trouble: false,
             });
         }
     }
@@ -295,6 +306,9 @@ impl Driver {
             return false;
         }
         state.stream = Some(number);
+        if state.flight.under_way() == 0 {
+            state.heard = clock::monotonic();
+        }
         let correlation = u64::try_from(index).expect("64 bits") << 32 | self.next_correlation & 0xffff_ffff;
         self.next_correlation += 1;
         match state.flight.send(entry, number, correlation) {
@@ -354,11 +368,13 @@ impl Driver {
         };
         let fault = result.clone().err();
         let state = &mut self.lanes[index];
+        state.heard = clock::monotonic();
         match state.flight.answered(number, answer.correlation, result) {
             Verdict::Done(done) => {
                 state.pauses = None;
                 let partition = state.lane.partition;
                 self.acknowledge(partition, done, &appended.unwrap_or_default());
+                self.over(index);
             }
             Verdict::Again => {
                 let fault = fault.expect("only a failure is repeated");
@@ -412,117 +428,14 @@ impl Driver {
         self.route();
     }
 
-    /// Asks for newer metadata, unless that is under way.
-    fn route(&mut self) {
-        if self.routing {
-            return;
-        }
-        self.routing = true;
-        let client = self.shared.client.clone();
-        let shared = self.shared.clone();
-        let events = self.events.clone();
-        let tasks = self.tasks.clone();
-        let seen = client.routing().generation();
-        let pause = self.route_pauses.as_mut().map_or(Duration::ZERO, Pauses::next);
-        let wanted: BTreeSet<Arc<str>> =
-            self.unrouted.iter().map(|index| self.lanes[*index].lane.topic.clone()).collect();
-        self.tasks.spawn("producer metadata", async move {
-            tokio::select! {
-                biased;
-                () = tasks.cancelled() => {}
-                result = shared.refreshed(seen, &wanted, pause) => {
-                    let _ = events.send(Event::Routed(result)).await;
-                }
-            }
-        });
-    }
-
-    fn on_routed(&mut self, result: Result<(), CallError>) {
-        self.routing = false;
-        if let Err(error) = &result {
-            tracing::debug!(%error, "metadata could not be refreshed");
-        }
-        let mut missing = false;
-        for index in std::mem::take(&mut self.unrouted) {
-            let state = &mut self.lanes[index];
-            if let Err(error) = &result {
-                state.trouble = error.to_string();
-            } else if let Some(Err(fault)) = self.shared.client.routing().topic(&state.lane.topic) {
-                // The topic was deleted: nothing that waits for it can ever be sent.
-                self.refuse_all(index, &fault);
-                continue;
-            } else if self.shared.client.routing().leader(&state.lane.topic, state.lane.partition).is_some() {
-                self.pump(index);
-                continue;
-            } else {
-                state.trouble = "the partition has no leader".to_owned();
-            }
-            missing = true;
-            self.unrouted.insert(index);
-            self.set_next_timer(index);
-        }
-        if missing {
-            let options = self.shared.client.options();
-            self.route_pauses.get_or_insert_with(|| options.backoff());
-            self.route();
-        } else {
-            self.route_pauses = None;
-        }
-    }
-
-    fn identify(&mut self, index: usize) {
-        let state = &mut self.lanes[index];
-        if std::mem::replace(&mut state.identifying, true) {
-            return;
-        }
-        let client = self.shared.client.clone();
-        let events = self.events.clone();
-        let tasks = self.tasks.clone();
-        self.tasks.spawn("producer id", async move {
-            tokio::select! {
-                biased;
-                () = tasks.cancelled() => {}
-                identity = identity(&client) => {
-                    let _ = events.send(Event::Identified { lane: index, identity }).await;
-                }
-            }
-        });
-    }
-
-    fn on_identified(&mut self, index: usize, identity: Result<Identity, CallError>) {
-        let state = &mut self.lanes[index];
-        state.identifying = false;
-        match identity {
-            Ok(identity) => {
-                tracing::debug!(topic = &*state.lane.topic, partition = state.lane.partition, "new producer id");
-                let given_up = state.flight.identify(identity);
-                self.give_up(index, given_up);
-            }
-            Err(error) => {
-                let fault = Fault::new(Reason::NotReady, error.to_string());
-                self.pause(index, &fault);
-            }
-        }
-        self.pump(index);
-    }
-
-    /// Nothing of this lane is sent for a while.
-    fn pause(&mut self, index: usize, fault: &Fault) {
-        let options = self.shared.client.options();
-        let state = &mut self.lanes[index];
-        state.trouble.clone_from(&fault.message);
-        let pause = state.pauses.get_or_insert_with(|| options.backoff()).next();
-        let at = clock::monotonic() + pause;
-        state.not_before = Some(state.not_before.map_or(at, |old| old.max(at)));
-    }
-
     fn expire(&mut self, index: usize, now: Instant) {
         let state = &mut self.lanes[index];
         if let Some((deadline, Some(stream))) = state.flight.deadline()
             && deadline <= now
         {
             // A broker that has not answered for so long will not: its stream ends here, for all that use it.
-            let fault = Fault::new(Reason::Timeout, "the broker has not answered in the delivery timeout");
+            let who = self.streams.get(&stream).map_or("the leader", |stream| stream.address.as_str());
+            let fault = Fault::new(Reason::Timeout, format!("{who} has not answered in the delivery timeout"));
             self.on_ended(stream, true, &fault);
         }
         let state = &mut self.lanes[index];
@@ -566,7 +479,7 @@ impl Driver {
         self.shared.release(done.permits);
     }
 
-    fn give_up(&self, index: usize, given_up: Vec<GivenUp>) {
+    fn give_up(&mut self, index: usize, given_up: Vec<GivenUp>) {
         let state = &self.lanes[index];
         for GivenUp { done, why } in given_up {
             let (topic, partition) = (state.lane.topic.to_string(), state.lane.partition);
@@ -582,12 +495,16 @@ impl Driver {
             done.completion.complete(Err(error));
             self.shared.release(done.permits);
         }
+        if state.flight.is_empty() && state.lane.deadline().is_none() {
+            self.over(index);
+        }
     }
 
     fn set_next_timer(&mut self, index: usize) {
         let state = &self.lanes[index];
         let deadline = state.flight.deadline().map(|(at, _)| at).or_else(|| state.lane.deadline());
-        if let Some(at) = [state.not_before, deadline].into_iter().flatten().min() {
+        let silent = (!state.in_trouble && state.flight.under_way() > 0).then_some(state.heard + trouble::SLOW);
+        if let Some(at) = [state.not_before, deadline, silent].into_iter().flatten().min() {
             self.set_timer(index, at);
         }
     }

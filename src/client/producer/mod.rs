@@ -21,7 +21,8 @@
 //! - Records of one partition are appended in the order in which `send` took them.
 //! - A record is appended once: the broker recognises a repeated batch by producer id and sequence. Where a lost answer
 //!   can no longer be settled so, the send fails as [`SendError::Unknown`] and is never silently repeated.
-//! - Records that are queued or under way take at most `memory_bytes`; beyond that `send` waits.
+//! - Records that are queued or under way take at most `memory_bytes`, or one record where that is larger; beyond that
+//!   `send` waits.
 //!
 //! # Shutdown
 //!
@@ -85,7 +86,8 @@ pub struct ProducerOptions {
     pub compression: Compression,
     /// Which partition a record goes to when it names none. [`KeyHash`].
     pub partitioner: Arc<dyn Partitioner>,
-    /// Most bytes of records that are queued or under way; `send` waits for room. 32 MiB.
+    /// Most bytes of records that are queued or under way; `send` waits for room. A record that is larger than all of it
+    /// is sent when nothing else is under way. 32 MiB.
     pub memory_bytes: usize,
     /// How long a record may take until it is acknowledged, retries included; then it fails. 2 minutes.
     pub delivery_timeout: Duration,
@@ -268,7 +270,7 @@ impl Producer {
     pub async fn send(&self, topic: &str, record: NewRecord<'_>) -> Result<Delivery, SendError> {
         let lanes = self.shared.lanes_of(topic, record.partition).await?;
         let bytes = BatchBuilder::record_len(record.key, record.value, record.headers);
-        lanes.check_size(topic, bytes + HEADER_BYTES, self.shared.options.memory())?;
+        lanes.check_size(topic, bytes + HEADER_BYTES)?;
         let permits = self.reserve(bytes).await?;
         let (lane, sticky) = lanes.choose(&record, &*self.shared.options.partitioner);
         match lane.append(&record, bytes, permits) {
@@ -296,7 +298,7 @@ impl Producer {
     pub async fn send_batch(&self, topic: &str, partition: u32, batch: Batch) -> Result<Delivery, SendError> {
         let lanes = self.shared.lanes_of(topic, Some(partition)).await?;
         let bytes = batch.encoded_len();
-        lanes.check_size(topic, bytes, self.shared.options.memory())?;
+        lanes.check_size(topic, bytes)?;
         let permits = self.reserve(bytes).await?;
         let lane = lanes.lane(partition);
         match lane.append_batch(batch, permits) {
@@ -340,7 +342,8 @@ impl Producer {
     /// Waits for memory. When it is full, whatever is open goes out, so that a long linger cannot hold the memory that
     /// it waits for.
     async fn reserve(&self, bytes: usize) -> Result<u32, SendError> {
-        let permits = u32::try_from(bytes).expect("checked against the memory bound");
+        // What is larger than all of it takes all of it.
+        let permits = u32::try_from(bytes).unwrap_or(u32::MAX).min(self.shared.options.memory());
         let permit = match self.shared.memory.try_acquire_many(permits) {
             Ok(permit) => permit,
             Err(_) => {
@@ -447,8 +450,8 @@ impl Shared {
 }
 
 impl Lanes {
-    fn check_size(&self, topic: &str, bytes: usize, memory: u32) -> Result<(), SendError> {
-        let limit = self.max_message_bytes.min(index(memory)).min(limits::MAX_BATCH_BYTES);
+    fn check_size(&self, topic: &str, bytes: usize) -> Result<(), SendError> {
+        let limit = self.max_message_bytes.min(limits::MAX_BATCH_BYTES);
         if bytes > limit {
             return Err(SendError::TooLarge { topic: topic.to_owned(), bytes, limit });
         }
@@ -485,7 +488,7 @@ impl Lanes {
 /// A new producer id, from any broker.
 async fn identity(client: &Client) -> Result<Identity, CallError> {
     let call = |channel| async move { log_client(channel).init_producer(v1::InitProducerRequest {}).await };
-    let answer = client.retried(|| client.any_broker(call)).await?;
+    let answer = client.retried(|| client.ask_any(call)).await?;
     let epoch = i16::try_from(answer.producer_epoch).unwrap_or(0);
     Ok(Identity { id: answer.producer_id, epoch })
 }

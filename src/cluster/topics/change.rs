@@ -1,6 +1,6 @@
 //! Changing a topic: its configuration, its size, its end. Each is a compare-and-set of the topic's key.
 
-use super::{ATTEMPTS, TopicInfo, Topics, UnknownTopic, checked};
+use super::{ATTEMPTS, TopicInfo, Topics, UnknownTopic, checked, create::alive};
 use crate::{
     cluster::{
         keys::{DeletedValue, TopicValue, Value as _},
@@ -43,7 +43,7 @@ pub enum AddPartitionsError {
     #[error(transparent)]
     Unknown(#[from] UnknownTopic),
     /// It has as many already, or more.
-    #[error("topic {:?} has {has} partitions and cannot go to {to}: partitions are only ever added", name.as_str())]
+    #[error("topic {:?} has {} and cannot go to {to}: partitions are only ever added", name.as_str(), partitions(*.has))]
     NotMore {
         /// The name.
         name: TopicName,
@@ -59,7 +59,7 @@ pub enum AddPartitionsError {
         to: u32,
     },
     /// More replicas than brokers.
-    #[error("the topic's replication factor of {asked} needs as many brokers, and {live} are alive: start more")]
+    #[error("the topic's replication factor of {asked} needs as many brokers, and {}: start more", alive(*.live))]
     Brokers {
         /// Replicas of each partition.
         asked: u32,
@@ -94,6 +94,10 @@ pub enum DeleteError {
     Store(#[from] StoreError),
 }
 
+fn partitions(count: u32) -> String {
+    if count == 1 { "1 partition".to_owned() } else { format!("{count} partitions") }
+}
+
 macro_rules! retryable {
     ($($kind:ident { $($also:pat),* }),*) => {$(
         impl $kind {
@@ -124,9 +128,9 @@ impl Topics {
             let Some((entry, mut value)) = self.read(name).await? else {
                 return Err(self.unknown(name.as_str()).into());
             };
-            value.config.extend(set.clone());
+            value.config.extend(TopicConfig::normal(set.clone()));
             value.config.retain(|key, _| !unset.contains(key));
-            checked(&self.defaults, &value.config)?;
+            checked(&self.defaults, &value.config, value.replication_factor)?;
             let transaction = Transaction::new()
                 .when(Compare::ModRevision(entry.key.clone(), entry.mod_revision))
                 .put(entry.key, value.encode());

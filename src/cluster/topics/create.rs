@@ -7,7 +7,7 @@ use crate::{
         store::{Compare, Outcome, Revision, StoreError, Transaction},
     },
     limits,
-    model::{ConfigMap, InvalidConfig, PartitionId, TopicId, TopicName},
+    model::{ConfigMap, InvalidConfig, PartitionId, TopicConfig, TopicId, TopicName},
 };
 
 /// A topic to be made.
@@ -48,7 +48,8 @@ pub enum CreateError {
     },
     /// More replicas than brokers.
     #[error(
-        "a replication factor of {asked} needs as many brokers, and {live} are alive: ask for fewer, or start more"
+        "a replication factor of {asked} needs as many brokers, and {}: ask for fewer, or start more",
+        alive(*.live)
     )]
     Brokers {
         /// Replicas asked for.
@@ -73,6 +74,11 @@ pub enum CreateError {
     Store(#[from] StoreError),
 }
 
+/// How many brokers are alive, in words.
+pub(super) fn alive(live: usize) -> String {
+    if live == 1 { "1 is alive".to_owned() } else { format!("{live} are alive") }
+}
+
 impl CreateError {
     /// Whether the same request may succeed later.
     pub const fn retryable(&self) -> bool {
@@ -93,7 +99,7 @@ impl Topics {
         }
         let NewTopic { name, partitions, replication_factor, config, validate_only } = new;
         let id = TopicId::random();
-        let value = TopicValue { id, partitions, replication_factor, config };
+        let value = TopicValue { id, partitions, replication_factor, config: TopicConfig::normal(config) };
         if validate_only {
             return Ok(TopicInfo { name, value, revision: Revision::ZERO });
         }
@@ -139,7 +145,7 @@ impl Topics {
         if usize::try_from(asked).is_ok_and(|asked| asked > live) {
             return Err(CreateError::Brokers { asked, live });
         }
-        checked(&self.defaults, &new.config)?;
+        checked(&self.defaults, &new.config, asked)?;
         if state.topic(&new.name).is_some() {
             return Err(CreateError::Exists { name: new.name.clone() });
         }

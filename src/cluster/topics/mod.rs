@@ -25,7 +25,7 @@ use super::{
     store::{Compare, Entry, MetaStore, Op, Outcome, Revision, StoreError, Transaction},
     view::{Known, View},
 };
-use crate::model::{ConfigMap, InvalidConfig, LeaderEpoch, PartitionId, TopicName, near};
+use crate::model::{ConfigMap, InvalidConfig, LeaderEpoch, PartitionId, TopicConfig, TopicName, near};
 
 mod change;
 mod create;
@@ -181,9 +181,9 @@ fn unchanged(key: &str, entry: Option<&Entry>) -> Compare {
     }
 }
 
-/// What a topic's configuration must be: valid over the broker's defaults.
-fn checked(defaults: &ConfigMap, config: &ConfigMap) -> Result<(), InvalidConfig> {
-    crate::model::TopicConfig::resolve(defaults, config).map(|_| ())
+/// What a topic's configuration must be: valid over the broker's defaults, and possible with so many replicas.
+fn checked(defaults: &ConfigMap, config: &ConfigMap, replicas: u32) -> Result<(), InvalidConfig> {
+    TopicConfig::resolve(defaults, config)?.check_replicas(replicas)
 }
 
 #[cfg(test)]

@@ -8,8 +8,22 @@ use aws_sdk_s3::{
 };
 use bytes::Bytes;
 
-use super::{Check, Created, Outcome, Probe, pattern};
+use super::{Check, Created, Outcome, Probe, pattern, untried};
 use crate::tier::s3::{S3, text};
+
+const CHECKSUM: (&str, &str) =
+    ("content checksum", "Uploads are read back and compared, so a store without checksums is as safe.");
+
+const UPLOADS: (&str, &str) = (
+    "list multipart uploads",
+    "A crash can leave an upload without an end, which costs storage. Brokers end old ones; where that is not possible, give \
+     the bucket a life-cycle rule that does.",
+);
+
+/// The checks that only S3 has, where nothing could be asked.
+pub(super) fn untried_checks() -> Vec<Check> {
+    [CHECKSUM, UPLOADS].into_iter().map(|(name, meaning)| untried(name, meaning)).collect()
+}
 
 /// Checksums that the store keeps, and uploads without an end.
 pub(super) async fn own_checks(s3: &S3, folder: &str) -> Vec<Check> {
@@ -23,19 +37,8 @@ pub(super) async fn own_checks(s3: &S3, folder: &str) -> Vec<Check> {
         Err(error) => (Outcome::Unsupported, error),
     };
     vec![
-        Check {
-            name: "content checksum",
-            outcome: checksum.0,
-            detail: checksum.1,
-            meaning: "Uploads are read back and compared, so a store without checksums is as safe.",
-        },
-        Check {
-            name: "list multipart uploads",
-            outcome: uploads.0,
-            detail: uploads.1,
-            meaning: "A crash can leave an upload without an end, which costs storage. Brokers end old ones; where that is not possible, \
-                 give the bucket a life-cycle rule that does.",
-        },
+        Check { name: CHECKSUM.0, outcome: checksum.0, detail: checksum.1, meaning: CHECKSUM.1 },
+        Check { name: UPLOADS.0, outcome: uploads.0, detail: uploads.1, meaning: UPLOADS.1 },
     ]
 }
 

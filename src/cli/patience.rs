@@ -1,0 +1,253 @@
+//! What a command says while it waits: on standard error, once a trouble has lasted a second, at each change of its cause,
+//! every half minute, and when it is over. It also ends a wait that has gone on for too long without any progress.
+
+use std::{cell::Cell, time::Duration};
+
+use anyhow::anyhow;
+use indicatif::ProgressBar;
+use tokio::{
+    sync::watch,
+    time::{Instant, MissedTickBehavior},
+};
+
+use crate::{
+    client::{Client, Trouble},
+    task::clock,
+};
+
+/// How often a look is taken.
+const LOOK: Duration = Duration::from_millis(250);
+
+/// A trouble that is over sooner is not worth a word.
+const BRIEF: Duration = Duration::from_secs(1);
+
+/// Silence after which a reader that has records to come is said to wait.
+const QUIET: Duration = Duration::from_secs(5);
+
+/// A cause that takes turns with another is not said anew sooner than this.
+const CHANGE: Duration = Duration::from_secs(5);
+
+/// How often a trouble that stays is said again.
+const AGAIN: Duration = Duration::from_secs(30);
+
+/// Watches over a command's work.
+pub(super) struct Patience {
+    troubles: Vec<watch::Receiver<Option<Trouble>>>,
+    bar: Option<ProgressBar>,
+}
+
+/// Work whose next piece is known to be there.
+pub(super) struct Expected<'a> {
+    /// How many pieces have come.
+    pub(super) pieces: &'a Cell<u64>,
+    /// What a piece is, for the sentence that none has come.
+    pub(super) piece: &'static str,
+    /// How long the next one may take.
+    pub(super) timeout: Duration,
+}
+
+impl Patience {
+    pub(super) fn new(client: &Client) -> Self {
+        Self { troubles: vec![client.trouble()], bar: None }
+    }
+
+    /// Minds this client's troubles too.
+    pub(super) fn and(&mut self, client: &Client) {
+        self.troubles.push(client.trouble());
+    }
+
+    /// Keeps its lines apart from a progress bar.
+    pub(super) fn beside(&mut self, bar: &ProgressBar) {
+        self.bar = Some(bar.clone());
+    }
+
+    /// Does the work, and says meanwhile what keeps it from going on.
+    ///
+    /// # Errors
+    /// The work's own, or that what was expected came too late, with what stood in the way.
+    pub(super) async fn over<T>(
+        &self,
+        expected: Option<Expected<'_>>,
+        work: impl Future<Output = anyhow::Result<T>>,
+    ) -> anyhow::Result<T> {
+        tokio::select! {
+            biased;
+            late = self.watch(expected) => Err(late),
+            done = work => done,
+        }
+    }
+
+    /// Ends when what is expected came too late.
+    async fn watch(&self, expected: Option<Expected<'_>>) -> anyhow::Error {
+        let mut looks = tokio::time::interval(LOOK);
+        looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut story = Story::default();
+        let mut last = (0, clock::monotonic());
+        loop {
+            // Not the tick's own moment: it is long past where printing has blocked.
+            looks.tick().await;
+            let now = clock::monotonic();
+            let shown = self.troubles.iter().find_map(|trouble| trouble.borrow().clone());
+            let mut trouble = shown.clone();
+            if let Some(expected) = &expected {
+                if last.0 != expected.pieces.get() {
+                    last = (expected.pieces.get(), now);
+                }
+                let until = last.1 + expected.timeout;
+                if until <= now {
+                    return late(expected, shown);
+                }
+                trouble = limited(expected, trouble, last.1, until, now);
+            }
+            if let Some(line) = story.tell(now, trouble.as_ref()) {
+                self.say(&line);
+            }
+        }
+    }
+
+    fn say(&self, line: &str) {
+        match &self.bar {
+            Some(bar) => bar.suspend(|| eprintln!("{line}")),
+            None => eprintln!("{line}"),
+        }
+    }
+}
+
+/// The trouble with the moment at which the wait ends. Where none is known, long silence is one.
+fn limited(
+    expected: &Expected<'_>,
+    trouble: Option<Trouble>,
+    last: Instant,
+    until: Instant,
+    now: Instant,
+) -> Option<Trouble> {
+    match trouble {
+        Some(trouble) => {
+            Some(Trouble { until: Some(trouble.until.map_or(until, |other| other.min(until))), ..trouble })
+        }
+        None if last + QUIET <= now => {
+            let problem = format!("no {} comes, and nothing says why", expected.piece);
+            Some(Trouble { problem, since: last, until: Some(until) })
+        }
+        None => None,
+    }
+}
+
+fn late(expected: &Expected<'_>, trouble: Option<Trouble>) -> anyhow::Error {
+    let why = trouble.map_or_else(|| "nothing says why".to_owned(), |trouble| trouble.problem);
+    let (piece, timeout) = (expected.piece, seconds(expected.timeout));
+    anyhow!("given up after {timeout} without a {piece}: {why}; --timeout waits longer")
+}
+
+/// What was said, and what is to be said next.
+#[derive(Debug, Default)]
+struct Story {
+    said: Option<Said>,
+}
+
+#[derive(Debug)]
+struct Said {
+    problem: String,
+    at: Instant,
+    /// Since when it had not worked.
+    since: Instant,
+    /// Since when there has been no trouble again.
+    well: Option<Instant>,
+}
+
+impl Story {
+    fn tell(&mut self, now: Instant, trouble: Option<&Trouble>) -> Option<String> {
+        let Some(trouble) = trouble else {
+            let said = self.said.as_mut()?;
+            if now < *said.well.get_or_insert(now) + BRIEF {
+                return None;
+            }
+            let line = format!("working again after {}", seconds(now - said.since));
+            self.said = None;
+            return Some(line);
+        };
+        match &mut self.said {
+            None if now < trouble.since + BRIEF => return None,
+            None => {}
+            Some(said) => {
+                said.well = None;
+                let wait = if said.problem == trouble.problem { AGAIN } else { CHANGE };
+                if now < said.at + wait {
+                    return None;
+                }
+            }
+        }
+        let since = self.said.as_ref().map_or(trouble.since, |said| said.since);
+        self.said = Some(Said { problem: trouble.problem.clone(), at: now, since, well: None });
+        let end = match trouble.until {
+            Some(until) => format!("giving up in {}", seconds(until.saturating_duration_since(now))),
+            None => "Ctrl-C ends it".to_owned(),
+        };
+        Some(format!("still trying: {}; {end}", trouble.problem))
+    }
+}
+
+/// A duration in whole seconds, for people.
+fn seconds(time: Duration) -> String {
+    match (time + Duration::from_millis(500)).as_secs() {
+        whole if whole >= 120 && whole % 60 == 0 => format!("{} min", whole / 60),
+        whole => format!("{whole} s"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(start: Instant, ms: u64) -> Instant {
+        start + Duration::from_millis(ms)
+    }
+
+    fn trouble(problem: &str, since: Instant) -> Trouble {
+        Trouble { problem: problem.to_owned(), since, until: None }
+    }
+
+    #[test]
+    fn a_trouble_is_said_after_a_second_at_a_change_every_half_minute_and_when_it_is_over() {
+        let start = clock::monotonic();
+        let mut story = Story::default();
+        let (a, b) = (trouble("a", start), trouble("b", start));
+        let mut tell = |ms, trouble: Option<&Trouble>| story.tell(at(start, ms), trouble);
+        assert_eq!(tell(250, Some(&a)), None, "it may be over at once");
+        assert_eq!(tell(500, None), None, "nothing was said, so nothing is over");
+        assert_eq!(tell(1000, Some(&a)).as_deref(), Some("still trying: a; Ctrl-C ends it"));
+        assert_eq!(tell(6000, Some(&a)), None, "once");
+        let until = Trouble { until: Some(at(start, 126_500)), ..b };
+        assert_eq!(tell(6500, Some(&until)).as_deref(), Some("still trying: b; giving up in 2 min"));
+        assert_eq!(tell(7000, Some(&a)), None, "causes that take turns");
+        assert_eq!(tell(36_500, Some(&until)).as_deref(), Some("still trying: b; giving up in 90 s"));
+        assert_eq!(tell(40_000, None), None, "it may be back at once");
+        assert_eq!(tell(40_250, Some(&until)), None);
+        assert_eq!(tell(41_000, None), None);
+        assert_eq!(tell(42_000, None).as_deref(), Some("working again after 42 s"));
+        assert_eq!(tell(43_000, None), None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_wait_without_progress_ends_and_says_what_stood_in_the_way() {
+        let (shown, watch) = watch::channel(None);
+        let patience = Patience { troubles: vec![watch], bar: None };
+        let pieces = Cell::new(0);
+        let expected = || Expected { pieces: &pieces, piece: "record", timeout: Duration::from_secs(60) };
+        let start = clock::monotonic();
+        let work = async {
+            for _ in 0..10 {
+                tokio::time::sleep(Duration::from_secs(50)).await;
+                pieces.set(pieces.get() + 1);
+            }
+            shown.send_replace(Some(trouble("the bucket is gone", start)));
+            std::future::pending::<anyhow::Result<()>>().await
+        };
+        let error = patience.over(Some(expected()), work).await.expect_err("it never ends").to_string();
+        assert!(start.elapsed() >= Duration::from_secs(560), "each record begins the wait anew");
+        assert!(
+            error.contains("60 s") && error.contains("the bucket is gone") && error.contains("--timeout"),
+            "{error}"
+        );
+    }
+}

@@ -1,0 +1,61 @@
+//! What keeps a producer's batches back, and saying so: pauses after failures, and silence.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::{super::super::connection::Address, Driver};
+use crate::{model::Acks, proto::fault::Fault, task::clock};
+
+/// A broker that has left all batches of a partition unanswered for so long is worth a word to whoever waits.
+pub(super) const SLOW: Duration = Duration::from_secs(5);
+
+impl Driver {
+    /// Nothing of this lane is sent for a while.
+    pub(super) fn pause(&mut self, index: usize, fault: &Fault) {
+        self.trouble(index, fault.message.clone());
+        let options = self.shared.client.options();
+        let state = &mut self.lanes[index];
+        let pause = state.pauses.get_or_insert_with(|| options.backoff()).next();
+        let at = clock::monotonic() + pause;
+        state.not_before = Some(state.not_before.map_or(at, |old| old.max(at)));
+    }
+
+    /// Something stands in the lane's way.
+    pub(super) fn trouble(&mut self, index: usize, problem: String) {
+        let state = &mut self.lanes[index];
+        let until = state.flight.deadline().map(|(at, _)| at).or_else(|| state.lane.deadline());
+        let said = format!("{}/{}: {problem}", state.lane.topic, state.lane.partition);
+        state.trouble = problem;
+        state.in_trouble = true;
+        self.troubles.enter(work(index), said, until);
+    }
+
+    /// Nothing stands in the lane's way any more.
+    pub(super) fn over(&mut self, index: usize) {
+        if std::mem::take(&mut self.lanes[index].in_trouble) {
+            self.troubles.leave(work(index));
+        }
+    }
+
+    /// No answer is a trouble too, though nothing has failed.
+    pub(super) fn notice_silence(&mut self, index: usize, now: Instant) {
+        let state = &self.lanes[index];
+        if state.in_trouble || state.flight.under_way() == 0 || state.heard + SLOW > now {
+            return;
+        }
+        let address = state.stream.and_then(|number| self.streams.get(&number)).map(|stream| stream.address.clone());
+        let who = address.as_ref().map_or("the leader", Address::as_str);
+        let why = match self.shared.options.acks {
+            Acks::Tiered => " (it answers when the record is in the bucket)",
+            _ => "",
+        };
+        let problem = format!("{who} has not answered for {SLOW:?}{why}");
+        self.trouble(index, problem);
+    }
+}
+
+/// A lane's name among the producer's troubles.
+fn work(index: usize) -> u64 {
+    u64::try_from(index).expect("64 bits")
+}

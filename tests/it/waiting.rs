@@ -1,0 +1,165 @@
+//! Commands that wait: what they say meanwhile, what ends them, and that they go on when they can.
+
+use std::{
+    io::{Read, Write as _},
+    process::{Child, ChildStdin, Stdio},
+    sync::{Arc, Mutex},
+    thread,
+};
+
+use rustix::process::{Pid, Signal};
+use strandline::task;
+
+use crate::broker::{Cli, Home, eventually, free_address};
+
+/// A command that runs while the test goes on. Dropping it kills it.
+struct Running {
+    child: Child,
+    stdin: Option<ChildStdin>,
+    stdout: Arc<Mutex<String>>,
+    stderr: Arc<Mutex<String>>,
+    readers: Vec<thread::JoinHandle<()>>,
+}
+
+impl Running {
+    fn start(cli: &Cli, arguments: &[&str]) -> Self {
+        let mut command = cli.command(arguments);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().expect("the binary starts");
+        let (stdout, stderr) = (Arc::<Mutex<String>>::default(), Arc::<Mutex<String>>::default());
+        let readers = vec![
+            gather(child.stdout.take().expect("piped"), stdout.clone()),
+            gather(child.stderr.take().expect("piped"), stderr.clone()),
+        ];
+        Self { stdin: child.stdin.take(), child, stdout, stderr, readers }
+    }
+
+    fn feed(&mut self, bytes: &[u8]) {
+        self.stdin.as_mut().expect("open").write_all(bytes).expect("it reads");
+    }
+
+    /// Waits until it has said so.
+    fn says(&self, stream: &Mutex<String>, words: &str) {
+        let said = || stream.lock().expect("whole").clone();
+        eventually(&format!("it says {words:?}"), || said().contains(words).then_some(()));
+    }
+
+    /// Sends a signal, and waits for its end: exit code and what it printed.
+    fn stop(mut self, signal: Signal) -> (Option<i32>, String) {
+        rustix::process::kill_process(Pid::from_child(&self.child), signal).expect("the process can be signalled");
+        let status = self.child.wait().expect("it ends");
+        for reader in self.readers.drain(..) {
+            reader.join().expect("read to the end");
+        }
+        (status.code(), self.stdout.lock().expect("whole").clone())
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn gather(mut from: impl Read + Send + 'static, into: Arc<Mutex<String>>) -> thread::JoinHandle<()> {
+    task::thread("gather", move || {
+        let mut bytes = [0; 4096];
+        while let Ok(count @ 1..) = from.read(&mut bytes) {
+            into.lock().expect("whole").push_str(&String::from_utf8_lossy(&bytes[..count]));
+        }
+    })
+}
+
+/// Found by a user: with an address that leads nowhere `produce` said nothing for two minutes.
+#[test]
+fn a_leader_that_cannot_be_reached_is_said_and_given_up_in_time() {
+    let nowhere = free_address();
+    let mut home = Home::new().advertise(nowhere);
+    let _broker = home.start();
+    let cli = home.cli();
+    cli.ok(&["topic", "create", "t"]);
+    for command in [&["produce", "t", "--timeout", "3"][..], &["produce", "t", "--timeout", "3", "--output", "json"]] {
+        let output = cli.run_with(command, b"x\n");
+        assert_eq!(output.code, 1, "{output:?}");
+        let line = output.stderr.lines().find(|line| line.starts_with("still trying")).unwrap_or_default();
+        assert!(line.contains(&nowhere.to_string()) && line.contains("giving up in 2 s"), "{output:?}");
+        assert!(output.stderr.contains("error: t/0: not acknowledged"), "{output:?}");
+    }
+    let output = cli.run(&["consume", "t", "--until-end", "--timeout", "3"]);
+    let said = format!("error: given up after 3 s without a record: the leader of t/0, {nowhere}: connection refused");
+    assert!(output.code == 1 && output.stderr.contains(&said), "{output:?}");
+}
+
+/// Found by a user: a reader of a broker that was killed was as silent as one of a quiet topic.
+#[test]
+fn a_follower_says_that_its_broker_is_gone_and_goes_on_when_it_is_back() {
+    let mut home = Home::new();
+    let broker = home.start();
+    let cli = home.cli();
+    cli.ok(&["topic", "create", "t"]);
+    cli.ok_with(&["produce", "t"], b"before\n");
+    let reader = Running::start(&cli, &["consume", "t"]);
+    reader.says(&reader.stdout, "before\n");
+    broker.kill9();
+    reader.says(&reader.stderr, &format!("still trying: t/0: {}", home.grpc()));
+    reader.says(&reader.stderr, "Ctrl-C ends it");
+    let _broker = home.start();
+    reader.says(&reader.stderr, "working again after");
+    cli.ok_with(&["produce", "t"], b"after\n");
+    reader.says(&reader.stdout, "after\n");
+    assert_eq!(reader.stop(Signal::TERM), (Some(0), "before\nafter\n".to_owned()), "each once");
+}
+
+#[test]
+fn a_reader_takes_up_partitions_that_are_added_and_a_writer_uses_them() {
+    let mut home = Home::new();
+    let _broker = home.start();
+    let cli = home.cli();
+    cli.ok(&["topic", "create", "t"]);
+    let reader = Running::start(&cli, &["consume", "t"]);
+    let mut writer = Running::start(&cli, &["produce", "t"]);
+    writer.feed(b"one\n");
+    reader.says(&reader.stdout, "one\n");
+    cli.ok(&["topic", "add-partitions", "t", "--to", "2"]);
+    cli.ok_with(&["produce", "t", "--partition", "1"], b"two\n");
+    reader.says(&reader.stdout, "two\n");
+    // Records without a key change partitions with each batch: in the end one comes to the new one.
+    let mark = || cli.ok(&["topic", "describe", "t", "--output", "json"]).json()["partitions"][1]["log_end"].as_i64();
+    eventually("the writer uses the new partition", || {
+        writer.feed(&b"x\n".repeat(100_000));
+        (mark() > Some(1)).then_some(())
+    });
+    assert_eq!(reader.stop(Signal::INT).0, Some(0));
+}
+
+#[test]
+fn either_signal_ends_a_writer_with_its_summary() {
+    let mut home = Home::new();
+    let _broker = home.start();
+    let cli = home.cli();
+    for (topic, signal) in [("int", Signal::INT), ("term", Signal::TERM)] {
+        cli.ok(&["topic", "create", topic]);
+        let mut writer = Running::start(&cli, &["produce", topic]);
+        writer.feed(b"a\nb\n");
+        let end = || {
+            cli.ok(&["topic", "describe", topic, "--output", "json"]).json()["partitions"][0]["high_watermark"].as_i64()
+        };
+        eventually("both are there", || (end() == Some(2)).then_some(()));
+        let (code, said) = writer.stop(signal);
+        assert_eq!(code, Some(1), "it was interrupted");
+        assert!(said.contains("acknowledged 2 of 2 records") && said.contains("offsets 0..2"), "{said}");
+    }
+}
+
+/// Found by a user: the port of the metrics, named first, hid the broker named second.
+#[test]
+fn a_bootstrap_address_that_is_no_broker_does_not_hide_the_next() {
+    let mut home = Home::new();
+    let _broker = home.start();
+    let cli = home.cli();
+    let (grpc, http) = (home.grpc().to_string(), home.http().to_string());
+    cli.ok(&["topic", "list", "--bootstrap", &format!("{http},{grpc}")]);
+    let output = cli.run(&["topic", "list", "--bootstrap", &http]);
+    assert!(output.code == 1 && output.stderr.contains(&http), "it names the address: {output:?}");
+}
