@@ -63,7 +63,6 @@ pub(crate) fn data_directory(input: &[u8]) -> bool {
 
 fn open(disk: &SimDisk) -> Result<Log, strandline::log::OpenError> {
     let options = Options {
-        accept_journal_loss: false,
         journal_bytes: 1 << 20,
         journal_dir: None,
         // Most inputs bring no journal; what is left without one is to be opened as well.
@@ -74,7 +73,6 @@ fn open(disk: &SimDisk) -> Result<Log, strandline::log::OpenError> {
         sync_bytes: 1 << 20,
         sync_after: Duration::from_secs(1),
         reserve_bytes: 0,
-        accept_journal_loss: false,
         metrics: Metrics::new(),
         manual: true,
     };
