@@ -154,6 +154,21 @@ async fn a_full_memory_sends_what_lingers_instead_of_waiting_for_it() {
     assert!((5..=20).contains(&state_batches), "{state_batches} batches");
 }
 
+/// A batch that goes out at once is never full. Keyless records once changed partitions only with a full batch, and so never.
+#[tokio::test]
+async fn keyless_records_that_go_out_one_by_one_reach_every_partition() {
+    let double = Double::start(4).await;
+    let options = ProducerOptions { batch_bytes: 1000, ..one_by_one() };
+    let producer = client(&double).await.producer(options).await.expect("an id");
+    for _ in 0..200 {
+        let delivery = producer.send("t", NewRecord::value(&[b'x'; 200])).await.expect("queued");
+        delivery.await.expect("acknowledged");
+    }
+    let counts: Vec<usize> = (0..4).map(|partition| double.values(partition).len()).collect();
+    assert!(counts.iter().all(|count| *count > 0), "{counts:?}");
+    producer.close().await.expect("all acknowledged");
+}
+
 /// A stream carries 256 batches at a time. A producer once looked at every waiting partition at each answer, so that a
 /// thousand partitions cost a thousand looks a batch; now each waits once, for its turn.
 #[tokio::test]

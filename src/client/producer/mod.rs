@@ -40,7 +40,7 @@ use std::{
     collections::{BTreeSet, HashMap},
     sync::{
         Arc, Mutex, RwLock,
-        atomic::{AtomicU32, Ordering},
+        atomic::{AtomicU32, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -199,6 +199,8 @@ struct Lanes {
     lanes: Vec<Arc<Lane>>,
     /// The partition that keyless records go to at the moment.
     sticky: AtomicU32,
+    /// Bytes that went there.
+    stuck_bytes: AtomicUsize,
     /// Largest batch that the topic takes.
     max_message_bytes: usize,
 }
@@ -278,8 +280,8 @@ impl Producer {
                 if appended.wake {
                     self.shared.poke(lane);
                 }
-                if appended.sealed && sticky {
-                    lanes.move_on(lane.partition);
+                if sticky {
+                    lanes.filled(lane.partition, bytes, appended.sealed, self.shared.options.batch_bytes);
                 }
                 Ok(appended.delivery)
             }
@@ -414,8 +416,12 @@ impl Shared {
             }
         }
         let sticky = rand::random_range(0..u32::try_from(lanes.len().max(1)).expect("partitions are few"));
-        let lanes =
-            Arc::new(Lanes { lanes, sticky: AtomicU32::new(sticky), max_message_bytes: route.max_message_bytes });
+        let lanes = Arc::new(Lanes {
+            lanes,
+            sticky: AtomicU32::new(sticky),
+            stuck_bytes: AtomicUsize::new(0),
+            max_message_bytes: route.max_message_bytes,
+        });
         let mut topics = self.topics.write().unwrap_or_else(std::sync::PoisonError::into_inner);
         topics.insert(topic.to_owned(), lanes.clone());
         lanes
@@ -474,7 +480,16 @@ impl Lanes {
         }
     }
 
-    /// The sticky partition's batch is full: another one is filled next.
+    /// A record went to the sticky partition. Another one is filled next when its batch is full, or has had a batch's bytes: a
+    /// batch that goes out as soon as it can may never be full (KIP-794).
+    fn filled(&self, partition: u32, bytes: usize, sealed: bool, batch_bytes: usize) {
+        let stuck = self.stuck_bytes.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes);
+        if sealed || stuck >= batch_bytes {
+            self.stuck_bytes.store(0, Ordering::Relaxed);
+            self.move_on(partition);
+        }
+    }
+
     fn move_on(&self, from: u32) {
         let partitions = u32::try_from(self.lanes.len()).expect("partitions are few");
         if partitions > 1 {
