@@ -189,7 +189,7 @@ impl Reader {
     /// there is none that young.
     ///
     /// Headers only lead to batches: what is in them counts, because of compressed ones a producer may claim any time. After
-    /// [`CLAIMS`] batches whose claim no record bears out it gives up, and answers the offset that it came to with -1 for the
+    /// 64 batches whose claim no record bears out it gives up, and answers the offset that it came to with -1 for the
     /// timestamp: no earlier record is that young, so reading from there misses none.
     pub async fn offset_for_time(
         &self,
