@@ -250,7 +250,9 @@ class Broker(Process):
         config = self.directory / "strandline.toml"
         config.write_text("\n".join(lines) + "\n")
         began = time.monotonic()
-        super().__init__([lab.bin, "broker", "--config", config], self.directory / "broker.log", dict(os.environ, **(env or {})))
+        # This program's own variables are no settings of a broker, which refuses what it does not know.
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("STRANDLINE_")}
+        super().__init__([lab.bin, "broker", "--config", config], self.directory / "broker.log", dict(inherited, **(env or {})))
         try:
             self.wait_for(self.is_ready, 120, "the broker")
         except ValueError:
