@@ -149,7 +149,7 @@ fn mutated_inputs_break_no_parser() {
 
 /// For `make fuzz-seeds`. A seed that is there is never touched: it is what an earlier version wrote.
 #[test]
-#[ignore = "writes files"]
+#[ignore = "writes into the source tree: make fuzz-seeds"]
 fn write_missing_seeds() {
     for (target, name, seed) in seeds::all() {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/seeds").join(target);
