@@ -14,6 +14,8 @@ use std::{
 };
 
 pub use real::RealDisk;
+#[cfg(test)]
+pub(super) use sim::Dice;
 pub use sim::SimDisk;
 
 /// Size and alignment of everything that is written to the journal, in bytes.

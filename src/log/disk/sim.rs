@@ -58,10 +58,10 @@ enum What {
 }
 
 /// SplitMix64 (Steele, Lea, Flood 2014): enough to choose sectors by.
-struct Dice(u64);
+pub(in crate::log) struct Dice(pub(in crate::log) u64);
 
 impl Dice {
-    fn roll(&mut self, below: u64) -> u64 {
+    pub(in crate::log) fn roll(&mut self, below: u64) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
