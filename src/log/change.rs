@@ -19,12 +19,15 @@ use super::{
     journal::entry::Kind,
     producers::ProducerTable,
     recover::{remove_caches_above, remove_segment, tables_at},
-    replica::Replica,
+    replica::{Removed, Replica},
     segment::{Segment, SegmentFile, SegmentInfo},
     shared::State,
     snapshot::Snapshot,
 };
 use crate::{model::Offset, task::clock};
+
+/// Most removed files that are kept open for [`Replica::take_removed`]: handles are few.
+const MOST_REMOVED: usize = 32;
 
 impl Replica {
     /// Cuts the log at `to`, or at the base of the batch that holds it. Waits for two rounds of the journal; the cut is durable when
@@ -152,7 +155,8 @@ impl Replica {
     }
 
     /// Removes the sealed segments that end at or below `below` and returns their bytes. Waits for one round of the
-    /// journal. Whoever is reading them reads on. On a full disk it may remove fewer, and so make room for the rest.
+    /// journal. Whoever is reading them reads on. On a full disk it may remove fewer, and so make room for the rest. The room is
+    /// there when what [`Self::take_removed`] gives was dropped.
     pub fn evict(&mut self, below: Offset) -> Result<u64, ChangeError> {
         self.writable()?;
         let shared = self.shared.clone();
@@ -183,7 +187,11 @@ impl Replica {
         shared.core.tail.forget_below(&shared.tail, start);
         shared.core.commit(&shared, shared.head(Kind::LocalStart, generation, start, start))?;
         let mut bytes = 0;
+        self.removed.clear();
         for segment in &removed {
+            if self.removed.len() < MOST_REMOVED {
+                self.removed.extend(shared.core.disk.open(&segment.file.path, Mode::Read));
+            }
             shared.core.files.forget(segment.file.serial);
             bytes += segment.info.bytes;
             if let Err(error) = remove_segment(&shared.core, &shared.dir, segment.info.base) {
@@ -194,6 +202,11 @@ impl Replica {
         shared.state().names_changed = true;
         shared.touch(0);
         Ok(bytes)
+    }
+
+    /// The files that the last [`Self::evict`] removed, still open, if they are few.
+    pub fn take_removed(&mut self) -> Removed {
+        Removed { _files: std::mem::take(&mut self.removed) }
     }
 
     /// Makes the snapshot durable at what will be the local start, and returns that: nothing below it can be read again. Where

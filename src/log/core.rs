@@ -41,7 +41,8 @@ pub struct Options {
     pub journal_most: usize,
     /// Bytes of the last batches of all partitions that are kept in memory.
     pub tail_bytes: usize,
-    /// Unsynced bytes of all segments together after which they are synced behind.
+    /// Unsynced bytes of all segments together after which they are synced behind. Few, so that a journal's write never waits long
+    /// until the device is through with them.
     pub sync_bytes: u64,
     /// How long a segment stays unsynced at most, about.
     pub sync_after: std::time::Duration,
@@ -70,7 +71,7 @@ impl Default for Options {
             round_bytes: 4 << 20,
             journal_most: 8 << 20,
             tail_bytes: 128 << 20,
-            sync_bytes: 64 << 20,
+            sync_bytes: 1 << 20,
             sync_after: std::time::Duration::from_secs(10),
             reserve_bytes: limits::DISK_RESERVE_BYTES,
             metrics: Metrics::new(),
@@ -105,6 +106,8 @@ pub(super) struct Work {
     pub(super) dirty: Vec<Arc<Shared>>,
     pub(super) dirty_bytes: u64,
     pub(super) since: Option<tokio::time::Instant>,
+    /// When the last pass of syncs began.
+    pub(super) last_pass: Option<tokio::time::Instant>,
     pub(super) jobs: std::collections::VecDeque<SyncJob>,
     /// The ring runs short.
     pub(super) urgent: bool,

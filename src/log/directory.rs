@@ -20,6 +20,7 @@ use super::{
     disk::{Disk, Mode},
     error::{OpenError, PersistError, ReplicaError, is_full},
     files::Files,
+    growth::{self, Growing},
     identity::{self, Identity, io_error},
     journal::{
         Journal, Room,
@@ -70,7 +71,7 @@ pub struct Status {
 pub(super) struct Inner {
     pub(super) core: Arc<Core>,
     pub(super) directory_id: Uuid,
-    pub(super) preparing: Mutex<()>,
+    pub(super) growing: Growing,
     registry: Mutex<Registry>,
     opened_clean: bool,
     _lock: Box<dyn Send + Sync>,
@@ -127,13 +128,13 @@ impl Log {
         let inner = Arc::new(Inner {
             core,
             directory_id,
-            preparing: Mutex::new(()),
+            growing: Growing::default(),
             registry: Mutex::new(registry),
             opened_clean: found.clean,
             _lock: lock,
         });
         drop(inner.core.owner.set(Arc::downgrade(&inner)));
-        inner.prepare_file(true).map_err(io_error(&journal_dir, "make the journal"))?;
+        inner.grow_now().map_err(io_error(&journal_dir, "make the journal"))?;
         inner.begin(found.first_round).map_err(io_error(dir, "begin the journal"))?;
         inner.take_reserve();
         let handles = if inner.core.options.manual { Vec::new() } else { inner.start() };
@@ -307,7 +308,7 @@ impl Inner {
 
     /// Writes the round that replay would begin with, and then the checkpoint that says so.
     fn begin(&self, first_round: u64) -> io::Result<()> {
-        match self.core.journal.make_room(&mut || self.prepare_file(false))? {
+        match self.core.journal.make_room(&mut || self.grow_now())? {
             Room::NeedsFile => return Err(io::ErrorKind::StorageFull.into()),
             Room::Entered | Room::Ready => self.core.journal.begin()?,
         }
@@ -394,7 +395,7 @@ impl Inner {
 
     /// `None` when the journal has failed.
     fn make_room(&self) -> Option<Room> {
-        match self.core.journal.make_room(&mut || self.prepare_file(false)) {
+        match self.core.journal.make_room(&mut || self.grow_now()) {
             Ok(room) => Some(room),
             Err(error) if is_full(&error) => Some(Room::NeedsFile),
             Err(error) => {
@@ -405,10 +406,11 @@ impl Inner {
     }
 
     fn start(self: &Arc<Self>) -> Vec<JoinHandle<()>> {
-        let (writer, syncer) = (self.clone(), self.clone());
+        let (writer, syncer, grower) = (self.clone(), self.clone(), self.clone());
         vec![
             task::thread("journal", move || writer.write_journal()),
             task::thread("segment-sync", move || sync::run(&syncer)),
+            task::thread("journal-growth", move || growth::run(&grower)),
         ]
     }
 

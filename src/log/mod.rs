@@ -49,7 +49,7 @@
 //!
 //! # Shutdown
 //!
-//! [`Log::close`] refuses appends, writes the indexes of active segments, syncs, ends the two threads and writes a
+//! [`Log::close`] refuses appends, writes the indexes of active segments, syncs, ends the threads and writes a
 //! checkpoint that says that all is there. Dropping a [`Log`] only ends the threads: the next start is as after a crash.
 
 mod change;
@@ -63,6 +63,7 @@ mod export;
 mod files;
 #[doc(hidden)]
 pub mod fuzzing;
+mod growth;
 mod identity;
 mod index;
 mod journal;
@@ -92,5 +93,5 @@ pub use index::IndexEntry;
 pub use journal::Done;
 pub use producers::{ProducerTable, Verdict};
 pub use reader::{Read, Reader};
-pub use replica::{Held, Replica};
+pub use replica::{Held, Removed, Replica};
 pub use segment::SegmentInfo;

@@ -9,9 +9,10 @@ use std::{
 
 use super::{
     core::SyncJob,
-    disk::Mode,
+    disk::{File, Mode},
     epochs::EpochHistory,
     error::{AppendError, PersistError, is_full},
+    files::OpenFile,
     index::Index,
     journal::{Done, Item, entry::Kind},
     producers::ProducerTable,
@@ -40,6 +41,15 @@ pub struct Replica {
     checked: Option<u64>,
     /// Whether what is appended will be handed to the journal.
     journaled: bool,
+    /// Removed and still open.
+    pub(super) removed: Vec<Arc<dyn File>>,
+}
+
+/// Files without a name, still open. The file system takes them back when this is dropped, which takes it a while for large ones:
+/// do it where one may block.
+#[must_use]
+pub struct Removed {
+    pub(super) _files: Vec<Arc<dyn File>>,
 }
 
 #[derive(Default)]
@@ -79,7 +89,13 @@ impl Replica {
             let state = shared.state();
             state.persisted_end < state.log_end()
         };
-        Self { shared, pending: Pending { too_much, ..Pending::default() }, checked: None, journaled: true }
+        Self {
+            shared,
+            pending: Pending { too_much, ..Pending::default() },
+            checked: None,
+            journaled: true,
+            removed: Vec::new(),
+        }
     }
 
     /// Which partition's log it is.
@@ -226,7 +242,7 @@ impl Replica {
     }
 
     /// Opens the active segment and sees that it is as long as it should be, and that its index is known.
-    fn prepare(&mut self, info: &SegmentInfo, file: &SegmentFile) -> io::Result<Arc<super::files::OpenFile>> {
+    fn prepare(&mut self, info: &SegmentInfo, file: &SegmentFile) -> io::Result<Arc<OpenFile>> {
         if info.bytes == 0 && self.checked != Some(file.serial) {
             self.shared.state().names_changed = true;
         }

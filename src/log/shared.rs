@@ -158,6 +158,7 @@ impl Shared {
     pub(super) fn touch(self: &Arc<Self>, bytes: u64) {
         let listed = self.dirty.swap(true, Ordering::AcqRel);
         let mut work = self.core.work();
+        let was_due = self.core.sync_is_due(&work);
         if !listed {
             work.dirty.push(self.clone());
         }
@@ -168,7 +169,7 @@ impl Shared {
         work.dirty_bytes += bytes;
         let due = self.core.sync_is_due(&work);
         drop(work);
-        if first || due {
+        if first || (due && !was_due) {
             self.core.wake.notify_all();
         }
     }

@@ -6,7 +6,6 @@
 
 use std::{
     io,
-    path::Path,
     sync::{
         Arc, PoisonError,
         atomic::{AtomicUsize, Ordering},
@@ -20,7 +19,7 @@ use super::{
     directory::Inner,
     disk::Mode,
     error::{PersistError, is_full},
-    journal::{Item, ring},
+    journal::Item,
     reserve,
     shared::Shared,
 };
@@ -32,6 +31,9 @@ const SIDE_BY_SIDE: usize = 4;
 
 /// Files that are worth another thread.
 const FILES_A_THREAD: usize = 16;
+
+/// How often a pass is worth it at most: under load each takes more, for the same number of commits of the file system.
+const PAUSE: Duration = Duration::from_millis(50);
 
 /// How long a failed checkpoint waits before it is tried again.
 const RETRY: Duration = Duration::from_millis(200);
@@ -47,7 +49,9 @@ impl Shared {
         let (point, generation, names, files) = {
             let mut state = self.state();
             state.unsynced_bytes = 0;
-            let files: Vec<_> = state.segments.iter().map(|segment| segment.file.clone()).collect();
+            // Before the recovery point everything is synced.
+            let first = state.segments.partition_point(|segment| segment.info.base < state.recovery.segment.base);
+            let files: Vec<_> = state.segments[first..].iter().map(|segment| segment.file.clone()).collect();
             (state.point(), state.generation, std::mem::take(&mut state.names_changed), files)
         };
         let synced = || -> io::Result<()> {
@@ -106,6 +110,7 @@ impl Inner {
             let mut work = self.core.work();
             work.dirty_bytes = 0;
             work.since = None;
+            work.last_pass = Some(clock::monotonic());
             (std::mem::take(&mut work.dirty), std::mem::take(&mut work.urgent))
         };
         self.take_reserve();
@@ -198,29 +203,6 @@ impl Inner {
             Err(error) => tracing::debug!(%error, "the reserve was not made; it is tried again"),
         }
     }
-
-    /// Makes the next file of the ring, if one is wanted and there is none.
-    pub(super) fn prepare_file(&self, only_when_wanted: bool) -> io::Result<bool> {
-        let _one_at_a_time = self.preparing.lock().unwrap_or_else(PoisonError::into_inner);
-        let (vacancy, bytes) = {
-            let ring = self.ring();
-            if only_when_wanted && !ring.wants_file() {
-                return Ok(false);
-            }
-            (ring.vacancy(), ring.file_bytes)
-        };
-        let Some((path, slot)) = vacancy else { return Ok(false) };
-        let dir = path.parent().unwrap_or(Path::new("."));
-        // Filling the disk to its last byte, if only for a moment, would fail others who write here.
-        if self.ring().owed() == 0
-            && self.core.disk.free_bytes(dir).is_ok_and(|free| free < bytes + self.core.options.reserve_bytes)
-        {
-            return Err(io::ErrorKind::StorageFull.into());
-        }
-        ring::prepare(&*self.core.disk, &path, bytes)?;
-        self.ring().add(slot);
-        Ok(true)
-    }
 }
 
 /// The syncing thread: waits for something to do, and does it.
@@ -228,9 +210,6 @@ pub(super) fn run(inner: &Arc<Inner>) {
     loop {
         if !wait(&inner.core) {
             return;
-        }
-        if let Err(error) = inner.prepare_file(true) {
-            tracing::warn!(%error, "the journal could not grow; its files are used again sooner");
         }
         if !inner.sync_step() {
             // A full disk, most likely: it is tried again soon, and not in a tight loop.
@@ -249,15 +228,22 @@ fn wait(core: &Core) -> bool {
         if work.stopping {
             return false;
         }
-        if work.urgent || !work.jobs.is_empty() || core.sync_is_due(&work) {
+        if work.urgent || !work.jobs.is_empty() {
             return true;
         }
-        let left = work
-            .since
-            .map(|since| core.options.sync_after.saturating_sub(clock::monotonic().saturating_duration_since(since)));
+        let now = clock::monotonic();
+        let after =
+            |since: tokio::time::Instant, wait: Duration| wait.saturating_sub(now.saturating_duration_since(since));
+        let left = match work.since {
+            Some(_) if core.sync_is_due(&work) => {
+                Some(work.last_pass.map_or(Duration::ZERO, |last| after(last, PAUSE)))
+            }
+            Some(since) => Some(after(since, core.options.sync_after)),
+            None => None,
+        };
         work = match left {
             Some(left) if left.is_zero() => return true,
-            Some(left) => core.wake.wait_timeout(work, left.max(RETRY)).unwrap_or_else(PoisonError::into_inner).0,
+            Some(left) => core.wake.wait_timeout(work, left).unwrap_or_else(PoisonError::into_inner).0,
             None => core.wake.wait(work).unwrap_or_else(PoisonError::into_inner),
         };
     }

@@ -26,8 +26,9 @@ use crate::{
 /// Most commands that one turn takes from the queue.
 const TURN: usize = 512;
 
-/// Most bytes of batches in one group: beyond this a larger write gains nothing, and the next can begin.
-const GROUP_BYTES: usize = 4 << 20;
+/// Most bytes of batches in one group: a larger write gains nothing. While this one is made durable the next is written, and while
+/// it is answered the one after that is on its way: what came together need not wait for each other.
+const GROUP_BYTES: usize = 512 << 10;
 
 /// Why a write failed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -101,10 +102,14 @@ impl Persisted {
         self.notify.notify_one();
     }
 
+    fn take(&self) -> Option<Result<Offset, PersistError>> {
+        self.outcome.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
     async fn next(&self) -> Result<Offset, PersistError> {
         loop {
             let notified = self.notify.notified();
-            if let Some(outcome) = self.outcome.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            if let Some(outcome) = self.take() {
                 return outcome;
             }
             notified.await;
@@ -121,6 +126,7 @@ pub(super) struct Parts {
     pub(super) upkeep: UpkeepQueue,
     pub(super) log_start: Offset,
     pub(super) tiered_end: Offset,
+    pub(super) tasks: Tasks,
 }
 
 /// The task's state.
@@ -140,6 +146,7 @@ pub(super) struct Actor {
     group: Vec<Batch>,
     group_bytes: usize,
     group_writers: Vec<(Acks, Acked, Writer)>,
+    tasks: Tasks,
 }
 
 impl Actor {
@@ -174,14 +181,17 @@ impl Actor {
             group: Vec::new(),
             group_bytes: 0,
             group_writers: Vec::new(),
+            tasks: parts.tasks,
         };
         actor.publish();
         actor
     }
 
     /// Runs until it is stopped, then gives up what nobody can be told any more.
-    pub(super) async fn run(mut self, mut mailbox: mpsc::Receiver<Command>, tasks: Tasks) {
+    pub(super) async fn run(mut self, mut mailbox: mpsc::Receiver<Command>) {
+        let tasks = self.tasks.clone();
         let persisted = Arc::clone(&self.persisted);
+        // The next command is the last.
         let mut turn = Vec::with_capacity(16);
         loop {
             tokio::select! {
@@ -192,8 +202,17 @@ impl Actor {
                     if taken == 0 {
                         break;
                     }
+                    turn.reverse();
                     self.turn(&mut turn);
                 }
+            }
+            while !turn.is_empty() {
+                // What was answered goes out first.
+                tokio::task::yield_now().await;
+                if let Some(outcome) = persisted.take() {
+                    self.on_persisted(outcome);
+                }
+                self.turn(&mut turn);
             }
         }
         self.stop(&mut mailbox).await;
@@ -227,9 +246,12 @@ impl Actor {
         self.config.durability == Durability::Persisted
     }
 
+    /// Does what is asked, the last command first, until a group is full.
     fn turn(&mut self, turn: &mut Vec<Command>) {
         let now_ms = clock::wall_ms();
-        for command in turn.drain(..) {
+        while self.group_bytes < GROUP_BYTES
+            && let Some(command) = turn.pop()
+        {
             match command {
                 Command::Append(append) => self.append(*append, now_ms),
                 other => {
@@ -238,6 +260,11 @@ impl Actor {
                 }
             }
         }
+        self.complete(now_ms);
+    }
+
+    /// Appends the group, hands it on, and answers whoever is due.
+    fn complete(&mut self, now_ms: i64) {
         self.flush(now_ms);
         if self.syncs() && self.handed_end < self.replica.log_end() {
             self.hand_to_journal();
@@ -255,7 +282,7 @@ impl Actor {
         // A group lies in one segment, so it must not be larger than one may be.
         let most = usize::try_from(self.config.segment_bytes).map_or(GROUP_BYTES, |bytes| bytes.min(GROUP_BYTES));
         if self.leader.must_flush_before(&batch) || self.group_bytes + batch.encoded_len() > most {
-            self.flush(now_ms);
+            self.complete(now_ms);
         }
         let writer = Writer { answer, _permit: permit };
         let epoch = self.leader.epoch();
@@ -416,7 +443,11 @@ impl Actor {
                 let free = self.tiered_end.max(self.log_start);
                 assert!(below <= free, "only what the bucket has, or nobody may read, leaves the disk");
                 match self.replica.evict(below) {
-                    Ok(bytes) => tracing::debug!(partition = %self.id, %below, bytes, "segments left the disk"),
+                    Ok(bytes) => {
+                        tracing::debug!(partition = %self.id, %below, bytes, "segments left the disk");
+                        let removed = self.replica.take_removed();
+                        self.tasks.spawn_blocking(move || drop(removed));
+                    }
                     Err(error) => {
                         tracing::warn!(partition = %self.id, %error, "could not remove segments; it is tried again");
                     }

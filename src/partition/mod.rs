@@ -144,8 +144,9 @@ impl Partition {
             upkeep: upkeep.clone(),
             log_start,
             tiered_end,
+            tasks: tasks.clone(),
         });
-        tasks.spawn("partition", actor.run(commands, tasks.clone()));
+        tasks.spawn("partition", actor.run(commands));
         Ok(Arc::new(Self {
             id: spec.id,
             topic: spec.topic,

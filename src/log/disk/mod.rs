@@ -88,7 +88,8 @@ pub enum Mode {
     Read,
     /// For reading and writing; made when absent.
     Write,
-    /// For [`File::write_durable`], past the page cache where the file system can do that; made when absent.
+    /// For whole blocks, past the page cache where the file system can do that; made when absent. Every write has to be aligned as
+    /// [`File::write_durable`] says.
     Direct,
 }
 

@@ -28,7 +28,7 @@ use std::{
     io,
     sync::{
         Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -42,6 +42,10 @@ use self::{
 };
 use super::{error::PersistError, shared::Shared};
 use crate::{model::Offset, record::Batch, task::clock, telemetry::Metrics};
+
+/// Bytes of a round that others do not join any more. The device takes more at once hardly faster, and whoever waits for a part of
+/// it would wait for the whole: a producer that has all its batches in one round sends nothing meanwhile.
+const ENOUGH: usize = 512 << 10;
 
 /// Called once with the end of what is durable.
 pub type Done = Box<dyn FnOnce(Result<Offset, PersistError>) + Send>;
@@ -62,8 +66,14 @@ pub(super) struct Journal {
     queued: Condvar,
     writer: Mutex<Writer>,
     pub(super) ring: Mutex<Ring>,
-    /// Signalled when a file of the ring was given up, or the journal ends.
+    /// Signalled when a file of the ring was given up or made, or the journal ends.
     pub(super) released: Condvar,
+    /// Signalled when a file of the ring was entered or is waited for, or the journal ends.
+    entered: Condvar,
+    /// Bytes of the file in use that are written.
+    position: AtomicU64,
+    /// Whether the writer waits for a file that is being made.
+    awaited: AtomicBool,
     next_round: AtomicU64,
     failed: OnceLock<String>,
     metrics: Metrics,
@@ -104,6 +114,9 @@ impl Journal {
             writer: Mutex::new(Writer { current: None, buffer: AlignedBuffer::default() }),
             ring: Mutex::new(ring),
             released: Condvar::new(),
+            entered: Condvar::new(),
+            position: AtomicU64::new(0),
+            awaited: AtomicBool::new(false),
             next_round: AtomicU64::new(next_round),
             failed: OnceLock::new(),
             metrics,
@@ -155,7 +168,10 @@ impl Journal {
     pub(super) fn close(&self) {
         lock(&self.queue).closed = true;
         self.queued.notify_all();
+        // Whoever looks at the ring before it waits has seen the end, or waits by now.
+        drop(lock(&self.ring));
         self.released.notify_all();
+        self.entered.notify_all();
     }
 
     pub(super) fn is_closed(&self) -> bool {
@@ -177,6 +193,8 @@ impl Journal {
         }
         if let Some(next) = lock(&self.ring).advance(self.next_round())? {
             writer.current = Some(next);
+            self.position.store(0, Ordering::Relaxed);
+            self.entered.notify_all();
             return Ok(Room::Entered);
         }
         drop(writer);
@@ -185,9 +203,45 @@ impl Journal {
 
     /// Waits until a file may have been given up.
     pub(super) fn wait_for_file(&self, at_most: Duration) {
+        let none = |ring: &mut Ring| !ring.has_free() && !self.is_closed();
+        let waited = self.released.wait_timeout_while(lock(&self.ring), at_most, none);
+        drop(waited.unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// Waits until the ring wants another file. False when the journal ends, or has failed.
+    pub(super) fn wait_until_file_wanted(&self) -> bool {
         let ring = lock(&self.ring);
-        let (ring, _) = self.released.wait_timeout(ring, at_most).unwrap_or_else(PoisonError::into_inner);
-        drop(ring);
+        let idle = |ring: &mut Ring| !ring.wants_file() && !self.has_ended();
+        drop(self.entered.wait_while(ring, idle).unwrap_or_else(PoisonError::into_inner));
+        !self.has_ended()
+    }
+
+    fn has_ended(&self) -> bool {
+        self.is_closed() || self.failed().is_some()
+    }
+
+    /// Whether a file that is being made is not needed any more.
+    pub(super) fn wants_no_file(&self) -> bool {
+        self.has_ended() && !self.awaited.load(Ordering::Acquire)
+    }
+
+    /// Says whether the writer waits for the file that is being made.
+    pub(super) fn await_file(&self, awaited: bool) {
+        self.awaited.store(awaited, Ordering::Release);
+        drop(lock(&self.ring));
+        self.entered.notify_all();
+    }
+
+    /// For whoever makes the next file: lets the appends go first, unless the writer waits for it, or it would come too late because
+    /// the one in use fills faster. `done` bytes of it are made.
+    pub(super) fn give_way(&self, done: u64, at_most: Duration) {
+        let hurried = |_: &mut Ring| self.has_ended() || self.awaited.load(Ordering::Acquire);
+        if done < 2 * self.position.load(Ordering::Relaxed) {
+            return;
+        }
+        let ring = lock(&self.ring);
+        let waited = self.entered.wait_timeout_while(ring, at_most, |ring| !hurried(ring));
+        drop(waited.unwrap_or_else(PoisonError::into_inner));
     }
 
     /// How many items the next round takes, and their payload in bytes.
@@ -195,7 +249,7 @@ impl Journal {
         let (mut items, mut bytes) = (0, 0);
         for item in &queue.items {
             let more = item.bytes + entry::ENTRY_HEAD;
-            if items > 0 && bytes + more > self.round_bytes {
+            if items > 0 && bytes + more > self.round_bytes.min(ENOUGH) {
                 break;
             }
             items += 1;
@@ -222,6 +276,7 @@ impl Journal {
         entry::encode(round, self.directory, sequence, std::iter::empty());
         current.file.write_durable(round, current.position)?;
         current.position += round.len() as u64;
+        self.position.store(current.position, Ordering::Relaxed);
         self.next_round.store(sequence + 1, Ordering::Release);
         Ok(())
     }
@@ -249,6 +304,7 @@ impl Journal {
         match written {
             Ok(()) => {
                 current.position += round.len() as u64;
+                self.position.store(current.position, Ordering::Relaxed);
                 self.metrics.journal_rounds.inc();
                 self.metrics.journal_bytes.inc_by(round.len() as u64);
                 self.metrics.journal_sync_seconds.observe(began.elapsed().as_secs_f64());
@@ -283,6 +339,9 @@ impl Journal {
         for item in items {
             item.answer(Err(self.refusal()));
         }
+        // Nobody waits for a file any more.
+        drop(lock(&self.ring));
+        self.entered.notify_all();
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::{
     collections::VecDeque,
-    io,
+    io::{self, IoSlice},
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -10,8 +10,8 @@ use std::{
 use super::buffer::AlignedBuffer;
 use crate::log::disk::{Disk, File, Mode};
 
-/// Bytes of zeros written at once to a new file.
-const ZEROS: usize = 1 << 20;
+/// Bytes of zeros written at once to a new file: an append that comes meanwhile waits for no more, where the file system knows direct I/O.
+const ZEROS: usize = 256 << 10;
 
 /// Files that a ring needs to go round.
 const LEAST: usize = 2;
@@ -149,6 +149,11 @@ impl Ring {
         self.free.is_empty() && self.made < self.most
     }
 
+    /// Whether a file may be entered.
+    pub(in crate::log) fn has_free(&self) -> bool {
+        !self.free.is_empty()
+    }
+
     /// Bytes of the files that the ring cannot do without and that are not made yet: with one file alone nothing can be
     /// given up.
     pub(in crate::log) fn owed(&self) -> u64 {
@@ -165,9 +170,15 @@ fn slot_of(name: &str) -> Option<usize> {
     name.strip_suffix(".journal")?.parse().ok()
 }
 
-/// Makes a file of zeros, durable with its name: writes to it later allocate nothing.
-pub(in crate::log) fn prepare(disk: &dyn Disk, path: &Path, bytes: u64) -> io::Result<()> {
-    let made = || {
+/// Makes a file of zeros, durable with its name: writes to it later allocate nothing. `rest` is called after each piece with the bytes
+/// that are written; its error ends the work. What was begun is removed after an error.
+pub(in crate::log) fn prepare(
+    disk: &dyn Disk,
+    path: &Path,
+    bytes: u64,
+    rest: &mut dyn FnMut(u64) -> io::Result<()>,
+) -> io::Result<()> {
+    let mut made = || {
         let file = disk.open(path, Mode::Direct)?;
         let mut zeros = AlignedBuffer::default();
         let mut at = 0;
@@ -175,10 +186,39 @@ pub(in crate::log) fn prepare(disk: &dyn Disk, path: &Path, bytes: u64) -> io::R
             let len = usize::try_from(bytes - at).unwrap_or(ZEROS).min(ZEROS);
             let slice = zeros.slice(len);
             slice.fill(0);
-            file.write_durable(slice, at)?;
+            file.write_at(&[IoSlice::new(slice)], at)?;
             at += len as u64;
+            rest(at)?;
         }
+        file.sync()?;
         disk.sync_dir(path.parent().unwrap_or(Path::new(".")))
     };
     made().inspect_err(|_| drop(disk.remove(path)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::log::disk::SimDisk;
+
+    #[test]
+    fn a_file_is_made_in_pieces_with_a_rest_after_each_and_removed_when_it_is_given_up() {
+        let disk = SimDisk::new();
+        let (dir, file) = (Path::new("/journal"), Path::new("/journal/00000.journal"));
+        disk.create_dir_all(dir).unwrap();
+        let bytes = 3 * ZEROS as u64 - 4096;
+        let mut rests = Vec::new();
+        let mut rest = |done| {
+            rests.push(done);
+            Ok(())
+        };
+        prepare(&disk, file, bytes, &mut rest).unwrap();
+        assert_eq!(rests, [ZEROS as u64, 2 * ZEROS as u64, bytes]);
+        assert!(disk.read(file).unwrap() == vec![0; usize::try_from(bytes).unwrap()]);
+        let other = Path::new("/journal/00001.journal");
+        let mut stop = |done| if done > ZEROS as u64 { Err(io::ErrorKind::Interrupted.into()) } else { Ok(()) };
+        prepare(&disk, other, bytes, &mut stop).unwrap_err();
+        let names: Vec<_> = disk.list(dir).unwrap().into_iter().map(|entry| entry.name).collect();
+        assert_eq!(names, ["00000.journal"]);
+    }
 }

@@ -62,3 +62,20 @@ fn on_a_real_disk_threads_make_appends_durable_and_a_clean_stop_is_known() {
         }
     }
 }
+
+/// The journal grows behind the appends: a stop that comes meanwhile ends it, and leaves no part of a file.
+#[test]
+fn a_stop_while_the_journal_grows_leaves_whole_files_only() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = Options { journal_bytes: 256 << 20, ..Options::default() };
+    let file_bytes = (256 << 20) / 16;
+    let log = Log::open(Arc::new(RealDisk), dir.path(), &identity(), options).unwrap();
+    let mut replica = log.open_replica(partition(0), at(0)).unwrap();
+    replica.append(&[batch(0, 1, 1, 0, 100)]).unwrap();
+    persist(&mut replica).recv().unwrap().unwrap();
+    drop(replica);
+    log.close().unwrap();
+    let files = std::fs::read_dir(dir.path().join("journal")).unwrap();
+    let sizes: Vec<u64> = files.map(|entry| entry.unwrap().metadata().unwrap().len()).collect();
+    assert!(!sizes.is_empty() && sizes.iter().all(|size| *size == file_bytes), "{sizes:?}");
+}
