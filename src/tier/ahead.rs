@@ -13,6 +13,8 @@ const MOST_CHUNKS: u64 = 16;
 /// A place in the partition's chunks: a segment by its base, and a chunk in it.
 pub(super) type Place = (Offset, u64);
 
+const NOWHERE: Place = (Offset::ZERO, 0);
+
 /// A reader, known by where its last read ended.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Reader {
@@ -21,6 +23,17 @@ pub(super) struct Reader {
     pub(super) window: u64,
     /// Chunks before this place were asked for already.
     pub(super) asked: Place,
+    /// Chunks before this place were asked for before its last read: they have arrived, or are on their way.
+    pub(super) settled: Place,
+}
+
+impl Reader {
+    /// What was fetched for it was not there when it came: there are more readers than the cache's memory has room for, or the
+    /// store fails. Less is fetched, and what lies from `place` on is asked for again.
+    pub(super) fn crowded(&mut self, place: Place) {
+        self.window /= 4;
+        self.asked = place;
+    }
 }
 
 /// The last readers of one partition.
@@ -35,7 +48,7 @@ impl Readers {
         let at = self.recent.iter().position(|reader| reader.next == from);
         match at.and_then(|at| self.recent.remove(at)) {
             Some(reader) => Reader { window: (reader.window * 2).clamp(1, MOST_CHUNKS), ..reader },
-            None => Reader { next: from, window: 0, asked: (Offset::ZERO, 0) },
+            None => Reader { next: from, window: 0, asked: NOWHERE, settled: NOWHERE },
         }
     }
 
@@ -67,6 +80,21 @@ mod tests {
         }
         assert_eq!(windows, [0, 1, 2, 4, 8, 16, 16]);
         assert_eq!(readers.arrive(at(5)).window, 0, "a jump starts anew");
+    }
+
+    #[test]
+    fn a_window_shrinks_while_the_memory_is_too_small_for_it() {
+        let mut readers = Readers::default();
+        let mut windows = Vec::new();
+        for step in 0..9 {
+            let mut reader = readers.arrive(at(step * 10));
+            windows.push(reader.window);
+            if step > 4 {
+                reader.crowded(NOWHERE);
+            }
+            readers.leave(reader, at(step * 10 + 10));
+        }
+        assert_eq!(windows, [0, 1, 2, 4, 8, 16, 8, 4, 2]);
     }
 
     #[test]

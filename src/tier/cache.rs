@@ -1,14 +1,19 @@
 //! What all partitions of a broker keep of the bucket: parsed manifests, pages and footers, and aligned chunks of
 //! segment objects, in memory and then in a folder.
 //!
-//! A chunk is fetched once however many readers wait for it. All objects here are immutable and named once, so nothing
+//! A chunk is fetched once however many readers wait for it. It goes to the folder when it is fetched for the second time: who reads
+//! history once shall neither write it all to the disk that appends wait for, nor push out what others come back to. All objects here are immutable and named once, so nothing
 //! is ever stale; what turns out damaged is forgotten and fetched again. The folder begins empty at each start: its files
 //! carry a checksum, and losing them costs requests only.
 
-use std::{io, path::PathBuf, sync::Arc};
+use std::{io, ops::Range, path::PathBuf, sync::Arc};
 
 use bytes::Bytes;
-use moka::{future::Cache as Moka, notification::RemovalCause};
+use futures::{
+    FutureExt as _,
+    future::{BoxFuture, Shared},
+};
+use moka::{future::Cache as Moka, notification::RemovalCause, policy::EvictionPolicy};
 use tokio::sync::Semaphore;
 use uuid::Uuid;
 
@@ -20,7 +25,8 @@ use super::{
     store::Store,
 };
 use crate::{
-    limits, task,
+    limits,
+    task::{self, Tasks},
     telemetry::{Counter, Metrics},
 };
 
@@ -30,8 +36,19 @@ pub(super) const CHUNK_BYTES: u64 = 1 << 20;
 /// The share of the memory that is for manifests, pages and footers: one part in this many.
 const PARSED_SHARE: u64 = 4;
 
-/// Most chunks that readers fetch at once, those of read-ahead not counted.
+/// Most chunks that are fetched one by one at the same time.
 const FETCHES: usize = 32;
+
+/// Most chunks that one request of read-ahead brings: a request costs the store, and who pays for it, more than its bytes do.
+const RUN_CHUNKS: u64 = 4;
+
+/// Most chunks that are being written to the folder at once. No reader waits for them: where the bucket is faster than the disk, some
+/// are not kept.
+const KEEPS: usize = 4;
+const EVERY_KEEP: u32 = 4;
+
+/// Most chunks that are remembered as fetched before.
+const REMEMBERED: u64 = 1 << 16;
 
 /// How much the cache may take.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -63,6 +80,9 @@ impl Key {
     }
 }
 
+/// A request that brings several chunks.
+type Flight = Shared<BoxFuture<'static, Result<Bytes, ReadError>>>;
+
 /// The parsed form of an object.
 #[derive(Clone)]
 pub(super) enum Parsed {
@@ -90,17 +110,21 @@ pub struct Cache {
 struct Inner {
     chunks: Moka<Key, Bytes>,
     parsed: Moka<Uuid, Parsed>,
-    disk: Option<Disk>,
+    disk: Option<Arc<Disk>>,
     hits: Counter,
     misses: Counter,
     fetches: Semaphore,
     ahead: Arc<Semaphore>,
+    run: u64,
 }
 
 struct Disk {
     folder: PathBuf,
+    keeps: Arc<Semaphore>,
     /// Which chunks are files, by their bytes.
     files: Moka<Key, u32>,
+    /// Which were fetched before.
+    fetched: Moka<Key, ()>,
 }
 
 impl Cache {
@@ -110,20 +134,29 @@ impl Cache {
     /// When the folder cannot be made.
     pub fn open(options: &CacheOptions, metrics: &Metrics) -> io::Result<Self> {
         let parsed_bytes = options.memory_bytes / PARSED_SHARE;
+        let ahead = options.read_ahead_bytes / CHUNK_BYTES;
         let inner = Inner {
+            // Not by frequency: what was fetched ahead is new, and must be there when its reader comes.
             chunks: Moka::builder()
+                .eviction_policy(EvictionPolicy::lru())
                 .max_capacity(options.memory_bytes - parsed_bytes)
                 .weigher(|_, chunk: &Bytes| weight(chunk.len() + 128))
                 .build(),
             parsed: Moka::builder()
+                .eviction_policy(EvictionPolicy::lru())
                 .max_capacity(parsed_bytes)
                 .weigher(|_, parsed: &Parsed| weight(parsed.bytes()))
                 .build(),
-            disk: options.disk.as_ref().map(|(folder, bytes)| Disk::open(folder.clone(), *bytes)).transpose()?,
+            disk: options
+                .disk
+                .as_ref()
+                .map(|(folder, bytes)| Disk::open(folder.clone(), *bytes).map(Arc::new))
+                .transpose()?,
             hits: metrics.cache_hits.clone(),
             misses: metrics.cache_misses.clone(),
             fetches: Semaphore::new(FETCHES),
-            ahead: Arc::new(Semaphore::new(usize::try_from(options.read_ahead_bytes / CHUNK_BYTES).unwrap_or(0))),
+            ahead: Arc::new(Semaphore::new(usize::try_from(ahead).unwrap_or(0))),
+            run: ahead.clamp(1, RUN_CHUNKS),
         };
         Ok(Self { inner: Arc::new(inner) })
     }
@@ -141,26 +174,32 @@ impl Cache {
         self.inner.parsed.insert(attempt, parsed).await;
     }
 
-    /// Chunk `index` of a segment object.
+    /// Chunk `index` of a segment object, and whether it was there, or on its way.
     pub(super) async fn chunk(
         &self,
         store: &Store,
         object: &str,
         line: &SegmentLine,
         index: u64,
-    ) -> Result<Bytes, ReadError> {
+    ) -> Result<(Bytes, bool), ReadError> {
         let key = Key { attempt: line.stamp.attempt, index };
         let fetch = self.inner.fetch(store, object, line, key);
         let found = self.inner.chunks.entry(key).or_try_insert_with(fetch).await;
         let entry = found.map_err(|error| ReadError::clone(&error))?;
-        if !entry.is_fresh() {
+        let there = !entry.is_fresh();
+        if there {
             self.inner.hits.inc();
         }
-        Ok(entry.into_value())
+        Ok((entry.into_value(), there))
     }
 
     /// Forgets chunks that turned out damaged.
-    pub(super) async fn forget(&self, line: &SegmentLine, indexes: std::ops::Range<u64>) {
+    pub(super) async fn forget(&self, line: &SegmentLine, indexes: Range<u64>) {
+        // What is on its way to the folder would arrive after it was forgotten.
+        let _nothing_on_its_way = match &self.inner.disk {
+            Some(disk) => disk.keeps.acquire_many(EVERY_KEEP).await.ok(),
+            None => None,
+        };
         for index in indexes {
             let key = Key { attempt: line.stamp.attempt, index };
             self.inner.chunks.invalidate(&key).await;
@@ -170,26 +209,84 @@ impl Cache {
         }
     }
 
-    /// Fetches a chunk before anyone asks for it, if it is not there and the budget allows.
-    pub(super) fn read_ahead(&self, store: &Store, object: &str, line: SegmentLine, index: u64) -> bool {
-        let key = Key { attempt: line.stamp.attempt, index };
-        if self.inner.chunks.contains_key(&key) {
+    /// Waits until no chunk is on its way to the folder.
+    #[cfg(test)]
+    pub(super) async fn settled(&self) {
+        let Some(disk) = &self.inner.disk else { return };
+        drop(disk.keeps.acquire_many(EVERY_KEEP).await.unwrap());
+    }
+
+    /// Most chunks that are fetched ahead with one request.
+    pub(super) fn run_chunks(&self) -> u64 {
+        self.inner.run
+    }
+
+    /// Fetches chunks before anyone asks for them, those that are not there, if the budget allows. Neighbours come with one request.
+    pub(super) fn read_ahead(&self, store: &Store, object: &str, line: SegmentLine, indexes: Range<u64>) -> bool {
+        let attempt = line.stamp.attempt;
+        let key = move |index| Key { attempt, index };
+        let absent: Vec<u64> = indexes.filter(|index| !self.inner.chunks.contains_key(&key(*index))).collect();
+        if absent.is_empty() {
             return true;
         }
-        let Ok(permit) = Arc::clone(&self.inner.ahead).try_acquire_owned() else { return false };
-        let (cache, store, object) = (self.clone(), store.clone(), object.to_owned());
+        let permits = u32::try_from(absent.len()).unwrap_or(u32::MAX);
+        let Ok(mut permits) = Arc::clone(&self.inner.ahead).try_acquire_many_owned(permits) else { return false };
         let tasks = store.tasks().clone();
         if tasks.is_cancelled() {
             return false;
         }
-        tasks.spawn("tier read-ahead", async move {
-            // Whoever needs the chunk asks again and sees the error.
-            if let Err(error) = cache.chunk(&store, &object, &line, index).await {
-                tracing::debug!(object, index, %error, "read-ahead failed");
+        let is_neighbour =
+            |a: &u64, b: &u64| a + 1 == *b && !self.inner.is_on_disk(key(*a)) && !self.inner.is_on_disk(key(*b));
+        for run in absent.chunk_by(is_neighbour) {
+            let flight = self.flight(store, object, &line, run[0]..run[0] + run.len() as u64);
+            for (place, index) in run.iter().copied().enumerate() {
+                let (cache, store, object) = (self.clone(), store.clone(), object.to_owned());
+                let (permit, flight) = (permits.split(1), (run.len() > 1).then(|| flight.clone()));
+                tasks.spawn("tier read-ahead", async move {
+                    let fetched = match flight {
+                        Some(flight) => cache.piece(&store, &object, &line, index, (flight, place)).await,
+                        None => cache.chunk(&store, &object, &line, index).await.map(drop),
+                    };
+                    // Whoever needs the chunk asks again and sees the error.
+                    if let Err(error) = fetched {
+                        tracing::debug!(object, index, %error, "read-ahead failed");
+                    }
+                    drop(permit);
+                });
             }
-            drop(permit);
-        });
+        }
         true
+    }
+
+    /// One request for neighbours, driven by whoever waits for it.
+    fn flight(&self, store: &Store, object: &str, line: &SegmentLine, indexes: Range<u64>) -> Flight {
+        let (store, object) = (store.clone(), object.to_owned());
+        let range = indexes.start * CHUNK_BYTES..line.object_bytes().min(indexes.end * CHUNK_BYTES);
+        async move { store.get_range(&object, range).await.map_err(ReadError::from) }.boxed().shared()
+    }
+
+    /// Takes a chunk out of a flight that brings it at this place. Where the flight fails, for its other chunks perhaps, it is
+    /// fetched alone.
+    async fn piece(
+        &self,
+        store: &Store,
+        object: &str,
+        line: &SegmentLine,
+        index: u64,
+        (flight, place): (Flight, usize),
+    ) -> Result<(), ReadError> {
+        let key = Key { attempt: line.stamp.attempt, index };
+        let cut = async {
+            let Ok(whole) = flight.await else { return self.inner.fetch(store, object, line, key).await };
+            let chunk = usize::try_from(CHUNK_BYTES).expect("a usize holds 32 bits");
+            let start = whole.len().min(place * chunk);
+            // In memory of its own: a part would hold the whole.
+            let chunk = Bytes::copy_from_slice(&whole[start..whole.len().min(start + chunk)]);
+            self.inner.fetched(store, key, &chunk).await;
+            Ok(chunk)
+        };
+        let entry = self.inner.chunks.entry(key).or_try_insert_with(cut).await;
+        entry.map(drop).map_err(|error: Arc<ReadError>| ReadError::clone(&error))
     }
 }
 
@@ -207,11 +304,23 @@ impl Inner {
             let _permit = self.fetches.acquire().await.expect("never closed");
             store.get_range(object, start..end).await?
         };
+        self.fetched(store, key, &chunk).await;
+        Ok(chunk)
+    }
+
+    /// Notes that a chunk came from the bucket, and keeps it on disk if it had come before.
+    async fn fetched(&self, store: &Store, key: Key, chunk: &Bytes) {
         self.misses.inc();
         if let Some(disk) = &self.disk {
-            disk.put(key, chunk.clone()).await;
+            if disk.fetched.contains_key(&key) {
+                Arc::clone(disk).keep(key, chunk.clone(), store.tasks());
+            }
+            disk.fetched.insert(key, ()).await;
         }
-        Ok(chunk)
+    }
+
+    fn is_on_disk(&self, key: Key) -> bool {
+        self.disk.as_ref().is_some_and(|disk| disk.files.contains_key(&key))
     }
 }
 
@@ -221,6 +330,7 @@ impl Disk {
         files::delete_folder(&aside)?;
         let of_evicted = folder.clone();
         let files = Moka::builder()
+            .eviction_policy(EvictionPolicy::lru())
             .max_capacity(bytes)
             .weigher(|_, bytes: &u32| *bytes)
             .async_eviction_listener(move |key: Arc<Key>, _, cause| {
@@ -232,7 +342,8 @@ impl Disk {
                 })
             })
             .build();
-        Ok(Self { folder, files })
+        let fetched = Moka::builder().eviction_policy(EvictionPolicy::lru()).max_capacity(REMEMBERED).build();
+        Ok(Self { folder, keeps: Arc::new(Semaphore::new(KEEPS)), files, fetched })
     }
 
     /// A chunk that is there and whole.
@@ -248,6 +359,18 @@ impl Disk {
             self.files.invalidate(&key).await;
         }
         chunk
+    }
+
+    /// Keeps a chunk, soon, if the disk keeps up.
+    fn keep(self: Arc<Self>, key: Key, chunk: Bytes, tasks: &Tasks) {
+        let Ok(permit) = Arc::clone(&self.keeps).try_acquire_owned() else { return };
+        if tasks.is_cancelled() {
+            return;
+        }
+        tasks.spawn("tier cache write", async move {
+            self.put(key, chunk).await;
+            drop(permit);
+        });
     }
 
     /// Keeps a chunk. A full or failing disk only makes the cache smaller.

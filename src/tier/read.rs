@@ -84,6 +84,14 @@ pub struct Read {
     pub bytes: usize,
 }
 
+/// Where a read ended.
+struct At {
+    /// The position after the last batch.
+    position: u64,
+    /// The first chunk that was neither there nor on its way.
+    fetched: Option<u64>,
+}
+
 /// Something that does not fit, and the chunks that it was seen in.
 struct Damage {
     chunks: Range<u64>,
@@ -115,9 +123,13 @@ impl PartitionTier {
         let line = self.segment_of(&root, from).await?.ok_or_else(outside)?;
         let footer = self.footer(&line).await?;
         let mut reader = self.with_readers(|readers| readers.arrive(from));
-        let (read, position) = self.read_segment(&line, &footer, from, max_bytes).await?;
+        let (read, at) = self.read_segment(&line, &footer, from, max_bytes).await?;
+        if at.fetched.is_some_and(|first| (line.stamp.base, first + 1) <= reader.settled) {
+            reader.crowded((line.stamp.base, at.position.div_ceil(CHUNK_BYTES)));
+        }
+        reader.settled = reader.asked;
         if reader.window > 0 {
-            reader.asked = self.fetch_ahead(&root, line, position, &reader).await;
+            reader.asked = self.fetch_ahead(&root, line, at.position, &reader).await;
         }
         self.with_readers(|readers| readers.leave(reader, read.next));
         Ok(read)
@@ -147,14 +159,14 @@ impl PartitionTier {
         Ok(None)
     }
 
-    /// As [`PartitionTier::read`], in a known segment. Also answers the position after the last batch.
+    /// As [`PartitionTier::read`], in a known segment. Also answers where it ended.
     async fn read_segment(
         &self,
         line: &SegmentLine,
         footer: &Footer,
         from: Offset,
         max_bytes: usize,
-    ) -> Result<(Read, u64), ReadError> {
+    ) -> Result<(Read, At), ReadError> {
         let mut tries = 0;
         loop {
             let mut scan = Scan::new(self, line, footer, from);
@@ -174,25 +186,34 @@ impl PartitionTier {
         }
     }
 
-    /// Asks for the chunks in front of a sequential reader, across the segment's end too. Answers up to where.
+    /// Asks for the chunks in front of a sequential reader, several with one request, across the segment's end too. Answers up to
+    /// where.
     async fn fetch_ahead(&self, root: &Root, line: SegmentLine, position: u64, reader: &ahead::Reader) -> ahead::Place {
         let mut asked = reader.asked;
         let (mut line, mut index, mut left) = (line, position.div_ceil(CHUNK_BYTES), reader.window);
+        // Half of the window is on its way while the other half is read.
+        let run = (reader.window / 2).clamp(1, self.cache().run_chunks());
         while left > 0 {
-            if index >= line.data_bytes.div_ceil(CHUNK_BYTES) {
+            let chunks = line.data_bytes.div_ceil(CHUNK_BYTES);
+            if index >= chunks {
                 // A page or a store that fails here fails the read that needs it, too: there it is reported.
                 let Ok(Some(next)) = self.segment_of(root, line.stamp.end).await else { break };
                 (line, index) = (next, 0);
+                continue;
             }
-            let place = (line.stamp.base, index + 1);
-            let object = self.object(&line.stamp.segment());
-            if place > asked {
-                if !self.cache().read_ahead(self.store(), &object, line, index) {
+            let mut end = index + 1;
+            if (line.stamp.base, end) > asked {
+                // Runs end at the same places for all readers, so that two of them ask for the same ones.
+                end = chunks.min((index / run + 1) * run).min(index + left);
+                let whole = end % run == 0 || end == chunks;
+                let object = self.object(&line.stamp.segment());
+                // A shorter run waits until there is room for a whole one.
+                if !whole || !self.cache().read_ahead(self.store(), &object, line, index..end) {
                     break;
                 }
-                asked = place;
+                asked = (line.stamp.base, end);
             }
-            (index, left) = (index + 1, left - 1);
+            (index, left) = (end, left - (end - index));
         }
         asked
     }
@@ -209,6 +230,8 @@ struct Scan<'a> {
     position: u64,
     next: Offset,
     chunks: BTreeMap<u64, Bytes>,
+    /// The first of them that was neither there nor on its way.
+    fetched: Option<u64>,
     found: Vec<Bytes>,
     bytes: usize,
     /// Batches that follow each other in one chunk: they go out as one piece.
@@ -227,6 +250,7 @@ impl<'a> Scan<'a> {
             position: stretch.position,
             next: stretch.offset,
             chunks: BTreeMap::new(),
+            fetched: None,
             found: Vec::new(),
             bytes: 0,
             run: None,
@@ -311,7 +335,12 @@ impl<'a> Scan<'a> {
             .buffered(CHUNKS_AT_ONCE)
             .try_collect()
             .await?;
-        self.chunks.extend(fetched);
+        for (index, (chunk, there)) in fetched {
+            if !there {
+                self.fetched = self.fetched.or(Some(index));
+            }
+            self.chunks.insert(index, chunk);
+        }
         Ok(())
     }
 
@@ -337,8 +366,9 @@ impl<'a> Scan<'a> {
         Failed::Damage(Damage { chunks, reason: format!("at byte {}: {reason}", self.position) })
     }
 
-    fn finish(self) -> (Read, u64) {
-        (Read { chunks: self.found, next: self.next, bytes: self.bytes }, self.position)
+    fn finish(self) -> (Read, At) {
+        let at = At { position: self.position, fetched: self.fetched };
+        (Read { chunks: self.found, next: self.next, bytes: self.bytes }, at)
     }
 }
 

@@ -234,6 +234,11 @@ impl Store {
         Self { inner: Arc::new(inner) }
     }
 
+    /// Whether the objects are files in a folder of this machine.
+    pub fn is_folder(&self) -> bool {
+        self.inner.folder
+    }
+
     /// Makes sure that the prefix is this cluster's: takes it when nobody has it, refuses when another cluster has. Asks the
     /// store until it has succeeded once; everything that writes calls it first, so a caller need not.
     ///

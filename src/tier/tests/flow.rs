@@ -312,6 +312,11 @@ async fn the_disk_cache_serves_what_memory_has_dropped_and_never_damaged_bytes()
     let cache = Cache::open(&options, &Metrics::new()).unwrap();
     let cold = PartitionTier::new(tier.store().clone(), cache, partition(), tier.state());
     assert_eq!(read_all(&cold, 0, 900, 1 << 20).await, all);
+    cold.cache().settled().await;
+    assert_eq!(std::fs::read_dir(&chunks).unwrap().count(), 0, "what is read once is not kept");
+    assert_eq!(read_all(&cold, 0, 900, 1 << 20).await, all);
+    // Chunks are written behind the reader.
+    cold.cache().settled().await;
     let files: HashMap<_, _> = std::fs::read_dir(&chunks)
         .unwrap()
         .map(|entry| entry.unwrap().path())

@@ -58,8 +58,12 @@ fn segment(folder: &Path, base: u64, count: u64, size: usize) -> (SegmentSource,
 }
 
 fn tier(options: &StoreOptions, state: TierState) -> PartitionTier {
+    tier_with(options, state, &CacheOptions::default(), &Metrics::new())
+}
+
+fn tier_with(options: &StoreOptions, state: TierState, cache: &CacheOptions, metrics: &Metrics) -> PartitionTier {
     let store = Store::open(options, "test").unwrap();
-    PartitionTier::new(store, Cache::open(&CacheOptions::default(), &Metrics::new()).unwrap(), partition(), state)
+    PartitionTier::new(store, Cache::open(cache, metrics).unwrap(), partition(), state)
 }
 
 async fn read_all(tier: &PartitionTier, end: u64) -> Result<Bytes, ReadError> {
@@ -222,28 +226,72 @@ async fn many_readers_of_one_chunk_make_one_request() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_sequential_reader_is_read_ahead_of() {
+async fn a_sequential_reader_is_read_ahead_of_with_few_requests() {
     let s3 = S3::start().await;
     let folder = tempfile::tempdir().unwrap();
     let options = s3.options("ahead");
     let (source, content) = segment(folder.path(), 0, 100, 200_000);
     let writer = tier(&options, TierState::default());
     writer.install(writer.stage(&source, EPOCH).await.unwrap());
-    let fresh = tier(&options, writer.state());
+    let metrics = Metrics::new();
+    let fresh = tier_with(&options, writer.state(), &CacheOptions::default(), &metrics);
     let before = s3.faults().requests(Op::Get);
     let (mut next, mut bytes) = (at(0), 0);
     for _ in 0..4 {
         let read = fresh.read(next, 1 << 20).await.unwrap();
         (next, bytes) = (read.next, bytes + read.bytes);
     }
-    let read_chunks = bytes.div_ceil(1 << 20);
+    let read_chunks = (bytes as u64).div_ceil(1 << 20);
     // The requests ahead are under way: wait for them, not for a time.
-    while s3.faults().requests(Op::Get) - before < read_chunks + 4 {
-        tokio::task::yield_now().await;
-    }
+    let ahead = async {
+        while metrics.cache_misses.get() < read_chunks + 2 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    let waited = tokio::time::timeout(Duration::from_secs(20), ahead).await;
+    assert!(waited.is_ok(), "{} fetched, {read_chunks} read", metrics.cache_misses.get());
     assert!(read_all(&fresh, 100).await.unwrap() == content);
     let chunks = content.len().div_ceil(1 << 20);
-    assert_eq!(s3.faults().requests(Op::Get) - before, chunks + 2, "every chunk once, manifest and footer");
+    assert_eq!(metrics.cache_misses.get(), chunks as u64, "every chunk once");
+    let requests = s3.faults().requests(Op::Get) - before - 2;
+    assert!(requests < chunks * 4 / 5, "{requests} requests for {chunks} chunks, beside manifest and footer");
+}
+
+/// A cache that is full of what was read once must still take what is fetched ahead, or all of it is fetched twice.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_fetched_ahead_is_there_when_its_reader_comes_though_the_cache_is_full() {
+    let s3 = S3::start().await;
+    let folder = tempfile::tempdir().unwrap();
+    let options = s3.options("full");
+    let (source, content) = segment(folder.path(), 0, 160, 200_000);
+    let writer = tier(&options, TierState::default());
+    writer.install(writer.stage(&source, EPOCH).await.unwrap());
+    let metrics = Metrics::new();
+    let small = CacheOptions { memory_bytes: 28 << 20, ..CacheOptions::default() };
+    let fresh = tier_with(&options, writer.state(), &small, &metrics);
+    let chunks = content.len().div_ceil(1 << 20) as u64;
+    for pass in 1..=2 {
+        assert!(read_all(&fresh, 160).await.unwrap() == content);
+        let fetched = metrics.cache_misses.get();
+        assert!((chunks..=pass * chunks).contains(&fetched), "pass {pass}: {fetched} fetched of {chunks}");
+    }
+}
+
+/// Where the memory is too small for what is fetched ahead, less is.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_tiny_cache_is_read_through_with_little_waste() {
+    let s3 = S3::start().await;
+    let folder = tempfile::tempdir().unwrap();
+    let options = s3.options("tiny");
+    let (source, content) = segment(folder.path(), 0, 160, 200_000);
+    let writer = tier(&options, TierState::default());
+    writer.install(writer.stage(&source, EPOCH).await.unwrap());
+    let metrics = Metrics::new();
+    let tiny = CacheOptions { memory_bytes: 8 << 20, ..CacheOptions::default() };
+    let fresh = tier_with(&options, writer.state(), &tiny, &metrics);
+    assert!(read_all(&fresh, 160).await.unwrap() == content);
+    let (chunks, fetched) = (content.len().div_ceil(1 << 20) as u64, metrics.cache_misses.get());
+    assert!((chunks..chunks * 2).contains(&fetched), "{fetched} fetched of {chunks}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
