@@ -24,7 +24,7 @@ mod grpc;
 mod http;
 mod listen;
 
-use std::{future::Future, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+use std::{future::Future, net::SocketAddr, path::PathBuf, pin::pin, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use tokio::net::TcpListener;
@@ -62,6 +62,9 @@ const SESSION: Duration = Duration::from_secs(10);
 /// How long a start waits for the object store to say whose it is.
 const CLAIM_WAIT: Duration = Duration::from_millis(500);
 
+/// How long a stop waits for a data directory that is being opened.
+const OPEN_WAIT: Duration = Duration::from_secs(1);
+
 /// Memory for reading ahead in the bucket, of all readers together.
 const READ_AHEAD_BYTES: u64 = 32 << 20;
 
@@ -72,7 +75,15 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>, ready: impl
     let http = listen::listen(config.http.listen, "HTTP", "--http").await?;
     config.prepare_data_dir()?;
 
-    let node = Node::open(&config, &grpc, &http).await?;
+    let metrics = Metrics::new();
+    let mut shutdown = pin!(shutdown);
+    let mut opening = pin!(open_log(&config, metrics.clone()));
+    let log = tokio::select! {
+        biased;
+        log = &mut opening => log?,
+        () = &mut shutdown => return stop_opening(opening).await,
+    };
+    let node = Node::open(&config, &grpc, &http, log, metrics).await?;
     let state = Ready {
         grpc: grpc.local_addr()?,
         http: http.local_addr()?,
@@ -88,6 +99,16 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>, ready: impl
     node.stop(listeners, config.broker.shutdown_timeout).await
 }
 
+/// Ends a start that has come no further than the data directory. A clean one is open in a moment and is left clean. Reading a long
+/// journal after a crash is not waited for: the next start does it again.
+async fn stop_opening(opening: impl Future<Output = anyhow::Result<Log>>) -> anyhow::Result<()> {
+    tracing::info!("stopping before the data directory is open");
+    if let Ok(Ok(log)) = tokio::time::timeout(OPEN_WAIT, opening).await {
+        task::blocking(move || log.close()).await.context("cannot close the data directory")?;
+    }
+    Ok(())
+}
+
 /// Everything that a running broker owns.
 struct Node {
     log: Log,
@@ -99,9 +120,13 @@ struct Node {
 }
 
 impl Node {
-    async fn open(config: &Config, grpc: &TcpListener, http: &TcpListener) -> anyhow::Result<Self> {
-        let metrics = Metrics::new();
-        let log = open_log(config, &metrics).await?;
+    async fn open(
+        config: &Config,
+        grpc: &TcpListener,
+        http: &TcpListener,
+        log: Log,
+        metrics: Metrics,
+    ) -> anyhow::Result<Self> {
         let opened = Self::start(config, grpc, http, log.clone(), metrics).await;
         if opened.is_err() {
             // What was found clean is left clean. Why the start failed is the news, not what comes after.
@@ -217,14 +242,14 @@ impl Listeners {
     }
 }
 
-async fn open_log(config: &Config, metrics: &Metrics) -> anyhow::Result<Log> {
+async fn open_log(config: &Config, metrics: Metrics) -> anyhow::Result<Log> {
     let identity = Identity { cluster: config.cluster.clone(), broker: config.broker.id };
     let options = Options {
         journal_bytes: config.log.journal_bytes,
         journal_dir: config.log.journal_dir.clone(),
         accept_journal_loss: config.log.accept_journal_loss,
         tail_bytes: usize::try_from(config.log.tail_memory_bytes).unwrap_or(usize::MAX),
-        metrics: metrics.clone(),
+        metrics,
         ..Options::default()
     };
     let dir = config.broker.data_dir.clone();
@@ -241,9 +266,11 @@ fn open_tier(config: &Config, url: &str, metrics: &Metrics) -> anyhow::Result<Ti
     };
     let store = Store::open(&options, &config.cluster)?;
     let cache_dir = config.cache.dir.clone().unwrap_or_else(|| config.broker.data_dir.join("cache"));
+    // What lies in a folder of this machine need not lie in another one.
+    let on_disk = config.cache.disk_bytes > 0 && !store.is_folder();
     let options = CacheOptions {
         memory_bytes: config.cache.memory_bytes,
-        disk: (config.cache.disk_bytes > 0).then_some((cache_dir.clone(), config.cache.disk_bytes)),
+        disk: on_disk.then_some((cache_dir.clone(), config.cache.disk_bytes)),
         read_ahead_bytes: READ_AHEAD_BYTES,
     };
     let cache = Cache::open(&options, metrics)
