@@ -182,7 +182,7 @@ pub(super) const SETTINGS: &[Setting] = &[
         "log",
         "tail_memory_bytes",
         Kind::Bytes { least: MIB, most: TIB },
-        Some("256MiB"),
+        Some("128MiB"),
         "How much of the newest batches of all partitions is kept in memory for readers at the tail.",
     ),
     setting(
@@ -197,7 +197,8 @@ pub(super) const SETTINGS: &[Setting] = &[
         "disk_bytes",
         Kind::Bytes { least: 0, most: 1024 * TIB },
         Some("1GiB"),
-        "How much of what was read from the object store is kept on disk; 0 keeps none.",
+        "How much of what was read from the object store more than once is kept on disk; 0 keeps none. Nothing is kept of \
+         a store that is itself a folder (`file://`).",
     ),
     setting("cache", "dir", Kind::Path, None, "A directory for that. Unset: in the data directory."),
     setting(
