@@ -30,6 +30,13 @@ use crate::{
 /// `limits::MAX_BATCH_BYTES`, as the parser wants it.
 const MOST_BATCH: i64 = crate::limits::MAX_BATCH_BYTES as i64;
 
+/// Bytes that a producer holds at least and, while batches are small, at most.
+const LEAST_MEMORY: usize = 64 << 10;
+const MOST_MEMORY: usize = 64 << 20;
+
+/// What a record takes beside its value, at most.
+const RECORD_OVERHEAD: usize = 100;
+
 /// Deliveries that travel together from the sender to the one who waits for them.
 const HAND_OVER: usize = 64;
 
@@ -66,9 +73,9 @@ pub(in crate::cli) struct Produce {
     #[arg(long, value_name = "L", default_value_t = 0)]
     linger_ms: u64,
     /// Batches under way for each partition of a producer
-    #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u8).range(1..=64))]
+    #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u8).range(1..=64))]
     in_flight: u8,
-    /// Producers, each with its own connection
+    /// Producers, each with its own connection; the partitions are divided among them
     #[arg(long, value_name = "P", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000))]
     producers: u32,
     /// Also measure what the disk itself can do, in writes of a batch's size
@@ -109,7 +116,7 @@ pub(super) async fn run(common: &Common, command: Produce) -> anyhow::Result<Exi
         // A client each, so that each has a connection of its own.
         let client = connect(common).await?;
         patience.and(&client);
-        let producer = client.producer(options(&command)).await?;
+        let producer = client.producer(options(&command, command.share(number, used))).await?;
         // Made before the clock starts: filling the pool takes a moment.
         let payloads = Payloads::new(usize::try_from(command.record_size)?);
         running.push((number, producer, payloads));
@@ -161,16 +168,35 @@ impl Produce {
     fn batch_bytes(&self) -> usize {
         usize::try_from(self.batch_size).expect("a usize holds 32 bits")
     }
+
+    /// How many of the used partitions are this producer's. Where there are more producers, several write to one.
+    fn share(&self, number: u32, used: u32) -> u32 {
+        used.saturating_sub(number).div_ceil(self.producers).max(1)
+    }
+
+    /// Memory of a producer. As fast as possible it holds what is under way and as much again, which gathers meanwhile: more would
+    /// only wait in line, and the latencies would be those of the line. At a rate a line is what is to be measured.
+    fn memory_bytes(&self, partitions: u32) -> usize {
+        // A record that is larger than a batch is a batch of its own.
+        let record = usize::try_from(self.record_size).expect("a usize holds 32 bits") + RECORD_OVERHEAD;
+        let batch = self.batch_bytes().max(record);
+        let most = MOST_MEMORY.max(16 * batch);
+        if self.rate.is_some() {
+            return most;
+        }
+        let partitions = usize::try_from(partitions).expect("a usize holds 32 bits");
+        (2 * usize::from(self.in_flight) * partitions).saturating_mul(batch).clamp(LEAST_MEMORY, most)
+    }
 }
 
-fn options(command: &Produce) -> ProducerOptions {
+fn options(command: &Produce, partitions: u32) -> ProducerOptions {
     ProducerOptions {
         batch_bytes: command.batch_bytes(),
         linger: Duration::from_millis(command.linger_ms),
         in_flight: usize::from(command.in_flight),
         acks: command.acks,
         compression: command.compression,
-        memory_bytes: (64 << 20).max(16 * command.batch_bytes()),
+        memory_bytes: command.memory_bytes(partitions),
         delivery_timeout: produce::timeout(command.acks),
         ..ProducerOptions::default()
     }
@@ -208,7 +234,9 @@ struct Sender {
     producer: Producer,
     pace: Pace,
     payloads: Payloads,
+    /// This producer's partitions: from the first one on, in steps.
     first_partition: u32,
+    step: u32,
     partitions: u32,
     /// Records that go to one partition before the next takes its turn: a batch's worth.
     turn: u64,
@@ -219,7 +247,7 @@ impl Sender {
     fn new(
         command: &Produce,
         number: u32,
-        partitions: u32,
+        used: u32,
         start: Instant,
         (producer, payloads): (Producer, Payloads),
         out: mpsc::Sender<Vec<Sent>>,
@@ -240,8 +268,9 @@ impl Sender {
             producer,
             pace: Pace::new(start, rate, command.record_size.max(1), until),
             payloads,
-            first_partition: number % partitions,
-            partitions,
+            first_partition: number % used,
+            step: command.producers,
+            partitions: command.share(number, used),
             turn: u64::try_from(turn.max(1)).expect("64 bits"),
             out,
         }
@@ -259,7 +288,7 @@ impl Sender {
                 Due::Now => clock::monotonic(),
             };
             let turn = u32::try_from(n / self.turn % u64::from(self.partitions)).expect("below a u32");
-            let partition = (self.first_partition + turn) % self.partitions;
+            let partition = self.first_partition + turn * self.step;
             let record = NewRecord::value(self.payloads.next()).partition(partition);
             let delivery = self.producer.send(&self.topic, record).await;
             let failed = delivery.is_err();
@@ -315,4 +344,45 @@ async fn collect(mut deliveries: mpsc::Receiver<Vec<Sent>>, record_bytes: u64) -
         }
     }
     (seen, last)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(clap::Parser)]
+    struct Line {
+        #[command(flatten)]
+        produce: Produce,
+    }
+
+    fn parsed(arguments: &str) -> Produce {
+        let words = ["bench", "--topic", "t"].into_iter().chain(arguments.split_whitespace());
+        <Line as clap::Parser>::try_parse_from(words).expect("valid").produce
+    }
+
+    #[test]
+    fn partitions_are_divided_among_producers_and_none_is_left_out() {
+        for (producers, used) in [(1, 1), (1, 1000), (3, 16), (16, 16), (16, 5), (5, 16)] {
+            let command = parsed(&format!("--producers {producers}"));
+            let of = |number: u32| (0..command.share(number, used)).map(move |turn| number % used + turn * producers);
+            let mut written: Vec<u32> = (0..producers).flat_map(of).collect();
+            written.sort_unstable();
+            let each_once = used >= producers;
+            assert_eq!(written.len(), if each_once { used as usize } else { producers as usize });
+            written.dedup();
+            assert!(written.into_iter().eq(0..used), "{producers} producers, {used} partitions");
+        }
+    }
+
+    #[test]
+    fn memory_holds_twice_what_is_under_way_unless_a_rate_is_given() {
+        let memory = |arguments, partitions| parsed(arguments).memory_bytes(partitions);
+        assert_eq!(memory("--in-flight 1", 1), 128 << 10);
+        assert_eq!(memory("--in-flight 4", 16), 8 << 20);
+        assert_eq!(memory("", 1000), MOST_MEMORY);
+        assert_eq!(memory("--rate 10", 1), MOST_MEMORY);
+        let large = memory("--in-flight 16 --record-size 1048576", 1);
+        assert!(large >= 32 << 20, "{large}: a large record is a batch of its own");
+    }
 }
