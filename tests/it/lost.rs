@@ -1,6 +1,6 @@
 //! Files of a data directory that are gone: a broker that starts on the rest says so, and loses nothing that is put back.
 
-use std::{fs, path::Path};
+use std::{fs, os::unix::process::ExitStatusExt as _, path::Path, thread, time::Duration};
 
 use crate::{
     broker::{Broker, Cli, Home, Output},
@@ -127,4 +127,18 @@ fn a_data_directory_is_checked_before_the_bucket_is_asked_or_the_journal_made() 
         assert!(said.contains("log.journal_bytes = 1099511627776"), "{said}");
         assert!(!other.data_dir().join("journal").exists(), "nothing was made");
     }
+}
+
+/// Whatever a start is at when the signal comes, before the signals are listened for or in the midst of the journal, it ends, and
+/// the next one finds everything.
+#[test]
+fn a_stop_at_any_moment_of_a_start_ends_it_and_costs_nothing() {
+    let mut home = killed(Home::new());
+    for moment in [0, 3, 6, 12, 25, 50, 100, 200] {
+        let broker = home.spawn();
+        thread::sleep(Duration::from_millis(moment));
+        let status = broker.terminate();
+        assert!(status.success() || status.signal() == Some(15), "after {moment} ms: {status}");
+    }
+    all_is_there(&mut home);
 }
