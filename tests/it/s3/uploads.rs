@@ -122,6 +122,8 @@ fn what_a_killed_broker_was_uploading_is_ended_by_the_next() {
     s3.age_uploads(2 * DAY);
     let broker = home.start();
     eventually("it is ended", || (!s3.open_uploads().contains(&abandoned)).then_some(()));
+    // It is counted after the store has answered.
+    eventually("it is counted", || (home.metric("strandline_tier_uploads_ended_total") >= 1.0).then_some(()));
     assert_eq!(home.metric("strandline_tier_uploads_ended_total"), 1.0);
     eventually("the segment is uploaded all the same", || {
         (home.metric("strandline_tier_uploads_total") >= 1.0).then_some(())
