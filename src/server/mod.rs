@@ -83,7 +83,14 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>, ready: impl
         log = &mut opening => log?,
         () = &mut shutdown => return stop_opening(opening).await,
     };
-    let node = Node::open(&config, &grpc, &http, log, metrics).await?;
+    let node = match Node::start(&config, &grpc, &http, log.clone(), metrics).await {
+        Ok(node) => node,
+        Err(error) => {
+            // What was found clean is left clean. Why the start failed is the news, not what comes after.
+            drop(task::blocking(move || log.close()).await);
+            return Err(error);
+        }
+    };
     let state = Ready {
         grpc: grpc.local_addr()?,
         http: http.local_addr()?,
@@ -120,21 +127,6 @@ struct Node {
 }
 
 impl Node {
-    async fn open(
-        config: &Config,
-        grpc: &TcpListener,
-        http: &TcpListener,
-        log: Log,
-        metrics: Metrics,
-    ) -> anyhow::Result<Self> {
-        let opened = Self::start(config, grpc, http, log.clone(), metrics).await;
-        if opened.is_err() {
-            // What was found clean is left clean. Why the start failed is the news, not what comes after.
-            drop(task::blocking(move || log.close()).await);
-        }
-        opened
-    }
-
     async fn start(
         config: &Config,
         grpc: &TcpListener,

@@ -44,8 +44,7 @@ const RUN_CHUNKS: u64 = 4;
 
 /// Most chunks that are being written to the folder at once. No reader waits for them: where the bucket is faster than the disk, some
 /// are not kept.
-const KEEPS: usize = 4;
-const EVERY_KEEP: u32 = 4;
+const KEEPS: u32 = 4;
 
 /// Most chunks that are remembered as fetched before.
 const REMEMBERED: u64 = 1 << 16;
@@ -197,7 +196,7 @@ impl Cache {
     pub(super) async fn forget(&self, line: &SegmentLine, indexes: Range<u64>) {
         // What is on its way to the folder would arrive after it was forgotten.
         let _nothing_on_its_way = match &self.inner.disk {
-            Some(disk) => disk.keeps.acquire_many(EVERY_KEEP).await.ok(),
+            Some(disk) => disk.keeps.acquire_many(KEEPS).await.ok(),
             None => None,
         };
         for index in indexes {
@@ -213,7 +212,7 @@ impl Cache {
     #[cfg(test)]
     pub(super) async fn settled(&self) {
         let Some(disk) = &self.inner.disk else { return };
-        drop(disk.keeps.acquire_many(EVERY_KEEP).await.unwrap());
+        drop(disk.keeps.acquire_many(KEEPS).await.unwrap());
     }
 
     /// Most chunks that are fetched ahead with one request.
@@ -343,7 +342,7 @@ impl Disk {
             })
             .build();
         let fetched = Moka::builder().eviction_policy(EvictionPolicy::lru()).max_capacity(REMEMBERED).build();
-        Ok(Self { folder, keeps: Arc::new(Semaphore::new(KEEPS)), files, fetched })
+        Ok(Self { folder, keeps: Arc::new(Semaphore::new(KEEPS as usize)), files, fetched })
     }
 
     /// A chunk that is there and whole.
