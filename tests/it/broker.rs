@@ -16,14 +16,14 @@ use std::{
 };
 
 use rustix::process::{Pid, Signal};
-use strandline::task::{self, clock};
+use strandline::task;
 
-use crate::s3::S3;
+use crate::{
+    patience::{PATIENCE, eventually, poll},
+    s3::S3,
+};
 
 const BINARY: &str = env!("CARGO_BIN_EXE_strandline");
-
-/// Longest time that anything here waits for a process. Generous: two slow cores may be busy with other tests.
-const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Where one broker lives: its folder, its ports and its configuration. It outlives the processes that run there.
 pub(crate) struct Home {
@@ -221,19 +221,13 @@ pub(crate) struct Broker {
 impl Broker {
     /// Waits until `/readyz` says so; the error tells why it never will.
     pub(crate) fn wait_ready(&mut self) -> Result<(), String> {
-        let deadline = clock::monotonic() + PATIENCE;
-        loop {
+        let became = poll(PATIENCE, || {
             if let Some(status) = self.child.try_wait().expect("the child can be asked") {
-                return Err(format!("it ended with {status}"));
+                return Some(Err(format!("it ended with {status}")));
             }
-            if http_get(self.http, "/readyz").is_ok_and(|(code, _)| code == 200) {
-                return Ok(());
-            }
-            if clock::monotonic() > deadline {
-                return Err(format!("not ready after {PATIENCE:?}"));
-            }
-            thread::sleep(Duration::from_millis(10));
-        }
+            http_get(self.http, "/readyz").is_ok_and(|(code, _)| code == 200).then_some(Ok(()))
+        });
+        became.unwrap_or_else(|| Err(format!("not ready after {PATIENCE:?}")))
     }
 
     /// Kills it with signal 9, as a failing machine would, and waits until it is gone.
@@ -251,14 +245,7 @@ impl Broker {
 
     /// Waits until it ends by itself.
     pub(crate) fn wait(&mut self) -> ExitStatus {
-        let deadline = clock::monotonic() + PATIENCE;
-        loop {
-            if let Some(status) = self.child.try_wait().expect("the child can be asked") {
-                return status;
-            }
-            assert!(clock::monotonic() < deadline, "the broker did not stop in {PATIENCE:?}");
-            thread::sleep(Duration::from_millis(10));
-        }
+        eventually("the broker has ended", || self.child.try_wait().expect("the child can be asked"))
     }
 
     /// Its process id.
@@ -371,18 +358,12 @@ impl Cli {
         });
         let stdout = drain(child.stdout.take().expect("piped"));
         let stderr = drain(child.stderr.take().expect("piped"));
-        let deadline = clock::monotonic() + PATIENCE * 2;
-        let status = loop {
-            if let Some(status) = child.try_wait().expect("the child can be asked") {
-                break status;
-            }
-            if clock::monotonic() > deadline {
-                child.kill().expect("the command can be killed");
-                child.wait().expect("the command ends");
-                panic!("strandline {arguments:?} did not end in {:?}", PATIENCE * 2);
-            }
-            thread::sleep(Duration::from_millis(5));
-        };
+        let ended = poll(PATIENCE * 2, || child.try_wait().expect("the child can be asked"));
+        let status = ended.unwrap_or_else(|| {
+            child.kill().expect("the command can be killed");
+            child.wait().expect("the command ends");
+            panic!("strandline {arguments:?} did not end in {:?}", PATIENCE * 2);
+        });
         feed.join().expect("the input was fed");
         Output {
             code: status.code().expect("the command ended by itself"),
@@ -437,18 +418,6 @@ pub(crate) fn http_get(address: SocketAddr, path: &str) -> std::io::Result<(u16,
     let code = text.split(' ').nth(1).and_then(|code| code.parse().ok());
     let code = code.ok_or_else(|| std::io::Error::new(ErrorKind::InvalidData, "no status line"))?;
     Ok((code, text.split_once("\r\n\r\n").map_or("", |(_, body)| body).to_owned()))
-}
-
-/// Asks again until the answer is there; the text says what was waited for.
-pub(crate) fn eventually<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
-    let deadline = clock::monotonic() + PATIENCE;
-    loop {
-        if let Some(answer) = ask() {
-            return answer;
-        }
-        assert!(clock::monotonic() < deadline, "{what}: not so after {PATIENCE:?}");
-        thread::sleep(Duration::from_millis(50));
-    }
 }
 
 #[test]

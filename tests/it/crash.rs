@@ -31,13 +31,14 @@ use strandline::{
     },
     task::{Tasks, clock},
 };
-use tokio::sync::mpsc;
+use tokio::{net::TcpStream, sync::mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 
 use crate::{
     broker::{Broker, Home},
     history::{Attempt, History, Log, Outcome, Pass},
+    patience::becomes,
     wire,
 };
 
@@ -87,6 +88,12 @@ impl Load {
     /// Lets the producers go on until the next kill.
     fn grant(&self) {
         self.budget.store(REQUESTS, Ordering::Relaxed);
+    }
+
+    /// A moment of the load to strike at: when so many of its events, by chance, have happened.
+    pub(crate) async fn moment(&self, rng: &mut StdRng) {
+        let at = self.time.load(Ordering::SeqCst) + rng.random_range(1..REQUESTS);
+        becomes("the load goes on", || async { (self.time.load(Ordering::SeqCst) >= at).then_some(()) }).await;
     }
 
     fn spend(&self) -> bool {
@@ -140,7 +147,11 @@ async fn produce(load: Arc<Load>, producer: u32, seed: u64, tasks: Tasks) {
         for attempts in pending.into_values() {
             load.conclude(attempts, |_| Outcome::Unknown);
         }
-        tokio::time::sleep(Duration::from_millis(20)).await;
+        tokio::select! {
+            biased;
+            () = tasks.cancelled() => {}
+            () = becomes("the broker listens", || async { TcpStream::connect(load.address).await.ok().map(drop) }) => {}
+        }
     }
 }
 
@@ -320,7 +331,7 @@ async fn nothing_acknowledged_is_lost_to_kill_9() {
     let mut readers = Readers::default();
     for kill in 1..=kills {
         load.grant();
-        tokio::time::sleep(Duration::from_millis(rng.random_range(50..900))).await;
+        load.moment(&mut rng).await;
         broker = tokio::task::block_in_place(|| restart(&mut home, broker, &mut rng));
         assert_eq!(home.grpc(), load.address, "nobody took the broker's port");
         readers.go_on(&load, &mut rng).await;

@@ -160,7 +160,7 @@ async fn the_client_delivers_everything_once_and_in_order_across_kills() {
     let mut broker = tokio::task::block_in_place(|| home.start());
     let work = Work::start(home.grpc(), home.grpc(), &mut rng).await;
     for kill in 1..=kills {
-        tokio::time::sleep(Duration::from_millis(rng.random_range(100..1000))).await;
+        work.load.moment(&mut rng).await;
         broker = tokio::task::block_in_place(|| restart(&mut home, broker, &mut rng));
         assert_eq!(home.grpc(), work.load.address, "nobody took the broker's port");
         println!("crash: kill {kill} of {kills} under the client, {} records so far", work.load.acknowledged());
@@ -185,7 +185,7 @@ async fn lost_answers_double_nothing_even_when_the_broker_is_killed_before_the_r
     let link = proxy.carry_to(home.grpc());
     let work = Work::start(bootstrap, home.grpc(), &mut rng).await;
     for loss in 1..=losses {
-        tokio::time::sleep(Duration::from_millis(rng.random_range(50..400))).await;
+        work.load.moment(&mut rng).await;
         let mute = Duration::from_millis(rng.random_range(5..60));
         link.lose_answers(mute).await;
         if rng.random_ratio(1, 4) {

@@ -8,7 +8,10 @@ use std::{
 
 use serde_json::Value;
 
-use crate::broker::{Broker, Cli, Home, eventually};
+use crate::{
+    broker::{Broker, Cli, Home},
+    patience::eventually,
+};
 
 /// Lines that no other line equals, so that any wrong byte shows.
 pub(crate) fn lines(count: usize) -> String {

@@ -9,10 +9,7 @@ use strandline::{
     tier::name::Stamp,
 };
 
-use crate::{
-    broker::{Home, eventually},
-    damage::files,
-};
+use crate::{broker::Home, damage::files, patience::eventually};
 
 /// A little longer than marks outlive their topics.
 const LONG_MS: i64 = 31 * 24 * 3600 * 1000;

@@ -4,7 +4,10 @@ use std::{fs, path::PathBuf};
 
 use serde_json::Value;
 
-use crate::broker::{Cli, Home, Output, eventually};
+use crate::{
+    broker::{Cli, Home, Output},
+    patience::eventually,
+};
 
 /// Text that this machine really holds, tens of thousands of lines of it.
 fn real_text() -> Vec<u8> {

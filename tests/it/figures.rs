@@ -3,8 +3,9 @@
 use strandline::proto::v1::GetMetadataRequest;
 
 use crate::{
-    broker::{Home, eventually},
+    broker::Home,
     damage::{lines, partition},
+    patience::eventually,
     wire,
 };
 

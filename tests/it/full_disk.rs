@@ -15,8 +15,9 @@ use strandline::proto::{
 use tonic::transport::Channel;
 
 use crate::{
-    broker::{Broker, Home, eventually},
+    broker::{Broker, Home},
     damage::partition,
+    patience::{becomes, eventually},
     s3::S3,
     wire,
 };
@@ -108,14 +109,19 @@ async fn until_full(log: &mut LogClient<Channel>, topic: &str, from: u64) -> (u6
 }
 
 async fn append_until_taken(log: &mut LogClient<Channel>, topic: &str, number: u64) {
-    for _ in 0..600 {
-        match wire::append(log, request(topic, number)).await {
-            Ok(_) => return,
-            Err(fault) => assert_eq!(fault.reason, Reason::DiskFull, "{fault:?}"),
+    becomes("appends resume", || {
+        let (mut log, request) = (log.clone(), request(topic, number));
+        async move {
+            match wire::append(&mut log, request).await {
+                Ok(_) => Some(()),
+                Err(fault) => {
+                    assert_eq!(fault.reason, Reason::DiskFull, "{fault:?}");
+                    None
+                }
+            }
         }
-        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
-    }
-    panic!("appends did not resume");
+    })
+    .await;
 }
 
 /// Every record is there, at its offset, with its bytes.

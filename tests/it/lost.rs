@@ -1,10 +1,11 @@
 //! Files of a data directory that are gone: a broker that starts on the rest says so, and loses nothing that is put back.
 
-use std::{fs, os::unix::process::ExitStatusExt as _, path::Path, thread, time::Duration};
+use std::{fs, net::TcpStream, os::unix::process::ExitStatusExt as _, path::Path};
 
 use crate::{
     broker::{Broker, Cli, Home, Output},
     damage::{files, lines},
+    patience::eventually,
 };
 
 const LINES: usize = 5000;
@@ -133,12 +134,16 @@ fn a_data_directory_is_checked_before_the_bucket_is_asked_or_the_journal_made() 
 /// the next one finds everything.
 #[test]
 fn a_stop_at_any_moment_of_a_start_ends_it_and_costs_nothing() {
-    let mut home = killed(Home::new());
-    for moment in [0, 3, 6, 12, 25, 50, 100, 200] {
+    let anything = |_: &Home| true;
+    let listening = |home: &Home| TcpStream::connect(home.grpc()).is_ok();
+    let recovered = |home: &Home| home.log().matches("object store is ours").count() == 2;
+    let moments: [fn(&Home) -> bool; 3] = [anything, listening, recovered];
+    for moment in moments {
+        let mut home = killed(Home::new());
         let broker = home.spawn();
-        thread::sleep(Duration::from_millis(moment));
+        eventually("the start has come so far", || moment(&home).then_some(()));
         let status = broker.terminate();
-        assert!(status.success() || status.signal() == Some(15), "after {moment} ms: {status}");
+        assert!(status.success() || status.signal() == Some(15), "{status}\n{}", home.log());
+        all_is_there(&mut home);
     }
-    all_is_there(&mut home);
 }

@@ -1,7 +1,7 @@
 //! The one integration binary: real processes, real files, real HTTP.
 //!
 //! One binary, because linking is what costs. Each file is one subject; `broker` starts and kills processes for the
-//! others, `wire` speaks to them in raw gRPC, and `history` judges what their clients saw.
+//! others, `patience` waits for what must come true, `wire` speaks to them in raw gRPC, and `history` judges what their clients saw.
 
 mod broker;
 mod crash;
@@ -20,6 +20,7 @@ mod kafka_reader;
 mod lost;
 mod outage;
 mod pages;
+mod patience;
 mod proxy;
 mod python;
 mod retention;

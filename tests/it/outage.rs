@@ -10,8 +10,9 @@ use bytes::Bytes;
 use strandline::proto::{fault::Reason, v1::Acks};
 
 use crate::{
-    broker::{Broker, Cli, Home, eventually},
+    broker::{Broker, Cli, Home},
     damage::{files, lines, partition},
+    patience::eventually,
     s3::{Fault, Op, S3},
     wire,
 };

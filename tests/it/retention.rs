@@ -4,8 +4,9 @@
 use std::path::Path;
 
 use crate::{
-    broker::{Broker, Home, eventually},
+    broker::{Broker, Home},
     damage::{files, lines, partition},
+    patience::eventually,
 };
 
 const LIMIT: u64 = 300_000;

@@ -10,7 +10,10 @@ use std::{
 use rustix::process::{Pid, Signal};
 use strandline::task;
 
-use crate::broker::{Cli, Home, eventually, free_address};
+use crate::{
+    broker::{Cli, Home, free_address},
+    patience::eventually,
+};
 
 /// A command that runs while the test goes on. Dropping it kills it.
 struct Running {

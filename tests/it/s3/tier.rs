@@ -15,6 +15,7 @@ use strandline::{
 };
 
 use super::{Fault, Op, S3};
+use crate::patience::becomes;
 
 const EPOCH: LeaderEpoch = LeaderEpoch(0);
 
@@ -74,6 +75,15 @@ async fn read_all(tier: &PartitionTier, end: u64) -> Result<Bytes, ReadError> {
         next = read.next;
     }
     Ok(out.freeze())
+}
+
+/// A partition whose one segment is in the bucket, and that segment's content.
+async fn uploaded(options: &StoreOptions, count: u64, size: usize) -> (TierState, Bytes) {
+    let folder = tempfile::tempdir().unwrap();
+    let (source, content) = segment(folder.path(), 0, count, size);
+    let writer = tier(options, TierState::default());
+    writer.install(writer.stage(&source, EPOCH).await.unwrap());
+    (writer.state(), content)
 }
 
 /// Commits and reads everything back through a view that has nothing cached.
@@ -181,17 +191,14 @@ async fn a_store_that_is_gone_fails_the_upload_and_comes_back() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn reads_get_through_faults_and_never_give_wrong_data() {
     let s3 = S3::start().await;
-    let folder = tempfile::tempdir().unwrap();
     let options = s3.options("reads");
-    let (source, content) = segment(folder.path(), 0, 80, 100_000);
-    let first = tier(&options, TierState::default());
-    first.install(first.stage(&source, EPOCH).await.unwrap());
+    let (state, content) = uploaded(&options, 80, 100_000).await;
     let faults =
         [Fault::Status(503), Fault::Refuse, Fault::LostAnswer, Fault::CorruptAnswer, Fault::CutAnswer, Fault::Twice];
     for fault in faults {
         for pass in 0..4 {
             s3.faults().inject_at(Op::Get, "", pass, fault, 1);
-            let fresh = tier(&options, first.state());
+            let fresh = tier(&options, state.clone());
             assert!(read_all(&fresh, 80).await.unwrap() == content, "{fault:?} after {pass}");
             s3.faults().clear();
         }
@@ -201,7 +208,7 @@ async fn reads_get_through_faults_and_never_give_wrong_data() {
         [(Fault::CorruptAnswer, "damaged"), (Fault::Vanished, "missing"), (Fault::Status(500), "serve")]
     {
         s3.faults().inject_at(Op::Get, ".segment", 0, fault, usize::MAX);
-        let error = read_all(&tier(&options, first.state()), 80).await.unwrap_err();
+        let error = read_all(&tier(&options, state.clone()), 80).await.unwrap_err();
         let text = error.to_string();
         assert!(text.contains(expected) && text.contains(".segment"), "{text}");
         assert_eq!(error.retryable(), expected == "serve");
@@ -212,12 +219,9 @@ async fn reads_get_through_faults_and_never_give_wrong_data() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn many_readers_of_one_chunk_make_one_request() {
     let s3 = S3::start().await;
-    let folder = tempfile::tempdir().unwrap();
     let options = s3.options("flight");
-    let (source, _) = segment(folder.path(), 0, 5, 100_000);
-    let writer = tier(&options, TierState::default());
-    writer.install(writer.stage(&source, EPOCH).await.unwrap());
-    let fresh = tier(&options, writer.state());
+    let (state, _) = uploaded(&options, 5, 100_000).await;
+    let fresh = tier(&options, state.clone());
     let before = s3.faults().requests(Op::Get);
     s3.faults().inject(Op::Get, Fault::Delay(Duration::from_millis(100)), 100);
     let reads = futures::future::join_all((0..32).map(|_| fresh.read(at(0), 1 << 20))).await;
@@ -228,13 +232,10 @@ async fn many_readers_of_one_chunk_make_one_request() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_sequential_reader_is_read_ahead_of_with_few_requests() {
     let s3 = S3::start().await;
-    let folder = tempfile::tempdir().unwrap();
     let options = s3.options("ahead");
-    let (source, content) = segment(folder.path(), 0, 100, 200_000);
-    let writer = tier(&options, TierState::default());
-    writer.install(writer.stage(&source, EPOCH).await.unwrap());
+    let (state, content) = uploaded(&options, 100, 200_000).await;
     let metrics = Metrics::new();
-    let fresh = tier_with(&options, writer.state(), &CacheOptions::default(), &metrics);
+    let fresh = tier_with(&options, state.clone(), &CacheOptions::default(), &metrics);
     let before = s3.faults().requests(Op::Get);
     let (mut next, mut bytes) = (at(0), 0);
     for _ in 0..4 {
@@ -243,13 +244,7 @@ async fn a_sequential_reader_is_read_ahead_of_with_few_requests() {
     }
     let read_chunks = (bytes as u64).div_ceil(1 << 20);
     // The requests ahead are under way: wait for them, not for a time.
-    let ahead = async {
-        while metrics.cache_misses.get() < read_chunks + 2 {
-            tokio::time::sleep(Duration::from_millis(1)).await;
-        }
-    };
-    let waited = tokio::time::timeout(Duration::from_secs(20), ahead).await;
-    assert!(waited.is_ok(), "{} fetched, {read_chunks} read", metrics.cache_misses.get());
+    becomes("it is read ahead", || async { (metrics.cache_misses.get() >= read_chunks + 2).then_some(()) }).await;
     assert!(read_all(&fresh, 100).await.unwrap() == content);
     let chunks = content.len().div_ceil(1 << 20);
     assert_eq!(metrics.cache_misses.get(), chunks as u64, "every chunk once");
@@ -261,14 +256,11 @@ async fn a_sequential_reader_is_read_ahead_of_with_few_requests() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_fetched_ahead_is_there_when_its_reader_comes_though_the_cache_is_full() {
     let s3 = S3::start().await;
-    let folder = tempfile::tempdir().unwrap();
     let options = s3.options("full");
-    let (source, content) = segment(folder.path(), 0, 160, 200_000);
-    let writer = tier(&options, TierState::default());
-    writer.install(writer.stage(&source, EPOCH).await.unwrap());
+    let (state, content) = uploaded(&options, 160, 200_000).await;
     let metrics = Metrics::new();
     let small = CacheOptions { memory_bytes: 28 << 20, ..CacheOptions::default() };
-    let fresh = tier_with(&options, writer.state(), &small, &metrics);
+    let fresh = tier_with(&options, state.clone(), &small, &metrics);
     let chunks = content.len().div_ceil(1 << 20) as u64;
     for pass in 1..=2 {
         assert!(read_all(&fresh, 160).await.unwrap() == content);
@@ -281,14 +273,11 @@ async fn what_is_fetched_ahead_is_there_when_its_reader_comes_though_the_cache_i
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_tiny_cache_is_read_through_with_little_waste() {
     let s3 = S3::start().await;
-    let folder = tempfile::tempdir().unwrap();
     let options = s3.options("tiny");
-    let (source, content) = segment(folder.path(), 0, 160, 200_000);
-    let writer = tier(&options, TierState::default());
-    writer.install(writer.stage(&source, EPOCH).await.unwrap());
+    let (state, content) = uploaded(&options, 160, 200_000).await;
     let metrics = Metrics::new();
     let tiny = CacheOptions { memory_bytes: 8 << 20, ..CacheOptions::default() };
-    let fresh = tier_with(&options, writer.state(), &tiny, &metrics);
+    let fresh = tier_with(&options, state.clone(), &tiny, &metrics);
     assert!(read_all(&fresh, 160).await.unwrap() == content);
     let (chunks, fetched) = (content.len().div_ceil(1 << 20) as u64, metrics.cache_misses.get());
     assert!((chunks..chunks * 2).contains(&fetched), "{fetched} fetched of {chunks}");
