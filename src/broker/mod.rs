@@ -23,6 +23,8 @@ mod produce;
 mod producer_ids;
 mod reconcile;
 mod service;
+#[cfg(test)]
+mod tests;
 mod upkeep;
 
 use std::sync::{

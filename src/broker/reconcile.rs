@@ -1,9 +1,9 @@
 //! Follows the cluster's metadata: opens the partitions that this broker is given, passes on changed configurations, closes
 //! and deletes what is gone.
 //!
-//! Metadata is only a hint of what to do next; nothing here decides who leads. A topic that disappears from the metadata
-//! while this broker watches is deleted from the disk. Replicas that are on the disk at start and in no topic are kept and
-//! named: metadata that was lost must not cost data as well.
+//! Metadata is only a hint of what to do next; nothing here decides who leads. Nothing is deleted from the disk because the
+//! metadata does not name it: only the mark that a deletion leaves is the licence. Replicas in no topic and without a mark are
+//! kept and named: metadata that was lost, damaged or taken back to an older state must not cost data as well.
 
 use std::{collections::BTreeSet, sync::Arc};
 
@@ -86,19 +86,9 @@ impl Broker {
         let strays: BTreeSet<TopicId> =
             self.log.partitions().iter().map(|id| id.topic).filter(|topic| !known.contains(topic)).collect();
         for topic in strays {
-            if self.topics.was_deleted(topic).await.unwrap_or(false) {
-                let left = self.log.partitions().into_iter().filter(|id| id.topic == topic);
-                for id in left {
-                    self.delete_replica(id).await;
-                }
+            if self.delete_marked(topic).await {
                 tracing::info!(%topic, "deleted what a stop had left of a deleted topic");
-                continue;
             }
-            tracing::warn!(
-                %topic,
-                "the data directory holds partitions of a topic that the metadata does not know; they are kept and not served: \
-                 if the topic was deleted, remove its folder while the broker is stopped"
-            );
         }
     }
 
@@ -106,10 +96,14 @@ impl Broker {
     async fn hold_topic(&self, name: &TopicName, state: &ViewState) -> Option<HostedTopic> {
         let hosted = self.hosted.topic(name);
         let wanted = state.topic(name);
+        if wanted.is_none() && state.unreadable().contains_key(&Key::Topic(name.clone())) {
+            // What it says is not known, so nothing new is to be done.
+            return None;
+        }
         if let Some(hosted) = &hosted
             && wanted.is_none_or(|topic| topic.value.id != hosted.id)
         {
-            self.delete_local(name, hosted).await;
+            self.let_go(name, hosted).await;
         }
         let wanted = wanted?;
         let topic = &wanted.value;
@@ -221,17 +215,36 @@ impl Broker {
         });
     }
 
-    async fn delete_local(&self, name: &TopicName, hosted: &HostedTopic) {
+    /// Ends what is held of a topic that the metadata does not name any more, and deletes it where that was meant.
+    async fn let_go(&self, name: &TopicName, hosted: &HostedTopic) {
         self.hosted.update(|topics| {
             topics.remove(name);
         });
-        for (number, holding) in (0..).zip(hosted.partitions.iter()) {
+        for holding in hosted.partitions.iter() {
             if let Holding::Open(partition) = holding {
                 partition.stop().await;
             }
-            self.delete_replica(PartitionId::new(hosted.id, number)).await;
         }
-        tracing::info!(topic = %name, id = %hosted.id, "the topic is deleted from this broker");
+        if self.delete_marked(hosted.id).await {
+            tracing::info!(topic = %name, id = %hosted.id, "the topic is deleted from this broker");
+        }
+    }
+
+    /// Deletes what the disk holds of a topic, when its deletion left a mark; says so when it is kept.
+    async fn delete_marked(&self, topic: TopicId) -> bool {
+        if !self.topics.was_deleted(topic).await.unwrap_or(false) {
+            tracing::warn!(
+                %topic,
+                "the data directory holds partitions of a topic that the metadata does not know; they are kept and not served: \
+                 if the topic was deleted, remove its folder while the broker is stopped"
+            );
+            return false;
+        }
+        let left = self.log.partitions().into_iter().filter(|id| id.topic == topic);
+        for id in left {
+            self.delete_replica(id).await;
+        }
+        true
     }
 
     async fn delete_replica(&self, id: PartitionId) {

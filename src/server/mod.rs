@@ -136,15 +136,19 @@ impl Node {
     ) -> anyhow::Result<Self> {
         let tasks = Tasks::new();
         let tier = config.object_store.url.as_deref().map(|url| open_tier(config, url, &metrics)).transpose()?;
-        if let Some(tier) = &tier {
-            claim(&tier.store, &tasks).await?;
-        }
         let store = EmbeddedStore::open(&config.broker.data_dir).await?;
         store.keep_time(&tasks);
 
         let keys = Keys::new(&config.cluster)?;
         let shared: Arc<dyn MetaStore> = Arc::new(store.clone());
         let view = View::start(Arc::clone(&shared), keys.clone(), &tasks);
+        view.reached(Revision::ZERO).await;
+        if let Some(tier) = &tier {
+            if view.state().names_history() {
+                tier.store.expect_history();
+            }
+            claim(&tier.store, &tasks).await?;
+        }
         let registration = BrokerValue {
             addresses: Addresses { grpc: advertised(config, grpc)?, http: Some(http.local_addr()?.to_string()) },
             rack: config.broker.rack.clone(),
@@ -154,7 +158,6 @@ impl Node {
         Session::register(Arc::clone(&shared), &keys, config.broker.id, registration, SESSION, &tasks)
             .await
             .context("cannot register the broker in the metadata store")?;
-        view.reached(Revision::ZERO).await;
         let broker = Broker::start(broker::Parts {
             settings: settings(config),
             log: log.clone(),

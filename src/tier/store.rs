@@ -4,7 +4,16 @@
 //! [`StoreOptions::retry_for`] has passed; what cannot get better (missing, refused, not allowed) is answered at once.
 //! [`Store::stop`] ends every wait.
 
-use std::{collections::BTreeSet, fmt, ops::Range, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeSet,
+    fmt,
+    ops::Range,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use backon::{ExponentialBuilder, Retryable};
 use bytes::Bytes;
@@ -41,6 +50,8 @@ struct Inner {
     /// Whether it is a folder of this machine, which may go or change while we run.
     folder: bool,
     claimed: OnceCell<()>,
+    /// The cluster has objects in its store, so an empty prefix is not it.
+    expected: AtomicBool,
     parts: Arc<Semaphore>,
     tasks: Tasks,
 }
@@ -144,10 +155,10 @@ pub enum ClaimError {
         /// What is wrong with it.
         reason: String,
     },
-    /// The folder that was ours is not there any more, or is another one: an unmounted disk, a folder moved away.
+    /// What must be ours is not: an unmounted disk, a folder moved away, another URL than before.
     #[error(
-        "{place} was this cluster's object store and is not any more: the folder or its cluster.json is gone; mount or \
-         move it back, nothing is written there until then"
+        "{place} should hold this cluster's history, and its cluster.json is not there; mount or move it back, or correct \
+         object_store.url; nothing is written there until then"
     )]
     Gone {
         /// The store's URL.
@@ -228,6 +239,7 @@ impl Store {
             options: options.clone(),
             folder: options.url.starts_with("file:"),
             claimed: OnceCell::new(),
+            expected: AtomicBool::new(false),
             parts: Arc::new(Semaphore::new(UPLOAD_PARTS)),
             tasks: Tasks::new(),
         };
@@ -239,6 +251,15 @@ impl Store {
         self.inner.folder
     }
 
+    /// From now on a prefix that nobody has is not taken: the metadata names objects, which must be in another place.
+    pub fn expect_history(&self) {
+        self.inner.expected.store(true, Ordering::Release);
+    }
+
+    fn is_expected(&self) -> bool {
+        self.inner.claimed.initialized() || self.inner.expected.load(Ordering::Acquire)
+    }
+
     /// Makes sure that the prefix is this cluster's: takes it when nobody has it, refuses when another cluster has. Asks the
     /// store until it has succeeded once; everything that writes calls it first, so a caller need not.
     ///
@@ -246,14 +267,20 @@ impl Store {
     /// is still a folder, or one is made by the next write, and what lands in it is on the wrong disk.
     pub async fn claim(&self) -> Result<(), ClaimError> {
         if self.inner.folder && self.inner.claimed.initialized() {
-            let gone = ClaimError::Gone { place: self.inner.place.clone() };
-            return if self.owned().await? { Ok(()) } else { Err(gone) };
+            return if self.owned().await? { Ok(()) } else { Err(self.gone()) };
         }
         self.inner.claimed.get_or_try_init(|| self.ask_claim()).await.copied()
     }
 
+    fn gone(&self) -> ClaimError {
+        ClaimError::Gone { place: self.inner.place.clone() }
+    }
+
     async fn ask_claim(&self) -> Result<(), ClaimError> {
         if !self.owned().await? {
+            if self.is_expected() {
+                return Err(self.gone());
+            }
             let owner = Owner { format: 1, cluster: self.inner.cluster.clone() };
             let content = Bytes::from(serde_json::to_vec(&owner).expect("a plain struct"));
             // Where the store knows conditions, only one of two clusters that come at the same moment succeeds. Where
@@ -350,7 +377,7 @@ impl Store {
 
     /// An object is missing only where the rest of the store is there: else all of it is away, and may come back.
     async fn missing(&self, missing: StoreError, object: &str) -> StoreError {
-        if !self.inner.claimed.initialized() {
+        if !self.is_expected() {
             return missing;
         }
         match self.claim().await {

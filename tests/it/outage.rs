@@ -7,7 +7,10 @@ use std::{
 };
 
 use bytes::Bytes;
-use strandline::proto::{fault::Reason, v1::Acks};
+use strandline::proto::{
+    fault::Reason,
+    v1::{self, Acks},
+};
 
 use crate::{
     broker::{Broker, Cli, Home},
@@ -253,6 +256,12 @@ fn size_retention_covers_both_tiers_and_objects_go_after_the_grace() {
     reads(&cli, "t", "earliest", &rest);
 }
 
+/// An append of one record that waits for the bucket.
+fn tiered(timeout_ms: u32) -> v1::AppendRequest {
+    let append = wire::append_plain("t", 0, vec![Bytes::from_static(b"x")]);
+    v1::AppendRequest { acks: Acks::Tiered.into(), timeout_ms, ..append }
+}
+
 /// `mv bucket away`, as when a disk is unmounted: the folder was made again, without its card, and acks=tiered said that
 /// records were in the bucket.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -262,11 +271,6 @@ async fn nothing_counts_as_tiered_in_a_folder_that_has_vanished() {
     let config = [("segment.ms", "200"), ("remote.storage.enable", "true")];
     wire::create_topic(home.grpc(), "t", 1, &config).await;
     let mut log = wire::log(home.grpc());
-    let tiered = |timeout_ms| {
-        let mut request = wire::append_plain("t", 0, vec![Bytes::from_static(b"x")]);
-        (request.acks, request.timeout_ms) = (Acks::Tiered.into(), timeout_ms);
-        request
-    };
     wire::append(&mut log, tiered(30_000)).await.expect("the bucket is there");
     let away = home.path().join("away");
     std::fs::rename(home.bucket(), &away).expect("moved");
@@ -277,8 +281,41 @@ async fn nothing_counts_as_tiered_in_a_folder_that_has_vanished() {
         .await
         .expect("without the bucket");
     let said = home.log();
-    assert!(said.contains("cluster.json is gone"), "the log names it: {said}");
+    assert!(said.contains("cluster.json is not there"), "the log names it: {said}");
     std::fs::rename(&away, home.bucket()).expect("moved back");
     let appended = wire::append(&mut log, tiered(30_000)).await.expect("it is back");
     assert_eq!((appended.base_offset, appended.durability()), (3, strandline::proto::v1::Durability::Tiered));
+}
+
+/// The same over a restart: an empty place was claimed as new, and the history that the metadata names was damage.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_empty_bucket_at_a_restart_is_not_taken_for_a_new_one() {
+    let mut home = Home::new();
+    let broker = tokio::task::block_in_place(|| home.start());
+    let cli = home.cli();
+    let text = lines(2_000);
+    tokio::task::block_in_place(|| {
+        create(&cli, "t", EAGER);
+        cli.ok_with(&["produce", "t"], text.as_bytes());
+        settled(&cli, "t", 2_000);
+        assert!(broker.terminate().success(), "{}", home.log());
+    });
+    let away = home.path().join("away");
+    std::fs::rename(home.bucket(), &away).expect("moved");
+    std::fs::create_dir(home.bucket()).expect("where the other one was mounted");
+    let _broker = tokio::task::block_in_place(|| home.start());
+    let mut log = wire::log(home.grpc());
+    let fault = wire::append(&mut log, tiered(2_000)).await.expect_err("there is no bucket");
+    assert_eq!(fault.reason, Reason::Timeout, "{fault}");
+    assert!(files(&home.bucket(), "").is_empty(), "nothing is written there");
+    let said = home.log();
+    assert!(said.contains("cluster.json is not there"), "the log names it: {said}");
+    let read = tokio::task::block_in_place(|| {
+        cli.run(&["consume", "t", "--from", "earliest", "--until-end", "--timeout", "2"])
+    });
+    assert!(read.code == 1 && read.stdout.is_empty() && read.stderr.contains("cluster.json"), "{read:?}");
+    std::fs::remove_dir(home.bucket()).expect("empty");
+    std::fs::rename(&away, home.bucket()).expect("mounted again");
+    wire::append(&mut log, tiered(30_000)).await.expect("it is back");
+    tokio::task::block_in_place(|| reads(&cli, "t", "earliest", &format!("{text}x\nx\n")));
 }

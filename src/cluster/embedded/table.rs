@@ -20,6 +20,8 @@ const ENTRIES: TableDefinition<'_, &str, Row> = TableDefinition::new("entries");
 const STORE: TableDefinition<'_, &str, u64> = TableDefinition::new("store");
 const FORMAT_KEY: &str = "format";
 const REVISION_KEY: &str = "revision";
+/// An empty store's, as etcd's: zero says that nothing is known yet.
+const FIRST: Revision = Revision(1);
 
 /// The format that a database says it has; `None` for a new one.
 pub(super) fn format(database: &Database) -> Result<Option<u64>, redb::Error> {
@@ -38,7 +40,7 @@ pub(super) fn begin(database: &Database) -> Result<Revision, redb::Error> {
         store.insert(FORMAT_KEY, FORMAT)?;
         let mut batch = Batch {
             entries: transaction.open_table(ENTRIES)?,
-            revision: Revision(store.get(REVISION_KEY)?.map_or(0, |revision| revision.value())),
+            revision: store.get(REVISION_KEY)?.map_or(FIRST, |revision| Revision(revision.value())),
             changes: Vec::new(),
         };
         batch.delete_leased(|_| true)?;
@@ -63,8 +65,9 @@ pub(super) fn read<T>(
     function: impl FnOnce(Revision, &ReadEntries) -> Result<T, redb::Error>,
 ) -> Result<T, redb::Error> {
     let transaction = database.begin_read()?;
-    let revision = transaction.open_table(STORE)?.get(REVISION_KEY)?.map_or(0, |revision| revision.value());
-    function(Revision(revision), &transaction.open_table(ENTRIES)?)
+    let revision =
+        transaction.open_table(STORE)?.get(REVISION_KEY)?.map_or(FIRST, |revision| Revision(revision.value()));
+    function(revision, &transaction.open_table(ENTRIES)?)
 }
 
 /// Changes entries in one durable commit. Returns what `function` does and the changes, one per new revision.

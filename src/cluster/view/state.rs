@@ -108,6 +108,12 @@ impl ViewState {
         found
     }
 
+    /// Whether it names objects in the bucket.
+    pub fn names_history(&self) -> bool {
+        let mut entries = self.partitions.values().flat_map(|entries| entries.iter());
+        entries.any(|entry| entry.tier.as_ref().is_some_and(|known| known.value.manifest.is_some()))
+    }
+
     /// Keys whose values cannot be used, and why.
     pub const fn unreadable(&self) -> &BTreeMap<Key, String> {
         &self.unreadable

@@ -1,0 +1,111 @@
+//! One broker on a real disk, with the metadata in memory: what it does when that changes under it.
+
+use std::{path::Path, time::Duration};
+
+use super::*;
+use crate::{
+    cluster::{
+        Addresses, BrokerValue, DeletedValue, EmbeddedStore, Key, NewTopic, Revision, TopicValue, Transaction,
+        Value as _,
+    },
+    log::{Identity, Options, RealDisk},
+    model::{TopicId, TopicName},
+};
+
+struct Bench {
+    broker: Arc<Broker>,
+    store: EmbeddedStore,
+    keys: Keys,
+    tasks: Tasks,
+}
+
+impl Bench {
+    async fn start(dir: &Path) -> Self {
+        let id = BrokerId(1);
+        let identity = Identity { cluster: "test".to_owned(), broker: id };
+        let options = Options { journal_bytes: 8 << 20, ..Options::default() };
+        let log = Log::open(Arc::new(RealDisk), dir, &identity, options).unwrap();
+        let (store, keys, tasks) = (EmbeddedStore::in_memory(), Keys::new("test").unwrap(), Tasks::new());
+        let value = BrokerValue {
+            addresses: Addresses { grpc: "127.0.0.1:1".to_owned(), http: None },
+            rack: None,
+            directory_id: log.directory_id().to_string(),
+            version: "0".to_owned(),
+        };
+        store.transact(Transaction::new().put(keys.broker(id), value.encode())).await.unwrap();
+        let view = View::start(Arc::new(store.clone()), keys.clone(), &tasks);
+        view.reached(Revision::ZERO).await;
+        let settings = Settings {
+            id,
+            cluster: "test".to_owned(),
+            topic_defaults: ConfigMap::new(),
+            produce_memory_bytes: 1 << 20,
+            upkeep_workers: 1,
+            retention_interval: Duration::from_secs(3600),
+            garbage_grace: Duration::from_secs(3600),
+            upload_grace: Duration::from_secs(3600),
+        };
+        let (shared, metrics) = (Arc::new(store.clone()), Metrics::new());
+        let parts = Parts { settings, log, store: shared, keys: keys.clone(), view, tier: None, metrics };
+        Self { broker: Broker::start(parts).await, store, keys, tasks }
+    }
+
+    async fn create(&self, name: &TopicName, partitions: u32) -> TopicId {
+        let (replication_factor, config) = (1, ConfigMap::new());
+        let new = NewTopic { name: name.clone(), partitions, replication_factor, config, validate_only: false };
+        let id = self.broker.topics.create(new).await.unwrap().value.id;
+        self.broker.hosted.until(|hosted| hosted.topic(name).is_some_and(|topic| topic.id == id)).await;
+        id
+    }
+
+    /// Changes the metadata behind the broker's back; returns when the broker has seen that.
+    async fn change(&self, transaction: Transaction) {
+        self.store.transact(transaction).await.unwrap();
+        // What comes later is seen later.
+        let later = TopicName::new("later").unwrap();
+        self.create(&later, 1).await;
+        self.broker.topics.delete(&later).await.unwrap();
+        self.broker.hosted.until(|hosted| hosted.topic(&later).is_none()).await;
+    }
+
+    /// How many partitions of a topic are open, and how many replicas of it are on the disk.
+    fn holds(&self, topic: TopicId) -> (usize, usize) {
+        let open = self.broker.hosted.open().iter().filter(|partition| partition.id().topic == topic).count();
+        (open, self.broker.log.partitions().iter().filter(|id| id.topic == topic).count())
+    }
+
+    async fn stop(self) {
+        self.broker.stop().await;
+        self.tasks.stop().await;
+    }
+}
+
+#[tokio::test]
+async fn only_a_deletions_mark_deletes_what_the_disk_holds() {
+    let dir = tempfile::tempdir().unwrap();
+    let bench = Bench::start(dir.path()).await;
+    let name = TopicName::new("t").unwrap();
+    let key = bench.keys.path(&Key::Topic(name.clone()));
+
+    let id = bench.create(&name, 2).await;
+    let value = bench.store.get(&key).await.unwrap().entry.unwrap().value;
+    bench.change(Transaction::new().put(key.clone(), "a newer release's")).await;
+    assert_eq!(bench.holds(id), (2, 2), "what cannot be read changes nothing");
+    bench.change(Transaction::new().put(key.clone(), value.clone())).await;
+    assert_eq!(bench.holds(id), (2, 2), "and neither does its return");
+
+    bench.change(Transaction::new().delete(key.clone())).await;
+    assert_eq!(bench.holds(id), (0, 2), "lost metadata is not served, and costs no data");
+    bench.change(Transaction::new().put(key.clone(), value.clone())).await;
+    assert_eq!(bench.holds(id), (2, 2), "what comes back is served again");
+
+    let other = TopicValue { id: TopicId::random(), ..TopicValue::decode(&key, &value).unwrap() };
+    bench.change(Transaction::new().put(key.clone(), other.encode())).await;
+    assert_eq!(bench.holds(id), (0, 2), "another topic in its place");
+
+    let mark = DeletedValue { name: name.clone(), gone_since_ms: None };
+    bench.change(Transaction::new().put(key.clone(), value)).await;
+    bench.change(Transaction::new().delete(key).put(bench.keys.deleted(id), mark.encode())).await;
+    assert_eq!(bench.holds(id), (0, 0), "a deletion");
+    bench.stop().await;
+}
