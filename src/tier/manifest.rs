@@ -36,6 +36,9 @@ use crate::model::{LeaderEpoch, Offset, PartitionId};
 /// Segments of one page.
 pub const PAGE_SEGMENTS: usize = 512;
 
+/// Versions that are believed when they are read. Each of them has a next one, which can be written.
+const VERSIONS: u64 = 1 << 63;
+
 const FORMAT: u16 = 1;
 const LINE_BYTES: usize = wire::STAMP_BYTES + 8 + 4 + 4 + 8 + 12;
 const ROOT: &str = "manifest";
@@ -378,6 +381,9 @@ impl Root {
             segments: read_lines(&mut fields, SegmentLine::read)?,
         };
         fields.done()?;
+        if root.version >= VERSIONS {
+            return Err(Invalid::Contradiction { reason: "its version is 2^63 or more: nobody has written that many" });
+        }
         root.check()?;
         Ok(root)
     }
@@ -394,9 +400,6 @@ impl Root {
         }
         if self.is_empty() && (self.log_start != self.end || self.bytes != 0) {
             return refuse("an empty manifest covers something");
-        }
-        if self.version > i64::MAX.unsigned_abs() {
-            return refuse("its version is 2^63 or more, and so has no next one");
         }
         if stamps().any(|stamp| stamp.epoch > self.epoch) {
             return refuse("a segment is newer than its manifest");
