@@ -21,6 +21,7 @@
 
 mod embedded;
 mod keys;
+mod partition_value;
 mod placement;
 mod session;
 mod store;
@@ -33,9 +34,10 @@ mod conformance;
 
 pub use embedded::{EmbeddedStore, FILE as EMBEDDED_FILE, OpenError};
 pub use keys::{
-    Addresses, BrokerValue, ControllerValue, DeletedValue, InvalidClusterName, InvalidValue, Key, Keys, PartitionValue,
+    Addresses, BrokerValue, ControllerValue, DeletedValue, InvalidClusterName, InvalidValue, Key, Keys,
     ProducerIdsValue, TopicValue, Value,
 };
+pub use partition_value::{Holds, PartitionValue};
 pub use placement::{Load, Placement};
 pub use session::{RegisterError, Session};
 pub use store::{

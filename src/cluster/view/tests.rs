@@ -6,7 +6,8 @@ use super::*;
 use crate::{
     cluster::{
         embedded::EmbeddedStore,
-        keys::{PartitionValue, TopicValue, Value as _},
+        keys::{TopicValue, Value as _},
+        partition_value::PartitionValue,
         store::{Changes, Entry, Event, Listing, Transaction},
     },
     model::{BrokerId, ConfigMap, LeaderEpoch, TopicId, TopicName},
@@ -38,6 +39,7 @@ fn partition(epoch: u32) -> PartitionValue {
         elr: vec![],
         adding: vec![],
         removing: vec![],
+        unclean: None,
     }
 }
 
