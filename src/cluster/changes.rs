@@ -10,7 +10,8 @@ use std::{collections::BTreeSet, sync::Arc};
 use futures::{StreamExt as _, stream};
 
 use super::{
-    keys::{Keys, PartitionValue, Value as _},
+    keys::{Keys, Value as _},
+    partition_value::PartitionValue,
     store::{Compare, Entry, MetaStore, Outcome, Revision, StoreError, Transaction},
 };
 use crate::{limits, model::PartitionId};

@@ -9,9 +9,10 @@ use std::{collections::BTreeSet, fmt, str::FromStr, sync::Arc};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
+use super::partition_value::PartitionValue;
 use crate::{
     limits,
-    model::{BrokerId, ConfigMap, LeaderEpoch, Offset, PartitionId, TopicId, TopicName},
+    model::{BrokerId, ConfigMap, Offset, PartitionId, TopicId, TopicName},
     tier::TierState,
 };
 
@@ -238,28 +239,6 @@ pub struct TopicValue {
     pub config: ConfigMap,
 }
 
-/// The value of `partitions/{topic-id}/{n}`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PartitionValue {
-    /// Who holds it; the first is the preferred leader.
-    pub replicas: Vec<BrokerId>,
-    /// Who orders its writes; `None` while nobody may.
-    pub leader: Option<BrokerId>,
-    /// Grows by one at each change of leader.
-    pub leader_epoch: LeaderEpoch,
-    /// Those that every commit waits for.
-    pub isr: Vec<BrokerId>,
-    /// Those that may still lead cleanly though they left the ISR.
-    #[serde(default)]
-    pub elr: Vec<BrokerId>,
-    /// Replicas that are being added.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub adding: Vec<BrokerId>,
-    /// Replicas that are being taken away.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub removing: Vec<BrokerId>,
-}
-
 /// The value of `deleted/{topic-id}`: the topic was deleted on purpose, so what the brokers and the bucket still hold of it is
 /// garbage. Without this mark, a topic that the metadata does not know is kept: its metadata may have been lost.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -348,6 +327,11 @@ impl Value for PartitionValue {
             if let Some(stranger) = set.iter().find(|id| !replicas.contains(id)) {
                 return Some(format!("broker {stranger} is in {name} and not in replicas"));
             }
+        }
+        if let Some(twice) =
+            self.isr.iter().enumerate().find(|(i, id)| self.isr[..*i].contains(id) || self.elr.contains(id))
+        {
+            return Some(format!("broker {} is in isr twice, or in isr and elr", twice.1));
         }
         match self.leader {
             Some(leader) if !self.isr.contains(&leader) => Some(format!("leader {leader} is not in isr")),

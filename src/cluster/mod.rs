@@ -22,6 +22,7 @@
 mod changes;
 mod embedded;
 mod keys;
+mod partition_value;
 mod placement;
 mod session;
 mod store;
@@ -38,8 +39,9 @@ pub use changes::{Change, Changed, PartitionChanges};
 pub use embedded::{EmbeddedStore, FILE as EMBEDDED_FILE, OpenError};
 pub use keys::{
     Addresses, BrokerState, BrokerValue, ControllerValue, DeletedValue, DirectoryValue, DrainValue, InvalidClusterName,
-    InvalidValue, Key, Keys, PartitionValue, ProducerIdsValue, TopicValue, Value,
+    InvalidValue, Key, Keys, ProducerIdsValue, TopicValue, Value,
 };
+pub use partition_value::{Holds, PartitionValue};
 pub use placement::{Load, Placement};
 pub use session::{RegisterError, Registration, Session, Standing};
 pub use store::{

@@ -10,7 +10,7 @@ use std::{collections::BTreeMap, fmt, time::Duration};
 pub type ConfigMap = BTreeMap<String, String>;
 
 /// What an acknowledgement by a replica means (design: durability).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Durability {
     /// The replica has synced the record to stable storage.
     #[default]

@@ -11,7 +11,10 @@ use std::{
 use tokio::sync::{Notify, OwnedSemaphorePermit, mpsc, oneshot};
 
 use super::{
-    leader::{Acked, Admission, Held, Leader, Refused, Start},
+    leader::{
+        Acked, Admission, Held, Leader, Refused,
+        insync::{Ends, Rule},
+    },
     shared::Shared,
     upkeep::Local,
     upkeep_queue::UpkeepQueue,
@@ -152,14 +155,10 @@ pub(super) struct Actor {
 impl Actor {
     pub(super) fn new(parts: Parts) -> Self {
         let config = parts.shared.config();
-        let start = Start {
-            log_end: parts.replica.log_end(),
-            persisted_end: parts.replica.persisted_end(),
-            tiered_end: parts.tiered_end,
-            committed_end: parts.tiered_end.max(parts.log_start),
-        };
-        let leader =
-            Leader::alone(parts.broker, parts.shared.epoch(), config.durability, config.min_insync_replicas, start);
+        let own = Ends { written: parts.replica.log_end(), persisted: parts.replica.persisted_end() };
+        let committed_end = parts.tiered_end.max(parts.log_start);
+        let alone = Leader::<Writer>::alone(parts.broker, parts.shared.epoch(), rule(&config), own, committed_end);
+        let leader = Leader::new(alone, parts.tiered_end);
         let active = parts.replica.active();
         let mut replica = parts.replica;
         replica.set_journaled(config.durability == Durability::Persisted);
@@ -409,7 +408,7 @@ impl Actor {
             Command::Append(_) => unreachable!("appends are taken by the turn"),
             Command::Configure(config) => {
                 self.replica.set_journaled(config.durability == Durability::Persisted);
-                self.leader.configure(config.durability, config.min_insync_replicas);
+                self.leader.configure(rule(&config));
                 self.shared.configure(Arc::clone(&config));
                 self.config = config;
                 self.upkeep.push(self.id);
@@ -482,6 +481,11 @@ impl Actor {
         let since = self.active_since_ms.map_or(0, |ms| u64::try_from(ms).unwrap_or(1).max(1));
         self.shared.active_since_ms.store(since, Ordering::Relaxed);
     }
+}
+
+/// What a topic asks of its leader. Nobody else is in sync who could lag.
+fn rule(config: &TopicConfig) -> Rule {
+    Rule { durability: config.durability, min_insync: config.min_insync_replicas, lag_ms: u64::MAX }
 }
 
 fn append_error(error: log::AppendError) -> AppendError {

@@ -41,6 +41,7 @@ impl Bench {
             elr: vec![],
             adding: vec![],
             removing: vec![],
+            unclean: None,
         };
         store.transact(Transaction::new().put(keys.partition(id), value.encode())).await.unwrap();
         let tier = bucket.then(|| {

@@ -34,6 +34,7 @@ fn value(epoch: u32) -> PartitionValue {
         elr: vec![],
         adding: vec![],
         removing: vec![],
+        unclean: None,
     }
 }
 

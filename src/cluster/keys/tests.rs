@@ -1,6 +1,7 @@
 //! Golden values: what stands in the store is read by operators and by other versions.
 
 use super::*;
+use crate::model::LeaderEpoch;
 
 fn keys() -> Keys {
     Keys::new("blue").expect("valid")
@@ -54,8 +55,22 @@ fn values_are_written_as_the_format_says() {
             elr: vec![BrokerId(1)],
             adding: vec![],
             removing: vec![],
+            unclean: None,
         },
         r#"{"replicas":[2,1],"leader":2,"leader_epoch":7,"isr":[2],"elr":[1]}"#,
+    );
+    golden(
+        &PartitionValue {
+            replicas: vec![BrokerId(2), BrokerId(1)],
+            leader: None,
+            leader_epoch: LeaderEpoch(8),
+            isr: vec![BrokerId(2)],
+            elr: vec![],
+            adding: vec![BrokerId(2)],
+            removing: vec![BrokerId(1)],
+            unclean: Some(LeaderEpoch(5)),
+        },
+        r#"{"replicas":[2,1],"leader":null,"leader_epoch":8,"isr":[2],"elr":[],"adding":[2],"removing":[1],"unclean":5}"#,
     );
     golden(
         &TierState {
@@ -121,6 +136,8 @@ fn values_that_contradict_themselves_are_named() {
         (r#"{"replicas":[1,1],"leader":1,"leader_epoch":0,"isr":[1]}"#, "twice"),
         (r#"{"replicas":[1],"leader":2,"leader_epoch":0,"isr":[1]}"#, "leader 2 is not in isr"),
         (r#"{"replicas":[1],"leader":1,"leader_epoch":0,"isr":[1,9]}"#, "broker 9 is in isr"),
+        (r#"{"replicas":[1,2],"leader":1,"leader_epoch":0,"isr":[1,2],"elr":[2]}"#, "broker 2 is in isr twice"),
+        (r#"{"replicas":[1],"leader":1,"leader_epoch":0,"isr":[1,1]}"#, "broker 1 is in isr twice"),
         (r#"{"replicas":[1],"leader":1,"leader_epoch":4294967295,"isr":[1]}"#, "leader_epoch"),
         (r#"{"replicas":[1],"leader":1,"leader_epoch":0}"#, "isr"),
         ("not json", "expected"),

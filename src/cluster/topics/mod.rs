@@ -20,7 +20,8 @@
 use std::{ops::Range, sync::Arc};
 
 use super::{
-    keys::{Keys, PartitionValue, ProducerIdsValue, TopicValue, Value},
+    keys::{Keys, ProducerIdsValue, TopicValue, Value},
+    partition_value::PartitionValue,
     placement::Placement,
     store::{Compare, Entry, MetaStore, Op, Outcome, Revision, StoreError, Transaction},
     view::{Known, View},
@@ -166,6 +167,7 @@ impl Topics {
                 elr: Vec::new(),
                 adding: Vec::new(),
                 removing: Vec::new(),
+                unclean: None,
             };
             Some(Op::Put { key: self.keys.partition(id), value: value.encode(), lease: None })
         })

@@ -340,6 +340,7 @@ async fn the_mark_of_a_deleted_topic_ends_long_after_the_last_of_it_and_not_befo
         elr: vec![],
         adding: vec![],
         removing: vec![],
+        unclean: None,
     };
     cluster.put(&stray, value.encode()).await;
     assert!(!age(false, 9000).await);

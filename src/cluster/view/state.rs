@@ -7,7 +7,8 @@ use std::{
 
 use crate::{
     cluster::{
-        keys::{BrokerValue, ControllerValue, DrainValue, Key, Keys, PartitionValue, TopicValue, Value},
+        keys::{BrokerValue, ControllerValue, DrainValue, Key, Keys, TopicValue, Value},
+        partition_value::PartitionValue,
         store::{Changes, Entry, Event, Listing, Revision},
     },
     model::{BrokerId, PartitionId, TopicId, TopicName},

@@ -7,7 +7,8 @@ use crate::{
     cluster::{
         embedded::EmbeddedStore,
         faulty::Faulty,
-        keys::{PartitionValue, TopicValue, Value as _},
+        keys::{TopicValue, Value as _},
+        partition_value::PartitionValue,
         store::{Changes, Entry, Event, Listing, Transaction},
     },
     model::{BrokerId, ConfigMap, LeaderEpoch, TopicId, TopicName},
@@ -39,6 +40,7 @@ fn partition(epoch: u32) -> PartitionValue {
         elr: vec![],
         adding: vec![],
         removing: vec![],
+        unclean: None,
     }
 }
 

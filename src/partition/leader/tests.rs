@@ -21,8 +21,8 @@ fn batch(records: u32, producer: Option<ProducerStamp>) -> Batch {
 }
 
 fn leader(durability: Durability, min_insync: usize) -> Leader<u32> {
-    let start = Start { log_end: at(0), persisted_end: at(0), tiered_end: at(0), committed_end: at(0) };
-    Leader::alone(BrokerId(1), LeaderEpoch(3), durability, min_insync, start)
+    let rule = Rule { durability, min_insync, lag_ms: 0 };
+    Leader::new(Leader::<u32>::alone(BrokerId(1), LeaderEpoch(3), rule, Ends::default(), at(0)), at(0))
 }
 
 /// A log that does what the actor does: admitted batches are stamped and applied to the table.

@@ -1,18 +1,23 @@
 //! The leader's decisions: what is admitted, when it is committed, and who may be told.
 //!
 //! A plain struct. The actor appends and syncs; it tells the outcome to the leader, and the leader says which writers
-//! have their answer. `W` is whatever the actor keeps for a writer: the leader only hands it back.
+//! have their answer. `W` is whatever the actor keeps for a writer: the leader only hands it back. Who is in sync, and what is
+//! committed by that, is [`insync`]'s; where a follower begins, [`join`]'s.
 //!
 //! # Invariants
 //!
-//! - `high_watermark` = the least acknowledged end over the in-sync replicas, while there are at least
-//!   `min.insync.replicas` of them; it never falls.
+//! - The high watermark is [`InSync`]'s and nobody else's; it never falls.
 //! - A writer is answered once, and not before its own rule ([`Acks`]) holds.
 //! - One sequence of a producer is appended once, without gaps.
 
+pub mod insync;
+pub mod join;
+
 use std::collections::VecDeque;
 
+use self::insync::{Ends, InSync, Rule, Start};
 use crate::{
+    cluster::{PartitionValue, Revision},
     log::{ProducerTable, Verdict},
     model::{Acks, BrokerId, Durability, LeaderEpoch, Offset},
     record::{Batch, ProducerStamp},
@@ -107,15 +112,9 @@ struct Waiting<W> {
 
 /// One leader of one partition in one epoch.
 pub struct Leader<W> {
-    id: BrokerId,
-    epoch: LeaderEpoch,
-    durability: Durability,
-    min_insync: usize,
-    /// In-sync replicas and the end that each has acknowledged, this broker's own among them.
-    in_sync: Vec<(BrokerId, Offset)>,
+    in_sync: InSync,
     log_end: Offset,
     persisted_end: Offset,
-    high_watermark: Offset,
     tiered_end: Offset,
     /// Writers by what they wait for, in the order in which they came: that of their ends, but for duplicates.
     for_leader: VecDeque<Waiting<W>>,
@@ -126,56 +125,57 @@ pub struct Leader<W> {
     next_base: Offset,
 }
 
-/// Where a log stands when its leader begins.
-#[derive(Clone, Copy, Debug)]
-pub struct Start {
-    /// First unwritten offset.
-    pub log_end: Offset,
-    /// First offset not known to be on stable storage.
-    pub persisted_end: Offset,
-    /// First offset not committed to the bucket.
-    pub tiered_end: Offset,
-    /// All below it was committed once: it is in the bucket, or was deleted.
-    pub committed_end: Offset,
-}
-
 impl<W> Leader<W> {
-    /// The leader of epoch `epoch`, alone in sync. What it finds in its log it commits: there is nobody else who
-    /// could have committed something different.
-    pub fn alone(id: BrokerId, epoch: LeaderEpoch, durability: Durability, min_insync: usize, start: Start) -> Self {
-        let mut leader = Self {
-            id,
-            epoch,
-            durability,
-            min_insync,
-            in_sync: vec![(id, start.committed_end)],
-            log_end: start.log_end,
-            persisted_end: start.persisted_end,
-            high_watermark: start.committed_end,
-            tiered_end: start.tiered_end,
+    /// The leader of the epoch that `start` describes. `tiered_end` is the first offset not committed to the bucket.
+    pub fn new(start: Start, tiered_end: Offset) -> Self {
+        let own = start.own;
+        Self {
+            in_sync: InSync::new(start),
+            log_end: own.written,
+            persisted_end: own.persisted,
+            tiered_end,
             for_leader: VecDeque::new(),
             for_all: VecDeque::new(),
             for_tier: VecDeque::new(),
             in_group: Vec::new(),
-            next_base: start.log_end,
+            next_base: own.written,
+        }
+    }
+
+    /// What the leader `me` of epoch `epoch` begins with where there is no other replica. What it finds in its log it
+    /// commits: there is nobody else who could have committed something different.
+    pub fn alone(me: BrokerId, epoch: LeaderEpoch, rule: Rule, own: Ends, committed_end: Offset) -> Start {
+        let value = PartitionValue {
+            replicas: vec![me],
+            leader: Some(me),
+            leader_epoch: epoch,
+            isr: vec![me],
+            elr: Vec::new(),
+            adding: Vec::new(),
+            removing: Vec::new(),
+            unclean: None,
         };
-        leader.advance();
-        leader
+        Start { me, value, revision: Revision::ZERO, own, committed_end, rule }
     }
 
     /// The epoch.
     pub fn epoch(&self) -> LeaderEpoch {
-        self.epoch
+        self.in_sync.epoch()
     }
 
     /// First uncommitted offset.
     pub fn high_watermark(&self) -> Offset {
-        self.high_watermark
+        self.in_sync.high_watermark()
     }
 
-    /// The in-sync replicas.
-    pub fn in_sync(&self) -> impl Iterator<Item = BrokerId> + '_ {
-        self.in_sync.iter().map(|(id, _)| *id)
+    /// Who is in sync, and what follows from it.
+    pub fn in_sync(&self) -> &InSync {
+        &self.in_sync
+    }
+
+    /// The same, to be told of followers, of brokers and of proposals' outcomes.
+    pub fn in_sync_mut(&mut self) -> &mut InSync {
+        &mut self.in_sync
     }
 
     /// Whether somebody waits for the bucket.
@@ -184,17 +184,15 @@ impl<W> Leader<W> {
     }
 
     /// Takes a changed topic configuration.
-    pub fn configure(&mut self, durability: Durability, min_insync: usize) {
-        self.durability = durability;
-        self.min_insync = min_insync;
-        self.advance();
+    pub fn configure(&mut self, rule: Rule) {
+        self.in_sync.configure(rule);
     }
 
     /// Decides about one write. Admitted writes form a group until [`Self::appended`] or [`Self::not_appended`] ends it.
     pub fn admit(&mut self, batch: &Batch, acks: Acks, producers: &ProducerTable) -> Result<Admission, Refused> {
         let strict = matches!(acks, Acks::All | Acks::Tiered);
-        if strict && self.in_sync.len() < self.min_insync {
-            return Err(Refused::NotEnoughReplicas { in_sync: self.in_sync.len(), needed: self.min_insync });
+        if strict && let Err(in_sync) = self.in_sync.has_minimum() {
+            return Err(Refused::NotEnoughReplicas { in_sync, needed: self.in_sync.rule().min_insync });
         }
         let count = batch.count();
         if let Some(stamp) = batch.producer() {
@@ -248,7 +246,7 @@ impl<W> Leader<W> {
     pub fn appended(&mut self) {
         self.log_end = self.next_base;
         self.in_group.clear();
-        self.advance();
+        self.in_sync.own(self.own());
     }
 
     /// The group admitted since the last call is not in the log, and its offsets are free again.
@@ -270,7 +268,11 @@ impl<W> Leader<W> {
     /// Everything below `end` is on this broker's stable storage.
     pub fn persisted(&mut self, end: Offset) {
         self.persisted_end = self.persisted_end.max(end);
-        self.advance();
+        self.in_sync.own(self.own());
+    }
+
+    fn own(&self) -> Ends {
+        Ends { written: self.log_end, persisted: self.persisted_end }
     }
 
     /// Everything below `end` is committed to the bucket.
@@ -278,36 +280,14 @@ impl<W> Leader<W> {
         self.tiered_end = self.tiered_end.max(end);
     }
 
-    /// What this broker itself counts as acknowledged, by the topic's durability.
-    fn own_end(&self) -> Offset {
-        match self.durability {
-            Durability::Persisted => self.persisted_end,
-            Durability::Replicated => self.log_end,
-        }
-    }
-
-    fn advance(&mut self) {
-        let own = self.own_end();
-        for (id, end) in &mut self.in_sync {
-            if *id == self.id {
-                *end = own.max(*end);
-            }
-        }
-        if self.in_sync.len() >= self.min_insync
-            && let Some(least) = self.in_sync.iter().map(|(_, end)| *end).min()
-        {
-            self.high_watermark = self.high_watermark.max(least);
-        }
-    }
-
     /// Takes out the writers whose rule holds now, with their answers.
     pub fn due(&mut self, mut answer: impl FnMut(W, Acked)) {
-        let replicas = u32::try_from(self.in_sync.len()).unwrap_or(u32::MAX);
-        let held = |replicas| match self.durability {
+        let replicas = u32::try_from(self.in_sync.value().isr.len()).unwrap_or(u32::MAX);
+        let held = |replicas| match self.in_sync.rule().durability {
             Durability::Persisted => Held::Synced(replicas),
             Durability::Replicated => Held::PageCache(replicas),
         };
-        let (own, high_watermark) = (self.own_end(), self.high_watermark);
+        let (own, high_watermark) = (self.in_sync.own_end(), self.high_watermark());
         let tiered = self.tiered_end.min(high_watermark);
         let queues = [
             (&mut self.for_leader, own, held(1)),

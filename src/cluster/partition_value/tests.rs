@@ -1,0 +1,250 @@
+//! Every change of a partition's sets by table, and what holds after any order of them.
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::cluster::Value as _;
+
+fn brokers(ids: &[u32]) -> Vec<BrokerId> {
+    ids.iter().copied().map(BrokerId).collect()
+}
+
+fn set(ids: &[u32]) -> BTreeSet<BrokerId> {
+    ids.iter().copied().map(BrokerId).collect()
+}
+
+/// Replicas 1, 2 and 3 in epoch 4.
+fn value(leader: Option<u32>, isr: &[u32], elr: &[u32]) -> PartitionValue {
+    PartitionValue {
+        replicas: brokers(&[1, 2, 3]),
+        leader: leader.map(BrokerId),
+        leader_epoch: LeaderEpoch(4),
+        isr: brokers(isr),
+        elr: brokers(elr),
+        adding: vec![],
+        removing: vec![],
+        unclean: None,
+    }
+}
+
+/// What the sets are, as text.
+fn sets(value: &PartitionValue) -> String {
+    let of = |set: &[BrokerId]| set.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
+    let leader = value.leader.map_or("none".to_owned(), |id| id.to_string());
+    format!("{leader}@{} isr {} elr {}", value.leader_epoch, of(&value.isr), of(&value.elr))
+}
+
+#[test]
+fn a_shrink_below_the_minimum_keeps_the_dropped_eligible() {
+    for (isr, elr, out, min, then) in [
+        (&[1, 2, 3][..], &[][..], &[3][..], 2, "1@4 isr 1,2 elr "),
+        (&[1, 2, 3], &[], &[2, 3], 2, "1@4 isr 1 elr 2,3"),
+        (&[1, 2], &[], &[2], 1, "1@4 isr 1 elr "),
+        (&[1, 2], &[3], &[2], 3, "1@4 isr 1 elr 3,2"),
+        // The leader stays, and who is no member is passed over.
+        (&[1, 2], &[], &[1, 3], 2, "1@4 isr 1,2 elr "),
+    ] {
+        assert_eq!(sets(&value(Some(1), isr, elr).shrink(&set(out), min)), then, "{isr:?} {elr:?} {out:?} {min}");
+    }
+}
+
+#[test]
+fn the_elr_ends_when_the_minimum_is_in_sync_again() {
+    for (isr, elr, add, min, then) in [
+        (&[1][..], &[2, 3][..], &[2][..], 2, "1@4 isr 1,2 elr "),
+        (&[1], &[2, 3], &[2], 3, "1@4 isr 1,2 elr 3"),
+        // The minimum was lowered.
+        (&[1], &[2, 3], &[], 1, "1@4 isr 1 elr "),
+        // Strangers are not admitted, members not twice.
+        (&[1], &[], &[1, 9], 2, "1@4 isr 1 elr "),
+    ] {
+        assert_eq!(sets(&value(Some(1), isr, elr).expand(&set(add), min)), then, "{isr:?} {elr:?} {add:?} {min}");
+    }
+}
+
+#[test]
+fn an_election_takes_the_isr_first_then_the_elr_else_nobody() {
+    for (leader, isr, elr, live, to, min, then) in [
+        (Some(1), &[1, 2, 3][..], &[][..], &[2, 3][..], 2, 2, Some("2@5 isr 2,3 elr ")),
+        (Some(1), &[1, 2, 3], &[], &[2], 2, 2, Some("2@5 isr 2 elr 1,3")),
+        (Some(1), &[1, 2], &[], &[2], 2, 1, Some("2@5 isr 2 elr ")),
+        (Some(1), &[1, 2], &[], &[1, 2], 2, 2, Some("2@5 isr 1,2 elr ")),
+        (Some(1), &[1], &[2], &[2, 3], 2, 2, Some("2@5 isr 2 elr 1")),
+        (None, &[], &[2], &[2], 2, 2, Some("2@5 isr 2 elr ")),
+        // An eligible one waits for the ISR while a member of it is alive.
+        (None, &[1], &[2], &[1, 2], 2, 2, None),
+        (Some(1), &[1], &[], &[2, 3], 2, 2, None),
+        (Some(1), &[1, 2], &[], &[3], 2, 2, None),
+        (Some(1), &[1, 2], &[], &[1, 2], 1, 2, None),
+    ] {
+        let elected = value(leader, isr, elr).elect(BrokerId(to), |id| set(live).contains(&id), min);
+        assert_eq!(elected.as_ref().map(sets).as_deref(), then, "{leader:?} {isr:?} {elr:?} {live:?} {to} {min}");
+    }
+}
+
+#[test]
+fn an_unclean_election_is_recorded() {
+    let elected = value(None, &[1], &[2]).elect_unclean(BrokerId(3)).unwrap();
+    assert_eq!((sets(&elected).as_str(), elected.unclean), ("3@5 isr 3 elr ", Some(LeaderEpoch(5))));
+    assert_eq!(value(None, &[1], &[]).elect_unclean(BrokerId(9)), None);
+}
+
+#[test]
+fn who_gives_up_leads_no_more_and_the_last_member_stays() {
+    assert_eq!(sets(&value(Some(1), &[1, 2], &[]).leaderless()), "none@5 isr 1,2 elr ");
+    assert_eq!(sets(&value(None, &[1, 2], &[]).leaderless()), "none@4 isr 1,2 elr ");
+    assert_eq!(sets(&value(Some(1), &[1, 2, 3], &[]).resign(BrokerId(1), 2)), "none@5 isr 2,3 elr ");
+    assert_eq!(sets(&value(Some(1), &[1, 2], &[]).resign(BrokerId(1), 2)), "none@5 isr 2 elr 1");
+    assert_eq!(sets(&value(Some(1), &[1], &[2]).resign(BrokerId(1), 2)), "none@5 isr 1 elr 2");
+    assert_eq!(sets(&value(Some(1), &[1, 2], &[]).resign(BrokerId(2), 2)), "1@4 isr 1,2 elr ");
+}
+
+#[test]
+fn who_proves_nothing_is_in_no_set_and_nobody_takes_its_place() {
+    for (leader, isr, elr, holds, then) in [
+        (Some(1), &[1, 2][..], &[][..], Holds::All, Some("none@5 isr 1,2 elr ")),
+        (Some(2), &[1, 2], &[], Holds::All, None),
+        (Some(1), &[1, 2], &[], Holds::Nothing, Some("none@5 isr 2 elr ")),
+        (Some(2), &[1, 2], &[], Holds::Nothing, Some("2@4 isr 2 elr ")),
+        (Some(2), &[2], &[1], Holds::Nothing, Some("2@4 isr 2 elr ")),
+        (Some(1), &[1], &[], Holds::Nothing, Some("none@5 isr  elr ")),
+        (Some(2), &[2], &[], Holds::Nothing, None),
+        (Some(1), &[1, 2], &[], Holds::Unmarked, Some("none@5 isr 2 elr ")),
+        (Some(1), &[1], &[2], Holds::Unmarked, Some("none@5 isr  elr 2")),
+        (None, &[], &[], Holds::Unmarked, None),
+    ] {
+        let struck = value(leader, isr, elr).struck(BrokerId(1), holds);
+        assert_eq!(struck.as_ref().map(sets).as_deref(), then, "{leader:?} {isr:?} {elr:?} {holds:?}");
+        assert!(struck.is_none_or(|struck| struck.unclean.is_none() && struck.struck(BrokerId(1), holds).is_none()));
+    }
+}
+
+/// Its page cache may be gone, but nobody else has more: without this a `replicated` topic of one replica would stand still after
+/// each crash. What it may have lost is noted once.
+#[test]
+fn the_last_holder_stays_without_the_mark_of_a_clean_shutdown_and_it_is_recorded() {
+    for (leader, isr, elr) in [(Some(1), &[1][..], &[][..]), (None, &[], &[1])] {
+        let stays = value(leader, isr, elr).struck(BrokerId(1), Holds::Unmarked).unwrap();
+        assert_eq!((&stays.isr, &stays.elr), (&brokers(isr), &brokers(elr)));
+        assert_eq!((stays.leader, stays.unclean), (None, Some(stays.leader_epoch)));
+        assert_eq!(stays.struck(BrokerId(1), Holds::Unmarked), None, "a second look changes nothing");
+    }
+}
+
+#[test]
+fn a_move_ends_when_the_new_are_in_sync_and_the_leader_stays() {
+    let moving = value(Some(1), &[1, 2, 3], &[]).begin_move(&brokers(&[4, 1])).unwrap();
+    assert_eq!((&moving.replicas, &moving.adding), (&brokers(&[4, 1, 2, 3]), &brokers(&[4])));
+    assert_eq!(moving.removing, brokers(&[2, 3]));
+    assert_eq!(moving.end_move(), None, "4 has nothing yet");
+    let ended = moving.expand(&set(&[4]), 2).end_move().unwrap();
+    assert_eq!((sets(&ended).as_str(), &ended.replicas), ("1@4 isr 1,4 elr ", &brokers(&[4, 1])));
+    assert_eq!(ended.end_move(), None, "no move is under way");
+
+    let led_elsewhere = PartitionValue { leader: Some(BrokerId(2)), ..moving.expand(&set(&[4]), 2) };
+    assert_eq!(led_elsewhere.end_move(), None, "the leader would go");
+    let cancelled = moving.expand(&set(&[4]), 2).cancel_move().unwrap();
+    assert_eq!((sets(&cancelled).as_str(), &cancelled.replicas), ("1@4 isr 1,2,3 elr ", &brokers(&[1, 2, 3])));
+    assert_eq!(value(Some(1), &[1], &[]).cancel_move(), None);
+    for target in [&[][..], &[1, 1]] {
+        assert_eq!(value(Some(1), &[1], &[]).begin_move(&brokers(target)), None);
+    }
+}
+
+/// Who was on its way in and is not wanted any more goes again; who was there before is not new.
+#[test]
+fn a_second_move_replaces_the_first() {
+    let first = value(Some(1), &[1, 2, 3], &[]).begin_move(&brokers(&[1, 4, 5])).unwrap();
+    let second = first.begin_move(&brokers(&[1, 2, 5])).unwrap();
+    assert_eq!((&second.adding, &second.removing), (&brokers(&[5]), &brokers(&[4, 3])));
+    assert_eq!(second.cancel_move().unwrap().replicas, brokers(&[1, 2, 4, 3]), "4 goes with the next plan");
+}
+
+#[derive(Clone, Debug)]
+enum Change {
+    Shrink(BTreeSet<BrokerId>),
+    Expand(BTreeSet<BrokerId>),
+    Elect(BrokerId, BTreeSet<BrokerId>),
+    Unclean(BrokerId),
+    Leaderless,
+    Resign(BrokerId),
+    Strike(BrokerId, Holds),
+    BeginMove(Vec<BrokerId>),
+    EndMove,
+    CancelMove,
+}
+
+fn change() -> impl Strategy<Value = Change> {
+    let broker = || (1u32..6).prop_map(BrokerId);
+    let some = || prop::collection::btree_set(broker(), 0..4);
+    let holds = prop_oneof![Just(Holds::All), Just(Holds::Unmarked), Just(Holds::Nothing)];
+    prop_oneof![
+        some().prop_map(Change::Shrink),
+        some().prop_map(Change::Expand),
+        (broker(), some()).prop_map(|(to, live)| Change::Elect(to, live)),
+        broker().prop_map(Change::Unclean),
+        Just(Change::Leaderless),
+        broker().prop_map(Change::Resign),
+        (broker(), holds).prop_map(|(who, holds)| Change::Strike(who, holds)),
+        prop::collection::vec(broker(), 0..4).prop_map(Change::BeginMove),
+        Just(Change::EndMove),
+        Just(Change::CancelMove),
+    ]
+}
+
+fn apply(value: &PartitionValue, change: &Change, min: usize) -> PartitionValue {
+    let same = || value.clone();
+    match change {
+        // Only a leader changes the ISR.
+        Change::Shrink(_) | Change::Expand(_) if value.leader.is_none() => same(),
+        Change::Shrink(out) => value.shrink(out, min),
+        Change::Expand(add) => value.expand(add, min),
+        Change::Elect(to, live) => value.elect(*to, |id| live.contains(&id), min).unwrap_or_else(same),
+        Change::Unclean(to) => value.elect_unclean(*to).unwrap_or_else(same),
+        Change::Leaderless => value.leaderless(),
+        Change::Resign(me) => value.resign(*me, min),
+        Change::Strike(who, holds) => value.struck(*who, *holds).unwrap_or_else(same),
+        Change::BeginMove(target) => value.begin_move(target).unwrap_or_else(same),
+        Change::EndMove => value.end_move().unwrap_or_else(same),
+        Change::CancelMove => value.cancel_move().unwrap_or_else(same),
+    }
+}
+
+proptest! {
+    /// Whatever is done in whatever order, also with another minimum each time.
+    #[test]
+    fn sets_and_epoch_keep_their_rules(changes in prop::collection::vec((change(), 1usize..4), 1..30)) {
+        let mut value = value(Some(1), &[1, 2, 3], &[]);
+        for (change, min) in changes {
+            let next = apply(&value, &change, min);
+            prop_assert_eq!(next.contradiction(), None, "{:?}: {:?} became {:?}", change, value, next);
+            let all = |value: &PartitionValue| -> BTreeSet<_> { value.isr.iter().chain(&value.elr).copied().collect() };
+            prop_assert_eq!(all(&next).len(), next.isr.len() + next.elr.len(), "disjoint, nobody twice");
+            let turns = u32::from(next.leader != value.leader || matches!(change, Change::Unclean(_)) && next != value);
+            prop_assert_eq!(next.leader_epoch.0, value.leader_epoch.0 + turns, "R1: {:?}", change);
+            let grows = next.elr.iter().any(|id| !value.elr.contains(id));
+            let may = matches!(change, Change::Shrink(_) | Change::Elect(..) | Change::Resign(_));
+            prop_assert!(may || !grows, "R3: {:?}", change);
+            prop_assert!(!grows || next.isr.len() < min, "only below the minimum: {:?}", change);
+            // A clean change of leader keeps every replica that may have committed records eligible, or keeps the minimum of them.
+            if let Change::Elect(..) = change {
+                prop_assert!(next.isr.len() >= min || all(&next).is_superset(&all(&value)), "{:?}", change);
+            }
+            value = next;
+        }
+    }
+
+    /// A strike takes out and adds nothing, and a second look finds nothing to do.
+    #[test]
+    fn a_strike_is_done_once(changes in prop::collection::vec((change(), 1usize..4), 0..20), who in 1u32..6, holds in 0u8..3) {
+        let holds = [Holds::All, Holds::Unmarked, Holds::Nothing][usize::from(holds)];
+        let value = changes.iter().fold(value(Some(1), &[1, 2, 3], &[]), |value, (change, min)| apply(&value, change, *min));
+        let Some(struck) = value.struck(BrokerId(who), holds) else { return Ok(()) };
+        prop_assert_eq!(struck.struck(BrokerId(who), holds), None);
+        prop_assert_ne!(struck.leader, Some(BrokerId(who)));
+        for (before, after) in [(&value.isr, &struck.isr), (&value.elr, &struck.elr)] {
+            prop_assert!(after.iter().all(|id| before.contains(id)));
+            prop_assert!(before.iter().all(|id| id.0 == who || after.contains(id)));
+        }
+    }
+}

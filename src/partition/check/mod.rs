@@ -1,0 +1,125 @@
+//! Replication, model-checked: every order of events within bounds, over the real decisions.
+//!
+//! # Overview
+//!
+//! A state (`world`) is three brokers with their logs and their [`InSync`] or [`Follower`], the partition's value in the metadata store,
+//! and what is on its way between them. `steps` says what may happen next: appends, syncs, messages that come late and out of order, links
+//! that break, processes that die with or without loss, leases that end, elections, transactions whose outcome is lost. `rules` says
+//! what must hold after each step. [`explore`] visits every state that can be reached, nearest first, so that a counterexample is a
+//! shortest one.
+//!
+//! There is no second description of the protocol to keep true: the structs that are explored are those that brokers run, and the values
+//! in the store are made by the same functions.
+//!
+//! What bounds the search is the [`Budget`](world::Budget): how often each thing may happen on the way to a state. States
+//! are told apart by a hash of 128 bits.
+//!
+//! That it can find faults is shown by breaking the rules one at a time (`mutation`): each gives a counterexample.
+//!
+//! [`InSync`]: super::leader::insync::InSync
+//! [`Follower`]: super::follower::Follower
+
+mod rules;
+mod steps;
+mod tests;
+mod world;
+
+use std::{
+    collections::{HashSet, VecDeque},
+    hash::{DefaultHasher, Hash, Hasher},
+};
+
+use self::{
+    rules::{Fault, learned_role},
+    steps::Step,
+    world::{BROKERS, Setup, World},
+};
+
+/// What a search found.
+#[derive(Debug)]
+struct Found {
+    /// Different states.
+    states: usize,
+    /// Steps tried.
+    steps: usize,
+    /// The longest of the shortest ways to a state.
+    depth: usize,
+    /// Whether every state within the bounds was visited.
+    complete: bool,
+    /// A shortest way to a state that breaks a rule.
+    fault: Option<(Vec<Step>, Fault)>,
+}
+
+/// The state from which a search begins: everybody has heard of the value, and followers have joined.
+fn beginning(setup: Setup) -> World {
+    let mut world = World::new(setup);
+    for me in 0..BROKERS {
+        world.brokers[me].known = world.revision;
+        learned_role(&mut world, me);
+    }
+    let mut calm = |step: Step| world = world.after(step).expect("nothing has happened yet");
+    calm(Step::Learn(0));
+    for follower in 1..BROKERS {
+        calm(Step::Claim(follower));
+        calm(Step::LeaderHears { leader: 0, follower, message: 0 });
+        calm(Step::FollowerHears { leader: 0, follower });
+        calm(Step::Acknowledge(follower));
+        calm(Step::LeaderHears { leader: 0, follower, message: 0 });
+    }
+    world
+}
+
+/// A state's name: two hashes, so that two states of a search of millions do not share it by chance.
+fn name(world: &World) -> u128 {
+    let half = |salt: u8| {
+        let mut hasher = DefaultHasher::new();
+        (salt, world).hash(&mut hasher);
+        u128::from(hasher.finish())
+    };
+    half(0) << 64 | half(1)
+}
+
+/// Visits every state within the bounds, or as many as `most`.
+fn explore(setup: Setup, most: usize) -> Found {
+    let first = beginning(setup);
+    let mut names = HashSet::from([name(&first)]);
+    // How each state was reached: from which, by which step.
+    let mut reached: Vec<Option<(usize, Step)>> = vec![None];
+    let mut edge = VecDeque::from([(0, 0, first)]);
+    let mut found = Found { states: 1, steps: 0, depth: 0, complete: false, fault: None };
+    while let Some((place, depth, world)) = edge.pop_front() {
+        found.depth = depth;
+        for step in world.steps() {
+            found.steps += 1;
+            match world.after(step) {
+                Ok(next) => {
+                    if names.insert(name(&next)) {
+                        reached.push(Some((place, step)));
+                        edge.push_back((reached.len() - 1, depth + 1, next));
+                    }
+                }
+                Err(fault) => {
+                    found.fault = Some((way(&reached, place, step), fault));
+                    found.states = reached.len();
+                    return found;
+                }
+            }
+        }
+        if reached.len() > most {
+            found.states = reached.len();
+            return found;
+        }
+    }
+    Found { states: reached.len(), complete: true, ..found }
+}
+
+/// The steps from the beginning to a state, and one more.
+fn way(reached: &[Option<(usize, Step)>], mut place: usize, last: Step) -> Vec<Step> {
+    let mut steps = vec![last];
+    while let Some((before, step)) = reached[place] {
+        steps.push(step);
+        place = before;
+    }
+    steps.reverse();
+    steps
+}

@@ -1,0 +1,155 @@
+//! What must hold after every step: design.md section 13, as far as one partition's replication can show it.
+
+use super::world::{BROKERS, Role, World, at, count, id, index};
+use crate::{
+    cluster::{Holds, Value as _},
+    model::{BrokerId, LeaderEpoch, Offset},
+};
+
+/// A rule that a state breaks.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Fault {
+    /// Two processes lead in one epoch.
+    TwoLeaders(LeaderEpoch),
+    /// The epochs in a log fall.
+    EpochFalls(BrokerId),
+    /// Two logs share an offset and its epoch, and differ before.
+    LogsDiffer(BrokerId, BrokerId),
+    /// What a broker takes as committed is not what was committed.
+    NotCommitted { broker: BrokerId, high_watermark: Offset },
+    /// Fewer replicas hold what was just committed than the minimum asks for.
+    TooFewHold { held_by: usize, committed: usize },
+    /// A member of ISR or ELR lacks what is committed.
+    MemberLacks { broker: BrokerId, committed: usize },
+    /// The settled leader of the newest epoch tells an older end than was told before.
+    LatestGoesBack { latest: Offset, committed: usize },
+    /// A member cuts what is committed.
+    CutsCommitted { broker: BrokerId, to: Offset },
+    /// A follower is asked to cut what it knows as committed.
+    AskedToCutCommitted { broker: BrokerId, to: Offset },
+    /// The value in the store contradicts itself.
+    Contradiction(String),
+    /// The epoch does not grow with the leader, or only with it.
+    EpochAndLeader(LeaderEpoch),
+    /// A high watermark, or what was committed, fell.
+    Falls(BrokerId),
+}
+
+/// Takes the role that the value gives; a leader must be the only one of its epoch, ever.
+pub(super) fn learned_role(world: &mut World, me: usize) {
+    let role = world.role_of(me);
+    let broker = &mut world.brokers[me];
+    broker.high_watermark = broker.committed_end();
+    if let Role::Leading(leader) = &role {
+        world.led.push((leader.epoch(), id(me), broker.epoch));
+    }
+    broker.role = role;
+}
+
+impl World {
+    /// Whether a member may cut here.
+    pub(super) fn may_cut(&self, me: usize, to: Offset) -> Result<(), Fault> {
+        let is_member = self.value.isr.contains(&id(me)) || self.value.elr.contains(&id(me));
+        if is_member && count(to) < self.committed.len() {
+            return Err(Fault::CutsCommitted { broker: id(me), to });
+        }
+        Ok(())
+    }
+
+    /// Checks this state, which followed `before`, and notes what it commits.
+    pub(super) fn check(&mut self, before: &Self) -> Result<(), Fault> {
+        self.check_value(before)?;
+        self.check_leaders()?;
+        self.check_logs()?;
+        self.commit()?;
+        self.check_committed(before)
+    }
+
+    fn check_value(&self, before: &Self) -> Result<(), Fault> {
+        if let Some(why) = self.value.contradiction() {
+            return Err(Fault::Contradiction(why));
+        }
+        let turns = u32::from(self.value.leader != before.value.leader);
+        if self.value.leader_epoch.0 != before.value.leader_epoch.0 + turns {
+            return Err(Fault::EpochAndLeader(self.value.leader_epoch));
+        }
+        Ok(())
+    }
+
+    fn check_leaders(&self) -> Result<(), Fault> {
+        for (place, (epoch, _, _)) in self.led.iter().enumerate() {
+            if self.led[..place].iter().any(|(other, _, _)| other == epoch) {
+                return Err(Fault::TwoLeaders(*epoch));
+            }
+        }
+        Ok(())
+    }
+
+    fn check_logs(&self) -> Result<(), Fault> {
+        for (me, broker) in self.brokers.iter().enumerate() {
+            if !broker.log.is_sorted() {
+                return Err(Fault::EpochFalls(id(me)));
+            }
+            for (other, than) in self.brokers.iter().enumerate().take(me) {
+                let shared = broker.log.iter().zip(&than.log).rposition(|(a, b)| a == b);
+                if shared.is_some_and(|last| broker.log[..last] != than.log[..last]) {
+                    return Err(Fault::LogsDiffer(id(me), id(other)));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// What a leader's high watermark passes is committed from now on.
+    fn commit(&mut self) -> Result<(), Fault> {
+        for me in 0..BROKERS {
+            let Role::Leading(leader) = &self.brokers[me].role else { continue };
+            let end = count(leader.high_watermark());
+            if end <= self.committed.len() {
+                continue;
+            }
+            let log = &self.brokers[me].log;
+            if end > log.len() || !log.starts_with(&self.committed) {
+                return Err(Fault::NotCommitted { broker: id(me), high_watermark: at(end) });
+            }
+            self.committed = log[..end].to_vec();
+            let held_by = self.brokers.iter().filter(|broker| broker.log.starts_with(&self.committed)).count();
+            if held_by < leader.rule().min_insync {
+                return Err(Fault::TooFewHold { held_by, committed: end });
+            }
+        }
+        Ok(())
+    }
+
+    fn check_committed(&self, before: &Self) -> Result<(), Fault> {
+        let committed = self.committed.len();
+        for member in self.value.isr.iter().chain(&self.value.elr) {
+            let broker = &self.brokers[index(*member)];
+            // Who died without proof strikes itself before it takes part again.
+            let counts = matches!(broker.role, Role::Dead(Holds::All)) || broker.is_alive();
+            if counts && !broker.log.starts_with(&self.committed) {
+                return Err(Fault::MemberLacks { broker: *member, committed });
+            }
+        }
+        let newest = self.led.iter().map(|(epoch, _, _)| *epoch).max();
+        for (me, broker) in self.brokers.iter().enumerate() {
+            let high_watermark = broker.committed_end();
+            let end = count(high_watermark);
+            if end > committed || !broker.log.starts_with(&self.committed[..end]) {
+                return Err(Fault::NotCommitted { broker: id(me), high_watermark });
+            }
+            if broker.is_alive() && before.brokers[me].is_alive() && high_watermark < before.brokers[me].committed_end()
+            {
+                return Err(Fault::Falls(id(me)));
+            }
+            if let Role::Leading(leader) = &broker.role
+                && Some(leader.epoch()) == newest
+                && let Some(latest) = leader.latest()
+                && count(latest) < committed
+            {
+                return Err(Fault::LatestGoesBack { latest, committed });
+            }
+        }
+        Ok(())
+    }
+}

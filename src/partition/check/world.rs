@@ -1,0 +1,264 @@
+//! One state of the model: three brokers, the metadata store, and what is on its way between them.
+
+use crate::{
+    cluster::{Holds, PartitionValue, Revision},
+    log::EpochHistory,
+    model::{BrokerId, Durability, LeaderEpoch, Offset},
+    partition::{
+        follower::{Follower, Head},
+        leader::{
+            insync::{Ends, InSync, Peer, Proposal, Registration, Rule, Start},
+            join::{Claim, Join},
+        },
+    },
+};
+
+/// How many brokers there are.
+pub(super) const BROKERS: usize = 3;
+
+/// How often each thing may happen on the way from the beginning to a state: the bounds of the search.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Budget {
+    /// Batches that leaders append.
+    pub(super) appends: u8,
+    /// Leader epochs that begin, those without a leader among them.
+    pub(super) epochs: u8,
+    /// Processes that die and leave their page cache.
+    pub(super) kills: u8,
+    /// Machines that lose their power: what is not persisted is gone, or any part of it.
+    pub(super) losses: u8,
+    /// Disks that are replaced by empty ones.
+    pub(super) wipes: u8,
+    /// Leases that end though the process lives.
+    pub(super) expiries: u8,
+    /// Elections while the leader is alive and registered.
+    pub(super) handovers: u8,
+    /// Proposals whose outcome the leader does not learn.
+    pub(super) unknowns: u8,
+    /// Links that break.
+    pub(super) breaks: u8,
+    /// Times that a leader finds its followers lagging.
+    pub(super) lags: u8,
+    /// Times that `min.insync.replicas` is lowered by one.
+    pub(super) lowerings: u8,
+}
+
+/// What a search begins with.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Setup {
+    pub(super) durability: Durability,
+    pub(super) min_insync: usize,
+    /// How many of the brokers are in sync at first; all follow.
+    pub(super) in_sync: usize,
+    pub(super) budget: Budget,
+}
+
+/// What a broker does with its replica.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Role {
+    Dead(Holds),
+    Waiting,
+    Leading(Box<InSync>),
+    Following(Follower),
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Broker {
+    pub(super) role: Role,
+    /// The broker epoch of its last registration.
+    pub(super) epoch: Revision,
+    /// The revision of the partition's value that it acts on.
+    pub(super) known: Revision,
+    /// The epochs of its batches, one record each. An epoch has one appender, so epoch and offset name a record.
+    pub(super) log: Vec<LeaderEpoch>,
+    /// How many of them are on stable storage; all, where that is not asked for.
+    pub(super) persisted: usize,
+    /// What it knew as committed in the roles before this one.
+    pub(super) high_watermark: Offset,
+}
+
+/// A message to a leader. They may come late and in any order.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) struct ToLeader {
+    pub(super) from: Peer,
+    pub(super) epoch: LeaderEpoch,
+    pub(super) says: Says,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Says {
+    Claims(Claim),
+    Holds(Ends),
+}
+
+/// A message to a follower.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) struct ToFollower {
+    pub(super) epoch: LeaderEpoch,
+    pub(super) high_watermark: Offset,
+    pub(super) brings: Brings,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Brings {
+    Answer(Join),
+    Batches(Vec<Head>),
+}
+
+/// A transaction of a leader.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Call {
+    pub(super) proposal: Proposal,
+    pub(super) owner: BrokerId,
+    /// The leader epoch of the owner that waits for the outcome; `None` when nobody does any more.
+    pub(super) awaited: Option<LeaderEpoch>,
+    /// Whether the store did it, and at which revision; `None` before the store saw it.
+    pub(super) done: Option<Option<Revision>>,
+}
+
+/// The messages between two brokers. Few, because every order of them is tried.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub(super) struct Wire {
+    pub(super) to_leader: Vec<ToLeader>,
+    pub(super) to_follower: Vec<ToFollower>,
+}
+
+/// One state.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) struct World {
+    pub(super) budget: Budget,
+    pub(super) durability: Durability,
+    pub(super) min_insync: usize,
+    pub(super) value: PartitionValue,
+    pub(super) revision: Revision,
+    /// The registrations: broker epochs.
+    pub(super) registered: [Option<Revision>; BROKERS],
+    pub(super) brokers: [Broker; BROKERS],
+    /// `wires[leader][follower]`
+    pub(super) wires: [[Wire; BROKERS]; BROKERS],
+    pub(super) calls: Vec<Call>,
+    /// All that was ever committed, and who led in which epoch: what only the checker knows.
+    pub(super) committed: Vec<LeaderEpoch>,
+    pub(super) led: Vec<(LeaderEpoch, BrokerId, Revision)>,
+}
+
+pub(super) fn id(index: usize) -> BrokerId {
+    BrokerId(u32::try_from(index).expect("few brokers") + 1)
+}
+
+pub(super) fn index(id: BrokerId) -> usize {
+    usize::try_from(id.0).expect("few brokers") - 1
+}
+
+pub(super) fn at(records: usize) -> Offset {
+    Offset::ZERO.plus(u64::try_from(records).expect("short logs"))
+}
+
+pub(super) fn count(offset: Offset) -> usize {
+    usize::try_from(offset.get()).expect("short logs")
+}
+
+impl Broker {
+    pub(super) fn ends(&self) -> Ends {
+        Ends { written: at(self.log.len()), persisted: at(self.persisted) }
+    }
+
+    pub(super) fn history(&self) -> EpochHistory {
+        let mut history = EpochHistory::new();
+        for (offset, epoch) in self.log.iter().enumerate() {
+            assert!(history.note(*epoch, at(offset)), "checked after each step");
+        }
+        history
+    }
+
+    pub(super) fn is_alive(&self) -> bool {
+        !matches!(self.role, Role::Dead(_))
+    }
+
+    /// What it knows as committed.
+    pub(super) fn committed_end(&self) -> Offset {
+        match &self.role {
+            Role::Dead(_) => Offset::ZERO,
+            Role::Waiting => self.high_watermark,
+            Role::Leading(leader) => leader.high_watermark(),
+            Role::Following(follower) => follower.high_watermark(),
+        }
+    }
+}
+
+impl World {
+    /// Broker 1 leads in epoch 1, nothing is written yet, and everybody knows.
+    pub(super) fn new(setup: Setup) -> Self {
+        let brokers: Vec<BrokerId> = (0..BROKERS).map(id).collect();
+        let value = PartitionValue {
+            replicas: brokers.clone(),
+            leader: Some(brokers[0]),
+            leader_epoch: LeaderEpoch(1),
+            isr: brokers[..setup.in_sync].to_vec(),
+            elr: Vec::new(),
+            adding: Vec::new(),
+            removing: Vec::new(),
+            unclean: None,
+        };
+        let broker = || Broker {
+            role: Role::Waiting,
+            epoch: Revision(1),
+            known: Revision::ZERO,
+            log: Vec::new(),
+            persisted: 0,
+            high_watermark: Offset::ZERO,
+        };
+        Self {
+            budget: setup.budget,
+            durability: setup.durability,
+            min_insync: setup.min_insync,
+            value,
+            revision: Revision(1),
+            registered: [Some(Revision(1)); BROKERS],
+            brokers: std::array::from_fn(|_| broker()),
+            wires: Default::default(),
+            calls: Vec::new(),
+            committed: Vec::new(),
+            led: Vec::new(),
+        }
+    }
+
+    pub(super) fn rule(&self) -> Rule {
+        Rule { durability: self.durability, min_insync: self.min_insync, lag_ms: 1 }
+    }
+
+    pub(super) fn peer(&self, broker: usize) -> Peer {
+        Peer { broker: id(broker), epoch: self.brokers[broker].epoch }
+    }
+
+    pub(super) fn is_live(&self, broker: BrokerId) -> bool {
+        self.registered[index(broker)].is_some()
+    }
+
+    pub(super) fn registration(&self, broker: usize) -> Registration {
+        self.registered[broker].map_or(Registration::None, Registration::Running)
+    }
+
+    /// What a broker becomes when it hears of the value as it is.
+    pub(super) fn role_of(&self, me: usize) -> Role {
+        let broker = &self.brokers[me];
+        match self.value.leader {
+            Some(leader) if leader == id(me) => {
+                let start = Start {
+                    me: leader,
+                    value: self.value.clone(),
+                    revision: self.revision,
+                    own: broker.ends(),
+                    committed_end: broker.committed_end(),
+                    rule: self.rule(),
+                };
+                Role::Leading(Box::new(InSync::new(start)))
+            }
+            Some(leader) => {
+                let (epoch, unclean) = (self.value.leader_epoch, self.value.unclean);
+                Role::Following(Follower::new(leader, epoch, broker.committed_end(), unclean))
+            }
+            None => Role::Waiting,
+        }
+    }
+}

@@ -1,0 +1,1 @@
+//! A follower against right and wrong leaders.

@@ -1,0 +1,1 @@
+//! Who is in sync, by example and by chance.
