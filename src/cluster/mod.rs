@@ -20,10 +20,13 @@
 //! above the topic's count. Nobody acts on them; [`Sweep`] finds and deletes them.
 
 mod changes;
+mod controller;
 mod embedded;
 mod keys;
 mod partition_value;
 mod placement;
+pub mod planner;
+mod proof;
 mod session;
 mod store;
 mod tier_commits;
@@ -36,6 +39,7 @@ mod conformance;
 mod faulty;
 
 pub use changes::{Change, Changed, PartitionChanges};
+pub use controller::Controller;
 pub use embedded::{EmbeddedStore, FILE as EMBEDDED_FILE, OpenError};
 pub use keys::{
     Addresses, BrokerState, BrokerValue, ControllerValue, DeletedValue, DirectoryValue, DrainValue, InvalidClusterName,
@@ -43,6 +47,7 @@ pub use keys::{
 };
 pub use partition_value::{Holds, PartitionValue};
 pub use placement::{Load, Placement};
+pub use proof::{Proof, Shown, prove};
 pub use session::{RegisterError, Registration, Session, Standing};
 pub use store::{
     Answer, Changes, Compare, Entry, Event, LeaseId, Listing, MetaStore, Op, Outcome, Reading, Revision, StoreError,

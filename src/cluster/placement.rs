@@ -9,7 +9,7 @@
 use std::collections::BTreeMap;
 
 use crate::{
-    cluster::view::ViewState,
+    cluster::{keys::BrokerState, view::ViewState},
     model::{BrokerId, PartitionId},
 };
 
@@ -27,6 +27,8 @@ struct Candidate {
     /// `None` is a rack of its own: a broker without one shares nothing that is known of.
     rack: Option<String>,
     load: Load,
+    /// Whether it may be given more.
+    takes: bool,
 }
 
 /// The live brokers with what they carry; grows as partitions are placed.
@@ -41,11 +43,14 @@ impl Placement {
         Self::default()
     }
 
-    /// The live brokers of a view, carrying what its topics say.
+    /// The live brokers of a view, carrying what its topics say. Those that are being stopped or drained are given nothing.
     pub fn of(state: &ViewState) -> Self {
         let mut placement = Self::new();
         for (id, broker) in state.brokers() {
             placement.add(*id, broker.value.rack.clone(), Load::default());
+            if broker.value.state == BrokerState::Stopping || state.drains().contains_key(id) {
+                placement.exclude(*id);
+            }
         }
         for topic in state.topics().values() {
             for (_, entry) in state.partitions_of(&topic.value) {
@@ -59,17 +64,19 @@ impl Placement {
 
     /// Adds a live broker.
     pub fn add(&mut self, id: BrokerId, rack: Option<String>, load: Load) {
-        self.brokers.insert(id, Candidate { rack, load });
+        self.brokers.insert(id, Candidate { rack, load, takes: true });
     }
 
-    /// How many brokers there are.
-    pub fn len(&self) -> usize {
-        self.brokers.len()
+    /// From now on a broker is given nothing more. What it carries counts as before.
+    pub fn exclude(&mut self, id: BrokerId) {
+        if let Some(candidate) = self.brokers.get_mut(&id) {
+            candidate.takes = false;
+        }
     }
 
-    /// Whether there are none.
-    pub fn is_empty(&self) -> bool {
-        self.brokers.is_empty()
+    /// The brokers that may be given more, with what they carry.
+    pub fn takers(&self) -> impl Iterator<Item = (BrokerId, Load)> + '_ {
+        self.brokers.iter().filter(|(_, candidate)| candidate.takes).map(|(id, candidate)| (*id, candidate.load))
     }
 
     /// What each broker carries.
@@ -83,7 +90,7 @@ impl Placement {
         let load = |(id, candidate): &(&BrokerId, &Candidate)| {
             (candidate.load.leaders, candidate.load.replicas, mix(partition, **id))
         };
-        let (leader, _) = self.brokers.iter().min_by_key(load)?;
+        let (leader, _) = self.brokers.iter().filter(|(_, candidate)| candidate.takes).min_by_key(load)?;
         let chosen = self.choose(partition, vec![*leader], replicas)?;
         self.carry(&chosen);
         Some(chosen)
@@ -97,7 +104,7 @@ impl Placement {
             let next = self
                 .brokers
                 .iter()
-                .filter(|(id, _)| !chosen.contains(id))
+                .filter(|(id, candidate)| candidate.takes && !chosen.contains(id))
                 .min_by_key(|(id, candidate)| {
                     let Load { replicas, leaders } = candidate.load;
                     (self.same_rack(&chosen, candidate), replicas, leaders, mix(partition, **id))
@@ -112,6 +119,15 @@ impl Placement {
         let Some(rack) = &candidate.rack else { return 0 };
         let there = |id: &&BrokerId| self.brokers.get(id).and_then(|other| other.rack.as_ref()) == Some(rack);
         chosen.iter().filter(there).count()
+    }
+
+    /// Counts replicas that these are about to carry as well.
+    pub fn carry_more(&mut self, brokers: &[BrokerId]) {
+        for id in brokers {
+            if let Some(candidate) = self.brokers.get_mut(id) {
+                candidate.load.replicas += 1;
+            }
+        }
     }
 
     fn carry(&mut self, replicas: &[BrokerId]) {

@@ -1,0 +1,305 @@
+//! The controller: one broker of the cluster carries out the plan.
+//!
+//! # Overview
+//!
+//! Every broker runs this task. It campaigns for the controller's key, which hangs on the broker's own lease and so goes with its registration.
+//! Who has it plans whenever brokers, topics, partitions or drains changed, and carries the steps out as compare-and-sets that
+//! name the key: a controller that was deposed is refused at its first write. Between changes it sleeps.
+//!
+//! # Invariants
+//!
+//! - Nothing that a controller does is safe because it is the only one: two of them, or one with an old view, waste refusals.
+//! - It keeps nothing but how long it has seen brokers there or gone. A new controller begins to count anew, so a broker is
+//!   replaced late after a change of controller, and never early.
+//!
+//! # Shutdown
+//!
+//! The task ends where it is; what is half done is in the partitions' values. The key goes with the lease.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
+
+use tokio::time::Instant;
+
+use super::{
+    changes::{Change, Changed, PartitionChanges},
+    keys::{ControllerValue, Key, Keys, Value as _},
+    planner::{self, Input, Limits, Plan, Why},
+    session::{Session, Standing},
+    store::{Compare, LeaseId, MetaStore, Outcome, Revision, StoreError, Transaction},
+    view::{Feed, Moved, View, ViewState},
+};
+use crate::{
+    model::{BrokerId, ConfigMap, PartitionId},
+    task::{Tasks, clock},
+};
+
+/// How long changes are gathered before a plan is made: one failure changes many keys.
+const GATHER: Duration = Duration::from_millis(5);
+
+/// How long the mirror may take to show what was written, before the next plan is made without.
+const CATCH_UP: Duration = Duration::from_secs(1);
+
+/// Pause after the store did not answer.
+const AGAIN: Duration = Duration::from_millis(250);
+
+/// What a controller is made of.
+#[derive(Clone, Debug)]
+pub struct Controller {
+    /// The metadata store.
+    pub store: Arc<dyn MetaStore>,
+    /// Its keys.
+    pub keys: Keys,
+    /// The mirror.
+    pub view: View,
+    /// This broker's registration.
+    pub session: Session,
+    /// This broker's number.
+    pub id: BrokerId,
+    /// What topics have that set nothing else.
+    pub defaults: ConfigMap,
+    /// How much is moved at the same time.
+    pub limits: Limits,
+}
+
+impl Controller {
+    /// Campaigns, and plans while it is the controller, until the tasks are stopped.
+    pub fn spawn(self, tasks: &Tasks) {
+        let stop = tasks.clone();
+        tasks.spawn("controller", async move {
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => {}
+                () = self.run() => {}
+            }
+        });
+    }
+
+    async fn run(self) {
+        loop {
+            let lease = self.registered().await;
+            match self.campaign(lease).await {
+                Ok(Some(term)) => {
+                    tracing::info!(broker = %self.id, "this broker is the controller now");
+                    self.govern(lease, term).await;
+                    tracing::info!(broker = %self.id, "this broker is not the controller any more");
+                }
+                Ok(None) => self.vacancy(lease).await,
+                Err(error) => {
+                    tracing::debug!(%error, "cannot campaign for the controller's key; trying again");
+                    tokio::time::sleep(AGAIN).await;
+                }
+            }
+        }
+    }
+
+    /// The lease of this broker's registration, once there is one.
+    async fn registered(&self) -> LeaseId {
+        let mut standing = self.session.standing();
+        loop {
+            if let Standing::Registered { lease, .. } = *standing.borrow_and_update() {
+                return lease;
+            }
+            if standing.changed().await.is_err() {
+                // The session has ended: nothing comes any more.
+                std::future::pending::<()>().await;
+            }
+        }
+    }
+
+    /// Takes the key where nobody has it. The transaction that made it is the term; `None` when another broker was faster.
+    async fn campaign(&self, lease: LeaseId) -> Result<Option<Revision>, StoreError> {
+        let key = self.keys.controller();
+        let transaction = Transaction::new()
+            .when(Compare::Absent(key.clone()))
+            .put_leased(key.as_str(), ControllerValue { broker: self.id }.encode(), lease)
+            .else_get(key);
+        match self.store.transact(transaction).await? {
+            Outcome::Done { revision } => Ok(Some(revision)),
+            Outcome::Refused { mut found, .. } => {
+                // Its own, of a try whose answer was lost.
+                let own = found.pop().flatten().filter(|entry| entry.lease == Some(lease));
+                Ok(own.map(|entry| entry.create_revision))
+            }
+        }
+    }
+
+    /// Waits until nobody has the key, as far as the mirror shows, or this broker's own lease is another one.
+    async fn vacancy(&self, lease: LeaseId) {
+        let (mut states, mut standing) = (self.view.watch(), self.session.standing());
+        let mine = |standing: &Standing| matches!(standing, Standing::Registered { lease: now, .. } if *now == lease);
+        // What was found in the store may not be in the mirror yet.
+        tokio::time::sleep(GATHER).await;
+        tokio::select! {
+            _ = states.wait_for(|state| state.controller().is_none()) => {}
+            _ = standing.wait_for(|standing| !mine(standing)) => {}
+        }
+    }
+
+    /// Plans and carries out until the term is over.
+    async fn govern(&self, lease: LeaseId, term: Revision) {
+        let when = [Compare::CreateRevision(self.keys.controller(), term)];
+        let changes = PartitionChanges::new(Arc::clone(&self.store), self.keys.clone());
+        let (mut feed, mut presence) = (self.view.feed(), Presence::default());
+        let mut standing = self.session.standing();
+        let _ours = tokio::time::timeout(CATCH_UP, self.view.reached(term)).await;
+        let mut waiting = BTreeSet::new();
+        loop {
+            if !matches!(*standing.borrow_and_update(), Standing::Registered { lease: now, .. } if now == lease) {
+                return;
+            }
+            let plan = self.plan(&mut presence);
+            report(&plan, &mut waiting);
+            let outcome = carry_out(&changes, plan.steps, &when).await;
+            if outcome.deposed {
+                return;
+            }
+            let _late = tokio::time::timeout(CATCH_UP, self.view.reached(outcome.reached)).await;
+            let again = if outcome.failed { Some(AGAIN) } else { plan.again_in_ms.map(Duration::from_millis) };
+            tokio::select! {
+                biased;
+                _ = standing.changed() => {}
+                news = relevant(&mut feed) => match news {
+                    true => tokio::time::sleep(GATHER).await,
+                    // The mirror has ended: so has this broker.
+                    false => std::future::pending().await,
+                },
+                () = sleep(again) => {}
+            }
+        }
+    }
+
+    fn plan(&self, presence: &mut Presence) -> Plan {
+        let state = self.view.state();
+        presence.look(&state, clock::monotonic());
+        let (up_ms, gone_ms) = presence.lasting(clock::monotonic());
+        let full = BTreeSet::new();
+        planner::plan(&Input {
+            view: &state,
+            defaults: &self.defaults,
+            gone_ms: &gone_ms,
+            up_ms: &up_ms,
+            full: &full,
+            limits: self.limits,
+        })
+    }
+}
+
+async fn sleep(time: Option<Duration>) {
+    match time {
+        Some(time) => tokio::time::sleep(time).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Waits for a change that a plan may depend on. False when there will be none any more.
+async fn relevant(feed: &mut Feed) -> bool {
+    loop {
+        match feed.next().await {
+            None => return false,
+            Some(Moved::Everything) => return true,
+            Some(Moved::Keys(keys)) => {
+                // What is committed to the bucket, every few seconds for each partition, is no news here.
+                if keys.iter().any(|key| !matches!(key, Key::Tier(_))) {
+                    return true;
+                }
+            }
+        }
+    }
+}
+
+struct CarriedOut {
+    /// The newest transaction that was done.
+    reached: Revision,
+    /// Some could not be made, or it is not known: plan again soon.
+    failed: bool,
+    /// Another broker has the key, or nobody.
+    deposed: bool,
+}
+
+/// Writes the steps, those that matter most first.
+async fn carry_out(changes: &PartitionChanges, steps: Vec<planner::Step>, when: &[Compare]) -> CarriedOut {
+    let mut outcome = CarriedOut { reached: Revision::ZERO, failed: false, deposed: false };
+    if steps.is_empty() {
+        return outcome;
+    }
+    let whys: BTreeMap<PartitionId, Why> = steps.iter().map(|step| (step.change.id, step.why)).collect();
+    let changed: Vec<Change> = steps.into_iter().map(|step| step.change).collect();
+    for (id, changed) in changes.make(changed, when).await {
+        match changed {
+            Changed::Done(revision) => {
+                outcome.reached = outcome.reached.max(revision);
+                tracing::info!(partition = %id, why = ?whys[&id], "the partition's replicas or leader were changed");
+            }
+            // The view will show what stands there.
+            Changed::Refused(_) => {}
+            Changed::Barred => outcome.deposed = true,
+            Changed::Unknown(error) | Changed::Failed(error) => {
+                tracing::debug!(partition = %id, %error, "a step was not made, or is not known to have been");
+                outcome.failed = true;
+            }
+        }
+    }
+    outcome
+}
+
+/// Says once of each partition that it waits, and once that it does not any more.
+fn report(plan: &Plan, waiting: &mut BTreeSet<PartitionId>) {
+    let now: BTreeSet<PartitionId> = plan.waiting.iter().map(|(id, _)| *id).collect();
+    for (id, what) in plan.waiting.iter().filter(|(id, _)| !waiting.contains(id)) {
+        match what {
+            planner::Waiting::ForLeader => tracing::warn!(
+                partition = %id,
+                "no broker that holds everything committed is there to lead: the partition waits for one; \
+                 `strandline partition elect` with --unclean goes on without"
+            ),
+            planner::Waiting::ForBrokers => tracing::warn!(
+                partition = %id, "there are too few brokers that can take a replica: start more, or lower the replication factor"
+            ),
+        }
+    }
+    for id in waiting.difference(&now) {
+        tracing::info!(partition = %id, "the partition waits no more");
+    }
+    *waiting = now;
+}
+
+/// How long brokers have been seen there, or gone.
+#[derive(Debug, Default)]
+struct Presence {
+    up: BTreeMap<BrokerId, (Revision, Instant)>,
+    gone: BTreeMap<BrokerId, Instant>,
+}
+
+impl Presence {
+    fn look(&mut self, state: &ViewState, now: Instant) {
+        let live = state.brokers();
+        self.up.retain(|id, (epoch, _)| live.get(id).is_some_and(|known| known.create_revision == *epoch));
+        for (id, known) in live {
+            self.up.entry(*id).or_insert((known.create_revision, now));
+        }
+        let mut named = BTreeSet::new();
+        for topic in state.topics().values() {
+            for (_, entry) in state.partitions_of(&topic.value) {
+                named.extend(entry.partition.iter().flat_map(|known| known.value.replicas.iter().copied()));
+            }
+        }
+        self.gone.retain(|id, _| named.contains(id) && !live.contains_key(id));
+        for id in named.into_iter().filter(|id| !live.contains_key(id)) {
+            self.gone.entry(id).or_insert(now);
+        }
+    }
+
+    /// Milliseconds that each has been there, and that each has been gone.
+    fn lasting(&self, now: Instant) -> (BTreeMap<BrokerId, u64>, BTreeMap<BrokerId, u64>) {
+        let ms = |since: Instant| u64::try_from(now.duration_since(since).as_millis()).unwrap_or(u64::MAX);
+        let up = self.up.iter().map(|(id, (_, since))| (*id, ms(*since))).collect();
+        (up, self.gone.iter().map(|(id, since)| (*id, ms(*since))).collect())
+    }
+}
+
+#[cfg(test)]
+mod tests;

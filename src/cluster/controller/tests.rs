@@ -1,0 +1,215 @@
+//! Controllers of several brokers over one store: who plans, what comes of it, and who plans next.
+
+use super::*;
+use crate::{
+    cluster::{
+        embedded::EmbeddedStore,
+        faulty::{Fault, Faulty},
+        keys::{Addresses, BrokerState, BrokerValue, TopicValue},
+        partition_value::PartitionValue,
+        session::Registration,
+    },
+    model::{LeaderEpoch, TopicId, TopicName},
+};
+
+const TIME: Duration = Duration::from_secs(9);
+
+struct World {
+    store: EmbeddedStore,
+    link: Faulty,
+    keys: Keys,
+    view: View,
+    tasks: Tasks,
+}
+
+/// One broker: its registration and its controller's task.
+struct Node {
+    session: Session,
+    tasks: Tasks,
+}
+
+fn id() -> PartitionId {
+    PartitionId::new(TopicId::from_bytes([7; 16]), 0)
+}
+
+impl World {
+    async fn new() -> Self {
+        let (store, keys, tasks) = (EmbeddedStore::in_memory(), Keys::new("test").unwrap(), Tasks::new());
+        let link = Faulty::new(store.clone());
+        let view = View::start(Arc::new(store.clone()), keys.clone(), &tasks);
+        let world = Self { store, link, keys, view, tasks };
+        let topic = TopicValue { id: id().topic, partitions: 1, replication_factor: 3, config: ConfigMap::new() };
+        let brokers = [1, 2, 3].map(BrokerId).to_vec();
+        let value = PartitionValue {
+            replicas: brokers.clone(),
+            leader: None,
+            leader_epoch: LeaderEpoch(0),
+            isr: brokers,
+            elr: vec![],
+            adding: vec![],
+            removing: vec![],
+            unclean: None,
+        };
+        let name = TopicName::new("t").unwrap();
+        let made = Transaction::new()
+            .put(world.keys.topic(&name), topic.encode())
+            .put(world.keys.partition(id()), value.encode());
+        world.store.transact(made).await.unwrap();
+        world
+    }
+
+    async fn broker(&self, number: u32) -> Node {
+        let (keys, id) = (self.keys.clone(), BrokerId(number));
+        let registration =
+            Registration { store: Arc::new(self.store.clone()), keys, id, value: value(number), time: TIME };
+        let tasks = self.tasks.child();
+        let session = registration.register(None, &self.view, &tasks).await.unwrap();
+        let controller = Controller {
+            store: Arc::new(self.link.clone()),
+            keys: self.keys.clone(),
+            view: self.view.clone(),
+            session: session.clone(),
+            id,
+            defaults: ConfigMap::new(),
+            limits: Limits::default(),
+        };
+        controller.spawn(&tasks);
+        Node { session, tasks }
+    }
+
+    /// A broker that does nothing but be registered.
+    async fn ghost(&self, number: u32) {
+        let path = self.keys.broker(BrokerId(number));
+        self.store.transact(Transaction::new().put(path, value(number).encode())).await.unwrap();
+    }
+
+    async fn delete(&self, key: String) {
+        self.store.transact(Transaction::new().delete(key)).await.unwrap();
+    }
+
+    /// The state once it is so; the time that this took.
+    async fn until(&self, holds: impl Fn(&ViewState) -> bool) -> Duration {
+        let began = clock::monotonic();
+        let mut states = self.view.watch();
+        let became = tokio::time::timeout(TIME * 4, states.wait_for(|state| holds(state))).await;
+        assert!(became.is_ok(), "not so after {:?}: {:?}", TIME * 4, self.view.state());
+        began.elapsed()
+    }
+}
+
+fn value(number: u32) -> BrokerValue {
+    BrokerValue {
+        addresses: Addresses { grpc: format!("b{number}:1"), http: None },
+        rack: None,
+        directory_id: number.to_string(),
+        incarnation: "p".to_owned(),
+        state: BrokerState::Running,
+        version: "0".to_owned(),
+    }
+}
+
+fn leader(state: &ViewState) -> Option<BrokerId> {
+    state.partition(id())?.partition.as_ref()?.value.leader
+}
+
+impl Node {
+    async fn leave(self) {
+        self.session.leave().await;
+        self.tasks.stop().await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_first_broker_plans_and_another_one_when_it_leaves() {
+    let world = World::new().await;
+    world.ghost(2).await;
+    world.ghost(3).await;
+    let first = world.broker(1).await;
+    world.until(|state| state.controller() == Some(BrokerId(1)) && leader(state) == Some(BrokerId(1))).await;
+    let second = world.broker(2).await;
+    let third = world.broker(3).await;
+    tokio::time::sleep(TIME).await;
+    assert_eq!(world.view.state().controller(), Some(BrokerId(1)), "nobody takes it from who has it");
+    first.leave().await;
+    let took =
+        world.until(|state| state.controller().is_some() && leader(state).is_some_and(|id| id != BrokerId(1))).await;
+    assert!(took < Duration::from_secs(1), "{took:?}");
+    second.leave().await;
+    third.leave().await;
+    world.tasks.stop().await;
+}
+
+/// Evidence, rather than the lease's end: the registration is taken away.
+#[tokio::test(start_paused = true)]
+async fn a_leader_whose_registration_is_taken_away_is_followed_at_once() {
+    let world = World::new().await;
+    world.ghost(1).await;
+    let node = world.broker(2).await;
+    world.until(|state| leader(state) == Some(BrokerId(1))).await;
+    world.delete(world.keys.broker(BrokerId(1))).await;
+    let took = world.until(|state| leader(state) == Some(BrokerId(2))).await;
+    assert!(took < Duration::from_millis(100), "{took:?}");
+    node.leave().await;
+    world.tasks.stop().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_lost_the_key_changes_nothing_more() {
+    let world = World::new().await;
+    let node = world.broker(1).await;
+    world.until(|state| leader(state) == Some(BrokerId(1))).await;
+    let other = ControllerValue { broker: BrokerId(9) };
+    let taken = Transaction::new().put(world.keys.controller(), other.encode());
+    world.delete(world.keys.controller()).await;
+    world.store.transact(taken).await.unwrap();
+    let key = world.keys.partition(id());
+    let entry = world.store.get(&key).await.unwrap().entry.unwrap();
+    let free = PartitionValue::decode(&key, &entry.value).unwrap().leaderless();
+    world.store.transact(Transaction::new().put(key.as_str(), free.encode())).await.unwrap();
+    tokio::time::sleep(TIME).await;
+    assert_eq!(leader(&world.view.state()), None, "that is the other one's to do");
+    world.delete(world.keys.controller()).await;
+    world.until(|state| leader(state) == Some(BrokerId(1))).await;
+    node.leave().await;
+    world.tasks.stop().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_store_that_fails_is_asked_again() {
+    let world = World::new().await;
+    let faults = [Fault::Refused, Fault::Lost, Fault::AnswerLost, Fault::Refused, Fault::Lost, Fault::AnswerLost];
+    world.link.transactions(faults.map(Some));
+    let node = world.broker(1).await;
+    world.until(|state| leader(state) == Some(BrokerId(1))).await;
+    let epoch = world.view.state().partition(id()).unwrap().partition.as_ref().unwrap().value.leader_epoch;
+    assert_eq!(epoch, LeaderEpoch(1), "elected once");
+    node.leave().await;
+    world.tasks.stop().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn time_is_counted_for_each_uptime_and_from_when_it_was_seen() {
+    let world = World::new().await;
+    let (now, mut presence) = (clock::monotonic(), Presence::default());
+    let one = BrokerId(1);
+    let look = async |presence: &mut Presence, turns: u32| {
+        world.until(|state| state.brokers().contains_key(&one) == turns.is_multiple_of(2)).await;
+        presence.look(&world.view.state(), now + TIME * turns);
+        presence.lasting(now + TIME * (turns + 1))
+    };
+    let time_ms = 9_000;
+    for turns in [0, 2] {
+        world.ghost(1).await;
+        let (up, gone) = look(&mut presence, turns).await;
+        assert_eq!((up.get(&one), gone.get(&one)), (Some(&time_ms), None), "a new uptime counts anew");
+        assert_eq!(
+            gone.get(&BrokerId(2)),
+            Some(&(time_ms * u64::from(turns + 1))),
+            "never seen, and named by a partition"
+        );
+        world.delete(world.keys.broker(one)).await;
+        let (up, gone) = look(&mut presence, turns + 1).await;
+        assert_eq!((up.get(&one), gone.get(&one)), (None, Some(&time_ms)));
+    }
+    world.tasks.stop().await;
+}

@@ -1,0 +1,185 @@
+//! Where replicas are: ends of moves, and new ones for a changed factor, lost and drained brokers, and balance. Moves begin only
+//! within the limits, whoever began those under way.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::{
+    super::placement::{Load, Placement},
+    Input, Plan, Step, Subject, Waiting, Why, lead,
+};
+use crate::model::{BrokerId, PartitionId};
+
+/// A broker gives when it holds so many replicas, and so many hundredths, more than the one that holds least.
+const UNEVEN: usize = 2;
+const UNEVEN_PERCENT: usize = 10;
+
+/// Ends a move whose new replicas are in sync; first another one must lead, where the leader goes.
+pub(super) fn end(input: &Input<'_>, subject: &Subject<'_>) -> Option<Step> {
+    let value = subject.value;
+    if !subject.is_moving() || !value.adding.iter().all(|id| value.isr.contains(id)) {
+        return None;
+    }
+    if let Some(ended) = value.end_move() {
+        return Some(subject.step(ended, Why::MoveEnded));
+    }
+    let to = lead::successor(input, subject, |id| value.leader != Some(id))?;
+    let value = value.elect(to, |id| input.is_live(id), subject.min_insync)?;
+    Some(subject.step(value, Why::MoveEnded))
+}
+
+/// How many more moves may begin, and to whom.
+struct Room {
+    moves: usize,
+    to_one: usize,
+    receiving: BTreeMap<BrokerId, usize>,
+}
+
+impl Room {
+    fn of(input: &Input<'_>, subjects: &[Subject<'_>]) -> Self {
+        let under_way = subjects.iter().filter(|subject| subject.is_moving());
+        let mut receiving = BTreeMap::new();
+        for id in under_way.clone().flat_map(|subject| &subject.value.adding) {
+            *receiving.entry(*id).or_default() += 1;
+        }
+        let moves = input.limits.moves.saturating_sub(under_way.count());
+        Self { moves, to_one: input.limits.moves_to_one, receiving }
+    }
+
+    /// Takes room for a move that copies to these.
+    fn take(&mut self, new: &[BrokerId]) -> bool {
+        let fits = |id: &BrokerId| self.receiving.get(id).copied().unwrap_or(0) < self.to_one;
+        // What copies nothing costs nothing.
+        if new.is_empty() {
+            return true;
+        }
+        if self.moves == 0 || !new.iter().all(fits) {
+            return false;
+        }
+        self.moves -= 1;
+        new.iter().for_each(|id| *self.receiving.entry(*id).or_default() += 1);
+        true
+    }
+}
+
+/// Begins moves; the partitions that one was begun of.
+pub(super) fn begin(input: &Input<'_>, subjects: &[Subject<'_>], plan: &mut Plan) -> BTreeSet<PartitionId> {
+    let (mut room, mut placement) = (Room::of(input, subjects), input.placement());
+    let mut moved = BTreeSet::new();
+    for subject in subjects.iter().filter(|subject| !subject.is_moving() && subject.value.leader.is_some()) {
+        let Some((target, why)) = wanted(input, subject, &placement, plan) else { continue };
+        let Some(value) = subject.value.begin_move(&target) else { continue };
+        if room.take(&value.adding) {
+            placement.carry_more(&value.adding);
+            moved.insert(subject.id);
+            plan.steps.push(subject.step(value, why));
+        }
+    }
+    let quiet = moved.is_empty() && !subjects.iter().any(Subject::is_moving);
+    if input.limits.balance
+        && quiet
+        && let Some(step) = balance(input, subjects, &placement)
+    {
+        moved.insert(step.change.id);
+        plan.steps.push(step);
+    }
+    moved
+}
+
+/// The replicas that a partition should have, when they are others than it has.
+fn wanted(
+    input: &Input<'_>,
+    subject: &Subject<'_>,
+    placement: &Placement,
+    plan: &mut Plan,
+) -> Option<(Vec<BrokerId>, Why)> {
+    let (replicas, id) = (&subject.value.replicas, subject.id);
+    let factor = usize::try_from(subject.topic.replication_factor).ok()?;
+    if replicas.len() > factor {
+        return fewer(input, subject, factor).map(|target| (target, Why::Factor));
+    }
+    let leaving = |id: &BrokerId| input.is_draining(*id) || is_lost(input, *id, plan);
+    let going: Vec<BrokerId> = replicas.iter().copied().filter(leaving).collect();
+    if going.is_empty() && replicas.len() == factor {
+        return None;
+    }
+    let stay: Vec<BrokerId> = replicas.iter().copied().filter(|id| !going.contains(id)).collect();
+    let Some(chosen) = placement.choose(id, stay.clone(), factor) else {
+        plan.waiting.push((id, Waiting::ForBrokers));
+        return None;
+    };
+    // Who comes takes the place of who goes, so that the preferred leader is the one next to it only if it goes itself.
+    let mut new = chosen[stay.len()..].iter().copied();
+    let mut target: Vec<BrokerId> =
+        replicas.iter().filter_map(|id| if going.contains(id) { new.next() } else { Some(*id) }).collect();
+    target.extend(new);
+    let why = match going.iter().any(|id| input.is_draining(*id)) {
+        _ if going.is_empty() => Why::Factor,
+        true => Why::Drained,
+        false => Why::Replaced,
+    };
+    Some((target, why))
+}
+
+/// Whether a broker is gone for longer than its replicas wait for it.
+fn is_lost(input: &Input<'_>, id: BrokerId, plan: &mut Plan) -> bool {
+    let (Some(after_ms), false) = (input.limits.replace_after_ms, input.is_live(id)) else { return false };
+    let gone_ms = input.gone_ms.get(&id).copied().unwrap_or(0);
+    if gone_ms < after_ms {
+        plan.again_in(after_ms - gone_ms);
+    }
+    gone_ms >= after_ms
+}
+
+/// The replicas that stay when there are to be fewer: the leader, those in sync, those alive, those of racks of their own, the first.
+/// `None` while not enough of them would be in sync.
+fn fewer(input: &Input<'_>, subject: &Subject<'_>, factor: usize) -> Option<Vec<BrokerId>> {
+    let value = subject.value;
+    let rack = |id: &BrokerId| input.view.brokers().get(id).and_then(|known| known.value.rack.as_deref());
+    let mut kept: Vec<BrokerId> = Vec::new();
+    let mut rest: Vec<BrokerId> = value.replicas.clone();
+    while kept.len() < factor && !rest.is_empty() {
+        let shared = |id: &BrokerId| rack(id).is_some_and(|own| kept.iter().any(|other| rack(other) == Some(own)));
+        let worth = |(place, id): &(usize, &BrokerId)| {
+            let (leads, in_sync) = (value.leader == Some(**id), value.isr.contains(id));
+            (!leads, !in_sync, !input.is_live(**id), input.is_draining(**id), shared(id), *place)
+        };
+        let (best, _) = rest.iter().enumerate().min_by_key(worth)?;
+        kept.push(rest.remove(best));
+    }
+    let in_sync = kept.iter().filter(|id| value.isr.contains(id)).count();
+    if in_sync < subject.min_insync.min(factor) {
+        return None;
+    }
+    Some(value.replicas.iter().copied().filter(|id| kept.contains(id)).collect())
+}
+
+/// One replica from a broker that holds much more than another one to that, the most uneven pair first, where no rack is given
+/// up for it.
+fn balance(input: &Input<'_>, subjects: &[Subject<'_>], placement: &Placement) -> Option<Step> {
+    let mut brokers: Vec<(usize, BrokerId)> =
+        placement.takers().map(|(id, Load { replicas, .. })| (replicas, id)).collect();
+    brokers.sort_unstable();
+    let uneven = |most: usize, least: usize| most > least + UNEVEN && most * 100 > least * (100 + UNEVEN_PERCENT);
+    brokers.iter().rev().find_map(|(most, from)| {
+        let takers = brokers.iter().take_while(|(least, _)| uneven(*most, *least));
+        takers.into_iter().find_map(|(_, to)| subjects.iter().find_map(|subject| hand_on(input, subject, *from, *to)))
+    })
+}
+
+/// A replica of this partition from one broker to another, in its place.
+fn hand_on(input: &Input<'_>, subject: &Subject<'_>, from: BrokerId, to: BrokerId) -> Option<Step> {
+    let replicas = &subject.value.replicas;
+    if subject.value.leader.is_none() || !replicas.contains(&from) || replicas.contains(&to) {
+        return None;
+    }
+    let rack = |id: &BrokerId| {
+        let known = input.view.brokers().get(id).and_then(|known| known.value.rack.clone());
+        known.unwrap_or_else(|| format!("broker {id}"))
+    };
+    let racks = |replicas: &[BrokerId]| replicas.iter().map(rack).collect::<BTreeSet<String>>().len();
+    let target: Vec<BrokerId> = replicas.iter().map(|id| if *id == from { to } else { *id }).collect();
+    if racks(&target) < racks(replicas) {
+        return None;
+    }
+    Some(subject.step(subject.value.begin_move(&target)?, Why::Balanced))
+}

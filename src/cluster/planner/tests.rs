@@ -1,0 +1,404 @@
+//! Plans of small clusters, carried out by hand: each rule by itself, and all of them together until nothing is left to do.
+
+use bytes::Bytes;
+use proptest::prelude::*;
+
+use super::*;
+use crate::{
+    cluster::{
+        keys::{Addresses, BrokerValue, DrainValue, Key, Keys, Value},
+        store::{Entry, Listing},
+    },
+    model::{LeaderEpoch, TopicId, TopicName},
+};
+
+/// A cluster that steps are carried out in.
+#[derive(Clone, Debug)]
+struct World {
+    keys: Keys,
+    entries: BTreeMap<String, (Bytes, Revision)>,
+    revision: Revision,
+    gone_ms: BTreeMap<BrokerId, u64>,
+    up_ms: BTreeMap<BrokerId, u64>,
+    full: BTreeSet<BrokerId>,
+    limits: Limits,
+}
+
+fn topic() -> TopicId {
+    TopicId::from_bytes([7; 16])
+}
+
+fn id(number: u32) -> PartitionId {
+    PartitionId::new(topic(), number)
+}
+
+fn ids(numbers: &[u32]) -> Vec<BrokerId> {
+    numbers.iter().copied().map(BrokerId).collect()
+}
+
+fn value(replicas: &[u32], leader: Option<u32>, isr: &[u32]) -> PartitionValue {
+    PartitionValue {
+        replicas: ids(replicas),
+        leader: leader.map(BrokerId),
+        leader_epoch: LeaderEpoch(5),
+        isr: ids(isr),
+        elr: vec![],
+        adding: vec![],
+        removing: vec![],
+        unclean: None,
+    }
+}
+
+impl World {
+    /// Brokers `1..=racks.len()`, steady, and one topic.
+    fn of(racks: &[&str], factor: u32, min_insync: usize, values: Vec<PartitionValue>) -> Self {
+        let mut world = Self {
+            keys: Keys::new("test").unwrap(),
+            entries: BTreeMap::new(),
+            revision: Revision(1),
+            gone_ms: BTreeMap::new(),
+            up_ms: BTreeMap::new(),
+            full: BTreeSet::new(),
+            limits: Limits::default(),
+        };
+        for (number, rack) in (1..).zip(racks) {
+            world.come(number, rack);
+        }
+        world.topic(factor, min_insync, values.len());
+        for (number, value) in (0..).zip(values) {
+            world.put(&Key::Partition(id(number)), &value);
+        }
+        world
+    }
+
+    fn topic(&mut self, replication_factor: u32, min_insync: usize, partitions: usize) {
+        let config = [("min.insync.replicas".to_owned(), min_insync.to_string())].into();
+        let partitions = u32::try_from(partitions).unwrap();
+        let value = TopicValue { id: topic(), partitions, replication_factor, config };
+        self.put(&Key::Topic(TopicName::new("t").unwrap()), &value);
+    }
+
+    fn put(&mut self, key: &Key, value: &impl Value) {
+        self.revision = self.revision.next();
+        self.entries.insert(self.keys.path(key), (value.encode(), self.revision));
+    }
+
+    fn come(&mut self, number: u32, rack: &str) {
+        let value = BrokerValue {
+            addresses: Addresses { grpc: "a:1".to_owned(), http: None },
+            rack: (!rack.is_empty()).then(|| rack.to_owned()),
+            directory_id: "d".to_owned(),
+            incarnation: "p".to_owned(),
+            state: BrokerState::Running,
+            version: "0".to_owned(),
+        };
+        self.put(&Key::Broker(BrokerId(number)), &value);
+        self.up_ms.insert(BrokerId(number), 100_000);
+        self.gone_ms.remove(&BrokerId(number));
+    }
+
+    fn stop(&mut self, number: u32) {
+        let path = self.keys.broker(BrokerId(number));
+        let mut value = BrokerValue::decode(&path, &self.entries[&path].0).unwrap();
+        value.state = BrokerState::Stopping;
+        self.put(&Key::Broker(BrokerId(number)), &value);
+    }
+
+    fn go(&mut self, number: u32, gone_ms: u64) {
+        self.entries.remove(&self.keys.broker(BrokerId(number)));
+        self.revision = self.revision.next();
+        self.gone_ms.insert(BrokerId(number), gone_ms);
+    }
+
+    fn drain(&mut self, number: u32) {
+        self.put(&Key::Drain(BrokerId(number)), &DrainValue { since_ms: 0 });
+    }
+
+    fn view(&self) -> ViewState {
+        let entries = self.entries.iter().map(|(key, (value, revision))| Entry {
+            key: key.clone(),
+            value: value.clone(),
+            create_revision: *revision,
+            mod_revision: *revision,
+            lease: None,
+        });
+        let mut view = ViewState::default();
+        view.replace(&self.keys, Listing { revision: self.revision, entries: entries.collect() });
+        view
+    }
+
+    fn plan(&self) -> Plan {
+        let (view, defaults) = (self.view(), ConfigMap::new());
+        let Self { gone_ms, up_ms, full, limits, .. } = self;
+        plan(&Input { view: &view, defaults: &defaults, gone_ms, up_ms, full, limits: *limits })
+    }
+
+    fn partition(&self, number: u32) -> PartitionValue {
+        let path = self.keys.partition(id(number));
+        PartitionValue::decode(&path, &self.entries[&path].0).unwrap()
+    }
+
+    fn is_live(&self, id: BrokerId) -> bool {
+        self.entries.contains_key(&self.keys.broker(id))
+    }
+
+    /// Carries a plan out, as compare-and-sets do.
+    fn carry_out(&mut self, plan: &Plan) {
+        let mut seen = BTreeSet::new();
+        for Step { change, .. } in &plan.steps {
+            assert!(seen.insert(change.id), "two steps of {}", change.id);
+            assert_eq!(change.value.contradiction(), None, "{:?}", change.value);
+            let path = self.keys.partition(change.id);
+            assert_eq!(self.entries[&path].1, change.expect);
+            self.put(&Key::Partition(change.id), &change.value);
+        }
+    }
+
+    /// What leaders do: they drop who is gone, and admit who has caught up.
+    fn replicate(&mut self, min_insync: usize) {
+        for number in 0.. {
+            let path = self.keys.partition(id(number));
+            let Some((bytes, _)) = self.entries.get(&path) else { return };
+            let value = PartitionValue::decode(&path, bytes).unwrap();
+            if !value.leader.is_some_and(|leader| self.is_live(leader)) {
+                continue;
+            }
+            let (live, dead): (BTreeSet<_>, BTreeSet<_>) = value.replicas.iter().partition(|id| self.is_live(**id));
+            let next = value.shrink(&dead, min_insync).expand(&live, min_insync);
+            if next != value {
+                self.put(&Key::Partition(id(number)), &next);
+            }
+        }
+    }
+
+    /// Plans and replicates until there is nothing left to do.
+    fn settle(&mut self, min_insync: usize) -> usize {
+        for round in 0..200 {
+            let (plan, before) = (self.plan(), self.revision);
+            self.carry_out(&plan);
+            self.replicate(min_insync);
+            if self.revision == before {
+                return round;
+            }
+        }
+        panic!("the plans do not end: {:?}", self.plan());
+    }
+}
+
+fn steps(plan: &Plan) -> Vec<(Why, PartitionValue)> {
+    plan.steps.iter().map(|step| (step.why, step.change.value.clone())).collect()
+}
+
+/// The only step of a plan.
+fn only(world: &World) -> (Why, PartitionValue) {
+    let steps = steps(&world.plan());
+    assert_eq!(steps.len(), 1, "{steps:?}");
+    steps[0].clone()
+}
+
+#[test]
+fn a_healthy_cluster_is_left_alone() {
+    let values = vec![value(&[1, 2, 3], Some(1), &[1, 2, 3]), value(&[2, 3, 1], Some(2), &[2, 3, 1])];
+    assert_eq!(World::of(&["a", "b", "c"], 3, 2, values).plan(), Plan::default());
+}
+
+#[test]
+fn the_first_replica_in_sync_that_stays_is_elected() {
+    let mut world = World::of(&["a", "b", "c"], 3, 1, vec![value(&[1, 2, 3], Some(1), &[1, 2, 3])]);
+    world.go(1, 0);
+    let (why, elected) = only(&world);
+    assert_eq!((why, elected.leader, &elected.isr), (Why::Elected, Some(BrokerId(2)), &ids(&[2, 3])));
+    assert_eq!(elected.leader_epoch, LeaderEpoch(6));
+    world.stop(2);
+    assert_eq!(only(&world).1.leader, Some(BrokerId(3)), "a broker that stops would hand over at once");
+    world.go(3, 0);
+    assert_eq!(only(&world).1.leader, Some(BrokerId(2)), "and is better than nobody");
+}
+
+#[test]
+fn a_partition_that_nobody_may_lead_waits_for_those_who_may() {
+    let mut lost = value(&[1, 2, 3], Some(1), &[1]);
+    lost.elr = ids(&[2]);
+    let mut world = World::of(&["a", "b", "c"], 3, 2, vec![lost]);
+    world.go(1, 0);
+    world.go(2, 0);
+    let plan = world.plan();
+    assert_eq!(plan.waiting, [(id(0), Waiting::ForLeader)]);
+    assert_eq!(only(&world).0, Why::Leaderless);
+    world.carry_out(&plan);
+    let plan = world.plan();
+    assert_eq!((plan.steps.len(), plan.waiting.len()), (0, 1), "3 holds less than was committed");
+    world.come(2, "b");
+    let (why, elected) = only(&world);
+    assert_eq!((why, elected.leader, elected.isr), (Why::Elected, Some(BrokerId(2)), ids(&[2])));
+}
+
+#[test]
+fn a_broker_that_stops_hands_over_to_one_that_does_not() {
+    let values = vec![value(&[1, 2, 3], Some(1), &[1, 2, 3]), value(&[2, 1, 3], Some(2), &[2, 1, 3])];
+    let mut world = World::of(&["a", "b", "c"], 3, 2, values);
+    world.stop(1);
+    let (why, moved) = only(&world);
+    assert_eq!((why, moved.leader, moved.isr), (Why::HandedOver, Some(BrokerId(2)), ids(&[1, 2, 3])));
+    world.stop(2);
+    world.stop(3);
+    assert_eq!(world.plan().steps, [], "nobody is left to hand over to");
+}
+
+#[test]
+fn a_move_copies_then_lets_go() {
+    let mut world = World::of(&["", "", "", ""], 3, 2, vec![value(&[1, 2, 3], Some(1), &[1, 2, 3])]);
+    let begun = world.partition(0).begin_move(&ids(&[4, 2, 3])).unwrap();
+    world.put(&Key::Partition(id(0)), &begun);
+    assert_eq!(world.plan().steps, [], "4 has not caught up");
+    world.replicate(2);
+    let (why, step) = only(&world);
+    assert_eq!((why, step.leader), (Why::MoveEnded, Some(BrokerId(4))), "the leader goes: another one first");
+    world.settle(2);
+    let value = world.partition(0);
+    assert_eq!((value.replicas, value.leader), (ids(&[4, 2, 3]), Some(BrokerId(4))));
+}
+
+#[test]
+fn a_changed_factor_is_followed() {
+    let values = (0..6).map(|_| value(&[1], Some(1), &[1])).collect();
+    let mut world = World::of(&["a", "b", "a", "b"], 1, 1, values);
+    world.topic(3, 1, 6);
+    world.settle(1);
+    for number in 0..6 {
+        let value = world.partition(number);
+        assert_eq!((value.replicas.len(), value.isr.len()), (3, 3));
+        assert!(value.replicas.iter().any(|id| id.0 % 2 == 0), "both racks: {value:?}");
+    }
+    world.topic(2, 1, 6);
+    world.settle(1);
+    for number in 0..6 {
+        let value = world.partition(number);
+        assert_eq!((value.replicas.len(), value.isr.len()), (2, 2));
+        assert_ne!(value.replicas[0].0 % 2, value.replicas[1].0 % 2, "the racks stay: {value:?}");
+    }
+}
+
+#[test]
+fn replicas_of_a_broker_that_is_gone_for_good_are_made_elsewhere_and_not_before() {
+    let values = (0..4).map(|_| value(&[1, 2, 3], Some(1), &[1, 2, 3])).collect();
+    let mut world = World::of(&["", "", "", ""], 3, 2, values);
+    world.limits.balance = false;
+    world.go(3, 1000);
+    world.replicate(2);
+    let plan = world.plan();
+    assert_eq!((plan.steps.len(), plan.again_in_ms), (0, Some(30 * 60 * 1000 - 1000)));
+    world.go(3, 30 * 60 * 1000);
+    let plan = world.plan();
+    assert!(plan.steps.iter().all(|step| step.why == Why::Replaced));
+    assert_eq!(plan.steps.len(), 2, "no more to one broker at once");
+    world.settle(2);
+    assert!((0..4).all(|number| world.partition(number).replicas == ids(&[1, 2, 4])));
+    world.go(4, 30 * 60 * 1000);
+    let plan = world.plan();
+    assert_eq!((plan.steps.len(), plan.waiting.len()), (0, 4), "nobody is left: {plan:?}");
+}
+
+#[test]
+fn a_drained_broker_is_emptied_and_stays_so() {
+    let values =
+        vec![value(&[1, 2], Some(1), &[1, 2]), value(&[2, 3], Some(2), &[2, 3]), value(&[3, 1], Some(3), &[3, 1])];
+    let mut world = World::of(&["", "", ""], 2, 1, values);
+    world.drain(1);
+    world.settle(1);
+    for number in 0..3 {
+        let value = world.partition(number);
+        assert!(!value.replicas.contains(&BrokerId(1)) && value.replicas.len() == 2, "{value:?}");
+    }
+}
+
+#[test]
+fn leadership_goes_back_to_a_broker_that_stays() {
+    let mut world = World::of(&["", ""], 2, 1, vec![value(&[1, 2], Some(2), &[2, 1])]);
+    world.up_ms.insert(BrokerId(1), 10_000);
+    let plan = world.plan();
+    assert_eq!((plan.steps.len(), plan.again_in_ms), (0, Some(20_000)));
+    world.up_ms.insert(BrokerId(1), 30_000);
+    let (why, step) = only(&world);
+    assert_eq!((why, step.leader), (Why::Preferred, Some(BrokerId(1))));
+}
+
+#[test]
+fn a_new_broker_gets_its_share_within_the_racks() {
+    let values = (0..12).map(|_| value(&[1, 2], Some(1), &[1, 2])).collect();
+    let mut world = World::of(&["a", "b", "b"], 2, 1, values);
+    world.settle(1);
+    let held = |broker| (0..12).filter(|n| world.partition(*n).replicas.contains(&BrokerId(broker))).count();
+    assert_eq!(held(1), 12, "alone in its rack");
+    assert!(held(3) >= 5, "{}", held(3));
+    let mut world = World::of(&["a", "b", "b"], 2, 1, (0..12).map(|_| value(&[1, 2], Some(1), &[1, 2])).collect());
+    world.full.insert(BrokerId(3));
+    assert_eq!(world.plan().steps, [], "a full disk takes nothing");
+}
+
+prop_compose! {
+    fn worlds()(
+        racks in prop::collection::vec(prop::sample::select(vec!["", "a", "b", "c"]), 3..7),
+        factor in 1_u32..4,
+        min_insync in 1_usize..3,
+        partitions in prop::collection::vec((prop::sample::subsequence((1_u32..7).collect::<Vec<_>>(), 1..4), any::<u8>()), 1..12),
+        gone in prop::collection::vec((1_u32..7, prop::bool::ANY), 0..3),
+        stops in prop::collection::vec(1_u32..7, 0..2),
+        drains in prop::collection::vec(1_u32..7, 0..2),
+    ) -> (World, usize) {
+        let count = u32::try_from(racks.len()).unwrap();
+        let values = partitions.into_iter().map(|(replicas, bits)| {
+            let mut replicas: Vec<u32> = replicas.into_iter().map(|id| (id - 1) % count + 1).collect();
+            replicas.sort_unstable();
+            replicas.dedup();
+            let turn = usize::from(bits) % replicas.len();
+            replicas.rotate_left(turn);
+            let isr: Vec<u32> = replicas.iter().copied().enumerate().filter(|(n, _)| *n == 0 || bits >> n & 1 == 1).map(|(_, id)| id).collect();
+            let leader = (bits & 0x80 == 0).then_some(isr[0]);
+            value(&replicas, leader, &isr)
+        }).collect();
+        let mut world = World::of(&racks, factor.min(count), min_insync, values);
+        for (number, lost) in gone.into_iter().filter(|(number, _)| *number <= count) {
+            world.go(number, if lost { 1 << 40 } else { 0 });
+        }
+        for number in stops.into_iter().filter(|number| world.is_live(BrokerId(*number))).collect::<Vec<_>>() {
+            world.stop(number);
+        }
+        drains.into_iter().for_each(|number| world.drain(number));
+        (world, min_insync)
+    }
+}
+
+proptest! {
+    #[test]
+    fn plans_end_and_never_cost_an_in_sync_replica((mut world, min_insync) in worlds()) {
+        for _ in 0..200 {
+            let (plan, before) = (world.plan(), world.clone());
+            for Step { change, why } in &plan.steps {
+                let old = before.partition(change.id.number);
+                let new = &change.value;
+                let live = |set: &[BrokerId]| -> BTreeSet<BrokerId> { set.iter().copied().filter(|id| before.is_live(*id)).collect() };
+                let lost: Vec<_> = live(&old.isr).difference(&live(&new.isr)).copied().collect();
+                prop_assert!(lost.iter().all(|id| *why == Why::MoveEnded && old.removing.contains(id)), "{why:?} {old:?} → {new:?}");
+                let epochs = (old.leader_epoch.0, new.leader_epoch.0);
+                prop_assert_eq!(epochs.1 - epochs.0, u32::from(old.leader != new.leader));
+                if let Some(leader) = new.leader.filter(|_| old.leader != new.leader) {
+                    prop_assert!(before.is_live(leader) && (old.isr.contains(&leader) || old.elr.contains(&leader)));
+                }
+            }
+            world.carry_out(&plan);
+            world.replicate(min_insync);
+            if world.revision == before.revision {
+                // Where nothing moves any more, every partition that somebody may lead is led by who stays, if anybody in sync does.
+                for number in 0..32 {
+                    let Some((bytes, _)) = world.entries.get(&world.keys.partition(id(number))) else { break };
+                    let value = PartitionValue::decode("k", bytes).unwrap();
+                    let may = value.isr.iter().chain(&value.elr).any(|id| world.is_live(*id));
+                    prop_assert_eq!(value.leader.is_some(), may, "{:?}", value);
+                }
+                return Ok(());
+            }
+        }
+        prop_assert!(false, "the plans do not end: {:?}", world.plan());
+    }
+}
