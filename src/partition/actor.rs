@@ -84,15 +84,21 @@ struct Writer {
     _permit: OwnedSemaphorePermit,
 }
 
-/// What the journal's thread last said. It only overwrites and wakes: the journal never waits for a partition.
+/// What the journal's thread last said. It only overwrites and wakes: the journal never waits for a partition. How far the log is
+/// durable the replica knows: an end that was said before a cut speaks of records that are gone.
 #[derive(Default)]
 struct Persisted {
-    outcome: Mutex<Option<Result<Offset, PersistError>>>,
+    outcome: Mutex<Option<Result<(), PersistError>>>,
     notify: Notify,
 }
 
 impl Persisted {
     fn report(&self, outcome: Result<Offset, PersistError>) {
+        let outcome = match outcome {
+            // What was handed over was cut by this very task: no failure of the disk.
+            Ok(_) | Err(PersistError::Cut) => Ok(()),
+            Err(error) => Err(error),
+        };
         let mut last = self.outcome.lock().unwrap_or_else(PoisonError::into_inner);
         // A failure is final; success after it cannot be.
         if !matches!(*last, Some(Err(_))) {
@@ -102,11 +108,11 @@ impl Persisted {
         self.notify.notify_one();
     }
 
-    fn take(&self) -> Option<Result<Offset, PersistError>> {
+    fn take(&self) -> Option<Result<(), PersistError>> {
         self.outcome.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
-    async fn next(&self) -> Result<Offset, PersistError> {
+    async fn next(&self) -> Result<(), PersistError> {
         loop {
             let notified = self.notify.notified();
             if let Some(outcome) = self.take() {
@@ -373,9 +379,9 @@ impl Actor {
         self.replica.persist(Box::new(move |outcome| persisted.report(outcome)));
     }
 
-    fn on_persisted(&mut self, outcome: Result<Offset, PersistError>) {
+    fn on_persisted(&mut self, outcome: Result<(), PersistError>) {
         match outcome {
-            Ok(end) => self.leader.persisted(end),
+            Ok(()) => self.leader.persisted(self.replica.persisted_end()),
             Err(error) => {
                 let why: Arc<str> = error.to_string().into();
                 self.fail(&why);
@@ -490,3 +496,6 @@ fn append_error(error: log::AppendError) -> AppendError {
         other => AppendError::StorageFailed { why: other.to_string().into() },
     }
 }
+
+#[cfg(test)]
+mod tests;
