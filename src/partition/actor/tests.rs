@@ -8,6 +8,7 @@ use super::*;
 use crate::{
     log::{Identity, Log, Options, SimDisk},
     model::{Compression, ConfigMap, LeaderEpoch, TopicId},
+    partition::Held,
     record::BatchBuilder,
 };
 
