@@ -108,11 +108,9 @@ fn read_all(reader: &Reader) -> Vec<u8> {
 fn append(log: &Log, replica: &mut Replica) -> bool {
     for info in replica.sealed() {
         if let Ok(export) = replica.export(info.base) {
-            let mut position = 0;
-            while let Ok(bytes) = export.read(position, 10_000)
-                && !bytes.is_empty()
-            {
-                position += bytes.len() as u64;
+            let (mut position, mut buffer) = (0, vec![0; 10_000]);
+            while let Ok(bytes @ 1..) = export.read_at(&mut buffer, position) {
+                position += bytes as u64;
             }
         }
     }

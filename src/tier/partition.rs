@@ -104,7 +104,7 @@ impl PartitionTier {
         let (state, mut root) = self.begin(epoch).await?;
         if root.is_empty() {
             // What lay between the bucket's end and the log start was deleted before it was uploaded.
-            root = Arc::new(root.beginning_at(state.log_start.max(source.base)));
+            root = Arc::new(root.beginning_at(state.log_start.max(source.base())));
         }
         let from = From { offset: root.end(), inside: root.is_empty(), partition: self.inner.id, writer_epoch: epoch };
         let line = Box::pin(upload::segment(&self.inner.store, source, from)).await?;
