@@ -1,7 +1,7 @@
 //! Connections: one HTTP/2 connection per broker address, made once and shared by all that call there.
 
 use std::{
-    collections::HashMap,
+    collections::BTreeMap,
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -70,7 +70,7 @@ impl Address {
 #[derive(Debug)]
 pub(super) struct Pool {
     connect_timeout: Duration,
-    channels: Mutex<HashMap<Address, Arc<OnceCell<Channel>>>>,
+    channels: Mutex<BTreeMap<Address, Arc<OnceCell<Channel>>>>,
 }
 
 impl Pool {

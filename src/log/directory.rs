@@ -1,7 +1,7 @@
 //! One data directory: opened, its replicas handed out, closed.
 
 use std::{
-    collections::HashMap,
+    collections::BTreeMap,
     io,
     path::{Path, PathBuf},
     sync::{
@@ -79,8 +79,8 @@ pub(super) struct Inner {
 
 #[derive(Default)]
 pub(super) struct Registry {
-    pub(super) open: HashMap<PartitionId, Arc<Shared>>,
-    pub(super) dormant: HashMap<PartitionId, Dormant>,
+    pub(super) open: BTreeMap<PartitionId, Arc<Shared>>,
+    pub(super) dormant: BTreeMap<PartitionId, Dormant>,
 }
 
 struct Threads {
@@ -124,7 +124,7 @@ impl Log {
             owner: std::sync::OnceLock::new(),
             options,
         });
-        let registry = Registry { open: HashMap::new(), dormant: found.replicas };
+        let registry = Registry { open: BTreeMap::new(), dormant: found.replicas };
         let inner = Arc::new(Inner {
             core,
             directory_id,

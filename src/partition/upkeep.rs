@@ -17,7 +17,7 @@ use crate::{
     cluster::TierCommits,
     log::SegmentInfo,
     model::{Offset, Watermarks},
-    task::clock,
+    task::{clock, random},
     tier::{self, PartitionTier, SegmentSource, Staged, TierState},
 };
 
@@ -83,7 +83,7 @@ impl Upkeep {
     pub fn delay(&self, failures: u32) -> Duration {
         // At most 8 s: when the bucket is back, acks=tiered and a full disk wait for the next try.
         let doubled = self.retry * 2u32.saturating_pow(failures.min(4));
-        doubled.mul_f64(rand::random_range(0.5..1.0))
+        doubled.mul_f64(random::in_range(0.5..1.0))
     }
 
     /// Plans and carries out one step.

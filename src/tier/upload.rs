@@ -23,7 +23,7 @@ use super::{
     segment::{Batches, From, SegmentSource, SourceError},
     store::{ClaimError, Store, StoreError},
 };
-use crate::model::LeaderEpoch;
+use crate::{model::LeaderEpoch, task::random};
 
 /// Bytes of each part but the last. All are of one size because some stores insist on it.
 const PART_BYTES: usize = 8 << 20;
@@ -124,7 +124,7 @@ struct Sent {
 
 impl<'a> Attempt<'a> {
     fn new(store: &'a Store, source: &'a SegmentSource, from: From) -> Self {
-        Self { store, source, from, name: uuid::Uuid::new_v4() }
+        Self { store, source, from, name: random::uuid() }
     }
 
     async fn run(&mut self, last_try: &mut Option<SegmentLine>) -> Result<SegmentLine, UploadError> {
