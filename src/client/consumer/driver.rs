@@ -543,9 +543,9 @@ fn sooner(one: Option<Instant>, other: Option<Instant>) -> Option<Instant> {
 fn responses(client: Client, address: Address, requests: mpsc::Receiver<v1::FetchRequest>) -> Responses {
     let name = address.clone();
     let open = async move {
-        let channel = client.channel(&address).await.map_err(|error| Fault::new(Reason::NotReady, error.problem()))?;
+        let wire = client.wire(&address).await.map_err(|error| Fault::new(Reason::NotReady, error.problem()))?;
         let requests = tokio_stream::wrappers::ReceiverStream::new(requests);
-        let answer = log_client(channel).fetch(requests).await.map_err(|status| Fault::from(&status))?;
+        let answer = log_client(wire).fetch(requests).await.map_err(|status| Fault::from(&status))?;
         let responses = answer.into_inner().map_ok(Heard::Response).map_err(|status| Fault::from(&status));
         Ok::<_, Fault>(futures::stream::once(async { Ok(Heard::Opened) }).chain(responses))
     };

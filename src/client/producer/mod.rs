@@ -502,7 +502,7 @@ impl Lanes {
 
 /// A new producer id, from any broker.
 async fn identity(client: &Client) -> Result<Identity, CallError> {
-    let call = |channel| async move { log_client(channel).init_producer(v1::InitProducerRequest {}).await };
+    let call = |wire| async move { log_client(wire).init_producer(v1::InitProducerRequest {}).await };
     let answer = client.retried(|| client.ask_any(call)).await?;
     let epoch = i16::try_from(answer.producer_epoch).unwrap_or(0);
     Ok(Identity { id: answer.producer_id, epoch })
