@@ -55,6 +55,9 @@ pub const PRODUCER_WINDOW: usize = 64;
 /// Most operations, compares or reads in one transaction of the metadata store (etcd's default `max-txn-ops`).
 pub const MAX_TRANSACTION_OPS: usize = 128;
 
+/// Most partitions whose values one transaction changes: each needs a compare, and one more for each broker that it adds.
+pub const CHANGES_TOGETHER: usize = 40;
+
 /// Most bytes of keys and values in one transaction of the metadata store, below etcd's 1.5 MiB for a request.
 pub const MAX_TRANSACTION_BYTES: usize = 1 << 20;
 

@@ -31,6 +31,8 @@ impl Bench {
             addresses: Addresses { grpc: "127.0.0.1:1".to_owned(), http: None },
             rack: None,
             directory_id: log.directory_id().to_string(),
+            incarnation: "p".to_owned(),
+            state: crate::cluster::BrokerState::Running,
             version: "0".to_owned(),
         };
         store.transact(Transaction::new().put(keys.broker(id), value.encode())).await.unwrap();

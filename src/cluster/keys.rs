@@ -34,6 +34,10 @@ pub struct InvalidClusterName {
 pub enum Key {
     /// `brokers/{id}`
     Broker(BrokerId),
+    /// `directories/{id}`
+    Directory(BrokerId),
+    /// `drains/{id}`
+    Drain(BrokerId),
     /// `controller`
     Controller,
     /// `topics/{name}`
@@ -68,6 +72,8 @@ impl Keys {
         let prefix = &self.prefix;
         match key {
             Key::Broker(id) => format!("{prefix}brokers/{id}"),
+            Key::Directory(id) => format!("{prefix}directories/{id}"),
+            Key::Drain(id) => format!("{prefix}drains/{id}"),
             Key::Controller => format!("{prefix}controller"),
             Key::Topic(name) => format!("{prefix}topics/{name}"),
             Key::Partition(id) => format!("{prefix}partitions/{id}"),
@@ -80,6 +86,16 @@ impl Keys {
     /// The path of a broker's registration.
     pub fn broker(&self, id: BrokerId) -> String {
         self.path(&Key::Broker(id))
+    }
+
+    /// The path of what is known of a broker's data directory.
+    pub fn directory(&self, id: BrokerId) -> String {
+        self.path(&Key::Directory(id))
+    }
+
+    /// The path of the wish that a broker be drained.
+    pub fn drain(&self, id: BrokerId) -> String {
+        self.path(&Key::Drain(id))
     }
 
     /// The path of the controller's key.
@@ -119,6 +135,8 @@ impl Keys {
             None if rest == "controller" => Key::Controller,
             None if rest == "producer-ids" => Key::ProducerIds,
             Some(("brokers", id)) => Key::Broker(BrokerId(canonical(id)?)),
+            Some(("directories", id)) => Key::Directory(BrokerId(canonical(id)?)),
+            Some(("drains", id)) => Key::Drain(BrokerId(canonical(id)?)),
             Some(("topics", name)) => Key::Topic(name.parse().ok()?),
             Some(("partitions", id)) => Key::Partition(partition(id)?),
             Some(("tier", id)) => Key::Tier(partition(id)?),
@@ -162,8 +180,41 @@ pub struct BrokerValue {
     pub rack: Option<String>,
     /// The id of its data directory: another one holds nothing of what this one acknowledged.
     pub directory_id: String,
+    /// The id of its process: drawn at each start.
+    #[serde(default)]
+    pub incarnation: String,
+    /// Whether it is on its way out.
+    #[serde(default)]
+    pub state: BrokerState,
     /// The version of its program.
     pub version: String,
+}
+
+/// What a live broker says of itself.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BrokerState {
+    /// It takes part.
+    #[default]
+    Running,
+    /// It is being stopped: it hands its leaderships over and is given nothing new.
+    Stopping,
+}
+
+/// The value of `directories/{id}`, which outlives the registration: what took part last under this number.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DirectoryValue {
+    /// The id of the data directory.
+    pub directory_id: String,
+    /// The process that ran on it.
+    pub incarnation: String,
+}
+
+/// The value of `drains/{id}`: an operator wants the broker empty.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DrainValue {
+    /// When that was said, by the wall clock in milliseconds.
+    pub since_ms: i64,
 }
 
 /// The value of `controller`.
@@ -261,6 +312,10 @@ pub trait Value: Serialize + DeserializeOwned {
 }
 
 impl Value for BrokerValue {}
+
+impl Value for DirectoryValue {}
+
+impl Value for DrainValue {}
 
 impl Value for ControllerValue {}
 

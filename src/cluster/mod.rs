@@ -19,6 +19,7 @@
 //! Half a creation leaves partitions that no topic names, half a deletion too, half an enlargement leaves partitions
 //! above the topic's count. Nobody acts on them; [`Sweep`] finds and deletes them.
 
+mod changes;
 mod embedded;
 mod keys;
 mod placement;
@@ -30,14 +31,17 @@ mod view;
 
 #[cfg(test)]
 mod conformance;
+#[cfg(test)]
+mod faulty;
 
+pub use changes::{Change, Changed, PartitionChanges};
 pub use embedded::{EmbeddedStore, FILE as EMBEDDED_FILE, OpenError};
 pub use keys::{
-    Addresses, BrokerValue, ControllerValue, DeletedValue, InvalidClusterName, InvalidValue, Key, Keys, PartitionValue,
-    ProducerIdsValue, TopicValue, Value,
+    Addresses, BrokerState, BrokerValue, ControllerValue, DeletedValue, DirectoryValue, DrainValue, InvalidClusterName,
+    InvalidValue, Key, Keys, PartitionValue, ProducerIdsValue, TopicValue, Value,
 };
 pub use placement::{Load, Placement};
-pub use session::{RegisterError, Session};
+pub use session::{RegisterError, Registration, Session, Standing};
 pub use store::{
     Answer, Changes, Compare, Entry, Event, LeaseId, Listing, MetaStore, Op, Outcome, Reading, Revision, StoreError,
     Transaction, Watch,

@@ -1,33 +1,66 @@
 //! This broker's registration: a leased key whose create revision is the broker epoch.
 //!
+//! # Overview
+//!
+//! A start first takes away what an earlier process of this broker left ([`Registration::clear`]): from then on nobody can add
+//! this broker to a set. Then it proves what it holds (`proof`), and registers ([`Registration::register`]) in one transaction
+//! with the record of its data directory, which must still be the one that the proof was judged by. A task keeps the lease
+//! alive and looks at the key in the mirror: a registration that somebody took away is made anew, under a new epoch.
+//!
 //! # Invariants
 //!
 //! - An epoch is published only after the store holds the registration that it names. It only detects failure and fences
 //!   nothing by itself: who acts on it compares it in a transaction.
-//! - A registration is taken over only from the same data directory, whose lock this process holds: then the one that
-//!   it replaces is this broker's own, from before a crash.
+//! - A registration is taken over only from the same data directory. The lock of that directory says that the process before is
+//!   gone, unless the directory was copied: then the later process wins, and the earlier one is told so and ends.
 //!
 //! # Shutdown
 //!
-//! When its tasks are stopped the lease is revoked, so that the others need not wait for its end.
+//! When the session is left, or its tasks are stopped, the lease is revoked, so that the others need not wait for its end.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use tokio::sync::watch;
 
 use super::{
-    keys::{BrokerValue, Keys, Value},
-    store::{Compare, LeaseId, MetaStore, Outcome, Revision, StoreError, Transaction},
+    keys::{BrokerState, BrokerValue, DirectoryValue, Key, Keys, Value},
+    store::{Compare, Entry, LeaseId, MetaStore, Outcome, Revision, StoreError, Transaction},
+    view::{View, ViewState},
 };
-use crate::{model::BrokerId, task::Tasks};
+use crate::{
+    model::BrokerId,
+    task::{Tasks, clock},
+};
 
 /// How long a stop waits for the lease's end.
 const REVOKE_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// The registration of a running broker. Cheap to clone.
-#[derive(Clone, Debug)]
-pub struct Session {
-    epoch: watch::Receiver<Revision>,
+/// Pause before something is tried again that the store did not do.
+const AGAIN: Duration = Duration::from_millis(250);
+
+/// Where a broker stands.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Standing {
+    /// It is registered.
+    Registered {
+        /// The broker epoch.
+        epoch: Revision,
+        /// The lease that the registration hangs on.
+        lease: LeaseId,
+    },
+    /// The registration is gone and is being made anew. The process and what it holds are the same.
+    Lost,
+    /// Another process took this broker's number with a copy of its data directory. Final: one of the two must go.
+    Superseded {
+        /// Where that process is reached, as far as is known.
+        address: String,
+    },
 }
 
 /// Why a broker could not register.
@@ -43,6 +76,12 @@ pub enum RegisterError {
         /// Where that broker is reached.
         address: String,
     },
+    /// Another process took part under this number since the proof was made.
+    #[error("another process runs as broker {id} with a copy of this data directory; one of the two must go")]
+    Overtaken {
+        /// The number.
+        id: BrokerId,
+    },
     /// The metadata store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -52,177 +91,471 @@ impl RegisterError {
     /// Whether the same registration may succeed later.
     pub const fn retryable(&self) -> bool {
         match self {
-            Self::Taken { .. } => false,
+            Self::Taken { .. } | Self::Overtaken { .. } => false,
             Self::Store(error) => error.retryable(),
         }
     }
 }
 
-impl Session {
-    /// Registers a broker and keeps it registered until the tasks are stopped. `time` is how long after its death the
-    /// others notice by the lease alone.
-    pub async fn register(
-        store: Arc<dyn MetaStore>,
-        keys: &Keys,
-        id: BrokerId,
-        value: BrokerValue,
-        time: Duration,
-        tasks: &Tasks,
-    ) -> Result<Self, RegisterError> {
-        let registration = Registration { store, key: keys.broker(id), id, value, time };
-        let (lease, epoch) = registration.begin().await?;
-        let (publish, epoch) = watch::channel(epoch);
-        let stop = tasks.clone();
-        tasks.spawn("broker session", async move { registration.keep(lease, publish, stop).await });
-        Ok(Self { epoch })
-    }
-
-    /// The broker epoch now. It grows when the lease was lost and the broker registered again.
-    pub fn epoch(&self) -> Revision {
-        *self.epoch.borrow()
-    }
-
-    /// The broker epoch and its changes.
-    pub fn watch(&self) -> watch::Receiver<Revision> {
-        self.epoch.clone()
-    }
-}
-
-struct Registration {
-    store: Arc<dyn MetaStore>,
-    key: String,
-    id: BrokerId,
-    value: BrokerValue,
-    time: Duration,
+/// What a broker registers, and where.
+#[derive(Clone, Debug)]
+pub struct Registration {
+    /// The metadata store.
+    pub store: Arc<dyn MetaStore>,
+    /// Its keys.
+    pub keys: Keys,
+    /// The broker's number.
+    pub id: BrokerId,
+    /// What the others are told of it.
+    pub value: BrokerValue,
+    /// How long after its death the others notice by the lease alone.
+    pub time: Duration,
 }
 
 impl Registration {
-    /// Puts the key under a new lease. The lease of an attempt that failed ends by itself.
-    async fn begin(&self) -> Result<(LeaseId, Revision), RegisterError> {
-        let lease = self.store.grant(self.time).await?;
-        loop {
-            let transaction = Transaction::new()
-                .when(Compare::Absent(self.key.clone()))
-                .put_leased(self.key.as_str(), self.value.encode(), lease)
-                .else_get(self.key.as_str());
-            let found = match self.store.transact(transaction).await? {
-                Outcome::Done { revision } => return Ok((lease, revision)),
-                Outcome::Refused { mut found, .. } => found.pop().flatten(),
-            };
-            let Some(entry) = found else { continue };
-            if entry.lease == Some(lease) {
-                return Ok((lease, entry.create_revision));
-            }
+    /// Takes away an earlier registration of the same data directory. One of another directory is waited for as long as a lease
+    /// lives: its process may be dead and its disk replaced.
+    pub async fn clear(&self) -> Result<(), RegisterError> {
+        let key = self.keys.broker(self.id);
+        let until = clock::monotonic() + self.time + Duration::from_secs(1);
+        let mut said = false;
+        while let Some(entry) = self.store.get(&key).await?.entry {
             match BrokerValue::decode(&entry.key, &entry.value) {
                 Ok(other) if other.directory_id != self.value.directory_id => {
-                    return Err(RegisterError::Taken { id: self.id, address: other.addresses.grpc });
+                    if clock::monotonic() > until {
+                        return Err(RegisterError::Taken { id: self.id, address: other.addresses.grpc });
+                    }
+                    if !std::mem::replace(&mut said, true) {
+                        tracing::warn!(
+                            broker = %self.id, address = other.addresses.grpc,
+                            "the number is registered with another data directory; waiting in case that broker is gone"
+                        );
+                    }
+                    tokio::time::sleep(AGAIN).await;
                 }
-                // Its own from before, or nobody's. Deleted first: a new registration needs a create revision of its own.
-                _ => {
-                    let same = Compare::ModRevision(entry.key.clone(), entry.mod_revision);
-                    self.store.transact(Transaction::new().when(same).delete(entry.key)).await?;
-                }
+                _ => self.take_away(&entry).await?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Registers, and stays registered until the session is left. `judged` is the transaction that last wrote the record of this broker's
+    /// directory when the proof was made; `None` when there was none.
+    pub async fn register(
+        self,
+        judged: Option<Revision>,
+        view: &View,
+        tasks: &Tasks,
+    ) -> Result<Session, RegisterError> {
+        let lease = self.store.grant(self.time).await?;
+        let (epoch, directory) = match self.begin(lease, judged).await? {
+            Begun::Registered { epoch, directory } => (epoch, directory),
+            Begun::Superseded { .. } => return Err(RegisterError::Overtaken { id: self.id }),
+        };
+        let (publish, standing) = watch::channel(Standing::Registered { epoch, lease });
+        let stopping = Arc::new(AtomicBool::new(false));
+        let own = tasks.child();
+        let registration = Arc::new(self);
+        let keeper = Keeper {
+            registration: Arc::clone(&registration),
+            stopping: Arc::clone(&stopping),
+            publish,
+            lease,
+            epoch,
+            directory,
+            failing: false,
+        };
+        own.spawn("broker session", keeper.run(view.watch(), own.clone()));
+        Ok(Session { registration, standing, stopping, tasks: own })
+    }
+
+    /// What the directory's record says while this process runs.
+    fn directory(&self) -> DirectoryValue {
+        let BrokerValue { directory_id, incarnation, .. } = &self.value;
+        DirectoryValue { directory_id: directory_id.clone(), incarnation: incarnation.clone() }
+    }
+
+    /// Puts both keys in one transaction, until that is done or another process is seen to be there.
+    async fn begin(&self, lease: LeaseId, judged: Option<Revision>) -> Result<Begun, StoreError> {
+        let (broker, directory) = (self.keys.broker(self.id), self.keys.directory(self.id));
+        let mut judged = judged;
+        loop {
+            let same = match judged {
+                Some(revision) => Compare::ModRevision(directory.clone(), revision),
+                None => Compare::Absent(directory.clone()),
+            };
+            let transaction = Transaction::new()
+                .when(Compare::Absent(broker.clone()))
+                .when(same)
+                .put_leased(broker.as_str(), self.value.encode(), lease)
+                .put(directory.as_str(), self.directory().encode())
+                .else_get(broker.as_str())
+                .else_get(directory.as_str());
+            let mut found = match self.store.transact(transaction).await? {
+                Outcome::Done { revision } => return Ok(Begun::Registered { epoch: revision, directory: revision }),
+                Outcome::Refused { found, .. } => found.into_iter(),
+            };
+            let (registered, recorded) = (found.next().flatten(), found.next().flatten());
+            let other = registered.as_ref().and_then(|entry| BrokerValue::decode(&entry.key, &entry.value).ok());
+            let ours = recorded.as_ref().filter(|entry| entry.value == self.directory().encode());
+            if recorded.as_ref().map(|entry| entry.mod_revision) != judged && ours.is_none() {
+                let address = other.map_or_else(|| "an unknown address".to_owned(), |other| other.addresses.grpc);
+                return Ok(Begun::Superseded { address });
+            }
+            if let (Some(entry), Some(record)) = (&registered, ours)
+                && entry.lease == Some(lease)
+            {
+                // An answer was lost: it was done.
+                return Ok(Begun::Registered { epoch: entry.create_revision, directory: record.mod_revision });
+            }
+            judged = recorded.map(|entry| entry.mod_revision);
+            // Its own from before, or nobody's. A new registration needs a create revision of its own.
+            if let Some(entry) = registered {
+                self.take_away(&entry).await?;
             }
         }
     }
 
-    async fn keep(self, mut lease: LeaseId, publish: watch::Sender<Revision>, stop: Tasks) {
+    async fn take_away(&self, entry: &Entry) -> Result<(), StoreError> {
+        let same = Compare::ModRevision(entry.key.clone(), entry.mod_revision);
+        self.store.transact(Transaction::new().when(same).delete(entry.key.as_str())).await?;
+        Ok(())
+    }
+}
+
+enum Begun {
+    Registered { epoch: Revision, directory: Revision },
+    Superseded { address: String },
+}
+
+/// The registration of a running broker. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Session {
+    registration: Arc<Registration>,
+    standing: watch::Receiver<Standing>,
+    stopping: Arc<AtomicBool>,
+    tasks: Tasks,
+}
+
+impl Session {
+    /// Where the broker stands, and its changes.
+    pub fn standing(&self) -> watch::Receiver<Standing> {
+        self.standing.clone()
+    }
+
+    /// The broker epoch now; `None` while there is none.
+    pub fn epoch(&self) -> Option<Revision> {
+        match *self.standing.borrow() {
+            Standing::Registered { epoch, .. } => Some(epoch),
+            Standing::Lost | Standing::Superseded { .. } => None,
+        }
+    }
+
+    /// Tells the others that this broker is on its way out. The broker epoch stays.
+    pub async fn stopping(&self) -> Result<(), StoreError> {
+        self.stopping.store(true, Ordering::Release);
+        let Standing::Registered { epoch, lease } = self.standing.borrow().clone() else { return Ok(()) };
+        let Registration { store, keys, id, value, .. } = &*self.registration;
+        let key = keys.broker(*id);
+        let value = BrokerValue { state: BrokerState::Stopping, ..value.clone() };
+        // Refused: it was lost, and is made anew with that state.
+        let same = Compare::CreateRevision(key.clone(), epoch);
+        store.transact(Transaction::new().when(same).put_leased(key, value.encode(), lease)).await?;
+        Ok(())
+    }
+
+    /// Gives up the registration now.
+    pub async fn leave(&self) {
+        self.tasks.stop().await;
+    }
+}
+
+/// The task that stays registered.
+struct Keeper {
+    registration: Arc<Registration>,
+    stopping: Arc<AtomicBool>,
+    publish: watch::Sender<Standing>,
+    lease: LeaseId,
+    epoch: Revision,
+    /// The transaction that last wrote the directory's record.
+    directory: Revision,
+    failing: bool,
+}
+
+impl Keeper {
+    async fn run(mut self, mut view: watch::Receiver<Arc<ViewState>>, stop: Tasks) {
+        let third = self.registration.time / 3;
+        let mut due = clock::monotonic() + third;
         loop {
-            tokio::select! {
+            let held = tokio::select! {
                 biased;
                 () = stop.cancelled() => break,
-                () = tokio::time::sleep(self.time / 3) => match self.store.keep_alive(lease).await {
-                    Ok(()) => {}
-                    Err(StoreError::LeaseGone { .. }) => lease = self.again(lease, &publish).await,
-                    Err(error) => tracing::warn!(%error, "the broker's lease could not be kept alive; trying again"),
-                },
+                Ok(()) = view.changed() => {
+                    let missing = self.is_missing(&view.borrow_and_update());
+                    if missing { self.again().await } else { true }
+                }
+                () = tokio::time::sleep_until(due) => {
+                    let held = self.keep_alive().await;
+                    due = clock::monotonic() + if held { third } else { AGAIN };
+                    held
+                }
+            };
+            if matches!(*self.publish.borrow(), Standing::Superseded { .. }) {
+                return;
+            }
+            if !held {
+                due = due.min(clock::monotonic() + AGAIN);
             }
         }
-        if !matches!(tokio::time::timeout(REVOKE_TIMEOUT, self.store.revoke(lease)).await, Ok(Ok(()))) {
+        let revoked = tokio::time::timeout(REVOKE_TIMEOUT, self.registration.store.revoke(self.lease));
+        if !matches!(revoked.await, Ok(Ok(()))) {
             tracing::info!("the broker's lease could not be revoked; it ends by itself");
         }
     }
 
-    /// Registers again after the lease was lost. Returns the old lease when that fails, to try at the next turn.
-    async fn again(&self, lost: LeaseId, publish: &watch::Sender<Revision>) -> LeaseId {
-        match self.begin().await {
-            Ok((lease, epoch)) => {
-                tracing::warn!(%epoch, "the broker's lease was lost; it is registered again");
-                publish.send_replace(epoch);
-                lease
+    /// Whether the mirror, where it is new enough to know, does not show this registration.
+    fn is_missing(&self, state: &ViewState) -> bool {
+        if state.revision() < self.epoch {
+            return false;
+        }
+        let seen = state.brokers().get(&self.registration.id);
+        seen.is_none_or(|known| known.create_revision != self.epoch)
+            || state.unreadable().contains_key(&Key::Broker(self.registration.id))
+    }
+
+    /// Lets the lease live on. False when the store was not reached.
+    async fn keep_alive(&mut self) -> bool {
+        if matches!(*self.publish.borrow(), Standing::Lost) {
+            return self.again().await;
+        }
+        match self.registration.store.keep_alive(self.lease).await {
+            Ok(()) => {
+                if std::mem::take(&mut self.failing) {
+                    tracing::info!("the broker's lease is kept alive again");
+                }
+                true
             }
+            Err(StoreError::LeaseGone { .. }) => self.again().await,
             Err(error) => {
-                tracing::error!(%error, "the broker's lease was lost and it cannot register; trying again");
-                lost
+                if !std::mem::replace(&mut self.failing, true) {
+                    tracing::warn!(%error, "the broker's lease could not be kept alive; trying again");
+                }
+                false
             }
         }
+    }
+
+    /// Registers again after the registration was lost. False when that has to be tried again.
+    async fn again(&mut self) -> bool {
+        self.publish.send_if_modified(|standing| std::mem::replace(standing, Standing::Lost) != Standing::Lost);
+        match self.try_again().await {
+            Ok(Begun::Registered { epoch, directory }) => {
+                tracing::warn!(%epoch, "the broker's registration was lost; it is registered again");
+                (self.epoch, self.directory, self.failing) = (epoch, directory, false);
+                self.publish.send_replace(Standing::Registered { epoch, lease: self.lease });
+                true
+            }
+            Ok(Begun::Superseded { address }) => {
+                let id = self.registration.id;
+                tracing::error!(
+                    broker = %id, address,
+                    "the broker's number is now run by another process with a copy of this data directory; one of the two must go"
+                );
+                self.publish.send_replace(Standing::Superseded { address });
+                true
+            }
+            Err(error) => {
+                if !std::mem::replace(&mut self.failing, true) {
+                    tracing::error!(%error, "the broker's registration was lost and it cannot register; trying again");
+                }
+                false
+            }
+        }
+    }
+
+    async fn try_again(&mut self) -> Result<Begun, StoreError> {
+        let state = if self.stopping.load(Ordering::Acquire) { BrokerState::Stopping } else { BrokerState::Running };
+        let value = BrokerValue { state, ..self.registration.value.clone() };
+        let registration = Registration { value, ..(*self.registration).clone() };
+        // The lease may live on, and may not: a new one is sure to.
+        self.lease = registration.store.grant(registration.time).await?;
+        registration.begin(self.lease, Some(self.directory)).await
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        cluster::{embedded::EmbeddedStore, keys::Addresses},
-        task::clock,
-    };
+    use crate::cluster::{embedded::EmbeddedStore, keys::Addresses};
 
     const TIME: Duration = Duration::from_secs(9);
+    const KEY: &str = "/strandline/test/brokers/1";
 
-    fn value(directory: &str) -> BrokerValue {
-        BrokerValue {
-            addresses: Addresses { grpc: "a:1".to_owned(), http: None },
-            rack: None,
-            directory_id: directory.to_owned(),
-            version: "0".to_owned(),
+    /// A store with its mirror.
+    struct World {
+        store: EmbeddedStore,
+        view: View,
+        tasks: Tasks,
+    }
+
+    impl World {
+        fn new() -> Self {
+            let (store, tasks) = (EmbeddedStore::in_memory(), Tasks::new());
+            let keys = Keys::new("test").expect("valid");
+            Self { view: View::start(Arc::new(store.clone()), keys, &tasks), store, tasks }
+        }
+
+        fn registration(&self, directory: &str, process: &str) -> Registration {
+            let value = BrokerValue {
+                addresses: Addresses { grpc: format!("{process}:1"), http: None },
+                rack: None,
+                directory_id: directory.to_owned(),
+                incarnation: process.to_owned(),
+                state: BrokerState::Running,
+                version: "0".to_owned(),
+            };
+            let keys = Keys::new("test").expect("valid");
+            Registration { store: Arc::new(self.store.clone()), keys, id: BrokerId(1), value, time: TIME }
+        }
+
+        async fn register(&self, directory: &str, process: &str) -> Result<Session, RegisterError> {
+            let registration = self.registration(directory, process);
+            registration.clear().await?;
+            let judged = self.judged().await;
+            registration.register(judged, &self.view, &self.tasks).await
+        }
+
+        async fn judged(&self) -> Option<Revision> {
+            let record = self.store.get("/strandline/test/directories/1").await.expect("answers").entry;
+            record.map(|entry| entry.mod_revision)
+        }
+
+        async fn registered(&self) -> Option<Revision> {
+            self.store.get(KEY).await.expect("answers").entry.map(|entry| entry.create_revision)
+        }
+
+        async fn lease_ends(&self) {
+            self.store.tick(clock::monotonic() + TIME * 2).await.expect("answers");
+            assert_eq!(self.registered().await, None);
         }
     }
 
-    async fn register(store: &EmbeddedStore, directory: &str, tasks: &Tasks) -> Result<Session, RegisterError> {
-        let keys = Keys::new("test").expect("valid");
-        Session::register(Arc::new(store.clone()), &keys, BrokerId(1), value(directory), TIME, tasks).await
+    /// The first standing that is one of those.
+    async fn until(session: &Session, holds: impl Fn(&Standing) -> bool) -> Standing {
+        session.standing().wait_for(holds).await.expect("the session lives").clone()
     }
 
-    async fn registered(store: &EmbeddedStore) -> Option<Revision> {
-        let entry = store.get("/strandline/test/brokers/1").await.expect("answers").entry;
-        entry.map(|entry| entry.create_revision)
+    fn registered(standing: &Standing) -> bool {
+        matches!(standing, Standing::Registered { .. })
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_broker_stays_registered_while_it_lives_and_leaves_when_it_stops() {
-        let (store, tasks) = (EmbeddedStore::in_memory(), Tasks::new());
-        let session = register(&store, "d", &tasks).await.expect("registered");
+        let world = World::new();
+        let session = world.register("d", "p").await.expect("registered");
         for _ in 0..20 {
             tokio::time::sleep(TIME / 2).await;
-            store.tick(clock::monotonic()).await.expect("answers");
+            world.store.tick(clock::monotonic()).await.expect("answers");
         }
-        assert_eq!(registered(&store).await, Some(session.epoch()));
-        tasks.stop().await;
-        assert_eq!(registered(&store).await, None);
+        assert_eq!(world.registered().await, session.epoch());
+        session.leave().await;
+        assert_eq!(world.registered().await, None);
+        world.tasks.stop().await;
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_lost_lease_gives_a_new_epoch() {
-        let (store, tasks) = (EmbeddedStore::in_memory(), Tasks::new());
-        let session = register(&store, "d", &tasks).await.expect("registered");
-        let (first, mut epochs) = (session.epoch(), session.watch());
-        store.tick(clock::monotonic() + TIME * 2).await.expect("answers");
-        assert_eq!(registered(&store).await, None);
-        epochs.changed().await.expect("it registers again");
-        assert!(session.epoch() > first);
-        assert_eq!(registered(&store).await, Some(session.epoch()));
-        tasks.stop().await;
+    async fn a_registration_that_is_lost_is_made_anew_with_a_new_epoch() {
+        let world = World::new();
+        let session = world.register("d", "p").await.expect("registered");
+        let mut before = session.epoch();
+        let delete = || world.store.transact(Transaction::new().delete(KEY));
+        for revoked in [false, true] {
+            if revoked {
+                delete().await.expect("answers");
+            } else {
+                world.lease_ends().await;
+            }
+            let known = before;
+            let now = until(
+                &session,
+                |standing| matches!(standing, Standing::Registered { epoch, .. } if Some(*epoch) > known),
+            );
+            assert!(registered(&now.await));
+            assert_eq!(world.registered().await, session.epoch());
+            before = session.epoch();
+        }
+        world.tasks.stop().await;
     }
 
     #[tokio::test(start_paused = true)]
-    async fn only_its_own_data_directory_takes_over_a_registration() {
-        let (store, dead, tasks) = (EmbeddedStore::in_memory(), Tasks::new(), Tasks::new());
-        let before = register(&store, "d", &dead).await.expect("registered").epoch();
-        let error = register(&store, "another", &tasks).await.expect_err("taken");
-        assert_eq!(error, RegisterError::Taken { id: BrokerId(1), address: "a:1".to_owned() });
-        let after = register(&store, "d", &tasks).await.expect("its own from before").epoch();
-        assert!(after > before, "a new registration is a new epoch");
+    async fn a_number_that_another_directory_has_is_waited_for_as_long_as_its_lease_may_live() {
+        let world = World::new();
+        let first = world.register("d", "p").await.expect("registered");
+        let began = clock::monotonic();
+        let error = world.register("another", "q").await.expect_err("taken");
+        assert_eq!(error, RegisterError::Taken { id: BrokerId(1), address: "p:1".to_owned() });
+        assert!(began.elapsed() > TIME);
+        let waiting = world.register("another", "q");
+        let (second, ()) = tokio::join!(waiting, async {
+            tokio::time::sleep(TIME / 2).await;
+            first.leave().await;
+        });
+        assert_eq!(world.registered().await, second.expect("its process is gone").epoch());
+        world.tasks.stop().await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_process_that_slept_finds_that_another_one_took_its_place() {
+        let (world, tasks) = (World::new(), Tasks::new());
+        // Its mirror stands still, as for a process that is stopped.
+        let still = View::start(Arc::new(EmbeddedStore::in_memory()), Keys::new("test").expect("valid"), &tasks);
+        let registration = world.registration("d", "p");
+        let first = registration.register(None, &still, &world.tasks).await.expect("registered");
+        let second = world.register("d", "q").await.expect("its own from before");
+        assert!(second.epoch() > first.epoch(), "a new registration is a new epoch");
+        world.store.revoke(lease(&first)).await.expect("answers");
+        let standing = until(&first, |standing| matches!(standing, Standing::Superseded { .. })).await;
+        assert_eq!(standing, Standing::Superseded { address: "q:1".to_owned() });
+        assert_eq!(world.registered().await, second.epoch());
         tasks.stop().await;
-        dead.stop().await;
+        world.tasks.stop().await;
+    }
+
+    fn lease(session: &Session) -> LeaseId {
+        match *session.standing().borrow() {
+            Standing::Registered { lease, .. } => lease,
+            ref other => panic!("{other:?}"),
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_was_overtaken_while_it_proved_itself_does_not_register() {
+        let world = World::new();
+        let judged = world.judged().await;
+        let late = world.registration("d", "p");
+        let winner = world.register("d", "q").await.expect("registered");
+        let error = late.register(judged, &world.view, &world.tasks).await.expect_err("judged by an old record");
+        assert_eq!(error, RegisterError::Overtaken { id: BrokerId(1) });
+        assert_eq!(world.registered().await, winner.epoch());
+        world.tasks.stop().await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_broker_on_its_way_out_says_so_under_the_same_epoch_and_after_a_loss_too() {
+        let world = World::new();
+        let session = world.register("d", "p").await.expect("registered");
+        let epoch = session.epoch();
+        let state = async || {
+            let entry = world.store.get(KEY).await.expect("answers").entry.expect("registered");
+            BrokerValue::decode(KEY, &entry.value).expect("ours").state
+        };
+        assert_eq!(state().await, BrokerState::Running);
+        session.stopping().await.expect("answers");
+        assert_eq!((state().await, world.registered().await), (BrokerState::Stopping, epoch));
+        world.lease_ends().await;
+        until(&session, |standing| matches!(standing, Standing::Registered { epoch: now, .. } if Some(*now) > epoch))
+            .await;
+        assert_eq!(state().await, BrokerState::Stopping);
+        world.tasks.stop().await;
     }
 }

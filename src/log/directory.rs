@@ -152,6 +152,10 @@ impl Log {
         self.inner.opened_clean
     }
 
+    pub(super) fn place(&self) -> (&dyn Disk, &Path) {
+        (&*self.inner.core.disk, &self.inner.core.dir)
+    }
+
     /// The replicas here, in order.
     pub fn partitions(&self) -> Vec<PartitionId> {
         let registry = self.inner.registry();

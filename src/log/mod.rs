@@ -78,6 +78,7 @@ mod snapshot;
 mod startup;
 mod sync;
 mod tail;
+mod uptime;
 
 #[cfg(test)]
 mod tests;

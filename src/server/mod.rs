@@ -28,12 +28,17 @@ use std::{future::Future, net::SocketAddr, path::PathBuf, pin::pin, sync::Arc, t
 
 use anyhow::Context as _;
 use tokio::net::TcpListener;
+use uuid::Uuid;
 
 use crate::{
     broker::{self, Broker, Tier},
-    cluster::{Addresses, BrokerValue, EmbeddedStore, Keys, MetaStore, Revision, Session, View},
+    cluster::{
+        Addresses, BrokerState, BrokerValue, EmbeddedStore, Keys, MetaStore, RegisterError, Registration, Revision,
+        Session, View,
+    },
     config::Config,
     log::{Identity, Log, Options, RealDisk},
+    model::BrokerId,
     task::{self, Tasks, clock},
     telemetry::{Level, Metrics},
     tier::{Cache, CacheOptions, ClaimError, Store, StoreOptions},
@@ -122,6 +127,7 @@ struct Node {
     store: EmbeddedStore,
     tier: Option<Tier>,
     broker: Arc<Broker>,
+    session: Session,
     tasks: Tasks,
     metrics: Metrics,
 }
@@ -149,13 +155,15 @@ impl Node {
             }
             claim(&tier.store, &tasks).await?;
         }
-        let registration = BrokerValue {
+        let value = BrokerValue {
             addresses: Addresses { grpc: advertised(config, grpc)?, http: Some(http.local_addr()?.to_string()) },
             rack: config.broker.rack.clone(),
             directory_id: log.directory_id().to_string(),
+            incarnation: Uuid::new_v4().to_string(),
+            state: BrokerState::Running,
             version: env!("CARGO_PKG_VERSION").to_owned(),
         };
-        Session::register(Arc::clone(&shared), &keys, config.broker.id, registration, SESSION, &tasks)
+        let session = register(&shared, &keys, config.broker.id, value, &view, &tasks)
             .await
             .context("cannot register the broker in the metadata store")?;
         let broker = Broker::start(broker::Parts {
@@ -168,7 +176,7 @@ impl Node {
             metrics: metrics.clone(),
         })
         .await;
-        Ok(Self { log, store, tier, broker, tasks, metrics })
+        Ok(Self { log, store, tier, broker, session, tasks, metrics })
     }
 
     /// The numbered list of the module's documentation, from 1 on.
@@ -181,6 +189,7 @@ impl Node {
         }
         let log = self.log;
         task::blocking(move || log.close()).await.context("cannot close the data directory")?;
+        self.session.leave().await;
         self.tasks.stop().await;
         drop(self.store);
         tracing::info!("stopped");
@@ -235,6 +244,21 @@ impl Listeners {
             tracing::warn!(timeout_s = timeout.as_secs(), "connections were still open after the timeout and are cut");
         }
     }
+}
+
+/// Registers a broker whose metadata lies beside its data, and shares the data's fate: there is nothing to prove.
+async fn register(
+    store: &Arc<dyn MetaStore>,
+    keys: &Keys,
+    id: BrokerId,
+    value: BrokerValue,
+    view: &View,
+    tasks: &Tasks,
+) -> Result<Session, RegisterError> {
+    let registration = Registration { store: Arc::clone(store), keys: keys.clone(), id, value, time: SESSION };
+    registration.clear().await?;
+    let record = store.get(&keys.directory(id)).await?.entry;
+    registration.register(record.map(|entry| entry.mod_revision), view, tasks).await
 }
 
 async fn open_log(config: &Config, metrics: Metrics) -> anyhow::Result<Log> {

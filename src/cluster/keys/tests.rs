@@ -24,10 +24,17 @@ fn values_are_written_as_the_format_says() {
             addresses: Addresses { grpc: "a:9460".into(), http: Some("a:9461".into()) },
             rack: Some("z1".into()),
             directory_id: "d".into(),
+            incarnation: "p".into(),
+            state: BrokerState::Stopping,
             version: "0.1.0".into(),
         },
-        r#"{"addresses":{"grpc":"a:9460","http":"a:9461"},"rack":"z1","directory_id":"d","version":"0.1.0"}"#,
+        r#"{"addresses":{"grpc":"a:9460","http":"a:9461"},"rack":"z1","directory_id":"d","incarnation":"p","state":"stopping","version":"0.1.0"}"#,
     );
+    golden(
+        &DirectoryValue { directory_id: "d".into(), incarnation: "p".into() },
+        r#"{"directory_id":"d","incarnation":"p"}"#,
+    );
+    golden(&DrainValue { since_ms: 5 }, r#"{"since_ms":5}"#);
     golden(&ControllerValue { broker: BrokerId(3) }, r#"{"broker":3}"#);
     golden(
         &TopicValue {

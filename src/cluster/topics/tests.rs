@@ -31,6 +31,8 @@ impl Cluster {
                 addresses: Addresses { grpc: format!("b{id}:9460"), http: None },
                 rack: Some(format!("rack-{}", id % 3)),
                 directory_id: id.to_string(),
+                incarnation: "p".to_owned(),
+                state: crate::cluster::BrokerState::Running,
                 version: "0".to_owned(),
             };
             let put = Transaction::new().put_leased(keys.broker(BrokerId(id)), value.encode(), lease);

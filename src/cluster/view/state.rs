@@ -7,7 +7,7 @@ use std::{
 
 use crate::{
     cluster::{
-        keys::{BrokerValue, ControllerValue, Key, Keys, PartitionValue, TopicValue, Value},
+        keys::{BrokerValue, ControllerValue, DrainValue, Key, Keys, PartitionValue, TopicValue, Value},
         store::{Changes, Entry, Event, Listing, Revision},
     },
     model::{BrokerId, PartitionId, TopicId, TopicName},
@@ -42,6 +42,7 @@ pub struct PartitionEntry {
 pub struct ViewState {
     revision: Revision,
     brokers: BTreeMap<BrokerId, Arc<Known<BrokerValue>>>,
+    drains: BTreeMap<BrokerId, Arc<Known<DrainValue>>>,
     controller: Option<Arc<Known<ControllerValue>>>,
     topics: BTreeMap<TopicName, Arc<Known<TopicValue>>>,
     names: BTreeMap<TopicId, TopicName>,
@@ -60,6 +61,11 @@ impl ViewState {
     /// The live brokers.
     pub const fn brokers(&self) -> &BTreeMap<BrokerId, Arc<Known<BrokerValue>>> {
         &self.brokers
+    }
+
+    /// The brokers that an operator wants empty.
+    pub const fn drains(&self) -> &BTreeMap<BrokerId, Arc<Known<DrainValue>>> {
+        &self.drains
     }
 
     /// The broker that plans, when there is one.
@@ -185,11 +191,14 @@ impl ViewState {
             Key::Broker(id) => read(entry).map(|known| {
                 self.brokers.insert(*id, known);
             }),
+            Key::Drain(id) => read(entry).map(|known| {
+                self.drains.insert(*id, known);
+            }),
             Key::Controller => read(entry).map(|known| self.controller = Some(known)),
             Key::Topic(name) => read(entry).map(|known| self.put_topic(name, known)),
             Key::Partition(id) => read(entry).map(|known| self.slot(*id).partition = Some(known)),
             Key::Tier(id) => read(entry).map(|known| self.slot(*id).tier = Some(known)),
-            Key::Deleted(_) | Key::ProducerIds => Ok(()),
+            Key::Directory(_) | Key::Deleted(_) | Key::ProducerIds => Ok(()),
         };
         match done {
             Ok(()) => {
@@ -220,6 +229,9 @@ impl ViewState {
             Key::Broker(id) => {
                 self.brokers.remove(id);
             }
+            Key::Drain(id) => {
+                self.drains.remove(id);
+            }
             Key::Controller => self.controller = None,
             Key::Topic(name) => {
                 if let Some(old) = self.topics.remove(name) {
@@ -228,7 +240,7 @@ impl ViewState {
             }
             Key::Partition(id) => self.clear(*id, |entry| entry.partition = None),
             Key::Tier(id) => self.clear(*id, |entry| entry.tier = None),
-            Key::Deleted(_) | Key::ProducerIds => {}
+            Key::Directory(_) | Key::Deleted(_) | Key::ProducerIds => {}
         }
     }
 
@@ -259,6 +271,7 @@ impl ViewState {
     fn mod_revision(&self, key: &Key) -> Option<Revision> {
         match key {
             Key::Broker(id) => self.brokers.get(id).map(|known| known.mod_revision),
+            Key::Drain(id) => self.drains.get(id).map(|known| known.mod_revision),
             Key::Controller => self.controller.as_ref().map(|known| known.mod_revision),
             Key::Topic(name) => self.topics.get(name).map(|known| known.mod_revision),
             Key::Partition(id) => {
@@ -267,13 +280,14 @@ impl ViewState {
             Key::Tier(id) => {
                 nth(self.partitions.get(&id.topic), id.number)?.tier.as_ref().map(|known| known.mod_revision)
             }
-            Key::Deleted(_) | Key::ProducerIds => None,
+            Key::Directory(_) | Key::Deleted(_) | Key::ProducerIds => None,
         }
     }
 
     fn keys(&self) -> BTreeSet<Key> {
         let mut keys: BTreeSet<Key> = self.unreadable.keys().cloned().collect();
         keys.extend(self.brokers.keys().map(|id| Key::Broker(*id)));
+        keys.extend(self.drains.keys().map(|id| Key::Drain(*id)));
         keys.extend(self.controller.as_ref().map(|_| Key::Controller));
         keys.extend(self.topics.keys().map(|name| Key::Topic(name.clone())));
         for (topic, entries) in &self.partitions {
@@ -287,9 +301,9 @@ impl ViewState {
     }
 }
 
-/// The key at a path, when the view mirrors it. Producer ids it does not: nobody looks, and they change all the time.
+/// The key at a path, when the view mirrors it. Producer ids and directories it does not: nobody looks at them there.
 fn mirrored(keys: &Keys, path: &str) -> Option<Key> {
-    keys.parse(path).filter(|key| *key != Key::ProducerIds)
+    keys.parse(path).filter(|key| !matches!(key, Key::Directory(_) | Key::ProducerIds))
 }
 
 fn place(number: u32) -> usize {

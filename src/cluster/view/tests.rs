@@ -6,6 +6,7 @@ use super::*;
 use crate::{
     cluster::{
         embedded::EmbeddedStore,
+        faulty::Faulty,
         keys::{PartitionValue, TopicValue, Value as _},
         store::{Changes, Entry, Event, Listing, Transaction},
     },
@@ -193,59 +194,15 @@ async fn a_feed_that_lies_too_far_behind_starts_over() {
     tasks.stop().await;
 }
 
-/// A store that does not answer at first, and whose watches break after each change.
-#[derive(Debug)]
-struct Flaky {
-    store: EmbeddedStore,
-    failures: std::sync::atomic::AtomicUsize,
-}
-
-impl MetaStore for Flaky {
-    fn get<'a>(&'a self, key: &'a str) -> crate::cluster::Answer<'a, crate::cluster::Reading> {
-        self.store.get(key)
-    }
-
-    fn list<'a>(&'a self, prefix: &'a str) -> crate::cluster::Answer<'a, Listing> {
-        let left = self.failures.load(std::sync::atomic::Ordering::Relaxed);
-        if left > 0 {
-            self.failures.store(left - 1, std::sync::atomic::Ordering::Relaxed);
-            return Box::pin(async { Err(StoreError::unavailable("cut off")) });
-        }
-        self.store.list(prefix)
-    }
-
-    fn transact(&self, transaction: Transaction) -> crate::cluster::Answer<'_, crate::cluster::Outcome> {
-        self.store.transact(transaction)
-    }
-
-    fn watch<'a>(&'a self, _prefix: &'a str, from: Revision) -> crate::cluster::Answer<'a, Watch> {
-        let broken = futures::stream::once(async move {
-            tokio::time::sleep(Duration::from_secs(1)).await;
-            Err(StoreError::Compacted { from, oldest: from.next() })
-        });
-        Box::pin(async { Ok(Watch::new(broken)) })
-    }
-
-    fn grant(&self, time: Duration) -> crate::cluster::Answer<'_, crate::cluster::LeaseId> {
-        self.store.grant(time)
-    }
-
-    fn keep_alive(&self, lease: crate::cluster::LeaseId) -> crate::cluster::Answer<'_, ()> {
-        self.store.keep_alive(lease)
-    }
-
-    fn revoke(&self, lease: crate::cluster::LeaseId) -> crate::cluster::Answer<'_, ()> {
-        self.store.revoke(lease)
-    }
-}
-
 #[tokio::test(start_paused = true)]
 async fn a_store_that_fails_and_watches_that_break_are_outlived() {
     let store = EmbeddedStore::in_memory();
     put(&store, topic_path(), topic(1).encode()).await;
-    let flaky = Flaky { store: store.clone(), failures: 5.into() };
+    let faulty = Faulty::new(store.clone());
+    faulty.fail_lists(5);
+    faulty.break_watches();
     let tasks = Tasks::new();
-    let view = View::start(Arc::new(flaky), keys(), &tasks);
+    let view = View::start(Arc::new(faulty), keys(), &tasks);
     view.reached(Revision::ZERO).await;
     for n in 1..5 {
         let revision = put(&store, partition_path(0), partition(n).encode()).await;
