@@ -75,6 +75,7 @@ fn open(disk: &SimDisk) -> Result<Log, strandline::log::OpenError> {
         reserve_bytes: 0,
         metrics: Metrics::new(),
         manual: true,
+        stepper: None,
     };
     let identity = Identity { cluster: "test".to_owned(), broker: BrokerId(1) };
     Log::open(Arc::new(disk.clone()), Path::new(DATA), &identity, options)

@@ -113,7 +113,7 @@ impl Log {
             disk,
             dir: dir.to_owned(),
             tail: Tail::new(options.tail_bytes),
-            journal: Journal::new(directory_id, round_bytes, ring, found.first_round, options.metrics.clone()),
+            journal: Journal::new(directory_id, ring, found.first_round, &options),
             generation: AtomicU64::new(found.generation),
             closed: AtomicBool::new(false),
             disk_full: AtomicBool::new(false),
