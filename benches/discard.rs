@@ -21,7 +21,6 @@ use std::{
 use bytes::{Bytes, BytesMut};
 use clap::Parser;
 use futures::{FutureExt as _, Stream, StreamExt as _, stream};
-use rand::Rng as _;
 use strandline::{
     limits,
     model::Compression,
@@ -122,7 +121,7 @@ impl Prepared {
         while builder.is_empty()
             || builder.encoded_len() + BatchBuilder::record_len(None, Some(&value), &[]) <= batch_size
         {
-            rand::rng().fill_bytes(&mut value);
+            strandline::task::random::fill(&mut value);
             builder.push(0, None, Some(&value), &[])?;
         }
         let records = builder.count().into();

@@ -75,6 +75,7 @@ fn open(disk: &SimDisk) -> Result<Log, strandline::log::OpenError> {
         reserve_bytes: 0,
         metrics: Metrics::new(),
         manual: true,
+        stepper: None,
     };
     let identity = Identity { cluster: "test".to_owned(), broker: BrokerId(1) };
     Log::open(Arc::new(disk.clone()), Path::new(DATA), &identity, options)
@@ -108,11 +109,9 @@ fn read_all(reader: &Reader) -> Vec<u8> {
 fn append(log: &Log, replica: &mut Replica) -> bool {
     for info in replica.sealed() {
         if let Ok(export) = replica.export(info.base) {
-            let mut position = 0;
-            while let Ok(bytes) = export.read(position, 10_000)
-                && !bytes.is_empty()
-            {
-                position += bytes.len() as u64;
+            let (mut position, mut buffer) = (0, vec![0; 10_000]);
+            while let Ok(bytes @ 1..) = export.read_at(&mut buffer, position) {
+                position += bytes as u64;
             }
         }
     }

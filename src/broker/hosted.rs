@@ -1,6 +1,6 @@
 //! The partitions that this broker holds, found by topic name without a lock.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc};
 
 use arc_swap::ArcSwap;
 use tokio::sync::watch;
@@ -36,8 +36,8 @@ pub(super) struct HostedTopic {
 
 /// All of them. Readers see whole snapshots.
 pub(super) struct Hosted {
-    topics: ArcSwap<HashMap<TopicName, HostedTopic>>,
-    ids: ArcSwap<HashMap<TopicId, TopicName>>,
+    topics: ArcSwap<BTreeMap<TopicName, HostedTopic>>,
+    ids: ArcSwap<BTreeMap<TopicId, TopicName>>,
     changed: watch::Sender<()>,
 }
 
@@ -107,8 +107,8 @@ impl Hosted {
     }
 
     /// Changes the set. Only the task that follows the metadata calls it, so no change is lost.
-    pub(super) fn update(&self, change: impl FnOnce(&mut HashMap<TopicName, HostedTopic>)) {
-        let mut topics = HashMap::clone(&self.topics.load());
+    pub(super) fn update(&self, change: impl FnOnce(&mut BTreeMap<TopicName, HostedTopic>)) {
+        let mut topics = BTreeMap::clone(&self.topics.load());
         change(&mut topics);
         self.ids.store(Arc::new(topics.iter().map(|(name, topic)| (topic.id, name.clone())).collect()));
         self.topics.store(Arc::new(topics));

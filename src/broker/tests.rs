@@ -10,6 +10,7 @@ use crate::{
     },
     log::{Identity, Options, RealDisk},
     model::{TopicId, TopicName},
+    task::random,
 };
 
 struct Bench {
@@ -101,7 +102,7 @@ async fn only_a_deletions_mark_deletes_what_the_disk_holds() {
     bench.change(Transaction::new().put(key.clone(), value.clone())).await;
     assert_eq!(bench.holds(id), (2, 2), "what comes back is served again");
 
-    let other = TopicValue { id: TopicId::random(), ..TopicValue::decode(&key, &value).unwrap() };
+    let other = TopicValue { id: TopicId::new(random::uuid()), ..TopicValue::decode(&key, &value).unwrap() };
     bench.change(Transaction::new().put(key.clone(), other.encode())).await;
     assert_eq!(bench.holds(id), (0, 2), "another topic in its place");
 

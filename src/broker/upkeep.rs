@@ -1,6 +1,6 @@
 //! Gives partitions their turn at upkeep.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use super::Broker;
 use crate::{
@@ -24,7 +24,7 @@ pub(super) fn spawn(broker: &Arc<Broker>) {
 }
 
 async fn work(broker: Arc<Broker>) {
-    let mut failures: HashMap<PartitionId, u32> = HashMap::new();
+    let mut failures: BTreeMap<PartitionId, u32> = BTreeMap::new();
     loop {
         let id = tokio::select! {
             biased;

@@ -161,7 +161,7 @@ impl Admin {
     /// # Errors
     /// When no broker answers.
     pub async fn cluster(&self) -> Result<Cluster, CallError> {
-        let call = |channel| async move { admin_client(channel).get_metadata(v1::GetMetadataRequest::default()).await };
+        let call = |wire| async move { admin_client(wire).get_metadata(v1::GetMetadataRequest::default()).await };
         let answer = self.client.retried(|| self.client.ask_any(call)).await?;
         let brokers = answer.brokers.into_iter();
         let brokers =
@@ -174,9 +174,9 @@ impl Admin {
     /// # Errors
     /// When it exists, the name or the configuration is not allowed, or the cluster cannot hold it.
     pub async fn create_topic(&self, topic: &NewTopic) -> Result<TopicSummary, CallError> {
-        let call = |channel| {
+        let call = |wire| {
             let request = topic.request.clone();
-            async move { admin_client(channel).create_topic(request).await }
+            async move { admin_client(wire).create_topic(request).await }
         };
         summary(self.client.tell_any(call).await?.topic)
     }
@@ -186,7 +186,7 @@ impl Admin {
     /// # Errors
     /// When no broker answers.
     pub async fn list_topics(&self) -> Result<Vec<TopicSummary>, CallError> {
-        let call = |channel| async move { admin_client(channel).list_topics(v1::ListTopicsRequest {}).await };
+        let call = |wire| async move { admin_client(wire).list_topics(v1::ListTopicsRequest {}).await };
         let answer = self.client.retried(|| self.client.ask_any(call)).await?;
         answer.topics.into_iter().map(|topic| summary(Some(topic))).collect()
     }
@@ -196,9 +196,9 @@ impl Admin {
     /// # Errors
     /// When it does not exist.
     pub async fn describe_topic(&self, name: &str) -> Result<TopicDescription, CallError> {
-        let call = |channel| {
+        let call = |wire| {
             let request = v1::DescribeTopicRequest { name: name.to_owned() };
-            async move { admin_client(channel).describe_topic(request).await }
+            async move { admin_client(wire).describe_topic(request).await }
         };
         let answer = self.client.retried(|| self.client.ask_any(call)).await?;
         Ok(TopicDescription {
@@ -214,10 +214,10 @@ impl Admin {
     /// When the topic does not exist, or a key or value is not allowed.
     pub async fn alter_topic(&self, name: &str, set: &ConfigMap, unset: &[String]) -> Result<TopicSummary, CallError> {
         let set: BTreeMap<String, String> = set.clone();
-        let call = |channel| {
+        let call = |wire| {
             let set = set.clone().into_iter().collect();
             let request = v1::AlterTopicRequest { name: name.to_owned(), set, unset: unset.to_vec() };
-            async move { admin_client(channel).alter_topic(request).await }
+            async move { admin_client(wire).alter_topic(request).await }
         };
         summary(self.client.tell_any(call).await?.topic)
     }
@@ -227,9 +227,9 @@ impl Admin {
     /// # Errors
     /// When the topic does not exist, or has as many already.
     pub async fn add_partitions(&self, name: &str, to: u32) -> Result<TopicSummary, CallError> {
-        let call = |channel| {
+        let call = |wire| {
             let request = v1::AddPartitionsRequest { name: name.to_owned(), to };
-            async move { admin_client(channel).add_partitions(request).await }
+            async move { admin_client(wire).add_partitions(request).await }
         };
         summary(self.client.tell_any(call).await?.topic)
     }
@@ -239,9 +239,9 @@ impl Admin {
     /// # Errors
     /// When it does not exist.
     pub async fn delete_topic(&self, name: &str) -> Result<(), CallError> {
-        let call = |channel| {
+        let call = |wire| {
             let request = v1::DeleteTopicRequest { name: name.to_owned() };
-            async move { admin_client(channel).delete_topic(request).await }
+            async move { admin_client(wire).delete_topic(request).await }
         };
         self.client.tell_any(call).await.map(|_| ())
     }
@@ -286,14 +286,14 @@ impl Admin {
             let message = format!("the leader of {topic}/{partition}, {}: {problem}", address.as_str());
             CallError::from(Fault::new(Reason::NotReady, message))
         };
-        let channel = self.client.channel(&address).await.map_err(|error| unreachable(error.problem()))?;
+        let wire = self.client.wire(&address).await.map_err(|error| unreachable(error.problem()))?;
         let wait = match query.at {
             // May have to read the bucket.
             Some(v1::offset_query::At::TimestampMs(_)) => self.client.options().request_timeout,
             _ => self.client.options().request_timeout.min(super::ANY_ANSWER),
         };
         let request = v1::ListOffsetsRequest { queries: vec![query] };
-        let answer = match super::bounded(wait, log_client(channel).list_offsets(request)).await {
+        let answer = match super::bounded(wait, log_client(wire).list_offsets(request)).await {
             Ok(answer) => answer,
             Err(super::Unanswered::Refused(fault)) => return Err(fault.into()),
             Err(unanswered) => return Err(unreachable(unanswered.fault().message)),

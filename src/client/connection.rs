@@ -1,41 +1,35 @@
-//! Connections: one HTTP/2 connection per broker address, made once and shared by all that call there.
+//! Connections: one per broker address, made once and shared by all that call there.
 
 use std::{
-    collections::HashMap,
+    collections::BTreeMap,
+    fmt,
     sync::{Arc, Mutex},
     time::Duration,
 };
 
 use tokio::sync::OnceCell;
-use tonic::transport::{Channel, Endpoint};
 
 use super::{
-    error::{ConnectError, root_cause},
+    error::ConnectError,
     lock::lock,
     options::DEFAULT_PORT,
+    transport::{Connect, Wire},
 };
 use crate::{
     limits,
     proto::v1::{admin_client::AdminClient, log_client::LogClient},
 };
 
-// Measured (docs/performance.md): with the message codec's large buffers these carry twice what the defaults do, and
-// the stream window bounds throughput over real round trips.
-const STREAM_WINDOW_BYTES: u32 = 4 << 20;
-const CONNECTION_WINDOW_BYTES: u32 = 8 << 20;
-const FRAME_BYTES: u32 = 256 << 10;
-
-/// A peer that answers no ping for this long is gone.
-const PING_EVERY: Duration = Duration::from_secs(5);
-const PING_TIMEOUT: Duration = Duration::from_secs(5);
-
 /// A broker's `host:port`, checked.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(super) struct Address(Arc<str>);
+pub struct Address(Arc<str>);
 
 impl Address {
     /// Checks one address. The port may be left out, and `http://` may stand before it.
-    pub(super) fn parse(text: &str) -> Result<Self, ConnectError> {
+    ///
+    /// # Errors
+    /// When it is none.
+    pub fn parse(text: &str) -> Result<Self, ConnectError> {
         let refuse = |problem| Err(ConnectError::Address { address: text.to_owned(), problem });
         let bare = text.strip_prefix("http://").unwrap_or(text).trim_end_matches('/');
         if bare.is_empty() {
@@ -61,69 +55,68 @@ impl Address {
         }
     }
 
-    pub(super) fn as_str(&self) -> &str {
+    /// `host:port`.
+    pub fn as_str(&self) -> &str {
         &self.0
+    }
+
+    /// What is said when nobody answers there.
+    pub(super) fn no_answer(&self, problem: String) -> ConnectError {
+        ConnectError::NoAnswer { tried: vec![(self.as_str().to_owned(), problem)] }
     }
 }
 
 /// The connections of one client.
-#[derive(Debug)]
 pub(super) struct Pool {
+    connect: Arc<dyn Connect>,
     connect_timeout: Duration,
-    channels: Mutex<HashMap<Address, Arc<OnceCell<Channel>>>>,
+    wires: Mutex<BTreeMap<Address, Arc<OnceCell<Wire>>>>,
+}
+
+impl fmt::Debug for Pool {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Pool").field("wires", &self.wires).finish_non_exhaustive()
+    }
 }
 
 impl Pool {
-    pub(super) fn new(connect_timeout: Duration) -> Self {
-        Self { connect_timeout, channels: Mutex::default() }
+    pub(super) fn new(connect: Arc<dyn Connect>, connect_timeout: Duration) -> Self {
+        Self { connect, connect_timeout, wires: Mutex::default() }
     }
 
     /// The connection to `address`, made now if there is none. Once made it mends itself when it breaks; the calls that
     /// it carried fail.
-    pub(super) async fn channel(&self, address: &Address) -> Result<Channel, ConnectError> {
-        let cell = lock(&self.channels).entry(address.clone()).or_default().clone();
-        let channel = cell.get_or_try_init(|| self.connect(address)).await?;
-        Ok(channel.clone())
+    pub(super) async fn wire(&self, address: &Address) -> Result<Wire, ConnectError> {
+        let cell = lock(&self.wires).entry(address.clone()).or_default().clone();
+        let wire = cell.get_or_try_init(|| self.connect(address)).await?;
+        Ok(wire.clone())
     }
 
-    async fn connect(&self, address: &Address) -> Result<Channel, ConnectError> {
-        let no_answer =
-            |problem: String| ConnectError::NoAnswer { tried: vec![(address.as_str().to_owned(), problem)] };
-        let endpoint = Endpoint::from_shared(format!("http://{}", address.as_str()))
-            .map_err(|error| no_answer(root_cause(&error)))?
-            .connect_timeout(self.connect_timeout)
-            .initial_stream_window_size(STREAM_WINDOW_BYTES)
-            .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
-            .max_frame_size(FRAME_BYTES)
-            .tcp_nodelay(true)
-            .http2_keep_alive_interval(PING_EVERY)
-            .keep_alive_timeout(PING_TIMEOUT)
-            .keep_alive_while_idle(true);
-        match tokio::time::timeout(self.connect_timeout, endpoint.connect()).await {
-            Ok(Ok(channel)) => Ok(channel),
-            Ok(Err(error)) => Err(no_answer(root_cause(&error))),
-            Err(_) => Err(no_answer(format!("no answer in {:?}", self.connect_timeout))),
+    async fn connect(&self, address: &Address) -> Result<Wire, ConnectError> {
+        match tokio::time::timeout(self.connect_timeout, self.connect.connect(address)).await {
+            Ok(connected) => connected,
+            Err(_) => Err(address.no_answer(format!("no answer in {:?}", self.connect_timeout))),
         }
     }
 }
 
 /// The log service over a connection.
-pub(super) fn log_client(channel: Channel) -> LogClient<Channel> {
-    LogClient::new(channel)
+pub(super) fn log_client(wire: Wire) -> LogClient<Wire> {
+    LogClient::new(wire)
         .max_decoding_message_size(limits::MAX_MESSAGE_BYTES)
         .max_encoding_message_size(limits::MAX_MESSAGE_BYTES)
 }
 
 /// The admin service over a connection.
-pub(super) fn admin_client(channel: Channel) -> AdminClient<Channel> {
-    AdminClient::new(channel)
+pub(super) fn admin_client(wire: Wire) -> AdminClient<Wire> {
+    AdminClient::new(wire)
         .max_decoding_message_size(limits::MAX_MESSAGE_BYTES)
         .max_encoding_message_size(limits::MAX_MESSAGE_BYTES)
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::transport::Tcp, *};
 
     #[test]
     fn an_address_is_checked_before_anything_is_called() {
@@ -146,8 +139,9 @@ mod tests {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("bind");
         let text = listener.local_addr().expect("bound").to_string();
         drop(listener);
-        let pool = Pool::new(Duration::from_secs(1));
-        let error = pool.channel(&Address::parse(&text).expect("valid")).await.expect_err("nobody listens");
+        let wait = Duration::from_secs(1);
+        let pool = Pool::new(Arc::new(Tcp::new(wait)), wait);
+        let error = pool.wire(&Address::parse(&text).expect("valid")).await.expect_err("nobody listens");
         assert_eq!(error.to_string(), format!("no broker answers at {text}: connection refused"));
     }
 }

@@ -2,7 +2,7 @@
 //! sequences, that fails as its script says.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{BTreeMap, VecDeque},
     net::SocketAddr,
     pin::Pin,
     sync::{Arc, Mutex, MutexGuard},
@@ -48,7 +48,7 @@ struct Partition {
     batches: Vec<Batch>,
     start: u64,
     /// By producer id: next sequence, and base sequence with base offset of the last ones.
-    producers: HashMap<i64, (i32, VecDeque<(i32, u64)>)>,
+    producers: BTreeMap<i64, (i32, VecDeque<(i32, u64)>)>,
 }
 
 impl Partition {

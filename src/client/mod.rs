@@ -2,8 +2,8 @@
 //!
 //! # Overview
 //!
-//! A [`Client`] knows one cluster. It learns from any broker who leads what (`routing`), keeps one HTTP/2 connection per
-//! broker (`connection`), and makes the three faces. Each producer and each consumer has one task that owns its state;
+//! A [`Client`] knows one cluster. It learns from any broker who leads what (`routing`), keeps one connection per
+//! broker (`connection`, over `transport`), and makes the three faces. Each producer and each consumer has one task that owns its state;
 //! the handles that users hold only queue work for it or take what it has fetched.
 //!
 //! # Invariants
@@ -32,6 +32,7 @@ pub mod producer;
 mod routing;
 #[cfg(all(test, feature = "server"))]
 mod tests;
+mod transport;
 mod trouble;
 
 use std::{
@@ -41,19 +42,21 @@ use std::{
 };
 
 use tokio::sync::watch;
-use tonic::{Status, transport::Channel};
+use tonic::Status;
 
 pub use self::{
     admin::{Admin, Broker, Cluster, NewTopic, OffsetAt, PartitionDescription, TopicDescription, TopicSummary},
+    connection::Address,
     consumer::{ConsumedBatch, ConsumedRecord, Consumer, ConsumerOptions, OnOutOfRange},
     error::{CallError, ConnectError, ConsumeError, SendError},
     options::{DEFAULT_PORT, Options},
     producer::{Ack, Delivery, Held, NewRecord, Producer, ProducerOptions},
     routing::{PartitionRoute, TopicRoute},
+    transport::{Answered, Call, Connect, Tcp, TransportError, Unsent, Wire},
     trouble::Trouble,
 };
 use self::{
-    connection::{Address, Pool},
+    connection::Pool,
     lock::lock,
     routing::Routing,
     trouble::{Party, Troubles},
@@ -106,12 +109,25 @@ impl Client {
     /// # Errors
     /// When an address is none, or none of them answers.
     pub async fn connect(bootstrap: &str, options: Options) -> Result<Self, CallError> {
+        let tcp = Tcp::new(options.connect_timeout);
+        Self::connect_through(Arc::new(tcp), bootstrap, options).await
+    }
+
+    /// As [`Client::connect`], over connections of another kind than TCP.
+    ///
+    /// # Errors
+    /// As [`Client::connect`].
+    pub async fn connect_through(
+        connect: Arc<dyn Connect>,
+        bootstrap: &str,
+        options: Options,
+    ) -> Result<Self, CallError> {
         let texts = bootstrap.split(',').map(str::trim).filter(|text| !text.is_empty());
         let bootstrap: Vec<Address> = texts.map(Address::parse).collect::<Result<_, _>>()?;
         if bootstrap.is_empty() {
             return Err(ConnectError::NoAddress.into());
         }
-        let pool = Pool::new(options.connect_timeout);
+        let pool = Pool::new(connect, options.connect_timeout);
         let inner = Inner {
             options,
             bootstrap,
@@ -190,16 +206,16 @@ impl Client {
         &self.inner.routing
     }
 
-    async fn channel(&self, address: &Address) -> Result<Channel, ConnectError> {
-        self.inner.pool.channel(address).await
+    async fn wire(&self, address: &Address) -> Result<Wire, ConnectError> {
+        self.inner.pool.wire(address).await
     }
 
     /// Makes what is known newer than generation `seen`.
     async fn refresh(&self, seen: u64, wanted: &[&str]) -> Result<(), CallError> {
         let ask = |topics: Vec<String>| {
-            self.ask_any(move |channel| {
+            self.ask_any(move |wire| {
                 let request = v1::GetMetadataRequest { topics: topics.clone(), all_topics: false };
-                async move { connection::admin_client(channel).get_metadata(request).await }
+                async move { connection::admin_client(wire).get_metadata(request).await }
             })
         };
         self.inner.routing.refresh(seen, wanted, ask).await
@@ -209,7 +225,7 @@ impl Client {
     /// heard is asked elsewhere all the same.
     async fn ask_any<F, R, T>(&self, call: F) -> Result<T, CallError>
     where
-        F: Fn(Channel) -> R,
+        F: Fn(Wire) -> R,
         R: Future<Output = Result<tonic::Response<T>, Status>>,
     {
         let wait = self.options().request_timeout.min(ANY_ANSWER);
@@ -219,7 +235,7 @@ impl Client {
     /// Has whichever broker there is do something. What a broker may have begun is not repeated elsewhere.
     async fn tell_any<F, R, T>(&self, call: F) -> Result<T, CallError>
     where
-        F: Fn(Channel) -> R,
+        F: Fn(Wire) -> R,
         R: Future<Output = Result<tonic::Response<T>, Status>>,
     {
         let wait = self.options().request_timeout;
@@ -229,21 +245,21 @@ impl Client {
     /// Calls one broker after the other while `elsewhere` says that the next may be called.
     async fn walk<F, R, T>(&self, call: F, wait: Duration, elsewhere: fn(&Unanswered) -> bool) -> Result<T, CallError>
     where
-        F: Fn(Channel) -> R,
+        F: Fn(Wire) -> R,
         R: Future<Output = Result<tonic::Response<T>, Status>>,
     {
         let mut tried = Vec::new();
         let mut heard = false;
         for address in self.anybody() {
-            let channel = match self.channel(&address).await {
-                Ok(channel) => channel,
+            let wire = match self.wire(&address).await {
+                Ok(wire) => wire,
                 Err(ConnectError::NoAnswer { tried: here }) => {
                     tried.extend(here);
                     continue;
                 }
                 Err(error) => return Err(error.into()),
             };
-            match bounded(wait, call(channel)).await {
+            match bounded(wait, call(wire)).await {
                 Ok(answer) => {
                     *lock(&self.inner.preferred) = Some(address);
                     return Ok(answer);
@@ -354,30 +370,13 @@ impl Unanswered {
 }
 
 fn unanswered(status: &Status) -> Unanswered {
-    let source = std::error::Error::source(status);
-    match source.and_then(|source| source.downcast_ref::<tonic::transport::Error>()) {
-        Some(error) if error.to_string() == "transport error" && is_connect(error) => {
-            Unanswered::NotSent(error::root_cause(error))
-        }
-        _ => {
-            let fault = Fault::from(status);
-            match (fault::is_own(status), status.code()) {
-                (true, _) => Unanswered::Refused(fault),
-                (false, tonic::Code::Unimplemented) => Unanswered::NoBroker(fault),
-                (false, _) => Unanswered::Broken(fault),
-            }
-        }
+    if let Some(problem) = transport::unsent(status) {
+        return Unanswered::NotSent(problem);
     }
-}
-
-/// Whether an error chain says that the connection could not be made.
-fn is_connect(error: &(dyn std::error::Error + 'static)) -> bool {
-    let mut next = Some(error);
-    while let Some(error) = next {
-        if error.downcast_ref::<std::io::Error>().is_some_and(|io| io.kind() == std::io::ErrorKind::ConnectionRefused) {
-            return true;
-        }
-        next = error.source();
+    let fault = Fault::from(status);
+    match (fault::is_own(status), status.code()) {
+        (true, _) => Unanswered::Refused(fault),
+        (false, tonic::Code::Unimplemented) => Unanswered::NoBroker(fault),
+        (false, _) => Unanswered::Broken(fault),
     }
-    false
 }

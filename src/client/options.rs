@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
 
+use crate::task::random;
+
 /// The port that brokers listen on unless told otherwise.
 pub const DEFAULT_PORT: u16 = 9460;
 
@@ -42,6 +44,7 @@ impl Options {
             .with_min_delay(self.backoff_min)
             .with_max_delay(self.backoff_max)
             .with_jitter()
+            .with_jitter_seed(random::bits())
             .without_max_times()
             .build();
         Pauses { exponential, most: self.backoff_max }

@@ -2,6 +2,7 @@
 //! what is to be synced.
 
 use std::{
+    fmt,
     path::{Path, PathBuf},
     sync::{
         Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak,
@@ -53,6 +54,29 @@ pub struct Options {
     pub metrics: Metrics,
     /// No threads: [`Log::journal_step`](super::Log::journal_step) and [`Log::sync_step`](super::Log::sync_step) do their work. For the simulator.
     pub manual: bool,
+    /// With `manual`: is woken when there may be something to do.
+    pub stepper: Option<Stepper>,
+}
+
+/// Told that the journal or the segments may have something to do, where no threads see to it.
+#[derive(Clone)]
+pub struct Stepper(Arc<dyn Fn() + Send + Sync>);
+
+impl Stepper {
+    /// `wake` is called from anywhere, with locks held: it only wakes whoever does the steps.
+    pub fn new(wake: impl Fn() + Send + Sync + 'static) -> Self {
+        Self(Arc::new(wake))
+    }
+
+    pub(super) fn wake(&self) {
+        (self.0)();
+    }
+}
+
+impl fmt::Debug for Stepper {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Stepper")
+    }
 }
 
 impl Options {
@@ -76,6 +100,7 @@ impl Default for Options {
             reserve_bytes: limits::DISK_RESERVE_BYTES,
             metrics: Metrics::new(),
             manual: false,
+            stepper: None,
         }
     }
 }
@@ -184,9 +209,17 @@ impl Core {
         true
     }
 
+    /// Says that there is something to sync.
+    pub(super) fn wake_syncer(&self) {
+        self.wake.notify_all();
+        if let Some(stepper) = &self.options.stepper {
+            stepper.wake();
+        }
+    }
+
     /// Asks for segments to be synced now, because the journal's ring runs short.
     pub(super) fn hurry(&self) {
         self.work().urgent = true;
-        self.wake.notify_all();
+        self.wake_syncer();
     }
 }

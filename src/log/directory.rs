@@ -1,7 +1,7 @@
 //! One data directory: opened, its replicas handed out, closed.
 
 use std::{
-    collections::HashMap,
+    collections::BTreeMap,
     io,
     path::{Path, PathBuf},
     sync::{
@@ -79,8 +79,8 @@ pub(super) struct Inner {
 
 #[derive(Default)]
 pub(super) struct Registry {
-    pub(super) open: HashMap<PartitionId, Arc<Shared>>,
-    pub(super) dormant: HashMap<PartitionId, Dormant>,
+    pub(super) open: BTreeMap<PartitionId, Arc<Shared>>,
+    pub(super) dormant: BTreeMap<PartitionId, Dormant>,
 }
 
 struct Threads {
@@ -113,7 +113,7 @@ impl Log {
             disk,
             dir: dir.to_owned(),
             tail: Tail::new(options.tail_bytes),
-            journal: Journal::new(directory_id, round_bytes, ring, found.first_round, options.metrics.clone()),
+            journal: Journal::new(directory_id, ring, found.first_round, &options),
             generation: AtomicU64::new(found.generation),
             closed: AtomicBool::new(false),
             disk_full: AtomicBool::new(false),
@@ -124,7 +124,7 @@ impl Log {
             owner: std::sync::OnceLock::new(),
             options,
         });
-        let registry = Registry { open: HashMap::new(), dormant: found.replicas };
+        let registry = Registry { open: BTreeMap::new(), dormant: found.replicas };
         let inner = Arc::new(Inner {
             core,
             directory_id,

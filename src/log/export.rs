@@ -2,8 +2,6 @@
 
 use std::{io, path::PathBuf, sync::Arc};
 
-use bytes::Bytes;
-
 use super::{
     disk::{File, Mode},
     epochs::EpochHistory,
@@ -32,15 +30,10 @@ pub struct SegmentExport {
 }
 
 impl SegmentExport {
-    /// Up to `max_bytes` of the segment from `position`; empty at its end. Blocks. The batches are not checked.
-    pub fn read(&self, position: u64, max_bytes: usize) -> io::Result<Bytes> {
-        let left = usize::try_from(self.info.bytes.saturating_sub(position)).unwrap_or(usize::MAX);
-        let mut bytes = vec![0; max_bytes.min(left)];
-        let read = self.file.read_at(&mut bytes, position)?;
-        if read < bytes.len() {
-            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the segment is shorter than it was"));
-        }
-        Ok(bytes.into())
+    /// Fills `buffer` with the file's bytes from `position` on; fewer only at its end. Blocks. Neither the batches nor the length are
+    /// checked: whoever reads compares with what is known of the segment.
+    pub fn read_at(&self, buffer: &mut [u8], position: u64) -> io::Result<usize> {
+        self.file.read_at(buffer, position)
     }
 }
 

@@ -1,7 +1,7 @@
 //! The open files of all segments, bounded: an idle replica holds no handle.
 
 use std::{
-    collections::HashMap,
+    collections::BTreeMap,
     io,
     path::Path,
     sync::{
@@ -25,7 +25,7 @@ pub(super) struct Files {
 
 #[derive(Default)]
 struct Open {
-    files: HashMap<u64, (Arc<OpenFile>, u64)>,
+    files: BTreeMap<u64, (Arc<OpenFile>, u64)>,
     tick: u64,
 }
 

@@ -12,7 +12,10 @@ use super::{
     journal::replay,
     segment::base_of,
 };
-use crate::model::{BrokerId, TopicId};
+use crate::{
+    model::{BrokerId, TopicId},
+    task::random,
+};
 
 /// The format of a data directory that this version writes, and the newest that it reads.
 pub const FORMAT: u32 = 1;
@@ -91,7 +94,7 @@ pub(super) fn check(disk: &dyn Disk, dir: &Path, identity: &Identity) -> Result<
                 let card = id.and_then(|id| serde_json::to_string(&Card::new(identity, id)).ok());
                 return Err(OpenError::Unidentified { dir: dir.to_owned(), found: found.join(", "), card });
             }
-            let id = Uuid::new_v4();
+            let id = random::uuid();
             let card = Card::new(identity, id);
             let text = serde_json::to_vec_pretty(&card).map_err(|error| damaged(error.to_string()))?;
             disk.replace(&path, &text).map_err(io_error(&path, "write"))?;

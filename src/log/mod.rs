@@ -83,7 +83,7 @@ mod uptime;
 #[cfg(test)]
 mod tests;
 
-pub use self::core::Options;
+pub use self::core::{Options, Stepper};
 pub use directory::{Log, Status};
 pub use disk::{Disk, RealDisk, SimDisk};
 pub use epochs::EpochHistory;

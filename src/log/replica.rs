@@ -305,7 +305,7 @@ impl Replica {
             state.syncing += 1;
             drop(state);
             core.work().jobs.push_back(SyncJob { replica: self.shared.clone(), head: marker, done });
-            core.wake.notify_all();
+            core.wake_syncer();
             return;
         }
         drop(state);

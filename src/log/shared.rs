@@ -170,7 +170,7 @@ impl Shared {
         let due = self.core.sync_is_due(&work);
         drop(work);
         if first || (due && !was_due) {
-            self.core.wake.notify_all();
+            self.core.wake_syncer();
         }
     }
 

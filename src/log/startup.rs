@@ -1,7 +1,7 @@
 //! What a data directory holds when it is opened: the checkpoint, and what the journal knows beyond it.
 
 use std::{
-    collections::HashMap,
+    collections::BTreeMap,
     io,
     path::{Path, PathBuf},
     sync::Arc,
@@ -34,7 +34,7 @@ pub(super) struct Found {
     pub(super) first_round: u64,
     pub(super) generation: u64,
     pub(super) clean: bool,
-    pub(super) replicas: HashMap<PartitionId, Dormant>,
+    pub(super) replicas: BTreeMap<PartitionId, Dormant>,
 }
 
 /// Reads the checkpoint and replays the journal into the segments. Afterwards nothing of the journal is needed, and a
@@ -137,8 +137,8 @@ fn merge(
     dir: &Path,
     records: Vec<ReplicaRecord>,
     mut journaled: Journaled,
-) -> io::Result<HashMap<PartitionId, Dormant>> {
-    let mut known: HashMap<PartitionId, ReplicaRecord> =
+) -> io::Result<BTreeMap<PartitionId, Dormant>> {
+    let mut known: BTreeMap<PartitionId, ReplicaRecord> =
         records.into_iter().map(|record| (record.id, record)).collect();
     for (id, story) in &journaled.replicas {
         let older = |generation: u64| known.get(id).is_none_or(|record| record.generation < generation);
@@ -170,7 +170,7 @@ fn merge(
     if restored > 0 {
         tracing::info!(bytes = restored, "restored from the journal");
     }
-    let mut replicas = HashMap::new();
+    let mut replicas = BTreeMap::new();
     for (id, mut record) in known {
         let unread = unread(&record);
         if let Some(story) = journaled.replicas.get(&id) {

@@ -1,7 +1,7 @@
 //! Which of the partitions that somebody reads have something new. Costs per event, not per partition waited for.
 
 use std::{
-    collections::{HashSet, VecDeque},
+    collections::{BTreeSet, VecDeque},
     sync::{Mutex, PoisonError},
 };
 
@@ -17,7 +17,7 @@ pub struct Ready {
 #[derive(Debug, Default)]
 struct Marked {
     order: VecDeque<usize>,
-    members: HashSet<usize>,
+    members: BTreeSet<usize>,
 }
 
 impl Ready {

@@ -17,7 +17,7 @@ use crate::{
     cluster::TierCommits,
     log::SegmentInfo,
     model::{Offset, Watermarks},
-    task::clock,
+    task::{clock, random},
     tier::{self, PartitionTier, SegmentSource, Staged, TierState},
 };
 
@@ -83,7 +83,7 @@ impl Upkeep {
     pub fn delay(&self, failures: u32) -> Duration {
         // At most 8 s: when the bucket is back, acks=tiered and a full disk wait for the next try.
         let doubled = self.retry * 2u32.saturating_pow(failures.min(4));
-        doubled.mul_f64(rand::random_range(0.5..1.0))
+        doubled.mul_f64(random::in_range(0.5..1.0))
     }
 
     /// Plans and carries out one step.
@@ -134,7 +134,7 @@ impl Upkeep {
     ) -> Result<u64, UpkeepError> {
         let info = local.sealed.iter().find(|segment| segment.base == base).expect("the plan chose one of these");
         let source = source(partition, info).await?;
-        let end = source.end;
+        let end = source.end();
         let staged = tier.stage(&source, partition.epoch()).await?;
         self.commit(partition, tier, staged).await?;
         partition.command(Command::Tiered(end)).await;
@@ -167,15 +167,7 @@ async fn source(partition: &Partition, info: &SegmentInfo) -> Result<SegmentSour
     partition.command(Command::Export(info.base, answer)).await;
     let export = export.await.map_err(|_| UpkeepError::Closed)?;
     let export = export.map_err(|source| UpkeepError::Export { base: info.base, source })?;
-    Ok(SegmentSource {
-        path: export.path,
-        base: export.info.base,
-        end: export.info.end,
-        bytes: export.info.bytes,
-        max_timestamp_ms: export.info.max_timestamp,
-        epochs: export.epochs.iter().collect(),
-        producers: export.producers.to_bytes(),
-    })
+    Ok(SegmentSource::new(export))
 }
 
 async fn plan(partition: &Partition, local: &Local) -> Result<Plan, UpkeepError> {

@@ -1,7 +1,7 @@
 //! Which partitions need upkeep: each at most once in the queue, and never with two workers at a time.
 
 use std::{
-    collections::{BTreeMap, HashMap, VecDeque},
+    collections::{BTreeMap, VecDeque},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -25,7 +25,7 @@ struct Inner {
 #[derive(Debug, Default)]
 struct State {
     due: VecDeque<PartitionId>,
-    known: HashMap<PartitionId, Place>,
+    known: BTreeMap<PartitionId, Place>,
     /// Partitions that are to be tried again at a moment, after a failure.
     later: BTreeMap<(Instant, PartitionId), ()>,
 }

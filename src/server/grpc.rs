@@ -40,13 +40,11 @@ const STREAMS: u32 = 10_000;
 /// After so long without an answer to a ping a connection counts as dead.
 const PING: Duration = Duration::from_secs(20);
 
-/// Serves until `stop` resolves; then takes nothing new and ends when what is under way has ended.
-pub(super) async fn serve(
+/// Everything that a broker answers.
+pub(super) fn routes(
     broker: &Arc<Broker>,
     health: tonic_health::pb::health_server::HealthServer<impl tonic_health::pb::health_server::Health>,
-    connections: impl Stream<Item = io::Result<Connection>> + Send + 'static,
-    stop: impl Future<Output = ()> + Send,
-) -> anyhow::Result<()> {
+) -> anyhow::Result<Routes> {
     let (log, admin) = services(broker);
     // Most tools ask for v1 first; grpcio-reflection and older ones know v1alpha alone.
     let reflection = || {
@@ -59,7 +57,15 @@ pub(super) async fn serve(
         .add_service(health)
         .add_service(reflection().build_v1()?)
         .add_service(reflection().build_v1alpha()?);
-    let routes = routes.into_axum_router().layer(axum::middleware::from_fn(explain));
+    Ok(routes.into_axum_router().layer(axum::middleware::from_fn(explain)).into())
+}
+
+/// Serves until `stop` resolves; then takes nothing new and ends when what is under way has ended.
+pub(super) async fn serve(
+    routes: Routes,
+    connections: impl Stream<Item = io::Result<Connection>> + Send + 'static,
+    stop: impl Future<Output = ()> + Send,
+) -> anyhow::Result<()> {
     Server::builder()
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
@@ -67,7 +73,7 @@ pub(super) async fn serve(
         .max_concurrent_streams(STREAMS)
         .http2_keepalive_interval(Some(PING))
         .http2_keepalive_timeout(Some(PING))
-        .add_routes(routes.into())
+        .add_routes(routes)
         .serve_with_incoming_shutdown(connections, stop)
         .await?;
     Ok(())

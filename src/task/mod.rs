@@ -1,4 +1,4 @@
-//! Named, joined, cancellable tasks, and the only place that spawns or reads a clock.
+//! Named, joined, cancellable tasks, and the only place that spawns, reads a clock or draws a random number.
 //!
 //! A [`Tasks`] is a set of tasks with one cancellation token. Whoever makes a set ends it with [`Tasks::stop`], which
 //! cancels the token and waits until every task has returned; nothing outlives its owner. A task that must end
@@ -9,6 +9,7 @@ use std::future::Future;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 pub mod clock;
+pub mod random;
 
 /// A set of tasks with one token that stops them all. Clones share the set.
 #[derive(Clone, Debug, Default)]

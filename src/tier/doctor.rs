@@ -13,7 +13,7 @@ mod aws;
 mod generic;
 
 use super::open::{OpenError, StoreOptions};
-use crate::task::clock;
+use crate::task::{clock, random};
 
 /// Bytes of a part of the multipart check: the least that S3 allows for all but the last.
 const PART_BYTES: usize = 5 << 20;
@@ -76,7 +76,7 @@ trait Probe {
 /// # Errors
 /// When the options name no store. What the store cannot do is in the checks.
 pub async fn examine(options: &StoreOptions) -> Result<Vec<Check>, OpenError> {
-    let folder = format!(".strandline-doctor-{}", uuid::Uuid::new_v4());
+    let folder = format!(".strandline-doctor-{}", random::uuid());
     #[cfg(feature = "aws-sdk")]
     if options.is_s3() {
         let probe = super::s3::S3::connect(options).await?;

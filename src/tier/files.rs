@@ -1,47 +1,18 @@
-//! The tier's own use of the file system: reading a sealed segment from its start, and the chunk cache's folder. All of
-//! it blocks; callers come from `task::blocking`.
+//! The tier's own use of the file system: the chunk cache's folder, and a folder as object store. All of it blocks; callers come
+//! from `task::blocking`. Segments are read through the log.
 
 use std::{
     fs::{self, File},
-    io::{self, Read, Write},
+    io::{self, Write},
     path::{Path, PathBuf},
 };
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 
 /// Bytes that can still be written in the file system of a folder.
 pub(super) fn free_bytes(folder: &Path) -> io::Result<u64> {
     let stat = rustix::fs::statvfs(folder)?;
     Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
-}
-
-/// Reads a file from its start in pieces.
-#[derive(Debug)]
-pub(super) struct Pieces {
-    file: File,
-}
-
-impl Pieces {
-    pub(super) fn open(path: &Path) -> io::Result<Self> {
-        Ok(Self { file: File::open(path)? })
-    }
-
-    /// Appends up to `most` bytes to `buffer`; fewer only at the file's end.
-    pub(super) fn read(&mut self, buffer: &mut BytesMut, most: usize) -> io::Result<usize> {
-        let start = buffer.len();
-        buffer.resize(start + most, 0);
-        let mut filled = start;
-        while filled < buffer.len() {
-            match self.file.read(&mut buffer[filled..]) {
-                Ok(0) => break,
-                Ok(bytes) => filled += bytes,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
-        }
-        buffer.truncate(filled);
-        Ok(filled - start)
-    }
 }
 
 /// Makes a folder and those above it.

@@ -7,7 +7,7 @@
 //! does not name and what is older than any stage under way will never be named again. When a manifest cannot be read,
 //! nothing of its partition is deleted.
 
-use std::{collections::HashSet, time::Duration};
+use std::{collections::BTreeSet, time::Duration};
 
 use super::{
     manifest::{Page, Root},
@@ -95,7 +95,7 @@ impl Collection<'_> {
             };
             let named = match live(partition).await {
                 Live::Unknown => continue,
-                Live::Deleted => HashSet::new(),
+                Live::Deleted => BTreeSet::new(),
                 Live::Current(state) => match self.named(partition, &state).await {
                     Ok(named) => named,
                     Err(reason) => {
@@ -132,8 +132,8 @@ impl Collection<'_> {
     }
 
     /// The names of all objects that a state reaches.
-    async fn named(&self, partition: PartitionId, state: &TierState) -> Result<HashSet<String>, String> {
-        let mut named = HashSet::new();
+    async fn named(&self, partition: PartitionId, state: &TierState) -> Result<BTreeSet<String>, String> {
+        let mut named = BTreeSet::new();
         let Some(manifest) = state.manifest else { return Ok(named) };
         let folder = partition_folder(partition);
         let object = format!("{folder}/{manifest}");
@@ -155,7 +155,7 @@ impl Collection<'_> {
         Ok(named)
     }
 
-    async fn partition(&mut self, id: PartitionId, folder: &str, listed: &[Listed], named: &HashSet<String>) {
+    async fn partition(&mut self, id: PartitionId, folder: &str, listed: &[Listed], named: &BTreeSet<String>) {
         for object in listed {
             let name = object.object.strip_prefix(folder).unwrap_or_default().trim_start_matches('/');
             if named.contains(name) {

@@ -15,7 +15,10 @@ use std::{fmt, str::FromStr};
 
 use uuid::Uuid;
 
-use crate::model::{LeaderEpoch, Offset, PartitionId, TopicId};
+use crate::{
+    model::{LeaderEpoch, Offset, PartitionId, TopicId},
+    task::random,
+};
 
 /// The object that says which cluster owns a prefix.
 pub const CLUSTER: &str = "cluster.json";
@@ -55,7 +58,7 @@ pub struct Stamp {
 impl Stamp {
     /// A stamp for a new attempt.
     pub fn draw(base: Offset, end: Offset, epoch: LeaderEpoch) -> Self {
-        Self { base, end, epoch, attempt: Uuid::new_v4() }
+        Self { base, end, epoch, attempt: random::uuid() }
     }
 
     /// The file name of the segment object with this stamp.
@@ -112,7 +115,7 @@ pub struct ManifestName {
 impl ManifestName {
     /// A name for a new attempt at `version`.
     pub fn draw(version: u64, epoch: LeaderEpoch) -> Self {
-        Self { version, epoch, attempt: Uuid::new_v4() }
+        Self { version, epoch, attempt: random::uuid() }
     }
 }
 

@@ -6,8 +6,6 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use uuid::Uuid;
-
 use super::{
     ahead::Readers,
     cache::{Cache, Parsed},
@@ -21,7 +19,10 @@ use super::{
     upload::{self, UploadError},
     wire::Invalid,
 };
-use crate::model::{LeaderEpoch, Offset, PartitionId};
+use crate::{
+    model::{LeaderEpoch, Offset, PartitionId},
+    task::random,
+};
 
 /// How often an object is fetched again when what came was damaged: on its way, perhaps.
 pub(super) const DAMAGE_RETRIES: usize = 2;
@@ -104,11 +105,11 @@ impl PartitionTier {
         let (state, mut root) = self.begin(epoch).await?;
         if root.is_empty() {
             // What lay between the bucket's end and the log start was deleted before it was uploaded.
-            root = Arc::new(root.beginning_at(state.log_start.max(source.base)));
+            root = Arc::new(root.beginning_at(state.log_start.max(source.base())));
         }
         let from = From { offset: root.end(), inside: root.is_empty(), partition: self.inner.id, writer_epoch: epoch };
         let line = Box::pin(upload::segment(&self.inner.store, source, from)).await?;
-        let (next, page) = root.extend(line, epoch, Uuid::new_v4());
+        let (next, page) = root.extend(line, epoch, random::uuid());
         if let Some(page) = page {
             upload::small(&self.inner.store, &self.object(&page.stamp.page()), page.bytes).await?;
         }

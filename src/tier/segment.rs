@@ -1,15 +1,19 @@
-//! One sealed segment file on its way to becoming an object: read once from its start, every batch checked.
+//! One sealed segment on its way to becoming an object: read once from its start, every batch checked. It is read through what the log
+//! handed out, so it goes on whatever leaves the disk meanwhile.
 
-use std::{collections::VecDeque, io, path::PathBuf};
+use std::{
+    collections::VecDeque,
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use bytes::{Bytes, BytesMut};
 
-use super::{
-    files::Pieces,
-    footer::{FooterBuilder, epoch_of},
-};
+use super::footer::{FooterBuilder, epoch_of};
 use crate::{
     limits,
+    log::SegmentExport,
     model::{LeaderEpoch, Offset, PartitionId},
     record::{Batch, Malformed},
     task,
@@ -18,23 +22,47 @@ use crate::{
 /// Bytes read from the file at once.
 const PIECE_BYTES: usize = 1 << 20;
 
-/// A file of whole batches, all below the high watermark, that changes no more.
-#[derive(Clone, Debug)]
+/// A segment of whole batches, all below the high watermark, that changes no more. Clones share it.
+#[derive(Clone)]
 pub struct SegmentSource {
-    /// The file.
-    pub path: PathBuf,
+    segment: Arc<SegmentExport>,
+}
+
+impl SegmentSource {
+    /// A segment that the log handed out.
+    pub fn new(segment: SegmentExport) -> Self {
+        Self { segment: Arc::new(segment) }
+    }
+
     /// First offset.
-    pub base: Offset,
+    pub fn base(&self) -> Offset {
+        self.segment.info.base
+    }
+
     /// Offset after the last.
-    pub end: Offset,
-    /// The file's length.
-    pub bytes: u64,
-    /// Largest timestamp of its records, in milliseconds.
-    pub max_timestamp_ms: i64,
-    /// Epoch and first offset of each leader up to `end`, ascending; the first at or below `base`.
-    pub epochs: Vec<(LeaderEpoch, Offset)>,
-    /// Producer state at `end`: opaque here, kept in the footer.
-    pub producers: Bytes,
+    pub fn end(&self) -> Offset {
+        self.segment.info.end
+    }
+
+    /// Its length as the log knows it.
+    pub fn bytes(&self) -> u64 {
+        self.segment.info.bytes
+    }
+
+    /// Where it lies, for messages.
+    pub fn path(&self) -> &Path {
+        &self.segment.path
+    }
+
+    /// Epoch and first offset of each leader up to the end, ascending; the first at or below the base.
+    fn epochs(&self) -> Vec<(LeaderEpoch, Offset)> {
+        self.segment.epochs.iter().collect()
+    }
+
+    /// Producer state at the end: opaque here, kept in the footer.
+    pub(super) fn producers(&self) -> Bytes {
+        self.segment.producers.to_bytes()
+    }
 }
 
 /// Why a segment file cannot become an object.
@@ -71,10 +99,11 @@ pub enum SourceError {
 }
 
 /// The part of a segment file that is not in the bucket yet, as checked bytes.
-#[derive(Debug)]
 pub(super) struct Batches {
     source: SegmentSource,
-    file: Option<Pieces>,
+    epochs: Vec<(LeaderEpoch, Offset)>,
+    /// The file's end was met.
+    read_whole: bool,
     /// Read from the file and not yet split into batches.
     unchecked: Bytes,
     /// Position in the file of `unchecked`.
@@ -97,20 +126,18 @@ pub(super) struct From {
 }
 
 impl Batches {
-    pub(super) async fn open(source: &SegmentSource, from: From) -> Result<Self, SourceError> {
-        if source.base > from.offset || source.end <= from.offset {
-            let (expected, base, end) = (from.offset, source.base, source.end);
+    pub(super) fn of(source: &SegmentSource, from: From) -> Result<Self, SourceError> {
+        let (expected, base, end) = (from.offset, source.base(), source.end());
+        if base > expected || end <= expected {
             return Err(SourceError::NotContiguous { expected, base, end });
         }
-        let path = source.path.clone();
-        let opened = task::blocking(move || Pieces::open(&path)).await;
-        let file = opened.map_err(|error| SourceError::Io { path: source.path.clone(), error })?;
         Ok(Self {
             source: source.clone(),
-            file: Some(file),
+            epochs: source.epochs(),
+            read_whole: false,
             unchecked: Bytes::new(),
             position: 0,
-            next: source.base,
+            next: base,
             epoch: LeaderEpoch(0),
             builder: None,
             from,
@@ -143,22 +170,28 @@ impl Batches {
 
     /// Reads on. `false` at the file's end.
     async fn read(&mut self) -> Result<bool, SourceError> {
-        let Some(mut file) = self.file.take() else { return Ok(false) };
+        if self.read_whole {
+            return Ok(false);
+        }
         let needed = Batch::framed_len(&self.unchecked).unwrap_or(0);
         let rest = std::mem::take(&mut self.unchecked);
+        let at = self.position + rest.len() as u64;
         // One byte more than there should be, to see a file that goes on. A wrong length in a batch allocates no more.
-        let left = self.source.bytes.saturating_sub(self.position + rest.len() as u64).saturating_add(1);
+        let left = self.source.bytes().saturating_sub(at).saturating_add(1);
         let most = PIECE_BYTES.max(needed.saturating_sub(rest.len())).min(usize::try_from(left).unwrap_or(usize::MAX));
-        let (file, buffer, read) = task::blocking(move || {
+        let segment = Arc::clone(&self.source.segment);
+        let (buffer, read) = task::blocking(move || {
             let mut buffer = BytesMut::with_capacity(rest.len() + most);
             buffer.extend_from_slice(&rest);
-            let read = file.read(&mut buffer, most);
-            (file, buffer, read)
+            buffer.resize(rest.len() + most, 0);
+            let read = segment.read_at(&mut buffer[rest.len()..], at);
+            buffer.truncate(rest.len() + *read.as_ref().unwrap_or(&0));
+            (buffer, read)
         })
         .await;
-        let read = read.map_err(|error| SourceError::Io { path: self.source.path.clone(), error })?;
+        let read = read.map_err(|error| SourceError::Io { path: self.source.path().to_owned(), error })?;
         self.unchecked = buffer.freeze();
-        self.file = (read > 0).then_some(file);
+        self.read_whole = read == 0;
         Ok(read > 0)
     }
 
@@ -192,7 +225,7 @@ impl Batches {
         if base != self.next {
             return Err(self.damaged(format!("the batch starts at offset {base}, {} was expected", self.next)));
         }
-        let listed = epoch_of(&self.source.epochs, base);
+        let listed = epoch_of(&self.epochs, base);
         let Some(epoch) = batch.leader_epoch().filter(|epoch| Some(*epoch) == listed && *epoch >= self.epoch) else {
             let found = batch.leader_epoch().map_or("none".to_owned(), |epoch| epoch.to_string());
             let listed = listed.map_or("none".to_owned(), |epoch| epoch.to_string());
@@ -210,12 +243,10 @@ impl Batches {
         if self.builder.is_none() {
             let base = batch.base_offset();
             if base != self.from.offset && !self.from.inside {
-                let (expected, end) = (self.from.offset, self.source.end);
+                let (expected, end) = (self.from.offset, self.source.end());
                 return Err(SourceError::NotContiguous { expected, base, end });
             }
-            let (source, from) = (&self.source, &self.from);
-            let bytes = source.bytes;
-            let epochs = source.epochs.clone();
+            let (from, bytes, epochs) = (&self.from, self.source.bytes(), self.epochs.clone());
             self.builder = Some(FooterBuilder::new(from.partition, base, bytes, from.writer_epoch, epochs));
         }
         self.builder.as_mut().expect("just made").push(batch);
@@ -227,8 +258,8 @@ impl Batches {
             let (needed, available) = (Batch::framed_len(&self.unchecked).unwrap_or(61), self.unchecked.len());
             return Err(self.malformed(&Malformed::Truncated { needed, available }));
         }
-        if self.next != self.source.end || self.position != self.source.bytes {
-            let (end, bytes) = (self.source.end, self.source.bytes);
+        let (end, bytes) = (self.source.end(), self.source.bytes());
+        if self.next != end || self.position != bytes {
             let reason = format!("it ends at offset {}; it should at {end} with {bytes} bytes", self.next);
             return Err(self.damaged(reason));
         }
@@ -240,6 +271,6 @@ impl Batches {
     }
 
     fn damaged(&self, reason: String) -> SourceError {
-        SourceError::Damaged { path: self.source.path.clone(), position: self.position, reason }
+        SourceError::Damaged { path: self.source.path().to_owned(), position: self.position, reason }
     }
 }

@@ -28,7 +28,7 @@ use super::{
 };
 use crate::{
     model::{ConfigMap, TopicId, TopicName},
-    task::Tasks,
+    task::{Tasks, random},
 };
 
 /// Most parts of multipart uploads, of 8 MiB each, that are in memory at the same time, over all partitions.
@@ -513,6 +513,7 @@ impl Store {
     pub(super) fn pauses(&self) -> ExponentialBuilder {
         ExponentialBuilder::new()
             .with_jitter()
+            .with_jitter_seed(random::bits())
             .with_min_delay(Duration::from_millis(50))
             .with_max_delay(Duration::from_secs(5))
             .with_total_delay(Some(self.inner.options.retry_for))

@@ -1,6 +1,6 @@
 //! Writing objects so that what is referenced is there: put, then verify, and only then may a manifest name it.
 //!
-//! A segment is streamed from its file: parts of 8 MiB, at most four of one segment and eight of all in memory. Small
+//! A segment is streamed from its file, which stays readable when it loses its name: parts of 8 MiB, at most four of one segment and eight of all in memory. Small
 //! ones go out as one request. An attempt that fails is looked at before it is repeated: when only the answer was
 //! lost, the object is there and verifies. Attempts of one upload share a name and its content, so that a request that is
 //! done twice, or late, changes nothing.
@@ -23,7 +23,7 @@ use super::{
     segment::{Batches, From, SegmentSource, SourceError},
     store::{ClaimError, Store, StoreError},
 };
-use crate::model::LeaderEpoch;
+use crate::{model::LeaderEpoch, task::random};
 
 /// Bytes of each part but the last. All are of one size because some stores insist on it.
 const PART_BYTES: usize = 8 << 20;
@@ -99,7 +99,7 @@ pub(super) async fn segment(store: &Store, source: &SegmentSource, from: From) -
             Err(error) => error,
         };
         let Some(pause) = pauses.next().filter(|_| error.retryable()) else { return Err(error) };
-        tracing::debug!(path = %source.path.display(), %error, ?pause, "segment upload failed, trying again");
+        tracing::debug!(path = %source.path().display(), %error, ?pause, "segment upload failed, trying again");
         tokio::select! {
             biased;
             () = store.tasks().cancelled() => return Err(StoreError::Stopped.into()),
@@ -124,7 +124,7 @@ struct Sent {
 
 impl<'a> Attempt<'a> {
     fn new(store: &'a Store, source: &'a SegmentSource, from: From) -> Self {
-        Self { store, source, from, name: uuid::Uuid::new_v4() }
+        Self { store, source, from, name: random::uuid() }
     }
 
     async fn run(&mut self, last_try: &mut Option<SegmentLine>) -> Result<SegmentLine, UploadError> {
@@ -142,9 +142,9 @@ impl<'a> Attempt<'a> {
         Ok(sent.line)
     }
 
-    /// Streams the file to the store.
+    /// Streams the segment to the store.
     async fn send(&self) -> Result<Sent, UploadError> {
-        let mut batches = Batches::open(self.source, self.from).await?;
+        let mut batches = Batches::of(self.source, self.from)?;
         let mut parts = Parts::default();
         while parts.len() as u64 <= SINGLE_BYTES {
             match batches.next().await? {
@@ -205,7 +205,7 @@ impl<'a> Attempt<'a> {
     }
 
     fn append_footer(&self, batches: Batches, parts: &mut Parts) -> SegmentLine {
-        let footer = batches.into_footer().finish(self.source.producers.clone());
+        let footer = batches.into_footer().finish(self.source.producers());
         let encoded = footer.encode();
         let line = SegmentLine {
             stamp: self.stamp(footer.base),
@@ -219,7 +219,7 @@ impl<'a> Attempt<'a> {
     }
 
     fn stamp(&self, base: crate::model::Offset) -> Stamp {
-        Stamp { base, end: self.source.end, epoch: self.from.writer_epoch, attempt: self.name }
+        Stamp { base, end: self.source.end(), epoch: self.from.writer_epoch, attempt: self.name }
     }
 
     fn object(&self, stamp: &Stamp) -> String {

@@ -59,6 +59,13 @@ const KNOWLEDGE: &[Knowledge] = &[
     },
     Knowledge { what: "the embedded key-value store", paths: &["redb"], allowed: &["cluster/embedded"] },
     Knowledge { what: "errors without a type", paths: &["anyhow"], allowed: &["server", "cli", "main"] },
+    Knowledge { what: "randomness", paths: &["rand"], allowed: &["task/random"] },
+    Knowledge {
+        what: "an order of iteration that no two runs share (a BTreeMap has one of its own)",
+        paths: &["std::collections::HashMap", "std::collections::HashSet"],
+        // What the generated types are made of.
+        allowed: &["proto", "broker/admin"],
+    },
     Knowledge { what: "command-line arguments", paths: &["clap"], allowed: &["config", "cli", "main"] },
 ];
 
@@ -76,7 +83,7 @@ const PURE: &[&str] = &[
 ];
 
 const IMPURE: &[&str] =
-    &["async", "await", "tokio", "rand", "crate::task", "std::time::SystemTime", "std::time::Instant", "SystemTime"];
+    &["async", "await", "tokio", "crate::task", "std::time::SystemTime", "std::time::Instant", "SystemTime"];
 
 /// A file as the rules see it.
 struct File {
@@ -300,7 +307,9 @@ fn knowledge_in_the_wrong_place_is_found() {
         ("record/build.rs", "async fn f() {}", "pure"),
         ("partition/leader.rs", "use std::time::{Duration, Instant};", "pure"),
         ("partition/retention.rs", "use crate::task::clock;", "pure"),
-        ("tier/manifest/page.rs", "fn f() { rand::random() }", "pure"),
+        ("tier/manifest/page.rs", "fn f() { crate::task::random::bits() }", "pure"),
+        ("client/options.rs", "fn f() { rand::random() }", "randomness"),
+        ("broker/hosted.rs", "use std::{collections::HashMap, sync::Arc};", "an order of iteration"),
         ("cluster/planner.rs", "fn f() { x.await }", "pure"),
     ] {
         let found = planted(name, code);

@@ -8,11 +8,10 @@ use std::{
     time::Duration,
 };
 
-use rand::Rng as _;
 use serde_json::{Value, json};
 
 use super::report::{Seen, round};
-use crate::task::clock;
+use crate::task::{clock, random};
 
 /// Bytes of the file that is written round and round.
 const FILE_BYTES: usize = 256 << 20;
@@ -57,7 +56,7 @@ fn prepare(path: &Path) -> io::Result<()> {
 fn write(path: &Path, piece: usize) -> io::Result<(bool, Seen, Duration)> {
     let (file, direct) = open(path)?;
     let mut memory = vec![0; piece + ALIGNMENT];
-    rand::rng().fill_bytes(&mut memory);
+    random::fill(&mut memory);
     let start = memory.as_ptr().align_offset(ALIGNMENT);
     let bytes = &memory[start..start + piece];
     let mut seen = Seen::default();

@@ -22,7 +22,7 @@ use super::{
 use crate::{
     client::{Consumer, ConsumerOptions, NewRecord, OffsetAt, Producer, ProducerOptions},
     model::Acks,
-    task::{Tasks, clock},
+    task::{Tasks, clock, random},
 };
 
 /// A payload starts with a mark of the run (8 bytes) and the nanoseconds from its start to the record's due moment.
@@ -67,7 +67,7 @@ pub(super) async fn run(common: &Common, command: Latency) -> anyhow::Result<Exi
     let payloads = Payloads::new(size);
     let tasks = Tasks::new();
     let start = clock::monotonic();
-    let run = rand::random();
+    let run = random::bits();
     let bar = output::progress(None, "{spinner} {elapsed} sending and reading");
     bar.enable_steady_tick(Duration::from_millis(200));
     let (sent_all, all) = watch::channel(None);

@@ -1,6 +1,6 @@
 //! Payloads that no codec makes smaller, at the cost of a slice.
 
-use rand::Rng as _;
+use crate::task::random;
 
 /// Random bytes that payloads are cut from: far more than a batch, within which alone a codec looks for repeats.
 const POOL_BYTES: usize = 16 << 20;
@@ -18,7 +18,7 @@ pub(super) struct Payloads {
 impl Payloads {
     pub(super) fn new(size: usize) -> Self {
         let mut pool = vec![0; POOL_BYTES.max(2 * size)];
-        rand::rng().fill_bytes(&mut pool);
+        random::fill(&mut pool);
         Self { pool, size, at: 0 }
     }
 

@@ -9,7 +9,6 @@ use std::{
 
 use futures::{Stream, StreamExt as _, TryStreamExt as _};
 use tokio::{sync::mpsc, time::Instant};
-use tokio_stream::StreamMap;
 
 use super::{
     super::{
@@ -21,6 +20,7 @@ use super::{
     },
     ConsumerOptions, Item, OnOutOfRange, What,
     position::{self, Untaken},
+    streams::Streams,
 };
 use crate::{
     model::Offset,
@@ -94,7 +94,7 @@ pub(super) struct Driver {
     outbox: VecDeque<Item>,
     topics: BTreeMap<Arc<str>, BTreeMap<u32, Partition>>,
     sources: BTreeMap<u64, Source>,
-    streams: StreamMap<u64, Responses>,
+    streams: Streams<Responses>,
     next_stream: u64,
     routed: mpsc::Receiver<Result<(), CallError>>,
     route_done: mpsc::Sender<Result<(), CallError>>,
@@ -116,7 +116,7 @@ impl Driver {
             outbox: VecDeque::new(),
             topics: BTreeMap::new(),
             sources: BTreeMap::new(),
-            streams: StreamMap::new(),
+            streams: Streams::new(),
             next_stream: 0,
             routed,
             route_done,
@@ -190,7 +190,7 @@ impl Driver {
     }
 
     fn drop_stream(&mut self, number: u64) {
-        self.streams.remove(&number);
+        self.streams.remove(number);
         self.sources.remove(&number);
         for state in self.topics.values_mut().flat_map(BTreeMap::values_mut) {
             if state.stream == Some(number) {
@@ -543,9 +543,9 @@ fn sooner(one: Option<Instant>, other: Option<Instant>) -> Option<Instant> {
 fn responses(client: Client, address: Address, requests: mpsc::Receiver<v1::FetchRequest>) -> Responses {
     let name = address.clone();
     let open = async move {
-        let channel = client.channel(&address).await.map_err(|error| Fault::new(Reason::NotReady, error.problem()))?;
+        let wire = client.wire(&address).await.map_err(|error| Fault::new(Reason::NotReady, error.problem()))?;
         let requests = tokio_stream::wrappers::ReceiverStream::new(requests);
-        let answer = log_client(channel).fetch(requests).await.map_err(|status| Fault::from(&status))?;
+        let answer = log_client(wire).fetch(requests).await.map_err(|status| Fault::from(&status))?;
         let responses = answer.into_inner().map_ok(Heard::Response).map_err(|status| Fault::from(&status));
         Ok::<_, Fault>(futures::stream::once(async { Ok(Heard::Opened) }).chain(responses))
     };

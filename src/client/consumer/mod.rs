@@ -20,8 +20,9 @@
 
 mod driver;
 mod position;
+mod streams;
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use tokio::sync::mpsc;
 
@@ -167,7 +168,7 @@ pub struct Consumer {
     client: Client,
     commands: mpsc::Sender<Command>,
     items: mpsc::Receiver<Item>,
-    assigned: HashMap<(Arc<str>, u32), Assigned>,
+    assigned: BTreeMap<(Arc<str>, u32), Assigned>,
     current: Option<Current>,
     next_generation: u64,
     tasks: Tasks,
@@ -180,7 +181,7 @@ impl Consumer {
         let tasks = Tasks::new();
         let driver = Driver::new(client.clone(), options, tasks.clone(), output);
         tasks.spawn("consumer", driver.run(received));
-        Self { client, commands, items, assigned: HashMap::new(), current: None, next_generation: 0, tasks }
+        Self { client, commands, items, assigned: BTreeMap::new(), current: None, next_generation: 0, tasks }
     }
 
     /// Adds a partition, read from `start` on. One that is assigned already moves there.

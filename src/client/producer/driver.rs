@@ -5,7 +5,7 @@ mod lookups;
 mod trouble;
 
 use std::{
-    collections::{BTreeSet, HashMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     sync::Arc,
 };
 
@@ -104,8 +104,8 @@ pub(super) struct Driver {
     tasks: Tasks,
     identity: Option<Identity>,
     lanes: Vec<LaneState>,
-    streams: HashMap<u64, Stream>,
-    by_address: HashMap<Address, u64>,
+    streams: BTreeMap<u64, Stream>,
+    by_address: BTreeMap<Address, u64>,
     next_stream: u64,
     next_correlation: u64,
     /// Lanes that want to be looked at, by time; at most one entry for each.
@@ -132,8 +132,8 @@ impl Driver {
             tasks,
             identity,
             lanes: Vec::new(),
-            streams: HashMap::new(),
-            by_address: HashMap::new(),
+            streams: BTreeMap::new(),
+            by_address: BTreeMap::new(),
             next_stream: 0,
             next_correlation: 0,
             timers: BTreeSet::new(),

@@ -37,7 +37,7 @@ mod partitioner;
 mod stream;
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet},
     sync::{
         Arc, Mutex, RwLock,
         atomic::{AtomicU32, AtomicUsize, Ordering},
@@ -68,7 +68,7 @@ use crate::{
     model::{Acks, Compression},
     proto::v1,
     record::{Batch, BatchBuilder, HEADER_BYTES, Header},
-    task::Tasks,
+    task::{Tasks, random},
 };
 
 /// What a producer may be told.
@@ -182,7 +182,7 @@ impl<'a> NewRecord<'a> {
 struct Shared {
     client: Client,
     options: ProducerOptions,
-    topics: RwLock<HashMap<String, Arc<Lanes>>>,
+    topics: RwLock<BTreeMap<String, Arc<Lanes>>>,
     /// One caller at a time adds lanes.
     adding: tokio::sync::Mutex<()>,
     /// Every lane, by index.
@@ -415,7 +415,7 @@ impl Shared {
                 lanes.push(lane);
             }
         }
-        let sticky = rand::random_range(0..u32::try_from(lanes.len().max(1)).expect("partitions are few"));
+        let sticky = random::in_range(0..u32::try_from(lanes.len().max(1)).expect("partitions are few"));
         let lanes = Arc::new(Lanes {
             lanes,
             sticky: AtomicU32::new(sticky),
@@ -493,7 +493,7 @@ impl Lanes {
     fn move_on(&self, from: u32) {
         let partitions = u32::try_from(self.lanes.len()).expect("partitions are few");
         if partitions > 1 {
-            let next = (from + rand::random_range(1..partitions)) % partitions;
+            let next = (from + random::in_range(1..partitions)) % partitions;
             // Of several who saw it full, one moves it.
             let _ = self.sticky.compare_exchange(from, next, Ordering::Relaxed, Ordering::Relaxed);
         }
@@ -502,7 +502,7 @@ impl Lanes {
 
 /// A new producer id, from any broker.
 async fn identity(client: &Client) -> Result<Identity, CallError> {
-    let call = |channel| async move { log_client(channel).init_producer(v1::InitProducerRequest {}).await };
+    let call = |wire| async move { log_client(wire).init_producer(v1::InitProducerRequest {}).await };
     let answer = client.retried(|| client.ask_any(call)).await?;
     let epoch = i16::try_from(answer.producer_epoch).unwrap_or(0);
     Ok(Identity { id: answer.producer_id, epoch })

@@ -3,14 +3,10 @@
 
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{IntoStreamingRequest as _, Status, client::Grpc, codegen::http::uri::PathAndQuery, transport::Channel};
+use tonic::{IntoStreamingRequest as _, Status, client::Grpc, codegen::http::uri::PathAndQuery};
 
 use super::{
-    super::{
-        Client,
-        connection::Address,
-        error::{ConnectError, root_cause},
-    },
+    super::{Client, connection::Address, error::ConnectError, transport::Wire},
     driver::Event,
 };
 use crate::{
@@ -31,8 +27,8 @@ pub(super) async fn run(
     requests: mpsc::Receiver<ProduceFrame>,
     events: mpsc::Sender<Event>,
 ) {
-    let channel = match client.channel(&address).await {
-        Ok(channel) => channel,
+    let wire = match client.wire(&address).await {
+        Ok(wire) => wire,
         Err(error) => {
             let problem = match error {
                 ConnectError::NoAnswer { .. } => error.to_string(),
@@ -43,7 +39,7 @@ pub(super) async fn run(
             return;
         }
     };
-    let fault = match open(channel, requests).await {
+    let fault = match open(wire, requests).await {
         Ok(answers) => forward(answers.into_inner(), number, &events).await,
         Err(status) => Fault::from(&status),
     };
@@ -53,13 +49,12 @@ pub(super) async fn run(
 
 /// Calls `Produce` as the generated client does, but with frames.
 async fn open(
-    channel: Channel,
+    wire: Wire,
     requests: mpsc::Receiver<ProduceFrame>,
 ) -> Result<tonic::Response<tonic::Streaming<v1::ProduceResponse>>, Status> {
-    let mut grpc = Grpc::new(channel)
+    let mut grpc = Grpc::new(wire)
         .max_decoding_message_size(limits::MAX_MESSAGE_BYTES)
         .max_encoding_message_size(limits::MAX_MESSAGE_BYTES);
-    grpc.ready().await.map_err(|error| Status::unavailable(root_cause(&error)))?;
     let path = PathAndQuery::from_static("/strandline.v1.Log/Produce");
     let request = ReceiverStream::new(requests).into_streaming_request();
     grpc.streaming(request, path, Tuned::<ProduceFrame, v1::ProduceResponse>::default()).await

@@ -8,6 +8,7 @@ use crate::{
     },
     limits,
     model::{ConfigMap, InvalidConfig, PartitionId, TopicConfig, TopicId, TopicName},
+    task::random,
 };
 
 /// A topic to be made.
@@ -98,7 +99,7 @@ impl Topics {
             return Err(CreateError::Exists { name: new.name });
         }
         let NewTopic { name, partitions, replication_factor, config, validate_only } = new;
-        let id = TopicId::random();
+        let id = TopicId::new(random::uuid());
         let value = TopicValue { id, partitions, replication_factor, config: TopicConfig::normal(config) };
         if validate_only {
             return Ok(TopicInfo { name, value, revision: Revision::ZERO });

@@ -10,7 +10,7 @@ use crate::{
     },
     limits,
     model::{BrokerId, TopicId},
-    task::Tasks,
+    task::{Tasks, random},
 };
 
 struct Cluster {
@@ -246,7 +246,7 @@ async fn unknown_topics_are_told_with_near_names() {
 async fn what_a_crash_left_of_a_creation_is_swept_and_whole_topics_are_not() {
     let cluster = Cluster::of(1).await;
     cluster.create("whole", 3, 1).await.expect("made");
-    let half = TopicId::random();
+    let half = TopicId::new(random::uuid());
     let ids = (1..150).map(|number| PartitionId::new(half, number));
     let puts = cluster.topics.first_values(ids, 1).expect("enough brokers");
     assert_eq!(cluster.topics.in_chunks(&[], puts).await, Ok(true));
@@ -261,7 +261,7 @@ async fn what_a_crash_left_of_growing_and_of_deleting_is_swept() {
     let id = cluster.create("a", 2, 1).await.expect("made").value.id;
     let value = r#"{"replicas":[1],"leader":1,"leader_epoch":0,"isr":[1]}"#;
     cluster.put(&Key::Partition(PartitionId::new(id, 2)), value).await;
-    let deleted = TopicId::random();
+    let deleted = TopicId::new(random::uuid());
     cluster.put(&Key::Partition(PartitionId::new(deleted, 5)), value).await;
     cluster
         .put(&Key::Tier(PartitionId::new(deleted, 0)), r#"{"manifest":null,"tiered_end":0,"log_start":0,"epoch":0}"#)

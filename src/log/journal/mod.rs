@@ -40,7 +40,11 @@ use self::{
     entry::EntryHead,
     ring::{Current, Ring},
 };
-use super::{error::PersistError, shared::Shared};
+use super::{
+    core::{Options, Stepper},
+    error::PersistError,
+    shared::Shared,
+};
 use crate::{model::Offset, record::Batch, task::clock, telemetry::Metrics};
 
 /// Bytes of a round that others do not join any more. The device takes more at once hardly faster, and whoever waits for a part of
@@ -62,6 +66,7 @@ pub(super) struct Item {
 pub(super) struct Journal {
     directory: Uuid,
     round_bytes: usize,
+    stepper: Option<Stepper>,
     queue: Mutex<Queue>,
     queued: Condvar,
     writer: Mutex<Writer>,
@@ -105,10 +110,11 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Journal {
-    pub(super) fn new(directory: Uuid, round_bytes: usize, ring: Ring, next_round: u64, metrics: Metrics) -> Self {
+    pub(super) fn new(directory: Uuid, ring: Ring, next_round: u64, options: &Options) -> Self {
         Self {
             directory,
-            round_bytes,
+            round_bytes: options.round_bytes,
+            stepper: options.stepper.clone(),
             queue: Mutex::default(),
             queued: Condvar::new(),
             writer: Mutex::new(Writer { current: None, buffer: AlignedBuffer::default() }),
@@ -119,7 +125,7 @@ impl Journal {
             awaited: AtomicBool::new(false),
             next_round: AtomicU64::new(next_round),
             failed: OnceLock::new(),
-            metrics,
+            metrics: options.metrics.clone(),
         }
     }
 
@@ -140,6 +146,9 @@ impl Journal {
             queue.items.push_back(item);
             drop(queue);
             self.queued.notify_one();
+            if let Some(stepper) = &self.stepper {
+                stepper.wake();
+            }
             return;
         }
         drop(queue);

@@ -1,7 +1,7 @@
 //! Reading the journal after a crash: which rounds count, and what each replica needs of them.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::BTreeMap,
     io::{self, IoSlice},
     path::{Path, PathBuf},
 };
@@ -29,7 +29,7 @@ pub(in crate::log) struct Journaled {
     pub(in crate::log) next_round: u64,
     /// Largest generation seen.
     pub(in crate::log) generation: u64,
-    pub(in crate::log) replicas: HashMap<PartitionId, Story>,
+    pub(in crate::log) replicas: BTreeMap<PartitionId, Story>,
     /// A round that was durable cannot be read, and so it is not known whose data it held.
     pub(in crate::log) unknown_loss: Option<String>,
     /// Why the journal is not the one that the directory was running with, when it is not.

@@ -53,6 +53,7 @@ fn small() -> Options {
         reserve_bytes: 0,
         metrics: Metrics::new(),
         manual: true,
+        stepper: None,
     }
 }
 

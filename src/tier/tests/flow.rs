@@ -9,23 +9,23 @@ use std::{
 use super::*;
 
 /// A tier with three segments of epochs 0, 0 and 2, and all their bytes.
-async fn three(options: &StoreOptions, size: usize) -> (PartitionTier, tempfile::TempDir, Bytes) {
-    let folder = tempfile::tempdir().unwrap();
+async fn three(options: &StoreOptions, size: usize) -> (PartitionTier, Segments, Bytes) {
+    let segments = Segments::new();
     let tier = open(options);
     let mut all = BytesMut::new();
     for (number, epoch) in [0, 0, 2].into_iter().enumerate() {
-        let (source, content) = source(folder.path(), number as u64 * 300, 100, size, epoch);
+        let (source, content) = segments.source(number as u64 * 300, 100, size, epoch);
         let staged = tier.stage(&source, LeaderEpoch(epoch)).await.unwrap();
         assert_eq!(staged.replaces(), &tier.state());
         tier.install(staged);
         all.extend_from_slice(&content);
     }
-    (tier, folder, all.freeze())
+    (tier, segments, all.freeze())
 }
 
 #[tokio::test]
 async fn what_is_installed_reads_back_bit_exact_across_segments() {
-    let (tier, _folder, all) = three(&StoreOptions::new("memory://"), 3000).await;
+    let (tier, _segments, all) = three(&StoreOptions::new("memory://"), 3000).await;
     assert_eq!((tier.state().version(), tier.state().tiered_end), (3, at(900)));
     assert_eq!(tier.bytes(), all.len() as u64);
     for max in [1, 10_000, 1 << 20, 100 << 20] {
@@ -35,18 +35,18 @@ async fn what_is_installed_reads_back_bit_exact_across_segments() {
     let read = tier.read(at(301), 1).await.unwrap();
     assert_eq!(read.next, at(303));
     let footer = tier.last_footer().await.unwrap().unwrap();
-    assert_eq!(footer.epochs, [(LeaderEpoch(0), at(0)), (LeaderEpoch(2), at(600))]);
-    assert_eq!(footer.producers, "producers");
+    assert_eq!(footer.epochs, [(LeaderEpoch(2), at(600))]);
+    assert_eq!(footer.producers, producers().to_bytes());
     assert!(matches!(tier.read(at(900), 1).await, Err(ReadError::OutOfRange { .. })));
 }
 
 #[tokio::test]
 async fn a_large_segment_goes_out_in_parts_and_reads_back() {
     let store = tempfile::tempdir().unwrap();
-    let folder = tempfile::tempdir().unwrap();
+    let segments = Segments::new();
     let tier = open(&StoreOptions::new(&format!("file://{}", store.path().join("objects").display())));
     // 26 MB with batches of 900 KB, so that parts and chunks cut through batches.
-    let (source, content) = source(folder.path(), 0, 29, 300_000, 0);
+    let (source, content) = segments.source(0, 29, 300_000, 0);
     let staged = tier.stage(&source, LeaderEpoch(0)).await.unwrap();
     tier.install(staged);
     assert_eq!(read_all(&tier, 0, 87, 2 << 20).await, content);
@@ -54,9 +54,9 @@ async fn a_large_segment_goes_out_in_parts_and_reads_back() {
 
 #[tokio::test]
 async fn a_staged_manifest_changes_nothing_before_it_is_installed() {
-    let folder = tempfile::tempdir().unwrap();
+    let segments = Segments::new();
     let tier = open(&StoreOptions::new("memory://"));
-    let (source, _) = source(folder.path(), 0, 5, 10, 0);
+    let (source, _) = segments.source(0, 5, 10, 0);
     let staged = tier.stage(&source, LeaderEpoch(0)).await.unwrap();
     assert_eq!(tier.state(), TierState::default());
     assert!(tier.read(at(0), 10).await.is_err());
@@ -73,11 +73,11 @@ async fn a_staged_manifest_changes_nothing_before_it_is_installed() {
 
 #[tokio::test]
 async fn a_source_that_overlaps_the_bucket_uploads_only_the_rest() {
-    let folder = tempfile::tempdir().unwrap();
+    let segments = Segments::new();
     let tier = open(&StoreOptions::new("memory://"));
-    let (first, _) = source(folder.path(), 0, 10, 100, 0);
+    let (first, _) = segments.source(0, 10, 100, 0);
     tier.install(tier.stage(&first, LeaderEpoch(0)).await.unwrap());
-    let (wide, content) = source(folder.path(), 0, 25, 100, 0);
+    let (wide, content) = segments.source(0, 25, 100, 0);
     tier.install(tier.stage(&wide, LeaderEpoch(0)).await.unwrap());
     assert_eq!(read_all(&tier, 0, 75, 1 << 20).await, content);
     let lines = tier.segments(at(0), 10).await.unwrap();
@@ -87,7 +87,7 @@ async fn a_source_that_overlaps_the_bucket_uploads_only_the_rest() {
         tier.stage(&wide, LeaderEpoch(0)).await,
         Err(UploadError::Source(SourceError::NotContiguous { .. }))
     ));
-    let (gap, _) = source(folder.path(), 90, 5, 100, 0);
+    let (gap, _) = segments.source(90, 5, 100, 0);
     assert!(matches!(
         tier.stage(&gap, LeaderEpoch(0)).await,
         Err(UploadError::Source(SourceError::NotContiguous { .. }))
@@ -96,30 +96,42 @@ async fn a_source_that_overlaps_the_bucket_uploads_only_the_rest() {
 
 #[tokio::test]
 async fn a_flipped_bit_in_a_segment_file_is_never_uploaded() {
-    let folder = tempfile::tempdir().unwrap();
+    let segments = Segments::new();
     let tier = open(&StoreOptions::new("memory://"));
-    let (source, content) = source(folder.path(), 0, 3, 20, 0);
+    let (source, content) = segments.source(0, 3, 20, 0);
     for bit in 0..content.len() * 8 {
         let mut bytes = content.to_vec();
         bytes[bit / 8] ^= 1 << (bit % 8);
-        std::fs::write(&source.path, &bytes).unwrap();
+        segments.damage(&source, &bytes);
         let error = tier.stage(&source, LeaderEpoch(0)).await.expect_err(&format!("bit {bit}"));
         assert!(matches!(error, UploadError::Source(SourceError::Damaged { .. })), "bit {bit}: {error}");
     }
     for len in 0..content.len() {
-        std::fs::write(&source.path, &content[..len]).unwrap();
+        segments.damage(&source, &content[..len]);
         assert!(tier.stage(&source, LeaderEpoch(0)).await.is_err(), "cut at {len}");
     }
-    std::fs::write(&source.path, [&content[..], b"x"].concat()).unwrap();
+    segments.damage(&source, &[&content[..], b"x"].concat());
     assert!(tier.stage(&source, LeaderEpoch(0)).await.is_err(), "a file that goes on");
     assert!(tier.store().list("topics").await.unwrap().is_empty(), "nothing reached the store");
 }
 
+/// An eviction, or the end of the topic, while the segment is on its way. Uploads once opened the file by its name.
+#[tokio::test]
+async fn an_upload_survives_the_removal_of_its_segments_file() {
+    let segments = Segments::new();
+    let tier = open(&StoreOptions::new("memory://"));
+    let (source, content) = segments.source(0, 29, 300_000, 0);
+    segments.disk.remove(source.path()).unwrap();
+    assert!(segments.disk.read(source.path()).is_err());
+    tier.install(tier.stage(&source, LeaderEpoch(0)).await.unwrap());
+    assert_eq!(read_all(&tier, 0, 87, 2 << 20).await, content);
+}
+
 #[tokio::test]
 async fn a_flipped_bit_in_a_segment_object_is_found() {
-    let folder = tempfile::tempdir().unwrap();
+    let segments = Segments::new();
     let tier = open(&StoreOptions::new("memory://"));
-    let (source, content) = source(folder.path(), 0, 2, 20, 0);
+    let (source, content) = segments.source(0, 2, 20, 0);
     tier.install(tier.stage(&source, LeaderEpoch(0)).await.unwrap());
     let line = tier.segments(at(0), 1).await.unwrap()[0];
     let object = tier.object(&line.stamp.segment());
@@ -153,7 +165,7 @@ async fn a_flipped_bit_in_a_segment_object_is_found() {
 
 #[tokio::test]
 async fn a_time_finds_the_first_batch_that_claims_it() {
-    let (tier, _folder, _all) = three(&StoreOptions::new("memory://"), 500).await;
+    let (tier, _segments, _all) = three(&StoreOptions::new("memory://"), 500).await;
     for (time, expected) in [(-5, 0), (0, 0), (1, 1), (3000, 300), (3001, 301), (5995, 600), (8990, 899)] {
         let batch = tier.batch_for_time(time, at(0)).await.unwrap().unwrap();
         assert_eq!(batch.base_offset(), at(expected / 3 * 3), "time {time}");
@@ -172,7 +184,7 @@ async fn a_time_finds_the_first_batch_that_claims_it() {
 
 #[tokio::test]
 async fn trimming_moves_the_log_start_and_leaves_garbage_that_is_collected() {
-    let (tier, folder, all) = three(&StoreOptions::new("memory://"), 100).await;
+    let (tier, segments, all) = three(&StoreOptions::new("memory://"), 100).await;
     let store = tier.store().clone();
     tier.install(tier.stage_trim(at(450), LeaderEpoch(2)).await.unwrap());
     let state = tier.state();
@@ -181,7 +193,7 @@ async fn trimming_moves_the_log_start_and_leaves_garbage_that_is_collected() {
     let kept = read_all(&tier, 450, 900, 1 << 20).await;
     assert!(all.ends_with(&kept));
 
-    let orphan = tier.stage(&source(folder.path(), 900, 5, 10, 2).0, LeaderEpoch(2)).await.unwrap();
+    let orphan = tier.stage(&segments.source(900, 5, 10, 2).0, LeaderEpoch(2)).await.unwrap();
     drop(orphan);
     let live = |_| std::future::ready(Live::Current(tier.state()));
     let now = crate::task::clock::wall_ms();
@@ -203,7 +215,7 @@ async fn trimming_moves_the_log_start_and_leaves_garbage_that_is_collected() {
     // From then on the bucket is not needed to move the log start.
     tier.install(tier.stage_trim(at(905), LeaderEpoch(2)).await.unwrap());
     assert_eq!((tier.state().log_start, tier.state().manifest), (at(905), emptied.manifest));
-    let (inside, _) = source(folder.path(), 900, 5, 10, 2);
+    let (inside, _) = segments.source(900, 5, 10, 2);
     tier.install(tier.stage(&inside, LeaderEpoch(2)).await.unwrap());
     assert_eq!((tier.state().log_start, tier.state().tiered_end), (at(905), at(915)));
     assert_eq!(tier.read(at(905), 1).await.unwrap().next, at(906));
@@ -211,7 +223,7 @@ async fn trimming_moves_the_log_start_and_leaves_garbage_that_is_collected() {
 
 #[tokio::test]
 async fn a_deleted_topic_leaves_nothing_and_an_unreadable_manifest_deletes_nothing() {
-    let (tier, _folder, _all) = three(&StoreOptions::new("memory://"), 10).await;
+    let (tier, _segments, _all) = three(&StoreOptions::new("memory://"), 10).await;
     let store = tier.store().clone();
     let topic = TopicRecord {
         name: crate::model::TopicName::new("t").unwrap(),
@@ -240,6 +252,7 @@ async fn a_deleted_topic_leaves_nothing_and_an_unreadable_manifest_deletes_nothi
 #[tokio::test]
 async fn a_prefix_of_another_cluster_is_refused_with_both_names() {
     let folder = tempfile::tempdir().unwrap();
+    let segments = Segments::new();
     let options = StoreOptions::new(&format!("file://{}/objects", folder.path().display()));
     Store::open(&options, "red").unwrap().claim().await.unwrap();
     Store::open(&options, "red").unwrap().claim().await.unwrap();
@@ -248,23 +261,24 @@ async fn a_prefix_of_another_cluster_is_refused_with_both_names() {
     assert!(!error.retryable());
     let text = error.to_string();
     assert!(text.contains("\"red\"") && text.contains("\"blue\"") && text.contains("file:///"), "{text}");
-    let (source, _) = source(folder.path(), 0, 1, 1, 0);
+    let (source, _) = segments.source(0, 1, 1, 0);
     let refused = tier_over(blue, TierState::default()).stage(&source, LeaderEpoch(0)).await;
     assert!(matches!(refused, Err(UploadError::Claim(ClaimError::Foreign { .. }))));
 }
 
 /// A disk that is not mounted any more leaves an empty folder, or none. Writing made a new store of it, on the wrong disk.
 #[tokio::test]
-async fn a_folder_that_is_gone_or_another_one_takes_nothing_until_it_is_back() {
+async fn a_segments_that_is_gone_or_another_one_takes_nothing_until_it_is_back() {
     let folder = tempfile::tempdir().unwrap();
+    let segments = Segments::new();
     let (place, away) = (folder.path().join("objects"), folder.path().join("away"));
     let options =
         StoreOptions { retry_for: Duration::ZERO, ..StoreOptions::new(&format!("file://{}", place.display())) };
     let tier = open(&options);
-    let (first, content) = source(folder.path(), 0, 1, 10, 0);
+    let (first, content) = segments.source(0, 1, 10, 0);
     let staged = tier.stage(&first, LeaderEpoch(0)).await.unwrap();
     tier.install(staged);
-    let (second, more) = source(folder.path(), 3, 1, 10, 0);
+    let (second, more) = segments.source(3, 1, 10, 0);
     std::fs::rename(&place, &away).unwrap();
     for mounted in [false, true] {
         if mounted {
@@ -297,8 +311,8 @@ fn a_url_that_names_no_store_is_refused() {
 
 #[tokio::test]
 async fn an_older_leader_cannot_stage() {
-    let (tier, folder, _all) = three(&StoreOptions::new("memory://"), 10).await;
-    let (source, _) = source(folder.path(), 900, 1, 10, 1);
+    let (tier, segments, _all) = three(&StoreOptions::new("memory://"), 10).await;
+    let (source, _) = segments.source(900, 1, 10, 1);
     assert!(matches!(tier.stage(&source, LeaderEpoch(1)).await, Err(UploadError::Deposed { .. })));
     assert!(matches!(tier.stage_trim(at(1), LeaderEpoch(1)).await, Err(UploadError::Deposed { .. })));
 }
@@ -306,7 +320,7 @@ async fn an_older_leader_cannot_stage() {
 #[tokio::test]
 async fn the_disk_cache_serves_what_memory_has_dropped_and_never_damaged_bytes() {
     let folder = tempfile::tempdir().unwrap();
-    let (tier, _folder, all) = three(&StoreOptions::new("memory://"), 3000).await;
+    let (tier, _segments, all) = three(&StoreOptions::new("memory://"), 3000).await;
     let chunks = folder.path().join("chunks");
     let options = CacheOptions { memory_bytes: 0, disk: Some((chunks.clone(), 64 << 20)), read_ahead_bytes: 4 << 20 };
     let cache = Cache::open(&options, &Metrics::new()).unwrap();

@@ -3,15 +3,16 @@
 mod flow;
 mod formats;
 
-use std::path::Path;
+use std::{cell::Cell, path::Path, sync::Arc};
 
 use bytes::{Bytes, BytesMut};
 
 use super::*;
-use crate::telemetry::Metrics;
 use crate::{
-    model::{Compression, LeaderEpoch, Offset, PartitionId, TopicId},
-    record::BatchBuilder,
+    log::{Disk as _, EpochHistory, Identity, Log, Options, ProducerTable, SimDisk},
+    model::{BrokerId, Compression, LeaderEpoch, Offset, PartitionId, TopicId},
+    record::{Batch, BatchBuilder, ProducerStamp},
+    telemetry::Metrics,
 };
 
 fn at(offset: u64) -> Offset {
@@ -39,24 +40,57 @@ fn batches(base: u64, count: u64, size: usize, epoch: u32) -> Bytes {
     out.freeze()
 }
 
-/// A file of the batches and its description.
-fn source(folder: &Path, base: u64, count: u64, size: usize, epoch: u32) -> (SegmentSource, Bytes) {
-    let content = batches(base, count, size, epoch);
-    let path = folder.join(format!("{base:020}.log"));
-    std::fs::write(&path, &content).unwrap();
-    let source = SegmentSource {
-        path,
-        base: at(base),
-        end: at(base + count * 3),
-        bytes: content.len() as u64,
-        max_timestamp_ms: (base as i64 + count as i64 * 3 - 1) * 10,
-        epochs: vec![(LeaderEpoch(0), at(0)), (LeaderEpoch(epoch), at(base))]
-            .into_iter()
-            .skip((epoch == 0).into())
-            .collect(),
-        producers: Bytes::from_static(b"producers"),
-    };
-    (source, content)
+/// Where segments come from: a log of one replica for each.
+struct Segments {
+    disk: SimDisk,
+    log: Log,
+    made: Cell<u32>,
+}
+
+impl Segments {
+    fn new() -> Self {
+        let disk = SimDisk::new();
+        let identity = Identity { cluster: "test".to_owned(), broker: BrokerId(1) };
+        let options = Options {
+            journal_bytes: 1 << 20,
+            tail_bytes: 1 << 20,
+            reserve_bytes: 0,
+            manual: true,
+            ..Options::default()
+        };
+        let log = Log::open(Arc::new(disk.clone()), Path::new("/data"), &identity, options).unwrap();
+        Self { disk, log, made: Cell::new(0) }
+    }
+
+    /// A segment of [`batches`] in a log that begins with it, and its bytes.
+    fn source(&self, base: u64, count: u64, size: usize, epoch: u32) -> (SegmentSource, Bytes) {
+        let content = batches(base, count, size, epoch);
+        self.made.set(self.made.get() + 1);
+        let id = PartitionId::new(partition().topic, self.made.get());
+        let mut replica = self.log.open_replica(id, at(base)).unwrap();
+        replica.set_journaled(false);
+        replica.reset_with(at(base), EpochHistory::new(), producers()).unwrap();
+        let mut rest = content.clone();
+        while !rest.is_empty() {
+            replica.append(&[Batch::split_from(&mut rest).unwrap()]).unwrap();
+        }
+        replica.roll().unwrap();
+        (SegmentSource::new(replica.export(at(base)).unwrap()), content)
+    }
+
+    /// Replaces the bytes of a segment under whoever holds it.
+    fn damage(&self, source: &SegmentSource, bytes: &[u8]) {
+        self.disk.write(source.path(), bytes).unwrap();
+    }
+}
+
+/// One producer that wrote before any of these segments.
+fn producers() -> ProducerTable {
+    let mut builder = BatchBuilder::new(Compression::None);
+    builder.push(0, None, None, &[]).unwrap();
+    let mut table = ProducerTable::new();
+    table.note(&builder.finish(Some(ProducerStamp { id: 9, epoch: 1, base_sequence: 0 })).unwrap());
+    table
 }
 
 fn open(options: &StoreOptions) -> PartitionTier {

@@ -1,11 +1,12 @@
 //! The tier over real HTTP: whatever the store does, what is installed reads back bit-exact, and what fails is garbage.
 
-use std::{path::Path, time::Duration};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use bytes::{Bytes, BytesMut};
 use strandline::telemetry::Metrics;
 use strandline::{
-    model::{Compression, LeaderEpoch, Offset, PartitionId, TopicId},
+    log::{Identity, Log, Options, SimDisk},
+    model::{BrokerId, Compression, LeaderEpoch, Offset, PartitionId, TopicId},
     record::BatchBuilder,
     task,
     tier::{
@@ -27,10 +28,15 @@ fn partition() -> PartitionId {
     PartitionId::new(TopicId::from_bytes([9; 16]), 0)
 }
 
-/// A segment of `count` batches with one record of `size` bytes each.
-fn segment(folder: &Path, base: u64, count: u64, size: usize) -> (SegmentSource, Bytes) {
+/// A segment of `count` batches with one record of `size` bytes each, from a log in memory.
+fn segment(count: u64, size: usize) -> (SegmentSource, Bytes) {
+    let identity = Identity { cluster: "test".to_owned(), broker: BrokerId(1) };
+    let options = Options { journal_bytes: 1 << 20, reserve_bytes: 0, manual: true, ..Options::default() };
+    let log = Log::open(Arc::new(SimDisk::new()), Path::new("/data"), &identity, options).unwrap();
+    let mut replica = log.open_replica(partition(), at(0)).unwrap();
+    replica.set_journaled(false);
     let mut content = BytesMut::new();
-    for offset in base..base + count {
+    for offset in 0..count {
         let mut state = offset + 1;
         let value: Vec<u8> = std::iter::repeat_with(|| {
             state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -43,19 +49,10 @@ fn segment(folder: &Path, base: u64, count: u64, size: usize) -> (SegmentSource,
         let mut batch = builder.finish(None).unwrap();
         batch.stamp(at(offset), EPOCH);
         content.extend_from_slice(&batch.to_bytes());
+        replica.append(&[batch]).unwrap();
     }
-    let path = folder.join(format!("{base}.log"));
-    std::fs::write(&path, &content).unwrap();
-    let source = SegmentSource {
-        path,
-        base: at(base),
-        end: at(base + count),
-        bytes: content.len() as u64,
-        max_timestamp_ms: i64::try_from(base + count - 1).unwrap(),
-        epochs: vec![(EPOCH, at(0))],
-        producers: Bytes::new(),
-    };
-    (source, content.freeze())
+    replica.roll().unwrap();
+    (SegmentSource::new(replica.export(at(0)).unwrap()), content.freeze())
 }
 
 fn tier(options: &StoreOptions, state: TierState) -> PartitionTier {
@@ -79,8 +76,7 @@ async fn read_all(tier: &PartitionTier, end: u64) -> Result<Bytes, ReadError> {
 
 /// A partition whose one segment is in the bucket, and that segment's content.
 async fn uploaded(options: &StoreOptions, count: u64, size: usize) -> (TierState, Bytes) {
-    let folder = tempfile::tempdir().unwrap();
-    let (source, content) = segment(folder.path(), 0, count, size);
+    let (source, content) = segment(count, size);
     let writer = tier(options, TierState::default());
     writer.install(writer.stage(&source, EPOCH).await.unwrap());
     (writer.state(), content)
@@ -107,8 +103,7 @@ async fn collect(options: &StoreOptions, state: &TierState) -> u64 {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn one_request_segments_survive_every_fault_of_an_upload() {
     let s3 = S3::start().await;
-    let folder = tempfile::tempdir().unwrap();
-    let (source, content) = segment(folder.path(), 0, 40, 50_000);
+    let (source, content) = segment(40, 50_000);
     let faults = [
         (Op::Put, Fault::Status(503)),
         (Op::Put, Fault::Status(500)),
@@ -140,8 +135,7 @@ async fn one_request_segments_survive_every_fault_of_an_upload() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn multipart_segments_survive_every_fault_of_an_upload() {
     let s3 = S3::start().await;
-    let folder = tempfile::tempdir().unwrap();
-    let (source, content) = segment(folder.path(), 0, 40, 600_000);
+    let (source, content) = segment(40, 600_000);
     let faults = [
         (Op::StartUpload, Fault::Status(503)),
         (Op::StartUpload, Fault::LostAnswer),
@@ -168,9 +162,8 @@ async fn multipart_segments_survive_every_fault_of_an_upload() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_store_that_is_gone_fails_the_upload_and_comes_back() {
     let s3 = S3::start().await;
-    let folder = tempfile::tempdir().unwrap();
     let options = s3.options("gone");
-    let (source, content) = segment(folder.path(), 0, 10, 1000);
+    let (source, content) = segment(10, 1000);
     let tier = tier(&options, TierState::default());
     s3.faults().set_down(true);
     let error = tier.stage(&source, EPOCH).await.unwrap_err();

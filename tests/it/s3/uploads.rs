@@ -140,7 +140,7 @@ fn what_a_killed_broker_was_uploading_is_ended_by_the_next() {
 async fn a_real_store_gives_back_what_was_left_in_it() {
     let url = std::env::var("S3_URL").expect("S3_URL names a bucket and a prefix");
     let (bucket, prefix) = url.strip_prefix("s3://").and_then(|rest| rest.split_once('/')).expect("s3://bucket/prefix");
-    let prefix = format!("{prefix}/test-{}", uuid::Uuid::new_v4());
+    let prefix = format!("{prefix}/test-{}", strandline::task::random::uuid());
     let endpoint = std::env::var("AWS_ENDPOINT_URL").ok();
     let options = StoreOptions {
         path_style: endpoint.is_some(),

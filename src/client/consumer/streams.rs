@@ -1,0 +1,110 @@
+//! The streams of a consumer, each answered in its turn: one that always has something does not starve the others.
+
+use std::{
+    future::poll_fn,
+    pin::Pin,
+    task::{Context, Poll},
+};
+
+use futures::Stream;
+
+/// Streams by number.
+pub(super) struct Streams<S> {
+    streams: Vec<(u64, S)>,
+    /// Whose turn it is.
+    turn: usize,
+}
+
+impl<S: Stream + Unpin> Streams<S> {
+    pub(super) fn new() -> Self {
+        Self { streams: Vec::new(), turn: 0 }
+    }
+
+    /// Adds a stream under a number that no other has.
+    pub(super) fn insert(&mut self, number: u64, stream: S) {
+        self.streams.push((number, stream));
+    }
+
+    /// Drops a stream, if it is there.
+    pub(super) fn remove(&mut self, number: u64) {
+        if let Some(at) = self.streams.iter().position(|(known, _)| *known == number) {
+            self.take_out(at);
+        }
+    }
+
+    /// The next item of any stream, and whose it is. `None` when there is no stream; those that end are forgotten. Dropping the
+    /// future loses nothing.
+    pub(super) async fn next(&mut self) -> Option<(u64, S::Item)> {
+        poll_fn(|context| self.poll_next(context)).await
+    }
+
+    fn poll_next(&mut self, context: &mut Context<'_>) -> Poll<Option<(u64, S::Item)>> {
+        let mut left = self.streams.len();
+        while left > 0 {
+            left -= 1;
+            if self.turn >= self.streams.len() {
+                self.turn = 0;
+            }
+            let (number, stream) = &mut self.streams[self.turn];
+            match Pin::new(stream).poll_next(context) {
+                Poll::Ready(Some(item)) => {
+                    self.turn += 1;
+                    return Poll::Ready(Some((*number, item)));
+                }
+                Poll::Ready(None) => self.take_out(self.turn),
+                Poll::Pending => self.turn += 1,
+            }
+        }
+        if self.streams.is_empty() { Poll::Ready(None) } else { Poll::Pending }
+    }
+
+    fn take_out(&mut self, at: usize) {
+        self.streams.remove(at);
+        if at < self.turn {
+            self.turn -= 1;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::{FutureExt as _, StreamExt as _, stream};
+
+    use super::*;
+
+    fn numbers(of: std::ops::Range<u32>) -> stream::BoxStream<'static, u32> {
+        stream::iter(of).boxed()
+    }
+
+    #[test]
+    fn streams_that_are_ready_take_turns_and_leave_when_they_end() {
+        let mut streams = Streams::new();
+        assert_eq!(streams.next().now_or_never(), Some(None));
+        streams.insert(1, numbers(0..3));
+        streams.insert(2, numbers(10..11));
+        streams.insert(3, numbers(20..22));
+        let mut heard = Vec::new();
+        while let Some(Some(item)) = streams.next().now_or_never() {
+            heard.push(item);
+        }
+        assert_eq!(heard, [(1, 0), (2, 10), (3, 20), (1, 1), (3, 21), (1, 2)]);
+    }
+
+    #[test]
+    fn one_that_is_removed_costs_no_other_its_turn() {
+        let mut streams = Streams::new();
+        for number in 1..=3 {
+            streams.insert(number, numbers(0..9));
+        }
+        streams.insert(4, stream::pending().boxed());
+        assert_eq!(streams.next().now_or_never(), Some(Some((1, 0))));
+        assert_eq!(streams.next().now_or_never(), Some(Some((2, 0))));
+        streams.remove(1);
+        streams.remove(7);
+        assert_eq!(streams.next().now_or_never(), Some(Some((3, 0))));
+        assert_eq!(streams.next().now_or_never(), Some(Some((2, 1))));
+        streams.remove(2);
+        streams.remove(3);
+        assert_eq!(streams.next().now_or_never(), None, "one is left, and says nothing");
+    }
+}

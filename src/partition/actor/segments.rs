@@ -1,0 +1,105 @@
+//! The segments of a partition as its task handles them: sealing, handing out for an upload, the log start, eviction.
+//!
+//! What waits for rounds of the journal or reads segments does so away from the async threads: the task lends its replica to a
+//! thread that may block, and goes on when it has it back. Meanwhile the mailbox fills and nothing else happens to the log.
+
+use std::{
+    io,
+    ops::{Deref, DerefMut},
+};
+
+use super::{
+    Actor,
+    leading::{AppendError, append_error},
+};
+use crate::{
+    log::{Replica, SegmentExport},
+    model::Offset,
+    task,
+};
+
+/// Where the task keeps its replica. It is empty only while [`Seat::lend`] is under way.
+pub(super) struct Seat(Option<Replica>);
+
+const TAKEN: &str = "the task waits until its replica is back";
+
+impl Seat {
+    pub(super) fn new(replica: Replica) -> Self {
+        Self(Some(replica))
+    }
+
+    /// Does with the replica what may block, on a thread that may.
+    async fn lend<T: Send + 'static>(&mut self, work: impl FnOnce(&mut Replica) -> T + Send + 'static) -> T {
+        let mut replica = self.0.take().expect(TAKEN);
+        let (replica, output) = task::blocking(move || {
+            let output = work(&mut replica);
+            (replica, output)
+        })
+        .await;
+        self.0 = Some(replica);
+        output
+    }
+}
+
+impl Deref for Seat {
+    type Target = Replica;
+
+    fn deref(&self) -> &Replica {
+        self.0.as_ref().expect(TAKEN)
+    }
+}
+
+impl DerefMut for Seat {
+    fn deref_mut(&mut self) -> &mut Replica {
+        self.0.as_mut().expect(TAKEN)
+    }
+}
+
+impl Actor {
+    /// Begins a new segment. What is written stays where it is.
+    pub(super) fn seal(&mut self) -> Result<(), AppendError> {
+        self.replica.roll().map_err(append_error)?;
+        self.active_since_ms = None;
+        self.upkeep.push(self.id);
+        Ok(())
+    }
+
+    /// Seals what upkeep found old enough. Where that fails upkeep asks again.
+    pub(super) fn seal_now(&mut self) {
+        if self.active_since_ms.is_some()
+            && let Err(error) = self.seal()
+        {
+            tracing::warn!(partition = %self.id, %error, "could not seal the segment; it is tried again");
+        }
+    }
+
+    /// The sealed segment at `base`, to be read whatever is evicted meanwhile.
+    pub(super) async fn export(&mut self, base: Offset) -> io::Result<SegmentExport> {
+        self.replica.lend(move |replica| replica.export(base)).await
+    }
+
+    /// Moves the log start up. Its commit in the metadata store came before.
+    pub(super) fn advance_log_start(&mut self, to: Offset) {
+        assert!(to <= self.leader.high_watermark(), "only committed records are deleted");
+        self.log_start = self.log_start.max(to);
+        // Readers must see the new start before the files go.
+        self.publish();
+        self.replica.advance_log_start(to);
+    }
+
+    /// Lets segments leave the disk.
+    pub(super) async fn evict(&mut self, below: Offset) {
+        let free = self.tiered_end.max(self.log_start);
+        assert!(below <= free, "only what the bucket has, or nobody may read, leaves the disk");
+        match self.replica.lend(move |replica| replica.evict(below)).await {
+            Ok(bytes) => {
+                tracing::debug!(partition = %self.id, %below, bytes, "segments left the disk");
+                let removed = self.replica.take_removed();
+                self.tasks.spawn_blocking(move || drop(removed));
+            }
+            Err(error) => {
+                tracing::warn!(partition = %self.id, %error, "could not remove segments; it is tried again");
+            }
+        }
+    }
+}

@@ -1,0 +1,104 @@
+//! The task's state without the task: what the journal says, in an order that the test chooses.
+
+use std::path::Path;
+
+use tokio::sync::{Semaphore, oneshot::Receiver};
+
+use super::*;
+use crate::{
+    log::{Identity, Log, Options, SimDisk},
+    model::{Compression, ConfigMap, LeaderEpoch, TopicId},
+    partition::Held,
+    record::BatchBuilder,
+};
+
+/// A log without threads: the journal writes when the test says so.
+fn open_log() -> Log {
+    let identity = Identity { cluster: "test".to_owned(), broker: BrokerId(1) };
+    let options = Options { journal_bytes: 1 << 20, reserve_bytes: 0, manual: true, ..Options::default() };
+    Log::open(Arc::new(SimDisk::new()), Path::new("/data"), &identity, options).unwrap()
+}
+
+fn open(log: &Log) -> Actor {
+    let id = PartitionId::new(TopicId::from_bytes([7; 16]), 0);
+    let config = Arc::new(TopicConfig::resolve(&ConfigMap::new(), &ConfigMap::new()).unwrap());
+    Actor::new(Parts {
+        broker: BrokerId(1),
+        id,
+        replica: log.open_replica(id, Offset::ZERO).unwrap(),
+        shared: Arc::new(Shared::new(LeaderEpoch(4), config)),
+        upkeep: UpkeepQueue::default(),
+        log_start: Offset::ZERO,
+        tiered_end: Offset::ZERO,
+        tasks: Tasks::new(),
+    })
+}
+
+/// Appends one record and hands it to the journal.
+fn write(actor: &mut Actor) -> Receiver<AppendResult> {
+    let mut builder = BatchBuilder::new(Compression::None);
+    builder.push(1000, None, Some(b"x"), &[]).unwrap();
+    let permit = Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
+    let (answer, receiver) = oneshot::channel();
+    let batch = builder.finish(None).unwrap();
+    actor.append(Append { batch, acks: Acks::All, permit, answer }, 1000);
+    actor.complete(1000);
+    receiver
+}
+
+/// Takes in what the journal has said.
+fn hear(actor: &mut Actor) {
+    if let Some(outcome) = actor.persisted.take() {
+        actor.on_persisted(outcome);
+    }
+}
+
+/// Cuts the log as a replica does that has held what its leader has not, and then leads.
+fn cut_and_lead(actor: &mut Actor, to: u64) {
+    let end = actor.replica.truncate(Offset::new(to).unwrap()).unwrap();
+    let own = Ends { written: end, persisted: end };
+    let alone = Leader::<Writer>::alone(BrokerId(1), LeaderEpoch(5), rule(&actor.config), own, Offset::ZERO);
+    actor.leader = Leader::new(alone, Offset::ZERO);
+    actor.handed_end = end;
+}
+
+/// The journal answers what was cut with `Cut`. That once counted as a broken disk, and for ever.
+#[test]
+fn a_cut_while_a_hand_over_is_under_way_leaves_the_partition_writable() {
+    let log = open_log();
+    let mut actor = open(&log);
+    let kept = write(&mut actor);
+    assert!(log.journal_step());
+    hear(&mut actor);
+    assert_eq!(kept.blocking_recv().unwrap().unwrap().end.get(), 1);
+
+    let lost = write(&mut actor);
+    cut_and_lead(&mut actor, 1);
+    hear(&mut actor);
+    assert!(lost.blocking_recv().is_err(), "nobody is told that what was cut is there");
+    assert_eq!(actor.shared.fault(), None);
+
+    let written = write(&mut actor);
+    assert!(log.journal_step());
+    hear(&mut actor);
+    let acked = written.blocking_recv().unwrap().unwrap();
+    assert_eq!((acked.base.get(), acked.held), (1, Held::Synced(1)));
+}
+
+/// The journal has answered, and before the task takes that in it cuts what the answer spoke of.
+#[test]
+fn what_was_persisted_before_a_cut_is_not_believed_after_it() {
+    let log = open_log();
+    let mut actor = open(&log);
+    let _kept = write(&mut actor);
+    let _lost = write(&mut actor);
+    assert!(log.journal_step());
+    cut_and_lead(&mut actor, 1);
+    let mut written = write(&mut actor);
+    hear(&mut actor);
+    assert_eq!(actor.leader.high_watermark().get(), 1, "offset 1 is another record now, and is not durable yet");
+    assert!(written.try_recv().is_err());
+    assert!(log.journal_step());
+    hear(&mut actor);
+    assert_eq!(written.try_recv().unwrap().unwrap().end.get(), 2);
+}

@@ -1,0 +1,276 @@
+//! One broker without its listeners: what it owns, built in order over a world that is given to it, and stopped in order.
+//!
+//! Everything that reaches beyond the process is in [`Outside`]: the disk, the metadata store, the object store, the way to other
+//! brokers. `server::run` gives it the real ones; a simulation gives others, many nodes in one process.
+
+use std::{sync::Arc, time::Duration};
+
+use anyhow::Context as _;
+use futures::future::BoxFuture;
+use tonic::service::Routes;
+use tonic_health::{ServingStatus, server::HealthReporter};
+
+use super::grpc;
+use crate::{
+    broker::{self, Broker, Tier},
+    client::Connect,
+    cluster::{
+        Addresses, BrokerState, BrokerValue, Keys, MetaStore, RegisterError, Registration, Revision, Session, View,
+    },
+    config::Config,
+    log::{Disk, Identity, Log, Options, Stepper},
+    model::BrokerId,
+    task::{self, Tasks, random},
+    telemetry::Metrics,
+    tier::{Cache, CacheOptions, ClaimError, Store},
+};
+
+/// How long a lease of the registration lasts without being renewed.
+const SESSION: Duration = Duration::from_secs(10);
+
+/// How long a start waits for the object store to say whose it is.
+const CLAIM_WAIT: Duration = Duration::from_millis(500);
+
+/// Memory for reading ahead in the bucket, of all readers together.
+const READ_AHEAD_BYTES: u64 = 32 << 20;
+
+/// The world outside a node.
+pub struct Outside {
+    /// Where the data directory lies.
+    pub disk: Arc<dyn Disk>,
+    /// The stores. Waited for when the data directory is open and nobody else's: they may lie in it.
+    pub stores: BoxFuture<'static, anyhow::Result<Stores>>,
+    /// How other brokers are reached.
+    pub connect: Arc<dyn Connect>,
+    /// Who does the log's steps ([`Log::journal_step`], [`Log::sync_step`]). Where there is none, threads do.
+    pub stepper: Option<Stepper>,
+}
+
+/// What a node shares with others.
+pub struct Stores {
+    /// The metadata store.
+    pub meta: Arc<dyn MetaStore>,
+    /// The object store, where there is one.
+    pub objects: Option<Store>,
+}
+
+/// A running broker and everything that it owns.
+pub struct Node {
+    log: Log,
+    tier: Option<Tier>,
+    broker: Arc<Broker>,
+    session: Session,
+    connect: Arc<dyn Connect>,
+    routes: Routes,
+    health: HealthReporter,
+    tasks: Tasks,
+    metrics: Metrics,
+}
+
+impl Node {
+    /// Opens the data directory, registers the broker under these addresses, and opens its partitions. From then on its routes answer.
+    ///
+    /// # Errors
+    /// When the directory or a store cannot be used, or the broker's number is taken. What was found clean is left clean.
+    pub async fn open(config: &Config, outside: Outside, addresses: Addresses) -> anyhow::Result<Self> {
+        let metrics = Metrics::new();
+        let log = open_log(config, &outside, metrics.clone()).await?;
+        Self::over(config, log, outside, addresses, metrics).await
+    }
+
+    /// As [`Node::open`], over a log that is open. It is closed when this fails.
+    pub(super) async fn over(
+        config: &Config,
+        log: Log,
+        outside: Outside,
+        addresses: Addresses,
+        metrics: Metrics,
+    ) -> anyhow::Result<Self> {
+        let opened = Self::build(config, log.clone(), outside, addresses, metrics).await;
+        if opened.is_err() {
+            // Why the start failed is the news, not what comes after.
+            drop(task::blocking(move || log.close()).await);
+        }
+        opened
+    }
+
+    async fn build(
+        config: &Config,
+        log: Log,
+        outside: Outside,
+        addresses: Addresses,
+        metrics: Metrics,
+    ) -> anyhow::Result<Self> {
+        let tasks = Tasks::new();
+        let Stores { meta, objects } = outside.stores.await?;
+        let tier = objects.map(|store| with_cache(config, store, &metrics)).transpose()?;
+        let keys = Keys::new(&config.cluster)?;
+        let view = View::start(Arc::clone(&meta), keys.clone(), &tasks);
+        view.reached(Revision::ZERO).await;
+        if let Some(tier) = &tier {
+            if view.state().names_history() {
+                tier.store.expect_history();
+            }
+            claim(&tier.store, &tasks).await?;
+        }
+        let value = BrokerValue {
+            addresses,
+            rack: config.broker.rack.clone(),
+            directory_id: log.directory_id().to_string(),
+            incarnation: random::uuid().to_string(),
+            state: BrokerState::Running,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+        };
+        let session = register(&meta, &keys, config.broker.id, value, &view, &tasks)
+            .await
+            .context("cannot register the broker in the metadata store")?;
+        let broker = Broker::start(broker::Parts {
+            settings: settings(config),
+            log: log.clone(),
+            store: meta,
+            keys,
+            view,
+            tier: tier.clone(),
+            metrics: metrics.clone(),
+        })
+        .await;
+        let (health, service) = grpc::health();
+        let routes = grpc::routes(&broker, service)?;
+        grpc::report(&health, ServingStatus::Serving).await;
+        Ok(Self { log, tier, broker, session, connect: outside.connect, routes, health, tasks, metrics })
+    }
+
+    /// Its gRPC services, for whatever carries calls to them. Clones share the broker.
+    pub fn routes(&self) -> Routes {
+        self.routes.clone()
+    }
+
+    /// The broker itself.
+    pub fn broker(&self) -> &Arc<Broker> {
+        &self.broker
+    }
+
+    /// Its log, for whoever does the steps.
+    pub fn log(&self) -> &Log {
+        &self.log
+    }
+
+    /// How it reaches other brokers.
+    pub fn connect(&self) -> &Arc<dyn Connect> {
+        &self.connect
+    }
+
+    /// Its figures.
+    pub fn metrics(&self) -> &Metrics {
+        &self.metrics
+    }
+
+    /// The first half of a stop: nobody new comes, what is written is answered, readers' streams and upkeep end.
+    pub async fn retire(&self) {
+        grpc::report(&self.health, ServingStatus::NotServing).await;
+        self.broker.stop().await;
+    }
+
+    /// The second half, once no call is under way: the log is closed and the registration given up.
+    ///
+    /// # Errors
+    /// When the log cannot be closed cleanly.
+    pub async fn close(self) -> anyhow::Result<()> {
+        if let Some(tier) = &self.tier {
+            tier.store.stop().await;
+        }
+        let log = self.log;
+        task::blocking(move || log.close()).await.context("cannot close the data directory")?;
+        self.session.leave().await;
+        self.tasks.stop().await;
+        Ok(())
+    }
+
+    /// Stops it, for one that nobody else carries calls to.
+    ///
+    /// # Errors
+    /// As [`Node::close`].
+    pub async fn stop(self) -> anyhow::Result<()> {
+        self.retire().await;
+        self.close().await
+    }
+}
+
+/// Opens the data directory: lock, journal replay.
+pub(super) async fn open_log(config: &Config, outside: &Outside, metrics: Metrics) -> anyhow::Result<Log> {
+    let identity = Identity { cluster: config.cluster.clone(), broker: config.broker.id };
+    let options = Options {
+        journal_bytes: config.log.journal_bytes,
+        journal_dir: config.log.journal_dir.clone(),
+        accept_journal_loss: config.log.accept_journal_loss,
+        tail_bytes: usize::try_from(config.log.tail_memory_bytes).unwrap_or(usize::MAX),
+        metrics,
+        manual: outside.stepper.is_some(),
+        stepper: outside.stepper.clone(),
+        ..Options::default()
+    };
+    let (disk, dir) = (Arc::clone(&outside.disk), config.broker.data_dir.clone());
+    Ok(task::blocking(move || Log::open(disk, &dir, &identity, options)).await?)
+}
+
+/// The cache before an object store.
+fn with_cache(config: &Config, store: Store, metrics: &Metrics) -> anyhow::Result<Tier> {
+    let cache_dir = config.cache.dir.clone().unwrap_or_else(|| config.broker.data_dir.join("cache"));
+    // What lies in a folder of this machine need not lie in another one.
+    let on_disk = config.cache.disk_bytes > 0 && !store.is_folder();
+    let options = CacheOptions {
+        memory_bytes: config.cache.memory_bytes,
+        disk: on_disk.then_some((cache_dir.clone(), config.cache.disk_bytes)),
+        read_ahead_bytes: READ_AHEAD_BYTES,
+    };
+    let cache = Cache::open(&options, metrics)
+        .with_context(|| format!("cannot use the cache directory {}", cache_dir.display()))?;
+    Ok(Tier { store, cache })
+}
+
+/// Registers a broker whose metadata lies beside its data, and shares the data's fate: there is nothing to prove.
+async fn register(
+    store: &Arc<dyn MetaStore>,
+    keys: &Keys,
+    id: BrokerId,
+    value: BrokerValue,
+    view: &View,
+    tasks: &Tasks,
+) -> Result<Session, RegisterError> {
+    let registration = Registration { store: Arc::clone(store), keys: keys.clone(), id, value, time: SESSION };
+    registration.clear().await?;
+    let record = store.get(&keys.directory(id)).await?.entry;
+    registration.register(record.map(|entry| entry.mod_revision), view, tasks).await
+}
+
+/// Makes sure that the object store is not another cluster's. Waits a moment only: a store that is away or slow is asked
+/// again by every upload.
+async fn claim(store: &Store, tasks: &Tasks) -> Result<(), ClaimError> {
+    let asked = store.clone();
+    let answer = tasks.spawn("claim", async move { asked.claim().await });
+    match tokio::time::timeout(CLAIM_WAIT, answer).await {
+        Ok(Ok(Err(foreign @ ClaimError::Foreign { .. }))) => Err(foreign),
+        Ok(Ok(Ok(()))) => Ok(()),
+        Ok(Ok(Err(error))) => {
+            tracing::warn!(%error, "the object store cannot be used yet; segments stay on disk until it can");
+            Ok(())
+        }
+        _ => {
+            tracing::warn!("the object store does not answer yet; segments stay on disk until it does");
+            Ok(())
+        }
+    }
+}
+
+fn settings(config: &Config) -> broker::Settings {
+    broker::Settings {
+        id: config.broker.id,
+        cluster: config.cluster.clone(),
+        topic_defaults: config.topic_defaults.clone(),
+        produce_memory_bytes: config.limits.produce_memory_bytes,
+        upkeep_workers: config.tier.upload_concurrency,
+        retention_interval: config.tier.check_interval,
+        garbage_grace: config.tier.garbage_grace,
+        upload_grace: config.tier.upload_grace,
+    }
+}
