@@ -20,6 +20,7 @@
 //! above the topic's count. Nobody acts on them; [`Sweep`] finds and deletes them.
 
 mod embedded;
+mod etcd;
 mod keys;
 mod placement;
 mod session;
@@ -32,6 +33,7 @@ mod view;
 mod conformance;
 
 pub use embedded::{EmbeddedStore, FILE as EMBEDDED_FILE, OpenError};
+pub use etcd::{EtcdIdentity, EtcdLogin, EtcdOptions, EtcdOptionsError, EtcdStore, EtcdTls, MemberStatus};
 pub use keys::{
     Addresses, BrokerValue, ControllerValue, DeletedValue, InvalidClusterName, InvalidValue, Key, Keys, PartitionValue,
     ProducerIdsValue, TopicValue, Value,
