@@ -33,9 +33,11 @@ fn main() -> Result<(), Box<dyn Error>> {
 fn describe_etcd() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-env-changed=STRANDLINE_ETCD_PROTOS");
     println!("cargo:rerun-if-env-changed=STRANDLINE_ETCD_SET");
-    let (Some(protos), Some(set)) = (env::var_os("STRANDLINE_ETCD_PROTOS"), env::var_os("STRANDLINE_ETCD_SET")) else {
+    let path = |name| env::var_os(name).map(PathBuf::from);
+    let (Some(protos), Some(set)) = (path("STRANDLINE_ETCD_PROTOS"), path("STRANDLINE_ETCD_SET")) else {
         return Ok(());
     };
+    println!("cargo:rerun-if-changed={}", set.display());
     let mut compiler = protox::Compiler::new([protos])?;
     // Comments would only become documentation that nobody reads.
     compiler.include_imports(true).include_source_info(false).open_files(ETCD_FILES)?;
