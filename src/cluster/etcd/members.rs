@@ -256,7 +256,8 @@ impl Line {
                 }
             }
         };
-        self.0.login.get_or_try_init(attempt).await.map(|()| ())
+        self.0.login.get_or_try_init(attempt).await?;
+        Ok(())
     }
 }
 

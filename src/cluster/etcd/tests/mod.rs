@@ -17,6 +17,7 @@ use crate::{
 };
 
 mod process;
+mod scripted;
 mod secure;
 
 /// Far above what anything here takes, so that a hang fails.
