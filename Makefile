@@ -15,7 +15,7 @@ FUZZ_SECONDS ?= 60
 # How often `make crash-test` kills the broker. STRANDLINE_SEED repeats a run's choices.
 KILLS ?= 200
 
-.PHONY: build release test check fmt clippy client docs deny crash-test bench fuzz fuzz-seeds golden kafka-reader real-s3 write-docs help
+.PHONY: build release test check fmt clippy client docs deny crash-test bench fuzz fuzz-seeds golden protos etcd-protos kafka-reader real-s3 write-docs help
 
 help: ## These lines.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -27,9 +27,10 @@ release: ## The binary as it is meant to run: target/release/strandline.
 	$(CARGO) build --locked --release
 
 test: ## Every test, those with real processes too.
+	tests/fetch-etcd >/dev/null
 	$(CARGO) test --locked --no-fail-fast
 
-check: fmt clippy client docs deny test ## What CI asks: everything below, then the tests.
+check: fmt clippy client docs deny protos test ## What CI asks: everything below, then the tests.
 
 fmt: ## The sources are formatted.
 	$(CARGO) fmt --check
@@ -51,6 +52,22 @@ $(DENY):
 	CARGO_PROFILE_DEV_DEBUG=0 $(CARGO) install --locked --debug --version $(DENY_VERSION) --root target/tools \
 	  --target-dir target/tools/build cargo-deny
 	rm -rf target/tools/build
+
+protos: ## What tools/protoc says of etcd-client's files is what they say.
+	$(MAKE) --no-print-directory etcd-protos PROTOS_TO=target/tools/protos
+	for file in etcd-client.fds etcd-client.sums; do cmp tools/$$file target/tools/protos/$$file; done
+
+# Where cargo has unpacked etcd-client.
+ETCD_CLIENT = $(CARGO) metadata --locked --format-version 1 \
+  | grep -o '"manifest_path":"[^"]*/etcd-client-[^"/]*/Cargo.toml"' | cut -d '"' -f 4 | xargs dirname
+PROTOS_TO ?= tools
+
+etcd-protos: ## Writes what tools/protoc says anew: after a change of etcd-client's version.
+	mkdir -p $(PROTOS_TO)
+	folder=$$($(ETCD_CLIENT)); \
+	(cd "$$folder" && find proto -name '*.proto' | LC_ALL=C sort | xargs cksum) >$(PROTOS_TO)/etcd-client.sums; \
+	STRANDLINE_ETCD_PROTOS="$$folder/proto" STRANDLINE_ETCD_SET=$(PROTOS_TO)/etcd-client.fds \
+	  $(CARGO) check --locked --no-default-features --lib
 
 crash-test: ## Kills a broker KILLS times (200) under load, and a quarter as often under the client; nothing may be lost.
 	STRANDLINE_KILLS=$(KILLS) $(CARGO) test --locked --test it -- --nocapture --test-threads 1 crash:: crash_client::

@@ -1,10 +1,20 @@
-//! Generates the gRPC code from `proto/`, in pure Rust: nobody needs protoc to build this package.
+//! Generates the gRPC code from `proto/`, in pure Rust: nobody needs protoc to build this package. For `make etcd-protos`
+//! it also describes the files of `etcd-client`, whose own build script asks `tools/protoc` instead.
 
 use std::{env, error::Error, fs, path::PathBuf};
 
 use prost::Message as _;
 
 const FILES: [&str; 3] = ["strandline/v1/types.proto", "strandline/v1/log.proto", "strandline/v1/admin.proto"];
+
+/// What the build script of `etcd-client` asks of protoc.
+const ETCD_FILES: [&str; 5] = [
+    "etcd/api/authpb/auth.proto",
+    "etcd/api/etcdserverpb/rpc.proto",
+    "etcd/api/mvccpb/kv.proto",
+    "etcd/server/etcdserver/api/v3election/v3electionpb/v3election.proto",
+    "etcd/server/etcdserver/api/v3lock/v3lockpb/v3lock.proto",
+];
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=proto");
@@ -16,5 +26,21 @@ fn main() -> Result<(), Box<dyn Error>> {
         .codec_path("crate::proto::codec::Tuned")
         .build_server(env::var_os("CARGO_FEATURE_SERVER").is_some())
         .compile_fds(descriptors)?;
+    describe_etcd()
+}
+
+/// Writes the descriptor set of the .proto files below `STRANDLINE_ETCD_PROTOS` to `STRANDLINE_ETCD_SET`.
+fn describe_etcd() -> Result<(), Box<dyn Error>> {
+    println!("cargo:rerun-if-env-changed=STRANDLINE_ETCD_PROTOS");
+    println!("cargo:rerun-if-env-changed=STRANDLINE_ETCD_SET");
+    let path = |name| env::var_os(name).map(PathBuf::from);
+    let (Some(protos), Some(set)) = (path("STRANDLINE_ETCD_PROTOS"), path("STRANDLINE_ETCD_SET")) else {
+        return Ok(());
+    };
+    println!("cargo:rerun-if-changed={}", set.display());
+    let mut compiler = protox::Compiler::new([protos])?;
+    // Comments would only become documentation that nobody reads.
+    compiler.include_imports(true).include_source_info(false).open_files(ETCD_FILES)?;
+    fs::write(set, compiler.file_descriptor_set().encode_to_vec())?;
     Ok(())
 }

@@ -22,6 +22,7 @@
 mod changes;
 mod controller;
 mod embedded;
+mod etcd;
 mod keys;
 mod partition_value;
 mod placement;
@@ -41,6 +42,7 @@ mod faulty;
 pub use changes::{Change, Changed, PartitionChanges};
 pub use controller::Controller;
 pub use embedded::{EmbeddedStore, FILE as EMBEDDED_FILE, OpenError};
+pub use etcd::{EtcdIdentity, EtcdLogin, EtcdOptions, EtcdOptionsError, EtcdStore, EtcdTls, MemberStatus};
 pub use keys::{
     Addresses, BrokerState, BrokerValue, ControllerValue, DeletedValue, DirectoryValue, DrainValue, InvalidClusterName,
     InvalidValue, Key, Keys, ProducerIdsValue, TopicValue, Value,

@@ -3,6 +3,7 @@
 pub mod codec;
 pub mod fault;
 pub mod frame;
+pub mod status;
 
 /// The generated messages, clients and (with `server`) service traits of `proto/strandline/v1`.
 #[allow(missing_docs, unreachable_pub, clippy::all, clippy::pedantic, clippy::disallowed_methods, reason = "generated")]

@@ -1,0 +1,274 @@
+//! The members of an etcd cluster: one connection to each, made when it is first needed, and who is asked first.
+//!
+//! It never repeats a request: see `call`.
+
+use std::{
+    future::Future,
+    sync::{
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
+    },
+    time::Duration,
+};
+
+use etcd_client::{Client, Error, KvClient, LeaseClient, ResponseHeader, WatchClient};
+use tokio::sync::OnceCell;
+
+use super::{
+    MemberStatus,
+    call::{Class, Refusal},
+    options::{EtcdLogin, EtcdOptions, EtcdOptionsError},
+    text,
+};
+use crate::cluster::store::Revision;
+
+/// Largest answer to a read. A page of a listing that is larger is asked for in smaller ones.
+const READ_BYTES: usize = 64 << 20;
+
+/// Largest message of a watch: a thousand transactions, which is what etcd gives at once to a watch that lies behind, of a
+/// quarter of the largest each.
+const WATCH_BYTES: usize = 256 << 20;
+
+/// Least time for a login: etcd's hash of a password is slow on purpose.
+const LOGIN_TIME: Duration = Duration::from_secs(2);
+
+/// All members.
+pub(super) struct Members {
+    list: Vec<Member>,
+    /// Who is asked first: the one that answered last.
+    first: AtomicUsize,
+}
+
+/// One member.
+pub(super) struct Member {
+    place: usize,
+    endpoint: String,
+    options: EtcdOptions,
+    /// The etcd cluster that all of them belong to, once one has answered.
+    cluster: Arc<OnceLock<u64>>,
+    line: Mutex<Line>,
+}
+
+/// One connection to one member, which is made with the first request. Clones share it.
+#[derive(Clone)]
+pub(super) struct Line(Arc<Connection>);
+
+struct Connection {
+    place: usize,
+    client: Client,
+    /// Done once: a token that etcd no longer takes is renewed with a new connection.
+    login: OnceCell<()>,
+    /// Answers so far: what tells a slow member from one that is gone.
+    heard: AtomicU64,
+    cluster: Arc<OnceLock<u64>>,
+}
+
+impl Members {
+    pub(super) async fn new(options: EtcdOptions) -> Result<Self, EtcdOptionsError> {
+        options.check()?;
+        let cluster = Arc::new(OnceLock::new());
+        let mut list = Vec::with_capacity(options.endpoints.len());
+        for (place, endpoint) in options.endpoints.iter().enumerate() {
+            let line = Line::new(place, endpoint, &options, &cluster).await;
+            let line = line.map_err(|error| EtcdOptionsError::Tls { why: refused(&error) })?;
+            list.push(Member {
+                place,
+                endpoint: endpoint.clone(),
+                options: options.clone(),
+                cluster: cluster.clone(),
+                line: Mutex::new(line),
+            });
+        }
+        Ok(Self { list, first: AtomicUsize::new(0) })
+    }
+
+    pub(super) fn endpoints(&self) -> Vec<&str> {
+        self.list.iter().map(|member| member.endpoint.as_str()).collect()
+    }
+
+    pub(super) fn each(&self) -> impl Iterator<Item = &Member> {
+        self.list.iter()
+    }
+
+    /// Every member once, the one that answered last first.
+    pub(super) fn in_turn(&self) -> impl Iterator<Item = &Member> {
+        let first = self.first.load(Relaxed);
+        (0..self.list.len()).map(move |step| &self.list[(first + step) % self.list.len()])
+    }
+
+    /// This member answered: it is asked first from now on.
+    pub(super) fn answered(&self, member: &Member) {
+        self.first.store(member.place, Relaxed);
+    }
+
+    /// This member did not answer: others ask the next one first, unless somebody chose already.
+    pub(super) fn pass_on(&self, member: &Member) {
+        let next = (member.place + 1) % self.list.len();
+        // Lost to another caller's choice, which is as good.
+        let _chosen = self.first.compare_exchange(member.place, next, Relaxed, Relaxed);
+    }
+
+    /// The member of a connection.
+    pub(super) fn of(&self, line: &Line) -> &Member {
+        &self.list[line.0.place]
+    }
+}
+
+impl Member {
+    pub(super) fn endpoint(&self) -> &str {
+        &self.endpoint
+    }
+
+    /// One attempt: connects and logs in where that was not done yet, asks, and waits for the call's time.
+    pub(super) async fn ask<T, F>(&self, ask: &impl Fn(Line) -> F) -> Result<T, Refusal>
+    where
+        F: Future<Output = Result<T, Error>>,
+    {
+        match self.ask_once(ask).await {
+            // Tokens end, and with every change of etcd's users all of them do. Nothing was done with this one.
+            Err((Refusal { class: Class::Token, .. }, line)) if self.options.login.is_some() => {
+                self.replace(&line).await;
+                let again = self.ask_once(ask).await;
+                again.map_err(|(refusal, _)| refusal.without_token())
+            }
+            other => other.map_err(|(refusal, _)| refusal.without_token()),
+        }
+    }
+
+    async fn ask_once<T, F>(&self, ask: &impl Fn(Line) -> F) -> Result<T, (Refusal, Line)>
+    where
+        F: Future<Output = Result<T, Error>>,
+    {
+        let line = self.line();
+        if let Some(login) = &self.options.login {
+            line.log_in(login, self.options.call_timeout).await.map_err(|refusal| (refusal, line.clone()))?;
+        }
+        let heard = line.0.heard.load(Relaxed);
+        let time = self.options.call_timeout;
+        match tokio::time::timeout(time, ask(line.clone())).await {
+            Ok(answer) => {
+                line.0.heard.fetch_add(1, Relaxed);
+                answer.map_err(|error| (Refusal::of(&error), line))
+            }
+            Err(_) => {
+                if line.0.heard.load(Relaxed) == heard {
+                    self.replace(&line).await;
+                }
+                Err((Refusal::unknown(format!("no answer within {} ms", time.as_millis())), line))
+            }
+        }
+    }
+
+    /// Lets the next caller connect anew, unless somebody saw to that already. Who still waits on the old connection does so.
+    pub(super) async fn replace(&self, old: &Line) {
+        match Line::new(self.place, &self.endpoint, &self.options, &self.cluster).await {
+            Ok(fresh) => {
+                let mut line = self.lock();
+                if Arc::ptr_eq(&line.0, &old.0) {
+                    *line = fresh;
+                }
+            }
+            // What the options say worked before; the system's authorities may have become unreadable.
+            Err(error) => {
+                tracing::warn!(endpoint = self.endpoint, error = refused(&error), "no new connection to etcd")
+            }
+        }
+    }
+
+    /// What the member says about itself.
+    pub(super) async fn status(&self) -> Result<MemberStatus, String> {
+        let asked = self.ask(&|line: Line| async move {
+            let mut response = line.0.client.maintenance_client();
+            let response = response.status().await?;
+            line.revision(response.header())?;
+            let member = response.header().map(ResponseHeader::member_id);
+            Ok(MemberStatus {
+                version: response.version().to_owned(),
+                leader: member == Some(response.leader()),
+                database_bytes: u64::try_from(response.db_size()).unwrap_or_default(),
+            })
+        });
+        asked.await.map_err(|refusal| refusal.why)
+    }
+
+    fn line(&self) -> Line {
+        self.lock().clone()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Line> {
+        self.line.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Line {
+    /// Connects to nothing: `etcd_client` only waits here where it is told of a user.
+    async fn new(
+        place: usize,
+        endpoint: &str,
+        options: &EtcdOptions,
+        cluster: &Arc<OnceLock<u64>>,
+    ) -> Result<Self, Error> {
+        let client = Client::connect([endpoint], Some(options.connect(endpoint))).await?;
+        let (login, heard, cluster) = (OnceCell::new(), AtomicU64::new(0), cluster.clone());
+        Ok(Self(Arc::new(Connection { place, client, login, heard, cluster })))
+    }
+
+    pub(super) fn kv(&self) -> KvClient {
+        self.0.client.kv_client().max_decoding_message_size(READ_BYTES)
+    }
+
+    pub(super) fn leases(&self) -> LeaseClient {
+        self.0.client.lease_client()
+    }
+
+    pub(super) fn watches(&self) -> WatchClient {
+        self.0.client.watch_client().max_decoding_message_size(WATCH_BYTES)
+    }
+
+    /// The store's revision at an answer, when it is one of the cluster that answered first.
+    pub(super) fn revision(&self, header: Option<&ResponseHeader>) -> Result<Revision, Error> {
+        let header = header.ok_or_else(|| text::not_an_answer("no header"))?;
+        let (known, here) = (*self.0.cluster.get_or_init(|| header.cluster_id()), header.cluster_id());
+        if known == here {
+            return Ok(text::revision(header.revision()));
+        }
+        Err(text::not_an_answer(&format!(
+            "it belongs to the etcd cluster {here:x}, and the others to {known:x}: name the members of one cluster, and \
+             restart after etcd was restored from a backup"
+        )))
+    }
+
+    /// Once for a connection, whoever asks first; the others wait for it.
+    async fn log_in(&self, login: &EtcdLogin, call_timeout: Duration) -> Result<(), Refusal> {
+        let user = || Some((login.user.clone(), login.password.clone()));
+        let attempt = || async {
+            let mut client = self.0.client.clone();
+            let time = call_timeout.max(LOGIN_TIME);
+            match tokio::time::timeout(time, client.update_user(user())).await {
+                Ok(Ok(())) => Ok(()),
+                Ok(Err(error)) => match Refusal::of(&error) {
+                    // Switched off in etcd: then a token is neither given nor wanted.
+                    Refusal { class: Class::NoLogins, .. } => Ok(()),
+                    refusal => Err(refusal.at_login(&login.user)),
+                },
+                Err(_) => {
+                    Err(Refusal::unknown(format!("no answer within {} ms", time.as_millis())).at_login(&login.user))
+                }
+            }
+        };
+        self.0.login.get_or_try_init(attempt).await?;
+        Ok(())
+    }
+}
+
+/// An error of `etcd_client` about options, in one line.
+fn refused(error: &Error) -> String {
+    use std::error::Error as _;
+    match error {
+        Error::TransportError(error) => match error.source() {
+            Some(source) => format!("{error}: {source}"),
+            None => error.to_string(),
+        },
+        other => other.to_string(),
+    }
+}

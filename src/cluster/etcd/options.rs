@@ -1,0 +1,271 @@
+//! How to reach an etcd cluster: endpoints, TLS and login, checked before anything connects.
+
+use std::{fmt, time::Duration};
+
+use etcd_client::{Certificate, ConnectOptions, Identity, TlsOptions};
+
+/// How long one attempt of a call waits for its answer unless the options say otherwise.
+const CALL_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// How often an idle connection proves itself to the routers on its way. It is TCP's own probe, which etcd does not see.
+const TCP_KEEPALIVE: Duration = Duration::from_secs(10);
+
+/// How to reach an etcd cluster.
+#[derive(Clone, Debug)]
+pub struct EtcdOptions {
+    /// URLs of its members, `http://host:port` or `https://host:port`. Each is asked by itself; none stands for the cluster.
+    pub endpoints: Vec<String>,
+    /// Whom to trust and who we are, for `https`. Unset: the system's authorities, and no certificate of our own.
+    pub tls: Option<EtcdTls>,
+    /// The user, where etcd asks for one.
+    pub login: Option<EtcdLogin>,
+    /// How long one attempt of a call waits for its answer. Above the time of an answer under load, below that in which a
+    /// lease must be kept alive again.
+    pub call_timeout: Duration,
+}
+
+/// TLS towards etcd. Everything is PEM, as read from its file.
+#[derive(Clone, Default)]
+pub struct EtcdTls {
+    /// The only authority to trust. Unset: the system's.
+    pub ca: Option<Vec<u8>>,
+    /// Our certificate, where etcd wants one.
+    pub identity: Option<EtcdIdentity>,
+}
+
+/// A client certificate.
+#[derive(Clone)]
+pub struct EtcdIdentity {
+    /// The certificate, with those between it and the authority.
+    pub certificate: Vec<u8>,
+    /// Its private key.
+    pub key: Vec<u8>,
+}
+
+/// A user of etcd.
+#[derive(Clone)]
+pub struct EtcdLogin {
+    /// The name.
+    pub user: String,
+    /// The password.
+    pub password: String,
+}
+
+impl fmt::Debug for EtcdTls {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("EtcdTls").field("ca", &self.ca.is_some()).field("identity", &self.identity.is_some()).finish()
+    }
+}
+
+impl fmt::Debug for EtcdIdentity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("EtcdIdentity")
+    }
+}
+
+impl fmt::Debug for EtcdLogin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("EtcdLogin").field("user", &self.user).finish_non_exhaustive()
+    }
+}
+
+/// Why options cannot be used.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum EtcdOptionsError {
+    /// No endpoint is named.
+    #[error("no etcd endpoint is named: name at least one, as http://host:2379")]
+    NoEndpoints,
+    /// An endpoint is no URL of a member.
+    #[error("{endpoint:?} is no etcd endpoint ({why}): write it as http://host:2379 or https://host:2379")]
+    Endpoint {
+        /// As it was given, without what may be a password.
+        endpoint: String,
+        /// What is wrong.
+        why: String,
+    },
+    /// An endpoint is named twice: it would be asked twice where another one should be.
+    #[error("the etcd endpoint {endpoint} is named twice: name each member once")]
+    Twice {
+        /// The endpoint.
+        endpoint: String,
+    },
+    /// TLS is set and an endpoint would not use it.
+    #[error(
+        "TLS is set for etcd and the endpoint {endpoint} does not use it: write https://, or leave the TLS settings out"
+    )]
+    PlainEndpoint {
+        /// The endpoint.
+        endpoint: String,
+    },
+    /// The certificates cannot be used.
+    #[error("the TLS settings for etcd cannot be used: {why}")]
+    Tls {
+        /// What is wrong.
+        why: String,
+    },
+    /// No attempt could succeed.
+    #[error("a call to etcd cannot end after {} ms: give it at least 1 ms", call_timeout.as_millis())]
+    CallTimeout {
+        /// The time.
+        call_timeout: Duration,
+    },
+}
+
+impl EtcdOptions {
+    /// Plain HTTP or the system's authorities, no login, one second for an attempt.
+    pub fn new(endpoints: impl IntoIterator<Item = impl Into<String>>) -> Self {
+        Self {
+            endpoints: endpoints.into_iter().map(Into::into).collect(),
+            tls: None,
+            login: None,
+            call_timeout: CALL_TIMEOUT,
+        }
+    }
+
+    /// Everything that can be seen without a connection.
+    pub(super) fn check(&self) -> Result<(), EtcdOptionsError> {
+        if self.endpoints.is_empty() {
+            return Err(EtcdOptionsError::NoEndpoints);
+        }
+        if self.call_timeout < Duration::from_millis(1) {
+            return Err(EtcdOptionsError::CallTimeout { call_timeout: self.call_timeout });
+        }
+        for (place, endpoint) in self.endpoints.iter().enumerate() {
+            let secure = checked(endpoint)?;
+            if self.endpoints[..place].contains(endpoint) {
+                return Err(EtcdOptionsError::Twice { endpoint: endpoint.clone() });
+            }
+            if !secure && self.tls.is_some() {
+                return Err(EtcdOptionsError::PlainEndpoint { endpoint: endpoint.clone() });
+            }
+        }
+        let Some(tls) = &self.tls else { return Ok(()) };
+        let holds = |pem: &[u8], what: &str| String::from_utf8_lossy(pem).contains(what);
+        let wrong = |why: &str| Err(EtcdOptionsError::Tls { why: why.to_owned() });
+        // Without a certificate in it the authority's file would trust nobody, and every connection fail without a word of why.
+        if tls.ca.as_ref().is_some_and(|ca| !holds(ca, "-----BEGIN CERTIFICATE-----")) {
+            return wrong("the authority's file holds no PEM certificate");
+        }
+        if tls.identity.as_ref().is_some_and(|identity| !holds(&identity.certificate, "-----BEGIN CERTIFICATE-----")) {
+            return wrong("the client certificate's file holds no PEM certificate");
+        }
+        if tls.identity.as_ref().is_some_and(|identity| !holds(&identity.key, "PRIVATE KEY-----")) {
+            return wrong("the client key's file holds no PEM private key");
+        }
+        Ok(())
+    }
+
+    /// The same in `etcd_client`'s words, for one endpoint. The login is not among them: with it, connecting would wait.
+    pub(super) fn connect(&self, endpoint: &str) -> ConnectOptions {
+        // Below the time of a call, so that a connection that cannot be made is known as such: nothing was sent then.
+        let connect = self.call_timeout * 3 / 4;
+        let options = ConnectOptions::new()
+            .with_connect_timeout(connect)
+            .with_tcp_keepalive(TCP_KEEPALIVE)
+            .with_require_leader(true);
+        if !endpoint.starts_with(SECURE) {
+            return options;
+        }
+        let tls = self.tls.clone().unwrap_or_default();
+        let trusting = match tls.ca {
+            Some(ca) => TlsOptions::new().ca_certificate(Certificate::from_pem(ca)),
+            None => TlsOptions::new().with_native_roots(),
+        };
+        options.with_tls(match tls.identity {
+            Some(identity) => trusting.identity(Identity::from_pem(identity.certificate, identity.key)),
+            None => trusting,
+        })
+    }
+}
+
+const SECURE: &str = "https://";
+
+/// Whether the endpoint uses TLS.
+fn checked(endpoint: &str) -> Result<bool, EtcdOptionsError> {
+    let wrong =
+        |shown: &str, why: &str| Err(EtcdOptionsError::Endpoint { endpoint: shown.to_owned(), why: why.to_owned() });
+    let (secure, rest) = match (endpoint.strip_prefix(SECURE), endpoint.strip_prefix("http://")) {
+        (Some(rest), _) => (true, rest),
+        (None, Some(rest)) => (false, rest),
+        (None, None) => return wrong(endpoint, "it begins with neither http:// nor https://"),
+    };
+    if let Some((_, place)) = rest.rsplit_once('@') {
+        return wrong(place, "a user does not belong into it");
+    }
+    if let Some(end) = rest.find(['/', '?', '#']) {
+        return wrong(endpoint, &format!("{:?} is too much", &rest[end..]));
+    }
+    let Some((host, port)) = rest.rsplit_once(':') else { return wrong(endpoint, "it has no port") };
+    if host.is_empty() || host.contains(char::is_whitespace) || (host.contains(':') && !host.starts_with('[')) {
+        return wrong(endpoint, "it has no host");
+    }
+    match port.parse::<u16>() {
+        Ok(1..) => Ok(secure),
+        _ => wrong(endpoint, &format!("{port:?} is no port")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(options: &EtcdOptions) -> String {
+        options.check().expect_err("refused").to_string()
+    }
+
+    #[test]
+    fn endpoints_are_urls_of_members_and_nothing_else() {
+        for good in ["http://a:1", "https://etcd-1.example:2379", "http://[::1]:2379", "http://127.0.0.1:65535"] {
+            assert_eq!(EtcdOptions::new([good]).check(), Ok(()), "{good}");
+        }
+        for (bad, what) in [
+            ("a:2379", "neither http:// nor https://"),
+            ("grpc://a:1", "neither http:// nor https://"),
+            ("http://a", "no port"),
+            ("http://:2379", "no host"),
+            ("http://a:0", "no port"),
+            ("http://a:70000", "no port"),
+            ("http://a:b", "no port"),
+            ("http://::1:2379", "no host"),
+            ("http://a:1/v3", "\"/v3\" is too much"),
+            ("http://a:1?x", "too much"),
+            ("http://a b:1", "no host"),
+            ("", "neither http:// nor https://"),
+        ] {
+            let said = refused(&EtcdOptions::new([bad]));
+            assert!(said.contains(what) && said.contains(bad), "{bad}: {said}");
+        }
+        let said = refused(&EtcdOptions::new(["http://root:secret@a:1"]));
+        assert!(said.contains("a user does not belong") && !said.contains("secret"), "{said}");
+        assert!(
+            refused(&EtcdOptions::new(["http://a:1", "http://b:1", "http://a:1"]))
+                .contains("http://a:1 is named twice")
+        );
+        assert!(refused(&EtcdOptions::new([""; 0])).contains("at least one"));
+        let hasty = EtcdOptions { call_timeout: Duration::ZERO, ..EtcdOptions::new(["http://a:1"]) };
+        assert!(refused(&hasty).contains("0 ms"));
+    }
+
+    #[test]
+    fn tls_without_a_certificate_in_it_is_refused_and_so_is_tls_that_would_not_be_used() {
+        let with = |endpoint: &str, tls: EtcdTls| EtcdOptions { tls: Some(tls), ..EtcdOptions::new([endpoint]) };
+        assert!(refused(&with("http://a:1", EtcdTls::default())).contains("write https://"));
+        let ca = EtcdTls { ca: Some(b"not PEM".to_vec()), identity: None };
+        assert!(refused(&with("https://a:1", ca)).contains("holds no PEM certificate"));
+        let certificate = b"-----BEGIN CERTIFICATE-----".to_vec();
+        let key = EtcdIdentity { certificate, key: b"-----BEGIN CERTIFICATE-----".to_vec() };
+        assert!(
+            refused(&with("https://a:1", EtcdTls { ca: None, identity: Some(key) })).contains("no PEM private key")
+        );
+    }
+
+    #[test]
+    fn nothing_secret_is_printed() {
+        let mut options = EtcdOptions::new(["https://a:1"]);
+        options.login = Some(EtcdLogin { user: "root".to_owned(), password: "secret".to_owned() });
+        let identity = EtcdIdentity { certificate: b"secret".to_vec(), key: b"secret".to_vec() };
+        options.tls = Some(EtcdTls { ca: None, identity: Some(identity) });
+        let printed = format!("{options:?}");
+        assert!(printed.contains("root") && !printed.contains("secret"), "{printed}");
+    }
+}

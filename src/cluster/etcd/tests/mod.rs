@@ -1,0 +1,263 @@
+//! The store on real etcd clusters: the conformance suite, members that die, freeze and come back, compaction, users, TLS.
+
+use std::{sync::Arc, time::Duration};
+
+use etcd_client::{Client, ConnectOptions};
+use futures::FutureExt as _;
+use tokio::time::timeout;
+
+use self::process::Etcd;
+use super::{EtcdIdentity, EtcdLogin, EtcdOptions, EtcdStore, EtcdTls, MemberStatus};
+use crate::{
+    cluster::{
+        conformance::{self, Subject},
+        store::{Compare, Event, LeaseId, MetaStore, Outcome, Revision, StoreError, Transaction, Watch},
+    },
+    task::clock,
+};
+
+mod process;
+mod scripted;
+mod secure;
+
+/// Far above what anything here takes, so that a hang fails.
+const SOON: Duration = Duration::from_secs(30);
+
+async fn put(store: &EtcdStore, key: &str, value: &str) -> Result<Revision, StoreError> {
+    match store.transact(Transaction::new().put(key, value.to_owned())).await? {
+        Outcome::Done { revision } => Ok(revision),
+        Outcome::Refused { .. } => panic!("nothing was compared"),
+    }
+}
+
+async fn value(store: &EtcdStore, key: &str) -> Option<String> {
+    let entry = store.get(key).await.expect("etcd answers").entry;
+    entry.map(|entry| String::from_utf8(entry.value.to_vec()).expect("text"))
+}
+
+/// Puts until it is done, however often etcd does not answer. For keys of which only the last value matters.
+async fn put_in_the_end(store: &EtcdStore, key: &str, value: &str) -> Revision {
+    let end = clock::monotonic() + SOON;
+    loop {
+        match put(store, key, value).await {
+            Ok(revision) => return revision,
+            Err(error) => assert!(error.retryable() && clock::monotonic() < end, "{error}"),
+        }
+    }
+}
+
+/// The next change of a watch.
+async fn next(watch: &mut Watch) -> Result<Vec<Event>, StoreError> {
+    let changes = timeout(SOON, watch.next()).await.expect("the watch goes on").expect("the watch is open");
+    changes.map(|changes| changes.events)
+}
+
+/// Every value of one key that a watch gives, up to and with `last`.
+async fn values_up_to(watch: &mut Watch, last: &str) -> Vec<String> {
+    let mut values: Vec<String> = Vec::new();
+    while values.last().is_none_or(|value| value != last) {
+        for event in next(watch).await.expect("nothing is wrong") {
+            let Event::Put(entry) = event else { panic!("nothing was deleted") };
+            values.push(String::from_utf8(entry.value.to_vec()).expect("text"));
+        }
+    }
+    values
+}
+
+/// A client beside the store's, for what the store never does.
+async fn client(endpoint: String, options: ConnectOptions) -> Client {
+    Client::connect([endpoint], Some(options)).await.expect("etcd answers")
+}
+
+#[tokio::test]
+async fn three_members_conform() {
+    let etcd = Etcd::start(3).await;
+    let subject = Subject {
+        store: Arc::new(etcd.store().await),
+        pass: Box::new(|time| tokio::time::sleep(time).boxed()),
+        prefix: "/conformance/".to_owned(),
+    };
+    conformance::all(&subject).await;
+}
+
+/// More keys than one answer takes, and values that make fewer of them one that is too large.
+#[tokio::test]
+async fn a_listing_of_many_pages_is_one_moment() {
+    let etcd = Etcd::start(1).await;
+    let store = etcd.store().await;
+    for hundred in 0..45 {
+        let put = |transaction: Transaction, n: i32| transaction.put(format!("many/{hundred:03}/{n:03}"), "");
+        store.transact((0..100).fold(Transaction::new(), put)).await.expect("etcd answers");
+    }
+    let listing = store.list("many/").await.expect("etcd answers");
+    assert_eq!(listing.entries.len(), 4500);
+    assert!(listing.entries.windows(2).all(|pair| pair[0].key < pair[1].key));
+    // 72 MiB in 80 values: more than one answer may have.
+    for n in 0..80 {
+        let value = vec![0; 900 << 10];
+        store.transact(Transaction::new().put(format!("large/{n:03}"), value)).await.expect("etcd answers");
+    }
+    let listing = store.list("large/").await.expect("pages that fit");
+    assert_eq!(listing.entries.len(), 80);
+    assert!(store.list("").await.expect("everything").entries.len() == 4580);
+}
+
+#[tokio::test]
+async fn a_killed_leader_costs_neither_changes_nor_leases_nor_the_watch() {
+    let mut etcd = Etcd::start(3).await;
+    let store = etcd.store().await;
+    let start = put(&store, "n", "start").await.expect("etcd answers");
+    let mut watch = store.watch("n", start).await.expect("it begins");
+    let lease = store.grant(Duration::from_secs(30)).await.expect("etcd answers");
+    store.transact(Transaction::new().put_leased("leased", "", lease)).await.expect("etcd answers");
+    let mut known = start;
+    for n in 0..60 {
+        if n == 20 {
+            etcd.kill(etcd.leader(&store).await);
+        }
+        known = count(&store, n, known).await;
+    }
+    let expected: Vec<_> = ["start".to_owned()].into_iter().chain((0..60).map(|n| n.to_string())).collect();
+    assert_eq!(values_up_to(&mut watch, "59").await, expected, "each once, in order");
+    store.keep_alive(lease).await.expect("a lease outlives the leader");
+    assert!(value(&store, "leased").await.is_some());
+}
+
+/// Writes `n` over what `known` wrote, as everybody must: after an unknown outcome it is read back what became of it.
+async fn count(store: &EtcdStore, n: i32, known: Revision) -> Revision {
+    let end = clock::monotonic() + SOON;
+    let transaction =
+        Transaction::new().when(Compare::ModRevision("n".to_owned(), known)).put("n", n.to_string()).else_get("n");
+    loop {
+        match store.transact(transaction.clone()).await {
+            Ok(Outcome::Done { revision }) => return revision,
+            Ok(Outcome::Refused { found, .. }) => {
+                let entry = found.into_iter().next().flatten().expect("it is never deleted");
+                assert_eq!(entry.value, n.to_string(), "only the attempt before can have done it");
+                return entry.mod_revision;
+            }
+            Err(error) => assert!(error.retryable() && clock::monotonic() < end, "{error}"),
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_frozen_member_is_left_by_calls_and_watches() {
+    let etcd = Etcd::start(3).await;
+    let store = etcd.store().await;
+    let start = put(&store, "n", "start").await.expect("etcd answers");
+    let mut watch = store.watch("n", start).await.expect("it begins");
+    assert_eq!(values_up_to(&mut watch, "start").await, ["start"]);
+    let lease = store.grant(Duration::from_secs(30)).await.expect("etcd answers");
+    // The first one that is named has answered everything so far.
+    etcd.freeze(0);
+    let began = store.get("n").await.expect("another member answers").entry.expect("it is there");
+    assert_eq!(began.mod_revision, start);
+    put_in_the_end(&store, "n", "1").await;
+    assert_eq!(values_up_to(&mut watch, "1").await, ["1"], "the watch moved on by itself");
+    store.keep_alive(lease).await.expect("etcd answers");
+    etcd.thaw(0);
+    etcd.answers(&store).await;
+    put_in_the_end(&store, "n", "2").await;
+    assert_eq!(values_up_to(&mut watch, "2").await, ["2"]);
+}
+
+#[tokio::test]
+async fn two_dead_members_make_everything_wait_and_nothing_wrong() {
+    let mut etcd = Etcd::start(3).await;
+    let store = etcd.store().await;
+    let start = put(&store, "n", "start").await.expect("etcd answers");
+    let mut watch = store.watch("n", start.next()).await.expect("it begins");
+    etcd.kill(0);
+    etcd.kill(1);
+    let (read, wrote) = tokio::join!(store.get("n"), put(&store, "other", "x"));
+    let error = read.expect_err("a read is never answered by one of three");
+    assert!(matches!(error, StoreError::Unavailable { outcome_unknown: false, .. }), "{error}");
+    assert!(error.to_string().contains(&etcd.endpoint(0)), "{error}");
+    assert!(matches!(wrote, Err(StoreError::Unavailable { .. })), "{wrote:?}");
+    etcd.run(0);
+    etcd.run(1);
+    etcd.answers(&store).await;
+    put_in_the_end(&store, "n", "again").await;
+    assert_eq!(values_up_to(&mut watch, "again").await.last().map(String::as_str), Some("again"));
+}
+
+#[tokio::test]
+async fn a_compacted_beginning_is_told_and_the_present_can_be_watched() {
+    let mut etcd = Etcd::start(3).await;
+    let store = etcd.store().await;
+    let first = put(&store, "a/n", "0").await.expect("etcd answers");
+    let mut behind = store.watch("a/", first.next()).await.expect("it begins");
+    let mut last = first;
+    for n in 0..10 {
+        last = put(&store, "b/n", &n.to_string()).await.expect("etcd answers");
+    }
+    let compact = i64::try_from(last.0).expect("small");
+    client(etcd.endpoint(2), ConnectOptions::new()).await.compact(compact, None).await.expect("etcd answers");
+    let mut from_past = store.watch("a/", first).await.expect("etcd tells later");
+    let said = next(&mut from_past).await.expect_err("its beginning is gone");
+    assert_eq!(said, StoreError::Compacted { from: first, oldest: last });
+    assert!(timeout(SOON, from_past.next()).await.expect("it ended").is_none(), "it ends after its first error");
+    // One that ran all the time notices when it must resume: all that it saw lies before what is kept.
+    etcd.kill(0);
+    let said = next(&mut behind).await.expect_err("what it would resume from is gone");
+    assert_eq!(said, StoreError::Compacted { from: first.next(), oldest: last });
+    let listing = store.list("a/").await.expect("two members are enough");
+    let mut present = store.watch("a/", listing.revision.next()).await.expect("the present is never compacted");
+    put_in_the_end(&store, "a/n", "1").await;
+    assert_eq!(values_up_to(&mut present, "1").await.last().map(String::as_str), Some("1"));
+}
+
+#[tokio::test]
+async fn a_dead_endpoint_costs_a_transaction_nothing_and_a_silent_one_is_left() {
+    let etcd = Etcd::start(1).await;
+    let nobody = {
+        let bound = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+        format!("http://{}", bound.local_addr().expect("it is bound"))
+    };
+    let store = EtcdStore::open(EtcdOptions::new([nobody.clone(), etcd.endpoint(0)])).await.expect("good options");
+    put(&store, "n", "1").await.expect("what was never sent goes on to the next member");
+    // It takes connections and never says a word.
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let endpoint = format!("http://{}", silent.local_addr().expect("it is bound"));
+    let store = EtcdStore::open(EtcdOptions::new([endpoint.clone(), etcd.endpoint(0)])).await.expect("good options");
+    let error = put(&store, "n", "2").await.expect_err("it may have been done");
+    assert!(error.outcome_unknown() && error.to_string().contains(&endpoint), "{error}");
+    put(&store, "n", "2").await.expect("the next attempt is made elsewhere");
+    let store = EtcdStore::open(EtcdOptions::new([endpoint, etcd.endpoint(0)])).await.expect("good options");
+    assert_eq!(value(&store, "n").await.as_deref(), Some("2"), "a read goes on by itself");
+    let alone = EtcdStore::open(EtcdOptions::new([nobody.clone()])).await.expect("good options");
+    let error = put(&alone, "n", "3").await.expect_err("nobody is there");
+    assert!(!error.outcome_unknown() && error.to_string().contains(&nobody), "{error}");
+    assert!(error.to_string().contains("refused"), "{error}");
+}
+
+#[tokio::test]
+async fn members_of_another_cluster_are_not_believed() {
+    let (ours, other) = tokio::join!(Etcd::start(1), Etcd::start(1));
+    let endpoints = [ours.endpoint(0), other.endpoint(0)];
+    let store = EtcdStore::open(EtcdOptions::new(endpoints)).await.expect("good options");
+    put(&store, "n", "ours").await.expect("etcd answers");
+    let status = store.status().await;
+    assert!(status[0].1.is_ok(), "{status:?}");
+    let said = status[1].1.clone().expect_err("another cluster's");
+    assert!(said.contains("etcd cluster"), "{said}");
+    drop(ours);
+    let error = store.get("n").await.expect_err("the other cluster has another history");
+    assert!(error.to_string().contains("name the members of one cluster"), "{error}");
+}
+
+#[tokio::test]
+async fn a_lease_lives_for_the_time_that_was_asked_and_is_known_by_its_end() {
+    let etcd = Etcd::start(1).await;
+    let store = etcd.store().await;
+    let lease = store.grant(Duration::from_millis(2_500)).await.expect("etcd answers");
+    let mut client = client(etcd.endpoint(0), ConnectOptions::new()).await;
+    let granted = client.lease_time_to_live(lease.0, None).await.expect("etcd answers").granted_ttl();
+    assert_eq!(granted, 3, "rounded up to whole seconds");
+    let never = LeaseId(lease.0 ^ 1);
+    assert_eq!(store.keep_alive(never).await, Err(StoreError::LeaseGone { lease: never }));
+    store.revoke(never).await.expect("no error when there is none");
+    let put = Transaction::new().put_leased("n", "", never);
+    assert_eq!(store.transact(put).await, Err(StoreError::LeaseGone { lease: never }));
+}

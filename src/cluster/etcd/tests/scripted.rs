@@ -1,0 +1,308 @@
+//! Members that answer what they are told to: errors whose meaning decides what is sent again, and answers that no etcd gives.
+
+use std::{
+    convert::Infallible,
+    sync::atomic::{AtomicU32, Ordering::SeqCst},
+};
+
+use bytes::{BufMut as _, Bytes, BytesMut};
+use http_body_util::StreamBody;
+use hyper::{HeaderMap, Request, Response, body::Frame, body::Incoming, service::service_fn};
+use hyper_util::{
+    rt::{TokioExecutor, TokioIo},
+    server::conn::auto,
+};
+use prost::Message;
+use tokio::net::TcpListener;
+
+use super::*;
+use crate::{proto::status::Code, task::Tasks};
+
+// The messages of etcd's published interface, as far as answers here need them.
+
+#[derive(Clone, PartialEq, Message)]
+struct Header {
+    #[prost(uint64, tag = "1")]
+    cluster_id: u64,
+    #[prost(int64, tag = "3")]
+    revision: i64,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct KeyValue {
+    #[prost(bytes = "vec", tag = "1")]
+    key: Vec<u8>,
+    #[prost(int64, tag = "2")]
+    create_revision: i64,
+    #[prost(int64, tag = "3")]
+    mod_revision: i64,
+    #[prost(int64, tag = "4")]
+    version: i64,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct Ranged {
+    #[prost(message, optional, tag = "1")]
+    header: Option<Header>,
+    #[prost(message, repeated, tag = "2")]
+    kvs: Vec<KeyValue>,
+    #[prost(bool, tag = "3")]
+    more: bool,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct Nothing {}
+
+#[derive(Clone, PartialEq, Message)]
+struct Transacted {
+    #[prost(message, optional, tag = "1")]
+    header: Option<Header>,
+    #[prost(bool, tag = "2")]
+    succeeded: bool,
+    /// Operations without an answer.
+    #[prost(message, repeated, tag = "3")]
+    responses: Vec<Nothing>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct Change {
+    #[prost(int32, tag = "1")]
+    kind: i32,
+    #[prost(message, optional, tag = "2")]
+    kv: Option<KeyValue>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct Watched {
+    #[prost(message, optional, tag = "1")]
+    header: Option<Header>,
+    #[prost(bool, tag = "3")]
+    created: bool,
+    #[prost(bool, tag = "4")]
+    canceled: bool,
+    #[prost(string, tag = "6")]
+    reason: String,
+    #[prost(message, repeated, tag = "11")]
+    events: Vec<Change>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct Leased {
+    #[prost(message, optional, tag = "1")]
+    header: Option<Header>,
+    #[prost(int64, tag = "2")]
+    id: i64,
+    #[prost(int64, tag = "3")]
+    ttl: i64,
+}
+
+const HEADER: Option<Header> = Some(Header { cluster_id: 7, revision: 9 });
+
+/// What one request is answered with: messages, then a status.
+#[derive(Clone)]
+struct Reply {
+    messages: Vec<Vec<u8>>,
+    code: Code,
+    message: &'static str,
+}
+
+impl Reply {
+    fn of(message: &impl Message) -> Self {
+        Self { messages: vec![message.encode_to_vec()], code: Code::Ok, message: "" }
+    }
+
+    fn error(code: Code, message: &'static str) -> Self {
+        Self { messages: Vec::new(), code, message }
+    }
+
+    fn into_body(self) -> StreamBody<impl futures::Stream<Item = Result<Frame<Bytes>, Infallible>>> {
+        let framed = |message: Vec<u8>| {
+            let mut frame = BytesMut::new();
+            frame.put_u8(0);
+            frame.put_u32(u32::try_from(message.len()).expect("short"));
+            frame.put_slice(&message);
+            Frame::data(frame.freeze())
+        };
+        let mut trailers = HeaderMap::new();
+        trailers.insert("grpc-status", i32::from(self.code).into());
+        trailers.insert("grpc-message", self.message.parse().expect("printable"));
+        let frames: Vec<_> = self.messages.into_iter().map(framed).chain([Frame::trailers(trailers)]).collect();
+        StreamBody::new(futures::stream::iter(frames.into_iter().map(Ok)))
+    }
+}
+
+/// A member that answers by script: what was asked, and how many requests came before.
+struct Scripted {
+    endpoint: String,
+    requests: Arc<AtomicU32>,
+    tasks: Tasks,
+}
+
+impl Scripted {
+    async fn start(script: impl Fn(&str, u32) -> Reply + Send + Sync + 'static) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let endpoint = format!("http://{}", listener.local_addr().expect("it is bound"));
+        let (requests, tasks, script) = (Arc::new(AtomicU32::new(0)), Tasks::new(), Arc::new(script));
+        let (counted, group) = (requests.clone(), tasks.clone());
+        tasks.spawn("scripted member", async move {
+            loop {
+                let (socket, _) = tokio::select! {
+                    biased;
+                    () = group.cancelled() => return,
+                    accepted = listener.accept() => accepted.expect("it listens"),
+                };
+                let (counted, script, stop) = (counted.clone(), script.clone(), group.clone());
+                group.spawn("scripted connection", async move {
+                    let service = service_fn(move |request: Request<Incoming>| {
+                        let reply = script(request.uri().path(), counted.fetch_add(1, SeqCst));
+                        let response = Response::builder().header("content-type", "application/grpc");
+                        let response = response.body(reply.into_body()).expect("a response");
+                        async move { Ok::<_, Infallible>(response) }
+                    });
+                    let builder = auto::Builder::new(TokioExecutor::new());
+                    let connection = builder.serve_connection(TokioIo::new(socket), service);
+                    tokio::select! {
+                        biased;
+                        () = stop.cancelled() => {}
+                        // How a client leaves is its own affair.
+                        _left = connection => {}
+                    }
+                });
+            }
+        });
+        Self { endpoint, requests, tasks }
+    }
+
+    async fn store(&self) -> EtcdStore {
+        EtcdStore::open(EtcdOptions::new([self.endpoint.as_str()])).await.expect("good options")
+    }
+
+    async fn stop(self) -> u32 {
+        self.tasks.stop().await;
+        self.requests.load(SeqCst)
+    }
+}
+
+#[tokio::test]
+async fn what_was_not_done_is_sent_again_and_what_may_have_been_is_not() {
+    let done = |path: &str| match path {
+        "/etcdserverpb.KV/Txn" => Reply::of(&Transacted { header: HEADER, succeeded: true, responses: Vec::new() }),
+        _ => Reply::of(&Ranged { header: HEADER, ..Ranged::default() }),
+    };
+    for (code, message, again) in [
+        (Code::Unavailable, "etcdserver: no leader", true),
+        (Code::ResourceExhausted, "etcdserver: too many requests", true),
+        (Code::Unavailable, "etcdserver: leader changed", false),
+        (Code::Unavailable, "etcdserver: request timed out", false),
+        (Code::Unavailable, "etcdserver: server stopped", false),
+        (Code::Unknown, "raft proposal dropped", false),
+    ] {
+        let first_fails = move |path: &str, before| if before == 0 { Reply::error(code, message) } else { done(path) };
+        let member = Scripted::start(first_fails).await;
+        let outcome = put(&member.store().await, "n", "1").await;
+        match again {
+            true => assert_eq!(outcome, Ok(Revision(9)), "{message}"),
+            false => assert!(outcome.is_err_and(|error| error.outcome_unknown()), "{message}"),
+        }
+        assert_eq!(member.stop().await, if again { 2 } else { 1 }, "{message}");
+        let member = Scripted::start(first_fails).await;
+        member.store().await.get("n").await.expect("a read is always repeated");
+        assert_eq!(member.stop().await, 2, "{message}");
+    }
+}
+
+#[tokio::test]
+async fn what_no_member_would_do_is_not_sent_again() {
+    let full = "etcdserver: mvcc: database space exceeded";
+    let member = Scripted::start(move |_, _| Reply::error(Code::ResourceExhausted, full)).await;
+    let error = put(&member.store().await, "n", "1").await.expect_err("it is full");
+    assert!(!error.outcome_unknown() && error.to_string().contains(full), "{error}");
+    assert_eq!(member.stop().await, 1);
+}
+
+#[tokio::test]
+async fn a_transactions_operation_without_answer_is_not_missed() {
+    let odd = |path: &str, _| match path {
+        "/etcdserverpb.KV/Txn" => {
+            Reply::of(&Transacted { header: HEADER, succeeded: false, responses: vec![Nothing {}; 2] })
+        }
+        _ => Reply::of(&Ranged { header: HEADER, ..Ranged::default() }),
+    };
+    let member = Scripted::start(odd).await;
+    let transaction = Transaction::new().when(Compare::Exists("a".to_owned())).else_get("a").else_get("b");
+    let outcome = member.store().await.transact(transaction).await;
+    assert_eq!(outcome, Ok(Outcome::Refused { revision: Revision(9), found: vec![None, None] }));
+    member.stop().await;
+}
+
+#[tokio::test]
+async fn keys_that_are_no_text_and_kinds_of_change_that_nobody_knows_are_passed_over() {
+    let kv = |key: &[u8], version| KeyValue { key: key.to_vec(), create_revision: -1, mod_revision: 9, version };
+    let odd = move |path: &str, before| match path {
+        "/etcdserverpb.KV/Range" => {
+            let kvs = vec![kv(b"\xFF", 1), kv(b"", 1), kv(b"text", 1)];
+            Reply::of(&Ranged { header: HEADER, kvs, more: false })
+        }
+        // Once. After that the watch is refused for good, and so it ends.
+        _ if before <= 1 => {
+            let events = vec![
+                Change { kind: 7, kv: None },
+                Change { kind: 7, kv: Some(kv(b"unknown", 1)) },
+                Change { kind: 0, kv: Some(kv(b"\xFF", 1)) },
+                Change { kind: 1, kv: Some(kv(b"gone", 0)) },
+            ];
+            let begun = Watched { header: HEADER, created: true, ..Watched::default() };
+            let changed = Watched { header: HEADER, events, ..Watched::default() };
+            Reply { messages: vec![begun.encode_to_vec(), changed.encode_to_vec()], code: Code::Ok, message: "" }
+        }
+        _ => {
+            let reason = "etcdserver: mvcc: required revision has been compacted".to_owned();
+            Reply::of(&Watched { header: HEADER, created: true, canceled: true, reason, ..Watched::default() })
+        }
+    };
+    let member = Scripted::start(odd).await;
+    let store = member.store().await;
+    let listing = store.list("").await.expect("the others are there");
+    let keys: Vec<_> = listing.entries.iter().map(|entry| entry.key.as_str()).collect();
+    assert_eq!(keys, ["", "text"]);
+    assert_eq!(listing.entries[1].create_revision, Revision::ZERO);
+    let mut watch = store.watch("", Revision(9)).await.expect("it begins");
+    let events = next(&mut watch).await.expect("the others are there");
+    assert_eq!(events.len(), 2, "{events:?}");
+    assert_eq!(events[1], Event::Delete { key: "gone".to_owned(), revision: Revision(9) });
+    let said = next(&mut watch).await.expect_err("refused where it would resume");
+    assert!(matches!(said, StoreError::Compacted { from: Revision(10), .. }), "{said:?}");
+    member.stop().await;
+}
+
+#[tokio::test]
+async fn an_answer_that_is_none_is_an_error_of_every_call() {
+    let headless = |path: &str, _: u32| match path {
+        "/etcdserverpb.KV/Range" => Reply::of(&Ranged::default()),
+        "/etcdserverpb.KV/Txn" => Reply::of(&Transacted { succeeded: true, ..Transacted::default() }),
+        "/etcdserverpb.Watch/Watch" => Reply::of(&Watched { created: true, ..Watched::default() }),
+        "/etcdserverpb.Lease/LeaseGrant" => Reply::of(&Leased { header: HEADER, id: 0, ttl: 5 }),
+        _ => Reply { messages: Vec::new(), code: Code::Ok, message: "" },
+    };
+    let garbage = |_: &str, _: u32| Reply { messages: vec![vec![0xFF; 40]], code: Code::Ok, message: "" };
+    let (headless, garbage) = tokio::join!(Scripted::start(headless), Scripted::start(garbage));
+    for member in [headless, garbage] {
+        let store = member.store().await;
+        let lease = LeaseId(1);
+        let (got, listed, put, watched, granted, kept, revoked) = tokio::join!(
+            store.get("n"),
+            store.list("n"),
+            put(&store, "n", "1"),
+            store.watch("n", Revision(1)),
+            store.grant(Duration::from_secs(5)),
+            store.keep_alive(lease),
+            store.revoke(lease),
+        );
+        assert!(put.as_ref().is_err_and(StoreError::outcome_unknown), "{put:?}");
+        let all = [got.err(), listed.err(), put.err(), watched.err(), granted.err(), kept.err(), revoked.err()];
+        for error in all {
+            assert!(error.as_ref().is_some_and(StoreError::retryable), "{error:?}");
+        }
+        member.stop().await;
+    }
+}

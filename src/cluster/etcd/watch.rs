@@ -1,0 +1,188 @@
+//! A watch that outlives its member: it moves on and resumes behind the last change that it gave.
+//!
+//! Only changes move it forward. An answer to the request for a sign of life names a revision too, but up to etcd 3.4.24
+//! and 3.5.7 it may overtake changes that are older (etcd issue 15220), so nothing but life is believed of it.
+
+use std::{sync::Arc, time::Duration};
+
+use etcd_client::{Error, WatchOptions, WatchRequestSender, WatchResponse, WatchResponseStream};
+
+use super::{
+    call::{Failed, Refusal, Repeat},
+    members::{Line, Members},
+    text,
+};
+use crate::{
+    cluster::store::{Changes, Event, Revision, StoreError},
+    task::clock,
+};
+
+/// How long nothing may come before a sign of life is asked for.
+const QUIET: Duration = Duration::from_secs(2);
+
+/// How many signs of life in a row may stay out. Doubled after each time that it was too long, up to [`MOST_QUIETS`]: a member
+/// that has much to catch up with answers late, and must get the time that it needs.
+const QUIETS: u32 = 1;
+const MOST_QUIETS: u32 = 32;
+
+/// How long no member may have to give before the watch ends with an error.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// The waits between attempts at resuming.
+const WAITS: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
+
+/// A watch and where it stands.
+pub(super) struct Resuming {
+    members: Arc<Members>,
+    prefix: String,
+    /// Everything before this revision was given.
+    next: Revision,
+    stream: Stream,
+    quiets: u32,
+    wait: Duration,
+}
+
+/// The watch at one member.
+struct Stream {
+    line: Line,
+    requests: WatchRequestSender,
+    responses: WatchResponseStream,
+}
+
+/// How a stream ended.
+enum Ended {
+    /// With a word.
+    Said(String),
+    /// Without one, and without a sign of life.
+    Silent,
+}
+
+/// One answer of the watch, for `futures::stream::unfold`. It ends after the first error.
+pub(super) async fn step(watch: Option<Resuming>) -> Option<(Result<Changes, StoreError>, Option<Resuming>)> {
+    let mut watch = watch?;
+    match watch.changes().await {
+        Ok(changes) => Some((Ok(changes), Some(watch))),
+        Err(error) => Some((Err(error), None)),
+    }
+}
+
+impl Resuming {
+    /// Begins at a revision, at whichever member answers.
+    pub(super) async fn begin(members: Arc<Members>, prefix: &str, from: Revision) -> Result<Self, StoreError> {
+        // To etcd 0 means from now on.
+        let next = from.max(Revision(1));
+        let stream = open(&members, prefix, next).await.map_err(|failed| failed.of_watch(from))?;
+        Ok(Self { members, prefix: prefix.to_owned(), next, stream, quiets: QUIETS, wait: WAITS.0 })
+    }
+
+    async fn changes(&mut self) -> Result<Changes, StoreError> {
+        loop {
+            let ended = match self.stream.next(self.quiets).await {
+                Ok(response) => match self.understand(&response)? {
+                    Ok(Some(changes)) => return Ok(changes),
+                    Ok(None) => continue,
+                    Err(ended) => ended,
+                },
+                Err(ended) => ended,
+            };
+            self.resume(ended).await?;
+        }
+    }
+
+    /// What a response holds: changes, nothing new, or the end of this stream. An error ends the watch.
+    fn understand(&mut self, response: &WatchResponse) -> Result<Result<Option<Changes>, Ended>, StoreError> {
+        if response.compact_revision() > 0 {
+            let oldest = text::revision(response.compact_revision());
+            return Err(StoreError::Compacted { from: self.next, oldest });
+        }
+        if response.canceled() {
+            return Ok(Err(Ended::Said(response.cancel_reason().to_owned())));
+        }
+        if let Err(error) = self.stream.line.revision(response.header()) {
+            return Ok(Err(Ended::Said(error.to_string())));
+        }
+        (self.quiets, self.wait) = (QUIETS, WAITS.0);
+        let kvs = response.events().iter().filter_map(etcd_client::Event::kv);
+        // A resumed watch repeats nothing; were it to, what is older than what was given must not be given again.
+        let new = kvs.filter(|kv| text::revision(kv.mod_revision()) >= self.next);
+        let mut last = None;
+        let mut events: Vec<Event> = Vec::with_capacity(response.events().len());
+        for kv in new {
+            last = last.max(Some(text::revision(kv.mod_revision())));
+            events.extend(text::event(kv));
+        }
+        // One revision never comes in two responses: that would have to be asked for (`fragment`).
+        Ok(Ok(last.map(|revision| {
+            self.next = revision.next();
+            Changes { revision, events }
+        })))
+    }
+
+    async fn resume(&mut self, ended: Ended) -> Result<(), StoreError> {
+        let member = self.members.of(&self.stream.line);
+        match ended {
+            Ended::Said(why) => {
+                tracing::debug!(endpoint = member.endpoint(), why, next = %self.next, "a metadata watch is resumed");
+            }
+            Ended::Silent => {
+                tracing::info!(endpoint = member.endpoint(), "etcd fell silent; the metadata watch moves on");
+                self.quiets = (self.quiets * 2).min(MOST_QUIETS);
+                member.replace(&self.stream.line).await;
+            }
+        }
+        self.members.pass_on(member);
+        let end = clock::monotonic() + PATIENCE;
+        loop {
+            tokio::time::sleep(self.wait).await;
+            self.wait = (self.wait * 2).min(WAITS.1);
+            match open(&self.members, &self.prefix, self.next).await {
+                Ok(stream) => {
+                    self.stream = stream;
+                    return Ok(());
+                }
+                Err(failed @ Failed::Unavailable { .. }) if clock::monotonic() < end => {
+                    tracing::debug!(?failed, "no member resumes the metadata watch yet");
+                }
+                Err(failed) => return Err(failed.of_watch(self.next)),
+            }
+        }
+    }
+}
+
+/// Begins a watch at whichever member answers, and waits until it has begun.
+async fn open(members: &Members, prefix: &str, next: Revision) -> Result<Stream, Failed> {
+    let from = text::number(next).unwrap_or(i64::MAX);
+    let options = &WatchOptions::new().with_range(text::end(prefix)).with_start_revision(from);
+    members
+        .call(Repeat::Always, |line: Line| async move {
+            let stream = line.watches().watch(text::first(prefix), Some(options.clone())).await?;
+            let (requests, mut responses) = stream.split();
+            let begun = responses.message().await?.ok_or_else(|| Error::WatchError("it ended at once".to_owned()))?;
+            if begun.canceled() {
+                return Err(Error::WatchError(begun.cancel_reason().to_owned()));
+            }
+            line.revision(begun.header())?;
+            Ok(Stream { line, requests, responses })
+        })
+        .await
+}
+
+impl Stream {
+    /// The next response. May be dropped at any moment without losing any.
+    async fn next(&mut self, quiets: u32) -> Result<WatchResponse, Ended> {
+        for quiet in 0.. {
+            match tokio::time::timeout(QUIET, self.responses.message()).await {
+                Ok(Ok(Some(response))) => return Ok(response),
+                Ok(Ok(None)) => return Err(Ended::Said("the stream ended".to_owned())),
+                Ok(Err(error)) => return Err(Ended::Said(Refusal::of(&error).why)),
+                Err(_) if quiet == quiets => break,
+                // Room for a hundred requests: it never waits.
+                Err(_) => {
+                    let asked = self.requests.request_progress().await;
+                    asked.map_err(|error| Ended::Said(error.to_string()))?;
+                }
+            }
+        }
+        Err(Ended::Silent)
+    }
+}
