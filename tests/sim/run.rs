@@ -52,16 +52,19 @@ async fn live(world: &mut World) {
         .config("local.retention.bytes", "40000");
     client.admin().create_topic(&topic).await.unwrap();
     let (load, acked, stop) = (Tasks::new(), Acked::default(), Tasks::new());
-    for number in 0..PRODUCERS {
-        load.spawn("producer", produce(client.clone(), number, acked.clone(), world.trace.clone(), stop.clone()));
-    }
+    let producers = (0..PRODUCERS).map(|number| {
+        load.spawn("producer", produce(client.clone(), number, acked.clone(), world.trace.clone(), stop.clone()))
+    });
+    let producers: Vec<_> = producers.collect();
     for _ in 0..FAULTS {
         tokio::time::sleep(Duration::from_millis(random::in_range(50..1500))).await;
         fault(world).await;
     }
     stop.cancel();
-    let answered = tokio::time::timeout(PATIENCE, load.stop()).await;
-    assert!(answered.is_ok(), "every send is answered once the faults have stopped\n{}", world.trace.text());
+    let answered = tokio::time::timeout(PATIENCE, futures::future::join_all(producers)).await;
+    let answered = answered
+        .unwrap_or_else(|_| panic!("every send is answered once the faults have stopped\n{}", world.trace.text()));
+    assert!(answered.iter().all(Result::is_ok), "a send failed: see above");
     check(&client, &acked, &world.trace).await;
     world.stop().await;
     world.trace.note(format_args!("{} bytes on the disk", world.disk_bytes()));
