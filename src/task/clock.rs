@@ -4,6 +4,10 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Milliseconds since 1970 by the machine's clock, which may jump either way. For timestamps of records and objects.
 pub fn wall_ms() -> i64 {
+    #[cfg(feature = "sim")]
+    if let Some(process) = super::process::Process::current() {
+        return process.wall_ms();
+    }
     #[expect(clippy::disallowed_methods, reason = "the one place that reads the wall clock")]
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     i64::try_from(since.as_millis()).unwrap_or(i64::MAX)

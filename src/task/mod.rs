@@ -9,6 +9,8 @@ use std::future::Future;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 pub mod clock;
+#[cfg(feature = "sim")]
+pub mod process;
 pub mod random;
 
 /// A set of tasks with one token that stops them all. Clones share the set.
@@ -16,17 +18,29 @@ pub mod random;
 pub struct Tasks {
     token: CancellationToken,
     tracker: TaskTracker,
+    /// Whose tasks they are.
+    #[cfg(feature = "sim")]
+    process: Option<process::Process>,
 }
 
 impl Tasks {
     /// An empty set.
     pub fn new() -> Self {
-        Self::default()
+        Self {
+            #[cfg(feature = "sim")]
+            process: process::Process::current(),
+            ..Self::default()
+        }
     }
 
     /// An empty set that is cancelled with this one, and can be stopped before it. Its owner joins it.
     pub fn child(&self) -> Self {
-        Self { token: self.token.child_token(), tracker: TaskTracker::new() }
+        Self {
+            token: self.token.child_token(),
+            tracker: TaskTracker::new(),
+            #[cfg(feature = "sim")]
+            process: self.process.clone(),
+        }
     }
 
     /// Runs a future as a task of this set. The name is for the person who reads the logs of a stuck shutdown.
@@ -40,6 +54,13 @@ impl Tasks {
             tracing::trace!(task = name, "ended");
             output
         };
+        #[cfg(feature = "sim")]
+        if let Some(process) = &self.process {
+            #[expect(clippy::disallowed_methods, reason = "the one place that spawns")]
+            let task = self.tracker.spawn(process.run(named));
+            process.started(task.abort_handle());
+            return task;
+        }
         #[expect(clippy::disallowed_methods, reason = "the one place that spawns")]
         self.tracker.spawn(named)
     }
@@ -50,6 +71,13 @@ impl Tasks {
         F: FnOnce() -> T + Send + 'static,
         T: Send + 'static,
     {
+        #[cfg(feature = "sim")]
+        if let Some(process) = self.process.clone() {
+            return self.spawn("blocking", async move {
+                process.blocks().await;
+                function()
+            });
+        }
         #[expect(clippy::disallowed_methods, reason = "the one place that spawns")]
         self.tracker.spawn_blocking(function)
     }
@@ -86,6 +114,11 @@ where
     F: FnOnce() -> T + Send + 'static,
     T: Send + 'static,
 {
+    #[cfg(feature = "sim")]
+    if let Some(process) = process::Process::current() {
+        process.blocks().await;
+        return function();
+    }
     #[expect(clippy::disallowed_methods, reason = "the one place that spawns")]
     let handle = tokio::task::spawn_blocking(function);
     match handle.await {
@@ -113,6 +146,10 @@ where
 /// # Panics
 /// When the work panicked on one of them.
 pub fn side_by_side(name: &str, threads: usize, work: impl Fn(usize) + Sync) {
+    #[cfg(feature = "sim")]
+    if process::Process::current().is_some() {
+        return work(0);
+    }
     let work = &work;
     std::thread::scope(|scope| {
         for number in 1..threads {

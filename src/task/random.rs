@@ -1,7 +1,7 @@
 //! The one source of randomness: ids that are drawn, jitter, where a producer goes next. Never for secrets.
 
 use rand::{
-    Rng as _, RngExt as _,
+    Rng, RngExt as _,
     distr::uniform::{SampleRange, SampleUniform},
 };
 use uuid::Uuid;
@@ -11,17 +11,17 @@ use uuid::Uuid;
 /// # Panics
 /// When the range is empty.
 pub fn in_range<T: SampleUniform>(range: impl SampleRange<T>) -> T {
-    source().random_range(range)
+    draw(|generator| generator.random_range(range))
 }
 
 /// 64 random bits.
 pub fn bits() -> u64 {
-    source().next_u64()
+    draw(|generator| generator.next_u64())
 }
 
 /// Fills `bytes`.
 pub fn fill(bytes: &mut [u8]) {
-    source().fill_bytes(bytes);
+    draw(|generator| generator.fill_bytes(bytes));
 }
 
 /// An id that nobody else has drawn: a UUID of version 4.
@@ -31,10 +31,15 @@ pub fn uuid() -> Uuid {
     uuid::Builder::from_random_bytes(bytes).into_uuid()
 }
 
-/// A generator of the thread, seeded by the system.
-fn source() -> impl rand::Rng {
+/// Draws from the thread's generator, which the system seeded; in a simulated process from its own.
+fn draw<T>(draw: impl FnOnce(&mut dyn Rng) -> T) -> T {
+    #[cfg(feature = "sim")]
+    if let Some(process) = super::process::Process::current() {
+        return process.draw(draw);
+    }
     #[expect(clippy::disallowed_methods, reason = "the one place that draws")]
-    rand::rng()
+    let mut generator = rand::rng();
+    draw(&mut generator)
 }
 
 #[cfg(test)]
