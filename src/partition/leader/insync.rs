@@ -21,8 +21,9 @@
 //!   proposed may never come true, and then an eligible replica, which waits for nothing, may be elected (R2).
 //! - A proposal whose outcome is not known may come true until the key's revision has moved on: reading the old value back proves
 //!   nothing. So its members stay in the maximal ISR until another revision is seen.
-//! - A replica is admitted when it has acknowledged all that is committed, and all that the log held when this epoch began: before the
-//!   high watermark has reached that, records may be committed of which this leader does not know that they are.
+//! - A replica is admitted when it has acknowledged, in this epoch, all that is committed and all that the log held when the epoch
+//!   began: before the high watermark has reached that, records may be committed of which this leader does not know that they are. It
+//!   need not wait for the high watermark to get there: below the minimum that moves only after somebody was admitted.
 //!
 //! Others change the value as well: brokers without proof strike themselves, the controller ends moves. They only take members out, or
 //! change the leader and with it the epoch; so the ISR that is known here may be too large and never too small.
@@ -302,7 +303,7 @@ impl InSync {
     }
 
     /// Whether all that the log held when the epoch began is committed. Before, this leader does not know what its
-    /// predecessors committed: it tells nobody a latest offset, admits nobody and uploads nothing.
+    /// predecessors committed: it tells nobody a latest offset and uploads nothing.
     pub fn is_settled(&self) -> bool {
         self.high_watermark >= self.epoch_start
     }
@@ -506,7 +507,7 @@ impl InSync {
         let reached = member.acked.map(|ends| ends.by(self.rule.durability));
         let asked =
             if mutant!(AdmitBelowEpochStart) { self.high_watermark } else { self.high_watermark.max(self.epoch_start) };
-        let settled = self.is_settled() || mutant!(AdmitBelowEpochStart);
+        let settled = self.is_settled() || !mutant!(AdmitOnlySettled);
         settled && is_here && !self.value.removing.contains(&id) && reached.is_some_and(|end| end >= asked)
     }
 
