@@ -15,7 +15,11 @@ FUZZ_SECONDS ?= 60
 # How often `make crash-test` kills the broker. STRANDLINE_SEED repeats a run's choices.
 KILLS ?= 200
 
-.PHONY: build release test check fmt clippy client docs deny crash-test bench fuzz fuzz-seeds golden kafka-reader real-s3 write-docs help
+# How many states `make model` visits in each search, and which searches: a part of their name.
+STATES ?= 2000000
+ONLY ?=
+
+.PHONY: build release test check fmt clippy client docs deny crash-test model bench fuzz fuzz-seeds golden kafka-reader real-s3 write-docs help
 
 help: ## These lines.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -54,6 +58,10 @@ $(DENY):
 
 crash-test: ## Kills a broker KILLS times (200) under load, and a quarter as often under the client; nothing may be lost.
 	STRANDLINE_KILLS=$(KILLS) $(CARGO) test --locked --test it -- --nocapture --test-threads 1 crash:: crash_client::
+
+model: ## Replication in every order of events, up to STATES (2000000) states for each search; ONLY=text picks searches by name.
+	STRANDLINE_MODEL_STATES=$(STATES) STRANDLINE_MODEL_ONLY="$(ONLY)" \
+	  $(CARGO) test --locked --release --lib -- --ignored --nocapture --test-threads 1 a_large_search_finds_nothing
 
 bench: ## The benchmarks of record, log and tier paths.
 	$(CARGO) bench --locked --bench paths

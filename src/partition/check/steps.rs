@@ -7,7 +7,7 @@ use super::{
 };
 use crate::{
     cluster::{Holds, Revision},
-    model::{BrokerId, Durability, LeaderEpoch, Offset},
+    model::{BrokerId, Durability, Offset},
     partition::{
         follower::{Act, Follower, Head, Violation},
         leader::{

@@ -36,7 +36,7 @@ const SMALL: &[(&str, Setup)] = &[
     ("a page cache is lost", setup(Replicated, 2, Budget { appends: 1, epochs: 1, losses: 1, ..NOTHING })),
     ("a disk is replaced", setup(Persisted, 1, Budget { appends: 1, epochs: 1, wipes: 1, ..NOTHING })),
     ("leaders hand over", setup(Persisted, 2, Budget { appends: 2, epochs: 1, handovers: 1, ..NOTHING })),
-    ("outcomes are lost", setup(Persisted, 2, Budget { appends: 1, lags: 1, unknowns: 1, late: 1, ..NOTHING })),
+    ("outcomes are lost", setup(Persisted, 2, Budget { appends: 1, lags: 1, unknowns: 1, ..NOTHING })),
     ("the minimum is lowered", setup(Replicated, 2, Budget { appends: 1, lags: 1, lowerings: 1, ..NOTHING })),
 ];
 
@@ -94,7 +94,6 @@ fn assert_sound(name: &str, found: &Found) {
 fn no_order_of_a_few_faults_breaks_a_rule() {
     for (name, setup) in SMALL {
         let found = explore(*setup, usize::MAX);
-        println!("{name}: {} states", found.states);
         assert_sound(name, &found);
         assert!(found.complete && found.states > 500, "{name}: the search went somewhere: {found:?}");
     }
@@ -105,7 +104,7 @@ fn no_order_of_a_few_faults_breaks_a_rule() {
 fn each_broken_rule_gives_a_counterexample() {
     for (mutation, setup) in BROKEN {
         let found = mutation::with(Some(*mutation), || explore(*setup, 100_000));
-        println!("{mutation:?}: {} states", found.states);
+        println!("| {mutation:?} | {} | {} |", found.fault.as_ref().map_or(0, |(way, _)| way.len()), found.states);
         assert!(found.fault.is_some(), "{mutation:?} was not found: {found:?}");
     }
 }
@@ -114,7 +113,7 @@ fn each_broken_rule_gives_a_counterexample() {
 #[test]
 fn where_a_broken_rule_shows_the_whole_rules_hold() {
     for (mutation, setup) in BROKEN {
-        assert_sound(&format!("{mutation:?}"), &explore(*setup, 5_000));
+        assert_sound(&format!("{mutation:?}"), &explore(*setup, 1_500));
     }
 }
 
@@ -131,8 +130,9 @@ fn a_large_search_finds_nothing() {
     );
     for (name, budget) in LARGE.iter().filter(|(name, _)| name.contains(&only)) {
         for (durability, min) in [(Persisted, 1), (Persisted, 2), (Replicated, 1), (Replicated, 2)] {
-            // A page cache that was the minimum may be lost by the topic's own rule.
-            if budget.losses > 0 && durability == Replicated && min == 1 {
+            // Without a death both are the same. A page cache that was the minimum may be lost by the topic's own rule.
+            let deaths = budget.kills + budget.losses + budget.wipes;
+            if durability == Replicated && (deaths == 0 || budget.losses > 0 && min == 1) {
                 continue;
             }
             let found = explore(setup(durability, min, *budget), most);

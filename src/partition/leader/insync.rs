@@ -93,6 +93,24 @@ pub struct Start {
     pub rule: Rule,
 }
 
+impl Start {
+    /// What the leader `me` of epoch `epoch` begins with where there is no other replica. What it finds in its log it
+    /// commits: there is nobody else who could have committed something different.
+    pub fn alone(me: BrokerId, epoch: LeaderEpoch, rule: Rule, own: Ends, committed_end: Offset) -> Self {
+        let value = PartitionValue {
+            replicas: vec![me],
+            leader: Some(me),
+            leader_epoch: epoch,
+            isr: vec![me],
+            elr: Vec::new(),
+            adding: Vec::new(),
+            removing: Vec::new(),
+            unclean: None,
+        };
+        Self { me, value, revision: Revision::ZERO, own, committed_end, rule }
+    }
+}
+
 /// A change of the ISR, to be written by compare-and-set.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Proposal {
