@@ -7,7 +7,7 @@ use super::{
 };
 use crate::{
     cluster::{Holds, Revision},
-    model::{BrokerId, Durability, Offset},
+    model::{Durability, Offset},
     partition::{
         follower::{Act, Follower, Head, Violation},
         leader::{
