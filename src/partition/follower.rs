@@ -273,7 +273,10 @@ impl Follower {
         match self.continues(heads) {
             Ok(stage) => self.stage = stage,
             Err(violation) => {
-                self.stage = Stage::Idle;
+                // What nobody asked for does not stand in the way of an answer that is due.
+                if self.is_following() {
+                    self.stage = Stage::Idle;
+                }
                 return Err(violation);
             }
         }

@@ -427,8 +427,9 @@ impl World {
         if let Role::Following(follower) = &mut self.brokers[me].role {
             follower.interrupted();
         }
+        let peer = self.peer(me);
         if let Role::Leading(it) = &mut self.brokers[leader].role {
-            it.left(id(me), Departure::LinkLost);
+            it.left(peer, Departure::LinkLost);
         }
     }
 

@@ -183,7 +183,12 @@ fn a_refused_claim_is_made_again_later() {
     assert_eq!(follower.answered(EPOCH, &refused, at(0), &two_epochs()), Ok(Act::Wait(JoinRefused::NoReplica)));
     assert!(!follower.is_claiming());
     follower.claim(&two_epochs(), at(6));
-    assert!(follower.is_claiming());
+    assert_eq!(
+        follower.received(EPOCH, &[head(6, 7, 5)], at(6)),
+        Err(Violation::NotAsked),
+        "sent before the link broke"
+    );
+    assert!(follower.is_claiming(), "the answer is still due");
 }
 
 fn answer() -> impl Strategy<Value = Join> {

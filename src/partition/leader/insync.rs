@@ -289,12 +289,16 @@ impl InSync {
         Ok(())
     }
 
-    /// A follower is not connected any more. Who is gone or stops leaves the ISR with the next proposal.
-    pub fn left(&mut self, broker: BrokerId, why: Departure) {
-        if broker == self.me {
+    /// A follower is not connected any more, in this uptime of it. Who is gone or stops leaves the ISR with the next proposal. Late
+    /// news of an uptime before the one that follows now is passed over.
+    pub fn left(&mut self, peer: Peer, why: Departure) {
+        if peer.broker == self.me || !self.value.replicas.contains(&peer.broker) {
             return;
         }
-        let member = self.members.entry(broker).or_default();
+        let member = self.members.entry(peer.broker).or_default();
+        if member.link.is_some_and(|link| link > peer.epoch) {
+            return;
+        }
         member.link = None;
         member.departed |= why != Departure::LinkLost;
     }

@@ -176,7 +176,7 @@ fn the_views_word_may_overtake_the_outcome() {
     assert_eq!(leader.observed(&value(&[1], &[]), Revision(20)), Observed::Same, "older than what is known");
     assert_eq!(leader.proposal(), None, "the outcome is still to come");
     assert_eq!(leader.agreed(Agreed::Done(Revision(21))), Observed::Same);
-    leader.left(BrokerId(2), Departure::Gone);
+    leader.left(peer(2), Departure::Gone);
     assert_eq!(isr(leader.proposal()), Some((vec![1], vec![])));
 }
 
@@ -234,9 +234,14 @@ fn who_is_gone_or_stops_is_dropped_at_once_and_a_lost_link_is_not_gone() {
         let mut leader = leader(&[1, 2, 3], &[], 2);
         follow(&mut leader, 2, 5);
         follow(&mut leader, 3, 5);
-        leader.left(BrokerId(2), why);
+        leader.left(peer(2), why);
         assert_eq!(leader.proposal().is_some(), dropped, "{why:?}");
     }
+    // News of its uptime before this one comes late.
+    let mut back = leader(&[1, 2], &[], 1);
+    follow(&mut back, 2, 5);
+    back.left(Peer { epoch: Revision(9), ..peer(2) }, Departure::Gone);
+    assert_eq!((back.proposal(), back.follows(BrokerId(2))), (None, Some(Revision(10))));
     let mut leader = leader(&[1, 2, 3], &[], 2);
     leader.seen(BrokerId(2), Registration::None);
     leader.seen(BrokerId(3), Registration::Stopping);
@@ -263,7 +268,7 @@ fn a_member_may_be_a_constant_distance_behind_but_not_fall_back() {
     // It stops where it is; breaking the link and joining again gives it no more time.
     leader.own(both(20));
     leader.tick(1000);
-    leader.left(BrokerId(2), Departure::LinkLost);
+    leader.left(peer(2), Departure::LinkLost);
     assert_eq!(claim(&mut leader, peer(2), 8), Join::At(at(8)));
     leader.tick(1099);
     assert_eq!(leader.proposal(), None);
@@ -292,13 +297,13 @@ fn another_epoch_or_a_deleted_key_ends_it() {
     let other = PartitionValue { leader: Some(BrokerId(2)), leader_epoch: LeaderEpoch(6), ..value(&[1, 2], &[]) };
     for (value, epoch) in [(newer, LeaderEpoch(5)), (other, LeaderEpoch(6))] {
         let mut leader = leader(&[1, 2], &[], 1);
-        leader.left(BrokerId(2), Departure::Gone);
+        leader.left(peer(2), Departure::Gone);
         assert!(leader.proposal().is_some());
         assert_eq!(leader.agreed(Agreed::Found(value, Revision(30))), Observed::Deposed { epoch });
         assert_eq!(leader.proposal(), None);
     }
     let mut leader = leader(&[1, 2], &[], 1);
-    leader.left(BrokerId(2), Departure::Gone);
+    leader.left(peer(2), Departure::Gone);
     leader.proposal();
     assert_eq!((leader.agreed(Agreed::Gone), leader.proposal()), (Observed::Gone, None));
 }
@@ -323,7 +328,7 @@ enum Event {
     Own(u64, u64),
     Join(u32, u64, u64),
     Ack(u32, u64, u32, u64, u64),
-    Left(u32, u8),
+    Left(u32, u64, u8),
     Seen(u32, u64),
     Tick(u64),
     Propose,
@@ -338,7 +343,7 @@ fn event() -> impl Strategy<Value = Event> {
         (broker.clone(), epoch.clone(), 0u64..12).prop_map(|(id, epoch, end)| Event::Join(id, epoch, end)),
         (broker.clone(), epoch.clone(), 3u32..6, 0u64..12, 0u64..12)
             .prop_map(|(id, epoch, leader, a, b)| Event::Ack(id, epoch, leader, a, b)),
-        (broker.clone(), 0u8..3).prop_map(|(id, why)| Event::Left(id, why)),
+        (broker.clone(), epoch, 0u8..3).prop_map(|(id, epoch, why)| Event::Left(id, epoch, why)),
         (broker, 8u64..12).prop_map(|(id, epoch)| Event::Seen(id, epoch)),
         (0u64..500).prop_map(Event::Tick),
         Just(Event::Propose),
@@ -356,9 +361,9 @@ fn apply(leader: &mut InSync, event: Event) {
             let ends = Ends { written: at(written), persisted: at(persisted) };
             let _stale = leader.acknowledged(peer(id, epoch), LeaderEpoch(of), ends);
         }
-        Event::Left(id, why) => {
+        Event::Left(id, epoch, why) => {
             let whys = [Departure::LinkLost, Departure::Gone, Departure::Stopping];
-            leader.left(BrokerId(id), whys[usize::from(why)]);
+            leader.left(peer(id, epoch), whys[usize::from(why)]);
         }
         Event::Seen(id, 8) => leader.seen(BrokerId(id), Registration::None),
         Event::Seen(id, epoch) => leader.seen(BrokerId(id), Registration::Running(Revision(epoch))),
