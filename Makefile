@@ -18,7 +18,11 @@ KILLS ?= 200
 SEEDS ?= 200
 SEED ?= 1
 
-.PHONY: build release test check fmt clippy client docs deny crash-test sim bench fuzz fuzz-seeds golden protos etcd-protos kafka-reader real-s3 write-docs help
+# How many states `make model` visits in each search, and which searches: a part of their name.
+STATES ?= 2000000
+ONLY ?=
+
+.PHONY: build release test check fmt clippy client docs deny crash-test sim model bench fuzz fuzz-seeds golden protos etcd-protos kafka-reader real-s3 write-docs help
 
 help: ## These lines.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -80,6 +84,10 @@ sim: ## Simulates SEEDS runs (200) of a broker under faults, from SEED (1) on, a
 	CARGO_TARGET_DIR=target/sim CARGO_PROFILE_TEST_DEBUG=line-tables-only RUSTFLAGS="--cfg tokio_unstable" \
 	  STRANDLINE_SEEDS=$(SEEDS) STRANDLINE_SEED=$(SEED) \
 	  $(CARGO) test --locked --no-default-features --features server,sim --test sim -- --nocapture --test-threads 2
+
+model: ## Replication in every order of events, up to STATES (2000000) states for each search; ONLY=text picks searches by name.
+	STRANDLINE_MODEL_STATES=$(STATES) STRANDLINE_MODEL_ONLY="$(ONLY)" \
+	  $(CARGO) test --locked --release --lib -- --ignored --nocapture --test-threads 1 a_large_search_finds_nothing
 
 bench: ## The benchmarks of record, log and tier paths.
 	$(CARGO) bench --locked --bench paths

@@ -14,7 +14,7 @@
 //!
 //! # Rules
 //!
-//! - It cuts only where the leader's epochs and its own part, and never to a high watermark (R5).
+//! - It cuts only where the leader's epochs and its own part, and never to a high watermark.
 //! - It never cuts below what it knows as committed. Every clean leader has that; so an answer that asks for it is wrong, and the replica
 //!   keeps its bytes and says so. Only an unclean election in an epoch above its log's last one may take committed records.
 //! - It appends only what continues its log without gap, overlap or falling epoch, and nothing of another epoch's link.
@@ -273,7 +273,10 @@ impl Follower {
         match self.continues(heads) {
             Ok(stage) => self.stage = stage,
             Err(violation) => {
-                self.stage = Stage::Idle;
+                // What nobody asked for does not stand in the way of an answer that is due.
+                if self.is_following() {
+                    self.stage = Stage::Idle;
+                }
                 return Err(violation);
             }
         }

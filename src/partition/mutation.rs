@@ -14,6 +14,8 @@ pub(crate) enum Mutation {
     CutToHighWatermark,
     /// A replica is admitted to the ISR below the epoch's start, by a leader that is not settled.
     AdmitBelowEpochStart,
+    /// A leader that is not settled admits nobody.
+    AdmitOnlySettled,
     /// The high watermark is taken over the committed ISR and not over the maximal one.
     CommittedIsrOnly,
     /// The minimum is counted on the maximal ISR, and the ELR is not looked at.

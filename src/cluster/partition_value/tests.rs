@@ -221,10 +221,10 @@ proptest! {
             let all = |value: &PartitionValue| -> BTreeSet<_> { value.isr.iter().chain(&value.elr).copied().collect() };
             prop_assert_eq!(all(&next).len(), next.isr.len() + next.elr.len(), "disjoint, nobody twice");
             let turns = u32::from(next.leader != value.leader || matches!(change, Change::Unclean(_)) && next != value);
-            prop_assert_eq!(next.leader_epoch.0, value.leader_epoch.0 + turns, "R1: {:?}", change);
+            prop_assert_eq!(next.leader_epoch.0, value.leader_epoch.0 + turns, "{:?}", change);
             let grows = next.elr.iter().any(|id| !value.elr.contains(id));
             let may = matches!(change, Change::Shrink(_) | Change::Elect(..) | Change::Resign(_));
-            prop_assert!(may || !grows, "R3: {:?}", change);
+            prop_assert!(may || !grows, "{:?}", change);
             prop_assert!(!grows || next.isr.len() < min, "only below the minimum: {:?}", change);
             // A clean change of leader keeps every replica that may have committed records eligible, or keeps the minimum of them.
             if let Change::Elect(..) = change {

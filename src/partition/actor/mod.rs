@@ -19,7 +19,7 @@ use self::{leading::Writer, segments::Seat};
 use super::{
     leader::{
         Acked, Leader,
-        insync::{Ends, Rule},
+        insync::{Ends, Rule, Start},
     },
     shared::Shared,
     upkeep::Local,
@@ -127,7 +127,7 @@ impl Actor {
         let config = parts.shared.config();
         let own = Ends { written: parts.replica.log_end(), persisted: parts.replica.persisted_end() };
         let committed_end = parts.tiered_end.max(parts.log_start);
-        let alone = Leader::<Writer>::alone(parts.broker, parts.shared.epoch(), rule(&config), own, committed_end);
+        let alone = Start::alone(parts.broker, parts.shared.epoch(), rule(&config), own, committed_end);
         let leader = Leader::new(alone, parts.tiered_end);
         let active = parts.replica.active();
         let mut replica = parts.replica;

@@ -57,7 +57,7 @@ fn hear(actor: &mut Actor) {
 fn cut_and_lead(actor: &mut Actor, to: u64) {
     let end = actor.replica.truncate(Offset::new(to).unwrap()).unwrap();
     let own = Ends { written: end, persisted: end };
-    let alone = Leader::<Writer>::alone(BrokerId(1), LeaderEpoch(5), rule(&actor.config), own, Offset::ZERO);
+    let alone = Start::alone(BrokerId(1), LeaderEpoch(5), rule(&actor.config), own, Offset::ZERO);
     actor.leader = Leader::new(alone, Offset::ZERO);
     actor.handed_end = end;
 }

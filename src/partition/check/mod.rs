@@ -11,6 +11,9 @@
 //! There is no second description of the protocol to keep true: the structs that are explored are those that brokers run, and the values
 //! in the store are made by the same functions.
 //!
+//! From one state in [`CALM`] no further fault comes (`calm`): then a leader must settle, every replica must be in sync again, and all
+//! that is in the log must be committed.
+//!
 //! What bounds the search is the [`Budget`](world::Budget): how often each thing may happen on the way to a state. States
 //! are told apart by a hash of 128 bits.
 //!
@@ -19,6 +22,7 @@
 //! [`InSync`]: super::leader::insync::InSync
 //! [`Follower`]: super::follower::Follower
 
+mod calm;
 mod rules;
 mod steps;
 mod tests;
@@ -31,9 +35,12 @@ use std::{
 
 use self::{
     rules::{Fault, learned_role},
-    steps::Step,
+    steps::{Arrives, Step},
     world::{BROKERS, Setup, World},
 };
+
+/// One state in so many is followed until it comes to rest.
+const CALM: u128 = 64;
 
 /// What a search found.
 #[derive(Debug)]
@@ -60,11 +67,8 @@ fn beginning(setup: Setup) -> World {
     let mut calm = |step: Step| world = world.after(step).expect("nothing has happened yet");
     calm(Step::Learn(0));
     for follower in 1..BROKERS {
-        calm(Step::Claim(follower));
-        calm(Step::LeaderHears { leader: 0, follower, message: 0 });
-        calm(Step::FollowerHears { leader: 0, follower });
-        calm(Step::Acknowledge(follower));
-        calm(Step::LeaderHears { leader: 0, follower, message: 0 });
+        calm(Step::Join { follower, claim: Arrives::Now, answer: Arrives::Now });
+        calm(Step::Acknowledge { follower, arrives: Arrives::Now });
     }
     world
 }
@@ -93,7 +97,15 @@ fn explore(setup: Setup, most: usize) -> Found {
             found.steps += 1;
             match world.after(step) {
                 Ok(next) => {
-                    if names.insert(name(&next)) {
+                    let name = name(&next);
+                    if names.insert(name) {
+                        if name.is_multiple_of(CALM)
+                            && let Err(fault) = calm::comes_to_rest(next.clone())
+                        {
+                            found.fault = Some((way(&reached, place, step), fault));
+                            found.states = reached.len();
+                            return found;
+                        }
                         reached.push(Some((place, step)));
                         edge.push_back((reached.len() - 1, depth + 1, next));
                     }

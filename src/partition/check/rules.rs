@@ -17,7 +17,7 @@ pub(super) enum Fault {
     LogsDiffer(BrokerId, BrokerId),
     /// What a broker takes as committed is not what was committed.
     NotCommitted { broker: BrokerId, high_watermark: Offset },
-    /// Fewer replicas hold what was just committed than the minimum asks for.
+    /// Fewer replicas held what was just committed than the minimum asks for.
     TooFewHold { held_by: usize, committed: usize },
     /// A member of ISR or ELR lacks what is committed.
     MemberLacks { broker: BrokerId, committed: usize },
@@ -31,8 +31,10 @@ pub(super) enum Fault {
     Contradiction(String),
     /// The epoch does not grow with the leader, or only with it.
     EpochAndLeader(LeaderEpoch),
-    /// A high watermark, or what was committed, fell.
+    /// A high watermark fell.
     Falls(BrokerId),
+    /// Without further faults the partition does not come to rest with every replica in sync and everything committed.
+    NeverWhole(String),
 }
 
 /// Takes the role that the value gives; a leader must be the only one of its epoch, ever.
@@ -113,7 +115,9 @@ impl World {
                 return Err(Fault::NotCommitted { broker: id(me), high_watermark: at(end) });
             }
             self.committed = log[..end].to_vec();
-            let held_by = self.brokers.iter().filter(|broker| broker.log.starts_with(&self.committed)).count();
+            // Who lost it since may have held it when it said so.
+            let held = self.brokers.iter().filter(|broker| broker.has_lost || broker.log.starts_with(&self.committed));
+            let held_by = held.count();
             if held_by < leader.rule().min_insync {
                 return Err(Fault::TooFewHold { held_by, committed: end });
             }

@@ -7,35 +7,49 @@ use super::{
 };
 use crate::{
     cluster::{Holds, Revision},
-    model::{BrokerId, Durability, LeaderEpoch, Offset},
+    model::{Durability, Offset},
     partition::{
-        follower::{Act, Head, Violation},
+        follower::{Act, Follower, Head, Violation},
         leader::{
             insync::{Agreed, Departure, Observed},
-            join::{Join, JoinRefused, Local},
+            join::Local,
         },
     },
 };
 
-/// Most messages on their way from a follower to a leader.
-const LATE: usize = 2;
+/// When something arrives. At once is the rule; how often it may be later is bounded, but then it comes at any time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Arrives {
+    Now,
+    Later,
+}
+
+/// How a transaction ends for the leader that asked for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Outcome {
+    Told,
+    /// It takes its time, and the leader waits for it.
+    ToldLater,
+    /// It was done or refused, and the leader does not hear of it.
+    Lost,
+    /// The leader hears nothing, and it may yet be done.
+    Open,
+}
 
 /// One thing that happens. Numbers are of brokers, from 0, or of messages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Step {
     Append(usize),
     Persist(usize),
-    Claim(usize),
-    Acknowledge(usize),
-    Push { leader: usize, follower: usize },
+    Join { follower: usize, claim: Arrives, answer: Arrives },
+    Acknowledge { follower: usize, arrives: Arrives },
+    Push { leader: usize, follower: usize, arrives: Arrives },
     LeaderHears { leader: usize, follower: usize, message: usize },
     FollowerHears { leader: usize, follower: usize },
     Break { leader: usize, follower: usize },
     Lag(usize),
-    Propose(usize),
+    Propose { leader: usize, outcome: Outcome },
     StoreDoes(usize),
-    OutcomeTold(usize),
-    OutcomeLost(usize),
     ReadBack(usize),
     Learn(usize),
     Die { broker: usize, holds: Holds, left: usize },
@@ -60,15 +74,7 @@ impl World {
                 self.steps_of_wire(leader, follower, &mut steps);
             }
         }
-        for (call, pending) in self.calls.iter().enumerate() {
-            match pending.done {
-                None => steps.push(Step::StoreDoes(call)),
-                Some(_) => steps.push(Step::OutcomeTold(call)),
-            }
-            if pending.awaited.is_some() && self.budget.unknowns > 0 {
-                steps.push(Step::OutcomeLost(call));
-            }
-        }
+        steps.extend((0..self.calls.len()).map(Step::StoreDoes));
         self.steps_of_controller(&mut steps);
         steps
     }
@@ -88,19 +94,18 @@ impl World {
                 if leader.awaits_reading() {
                     steps.push(Step::ReadBack(me));
                 }
-                if leader.clone().proposal().is_some() && self.calls.len() < 2 {
-                    steps.push(Step::Propose(me));
+                if leader.clone().proposal().is_some() {
+                    steps.push(Step::Propose { leader: me, outcome: Outcome::Told });
+                    if self.budget.late > 0 {
+                        steps.push(Step::Propose { leader: me, outcome: Outcome::ToldLater });
+                    }
+                    if self.budget.unknowns > 0 {
+                        steps.push(Step::Propose { leader: me, outcome: Outcome::Lost });
+                        steps.push(Step::Propose { leader: me, outcome: Outcome::Open });
+                    }
                 }
             }
-            Role::Following(follower) => {
-                let wire = &self.wires[index(follower.leader())][me];
-                if !follower.is_following() && !follower.is_claiming() && wire.to_leader.len() < LATE {
-                    steps.push(Step::Claim(me));
-                }
-                if follower.is_following() && wire.to_leader.len() < LATE && self.has_news(me, follower.leader()) {
-                    steps.push(Step::Acknowledge(me));
-                }
-            }
+            Role::Following(follower) => self.steps_of_follower(me, follower, steps),
         }
         if broker.persisted < broker.log.len() {
             steps.push(Step::Persist(me));
@@ -110,13 +115,40 @@ impl World {
         }
     }
 
-    /// Whether the leader has not heard, nor is about to hear, how far this follower is.
-    fn has_news(&self, me: usize, leader: BrokerId) -> bool {
-        let ends = self.brokers[me].ends();
-        let told =
-            matches!(&self.brokers[index(leader)].role, Role::Leading(it) if it.acknowledged_by(id(me)) == Some(ends));
-        let on_its_way = &self.wires[index(leader)][me].to_leader;
-        !told && !on_its_way.iter().any(|message| message.says == Says::Holds(ends))
+    fn steps_of_follower(&self, me: usize, follower: &Follower, steps: &mut Vec<Step>) {
+        let leader = index(follower.leader());
+        let Role::Leading(it) = &self.brokers[leader].role else { return };
+        let wire = &self.wires[leader][me];
+        let may_be_late = self.budget.late > 0;
+        if !follower.is_following() && !follower.is_claiming() {
+            steps.push(Step::Join { follower: me, claim: Arrives::Now, answer: Arrives::Now });
+            if may_be_late {
+                steps.push(Step::Join { follower: me, claim: Arrives::Later, answer: Arrives::Now });
+                steps.push(Step::Join { follower: me, claim: Arrives::Now, answer: Arrives::Later });
+            }
+        }
+        if follower.is_following() {
+            // An acknowledgement that the leader has already, or is about to hear, is not sent again.
+            let ends = self.brokers[me].ends();
+            let told = it.acknowledged_by(id(me)) == Some(ends) || it.follows(id(me)).is_none();
+            if !told && !wire.to_leader.iter().any(|message| message.says == Says::Holds(ends)) {
+                steps.push(Step::Acknowledge { follower: me, arrives: Arrives::Now });
+                if may_be_late {
+                    steps.push(Step::Acknowledge { follower: me, arrives: Arrives::Later });
+                }
+            }
+        }
+        // What the leader sends after a message that is late, it sends when that has come.
+        let lacks = self.brokers[me].log.len() < self.brokers[leader].log.len();
+        if it.follows(id(me)).is_some()
+            && wire.to_follower.is_empty()
+            && (lacks || follower.high_watermark() < it.high_watermark())
+        {
+            steps.push(Step::Push { leader, follower: me, arrives: Arrives::Now });
+            if may_be_late && lacks {
+                steps.push(Step::Push { leader, follower: me, arrives: Arrives::Later });
+            }
+        }
     }
 
     fn steps_of_fate(&self, me: usize, steps: &mut Vec<Step>) {
@@ -160,15 +192,6 @@ impl World {
         {
             steps.push(Step::Break { leader, follower });
         }
-        // One message at a time: what the leader sends after it, it sends when that has come.
-        if let (Role::Leading(from), Role::Following(to)) = (&self.brokers[leader].role, &self.brokers[follower].role)
-            && from.follows(id(follower)).is_some()
-            && wire.to_follower.is_empty()
-            && (self.brokers[follower].log.len() < self.brokers[leader].log.len()
-                || to.high_watermark() < from.high_watermark())
-        {
-            steps.push(Step::Push { leader, follower });
-        }
     }
 
     fn steps_of_controller(&self, steps: &mut Vec<Step>) {
@@ -196,11 +219,17 @@ impl World {
                 world.brokers[me].persisted = world.brokers[me].log.len();
                 world.own_moved(me);
             }
-            Step::Claim(me) => world.claim(me),
-            Step::Acknowledge(me) => world.acknowledge(me),
-            Step::Push { leader, follower } => world.push(leader, follower),
-            Step::LeaderHears { leader, follower, message } => world.leader_hears(leader, follower, message),
-            Step::FollowerHears { leader, follower } => world.follower_hears(leader, follower)?,
+            Step::Join { follower, claim, answer } => world.join(follower, claim, answer)?,
+            Step::Acknowledge { follower, arrives } => world.acknowledge(follower, arrives)?,
+            Step::Push { leader, follower, arrives } => world.push(leader, follower, arrives)?,
+            Step::LeaderHears { leader, follower, message } => {
+                let message = world.wires[leader][follower].to_leader.remove(message);
+                world.leader_hears(leader, follower, message, Arrives::Now)?;
+            }
+            Step::FollowerHears { leader, follower } => {
+                let message = world.wires[leader][follower].to_follower.remove(0);
+                world.follower_hears(follower, message)?;
+            }
             Step::Break { leader, follower } => world.break_link(leader, follower),
             Step::Lag(me) => {
                 world.budget.lags -= 1;
@@ -209,10 +238,11 @@ impl World {
                     leader.tick(1);
                 }
             }
-            Step::Propose(me) => world.propose(me),
-            Step::StoreDoes(call) => world.store_does(call),
-            Step::OutcomeTold(call) => world.outcome_told(call),
-            Step::OutcomeLost(call) => world.outcome_lost(call),
+            Step::Propose { leader, outcome } => world.propose(leader, outcome),
+            Step::StoreDoes(call) => {
+                let call = world.calls.remove(call);
+                world.store_does(call);
+            }
             Step::ReadBack(me) => world.tell(me, Agreed::Found(world.value.clone(), world.revision)),
             Step::Learn(me) => world.learn(me),
             Step::Die { broker, holds, left } => world.die(broker, holds, left),
@@ -255,7 +285,8 @@ impl World {
     }
 
     fn log_grew(&mut self, me: usize) {
-        if self.durability == Durability::Replicated {
+        // Where nothing unsynced can be lost, syncing makes no difference.
+        if self.durability == Durability::Replicated || self.budget.losses == 0 {
             self.brokers[me].persisted = self.brokers[me].log.len();
         }
         self.own_moved(me);
@@ -268,27 +299,41 @@ impl World {
         }
     }
 
-    fn claim(&mut self, me: usize) {
+    fn join(&mut self, me: usize, claim: Arrives, answer: Arrives) -> Result<(), Fault> {
         let (history, end, from) = (self.brokers[me].history(), at(self.brokers[me].log.len()), self.peer(me));
-        if let Role::Following(follower) = &mut self.brokers[me].role {
-            let says = Says::Claims(follower.claim(&history, end));
-            let (leader, epoch) = (index(follower.leader()), follower.epoch());
-            self.wires[leader][me].to_leader.push(ToLeader { from, epoch, says });
-        }
+        let Role::Following(follower) = &mut self.brokers[me].role else { return Ok(()) };
+        let says = Says::Claims(follower.claim(&history, end));
+        let (leader, epoch) = (index(follower.leader()), follower.epoch());
+        self.send_to_leader(leader, me, ToLeader { from, epoch, says }, claim, answer)
     }
 
-    fn acknowledge(&mut self, me: usize) {
+    fn acknowledge(&mut self, me: usize, arrives: Arrives) -> Result<(), Fault> {
         let (from, says) = (self.peer(me), Says::Holds(self.brokers[me].ends()));
-        if let Role::Following(follower) = &self.brokers[me].role {
-            let message = ToLeader { from, epoch: follower.epoch(), says };
-            self.wires[index(follower.leader())][me].to_leader.push(message);
+        let Role::Following(follower) = &self.brokers[me].role else { return Ok(()) };
+        let message = ToLeader { from, epoch: follower.epoch(), says };
+        self.send_to_leader(index(follower.leader()), me, message, arrives, Arrives::Now)
+    }
+
+    fn send_to_leader(
+        &mut self,
+        leader: usize,
+        follower: usize,
+        message: ToLeader,
+        arrives: Arrives,
+        answer: Arrives,
+    ) -> Result<(), Fault> {
+        if arrives == Arrives::Now {
+            return self.leader_hears(leader, follower, message, answer);
         }
+        self.budget.late -= 1;
+        self.wires[leader][follower].to_leader.push(message);
+        Ok(())
     }
 
     /// The leader sends the next batch that the follower lacks, or only its high watermark.
-    fn push(&mut self, leader: usize, follower: usize) {
+    fn push(&mut self, leader: usize, follower: usize, arrives: Arrives) -> Result<(), Fault> {
         let from = self.brokers[follower].log.len();
-        let Role::Leading(it) = &self.brokers[leader].role else { return };
+        let Role::Leading(it) = &self.brokers[leader].role else { return Ok(()) };
         let batch = self.brokers[leader].log.get(from);
         let heads = batch.map(|epoch| Head { base: at(from), end: at(from + 1), epoch: *epoch });
         let message = ToFollower {
@@ -296,36 +341,53 @@ impl World {
             high_watermark: it.high_watermark(),
             brings: Brings::Batches(heads.into_iter().collect()),
         };
-        self.wires[leader][follower].to_follower.push(message);
+        self.send_to_follower(leader, follower, message, arrives)
     }
 
-    fn leader_hears(&mut self, leader: usize, follower: usize, message: usize) {
-        let ToLeader { from, epoch, says } = self.wires[leader][follower].to_leader.remove(message);
+    fn send_to_follower(
+        &mut self,
+        leader: usize,
+        follower: usize,
+        message: ToFollower,
+        arrives: Arrives,
+    ) -> Result<(), Fault> {
+        if arrives == Arrives::Now {
+            return self.follower_hears(follower, message);
+        }
+        self.budget.late -= 1;
+        self.wires[leader][follower].to_follower.push(message);
+        Ok(())
+    }
+
+    fn leader_hears(
+        &mut self,
+        leader: usize,
+        follower: usize,
+        message: ToLeader,
+        arrives: Arrives,
+    ) -> Result<(), Fault> {
+        let ToLeader { from, epoch, says } = message;
         let (history, local) = (self.brokers[leader].history(), Local { local_start: Offset::ZERO, tiered_end: None });
-        let answer = match (&mut self.brokers[leader].role, says) {
-            (Role::Leading(it), Says::Claims(claim)) => {
+        let Role::Leading(it) = &mut self.brokers[leader].role else { return Ok(()) };
+        match says {
+            Says::Claims(claim) => {
                 let answer = it.join(from, epoch, claim, local, &history);
-                ToFollower { epoch, high_watermark: it.high_watermark(), brings: Brings::Answer(answer) }
+                let message = ToFollower { epoch, high_watermark: it.high_watermark(), brings: Brings::Answer(answer) };
+                // An answer goes out on the link that asked: it is gone with that.
+                if self.brokers[follower].epoch == from.epoch && self.brokers[follower].is_alive() {
+                    return self.send_to_follower(leader, follower, message, arrives);
+                }
             }
-            (Role::Leading(it), Says::Holds(ends)) => {
+            Says::Holds(ends) => {
                 // What does not count changes nothing: that is the rule, and what is checked.
                 let _stale = it.acknowledged(from, epoch, ends);
-                return;
             }
-            (_, Says::Claims(_)) => {
-                let refused = Join::Refused(JoinRefused::NoReplica);
-                ToFollower { epoch, high_watermark: Offset::ZERO, brings: Brings::Answer(refused) }
-            }
-            (_, Says::Holds(_)) => return,
-        };
-        // An answer goes out on the link that asked: it is gone with the process.
-        if self.brokers[follower].epoch == from.epoch && self.brokers[follower].is_alive() {
-            self.wires[leader][follower].to_follower.push(answer);
         }
+        Ok(())
     }
 
-    fn follower_hears(&mut self, leader: usize, me: usize) -> Result<(), Fault> {
-        let ToFollower { epoch, high_watermark, brings } = self.wires[leader][me].to_follower.remove(0);
+    fn follower_hears(&mut self, me: usize, message: ToFollower) -> Result<(), Fault> {
+        let ToFollower { epoch, high_watermark, brings } = message;
         let history = self.brokers[me].history();
         let Role::Following(follower) = &mut self.brokers[me].role else { return Ok(()) };
         let answered = match &brings {
@@ -338,7 +400,6 @@ impl World {
                 let broker = &mut self.brokers[me];
                 broker.log.truncate(count(to));
                 broker.persisted = broker.persisted.min(count(to));
-                self.claim(me);
             }
             Ok(Act::Append) => {
                 if let Brings::Batches(heads) = brings {
@@ -366,55 +427,45 @@ impl World {
         if let Role::Following(follower) = &mut self.brokers[me].role {
             follower.interrupted();
         }
+        let peer = self.peer(me);
         if let Role::Leading(it) = &mut self.brokers[leader].role {
-            it.left(id(me), Departure::LinkLost);
+            it.left(peer, Departure::LinkLost);
         }
     }
 
-    fn propose(&mut self, me: usize) {
+    fn propose(&mut self, me: usize, outcome: Outcome) {
         let Role::Leading(leader) = &mut self.brokers[me].role else { return };
-        if let Some(proposal) = leader.proposal() {
-            let awaited = Some(leader.epoch());
-            self.calls.push(Call { proposal, owner: id(me), awaited, done: None });
+        let Some(proposal) = leader.proposal() else { return };
+        let awaited = Some(leader.epoch());
+        let call = Call { proposal, owner: id(me), awaited };
+        match outcome {
+            Outcome::Told => self.store_does(call),
+            Outcome::ToldLater => {
+                self.budget.late -= 1;
+                self.calls.push(call);
+            }
+            Outcome::Lost | Outcome::Open => {
+                self.budget.unknowns -= 1;
+                let call = Call { awaited: None, ..call };
+                match outcome {
+                    Outcome::Lost => self.store_does(call),
+                    _ => self.calls.push(call),
+                }
+                self.tell(me, Agreed::Unknown);
+            }
         }
     }
 
-    /// The store carries out a transaction: all its comparisons hold, or nothing is done.
-    fn store_does(&mut self, call: usize) {
-        let Call { proposal, awaited, .. } = self.calls[call].clone();
+    /// The store carries out a transaction: all its comparisons hold, or nothing is done. Whoever waits for it is told.
+    fn store_does(&mut self, call: Call) {
+        let Call { proposal, owner, awaited } = call;
         let holds = proposal.expect == self.revision
             && proposal.added.iter().all(|peer| self.registered[index(peer.broker)] == Some(peer.epoch));
         if holds {
             self.write(proposal.value);
         }
-        if awaited.is_some() {
-            self.calls[call].done = Some(holds.then_some(self.revision));
-        } else {
-            self.calls.remove(call);
-        }
-    }
-
-    fn outcome_told(&mut self, call: usize) {
-        let Call { owner, awaited, done, .. } = self.calls.remove(call);
-        let outcome = match done.flatten() {
-            Some(revision) => Agreed::Done(revision),
-            None => Agreed::Found(self.value.clone(), self.revision),
-        };
-        self.tell_if(owner, awaited, outcome);
-    }
-
-    /// The leader hears nothing. What the store did is done, and what it did not may yet be done, now or never.
-    fn outcome_lost(&mut self, call: usize) {
-        self.budget.unknowns -= 1;
-        let Call { owner, awaited, done, .. } = self.calls[call].clone();
-        match done {
-            Some(_) => drop(self.calls.remove(call)),
-            None => self.calls[call].awaited = None,
-        }
-        self.tell_if(owner, awaited, Agreed::Unknown);
-    }
-
-    fn tell_if(&mut self, owner: BrokerId, awaited: Option<LeaderEpoch>, outcome: Agreed) {
+        let outcome =
+            if holds { Agreed::Done(self.revision) } else { Agreed::Found(self.value.clone(), self.revision) };
         if let Role::Leading(leader) = &self.brokers[index(owner)].role
             && Some(leader.epoch()) == awaited
         {
@@ -459,6 +510,7 @@ impl World {
             _ => budget.kills -= 1,
         }
         let broker = &mut self.brokers[me];
+        broker.has_lost |= holds == Holds::Nothing || holds == Holds::Unmarked && left < broker.log.len();
         broker.log.truncate(left);
         (broker.persisted, broker.high_watermark, broker.known) = (left, Offset::ZERO, Revision::ZERO);
         broker.role = Role::Dead(holds);
@@ -473,7 +525,6 @@ impl World {
                 call.awaited = None;
             }
         }
-        self.calls.retain(|call| call.awaited.is_some() || call.done.is_none());
     }
 
     /// A process begins: it ends the older registration, strikes itself from what it cannot prove, gives up what it led, registers.

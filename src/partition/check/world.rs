@@ -35,6 +35,8 @@ pub(super) struct Budget {
     pub(super) handovers: u8,
     /// Proposals whose outcome the leader does not learn.
     pub(super) unknowns: u8,
+    /// Messages and transactions that do not arrive at once.
+    pub(super) late: u8,
     /// Links that break.
     pub(super) breaks: u8,
     /// Times that a leader finds its followers lagging.
@@ -73,6 +75,8 @@ pub(super) struct Broker {
     pub(super) log: Vec<LeaderEpoch>,
     /// How many of them are on stable storage; all, where that is not asked for.
     pub(super) persisted: usize,
+    /// Whether it ever lost what it had acknowledged.
+    pub(super) has_lost: bool,
     /// What it knew as committed in the roles before this one.
     pub(super) high_watermark: Offset,
 }
@@ -105,18 +109,16 @@ pub(super) enum Brings {
     Batches(Vec<Head>),
 }
 
-/// A transaction of a leader.
+/// A transaction of a leader that the store has not seen yet.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Call {
     pub(super) proposal: Proposal,
     pub(super) owner: BrokerId,
     /// The leader epoch of the owner that waits for the outcome; `None` when nobody does any more.
     pub(super) awaited: Option<LeaderEpoch>,
-    /// Whether the store did it, and at which revision; `None` before the store saw it.
-    pub(super) done: Option<Option<Revision>>,
 }
 
-/// The messages between two brokers. Few, because every order of them is tried.
+/// The messages between two brokers that did not arrive at once.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub(super) struct Wire {
     pub(super) to_leader: Vec<ToLeader>,
@@ -206,6 +208,7 @@ impl World {
             known: Revision::ZERO,
             log: Vec::new(),
             persisted: 0,
+            has_lost: false,
             high_watermark: Offset::ZERO,
         };
         Self {

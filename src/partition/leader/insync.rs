@@ -13,56 +13,37 @@
 //!
 //! # Rules
 //!
-//! - An acknowledgement counts only in this leader epoch and for the broker epoch of the link on which that replica joined (R4). It names both
+//! - An acknowledgement counts only in this leader epoch and for the broker epoch of the link on which that replica joined. It names both
 //!   ends; the topic's durability says here, and only here, which of them counts.
 //! - The *maximal* ISR is the committed one and every one that was proposed since and may still come true. The high watermark is the
-//!   least acknowledged end over it: whichever of these sets is the true one, all its members hold what is below (R2).
+//!   least acknowledged end over it: whichever of these sets is the true one, all its members hold what is below.
 //! - The high watermark moves only while the *committed* ISR has the minimum and the committed ELR is empty. A larger ISR that is only
-//!   proposed may never come true, and then an eligible replica, which waits for nothing, may be elected (R2).
+//!   proposed may never come true, and then an eligible replica, which waits for nothing, may be elected.
 //! - A proposal whose outcome is not known may come true until the key's revision has moved on: reading the old value back proves
 //!   nothing. So its members stay in the maximal ISR until another revision is seen.
-//! - A replica is admitted when it has acknowledged all that is committed, and all that the log held when this epoch began: before the
-//!   high watermark has reached that, records may be committed of which this leader does not know that they are.
+//! - A replica is admitted when it has acknowledged, in this epoch, all that is committed and all that the log held when the epoch
+//!   began: before the high watermark has reached that, records may be committed of which this leader does not know that they are. It
+//!   need not wait for the high watermark to get there: below the minimum that moves only after somebody was admitted.
 //!
 //! Others change the value as well: brokers without proof strike themselves, the controller ends moves. They only take members out, or
 //! change the leader and with it the epoch; so the ISR that is known here may be too large and never too small.
 
+mod member;
+mod proposal;
+
 use std::collections::{BTreeMap, BTreeSet};
 
+use self::member::Member;
+pub use self::{
+    member::{Departure, Ends, Peer, Registration, Stale},
+    proposal::{Agreed, Observed, Proposal},
+};
 use super::join::{self, Claim, Join, JoinRefused, Local};
 use crate::{
     cluster::{PartitionValue, Revision},
     log::EpochHistory,
     model::{BrokerId, Durability, LeaderEpoch, Offset},
 };
-
-/// One uptime of another broker: who is at the other end of a link.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Peer {
-    /// The broker.
-    pub broker: BrokerId,
-    /// Its broker epoch: the create revision of its registration.
-    pub epoch: Revision,
-}
-
-/// How far a replica's log reaches.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub struct Ends {
-    /// First unwritten offset.
-    pub written: Offset,
-    /// First offset not known to be on stable storage; never above `written`.
-    pub persisted: Offset,
-}
-
-impl Ends {
-    /// What counts as acknowledged by this rule.
-    fn by(self, durability: Durability) -> Offset {
-        match durability {
-            Durability::Persisted => self.persisted,
-            Durability::Replicated => self.written,
-        }
-    }
-}
 
 /// What the topic and the broker ask of a leader.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -92,132 +73,21 @@ pub struct Start {
     pub rule: Rule,
 }
 
-/// A change of the ISR, to be written by compare-and-set.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct Proposal {
-    /// The revision that the partition's key must still have.
-    pub expect: Revision,
-    /// The new value.
-    pub value: PartitionValue,
-    /// Whom it adds to the ISR: their registrations must still have these broker epochs as create revision.
-    pub added: Vec<Peer>,
-}
-
-/// How a proposal ended, as far as is known.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub enum Agreed {
-    /// It is the value, since this revision.
-    Done(Revision),
-    /// It was refused, or the key was read back after [`Agreed::Unknown`]: this is the value, of this revision.
-    Found(PartitionValue, Revision),
-    /// The key is gone: the topic is being deleted.
-    Gone,
-    /// Nobody knows. The key is to be read back, and the answer told as [`Agreed::Found`].
-    Unknown,
-}
-
-/// What a newer value of the partition means to its leader.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Observed {
-    /// Nothing: it is known, or older than what is known.
-    Same,
-    /// It is the committed value now.
-    Adopted,
-    /// Another epoch has begun: this leader's time is over.
-    Deposed {
-        /// That epoch.
-        epoch: LeaderEpoch,
-    },
-    /// The partition is being deleted.
-    Gone,
-}
-
-/// Why a follower is not connected any more.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Departure {
-    /// The link ended: it may be back soon, and its time to catch up runs on.
-    LinkLost,
-    /// Its process is gone.
-    Gone,
-    /// It stops, or cannot write any more.
-    Stopping,
-}
-
-/// What the view says of a broker.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Registration {
-    /// It is registered, under this broker epoch.
-    Running(Revision),
-    /// It is registered and stops: it is not admitted any more.
-    Stopping,
-    /// It is not registered.
-    None,
-}
-
-/// An acknowledgement that does not count.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
-pub enum Stale {
-    /// It is of another leader epoch.
-    #[error("the acknowledgement is of epoch {acknowledged}, this leader's is {leads}")]
-    OtherEpoch {
-        /// The epoch that it names.
-        acknowledged: LeaderEpoch,
-        /// This leader's.
-        leads: LeaderEpoch,
-    },
-    /// It came over a link on which this replica has not joined in this epoch: an older uptime's, or a stranger's.
-    #[error("broker {broker} has not joined over a link of broker epoch {epoch}")]
-    NotJoined {
-        /// Who sent it.
-        broker: BrokerId,
-        /// The broker epoch of its link.
-        epoch: Revision,
-    },
-    /// It says more than can be.
-    #[error(
-        "the acknowledged ends {written} (written) and {persisted} (persisted) cannot be: the leader's log ends at {log_end}"
-    )]
-    Impossible {
-        /// What it calls written.
-        written: Offset,
-        /// What it calls persisted.
-        persisted: Offset,
-        /// The leader's log end.
-        log_end: Offset,
-    },
-}
-
-/// What is known of one other replica. It is kept for brokers that the view or a link told of; the replicas of the value say who counts.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
-struct Member {
-    /// The broker epoch of the link on which it follows; `None` while it does not.
-    link: Option<Revision>,
-    /// What it acknowledged on its last link; `None` before its first word there.
-    acked: Option<Ends>,
-    /// The view's last word on it; `None` before the first.
-    registration: Option<Registration>,
-    /// Its link told that it is gone or stops, and it has not joined again since.
-    departed: bool,
-    /// It claimed to end below the high watermark: it lost what it acknowledged.
-    lost: bool,
-    /// The log end that it has to reach, and when that was set.
-    target: Option<(Offset, u64)>,
-    /// It did not reach the target in time, and has not caught up since.
-    lags: bool,
-}
-
-impl Member {
-    /// The broker epoch under which it may be admitted.
-    fn registered(&self) -> Option<Revision> {
-        match self.registration {
-            Some(Registration::Running(epoch)) => Some(epoch),
-            _ => None,
-        }
-    }
-
-    /// Whether it is to leave the ISR at once: nobody may elect it, or it is known to be gone.
-    fn is_leaving(&self) -> bool {
-        self.departed || matches!(self.registration, Some(Registration::Stopping | Registration::None))
+impl Start {
+    /// What the leader `me` of epoch `epoch` begins with where there is no other replica. What it finds in its log it
+    /// commits: there is nobody else who could have committed something different.
+    pub fn alone(me: BrokerId, epoch: LeaderEpoch, rule: Rule, own: Ends, committed_end: Offset) -> Self {
+        let value = PartitionValue {
+            replicas: vec![me],
+            leader: Some(me),
+            leader_epoch: epoch,
+            isr: vec![me],
+            elr: Vec::new(),
+            adding: Vec::new(),
+            removing: Vec::new(),
+            unclean: None,
+        };
+        Self { me, value, revision: Revision::ZERO, own, committed_end, rule }
     }
 }
 
@@ -302,7 +172,7 @@ impl InSync {
     }
 
     /// Whether all that the log held when the epoch began is committed. Before, this leader does not know what its
-    /// predecessors committed: it tells nobody a latest offset, admits nobody and uploads nothing.
+    /// predecessors committed: it tells nobody a latest offset and uploads nothing.
     pub fn is_settled(&self) -> bool {
         self.high_watermark >= self.epoch_start
     }
@@ -419,12 +289,16 @@ impl InSync {
         Ok(())
     }
 
-    /// A follower is not connected any more. Who is gone or stops leaves the ISR with the next proposal.
-    pub fn left(&mut self, broker: BrokerId, why: Departure) {
-        if broker == self.me {
+    /// A follower is not connected any more, in this uptime of it. Who is gone or stops leaves the ISR with the next proposal. Late
+    /// news of an uptime before the one that follows now is passed over.
+    pub fn left(&mut self, peer: Peer, why: Departure) {
+        if peer.broker == self.me || !self.value.replicas.contains(&peer.broker) {
             return;
         }
-        let member = self.members.entry(broker).or_default();
+        let member = self.members.entry(peer.broker).or_default();
+        if member.link.is_some_and(|link| link > peer.epoch) {
+            return;
+        }
         member.link = None;
         member.departed |= why != Departure::LinkLost;
     }
@@ -506,7 +380,7 @@ impl InSync {
         let reached = member.acked.map(|ends| ends.by(self.rule.durability));
         let asked =
             if mutant!(AdmitBelowEpochStart) { self.high_watermark } else { self.high_watermark.max(self.epoch_start) };
-        let settled = self.is_settled() || mutant!(AdmitBelowEpochStart);
+        let settled = self.is_settled() || !mutant!(AdmitOnlySettled);
         settled && is_here && !self.value.removing.contains(&id) && reached.is_some_and(|end| end >= asked)
     }
 

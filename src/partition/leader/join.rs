@@ -105,3 +105,6 @@ pub fn place(claim: Claim, history: &EpochHistory, log_end: Offset, local: Local
         Some((epoch, end)) => Join::Diverged { epoch, end },
     }
 }
+
+#[cfg(test)]
+mod tests;

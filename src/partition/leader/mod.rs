@@ -17,9 +17,8 @@ use std::collections::VecDeque;
 
 use self::insync::{Ends, InSync, Rule, Start};
 use crate::{
-    cluster::{PartitionValue, Revision},
     log::{ProducerTable, Verdict},
-    model::{Acks, BrokerId, Durability, LeaderEpoch, Offset},
+    model::{Acks, Durability, LeaderEpoch, Offset},
     record::{Batch, ProducerStamp},
 };
 
@@ -140,22 +139,6 @@ impl<W> Leader<W> {
             in_group: Vec::new(),
             next_base: own.written,
         }
-    }
-
-    /// What the leader `me` of epoch `epoch` begins with where there is no other replica. What it finds in its log it
-    /// commits: there is nobody else who could have committed something different.
-    pub fn alone(me: BrokerId, epoch: LeaderEpoch, rule: Rule, own: Ends, committed_end: Offset) -> Start {
-        let value = PartitionValue {
-            replicas: vec![me],
-            leader: Some(me),
-            leader_epoch: epoch,
-            isr: vec![me],
-            elr: Vec::new(),
-            adding: Vec::new(),
-            removing: Vec::new(),
-            unclean: None,
-        };
-        Start { me, value, revision: Revision::ZERO, own, committed_end, rule }
     }
 
     /// The epoch.

@@ -4,7 +4,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::{
-    model::Compression,
+    model::{BrokerId, Compression},
     record::{BatchBuilder, ProducerStamp},
 };
 
@@ -22,7 +22,7 @@ fn batch(records: u32, producer: Option<ProducerStamp>) -> Batch {
 
 fn leader(durability: Durability, min_insync: usize) -> Leader<u32> {
     let rule = Rule { durability, min_insync, lag_ms: 0 };
-    Leader::new(Leader::<u32>::alone(BrokerId(1), LeaderEpoch(3), rule, Ends::default(), at(0)), at(0))
+    Leader::new(Start::alone(BrokerId(1), LeaderEpoch(3), rule, Ends::default(), at(0)), at(0))
 }
 
 /// A log that does what the actor does: admitted batches are stamped and applied to the table.
