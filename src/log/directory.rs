@@ -33,6 +33,7 @@ use super::{
     shared::{Shared, replica_dir},
     startup, sync,
     tail::Tail,
+    uptime,
 };
 use crate::{
     limits,
@@ -152,8 +153,16 @@ impl Log {
         self.inner.opened_clean
     }
 
-    pub(super) fn place(&self) -> (&dyn Disk, &Path) {
-        (&*self.inner.core.disk, &self.inner.core.dir)
+    /// The uptimes of this broker that the metadata may name if this directory took part in them, oldest first. Empty in a new
+    /// directory, and in one that can prove nothing. Blocks.
+    pub fn uptimes(&self) -> Result<Vec<Uuid>, OpenError> {
+        uptime::read(&*self.inner.core.disk, &self.inner.core.dir)
+    }
+
+    /// Notes an uptime durably: beside the others before the metadata is told of it, instead of them once the metadata is
+    /// known to hold it (`confirmed`). Blocks.
+    pub fn note_uptime(&self, now: Uuid, confirmed: bool) -> Result<(), OpenError> {
+        uptime::note(&*self.inner.core.disk, &self.inner.core.dir, now, confirmed)
     }
 
     /// The replicas here, in order.

@@ -62,4 +62,29 @@ impl Replica {
         let index = index.entries().to_vec();
         Ok(SegmentExport { info, path: file.path.clone(), index, epochs, producers, file: open.file.clone() })
     }
+
+    /// Where this log begins on this disk, and the epochs and producers of what lies before it: with them a replica elsewhere
+    /// can begin there too (`Replica::reset_with`). Blocks. `InvalidData` when what held them is damaged or gone.
+    pub fn tables_at_start(&self) -> io::Result<(Offset, EpochHistory, ProducerTable)> {
+        let shared = &self.shared;
+        let (start, before) = {
+            let state = shared.state();
+            let start = state.local_start();
+            (start, state.epochs.between(Offset::ZERO, start))
+        };
+        // Whatever moved the start here wrote the snapshot before; a log that begins with nothing before it has none.
+        let damaged = |why: &str| io::Error::new(io::ErrorKind::InvalidData, format!("the snapshot at {start} {why}"));
+        match shared.core.disk.read(&shared.path(start, "snapshot")) {
+            Ok(file) => {
+                let Snapshot { epochs, producers } =
+                    Snapshot::decode(&file, start).ok_or_else(|| damaged("is damaged"))?;
+                Ok((start, epochs, producers))
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound && before.last().is_none() => {
+                Ok((start, EpochHistory::new(), ProducerTable::new()))
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Err(damaged("is gone")),
+            Err(error) => Err(error),
+        }
+    }
 }

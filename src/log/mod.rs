@@ -5,6 +5,7 @@
 //! ```text
 //! {data}/strandline.json                                    whose it is: format, cluster, broker, directory id
 //! {data}/lock                                               held while a process has it
+//! {data}/uptimes.json                                       which uptimes of this broker the metadata may name
 //! {data}/reserve                                            room for a start on a disk that is full
 //! {data}/checkpoint                                         what is known of every replica without reading it
 //! {data}/journal/{slot:05}.journal                          the ring

@@ -1,99 +1,75 @@
-//! Which uptimes of the broker ran on this data directory last: what a broker shows to prove that the directory is the one that
-//! took part, and not a copy of older days.
+//! The mark of a data directory's uptimes: which uptimes of this broker the metadata may name, so that a start can prove that
+//! this directory took part in the last of them.
 //!
-//! Each process draws an id and notes it here before the metadata store learns it, and forgets the older ones after. So the store's
-//! is always among those noted, unless the directory was put back to what it was before: then it may lack what it acknowledged since.
+//! A broker draws an id for each uptime, notes it here, registers with it, and then notes that the metadata holds it. Between
+//! the two the metadata may name the one or the other, so both are in the mark. A disk that was put back to an older state
+//! holds older ids only: what the directory acknowledged after that is not in it, and the mark says so.
+//!
+//! # What a crash leaves
+//!
+//! The mark of before or of after a note: it is replaced at once. An id that was noted and never registered with proves
+//! nothing and is given up at the next confirmed one. A mark that is missing or damaged proves nothing; that is what a new directory
+//! is too, and the metadata then asks for a copy.
 
 use std::{io, path::Path};
 
 use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 
-use super::{Log, disk::Disk};
+use super::{
+    disk::Disk,
+    error::OpenError,
+    identity::{FORMAT, io_error},
+};
 
+/// The file's name in the data directory.
 const NAME: &str = "uptimes.json";
 
-/// Most that are noted. Starts that fail one after the other must not fill the disk.
+/// Most ids in the mark: one for each start since the last that registered, and that one.
 const MOST: usize = 1000;
 
 #[derive(Serialize, Deserialize)]
-struct Noted {
+struct Mark {
+    format: u32,
+    /// The last that the metadata is known to have held, then those noted since, in their order.
     uptimes: Vec<String>,
 }
 
-impl Log {
-    /// Notes an uptime beside those that are noted, and returns them: those that the metadata store may know. Blocks; durable when it returns.
-    pub fn note_uptime(&self, uptime: &str) -> io::Result<Vec<String>> {
-        let (disk, dir) = self.place();
-        let before = read(disk, dir)?;
-        let mut noted: Vec<String> = before.iter().cloned().chain([uptime.to_owned()]).collect();
-        if noted.len() > MOST {
-            // The first was confirmed once; those after it are of starts that hardly came so far.
-            noted.remove(1);
-        }
-        write(disk, dir, noted)?;
-        Ok(before)
-    }
-
-    /// Forgets all but this uptime: the metadata store knows it now. Blocks.
-    pub fn confirm_uptime(&self, uptime: &str) -> io::Result<()> {
-        let (disk, dir) = self.place();
-        write(disk, dir, vec![uptime.to_owned()])
-    }
-}
-
-/// What is noted. A file that cannot be read proves nothing, as one that is not there.
-fn read(disk: &dyn Disk, dir: &Path) -> io::Result<Vec<String>> {
+/// The uptimes that the metadata may name, oldest first; none where nothing says so.
+pub(super) fn read(disk: &dyn Disk, dir: &Path) -> Result<Vec<Uuid>, OpenError> {
     let path = dir.join(NAME);
     let text = match disk.read(&path) {
         Ok(text) => text,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) => return Err(error),
+        Err(error) => return Err(io_error(&path, "read")(error)),
     };
-    match serde_json::from_slice::<Noted>(&text) {
-        Ok(noted) => Ok(noted.uptimes),
-        Err(error) => {
-            tracing::warn!(file = %path.display(), %error, "the file is damaged: this directory cannot prove what it holds");
-            Ok(Vec::new())
-        }
+    let damaged = |why: String| {
+        tracing::warn!(path = %path.display(), why, "the mark of this directory's uptimes is damaged; it proves nothing");
+        Ok(Vec::new())
+    };
+    let mark: Mark = match serde_json::from_slice(&text) {
+        Ok(mark) => mark,
+        Err(error) => return damaged(error.to_string()),
+    };
+    if mark.format > FORMAT {
+        return Err(OpenError::Newer { dir: dir.to_owned(), found: mark.format, known: FORMAT });
     }
+    let uptimes: Result<_, _> = mark.uptimes.iter().map(|id| Uuid::try_parse(id)).collect();
+    uptimes.or_else(|error: uuid::Error| damaged(error.to_string()))
 }
 
-fn write(disk: &dyn Disk, dir: &Path, uptimes: Vec<String>) -> io::Result<()> {
-    let text = serde_json::to_vec(&Noted { uptimes }).map_err(io::Error::other)?;
-    disk.replace(&dir.join(NAME), &text)
-}
-
-#[cfg(test)]
-mod tests {
-    use std::sync::Arc;
-
-    use super::*;
-    use crate::{
-        log::{Identity, Options, RealDisk},
-        model::BrokerId,
-    };
-
-    #[test]
-    fn an_uptime_is_noted_beside_those_before_it_until_it_is_confirmed() {
-        let dir = tempfile::tempdir().unwrap();
-        let open = || {
-            let identity = Identity { cluster: "test".to_owned(), broker: BrokerId(1) };
-            let options = Options { journal_bytes: 1 << 20, ..Options::default() };
-            Log::open(Arc::new(RealDisk), dir.path(), &identity, options).unwrap()
-        };
-        let (a, b, c) = ("a", "b", "c");
-        let log = open();
-        assert!(log.note_uptime(a).unwrap().is_empty());
-        drop(log);
-        let log = open();
-        assert_eq!(log.note_uptime(b).unwrap(), [a], "a start that did not get further");
-        log.confirm_uptime(b).unwrap();
-        assert_eq!(log.note_uptime(c).unwrap(), [b]);
-        log.close().unwrap();
-        drop(log);
-        for damaged in ["", "{", r#"{"uptimes":[1]}"#] {
-            std::fs::write(dir.path().join(NAME), damaged).unwrap();
-            assert!(open().note_uptime(c).unwrap().is_empty(), "{damaged:?}");
+/// Notes an uptime durably, beside those in the mark, or instead of them once the metadata is known to hold it.
+pub(super) fn note(disk: &dyn Disk, dir: &Path, now: Uuid, confirmed: bool) -> Result<(), OpenError> {
+    let mut uptimes = if confirmed { Vec::new() } else { read(disk, dir)? };
+    if !uptimes.contains(&now) {
+        // Never the first: it was confirmed, and is the likeliest to be asked for.
+        while uptimes.len() >= MOST {
+            uptimes.remove(1);
         }
+        uptimes.push(now);
     }
+    let path = dir.join(NAME);
+    let uptimes = uptimes.iter().map(Uuid::to_string).collect();
+    let text = serde_json::to_vec_pretty(&Mark { format: FORMAT, uptimes }).expect("numbers and text are JSON");
+    disk.replace(&path, &text).map_err(io_error(&path, "write"))
 }

@@ -70,7 +70,12 @@ impl Members {
         let mut list = Vec::with_capacity(options.endpoints.len());
         for (place, endpoint) in options.endpoints.iter().enumerate() {
             let line = Line::new(place, endpoint, &options, &cluster).await;
-            let line = line.map_err(|error| EtcdOptionsError::Tls { why: refused(&error) })?;
+            let line = line.map_err(|error| match error {
+                Error::InvalidUri(why) => {
+                    EtcdOptionsError::Endpoint { endpoint: endpoint.clone(), why: why.to_string() }
+                }
+                other => EtcdOptionsError::Tls { why: refused(&other) },
+            })?;
             list.push(Member {
                 place,
                 endpoint: endpoint.clone(),

@@ -8,6 +8,8 @@ mod failures;
 mod formats;
 mod lost;
 mod reading;
+mod start;
+mod uptimes;
 
 use std::{
     path::Path,

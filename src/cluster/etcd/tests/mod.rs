@@ -11,9 +11,12 @@ use super::{EtcdIdentity, EtcdLogin, EtcdOptions, EtcdStore, EtcdTls, MemberStat
 use crate::{
     cluster::{
         conformance::{self, Subject},
+        keys::{Addresses, BrokerState, BrokerValue, Keys, Value as _},
         store::{Compare, Event, LeaseId, MetaStore, Outcome, Revision, StoreError, Transaction, Watch},
+        view::View,
     },
-    task::clock,
+    model::BrokerId,
+    task::{Tasks, clock},
 };
 
 mod process;
@@ -245,6 +248,33 @@ async fn members_of_another_cluster_are_not_believed() {
     drop(ours);
     let error = store.get("n").await.expect_err("the other cluster has another history");
     assert!(error.to_string().contains("name the members of one cluster"), "{error}");
+}
+
+#[tokio::test]
+async fn the_view_follows_etcd_past_a_dead_member() {
+    let mut etcd = Etcd::start(3).await;
+    let (store, keys, tasks) = (etcd.store().await, Keys::new("test").expect("a name"), Tasks::new());
+    let view = View::start(Arc::new(store.clone()), keys.clone(), &tasks);
+    timeout(SOON, view.reached(Revision::ZERO)).await.expect("an empty prefix is listed too");
+    let registration = BrokerValue {
+        addresses: Addresses { grpc: "a:1".to_owned(), http: None },
+        rack: None,
+        directory_id: "d".to_owned(),
+        incarnation: "p".to_owned(),
+        state: BrokerState::Running,
+        version: "0".to_owned(),
+    };
+    for id in [1, 2] {
+        if id == 2 {
+            etcd.kill(0);
+        }
+        let key = keys.broker(BrokerId(id));
+        let text = String::from_utf8(registration.encode().to_vec()).expect("JSON");
+        let revision = put_in_the_end(&store, &key, &text).await;
+        timeout(SOON, view.reached(revision)).await.expect("the view sees it");
+        assert!(view.state().brokers().contains_key(&BrokerId(id)));
+    }
+    tasks.stop().await;
 }
 
 #[tokio::test]

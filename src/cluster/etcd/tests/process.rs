@@ -2,10 +2,13 @@
 
 use std::{
     fs::File,
-    net::TcpListener,
+    net::{Ipv4Addr, TcpListener},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    sync::OnceLock,
+    sync::{
+        OnceLock,
+        atomic::{AtomicU32, Ordering::Relaxed},
+    },
     time::Duration,
 };
 
@@ -44,10 +47,18 @@ fn program() -> &'static Path {
     })
 }
 
-/// Ports that were free a moment ago, all different.
-fn free_ports(count: usize) -> Vec<u16> {
-    let bound: Vec<_> = (0..count).map(|_| TcpListener::bind("127.0.0.1:0").expect("a free port")).collect();
-    bound.iter().map(|listener| listener.local_addr().expect("it is bound").port()).collect()
+/// A port that is free. It lies below those that the kernel hands out by itself, so that no client's connection can take it
+/// while a member is down.
+fn free_port() -> u16 {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    loop {
+        let step = NEXT.fetch_add(1, Relaxed);
+        let port = 12_000 + std::process::id().wrapping_mul(37).wrapping_add(step) % 18_000;
+        let port = u16::try_from(port).expect("below 65,536");
+        if TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok() {
+            return port;
+        }
+    }
 }
 
 impl Etcd {
@@ -60,8 +71,7 @@ impl Etcd {
 
     /// A cluster whose clients come with `scheme`. It may not answer yet.
     pub(super) fn begin(members: usize, scheme: &'static str, flags: &[String]) -> Self {
-        let ports = free_ports(members * 2);
-        let members = ports.chunks(2).map(|pair| Member { ports: (pair[0], pair[1]), process: None }).collect();
+        let members = (0..members).map(|_| Member { ports: (free_port(), free_port()), process: None }).collect();
         let folder = tempfile::tempdir().expect("a directory");
         let mut etcd = Self { folder, members, flags: flags.to_vec(), scheme };
         for place in 0..etcd.members.len() {

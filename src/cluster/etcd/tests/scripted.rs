@@ -16,7 +16,7 @@ use prost::Message;
 use tokio::net::TcpListener;
 
 use super::*;
-use crate::{proto::status::Code, task::Tasks};
+use crate::proto::status::Code;
 
 // The messages of etcd's published interface, as far as answers here need them.
 

@@ -73,13 +73,15 @@ async fn tls_needs_the_right_authority_and_the_clients_certificate() {
 }
 
 #[tokio::test]
-async fn a_file_that_only_looks_like_a_certificate_is_refused_at_once() {
+async fn what_only_looks_like_a_certificate_or_a_host_is_refused_at_once() {
     let ca = b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n".to_vec();
     let identity = EtcdIdentity { certificate: ca.clone(), key: b"-----BEGIN PRIVATE KEY-----\n".to_vec() };
     let tls = EtcdTls { ca: None, identity: Some(identity) };
     let options = EtcdOptions { tls: Some(tls), ..EtcdOptions::new(["https://127.0.0.1:1"]) };
     let error = EtcdStore::open(options).await.expect_err("no key is in it");
     assert!(error.to_string().contains("TLS settings for etcd"), "{error}");
+    let error = EtcdStore::open(EtcdOptions::new(["http://a{b:1"])).await.expect_err("no host has such a name");
+    assert!(error.to_string().contains("\"http://a{b:1\" is no etcd endpoint"), "{error}");
 }
 
 fn user(name: &str, password: &str) -> Option<EtcdLogin> {
