@@ -25,6 +25,9 @@ const FAULTS: u32 = 8;
 /// How long peace may take until everything is answered.
 const PATIENCE: Duration = Duration::from_secs(300);
 
+/// How long reading the whole log may take.
+const READING: Duration = Duration::from_secs(20);
+
 /// What the producers were told: the offset of each of their values.
 type Acked = Arc<Mutex<BTreeMap<(u32, u64), Offset>>>;
 
@@ -143,7 +146,7 @@ async fn produce(client: Client, producer: u32, acked: Acked, trace: Trace, stop
 /// Everything that was acknowledged is there at its offset, once, in its producer's order.
 async fn check(client: &Client, acked: &Acked, trace: &Trace) {
     let acked = acked.lock().unwrap().clone();
-    let found = tokio::time::timeout(PATIENCE, read(client)).await;
+    let found = tokio::time::timeout(READING, read(client)).await;
     let found = found.unwrap_or_else(|_| panic!("the log is read in time\n{}", trace.text()));
     for (sent, offset) in &acked {
         assert_eq!(found.get(offset), Some(sent), "what was acknowledged at {offset}\n{}", trace.text());
