@@ -21,6 +21,7 @@ mod lost;
 mod outage;
 mod pages;
 mod patience;
+mod protoc;
 mod proxy;
 mod python;
 mod retention;
