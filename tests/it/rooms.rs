@@ -59,12 +59,13 @@ const KNOWLEDGE: &[Knowledge] = &[
     },
     Knowledge { what: "the embedded key-value store", paths: &["redb"], allowed: &["cluster/embedded"] },
     Knowledge { what: "errors without a type", paths: &["anyhow"], allowed: &["server", "cli", "main"] },
-    Knowledge { what: "randomness", paths: &["rand"], allowed: &["task/random"] },
+    // A simulated process has a generator of its own.
+    Knowledge { what: "randomness", paths: &["rand"], allowed: &["task/random", "task/process"] },
     Knowledge {
         what: "an order of iteration that no two runs share (a BTreeMap has one of its own)",
         paths: &["std::collections::HashMap", "std::collections::HashSet"],
-        // What the generated types are made of.
-        allowed: &["proto", "broker/admin"],
+        // What the generated types are made of; and a search that holds millions of states and never walks over them.
+        allowed: &["proto", "broker/admin", "partition/check"],
     },
     Knowledge { what: "command-line arguments", paths: &["clap"], allowed: &["config", "cli", "main"] },
 ];
@@ -76,6 +77,7 @@ const PURE: &[&str] = &[
     "partition/follower",
     "partition/retention",
     "group/assign",
+    "cluster/partition_value",
     "cluster/placement",
     "cluster/planner",
     "tier/manifest",
