@@ -10,20 +10,7 @@ use super::{
 const PATIENCE: usize = 400;
 
 /// No fault at all, but elections for whoever is without a leader.
-const CALM: Budget = Budget {
-    appends: 0,
-    epochs: 20,
-    kills: 0,
-    losses: 0,
-    wipes: 0,
-    expiries: 0,
-    handovers: 0,
-    unknowns: 0,
-    late: 0,
-    breaks: 0,
-    lags: 0,
-    lowerings: 0,
-};
+const CALM: Budget = Budget { epochs: 20, ..Budget::NOTHING };
 
 /// Follows the state until nothing changes any more, and checks that the partition is whole then.
 pub(super) fn comes_to_rest(mut world: World) -> Result<(), Fault> {

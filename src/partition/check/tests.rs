@@ -9,20 +9,7 @@ use crate::{
     partition::mutation::{self, Mutation},
 };
 
-const NOTHING: Budget = Budget {
-    appends: 0,
-    epochs: 0,
-    kills: 0,
-    losses: 0,
-    wipes: 0,
-    expiries: 0,
-    handovers: 0,
-    unknowns: 0,
-    late: 0,
-    breaks: 0,
-    lags: 0,
-    lowerings: 0,
-};
+const NOTHING: Budget = Budget::NOTHING;
 
 /// Two brokers are in sync at first; the third follows, and may be admitted at any time.
 const fn setup(durability: Durability, min_insync: usize, budget: Budget) -> Setup {

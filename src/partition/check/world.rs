@@ -45,6 +45,24 @@ pub(super) struct Budget {
     pub(super) lowerings: u8,
 }
 
+impl Budget {
+    /// No event at all.
+    pub(super) const NOTHING: Self = Self {
+        appends: 0,
+        epochs: 0,
+        kills: 0,
+        losses: 0,
+        wipes: 0,
+        expiries: 0,
+        handovers: 0,
+        unknowns: 0,
+        late: 0,
+        breaks: 0,
+        lags: 0,
+        lowerings: 0,
+    };
+}
+
 /// What a search begins with.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Setup {
