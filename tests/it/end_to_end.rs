@@ -95,7 +95,11 @@ fn a_real_log_comes_back_byte_for_byte_from_the_bucket() {
 fn dev_says_where_it_is_and_keeps_topics_and_records() {
     let home = Home::new();
     let broker = home.start_dev();
-    let greeting = home.log();
+    // It answers a moment before it has said so.
+    let greeting = eventually("the greeting is whole", || {
+        let log = home.log();
+        log.contains("the data stays").then_some(log)
+    });
     for said in [home.grpc().to_string(), home.http().to_string(), home.data_dir().display().to_string()] {
         assert!(greeting.contains(&said), "it says {said}: {greeting}");
     }
