@@ -19,6 +19,7 @@ use rustix::process::{Pid, Signal};
 use strandline::task;
 
 use crate::{
+    etcd::in_namespace,
     patience::{PATIENCE, eventually, poll},
     s3::S3,
 };
@@ -28,6 +29,9 @@ const BINARY: &str = env!("CARGO_BIN_EXE_strandline");
 /// Where one broker lives: its folder, its ports and its configuration. It outlives the processes that run there.
 pub(crate) struct Home {
     folder: tempfile::TempDir,
+    id: u32,
+    rack: String,
+    namespace: Option<String>,
     grpc: SocketAddr,
     http: SocketAddr,
     advertise: Option<SocketAddr>,
@@ -45,6 +49,9 @@ impl Home {
         fs::create_dir_all(folder.path().join("bucket")).expect("a folder for the bucket");
         Self {
             folder,
+            id: 1,
+            rack: "zone-a".to_owned(),
+            namespace: None,
             grpc: free_address(),
             http: free_address(),
             advertise: None,
@@ -53,6 +60,23 @@ impl Home {
             settings: Vec::new(),
             environment: Vec::new(),
         }
+    }
+
+    /// The home of one of several brokers.
+    pub(crate) fn member(id: u32, rack: &str) -> Self {
+        Self { id, rack: rack.to_owned(), ..Self::new() }
+    }
+
+    /// Lives in a network namespace, at the address that it has there.
+    pub(crate) fn in_namespace(self, namespace: &str, ip: Ipv4Addr) -> Self {
+        let at = |port| SocketAddr::from((ip, port));
+        Self { namespace: Some(namespace.to_owned()), grpc: at(9460), http: at(9461), ..self }
+    }
+
+    /// Takes this folder for the object store.
+    pub(crate) fn shared_bucket(mut self, folder: &Path) -> Self {
+        self.object_store = Some(format!("file://{}", folder.display()));
+        self
     }
 
     /// Takes no object store at all.
@@ -133,7 +157,8 @@ impl Home {
     /// Writes the configuration file that the fixed keys allow and returns its path.
     pub(crate) fn write_config(&self) -> PathBuf {
         let mut text = String::from("cluster = \"it\"\n");
-        write!(text, "[broker]\nid = 1\nrack = \"zone-a\"\ndata_dir = {:?}\n", self.data_dir())
+        let Self { id, rack, .. } = self;
+        write!(text, "[broker]\nid = {id}\nrack = {rack:?}\ndata_dir = {:?}\n", self.data_dir())
             .expect("a string grows");
         let advertise = self.advertise.unwrap_or(self.grpc);
         write!(text, "[grpc]\nlisten = \"{}\"\nadvertise = \"{advertise}\"\n", self.grpc).expect("a string grows");
@@ -173,7 +198,7 @@ impl Home {
     /// Starts `strandline broker` and does not wait.
     pub(crate) fn spawn(&self) -> Broker {
         let config = self.write_config();
-        let mut command = Command::new(BINARY);
+        let mut command = in_namespace(self.namespace.as_deref(), Path::new(BINARY));
         command.arg("broker").arg("--config").arg(config);
         self.launch(command)
     }
@@ -248,6 +273,12 @@ impl Broker {
         eventually("the broker has ended", || self.child.try_wait().expect("the child can be asked"))
     }
 
+    /// Stops it as a frozen machine would be, or lets it go on: its connections stay open, and nothing comes from it.
+    pub(crate) fn freeze(&self, frozen: bool) {
+        let signal = if frozen { Signal::STOP } else { Signal::CONT };
+        rustix::process::kill_process(Pid::from_child(&self.child), signal).expect("the process is ours");
+    }
+
     /// Its process id.
     pub(crate) fn pid(&self) -> u32 {
         self.child.id()
@@ -307,6 +338,12 @@ impl Output {
 }
 
 impl Cli {
+    /// A command line that talks to any of these brokers.
+    pub(crate) fn of(brokers: &[SocketAddr], folder: &Path) -> Self {
+        let addresses: Vec<String> = brokers.iter().map(SocketAddr::to_string).collect();
+        Self { bootstrap: Some(addresses.join(",")), folder: folder.to_owned() }
+    }
+
     /// A command line that is pointed at nothing.
     pub(crate) fn without_broker(folder: &Path) -> Self {
         Self { bootstrap: None, folder: folder.to_owned() }

@@ -31,7 +31,7 @@ use strandline::{
     },
     task::{Tasks, clock},
 };
-use tokio::{net::TcpStream, sync::mpsc};
+use tokio::{net::TcpStream, sync::mpsc, time::Instant};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 
@@ -68,21 +68,49 @@ pub(crate) fn setting(name: &str, default: u64) -> u64 {
 
 /// What producers and readers share.
 pub(crate) struct Load {
-    pub(crate) address: SocketAddr,
+    /// The brokers: any of them tells who leads.
+    addresses: Vec<SocketAddr>,
     /// The topics, each with [`PARTITIONS`] partitions.
     topics: Vec<&'static str>,
     /// The counter that is the history's time, and its payloads' identity.
     time: AtomicU64,
     attempts: Mutex<Vec<Attempt>>,
+    /// When something was acknowledged, and where.
+    moments: Mutex<Vec<(Log, Instant)>>,
     /// Requests that producers may still send before the next kill. Without a bound a slow machine would be given more
     /// to write while it reads than it can ever read.
     budget: AtomicU64,
 }
 
 impl Load {
-    pub(crate) fn new(address: SocketAddr, topics: Vec<&'static str>) -> Arc<Self> {
+    pub(crate) fn new(addresses: Vec<SocketAddr>, topics: Vec<&'static str>) -> Arc<Self> {
         let budget = AtomicU64::new(REQUESTS);
-        Arc::new(Self { address, topics, time: AtomicU64::new(0), attempts: Mutex::default(), budget })
+        let (attempts, moments) = (Mutex::default(), Mutex::default());
+        Arc::new(Self { addresses, topics, time: AtomicU64::new(0), attempts, moments, budget })
+    }
+
+    /// The broker, where there is one.
+    pub(crate) fn address(&self) -> SocketAddr {
+        self.addresses[0]
+    }
+
+    /// The broker that serves a log.
+    async fn serving(&self, log: Log) -> SocketAddr {
+        if self.addresses.len() == 1 {
+            return self.addresses[0];
+        }
+        let known = || wire::leader(&self.addresses, self.topics[log.0], log.1);
+        becomes("the log has a leader", known).await
+    }
+
+    /// How long nothing was acknowledged in a log, at the longest, since `since`; `None` before it has been acknowledged often enough
+    /// that it goes on.
+    pub(crate) fn longest_silence(&self, log: Log, since: Instant) -> Option<Duration> {
+        let moments = self.moments.lock().expect("no holder panics");
+        let here: Vec<Instant> =
+            moments.iter().filter(|(of, at)| *of == log && *at >= since).map(|(_, at)| *at).collect();
+        let before = std::iter::once(&since).chain(&here);
+        (here.len() >= 20).then(|| before.zip(&here).map(|(one, next)| *next - *one).max().expect("not empty"))
     }
 
     /// Lets the producers go on until the next kill.
@@ -106,6 +134,10 @@ impl Load {
 
     pub(crate) fn conclude(&self, attempts: Vec<Attempt>, outcome: impl Fn(i64) -> Outcome) {
         let answered = self.tick();
+        let now = clock::monotonic();
+        let acknowledged = (0..).zip(&attempts).filter(|(n, _)| matches!(outcome(*n), Outcome::Acknowledged { .. }));
+        let moments: Vec<_> = acknowledged.map(|(_, one)| (one.log, now)).collect();
+        self.moments.lock().expect("no holder panics").extend(moments);
         let settled = (0..).zip(attempts).map(|(n, one)| Attempt { answered, outcome: outcome(n), ..one });
         self.attempts.lock().expect("no holder panics").extend(settled);
     }
@@ -150,7 +182,7 @@ async fn produce(load: Arc<Load>, producer: u32, seed: u64, tasks: Tasks) {
         tokio::select! {
             biased;
             () = tasks.cancelled() => {}
-            () = becomes("the broker listens", || async { TcpStream::connect(load.address).await.ok().map(drop) }) => {}
+            () = becomes("the broker listens", || async { TcpStream::connect(load.address()).await.ok().map(drop) }) => {}
         }
     }
 }
@@ -164,7 +196,7 @@ async fn session(
     pending: &mut HashMap<u64, Vec<Attempt>>,
 ) {
     let (requests, outgoing) = mpsc::channel(WINDOW);
-    let mut log = wire::log(load.address);
+    let mut log = wire::log(load.address());
     let opened = tokio::time::timeout(Duration::from_secs(5), log.produce(ReceiverStream::new(outgoing))).await;
     let Ok(Ok(answers)) = opened else { return };
     let mut answers: Streaming<ProduceResponse> = answers.into_inner();
@@ -244,7 +276,7 @@ pub(crate) async fn read(load: &Load, from: impl Fn(Log) -> i64) -> Vec<Pass> {
 }
 
 async fn read_part(load: &Load, log: Log, part: Part) -> Pass {
-    let mut client = wire::log(load.address);
+    let mut client = wire::log(load.serving(log).await);
     let (name, partition) = (load.topics[log.0], log.1);
     let (began, from) = (load.tick(), part.from);
     let end = wire::latest(&mut client, name, partition).await.expect("the end is known");
@@ -322,7 +354,7 @@ async fn nothing_acknowledged_is_lost_to_kill_9() {
         let config: Vec<(&str, &str)> = SMALL.into_iter().chain([("durability", durability)]).collect();
         wire::create_topic(home.grpc(), name, PARTITIONS.unsigned_abs(), &config).await;
     }
-    let load = Load::new(home.grpc(), TOPICS.map(|(name, _)| name).to_vec());
+    let load = Load::new(vec![home.grpc()], TOPICS.map(|(name, _)| name).to_vec());
     let tasks = Tasks::new();
     for producer in 0..PRODUCERS {
         let seed = rng.random();
@@ -333,7 +365,7 @@ async fn nothing_acknowledged_is_lost_to_kill_9() {
         load.grant();
         load.moment(&mut rng).await;
         broker = tokio::task::block_in_place(|| restart(&mut home, broker, &mut rng));
-        assert_eq!(home.grpc(), load.address, "nobody took the broker's port");
+        assert_eq!(home.grpc(), load.address(), "nobody took the broker's port");
         readers.go_on(&load, &mut rng).await;
         if kill < ROUND || kill.is_multiple_of(ROUND) {
             judge(&load, &readers.passes);

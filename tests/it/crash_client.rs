@@ -26,7 +26,7 @@ use crate::{
     wire,
 };
 
-const TOPIC: &str = "exactly";
+pub(crate) const TOPIC: &str = "exactly";
 
 /// Most records that one producer has under way.
 const OUTSTANDING: usize = 100;
@@ -98,8 +98,8 @@ async fn follow(
 }
 
 /// Producers and a following consumer at work, all through the library's client.
-struct Work {
-    load: Arc<Load>,
+pub(crate) struct Work {
+    pub(crate) load: Arc<Load>,
     tasks: Tasks,
     producers: Vec<JoinHandle<()>>,
     follower: JoinHandle<HashMap<Log, Vec<(i64, u64)>>>,
@@ -110,8 +110,13 @@ impl Work {
     /// Starts on a new topic. Clients go to `bootstrap`, the last reading to `direct`.
     async fn start(bootstrap: SocketAddr, direct: SocketAddr, rng: &mut StdRng) -> Self {
         wire::create_topic(direct, TOPIC, PARTITIONS.unsigned_abs(), &SMALL).await;
+        Self::on_topic(&bootstrap.to_string(), vec![direct], rng).await
+    }
+
+    /// Starts on the topic, which is there.
+    pub(crate) async fn on_topic(bootstrap: &str, direct: Vec<SocketAddr>, rng: &mut StdRng) -> Self {
         let load = Load::new(direct, vec![TOPIC]);
-        let client = Client::connect(&bootstrap.to_string(), Options::default()).await.expect("the broker is there");
+        let client = Client::connect(bootstrap, Options::default()).await.expect("the brokers are there");
         let (tasks, mut producers) = (Tasks::new(), Vec::new());
         for number in 0..2 {
             let producer = client.producer(ProducerOptions::default()).await.expect("an idempotent producer");
@@ -129,7 +134,7 @@ impl Work {
 
     /// Ends the work after that many blows; everything sent must have been delivered, once, and followed. How many records
     /// that were.
-    async fn finish(self, blows: u64) -> i64 {
+    pub(crate) async fn finish(self, blows: u64) -> i64 {
         self.tasks.cancel();
         for producer in self.producers {
             producer.await.expect("every record was acknowledged");
@@ -162,7 +167,7 @@ async fn the_client_delivers_everything_once_and_in_order_across_kills() {
     for kill in 1..=kills {
         work.load.moment(&mut rng).await;
         broker = tokio::task::block_in_place(|| restart(&mut home, broker, &mut rng));
-        assert_eq!(home.grpc(), work.load.address, "nobody took the broker's port");
+        assert_eq!(home.grpc(), work.load.address(), "nobody took the broker's port");
         println!("crash: kill {kill} of {kills} under the client, {} records so far", work.load.acknowledged());
     }
     let total = work.finish(kills).await;

@@ -8,7 +8,11 @@ mod fs;
 mod tier;
 mod uploads;
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
 
 use http_body_util::BodyExt;
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
@@ -58,6 +62,11 @@ impl S3 {
 
     /// The same, outside of a runtime.
     pub(crate) fn begin() -> Self {
+        Self::at(Ipv4Addr::LOCALHOST)
+    }
+
+    /// The same at an address of this machine.
+    pub(crate) fn at(ip: Ipv4Addr) -> Self {
         let folder = tempfile::tempdir().unwrap();
         std::fs::create_dir(folder.path().join(BUCKET)).unwrap();
         let (faults, uploads) = (Faults::default(), fs::Uploads::default());
@@ -70,7 +79,7 @@ impl S3 {
             stripes: std::array::from_fn(|_| Mutex::new(())),
             faults: faults.clone(),
         });
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let listener = std::net::TcpListener::bind((ip, 0)).unwrap();
         listener.set_nonblocking(true).unwrap();
         let address = listener.local_addr().unwrap();
         let tasks = Tasks::new();
@@ -82,7 +91,7 @@ impl S3 {
         Self { address, folder, faults, uploads, tasks, thread: Some(thread) }
     }
 
-    /// Its URL: `http://127.0.0.1:PORT`.
+    /// Its URL: `http://ADDRESS:PORT`.
     pub(crate) fn endpoint(&self) -> String {
         format!("http://{}", self.address)
     }

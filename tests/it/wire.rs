@@ -10,9 +10,9 @@ use strandline::{
     proto::{
         fault::Fault,
         v1::{
-            Acks, AppendRequest, AppendResponse, CreateTopicRequest, FetchPartition, ListOffsetsRequest, OffsetQuery,
-            PlainRecords, ReadRequest, Record, admin_client::AdminClient, append_request::Payload,
-            log_client::LogClient, offset_query::At,
+            Acks, AppendRequest, AppendResponse, CreateTopicRequest, FetchPartition, GetMetadataRequest,
+            ListOffsetsRequest, OffsetQuery, PlainRecords, ReadRequest, Record, admin_client::AdminClient,
+            append_request::Payload, log_client::LogClient, offset_query::At,
         },
     },
     task::clock,
@@ -43,6 +43,19 @@ pub(crate) async fn create_topic(address: SocketAddr, name: &str, partitions: u3
     let config = config.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
     let request = CreateTopicRequest { name: name.to_owned(), partitions, config, ..Default::default() };
     admin(address).create_topic(request).await.expect("the topic is created");
+}
+
+/// Where the leader of a partition is, by the first of these brokers that answers.
+pub(crate) async fn leader(brokers: &[SocketAddr], topic: &str, partition: i32) -> Option<SocketAddr> {
+    for address in brokers {
+        let request = GetMetadataRequest { topics: vec![topic.to_owned()], all_topics: false };
+        let Ok(answer) = admin(*address).get_metadata(request).await else { continue };
+        let answer = answer.into_inner();
+        let mut partitions = answer.topics.iter().flat_map(|topic| &topic.partitions);
+        let leader = partitions.find(|one| one.partition == partition)?.leader?;
+        return answer.brokers.iter().find(|broker| broker.id == leader)?.address.parse().ok();
+    }
+    None
 }
 
 /// An append of plain records.

@@ -116,7 +116,8 @@ async fn a_killed_leader_costs_neither_changes_nor_leases_nor_the_watch() {
     let mut known = start;
     for n in 0..60 {
         if n == 20 {
-            etcd.kill(etcd.leader(&store).await);
+            let leader = etcd.leader(&store).await;
+            etcd.kill(leader);
         }
         known = count(&store, n, known).await;
     }

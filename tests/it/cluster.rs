@@ -1,0 +1,8 @@
+//! Several real brokers over a real etcd of three members.
+
+mod chaos;
+mod failover;
+mod members;
+mod network;
+mod outage;
+mod rolling;

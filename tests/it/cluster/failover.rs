@@ -1,0 +1,94 @@
+//! Brokers die under load: what was acknowledged stays, clients go on by themselves, and whoever comes back catches up.
+
+use std::time::Duration;
+
+use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
+use strandline::task::clock;
+
+use super::members::Cluster;
+use crate::{
+    crash::{PARTITIONS, setting},
+    crash_client::{TOPIC, Work},
+    patience::eventually,
+};
+
+/// A topic whose every record is on two disks before it is acknowledged.
+const CONFIG: [&str; 8] = [
+    "--replication-factor",
+    "3",
+    "--config",
+    "min.insync.replicas=2",
+    "--config",
+    "segment.bytes=65536",
+    "--config",
+    "segment.ms=500",
+];
+
+pub(super) fn create(cluster: &Cluster) {
+    let partitions = PARTITIONS.to_string();
+    let named = ["topic", "create", TOPIC, "--partitions", &partitions];
+    cluster.cli().ok(&[&named[..], &CONFIG].concat());
+    cluster.in_sync(TOPIC, 3);
+}
+
+/// One write and one read through three brokers, and every replica has the same bytes.
+#[test]
+fn three_brokers_hold_the_same_bytes() {
+    let mut cluster = Cluster::start(3);
+    create(&cluster);
+    let cli = cluster.cli();
+    let text: String = (0..3000).map(|line| format!("line {line}\n")).collect();
+    cli.ok_with(&["produce", TOPIC, "--partition", "0"], text.as_bytes());
+    assert_eq!(cli.ok(&["consume", TOPIC, "--partition", "0", "--until-end"]).text(), text);
+    let followed = cluster.leader(TOPIC, 0) % 3 + 1;
+    cluster.kill(followed);
+    cli.ok_with(&["produce", TOPIC, "--partition", "0"], b"without one of three\n");
+    cluster.restart(followed);
+    cluster.in_sync(TOPIC, 3);
+    // Whoever leads next has everything.
+    let leader = cluster.leader(TOPIC, 0);
+    cluster.kill(leader);
+    let read = eventually("another one leads", || {
+        let read = cli.run(&["consume", TOPIC, "--partition", "0", "--until-end"]);
+        (read.code == 0).then(|| read.text())
+    });
+    assert_eq!(read, format!("{text}without one of three\n"));
+}
+
+/// Leaders and followers are killed under idempotent producers and a reader: each record once, in order; how long clients waited is
+/// printed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_is_lost_or_doubled_while_brokers_are_killed() {
+    let kills = setting("STRANDLINE_KILLS", 6);
+    let seed = setting("STRANDLINE_SEED", clock::wall_ms().unsigned_abs());
+    println!("failover: {kills} kills, STRANDLINE_SEED={seed}");
+    let mut rng = StdRng::seed_from_u64(seed);
+    let mut cluster = tokio::task::block_in_place(|| {
+        let cluster = Cluster::start(3);
+        create(&cluster);
+        cluster
+    });
+    let work = Work::on_topic(&cluster.bootstrap(), cluster.addresses(), &mut rng).await;
+    let mut silences: Vec<Duration> = Vec::new();
+    for kill in 1..=kills {
+        work.load.moment(&mut rng).await;
+        let victim = rng.random_range(1..=3);
+        let since = clock::monotonic();
+        tokio::task::block_in_place(|| {
+            cluster.kill(victim);
+            let logs = (0..PARTITIONS).map(|partition| (0, partition));
+            let waited: Vec<Duration> = logs
+                .map(|log| eventually("every partition goes on", || work.load.longest_silence(log, since)))
+                .collect();
+            println!("failover: kill {kill} of {kills}: broker {victim}, clients waited {waited:?}");
+            silences.extend(waited);
+            cluster.restart(victim);
+            cluster.in_sync(TOPIC, 3);
+        });
+    }
+    silences.sort_unstable();
+    let at = |part: usize| silences[(silences.len() * part / 100).min(silences.len() - 1)];
+    println!("failover: median {:?}, p99 {:?}, longest {:?}", at(50), at(99), at(100));
+    let total = work.finish(kills).await;
+    println!("failover: {total} records delivered once across {kills} kills");
+}

@@ -1,0 +1,42 @@
+//! Every broker is stopped and started again under load, one after the other: no client call fails, and none waits long.
+
+use std::time::Duration;
+
+use rand::{SeedableRng as _, rngs::StdRng};
+use strandline::task::clock;
+
+use super::{failover::create, members::Cluster};
+use crate::{
+    crash::{PARTITIONS, setting},
+    crash_client::{TOPIC, Work},
+    patience::eventually,
+};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_rolling_restart_fails_no_call() {
+    let seed = setting("STRANDLINE_SEED", clock::wall_ms().unsigned_abs());
+    println!("rolling: STRANDLINE_SEED={seed}");
+    let mut rng = StdRng::seed_from_u64(seed);
+    let mut cluster = tokio::task::block_in_place(|| {
+        let cluster = Cluster::start(3);
+        create(&cluster);
+        cluster
+    });
+    let work = Work::on_topic(&cluster.bootstrap(), cluster.addresses(), &mut rng).await;
+    let mut longest: Vec<Duration> = Vec::new();
+    for broker in 1..=3 {
+        work.load.moment(&mut rng).await;
+        let since = clock::monotonic();
+        tokio::task::block_in_place(|| {
+            cluster.stop(broker);
+            cluster.restart(broker);
+            cluster.in_sync(TOPIC, 3);
+        });
+        let logs = (0..PARTITIONS).map(|partition| (0, partition));
+        let waited = logs.map(|log| eventually("it goes on", || work.load.longest_silence(log, since)));
+        longest.extend(waited);
+    }
+    println!("rolling: the longest that a partition acknowledged nothing: {:?}", longest.iter().max());
+    let total = work.finish(3).await;
+    println!("rolling: {total} records delivered once across a restart of every broker");
+}
