@@ -1,0 +1,157 @@
+"""A cluster for benches/cluster: three members of etcd and brokers over them, as processes that are ended again."""
+import http.client, json, os, pathlib, re, shutil, signal, statistics, subprocess, time
+
+from measure import REPO, Process, cpu_of, free_port, rss_mb, run
+
+
+class Etcd:
+    """Three members on the loopback."""
+
+    def __init__(self, directory):
+        program = run([REPO / "tests/fetch-etcd"], 300).strip()
+        self.ports = [(free_port(), free_port()) for _ in range(3)]
+        peers = ",".join(f"m{i}=http://127.0.0.1:{p[1]}" for i, p in enumerate(self.ports))
+        self.members = []
+        pathlib.Path(directory).mkdir(parents=True, exist_ok=True)
+        for i, (client, peer) in enumerate(self.ports):
+            command = [program, "--name", f"m{i}", "--data-dir", f"{directory}/m{i}", "--logger", "zap", "--log-level", "error"]
+            for flag, port in (("client", client), ("peer", peer)):
+                command += [f"--listen-{flag}-urls", f"http://127.0.0.1:{port}"]
+            command += ["--advertise-client-urls", f"http://127.0.0.1:{client}", "--initial-advertise-peer-urls", f"http://127.0.0.1:{peer}"]
+            self.members.append(Process(command + ["--initial-cluster", peers], f"{directory}/m{i}.log"))
+        for member, (client, _) in zip(self.members, self.ports):
+            member.wait_for(lambda: '"true"' in (get(client, "/health") or ""), 60, "etcd")
+
+    @property
+    def endpoints(self):
+        return [f"http://127.0.0.1:{client}" for client, _ in self.ports]
+
+    def writes(self):
+        """Transactions that were applied so far, by the first member."""
+        page = get(self.ports[0][0], "/metrics")
+        return sum(float(re.search(rf"^{name} (\S+)", page, re.M)[1]) for name in ("etcd_debugging_mvcc_put_total", "etcd_debugging_mvcc_delete_total"))
+
+    def end(self):
+        for member in self.members:
+            member.end(signal.SIGKILL)
+
+
+def get(port, path):
+    c = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    try:
+        c.request("GET", path)
+        return c.getresponse().read().decode()
+    except (OSError, http.client.HTTPException):
+        return None
+    finally:
+        c.close()
+
+
+class Member:
+    """One broker's place: it may be killed and started again."""
+
+    def __init__(self, cluster, number):
+        self.cluster, self.number = cluster, number
+        self.directory = cluster.directory / f"broker{number}"
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.grpc, self.http = free_port(), free_port()
+        store = [f'url = "file://{cluster.bucket}"'] if cluster.bucket else []
+        lines = ['cluster = "bench"', "[broker]", f"id = {number}", f'rack = "zone-{number}"', f'data_dir = "{self.directory}/data"', "[grpc]",
+                 f'listen = "127.0.0.1:{self.grpc}"', "[http]", f'listen = "127.0.0.1:{self.http}"', "[metadata]",
+                 f"etcd = {json.dumps(cluster.etcd.endpoints)}", "[object_store]" if store else "", *store, *cluster.settings]
+        self.config = self.directory / "strandline.toml"
+        self.config.write_text("\n".join(lines) + "\n")
+        self.process = None
+
+    def start(self):
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("STRANDLINE_")}
+        self.process = Process([self.cluster.lab.bin, "broker", "--config", self.config], self.directory / "broker.log", inherited)
+
+    def wait(self):
+        self.process.wait_for(self.is_ready, 120, f"broker {self.number}")
+
+    def is_ready(self):
+        c = http.client.HTTPConnection("127.0.0.1", self.http, timeout=2)
+        try:
+            c.request("GET", "/readyz")
+            return c.getresponse().status == 200
+        except OSError:
+            return False
+        finally:
+            c.close()
+
+    def kill(self):
+        self.process.end(signal.SIGKILL)
+
+    def wipe(self):
+        shutil.rmtree(self.directory / "data")
+
+
+class Cluster:
+    """Brokers over an etcd of three. `bucket` is a folder, where one is wanted."""
+
+    def __init__(self, lab, name, brokers=3, bucket=False, settings=()):
+        self.lab, self.directory, self.settings = lab, lab.root / name, list(settings)
+        self.directory.mkdir(parents=True)
+        self.bucket = self.directory / "bucket" if bucket else None
+        if bucket:
+            self.bucket.mkdir()
+        self.members = []
+        self.etcd = Etcd(self.directory / "etcd")
+        try:
+            self.members = [Member(self, number) for number in range(1, brokers + 1)]
+            for member in self.members:
+                member.start()
+            for member in self.members:
+                member.wait()
+        except BaseException:
+            self.end()
+            raise
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.end()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def end(self):
+        for member in self.members:
+            if member.process:
+                member.process.end(signal.SIGKILL)
+        self.etcd.end()
+
+    @property
+    def address(self):
+        return ",".join(f"127.0.0.1:{member.grpc}" for member in self.members)
+
+    def cli(self, *arguments, timeout=300):
+        return run([self.lab.bin, *arguments], timeout, dict(os.environ, STRANDLINE_BOOTSTRAP=self.address))
+
+    def topic(self, name, partitions, factor, **config):
+        pairs = [x for k, v in config.items() for x in ("--config", f"{k.replace('_', '.')}={v}")]
+        self.cli("topic", "create", name, "--partitions", partitions, "--replication-factor", factor, *pairs)
+        self.in_sync(name, factor)
+
+    def drop(self, name):
+        self.cli("topic", "delete", name)
+
+    def partitions(self, name):
+        return json.loads(self.cli("topic", "describe", name, "--output", "json"))["partitions"]
+
+    def in_sync(self, name, factor, seconds=300):
+        """Waits until every replica of the topic is in sync; how long that took."""
+        began = time.monotonic()
+        while True:
+            states = self.partitions(name)
+            if all(state.get("leader") and len(state["isr"]) == factor for state in states):
+                return time.monotonic() - began
+            if time.monotonic() - began > seconds:
+                raise ValueError(f"{name} is not in sync after {seconds} s: {states[:3]}")
+            time.sleep(0.02)
+
+    def cpu(self):
+        return sum(cpu_of(member.process.pid) for member in self.members)
+
+    def rss(self):
+        return [rss_mb(member.process.pid) for member in self.members]
