@@ -231,7 +231,11 @@ mod tests {
         assert!(routing.told("t", 0, &fault(3, 4)), "a broker that was not known");
         assert_eq!(routing.leader("t", 0).expect("known").as_str(), "n3:9460");
         routing.refresh(1, &["t"], |_| async { Ok(answer(1, 3)) }).await.expect("answered");
-        assert_eq!(routing.leader("t", 0), None, "the one who lags knows no broker 3: its word on who leads is not taken");
+        assert_eq!(
+            routing.leader("t", 0),
+            None,
+            "the one who lags knows no broker 3: its word on who leads is not taken"
+        );
     }
 
     #[tokio::test]
