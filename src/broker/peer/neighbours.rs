@@ -73,11 +73,11 @@ impl Neighbours {
         self.around.send_if_modified(|around| std::mem::replace(&mut around.own, epoch) != epoch);
     }
 
-    pub(super) fn me(&self) -> BrokerId {
+    pub(in crate::broker) fn me(&self) -> BrokerId {
         self.me
     }
 
-    pub(super) fn cluster(&self) -> &str {
+    pub(in crate::broker) fn cluster(&self) -> &str {
         &self.cluster
     }
 

@@ -180,7 +180,7 @@ impl TryFrom<v1::ToFollower> for FromLeader {
     fn try_from(message: v1::ToFollower) -> Result<Self, BadFrame> {
         match message.is {
             Some(to_follower::Is::Answer(answer)) => {
-                Ok(Self::Answer { place: answer.place, answered: answer.try_into() })
+                Ok(Self::Answer { place: answer.place, answered: answered(answer) })
             }
             Some(to_follower::Is::Batches(batches)) => Ok(Self::Batches(batches.pieces)),
             Some(to_follower::Is::Welcome(_)) | None => Err(BadFrame::Kind),
@@ -188,44 +188,36 @@ impl TryFrom<v1::ToFollower> for FromLeader {
     }
 }
 
-impl TryFrom<v1::Answer> for Answered {
-    type Error = BadFrame;
-
-    fn try_from(answer: v1::Answer) -> Result<Self, BadFrame> {
-        let join = match answer.is.ok_or(BadFrame::Kind)? {
-            answer::Is::At(at) => Joined::At(offset("the offset to go on at", at)?),
-            answer::Is::Diverged(diverged) => Joined::Diverged {
-                epoch: epoch("the epoch of a divergence", diverged.epoch)?,
-                end: offset("the end of a divergence", diverged.end)?,
-            },
-            answer::Is::Begin(begin) => Joined::Begin(Box::new(begin.try_into()?)),
-            answer::Is::Refused(error) => Joined::Refused(error.message),
-        };
-        Ok(Self {
-            epoch: epoch("a leader epoch", answer.leader_epoch)?,
-            high_watermark: offset("a high watermark", answer.high_watermark)?,
-            join,
-        })
-    }
+fn answered(answer: v1::Answer) -> Result<Answered, BadFrame> {
+    let join = match answer.is.ok_or(BadFrame::Kind)? {
+        answer::Is::At(at) => Joined::At(offset("the offset to go on at", at)?),
+        answer::Is::Diverged(diverged) => Joined::Diverged {
+            epoch: epoch("the epoch of a divergence", diverged.epoch)?,
+            end: offset("the end of a divergence", diverged.end)?,
+        },
+        answer::Is::Begin(begin) => Joined::Begin(Box::new(beginning(begin)?)),
+        answer::Is::Refused(error) => Joined::Refused(error.message),
+    };
+    Ok(Answered {
+        epoch: epoch("a leader epoch", answer.leader_epoch)?,
+        high_watermark: offset("a high watermark", answer.high_watermark)?,
+        join,
+    })
 }
 
-impl TryFrom<v1::Begin> for Beginning {
-    type Error = BadFrame;
-
-    fn try_from(begin: v1::Begin) -> Result<Self, BadFrame> {
-        let at = offset("the offset to begin at", begin.at)?;
-        let mut history = EpochHistory::new();
-        for start in &begin.epochs {
-            let first = offset("the start of an epoch", start.start)?;
-            if first >= at || !history.note(epoch("an epoch", start.epoch)?, first) {
-                return Err(BadFrame::Epochs);
-            }
-        }
-        if history.iter().len() != begin.epochs.len() {
+fn beginning(begin: v1::Begin) -> Result<Beginning, BadFrame> {
+    let at = offset("the offset to begin at", begin.at)?;
+    let mut history = EpochHistory::new();
+    for start in &begin.epochs {
+        let first = offset("the start of an epoch", start.start)?;
+        if first >= at || !history.note(epoch("an epoch", start.epoch)?, first) {
             return Err(BadFrame::Epochs);
         }
-        Ok(Self { at, in_bucket: begin.in_bucket, epochs: history.iter().collect(), producers: begin.producers })
     }
+    if history.iter().len() != begin.epochs.len() {
+        return Err(BadFrame::Epochs);
+    }
+    Ok(Beginning { at, in_bucket: begin.in_bucket, epochs: history.iter().collect(), producers: begin.producers })
 }
 
 impl TryFrom<v1::Piece> for Piece {
