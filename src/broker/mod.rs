@@ -25,6 +25,8 @@ mod admin;
 mod agree;
 mod faults;
 mod fetch;
+#[allow(dead_code, reason = "brokers of one cluster use it; one alone has nobody to follow")]
+mod following;
 mod garbage;
 mod handover;
 mod hosted;
@@ -33,6 +35,8 @@ mod leftovers;
 mod lookup;
 mod metadata;
 mod offsets;
+#[allow(dead_code, reason = "brokers of one cluster use it; one alone has nobody who follows")]
+mod peer;
 mod produce;
 mod producer_ids;
 mod reconcile;
