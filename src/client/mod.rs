@@ -43,6 +43,7 @@ use std::{
     time::Duration,
 };
 
+use futures::{StreamExt as _, stream::FuturesUnordered};
 use tokio::sync::watch;
 use tonic::Status;
 
@@ -104,6 +105,9 @@ struct Inner {
 /// How long one broker may take for an answer that another could give as well. A broker that is there but does not work
 /// (stopped, or cut off) is noticed by nothing else.
 const ANY_ANSWER: Duration = Duration::from_secs(5);
+
+/// How long one broker is asked before the next is asked too.
+const HEDGE: Duration = Duration::from_millis(250);
 
 impl Client {
     /// Finds a cluster by the addresses of some of its brokers, `host:port` separated by commas.
@@ -223,15 +227,62 @@ impl Client {
         self.inner.routing.refresh(seen, wanted, ask).await
     }
 
-    /// Asks whichever broker answers: first the one that did last, then the others. For questions: one that may have been
-    /// heard is asked elsewhere all the same.
+    /// Asks whichever broker answers: first the one that did last, and the next as well where that one fails or stays silent for a
+    /// moment. The first answer is taken. For questions: one that may have been heard is asked elsewhere all the same.
     async fn ask_any<F, R, T>(&self, call: F) -> Result<T, CallError>
     where
         F: Fn(Wire) -> R,
         R: Future<Output = Result<tonic::Response<T>, Status>>,
     {
         let wait = self.options().request_timeout.min(ANY_ANSWER);
-        self.walk(call, wait, |unanswered| !matches!(unanswered, Unanswered::Refused(_))).await
+        let mut anybody = self.anybody().into_iter();
+        let call = &call;
+        let ask = |address: Address| async move {
+            let answer = self.at(&address, wait, call).await;
+            (address, answer)
+        };
+        let (mut asked, mut tried, mut heard) = (FuturesUnordered::new(), Vec::new(), false);
+        loop {
+            if asked.is_empty() {
+                match anybody.next() {
+                    Some(address) => asked.push(ask(address)),
+                    None => return Err(nobody(tried, heard)),
+                }
+            }
+            let answered = match tokio::time::timeout(HEDGE, asked.next()).await {
+                Ok(answered) => answered,
+                Err(_) => {
+                    asked.extend(anybody.next().map(&ask));
+                    continue;
+                }
+            };
+            match answered {
+                Some((address, Ok(answer))) => {
+                    *lock(&self.inner.preferred) = Some(address);
+                    return Ok(answer);
+                }
+                Some((address, Err(Unreached::Unanswered(refused @ Unanswered::Refused(_))))) => {
+                    return Err(refused.at(&address).into());
+                }
+                Some((address, Err(Unreached::Unanswered(unanswered)))) => {
+                    heard |= unanswered.was_heard();
+                    tried.push((address.as_str().to_owned(), unanswered.fault().message));
+                }
+                Some((_, Err(Unreached::Unconnected(ConnectError::NoAnswer { tried: here })))) => tried.extend(here),
+                Some((_, Err(Unreached::Unconnected(error)))) => return Err(error.into()),
+                None => {}
+            }
+        }
+    }
+
+    /// One call at one broker.
+    async fn at<F, R, T>(&self, address: &Address, wait: Duration, call: F) -> Result<T, Unreached>
+    where
+        F: Fn(Wire) -> R,
+        R: Future<Output = Result<tonic::Response<T>, Status>>,
+    {
+        let wire = self.wire(address).await.map_err(Unreached::Unconnected)?;
+        bounded(wait, call(wire)).await.map_err(Unreached::Unanswered)
     }
 
     /// Has whichever broker there is do something. What a broker may have begun is not repeated elsewhere.
@@ -241,42 +292,22 @@ impl Client {
         R: Future<Output = Result<tonic::Response<T>, Status>>,
     {
         let wait = self.options().request_timeout;
-        self.walk(call, wait, |unanswered| matches!(unanswered, Unanswered::NotSent(_) | Unanswered::NoBroker(_))).await
-    }
-
-    /// Calls one broker after the other while `elsewhere` says that the next may be called.
-    async fn walk<F, R, T>(&self, call: F, wait: Duration, elsewhere: fn(&Unanswered) -> bool) -> Result<T, CallError>
-    where
-        F: Fn(Wire) -> R,
-        R: Future<Output = Result<tonic::Response<T>, Status>>,
-    {
         let mut tried = Vec::new();
-        let mut heard = false;
         for address in self.anybody() {
-            let wire = match self.wire(&address).await {
-                Ok(wire) => wire,
-                Err(ConnectError::NoAnswer { tried: here }) => {
-                    tried.extend(here);
-                    continue;
-                }
-                Err(error) => return Err(error.into()),
-            };
-            match bounded(wait, call(wire)).await {
+            match self.at(&address, wait, &call).await {
                 Ok(answer) => {
                     *lock(&self.inner.preferred) = Some(address);
                     return Ok(answer);
                 }
-                Err(unanswered) if elsewhere(&unanswered) => {
-                    heard |= matches!(unanswered, Unanswered::Broken(_) | Unanswered::Silent(_));
-                    let problem = unanswered.fault().message;
-                    tried.push((address.as_str().to_owned(), problem));
+                Err(Unreached::Unconnected(ConnectError::NoAnswer { tried: here })) => tried.extend(here),
+                Err(Unreached::Unconnected(error)) => return Err(error.into()),
+                Err(Unreached::Unanswered(not_done @ (Unanswered::NotSent(_) | Unanswered::NoBroker(_)))) => {
+                    tried.push((address.as_str().to_owned(), not_done.fault().message));
                 }
-                Err(unanswered) => return Err(unanswered.at(&address).into()),
+                Err(Unreached::Unanswered(unanswered)) => return Err(unanswered.at(&address).into()),
             }
         }
-        let nobody = ConnectError::NoAnswer { tried };
-        // One that took the call may answer the next: that is no reason to give up.
-        Err(if heard { Fault::new(Reason::NotReady, nobody.to_string()).into() } else { nobody.into() })
+        Err(nobody(tried, false))
     }
 
     /// Every broker that is known, in the order in which they are called.
@@ -322,6 +353,20 @@ impl Client {
     }
 }
 
+/// What is said when no broker answered. One that took the call may answer the next: that is no reason to give up.
+fn nobody(tried: Vec<(String, String)>, heard: bool) -> CallError {
+    let nobody = ConnectError::NoAnswer { tried };
+    if heard { Fault::new(Reason::NotReady, nobody.to_string()).into() } else { nobody.into() }
+}
+
+/// A call that one broker gave no answer to.
+enum Unreached {
+    /// There is no connection to it.
+    Unconnected(ConnectError),
+    /// There is.
+    Unanswered(Unanswered),
+}
+
 /// One unary call, within a time.
 async fn bounded<R, T>(wait: Duration, call: R) -> Result<T, Unanswered>
 where
@@ -350,6 +395,11 @@ enum Unanswered {
 }
 
 impl Unanswered {
+    /// Whether a broker may have seen the call.
+    const fn was_heard(&self) -> bool {
+        matches!(self, Self::Broken(_) | Self::Silent(_))
+    }
+
     /// The same as a fault, without the address.
     fn fault(self) -> Fault {
         match self {

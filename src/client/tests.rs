@@ -485,3 +485,26 @@ async fn nobody_at_the_address_is_said_at_once() {
     let error = Client::connect(&address, Options::default()).await.expect_err("nobody listens");
     assert_eq!(error.to_string(), format!("no broker answers at {address}: connection refused"));
 }
+
+/// A machine that is gone silently breaks no connection. Its producers waited until the connection's own pings gave up.
+#[tokio::test]
+async fn a_silent_leader_is_left_when_another_one_leads() {
+    let (old, new) = (Double::start(1).await, Double::start(1).await);
+    let producer = client(&old).await.producer(one_by_one()).await.expect("an id");
+    old.script(&[Act::Hold; 3]);
+    let sent = send_numbers(&producer, 0..3).await;
+    old.state().advertised = new.address.to_string();
+    let acknowledged = tokio::time::timeout(Duration::from_secs(4), futures::future::join_all(sent)).await;
+    assert!(acknowledged.expect("the new leader answers soon").iter().all(Result::is_ok));
+    assert_eq!(new.values(0), numbers(0..3));
+}
+
+/// The same for a question that any broker could answer.
+#[tokio::test]
+async fn a_silent_broker_is_not_waited_for_where_another_one_answers() {
+    let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("bind");
+    let double = Double::start(1).await;
+    let bootstrap = format!("{},{}", silent.local_addr().expect("bound"), double.address);
+    let connected = tokio::time::timeout(Duration::from_secs(3), Client::connect(&bootstrap, Options::default())).await;
+    assert!(connected.expect("the other one answers soon").is_ok());
+}

@@ -32,7 +32,7 @@ const CONNECTION_WINDOW_BYTES: u32 = 8 << 20;
 const FRAME_BYTES: u32 = 256 << 10;
 
 /// A peer that answers no ping for this long is gone.
-const PING: Duration = Duration::from_secs(5);
+const PING: Duration = Duration::from_secs(3);
 
 /// The same between brokers: whom nobody hears for twice this long is not waited for.
 #[cfg(feature = "server")]

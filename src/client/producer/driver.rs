@@ -92,6 +92,8 @@ struct LaneState {
     identifying: bool,
     /// When its leader was last heard, or last given something to answer.
     heard: Instant,
+    /// When metadata was last asked for because of its leader's silence.
+    doubted: Instant,
     /// What stood in the way last, for the message of an expiry.
     trouble: String,
     /// Whether that is what the client shows.
@@ -221,6 +223,7 @@ impl Driver {
             self.timers.pop_first();
             self.lanes[index].timer = None;
             self.expire(index, now);
+            self.doubt_silence(index, now);
             self.notice_silence(index, now);
             self.pump(index);
         }
@@ -240,6 +243,7 @@ impl Driver {
                 timer: None,
                 identifying: false,
                 heard: clock::monotonic(),
+                doubted: clock::monotonic(),
                 trouble: "none".to_owned(),
                 in_trouble: false,
             });
@@ -508,8 +512,10 @@ impl Driver {
     fn set_next_timer(&mut self, index: usize) {
         let state = &self.lanes[index];
         let deadline = state.flight.deadline().map(|(at, _)| at).or_else(|| state.lane.deadline());
-        let silent = (!state.in_trouble && state.flight.under_way() > 0).then_some(state.heard + trouble::SLOW);
-        if let Some(at) = [state.not_before, deadline, silent].into_iter().flatten().min() {
+        let under_way = state.flight.under_way() > 0;
+        let silent = (!state.in_trouble && under_way).then_some(state.heard + trouble::SLOW);
+        let doubtful = under_way.then_some(state.heard.max(state.doubted) + trouble::QUIET);
+        if let Some(at) = [state.not_before, deadline, silent, doubtful].into_iter().flatten().min() {
             self.set_timer(index, at);
         }
     }

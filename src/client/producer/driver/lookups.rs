@@ -10,7 +10,10 @@ use super::{
     },
     Driver, Event,
 };
-use crate::proto::fault::{Fault, Reason};
+use crate::{
+    proto::fault::{Fault, Reason},
+    task::clock,
+};
 
 impl Driver {
     /// Asks for newer metadata, unless that is under way.
@@ -42,6 +45,10 @@ impl Driver {
         self.routing = false;
         if let Err(error) = &result {
             tracing::debug!(%error, "metadata could not be refreshed");
+        }
+        let now = clock::monotonic();
+        for index in 0..self.lanes.len() {
+            self.leave_silent(index, now);
         }
         let mut missing = false;
         for index in std::mem::take(&mut self.unrouted) {

@@ -10,6 +10,9 @@ use crate::{model::Acks, proto::fault::Fault, task::clock};
 /// A broker that has left all batches of a partition unanswered for so long is worth a word to whoever waits.
 pub(super) const SLOW: Duration = Duration::from_secs(5);
 
+/// A leader that has left all batches of a partition unanswered for so long may not be the leader any more.
+pub(super) const QUIET: Duration = Duration::from_secs(1);
+
 impl Driver {
     /// Nothing of this lane is sent for a while.
     pub(super) fn pause(&mut self, index: usize, fault: &Fault) {
@@ -36,6 +39,36 @@ impl Driver {
         if std::mem::take(&mut self.lanes[index].in_trouble) {
             self.troubles.leave(work(index));
         }
+    }
+
+    /// Nothing says that a machine is gone silently. So who waits asks the others who leads now, again and again, and goes there.
+    pub(super) fn doubt_silence(&mut self, index: usize, now: Instant) {
+        let state = &mut self.lanes[index];
+        if state.flight.under_way() == 0 || state.heard.max(state.doubted) + QUIET > now {
+            return;
+        }
+        state.doubted = now;
+        self.leave_silent(index, now);
+        self.route();
+    }
+
+    /// Leaves a silent leader for the one that is known to lead now. What is under way there may have been appended, and is sent again
+    /// as after a lost answer. It never waits for a broker that cannot acknowledge any more.
+    pub(super) fn leave_silent(&mut self, index: usize, now: Instant) {
+        let state = &self.lanes[index];
+        let silent = state.flight.under_way() > 0 && state.heard + QUIET <= now;
+        let Some(number) = state.stream.filter(|_| silent) else { return };
+        let Some(leader) = self.shared.client.routing().leader(&state.lane.topic, state.lane.partition) else { return };
+        let Some(old) = self.streams.get(&number).map(|stream| &stream.address).filter(|old| **old != leader) else {
+            return;
+        };
+        let problem = format!("{} has gone silent; {} leads now", old.as_str(), leader.as_str());
+        let state = &mut self.lanes[index];
+        state.stream = None;
+        let given_up = state.flight.lost(number, true);
+        self.give_up(index, given_up);
+        self.trouble(index, problem);
+        self.pump(index);
     }
 
     /// No answer is a trouble too, though nothing has failed.
