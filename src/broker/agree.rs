@@ -206,12 +206,12 @@ impl Agree {
             // Alone in sync it would only be elected again; as it is it still serves what it has.
             return true;
         }
-        let Some(partition) = self.hosted.by_id(id) else { return true };
-        let value = value.resign(self.me, partition.config().min_insync_replicas);
+        let Some(config) = self.hosted.config(id) else { return true };
+        let value = value.resign(self.me, config.min_insync_replicas);
         let change = Change { id, expect: revision, value, also: Vec::new() };
         match self.changes.make(vec![change], &[]).await.pop() {
             Some((_, Changed::Done(_))) => {
-                tracing::error!(partition = %id, "this broker's disk failed: it gave up the partition, and another replica leads");
+                tracing::error!(partition = %id, "this broker cannot write the partition any more: it gave it up, and another replica leads");
                 true
             }
             _ => false,

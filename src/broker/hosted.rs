@@ -134,6 +134,13 @@ impl Hosted {
         topics.get(name).filter(|topic| topic.id == id.topic)?.holding(id.number)
     }
 
+    /// The configuration by which this partition is held.
+    pub(super) fn config(&self, id: PartitionId) -> Option<Arc<TopicConfig>> {
+        let ids = self.ids.load();
+        let topics = self.topics.load();
+        Some(Arc::clone(&topics.get(ids.get(&id.topic)?)?.config))
+    }
+
     /// Waits until `holds` is true of what is held.
     pub(super) async fn until(&self, holds: impl Fn(&Self) -> bool) {
         let mut changed = self.changed.subscribe();

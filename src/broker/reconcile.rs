@@ -21,7 +21,10 @@
 //!   mark is kept and named: metadata that was lost, damaged or taken back to an older state must not cost data as well.
 //! - A replica is begun anew only when no set has it, so that nobody counts on what it held.
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::{
+    collections::BTreeSet,
+    sync::{Arc, OnceLock},
+};
 
 use futures::{StreamExt as _, stream};
 
@@ -33,7 +36,7 @@ use super::{
 use crate::{
     cluster::{BrokerState, Key, Moved, PartitionValue, TopicValue, ViewState},
     model::{BrokerId, PartitionId, TopicConfig, TopicId, TopicName},
-    partition::{Assignment, Partition, PartitionError, Spec, leader::insync::Registration},
+    partition::{Agreement as _, Assignment, Partition, PartitionError, Spec, leader::insync::Registration},
     task,
     tier::{PartitionTier, TopicRecord},
 };
@@ -156,10 +159,10 @@ impl Broker {
 
     /// Brings partitions in line with what the metadata says of them.
     async fn hold(&self, ids: Vec<PartitionId>, state: &ViewState, leftovers: &mut Leftovers) {
-        let on_disk: BTreeSet<PartitionId> = match ids.len() {
-            0 => return self.hosted.tell(),
-            _ => self.log.partitions().into_iter().collect(),
-        };
+        // Most changes are of replicas that are open: then nobody asks for it.
+        let on_disk: OnceLock<BTreeSet<PartitionId>> = OnceLock::new();
+        let is_on_disk =
+            |id: &PartitionId| on_disk.get_or_init(|| self.log.partitions().into_iter().collect()).contains(id);
         let (mut opened, mut told) = (Vec::new(), Vec::new());
         for id in ids {
             // Of a topic that is not acted by, nothing is done.
@@ -168,13 +171,13 @@ impl Broker {
             match known {
                 Some(known) if known.value.replicas.contains(&self.settings.id) => {
                     if !matches!(&*holding, Holding::Open(_)) {
-                        opened.extend(self.spec(id, state, &known.value, &holding, on_disk.contains(&id)));
+                        opened.extend(self.spec(id, state, &known.value, &holding, is_on_disk(&id)));
                     }
                     told.push(id);
                 }
                 Some(_) => {
                     self.close(id, &holding).await;
-                    if on_disk.contains(&id) {
+                    if is_on_disk(&id) {
                         leftovers.add(id);
                     }
                 }
@@ -184,6 +187,7 @@ impl Broker {
         }
         self.open_all(opened).await;
         if self.takes_part() {
+            told.iter().for_each(|id| self.give_up_unusable(*id, state));
             stream::iter(told).for_each_concurrent(TOLD_TOGETHER, |id| self.tell(id, state)).await;
         }
         self.hosted.tell();
@@ -263,6 +267,17 @@ impl Broker {
             }
         };
         task::blocking(move || specs.into_iter().map(open).collect()).await
+    }
+
+    /// Gives up a leadership for which there is no replica: somebody else may have one.
+    fn give_up_unusable(&self, id: PartitionId, state: &ViewState) {
+        let unusable = self.hosted.held(id).is_some_and(|holding| matches!(*holding, Holding::Unusable(_)));
+        let known = state.partition(id).and_then(|entry| entry.partition.as_ref());
+        if let Some(known) =
+            known.filter(|known| unusable && !self.alone && known.value.leader == Some(self.settings.id))
+        {
+            self.agree.resign(id, known.value.leader_epoch);
+        }
     }
 
     /// Tells a replica its place.

@@ -185,13 +185,21 @@ fn brokers_go_on_without_etcd_and_need_no_restart_when_it_is_back() {
     let mut cluster = Cluster::start(3);
     cluster.create("t", 3, &["min.insync.replicas=2"]);
     for round in 0..2 {
-        if round == 0 { cluster.etcd.freeze() } else { cluster.etcd.kill() }
+        if round == 0 {
+            cluster.etcd.freeze()
+        } else {
+            cluster.etcd.kill()
+        }
         // Longer than the leases live.
         for _ in 0..4 {
             cluster.cli().ok_with(&["produce", "t"], lines(500).as_bytes());
             thread::sleep(Duration::from_secs(1));
         }
-        if round == 0 { cluster.etcd.thaw() } else { cluster.etcd.run() }
+        if round == 0 {
+            cluster.etcd.thaw()
+        } else {
+            cluster.etcd.run()
+        }
         cluster.create(&format!("after-{round}"), 3, &[]);
     }
     cluster.whole("t", 3);
