@@ -174,6 +174,9 @@ impl Partition {
         let committed = spec.committed.clone().unwrap_or_default();
         let (log_start, tiered_end) = (committed.log_start, committed.bucket_end());
         let replica = open_replica(log, &spec, log_start.max(tiered_end))?;
+        // One of several may have copied what was never committed, from a leader that lost: where others have committed to, this log
+        // may hold something else. Only what left the disk was committed for certain.
+        let committed_end = if spec.alone { log_start.max(tiered_end) } else { replica.local_start() };
         let shared = Arc::new(Shared::new(spec.config));
         let tail = replica.reader();
         let reader = Reader::new(spec.id, Arc::clone(&shared), tail.clone(), spec.tier.clone());
@@ -192,6 +195,7 @@ impl Partition {
             tier: spec.tier.clone(),
             log_start,
             tiered_end,
+            committed_end,
             lag_ms: u64::try_from(spec.lag_time.as_millis()).unwrap_or(u64::MAX),
             orders: orders.downgrade(),
             tasks: tasks.clone(),
@@ -290,8 +294,8 @@ impl Partition {
         self.tasks.stop().await;
     }
 
-    /// Takes over what the metadata store has committed of its tier and its log start, unless something newer is known. Returns when
-    /// readers see it.
+    /// Takes over what the metadata store has committed of its tier and its log start, unless something newer is known. What is
+    /// asked of the partition afterwards finds it.
     pub async fn adopt(&self, state: TierState) {
         self.note_committed(&state);
         self.command(Command::Committed(Box::new(state))).await;
