@@ -85,7 +85,8 @@ impl From<AppendError> for Fault {
             },
             AppendError::DiskFull => Self::new(Reason::DiskFull, message),
             AppendError::StorageFailed { .. } => Self::new(Reason::StorageFailed, message),
-            AppendError::Closing => Self::new(Reason::NotReady, message),
+            AppendError::NotLeader { .. } => Self::new(Reason::NotLeader, message),
+            AppendError::Deposed | AppendError::Closing => Self::new(Reason::NotReady, message),
         }
     }
 }

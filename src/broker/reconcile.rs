@@ -5,7 +5,11 @@
 //! metadata does not name it: only the mark that a deletion leaves is the licence. Replicas in no topic and without a mark are
 //! kept and named: metadata that was lost, damaged or taken back to an older state must not cost data as well.
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use futures::{StreamExt as _, stream};
 
@@ -16,7 +20,7 @@ use super::{
 use crate::{
     cluster::{Key, Moved, PartitionEntry, TopicValue, ViewState},
     model::{PartitionId, TopicConfig, TopicId, TopicName},
-    partition::{Partition, Spec},
+    partition::{Assignment, Partition, Spec, Surroundings},
     task,
     tier::{PartitionTier, TopicRecord},
 };
@@ -141,31 +145,43 @@ impl Broker {
         before: Option<Holding>,
     ) -> Wanted {
         let elsewhere = Wanted::Held(Holding::Elsewhere);
-        let Some(assigned) = entry.partition.map(|known| known.value.clone()) else { return elsewhere };
+        let Some(known) = entry.partition else { return elsewhere };
+        let assigned = &known.value;
         if assigned.leader != Some(self.settings.id) {
             if let Some(Holding::Open(partition)) = before {
                 partition.stop().await;
             }
             return elsewhere;
         }
-        match before {
-            Some(Holding::Open(partition)) if partition.epoch() == assigned.leader_epoch => {
-                if *partition.config() != **config {
-                    partition.configure(Arc::clone(config)).await;
-                }
-                return Wanted::Held(Holding::Open(partition));
-            }
-            Some(Holding::Open(partition)) => partition.stop().await,
-            _ => {}
-        }
         let committed = entry.tier.map(|known| known.value.clone());
+        let assignment = Assignment {
+            value: Arc::new(assigned.clone()),
+            revision: known.mod_revision,
+            committed: committed.clone(),
+            registered: BTreeMap::new(),
+        };
+        if let Some(Holding::Open(partition)) = before {
+            if *partition.config() != **config {
+                partition.configure(Arc::clone(config)).await;
+            }
+            partition.assign(assignment).await;
+            return Wanted::Held(Holding::Open(partition));
+        }
         let tier = self.tier.as_ref().map(|tier| {
             let state = committed.clone().unwrap_or_default();
             PartitionTier::new(tier.store.clone(), tier.cache.clone(), id, state)
         });
-        let spec =
-            Spec { id, topic: name.clone(), epoch: assigned.leader_epoch, config: Arc::clone(config), committed, tier };
-        Wanted::Opened(Box::new(spec))
+        let spec = Spec {
+            id,
+            topic: name.clone(),
+            config: Arc::clone(config),
+            committed,
+            tier,
+            alone: true,
+            anew: false,
+            lag_time: Duration::MAX,
+        };
+        Wanted::Opened(Box::new((spec, assignment)))
     }
 
     /// Opens what is to be opened, one after the other.
@@ -176,22 +192,32 @@ impl Broker {
         let (log, queue, tasks) = (self.log.clone(), self.upkeep_queue.clone(), self.partitions.clone());
         let broker = self.settings.id;
         let open = move |wanted| match wanted {
-            Wanted::Held(holding) => holding,
-            Wanted::Opened(spec) => {
+            Wanted::Held(holding) => (holding, None),
+            Wanted::Opened(opened) => {
+                let (spec, assignment) = *opened;
                 let (id, topic) = (spec.id, spec.topic.clone());
-                match Partition::open(broker, &log, *spec, &queue, &tasks) {
+                match Partition::open(broker, &log, spec, Surroundings::alone(), &queue, &tasks) {
                     Ok(partition) => {
                         queue.push(id);
-                        Holding::Open(partition)
+                        (Holding::Open(partition), Some(assignment))
                     }
                     Err(error) => {
                         tracing::error!(partition = %id, %topic, %error, "the partition cannot be opened on this broker");
-                        Holding::Unusable(error.to_string().into())
+                        (Holding::Unusable(error.to_string().into()), None)
                     }
                 }
             }
         };
-        task::blocking(move || wanted.into_iter().map(open).collect()).await
+        let opened: Vec<_> = task::blocking(move || wanted.into_iter().map(open).collect()).await;
+        stream::iter(opened)
+            .then(|(holding, assignment)| async move {
+                if let (Holding::Open(partition), Some(assignment)) = (&holding, assignment) {
+                    partition.assign(assignment).await;
+                }
+                holding
+            })
+            .collect()
+            .await
     }
 
     /// Writes down in the bucket what the topic is called, for `restore`. Best effort: it is written again at each start.
@@ -259,8 +285,8 @@ impl Broker {
 enum Wanted {
     /// Nothing new.
     Held(Holding),
-    /// It is opened.
-    Opened(Box<Spec>),
+    /// It is opened, and assigned this.
+    Opened(Box<(Spec, Assignment)>),
 }
 
 impl Wanted {

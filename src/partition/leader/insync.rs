@@ -113,7 +113,8 @@ pub struct InSync {
     over: bool,
     own: Ends,
     members: BTreeMap<BrokerId, Member>,
-    /// First uncommitted offset. Never falls, and is never above any end that a member of the maximal ISR acknowledged when it moved.
+    /// First uncommitted offset. Never falls. It moves to no end that a member of the maximal ISR has not acknowledged; or to where the
+    /// metadata shows that a leader before had come.
     high_watermark: Offset,
 }
 
@@ -214,6 +215,11 @@ impl InSync {
         self.own.written = self.own.written.max(ends.written);
         self.own.persisted = self.own.persisted.max(ends.persisted);
         self.advance();
+    }
+
+    /// All below `end` is in the bucket or deleted, by the metadata: some leader had committed it, and this one has it.
+    pub fn committed(&mut self, end: Offset) {
+        self.high_watermark = self.high_watermark.max(end.min(self.own.written));
     }
 
     /// Takes a changed configuration.
