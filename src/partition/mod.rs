@@ -55,6 +55,7 @@ mod reader;
 mod ready;
 mod replicated;
 mod role;
+pub mod session;
 mod shared;
 mod surroundings;
 mod tail;

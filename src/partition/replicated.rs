@@ -99,6 +99,11 @@ impl Partition {
         self.shared.ends()
     }
 
+    /// The epoch of its log's last batch; `None` for a log that never had one.
+    pub fn last_epoch(&self) -> Option<LeaderEpoch> {
+        self.tail.last_epoch()
+    }
+
     /// Marks `index` in `ready` whenever that mark moves or the partition's standing changes, and once at first.
     pub fn follow(&self, ready: &Arc<Ready>, index: usize, on: On) {
         self.shared.follow(ready, index, on);
