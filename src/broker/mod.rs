@@ -15,10 +15,14 @@
 mod admin;
 mod faults;
 mod fetch;
+#[allow(dead_code, reason = "brokers of one cluster use it; one alone has nobody to follow")]
+mod following;
 mod garbage;
 mod hosted;
 mod metadata;
 mod offsets;
+#[allow(dead_code, reason = "brokers of one cluster use it; one alone has nobody who follows")]
+mod peer;
 mod produce;
 mod producer_ids;
 mod reconcile;
