@@ -5,7 +5,6 @@
 //! the link.
 
 use crate::{
-    log::EpochHistory,
     model::{LeaderEpoch, Offset, PartitionId},
     partition::{
         leader::{insync::Ends, join::Claim},
@@ -45,9 +44,6 @@ pub(super) enum BadFrame {
         /// Persisted ends.
         persisted: usize,
     },
-    /// The epochs of a beginning do not ascend, or do not lie below it.
-    #[error("the epochs of a beginning do not ascend to it")]
-    Epochs,
     /// Bytes that are no batches.
     #[error("the batches at offset {base} are malformed: {why}")]
     Batches {
@@ -207,17 +203,10 @@ fn answered(answer: v1::Answer) -> Result<Answered, BadFrame> {
 
 fn beginning(begin: v1::Begin) -> Result<Beginning, BadFrame> {
     let at = offset("the offset to begin at", begin.at)?;
-    let mut history = EpochHistory::new();
-    for start in &begin.epochs {
-        let first = offset("the start of an epoch", start.start)?;
-        if first >= at || !history.note(epoch("an epoch", start.epoch)?, first) {
-            return Err(BadFrame::Epochs);
-        }
-    }
-    if history.iter().len() != begin.epochs.len() {
-        return Err(BadFrame::Epochs);
-    }
-    Ok(Beginning { at, in_bucket: begin.in_bucket, epochs: history.iter().collect(), producers: begin.producers })
+    let start =
+        |start: &v1::EpochStart| Ok((epoch("an epoch", start.epoch)?, offset("the start of an epoch", start.start)?));
+    let epochs = begin.epochs.iter().map(start).collect::<Result<_, BadFrame>>()?;
+    Ok(Beginning { at, in_bucket: begin.in_bucket, epochs, producers: begin.producers })
 }
 
 impl TryFrom<v1::Piece> for Piece {
@@ -294,8 +283,12 @@ fn epoch_start(epoch: LeaderEpoch, start: Offset) -> v1::EpochStart {
 
 /// A place that goes no further, on the wire.
 pub(super) fn refused(place: u32, epoch: LeaderEpoch, fault: Fault) -> v1::ToFollower {
-    let answer =
-        v1::Answer { place, leader_epoch: epoch.as_i32(), high_watermark: 0, is: Some(answer::Is::Refused(fault.into())) };
+    let answer = v1::Answer {
+        place,
+        leader_epoch: epoch.as_i32(),
+        high_watermark: 0,
+        is: Some(answer::Is::Refused(fault.into())),
+    };
     v1::ToFollower { is: Some(to_follower::Is::Answer(answer)) }
 }
 
