@@ -290,8 +290,8 @@ impl Partition {
         self.tasks.stop().await;
     }
 
-    /// Takes over what the metadata store has committed of its tier and its log start, unless something newer is known. Returns when
-    /// readers see it.
+    /// Takes over what the metadata store has committed of its tier and its log start, unless something newer is known. What is
+    /// asked of the partition afterwards finds it.
     pub async fn adopt(&self, state: TierState) {
         self.note_committed(&state);
         self.command(Command::Committed(Box::new(state))).await;
