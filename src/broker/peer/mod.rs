@@ -101,7 +101,7 @@ impl Peering {
 
 /// The `Peer` service of a broker.
 #[derive(Clone)]
-pub(super) struct PeerService(Arc<Peering>);
+pub struct PeerService(Arc<Peering>);
 
 /// The service, with its message limits.
 pub(super) fn service(peering: &Arc<Peering>) -> peer_server::PeerServer<PeerService> {
