@@ -188,7 +188,7 @@ fn outside(config: &Config, time: &Tasks) -> Outside {
             };
             Ok(Stores { meta, objects })
         }),
-        connect: Arc::new(Tcp::new(client::Options::default().connect_timeout)),
+        connect: Arc::new(Tcp::between_brokers(client::Options::default().connect_timeout)),
         alone: config.metadata.etcd.is_empty(),
         stepper: None,
     }

@@ -283,6 +283,11 @@ impl Leading {
 
     fn begin_read(&mut self, index: usize) {
         let Slot { partition, number: Some(number), place: Some(place), .. } = &mut self.slots[index] else { return };
+        if place.reading {
+            // It was queued for a join before this one.
+            place.again = true;
+            return;
+        }
         if let Err(fault) = leads(partition, place) {
             return self.refuse(index, fault);
         }
