@@ -174,6 +174,9 @@ impl Partition {
         let committed = spec.committed.clone().unwrap_or_default();
         let (log_start, tiered_end) = (committed.log_start, committed.bucket_end());
         let replica = open_replica(log, &spec, log_start.max(tiered_end))?;
+        // One of several may have copied what was never committed, from a leader that lost: where others have committed to, this log
+        // may hold something else. Only what left the disk was committed for certain.
+        let committed_end = if spec.alone { log_start.max(tiered_end) } else { replica.local_start() };
         let shared = Arc::new(Shared::new(spec.config));
         let tail = replica.reader();
         let reader = Reader::new(spec.id, Arc::clone(&shared), tail.clone(), spec.tier.clone());
@@ -192,6 +195,7 @@ impl Partition {
             tier: spec.tier.clone(),
             log_start,
             tiered_end,
+            committed_end,
             lag_ms: u64::try_from(spec.lag_time.as_millis()).unwrap_or(u64::MAX),
             orders: orders.downgrade(),
             tasks: tasks.clone(),
