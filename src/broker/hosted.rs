@@ -163,12 +163,10 @@ impl Hosted {
             .collect()
     }
 
-    /// Takes a topic in, or takes over what is new of it. Only the task that follows the metadata changes the set, so no
+    /// Takes topics in, or takes over what is new of them. Only the task that follows the metadata changes the set, so no
     /// change is lost.
-    pub(super) fn put(&self, name: &TopicName, topic: HostedTopic) {
-        self.update(|topics| {
-            topics.insert(name.clone(), topic);
-        });
+    pub(super) fn put(&self, some: impl IntoIterator<Item = (TopicName, HostedTopic)>) {
+        self.update(|topics| topics.extend(some));
     }
 
     /// Lets a topic go.

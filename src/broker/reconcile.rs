@@ -78,10 +78,7 @@ impl Broker {
     pub(super) async fn reconcile(&self, state: &ViewState, leftovers: &mut Leftovers) {
         let mut names: BTreeSet<TopicName> = state.topics().keys().cloned().collect();
         names.extend(self.hosted.names());
-        let mut ids = Vec::new();
-        for name in &names {
-            ids.extend(self.hold_topic(name, state).await);
-        }
+        let ids = self.hold_topics(names.iter(), state).await;
         self.know_brokers(state);
         self.hold(ids, state, leftovers).await;
     }
@@ -93,12 +90,11 @@ impl Broker {
     }
 
     async fn reconcile_keys(&self, keys: &[Key], state: &ViewState, leftovers: &mut Leftovers) {
-        let mut ids = BTreeSet::new();
-        for key in keys {
-            if let Key::Topic(name) = key {
-                ids.extend(self.hold_topic(name, state).await);
-            }
-        }
+        let topics = keys.iter().filter_map(|key| match key {
+            Key::Topic(name) => Some(name),
+            _ => None,
+        });
+        let mut ids: BTreeSet<PartitionId> = self.hold_topics(topics, state).await.into_iter().collect();
         let mut brokers = Vec::new();
         for key in keys {
             match key {
@@ -117,27 +113,48 @@ impl Broker {
         self.hold(ids.into_iter().collect(), state, leftovers).await;
     }
 
-    /// Takes over what is new of a topic. Returns its partitions, which are to be looked at one by one.
-    async fn hold_topic(&self, name: &TopicName, state: &ViewState) -> Vec<PartitionId> {
+    /// Takes over what is new of topics. Returns their partitions, which are to be looked at one by one.
+    async fn hold_topics<'a>(
+        &self,
+        names: impl Iterator<Item = &'a TopicName> + Send,
+        state: &ViewState,
+    ) -> Vec<PartitionId> {
+        let (mut topics, mut ids) = (Vec::new(), Vec::new());
+        for name in names {
+            if let Some(topic) = self.hold_topic(name, state).await {
+                let count = u32::try_from(topic.count()).unwrap_or(u32::MAX);
+                ids.extend((0..count).map(|number| PartitionId::new(topic.id, number)));
+                topics.push((name.clone(), topic));
+            }
+        }
+        // All at once: each change copies the table of topics.
+        if !topics.is_empty() {
+            self.hosted.put(topics);
+        }
+        ids
+    }
+
+    /// What this broker has of a topic from now on; `None` when that is nothing, or nothing new.
+    async fn hold_topic(&self, name: &TopicName, state: &ViewState) -> Option<HostedTopic> {
         let hosted = self.hosted.topic(name);
         let wanted = state.topic(name);
         if wanted.is_none() && state.unreadable().contains_key(&Key::Topic(name.clone())) {
             // What it says is not known, so nothing new is to be done.
-            return Vec::new();
+            return None;
         }
         if let Some(hosted) = &hosted
             && wanted.is_none_or(|topic| topic.value.id != hosted.id)
         {
             self.let_go(name, hosted).await;
         }
-        let Some(wanted) = wanted else { return Vec::new() };
+        let wanted = wanted?;
         let topic = &wanted.value;
         let held = hosted.filter(|hosted| hosted.id == topic.id);
         let config = match TopicConfig::resolve(&self.settings.topic_defaults, &topic.config) {
             Ok(config) => Arc::new(config),
             Err(error) => {
                 tracing::error!(topic = %name, %error, "the topic's stored configuration is not valid; alter it to repair it");
-                return Vec::new();
+                return None;
             }
         };
         let changed = held.as_ref().is_some_and(|held| *held.config != *config);
@@ -150,11 +167,10 @@ impl Broker {
                 }
             }
         }
-        self.hosted.put(name, now);
-        if held.is_none() && self.takes_part() {
+        if held.is_none() {
             self.record_topic(name, topic, state);
         }
-        (0..topic.partitions).map(|number| PartitionId::new(id, number)).collect()
+        Some(now)
     }
 
     /// Brings partitions in line with what the metadata says of them.
