@@ -3,7 +3,7 @@
 //! # Overview
 //!
 //! Every request does the same steps: validate, find the partition (or refuse with who serves it), serve. `service` is
-//! the gRPC face; `produce`, `fetch`, `offsets` and `admin` serve; `faults` maps every error once. `reconcile` follows the
+//! the gRPC face; `produce`, `fetch`, `offsets`, `admin`, `describe` and `cluster_admin` serve; `faults` maps every error once. `reconcile` follows the
 //! cluster's metadata and opens, configures and closes partitions; `upkeep` gives partitions their turn at sealing,
 //! uploading and deleting; `garbage` takes away what crashes and deletions left in the bucket and in the metadata.
 //!
@@ -13,8 +13,11 @@
 //! owns (log, metadata store) is closed by `server` after it.
 
 mod admin;
+mod cluster_admin;
+mod describe;
 mod faults;
 mod fetch;
+mod figures;
 mod garbage;
 mod hosted;
 mod metadata;
@@ -37,7 +40,7 @@ use futures::{StreamExt as _, stream};
 pub use self::service::services;
 use self::{hosted::Hosted, producer_ids::ProducerIds};
 use crate::{
-    cluster::{Keys, MetaStore, TierCommits, Topics, View},
+    cluster::{Keys, MetaStore, Orders, TierCommits, Topics, View},
     limits,
     log::Log,
     model::{BrokerId, ConfigMap},
@@ -102,6 +105,7 @@ pub struct Broker {
     log: Log,
     view: View,
     topics: Topics,
+    orders: Orders,
     producer_ids: ProducerIds,
     tier: Option<Tier>,
     hosted: Hosted,
@@ -127,6 +131,7 @@ impl Broker {
         let Parts { settings, log, store, keys, view, tier, metrics } = parts;
         let commits = TierCommits::new(Arc::clone(&store), keys.clone());
         let broker = Arc::new(Self {
+            orders: Orders::new(Arc::clone(&store), keys.clone(), view.clone(), settings.topic_defaults.clone()),
             topics: Topics::new(store, keys, view.clone(), settings.topic_defaults.clone()),
             producer_ids: ProducerIds::default(),
             hosted: Hosted::default(),
@@ -183,6 +188,15 @@ impl Broker {
         self.tier.is_some()
     }
 
+    /// Records of a partition that are not in the bucket yet and are to go there.
+    fn tier_lag(&self, partition: &Partition) -> u64 {
+        if !partition.config().tiered || !self.has_object_store() {
+            return 0;
+        }
+        let marks = partition.marks();
+        marks.log_end.since(marks.tiered_end.max(marks.log_start))
+    }
+
     fn is_stopping(&self) -> bool {
         !self.ready.load(Ordering::Acquire)
     }
@@ -218,18 +232,10 @@ impl Broker {
     fn observe(&self) {
         let open = self.hosted.open();
         let status = self.log.status();
-        let lag = |partition: &Arc<Partition>| {
-            let marks = partition.marks();
-            if partition.config().tiered && self.has_object_store() {
-                marks.log_end.since(marks.tiered_end.max(marks.log_start))
-            } else {
-                0
-            }
-        };
         let metrics = &self.metrics;
         metrics.partitions.set(open.len() as u64);
         metrics.partitions_failed.set(open.iter().filter(|partition| partition.fault().is_some()).count() as u64);
-        metrics.tier_lag_records.set(open.iter().map(lag).sum());
+        metrics.tier_lag_records.set(open.iter().map(|partition| self.tier_lag(partition)).sum());
         metrics.disk_used_bytes.set(open.iter().map(|partition| partition.local_bytes()).sum());
         metrics.tiered_bytes.set(open.iter().map(|partition| partition.tiered_bytes()).sum());
         metrics.disk_free_bytes.set(status.free_bytes);

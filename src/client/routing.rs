@@ -187,10 +187,15 @@ mod tests {
             topics: vec![v1::TopicMetadata {
                 name: "t".into(),
                 topic_id: TopicId::from_bytes([7; 16]).to_string(),
-                partitions: vec![v1::PartitionMetadata { partition: 0, leader: Some(leader), leader_epoch: epoch }],
+                partitions: vec![v1::PartitionMetadata {
+                    leader: Some(leader),
+                    leader_epoch: epoch,
+                    ..Default::default()
+                }],
                 max_message_bytes: 1000,
                 ..Default::default()
             }],
+            ..Default::default()
         }
     }
 
@@ -231,7 +236,11 @@ mod tests {
         assert!(routing.told("t", 0, &fault(3, 4)), "a broker that was not known");
         assert_eq!(routing.leader("t", 0).expect("known").as_str(), "n3:9460");
         routing.refresh(1, &["t"], |_| async { Ok(answer(1, 3)) }).await.expect("answered");
-        assert_eq!(routing.leader("t", 0), None, "the one who lags knows no broker 3: its word on who leads is not taken");
+        assert_eq!(
+            routing.leader("t", 0),
+            None,
+            "the one who lags knows no broker 3: its word on who leads is not taken"
+        );
     }
 
     #[tokio::test]
