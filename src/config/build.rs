@@ -197,7 +197,8 @@ impl Values {
         if metadata.etcd.is_empty() {
             let lonely = ["etcd_ca", "etcd_cert", "etcd_key", "etcd_user", "etcd_password_file"];
             for key in lonely.map(|name| format!("metadata.{name}")).iter().filter(|key| self.text(key).is_some()) {
-                errors.push(self.wrong(key, format!("{key} is set and metadata.etcd is not: name etcd's members there")));
+                errors
+                    .push(self.wrong(key, format!("{key} is set and metadata.etcd is not: name etcd's members there")));
             }
             return;
         }

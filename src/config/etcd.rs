@@ -29,8 +29,11 @@ impl Config {
         }
         if let (Some(user), Some(path)) = (&metadata.etcd_user, &metadata.etcd_password_file) {
             let key = "metadata.etcd_password_file";
-            let password = String::from_utf8(read(key, path)?)
-                .map_err(|_| ConfigError::Unusable { key, path: path.clone(), why: "it is not UTF-8 text".to_owned() })?;
+            let password = String::from_utf8(read(key, path)?).map_err(|_| ConfigError::Unusable {
+                key,
+                path: path.clone(),
+                why: "it is not UTF-8 text".to_owned(),
+            })?;
             // Editors end a file with a line's end; no password does.
             let password = password.trim_end_matches(['\r', '\n']).to_owned();
             options.login = Some(EtcdLogin { user: user.clone(), password });

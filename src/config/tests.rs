@@ -212,11 +212,17 @@ fn what_does_not_go_together_is_refused_before_anything_is_touched() {
         ("[grpc]\nlisten = \"127.0.0.1:9461\"", "s.toml:2:1: "),
         ("[grpc]\nlisten = \"0.0.0.0:9460\"", "set grpc.advertise"),
         ("[grpc]\nlisten = \"0.0.0.0:9460\"\nadvertise = \"0.0.0.0:9460\"", "name a host"),
-        ("[metadata]\netcd = [\"http://a:1\", \"http://a:1\"]", "s.toml:2:1: metadata.etcd: the etcd endpoint http://a:1 is named twice"),
+        (
+            "[metadata]\netcd = [\"http://a:1\", \"http://a:1\"]",
+            "s.toml:2:1: metadata.etcd: the etcd endpoint http://a:1 is named twice",
+        ),
         ("[metadata]\netcd = [\"http://a\"]", "it has no port"),
         ("[metadata]\netcd = [\"http://u:secret@a:1\"]", "metadata.etcd_user and metadata.etcd_password_file"),
         ("[metadata]\netcd_ca = \"ca.pem\"", "s.toml:2:1: metadata.etcd_ca is set and metadata.etcd is not"),
-        ("[metadata]\netcd = [\"https://a:1\"]\netcd_cert = \"c\"", "metadata.etcd_cert needs metadata.etcd_key beside it"),
+        (
+            "[metadata]\netcd = [\"https://a:1\"]\netcd_cert = \"c\"",
+            "metadata.etcd_cert needs metadata.etcd_key beside it",
+        ),
         ("[metadata]\netcd = [\"http://a:1\"]\netcd_password_file = \"p\"", "needs metadata.etcd_user beside it"),
         ("[metadata]\ncall_timeout = \"99ms\"", "allowed is a time from 100ms to 10s"),
         ("[metadata]\nsession_timeout = \"1s\"", "from 2s to 60s"),
@@ -252,7 +258,8 @@ fn what_etcd_needs_is_read_from_the_files_that_the_settings_name() {
 
 #[test]
 fn zero_means_never_and_as_fast_as_they_can() {
-    let config = load("[controller]\nreplace_after = \"0s\"\n[replication]\ncatchup_bytes_per_second = 1048576").expect("valid");
+    let config =
+        load("[controller]\nreplace_after = \"0s\"\n[replication]\ncatchup_bytes_per_second = 1048576").expect("valid");
     assert_eq!(config.config.controller.replace_after, None);
     assert_eq!(config.config.replication.catchup_bytes_per_second, Some(1 << 20));
     let config = load("").expect("valid").config;

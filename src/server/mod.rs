@@ -24,13 +24,17 @@ mod grpc;
 mod http;
 mod listen;
 mod node;
+mod several;
 
 use std::{future::Future, net::SocketAddr, path::PathBuf, pin::pin, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use tokio::net::TcpListener;
 
-pub use self::node::{Node, Outside, Stores};
+pub use self::{
+    node::{Node, Outside, Stores},
+    several::run_several,
+};
 use crate::{
     client::{self, Tcp},
     cluster::{Addresses, EmbeddedStore},
