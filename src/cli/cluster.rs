@@ -64,7 +64,7 @@ fn troubles(cluster: &ClusterDescription) -> String {
     ];
     let troubles: Vec<String> =
         named.iter().filter(|(count, _)| *count > 0).map(|(count, what)| format!("{count} {what}")).collect();
-    if troubles.is_empty() { String::new() } else { format!(": {}", troubles.join(", ")) }
+    if troubles.is_empty() { String::new() } else { format!("\n{}", troubles.join(", ")) }
 }
 
 fn state(broker: &BrokerDescription) -> &'static str {
