@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     cluster::{PartitionEntry, PartitionValue, TopicValue, ViewState},
-    model::{BrokerId, Offset, PartitionId, TopicConfig, TopicName, Watermarks},
+    model::{BrokerId, Offset, PartitionId, TopicConfig, Watermarks},
     proto::{
         fault::{Fault, Reason},
         v1,
@@ -40,7 +40,7 @@ impl Broker {
                     state.unanswered = Some(fault.into());
                 }
             }
-            if let Some(why) = self.unusable(&name, id) {
+            if let Some(why) = self.unusable(id) {
                 state.fault = Some(Fault::new(Reason::StorageFailed, why).into());
             }
             state
@@ -74,11 +74,10 @@ impl Broker {
     }
 
     /// Why the replica here cannot be used.
-    fn unusable(&self, name: &TopicName, id: PartitionId) -> Option<String> {
-        let hosted = self.hosted.topic(name).filter(|hosted| hosted.id == id.topic)?;
-        match hosted.partitions.get(usize::try_from(id.number).ok()?)? {
+    fn unusable(&self, id: PartitionId) -> Option<String> {
+        match &*self.hosted.held(id)? {
             Holding::Unusable(why) => Some(why.as_ref().to_owned()),
-            _ => None,
+            Holding::Open(_) | Holding::Elsewhere => None,
         }
     }
 }

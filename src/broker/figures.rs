@@ -8,7 +8,9 @@ use futures::future;
 
 use super::Broker;
 use crate::{
-    model::{BrokerId, LeaderEpoch, PartitionId, Watermarks},
+    client::peers::PeerError,
+    limits,
+    model::{BrokerId, LeaderEpoch, Offset, PartitionId, Watermarks},
     partition::Partition,
     proto::{
         fault::{Fault, Reason},
@@ -17,7 +19,7 @@ use crate::{
 };
 
 /// How long another broker may take.
-const ANSWER: Duration = Duration::from_secs(1);
+pub(super) const ANSWER: Duration = Duration::from_secs(1);
 
 /// What a broker says of one replica.
 #[derive(Clone, Debug)]
@@ -39,15 +41,26 @@ pub(super) type Answer = Result<BTreeMap<PartitionId, Told>, Fault>;
 impl Broker {
     /// Asks brokers for replicas of theirs, all at the same time.
     pub(super) async fn ask_marks(&self, wanted: BTreeMap<BrokerId, Vec<PartitionId>>) -> BTreeMap<BrokerId, Answer> {
-        let asked = wanted.into_iter().map(async |(broker, ids)| (broker, self.marks_at(broker, ids).await));
+        let asked = wanted.into_iter().map(async |(broker, ids)| (broker, self.marks_at(broker, &ids).await));
         future::join_all(asked).await.into_iter().collect()
     }
 
-    async fn marks_at(&self, broker: BrokerId, ids: Vec<PartitionId>) -> Answer {
+    async fn marks_at(&self, broker: BrokerId, ids: &[PartitionId]) -> Answer {
         if broker == self.settings.id {
-            return Ok(ids.into_iter().filter_map(|id| Some((id, told(&self.hosted.by_id(id)?)))).collect());
+            return Ok(ids.iter().filter_map(|id| Some((*id, told(&self.hosted.by_id(*id)?)))).collect());
         }
-        Err(silent(broker))
+        let address = self.address(broker)?;
+        let mut answer = BTreeMap::new();
+        for ids in ids.chunks(limits::MAX_FETCH_PARTITIONS) {
+            let names = ids
+                .iter()
+                .map(|id| v1::ReplicaName { topic_id: id.topic.to_string(), partition: id.number.cast_signed() });
+            let request = v1::MarksRequest { replicas: names.collect() };
+            let marks = self.peers.marks(&address, request, ANSWER).await.map_err(|error| silent(broker, error))?;
+            let there = ids.iter().zip(marks.replicas).filter(|(_, marks)| marks.here);
+            answer.extend(there.map(|(id, marks)| (*id, heard(marks))));
+        }
+        Ok(answer)
     }
 
     /// Asks brokers for their figures, all at the same time.
@@ -60,19 +73,39 @@ impl Broker {
     }
 
     async fn figures_of(&self, broker: BrokerId) -> Result<v1::BrokerFigures, Fault> {
-        if broker == self.settings.id {
-            return Ok(self.figures());
-        }
-        Err(silent(broker))
+        let status = if broker == self.settings.id {
+            self.status()
+        } else {
+            let address = self.address(broker)?;
+            self.peers.status(&address, ANSWER).await.map_err(|error| silent(broker, error))?
+        };
+        Ok(v1::BrokerFigures {
+            segment_bytes: status.segment_bytes,
+            free_bytes: status.free_bytes,
+            tier_lag_records: status.tier_lag_records,
+            failed: status.failed,
+        })
+    }
+
+    fn address(&self, broker: BrokerId) -> Result<String, Fault> {
+        let state = self.view.state();
+        let known = state.brokers().get(&broker).map(|known| known.value.addresses.grpc.clone());
+        known.ok_or_else(|| Fault::new(Reason::NotReady, format!("broker {broker} is not alive")))
     }
 
     /// What this broker says of itself.
-    pub(super) fn figures(&self) -> v1::BrokerFigures {
+    pub(super) fn status(&self) -> v1::StatusResponse {
         let (open, status) = (self.hosted.open(), self.log.status());
-        v1::BrokerFigures {
-            segment_bytes: open.iter().map(|partition| partition.local_bytes()).sum(),
+        let led = || open.iter().filter(|partition| partition.standing().role.leads());
+        let count = |many: usize| u32::try_from(many).unwrap_or(u32::MAX);
+        let segment_bytes = open.iter().map(|partition| partition.local_bytes()).sum();
+        v1::StatusResponse {
+            leaders: count(led().count()),
+            replicas: count(open.len()),
+            segment_bytes,
             free_bytes: status.free_bytes,
-            tier_lag_records: open.iter().map(|partition| self.tier_lag(partition)).sum(),
+            disk_bytes: segment_bytes + status.journal_bytes,
+            tier_lag_records: led().map(|partition| self.tier_lag(partition)).sum(),
             failed: status.failed.unwrap_or_default(),
         }
     }
@@ -82,13 +115,32 @@ impl Broker {
 fn told(partition: &Arc<Partition>) -> Told {
     Told {
         marks: partition.marks(),
-        last_epoch: None,
+        last_epoch: partition.last_epoch(),
         local_bytes: partition.local_bytes(),
         tiered_bytes: partition.tiered_bytes(),
         failed: partition.fault().map(|why| why.to_string()),
     }
 }
 
-fn silent(broker: BrokerId) -> Fault {
-    Fault::new(Reason::NotReady, format!("broker {broker} did not answer within {ANSWER:?}"))
+/// What another one said of a replica of its own.
+fn heard(marks: v1::ReplicaMarks) -> Told {
+    let offset = |value| Offset::from_i64(value).unwrap_or(Offset::ZERO);
+    Told {
+        marks: Watermarks {
+            log_start: offset(marks.log_start),
+            local_start: offset(marks.local_start),
+            tiered_end: offset(marks.tiered_end),
+            high_watermark: offset(marks.high_watermark),
+            persisted_end: offset(marks.persisted_end),
+            log_end: offset(marks.log_end),
+        },
+        last_epoch: marks.last_epoch.and_then(LeaderEpoch::from_i32),
+        local_bytes: marks.local_bytes,
+        tiered_bytes: marks.tiered_bytes,
+        failed: Some(marks.failed).filter(|why| !why.is_empty()),
+    }
+}
+
+fn silent(broker: BrokerId, error: PeerError) -> Fault {
+    Fault::new(Reason::NotReady, format!("broker {broker} does not answer: {error}"))
 }
