@@ -6,9 +6,9 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use futures::future;
 
-use super::Broker;
+use super::{Broker, others::Others};
 use crate::{
-    client::peers::PeerError,
+    client::peers::{PeerError, Peers},
     limits,
     model::{BrokerId, LeaderEpoch, Offset, PartitionId, Watermarks},
     partition::Partition,
@@ -19,7 +19,7 @@ use crate::{
 };
 
 /// How long another broker may take.
-pub(super) const ANSWER: Duration = Duration::from_secs(1);
+const ANSWER: Duration = Duration::from_secs(1);
 
 /// What a broker says of one replica.
 #[derive(Clone, Debug)]
@@ -49,14 +49,14 @@ impl Broker {
         if broker == self.settings.id {
             return Ok(ids.iter().filter_map(|id| Some((*id, told(&self.hosted.by_id(*id)?)))).collect());
         }
-        let address = self.address(broker)?;
+        let (peers, address) = self.way_to(broker)?;
         let mut answer = BTreeMap::new();
         for ids in ids.chunks(limits::MAX_FETCH_PARTITIONS) {
             let names = ids
                 .iter()
                 .map(|id| v1::ReplicaName { topic_id: id.topic.to_string(), partition: id.number.cast_signed() });
             let request = v1::MarksRequest { replicas: names.collect() };
-            let marks = self.peers.marks(&address, request, ANSWER).await.map_err(|error| silent(broker, error))?;
+            let marks = peers.marks(&address, request, ANSWER).await.map_err(|error| silent(broker, error))?;
             let there = ids.iter().zip(marks.replicas).filter(|(_, marks)| marks.here);
             answer.extend(there.map(|(id, marks)| (*id, heard(marks))));
         }
@@ -76,8 +76,8 @@ impl Broker {
         let status = if broker == self.settings.id {
             self.status()
         } else {
-            let address = self.address(broker)?;
-            self.peers.status(&address, ANSWER).await.map_err(|error| silent(broker, error))?
+            let (peers, address) = self.way_to(broker)?;
+            peers.status(&address, ANSWER).await.map_err(|error| silent(broker, error))?
         };
         Ok(v1::BrokerFigures {
             segment_bytes: status.segment_bytes,
@@ -87,27 +87,11 @@ impl Broker {
         })
     }
 
-    fn address(&self, broker: BrokerId) -> Result<String, Fault> {
+    fn way_to(&self, broker: BrokerId) -> Result<(&Peers, String), Fault> {
         let state = self.view.state();
-        let known = state.brokers().get(&broker).map(|known| known.value.addresses.grpc.clone());
-        known.ok_or_else(|| Fault::new(Reason::NotReady, format!("broker {broker} is not alive")))
-    }
-
-    /// What this broker says of itself.
-    pub(super) fn status(&self) -> v1::StatusResponse {
-        let (open, status) = (self.hosted.open(), self.log.status());
-        let led = || open.iter().filter(|partition| partition.standing().role.leads());
-        let count = |many: usize| u32::try_from(many).unwrap_or(u32::MAX);
-        let segment_bytes = open.iter().map(|partition| partition.local_bytes()).sum();
-        v1::StatusResponse {
-            leaders: count(led().count()),
-            replicas: count(open.len()),
-            segment_bytes,
-            free_bytes: status.free_bytes,
-            disk_bytes: segment_bytes + status.journal_bytes,
-            tier_lag_records: led().map(|partition| self.tier_lag(partition)).sum(),
-            failed: status.failed.unwrap_or_default(),
-        }
+        let address = state.brokers().get(&broker).map(|known| known.value.addresses.grpc.clone());
+        let way = self.others.as_ref().map(Others::peers).zip(address);
+        way.ok_or_else(|| Fault::new(Reason::NotReady, format!("broker {broker} is not alive")))
     }
 }
 
