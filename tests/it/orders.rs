@@ -4,6 +4,7 @@ use serde_json::{Value, json};
 
 use crate::{
     broker::{Cli, Home, Output},
+    etcd::Etcd,
     patience::eventually,
 };
 
@@ -156,4 +157,46 @@ fn a_cluster_in_one_process_replicates_moves_and_drains() {
     let read = cli.ok(&["consume", "orders", "--from", "earliest", "--until-end"]);
     assert_eq!(read.text(), "one\ntwo\nthree\n", "the data stays");
     assert!(broker.terminate().success(), "{}", home.log());
+}
+
+/// The last replica in sync is gone for good; what is left is an older one.
+#[test]
+fn an_unclean_election_is_asked_for_and_says_what_it_costs() {
+    let etcd = Etcd::start();
+    let mut homes: Vec<Home> = (1..=2).map(|id| Home::member(id, &etcd)).collect();
+    let bucket = homes[0].bucket();
+    homes = homes.into_iter().map(|home| home.bucket_of(&bucket)).collect();
+    let first = homes[0].start();
+    let second = homes[1].start();
+    let cli = homes[0].cli();
+    said(&cli, "topic create orders --replication-factor 2 --config remote.storage.enable=false");
+    cli.ok_with(&["produce", "orders"], b"one\ntwo\n");
+    eventually("both hold it", || (numbers(&partition(&cli, "orders")["isr"]).len() == 2).then_some(()));
+    said(&cli, "partition reassign orders/0 --replicas 1,2");
+    assert!(second.terminate().success(), "{}", homes[1].log());
+    eventually("the other one is alone", || (numbers(&partition(&cli, "orders")["isr"]) == [1]).then_some(()));
+    cli.ok_with(&["produce", "orders"], b"three\n");
+    first.kill9();
+
+    let second = homes[1].spawn();
+    let cli = homes[1].cli();
+    eventually("nobody leads", || {
+        let described = run(&cli, "topic describe orders --output json");
+        (described.code == 0 && described.json()["partitions"][0]["leader"].is_null()).then_some(())
+    });
+    let gone = &asked(&cli, "cluster describe")["brokers"][0];
+    assert_eq!((&gone["state"], &gone["replicas"], &gone["address"]), (&json!("gone"), &json!(1), &Value::Null));
+    let complaint = refused(&cli, "partition elect orders/0");
+    assert!(complaint.contains("waits for broker 1") && complaint.contains("--unclean"), "{complaint}");
+    let complaint = refused(&cli, "partition elect orders/0 --unclean");
+    assert!(complaint.contains("broker 1 is not alive") && complaint.contains("--yes"), "{complaint}");
+    let elected = asked(&cli, "partition elect orders/0 --unclean --yes");
+    assert_eq!((&elected["leader"], &elected["unclean"], &elected["changed"]), (&json!(2), &json!(true), &json!(true)));
+    assert_eq!(elected["held"][1]["log_end"], 2, "{elected}");
+    let read = cli.ok(&["consume", "orders", "--from", "earliest", "--until-end"]);
+    assert_eq!(read.text(), "one\ntwo\n", "what it had is there");
+    let held = partition(&cli, "orders");
+    assert_eq!(held["unclean_epoch"], held["leader_epoch"], "{held}");
+    cli.ok_with(&["produce", "orders"], b"four\n");
+    assert!(second.terminate().success(), "{}", homes[1].log());
 }
