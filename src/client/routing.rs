@@ -187,10 +187,15 @@ mod tests {
             topics: vec![v1::TopicMetadata {
                 name: "t".into(),
                 topic_id: TopicId::from_bytes([7; 16]).to_string(),
-                partitions: vec![v1::PartitionMetadata { partition: 0, leader: Some(leader), leader_epoch: epoch }],
+                partitions: vec![v1::PartitionMetadata {
+                    leader: Some(leader),
+                    leader_epoch: epoch,
+                    ..Default::default()
+                }],
                 max_message_bytes: 1000,
                 ..Default::default()
             }],
+            ..Default::default()
         }
     }
 

@@ -28,6 +28,7 @@ mod grpc;
 mod http;
 mod listen;
 mod node;
+mod several;
 
 use std::{
     future::Future,
@@ -42,7 +43,10 @@ use anyhow::Context as _;
 use tokio::net::TcpListener;
 
 use self::http::Pages;
-pub use self::node::{Node, Outside, Stores};
+pub use self::{
+    node::{Node, Outside, Stores},
+    several::run_several,
+};
 use crate::{
     client::{self, Tcp},
     cluster::{Addresses, EmbeddedStore, EtcdStore, MetaStore},
