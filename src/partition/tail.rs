@@ -68,7 +68,8 @@ impl TailReader {
         Ok(Some(found))
     }
 
-    fn leads(&self) -> Result<(), ReadError> {
+    /// Whether this broker leads in that epoch still.
+    pub(super) fn leads(&self) -> Result<(), ReadError> {
         let standing = self.shared.standing();
         if !self.shared.is_closed() && standing.epoch == self.epoch && matches!(standing.role, Role::Leader { .. }) {
             Ok(())

@@ -19,7 +19,7 @@ use rustix::process::{Pid, Signal};
 use strandline::task;
 
 use crate::{
-    etcd::in_namespace,
+    etcd::{Etcd, in_namespace},
     patience::{PATIENCE, eventually, poll},
     s3::S3,
 };
@@ -30,7 +30,6 @@ const BINARY: &str = env!("CARGO_BIN_EXE_strandline");
 pub(crate) struct Home {
     folder: tempfile::TempDir,
     id: u32,
-    rack: String,
     namespace: Option<String>,
     grpc: SocketAddr,
     http: SocketAddr,
@@ -50,7 +49,6 @@ impl Home {
         Self {
             folder,
             id: 1,
-            rack: "zone-a".to_owned(),
             namespace: None,
             grpc: free_address(),
             http: free_address(),
@@ -62,9 +60,28 @@ impl Home {
         }
     }
 
-    /// The home of one of several brokers.
-    pub(crate) fn member(id: u32, rack: &str) -> Self {
-        Self { id, rack: rack.to_owned(), ..Self::new() }
+    /// A home for several brokers in one process: their ports lie one after the other.
+    pub(crate) fn cluster(brokers: usize) -> Self {
+        let ports = 2 * brokers;
+        let (grpc, http) = (0..100)
+            .find_map(|_| {
+                let run: Vec<SocketAddr> = (0..ports).map(|_| free_address()).collect();
+                let dense = run.windows(2).all(|pair| pair[0].port() + 1 == pair[1].port());
+                dense.then_some((run[0], run[1]))
+            })
+            .expect("ports in a row");
+        Self { grpc, http, ..Self::new() }
+    }
+
+    /// The home of a broker of several, with this number and in a rack of its own, that agree through this etcd.
+    pub(crate) fn member(id: u32, etcd: &Etcd) -> Self {
+        let home = Self { id, ..Self::new() }.setting("metadata.session_timeout", "\"2s\"");
+        home.setting("log.journal_bytes", 16 << 20).at_etcd(etcd)
+    }
+
+    /// Agrees through this etcd from now on.
+    pub(crate) fn at_etcd(self, etcd: &Etcd) -> Self {
+        self.setting("metadata.etcd", format!("{:?}", etcd.endpoints()))
     }
 
     /// Lives in a network namespace, at the address that it has there.
@@ -74,7 +91,7 @@ impl Home {
     }
 
     /// Takes this folder for the object store.
-    pub(crate) fn shared_bucket(mut self, folder: &Path) -> Self {
+    pub(crate) fn bucket_of(mut self, folder: &Path) -> Self {
         self.object_store = Some(format!("file://{}", folder.display()));
         self
     }
@@ -100,8 +117,9 @@ impl Home {
             .setting("object_store.path_style", "true")
     }
 
-    /// Adds a setting, `section.key`, with its value as TOML.
+    /// Sets `section.key` to a value as TOML; the last one counts.
     pub(crate) fn setting(mut self, key: &'static str, value: impl ToString) -> Self {
+        self.settings.retain(|(known, _)| *known != key);
         self.settings.push((key, value.to_string()));
         self
     }
@@ -157,7 +175,8 @@ impl Home {
     /// Writes the configuration file that the fixed keys allow and returns its path.
     pub(crate) fn write_config(&self) -> PathBuf {
         let mut text = String::from("cluster = \"it\"\n");
-        let Self { id, rack, .. } = self;
+        let id = self.id;
+        let rack = ["zone-a", "zone-b", "zone-c"][(id as usize - 1) % 3];
         write!(text, "[broker]\nid = {id}\nrack = {rack:?}\ndata_dir = {:?}\n", self.data_dir())
             .expect("a string grows");
         let advertise = self.advertise.unwrap_or(self.grpc);
@@ -207,6 +226,18 @@ impl Home {
     pub(crate) fn start_dev(&self) -> Broker {
         let mut command = Command::new(BINARY);
         command.arg("dev").arg("--data-dir").arg(self.data_dir());
+        command.args(["--listen", &self.grpc.to_string(), "--http", &self.http.to_string()]);
+        let mut broker = self.launch(command);
+        if let Err(why) = broker.wait_ready() {
+            panic!("strandline dev did not become ready: {why}\n{}", self.log());
+        }
+        broker
+    }
+
+    /// Starts `strandline dev` with so many brokers, for a home of [`Home::cluster`], and waits until the first is ready.
+    pub(crate) fn start_dev_cluster(&self, brokers: usize) -> Broker {
+        let mut command = Command::new(BINARY);
+        command.arg("dev").arg("--data-dir").arg(self.data_dir()).args(["--brokers", &brokers.to_string()]);
         command.args(["--listen", &self.grpc.to_string(), "--http", &self.http.to_string()]);
         let mut broker = self.launch(command);
         if let Err(why) = broker.wait_ready() {

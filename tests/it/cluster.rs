@@ -6,3 +6,6 @@ mod members;
 mod network;
 mod outage;
 mod rolling;
+mod starts;
+
+pub(crate) use self::members::etcd;

@@ -106,6 +106,9 @@ impl Actor {
                 let at = tables.at;
                 tracing::info!(partition = %self.id, %at, log_end = %self.replica.log_end(), "begins anew and copies from there");
                 if self.reset(tables).await {
+                    if let Part::Following(follower) = &mut self.part {
+                        follower.begun(at);
+                    }
                     self.claim();
                 }
             }

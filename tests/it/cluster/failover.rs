@@ -89,6 +89,7 @@ async fn nothing_is_lost_or_doubled_while_brokers_are_killed() {
     silences.sort_unstable();
     let at = |part: usize| silences[(silences.len() * part / 100).min(silences.len() - 1)];
     println!("failover: median {:?}, p99 {:?}, longest {:?}", at(50), at(99), at(100));
+    assert!(cluster.logs().contains("a broker's process is gone"), "noticed by evidence, not by the lease's end");
     let total = work.finish(kills).await;
     println!("failover: {total} records delivered once across {kills} kills");
 }

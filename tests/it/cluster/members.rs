@@ -10,6 +10,22 @@ use crate::{
     patience::{PATIENCE, eventually, poll},
 };
 
+/// An etcd of so many members that answers.
+pub(crate) fn etcd(members: usize) -> Etcd {
+    let etcd = Etcd::begin(members, "http", &[]);
+    answers(&etcd);
+    etcd
+}
+
+/// Waits until every member says that it has a leader.
+pub(crate) fn answers(etcd: &Etcd) {
+    let healthy = |url: &String| {
+        let address: SocketAddr = url.strip_prefix("http://")?.parse().ok()?;
+        http_get(address, "/health").ok().filter(|(code, body)| *code == 200 && body.contains("true"))
+    };
+    eventually("etcd has a leader", || etcd.endpoints().iter().all(|url| healthy(url).is_some()).then_some(()));
+}
+
 /// Brokers count from 1. All end with the value.
 pub(crate) struct Cluster {
     pub(crate) etcd: Etcd,
@@ -28,7 +44,7 @@ impl Cluster {
     pub(crate) fn with(brokers: u32, settings: impl Fn(Home) -> Home) -> Self {
         let mut cluster = Self::over(Etcd::begin(3, "http", &[]));
         for id in 1..=brokers {
-            let home = Home::member(id, &format!("zone-{id}")).shared_bucket(cluster.folder.path());
+            let home = Home::member(id, &cluster.etcd).bucket_of(cluster.folder.path());
             cluster.add(id, settings(home));
         }
         cluster.ready();
@@ -37,20 +53,13 @@ impl Cluster {
 
     /// A cluster without brokers. etcd answers.
     pub(crate) fn over(etcd: Etcd) -> Self {
-        eventually("etcd has a leader", || {
-            let healthy = |url: &String| {
-                let address: SocketAddr = url.strip_prefix("http://")?.parse().ok()?;
-                http_get(address, "/health").ok().filter(|(code, body)| *code == 200 && body.contains("true"))
-            };
-            etcd.endpoints().iter().all(|url| healthy(url).is_some()).then_some(())
-        });
+        answers(&etcd);
         let folder = tempfile::tempdir().expect("a folder for the bucket");
         Self { etcd, folder, homes: BTreeMap::new(), brokers: BTreeMap::new() }
     }
 
     /// Starts one more broker and does not wait for it.
     pub(crate) fn add(&mut self, id: u32, home: Home) {
-        let home = home.setting("metadata.etcd", format!("{:?}", self.etcd.endpoints()));
         self.brokers.insert(id, home.spawn());
         self.homes.insert(id, home);
     }
@@ -62,6 +71,11 @@ impl Cluster {
                 panic!("broker {id} did not become ready: {why}\n{}", self.homes[id].log());
             }
         }
+    }
+
+    /// Where a broker lives.
+    pub(crate) fn home(&self, id: u32) -> &Home {
+        &self.homes[&id]
     }
 
     /// Where clients find the brokers.
@@ -92,6 +106,11 @@ impl Cluster {
     pub(crate) fn stop(&mut self, id: u32) {
         let status = self.brokers.remove(&id).expect("it runs").terminate();
         assert!(status.success(), "broker {id} ended with {status}\n{}", self.homes[&id].log());
+    }
+
+    /// What a broker has said.
+    pub(crate) fn log(&self, id: u32) -> String {
+        self.homes[&id].log()
     }
 
     /// Starts a broker that is down, on what its disk holds, and waits until it is ready.

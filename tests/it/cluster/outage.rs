@@ -33,7 +33,7 @@ fn records_are_taken_and_read_while_etcd_is_gone() {
     for member in 0..3 {
         cluster.etcd.kill(member);
     }
-    let gone = Duration::from_secs(setting("STRANDLINE_ETCD_GONE_SECONDS", 15));
+    let gone = Duration::from_secs(setting("STRANDLINE_ETCD_GONE_SECONDS", 6));
     let since = clock::monotonic();
     let mut sent = 100;
     while since.elapsed() < gone {
@@ -85,6 +85,7 @@ fn a_broker_that_lost_its_disk_is_filled_again() {
         cluster.kill(lost);
         cluster.wipe(lost);
         cluster.restart(lost);
+        assert!(cluster.log(lost).contains("its replicas are copied anew"), "{}", cluster.log(lost));
         cluster.in_sync(TOPIC, 3);
     }
     // The two that were filled serve everything without the third.

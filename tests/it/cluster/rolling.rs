@@ -29,6 +29,8 @@ async fn a_rolling_restart_fails_no_call() {
         let since = clock::monotonic();
         tokio::task::block_in_place(|| {
             cluster.stop(broker);
+            let log = cluster.log(broker);
+            assert!(log.contains("others lead what this broker led"), "{log}");
             cluster.restart(broker);
             cluster.in_sync(TOPIC, 3);
         });

@@ -1,5 +1,6 @@
 //! Several replicas of one partition, joined by a network and a metadata store that the test holds: who leads, who copies, who is told what.
 
+mod driven;
 mod net;
 
 use net::{Net, append, at, batch, broker, bytes_of, equal, in_sync, send, until};
@@ -361,6 +362,43 @@ async fn a_leader_elected_unclean_begins_behind_the_bucket() {
     let one = net.start(1, TIERED, false).await;
     in_sync(&one).await;
     equal(&two, &one, tiered_end.get()).await;
+}
+
+/// It copied what was never committed, and was away while another leader filled those offsets, up to the bucket. What the metadata says is
+/// committed there is not what it has.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replica_that_starts_with_an_abandoned_tail_does_not_take_it_for_committed() {
+    const TIERED: &[(&str, &str)] = &[("segment.bytes", "16384"), ("retention.ms", "-1")];
+    let net = Net::new(3, 3, 1, true).await;
+    let one = net.start(1, TIERED, false).await;
+    let (two, three) = (net.start(2, TIERED, false).await, net.start(3, TIERED, false).await);
+    in_sync(&two).await;
+    in_sync(&three).await;
+    append(&one, &[0; 4000], Acks::All).await.unwrap();
+    net.cut(1, 2);
+    net.set_blind(2, true).await;
+    for _ in 1..20 {
+        append(&one, &[100; 4000], Acks::Leader).await.unwrap();
+    }
+    until("3 has it", || three.ends().persisted == at(20)).await;
+    net.stop(3).await;
+    net.stop(1).await;
+    net.elect(2, &[1, 3]).await;
+    net.set_blind(2, false).await;
+    until("2 leads", || two.standing().role == (Role::Leader { settled: true })).await;
+    for n in 1..20u8 {
+        append(&two, &[n; 4000], Acks::All).await.unwrap();
+    }
+    net.settle(2).await;
+    assert!(two.marks().tiered_end > at(5));
+
+    net.cut(2, 3);
+    let three = net.start(3, TIERED, false).await;
+    assert_eq!((three.marks().log_end, three.marks().high_watermark), (at(20), at(0)));
+    assert!(three.reader().read(at(0), 100).await.unwrap().is_none());
+    net.heal(2, 3);
+    in_sync(&three).await;
+    equal(&two, &three, 0).await;
 }
 
 /// A clean leader has all that is committed. One that asks to cut it is not believed.
