@@ -212,8 +212,8 @@ pub(super) const SETTINGS: &[Setting] = &[
         "replication",
         "lag_time",
         Kind::Time { least: 1, most: HOUR },
-        Some("10s"),
-        "How long a replica that is connected may take to catch up before writes wait for it no longer.",
+        Some("6s"),
+        "How long a replica may take to reach what the log end was before writes wait for it no longer.",
     ),
     setting(
         "replication",
