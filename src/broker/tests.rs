@@ -78,9 +78,12 @@ impl Bench {
     async fn create(&self, name: &TopicName, partitions: u32) -> TopicId {
         let (replication_factor, config) = (1, ConfigMap::new());
         let new = NewTopic { name: name.clone(), partitions, replication_factor, config, validate_only: false };
-        let id = self.broker.topics.create(new).await.unwrap().value.id;
-        self.broker.hosted.until(|hosted| hosted.topic(name).is_some_and(|topic| topic.id == id)).await;
-        id
+        let made = self.broker.topics.create(new).await.unwrap();
+        self.broker
+            .hosted
+            .until(|hosted| hosted.topic(name).is_some_and(|topic| topic.revision >= made.revision))
+            .await;
+        made.value.id
     }
 
     /// Changes the metadata behind the broker's back; returns when the broker has seen that.
