@@ -206,6 +206,11 @@ impl PartitionValue {
         })
     }
 
+    /// Whether its replicas are being moved.
+    pub const fn is_moving(&self) -> bool {
+        !(self.adding.is_empty() && self.removing.is_empty())
+    }
+
     /// The move is over and the replicas that go are let go. `None` while it may not end: none is under way, a new replica is not in sync
     /// yet, one that goes still leads, or nobody in sync would be left. Who goes leaves the ELR as well: it is about to be deleted.
     #[must_use]
@@ -224,7 +229,7 @@ impl PartitionValue {
     fn without(&self, going: &[BrokerId]) -> Option<Self> {
         let stay =
             |set: &[BrokerId]| -> Vec<BrokerId> { set.iter().copied().filter(|id| !going.contains(id)).collect() };
-        let (isr, under_way) = (stay(&self.isr), !(self.adding.is_empty() && self.removing.is_empty()));
+        let (isr, under_way) = (stay(&self.isr), self.is_moving());
         let leads = self.leader.is_some_and(|leader| going.contains(&leader));
         if !under_way || leads || isr.is_empty() {
             return None;
