@@ -92,6 +92,17 @@ pub struct UnknownPartition {
     pub count: u32,
 }
 
+/// What an order names is not there.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum FindError {
+    /// No such topic.
+    #[error(transparent)]
+    Topic(#[from] UnknownTopic),
+    /// No such partition.
+    #[error(transparent)]
+    Partition(#[from] UnknownPartition),
+}
+
 /// Why values could not be written.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum WriteError {
@@ -196,6 +207,13 @@ impl Orders {
     pub fn unreadable(&self) -> Vec<(String, String)> {
         let state = self.view.state();
         state.unreadable().iter().map(|(key, why)| (self.keys.path(key), why.clone())).collect()
+    }
+
+    /// Partitions of a topic: one, or all.
+    fn find(&self, topic: &TopicName, partition: Option<u32>) -> Result<(Chosen, Vec<PartitionId>), FindError> {
+        let topic = self.topic(topic)?;
+        let ids = topic.partitions(partition)?;
+        Ok((topic, ids))
     }
 
     fn topic(&self, name: &TopicName) -> Result<Chosen, UnknownTopic> {

@@ -189,7 +189,7 @@ async fn a_move_is_taken_back_and_a_new_leader_hands_over_to_an_old_one() {
     let nothing = cluster.orders.cancel(Some(&name()), Some(3)).await.expect_err("it does not move");
     assert_eq!(nothing.to_string(), "nothing to cancel: partition orders/3 is not being moved");
     let unknown = cluster.orders.cancel(Some(&name()), Some(4)).await.expect_err("no such partition");
-    assert!(matches!(unknown, CancelError::Partition(_)), "{unknown}");
+    assert!(matches!(unknown, CancelError::Unknown(FindError::Partition(_))), "{unknown}");
 }
 
 #[tokio::test]
