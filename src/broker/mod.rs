@@ -242,6 +242,7 @@ impl Broker {
             others.follow(session, &self.tasks);
             self.agree.spawn(&self.tasks);
             self.tasks.spawn("lag", lag::run(Arc::clone(self)));
+            self.tasks.spawn("producer ids", producer_ids::keep(Arc::clone(self)));
         }
         self.reconcile(&state, &mut leftovers).await;
         drop(state);

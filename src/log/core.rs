@@ -184,7 +184,12 @@ impl Core {
         if self.options.manual
             && let Some(inner) = self.owner.get().and_then(Weak::upgrade)
         {
-            while self.journal.pending() && inner.journal_step() {}
+            while self.journal.pending() {
+                if !inner.journal_step() {
+                    // A thread would wait until a file is free. Here nobody else does a step meanwhile.
+                    return Err(ChangeError::Failed { reason: "the journal has no room".to_owned() });
+                }
+            }
         }
         match receiver.recv() {
             Ok(Ok(_)) | Ok(Err(PersistError::Cut)) => Ok(()),

@@ -1,13 +1,13 @@
 //! One run: load and faults for some simulated seconds, then peace, then the check.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, VecDeque},
     sync::{Arc, Mutex},
     time::Duration,
 };
 
 use strandline::{
-    client::{Client, ConsumerOptions, NewRecord, NewTopic, OffsetAt, ProducerOptions},
+    client::{Client, ConsumerOptions, Delivery, NewRecord, NewTopic, OffsetAt, ProducerOptions},
     model::Offset,
     task::{Tasks, random},
 };
@@ -18,6 +18,12 @@ const TOPIC: &str = "events";
 
 /// Producers, each with a sequence of its own.
 const PRODUCERS: u32 = 2;
+
+/// Values of one producer that are under way at most.
+const OUTSTANDING: u64 = 8;
+
+/// The longest pause of a producer between two values.
+const PAUSE_MICROS: u64 = 6_000;
 
 /// How many faults a run has.
 const FAULTS: u32 = 8;
@@ -79,8 +85,8 @@ async fn live(world: &mut World) {
 /// One fault, and its end.
 async fn fault(world: &mut World) {
     let lasts = Duration::from_millis(random::in_range(1..2000));
-    match random::in_range(0..7) {
-        0 => world.kill(Some(random::bits())),
+    match random::in_range(0..8) {
+        0 | 7 => world.kill(Some(random::bits())),
         1 => world.kill(None),
         2 => world.stop().await,
         3 => {
@@ -115,7 +121,7 @@ async fn fault(world: &mut World) {
     }
 }
 
-/// Sends one value after the other, each when the one before was answered.
+/// Sends values in order, a few under way at the same time.
 async fn produce(client: Client, producer: u32, acked: Acked, trace: Trace, stop: Tasks) {
     let options = ProducerOptions { delivery_timeout: PATIENCE, ..ProducerOptions::default() };
     let sender = loop {
@@ -125,20 +131,28 @@ async fn produce(client: Client, producer: u32, acked: Acked, trace: Trace, stop
         }
         tokio::time::sleep(Duration::from_millis(100)).await;
     };
+    let settle = async |(number, delivery): (u64, Delivery)| {
+        let ack = delivery.await.unwrap_or_else(|error| panic!("{producer} {number}: {error}\n{}", trace.text()));
+        let offset = ack.offset.expect("acknowledged by all");
+        trace.note(format_args!("{producer}: {number} is at {offset}"));
+        acked.lock().unwrap().insert((producer, number), offset);
+    };
+    let mut outstanding = VecDeque::new();
     let mut number = 0_u64;
     while !stop.is_cancelled() {
         let mut value = format!("{producer} {number} ").into_bytes();
         value.resize(value.len() + random::in_range(0..3000), b'x');
-        let sent = match sender.send(TOPIC, NewRecord::value(&value)).await {
-            Ok(delivery) => delivery.await,
-            Err(error) => Err(error),
-        };
-        let ack = sent.unwrap_or_else(|error| panic!("{producer} {number}: {error}\n{}", trace.text()));
-        let offset = ack.offset.expect("acknowledged by all");
-        trace.note(format_args!("{producer}: {number} is at {offset}"));
-        acked.lock().unwrap().insert((producer, number), offset);
+        let sent = sender.send(TOPIC, NewRecord::value(&value)).await;
+        let delivery = sent.unwrap_or_else(|error| panic!("{producer} {number}: {error}\n{}", trace.text()));
+        outstanding.push_back((number, delivery));
         number += 1;
-        tokio::time::sleep(Duration::from_millis(random::in_range(0..20))).await;
+        if outstanding.len() as u64 > random::in_range(1..OUTSTANDING) {
+            settle(outstanding.pop_front().unwrap()).await;
+        }
+        tokio::time::sleep(Duration::from_micros(random::in_range(0..PAUSE_MICROS))).await;
+    }
+    for one in outstanding {
+        settle(one).await;
     }
     sender.close().await.unwrap();
 }

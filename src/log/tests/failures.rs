@@ -133,3 +133,22 @@ fn a_checkpoint_that_finds_no_room_takes_that_of_the_reserve() {
     let log = open(&disk);
     assert_eq!(log.open_replica(partition(0), at(0)).unwrap().log_end(), at(2));
 }
+
+/// Without threads nobody makes room while a change waits for its round: it waited for ever.
+#[test]
+fn a_change_that_finds_no_room_in_a_journal_stepped_by_hand_says_so() {
+    let disk = SimDisk::new();
+    let log = open(&disk);
+    let mut replica = log.open_replica(partition(0), at(0)).unwrap();
+    disk.fail_syncs(Some("checkpoint"));
+    for base in 0.. {
+        replica.append(&[batch(base, 1, 1, 1, 10_000)]).unwrap();
+        let answer = persist(&mut replica);
+        while log.journal_step() {}
+        if answer.try_recv().is_err() {
+            break;
+        }
+    }
+    let reason = "the journal has no room".to_owned();
+    assert_eq!(replica.truncate(at(1)), Err(ChangeError::Failed { reason }), "{:?}", log.status());
+}
