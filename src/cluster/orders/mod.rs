@@ -25,6 +25,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
     sync::Arc,
+    time::Duration,
 };
 
 pub use self::{
@@ -46,6 +47,9 @@ use crate::model::{BrokerId, ConfigMap, PartitionId, TopicConfig, TopicName};
 
 /// How often a compare-and-set is tried again when somebody else was faster.
 const ATTEMPTS: usize = 10;
+
+/// How long the mirror may take to show what was written.
+const CATCH_UP: Duration = Duration::from_secs(5);
 
 /// An operator's orders. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -191,11 +195,15 @@ impl Orders {
         Self { store, keys, view, defaults: Arc::new(defaults), changes }
     }
 
-    /// Waits until this broker's mirror has what was written. It does not end while the store does not answer: bound it.
+    /// Waits until this broker's mirror has what was written, for a while: it is written.
     pub async fn seen(&self, ordered: &[Ordered]) {
         if let Some(newest) = ordered.iter().map(|one| one.revision).max() {
-            self.view.reached(newest).await;
+            self.reached(newest).await;
         }
+    }
+
+    async fn reached(&self, revision: Revision) {
+        let _late = tokio::time::timeout(CATCH_UP, self.view.reached(revision)).await;
     }
 
     /// The cluster in numbers.
