@@ -204,3 +204,45 @@ async fn who_is_asked_for_anothers_partition_says_who_leads_it() {
     assert_eq!((fault.reason, fault.metadata.get("leader")), (Reason::NotLeader, None), "{fault}");
     bench.stop().await;
 }
+
+#[tokio::test]
+async fn what_a_leader_does_not_answer_for_is_said_to_be_unknown() {
+    let dir = tempfile::tempdir().unwrap();
+    let bench = Bench::start(dir.path(), false).await;
+    let name = TopicName::new("t").unwrap();
+    let id = bench.create(&name, 2).await;
+    let key = bench.keys.partition(PartitionId::new(id, 1));
+    let before = bench.store.get(&key).await.unwrap().entry.unwrap().value;
+    let other = BrokerId(2);
+    let theirs = PartitionValue {
+        replicas: vec![other],
+        isr: vec![other],
+        leader: Some(other),
+        ..PartitionValue::decode(&key, &before).unwrap()
+    };
+    let registered = bench.store.get(&bench.keys.broker(BrokerId(1))).await.unwrap().entry.unwrap().value;
+    // Nobody listens at that port.
+    let silent = BrokerValue { incarnation: "q".to_owned(), ..BrokerValue::decode("brokers/1", &registered).unwrap() };
+    bench.change(Transaction::new().put(bench.keys.broker(other), silent.encode()).put(key, theirs.encode())).await;
+
+    // It is led here as soon as it is open.
+    let described = async {
+        loop {
+            let described = bench.broker.describe_topic("t").await.unwrap().partitions;
+            if described[0].unanswered.is_none() {
+                return described;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    let described = tokio::time::timeout(Duration::from_secs(30), described).await.expect("partition 0 is served");
+    assert_eq!(described[0].leader, Some(1));
+    let unknown = described[1].unanswered.as_ref().unwrap();
+    assert!(unknown.message.contains("broker 2 does not answer: 127.0.0.1:1"), "{unknown:?}");
+    assert_eq!((described[1].leader, &described[1].isr), (Some(2), &vec![2]), "the metadata knows who");
+    let cluster = bench.broker.describe_cluster().await;
+    let [mine, silent] = cluster.brokers.as_slice() else { panic!("two: {cluster:?}") };
+    assert!(mine.figures.is_some() && silent.figures.is_none() && silent.unanswered.is_some(), "{cluster:?}");
+    assert_eq!((mine.leaders, silent.leaders, cluster.partitions), (1, 1, 2));
+    bench.stop().await;
+}
