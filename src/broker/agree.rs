@@ -258,7 +258,7 @@ mod tests {
         fn new() -> Self {
             let (store, keys) = (EmbeddedStore::in_memory(), Keys::new("test").expect("valid"));
             let (hosted, topic) = (Arc::new(Hosted::default()), TopicId::new(random::uuid()));
-            let held = HostedTopic::new(topic, Revision::ZERO, Arc::new(TopicConfig::default()), 1, None);
+            let held = HostedTopic::new(topic, Arc::new(TopicConfig::default()), 1, None);
             hosted.put([(TopicName::new("t").expect("valid"), held)]);
             let changes = PartitionChanges::new(Arc::new(store.clone()), keys.clone());
             let agree = Agree::new(ME, keys.clone(), changes, hosted);

@@ -2,8 +2,6 @@
 //!
 //! An order is answered when it is written down and this broker sees it, so that a question which follows at once finds it.
 
-use std::time::Duration;
-
 use super::{Broker, admin::name, describe::numbers, faults::invalid, figures::Told};
 use crate::{
     cluster::{self, BrokerValue, ElectError, Held, Known, Ordered, PartitionEntry, Revision, successor},
@@ -14,9 +12,6 @@ use crate::{
     },
     task::clock,
 };
-
-/// How long an answer waits until this broker sees what was written. It goes out after that all the same: it is written.
-const SEEN: Duration = Duration::from_secs(5);
 
 impl Broker {
     pub(super) async fn describe_cluster(&self) -> v1::DescribeClusterResponse {
@@ -113,7 +108,7 @@ impl Broker {
             return Err(invalid("validate_only, to and revision go with unclean only"));
         }
         let ordered = self.orders.elect(&topic, partition).await?;
-        self.seen(std::slice::from_ref(&ordered)).await;
+        self.orders.seen(std::slice::from_ref(&ordered)).await;
         Ok(elected(&ordered))
     }
 
@@ -126,7 +121,7 @@ impl Broker {
         let expect = request.revision.map(Revision);
         if let (Some(to), Some(_)) = (request.to, expect) {
             let ordered = self.orders.elect_unclean(topic, partition, BrokerId(to), expect).await?;
-            self.seen(std::slice::from_ref(&ordered)).await;
+            self.orders.seen(std::slice::from_ref(&ordered)).await;
             return Ok(elected(&ordered));
         }
         if request.to.is_some() || expect.is_some() {
@@ -144,7 +139,7 @@ impl Broker {
             answer.leader = best.broker.0;
         } else {
             let ordered = self.orders.elect_unclean(topic, partition, best.broker, Some(found.revision)).await?;
-            self.seen(std::slice::from_ref(&ordered)).await;
+            self.orders.seen(std::slice::from_ref(&ordered)).await;
             answer = elected(&ordered);
         }
         if let Some(loss) = best.loss {
@@ -186,7 +181,7 @@ impl Broker {
     }
 
     async fn reassignments(&self, ordered: &[Ordered]) -> Vec<v1::Reassignment> {
-        self.seen(ordered).await;
+        self.orders.seen(ordered).await;
         ordered.iter().map(|one| self.reassignment(one)).collect()
     }
 
@@ -209,11 +204,6 @@ impl Broker {
         let state = self.view.state();
         let topic = state.name(id.topic).map_or_else(|| id.topic.to_string(), ToString::to_string);
         v1::PartitionName { topic, partition: id.number.cast_signed() }
-    }
-
-    /// Waits until this broker sees what was written.
-    async fn seen(&self, ordered: &[Ordered]) {
-        let _late = tokio::time::timeout(SEEN, self.orders.seen(ordered)).await;
     }
 }
 

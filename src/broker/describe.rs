@@ -12,8 +12,8 @@ use super::{
     hosted::Holding,
 };
 use crate::{
-    cluster::{PartitionEntry, PartitionValue, TopicValue, ViewState},
-    model::{BrokerId, Offset, PartitionId, TopicConfig, Watermarks},
+    cluster::{PartitionEntry, PartitionValue},
+    model::{BrokerId, Offset, PartitionId, TopicConfig, TopicId, Watermarks},
     proto::{
         fault::{Fault, Reason},
         v1,
@@ -25,9 +25,9 @@ impl Broker {
         let name = name(topic)?;
         let state = self.view.state();
         let Some(known) = state.topic(&name).cloned() else { return Err(self.topics.unknown(topic).into()) };
-        let (leaders, entries) = leaders(&state, &known.value);
+        let entries: Vec<(u32, PartitionEntry)> = state.partitions_of(&known.value).collect();
         drop(state);
-        let answers = self.ask_marks(leaders).await;
+        let answers = self.ask_marks(leaders(known.value.id, &entries)).await;
         let partitions = entries.into_iter().map(|(number, entry)| {
             let id = PartitionId::new(known.value.id, number);
             let mut state = assigned(number, entry.partition.as_ref().map(|known| &known.value));
@@ -82,19 +82,15 @@ impl Broker {
     }
 }
 
-/// Whom to ask for which partitions of a topic, and what the metadata says of them.
-fn leaders(
-    state: &ViewState,
-    topic: &TopicValue,
-) -> (BTreeMap<BrokerId, Vec<PartitionId>>, Vec<(u32, PartitionEntry)>) {
-    let entries: Vec<(u32, PartitionEntry)> = state.partitions_of(topic).collect();
+/// Whom to ask for which partitions of a topic.
+fn leaders(topic: TopicId, entries: &[(u32, PartitionEntry)]) -> BTreeMap<BrokerId, Vec<PartitionId>> {
     let mut leaders: BTreeMap<BrokerId, Vec<PartitionId>> = BTreeMap::new();
-    for (number, entry) in &entries {
+    for (number, entry) in entries {
         if let Some(leader) = entry.partition.as_ref().and_then(|known| known.value.leader) {
-            leaders.entry(leader).or_default().push(PartitionId::new(topic.id, *number));
+            leaders.entry(leader).or_default().push(PartitionId::new(topic, *number));
         }
     }
-    (leaders, entries)
+    leaders
 }
 
 /// What the metadata says of a partition.

@@ -193,11 +193,12 @@ impl Link {
                 wanted = wanted => wanted,
             };
             let began = clock::monotonic();
-            let over = self.once(own, &to).await;
+            let mut epoch = to.epoch;
+            let over = self.once(own, &to, &mut epoch).await;
             if self.tasks.is_cancelled() {
                 return;
             }
-            self.conclude(&to, &over);
+            self.conclude(&to.address, epoch, &over);
             // One that stood is made again at once.
             if matches!(over, Over::Stopped) || began.elapsed() > CONNECT + LONGEST_PAUSE {
                 pause = None;
@@ -213,14 +214,14 @@ impl Link {
     }
 
     /// Says how a link ended, to people and to whoever concludes something from it.
-    fn conclude(&self, to: &Neighbour, over: &Over) {
+    fn conclude(&self, address: &str, epoch: Revision, over: &Over) {
         let how = match over {
             Over::Call(PeerError::Lost { how, .. }) => Some(*how),
             Over::Closed => Some(How::Ended),
             Over::Silent => Some(How::Silent),
             _ => None,
         };
-        let (leader, address) = (self.leader, &to.address);
+        let leader = self.leader;
         match over {
             Over::Stopped => tracing::debug!(%leader, "the link to a leader's broker begins anew"),
             // One of the two may not have heard of the other yet.
@@ -234,19 +235,23 @@ impl Link {
             _ => tracing::warn!(%leader, address, why = %over, "the link to a leader's broker cannot stand"),
         }
         if let Some(how) = how {
-            self.neighbours.lost(self.leader, to.epoch, how);
+            self.neighbours.lost(leader, epoch, how);
         }
     }
 
-    async fn once(&self, own: Revision, to: &Neighbour) -> Over {
+    /// One link, from its making to its end. `epoch` becomes that of the process that answers, when one does.
+    async fn once(&self, own: Revision, to: &Neighbour, epoch: &mut Revision) -> Over {
         let link = self.tasks.child();
         let made = tokio::select! {
             biased;
             () = link.cancelled() => return Over::Stopped,
             made = self.make(own, to) => made,
         };
-        let (Replicating { sender, receiver }, epoch) = match made {
-            Ok(made) => made,
+        let Replicating { sender, receiver } = match made {
+            Ok((stream, answers)) => {
+                *epoch = answers;
+                stream
+            }
             Err(over) => return over,
         };
         tracing::info!(leader = %self.leader, address = to.address, "the link to a leader's broker stands");
@@ -256,7 +261,7 @@ impl Link {
             biased;
             // Pending for ever once it has cancelled the link.
             () = async {
-                self.neighbours.cancel_at_change(own, self.leader, epoch, &link).await;
+                self.neighbours.cancel_at_change(own, self.leader, *epoch, &link).await;
                 std::future::pending().await
             } => Ended::Stopped,
             ended = following => ended,

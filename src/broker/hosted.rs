@@ -30,7 +30,7 @@ pub(super) enum Holding {
 pub(super) struct HostedTopic {
     /// Its identity.
     pub(super) id: TopicId,
-    /// The revision of the topic's key that is acted by.
+    /// The revision of the topic's key that is acted by: its partitions are what that makes of them. Zero before the first.
     pub(super) revision: Revision,
     /// Its configuration.
     pub(super) config: Arc<TopicConfig>,
@@ -38,14 +38,8 @@ pub(super) struct HostedTopic {
 }
 
 impl HostedTopic {
-    /// A topic with so many partitions; those that `before` had are as they were.
-    pub(super) fn new(
-        id: TopicId,
-        revision: Revision,
-        config: Arc<TopicConfig>,
-        partitions: u32,
-        before: Option<&Self>,
-    ) -> Self {
+    /// A topic with so many partitions; those that `before` had are as they were, and so is what is acted by.
+    pub(super) fn new(id: TopicId, config: Arc<TopicConfig>, partitions: u32, before: Option<&Self>) -> Self {
         let cells = match before {
             Some(before) if before.count() == partitions as usize => Arc::clone(&before.cells),
             before => (0..partitions)
@@ -58,6 +52,7 @@ impl HostedTopic {
                 })
                 .collect(),
         };
+        let revision = before.map_or(Revision::ZERO, |before| before.revision);
         Self { id, revision, config, cells }
     }
 
@@ -184,6 +179,20 @@ impl Hosted {
         if let Some(cell) = hosted.and_then(|topic| topic.cells.get(id.number as usize)) {
             cell.store(Arc::new(holding));
         }
+    }
+
+    /// Everything that was put or set is so, and these topics are acted by at these revisions.
+    pub(super) fn acted(&self, revisions: BTreeMap<TopicName, Revision>) {
+        if !revisions.is_empty() {
+            self.update(|topics| {
+                for (name, revision) in revisions {
+                    if let Some(topic) = topics.get_mut(&name) {
+                        topic.revision = revision;
+                    }
+                }
+            });
+        }
+        self.tell();
     }
 
     /// Tells those who wait that something has changed.

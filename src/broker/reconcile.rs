@@ -22,7 +22,7 @@
 //! - A replica is begun anew only when no set has it, so that nobody counts on what it held.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     sync::{Arc, OnceLock},
 };
 
@@ -34,7 +34,7 @@ use super::{
     leftovers::Leftovers,
 };
 use crate::{
-    cluster::{BrokerState, Key, Moved, PartitionValue, TopicValue, ViewState},
+    cluster::{BrokerState, Key, Moved, PartitionValue, Revision, TopicValue, ViewState},
     model::{BrokerId, PartitionId, TopicConfig, TopicId, TopicName},
     partition::{Agreement as _, Assignment, Partition, PartitionError, Spec, leader::insync::Registration},
     task,
@@ -78,9 +78,10 @@ impl Broker {
     pub(super) async fn reconcile(&self, state: &ViewState, leftovers: &mut Leftovers) {
         let mut names: BTreeSet<TopicName> = state.topics().keys().cloned().collect();
         names.extend(self.hosted.names());
-        let ids = self.hold_topics(names.iter(), state).await;
+        let (ids, acted) = self.hold_topics(names.iter(), state).await;
         self.know_brokers(state);
         self.hold(ids, state, leftovers).await;
+        self.hosted.acted(acted);
     }
 
     fn know_brokers(&self, state: &ViewState) {
@@ -94,7 +95,8 @@ impl Broker {
             Key::Topic(name) => Some(name),
             _ => None,
         });
-        let mut ids: BTreeSet<PartitionId> = self.hold_topics(topics, state).await.into_iter().collect();
+        let (ids, acted) = self.hold_topics(topics, state).await;
+        let mut ids: BTreeSet<PartitionId> = ids.into_iter().collect();
         let mut brokers = Vec::new();
         for key in keys {
             match key {
@@ -111,19 +113,24 @@ impl Broker {
             self.tell_leaders(&brokers, state).await;
         }
         self.hold(ids.into_iter().collect(), state, leftovers).await;
+        self.hosted.acted(acted);
     }
 
-    /// Takes over what is new of topics. Returns their partitions, which are to be looked at one by one.
+    /// Takes over what is new of topics. Returns their partitions, which are to be looked at one by one, and the revision that
+    /// each is acted by once that is done.
     async fn hold_topics<'a>(
         &self,
         names: impl Iterator<Item = &'a TopicName> + Send,
         state: &ViewState,
-    ) -> Vec<PartitionId> {
-        let (mut topics, mut ids) = (Vec::new(), Vec::new());
+    ) -> (Vec<PartitionId>, BTreeMap<TopicName, Revision>) {
+        let (mut topics, mut ids, mut acted) = (Vec::new(), Vec::new(), BTreeMap::new());
         for name in names {
-            if let Some(topic) = self.hold_topic(name, state).await {
+            if let Some((topic, revision)) = self.hold_topic(name, state).await {
                 let count = u32::try_from(topic.count()).unwrap_or(u32::MAX);
                 ids.extend((0..count).map(|number| PartitionId::new(topic.id, number)));
+                if topic.revision != revision {
+                    acted.insert(name.clone(), revision);
+                }
                 topics.push((name.clone(), topic));
             }
         }
@@ -131,11 +138,11 @@ impl Broker {
         if !topics.is_empty() {
             self.hosted.put(topics);
         }
-        ids
+        (ids, acted)
     }
 
     /// What this broker has of a topic from now on; `None` when that is nothing, or nothing new.
-    async fn hold_topic(&self, name: &TopicName, state: &ViewState) -> Option<HostedTopic> {
+    async fn hold_topic(&self, name: &TopicName, state: &ViewState) -> Option<(HostedTopic, Revision)> {
         let hosted = self.hosted.topic(name);
         let wanted = state.topic(name);
         if wanted.is_none() && state.unreadable().contains_key(&Key::Topic(name.clone())) {
@@ -158,8 +165,7 @@ impl Broker {
             }
         };
         let changed = held.as_ref().is_some_and(|held| *held.config != *config);
-        let (id, revision) = (topic.id, wanted.mod_revision);
-        let now = HostedTopic::new(id, revision, Arc::clone(&config), topic.partitions, held.as_ref());
+        let now = HostedTopic::new(topic.id, Arc::clone(&config), topic.partitions, held.as_ref());
         if changed {
             for holding in now.holdings() {
                 if let Holding::Open(partition) = &*holding {
@@ -170,7 +176,7 @@ impl Broker {
         if held.is_none() {
             self.record_topic(name, topic, state);
         }
-        Some(now)
+        Some((now, wanted.mod_revision))
     }
 
     /// Brings partitions in line with what the metadata says of them.
@@ -206,7 +212,6 @@ impl Broker {
             told.iter().for_each(|id| self.give_up_unusable(*id, state));
             stream::iter(told).for_each_concurrent(TOLD_TOGETHER, |id| self.tell(id, state)).await;
         }
-        self.hosted.tell();
     }
 
     /// Ends a replica here, if there is one. Its files stay.
@@ -227,7 +232,7 @@ impl Broker {
         value: &PartitionValue,
         holding: &Holding,
         on_disk: bool,
-    ) -> Option<Box<Spec>> {
+    ) -> Option<Spec> {
         let (alone, me) = (self.alone, self.settings.id);
         if !on_disk && !alone && !self.takes_part() {
             // Nothing to show. It begins when the others know that.
@@ -245,11 +250,11 @@ impl Broker {
         });
         let config = self.hosted.topic(name)?.config;
         let lag_time = self.settings.lag_time;
-        Some(Box::new(Spec { id, topic: name.clone(), config, committed, tier, alone, anew, lag_time }))
+        Some(Spec { id, topic: name.clone(), config, committed, tier, alone, anew, lag_time })
     }
 
     /// Opens replicas, side by side.
-    async fn open_all(&self, mut specs: Vec<Box<Spec>>) {
+    async fn open_all(&self, mut specs: Vec<Spec>) {
         let mut chunks = Vec::new();
         while !specs.is_empty() {
             let rest = specs.split_off(specs.len().min(OPENED_TOGETHER));
@@ -265,12 +270,12 @@ impl Broker {
     }
 
     /// Opens replicas one after the other, on a thread that may block.
-    async fn open_some(&self, specs: Vec<Box<Spec>>) -> Vec<(PartitionId, Holding)> {
+    async fn open_some(&self, specs: Vec<Spec>) -> Vec<(PartitionId, Holding)> {
         let (log, queue, tasks) = (self.log.clone(), self.upkeep_queue.clone(), self.partitions.clone());
         let (broker, around) = (self.settings.id, self.around());
-        let open = move |spec: Box<Spec>| {
+        let open = move |spec: Spec| {
             let (id, topic) = (spec.id, spec.topic.clone());
-            match Partition::open(broker, &log, *spec, around.clone(), &queue, &tasks) {
+            match Partition::open(broker, &log, spec, around.clone(), &queue, &tasks) {
                 Ok(partition) => {
                     queue.push(id);
                     (id, Holding::Open(partition))

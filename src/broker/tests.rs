@@ -78,9 +78,12 @@ impl Bench {
     async fn create(&self, name: &TopicName, partitions: u32) -> TopicId {
         let (replication_factor, config) = (1, ConfigMap::new());
         let new = NewTopic { name: name.clone(), partitions, replication_factor, config, validate_only: false };
-        let id = self.broker.topics.create(new).await.unwrap().value.id;
-        self.broker.hosted.until(|hosted| hosted.topic(name).is_some_and(|topic| topic.id == id)).await;
-        id
+        let made = self.broker.topics.create(new).await.unwrap();
+        self.broker
+            .hosted
+            .until(|hosted| hosted.topic(name).is_some_and(|topic| topic.revision >= made.revision))
+            .await;
+        made.value.id
     }
 
     /// Changes the metadata behind the broker's back; returns when the broker has seen that.
@@ -196,8 +199,52 @@ async fn who_is_asked_for_anothers_partition_says_who_leads_it() {
     assert_eq!(fault.number("leader_epoch"), Some(i64::from(led.leader_epoch.as_i32())));
     assert_eq!(fault.metadata.get("address").map(String::as_str), Some("broker-2:9460"));
     assert!(fault.message.contains("broker 2 at broker-2:9460"), "{fault}");
-    bench.change(Transaction::new().put(key, led.leaderless().encode())).await;
+    // It is gone, and nobody else is in sync: the controller finds no one either.
+    let nobody = PartitionValue { isr: vec![other], ..led.leaderless() };
+    bench.change(Transaction::new().delete(bench.keys.broker(other)).put(key, nobody.encode())).await;
     let fault = bench.broker.partition("t", 0).err().unwrap();
     assert_eq!((fault.reason, fault.metadata.get("leader")), (Reason::NotLeader, None), "{fault}");
+    bench.stop().await;
+}
+
+#[tokio::test]
+async fn what_a_leader_does_not_answer_for_is_said_to_be_unknown() {
+    let dir = tempfile::tempdir().unwrap();
+    let bench = Bench::start(dir.path(), false).await;
+    let name = TopicName::new("t").unwrap();
+    let id = bench.create(&name, 2).await;
+    let key = bench.keys.partition(PartitionId::new(id, 1));
+    let before = bench.store.get(&key).await.unwrap().entry.unwrap().value;
+    let other = BrokerId(2);
+    let theirs = PartitionValue {
+        replicas: vec![other],
+        isr: vec![other],
+        leader: Some(other),
+        ..PartitionValue::decode(&key, &before).unwrap()
+    };
+    let registered = bench.store.get(&bench.keys.broker(BrokerId(1))).await.unwrap().entry.unwrap().value;
+    // Nobody listens at that port.
+    let silent = BrokerValue { incarnation: "q".to_owned(), ..BrokerValue::decode("brokers/1", &registered).unwrap() };
+    bench.change(Transaction::new().put(bench.keys.broker(other), silent.encode()).put(key, theirs.encode())).await;
+
+    // It is led here as soon as it is open.
+    let described = async {
+        loop {
+            let described = bench.broker.describe_topic("t").await.unwrap().partitions;
+            if described[0].unanswered.is_none() {
+                return described;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    let described = tokio::time::timeout(Duration::from_secs(30), described).await.expect("partition 0 is served");
+    assert_eq!(described[0].leader, Some(1));
+    let unknown = described[1].unanswered.as_ref().unwrap();
+    assert!(unknown.message.contains("broker 2 does not answer: 127.0.0.1:1"), "{unknown:?}");
+    assert_eq!((described[1].leader, &described[1].isr), (Some(2), &vec![2]), "the metadata knows who");
+    let cluster = bench.broker.describe_cluster().await;
+    let [mine, silent] = cluster.brokers.as_slice() else { panic!("two: {cluster:?}") };
+    assert!(mine.figures.is_some() && silent.figures.is_none() && silent.unanswered.is_some(), "{cluster:?}");
+    assert_eq!((mine.leaders, silent.leaders, cluster.partitions), (1, 1, 2));
     bench.stop().await;
 }

@@ -51,8 +51,8 @@ pub use keys::{
     InvalidValue, Key, Keys, ProducerIdsValue, TopicValue, Value,
 };
 pub use orders::{
-    CancelError, DrainError, Drained, ElectError, Held, Loss, Ordered, Orders, ReassignError, Successor, Unfit,
-    UnknownBrokers, UnknownPartition, WriteError, successor,
+    CancelError, DrainError, Drained, ElectError, FindError, Held, Loss, Ordered, Orders, ReassignError, Successor,
+    Unfit, UnknownBrokers, UnknownPartition, WriteError, successor,
 };
 pub use partition_value::{Holds, PartitionValue};
 pub use placement::{Load, Placement};

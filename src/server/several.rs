@@ -8,7 +8,7 @@ use futures::future;
 use tokio::net::TcpListener;
 
 use super::{
-    Listeners, Node, Outside, Pages, Ready, Stores, admission, advertised, listen, node, open_objects, outside,
+    Listeners, Node, Outside, Ready, Stores, admission, advertised, http::Pages, listen, node, open_objects, outside,
 };
 use crate::{
     client::{self, Tcp},
@@ -140,20 +140,27 @@ async fn start(config: &Config, ports: Ports, shared: &Shared) -> anyhow::Result
         Some(meta) => around(config, Arc::clone(meta)),
     };
     let log = node::open_log(config, &outside, metrics.clone()).await?;
-    let node = Node::over(config, log, outside, ports.addresses, metrics, &shared.stop).await?;
+    let (within, http) = (config.broker.shutdown_timeout, ports.http.local_addr()?);
+    let pages: Arc<Pages> = Arc::default();
+    let listeners = Listeners::begin(Arc::clone(&pages), ports.http);
+    let node = match Node::over(config, log, outside, ports.addresses, metrics, &shared.stop).await {
+        Ok(node) => node,
+        Err(error) => {
+            listeners.stop(within).await;
+            return Err(error);
+        }
+    };
+    pages.tell_of(node.broker());
     let state = Ready {
         grpc: ports.grpc.local_addr()?,
-        http: ports.http.local_addr()?,
+        http,
         data_dir: config.broker.data_dir.clone(),
         object_store: config.object_store.url.clone(),
         partitions: node.broker().partitions(),
         took: began.elapsed(),
     };
-    let pages: Arc<Pages> = Arc::default();
-    pages.tell_of(node.broker());
-    let listeners = Listeners::begin(pages, ports.http);
     listeners.serve(&node, ports.grpc);
-    Ok(Member { node, listeners, state, within: config.broker.shutdown_timeout })
+    Ok(Member { node, listeners, state, within })
 }
 
 /// The world of a broker that shares its metadata store. The store does not lie with its data: what it holds it must prove.
@@ -165,7 +172,7 @@ fn around(config: &Config, meta: Arc<dyn MetaStore>) -> Outside {
             let objects = of.object_store.url.as_deref().map(|url| open_objects(&of, url)).transpose()?;
             Ok(Stores { meta, objects })
         }),
-        connect: Arc::new(Tcp::new(client::Options::default().connect_timeout)),
+        connect: Arc::new(Tcp::between_brokers(client::Options::default().connect_timeout)),
         alone: false,
         stepper: None,
     }

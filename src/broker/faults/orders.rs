@@ -1,7 +1,9 @@
 //! What an operator's orders are refused with.
 
 use crate::{
-    cluster::{CancelError, DrainError, ElectError, ReassignError, UnknownBrokers, UnknownPartition, WriteError},
+    cluster::{
+        CancelError, DrainError, ElectError, FindError, ReassignError, UnknownBrokers, UnknownPartition, WriteError,
+    },
     model::BrokerId,
     proto::fault::{Fault, Reason},
 };
@@ -23,6 +25,15 @@ impl From<UnknownPartition> for Fault {
             .with("topic", error.topic)
             .with("partition", error.number)
             .with("partitions", error.count)
+    }
+}
+
+impl From<FindError> for Fault {
+    fn from(error: FindError) -> Self {
+        match error {
+            FindError::Topic(unknown) => unknown.into(),
+            FindError::Partition(unknown) => unknown.into(),
+        }
     }
 }
 
@@ -50,8 +61,7 @@ impl From<ReassignError> for Fault {
     fn from(error: ReassignError) -> Self {
         let message = error.to_string();
         match error {
-            ReassignError::Topic(unknown) => unknown.into(),
-            ReassignError::Partition(unknown) => unknown.into(),
+            ReassignError::Unknown(unknown) => unknown.into(),
             ReassignError::Brokers(unknown) => unknown.into(),
             ReassignError::Repeated { id } => Self::new(Reason::InvalidRequest, message).with("broker", id),
             ReassignError::Factor { factor, asked, .. } => {
@@ -69,8 +79,7 @@ impl From<CancelError> for Fault {
     fn from(error: CancelError) -> Self {
         let message = error.to_string();
         match error {
-            CancelError::Topic(unknown) => unknown.into(),
-            CancelError::Partition(unknown) => unknown.into(),
+            CancelError::Unknown(unknown) => unknown.into(),
             CancelError::Nothing { .. } => Self::new(Reason::NoReassignment, message),
             CancelError::OnlyNew { .. } => Self::new(Reason::NotPossible, message),
             CancelError::Write(error) => error.into(),
@@ -82,8 +91,7 @@ impl From<ElectError> for Fault {
     fn from(error: ElectError) -> Self {
         let message = error.to_string();
         match error {
-            ElectError::Topic(unknown) => unknown.into(),
-            ElectError::Partition(unknown) => unknown.into(),
+            ElectError::Unknown(unknown) => unknown.into(),
             ElectError::Unfit { .. }
             | ElectError::Led { .. }
             | ElectError::Clean { .. }

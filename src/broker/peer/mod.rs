@@ -125,7 +125,7 @@ impl peer_server::Peer for PeerService {
         Ok(Response::new(v1::WhoIsResponse {
             cluster: neighbours.cluster().to_owned(),
             broker: neighbours.me().0,
-            broker_epoch: neighbours.own().map(|epoch| epoch.0),
+            broker_epoch: neighbours.own_registered().map(|epoch| epoch.0),
             incarnation: self.0.incarnation.clone(),
         }))
     }

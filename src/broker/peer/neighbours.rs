@@ -41,7 +41,9 @@ pub(in crate::broker) struct Neighbours {
 
 #[derive(Clone, Default)]
 struct Around {
+    /// This broker's own broker epoch: the last, while it is not registered.
     own: Option<Revision>,
+    is_registered: bool,
     known: Arc<BTreeMap<BrokerId, Neighbour>>,
 }
 
@@ -67,10 +69,14 @@ impl Neighbours {
         });
     }
 
-    /// Takes this broker's own broker epoch; `None` while it is not registered. What stands goes on meanwhile: a broker epoch ends
-    /// with the next one.
+    /// Takes this broker's own broker epoch; `None` while it is not registered. Links go on meanwhile, and new ones are made under the last:
+    /// a lost lease says nothing of what is in a log, and the store may be away. A broker epoch ends with the next one.
     pub(in crate::broker) fn registered(&self, epoch: Option<Revision>) {
-        self.around.send_if_modified(|around| std::mem::replace(&mut around.own, epoch) != epoch);
+        self.around.send_if_modified(|around| {
+            around.is_registered = epoch.is_some();
+            let own = epoch.or(around.own);
+            std::mem::replace(&mut around.own, own) != own
+        });
     }
 
     pub(in crate::broker) fn me(&self) -> BrokerId {
@@ -81,9 +87,15 @@ impl Neighbours {
         &self.cluster
     }
 
-    /// This broker's own broker epoch.
+    /// This broker's own broker epoch, or its last one; `None` before the first.
     pub(super) fn own(&self) -> Option<Revision> {
         self.around.borrow().own
+    }
+
+    /// This broker's own broker epoch; `None` while it is not registered.
+    pub(super) fn own_registered(&self) -> Option<Revision> {
+        let around = self.around.borrow();
+        around.own.filter(|_| around.is_registered)
     }
 
     /// What is known of a broker.
@@ -109,7 +121,7 @@ impl Neighbours {
         }
     }
 
-    /// Waits until both this broker and that one are registered.
+    /// Waits until that broker is registered, and this one was once.
     pub(in crate::broker) async fn both(&self, broker: BrokerId) -> (Revision, Neighbour) {
         let mut around = self.around.subscribe();
         loop {

@@ -35,6 +35,9 @@ use crate::{
 /// How long whoever opened a stream may take to say who it is.
 const HELLO: Duration = Duration::from_secs(5);
 
+/// How long a follower's broker may take to take the reason for which its stream ends.
+const LAST_WORD: Duration = Duration::from_millis(500);
+
 /// Messages that wait for the connection: batching is the session's.
 const QUEUE: usize = 1;
 
@@ -57,7 +60,7 @@ impl Peering {
         self.tasks.spawn("replicate", async move {
             if let Err(fault) = peering.serve(incoming, &outgoing).await {
                 // The stream ends with the reason. Who has gone does not hear it.
-                let _gone = tokio::time::timeout(HELLO, outgoing.send(Err(fault.into()))).await;
+                let _gone = tokio::time::timeout(LAST_WORD, outgoing.send(Err(fault.into()))).await;
             }
         });
         Box::pin(ReceiverStream::new(messages))
@@ -103,7 +106,7 @@ impl Peering {
         }
         let not_yet = |message: String| Err(Fault::new(Reason::NotReady, message));
         let Some(own) = self.neighbours.own() else {
-            return not_yet(format!("broker {me} is not registered at the moment"));
+            return not_yet(format!("broker {me} is not registered yet"));
         };
         // The view may lag behind whoever calls, and never runs ahead of the store.
         match self.neighbours.get(broker).map(|known| known.epoch.0) {

@@ -275,6 +275,11 @@ async fn a_link_that_breaks_is_told_and_made_again() {
     one.following.brokers([(two.id, (two.address.clone(), Revision(21)))].into());
     one.partition(0).seen(two.id, Registration::Running(Revision(21))).await;
     acked(append(&one.partition(0), b"second").await).await;
+    // Without a lease it is told apart from one that is registered, and goes on.
+    two.following.registered(None);
+    acked(append(&one.partition(0), b"third").await).await;
+    let who = one.following.peers().who_is(&two.address, WAIT).await.unwrap();
+    assert_eq!(who.broker_epoch, None);
     // Its process goes: the connection is closed in the same moment.
     two.stop().await;
     drop(two);
@@ -289,6 +294,39 @@ async fn a_link_that_breaks_is_told_and_made_again() {
     let (broker, how) = lost.await.expect("it is told");
     assert!(broker == BrokerId(2) && matches!(how, How::Ended | How::Reset), "{how:?}");
     one.stop().await;
+}
+
+/// The first word of a process that is gone comes from those who followed it, before any lease has ended.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_leader_whose_process_is_gone_is_told_at_once() {
+    let (one, mut two) = pair(1).await;
+    acked(append(&one.partition(0), b"first").await).await;
+    one.stop().await;
+    let lost = tokio::time::timeout(WAIT, async {
+        let mut seen = Vec::new();
+        while !seen.contains(&How::Refused) {
+            let (broker, epoch, how) = two.lost.recv().await.unwrap();
+            assert_eq!((broker, epoch), (BrokerId(1), Revision(10)));
+            seen.push(how);
+        }
+        seen
+    });
+    let seen = lost.await.expect("nobody listens there any more");
+    assert!(!seen.contains(&How::Silent), "{seen:?}");
+    // It comes back at another address, in another uptime, as the leader of another epoch.
+    let again = Node::start(1).await;
+    let epoch = Revision(11);
+    again.following.registered(Some(epoch));
+    let known = [(BrokerId(1), (again.address.clone(), epoch)), (BrokerId(2), (two.address.clone(), Revision(20)))];
+    again.following.brokers(known.clone().into());
+    two.following.brokers(known.into());
+    again.open(1);
+    two.open(1);
+    again.assign(1, 1, 2).await;
+    two.assign(1, 1, 2).await;
+    acked(append(&again.partition(1), b"second").await).await;
+    again.stop().await;
+    two.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,20 +1,17 @@
 //! Taking a move back.
 
-use super::{Ordered, Orders, UnknownPartition, WriteError, reassign::ReassignError};
+use super::{FindError, Ordered, Orders, WriteError};
 use crate::{
-    cluster::{partition_value::PartitionValue, topics::UnknownTopic},
+    cluster::partition_value::PartitionValue,
     model::{BrokerId, TopicName},
 };
 
 /// Why a move was not taken back.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CancelError {
-    /// No such topic.
+    /// No such topic or partition.
     #[error(transparent)]
-    Topic(#[from] UnknownTopic),
-    /// No such partition.
-    #[error(transparent)]
-    Partition(#[from] UnknownPartition),
+    Unknown(#[from] FindError),
     /// Nothing is being moved.
     #[error("nothing to cancel: {what}")]
     Nothing {
@@ -49,11 +46,7 @@ impl Orders {
     /// Goes back to the replicas of before the move, of one topic, one partition of it, or all. Where a new replica leads already, one of
     /// the old ones leads again.
     pub async fn cancel(&self, topic: Option<&TopicName>, partition: Option<u32>) -> Result<Vec<Ordered>, CancelError> {
-        let moving = self.moving(topic, partition).map_err(|error| match error {
-            ReassignError::Topic(unknown) => CancelError::Topic(unknown),
-            ReassignError::Partition(unknown) => CancelError::Partition(unknown),
-            other => unreachable!("looking at moves refuses nothing else: {other}"),
-        })?;
+        let moving = self.moving(topic, partition)?;
         if moving.is_empty() {
             let what = match (topic, partition) {
                 (None, _) => "no partition is being moved".to_owned(),

@@ -50,7 +50,7 @@ impl Orders {
             .else_get(key);
         let (changed, since_ms) = match self.store.transact(put).await? {
             Outcome::Done { revision } => {
-                self.view.reached(revision).await;
+                self.reached(revision).await;
                 (true, now_ms)
             }
             Outcome::Refused { mut found, .. } => {
@@ -69,7 +69,7 @@ impl Orders {
         let delete = Transaction::new().when(Compare::Exists(key.clone())).delete(key);
         match self.store.transact(delete).await? {
             Outcome::Done { revision } => {
-                self.view.reached(revision).await;
+                self.reached(revision).await;
                 Ok(true)
             }
             Outcome::Refused { .. } => Ok(false),

@@ -2,23 +2,18 @@
 
 use std::cmp::Reverse;
 
-use super::{List, Ordered, Orders, UnknownPartition, WriteError};
+use super::{FindError, List, Ordered, Orders, WriteError};
 use crate::{
-    cluster::{
-        keys::BrokerState, partition_value::PartitionValue, store::Revision, topics::UnknownTopic, view::ViewState,
-    },
+    cluster::{keys::BrokerState, partition_value::PartitionValue, store::Revision, view::ViewState},
     model::{BrokerId, LeaderEpoch, Offset, PartitionId, TopicName},
 };
 
 /// Why nobody was elected.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ElectError {
-    /// No such topic.
+    /// No such topic or partition.
     #[error(transparent)]
-    Topic(#[from] UnknownTopic),
-    /// No such partition.
-    #[error(transparent)]
-    Partition(#[from] UnknownPartition),
+    Unknown(#[from] FindError),
     /// The preferred replica cannot lead now.
     #[error(
         "broker {id}, the preferred leader of {partition}, cannot take over from broker {leader}: {}; it leads again by \
@@ -169,8 +164,7 @@ pub fn successor(replicas: &[BrokerId], held: &[Held], tiered_end: Offset) -> Op
 impl Orders {
     /// Has the preferred replica lead. Where nobody leads, the first that may.
     pub async fn elect(&self, topic: &TopicName, partition: u32) -> Result<Ordered, ElectError> {
-        let topic = self.topic(topic)?;
-        let ids = topic.partitions(Some(partition))?;
+        let (topic, ids) = self.find(topic, Some(partition))?;
         let min_insync = self.min_insync(&topic.known.value);
         let ordered = self.edit(&ids, |id, value, _| {
             let state = self.view.state();
@@ -191,7 +185,7 @@ impl Orders {
 
     /// A partition that nobody can lead without loss, as an unclean election would find it.
     pub fn forsaken(&self, topic: &TopicName, partition: u32) -> Result<Ordered, ElectError> {
-        let ids = self.topic(topic)?.partitions(Some(partition))?;
+        let (_, ids) = self.find(topic, Some(partition))?;
         let looked = self.look(&ids)?.pop().expect("one was asked for");
         self.needs_loss(looked.id, &looked.value)?;
         Ok(Ordered { id: looked.id, value: looked.value, revision: looked.revision, changed: false })
@@ -205,7 +199,7 @@ impl Orders {
         to: BrokerId,
         expect: Option<Revision>,
     ) -> Result<Ordered, ElectError> {
-        let ids = self.topic(topic)?.partitions(Some(partition))?;
+        let (_, ids) = self.find(topic, Some(partition))?;
         let ordered = self.edit(&ids, |id, value, revision| {
             // An earlier try of this very order.
             if value.leader == Some(to) && value.unclean == Some(value.leader_epoch) {

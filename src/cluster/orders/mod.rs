@@ -25,6 +25,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
     sync::Arc,
+    time::Duration,
 };
 
 pub use self::{
@@ -46,6 +47,9 @@ use crate::model::{BrokerId, ConfigMap, PartitionId, TopicConfig, TopicName};
 
 /// How often a compare-and-set is tried again when somebody else was faster.
 const ATTEMPTS: usize = 10;
+
+/// How long the mirror may take to show what was written.
+const CATCH_UP: Duration = Duration::from_secs(5);
 
 /// An operator's orders. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -90,6 +94,17 @@ pub struct UnknownPartition {
     pub number: u32,
     /// How many it has.
     pub count: u32,
+}
+
+/// What an order names is not there.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum FindError {
+    /// No such topic.
+    #[error(transparent)]
+    Topic(#[from] UnknownTopic),
+    /// No such partition.
+    #[error(transparent)]
+    Partition(#[from] UnknownPartition),
 }
 
 /// Why values could not be written.
@@ -180,11 +195,15 @@ impl Orders {
         Self { store, keys, view, defaults: Arc::new(defaults), changes }
     }
 
-    /// Waits until this broker's mirror has what was written. It does not end while the store does not answer: bound it.
+    /// Waits until this broker's mirror has what was written, for a while: it is written.
     pub async fn seen(&self, ordered: &[Ordered]) {
         if let Some(newest) = ordered.iter().map(|one| one.revision).max() {
-            self.view.reached(newest).await;
+            self.reached(newest).await;
         }
+    }
+
+    async fn reached(&self, revision: Revision) {
+        let _late = tokio::time::timeout(CATCH_UP, self.view.reached(revision)).await;
     }
 
     /// The cluster in numbers.
@@ -196,6 +215,13 @@ impl Orders {
     pub fn unreadable(&self) -> Vec<(String, String)> {
         let state = self.view.state();
         state.unreadable().iter().map(|(key, why)| (self.keys.path(key), why.clone())).collect()
+    }
+
+    /// Partitions of a topic: one, or all.
+    fn find(&self, topic: &TopicName, partition: Option<u32>) -> Result<(Chosen, Vec<PartitionId>), FindError> {
+        let topic = self.topic(topic)?;
+        let ids = topic.partitions(partition)?;
+        Ok((topic, ids))
     }
 
     fn topic(&self, name: &TopicName) -> Result<Chosen, UnknownTopic> {

@@ -2,21 +2,18 @@
 
 use std::collections::BTreeSet;
 
-use super::{Chosen, List, Ordered, Orders, UnknownBrokers, UnknownPartition, WriteError, known};
+use super::{Chosen, FindError, List, Ordered, Orders, UnknownBrokers, WriteError, known};
 use crate::{
-    cluster::{partition_value::PartitionValue, topics::UnknownTopic, view::ViewState},
+    cluster::{partition_value::PartitionValue, view::ViewState},
     model::{BrokerId, PartitionId, TopicName},
 };
 
 /// Why partitions are not moved.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ReassignError {
-    /// No such topic.
+    /// No such topic or partition.
     #[error(transparent)]
-    Topic(#[from] UnknownTopic),
-    /// No such partition.
-    #[error(transparent)]
-    Partition(#[from] UnknownPartition),
+    Unknown(#[from] FindError),
     /// No such brokers.
     #[error(transparent)]
     Brokers(#[from] UnknownBrokers),
@@ -83,8 +80,7 @@ impl Orders {
         partition: Option<u32>,
         replicas: &[BrokerId],
     ) -> Result<Vec<Ordered>, ReassignError> {
-        let topic = self.topic(topic)?;
-        let ids = topic.partitions(partition)?;
+        let (topic, ids) = self.find(topic, partition)?;
         admit(&self.view.state(), &topic, replicas)?;
         let target = |id: PartitionId| {
             let mut target = replicas.to_vec();
@@ -106,10 +102,10 @@ impl Orders {
     }
 
     /// Partitions that are being moved, whoever ordered it: of one topic, one partition of it, or all.
-    pub fn moving(&self, topic: Option<&TopicName>, partition: Option<u32>) -> Result<Vec<Ordered>, ReassignError> {
+    pub fn moving(&self, topic: Option<&TopicName>, partition: Option<u32>) -> Result<Vec<Ordered>, FindError> {
         let ids = match topic {
             None => self.everything(),
-            Some(name) => self.topic(name)?.partitions(partition)?,
+            Some(name) => self.find(name, partition)?.1,
         };
         let state = self.view.state();
         let known = ids.into_iter().filter_map(|id| Some((id, state.partition(id)?.partition.clone()?)));

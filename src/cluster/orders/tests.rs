@@ -1,7 +1,5 @@
 //! Orders to a small cluster over the store in memory: what they write, what they refuse, and who may be faster.
 
-use std::time::Duration;
-
 use super::*;
 use crate::{
     cluster::{
@@ -189,7 +187,7 @@ async fn a_move_is_taken_back_and_a_new_leader_hands_over_to_an_old_one() {
     let nothing = cluster.orders.cancel(Some(&name()), Some(3)).await.expect_err("it does not move");
     assert_eq!(nothing.to_string(), "nothing to cancel: partition orders/3 is not being moved");
     let unknown = cluster.orders.cancel(Some(&name()), Some(4)).await.expect_err("no such partition");
-    assert!(matches!(unknown, CancelError::Partition(_)), "{unknown}");
+    assert!(matches!(unknown, CancelError::Unknown(FindError::Partition(_))), "{unknown}");
 }
 
 #[tokio::test]
@@ -336,5 +334,4 @@ async fn a_census_counts_what_is_not_as_it_should_be() {
     assert_eq!(census.brokers.len(), 4, "the one that is gone holds a replica");
     assert_eq!(census.brokers[&BrokerId(2)], Carried { leaders: 0, replicas: 4, in_sync: 3 });
     assert_eq!(cluster.orders.unreadable().into_iter().map(|(key, _)| key).collect::<Vec<_>>(), [key]);
-    tokio::time::timeout(Duration::from_secs(10), cluster.orders.seen(&[])).await.expect("nothing to wait for");
 }

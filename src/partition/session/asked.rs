@@ -209,3 +209,40 @@ impl Asked {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{Offset, TopicId};
+
+    #[test]
+    fn what_was_not_looked_at_is_replaced_by_what_is_asked_later() {
+        let (asked, id) = (Asked::default(), PartitionId::new(TopicId::from_bytes([1; 16]), 0));
+        let join =
+            |asked: &Asked| asked.join(id, LeaderEpoch(2), Claim { last: None, end: Offset::ZERO }, Ends::default());
+        join(&asked);
+        let todo = asked.take().expect("something was asked").1;
+        assert!(todo.join.is_none(), "who follows nobody joins nobody");
+        for _ in 0..1000 {
+            asked.follow(id);
+            join(&asked);
+            asked.leave(id, LeaderEpoch(3), false);
+            asked.follow(id);
+            asked.again(id);
+        }
+        join(&asked);
+        asked.again(id);
+        let (partition, todo) = asked.take().expect("something was asked");
+        assert_eq!((partition, todo.leave), (id, Some(Leave { known: LeaderEpoch(3), stopping: false })));
+        assert!(!todo.up && todo.again && todo.join.is_some());
+        assert!(asked.take().is_none(), "one partition waits once");
+        // A link begins with everybody who follows, and with nothing else.
+        asked.begin();
+        let todo = asked.take().expect("it is to hear of the link").1;
+        assert!(todo.up && todo.join.is_none() && todo.leave.is_none());
+        asked.leave(id, LeaderEpoch(3), true);
+        assert_eq!(asked.end(), []);
+        asked.begin();
+        assert!(asked.take().is_none());
+    }
+}

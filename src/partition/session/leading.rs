@@ -399,7 +399,7 @@ impl Leading {
         self.end_place(index);
         self.places.insert(number, index);
         let slot = &mut self.slots[index];
-        slot.number = Some(number);
+        (slot.number, slot.stops) = (Some(number), false);
         slot.asks.join = Some((number, join));
         self.ask(index);
         Ok(())
