@@ -488,7 +488,8 @@ pub(super) async fn send(partition: &Partition, batch: Batch, acks: Acks) -> one
 }
 
 pub(super) async fn append(partition: &Partition, value: &[u8], acks: Acks) -> AppendResult {
-    send(partition, batch(value, None), acks).await.await.unwrap()
+    let answer = send(partition, batch(value, None), acks).await;
+    tokio::time::timeout(Duration::from_secs(20), answer).await.expect("it is answered").unwrap()
 }
 
 /// Waits until this is so.
