@@ -27,14 +27,14 @@ const PAUSE: Duration = Duration::from_millis(20);
 /// The longest such pause.
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
-/// How long the other side may take to say why it ended the link.
-const LAST_WORD: Duration = Duration::from_secs(1);
+/// How long the end of a link waits for the other side's last word, or for it to hear ours.
+const LAST_WORD: Duration = Duration::from_millis(500);
 
 /// Carries the partitions that ask `asked` over one link, until it ends. Each of them hears when it stands, and when it does not.
 pub async fn follow<S>(
     asked: &Asked,
     find: &Find,
-    incoming: S,
+    mut incoming: S,
     outgoing: mpsc::Sender<v1::ToLeader>,
     tasks: &Tasks,
 ) -> Ended
@@ -55,7 +55,13 @@ where
         waiting: BTreeMap::new(),
         pauses: BTreeMap::new(),
     };
-    let ended = following.run(incoming, &outgoing, tasks).await;
+    let ended = following.run(&mut incoming, &outgoing, tasks).await;
+    if matches!(ended, Ended::Stopped) {
+        let said = following.say_goodbye(incoming, outgoing);
+        if tokio::time::timeout(LAST_WORD, said).await.is_err() {
+            tracing::debug!("the other side of a link may not have heard who leaves");
+        }
+    }
     for partition in asked.end() {
         if let Some(partition) = find(partition)
             && partition.from_link(FromLink::Down).is_err()
@@ -108,7 +114,7 @@ struct Following<'a> {
 }
 
 impl Following<'_> {
-    async fn run<S>(&mut self, mut incoming: S, outgoing: &mpsc::Sender<v1::ToLeader>, tasks: &Tasks) -> Ended
+    async fn run<S>(&mut self, incoming: &mut S, outgoing: &mpsc::Sender<v1::ToLeader>, tasks: &Tasks) -> Ended
     where
         S: Stream<Item = Result<v1::ToFollower, Status>> + Unpin + Send,
     {
@@ -145,6 +151,23 @@ impl Following<'_> {
                 () = due => self.remind(),
             }
         }
+    }
+
+    /// Sends what those who leave have to say, and waits until the other side has heard it: it ends the stream then.
+    async fn say_goodbye<S>(&mut self, mut incoming: S, outgoing: mpsc::Sender<v1::ToLeader>)
+    where
+        S: Stream<Item = Result<v1::ToFollower, Status>> + Unpin + Send,
+    {
+        while let Some((partition, todo)) = self.asked.take() {
+            self.carry_out(partition, Todo { leave: todo.leave, ..Todo::default() });
+        }
+        for message in self.messages.drain(..) {
+            if outgoing.send(message).await.is_err() {
+                return;
+            }
+        }
+        drop(outgoing);
+        while incoming.next().await.is_some() {}
     }
 
     fn carry_out(&mut self, id: PartitionId, todo: Todo) {
@@ -341,7 +364,7 @@ impl Following<'_> {
 }
 
 /// The other side takes nothing any more: it has said why, or is about to.
-async fn refused<S>(incoming: S) -> Ended
+async fn refused<S>(incoming: &mut S) -> Ended
 where
     S: Stream<Item = Result<v1::ToFollower, Status>> + Unpin + Send,
 {

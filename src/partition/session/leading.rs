@@ -3,7 +3,7 @@
 use std::{
     collections::{BTreeMap, VecDeque},
     pin::Pin,
-    sync::{Arc, Mutex, PoisonError, Weak},
+    sync::{Arc, Weak},
     time::Duration,
 };
 
@@ -14,14 +14,14 @@ use futures::{
 use tokio::time::Instant;
 
 use super::{
-    Ended, Find, Outgoing,
+    CatchUp, Ended, Find, Outgoing,
     frames::{self, BadFrame, FromFollower, JoinFrame},
-    window::{Throttle, Window},
+    place::{Asks, Place, Slot, Told, not_here, unreadable},
 };
 use crate::{
-    model::{LeaderEpoch, Offset, PartitionId},
+    model::{LeaderEpoch, PartitionId},
     partition::{
-        Answered, Fetched, Joined, On, Partition, ReadError, Ready, TailReader,
+        Fetched, Joined, On, ReadError, Ready,
         leader::insync::{Departure, Ends, Peer},
     },
     proto::{
@@ -57,32 +57,6 @@ pub struct Led {
     pub catch_up: Arc<CatchUp>,
 }
 
-/// What replicas that catch up may take of this broker, over all links together.
-#[derive(Debug)]
-pub struct CatchUp {
-    began: Instant,
-    throttle: Mutex<Throttle>,
-}
-
-impl CatchUp {
-    /// So many bytes in a second; without a number as many as there are.
-    pub fn new(bytes_per_second: Option<u64>) -> Self {
-        Self { began: clock::monotonic(), throttle: Mutex::new(Throttle::new(bytes_per_second)) }
-    }
-
-    /// When the next read may begin; `None` when now.
-    fn wait(&self) -> Option<Instant> {
-        let now = clock::monotonic();
-        let now_ms = u64::try_from(now.saturating_duration_since(self.began).as_millis()).unwrap_or(u64::MAX);
-        let until_ms = self.throttle.lock().unwrap_or_else(PoisonError::into_inner).wait(now_ms)?;
-        Some(now + Duration::from_millis(until_ms.saturating_sub(now_ms)))
-    }
-
-    fn take(&self, bytes: usize) {
-        self.throttle.lock().unwrap_or_else(PoisonError::into_inner).take(bytes);
-    }
-}
-
 /// Serves one follower's broker over one link, until it ends. Every partition that it followed has been told so when this returns.
 pub async fn lead<S>(led: Led, incoming: S, outgoing: Outgoing, tasks: &Tasks) -> Ended
 where
@@ -109,54 +83,6 @@ where
     let ended = leading.run(incoming, &outgoing, tasks).await;
     leading.depart().await;
     ended
-}
-
-/// One partition that was ever joined on this link.
-struct Slot {
-    /// It may have been deleted since.
-    partition: Weak<Partition>,
-    /// The number by which the follower calls it now, and how it joined; from the join on, until it leaves.
-    number: Option<u32>,
-    place: Option<Place>,
-    /// What the partition is still to be told, one after the other.
-    asks: Asks,
-    /// Something of it is under way.
-    asking: bool,
-    /// The follower said that it stops.
-    stops: bool,
-}
-
-/// What a partition is to be told, in this order.
-#[derive(Default)]
-struct Asks {
-    deposed: Option<LeaderEpoch>,
-    left: Option<Departure>,
-    join: Option<(u32, JoinFrame)>,
-}
-
-/// A partition that is being sent.
-struct Place {
-    partition: Arc<Partition>,
-    epoch: LeaderEpoch,
-    tail: TailReader,
-    window: Window,
-    /// The high watermark that the follower was told.
-    told: Offset,
-    /// It has not reached the log end since it joined.
-    catches_up: bool,
-    reading: bool,
-    /// Something new came during that read.
-    again: bool,
-    /// It waits in `behind`.
-    queued: bool,
-    /// It has news and no room.
-    blocked: bool,
-}
-
-/// What became of something that a partition was told.
-enum Told {
-    Noted,
-    Joined { partition: Arc<Partition>, number: u32, epoch: LeaderEpoch, answered: Answered },
 }
 
 type Asking = Pin<Box<dyn Future<Output = (usize, Told)> + Send>>;
@@ -576,42 +502,6 @@ impl Leading {
             tracing::warn!(follower = %peer.broker, "some partitions took no note of a lost link: their tasks are busy");
         }
     }
-}
-
-impl Place {
-    fn new(partition: Arc<Partition>, tail: TailReader, at: Offset, told: Offset) -> Self {
-        Self {
-            partition,
-            epoch: tail.epoch(),
-            tail,
-            window: Window::new(at),
-            told,
-            catches_up: true,
-            reading: false,
-            again: false,
-            queued: false,
-            blocked: false,
-        }
-    }
-}
-
-fn not_here(partition: PartitionId) -> Fault {
-    Fault::new(Reason::NotLeader, format!("this broker has no replica of partition {partition} open"))
-}
-
-/// What a follower is told of a read that failed.
-fn unreadable(error: &ReadError) -> Fault {
-    let reason = match error {
-        ReadError::OutOfRange { .. } => Reason::OffsetOutOfRange,
-        ReadError::Closed => Reason::NotLeader,
-        ReadError::Damaged { .. } => Reason::DataDamaged,
-        ReadError::Disk { .. } | ReadError::ObjectStore { .. } => Reason::StorageFailed,
-    };
-    let message = match error {
-        ReadError::Closed => "this broker does not lead in that epoch any more".to_owned(),
-        other => other.to_string(),
-    };
-    Fault::new(reason, message)
 }
 
 async fn until(moment: Option<Instant>) {

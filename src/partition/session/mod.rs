@@ -33,12 +33,15 @@
 //! # What a broken link leaves
 //!
 //! Nothing: the partitions are told ([`FromLink::Down`](super::FromLink::Down), `Departure::LinkLost`), and join anew on the next one.
-//! On a stop a side ends at once; what was under way is as on a broken link.
+//! On a stop the leader's side ends at once, and the follower's when the other side has heard who leaves, or does not answer; what was
+//! under way is as on a broken link.
 
 mod asked;
+mod catch_up;
 mod following;
 mod frames;
 mod leading;
+mod place;
 #[cfg(test)]
 mod tests;
 mod window;
@@ -49,8 +52,9 @@ use tokio::sync::mpsc;
 
 pub use self::{
     asked::Asked,
+    catch_up::CatchUp,
     following::follow,
-    leading::{CatchUp, Led, lead},
+    leading::{Led, lead},
 };
 use super::Partition;
 use crate::{

@@ -450,6 +450,7 @@ async fn a_leader_that_sends_what_cannot_be_is_joined_again_a_little_later() {
         // What is late of the place before is passed over.
         link.say(frames::batches(vec![piece(first.place, 0), piece(again.place, 1), piece(second.place, 2)])).await;
         until(|| copy.marks().log_end == at(2) && other.marks().log_end == at(3)).await;
+        drop(link);
         side.tasks.stop().await;
     }
 }
@@ -515,6 +516,13 @@ async fn whoever_has_left_acknowledges_nothing_more() {
     side.asked.follow(id(0));
     let join = link.asked().await;
     assert_eq!((join.end, copy.marks().log_end), (1, at(1)), "what came late was not taken");
+    // Who leaves while the broker stops is heard.
+    side.asked.leave(id(0), next, true);
+    side.tasks.cancel();
+    let Some(to_leader::Is::Leave(leave)) = link.hear().await.is else { panic!("a leave was due") };
+    assert!(leave.stopping);
+    assert!(link.from.next().await.is_none(), "and nothing after it");
+    drop(link);
     side.tasks.stop().await;
 }
 
