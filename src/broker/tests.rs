@@ -199,7 +199,9 @@ async fn who_is_asked_for_anothers_partition_says_who_leads_it() {
     assert_eq!(fault.number("leader_epoch"), Some(i64::from(led.leader_epoch.as_i32())));
     assert_eq!(fault.metadata.get("address").map(String::as_str), Some("broker-2:9460"));
     assert!(fault.message.contains("broker 2 at broker-2:9460"), "{fault}");
-    bench.change(Transaction::new().put(key, led.leaderless().encode())).await;
+    // It is gone, and nobody else is in sync: the controller finds no one either.
+    let nobody = PartitionValue { isr: vec![other], ..led.leaderless() };
+    bench.change(Transaction::new().delete(bench.keys.broker(other)).put(key, nobody.encode())).await;
     let fault = bench.broker.partition("t", 0).err().unwrap();
     assert_eq!((fault.reason, fault.metadata.get("leader")), (Reason::NotLeader, None), "{fault}");
     bench.stop().await;
