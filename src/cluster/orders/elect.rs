@@ -4,7 +4,12 @@ use std::cmp::Reverse;
 
 use super::{FindError, List, Ordered, Orders, WriteError};
 use crate::{
-    cluster::{keys::BrokerState, partition_value::PartitionValue, store::Revision, view::ViewState},
+    cluster::{
+        keys::BrokerState,
+        partition_value::PartitionValue,
+        store::{Compare, Revision},
+        view::ViewState,
+    },
     model::{BrokerId, LeaderEpoch, Offset, PartitionId, TopicName},
 };
 
@@ -200,7 +205,11 @@ impl Orders {
         expect: Option<Revision>,
     ) -> Result<Ordered, ElectError> {
         let (_, ids) = self.find(topic, Some(partition))?;
-        let ordered = self.edit(&ids, |id, value, revision| {
+        // Whoever could lead without loss and comes back at this moment leads: its registration is compared.
+        let forsaken = |value: &PartitionValue| {
+            value.isr.iter().chain(&value.elr).map(|id| Compare::Absent(self.keys.broker(*id))).collect()
+        };
+        let ordered = self.edit_while(&ids, forsaken, |id, value, revision| {
             // An earlier try of this very order.
             if value.leader == Some(to) && value.unclean == Some(value.leader_epoch) {
                 return Ok(None);

@@ -39,7 +39,7 @@ use super::{
     changes::{Change, Changed, PartitionChanges},
     keys::{Keys, TopicValue},
     partition_value::PartitionValue,
-    store::{MetaStore, Revision, StoreError},
+    store::{Compare, MetaStore, Revision, StoreError},
     topics::UnknownTopic,
     view::{Known, View, ViewState},
 };
@@ -252,6 +252,16 @@ impl Orders {
         ids: &[PartitionId],
         decide: impl Fn(PartitionId, &PartitionValue, Revision) -> Result<Option<PartitionValue>, E>,
     ) -> Result<Vec<Ordered>, E> {
+        self.edit_while(ids, |_| Vec::new(), decide).await
+    }
+
+    /// As [`Orders::edit`], where something else must hold as well when a value takes the place of another one.
+    async fn edit_while<E: From<WriteError>>(
+        &self,
+        ids: &[PartitionId],
+        also: impl Fn(&PartitionValue) -> Vec<Compare>,
+        decide: impl Fn(PartitionId, &PartitionValue, Revision) -> Result<Option<PartitionValue>, E>,
+    ) -> Result<Vec<Ordered>, E> {
         let mut left = self.look(ids)?;
         let mut done = Vec::with_capacity(left.len());
         for _ in 0..ATTEMPTS {
@@ -259,7 +269,7 @@ impl Orders {
             for Editing { id, value, revision, tried } in left.drain(..) {
                 match decide(id, &value, revision)? {
                     None => done.push(Ordered { id, value, revision, changed: tried }),
-                    Some(value) => changes.push(Change { id, expect: revision, value, also: Vec::new() }),
+                    Some(new) => changes.push(Change { id, expect: revision, value: new, also: also(&value) }),
                 }
             }
             left = self.write(changes, &mut done).await?;

@@ -267,6 +267,24 @@ async fn an_unclean_election_is_made_only_where_nothing_else_helps_and_as_agreed
     assert_eq!((stored.unclean, elected.changed), (Some(LeaderEpoch(7)), true));
 }
 
+/// The mirror of who elects may not show yet that somebody who needs no loss is back.
+#[tokio::test]
+async fn an_unclean_election_is_not_made_once_a_replica_in_sync_is_back() {
+    let cluster = Cluster::of(2, 2, vec![value(&[1, 2], None, &[1])]).await;
+    cluster.go(1).await;
+    let faulty = Faulty::new(cluster.store.clone());
+    faulty.break_watches();
+    let (tasks, store): (Tasks, Arc<dyn MetaStore>) = (Tasks::new(), Arc::new(faulty));
+    let stale = View::start(Arc::clone(&store), cluster.keys.clone(), &tasks);
+    stale.reached(Revision::ZERO).await;
+    let orders = Orders::new(store, cluster.keys.clone(), stale, ConfigMap::new());
+    let seen = orders.forsaken(&name(), 0).expect("as far as it knows");
+    cluster.come(1, BrokerState::Running).await;
+    let refused = orders.elect_unclean(&name(), 0, BrokerId(2), Some(seen.revision)).await.expect_err("1 is back");
+    assert!(refused.retryable() || matches!(refused, ElectError::Clean { .. }), "{refused}");
+    assert_eq!(cluster.stored(0).await.leader, None);
+}
+
 #[tokio::test]
 async fn who_was_faster_is_looked_at_again() {
     let cluster = Cluster::of(3, 2, vec![value(&[1, 2], Some(1), &[1, 2])]).await;
