@@ -229,8 +229,7 @@ async fn nothing_is_lost_doubled_or_turned_round_by_any_fault() {
     let (until, mut strikes) = (clock::monotonic() + time, 0);
     while clock::monotonic() < until {
         work.load.moment(&mut rng).await;
-        let fault = FAULTS
-            [usize::try_from(setting("STRANDLINE_CHAOS_FAULT", rng.random_range(0..FAULTS.len() as u64))).unwrap()];
+        let fault = FAULTS[rng.random_range(0..FAULTS.len())];
         let since = clock::monotonic();
         let mut goes_on = || {
             let logs = (0..PARTITIONS).map(|partition| (0, partition));
@@ -243,10 +242,6 @@ async fn nothing_is_lost_doubled_or_turned_round_by_any_fault() {
             waited
         });
         println!("chaos: clients waited {waited:?}");
-        if waited > Duration::from_secs(8) {
-            println!("{}", world.cluster.logs());
-            panic!("slow");
-        }
         waits.entry(fault).or_default().push(waited);
         strikes += 1;
     }
