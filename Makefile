@@ -81,9 +81,8 @@ crash-test: ## Kills a broker KILLS times (200) under load, and a quarter as oft
 
 # A build of its own: only with that flag tokio's own choices follow from a seed. What is built is not what is released.
 sim: ## Simulates SEEDS runs (200) of a broker under faults, from SEED (1) on, and some of them twice.
-	CARGO_TARGET_DIR=target/sim CARGO_PROFILE_TEST_DEBUG=line-tables-only RUSTFLAGS="--cfg tokio_unstable" \
-	  STRANDLINE_SEEDS=$(SEEDS) STRANDLINE_SEED=$(SEED) \
-	  $(CARGO) test --locked --no-default-features --features server,sim --test sim -- --nocapture --test-threads 2
+	CARGO_TARGET_DIR=target/sim RUSTFLAGS="--cfg tokio_unstable" STRANDLINE_SEEDS=$(SEEDS) STRANDLINE_SEED=$(SEED) \
+	  $(CARGO) test --locked --profile sim --no-default-features --features server,sim --test sim -- --nocapture --test-threads 2
 
 model: ## Replication in every order of events, up to STATES (2000000) states for each search; ONLY=text picks searches by name.
 	STRANDLINE_MODEL_STATES=$(STATES) STRANDLINE_MODEL_ONLY="$(ONLY)" \

@@ -28,20 +28,6 @@
 //! A crash loses what was not acknowledged, and leaks at most an object that no manifest names. On a stop the task refuses
 //! what is queued, waits for the journal and answers what it covers.
 
-/// Whether a test has broken this rule of replication on purpose (`mutation`); `false` outside of the tests.
-#[cfg(test)]
-macro_rules! mutant {
-    ($rule:ident) => {
-        crate::partition::mutation::is_on(crate::partition::mutation::Mutation::$rule)
-    };
-}
-#[cfg(not(test))]
-macro_rules! mutant {
-    ($rule:ident) => {
-        false
-    };
-}
-
 pub mod follower;
 pub mod leader;
 pub mod retention;
@@ -269,7 +255,5 @@ impl Partition {
 
 #[cfg(test)]
 mod check;
-#[cfg(test)]
-mod mutation;
 #[cfg(test)]
 mod tests;

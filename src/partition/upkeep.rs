@@ -135,6 +135,10 @@ impl Upkeep {
         let info = local.sealed.iter().find(|segment| segment.base == base).expect("the plan chose one of these");
         let source = source(partition, info).await?;
         let end = source.end();
+        if mutant!(EvictBeforeCommit) {
+            partition.command(Command::Tiered(end)).await;
+            partition.command(Command::Evict(end)).await;
+        }
         let staged = tier.stage(&source, partition.epoch()).await?;
         self.commit(partition, tier, staged).await?;
         partition.command(Command::Tiered(end)).await;

@@ -5,6 +5,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a failed assumption is a failed test")]
 
+mod mutants;
 mod net;
 mod objects;
 mod run;

@@ -1,11 +1,17 @@
-//! Rules of replication that a test may break on purpose, one at a time, to show that the checks find it. Only in test builds:
+//! Rules that a test may break on purpose, one at a time, to show that the checks find it. Only in tests and with the feature `sim`:
 //! elsewhere `mutant!` is `false` and nothing of this is compiled.
+//!
+//! A rule is broken for one thread. A simulated run is one, and so is a search of the model check.
 
 use std::cell::Cell;
 
 /// One broken rule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Mutation {
+pub enum Mutation {
+    /// A leader takes for synced what it has only written.
+    AcknowledgeBeforeSync,
+    /// A segment leaves the disk before its place in the bucket is committed.
+    EvictBeforeCommit,
     /// An acknowledgement of an older leader epoch counts.
     AckOfOlderLeaderEpoch,
     /// An acknowledgement of an older broker epoch counts.
@@ -31,14 +37,21 @@ thread_local! {
 }
 
 /// Whether this rule is broken in this thread.
-pub(crate) fn is_on(mutation: Mutation) -> bool {
+pub fn is_on(mutation: Mutation) -> bool {
     ON.get() == Some(mutation)
 }
 
-/// Runs `f` with this rule broken, in this thread only.
-pub(crate) fn with<T>(mutation: Option<Mutation>, f: impl FnOnce() -> T) -> T {
-    let before = ON.replace(mutation);
-    let result = f();
-    ON.set(before);
-    result
+/// Runs `f` with this rule broken, in this thread only. A panic of `f` mends the rule too.
+pub fn with<T>(mutation: Option<Mutation>, f: impl FnOnce() -> T) -> T {
+    let _before = Before(ON.replace(mutation));
+    f()
+}
+
+/// What was broken before.
+struct Before(Option<Mutation>);
+
+impl Drop for Before {
+    fn drop(&mut self) {
+        ON.set(self.0);
+    }
 }
