@@ -5,7 +5,8 @@ use std::{env, error::Error, fs, path::PathBuf};
 
 use prost::Message as _;
 
-const FILES: [&str; 3] = ["strandline/v1/types.proto", "strandline/v1/log.proto", "strandline/v1/admin.proto"];
+const FILES: [&str; 4] =
+    ["strandline/v1/types.proto", "strandline/v1/log.proto", "strandline/v1/admin.proto", "strandline/v1/peer.proto"];
 
 /// What the build script of `etcd-client` asks of protoc.
 const ETCD_FILES: [&str; 5] = [

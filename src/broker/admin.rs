@@ -22,7 +22,10 @@ impl Broker {
         let topic = NewTopic {
             name: name(&request.name)?,
             partitions: request.partitions.max(1),
-            replication_factor: request.replication_factor.max(1),
+            replication_factor: match request.replication_factor {
+                0 => self.settings.default_factor,
+                factor => factor,
+            },
             config: request.config.into_iter().collect(),
             validate_only: request.validate_only,
         };
@@ -46,8 +49,8 @@ impl Broker {
         let value = &known.value;
         let hosted = self.hosted.topic(&name).filter(|hosted| hosted.id == value.id);
         let partitions = state.partitions_of(value).map(|(number, entry)| {
-            let holding = hosted.as_ref().and_then(|hosted| hosted.partitions.get(number as usize));
-            partition_state(number, &entry, holding)
+            let holding = hosted.as_ref().and_then(|hosted| hosted.holding(number));
+            partition_state(number, &entry, holding.as_deref())
         });
         Ok(v1::DescribeTopicResponse {
             topic: Some(summary(&name, value)),
@@ -90,9 +93,7 @@ impl Broker {
         let (name, value) = (&info.name, &info.value);
         let acts = self.hosted.until(|hosted| {
             hosted.topic(name).is_some_and(|topic| {
-                topic.id == value.id
-                    && topic.partitions.len() >= value.partitions as usize
-                    && topic.revision >= info.revision
+                topic.id == value.id && topic.count() >= value.partitions as usize && topic.revision >= info.revision
             })
         });
         let _late = tokio::time::timeout(SETTLE, acts).await;

@@ -5,11 +5,43 @@ use tonic::Status;
 use crate::{
     cluster::{AddPartitionsError, AlterError, CreateError, DeleteError, StoreError, UnknownTopic},
     limits,
-    model::{Offset, TopicName},
+    model::{BrokerId, LeaderEpoch, Offset, TopicName},
     partition::{AppendError, ReadError, Refused},
     proto::fault::{self, Fault, Reason},
     record::Malformed,
 };
+
+/// Who leads a partition, for whoever asked somebody else.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Leader {
+    /// The broker.
+    pub(super) broker: BrokerId,
+    /// The epoch that it leads in.
+    pub(super) epoch: LeaderEpoch,
+    /// Where clients reach it; `None` while it is not registered.
+    pub(super) address: Option<String>,
+}
+
+impl Leader {
+    /// The fault with the leader in its details, as docs/errors.md says.
+    pub(super) fn told(&self, fault: Fault) -> Fault {
+        let fault = fault.with("leader", self.broker).with("leader_epoch", self.epoch);
+        match &self.address {
+            Some(address) => fault.with("address", address),
+            None => fault,
+        }
+    }
+}
+
+fn instead(leader: Option<&Leader>) -> String {
+    match leader {
+        Some(Leader { broker, address: Some(address), .. }) => format!("broker {broker} at {address} does"),
+        Some(Leader { broker, address: None, .. }) => {
+            format!("broker {broker} does, and is gone; try again, another one will take over")
+        }
+        None => "nobody does; ask for metadata and try again".to_owned(),
+    }
+}
 
 /// Topic or partition names that this broker cannot serve.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -25,14 +57,14 @@ pub(super) enum LookupError {
         count: usize,
     },
     /// The partition is led elsewhere, or not open here yet.
-    #[error(
-        "this broker does not lead partition {partition} of topic {topic:?} at the moment: ask for metadata and try again"
-    )]
+    #[error("this broker does not lead partition {partition} of topic {topic:?} at the moment: {}", instead(leader.as_ref()))]
     NotLeader {
         /// The topic.
         topic: String,
         /// The partition.
         partition: i32,
+        /// Who does, by the metadata; nobody at the moment of an election.
+        leader: Option<Leader>,
     },
     /// The replica here could not be opened.
     #[error("partition {partition} of topic {topic:?} cannot be served by this broker: {why}")]
@@ -54,8 +86,9 @@ impl From<LookupError> for Fault {
                 .with("topic", topic)
                 .with("partition", partition)
                 .with("partitions", count),
-            LookupError::NotLeader { topic, partition } => {
-                Self::new(Reason::NotLeader, message).with("topic", topic).with("partition", partition)
+            LookupError::NotLeader { topic, partition, leader } => {
+                let fault = Self::new(Reason::NotLeader, message).with("topic", topic).with("partition", partition);
+                leader.map_or(fault.clone(), |leader| leader.told(fault))
             }
             LookupError::Unusable { topic, partition, .. } => {
                 Self::new(Reason::StorageFailed, message).with("topic", topic).with("partition", partition)
@@ -85,7 +118,8 @@ impl From<AppendError> for Fault {
             },
             AppendError::DiskFull => Self::new(Reason::DiskFull, message),
             AppendError::StorageFailed { .. } => Self::new(Reason::StorageFailed, message),
-            AppendError::Closing => Self::new(Reason::NotReady, message),
+            AppendError::NotLeader { .. } => Self::new(Reason::NotLeader, message),
+            AppendError::Deposed | AppendError::Closing => Self::new(Reason::NotReady, message),
         }
     }
 }

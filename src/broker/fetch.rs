@@ -14,7 +14,7 @@ use tonic::{Status, Streaming};
 use super::{Broker, faults};
 use crate::{
     limits,
-    model::{Compression, Offset, Watermarks},
+    model::{Compression, Offset, PartitionId, Watermarks},
     partition::{Fetched, Opener, ReadError, Reader, Ready, Source, Use},
     proto::{
         fault::{Fault, Reason},
@@ -41,6 +41,7 @@ type ReadOutcome = (usize, Result<Option<Fetched>, ReadError>);
 
 /// One partition of a session.
 struct Place {
+    id: PartitionId,
     topic: String,
     partition: i32,
     /// `None` once it failed: it is left out from then on.
@@ -121,11 +122,11 @@ impl Session {
             };
             match self.broker.partition(&want.topic, want.partition) {
                 Ok(partition) => {
-                    let reader = partition.reader().clone();
+                    let (id, reader) = (partition.id(), partition.reader().clone());
                     reader.follow(&self.ready, self.places.len());
                     let (topic, partition) = (want.topic, want.partition);
                     let reader = Some(reader);
-                    self.places.push(Place { topic, partition, reader, position, reading: false, again: false });
+                    self.places.push(Place { id, topic, partition, reader, position, reading: false, again: false });
                 }
                 Err(fault) => {
                     self.broker.metrics.fetch_errors.count(fault.reason.word());
@@ -181,7 +182,7 @@ impl Session {
             Err(error) => {
                 place.reader = None;
                 gathered.failed = true;
-                let fault = Fault::from(error);
+                let fault = self.broker.read_refused(place.id, error);
                 self.broker.metrics.fetch_errors.count(fault.reason.word());
                 gathered.refuse(refusal(place.topic.clone(), place.partition, fault));
             }
@@ -249,6 +250,7 @@ impl Broker {
         let terms = Terms::new(request.min_bytes, request.max_bytes, request.max_wait_ms);
         let wanted: Vec<_> = request.partitions.iter().map(|want| want.offset).collect();
         let places: Vec<_> = request.partitions.iter().map(|want| (want.topic.clone(), want.partition)).collect();
+        self.acquaint(request.partitions.iter().map(|want| want.topic.as_str())).await;
         let mut session = Session::new(self, terms);
         session.assign(request.partitions, true)?;
         let deadline = clock::monotonic() + terms.max_wait;
@@ -322,6 +324,7 @@ impl Follow {
                 request = self.requests.message(), if !self.ended => match request {
                     Ok(Some(request)) => {
                         // What was gathered for the old assignment goes out first: its positions have moved.
+                        broker.acquaint(request.partitions.iter().map(|want| want.topic.as_str())).await;
                         if let Err(fault) = self.take(request) {
                             return Some(Err(fault.into()));
                         }

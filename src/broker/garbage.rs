@@ -35,6 +35,11 @@ async fn run(broker: Arc<Broker>) {
             () = broker.tasks.cancelled() => return,
             () = tokio::time::sleep(interval) => {}
         }
+        if !broker.is_controller() {
+            // One of them does it for all. What it remembered is another one's to find.
+            search = Search::default();
+            continue;
+        }
         tokio::select! {
             biased;
             // What is cut off here is done by the next one.

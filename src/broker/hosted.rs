@@ -1,23 +1,25 @@
 //! The partitions that this broker holds, found by topic name without a lock.
+//!
+//! A partition has a cell of its own: that it is opened, or let go, costs no copy of what is held beside it. What this broker is in a
+//! partition is said by the partition itself.
 
 use std::{collections::BTreeMap, sync::Arc};
 
 use arc_swap::ArcSwap;
 use tokio::sync::watch;
 
-use super::faults::LookupError;
 use crate::{
     cluster::Revision,
-    model::{PartitionId, TopicId, TopicName},
+    model::{PartitionId, TopicConfig, TopicId, TopicName},
     partition::Partition,
 };
 
 /// What this broker has of one partition.
 #[derive(Clone)]
 pub(super) enum Holding {
-    /// It is led and served here.
+    /// A replica, which leads, follows or waits.
     Open(Arc<Partition>),
-    /// It is led elsewhere, or is being opened.
+    /// Nothing, or it is being opened.
     Elsewhere,
     /// The replica here cannot be used.
     Unusable(Arc<str>),
@@ -28,10 +30,51 @@ pub(super) enum Holding {
 pub(super) struct HostedTopic {
     /// Its identity.
     pub(super) id: TopicId,
-    /// The revision of the metadata that is acted by.
+    /// The revision of the topic's key that is acted by.
     pub(super) revision: Revision,
-    /// By partition number.
-    pub(super) partitions: Arc<[Holding]>,
+    /// Its configuration.
+    pub(super) config: Arc<TopicConfig>,
+    cells: Arc<[ArcSwap<Holding>]>,
+}
+
+impl HostedTopic {
+    /// A topic with so many partitions; those that `before` had are as they were.
+    pub(super) fn new(
+        id: TopicId,
+        revision: Revision,
+        config: Arc<TopicConfig>,
+        partitions: u32,
+        before: Option<&Self>,
+    ) -> Self {
+        let cells = match before {
+            Some(before) if before.count() == partitions as usize => Arc::clone(&before.cells),
+            before => (0..partitions)
+                .map(|number| {
+                    let known = before.and_then(|before| before.cells.get(number as usize));
+                    known.map_or_else(
+                        || ArcSwap::from_pointee(Holding::Elsewhere),
+                        |cell| ArcSwap::new(cell.load_full()),
+                    )
+                })
+                .collect(),
+        };
+        Self { id, revision, config, cells }
+    }
+
+    /// How many partitions it has.
+    pub(super) fn count(&self) -> usize {
+        self.cells.len()
+    }
+
+    /// What is held of a partition; `None` when the topic has none of this number.
+    pub(super) fn holding(&self, number: u32) -> Option<Arc<Holding>> {
+        Some(self.cells.get(usize::try_from(number).ok()?)?.load_full())
+    }
+
+    /// What is held, by partition number.
+    pub(super) fn holdings(&self) -> impl Iterator<Item = Arc<Holding>> + '_ {
+        self.cells.iter().map(ArcSwap::load_full)
+    }
 }
 
 /// All of them. Readers see whole snapshots.
@@ -47,21 +90,22 @@ impl Default for Hosted {
     }
 }
 
+/// What is found under a name and a number.
+pub(super) enum Found {
+    /// What is held of this partition.
+    Held(PartitionId, Arc<Holding>),
+    /// The topic has only so many.
+    NoPartition(usize),
+}
+
 impl Hosted {
-    /// The partition that serves requests for this name and number; `None` when no topic has the name.
-    pub(super) fn find(&self, topic: &str, partition: i32) -> Option<Result<Arc<Partition>, LookupError>> {
+    /// What there is for this name and number; `None` when no topic has the name.
+    pub(super) fn find(&self, topic: &str, partition: i32) -> Option<Found> {
         let topics = self.topics.load();
         let hosted = topics.get(topic)?;
-        let holding = usize::try_from(partition).ok().and_then(|number| hosted.partitions.get(number));
-        if let Some(Holding::Open(open)) = holding {
-            return Some(Ok(Arc::clone(open)));
-        }
-        let topic = topic.to_owned();
-        Some(Err(match holding {
-            Some(Holding::Unusable(why)) => LookupError::Unusable { topic, partition, why: why.as_ref().to_owned() },
-            Some(_) => LookupError::NotLeader { topic, partition },
-            None => LookupError::UnknownPartition { topic, partition, count: hosted.partitions.len() },
-        }))
+        let number = u32::try_from(partition).ok();
+        let held = number.and_then(|number| Some((PartitionId::new(hosted.id, number), hosted.holding(number)?)));
+        Some(held.map_or_else(|| Found::NoPartition(hosted.count()), |(id, holding)| Found::Held(id, holding)))
     }
 
     /// What is held of a topic.
@@ -74,14 +118,20 @@ impl Hosted {
         self.topics.load().keys().cloned().collect()
     }
 
-    /// The open partition with this id.
+    /// The replica of this partition, whatever it does.
     pub(super) fn by_id(&self, id: PartitionId) -> Option<Arc<Partition>> {
-        let ids = self.ids.load();
-        let name = ids.get(&id.topic)?;
-        match self.topics.load().get(name)?.partitions.get(id.number as usize)? {
-            Holding::Open(partition) if partition.id() == id => Some(Arc::clone(partition)),
+        match &*self.held(id)? {
+            Holding::Open(partition) => Some(Arc::clone(partition)),
             _ => None,
         }
+    }
+
+    /// What is held of this partition.
+    pub(super) fn held(&self, id: PartitionId) -> Option<Arc<Holding>> {
+        let ids = self.ids.load();
+        let name = ids.get(&id.topic)?;
+        let topics = self.topics.load();
+        topics.get(name).filter(|topic| topic.id == id.topic)?.holding(id.number)
     }
 
     /// Waits until `holds` is true of what is held.
@@ -94,24 +144,52 @@ impl Hosted {
         }
     }
 
-    /// Every open partition.
+    /// Every replica.
     pub(super) fn open(&self) -> Vec<Arc<Partition>> {
         let topics = self.topics.load();
-        let holdings = topics.values().flat_map(|topic| topic.partitions.iter());
+        let holdings = topics.values().flat_map(HostedTopic::holdings);
         holdings
-            .filter_map(|holding| match holding {
+            .filter_map(|holding| match &*holding {
                 Holding::Open(partition) => Some(Arc::clone(partition)),
                 _ => None,
             })
             .collect()
     }
 
-    /// Changes the set. Only the task that follows the metadata calls it, so no change is lost.
-    pub(super) fn update(&self, change: impl FnOnce(&mut BTreeMap<TopicName, HostedTopic>)) {
+    /// Takes a topic in, or takes over what is new of it. Only the task that follows the metadata changes the set, so no
+    /// change is lost.
+    pub(super) fn put(&self, name: &TopicName, topic: HostedTopic) {
+        self.update(|topics| {
+            topics.insert(name.clone(), topic);
+        });
+    }
+
+    /// Lets a topic go.
+    pub(super) fn remove(&self, name: &TopicName) {
+        self.update(|topics| {
+            topics.remove(name);
+        });
+    }
+
+    /// From now on this is held of a partition.
+    pub(super) fn set(&self, id: PartitionId, holding: Holding) {
+        let ids = self.ids.load();
+        let topics = self.topics.load();
+        let hosted = ids.get(&id.topic).and_then(|name| topics.get(name)).filter(|topic| topic.id == id.topic);
+        if let Some(cell) = hosted.and_then(|topic| topic.cells.get(id.number as usize)) {
+            cell.store(Arc::new(holding));
+        }
+    }
+
+    /// Tells those who wait that something has changed.
+    pub(super) fn tell(&self) {
+        self.changed.send_replace(());
+    }
+
+    fn update(&self, change: impl FnOnce(&mut BTreeMap<TopicName, HostedTopic>)) {
         let mut topics = BTreeMap::clone(&self.topics.load());
         change(&mut topics);
         self.ids.store(Arc::new(topics.iter().map(|(name, topic)| (topic.id, name.clone())).collect()));
         self.topics.store(Arc::new(topics));
-        self.changed.send_replace(());
     }
 }

@@ -2,7 +2,7 @@
 
 use super::Broker;
 use crate::{
-    cluster::{TopicValue, ViewState},
+    cluster::{BrokerState, TopicValue, ViewState},
     model::{TopicConfig, TopicName},
     proto::{fault::Fault, v1},
 };
@@ -11,7 +11,10 @@ impl Broker {
     /// Brokers, and the topics asked for.
     pub(super) fn metadata(&self, request: &v1::GetMetadataRequest) -> v1::GetMetadataResponse {
         let state = self.view.state();
-        let brokers = state.brokers().iter().map(|(id, known)| v1::Broker {
+        // Clients ask the first ones first: who stops is better left alone.
+        let (stay, go): (Vec<_>, Vec<_>) =
+            state.brokers().iter().partition(|(_, known)| known.value.state == BrokerState::Running);
+        let brokers = stay.into_iter().chain(go).map(|(id, known)| v1::Broker {
             id: id.0,
             address: known.value.addresses.grpc.clone(),
             rack: known.value.rack.clone().unwrap_or_default(),

@@ -3,22 +3,40 @@
 //! # Overview
 //!
 //! Every request does the same steps: validate, find the partition (or refuse with who serves it), serve. `service` is
-//! the gRPC face; `produce`, `fetch`, `offsets` and `admin` serve; `faults` maps every error once. `reconcile` follows the
-//! cluster's metadata and opens, configures and closes partitions; `upkeep` gives partitions their turn at sealing,
+//! the gRPC face; `produce`, `fetch`, `offsets` and `admin` serve; `lookup` finds; `faults` maps every error once. `reconcile`
+//! follows the cluster's metadata and opens, configures and closes partitions; `upkeep` gives partitions their turn at sealing,
 //! uploading and deleting; `garbage` takes away what crashes and deletions left in the bucket and in the metadata.
+//!
+//! Among several brokers `agree` carries what leaders propose to the metadata store, `lag` tells them the time, and one of the brokers
+//! is the controller (`cluster::Controller`), which alone collects garbage.
+//!
+//! # Start
+//!
+//! [`Broker::open`] opens what the disk holds and does nothing with it. What came up whole is shown to the others ([`Broker::whole`]).
+//! [`Broker::begin`], once the broker is registered and its mirror shows that, tells every replica its place and serves.
 //!
 //! # Shutdown
 //!
+//! Among several brokers first [`Broker::hand_over`]: others lead what is led here, while requests are served.
 //! [`Broker::stop`]: refuse new writes, end the fetch streams, let the partitions answer what is written, end upkeep. What it
 //! owns (log, metadata store) is closed by `server` after it.
 
 mod admin;
+mod agree;
 mod faults;
 mod fetch;
+#[allow(dead_code, reason = "brokers of one cluster use it; one alone has nobody to follow")]
+mod following;
 mod garbage;
+mod handover;
 mod hosted;
+mod lag;
+mod leftovers;
+mod lookup;
 mod metadata;
 mod offsets;
+#[allow(dead_code, reason = "brokers of one cluster use it; one alone has nobody who follows")]
+mod peer;
 mod produce;
 mod producer_ids;
 mod reconcile;
@@ -27,23 +45,29 @@ mod service;
 mod tests;
 mod upkeep;
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, Ordering},
+use std::{
+    collections::BTreeSet,
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
 };
 
 use futures::{StreamExt as _, stream};
 
 pub use self::service::services;
-use self::{hosted::Hosted, producer_ids::ProducerIds};
+use self::{agree::Agree, hosted::Hosted, leftovers::Leftovers, producer_ids::ProducerIds};
 use crate::{
-    cluster::{Keys, MetaStore, TierCommits, Topics, View},
+    client::Connect,
+    cluster::{
+        Controller, Keys, MetaStore, PartitionChanges, Session, TierCommits, Topics, View, ViewState, planner::Limits,
+    },
     limits,
     log::Log,
-    model::{BrokerId, ConfigMap},
-    partition::{Memory, Opener, Partition, Upkeep, UpkeepQueue},
-    proto::fault::Fault,
-    task::Tasks,
+    model::{BrokerId, ConfigMap, PartitionId},
+    partition::{Memory, Opener, Partition, Role, Surroundings, Upkeep, UpkeepQueue},
+    task::{Tasks, clock},
     telemetry::Metrics,
     tier::{Cache, Store},
 };
@@ -62,11 +86,19 @@ pub struct Settings {
     /// Partitions that may have upkeep at the same moment, which bounds uploads.
     pub upkeep_workers: usize,
     /// How often retention looks at every partition that holds records.
-    pub retention_interval: std::time::Duration,
+    pub retention_interval: Duration,
     /// How long an object that no manifest names is kept.
-    pub garbage_grace: std::time::Duration,
+    pub garbage_grace: Duration,
     /// How long a multipart upload may take before it counts as abandoned.
-    pub upload_grace: std::time::Duration,
+    pub upload_grace: Duration,
+    /// Replicas of a partition of a topic whose creation does not say.
+    pub default_factor: u32,
+    /// How long a member of the in-sync replicas may take to catch up.
+    pub lag_time: Duration,
+    /// How fast replicas that are not in sync copy from this broker, in bytes per second; `None`: as fast as they can.
+    pub catchup_bytes_per_second: Option<u64>,
+    /// How much this broker moves at the same time when it is the controller.
+    pub controller: Limits,
 }
 
 /// The object store and the cache before it.
@@ -92,19 +124,32 @@ pub struct Parts {
     pub view: View,
     /// The object store, where there is one.
     pub tier: Option<Tier>,
+    /// How other brokers are reached.
+    pub connect: Arc<dyn Connect>,
+    /// Whether there are no other brokers: the metadata lies beside the data.
+    pub alone: bool,
     /// Figures.
     pub metrics: Metrics,
 }
+
+/// How long a broker that has begun may say that it is not ready because its replicas catch up.
+const CATCH_UP: Duration = Duration::from_secs(60);
 
 /// One running broker.
 pub struct Broker {
     settings: Settings,
     log: Log,
+    store: Arc<dyn MetaStore>,
+    keys: Keys,
     view: View,
+    alone: bool,
+    connect: Arc<dyn Connect>,
     topics: Topics,
+    changes: PartitionChanges,
+    agree: Arc<Agree>,
     producer_ids: ProducerIds,
     tier: Option<Tier>,
-    hosted: Hosted,
+    hosted: Arc<Hosted>,
     produce_memory: Memory,
     /// Who opens compressed batches goes through it.
     opener: Opener,
@@ -118,41 +163,86 @@ pub struct Broker {
     tasks: Tasks,
     /// Ends the streams of readers.
     readers: Tasks,
+    /// Since when it takes part.
+    begun: OnceLock<tokio::time::Instant>,
     ready: AtomicBool,
+    /// Others are asked to take over: it serves, and nobody new should come.
+    leaving: AtomicBool,
 }
 
 impl Broker {
-    /// Opens every partition that the metadata gives this broker, and begins to follow it.
-    pub async fn start(parts: Parts) -> Arc<Self> {
-        let Parts { settings, log, store, keys, view, tier, metrics } = parts;
+    /// Opens every replica that the metadata gives this broker and its disk holds. Nothing is done with them yet.
+    pub async fn open(parts: Parts) -> Arc<Self> {
+        let Parts { settings, log, store, keys, view, tier, connect, alone, metrics } = parts;
         let commits = TierCommits::new(Arc::clone(&store), keys.clone());
+        let changes = PartitionChanges::new(Arc::clone(&store), keys.clone());
+        let hosted: Arc<Hosted> = Arc::default();
         let broker = Arc::new(Self {
-            topics: Topics::new(store, keys, view.clone(), settings.topic_defaults.clone()),
+            topics: Topics::new(Arc::clone(&store), keys.clone(), view.clone(), settings.topic_defaults.clone()),
             producer_ids: ProducerIds::default(),
-            hosted: Hosted::default(),
             produce_memory: Memory::new(settings.produce_memory_bytes),
             opener: Opener::new(limits::OPENING_BYTES),
             upkeep: Upkeep::new(commits.clone()),
             commits,
+            agree: Agree::new(settings.id, keys.clone(), changes.clone(), Arc::clone(&hosted)),
+            changes,
+            hosted,
             upkeep_queue: UpkeepQueue::default(),
             partitions: Tasks::new(),
             tasks: Tasks::new(),
             readers: Tasks::new(),
+            begun: OnceLock::new(),
             ready: AtomicBool::new(false),
+            leaving: AtomicBool::new(false),
             settings,
             log,
+            store,
+            keys,
             view,
+            alone,
+            connect,
             tier,
             metrics,
         });
         let state = broker.view.state();
-        broker.see_to_strays(&state).await;
-        broker.reconcile(&state).await;
-        broker.ready.store(true, Ordering::Release);
-        broker.tasks.spawn("reconcile", reconcile::follow(Arc::clone(&broker)));
-        upkeep::spawn(&broker);
-        garbage::spawn(&broker);
+        broker.reconcile(&state, &mut Leftovers::default()).await;
         broker
+    }
+
+    /// The replicas that came up whole.
+    pub fn whole(&self) -> BTreeSet<PartitionId> {
+        self.hosted.open().iter().map(|partition| partition.id()).collect()
+    }
+
+    /// Takes part: every replica is told its place, and requests are served. The mirror must show the registration of `session`: what it
+    /// showed before may name this broker for what it has given up since.
+    pub async fn begin(self: &Arc<Self>, session: &Session) {
+        let state = self.view.state();
+        self.begun.get_or_init(clock::monotonic);
+        let mut leftovers = Leftovers::default();
+        self.see_to_strays(&state).await;
+        if !self.alone {
+            self.agree.spawn(&self.tasks);
+            self.tasks.spawn("lag", lag::run(Arc::clone(self)));
+        }
+        self.reconcile(&state, &mut leftovers).await;
+        drop(state);
+        self.ready.store(true, Ordering::Release);
+        self.tasks.spawn("reconcile", reconcile::follow(Arc::clone(self), leftovers));
+        upkeep::spawn(self);
+        garbage::spawn(self);
+        if !self.alone {
+            let controller = Controller {
+                store: Arc::clone(&self.store),
+                keys: self.keys.clone(),
+                view: self.view.clone(),
+                session: session.clone(),
+                id: self.settings.id,
+                defaults: self.settings.topic_defaults.clone(),
+                limits: self.settings.controller,
+            };
+            controller.spawn(&self.tasks);
+        }
     }
 
     /// Stops in order; returns when nothing of it runs.
@@ -166,12 +256,9 @@ impl Broker {
             .await;
     }
 
-    /// The partition that serves requests for this name and number.
-    fn partition(&self, topic: &str, partition: i32) -> Result<Arc<Partition>, Fault> {
-        match self.hosted.find(topic, partition) {
-            Some(found) => found.map_err(Fault::from),
-            None => Err(self.topics.unknown(topic).into()),
-        }
+    /// Its number.
+    pub fn id(&self) -> BrokerId {
+        self.settings.id
     }
 
     /// How many partitions it serves.
@@ -181,6 +268,29 @@ impl Broker {
 
     fn has_object_store(&self) -> bool {
         self.tier.is_some()
+    }
+
+    /// Whether replicas are told their places.
+    fn takes_part(&self) -> bool {
+        self.begun.get().is_some()
+    }
+
+    /// Whether it is this broker that does what one of them does for all.
+    fn is_controller(&self) -> bool {
+        self.alone || self.view.state().controller() == Some(self.settings.id)
+    }
+
+    /// Where its partitions' tasks reach others.
+    fn around(&self) -> Surroundings {
+        if self.alone {
+            return Surroundings::alone();
+        }
+        Surroundings { agreement: Arc::clone(&self.agree) as _, ..Surroundings::alone() }
+    }
+
+    /// From now on nobody new should come.
+    fn leave(&self) {
+        self.leaving.store(true, Ordering::Release);
     }
 
     fn is_stopping(&self) -> bool {
@@ -202,10 +312,31 @@ impl Broker {
 
     /// Why it takes no requests, if it takes none.
     pub fn readiness(&self) -> Result<(), String> {
-        if self.is_stopping() {
+        if self.is_stopping() || self.leaving.load(Ordering::Acquire) {
             return Err("not ready: starting or stopping".to_owned());
         }
-        self.health()
+        self.health()?;
+        let behind = self.behind(&self.view.state());
+        let is_fresh = self.begun.get().is_some_and(|begun| begun.elapsed() < CATCH_UP);
+        if is_fresh && behind > 0 {
+            return Err(format!("not ready: {behind} replicas of this broker are not in sync yet"));
+        }
+        Ok(())
+    }
+
+    /// Replicas here that are to be in sync, as far as the metadata says, and are not.
+    fn behind(&self, state: &ViewState) -> usize {
+        if self.alone {
+            return 0;
+        }
+        let open = self.hosted.open();
+        let behind = open.iter().filter(|partition| {
+            let known = state.partition(partition.id()).and_then(|entry| entry.partition.as_ref());
+            // Where nobody leads there is nobody to catch up with.
+            known.is_some_and(|known| known.value.leader.is_some())
+                && !matches!(partition.standing().role, Role::Leader { .. } | Role::Follower { in_sync: true, .. })
+        });
+        behind.count()
     }
 
     /// All figures in Prometheus' text format.

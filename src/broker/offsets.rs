@@ -1,18 +1,24 @@
 //! Finding offsets: the ends of a partition, and the first record of a time.
 
+use std::{sync::Arc, time::Duration};
+
 use futures::{StreamExt as _, stream};
 
 use super::{Broker, faults};
 use crate::{
     limits,
+    partition::{On, Partition, Ready, Role},
     proto::{
-        fault::Fault,
+        fault::{Fault, Reason},
         v1::{self, offset_query::At},
     },
 };
 
 /// Look-ups by time of one request that run side by side: each may read a file or the bucket.
 const LOOKUPS: usize = 8;
+
+/// How long the latest offset is waited for where a new leader does not know it yet.
+const SETTLES: Duration = Duration::from_secs(1);
 
 impl Broker {
     /// Answers the queries in their order.
@@ -24,6 +30,7 @@ impl Broker {
                 limits::MAX_FETCH_PARTITIONS
             )));
         }
+        self.acquaint(request.queries.iter().map(|query| query.topic.as_str())).await;
         let answers = stream::iter(request.queries).map(|query| async move {
             self.find_offset(&query).await.unwrap_or_else(|fault| v1::OffsetAnswer {
                 error: Some(fault.into()),
@@ -37,6 +44,10 @@ impl Broker {
 
     async fn find_offset(&self, query: &v1::OffsetQuery) -> Result<v1::OffsetAnswer, Fault> {
         let partition = self.partition(&query.topic, query.partition)?;
+        if !matches!(query.at, Some(At::Earliest(_)) | None) && !settled(&partition).await {
+            let message = "a new leader of the partition does not know yet what is committed: try again";
+            return Err(Fault::new(Reason::NotReady, message));
+        }
         let marks = partition.marks();
         let epoch = partition.epoch();
         let (offset, timestamp_ms, epoch) = match query.at {
@@ -51,4 +62,25 @@ impl Broker {
         };
         Ok(v1::OffsetAnswer { error: None, offset: offset.as_i64(), timestamp_ms, leader_epoch: epoch.as_i32() })
     }
+}
+
+/// Waits until the partition's leader knows what is committed; false when that takes too long, or it leads no more.
+async fn settled(partition: &Partition) -> bool {
+    if partition.standing().role == (Role::Leader { settled: true }) {
+        return true;
+    }
+    let ready = Arc::new(Ready::default());
+    partition.follow(&ready, 0, On::Committed);
+    let settles = async {
+        loop {
+            match partition.standing().role {
+                Role::Leader { settled: true } => return true,
+                Role::Leader { settled: false } => ready.wait().await,
+                Role::Waiting | Role::Follower { .. } => return false,
+            }
+            // What is looked at next is newer than this news.
+            while ready.take().is_some() {}
+        }
+    };
+    tokio::time::timeout(SETTLES, settles).await.unwrap_or(false)
 }

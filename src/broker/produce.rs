@@ -16,8 +16,8 @@ use tonic::{Status, Streaming};
 use super::{Broker, faults};
 use crate::{
     limits,
-    model::{Acks, Compression},
-    partition::{Acked, AppendResult, Held, Partition, Use},
+    model::{Acks, Compression, PartitionId},
+    partition::{Acked, AppendError, AppendResult, Held, Partition, Use},
     proto::{
         fault::{Fault, Reason},
         v1::{self, append_request::Payload, produce_response},
@@ -34,6 +34,7 @@ const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A write that was queued: what is left is to wait for its answer.
 struct Queued {
+    partition: PartitionId,
     answer: Option<oneshot::Receiver<AppendResult>>,
     timeout: Duration,
     began: tokio::time::Instant,
@@ -63,6 +64,7 @@ impl Broker {
         let began = clock::monotonic();
         self.metrics.produce_requests.inc();
         let acks = acks(request.acks)?;
+        self.acquaint([request.topic.as_str()].into_iter()).await;
         let partition = self.partition(&request.topic, request.partition)?;
         let config = partition.config();
         if acks == Acks::Tiered && !(config.tiered && self.has_object_store()) {
@@ -96,7 +98,8 @@ impl Broker {
             0 => DEFAULT_TIMEOUT,
             ms => Duration::from_millis(ms.into()),
         };
-        Ok(Queued { answer: (acks != Acks::None).then_some(answer), timeout, began, bytes, records })
+        let id = partition.id();
+        Ok(Queued { partition: id, answer: (acks != Acks::None).then_some(answer), timeout, began, bytes, records })
     }
 
     /// The batch in its topic's own codec. It is opened within the memory that there is for that, and refused as soon as it
@@ -126,7 +129,8 @@ impl Broker {
     ) -> Result<oneshot::Receiver<AppendResult>, Fault> {
         let permit = self.produce_memory.take(batch.encoded_len()).await;
         if self.is_stopping() {
-            return Err(Fault::new(Reason::NotReady, "this broker is stopping; try another, or again later"));
+            let stopping = Fault::new(Reason::NotReady, "this broker is stopping; try another, or again later");
+            return Err(self.pointing(partition.id(), stopping));
         }
         Ok(partition.append(batch, acks, permit).await)
     }
@@ -135,8 +139,8 @@ impl Broker {
         let Some(answer) = queued.answer else { return Ok(unacknowledged()) };
         let outcome = match tokio::time::timeout(queued.timeout, answer).await {
             Ok(Ok(Ok(acked))) => Ok(response(&acked)),
-            Ok(Ok(Err(error))) => Err(Fault::from(error)),
-            Ok(Err(_dropped)) => Err(crate::partition::AppendError::Closing.into()),
+            Ok(Ok(Err(error))) => Err(self.append_refused(queued.partition, error)),
+            Ok(Err(_dropped)) => Err(self.append_refused(queued.partition, AppendError::Closing)),
             Err(_elapsed) => Err(Fault::new(
                 Reason::Timeout,
                 format!("no acknowledgement within {} ms; the write may still happen", queued.timeout.as_millis()),

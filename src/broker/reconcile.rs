@@ -1,9 +1,25 @@
-//! Follows the cluster's metadata: opens the partitions that this broker is given, passes on changed configurations, closes
-//! and deletes what is gone.
+//! Follows the cluster's metadata, partition by partition: opens replicas that this broker is given and tells each what it is to be,
+//! passes on changed configurations, closes and deletes what is gone.
 //!
-//! Metadata is only a hint of what to do next; nothing here decides who leads. Nothing is deleted from the disk because the
-//! metadata does not name it: only the mark that a deletion leaves is the licence. Replicas in no topic and without a mark are
-//! kept and named: metadata that was lost, damaged or taken back to an older state must not cost data as well.
+//! # Overview
+//!
+//! ```text
+//!   topic key      ─▶ how many partitions, and by which configuration; gone: closed, and deleted where a mark says so
+//!   partition key  ─▶ a replica here: opened, and told its place (`Partition::assign`); none here: closed, and a leftover
+//!   tier key       ─▶ what followers know as committed to the bucket
+//!   broker key     ─▶ what leaders know of their followers' brokers, and where this one finds its leaders
+//! ```
+//!
+//! A broker that starts opens what its disk holds, and tells nobody anything: first it shows to the others what it still has.
+//! Only when it is registered is every replica told its place, from a state that knows of the registration.
+//!
+//! # Invariants
+//!
+//! - Metadata is only a hint of what to do next; nothing here decides who leads.
+//! - Nothing is deleted from the disk because the metadata does not name it: only the mark that a deletion leaves is a licence, or
+//!   the partition's own key, read from the store at that moment, that names other replicas. What is in no topic and without a
+//!   mark is kept and named: metadata that was lost, damaged or taken back to an older state must not cost data as well.
+//! - A replica is begun anew only when no set has it, so that nobody counts on what it held.
 
 use std::{collections::BTreeSet, sync::Arc};
 
@@ -12,11 +28,12 @@ use futures::{StreamExt as _, stream};
 use super::{
     Broker,
     hosted::{Holding, HostedTopic},
+    leftovers::Leftovers,
 };
 use crate::{
-    cluster::{Key, Moved, PartitionEntry, TopicValue, ViewState},
-    model::{PartitionId, TopicConfig, TopicId, TopicName},
-    partition::{Partition, Spec},
+    cluster::{BrokerState, Key, Moved, PartitionValue, TopicValue, ViewState},
+    model::{BrokerId, PartitionId, TopicConfig, TopicId, TopicName},
+    partition::{Assignment, Partition, PartitionError, Spec, leader::insync::Registration},
     task,
     tier::{PartitionTier, TopicRecord},
 };
@@ -25,59 +42,262 @@ use crate::{
 /// none sooner and leave memory behind.
 const OPENED_TOGETHER: usize = 64;
 
-/// Threads that open partitions of a topic side by side: each partition may have to recover its tail.
+/// Threads that open partitions side by side: each partition may have to recover its tail.
 const OPENINGS: usize = 4;
 
-/// Topics that are seen to side by side.
-const TOPICS: usize = 2;
+/// Partitions that are told of a change side by side.
+const TOLD_TOGETHER: usize = 256;
 
 /// Applies every change of the metadata until the broker stops.
-pub(super) async fn follow(broker: Arc<Broker>) {
+pub(super) async fn follow(broker: Arc<Broker>, mut leftovers: Leftovers) {
     let mut feed = broker.view.feed();
     loop {
         let moved = tokio::select! {
             biased;
             () = broker.tasks.cancelled() => return,
             moved = feed.next() => moved,
+            () = leftovers.due() => {
+                leftovers.see_to(&broker).await;
+                continue;
+            }
         };
         let Some(moved) = moved else { return };
         let state = broker.view.state();
         match moved {
-            Moved::Everything => broker.reconcile(&state).await,
-            Moved::Keys(keys) => broker.reconcile_topics(topics_of(&keys, &state), &state).await,
+            Moved::Everything => broker.reconcile(&state, &mut leftovers).await,
+            Moved::Keys(keys) => broker.reconcile_keys(&keys, &state, &mut leftovers).await,
         }
     }
 }
 
-/// The topics that changed keys belong to.
-fn topics_of(keys: &[Key], state: &ViewState) -> BTreeSet<TopicName> {
-    let by_id = |id: TopicId| state.name(id).cloned();
-    keys.iter()
-        .filter_map(|key| match key {
-            Key::Topic(name) => Some(name.clone()),
-            Key::Partition(id) => by_id(id.topic),
-            // Tier keys are written by the leader itself.
-            _ => None,
-        })
-        .collect()
-}
-
 impl Broker {
     /// Brings what is held in line with all of the metadata.
-    pub(super) async fn reconcile(&self, state: &ViewState) {
+    pub(super) async fn reconcile(&self, state: &ViewState, leftovers: &mut Leftovers) {
         let mut names: BTreeSet<TopicName> = state.topics().keys().cloned().collect();
         names.extend(self.hosted.names());
-        self.reconcile_topics(names, state).await;
+        let mut ids = Vec::new();
+        for name in &names {
+            ids.extend(self.hold_topic(name, state).await);
+        }
+        self.hold(ids, state, leftovers).await;
     }
 
-    async fn reconcile_topics(&self, names: BTreeSet<TopicName>, state: &ViewState) {
-        let held: Vec<(TopicName, HostedTopic)> = stream::iter(names)
-            .map(|name| async move { Some((name.clone(), self.hold_topic(&name, state).await?)) })
-            .buffer_unordered(TOPICS)
-            .filter_map(std::future::ready)
-            .collect()
+    async fn reconcile_keys(&self, keys: &[Key], state: &ViewState, leftovers: &mut Leftovers) {
+        let mut ids = BTreeSet::new();
+        for key in keys {
+            if let Key::Topic(name) = key {
+                ids.extend(self.hold_topic(name, state).await);
+            }
+        }
+        let mut brokers = Vec::new();
+        for key in keys {
+            match key {
+                Key::Partition(id) => {
+                    ids.insert(*id);
+                }
+                Key::Tier(id) => self.adopt(*id, state).await,
+                Key::Broker(id) => brokers.push(*id),
+                _ => {}
+            }
+        }
+        if !brokers.is_empty() {
+            self.tell_leaders(&brokers, state).await;
+        }
+        self.hold(ids.into_iter().collect(), state, leftovers).await;
+    }
+
+    /// Takes over what is new of a topic. Returns its partitions, which are to be looked at one by one.
+    async fn hold_topic(&self, name: &TopicName, state: &ViewState) -> Vec<PartitionId> {
+        let hosted = self.hosted.topic(name);
+        let wanted = state.topic(name);
+        if wanted.is_none() && state.unreadable().contains_key(&Key::Topic(name.clone())) {
+            // What it says is not known, so nothing new is to be done.
+            return Vec::new();
+        }
+        if let Some(hosted) = &hosted
+            && wanted.is_none_or(|topic| topic.value.id != hosted.id)
+        {
+            self.let_go(name, hosted).await;
+        }
+        let Some(wanted) = wanted else { return Vec::new() };
+        let topic = &wanted.value;
+        let held = hosted.filter(|hosted| hosted.id == topic.id);
+        let config = match TopicConfig::resolve(&self.settings.topic_defaults, &topic.config) {
+            Ok(config) => Arc::new(config),
+            Err(error) => {
+                tracing::error!(topic = %name, %error, "the topic's stored configuration is not valid; alter it to repair it");
+                return Vec::new();
+            }
+        };
+        let changed = held.as_ref().is_some_and(|held| *held.config != *config);
+        let (id, revision) = (topic.id, wanted.mod_revision);
+        let now = HostedTopic::new(id, revision, Arc::clone(&config), topic.partitions, held.as_ref());
+        if changed {
+            for holding in now.holdings() {
+                if let Holding::Open(partition) = &*holding {
+                    partition.configure(Arc::clone(&config)).await;
+                }
+            }
+        }
+        self.hosted.put(name, now);
+        if held.is_none() && self.takes_part() {
+            self.record_topic(name, topic, state);
+        }
+        (0..topic.partitions).map(|number| PartitionId::new(id, number)).collect()
+    }
+
+    /// Brings partitions in line with what the metadata says of them.
+    async fn hold(&self, ids: Vec<PartitionId>, state: &ViewState, leftovers: &mut Leftovers) {
+        let on_disk: BTreeSet<PartitionId> = match ids.len() {
+            0 => return self.hosted.tell(),
+            _ => self.log.partitions().into_iter().collect(),
+        };
+        let (mut opened, mut told) = (Vec::new(), Vec::new());
+        for id in ids {
+            // Of a topic that is not acted by, nothing is done.
+            let Some(holding) = self.hosted.held(id) else { continue };
+            let known = state.partition(id).and_then(|entry| entry.partition.as_ref());
+            match known {
+                Some(known) if known.value.replicas.contains(&self.settings.id) => {
+                    if !matches!(&*holding, Holding::Open(_)) {
+                        opened.extend(self.spec(id, state, &known.value, &holding, on_disk.contains(&id)));
+                    }
+                    told.push(id);
+                }
+                Some(_) => {
+                    self.close(id, &holding).await;
+                    if on_disk.contains(&id) {
+                        leftovers.add(id);
+                    }
+                }
+                // It is on its way, or being deleted, or cannot be read: nobody knows who leads.
+                None => self.close(id, &holding).await,
+            }
+        }
+        self.open_all(opened).await;
+        if self.takes_part() {
+            stream::iter(told).for_each_concurrent(TOLD_TOGETHER, |id| self.tell(id, state)).await;
+        }
+        self.hosted.tell();
+    }
+
+    /// Ends a replica here, if there is one. Its files stay.
+    async fn close(&self, id: PartitionId, holding: &Holding) {
+        if let Holding::Open(partition) = holding {
+            partition.stop().await;
+        }
+        if !matches!(holding, Holding::Elsewhere) {
+            self.hosted.set(id, Holding::Elsewhere);
+        }
+    }
+
+    /// How a replica is to be opened; `None` where it must not be now.
+    fn spec(
+        &self,
+        id: PartitionId,
+        state: &ViewState,
+        value: &PartitionValue,
+        holding: &Holding,
+        on_disk: bool,
+    ) -> Option<Box<Spec>> {
+        let (alone, me) = (self.alone, self.settings.id);
+        if !on_disk && !alone && !self.takes_part() {
+            // Nothing to show. It begins when the others know that.
+            return None;
+        }
+        let counted = value.isr.contains(&me) || value.elr.contains(&me);
+        let useless = matches!(holding, Holding::Unusable(_));
+        // Where nobody leads there is nobody to copy from: what is here stays, whatever it is worth.
+        let anew = !alone && (!on_disk || useless && !counted && value.leader.is_some_and(|leader| leader != me));
+        let name = state.name(id.topic)?;
+        let committed = state.partition(id)?.tier.as_ref().map(|known| known.value.clone());
+        let tier = self.tier.as_ref().map(|tier| {
+            let state = committed.clone().unwrap_or_default();
+            PartitionTier::new(tier.store.clone(), tier.cache.clone(), id, state)
+        });
+        let config = self.hosted.topic(name)?.config;
+        let lag_time = self.settings.lag_time;
+        Some(Box::new(Spec { id, topic: name.clone(), config, committed, tier, alone, anew, lag_time }))
+    }
+
+    /// Opens replicas, side by side.
+    async fn open_all(&self, mut specs: Vec<Box<Spec>>) {
+        let mut chunks = Vec::new();
+        while !specs.is_empty() {
+            let rest = specs.split_off(specs.len().min(OPENED_TOGETHER));
+            chunks.push(std::mem::replace(&mut specs, rest));
+        }
+        let opened = stream::iter(chunks).map(|specs| self.open_some(specs)).buffer_unordered(OPENINGS);
+        opened
+            .for_each(|held| {
+                held.into_iter().for_each(|(id, holding)| self.hosted.set(id, holding));
+                std::future::ready(())
+            })
             .await;
-        self.hosted.update(|topics| topics.extend(held));
+    }
+
+    /// Opens replicas one after the other, on a thread that may block.
+    async fn open_some(&self, specs: Vec<Box<Spec>>) -> Vec<(PartitionId, Holding)> {
+        let (log, queue, tasks) = (self.log.clone(), self.upkeep_queue.clone(), self.partitions.clone());
+        let (broker, around) = (self.settings.id, self.around());
+        let open = move |spec: Box<Spec>| {
+            let (id, topic) = (spec.id, spec.topic.clone());
+            match Partition::open(broker, &log, *spec, around.clone(), &queue, &tasks) {
+                Ok(partition) => {
+                    queue.push(id);
+                    (id, Holding::Open(partition))
+                }
+                Err(error) => {
+                    let lost = matches!(error, PartitionError::Lost { .. });
+                    tracing::error!(partition = %id, %topic, lost, %error, "the partition cannot be opened on this broker");
+                    (id, Holding::Unusable(error.to_string().into()))
+                }
+            }
+        };
+        task::blocking(move || specs.into_iter().map(open).collect()).await
+    }
+
+    /// Tells a replica its place.
+    async fn tell(&self, id: PartitionId, state: &ViewState) {
+        let Some(partition) = self.hosted.by_id(id) else { return };
+        let Some(entry) = state.partition(id) else { return };
+        let Some(known) = &entry.partition else { return };
+        let registered = known.value.replicas.iter().map(|broker| (*broker, registration(state, *broker)));
+        let assignment = Assignment {
+            value: Arc::new(known.value.clone()),
+            revision: known.mod_revision,
+            committed: entry.tier.as_ref().map(|known| known.value.clone()),
+            registered: registered.collect(),
+        };
+        partition.assign(assignment).await;
+    }
+
+    /// Passes on what is committed of a partition's tier, to a replica that did not commit it itself.
+    async fn adopt(&self, id: PartitionId, state: &ViewState) {
+        let Some(partition) = self.hosted.by_id(id).filter(|partition| !partition.standing().role.leads()) else {
+            return;
+        };
+        if let Some(known) = state.partition(id).and_then(|entry| entry.tier.as_ref()) {
+            partition.adopt(known.value.clone()).await;
+        }
+    }
+
+    /// Tells the partitions that this broker leads, as far as is known, what the metadata says of these brokers now.
+    async fn tell_leaders(&self, brokers: &[BrokerId], state: &ViewState) {
+        let me = self.settings.id;
+        let led = self.hosted.open().into_iter().filter_map(|partition| {
+            let known = state.partition(partition.id())?.partition.as_ref()?;
+            let concerned = |broker: &&BrokerId| known.value.replicas.contains(broker);
+            let concerned: Vec<BrokerId> = brokers.iter().filter(concerned).copied().collect();
+            (known.value.leader == Some(me) && !concerned.is_empty()).then_some((partition, concerned))
+        });
+        stream::iter(led)
+            .for_each_concurrent(TOLD_TOGETHER, |(partition, concerned)| async move {
+                for broker in concerned {
+                    partition.seen(broker, registration(state, broker)).await;
+                }
+            })
+            .await;
     }
 
     /// Sees to the replicas on the disk that no topic has: those of a topic that was deleted go, others are named.
@@ -92,111 +312,14 @@ impl Broker {
         }
     }
 
-    /// What this broker has of one topic from now on; `None` when that is nothing, or nothing new.
-    async fn hold_topic(&self, name: &TopicName, state: &ViewState) -> Option<HostedTopic> {
-        let hosted = self.hosted.topic(name);
-        let wanted = state.topic(name);
-        if wanted.is_none() && state.unreadable().contains_key(&Key::Topic(name.clone())) {
-            // What it says is not known, so nothing new is to be done.
-            return None;
-        }
-        if let Some(hosted) = &hosted
-            && wanted.is_none_or(|topic| topic.value.id != hosted.id)
-        {
-            self.let_go(name, hosted).await;
-        }
-        let wanted = wanted?;
-        let topic = &wanted.value;
-        let held = hosted.filter(|hosted| hosted.id == topic.id);
-        let config = match TopicConfig::resolve(&self.settings.topic_defaults, &topic.config) {
-            Ok(config) => Arc::new(config),
-            Err(error) => {
-                tracing::error!(topic = %name, %error, "the topic's stored configuration is not valid; alter it to repair it");
-                return None;
-            }
-        };
-        if held.is_none() {
-            self.record_topic(name, topic);
-        }
-        let partitions: Vec<Wanted> = stream::iter(state.partitions_of(topic))
-            .then(|(number, entry)| {
-                let before = held.as_ref().and_then(|held| held.partitions.get(number as usize)).cloned();
-                self.want(name, PartitionId::new(topic.id, number), entry, &config, before)
-            })
-            .collect()
-            .await;
-        let holdings: Vec<Vec<Holding>> =
-            stream::iter(chunks(partitions)).map(|wanted| self.open(wanted)).buffered(OPENINGS).collect().await;
-        let holdings: Vec<Holding> = holdings.into_iter().flatten().collect();
-        Some(HostedTopic { id: topic.id, revision: wanted.mod_revision, partitions: holdings.into() })
-    }
-
-    /// What this broker is to have of one partition from now on. What it no longer leads is stopped.
-    async fn want(
-        &self,
-        name: &TopicName,
-        id: PartitionId,
-        entry: PartitionEntry,
-        config: &Arc<TopicConfig>,
-        before: Option<Holding>,
-    ) -> Wanted {
-        let elsewhere = Wanted::Held(Holding::Elsewhere);
-        let Some(assigned) = entry.partition.map(|known| known.value.clone()) else { return elsewhere };
-        if assigned.leader != Some(self.settings.id) {
-            if let Some(Holding::Open(partition)) = before {
-                partition.stop().await;
-            }
-            return elsewhere;
-        }
-        match before {
-            Some(Holding::Open(partition)) if partition.epoch() == assigned.leader_epoch => {
-                if *partition.config() != **config {
-                    partition.configure(Arc::clone(config)).await;
-                }
-                return Wanted::Held(Holding::Open(partition));
-            }
-            Some(Holding::Open(partition)) => partition.stop().await,
-            _ => {}
-        }
-        let committed = entry.tier.map(|known| known.value.clone());
-        let tier = self.tier.as_ref().map(|tier| {
-            let state = committed.clone().unwrap_or_default();
-            PartitionTier::new(tier.store.clone(), tier.cache.clone(), id, state)
-        });
-        let spec =
-            Spec { id, topic: name.clone(), epoch: assigned.leader_epoch, config: Arc::clone(config), committed, tier };
-        Wanted::Opened(Box::new(spec))
-    }
-
-    /// Opens what is to be opened, one after the other.
-    async fn open(&self, wanted: Vec<Wanted>) -> Vec<Holding> {
-        if wanted.iter().all(|wanted| matches!(wanted, Wanted::Held(_))) {
-            return wanted.into_iter().filter_map(Wanted::held).collect();
-        }
-        let (log, queue, tasks) = (self.log.clone(), self.upkeep_queue.clone(), self.partitions.clone());
-        let broker = self.settings.id;
-        let open = move |wanted| match wanted {
-            Wanted::Held(holding) => holding,
-            Wanted::Opened(spec) => {
-                let (id, topic) = (spec.id, spec.topic.clone());
-                match Partition::open(broker, &log, *spec, &queue, &tasks) {
-                    Ok(partition) => {
-                        queue.push(id);
-                        Holding::Open(partition)
-                    }
-                    Err(error) => {
-                        tracing::error!(partition = %id, %topic, %error, "the partition cannot be opened on this broker");
-                        Holding::Unusable(error.to_string().into())
-                    }
-                }
-            }
-        };
-        task::blocking(move || wanted.into_iter().map(open).collect()).await
-    }
-
-    /// Writes down in the bucket what the topic is called, for `restore`. Best effort: it is written again at each start.
-    fn record_topic(&self, name: &TopicName, topic: &TopicValue) {
+    /// Writes down in the bucket what the topic is called, for `restore`. Best effort: it is written again at each start, by
+    /// whoever leads its first partition.
+    fn record_topic(&self, name: &TopicName, topic: &TopicValue, state: &ViewState) {
         let Some(tier) = &self.tier else { return };
+        let first = state.partition(PartitionId::new(topic.id, 0)).and_then(|entry| entry.partition.as_ref());
+        if !self.alone && first.is_none_or(|first| first.value.replicas.first() != Some(&self.settings.id)) {
+            return;
+        }
         let (store, tasks) = (tier.store.clone(), self.tasks.clone());
         let record = TopicRecord {
             name: name.clone(),
@@ -217,27 +340,28 @@ impl Broker {
 
     /// Ends what is held of a topic that the metadata does not name any more, and deletes it where that was meant.
     async fn let_go(&self, name: &TopicName, hosted: &HostedTopic) {
-        self.hosted.update(|topics| {
-            topics.remove(name);
-        });
-        for holding in hosted.partitions.iter() {
-            if let Holding::Open(partition) = holding {
+        self.hosted.remove(name);
+        for holding in hosted.holdings() {
+            if let Holding::Open(partition) = &*holding {
                 partition.stop().await;
             }
         }
         if self.delete_marked(hosted.id).await {
             tracing::info!(topic = %name, id = %hosted.id, "the topic is deleted from this broker");
         }
+        self.hosted.tell();
     }
 
     /// Deletes what the disk holds of a topic, when its deletion left a mark; says so when it is kept.
     async fn delete_marked(&self, topic: TopicId) -> bool {
         if !self.topics.was_deleted(topic).await.unwrap_or(false) {
-            tracing::warn!(
-                %topic,
-                "the data directory holds partitions of a topic that the metadata does not know; they are kept and not served: \
-                 if the topic was deleted, remove its folder while the broker is stopped"
-            );
+            if self.log.partitions().iter().any(|id| id.topic == topic) {
+                tracing::warn!(
+                    %topic,
+                    "the data directory holds partitions of a topic that the metadata does not know; they are kept and not served: \
+                     if the topic was deleted, remove its folder while the broker is stopped"
+                );
+            }
             return false;
         }
         let left = self.log.partitions().into_iter().filter(|id| id.topic == topic);
@@ -247,7 +371,7 @@ impl Broker {
         true
     }
 
-    async fn delete_replica(&self, id: PartitionId) {
+    pub(super) async fn delete_replica(&self, id: PartitionId) {
         let log = self.log.clone();
         if let Err(error) = task::blocking(move || log.delete_replica(id)).await {
             tracing::warn!(partition = %id, %error, "could not delete the partition's files; they go at the next start");
@@ -255,30 +379,11 @@ impl Broker {
     }
 }
 
-/// What is to become of a partition here.
-enum Wanted {
-    /// Nothing new.
-    Held(Holding),
-    /// It is opened.
-    Opened(Box<Spec>),
-}
-
-impl Wanted {
-    fn held(self) -> Option<Holding> {
-        match self {
-            Self::Held(holding) => Some(holding),
-            Self::Opened(_) => None,
-        }
+/// What the metadata says of a broker.
+fn registration(state: &ViewState, broker: BrokerId) -> Registration {
+    match state.brokers().get(&broker).map(|known| (known.value.state, known.create_revision)) {
+        Some((BrokerState::Running, epoch)) => Registration::Running(epoch),
+        Some((BrokerState::Stopping, _)) => Registration::Stopping,
+        None => Registration::None,
     }
-}
-
-/// In order, as many together as one thread opens.
-fn chunks(mut wanted: Vec<Wanted>) -> Vec<Vec<Wanted>> {
-    let mut chunks = Vec::new();
-    while wanted.len() > OPENED_TOGETHER {
-        let rest = wanted.split_off(OPENED_TOGETHER);
-        chunks.push(std::mem::replace(&mut wanted, rest));
-    }
-    chunks.push(wanted);
-    chunks
 }

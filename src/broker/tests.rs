@@ -4,9 +4,10 @@ use std::{path::Path, time::Duration};
 
 use super::*;
 use crate::{
+    client::Tcp,
     cluster::{
-        Addresses, BrokerValue, DeletedValue, EmbeddedStore, Key, NewTopic, Revision, TopicValue, Transaction,
-        Value as _,
+        Addresses, BrokerState, BrokerValue, DeletedValue, EmbeddedStore, Key, NewTopic, Registration, Revision,
+        TopicValue, Transaction, Value as _,
     },
     log::{Identity, Options, RealDisk},
     model::{TopicId, TopicName},
@@ -32,11 +33,11 @@ impl Bench {
             rack: None,
             directory_id: log.directory_id().to_string(),
             incarnation: "p".to_owned(),
-            state: crate::cluster::BrokerState::Running,
+            state: BrokerState::Running,
             version: "0".to_owned(),
         };
-        store.transact(Transaction::new().put(keys.broker(id), value.encode())).await.unwrap();
-        let view = View::start(Arc::new(store.clone()), keys.clone(), &tasks);
+        let shared: Arc<dyn MetaStore> = Arc::new(store.clone());
+        let view = View::start(Arc::clone(&shared), keys.clone(), &tasks);
         view.reached(Revision::ZERO).await;
         let settings = Settings {
             id,
@@ -47,10 +48,29 @@ impl Bench {
             retention_interval: Duration::from_secs(3600),
             garbage_grace: Duration::from_secs(3600),
             upload_grace: Duration::from_secs(3600),
+            default_factor: 1,
+            lag_time: Duration::from_secs(10),
+            catchup_bytes_per_second: None,
+            controller: Limits::default(),
         };
-        let (shared, metrics) = (Arc::new(store.clone()), Metrics::new());
-        let parts = Parts { settings, log, store: shared, keys: keys.clone(), view, tier: None, metrics };
-        Self { broker: Broker::start(parts).await, store, keys, tasks }
+        let registration =
+            Registration { store: Arc::clone(&shared), keys: keys.clone(), id, value, time: Duration::from_secs(60) };
+        let broker = Broker::open(Parts {
+            settings,
+            log,
+            store: shared,
+            keys: keys.clone(),
+            view: view.clone(),
+            tier: None,
+            connect: Arc::new(Tcp::new(Duration::from_secs(1))),
+            alone: true,
+            metrics: Metrics::new(),
+        })
+        .await;
+        let session = registration.register(None, &view, &tasks).await.unwrap();
+        view.reached(session.epoch().unwrap()).await;
+        broker.begin(&session).await;
+        Self { broker, store, keys, tasks }
     }
 
     async fn create(&self, name: &TopicName, partitions: u32) -> TopicId {

@@ -263,6 +263,11 @@ impl Admin {
             .retried(|| async {
                 let seen = self.client.routing().generation();
                 let answer = self.ask_leader(topic, partition, query.clone()).await;
+                if let Err(CallError::Fault(fault)) = &answer
+                    && self.client.routing().told(topic, partition, fault)
+                {
+                    return self.ask_leader(topic, partition, query.clone()).await;
+                }
                 if answer.as_ref().is_err_and(CallError::retryable) {
                     self.client.refresh(seen, &[topic]).await?;
                 }

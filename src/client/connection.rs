@@ -92,6 +92,12 @@ impl Pool {
         Ok(wire.clone())
     }
 
+    /// A connection of its own to `address`, made now: who is refused there is refused now.
+    #[cfg(feature = "server")]
+    pub(super) async fn fresh(&self, address: &Address) -> Result<Wire, ConnectError> {
+        self.connect(address).await
+    }
+
     async fn connect(&self, address: &Address) -> Result<Wire, ConnectError> {
         match tokio::time::timeout(self.connect_timeout, self.connect.connect(address)).await {
             Ok(connected) => connected,

@@ -43,6 +43,19 @@ impl ConnectError {
     }
 }
 
+#[cfg(feature = "server")]
+impl ConnectError {
+    /// Whether the system at every address said that nobody listens there. The words are those of [`root_cause`].
+    pub(super) fn is_refused(&self) -> bool {
+        match self {
+            Self::NoAnswer { tried } => {
+                !tried.is_empty() && tried.iter().all(|(_, problem)| problem == "connection refused")
+            }
+            _ => false,
+        }
+    }
+}
+
 struct Tried<'a>(&'a [(String, String)]);
 
 impl fmt::Display for Tried<'_> {

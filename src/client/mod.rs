@@ -28,6 +28,8 @@ mod double;
 mod error;
 mod lock;
 mod options;
+#[cfg(feature = "server")]
+pub mod peers;
 pub mod producer;
 mod routing;
 #[cfg(all(test, feature = "server"))]

@@ -79,6 +79,29 @@ impl Routing {
         lock(&self.view).brokers.values().cloned().collect()
     }
 
+    /// Believes a broker that does not lead a partition and says who does (`NOT_LEADER`, docs/errors.md), where that is newer than what
+    /// is known: nobody needs to be asked then. An epoch that is not above the known one changes nothing, so that two brokers which
+    /// name each other cannot send a client back and forth.
+    pub(super) fn told(&self, topic: &str, partition: u32, fault: &Fault) -> bool {
+        if fault.reason != Reason::NotLeader {
+            return false;
+        }
+        let leader = fault.number("leader").and_then(|id| u32::try_from(id).ok()).map(BrokerId);
+        let epoch = fault.number("leader_epoch").and_then(|epoch| LeaderEpoch::from_i32(i32::try_from(epoch).ok()?));
+        let address = fault.metadata.get("address").and_then(|address| Address::parse(address).ok());
+        let (Some(leader), Some(epoch), Some(address)) = (leader, epoch, address) else { return false };
+        let mut view = lock(&self.view);
+        let Some(Ok(route)) = view.topics.get_mut(topic) else { return false };
+        let known = usize::try_from(partition).ok().and_then(|number| route.partitions.get(number));
+        if known.is_none_or(|known| known.epoch >= epoch) {
+            return false;
+        }
+        let number = usize::try_from(partition).expect("found by it above");
+        Arc::make_mut(route).partitions[number] = PartitionRoute { leader: Some(leader), epoch };
+        view.brokers.insert(leader, address);
+        true
+    }
+
     /// Makes the cache newer than `seen` and adds `wanted` to the topics that it keeps. `ask` calls a broker; it is not
     /// called when somebody else has refreshed meanwhile.
     pub(super) async fn refresh<F, R>(&self, seen: u64, wanted: &[&str], ask: F) -> Result<(), CallError>
@@ -185,6 +208,34 @@ mod tests {
         assert_eq!(calls.into_inner(), 1);
         assert_eq!(routing.leader("t", 0).expect("known").as_str(), "b1:9460");
         assert_eq!(routing.leader("t", 1), None);
+    }
+
+    #[tokio::test]
+    async fn a_broker_that_does_not_lead_says_who_does_and_is_believed_where_that_is_newer() {
+        let routing = Routing::default();
+        let fault = |leader: u32, epoch: i32| {
+            Fault::new(Reason::NotLeader, "elsewhere")
+                .with("leader", leader)
+                .with("leader_epoch", epoch)
+                .with("address", format!("n{leader}:9460"))
+        };
+        assert!(!routing.told("t", 0, &fault(2, 9)), "a topic that nobody asked for");
+        routing.refresh(0, &["t"], |_| async { Ok(answer(1, 3)) }).await.expect("answered");
+        assert!(!routing.told("t", 0, &fault(2, 3)), "another word on the epoch that is known");
+        assert!(!routing.told("t", 1, &fault(2, 4)), "no such partition");
+        assert!(!routing.told("t", 0, &Fault::new(Reason::NotLeader, "nobody")));
+        assert!(!routing.told("t", 0, &Fault { reason: Reason::NotReady, ..fault(2, 4) }));
+        let odd = Fault::new(Reason::NotLeader, "odd").with("leader", -1).with("leader_epoch", "x").with("address", "");
+        assert!(!routing.told("t", 0, &odd));
+        assert_eq!(routing.leader("t", 0).expect("known").as_str(), "b1:9460");
+        assert!(routing.told("t", 0, &fault(3, 4)), "a broker that was not known");
+        assert_eq!(routing.leader("t", 0).expect("known").as_str(), "n3:9460");
+        routing.refresh(1, &["t"], |_| async { Ok(answer(1, 3)) }).await.expect("answered");
+        assert_eq!(
+            routing.leader("t", 0),
+            None,
+            "the one who lags knows no broker 3: its word on who leads is not taken"
+        );
     }
 
     #[tokio::test]

@@ -32,8 +32,11 @@ const CONNECTION_WINDOW_BYTES: u32 = 8 << 20;
 const FRAME_BYTES: u32 = 256 << 10;
 
 /// A peer that answers no ping for this long is gone.
-const PING_EVERY: Duration = Duration::from_secs(5);
-const PING_TIMEOUT: Duration = Duration::from_secs(5);
+const PING: Duration = Duration::from_secs(5);
+
+/// The same between brokers: whom nobody hears for twice this long is not waited for.
+#[cfg(feature = "server")]
+const PING_BETWEEN_BROKERS: Duration = Duration::from_secs(2);
 
 /// What a call that got no answer ends with. A [`Status`] in it, or in its sources, is the call's outcome; an [`Unsent`] says that the
 /// broker never saw the call.
@@ -135,12 +138,19 @@ fn is_refused(error: &(dyn Error + 'static)) -> bool {
 #[derive(Clone, Debug)]
 pub struct Tcp {
     connect_timeout: Duration,
+    ping: Duration,
 }
 
 impl Tcp {
     /// Connections that may take so long to come up.
     pub fn new(connect_timeout: Duration) -> Self {
-        Self { connect_timeout }
+        Self { connect_timeout, ping: PING }
+    }
+
+    /// The same for calls between brokers, which notice sooner that nobody answers any more.
+    #[cfg(feature = "server")]
+    pub fn between_brokers(connect_timeout: Duration) -> Self {
+        Self { connect_timeout, ping: PING_BETWEEN_BROKERS }
     }
 }
 
@@ -155,8 +165,8 @@ impl Connect for Tcp {
                 .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
                 .max_frame_size(FRAME_BYTES)
                 .tcp_nodelay(true)
-                .http2_keep_alive_interval(PING_EVERY)
-                .keep_alive_timeout(PING_TIMEOUT)
+                .http2_keep_alive_interval(self.ping)
+                .keep_alive_timeout(self.ping)
                 .keep_alive_while_idle(true);
             match endpoint.connect().await {
                 Ok(channel) => Ok(Wire::new(channel)),

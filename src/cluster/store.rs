@@ -331,6 +331,12 @@ pub enum StoreError {
         /// Whether a transaction may have been done all the same. Then read back before trying again.
         outcome_unknown: bool,
     },
+    /// It answered, and would not do it: the login, or what this user may do. Nothing was changed.
+    #[error("the metadata store refuses: {why}")]
+    Refused {
+        /// Its words.
+        why: String,
+    },
     /// The changes from this revision on are no longer kept: list again.
     #[error("changes from revision {from} on are no longer kept; the oldest is {oldest}")]
     Compacted {
@@ -370,9 +376,9 @@ impl StoreError {
         Self::Unavailable { why: why.to_string(), outcome_unknown: true }
     }
 
-    /// Whether the same call may succeed later.
+    /// Whether the same call may succeed later. What is refused may be allowed later, when somebody sees to it.
     pub const fn retryable(&self) -> bool {
-        matches!(self, Self::Unavailable { .. })
+        matches!(self, Self::Unavailable { .. } | Self::Refused { .. })
     }
 
     /// Whether a transaction that ended so may have been done.

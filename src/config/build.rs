@@ -3,8 +3,8 @@
 use std::{net::SocketAddr, time::Duration};
 
 use super::{
-    Broker, Cache, Config, ConfigError, ConfigErrors, Grpc, Http, Limits, Log, Metadata, ObjectStore, Settings, Source,
-    Telemetry, Tier,
+    Broker, Cache, Config, ConfigError, ConfigErrors, Controller, Grpc, Http, Limits, Log, Metadata, ObjectStore,
+    Replication, Settings, Source, Telemetry, Tier,
     setting::TOPIC_DEFAULTS,
     sources::Values,
     value::{bytes, duration, host_port, masked, urls, web_url},
@@ -13,6 +13,9 @@ use crate::{
     model::{BrokerId, ConfigMap, InvalidConfig, TopicConfig},
     telemetry,
 };
+
+/// Shortest time of a call to etcd: in a shorter one a busy member is taken for a dead one.
+const SHORTEST_CALL: Duration = Duration::from_millis(100);
 
 /// What object store URLs may begin with.
 const SCHEMES: &[&str] =
@@ -70,7 +73,17 @@ impl Values {
             },
             grpc: Grpc { listen: self.listen("grpc.listen"), advertise: self.optional("grpc.advertise") },
             http: Http { listen: self.listen("http.listen") },
-            metadata: Metadata { etcd: self.text("metadata.etcd").map(urls).unwrap_or_default() },
+            metadata: self.metadata(),
+            replication: Replication {
+                default_factor: self.number("replication.default_factor"),
+                lag_time: self.time("replication.lag_time"),
+                catchup_bytes_per_second: Some(self.number("replication.catchup_bytes_per_second")).filter(|n| *n > 0),
+            },
+            controller: Controller {
+                replace_after: Some(self.time("controller.replace_after")).filter(|time| !time.is_zero()),
+                moves_at_once: self.number("controller.moves_at_once"),
+                balance: self.required("controller.balance") == "true",
+            },
             object_store: ObjectStore {
                 url: self.optional("object_store.url"),
                 endpoint: self.optional("object_store.endpoint"),
@@ -103,6 +116,20 @@ impl Values {
         }
     }
 
+    fn metadata(&self) -> Metadata {
+        let path = |key: &str| self.optional(key).map(Into::into);
+        Metadata {
+            etcd: self.text("metadata.etcd").map(urls).unwrap_or_default(),
+            etcd_ca: path("metadata.etcd_ca"),
+            etcd_cert: path("metadata.etcd_cert"),
+            etcd_key: path("metadata.etcd_key"),
+            etcd_user: self.optional("metadata.etcd_user"),
+            etcd_password_file: path("metadata.etcd_password_file"),
+            call_timeout: self.time("metadata.call_timeout"),
+            session_timeout: self.time("metadata.session_timeout"),
+        }
+    }
+
     fn source(&self, key: &str) -> Source {
         self.set.get(key).map_or(Source::Default, |given| given.source.clone())
     }
@@ -121,11 +148,7 @@ impl Values {
             errors.push(self.value("cluster", "1 to 100 of a-z, A-Z, 0-9, '.', '_' and '-'"));
         }
         self.check_addresses(config, errors);
-        if !config.metadata.etcd.is_empty() {
-            let why = "metadata.etcd is not supported in this version: leave it out, and metadata is kept in the data \
-                       directory";
-            errors.push(self.wrong("metadata.etcd", why.to_owned()));
-        }
+        self.check_metadata(&config.metadata, errors);
         self.check_object_store(&config.object_store, errors);
         if let Err(error) = TopicConfig::resolve(&config.topic_defaults, &ConfigMap::new()) {
             errors.push(self.topic_error(error));
@@ -156,6 +179,40 @@ impl Values {
                 errors.push(self.wrong("grpc.advertise", why));
             }
             _ => {}
+        }
+    }
+
+    fn check_metadata(&self, metadata: &Metadata, errors: &mut Vec<ConfigError>) {
+        if metadata.call_timeout < SHORTEST_CALL {
+            errors.push(self.value("metadata.call_timeout", "a time from 100ms to 10s"));
+        }
+        for (one, other) in [("etcd_cert", "etcd_key"), ("etcd_user", "etcd_password_file")] {
+            let (one, other) = (format!("metadata.{one}"), format!("metadata.{other}"));
+            match (self.text(&one), self.text(&other)) {
+                (Some(_), None) => errors.push(self.wrong(&one, format!("{one} needs {other} beside it"))),
+                (None, Some(_)) => errors.push(self.wrong(&other, format!("{other} needs {one} beside it"))),
+                _ => {}
+            }
+        }
+        if metadata.etcd.is_empty() {
+            let lonely = ["etcd_ca", "etcd_cert", "etcd_key", "etcd_user", "etcd_password_file"];
+            for key in lonely.map(|name| format!("metadata.{name}")).iter().filter(|key| self.text(key).is_some()) {
+                errors
+                    .push(self.wrong(key, format!("{key} is set and metadata.etcd is not: name etcd's members there")));
+            }
+            return;
+        }
+        // What the values' own check has refused already is not told twice.
+        if metadata.etcd.iter().all(|url| web_url(url) && masked(url) == *url)
+            && let Err(error) = metadata.endpoints().check()
+        {
+            errors.push(self.wrong("metadata.etcd", format!("metadata.etcd: {error}")));
+        } else if let Some(url) = metadata.etcd.iter().find(|url| masked(url) != **url) {
+            let why = format!(
+                "metadata.etcd: {} holds a user or password: name them with metadata.etcd_user and metadata.etcd_password_file",
+                masked(url)
+            );
+            errors.push(self.wrong("metadata.etcd", why));
         }
     }
 

@@ -88,6 +88,16 @@ pub enum ConfigError {
         /// What is wrong and what to do.
         why: String,
     },
+    /// A file that a setting names cannot be used.
+    #[error("{key}: the file {} cannot be used: {why}", path.display())]
+    Unusable {
+        /// The setting.
+        key: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
     /// The data directory, or what it should lie in, is a file.
     #[error("data directory {} cannot be used: {} is a file, and a folder is needed; set broker.data_dir (--data-dir) to a folder, \
         which is made when there is none", path.display(), file.display())]

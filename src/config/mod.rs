@@ -20,6 +20,7 @@ use crate::{
 
 mod build;
 mod error;
+mod etcd;
 mod print;
 mod setting;
 mod sources;
@@ -50,6 +51,10 @@ pub struct Config {
     pub http: Http,
     /// `[metadata]`
     pub metadata: Metadata,
+    /// `[replication]`
+    pub replication: Replication,
+    /// `[controller]`
+    pub controller: Controller,
     /// `[object_store]`
     pub object_store: ObjectStore,
     /// `[topic_defaults]`: valid, as `model::TopicConfig` takes it.
@@ -113,6 +118,42 @@ pub struct Http {
 pub struct Metadata {
     /// etcd's endpoints; empty is the embedded store.
     pub etcd: Vec<String>,
+    /// The PEM file of the authority to trust; `None` is the system's.
+    pub etcd_ca: Option<PathBuf>,
+    /// The PEM file of the broker's certificate.
+    pub etcd_cert: Option<PathBuf>,
+    /// The PEM file of that certificate's key.
+    pub etcd_key: Option<PathBuf>,
+    /// The user at etcd.
+    pub etcd_user: Option<String>,
+    /// The file of its password.
+    pub etcd_password_file: Option<PathBuf>,
+    /// How long one call to one member may take.
+    pub call_timeout: Duration,
+    /// How long a lease of the registration lasts without being renewed.
+    pub session_timeout: Duration,
+}
+
+/// Copies on other brokers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Replication {
+    /// Replicas of a partition of a topic whose creation does not say.
+    pub default_factor: u32,
+    /// How long a connected replica may be behind before it leaves the in-sync replicas.
+    pub lag_time: Duration,
+    /// How fast replicas that are not in sync copy from this broker; `None`: as fast as they can.
+    pub catchup_bytes_per_second: Option<u64>,
+}
+
+/// What the controller does by itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Controller {
+    /// How long a broker is gone before its replicas are replaced; `None`: for ever.
+    pub replace_after: Option<Duration>,
+    /// Partitions that are moved at the same time.
+    pub moves_at_once: usize,
+    /// Whether partitions move to brokers that hold fewer.
+    pub balance: bool,
 }
 
 /// Where history goes.

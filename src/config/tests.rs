@@ -213,15 +213,58 @@ fn what_does_not_go_together_is_refused_before_anything_is_touched() {
         ("[grpc]\nlisten = \"0.0.0.0:9460\"", "set grpc.advertise"),
         ("[grpc]\nlisten = \"0.0.0.0:9460\"\nadvertise = \"0.0.0.0:9460\"", "name a host"),
         (
-            "[metadata]\netcd = [\"http://127.0.0.1:2379\"]",
-            "s.toml:2:1: metadata.etcd is not supported in this version",
+            "[metadata]\netcd = [\"http://a:1\", \"http://a:1\"]",
+            "s.toml:2:1: metadata.etcd: the etcd endpoint http://a:1 is named twice",
         ),
+        ("[metadata]\netcd = [\"http://a\"]", "it has no port"),
+        ("[metadata]\netcd = [\"http://u:secret@a:1\"]", "metadata.etcd_user and metadata.etcd_password_file"),
+        ("[metadata]\netcd_ca = \"ca.pem\"", "s.toml:2:1: metadata.etcd_ca is set and metadata.etcd is not"),
+        (
+            "[metadata]\netcd = [\"https://a:1\"]\netcd_cert = \"c\"",
+            "metadata.etcd_cert needs metadata.etcd_key beside it",
+        ),
+        ("[metadata]\netcd = [\"http://a:1\"]\netcd_password_file = \"p\"", "needs metadata.etcd_user beside it"),
+        ("[metadata]\ncall_timeout = \"99ms\"", "allowed is a time from 100ms to 10s"),
+        ("[metadata]\nsession_timeout = \"1s\"", "from 2s to 60s"),
         ("[object_store]\nurl = \"file:///x\"\nendpoint = \"http://a\"", "goes with s3:// URLs only"),
     ] {
         assert!(error(text).contains(part), "{}\n{part}", error(text));
     }
     load("[grpc]\nlisten = \"127.0.0.1:0\"\n[http]\nlisten = \"127.0.0.1:0\"").expect("port 0 is any free one, twice");
     load("[topic_defaults]\n\"retention.ms\" = -1\n\"local.retention.ms\" = -1").expect("both are raised");
+}
+
+#[test]
+fn what_etcd_needs_is_read_from_the_files_that_the_settings_name() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let password = dir.path().join("password");
+    let text = format!(
+        "[metadata]\netcd = [\"http://a:1\", \"http://b:2\"]\netcd_user = \"strandline\"\netcd_password_file = {:?}\n\
+         call_timeout = \"500ms\"",
+        password.display().to_string()
+    );
+    let config = load(&text).expect("valid").config;
+    let said = config.etcd().expect_err("there is no such file").to_string();
+    assert!(said.contains("metadata.etcd_password_file") && said.contains("password"), "{said}");
+    fs::write(&password, "").expect("written");
+    assert!(config.etcd().expect_err("empty").to_string().contains("it is empty"));
+    fs::write(&password, "a secret\n").expect("written");
+    let options = config.etcd().expect("readable").expect("etcd is named");
+    assert_eq!((options.endpoints.len(), options.call_timeout), (2, Duration::from_millis(500)));
+    assert_eq!(options.login.expect("named").password, "a secret", "the line's end is an editor's");
+    assert!(options.tls.is_none());
+    assert!(load("").expect("valid").config.etcd().expect("nothing to read").is_none());
+}
+
+#[test]
+fn zero_means_never_and_as_fast_as_they_can() {
+    let config =
+        load("[controller]\nreplace_after = \"0s\"\n[replication]\ncatchup_bytes_per_second = 1048576").expect("valid");
+    assert_eq!(config.config.controller.replace_after, None);
+    assert_eq!(config.config.replication.catchup_bytes_per_second, Some(1 << 20));
+    let config = load("").expect("valid").config;
+    assert_eq!(config.controller.replace_after, Some(Duration::from_secs(1800)));
+    assert_eq!((config.replication.catchup_bytes_per_second, config.replication.default_factor), (None, 1));
 }
 
 #[test]

@@ -17,6 +17,18 @@ impl EpochHistory {
         Self::default()
     }
 
+    /// The history of these epochs, each with the first offset written in it; `None` where either does not grow.
+    pub fn from_starts(starts: impl IntoIterator<Item = (LeaderEpoch, Offset)>) -> Option<Self> {
+        let mut history = Self::new();
+        for (epoch, start) in starts {
+            if history.last().is_some_and(|(last, last_start)| last >= epoch || last_start >= start) {
+                return None;
+            }
+            history.starts.push((epoch, start));
+        }
+        Some(history)
+    }
+
     /// Every epoch and where it starts, oldest first.
     pub fn iter(&self) -> impl ExactSizeIterator<Item = (LeaderEpoch, Offset)> + '_ {
         self.starts.iter().copied()

@@ -85,6 +85,11 @@ impl Reader {
         self.shared.state().log_end()
     }
 
+    /// The epoch that wrote last; `None` where nothing was written and nothing is known of what lies before.
+    pub fn last_epoch(&self) -> Option<LeaderEpoch> {
+        self.shared.state().epochs.last().map(|(epoch, _)| epoch)
+    }
+
     /// The batches of `from..bound` that are in memory, about `max_bytes` of them and at least one; `None` when the first is not
     /// there. Never blocks.
     pub fn read_memory(&self, from: Offset, bound: Offset, max_bytes: usize) -> Option<Read> {

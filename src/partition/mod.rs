@@ -33,20 +33,30 @@ pub mod leader;
 pub mod retention;
 
 mod actor;
+mod begin;
+mod listeners;
 mod memory;
 mod opener;
 mod reader;
 mod ready;
+mod replicated;
+mod role;
+pub mod session;
 mod shared;
+mod surroundings;
+mod tail;
 mod upkeep;
 mod upkeep_queue;
 
-use std::sync::{Arc, Mutex, PoisonError, atomic::Ordering};
+use std::{
+    sync::{Arc, Mutex, PoisonError, atomic::Ordering},
+    time::Duration,
+};
 
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 
 use self::{
-    actor::{Actor, Append, Command, Parts},
+    actor::{Actor, Append, Command, News, Order, Parts},
     shared::Shared,
 };
 pub use self::{
@@ -56,18 +66,22 @@ pub use self::{
     opener::{Opener, Use},
     reader::{Fetched, ReadError, Reader, Source},
     ready::Ready,
+    role::{Answered, Assignment, Beginning, FromLink, Joined, On, Overrun, Role, Standing},
+    surroundings::{Agreement, Links, Surroundings},
+    tail::TailReader,
     upkeep::{Step, Upkeep, UpkeepError},
     upkeep_queue::UpkeepQueue,
 };
 use crate::{
-    log::{ChangeError, Log, ReplicaError},
-    model::{Acks, BrokerId, LeaderEpoch, PartitionId, TopicConfig, TopicName, Watermarks},
+    log::{ChangeError, Log, Replica, ReplicaError},
+    model::{Acks, BrokerId, LeaderEpoch, Offset, PartitionId, TopicConfig, TopicName, Watermarks},
     record::Batch,
     task::Tasks,
     tier::{PartitionTier, TierState},
 };
 
-/// Commands that may wait in a partition's queue. Bytes are bounded by the permits that appends carry.
+/// Commands that may wait in a partition's queue, and orders in the one beside it. Bytes are bounded by the permits that appends
+/// carry, and by the windows of links.
 const QUEUE: usize = 1024;
 
 /// What it takes to open a partition.
@@ -77,14 +91,20 @@ pub struct Spec {
     pub id: PartitionId,
     /// Its topic's name.
     pub topic: TopicName,
-    /// The epoch in which this broker leads it.
-    pub epoch: LeaderEpoch,
     /// The topic's configuration.
     pub config: Arc<TopicConfig>,
     /// What the metadata store says of its log start and its tier; `None` before the first commit.
     pub committed: Option<TierState>,
     /// Its tier, when this broker has an object store.
     pub tier: Option<PartitionTier>,
+    /// The metadata lies in the data directory and shares its fate: what is not here is nowhere else. Then a log that ends below what is
+    /// committed goes on from there; else it is [`PartitionError::Lost`].
+    pub alone: bool,
+    /// What the disk has of it, if anything, counts for nothing: it is deleted, and the replica begins empty and copies. Only for a
+    /// replica that is in no set.
+    pub anew: bool,
+    /// `replication.lag_time`: how long a member of the ISR may take to reach what the log end was.
+    pub lag_time: Duration,
 }
 
 /// Why a partition cannot be opened.
@@ -96,6 +116,18 @@ pub enum PartitionError {
     /// The replica could not be begun anew where the bucket ends.
     #[error("the replica cannot begin anew where the bucket ends: {0}")]
     Reset(#[from] ChangeError),
+    /// The disk holds less than what the bucket has, or what was deleted: whatever else is in it, it does not reach the log's tail.
+    #[error(
+        "the replica of partition {id} ends at {log_end}, below {committed}, where the bucket ends or the log starts: it must copy again"
+    )]
+    Lost {
+        /// Which.
+        id: PartitionId,
+        /// Where the log on the disk ends.
+        log_end: Offset,
+        /// All before it was committed.
+        committed: Offset,
+    },
 }
 
 /// The handle of one partition's task.
@@ -103,61 +135,56 @@ pub struct Partition {
     id: PartitionId,
     topic: TopicName,
     mailbox: mpsc::Sender<Command>,
+    orders: mpsc::Sender<Order>,
+    news: Arc<News>,
     shared: Arc<Shared>,
     reader: Reader,
+    tail: crate::log::Reader,
     tier: Option<PartitionTier>,
-    /// What is committed in the metadata store. Only upkeep, one worker at a time, changes it.
+    /// What is committed in the metadata store, as far as it is known here.
     committed: Mutex<Option<TierState>>,
     tasks: Tasks,
 }
 
 impl Partition {
-    /// Opens the replica and starts the partition's task. Blocks on files: call it where blocking is allowed.
+    /// Opens the replica and starts the partition's task, which waits until it is [assigned](Self::assign) something. Blocks on
+    /// files: call it where blocking is allowed.
     pub fn open(
         broker: BrokerId,
         log: &Log,
         spec: Spec,
+        around: Surroundings,
         upkeep: &UpkeepQueue,
         parent: &Tasks,
     ) -> Result<Arc<Self>, PartitionError> {
         let committed = spec.committed.clone().unwrap_or_default();
         let (log_start, tiered_end) = (committed.log_start, committed.bucket_end());
-        let start = log_start.max(tiered_end);
-        let mut replica = log.open_replica(spec.id, start)?;
-        if replica.log_end() < start {
-            // This disk was lost or restored: go on behind what the bucket has and behind what was deleted. An offset is
-            // never given twice.
-            tracing::warn!(
-                partition = %spec.id, log_end = %replica.log_end(), %tiered_end, %log_start,
-                "the local log ends below what was committed; going on from there"
-            );
-            replica.reset(start)?;
-        }
-        let shared = Arc::new(Shared::new(spec.epoch, spec.config));
-        let reader = Reader::new(spec.id, Arc::clone(&shared), replica.reader(), spec.tier.clone());
+        let replica = open_replica(log, &spec, log_start.max(tiered_end))?;
+        let shared = Arc::new(Shared::new(spec.config));
+        let tail = replica.reader();
+        let reader = Reader::new(spec.id, Arc::clone(&shared), tail.clone(), spec.tier.clone());
         let (mailbox, commands) = mpsc::channel(QUEUE);
+        let (orders, ordered) = mpsc::channel(QUEUE);
+        let news = Arc::new(News::default());
         let tasks = parent.child();
         let actor = Actor::new(Parts {
             broker,
             id: spec.id,
             replica,
             shared: Arc::clone(&shared),
+            news: Arc::clone(&news),
+            around,
             upkeep: upkeep.clone(),
+            tier: spec.tier.clone(),
             log_start,
             tiered_end,
+            lag_ms: u64::try_from(spec.lag_time.as_millis()).unwrap_or(u64::MAX),
+            orders: orders.downgrade(),
             tasks: tasks.clone(),
         });
-        tasks.spawn("partition", actor.run(commands));
-        Ok(Arc::new(Self {
-            id: spec.id,
-            topic: spec.topic,
-            mailbox,
-            shared,
-            reader,
-            tier: spec.tier,
-            committed: Mutex::new(spec.committed),
-            tasks,
-        }))
+        tasks.spawn("partition", actor.run(commands, ordered));
+        let (id, topic, tier, committed) = (spec.id, spec.topic, spec.tier, Mutex::new(spec.committed));
+        Ok(Arc::new(Self { id, topic, mailbox, orders, news, shared, reader, tail, tier, committed, tasks }))
     }
 
     /// Which partition it is.
@@ -196,7 +223,12 @@ impl Partition {
         self.shared.marks()
     }
 
-    /// The epoch in which this broker leads it.
+    /// What this broker is in it.
+    pub fn standing(&self) -> Standing {
+        self.shared.standing()
+    }
+
+    /// The newest leader epoch that its metadata named here.
     pub fn epoch(&self) -> LeaderEpoch {
         self.shared.epoch()
     }
@@ -244,6 +276,24 @@ impl Partition {
         self.tasks.stop().await;
     }
 
+    /// Takes over what the metadata store has committed of its tier and its log start, unless something newer is known. Returns when
+    /// readers see it.
+    pub async fn adopt(&self, state: TierState) {
+        self.note_committed(&state);
+        self.command(Command::Committed(Box::new(state))).await;
+    }
+
+    fn note_committed(&self, state: &TierState) {
+        if let Some(tier) = &self.tier {
+            tier.adopt(state.clone());
+        }
+        let mut committed = self.committed.lock().unwrap_or_else(PoisonError::into_inner);
+        let age = |state: &TierState| (state.version(), state.log_start, state.epoch);
+        if committed.as_ref().is_none_or(|known| age(known) <= age(state)) {
+            *committed = Some(state.clone());
+        }
+    }
+
     fn committed(&self) -> Option<TierState> {
         self.committed.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -251,6 +301,30 @@ impl Partition {
     async fn command(&self, command: Command) {
         let _stopped = self.mailbox.send(command).await;
     }
+}
+
+/// Opens the replica of `spec`, whose committed part ends at `committed` or later.
+fn open_replica(log: &Log, spec: &Spec, committed: Offset) -> Result<Replica, PartitionError> {
+    if spec.anew {
+        log.delete_replica(spec.id)?;
+    }
+    // A replica that copies is empty at first: where it begins its leader says, and the bucket has what must be known there.
+    let start = if spec.alone { committed } else { Offset::ZERO };
+    let mut replica = log.open_replica(spec.id, start)?;
+    let log_end = replica.log_end();
+    if log_end >= committed || spec.anew {
+        return Ok(replica);
+    }
+    if !spec.alone {
+        return Err(PartitionError::Lost { id: spec.id, log_end, committed });
+    }
+    // This disk was lost or restored: go on behind what the bucket has and behind what was deleted. An offset is
+    // never given twice.
+    tracing::warn!(
+        partition = %spec.id, %log_end, %committed, "the local log ends below what was committed; going on from there"
+    );
+    replica.reset(committed)?;
+    Ok(replica)
 }
 
 #[cfg(test)]

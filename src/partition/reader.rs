@@ -1,14 +1,15 @@
 //! Reading a partition: memory, then disk, then bucket, without the caller noticing which.
 //!
 //! A reader never asks the partition's task anything. What it may see ends at the high watermark that the task
-//! published; what it may not see any more ends at the log start. Segments may be evicted or deleted while a read looks for
+//! published; what it may not see any more ends at the log start. A follower, and a leader who does not know yet what was committed
+//! before it, may know less than its caller saw elsewhere: there an offset above the high watermark is one to wait for. Segments may be evicted or deleted while a read looks for
 //! them: the read then looks again, one tier further down.
 
 use std::sync::Arc;
 
 use bytes::Bytes;
 
-use super::{Opener, Ready, Use, shared::Shared};
+use super::{On, Opener, Ready, Role, Use, shared::Shared};
 use crate::{
     limits, log,
     model::{LeaderEpoch, Offset, PartitionId, Watermarks},
@@ -106,11 +107,11 @@ impl Reader {
 
     /// Marks `index` in `ready` whenever there is more to read, and once at first.
     pub fn follow(&self, ready: &Arc<Ready>, index: usize) {
-        self.shared.follow(ready, index);
+        self.shared.follow(ready, index, On::Committed);
     }
 
     /// Reads committed records from `from`: at least one batch when there is one, beyond that up to `max_bytes`.
-    /// `None` when `from` is the high watermark: there is nothing yet.
+    /// `None` when there is nothing yet: `from` is the high watermark, or above it where that is not the last word.
     pub async fn read(&self, from: Offset, max_bytes: usize) -> Result<Option<Fetched>, ReadError> {
         for _ in 0..TRIES {
             let Some(marks) = self.readable(from)? else { return Ok(None) };
@@ -138,7 +139,7 @@ impl Reader {
         }
         let marks = self.shared.marks();
         let (start, end) = (marks.log_start, marks.high_watermark);
-        if from < start || from > end {
+        if from < start || from > end && self.shared.standing().role == (Role::Leader { settled: true }) {
             return Err(ReadError::OutOfRange { offset: from, start, end });
         }
         Ok((from < end).then_some(marks))
@@ -250,7 +251,7 @@ fn first_at(batch: &Batch, most: usize, timestamp_ms: i64, from: Offset) -> Resu
     Ok(None)
 }
 
-fn fetched(read: log::Read, source: Source) -> Fetched {
+pub(super) fn fetched(read: log::Read, source: Source) -> Fetched {
     Fetched { chunks: read.chunks, bytes: read.bytes, next: read.next, source }
 }
 

@@ -47,8 +47,11 @@ pub struct Input<'a> {
     pub tiered: &'a [Segment],
     /// Bytes of all segments in the bucket that reach above `log_start`.
     pub tiered_bytes: u64,
-    /// Whether sealed segments are uploaded: the topic says so and there is a bucket.
+    /// Whether sealed segments are uploaded: the topic says so, there is a bucket, and this broker is a leader who knows what is
+    /// committed.
     pub uploads: bool,
+    /// Whether this broker leads. A follower moves no log start: it takes over its leader's.
+    pub leads: bool,
     /// Whether somebody waits for what is in the active segment to be in the bucket (`acks=tiered`).
     pub hurry: bool,
 }
@@ -68,7 +71,7 @@ pub struct Plan {
 
 /// Decides.
 pub fn plan(input: &Input<'_>) -> Plan {
-    let log_start = log_start(input);
+    let log_start = if input.leads { log_start(input) } else { None };
     let kept_from = log_start.unwrap_or(input.log_start);
     Plan { seal: seal(input), log_start, upload: upload(input, kept_from), evict_below: evict_below(input, kept_from) }
 }
@@ -187,6 +190,7 @@ mod tests {
             tiered,
             tiered_bytes: tiered.iter().map(|segment| segment.bytes).sum(),
             uploads: config.tiered,
+            leads: true,
             hurry: false,
         }
     }
@@ -331,6 +335,7 @@ mod tests {
                 tiered: &self.tiered,
                 tiered_bytes: self.tiered.iter().map(|segment| segment.bytes).sum(),
                 uploads: false,
+                leads: true,
                 hurry: false,
             })
         }

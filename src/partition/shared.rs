@@ -1,13 +1,14 @@
-//! What the partition's task publishes for everybody else: marks, configuration, fault. Read without asking the task.
+//! What the partition's task publishes for everybody else: marks, standing, configuration, fault. Read without asking the task.
 
 use std::sync::{
-    Arc, Mutex, PoisonError, Weak,
+    Arc, Mutex, PoisonError,
     atomic::{AtomicBool, AtomicU64, Ordering},
 };
 
 use arc_swap::ArcSwap;
+use tokio::sync::Notify;
 
-use super::Ready;
+use super::{On, Ready, Role, Standing, leader::insync::Ends, listeners::Listeners};
 use crate::model::{LeaderEpoch, Offset, TopicConfig, Watermarks};
 
 /// The published state of one partition. Only its task writes.
@@ -23,14 +24,20 @@ pub(super) struct Shared {
     /// When the active segment took its first batch, in ms; 0 while it is empty.
     pub(super) active_since_ms: AtomicU64,
     closed: AtomicBool,
-    epoch: LeaderEpoch,
+    /// Whether a member of the ISR is behind, so that the clock is to be asked.
+    behind: AtomicBool,
+    standing: ArcSwap<Standing>,
+    /// Told when the standing changed.
+    stands: Notify,
     config: ArcSwap<TopicConfig>,
     fault: Mutex<Option<Arc<str>>>,
-    followers: Mutex<Vec<(Weak<Ready>, usize)>>,
+    committed: Listeners,
+    written: Listeners,
+    progress: Listeners,
 }
 
 impl Shared {
-    pub(super) fn new(epoch: LeaderEpoch, config: Arc<TopicConfig>) -> Self {
+    pub(super) fn new(config: Arc<TopicConfig>) -> Self {
         Self {
             log_start: AtomicU64::new(0),
             local_start: AtomicU64::new(0),
@@ -41,25 +48,36 @@ impl Shared {
             local_bytes: AtomicU64::new(0),
             active_since_ms: AtomicU64::new(0),
             closed: AtomicBool::new(false),
-            epoch,
+            behind: AtomicBool::new(false),
+            standing: ArcSwap::from_pointee(Standing::UNKNOWN),
+            stands: Notify::new(),
             config: ArcSwap::new(config),
             fault: Mutex::new(None),
-            followers: Mutex::new(Vec::new()),
+            committed: Listeners::default(),
+            written: Listeners::default(),
+            progress: Listeners::default(),
         }
     }
 
     /// Publishes the marks. The ends are stored before the high watermark, so that who sees a high watermark finds
-    /// everything below it.
+    /// everything below it. Whoever waits for a mark is woken when it moved.
     pub(super) fn publish(&self, marks: Watermarks, local_bytes: u64) {
-        self.log_end.store(marks.log_end.get(), Ordering::Release);
-        self.persisted_end.store(marks.persisted_end.get(), Ordering::Release);
+        let written = self.log_end.swap(marks.log_end.get(), Ordering::SeqCst) != marks.log_end.get();
+        let persisted = self.persisted_end.swap(marks.persisted_end.get(), Ordering::SeqCst);
+        let persisted = persisted != marks.persisted_end.get();
         self.tiered_end.store(marks.tiered_end.get(), Ordering::Release);
         self.local_start.store(marks.local_start.get(), Ordering::Release);
         self.log_start.store(marks.log_start.get(), Ordering::Release);
         self.local_bytes.store(local_bytes, Ordering::Relaxed);
-        let before = self.high_watermark.swap(marks.high_watermark.get(), Ordering::AcqRel);
+        let before = self.high_watermark.swap(marks.high_watermark.get(), Ordering::SeqCst);
         if before != marks.high_watermark.get() {
-            self.wake();
+            self.committed.wake();
+        }
+        if written {
+            self.written.wake();
+        }
+        if written || persisted {
+            self.progress.wake();
         }
     }
 
@@ -79,8 +97,49 @@ impl Shared {
         self.local_bytes.load(Ordering::Relaxed)
     }
 
+    /// How far the log reaches.
+    pub(super) fn ends(&self) -> Ends {
+        // The persisted end first: it is never above a log end that is read after it.
+        let load = |mark: &AtomicU64| Offset::new(mark.load(Ordering::Acquire)).expect("a published offset");
+        let persisted = load(&self.persisted_end);
+        let written = load(&self.log_end);
+        Ends { written, persisted: persisted.min(written) }
+    }
+
+    pub(super) fn standing(&self) -> Standing {
+        **self.standing.load()
+    }
+
     pub(super) fn epoch(&self) -> LeaderEpoch {
-        self.epoch
+        self.standing().epoch
+    }
+
+    /// Publishes what this broker is now, and wakes all who wait for anything: it may be over.
+    pub(super) fn stand(&self, standing: Standing) {
+        self.standing.store(Arc::new(standing));
+        self.stands.notify_waiters();
+        self.wake_all();
+    }
+
+    /// Waits until this broker leads in `epoch`, or has heard of a newer one, or does not serve the partition any more.
+    pub(super) async fn until_led(&self, epoch: LeaderEpoch) {
+        loop {
+            let changed = self.stands.notified();
+            let standing = self.standing();
+            let over = standing.epoch > epoch || self.is_closed();
+            if over || standing.epoch == epoch && matches!(standing.role, Role::Leader { .. }) {
+                return;
+            }
+            changed.await;
+        }
+    }
+
+    pub(super) fn is_behind(&self) -> bool {
+        self.behind.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn set_behind(&self, behind: bool) {
+        self.behind.store(behind, Ordering::Relaxed);
     }
 
     pub(super) fn config(&self) -> Arc<TopicConfig> {
@@ -106,24 +165,32 @@ impl Shared {
     /// Ends the partition for its readers: each is woken and finds it closed.
     pub(super) fn close(&self) {
         self.closed.store(true, Ordering::Release);
-        self.wake();
+        self.stands.notify_waiters();
+        self.wake_all();
     }
 
-    /// Marks `index` in `ready` from now on whenever the high watermark moves, and once at first.
-    pub(super) fn follow(&self, ready: &Arc<Ready>, index: usize) {
-        let mut followers = self.followers.lock().unwrap_or_else(PoisonError::into_inner);
-        followers.retain(|(follower, _)| follower.strong_count() > 0);
-        followers.push((Arc::downgrade(ready), index));
-        drop(followers);
+    /// Marks `index` in `ready` from now on whenever that mark moves, and once at first.
+    pub(super) fn follow(&self, ready: &Arc<Ready>, index: usize, on: On) {
+        self.listeners(on).add(ready, index);
         ready.mark(index);
     }
 
-    fn wake(&self) {
-        let followers = self.followers.lock().unwrap_or_else(PoisonError::into_inner);
-        for (follower, index) in followers.iter() {
-            if let Some(ready) = follower.upgrade() {
-                ready.mark(*index);
-            }
+    /// Wakes who waits for this mark, though it did not move.
+    pub(super) fn wake(&self, on: On) {
+        self.listeners(on).wake();
+    }
+
+    fn listeners(&self, on: On) -> &Listeners {
+        match on {
+            On::Committed => &self.committed,
+            On::Written => &self.written,
+            On::Progress => &self.progress,
         }
+    }
+
+    fn wake_all(&self) {
+        self.committed.wake();
+        self.written.wake();
+        self.progress.wake();
     }
 }

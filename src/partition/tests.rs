@@ -6,7 +6,7 @@ use tokio::sync::Semaphore;
 
 use super::*;
 use crate::{
-    cluster::{EmbeddedStore, Keys, MetaStore, PartitionValue, TierCommits, Transaction, Value as _},
+    cluster::{EmbeddedStore, Keys, MetaStore, PartitionValue, Revision, TierCommits, Transaction, Value as _},
     log::{Identity, Options, RealDisk},
     model::{Compression, ConfigMap, Offset, TopicId},
     record::BatchBuilder,
@@ -33,17 +33,7 @@ impl Bench {
         let id = PartitionId::new(TopicId::from_bytes([7; 16]), 0);
         let store = EmbeddedStore::in_memory();
         let keys = Keys::new("test").unwrap();
-        let value = PartitionValue {
-            replicas: vec![BrokerId(1)],
-            leader: Some(BrokerId(1)),
-            leader_epoch: LeaderEpoch(4),
-            isr: vec![BrokerId(1)],
-            elr: vec![],
-            adding: vec![],
-            removing: vec![],
-            unclean: None,
-        };
-        store.transact(Transaction::new().put(keys.partition(id), value.encode())).await.unwrap();
+        store.transact(Transaction::new().put(keys.partition(id), alone().encode())).await.unwrap();
         let tier = bucket.then(|| {
             let store = Store::open(&StoreOptions::new("memory://"), "test").unwrap();
             let cache = Cache::open(&CacheOptions::default(), &Metrics::new()).unwrap();
@@ -54,26 +44,37 @@ impl Bench {
         Self { log, tier, commits, upkeep, queue: UpkeepQueue::default(), tasks: Tasks::new(), id }
     }
 
-    fn open(&self, config: &[(&str, &str)]) -> Arc<Partition> {
-        self.open_with(config, None)
+    async fn open(&self, config: &[(&str, &str)]) -> Arc<Partition> {
+        self.open_with(config, None).await
     }
 
     /// Opens it as a restart does: with what the metadata store says.
     async fn reopen(&self, config: &[(&str, &str)]) -> Arc<Partition> {
         let committed = self.commits.current(self.id).await.unwrap();
-        self.open_with(config, committed.filter(|state| *state != TierState::default()))
+        self.open_with(config, committed.filter(|state| *state != TierState::default())).await
     }
 
-    fn open_with(&self, config: &[(&str, &str)], committed: Option<TierState>) -> Arc<Partition> {
+    async fn open_with(&self, config: &[(&str, &str)], committed: Option<TierState>) -> Arc<Partition> {
         let spec = Spec {
             id: self.id,
             topic: TopicName::new("events").unwrap(),
-            epoch: LeaderEpoch(4),
             config: resolve(config),
-            committed,
+            committed: committed.clone(),
             tier: self.tier.clone(),
+            alone: true,
+            anew: false,
+            lag_time: Duration::MAX,
         };
-        Partition::open(BrokerId(1), &self.log, spec, &self.queue, &self.tasks).unwrap()
+        let around = Surroundings::alone();
+        let partition = Partition::open(BrokerId(1), &self.log, spec, around, &self.queue, &self.tasks).unwrap();
+        let assignment = Assignment {
+            value: Arc::new(alone()),
+            revision: Revision::ZERO,
+            committed,
+            registered: std::collections::BTreeMap::new(),
+        };
+        partition.assign(assignment).await;
+        partition
     }
 
     /// Carries out upkeep until there is nothing left to do.
@@ -81,6 +82,20 @@ impl Bench {
         while self.upkeep.step(partition).await.unwrap().more {}
         // The last command was only queued: a question behind it is answered after it.
         upkeep::local(partition).await.unwrap();
+    }
+}
+
+/// The value of a partition that this broker has alone.
+fn alone() -> PartitionValue {
+    PartitionValue {
+        replicas: vec![BrokerId(1)],
+        leader: Some(BrokerId(1)),
+        leader_epoch: LeaderEpoch(4),
+        isr: vec![BrokerId(1)],
+        elr: vec![],
+        adding: vec![],
+        removing: vec![],
+        unclean: None,
     }
 }
 
@@ -124,7 +139,7 @@ async fn read_all(partition: &Partition, from: u64) -> (Vec<Vec<u8>>, Vec<Source
 async fn what_is_acknowledged_is_read_and_survives_a_reopen() {
     let dir = tempfile::tempdir().unwrap();
     let bench = Bench::new(dir.path(), false).await;
-    let partition = bench.open(&[]);
+    let partition = bench.open(&[]).await;
     for n in 0..10u8 {
         let acked = append(&partition, &[n], Acks::All).await.unwrap();
         assert_eq!((acked.base.get(), acked.held), (u64::from(n), Held::Synced(1)));
@@ -136,7 +151,7 @@ async fn what_is_acknowledged_is_read_and_survives_a_reopen() {
     assert_eq!(append(&partition, b"late", Acks::All).await, Err(AppendError::Closing));
     assert_eq!(partition.reader().read(Offset::ZERO, 1).await.unwrap_err(), ReadError::Closed);
     drop(partition);
-    let again = bench.open(&[]);
+    let again = bench.open(&[]).await;
     assert_eq!(again.marks().high_watermark.get(), 10);
     assert_eq!(read_all(&again, 0).await.0.len(), 10);
 }
@@ -146,7 +161,7 @@ async fn what_is_acknowledged_is_read_and_survives_a_reopen() {
 async fn a_segment_does_not_outgrow_its_topic_because_batches_came_at_once() {
     let dir = tempfile::tempdir().unwrap();
     let bench = Bench::new(dir.path(), false).await;
-    let partition = bench.open(&[("segment.bytes", "16384")]);
+    let partition = bench.open(&[("segment.bytes", "16384")]).await;
     // On one thread: all of them are queued before the partition has its turn.
     let mut answers = Vec::new();
     for n in 0..40_u8 {
@@ -170,7 +185,7 @@ async fn a_segment_does_not_outgrow_its_topic_because_batches_came_at_once() {
 async fn a_reader_crosses_bucket_disk_and_memory() {
     let dir = tempfile::tempdir().unwrap();
     let bench = Bench::new(dir.path(), true).await;
-    let partition = bench.open(&[("segment.bytes", "16384"), ("local.retention.bytes", "40000")]);
+    let partition = bench.open(&[("segment.bytes", "16384"), ("local.retention.bytes", "40000")]).await;
     let value = |n: u32| [n.to_be_bytes().as_slice(), &[7; 4000]].concat();
     for n in 0..60 {
         append(&partition, &value(n), Acks::All).await.unwrap();
@@ -190,7 +205,7 @@ async fn a_reader_crosses_bucket_disk_and_memory() {
 async fn a_tiered_write_is_answered_by_the_bucket_without_waiting_for_a_full_segment() {
     let dir = tempfile::tempdir().unwrap();
     let bench = Bench::new(dir.path(), true).await;
-    let partition = bench.open(&[]);
+    let partition = bench.open(&[]).await;
     let written = append(&partition, b"x", Acks::Tiered);
     let serve = async {
         loop {
@@ -211,7 +226,7 @@ async fn a_tiered_write_is_answered_by_the_bucket_without_waiting_for_a_full_seg
 async fn retention_moves_the_start_in_both_tiers_and_readers_are_told() {
     let dir = tempfile::tempdir().unwrap();
     let bench = Bench::new(dir.path(), true).await;
-    let partition = bench.open(&[("segment.bytes", "16384"), ("retention.bytes", "50000")]);
+    let partition = bench.open(&[("segment.bytes", "16384"), ("retention.bytes", "50000")]).await;
     for n in 0..40u8 {
         append(&partition, &[n; 4000], Acks::All).await.unwrap();
     }
@@ -228,7 +243,7 @@ async fn retention_moves_the_start_in_both_tiers_and_readers_are_told() {
 async fn durability_changes_on_a_live_topic() {
     let dir = tempfile::tempdir().unwrap();
     let bench = Bench::new(dir.path(), false).await;
-    let partition = bench.open(&[("durability", "replicated")]);
+    let partition = bench.open(&[("durability", "replicated")]).await;
     assert_eq!(append(&partition, b"a", Acks::All).await.unwrap().held, Held::PageCache(1));
     partition.configure(resolve(&[("durability", "persisted")])).await;
     assert_eq!(append(&partition, b"b", Acks::All).await.unwrap().held, Held::Synced(1));
@@ -246,7 +261,7 @@ async fn durability_changes_on_a_live_topic() {
 async fn a_time_is_found_to_the_record_in_every_tier() {
     let dir = tempfile::tempdir().unwrap();
     let bench = Bench::new(dir.path(), true).await;
-    let partition = bench.open(&[("segment.bytes", "16384"), ("retention.ms", "-1")]);
+    let partition = bench.open(&[("segment.bytes", "16384"), ("retention.ms", "-1")]).await;
     for group in 0..6i64 {
         let mut builder = BatchBuilder::new(Compression::None);
         for n in 0..4 {
@@ -275,7 +290,7 @@ async fn a_time_is_found_to_the_record_in_every_tier() {
 async fn a_time_that_only_a_header_claims_is_not_found() {
     let dir = tempfile::tempdir().unwrap();
     let bench = Bench::new(dir.path(), true).await;
-    let partition = bench.open(&[("segment.bytes", "16384"), ("retention.ms", "-1")]);
+    let partition = bench.open(&[("segment.bytes", "16384"), ("retention.ms", "-1")]).await;
     let opener = Opener::new(64 << 20);
     // The second and the third batch claim the end of time, and what is in the third nobody can decode.
     for (time, claim, garbage) in [(1000, 1000, false), (2000, 1 << 62, false), (0, 1 << 62, true), (3000, 3000, false)]
@@ -341,7 +356,7 @@ async fn without_uploads_size_retention_keeps_the_limit_and_frees_the_disk() {
     for bucket in [false, true] {
         let dir = tempfile::tempdir().unwrap();
         let bench = Bench::new(dir.path(), bucket).await;
-        let partition = bench.open(LOCAL);
+        let partition = bench.open(LOCAL).await;
         for n in 0..100u8 {
             append(&partition, &[n; 4000], Acks::All).await.unwrap();
         }
@@ -384,7 +399,7 @@ async fn without_uploads_size_retention_keeps_the_limit_and_frees_the_disk() {
 async fn files_that_a_crash_left_below_the_log_start_go_with_the_next_upkeep() {
     let dir = tempfile::tempdir().unwrap();
     let bench = Bench::new(dir.path(), false).await;
-    let partition = bench.open(LOCAL);
+    let partition = bench.open(LOCAL).await;
     for n in 0..40u8 {
         append(&partition, &[n; 4000], Acks::All).await.unwrap();
     }
@@ -423,7 +438,7 @@ async fn uploads_that_were_off_go_on_behind_what_was_deleted_meanwhile() {
     let dir = tempfile::tempdir().unwrap();
     let bench = Bench::new(dir.path(), true).await;
     let on = [("segment.bytes", "16384"), ("retention.ms", "-1"), ("local.retention.ms", "-1")];
-    let partition = bench.open(&on);
+    let partition = bench.open(&on).await;
     for n in 0..40u8 {
         append(&partition, &[n; 4000], Acks::All).await.unwrap();
     }
@@ -463,7 +478,7 @@ async fn uploads_that_were_off_go_on_behind_what_was_deleted_meanwhile() {
 async fn a_reader_at_the_front_is_told_the_start_while_segments_are_deleted() {
     let dir = tempfile::tempdir().unwrap();
     let bench = Bench::new(dir.path(), false).await;
-    let partition = bench.open(LOCAL);
+    let partition = bench.open(LOCAL).await;
     let reader = partition.reader().clone();
     let front = async move {
         let (mut at, mut told) = (Offset::ZERO, 0);

@@ -3,8 +3,10 @@
 //! The order is what makes a crash harmless: object, manifest, commit in the metadata store, and only then the local
 //! files. A crash between any two leaves an object that nobody names, or files below the log start, and the next try begins
 //! anew: every step is planned from what is there.
+//!
+//! Only the leader uploads and moves the log start. A follower seals by age, and lets go what its leader committed to the bucket.
 
-use std::{sync::PoisonError, time::Duration};
+use std::time::Duration;
 
 use tokio::sync::oneshot;
 
@@ -16,7 +18,7 @@ use super::{
 use crate::{
     cluster::TierCommits,
     log::SegmentInfo,
-    model::{Offset, Watermarks},
+    model::{LeaderEpoch, Offset, Watermarks},
     task::{clock, random},
     tier::{self, PartitionTier, SegmentSource, Staged, TierState},
 };
@@ -30,6 +32,8 @@ pub(super) struct Local {
     pub(super) active: SegmentInfo,
     pub(super) active_since_ms: Option<i64>,
     pub(super) awaits_tier: bool,
+    /// The epoch in which it leads, and whether it is settled; `None` while it does not lead.
+    pub(super) leads: Option<(LeaderEpoch, bool)>,
 }
 
 /// Why a step failed. All of them are tried again.
@@ -90,17 +94,19 @@ impl Upkeep {
     pub async fn step(&self, partition: &Partition) -> Result<Step, UpkeepError> {
         let local = local(partition).await?;
         let plan = plan(partition, &local).await?;
+        // What is committed is committed in the epoch that the plan was made in: who is deposed meanwhile is refused.
+        let epoch = local.leads.map(|(epoch, _)| epoch).unwrap_or_default();
         if plan.seal {
             partition.command(Command::Seal).await;
             // Where nothing can be written the segment stays open, and is looked at again in time.
             return Ok(Step { more: partition.fault().is_none(), uploaded: None });
         }
         if let Some(start) = plan.log_start {
-            self.move_log_start(partition, start).await?;
+            self.move_log_start(partition, start, epoch).await?;
         }
         let mut uploaded = None;
         if let (Some(base), Some(tier)) = (plan.upload, &partition.tier) {
-            uploaded = Some(self.upload(partition, tier, base, &local).await?);
+            uploaded = Some(self.upload(partition, tier, base, &local, epoch).await?);
         }
         if let Some(below) = plan.evict_below {
             partition.command(Command::Evict(below)).await;
@@ -108,19 +114,23 @@ impl Upkeep {
         Ok(Step { more: plan.upload.is_some() || plan.log_start.is_some(), uploaded })
     }
 
-    async fn move_log_start(&self, partition: &Partition, start: Offset) -> Result<(), UpkeepError> {
+    async fn move_log_start(
+        &self,
+        partition: &Partition,
+        start: Offset,
+        epoch: LeaderEpoch,
+    ) -> Result<(), UpkeepError> {
         match &partition.tier {
             Some(tier) => {
-                let staged = tier.stage_trim(start, partition.epoch()).await?;
-                self.commit(partition, tier, staged).await?;
+                let staged = tier.stage_trim(start, epoch).await?;
+                self.commit(partition, tier, staged, epoch).await?;
             }
             None => {
                 let before = partition.committed().unwrap_or_default();
-                let after = TierState { log_start: start, epoch: partition.epoch(), ..before };
-                self.commit_state(partition, &after).await?;
+                let after = TierState { log_start: start, epoch, ..before };
+                self.commit_state(partition, &after, epoch).await?;
             }
         }
-        partition.command(Command::AdvanceLogStart(start)).await;
         tracing::info!(partition = %partition.id, log_start = %start, "retention moved the log start");
         Ok(())
     }
@@ -131,31 +141,44 @@ impl Upkeep {
         tier: &PartitionTier,
         base: Offset,
         local: &Local,
+        epoch: LeaderEpoch,
     ) -> Result<u64, UpkeepError> {
         let info = local.sealed.iter().find(|segment| segment.base == base).expect("the plan chose one of these");
         let source = source(partition, info).await?;
         let end = source.end();
         if mutant!(EvictBeforeCommit) {
-            partition.command(Command::Tiered(end)).await;
             partition.command(Command::Evict(end)).await;
         }
-        let staged = tier.stage(&source, partition.epoch()).await?;
-        self.commit(partition, tier, staged).await?;
-        partition.command(Command::Tiered(end)).await;
+        let staged = tier.stage(&source, epoch).await?;
+        self.commit(partition, tier, staged, epoch).await?;
         tracing::debug!(partition = %partition.id, %base, %end, "a segment is in the bucket");
         Ok(info.bytes)
     }
 
-    async fn commit(&self, partition: &Partition, tier: &PartitionTier, staged: Staged) -> Result<(), UpkeepError> {
-        self.commit_state(partition, staged.state()).await?;
+    async fn commit(
+        &self,
+        partition: &Partition,
+        tier: &PartitionTier,
+        staged: Staged,
+        epoch: LeaderEpoch,
+    ) -> Result<(), UpkeepError> {
+        let state = staged.state().clone();
+        let before = partition.committed();
+        self.commits.commit(partition.id, epoch, before.as_ref(), &state).await?;
         tier.install(staged);
+        partition.adopt(state).await;
         Ok(())
     }
 
-    async fn commit_state(&self, partition: &Partition, after: &TierState) -> Result<(), UpkeepError> {
+    async fn commit_state(
+        &self,
+        partition: &Partition,
+        after: &TierState,
+        epoch: LeaderEpoch,
+    ) -> Result<(), UpkeepError> {
         let before = partition.committed();
-        self.commits.commit(partition.id, partition.epoch(), before.as_ref(), after).await?;
-        *partition.committed.lock().unwrap_or_else(PoisonError::into_inner) = Some(after.clone());
+        self.commits.commit(partition.id, epoch, before.as_ref(), after).await?;
+        partition.adopt(after.clone()).await;
         Ok(())
     }
 }
@@ -178,7 +201,9 @@ async fn plan(partition: &Partition, local: &Local) -> Result<Plan, UpkeepError>
     let marks: Watermarks = partition.marks();
     let config = partition.config();
     let tiered = match &partition.tier {
-        Some(tier) if wants_tiered(&config) => tier.segments(marks.log_start, TIERED_PER_PLAN).await?,
+        Some(tier) if local.leads.is_some() && wants_tiered(&config) => {
+            tier.segments(marks.log_start, TIERED_PER_PLAN).await?
+        }
         _ => Vec::new(),
     };
     let tiered: Vec<Segment> = tiered
@@ -202,7 +227,8 @@ async fn plan(partition: &Partition, local: &Local) -> Result<Plan, UpkeepError>
         active_since_ms: local.active_since_ms,
         tiered: &tiered,
         tiered_bytes: partition.tiered_bytes(),
-        uploads: config.tiered && partition.tier.is_some(),
+        uploads: config.tiered && partition.tier.is_some() && local.leads.is_some_and(|(_, settled)| settled),
+        leads: local.leads.is_some(),
         hurry: local.awaits_tier,
     }))
 }

@@ -38,6 +38,7 @@
 
 mod batch;
 mod builder;
+mod chunks;
 mod compression;
 mod layout;
 mod lz4;
@@ -48,6 +49,7 @@ mod varint;
 
 pub use batch::{Batch, Malformed, ProducerStamp};
 pub use builder::{BatchBuilder, Unbuildable};
+pub use chunks::Chunks;
 pub use compression::decompress;
 pub use layout::HEADER_BYTES;
 pub use records::{Header, Record, Records};

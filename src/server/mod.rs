@@ -6,19 +6,23 @@
 //! 2. Open the data directory (lock, journal replay): nothing is claimed for a broker that cannot run. Ask the object store
 //!    whose it is: another cluster's prefix ends the start. A bucket that does not answer at once delays uploads, not the
 //!    start. Then open the metadata store.
-//! 3. Mirror the metadata, register the broker, open its partitions.
-//! 4. Serve; say that it is ready.
+//! 3. Mirror the metadata and open the partitions that it gives this broker: they do nothing yet.
+//! 4. A broker of several shows what it holds and gives up what it cannot prove (`admission`). Register.
+//! 5. Take part: lead, follow, serve; say that it is ready.
 //!
 //! # Stop
 //!
-//! 1. `/readyz` and gRPC health say no, so that nobody new comes.
-//! 2. The broker refuses new writes, ends readers' streams, answers what is written, ends upkeep.
+//! 1. `/readyz` and gRPC health say no, so that nobody new comes. A broker of several says that it stops, and waits until others
+//!    lead what it led and need it for no commit, within half of `broker.shutdown_timeout`.
+//! 2. The broker refuses new writes, ends readers' streams, answers what is written, ends upkeep. One of several gives up its
+//!    registration.
 //! 3. The listeners end their connections, within `broker.shutdown_timeout`.
 //! 4. The object store's tasks end; the log is synced and marked as closed.
-//! 5. The registration is given up, and the metadata store closes.
+//! 5. The registration of a broker alone is given up, and the metadata store closes.
 //!
 //! A second signal is not waited for: what a kill interrupts here, recovery finishes.
 
+mod admission;
 mod connection;
 mod grpc;
 mod http;
@@ -33,7 +37,7 @@ use tokio::net::TcpListener;
 pub use self::node::{Node, Outside, Stores};
 use crate::{
     client::{self, Tcp},
-    cluster::{Addresses, EmbeddedStore},
+    cluster::{Addresses, EmbeddedStore, EtcdStore, MetaStore},
     config::Config,
     log::{Log, RealDisk},
     task::{self, Tasks, clock},
@@ -81,7 +85,23 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>, ready: impl
             () = &mut shutdown => return stop_opening(opening).await,
         }
     };
-    let node = Node::over(&config, log, outside, addresses, metrics).await?;
+    let stop = Tasks::new();
+    let (node, asked) = {
+        let mut starting = pin!(Node::over(&config, log, outside, addresses, metrics, &stop));
+        tokio::select! {
+            biased;
+            node = &mut starting => (node?, false),
+            () = &mut shutdown => {
+                tracing::info!("stopping before the broker has started");
+                stop.cancel();
+                match starting.await {
+                    Ok(node) => (node, true),
+                    Err(error) if error.is::<admission::Stopped>() => return Ok(()),
+                    Err(error) => return Err(error),
+                }
+            }
+        }
+    };
     let state = Ready {
         grpc: grpc.local_addr()?,
         http: http.local_addr()?,
@@ -91,15 +111,22 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>, ready: impl
         took: began.elapsed(),
     };
     let listeners = Listeners::serve(&node, grpc, http);
-    ready(&state);
-    shutdown.await;
+    let mut outcome = Ok(());
+    if !asked {
+        ready(&state);
+        tokio::select! {
+            biased;
+            () = &mut shutdown => {}
+            error = node.superseded() => outcome = Err(error),
+        }
+    }
     tracing::info!("stopping");
-    node.retire().await;
+    node.retire(config.broker.shutdown_timeout).await;
     listeners.stop(config.broker.shutdown_timeout).await;
     node.close().await?;
     time.stop().await;
     tracing::info!("stopped");
-    Ok(())
+    outcome
 }
 
 /// Ends a start that has come no further than the data directory. A clean one is open in a moment and is left clean. Reading a long
@@ -144,18 +171,25 @@ impl Listeners {
     }
 }
 
-/// The world of a broker that runs alone: this machine's disk, the metadata beside the log, the object store of the settings.
+/// The world of a broker: this machine's disk, the object store of the settings, and the metadata beside the log or in etcd.
 fn outside(config: &Config, time: &Tasks) -> Outside {
     let (of, time) = (config.clone(), time.clone());
     Outside {
         disk: Arc::new(RealDisk),
         stores: Box::pin(async move {
             let objects = of.object_store.url.as_deref().map(|url| open_objects(&of, url)).transpose()?;
-            let meta = EmbeddedStore::open(&of.broker.data_dir).await?;
-            meta.keep_time(&time);
-            Ok(Stores { meta: Arc::new(meta), objects })
+            let meta: Arc<dyn MetaStore> = match of.etcd()? {
+                Some(options) => Arc::new(EtcdStore::open(options).await?),
+                None => {
+                    let meta = EmbeddedStore::open(&of.broker.data_dir).await?;
+                    meta.keep_time(&time);
+                    Arc::new(meta)
+                }
+            };
+            Ok(Stores { meta, objects })
         }),
         connect: Arc::new(Tcp::new(client::Options::default().connect_timeout)),
+        alone: config.metadata.etcd.is_empty(),
         stepper: None,
     }
 }

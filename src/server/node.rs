@@ -10,23 +10,26 @@ use futures::future::BoxFuture;
 use tonic::service::Routes;
 use tonic_health::{ServingStatus, server::HealthReporter};
 
-use super::grpc;
+use super::{
+    admission::{Admission, Noted, Stopped},
+    grpc,
+};
 use crate::{
     broker::{self, Broker, Tier},
     client::Connect,
     cluster::{
-        Addresses, BrokerState, BrokerValue, Keys, MetaStore, RegisterError, Registration, Revision, Session, View,
+        Addresses, BrokerState, BrokerValue, Keys, MetaStore, RegisterError, Registration, Revision, Session, Standing,
+        View, planner::Limits,
     },
     config::Config,
     log::{Disk, Identity, Log, Options, Stepper},
-    model::BrokerId,
     task::{self, Tasks, random},
     telemetry::Metrics,
     tier::{Cache, CacheOptions, ClaimError, Store},
 };
 
-/// How long a lease of the registration lasts without being renewed.
-const SESSION: Duration = Duration::from_secs(10);
+/// How long a stop waits for others to lead, where nobody says otherwise.
+const HAND_OVER: Duration = Duration::from_secs(30);
 
 /// How long a start waits for the object store to say whose it is.
 const CLAIM_WAIT: Duration = Duration::from_millis(500);
@@ -42,6 +45,8 @@ pub struct Outside {
     pub stores: BoxFuture<'static, anyhow::Result<Stores>>,
     /// How other brokers are reached.
     pub connect: Arc<dyn Connect>,
+    /// Whether the metadata lies beside the data and shares its fate: then there are no other brokers, and nothing to prove.
+    pub alone: bool,
     /// Who does the log's steps ([`Log::journal_step`], [`Log::sync_step`]). Where there is none, threads do.
     pub stepper: Option<Stepper>,
 }
@@ -61,6 +66,7 @@ pub struct Node {
     broker: Arc<Broker>,
     session: Session,
     connect: Arc<dyn Connect>,
+    alone: bool,
     routes: Routes,
     health: HealthReporter,
     tasks: Tasks,
@@ -68,76 +74,36 @@ pub struct Node {
 }
 
 impl Node {
-    /// Opens the data directory, registers the broker under these addresses, and opens its partitions. From then on its routes answer.
+    /// Opens the data directory and the replicas in it, registers the broker under these addresses, and takes part. From then on its
+    /// routes answer. A metadata store that does not answer is waited for.
     ///
     /// # Errors
     /// When the directory or a store cannot be used, or the broker's number is taken. What was found clean is left clean.
     pub async fn open(config: &Config, outside: Outside, addresses: Addresses) -> anyhow::Result<Self> {
         let metrics = Metrics::new();
         let log = open_log(config, &outside, metrics.clone()).await?;
-        Self::over(config, log, outside, addresses, metrics).await
+        Self::over(config, log, outside, addresses, metrics, &Tasks::new()).await
     }
 
-    /// As [`Node::open`], over a log that is open. It is closed when this fails.
+    /// As [`Node::open`], over a log that is open. It is closed when this fails. While the start waits for others, the end of `stop`
+    /// ends it.
     pub(super) async fn over(
         config: &Config,
         log: Log,
         outside: Outside,
         addresses: Addresses,
         metrics: Metrics,
+        stop: &Tasks,
     ) -> anyhow::Result<Self> {
-        let opened = Self::build(config, log.clone(), outside, addresses, metrics).await;
+        let tasks = Tasks::new();
+        let start = Start { config, log: log.clone(), addresses, metrics, tasks: tasks.clone(), stop };
+        let opened = start.run(outside).await;
         if opened.is_err() {
+            tasks.stop().await;
             // Why the start failed is the news, not what comes after.
             drop(task::blocking(move || log.close()).await);
         }
         opened
-    }
-
-    async fn build(
-        config: &Config,
-        log: Log,
-        outside: Outside,
-        addresses: Addresses,
-        metrics: Metrics,
-    ) -> anyhow::Result<Self> {
-        let tasks = Tasks::new();
-        let Stores { meta, objects } = outside.stores.await?;
-        let tier = objects.map(|store| with_cache(config, store, &metrics)).transpose()?;
-        let keys = Keys::new(&config.cluster)?;
-        let view = View::start(Arc::clone(&meta), keys.clone(), &tasks);
-        view.reached(Revision::ZERO).await;
-        if let Some(tier) = &tier {
-            if view.state().names_history() {
-                tier.store.expect_history();
-            }
-            claim(&tier.store, &tasks).await?;
-        }
-        let value = BrokerValue {
-            addresses,
-            rack: config.broker.rack.clone(),
-            directory_id: log.directory_id().to_string(),
-            incarnation: random::uuid().to_string(),
-            state: BrokerState::Running,
-            version: env!("CARGO_PKG_VERSION").to_owned(),
-        };
-        let session = register(&meta, &keys, config.broker.id, value, &view, &tasks)
-            .await
-            .context("cannot register the broker in the metadata store")?;
-        let broker = Broker::start(broker::Parts {
-            settings: settings(config),
-            log: log.clone(),
-            store: meta,
-            keys,
-            view,
-            tier: tier.clone(),
-            metrics: metrics.clone(),
-        })
-        .await;
-        let (health, service) = grpc::health();
-        let routes = grpc::routes(&broker, service)?;
-        grpc::report(&health, ServingStatus::Serving).await;
-        Ok(Self { log, tier, broker, session, connect: outside.connect, routes, health, tasks, metrics })
     }
 
     /// Its gRPC services, for whatever carries calls to them. Clones share the broker.
@@ -165,10 +131,32 @@ impl Node {
         &self.metrics
     }
 
-    /// The first half of a stop: nobody new comes, what is written is answered, readers' streams and upkeep end.
-    pub async fn retire(&self) {
+    /// Resolves when another process has taken this broker's place: with what to say of it.
+    pub async fn superseded(&self) -> anyhow::Error {
+        let mut standing = self.session.standing();
+        let last = standing.wait_for(|standing| matches!(standing, Standing::Superseded { .. })).await;
+        match last.as_deref() {
+            Ok(Standing::Superseded { address }) => anyhow::anyhow!(
+                "broker {} is now run by another process, at {address}, with a copy of this data directory; one of the two must go",
+                self.broker.id()
+            ),
+            // The session was left: nothing comes any more.
+            _ => std::future::pending().await,
+        }
+    }
+
+    /// The first half of a stop: nobody new comes, others lead what was led here, what is written is answered, readers' streams
+    /// and upkeep end. `within` bounds the wait for others.
+    pub async fn retire(&self, within: Duration) {
         grpc::report(&self.health, ServingStatus::NotServing).await;
+        if !self.alone {
+            self.broker.hand_over(&self.session, within / 2).await;
+        }
         self.broker.stop().await;
+        if !self.alone {
+            // Before the listeners: who finds nobody at this address any more must not take it for a crash.
+            self.session.leave().await;
+        }
     }
 
     /// The second half, once no call is under way: the log is closed and the registration given up.
@@ -191,8 +179,118 @@ impl Node {
     /// # Errors
     /// As [`Node::close`].
     pub async fn stop(self) -> anyhow::Result<()> {
-        self.retire().await;
+        self.retire(HAND_OVER).await;
         self.close().await
+    }
+}
+
+/// A node that is being built.
+struct Start<'a> {
+    config: &'a Config,
+    log: Log,
+    addresses: Addresses,
+    metrics: Metrics,
+    /// The node's own.
+    tasks: Tasks,
+    /// Ends the waits.
+    stop: &'a Tasks,
+}
+
+impl Start<'_> {
+    async fn run(self, outside: Outside) -> anyhow::Result<Node> {
+        let (config, alone) = (self.config, outside.alone);
+        let Stores { meta, objects } = outside.stores.await?;
+        let tier = objects.map(|store| with_cache(config, store, &self.metrics)).transpose()?;
+        let keys = Keys::new(&config.cluster)?;
+        let admission =
+            Admission { store: &meta, keys: &keys, log: &self.log, defaults: &config.topic_defaults, stop: self.stop };
+        let noted = if alone {
+            None
+        } else {
+            admission.reach().await?;
+            Some(admission.note().await?)
+        };
+        let view = View::start(Arc::clone(&meta), keys.clone(), &self.tasks);
+        self.waited(view.reached(Revision::ZERO)).await?;
+        if let Some(tier) = &tier {
+            if view.state().names_history() {
+                tier.store.expect_history();
+            }
+            claim(&tier.store, &self.tasks).await?;
+        }
+        let broker = Broker::open(broker::Parts {
+            settings: settings(config),
+            log: self.log.clone(),
+            store: Arc::clone(&meta),
+            keys: keys.clone(),
+            view: view.clone(),
+            tier: tier.clone(),
+            connect: Arc::clone(&outside.connect),
+            alone,
+            metrics: self.metrics.clone(),
+        })
+        .await;
+        let registered = self.register(&admission, noted, &broker, &view).await;
+        let session = match registered {
+            Ok(session) => session,
+            Err(error) => {
+                broker.stop().await;
+                return Err(error);
+            }
+        };
+        broker.begin(&session).await;
+        let (health, service) = grpc::health();
+        let routes = grpc::routes(&broker, service)?;
+        grpc::report(&health, ServingStatus::Serving).await;
+        let Self { log, tasks, metrics, .. } = self;
+        Ok(Node { log, tier, broker, session, connect: outside.connect, alone, routes, health, tasks, metrics })
+    }
+
+    /// Registers the broker, and waits until its mirror shows that: what was given up before is in it as well then.
+    async fn register(
+        &self,
+        admission: &Admission<'_>,
+        noted: Option<Noted>,
+        broker: &Arc<Broker>,
+        view: &View,
+    ) -> anyhow::Result<Session> {
+        let incarnation = noted.as_ref().map_or_else(random::uuid, |noted| noted.incarnation);
+        let registration = Registration {
+            store: Arc::clone(admission.store),
+            keys: admission.keys.clone(),
+            id: self.config.broker.id,
+            value: BrokerValue {
+                addresses: self.addresses.clone(),
+                rack: self.config.broker.rack.clone(),
+                directory_id: self.log.directory_id().to_string(),
+                incarnation: incarnation.to_string(),
+                state: BrokerState::Running,
+                version: env!("CARGO_PKG_VERSION").to_owned(),
+            },
+            time: self.config.metadata.session_timeout,
+        };
+        let session = match noted {
+            Some(noted) => admission.admit(&registration, noted, broker.whole(), view, &self.tasks).await?,
+            None => register_alone(registration, view, &self.tasks)
+                .await
+                .context("cannot register the broker in the metadata store")?,
+        };
+        let shown = session.epoch().unwrap_or(Revision::ZERO);
+        match self.waited(view.reached(shown)).await {
+            Ok(()) => Ok(session),
+            Err(stopped) => {
+                session.leave().await;
+                Err(stopped)
+            }
+        }
+    }
+
+    async fn waited(&self, until: impl Future<Output = ()>) -> anyhow::Result<()> {
+        tokio::select! {
+            biased;
+            () = self.stop.cancelled() => Err(Stopped.into()),
+            () = until => Ok(()),
+        }
     }
 }
 
@@ -229,17 +327,9 @@ fn with_cache(config: &Config, store: Store, metrics: &Metrics) -> anyhow::Resul
 }
 
 /// Registers a broker whose metadata lies beside its data, and shares the data's fate: there is nothing to prove.
-async fn register(
-    store: &Arc<dyn MetaStore>,
-    keys: &Keys,
-    id: BrokerId,
-    value: BrokerValue,
-    view: &View,
-    tasks: &Tasks,
-) -> Result<Session, RegisterError> {
-    let registration = Registration { store: Arc::clone(store), keys: keys.clone(), id, value, time: SESSION };
+async fn register_alone(registration: Registration, view: &View, tasks: &Tasks) -> Result<Session, RegisterError> {
     registration.clear().await?;
-    let record = store.get(&keys.directory(id)).await?.entry;
+    let record = registration.store.get(&registration.keys.directory(registration.id)).await?.entry;
     registration.register(record.map(|entry| entry.mod_revision), view, tasks).await
 }
 
@@ -272,5 +362,17 @@ fn settings(config: &Config) -> broker::Settings {
         retention_interval: config.tier.check_interval,
         garbage_grace: config.tier.garbage_grace,
         upload_grace: config.tier.upload_grace,
+        default_factor: config.replication.default_factor,
+        lag_time: config.replication.lag_time,
+        catchup_bytes_per_second: config.replication.catchup_bytes_per_second,
+        controller: Limits {
+            moves: config.controller.moves_at_once,
+            replace_after_ms: config
+                .controller
+                .replace_after
+                .map(|time| u64::try_from(time.as_millis()).unwrap_or(u64::MAX)),
+            balance: config.controller.balance,
+            ..Limits::default()
+        },
     }
 }

@@ -99,6 +99,7 @@ impl World {
             disk: Arc::new(self.disk.clone()),
             stores: Box::pin(async { Ok(Stores { meta: Arc::new(meta), objects: Some(objects) }) }),
             connect: Arc::new(self.net.clone()),
+            alone: true,
             stepper: Some(Stepper::new(move || wake.notify_one())),
         };
         let addresses = Addresses { grpc: ADDRESS.to_owned(), http: None };

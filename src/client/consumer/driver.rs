@@ -384,6 +384,9 @@ impl Driver {
                 _ => Trouble::Records,
             };
             self.trouble(topic, partition, trouble, &fault.message);
+            if self.client.routing().told(topic, partition, &fault) {
+                return self.arrange_soon(clock::monotonic());
+            }
             self.pause(topic, partition);
             return self.route();
         }

@@ -1,10 +1,10 @@
 //! Where one partition's reading stands, and what of a response moves it on. Pure.
 
-use bytes::{Buf, Bytes, BytesMut};
+use bytes::Bytes;
 
 use crate::{
     model::Offset,
-    record::{Batch, HEADER_BYTES, Malformed},
+    record::{Batch, Chunks, Malformed},
 };
 
 /// Why a response cannot be taken.
@@ -20,63 +20,21 @@ pub(super) enum Untaken {
 /// which its reading starts, and the new position.
 pub(super) fn advance(mut position: Offset, chunks: Vec<Bytes>) -> (Vec<(Offset, Batch)>, Offset, Result<(), Untaken>) {
     let mut taken = Vec::new();
-    let mut pieces = Pieces { chunks: chunks.into_iter(), rest: Bytes::new() };
-    loop {
-        match pieces.next() {
-            Ok(None) => return (taken, position, Ok(())),
+    for batch in Chunks::new(chunks) {
+        match batch {
             Err(malformed) => return (taken, position, Err(Untaken::Malformed(malformed))),
-            Ok(Some(batch)) if batch.end_offset() <= position => {}
-            Ok(Some(batch)) if batch.base_offset() > position => {
+            Ok(batch) if batch.end_offset() <= position => {}
+            Ok(batch) if batch.base_offset() > position => {
                 return (taken, position, Err(Untaken::Gap(batch.base_offset())));
             }
-            Ok(Some(batch)) => {
+            Ok(batch) => {
                 let end = batch.end_offset();
                 taken.push((position, batch));
                 position = end;
             }
         }
     }
-}
-
-/// Batches out of chunks that may be cut anywhere. Cuts between batches, and between a header and its records, cost no
-/// copy.
-struct Pieces {
-    chunks: std::vec::IntoIter<Bytes>,
-    rest: Bytes,
-}
-
-impl Pieces {
-    fn next(&mut self) -> Result<Option<Batch>, Malformed> {
-        loop {
-            if self.rest.is_empty() {
-                match self.chunks.next() {
-                    None => return Ok(None),
-                    Some(chunk) => self.rest = chunk,
-                }
-                continue;
-            }
-            if self.rest.len() >= 12 && Batch::framed_len(&self.rest)? <= self.rest.len() {
-                return Batch::split_from(&mut self.rest).map(Some);
-            }
-            let Some(mut next) = self.chunks.next() else {
-                let needed = if self.rest.len() < 12 { HEADER_BYTES } else { Batch::framed_len(&self.rest)? };
-                return Err(Malformed::Truncated { needed, available: self.rest.len() });
-            };
-            if let Ok(head) = <[u8; HEADER_BYTES]>::try_from(&self.rest[..]) {
-                let records = Batch::framed_len(&head)? - HEADER_BYTES;
-                if next.len() >= records {
-                    let batch = Batch::from_halves(head, next.split_to(records))?;
-                    self.rest = next;
-                    return Ok(Some(batch));
-                }
-            }
-            let mut joined = BytesMut::with_capacity(self.rest.len() + next.len());
-            joined.extend_from_slice(&self.rest);
-            joined.extend_from_slice(&next);
-            next.advance(next.len());
-            self.rest = joined.freeze();
-        }
-    }
+    (taken, position, Ok(()))
 }
 
 #[cfg(test)]

@@ -378,9 +378,14 @@ impl Driver {
             }
             Verdict::Again => {
                 let fault = fault.expect("only a failure is repeated");
-                self.pause(index, &fault);
-                if moved(fault.reason) {
-                    self.route();
+                let lane = &self.lanes[index].lane;
+                if self.shared.client.routing().told(&lane.topic, lane.partition, &fault) {
+                    self.trouble(index, fault.message);
+                } else {
+                    self.pause(index, &fault);
+                    if moved(fault.reason) {
+                        self.route();
+                    }
                 }
             }
             Verdict::GivenUp(given_up) => self.give_up(index, given_up),

@@ -58,6 +58,7 @@ pub(super) struct Refusal {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Failed {
     Unavailable { why: String, unknown: bool },
+    Refused(String),
     LeaseGone,
     Compacted,
     TooLong(String),
@@ -168,10 +169,11 @@ impl Members {
                 }
                 said.insert(member.endpoint().to_owned(), why);
                 let unknown = class == Class::Unknown && repeat == Repeat::WhenNotDone;
-                if class != Class::Refused {
-                    self.pass_on(member);
+                if class == Class::Refused {
+                    return Err(Failed::Refused(in_one_line(&said)));
                 }
-                if class == Class::Refused || unknown || clock::monotonic() >= end {
+                self.pass_on(member);
+                if unknown || clock::monotonic() >= end {
                     return Err(Failed::Unavailable { why: in_one_line(&said), unknown });
                 }
             }
@@ -194,6 +196,7 @@ impl Failed {
     pub(super) fn of_read(self) -> StoreError {
         match self {
             Self::Unavailable { why, .. } | Self::TooLong(why) => StoreError::unavailable(why),
+            Self::Refused(why) => StoreError::Refused { why },
             Self::Compacted => StoreError::unavailable("etcd compacted what was being read, again and again"),
             Self::LeaseGone => StoreError::unavailable("etcd speaks of a lease where none was named"),
         }
@@ -203,6 +206,7 @@ impl Failed {
     pub(super) fn of_transaction(self, transaction: &Transaction) -> StoreError {
         match self {
             Self::Unavailable { why, unknown } => StoreError::Unavailable { why, outcome_unknown: unknown },
+            Self::Refused(why) => StoreError::Refused { why },
             Self::LeaseGone => match transaction.ops.iter().find_map(lease_of) {
                 Some(lease) => StoreError::LeaseGone { lease },
                 None => StoreError::unavailable("etcd speaks of a lease where none was named"),
@@ -217,6 +221,7 @@ impl Failed {
     pub(super) fn of_lease(self, lease: LeaseId) -> StoreError {
         match self {
             Self::LeaseGone => StoreError::LeaseGone { lease },
+            Self::Refused(why) => StoreError::Refused { why },
             Self::Unavailable { why, .. } | Self::TooLong(why) => StoreError::unknown(why),
             Self::Compacted => StoreError::unknown("etcd speaks of a compaction where no revision was named"),
         }

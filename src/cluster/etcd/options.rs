@@ -123,7 +123,7 @@ impl EtcdOptions {
     }
 
     /// Everything that can be seen without a connection.
-    pub(super) fn check(&self) -> Result<(), EtcdOptionsError> {
+    pub fn check(&self) -> Result<(), EtcdOptionsError> {
         if self.endpoints.is_empty() {
             return Err(EtcdOptionsError::NoEndpoints);
         }

@@ -4,11 +4,14 @@ use std::sync::Arc;
 
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
-use super::{Actor, GROUP_BYTES};
+use super::{Actor, GROUP_BYTES, Part};
 use crate::{
     log::{self, PersistError},
-    model::{Acks, Offset, TimestampType},
-    partition::leader::{Acked, Admission, Held, Refused},
+    model::{Acks, BrokerId, LeaderEpoch, Offset, TimestampType},
+    partition::{
+        Standing,
+        leader::{Acked, Admission, Held, Refused},
+    },
     record::Batch,
 };
 
@@ -31,6 +34,20 @@ pub enum AppendError {
         /// What the system said.
         why: Arc<str>,
     },
+    /// This broker does not lead the partition. The records were not written.
+    #[error("this broker does not lead the partition (leader epoch {epoch}): {}",
+        leader.map_or_else(|| "nobody is known to lead it now".to_owned(), |leader| format!("broker {leader} does")))]
+    NotLeader {
+        /// Who leads, as far as is known here.
+        leader: Option<BrokerId>,
+        /// The newest leader epoch known here.
+        epoch: LeaderEpoch,
+    },
+    /// Another leader was elected before the records were committed: whether they will be is not known here.
+    #[error(
+        "another leader was elected while the write waited to be committed; whether it will be is not known: send it again"
+    )]
+    Deposed,
     /// The partition is being closed; whether the write happened is not known.
     #[error("the partition is closing on this broker; whether this write happened is not known")]
     Closing,
@@ -65,17 +82,23 @@ impl Actor {
     /// Admits one write into the group, or answers it.
     pub(super) fn append(&mut self, append: Append, now_ms: i64) {
         let Append { mut batch, acks, permit, answer } = append;
+        let Part::Leading(leader) = &self.part else {
+            let Standing { leader, epoch, .. } = self.standing;
+            let _gone = answer.send(Err(AppendError::NotLeader { leader, epoch }));
+            return;
+        };
         if let Some(why) = self.shared.fault() {
             let _gone = answer.send(Err(AppendError::StorageFailed { why }));
             return;
         }
         // A group lies in one segment, so it must not be larger than one may be.
         let most = usize::try_from(self.config.segment_bytes).map_or(GROUP_BYTES, |bytes| bytes.min(GROUP_BYTES));
-        if self.leader.must_flush_before(&batch) || self.group_bytes + batch.encoded_len() > most {
+        if leader.must_flush_before(&batch) || self.group_bytes + batch.encoded_len() > most {
             self.complete(now_ms);
         }
         let writer = Writer { answer, _permit: permit };
-        let epoch = self.leader.epoch();
+        let Part::Leading(leader) = &mut self.part else { unreachable!("appending changes no role") };
+        let epoch = leader.epoch();
         let mut acked = Acked {
             base: Offset::ZERO,
             end: Offset::ZERO,
@@ -84,7 +107,7 @@ impl Actor {
             held: Held::Memory,
             duplicate: false,
         };
-        let admission = self.leader.admit(&batch, acks, &self.replica.producers());
+        let admission = leader.admit(&batch, acks, &self.replica.producers());
         match admission {
             Ok(Admission::Append(base)) => {
                 if self.config.timestamp_type == TimestampType::LogAppendTime {
@@ -101,7 +124,7 @@ impl Actor {
             }
             Ok(Admission::Duplicate(base, end)) => {
                 (acked.base, acked.end, acked.duplicate) = (base, end, true);
-                self.leader.wait(acks, acked, writer);
+                leader.wait(acks, acked, writer);
             }
             Err(refused) => {
                 writer.answer(Err(refused.into()));
@@ -114,21 +137,25 @@ impl Actor {
         if self.group.is_empty() {
             return;
         }
-        match self.write_group(now_ms) {
+        let group = std::mem::take(&mut self.group);
+        let written = self.write(&group, self.group_bytes, now_ms);
+        self.group = group;
+        if let Err(AppendError::StorageFailed { why }) = &written {
+            self.fail(why);
+        }
+        let Part::Leading(leader) = &mut self.part else { unreachable!("only a leader has a group") };
+        match written {
             Ok(()) => {
-                self.leader.appended();
+                leader.appended();
                 for (acks, acked, writer) in self.group_writers.drain(..) {
-                    self.leader.wait(acks, acked, writer);
+                    leader.wait(acks, acked, writer);
                 }
-                if self.leader.awaits_tier() {
+                if leader.awaits_tier() {
                     self.upkeep.push(self.id);
                 }
             }
             Err(error) => {
-                self.leader.not_appended();
-                if let AppendError::StorageFailed { why } = &error {
-                    self.fail(why);
-                }
+                leader.not_appended();
                 for (_, _, writer) in self.group_writers.drain(..) {
                     writer.answer(Err(error.clone()));
                 }
@@ -138,56 +165,76 @@ impl Actor {
         self.group_bytes = 0;
     }
 
-    fn write_group(&mut self, now_ms: i64) -> Result<(), AppendError> {
-        let (bytes, age) = (self.config.segment_bytes, self.config.segment_age);
-        if self.replica.should_roll(bytes, age, now_ms, self.group_bytes) {
+    /// Appends batches that make `bytes` together, in a new segment when the active one is full or old.
+    pub(super) fn write(&mut self, batches: &[Batch], bytes: usize, now_ms: i64) -> Result<(), AppendError> {
+        if self.replica.should_roll(self.config.segment_bytes, self.config.segment_age, now_ms, bytes) {
             self.seal()?;
         }
-        self.replica.append(&self.group).map_err(append_error)?;
+        self.replica.append(batches).map_err(append_error)?;
         if self.active_since_ms.is_none() {
             self.active_since_ms = Some(now_ms);
         }
         Ok(())
     }
 
-    /// Hands everything appended to the journal.
+    /// Hands everything appended to the journal, where the topic asks for that.
     pub(super) fn hand_to_journal(&mut self) {
-        let persisted = Arc::clone(&self.persisted);
-        self.handed_end = self.replica.log_end();
-        self.replica.persist(Box::new(move |outcome| persisted.report(outcome)));
+        if self.syncs() && self.handed_end < self.replica.log_end() {
+            let news = Arc::clone(&self.news);
+            self.handed_end = self.replica.log_end();
+            self.replica.persist(Box::new(move |outcome| news.persisted(outcome)));
+        }
     }
 
     /// Takes in what the journal said.
     pub(super) fn on_persisted(&mut self, outcome: Result<(), PersistError>) {
         match outcome {
-            Ok(()) => self.leader.persisted(self.replica.persisted_end()),
+            Ok(()) => {
+                let end = self.replica.persisted_end();
+                if let Part::Leading(leader) = &mut self.part {
+                    leader.persisted(end);
+                }
+            }
             Err(error) => {
                 let why: Arc<str> = error.to_string().into();
                 self.fail(&why);
-                for writer in self.leader.abandon() {
-                    writer.answer(Err(AppendError::StorageFailed { why: Arc::clone(&why) }));
+                if let Part::Leading(leader) = &mut self.part {
+                    for writer in leader.abandon() {
+                        writer.answer(Err(AppendError::StorageFailed { why: Arc::clone(&why) }));
+                    }
                 }
             }
         }
-        self.publish();
-        self.answer();
     }
 
-    fn fail(&self, why: &str) {
-        if self.shared.fault().is_none() {
-            tracing::error!(
-                partition = %self.id, why,
-                "the partition takes no more writes on this broker: repair or replace the disk, then restart the broker"
-            );
-            self.shared.set_fault(why);
+    /// The disk takes no more writes. A leader gives up as far as it may, a follower leaves; what is committed can be read as before.
+    pub(super) fn fail(&mut self, why: &str) {
+        if self.shared.fault().is_some() {
+            return;
+        }
+        tracing::error!(
+            partition = %self.id, why,
+            "the partition takes no more writes on this broker: repair or replace the disk, then restart the broker"
+        );
+        self.shared.set_fault(why);
+        match &self.part {
+            Part::Leading(leader) => self.around.agreement.resign(self.id, leader.epoch()),
+            Part::Following(_) => {
+                self.committed_end = self.high_watermark();
+                self.part = Part::Waiting;
+                self.around.links.leave(self.id, self.placed.epoch(), true);
+            }
+            Part::Waiting => {}
         }
     }
 
     /// Answers the writers whose rule holds now.
     pub(super) fn answer(&mut self) {
-        self.leader.due(|writer, acked| {
-            writer.answer(Ok(acked));
-        });
+        if let Part::Leading(leader) = &mut self.part {
+            leader.due(|writer, acked| {
+                writer.answer(Ok(acked));
+            });
+        }
     }
 }
 

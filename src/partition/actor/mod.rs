@@ -1,35 +1,54 @@
-//! The one task that owns a partition: it drains what is queued into one group, appends it, has it synced, and answers.
+//! The one task that owns a partition: it drains what is queued into one group, appends it, has it synced, and answers; or it copies what
+//! its leader sends.
 //!
-//! It decides nothing: [`Leader`] does. While one group waits for the journal the next is being written. The queue is
-//! where batching comes from; there is no timer. `leading` carries out writes, `segments` all else that touches the log.
+//! It decides nothing: [`Leader`] and [`Follower`] do. While one group waits for the journal the next is being written. The queue is
+//! where batching comes from; there is no timer. `assigned` changes its role, `leading` carries out writes, `replicas` what
+//! concerns followers, `following` what the leader sends, `segments` all else that touches the log.
+//!
+//! ```text
+//!   journal, acknowledgements ─▶ news ────╮
+//!   metadata, links, agreement ─▶ orders ─┼─▶ task
+//!   writers, upkeep ─▶ mailbox ───────────╯
+//! ```
+//!
+//! The three are looked at in that order between any two groups, so that neither a flood of writes nor one of batches from a leader
+//! keeps the others waiting for long.
 
+mod assigned;
+mod following;
 mod leading;
+mod news;
+mod replicas;
 mod segments;
 
 use std::{
     io,
-    sync::{Arc, Mutex, PoisonError, atomic::Ordering},
+    sync::{Arc, atomic::Ordering},
 };
 
-use tokio::sync::{Notify, mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot};
 
-pub(super) use self::leading::Append;
 pub use self::leading::{AppendError, AppendResult};
-use self::{leading::Writer, segments::Seat};
+pub(super) use self::{
+    assigned::{JoinOrder, Order, Placed},
+    leading::Append,
+    news::News,
+};
+use self::{leading::Writer, news::Told, segments::Seat};
 use super::{
-    leader::{
-        Acked, Leader,
-        insync::{Ends, Rule, Start},
-    },
+    Standing, Surroundings,
+    follower::Follower,
+    leader::{Acked, Leader, insync::Rule},
     shared::Shared,
     upkeep::Local,
     upkeep_queue::UpkeepQueue,
 };
 use crate::{
-    log::{PersistError, Replica, SegmentExport},
-    model::{Acks, BrokerId, Durability, Offset, PartitionId, TopicConfig, Watermarks},
+    log::{Replica, SegmentExport},
+    model::{Acks, BrokerId, Durability, LeaderEpoch, Offset, PartitionId, TopicConfig, Watermarks},
     record::Batch,
     task::{Tasks, clock},
+    tier::{PartitionTier, TierState},
 };
 
 /// Most commands that one turn takes from the queue.
@@ -39,6 +58,9 @@ const TURN: usize = 512;
 /// it is answered the one after that is on its way: what came together need not wait for each other.
 const GROUP_BYTES: usize = 512 << 10;
 
+/// Most orders that are carried out before what they brought is handed to the journal and published.
+const ORDERS: usize = 64;
+
 /// What the task can be asked to do.
 pub(super) enum Command {
     Append(Box<Append>),
@@ -46,48 +68,9 @@ pub(super) enum Command {
     Local(oneshot::Sender<Local>),
     Export(Offset, oneshot::Sender<io::Result<SegmentExport>>),
     Seal,
-    Tiered(Offset),
-    AdvanceLogStart(Offset),
+    /// The tier key has this value.
+    Committed(Box<TierState>),
     Evict(Offset),
-}
-
-/// What the journal's thread last said. It only overwrites and wakes: the journal never waits for a partition. How far the log is
-/// durable the replica knows: an end that was said before a cut speaks of records that are gone.
-#[derive(Default)]
-struct Persisted {
-    outcome: Mutex<Option<Result<(), PersistError>>>,
-    notify: Notify,
-}
-
-impl Persisted {
-    fn report(&self, outcome: Result<Offset, PersistError>) {
-        let outcome = match outcome {
-            // What was handed over was cut by this very task: no failure of the disk.
-            Ok(_) | Err(PersistError::Cut) => Ok(()),
-            Err(error) => Err(error),
-        };
-        let mut last = self.outcome.lock().unwrap_or_else(PoisonError::into_inner);
-        // A failure is final; success after it cannot be.
-        if !matches!(*last, Some(Err(_))) {
-            *last = Some(outcome);
-        }
-        drop(last);
-        self.notify.notify_one();
-    }
-
-    fn take(&self) -> Option<Result<(), PersistError>> {
-        self.outcome.lock().unwrap_or_else(PoisonError::into_inner).take()
-    }
-
-    async fn next(&self) -> Result<(), PersistError> {
-        loop {
-            let notified = self.notify.notified();
-            if let Some(outcome) = self.take() {
-                return outcome;
-            }
-            notified.await;
-        }
-    }
 }
 
 /// Everything that the task is made of.
@@ -96,60 +79,94 @@ pub(super) struct Parts {
     pub(super) id: PartitionId,
     pub(super) replica: Replica,
     pub(super) shared: Arc<Shared>,
+    pub(super) news: Arc<News>,
+    pub(super) around: Surroundings,
     pub(super) upkeep: UpkeepQueue,
+    pub(super) tier: Option<PartitionTier>,
     pub(super) log_start: Offset,
     pub(super) tiered_end: Offset,
+    /// `replication.lag_time`, in milliseconds.
+    pub(super) lag_ms: u64,
+    /// Where the task puts what tasks of its own found out.
+    pub(super) orders: mpsc::WeakSender<Order>,
     pub(super) tasks: Tasks,
+}
+
+/// What the task is at the moment.
+enum Part {
+    /// It neither takes writes nor copies.
+    Waiting,
+    Following(Box<Follower>),
+    Leading(Box<Leader<Writer>>),
 }
 
 /// The task's state.
 pub(super) struct Actor {
+    broker: BrokerId,
     id: PartitionId,
     replica: Seat,
-    leader: Leader<Writer>,
+    part: Part,
+    /// What was published of it.
+    standing: Standing,
+    placed: Placed,
     config: Arc<TopicConfig>,
+    lag_ms: u64,
     shared: Arc<Shared>,
+    around: Surroundings,
     upkeep: UpkeepQueue,
-    persisted: Arc<Persisted>,
+    news: Arc<News>,
+    tier: Option<PartitionTier>,
+    orders: mpsc::WeakSender<Order>,
     log_start: Offset,
     tiered_end: Offset,
+    /// What is known as committed while nobody leads: what was when somebody did.
+    committed_end: Offset,
     active_since_ms: Option<i64>,
     /// Everything below is with the journal, or durable. Never above the log end.
     handed_end: Offset,
     group: Vec<Batch>,
     group_bytes: usize,
     group_writers: Vec<(Acks, Acked, Writer)>,
+    /// The epoch of whoever asked the metadata store something and has no answer yet. One question at a time.
+    asked: Option<LeaderEpoch>,
     tasks: Tasks,
 }
 
 impl Actor {
     pub(super) fn new(parts: Parts) -> Self {
         let config = parts.shared.config();
-        let own = Ends { written: parts.replica.log_end(), persisted: parts.replica.persisted_end() };
-        let committed_end = parts.tiered_end.max(parts.log_start);
-        let alone = Start::alone(parts.broker, parts.shared.epoch(), rule(&config), own, committed_end);
-        let leader = Leader::new(alone, parts.tiered_end);
         let active = parts.replica.active();
         let mut replica = parts.replica;
         replica.set_journaled(config.durability == Durability::Persisted);
         // A crash between the commit and this broker's disk leaves the disk behind.
         replica.advance_log_start(parts.log_start);
-        let handed_end = replica.persisted_end();
-        let actor = Self {
-            handed_end,
+        // A replica that began where the bucket ends knows no earlier start; what lies before can be read all the same.
+        let known = replica.log_start();
+        let log_start = if known <= parts.tiered_end { parts.log_start } else { known };
+        let mut actor = Self {
+            broker: parts.broker,
             id: parts.id,
-            leader,
+            part: Part::Waiting,
+            standing: Standing::UNKNOWN,
+            placed: Placed::default(),
             config,
+            lag_ms: parts.lag_ms,
             shared: parts.shared,
+            around: parts.around,
             upkeep: parts.upkeep,
-            persisted: Arc::default(),
-            log_start: replica.log_start(),
+            news: parts.news,
+            tier: parts.tier,
+            orders: parts.orders,
+            log_start,
             tiered_end: parts.tiered_end,
+            committed_end: parts.tiered_end.max(log_start),
             active_since_ms: (active.end > active.base).then_some(active.created_ms),
+            handed_end: replica.persisted_end(),
             replica: Seat::new(replica),
             group: Vec::new(),
             group_bytes: 0,
             group_writers: Vec::new(),
+            asked: None,
             tasks: parts.tasks,
         };
         actor.publish();
@@ -157,16 +174,24 @@ impl Actor {
     }
 
     /// Runs until it is stopped, then gives up what nobody can be told any more.
-    pub(super) async fn run(mut self, mut mailbox: mpsc::Receiver<Command>) {
+    pub(super) async fn run(mut self, mut mailbox: mpsc::Receiver<Command>, mut orders: mpsc::Receiver<Order>) {
         let tasks = self.tasks.clone();
-        let persisted = Arc::clone(&self.persisted);
+        let news = Arc::clone(&self.news);
         // The next command is the last.
         let mut turn = Vec::with_capacity(16);
         loop {
             tokio::select! {
                 biased;
                 () = tasks.cancelled() => break,
-                outcome = persisted.next() => self.on_persisted(outcome),
+                told = news.next() => self.hear(told),
+                Some(order) = orders.recv() => {
+                    self.carry_out(order, &mut orders).await;
+                    // Orders that keep coming do not keep the mailbox closed.
+                    while turn.len() < TURN && let Ok(command) = mailbox.try_recv() {
+                        turn.push(command);
+                    }
+                    turn.reverse();
+                }
                 taken = mailbox.recv_many(&mut turn, TURN) => {
                     if taken == 0 {
                         break;
@@ -178,12 +203,17 @@ impl Actor {
             while !turn.is_empty() {
                 // What was answered goes out first.
                 tokio::task::yield_now().await;
-                if let Some(outcome) = persisted.take() {
-                    self.on_persisted(outcome);
+                if let Some(told) = news.take() {
+                    self.hear(told);
+                }
+                if let Ok(order) = orders.try_recv() {
+                    self.carry_out(order, &mut orders).await;
                 }
                 self.turn(&mut turn).await;
             }
         }
+        // Nobody waits for an answer to what is not carried out any more.
+        drop(orders);
         self.stop(&mut mailbox).await;
     }
 
@@ -195,13 +225,18 @@ impl Actor {
                 let _gone = append.answer.send(Err(AppendError::Closing));
             }
         }
-        let persisted = Arc::clone(&self.persisted);
-        while self.awaits_journal() {
-            let outcome = persisted.next().await;
-            self.on_persisted(outcome);
+        if let Part::Following(_) = self.part {
+            self.around.links.leave(self.id, self.placed.epoch(), true);
         }
-        for writer in self.leader.abandon() {
-            writer.answer(Err(AppendError::Closing));
+        let news = Arc::clone(&self.news);
+        while self.awaits_journal() {
+            let told = news.next().await;
+            self.hear(told);
+        }
+        if let Part::Leading(leader) = &mut self.part {
+            for writer in leader.abandon() {
+                writer.answer(Err(AppendError::Closing));
+            }
         }
         self.shared.close();
     }
@@ -237,9 +272,7 @@ impl Actor {
     /// Appends the group, hands it on, and answers whoever is due.
     fn complete(&mut self, now_ms: i64) {
         self.flush(now_ms);
-        if self.syncs() && self.handed_end < self.replica.log_end() {
-            self.hand_to_journal();
-        }
+        self.hand_to_journal();
         self.publish();
         self.answer();
     }
@@ -247,13 +280,7 @@ impl Actor {
     async fn administer(&mut self, command: Command) {
         match command {
             Command::Append(_) => unreachable!("appends are taken by the turn"),
-            Command::Configure(config) => {
-                self.replica.set_journaled(config.durability == Durability::Persisted);
-                self.leader.configure(rule(&config));
-                self.shared.configure(Arc::clone(&config));
-                self.config = config;
-                self.upkeep.push(self.id);
-            }
+            Command::Configure(config) => self.configure(config),
             Command::Local(answer) => {
                 // Whoever asks looks at the marks next: they must know what the commands before this one did.
                 self.publish();
@@ -261,28 +288,51 @@ impl Actor {
                     sealed: self.replica.sealed(),
                     active: self.replica.active(),
                     active_since_ms: self.active_since_ms,
-                    awaits_tier: self.leader.awaits_tier(),
+                    awaits_tier: matches!(&self.part, Part::Leading(leader) if leader.awaits_tier()),
+                    leads: match &self.part {
+                        Part::Leading(leader) => Some((leader.epoch(), leader.in_sync().is_settled())),
+                        _ => None,
+                    },
                 });
             }
             Command::Export(base, answer) => {
                 let _gone = answer.send(self.export(base).await);
             }
             Command::Seal => self.seal_now(),
-            Command::Tiered(end) => {
-                self.tiered_end = self.tiered_end.max(end);
-                self.leader.tiered(end);
-            }
-            Command::AdvanceLogStart(to) => self.advance_log_start(to),
+            Command::Committed(state) => self.committed(&state),
             Command::Evict(below) => self.evict(below).await,
         }
     }
 
-    fn publish(&self) {
+    fn configure(&mut self, config: Arc<TopicConfig>) {
+        self.replica.set_journaled(config.durability == Durability::Persisted);
+        if let Part::Leading(leader) = &mut self.part {
+            leader.configure(rule(&config, self.lag_ms));
+        }
+        self.shared.configure(Arc::clone(&config));
+        self.config = config;
+        self.propose();
+        self.upkeep.push(self.id);
+    }
+
+    /// What is known as committed, and is in this log.
+    fn high_watermark(&self) -> Offset {
+        match &self.part {
+            Part::Leading(leader) => leader.high_watermark(),
+            Part::Following(follower) => follower.high_watermark().min(self.replica.log_end()),
+            Part::Waiting => self.committed_end.min(self.replica.log_end()),
+        }
+    }
+
+    /// Makes known what is: marks, and what this broker is in the partition.
+    fn publish(&mut self) {
+        let high_watermark = self.high_watermark();
         let marks = Watermarks {
-            log_start: self.log_start,
+            // A replica that is behind may have heard of a start or an end that it has not reached.
+            log_start: self.log_start.min(high_watermark),
             local_start: self.replica.local_start(),
-            tiered_end: self.tiered_end,
-            high_watermark: self.leader.high_watermark(),
+            tiered_end: self.tiered_end.min(high_watermark),
+            high_watermark,
             persisted_end: self.replica.persisted_end(),
             log_end: self.replica.log_end(),
         };
@@ -294,12 +344,30 @@ impl Actor {
         self.shared.publish(marks, self.replica.bytes());
         let since = self.active_since_ms.map_or(0, |ms| u64::try_from(ms).unwrap_or(1).max(1));
         self.shared.active_since_ms.store(since, Ordering::Relaxed);
+        self.shared.set_behind(matches!(&self.part, Part::Leading(leader) if leader.in_sync().is_behind()));
+        let standing = self.stands();
+        if standing != self.standing {
+            self.standing = standing;
+            self.shared.stand(standing);
+        }
+    }
+
+    /// Takes in what the journal and the followers said.
+    fn hear(&mut self, told: Told) {
+        if let Some(outcome) = told.persisted {
+            self.on_persisted(outcome);
+        }
+        if !told.acks.is_empty() {
+            self.on_acknowledged(told.acks);
+        }
+        self.publish();
+        self.answer();
     }
 }
 
-/// What a topic asks of its leader. Nobody else is in sync who could lag.
-fn rule(config: &TopicConfig) -> Rule {
-    Rule { durability: config.durability, min_insync: config.min_insync_replicas, lag_ms: u64::MAX }
+/// What a topic and this broker ask of a leader.
+fn rule(config: &TopicConfig, lag_ms: u64) -> Rule {
+    Rule { durability: config.durability, min_insync: config.min_insync_replicas, lag_ms }
 }
 
 #[cfg(test)]

@@ -13,7 +13,7 @@ use super::{
     leading::{AppendError, append_error},
 };
 use crate::{
-    log::{Replica, SegmentExport},
+    log::{ChangeError, Replica, SegmentExport},
     model::Offset,
     task,
 };
@@ -29,7 +29,7 @@ impl Seat {
     }
 
     /// Does with the replica what may block, on a thread that may.
-    async fn lend<T: Send + 'static>(&mut self, work: impl FnOnce(&mut Replica) -> T + Send + 'static) -> T {
+    pub(super) async fn lend<T: Send + 'static>(&mut self, work: impl FnOnce(&mut Replica) -> T + Send + 'static) -> T {
         let mut replica = self.0.take().expect(TAKEN);
         let (replica, output) = task::blocking(move || {
             let output = work(&mut replica);
@@ -78,19 +78,32 @@ impl Actor {
         self.replica.lend(move |replica| replica.export(base)).await
     }
 
-    /// Moves the log start up. Its commit in the metadata store came before.
-    pub(super) fn advance_log_start(&mut self, to: Offset) {
-        assert!(to <= self.leader.high_watermark(), "only committed records are deleted");
-        self.log_start = self.log_start.max(to);
-        // Readers must see the new start before the files go.
-        self.publish();
-        self.replica.advance_log_start(to);
+    /// Cuts or empties the log, and forgets what was known of the part that went; false when the disk failed.
+    pub(super) async fn cut_by(
+        &mut self,
+        change: impl FnOnce(&mut Replica) -> Result<(), ChangeError> + Send + 'static,
+    ) -> bool {
+        match self.replica.lend(change).await {
+            Ok(()) => {
+                // What is left was synced with the cut, but an answer to a hand-over from before speaks of it no more.
+                self.handed_end = self.replica.persisted_end();
+                let active = self.replica.active();
+                self.active_since_ms = (active.end > active.base).then_some(active.created_ms);
+                self.publish();
+                true
+            }
+            Err(error) => {
+                self.fail(&error.to_string());
+                false
+            }
+        }
     }
 
     /// Lets segments leave the disk.
     pub(super) async fn evict(&mut self, below: Offset) {
         let free = self.tiered_end.max(self.log_start);
-        assert!(below <= free, "only what the bucket has, or nobody may read, leaves the disk");
+        let known = below <= free || mutant!(EvictBeforeCommit);
+        assert!(known, "only what the bucket has, or nobody may read, leaves the disk");
         match self.replica.lend(move |replica| replica.evict(below)).await {
             Ok(bytes) => {
                 tracing::debug!(partition = %self.id, %below, bytes, "segments left the disk");

@@ -6,6 +6,7 @@ use tokio::sync::{Semaphore, oneshot::Receiver};
 
 use super::*;
 use crate::{
+    cluster::{PartitionValue, Revision},
     log::{Identity, Log, Options, SimDisk},
     model::{Compression, ConfigMap, LeaderEpoch, TopicId},
     partition::Held,
@@ -22,16 +23,39 @@ fn open_log() -> Log {
 fn open(log: &Log) -> Actor {
     let id = PartitionId::new(TopicId::from_bytes([7; 16]), 0);
     let config = Arc::new(TopicConfig::resolve(&ConfigMap::new(), &ConfigMap::new()).unwrap());
-    Actor::new(Parts {
+    let mut actor = Actor::new(Parts {
         broker: BrokerId(1),
         id,
         replica: log.open_replica(id, Offset::ZERO).unwrap(),
-        shared: Arc::new(Shared::new(LeaderEpoch(4), config)),
+        shared: Arc::new(Shared::new(config)),
+        news: Arc::default(),
+        around: Surroundings::alone(),
         upkeep: UpkeepQueue::default(),
+        tier: None,
         log_start: Offset::ZERO,
         tiered_end: Offset::ZERO,
+        lag_ms: u64::MAX,
+        orders: mpsc::channel(1).0.downgrade(),
         tasks: Tasks::new(),
-    })
+    });
+    lead(&mut actor, 4);
+    actor
+}
+
+/// The metadata names this broker as the leader of an epoch.
+fn lead(actor: &mut Actor, epoch: u32) {
+    let value = PartitionValue {
+        replicas: vec![BrokerId(1)],
+        leader: Some(BrokerId(1)),
+        leader_epoch: LeaderEpoch(epoch),
+        isr: vec![BrokerId(1)],
+        elr: vec![],
+        adding: vec![],
+        removing: vec![],
+        unclean: None,
+    };
+    actor.placed(Arc::new(value), Revision(u64::from(epoch)));
+    actor.publish();
 }
 
 /// Appends one record and hands it to the journal.
@@ -48,18 +72,16 @@ fn write(actor: &mut Actor) -> Receiver<AppendResult> {
 
 /// Takes in what the journal has said.
 fn hear(actor: &mut Actor) {
-    if let Some(outcome) = actor.persisted.take() {
-        actor.on_persisted(outcome);
+    if let Some(told) = actor.news.take() {
+        actor.hear(told);
     }
 }
 
 /// Cuts the log as a replica does that has held what its leader has not, and then leads.
 fn cut_and_lead(actor: &mut Actor, to: u64) {
-    let end = actor.replica.truncate(Offset::new(to).unwrap()).unwrap();
-    let own = Ends { written: end, persisted: end };
-    let alone = Start::alone(BrokerId(1), LeaderEpoch(5), rule(&actor.config), own, Offset::ZERO);
-    actor.leader = Leader::new(alone, Offset::ZERO);
-    actor.handed_end = end;
+    let log_end = actor.replica.truncate(Offset::new(to).unwrap()).unwrap();
+    actor.handed_end = log_end;
+    lead(actor, 5);
 }
 
 /// The journal answers what was cut with `Cut`. That once counted as a broken disk, and for ever.
@@ -75,7 +97,8 @@ fn a_cut_while_a_hand_over_is_under_way_leaves_the_partition_writable() {
     let lost = write(&mut actor);
     cut_and_lead(&mut actor, 1);
     hear(&mut actor);
-    assert!(lost.blocking_recv().is_err(), "nobody is told that what was cut is there");
+    let answer = lost.blocking_recv().unwrap();
+    assert_eq!(answer, Err(AppendError::Deposed), "nobody is told that what was cut is there");
     assert_eq!(actor.shared.fault(), None);
 
     let written = write(&mut actor);
@@ -96,7 +119,7 @@ fn what_was_persisted_before_a_cut_is_not_believed_after_it() {
     cut_and_lead(&mut actor, 1);
     let mut written = write(&mut actor);
     hear(&mut actor);
-    assert_eq!(actor.leader.high_watermark().get(), 1, "offset 1 is another record now, and is not durable yet");
+    assert_eq!(actor.high_watermark().get(), 1, "offset 1 is another record now, and is not durable yet");
     assert!(written.try_recv().is_err());
     assert!(log.journal_step());
     hear(&mut actor);

@@ -216,6 +216,11 @@ impl InSync {
         self.advance();
     }
 
+    /// All below `end` is in the bucket or deleted, by the metadata: some leader had committed it, and this one has it.
+    pub fn committed(&mut self, end: Offset) {
+        self.high_watermark = self.high_watermark.max(end.min(self.own.written));
+    }
+
     /// Takes a changed configuration.
     pub fn configure(&mut self, rule: Rule) {
         self.rule = rule;

@@ -123,7 +123,7 @@ async fn a_login_is_made_once_renewed_unnoticed_and_refused_in_words() {
 
     let wrong = with(user("broker", "battery staple")).await.expect("good options");
     let error = put(&wrong, "/ours/n", "3").await.expect_err("the password is wrong");
-    assert!(!error.outcome_unknown(), "{error}");
+    assert!(matches!(error, StoreError::Refused { .. }), "{error:?}");
     let said = error.to_string();
     assert!(said.contains("logging in as \"broker\"") && said.contains("authentication failed"), "{said}");
     assert!(!said.contains("battery"), "{said}");

@@ -1,0 +1,236 @@
+//! Carries what partitions propose to the metadata store, and the outcome back.
+//!
+//! # Overview
+//!
+//! A leader asks for a change of its in-sync replicas and goes on; it has at most one such question open, so what waits here is bounded
+//! by the number of partitions. What was asked meanwhile goes together, as few transactions: a follower that dies is in hundreds of
+//! partitions at once. Nothing else batches it.
+//!
+//! # Invariants
+//!
+//! - No proposal is sent twice. What is not known to be done is told as such; the leader then asks to read the key back, and that is
+//!   tried until the store answers.
+//! - A leader whose disk failed gives up in the store what it is there, if another member is in sync. That too is tried until it is done,
+//!   or another epoch has begun.
+//!
+//! # Shutdown
+//!
+//! The task ends where it is. What was on its way is found in the store by whoever leads next.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use futures::{StreamExt as _, stream};
+use tokio::sync::Notify;
+
+use super::hosted::Hosted;
+use crate::{
+    cluster::{Change, Changed, Compare, Keys, PartitionChanges, PartitionValue, Revision},
+    model::{BrokerId, LeaderEpoch, PartitionId},
+    partition::{
+        Agreement,
+        leader::insync::{Agreed, Peer, Proposal},
+    },
+    task::Tasks,
+};
+
+/// First and longest pause after the store did not answer.
+const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
+
+/// Keys that are read side by side.
+const TOGETHER: usize = 16;
+
+/// What waits, of each partition.
+struct Inbox<T> {
+    waiting: Mutex<BTreeMap<PartitionId, T>>,
+    news: Notify,
+}
+
+impl<T: Default> Inbox<T> {
+    fn new() -> Self {
+        Self { waiting: Mutex::default(), news: Notify::new() }
+    }
+
+    /// Changes what waits of a partition.
+    fn put(&self, id: PartitionId, change: impl FnOnce(&mut T)) {
+        change(self.waiting.lock().unwrap_or_else(PoisonError::into_inner).entry(id).or_default());
+        self.news.notify_one();
+    }
+
+    /// All that waits, once there is something. One task calls it.
+    async fn take(&self) -> BTreeMap<PartitionId, T> {
+        loop {
+            let taken = std::mem::take(&mut *self.waiting.lock().unwrap_or_else(PoisonError::into_inner));
+            if !taken.is_empty() {
+                return taken;
+            }
+            self.news.notified().await;
+        }
+    }
+}
+
+/// What is read or written for one partition beside its proposals.
+#[derive(Clone, Copy, Debug, Default)]
+struct Errand {
+    read_back: bool,
+    resign: Option<LeaderEpoch>,
+}
+
+/// The way to the metadata store, for the partitions of one broker.
+pub(super) struct Agree {
+    me: BrokerId,
+    keys: Keys,
+    changes: PartitionChanges,
+    hosted: Arc<Hosted>,
+    proposals: Inbox<Option<Proposal>>,
+    errands: Inbox<Errand>,
+}
+
+impl Agreement for Agree {
+    fn propose(&self, partition: PartitionId, proposal: Proposal) {
+        self.proposals.put(partition, |waiting| *waiting = Some(proposal));
+    }
+
+    fn read_back(&self, partition: PartitionId) {
+        self.errands.put(partition, |errand| errand.read_back = true);
+    }
+
+    fn resign(&self, partition: PartitionId, epoch: LeaderEpoch) {
+        self.errands.put(partition, |errand| errand.resign = Some(epoch));
+    }
+}
+
+impl Agree {
+    pub(super) fn new(me: BrokerId, keys: Keys, changes: PartitionChanges, hosted: Arc<Hosted>) -> Arc<Self> {
+        Arc::new(Self { me, keys, changes, hosted, proposals: Inbox::new(), errands: Inbox::new() })
+    }
+
+    /// Starts the tasks: proposals do not wait for what is read back.
+    pub(super) fn spawn(self: &Arc<Self>, tasks: &Tasks) {
+        let (agree, stop) = (Arc::clone(self), tasks.clone());
+        tasks.spawn("agree", async move {
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => {}
+                () = agree.propose_all() => {}
+            }
+        });
+        let (agree, stop) = (Arc::clone(self), tasks.clone());
+        tasks.spawn("agree errands", async move {
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => {}
+                () = agree.run_errands() => {}
+            }
+        });
+    }
+
+    async fn propose_all(&self) {
+        loop {
+            let some = self.proposals.take().await;
+            let proposed = some.into_iter().filter_map(|(id, proposal)| Some((id, proposal?)));
+            let changes = proposed.map(|(id, proposal)| self.change(id, proposal)).collect();
+            for (id, changed) in self.changes.make(changes, &[]).await {
+                self.answer(id, outcome(id, changed)).await;
+            }
+        }
+    }
+
+    fn change(&self, id: PartitionId, proposal: Proposal) -> Change {
+        let Proposal { expect, value, added } = proposal;
+        let registered = |peer: Peer| Compare::CreateRevision(self.keys.broker(peer.broker), peer.epoch);
+        Change { id, expect, value, also: added.into_iter().map(registered).collect() }
+    }
+
+    async fn answer(&self, id: PartitionId, outcome: Agreed) {
+        // One that is not here any more does not care.
+        if let Some(partition) = self.hosted.by_id(id) {
+            partition.agreed(outcome).await;
+        }
+    }
+
+    async fn run_errands(&self) {
+        let mut pause = PAUSES.0;
+        loop {
+            let some = self.errands.take().await;
+            let run = stream::iter(some).map(|(id, errand)| async move { (id, self.run_errand(id, errand).await) });
+            let left: Vec<(PartitionId, Errand)> = run.buffer_unordered(TOGETHER).collect().await;
+            let left: Vec<_> = left.into_iter().filter(|(_, left)| left.read_back || left.resign.is_some()).collect();
+            if left.is_empty() {
+                pause = PAUSES.0;
+                continue;
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(PAUSES.1);
+            for (id, left) in left {
+                self.errands.put(id, |errand| {
+                    errand.read_back |= left.read_back;
+                    errand.resign = errand.resign.max(left.resign);
+                });
+            }
+        }
+    }
+
+    /// Reads the key and does what is asked. Returns what is left to do.
+    async fn run_errand(&self, id: PartitionId, errand: Errand) -> Errand {
+        let found = match self.changes.read_back(id).await {
+            Ok(found) => found,
+            Err(error) => {
+                tracing::debug!(partition = %id, %error, "the partition's key could not be read yet");
+                return errand;
+            }
+        };
+        if errand.read_back {
+            let outcome = found.clone().map_or(Agreed::Gone, |(value, revision)| Agreed::Found(value, revision));
+            self.answer(id, outcome).await;
+        }
+        let Some((epoch, (value, revision))) = errand.resign.zip(found) else { return Errand::default() };
+        let resigned = self.resign_from(id, epoch, value, revision).await;
+        Errand { read_back: false, resign: (!resigned).then_some(epoch) }
+    }
+
+    /// Gives up the leadership of this epoch. False where that is to be tried again.
+    async fn resign_from(
+        &self,
+        id: PartitionId,
+        epoch: LeaderEpoch,
+        value: PartitionValue,
+        revision: Revision,
+    ) -> bool {
+        let leads = value.leader == Some(self.me) && value.leader_epoch == epoch;
+        let stay = value.isr.iter().any(|member| *member != self.me);
+        if !leads || !stay {
+            // Alone in sync it would only be elected again; as it is it still serves what it has.
+            return true;
+        }
+        let Some(partition) = self.hosted.by_id(id) else { return true };
+        let value = value.resign(self.me, partition.config().min_insync_replicas);
+        let change = Change { id, expect: revision, value, also: Vec::new() };
+        match self.changes.make(vec![change], &[]).await.pop() {
+            Some((_, Changed::Done(_))) => {
+                tracing::error!(partition = %id, "this broker's disk failed: it gave up the partition, and another replica leads");
+                true
+            }
+            _ => false,
+        }
+    }
+}
+
+/// What the store's answer means to who proposed.
+fn outcome(id: PartitionId, changed: Changed) -> Agreed {
+    match changed {
+        Changed::Done(revision) => Agreed::Done(revision),
+        Changed::Refused(Some((value, revision))) => Agreed::Found(value, revision),
+        // It cannot be read either: nobody may go on as if it had the old value.
+        Changed::Refused(None) => Agreed::Gone,
+        Changed::Barred => unreachable!("nothing was named that holds for all"),
+        // Not made, or not known to have been: what stands in the store tells.
+        Changed::Unknown(error) | Changed::Failed(error) => {
+            tracing::debug!(partition = %id, %error, "a change of the in-sync replicas has no known outcome yet");
+            Agreed::Unknown
+        }
+    }
+}

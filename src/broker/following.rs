@@ -1,0 +1,298 @@
+//! One link for each broker that leads something which this one follows.
+//!
+//! Partitions say whom they follow ([`Links`]); a link is made when the first of them names a broker, and made anew whenever it
+//! breaks: at once, then after pauses that grow to a second. It lasts for one broker epoch of either side. Whatever can be concluded from how
+//! it ended is told to [`LinkLost`]; nothing is concluded here.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use super::peer::{LinkLost, Neighbour, Neighbours};
+use crate::{
+    client::{
+        Connect,
+        peers::{self, How, PeerError, Peers, Replicating},
+    },
+    cluster::Revision,
+    model::{BrokerId, LeaderEpoch, PartitionId},
+    partition::{
+        Links,
+        leader::{insync::Ends, join::Claim},
+        session::{self, Asked, Ended, Find},
+    },
+    proto::v1,
+    task::{Tasks, clock},
+};
+
+/// The version of the protocol between brokers.
+pub(super) const VERSION: u32 = 1;
+
+/// How long a connection may take to come up, and the other side to say who it is.
+const CONNECT: Duration = Duration::from_secs(2);
+
+/// The first pause before a link is made again.
+const PAUSE: Duration = Duration::from_millis(20);
+
+/// The longest.
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+
+/// The links over which this broker follows.
+pub(super) struct Following {
+    neighbours: Arc<Neighbours>,
+    peers: Peers,
+    state: Mutex<State>,
+    tasks: Tasks,
+}
+
+#[derive(Default)]
+struct State {
+    /// Whom each partition follows.
+    leaders: BTreeMap<PartitionId, BrokerId>,
+    links: BTreeMap<BrokerId, Arc<Asked>>,
+}
+
+/// Why a link is over, or was not made.
+#[derive(Debug, thiserror::Error)]
+enum Over {
+    #[error("this side ends it")]
+    Stopped,
+    #[error("the connection was closed by the other side")]
+    Closed,
+    #[error(transparent)]
+    Call(#[from] PeerError),
+    #[error("it said nothing for {CONNECT:?}")]
+    Silent,
+    #[error("broker {answers} answers there: the address in the metadata is wrong, or used twice")]
+    Other { answers: u32 },
+    #[error("it has not said hello")]
+    NoWelcome,
+    #[error("it runs in an older uptime ({answers}) than the one that is registered ({known})")]
+    Older { answers: Revision, known: Revision },
+    #[error("it sent what cannot be: {0}")]
+    Bad(String),
+}
+
+impl Following {
+    /// Links over these connections, run as tasks of `tasks`.
+    pub(super) fn new(neighbours: Arc<Neighbours>, connect: Arc<dyn Connect>, tasks: Tasks) -> Arc<Self> {
+        let peers = Peers::new(connect, CONNECT);
+        Arc::new(Self { neighbours, peers, state: Mutex::default(), tasks })
+    }
+
+    /// What it goes by.
+    pub(super) fn neighbours(&self) -> &Arc<Neighbours> {
+        &self.neighbours
+    }
+
+    /// Its way to other brokers, for questions.
+    pub(super) fn peers(&self) -> &Peers {
+        &self.peers
+    }
+
+    /// Says how this broker's partitions are found, and who is told of lost links. Once, before the first of them is assigned.
+    pub(super) fn hosts(&self, find: Find, lost: Arc<dyn LinkLost>) {
+        self.neighbours.serve(find, lost);
+    }
+
+    /// Takes every broker that is registered, with its address for brokers and its broker epoch, at every change.
+    pub(super) fn brokers(&self, known: BTreeMap<BrokerId, (String, Revision)>) {
+        let known = known.into_iter().map(|(id, (address, epoch))| (id, Neighbour { address, epoch }));
+        self.neighbours.know(known.collect());
+    }
+
+    /// Takes this broker's own broker epoch. Links are made anew when another one begins.
+    pub(super) fn registered(&self, epoch: Option<Revision>) {
+        self.neighbours.registered(epoch);
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The link on which a partition follows.
+    fn link(&self, partition: PartitionId) -> Option<Arc<Asked>> {
+        let state = self.state();
+        state.links.get(state.leaders.get(&partition)?).cloned()
+    }
+
+    fn known_epoch(&self, partition: PartitionId) -> LeaderEpoch {
+        self.neighbours.find()(partition).map_or(LeaderEpoch::default(), |partition| partition.epoch())
+    }
+
+    /// A task for the link to `leader`. It owns what the partitions ask; the handle may go before it.
+    fn open(&self, leader: BrokerId) -> Arc<Asked> {
+        let asked = Arc::new(Asked::default());
+        let link = Link {
+            leader,
+            asked: Arc::clone(&asked),
+            neighbours: Arc::clone(&self.neighbours),
+            peers: self.peers.clone(),
+            tasks: self.tasks.clone(),
+        };
+        self.tasks.spawn("link", async move { link.keep().await });
+        asked
+    }
+}
+
+impl Links for Following {
+    fn follow(&self, partition: PartitionId, leader: BrokerId) {
+        let mut state = self.state();
+        let before = state.leaders.insert(partition, leader).filter(|before| *before != leader);
+        let before = before.and_then(|before| state.links.get(&before).cloned());
+        let link = Arc::clone(state.links.entry(leader).or_insert_with(|| self.open(leader)));
+        drop(state);
+        if let Some(before) = before {
+            before.leave(partition, self.known_epoch(partition), false);
+        }
+        link.follow(partition);
+    }
+
+    fn join(&self, partition: PartitionId, epoch: LeaderEpoch, claim: Claim, ends: Ends) {
+        if let Some(link) = self.link(partition) {
+            link.join(partition, epoch, claim, ends);
+        }
+    }
+
+    fn again(&self, partition: PartitionId) {
+        if let Some(link) = self.link(partition) {
+            link.again(partition);
+        }
+    }
+
+    fn leave(&self, partition: PartitionId, known: LeaderEpoch, stopping: bool) {
+        let link = {
+            let mut state = self.state();
+            let leader = state.leaders.remove(&partition);
+            leader.and_then(|leader| state.links.get(&leader).cloned())
+        };
+        if let Some(link) = link {
+            link.leave(partition, known, stopping);
+        }
+    }
+}
+
+/// The link to one broker.
+struct Link {
+    leader: BrokerId,
+    asked: Arc<Asked>,
+    neighbours: Arc<Neighbours>,
+    peers: Peers,
+    tasks: Tasks,
+}
+
+impl Link {
+    /// Makes the link whenever somebody follows on it, until the broker stops.
+    async fn keep(self) {
+        let mut pause: Option<Duration> = None;
+        loop {
+            let wanted = async {
+                self.asked.followed().await;
+                self.neighbours.both(self.leader).await
+            };
+            let (own, to) = tokio::select! {
+                biased;
+                () = self.tasks.cancelled() => return,
+                wanted = wanted => wanted,
+            };
+            let began = clock::monotonic();
+            let over = self.once(own, &to).await;
+            if self.tasks.is_cancelled() {
+                return;
+            }
+            self.conclude(&to, &over);
+            // One that stood is made again at once.
+            if matches!(over, Over::Stopped) || began.elapsed() > CONNECT + LONGEST_PAUSE {
+                pause = None;
+            }
+            let wait = pause.map_or(Duration::ZERO, |pause| (pause * 2).clamp(PAUSE, LONGEST_PAUSE));
+            pause = Some(wait);
+            tokio::select! {
+                biased;
+                () = self.tasks.cancelled() => return,
+                () = tokio::time::sleep(wait) => {}
+            }
+        }
+    }
+
+    /// Says how a link ended, to people and to whoever concludes something from it.
+    fn conclude(&self, to: &Neighbour, over: &Over) {
+        let how = match over {
+            Over::Call(PeerError::Lost { how, .. }) => Some(*how),
+            Over::Closed => Some(How::Ended),
+            Over::Silent => Some(How::Silent),
+            _ => None,
+        };
+        match over {
+            Over::Stopped => tracing::debug!(leader = %self.leader, "the link to a leader's broker begins anew"),
+            // Repeats itself until one of the two is repaired.
+            _ if how.is_none() => tracing::warn!(
+                leader = %self.leader, address = to.address, why = %over, "the link to a leader's broker cannot stand"
+            ),
+            _ => tracing::info!(leader = %self.leader, address = to.address, why = %over, "the link to a leader's broker is lost"),
+        }
+        if let Some(how) = how {
+            self.neighbours.lost(self.leader, to.epoch, how);
+        }
+    }
+
+    async fn once(&self, own: Revision, to: &Neighbour) -> Over {
+        let link = self.tasks.child();
+        let made = tokio::select! {
+            biased;
+            () = link.cancelled() => return Over::Stopped,
+            made = self.make(own, to) => made,
+        };
+        let (Replicating { sender, receiver }, epoch) = match made {
+            Ok(made) => made,
+            Err(over) => return over,
+        };
+        tracing::info!(leader = %self.leader, address = to.address, "the link to a leader's broker stands");
+        let find = self.neighbours.find();
+        let following = session::follow(&self.asked, &find, receiver, sender, &link);
+        let ended = tokio::select! {
+            biased;
+            // Pending for ever once it has cancelled the link.
+            () = async {
+                self.neighbours.cancel_at_change(own, self.leader, epoch, &link).await;
+                std::future::pending().await
+            } => Ended::Stopped,
+            ended = following => ended,
+        };
+        match ended {
+            Ended::Stopped => Over::Stopped,
+            Ended::Closed => Over::Closed,
+            Ended::Broken(status) => peers::lost(&to.address, &status).into(),
+            Ended::Bad(fault) => Over::Bad(fault.message),
+        }
+    }
+
+    /// Opens the stream and waits for the other side's welcome.
+    async fn make(&self, own: Revision, to: &Neighbour) -> Result<(Replicating, Revision), Over> {
+        let hello = v1::Hello {
+            cluster: self.neighbours.cluster().to_owned(),
+            broker: self.neighbours.me().0,
+            broker_epoch: own.0,
+            to: self.leader.0,
+            version: VERSION,
+        };
+        let mut stream = self.peers.replicate(&to.address, hello).await?;
+        let first = match tokio::time::timeout(CONNECT, stream.receiver.message()).await {
+            Ok(Ok(Some(first))) => first,
+            Ok(Ok(None)) => return Err(Over::Closed),
+            Ok(Err(status)) => return Err(peers::lost(&to.address, &status).into()),
+            Err(_) => return Err(Over::Silent),
+        };
+        let Some(v1::to_follower::Is::Welcome(welcome)) = first.is else { return Err(Over::NoWelcome) };
+        if welcome.broker != self.leader.0 {
+            return Err(Over::Other { answers: welcome.broker });
+        }
+        let epoch = Revision(welcome.broker_epoch);
+        if epoch < to.epoch {
+            return Err(Over::Older { answers: epoch, known: to.epoch });
+        }
+        Ok((stream, epoch))
+    }
+}

@@ -1,0 +1,161 @@
+//! The `Peer` service: what other brokers ask of this one.
+//!
+//! `replicate` carries the stream over which they follow; `neighbours` is what both directions know of the brokers around; the
+//! questions are answered here. Nothing of it is for clients.
+
+mod neighbours;
+mod replicate;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex},
+};
+
+use futures::future::BoxFuture;
+use tonic::{Request, Response, Status, Streaming};
+
+pub(super) use self::neighbours::{LinkLost, Neighbour, Neighbours};
+use self::replicate::{Answers, Incoming};
+use crate::{
+    cluster::Revision,
+    limits,
+    model::{BrokerId, LeaderEpoch, PartitionId},
+    partition::session::CatchUp,
+    proto::{
+        fault::{Fault, Reason},
+        v1::{self, peer_server},
+    },
+    task::Tasks,
+};
+
+/// Another broker's word that a process is gone.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Report {
+    /// Who says so.
+    pub(super) reporter: BrokerId,
+    /// Whose process.
+    pub(super) broker: BrokerId,
+    /// In which uptime.
+    pub(super) epoch: Revision,
+    /// What was seen.
+    pub(super) seen: String,
+}
+
+/// What the service has others answer.
+pub(super) struct Questions {
+    /// How this broker is.
+    pub(super) status: Box<dyn Fn() -> v1::StatusResponse + Send + Sync>,
+    /// Looks into a report. True when the registration was taken away.
+    pub(super) report: Box<dyn Fn(Report) -> BoxFuture<'static, Result<bool, Fault>> + Send + Sync>,
+}
+
+/// What other brokers have going on with this one.
+pub(super) struct Peering {
+    neighbours: Arc<Neighbours>,
+    incarnation: String,
+    questions: Questions,
+    catch_up: Arc<CatchUp>,
+    /// The link of each broker that follows here.
+    links: Mutex<BTreeMap<BrokerId, Incoming>>,
+    tasks: Tasks,
+}
+
+impl Peering {
+    /// Of the process of this incarnation. Replicas that catch up here take so many bytes in a second, where a number is given. Links run as
+    /// tasks of `tasks`.
+    pub(super) fn new(
+        neighbours: Arc<Neighbours>,
+        incarnation: String,
+        questions: Questions,
+        catchup_bytes_per_second: Option<u64>,
+        tasks: Tasks,
+    ) -> Arc<Self> {
+        let catch_up = Arc::new(CatchUp::new(catchup_bytes_per_second));
+        Arc::new(Self { neighbours, incarnation, questions, catch_up, links: Mutex::default(), tasks })
+    }
+
+    fn marks(&self, name: &v1::ReplicaName) -> v1::ReplicaMarks {
+        let topic = name.topic_id.parse().ok();
+        let id = topic.zip(u32::try_from(name.partition).ok()).map(|(topic, number)| PartitionId::new(topic, number));
+        let Some(partition) = id.and_then(|id| self.neighbours.partition(id)) else {
+            return v1::ReplicaMarks::default();
+        };
+        let (marks, standing) = (partition.marks(), partition.standing());
+        v1::ReplicaMarks {
+            here: true,
+            leader_epoch: standing.epoch.as_i32(),
+            leads: standing.role.leads(),
+            log_start: marks.log_start.as_i64(),
+            local_start: marks.local_start.as_i64(),
+            tiered_end: marks.tiered_end.as_i64(),
+            high_watermark: marks.high_watermark.as_i64(),
+            persisted_end: marks.persisted_end.as_i64(),
+            log_end: marks.log_end.as_i64(),
+            last_epoch: partition.last_epoch().map(LeaderEpoch::as_i32),
+            failed: partition.fault().map(|why| why.to_string()).unwrap_or_default(),
+        }
+    }
+}
+
+/// The `Peer` service of a broker.
+#[derive(Clone)]
+pub struct PeerService(Arc<Peering>);
+
+/// The service, with its message limits.
+pub(super) fn service(peering: &Arc<Peering>) -> peer_server::PeerServer<PeerService> {
+    peer_server::PeerServer::new(PeerService(Arc::clone(peering)))
+        .max_decoding_message_size(limits::MAX_MESSAGE_BYTES)
+        .max_encoding_message_size(limits::MAX_MESSAGE_BYTES)
+}
+
+#[tonic::async_trait]
+impl peer_server::Peer for PeerService {
+    type ReplicateStream = Answers;
+
+    async fn replicate(&self, request: Request<Streaming<v1::ToLeader>>) -> Result<Response<Answers>, Status> {
+        Ok(Response::new(self.0.replicate(request.into_inner())))
+    }
+
+    async fn who_is(&self, _request: Request<v1::WhoIsRequest>) -> Result<Response<v1::WhoIsResponse>, Status> {
+        let neighbours = &self.0.neighbours;
+        Ok(Response::new(v1::WhoIsResponse {
+            cluster: neighbours.cluster().to_owned(),
+            broker: neighbours.me().0,
+            broker_epoch: neighbours.own().map(|epoch| epoch.0),
+            incarnation: self.0.incarnation.clone(),
+        }))
+    }
+
+    async fn report_gone(
+        &self,
+        request: Request<v1::ReportGoneRequest>,
+    ) -> Result<Response<v1::ReportGoneResponse>, Status> {
+        let request = request.into_inner();
+        self.0.is_of_this_cluster(&request.cluster)?;
+        let report = Report {
+            reporter: BrokerId(request.reporter),
+            broker: BrokerId(request.broker),
+            epoch: Revision(request.broker_epoch),
+            seen: request.seen.chars().take(200).collect(),
+        };
+        let revoked = (self.0.questions.report)(report).await?;
+        Ok(Response::new(v1::ReportGoneResponse { revoked }))
+    }
+
+    async fn marks(&self, request: Request<v1::MarksRequest>) -> Result<Response<v1::MarksResponse>, Status> {
+        let replicas = request.into_inner().replicas;
+        if replicas.len() > limits::MAX_FETCH_PARTITIONS {
+            let message =
+                format!("{} replicas in one question; at most {} are allowed", replicas.len(), limits::MAX_FETCH_PARTITIONS);
+            return Err(Fault::new(Reason::InvalidRequest, message).into());
+        }
+        let replicas = replicas.iter().map(|name| self.0.marks(name)).collect();
+        Ok(Response::new(v1::MarksResponse { replicas }))
+    }
+
+    async fn status(&self, _request: Request<v1::StatusRequest>) -> Result<Response<v1::StatusResponse>, Status> {
+        Ok(Response::new((self.0.questions.status)()))
+    }
+}

@@ -1,0 +1,149 @@
+//! What both directions of replication know of the brokers around: who is registered where, under which broker epoch, and this broker's own.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, OnceLock},
+};
+
+use tokio::sync::watch;
+
+use crate::{
+    client::peers::How,
+    cluster::Revision,
+    model::{BrokerId, PartitionId},
+    partition::{Partition, session::Find},
+    task::Tasks,
+};
+
+/// Where a broker is reached.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(in crate::broker) struct Neighbour {
+    /// Its address for other brokers.
+    pub(in crate::broker) address: String,
+    /// Its broker epoch.
+    pub(in crate::broker) epoch: Revision,
+}
+
+/// Who is told of links that are lost: evidence that a process is gone, for whoever decides by it.
+pub(in crate::broker) trait LinkLost: Send + Sync + 'static {
+    /// A link to or from this uptime of a broker ended, or could not be made. Must not wait.
+    fn link_lost(&self, broker: BrokerId, epoch: Revision, how: How);
+}
+
+/// The brokers around, as far as this one was told.
+pub(in crate::broker) struct Neighbours {
+    me: BrokerId,
+    cluster: String,
+    around: watch::Sender<Around>,
+    find: OnceLock<Find>,
+    lost: OnceLock<Arc<dyn LinkLost>>,
+}
+
+#[derive(Clone, Default)]
+struct Around {
+    own: Option<Revision>,
+    known: Arc<BTreeMap<BrokerId, Neighbour>>,
+}
+
+impl Neighbours {
+    /// Of this broker. It knows of nobody before it is told.
+    pub(in crate::broker) fn new(me: BrokerId, cluster: String) -> Arc<Self> {
+        let around = watch::Sender::default();
+        Arc::new(Self { me, cluster, around, find: OnceLock::new(), lost: OnceLock::new() })
+    }
+
+    /// Says how its partitions are found, and who is told of lost links. Once.
+    pub(in crate::broker) fn serve(&self, find: Find, lost: Arc<dyn LinkLost>) {
+        let first = self.find.set(find).is_ok() && self.lost.set(lost).is_ok();
+        assert!(first, "a broker begins to serve once");
+    }
+
+    /// Takes every broker that is registered, at every change.
+    pub(in crate::broker) fn know(&self, known: BTreeMap<BrokerId, Neighbour>) {
+        self.around.send_if_modified(|around| {
+            let changed = *around.known != known;
+            around.known = Arc::new(known);
+            changed
+        });
+    }
+
+    /// Takes this broker's own broker epoch; `None` while it is not registered. What stands goes on meanwhile: a broker epoch ends
+    /// with the next one.
+    pub(in crate::broker) fn registered(&self, epoch: Option<Revision>) {
+        self.around.send_if_modified(|around| std::mem::replace(&mut around.own, epoch) != epoch);
+    }
+
+    pub(in crate::broker) fn me(&self) -> BrokerId {
+        self.me
+    }
+
+    pub(in crate::broker) fn cluster(&self) -> &str {
+        &self.cluster
+    }
+
+    /// This broker's own broker epoch.
+    pub(super) fn own(&self) -> Option<Revision> {
+        self.around.borrow().own
+    }
+
+    /// What is known of a broker.
+    pub(super) fn get(&self, broker: BrokerId) -> Option<Neighbour> {
+        self.around.borrow().known.get(&broker).cloned()
+    }
+
+    /// The partition of this broker with that id.
+    pub(super) fn partition(&self, id: PartitionId) -> Option<Arc<Partition>> {
+        self.find.get()?(id)
+    }
+
+    /// How its partitions are found.
+    pub(in crate::broker) fn find(self: &Arc<Self>) -> Find {
+        let neighbours = Arc::clone(self);
+        Arc::new(move |id| neighbours.partition(id))
+    }
+
+    /// A link to or from that uptime is lost.
+    pub(in crate::broker) fn lost(&self, broker: BrokerId, epoch: Revision, how: How) {
+        if let Some(lost) = self.lost.get() {
+            lost.link_lost(broker, epoch, how);
+        }
+    }
+
+    /// Waits until both this broker and that one are registered.
+    pub(in crate::broker) async fn both(&self, broker: BrokerId) -> (Revision, Neighbour) {
+        let mut around = self.around.subscribe();
+        loop {
+            let found = {
+                let around = around.borrow_and_update();
+                around.own.zip(around.known.get(&broker).cloned())
+            };
+            if let Some(found) = found {
+                return found;
+            }
+            around.changed().await.expect("its sender lives as long as this");
+        }
+    }
+
+    /// Ends what goes by this token when another broker epoch begins, here or there.
+    pub(in crate::broker) async fn cancel_at_change(
+        &self,
+        own: Revision,
+        broker: BrokerId,
+        epoch: Revision,
+        link: &Tasks,
+    ) {
+        let mut around = self.around.subscribe();
+        loop {
+            let over = {
+                let around = around.borrow_and_update();
+                let newer = around.known.get(&broker).is_some_and(|known| known.epoch > epoch);
+                newer || around.own.is_some_and(|now| now != own)
+            };
+            if over {
+                link.cancel();
+                return;
+            }
+            around.changed().await.expect("its sender lives as long as this");
+        }
+    }
+}

@@ -1,0 +1,382 @@
+//! What the metadata makes of the task: it waits, follows or leads.
+//!
+//! | what is heard | while it waits | while it follows in e | while it leads in e |
+//! | --- | --- | --- | --- |
+//! | this broker leads in e' > e | leads | leaves the link, leads | leads anew, writers of e are answered |
+//! | another leads in e' > e | follows | follows the other | follows, writers are answered |
+//! | nobody leads in e' > e, or this is no replica | | leaves the link | writers are answered |
+//! | other sets in e | | | takes them over |
+//! | a follower knows e' > e | | | admits nothing more |
+//! | its disk fails | | leaves the link for good | resigns |
+//! | an older revision | | | |
+//!
+//! Readers stay open through all of it: what is committed stays where it is. A writer whose records are in the log when the
+//! epoch ends is told that nobody knows what becomes of them; one whose records were never appended is told just that.
+//!
+//! Whoever begins to lead must have all that is committed. Elections see to that, but for one that an operator forced: there the log may
+//! end before the bucket does, or hold other records than the bucket. Then the bucket is right, and the log begins anew behind it.
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use tokio::sync::oneshot;
+
+use super::{Actor, AppendError, ORDERS, Part, rule};
+use crate::{
+    cluster::{PartitionValue, Revision},
+    log::{EpochHistory, ProducerTable},
+    model::{BrokerId, LeaderEpoch, Offset},
+    partition::{
+        Assignment, FromLink, Role, Standing,
+        begin::{self, BeginError, Tables},
+        follower::Follower,
+        leader::{
+            Leader,
+            insync::{Agreed, Departure, Ends, Peer, Registration, Start},
+            join::Claim,
+        },
+        role::Answered,
+    },
+    tier::TierState,
+};
+
+/// First and longest pause before the bucket is asked again for what a leader needs.
+const BEGIN_PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+
+/// What others tell the task: the metadata, the links, the agreement. It never waits behind writes.
+pub(in crate::partition) enum Order {
+    Assign(Box<Assignment>, oneshot::Sender<()>),
+    Join(Box<JoinOrder>),
+    Left(Peer, Departure),
+    Seen(BrokerId, Registration),
+    Tick(u64),
+    Agreed(Box<Agreed>),
+    Deposed(LeaderEpoch),
+    Link(FromLink),
+    /// What the task asked the bucket for, by the number of that question.
+    Tables(u64, Result<Box<Tables>, BeginError>),
+}
+
+/// A follower that joins, and the way for its answer.
+pub(in crate::partition) struct JoinOrder {
+    pub(in crate::partition) peer: Peer,
+    pub(in crate::partition) epoch: LeaderEpoch,
+    pub(in crate::partition) claim: Claim,
+    pub(in crate::partition) ends: Ends,
+    pub(in crate::partition) answer: oneshot::Sender<Answered>,
+}
+
+/// Where the metadata places this broker.
+#[derive(Default)]
+pub(in crate::partition) struct Placed {
+    known: Option<(Arc<PartitionValue>, Revision)>,
+    registered: BTreeMap<BrokerId, Registration>,
+    /// The newest epoch that a follower spoke of.
+    heard: LeaderEpoch,
+    /// Number of the last question to the bucket; an answer to an earlier one is too late.
+    pub(super) question: u64,
+    /// Whether what is asked for is asked by a leader that is about to begin, and how long it waited before it asked.
+    pub(super) leads_after: Option<Duration>,
+}
+
+impl Placed {
+    pub(super) fn epoch(&self) -> LeaderEpoch {
+        self.known.as_ref().map_or(LeaderEpoch(0), |(value, _)| value.leader_epoch)
+    }
+
+    pub(super) fn leader(&self) -> Option<BrokerId> {
+        self.known.as_ref().and_then(|(value, _)| value.leader)
+    }
+
+    fn has_in_sync(&self, broker: BrokerId) -> bool {
+        self.known.as_ref().is_some_and(|(value, _)| value.isr.contains(&broker))
+    }
+}
+
+impl Actor {
+    /// Carries out what is ordered, then makes known and durable what came of it.
+    pub(super) async fn carry_out(&mut self, first: Order, orders: &mut tokio::sync::mpsc::Receiver<Order>) {
+        self.order(first).await;
+        for _ in 1..ORDERS {
+            let Ok(order) = orders.try_recv() else { break };
+            self.order(order).await;
+        }
+        self.hand_to_journal();
+        self.publish();
+        self.answer();
+    }
+
+    async fn order(&mut self, order: Order) {
+        match order {
+            Order::Assign(assignment, done) => {
+                self.assign(*assignment);
+                self.publish();
+                let _gone = done.send(());
+            }
+            Order::Join(join) => {
+                let JoinOrder { peer, epoch, claim, ends, answer } = *join;
+                let answered = self.join(peer, epoch, claim, ends).await;
+                self.propose();
+                let _gone = answer.send(answered);
+            }
+            Order::Left(peer, why) => self.in_sync(|in_sync| in_sync.left(peer, why)),
+            Order::Seen(broker, registration) => {
+                self.placed.registered.insert(broker, registration);
+                self.in_sync(|in_sync| in_sync.seen(broker, registration));
+            }
+            Order::Tick(now_ms) => self.in_sync(|in_sync| in_sync.tick(now_ms)),
+            Order::Agreed(outcome) => self.agreed(*outcome),
+            Order::Deposed(known) => self.deposed(known),
+            Order::Link(said) => self.from_link(said).await,
+            Order::Tables(question, tables) => self.on_tables(question, tables).await,
+        }
+    }
+
+    /// What this broker is in the partition.
+    pub(super) fn stands(&self) -> Standing {
+        let (epoch, leader) = (self.placed.epoch(), self.placed.leader());
+        let role = match &self.part {
+            Part::Leading(leader) => Role::Leader { settled: leader.in_sync().is_settled() },
+            Part::Following(follower) => Role::Follower {
+                leader: follower.leader(),
+                in_sync: follower.is_following() && self.placed.has_in_sync(self.broker),
+            },
+            Part::Waiting => Role::Waiting,
+        };
+        // Somebody else leads by now, though who is not known here.
+        let deposed = role == Role::Waiting && leader == Some(self.broker);
+        Standing { role, epoch, leader: leader.filter(|_| !deposed) }
+    }
+
+    fn assign(&mut self, assignment: Assignment) {
+        let Assignment { value, revision, committed, registered } = assignment;
+        if self.placed.known.as_ref().is_some_and(|(_, known)| revision < *known) {
+            return;
+        }
+        if let Some(state) = committed {
+            self.committed(&state);
+        }
+        self.placed.registered = registered;
+        self.placed(value, revision);
+    }
+
+    /// Takes the place that a value of the partition, no older than the known one, gives this broker.
+    pub(super) fn placed(&mut self, value: Arc<PartitionValue>, revision: Revision) {
+        self.placed.known = Some((Arc::clone(&value), revision));
+        let epoch = value.leader_epoch;
+        let is_late = epoch < self.placed.heard;
+        match value.leader {
+            _ if is_late || !value.replicas.contains(&self.broker) => self.wait(),
+            None => self.wait(),
+            Some(leader) if leader == self.broker => self.lead(&value, revision),
+            Some(leader) => {
+                let follows = matches!(&self.part, Part::Following(follower) if follower.epoch() == epoch);
+                if !follows {
+                    self.follow(leader, epoch, value.unclean);
+                }
+            }
+        }
+    }
+
+    /// Ends whatever it was, in the epoch in which it was that.
+    fn end(&mut self) {
+        self.committed_end = self.high_watermark();
+        self.placed.question += 1;
+        self.placed.leads_after = None;
+        match std::mem::replace(&mut self.part, Part::Waiting) {
+            Part::Waiting => {}
+            Part::Following(_) => self.around.links.leave(self.id, self.placed.epoch(), false),
+            Part::Leading(mut leader) => {
+                // Who is due is told so.
+                leader.due(|writer, acked| writer.answer(Ok(acked)));
+                for writer in leader.abandon() {
+                    writer.answer(Err(AppendError::Deposed));
+                }
+            }
+        }
+    }
+
+    /// Neither leads nor follows.
+    pub(super) fn wait(&mut self) {
+        self.end();
+    }
+
+    fn follow(&mut self, leader: BrokerId, epoch: LeaderEpoch, unclean: Option<LeaderEpoch>) {
+        self.end();
+        if self.shared.fault().is_some() {
+            // It cannot copy: whoever leads must not wait for it.
+            return;
+        }
+        tracing::debug!(partition = %self.id, %leader, %epoch, "follows");
+        self.part = Part::Following(Box::new(Follower::new(leader, epoch, self.high_watermark(), unclean)));
+        self.around.links.follow(self.id, leader);
+    }
+
+    fn lead(&mut self, value: &PartitionValue, revision: Revision) {
+        let epoch = value.leader_epoch;
+        match &mut self.part {
+            Part::Leading(leader) if leader.epoch() == epoch => {
+                leader.in_sync_mut().observed(value, revision);
+                self.see_registered();
+                self.propose();
+            }
+            // It will begin when the bucket has answered.
+            Part::Waiting if self.placed.leads_after.is_some() && self.standing.epoch == epoch => {}
+            _ => {
+                self.end();
+                if self.needs_bucket(value) {
+                    self.ask_bucket(self.tiered_end, Some(Duration::ZERO));
+                } else {
+                    self.begin_to_lead();
+                }
+            }
+        }
+    }
+
+    /// Whether the bucket must be looked at before this log may be led by: only after an election that may have lost records.
+    fn needs_bucket(&self, value: &PartitionValue) -> bool {
+        let committed = self.tiered_end.max(self.log_start);
+        let reaches = self.replica.log_end() >= committed;
+        let unclean = value.unclean == Some(value.leader_epoch) && self.has_bucket_tables();
+        !reaches || unclean
+    }
+
+    /// Whether the bucket holds a segment whose footer tells what was known at the tiered end.
+    pub(super) fn has_bucket_tables(&self) -> bool {
+        self.tiered_end > self.log_start
+    }
+
+    fn begin_to_lead(&mut self) {
+        let Some((value, revision)) = self.placed.known.clone() else { return };
+        let own = Ends { written: self.replica.log_end(), persisted: self.replica.persisted_end() };
+        let committed_end = self.committed_end.max(self.tiered_end).max(self.log_start).min(own.written);
+        let (epoch, in_sync) = (value.leader_epoch, value.isr.len());
+        let rule = rule(&self.config, self.lag_ms);
+        let start = Start { me: self.broker, value: PartitionValue::clone(&value), revision, own, committed_end, rule };
+        self.placed.leads_after = None;
+        self.part = Part::Leading(Box::new(Leader::new(start, self.tiered_end)));
+        tracing::debug!(partition = %self.id, %epoch, log_end = %own.written, %committed_end, in_sync, "leads");
+        self.see_registered();
+        if self.shared.fault().is_some() {
+            self.around.agreement.resign(self.id, epoch);
+        }
+        self.propose();
+        // What was written and not handed over, or could not be uploaded while another led.
+        self.upkeep.push(self.id);
+    }
+
+    /// Tells the leader what the view says of every other replica.
+    fn see_registered(&mut self) {
+        let Part::Leading(leader) = &mut self.part else { return };
+        let replicas = leader.in_sync().value().replicas.clone();
+        for broker in replicas {
+            let registration = self.placed.registered.get(&broker).copied().unwrap_or(Registration::None);
+            leader.in_sync_mut().seen(broker, registration);
+        }
+    }
+
+    /// A follower knows of a newer epoch: nothing more is admitted until the metadata tells what it is.
+    fn deposed(&mut self, known: LeaderEpoch) {
+        self.placed.heard = self.placed.heard.max(known);
+        if let Part::Leading(leader) = &self.part
+            && leader.epoch() < known
+        {
+            tracing::info!(partition = %self.id, epoch = %leader.epoch(), %known, "a follower knows of a newer leader");
+            self.wait();
+        }
+    }
+
+    /// What is in the bucket, and where the log starts, by the metadata: all below both was committed.
+    pub(super) fn committed(&mut self, state: &TierState) {
+        self.tiered_end = self.tiered_end.max(state.bucket_end());
+        self.log_start = self.log_start.max(state.log_start);
+        if let Part::Leading(leader) = &mut self.part {
+            leader.in_sync_mut().committed(self.tiered_end.max(self.log_start));
+            leader.tiered(self.tiered_end);
+        }
+        // Readers must see the new start before the files go.
+        self.publish();
+        self.replica.advance_log_start(self.log_start);
+    }
+
+    /// Asks the bucket for what is known where it ends, which must not be before `at`. `leads_after` when this broker is to lead then,
+    /// with the time to wait before.
+    pub(super) fn ask_bucket(&mut self, at: Offset, leads_after: Option<Duration>) {
+        self.placed.question += 1;
+        self.placed.leads_after = leads_after;
+        let (question, pause) = (self.placed.question, leads_after.unwrap_or_default());
+        let (tier, orders, tasks) = (self.tier.clone(), self.orders.clone(), self.tasks.clone());
+        self.tasks.spawn("begin", async move {
+            let ask = async {
+                tokio::time::sleep(pause).await;
+                begin::from_bucket(tier.as_ref(), at).await
+            };
+            let answer = tokio::select! {
+                biased;
+                () = tasks.cancelled() => return,
+                answer = ask => answer,
+            };
+            if let Some(orders) = orders.upgrade() {
+                let order = Order::Tables(question, answer.map(Box::new));
+                tokio::select! {
+                    biased;
+                    () = tasks.cancelled() => {}
+                    _stopped = orders.send(order) => {}
+                }
+            }
+        });
+    }
+
+    async fn on_tables(&mut self, question: u64, tables: Result<Box<Tables>, BeginError>) {
+        if question != self.placed.question {
+            return;
+        }
+        if let Ok(tables) = &tables {
+            // A committed manifest said so, perhaps before the metadata told this task.
+            self.tiered_end = self.tiered_end.max(tables.at);
+        }
+        match self.placed.leads_after {
+            None => self.begin_following(tables.map(|tables| *tables)).await,
+            Some(waited) => self.begin_leading(tables.map(|tables| *tables), waited).await,
+        }
+    }
+
+    /// An election that may have lost records made this broker the leader; the bucket says what was committed for certain.
+    async fn begin_leading(&mut self, tables: Result<Tables, BeginError>, waited: Duration) {
+        let committed = self.tiered_end.max(self.log_start);
+        let tables = match tables {
+            // Deletion overtook the bucket, or there is none any more: nothing is known of what lies before.
+            Err(BeginError::NoBucket) => Tables::empty(committed),
+            Err(_) if !self.has_bucket_tables() => Tables::empty(committed),
+            Ok(tables) if tables.at < committed => Tables::empty(committed),
+            Ok(tables) => tables,
+            Err(error) => {
+                let (least, most) = BEGIN_PAUSE;
+                tracing::warn!(partition = %self.id, %error, "cannot lead before the bucket was read; it is tried again");
+                return self.ask_bucket(self.tiered_end, Some((waited * 2).clamp(least, most)));
+            }
+        };
+        let (local_start, log_end) = (self.replica.local_start(), self.replica.log_end());
+        let agrees = tables.agree(&self.replica.epochs(), local_start, log_end);
+        if log_end < committed || !agrees {
+            tracing::warn!(
+                partition = %self.id, %log_end, at = %tables.at,
+                "the log of the leader that was elected unclean is not what the bucket holds; it begins anew behind the bucket"
+            );
+            if !self.reset(tables).await {
+                return;
+            }
+        }
+        self.begin_to_lead();
+    }
+
+    /// Throws the log away and begins anew; false when the disk failed.
+    pub(super) async fn reset(&mut self, tables: Tables) -> bool {
+        let Tables { at, epochs, producers } = tables;
+        self.cut_by(move |replica| replica.reset_with(at, epochs, producers)).await
+    }
+
+    /// Throws the log away, and all that is known of it.
+    pub(super) async fn empty(&mut self) -> bool {
+        self.reset(Tables { at: Offset::ZERO, epochs: EpochHistory::new(), producers: ProducerTable::new() }).await
+    }
+}

@@ -1,0 +1,196 @@
+//! Following: what the leader sends is compared, copied, handed to the journal, and acknowledged by whoever looks at the ends.
+
+use super::{Actor, AppendError, GROUP_BYTES, Part};
+use crate::{
+    model::{LeaderEpoch, Offset},
+    partition::{
+        On,
+        begin::{BeginError, Tables},
+        follower::{Act, Head, Violation},
+        leader::{insync::Ends, join::Join},
+        role::{Answered, FromLink, Joined},
+    },
+    record::Batch,
+    task::clock,
+};
+
+impl Actor {
+    /// Takes in what the link brings. What comes while nobody is followed is of an earlier time.
+    pub(super) async fn from_link(&mut self, said: FromLink) {
+        let Part::Following(follower) = &mut self.part else { return };
+        match said {
+            FromLink::Up => self.claim(),
+            FromLink::Down => {
+                follower.interrupted();
+                // What the bucket will answer is not wanted any more: the next claim may be answered otherwise.
+                self.placed.question += 1;
+            }
+            FromLink::Answer(answered) => self.answered(answered).await,
+            FromLink::Pieces { epoch, high_watermark, batches } => self.received(epoch, high_watermark, &batches),
+        }
+    }
+
+    /// Says to the leader what this log is.
+    fn claim(&mut self) {
+        let Part::Following(follower) = &mut self.part else { return };
+        self.placed.question += 1;
+        let log_end = self.replica.log_end();
+        let claim = follower.claim(&self.replica.epochs(), log_end);
+        let epoch = follower.epoch();
+        let ends = Ends { written: log_end, persisted: self.replica.persisted_end() };
+        self.around.links.join(self.id, epoch, claim, ends);
+    }
+
+    /// Asks the link to say later that it is time to claim.
+    fn again(&mut self) {
+        if let Part::Following(follower) = &mut self.part {
+            follower.interrupted();
+            self.around.links.again(self.id);
+        }
+    }
+
+    async fn answered(&mut self, answered: Answered) {
+        let Part::Following(follower) = &mut self.part else { return };
+        let Answered { epoch, high_watermark, join } = answered;
+        let (join, beginning) = match join {
+            Joined::At(at) => (Join::At(at), None),
+            Joined::Diverged { epoch, end } => (Join::Diverged { epoch, end }, None),
+            Joined::Begin(beginning) => (Join::BeginAt(beginning.at), Some(beginning)),
+            Joined::Refused(why) => {
+                tracing::debug!(partition = %self.id, leader = %follower.leader(), %epoch, why, "may not join yet");
+                return self.again();
+            }
+        };
+        let act = follower.answered(epoch, &join, high_watermark, &self.replica.epochs());
+        match act {
+            Ok(Act::Cut(to)) => self.cut(to).await,
+            Ok(Act::Begin(at)) => match beginning {
+                Some(beginning) if !beginning.in_bucket => {
+                    // What lies before is nowhere.
+                    self.log_start = self.log_start.max(at);
+                    self.begin_following(Tables::sent(&beginning)).await;
+                }
+                _ => self.ask_bucket(at, None),
+            },
+            Ok(Act::Follow(_)) => {
+                // Whoever acknowledges says now what is here, though nothing moved.
+                self.publish();
+                self.shared.wake(On::Progress);
+            }
+            Ok(Act::Append | Act::Pass | Act::Wait(_)) => {}
+            Err(violation) => self.violated(violation),
+        }
+    }
+
+    /// Cuts where this log and the leader's part.
+    async fn cut(&mut self, to: Offset) {
+        tracing::info!(partition = %self.id, %to, log_end = %self.replica.log_end(), "cuts what its leader does not have");
+        // After an unclean election what was committed may fall: readers first.
+        self.publish();
+        // Where the disk does not reach nothing is known of what lies before: then it begins anew.
+        let done = if to < self.replica.local_start() {
+            self.empty().await
+        } else {
+            self.cut_by(move |replica| replica.truncate(to).map(drop)).await
+        };
+        if done {
+            self.claim();
+        }
+    }
+
+    /// Begins anew with these tables.
+    pub(super) async fn begin_following(&mut self, tables: Result<Tables, BeginError>) {
+        if !matches!(self.part, Part::Following(_)) {
+            return;
+        }
+        match tables {
+            Ok(tables) => {
+                let at = tables.at;
+                tracing::info!(partition = %self.id, %at, log_end = %self.replica.log_end(), "begins anew and copies from there");
+                if self.reset(tables).await {
+                    self.claim();
+                }
+            }
+            Err(error) => {
+                tracing::warn!(partition = %self.id, %error, "the replica cannot begin yet; it is tried again");
+                self.again();
+            }
+        }
+    }
+
+    /// Batches from the leader.
+    fn received(&mut self, epoch: LeaderEpoch, high_watermark: Offset, batches: &[Batch]) {
+        let Part::Following(follower) = &mut self.part else { return };
+        let heads: Option<Vec<Head>> = batches.iter().map(head).collect();
+        let Some(heads) = heads else {
+            tracing::warn!(partition = %self.id, leader = %follower.leader(), "the leader sent a batch without an epoch");
+            return self.again();
+        };
+        match follower.received(epoch, &heads, high_watermark) {
+            Ok(Act::Append) => self.copy(batches),
+            Ok(_) => {}
+            Err(violation) => self.violated(violation),
+        }
+    }
+
+    /// Appends what was found to fit.
+    fn copy(&mut self, mut batches: &[Batch]) {
+        let now_ms = clock::wall_ms();
+        let most = usize::try_from(self.config.segment_bytes).map_or(GROUP_BYTES, |bytes| bytes.min(GROUP_BYTES));
+        while !batches.is_empty() {
+            let (mut count, mut bytes) = (0, 0);
+            for batch in batches {
+                if count > 0 && bytes + batch.encoded_len() > most {
+                    break;
+                }
+                (count, bytes) = (count + 1, bytes + batch.encoded_len());
+            }
+            let (group, rest) = batches.split_at(count);
+            batches = rest;
+            match self.write(group, bytes, now_ms) {
+                Ok(()) => {}
+                Err(AppendError::StorageFailed { why }) => return self.fail(&why),
+                Err(error) => {
+                    tracing::debug!(partition = %self.id, %error, "cannot copy now");
+                    return self.again();
+                }
+            }
+            let log_end = self.replica.log_end();
+            if let Part::Following(follower) = &mut self.part {
+                follower.appended(log_end);
+            }
+        }
+    }
+
+    /// The leader sent what it should not, or what is late. The follower decided what that means for it; where it does not follow any more it
+    /// claims again, unless that would be answered in the same way for ever.
+    fn violated(&mut self, violation: Violation) {
+        let Part::Following(follower) = &mut self.part else { return };
+        let (leader, epoch) = (follower.leader(), follower.epoch());
+        match violation {
+            Violation::CutBelowCommitted { .. } => {
+                tracing::error!(
+                    partition = %self.id, %leader, %epoch, error = %violation,
+                    "the replica follows nobody until another leads: compare the two logs (strandline segment dump); if the leader is right, \
+                     take this replica away and add it again (strandline partition reassign)"
+                );
+                follower.interrupted();
+                return;
+            }
+            Violation::OldEpoch { .. } | Violation::NewEpoch { .. } | Violation::NotAsked => {
+                tracing::debug!(partition = %self.id, %leader, %epoch, error = %violation, "passed over");
+            }
+            _ => {
+                tracing::warn!(partition = %self.id, %leader, %epoch, error = %violation, "what the leader sent does not fit")
+            }
+        }
+        let waits = follower.is_following() || follower.is_claiming();
+        if !waits || matches!(violation, Violation::NewEpoch { .. }) {
+            self.again();
+        }
+    }
+}
+
+fn head(batch: &Batch) -> Option<Head> {
+    Some(Head { base: batch.base_offset(), end: batch.end_offset(), epoch: batch.leader_epoch()? })
+}

@@ -1,0 +1,86 @@
+//! What reaches the task without waiting for it: the journal's word, and the acknowledgements of followers.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use tokio::sync::Notify;
+
+use crate::{
+    log::PersistError,
+    model::{BrokerId, LeaderEpoch, Offset},
+    partition::leader::insync::{Ends, Peer},
+};
+
+/// What was last said. It only overwrites and wakes: neither the journal nor a link ever waits for a partition.
+#[derive(Default)]
+pub(in crate::partition) struct News {
+    told: Mutex<Told>,
+    notify: Notify,
+}
+
+/// How far the log is durable the replica knows: an end that was said before a cut speaks of records that are gone.
+#[derive(Default)]
+pub(super) struct Told {
+    pub(super) persisted: Option<Result<(), PersistError>>,
+    /// At most one for each follower.
+    pub(super) acks: Vec<Ack>,
+}
+
+/// A follower's word on how far it has come.
+pub(super) struct Ack {
+    pub(super) peer: Peer,
+    pub(super) epoch: LeaderEpoch,
+    pub(super) ends: Ends,
+}
+
+impl News {
+    pub(super) fn persisted(&self, outcome: Result<Offset, PersistError>) {
+        let outcome = match outcome {
+            // What was handed over was cut by this very task: no failure of the disk.
+            Ok(_) | Err(PersistError::Cut) => Ok(()),
+            Err(error) => Err(error),
+        };
+        let mut told = self.lock();
+        // A failure is final; success after it cannot be.
+        if !matches!(told.persisted, Some(Err(_))) {
+            told.persisted = Some(outcome);
+        }
+        drop(told);
+        self.notify.notify_one();
+    }
+
+    pub(in crate::partition) fn acknowledged(&self, peer: Peer, epoch: LeaderEpoch, ends: Ends) {
+        let ack = Ack { peer, epoch, ends };
+        let mut told = self.lock();
+        match told.acks.iter_mut().find(|known| known.peer.broker == peer.broker) {
+            Some(known) => *known = ack,
+            None => told.acks.push(ack),
+        }
+        drop(told);
+        self.notify.notify_one();
+    }
+
+    /// Drops what a follower said that has not been taken yet: it was on a link that is gone.
+    pub(super) fn forget(&self, broker: BrokerId) {
+        self.lock().acks.retain(|ack| ack.peer.broker != broker);
+    }
+
+    pub(super) fn take(&self) -> Option<Told> {
+        let mut told = self.lock();
+        let some = told.persisted.is_some() || !told.acks.is_empty();
+        some.then(|| std::mem::take(&mut *told))
+    }
+
+    pub(super) async fn next(&self) -> Told {
+        loop {
+            let notified = self.notify.notified();
+            if let Some(told) = self.take() {
+                return told;
+            }
+            notified.await;
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Told> {
+        self.told.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,144 @@
+//! What a leader has to do with its followers: joins, acknowledgements, and the changes of the ISR that follow from them.
+
+use super::{Actor, Part, news::Ack};
+use crate::{
+    model::{LeaderEpoch, Offset},
+    partition::{
+        leader::{
+            insync::{Agreed, Ends, InSync, Observed, Peer},
+            join::{Claim, Join, Local},
+        },
+        role::{Answered, Beginning, Joined},
+    },
+};
+
+impl Actor {
+    /// Tells the leader something of its followers, if there is one, and asks for what follows from it.
+    pub(super) fn in_sync(&mut self, tell: impl FnOnce(&mut InSync)) {
+        if let Part::Leading(leader) = &mut self.part {
+            tell(leader.in_sync_mut());
+            self.propose();
+        }
+    }
+
+    /// A follower joins.
+    pub(super) async fn join(&mut self, peer: Peer, epoch: LeaderEpoch, claim: Claim, ends: Ends) -> Answered {
+        let refused = |epoch, why: String| Answered { epoch, high_watermark: Offset::ZERO, join: Joined::Refused(why) };
+        // What was said on its link before this one counts for nothing.
+        self.news.forget(peer.broker);
+        let bucket = self.has_bucket_tables();
+        let local = Local { local_start: self.replica.local_start(), tiered_end: bucket.then_some(self.tiered_end) };
+        let Part::Leading(leader) = &mut self.part else {
+            return refused(self.placed.epoch(), "this broker does not lead the partition".to_owned());
+        };
+        if let Some(why) = self.shared.fault() {
+            return refused(leader.epoch(), format!("the leader's disk failed: {why}"));
+        }
+        let join = leader.in_sync_mut().join(peer, epoch, claim, local, &self.replica.epochs());
+        let (epoch, high_watermark) = (leader.epoch(), leader.high_watermark());
+        let join = match join {
+            Join::At(at) => {
+                let ends = Ends { written: ends.written.min(at), persisted: ends.persisted.min(at) };
+                if let Err(stale) = leader.in_sync_mut().acknowledged(peer, epoch, ends) {
+                    tracing::debug!(partition = %self.id, broker = %peer.broker, error = %stale, "not counted");
+                }
+                tracing::debug!(partition = %self.id, broker = %peer.broker, %epoch, %at, "a follower joined");
+                Joined::At(at)
+            }
+            Join::Diverged { epoch, end } => Joined::Diverged { epoch, end },
+            Join::BeginAt(at) if Some(at) == local.tiered_end => {
+                Joined::Begin(Box::new(Beginning { at, in_bucket: true, ..Beginning::default() }))
+            }
+            Join::BeginAt(_) => match self.replica.lend(|replica| replica.tables_at_start()).await {
+                Ok((at, epochs, producers)) => Joined::Begin(Box::new(Beginning {
+                    at,
+                    in_bucket: false,
+                    epochs: epochs.iter().collect(),
+                    producers: producers.to_bytes(),
+                })),
+                Err(error) => {
+                    tracing::warn!(partition = %self.id, %error, "a new replica cannot begin here");
+                    Joined::Refused(format!("the leader cannot read what is known where its log begins: {error}"))
+                }
+            },
+            Join::Refused(why) => {
+                tracing::debug!(partition = %self.id, broker = %peer.broker, %why, "a follower may not join");
+                Joined::Refused(why.to_string())
+            }
+        };
+        Answered { epoch, high_watermark, join }
+    }
+
+    /// Counts what followers acknowledged.
+    pub(super) fn on_acknowledged(&mut self, acks: Vec<Ack>) {
+        let Part::Leading(leader) = &mut self.part else { return };
+        let mut outside = false;
+        for Ack { peer, epoch, ends } in acks {
+            match leader.in_sync_mut().acknowledged(peer, epoch, ends) {
+                Ok(()) => outside |= !leader.in_sync().value().isr.contains(&peer.broker),
+                Err(error) => {
+                    tracing::debug!(partition = %self.id, broker = %peer.broker, %error, "an acknowledgement is not counted");
+                }
+            }
+        }
+        // What a member acknowledges changes no set.
+        if outside {
+            self.propose();
+        }
+    }
+
+    /// Asks the metadata store for the change of the ISR that is due, or what became of the last one. One question at a time: so an
+    /// answer is never taken for that to another question.
+    pub(super) fn propose(&mut self) {
+        let Part::Leading(leader) = &mut self.part else { return };
+        if self.asked.is_some() || self.shared.fault().is_some() {
+            return;
+        }
+        let epoch = leader.epoch();
+        if leader.in_sync().awaits_reading() {
+            self.asked = Some(epoch);
+            self.around.agreement.read_back(self.id);
+        } else if let Some(proposal) = leader.in_sync_mut().proposal() {
+            tracing::info!(
+                partition = %self.id, %epoch, isr = ?proposal.value.isr, elr = ?proposal.value.elr, before = ?leader.in_sync().value().isr,
+                "proposes other in-sync replicas"
+            );
+            self.asked = Some(epoch);
+            self.around.agreement.propose(self.id, proposal);
+        }
+    }
+
+    /// Takes in what the metadata store answered.
+    pub(super) fn agreed(&mut self, outcome: Agreed) {
+        let asked = self.asked.take();
+        let found = match &outcome {
+            Agreed::Found(value, revision) => Some((value.clone(), *revision)),
+            _ => None,
+        };
+        let Part::Leading(leader) = &mut self.part else { return };
+        let epoch = leader.epoch();
+        let observed = if asked == Some(epoch) {
+            leader.in_sync_mut().agreed(outcome)
+        } else {
+            // It was asked in an epoch before: as an answer it means nothing now, as news it may.
+            found.as_ref().map_or(Observed::Same, |(value, revision)| leader.in_sync_mut().observed(value, *revision))
+        };
+        match observed {
+            Observed::Same => {}
+            Observed::Adopted => {
+                let (value, revision) = (leader.in_sync().value().clone(), leader.in_sync().revision());
+                self.placed(value.into(), revision);
+            }
+            Observed::Deposed { .. } => {
+                if let Some((value, revision)) = found {
+                    self.placed(value.into(), revision);
+                }
+            }
+            Observed::Gone => {
+                tracing::info!(partition = %self.id, "the partition's key is gone; it is being deleted");
+                self.wait();
+            }
+        }
+        self.propose();
+    }
+}

@@ -1,0 +1,133 @@
+//! Where a replica begins that has nothing of use: with the epochs and the producers of what lies before.
+//!
+//! What lies before is in the bucket, and the footer of its last segment has the tables; a replica copies the tail behind it and nothing
+//! else. Where there is no bucket, what lies before was deleted, and the leader sends its own tables. Without the epochs the
+//! log could not be compared with another leader's; without the producers a retry would be appended twice.
+
+use super::role::Beginning;
+use crate::{
+    log::{EpochHistory, ProducerTable},
+    model::{LeaderEpoch, Offset},
+    tier::{self, PartitionTier},
+};
+
+/// What is known of a log where a replica begins.
+pub(super) struct Tables {
+    pub(super) at: Offset,
+    pub(super) epochs: EpochHistory,
+    pub(super) producers: ProducerTable,
+}
+
+/// Why a replica cannot begin now.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum BeginError {
+    /// The bucket did not answer, or what it holds is damaged.
+    #[error("the footer of the last segment in the bucket cannot be read: {0}")]
+    Bucket(#[from] tier::ReadError),
+    /// This broker's view of the bucket ends before that place.
+    #[error(
+        "the bucket ends at {end} as far as is known here, and the replica is to begin at {at}: the metadata has not arrived yet"
+    )]
+    Behind {
+        /// Where the bucket ends.
+        end: Offset,
+        /// Where the replica is to begin.
+        at: Offset,
+    },
+    /// The tables are not what they should be.
+    #[error("the epochs or producers of what lies before {at} are malformed")]
+    Malformed {
+        /// Where the replica is to begin.
+        at: Offset,
+    },
+    /// There is no bucket here.
+    #[error("the replica is to begin where the bucket ends, and this broker has none configured (object_store.url)")]
+    NoBucket,
+}
+
+impl Tables {
+    /// An empty log that begins at `at`.
+    pub(super) fn empty(at: Offset) -> Self {
+        Self { at, epochs: EpochHistory::new(), producers: ProducerTable::new() }
+    }
+
+    /// Those that the leader sent.
+    pub(super) fn sent(beginning: &Beginning) -> Result<Self, BeginError> {
+        Self::checked(beginning.at, &beginning.epochs, &beginning.producers)
+    }
+
+    fn checked(at: Offset, epochs: &[(LeaderEpoch, Offset)], producers: &[u8]) -> Result<Self, BeginError> {
+        let malformed = || BeginError::Malformed { at };
+        let epochs = EpochHistory::from_starts(epochs.iter().copied()).ok_or_else(malformed)?;
+        if epochs.last().is_some_and(|(_, start)| start >= at) {
+            return Err(malformed());
+        }
+        let producers =
+            if producers.is_empty() { Some(ProducerTable::new()) } else { ProducerTable::from_bytes(producers) };
+        Ok(Self { at, epochs, producers: producers.ok_or_else(malformed)? })
+    }
+
+    /// Whether a log with these epochs, on disk from `local_start` on, holds what the bucket holds as far as both reach.
+    pub(super) fn agree(&self, history: &EpochHistory, local_start: Offset, log_end: Offset) -> bool {
+        let end = self.at.min(log_end);
+        if local_start >= end {
+            return true;
+        }
+        self.epochs.between(local_start, end) == history.between(local_start, end)
+    }
+}
+
+/// The tables where the bucket ends, which is at `at` or later.
+pub(super) async fn from_bucket(tier: Option<&PartitionTier>, at: Offset) -> Result<Tables, BeginError> {
+    let tier = tier.ok_or(BeginError::NoBucket)?;
+    let end = tier.state().bucket_end();
+    match tier.last_footer().await? {
+        Some(footer) if footer.end >= at => Tables::checked(footer.end, &footer.epochs, &footer.producers),
+        Some(footer) => Err(BeginError::Behind { end: footer.end, at }),
+        None => Err(BeginError::Behind { end, at }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(offset: u64) -> Offset {
+        Offset::new(offset).unwrap()
+    }
+
+    fn pairs(of: &[(u32, u64)]) -> Vec<(LeaderEpoch, Offset)> {
+        of.iter().map(|(epoch, start)| (LeaderEpoch(*epoch), at(*start))).collect()
+    }
+
+    fn sent(epochs: &[(u32, u64)], producers: &'static [u8]) -> Result<Tables, BeginError> {
+        let producers = bytes::Bytes::from_static(producers);
+        Tables::sent(&Beginning { at: at(10), in_bucket: false, epochs: pairs(epochs), producers })
+    }
+
+    #[test]
+    fn tables_that_no_log_can_have_are_refused() {
+        assert_eq!(sent(&[(1, 0), (3, 4)], b"").unwrap().epochs.last(), Some((LeaderEpoch(3), at(4))));
+        let bad: [&[(u32, u64)]; 4] = [&[(3, 0), (1, 4)], &[(1, 4), (2, 4)], &[(1, 5), (2, 4)], &[(1, 0), (2, 10)]];
+        for epochs in bad {
+            assert!(matches!(sent(epochs, b""), Err(BeginError::Malformed { .. })), "{epochs:?}");
+        }
+        assert!(matches!(sent(&[(1, 0)], b"nonsense"), Err(BeginError::Malformed { .. })));
+    }
+
+    #[test]
+    fn a_log_agrees_with_the_bucket_when_the_same_epochs_wrote_what_both_have() {
+        let tables = sent(&[(1, 0), (3, 4)], b"").unwrap();
+        let agrees = |history: &[(u32, u64)], local_start, log_end| {
+            let history = EpochHistory::from_starts(pairs(history)).unwrap();
+            tables.agree(&history, at(local_start), at(log_end))
+        };
+        assert!(agrees(&[(1, 0), (3, 4)], 0, 10));
+        assert!(agrees(&[(1, 0), (3, 4), (5, 10)], 0, 20), "what lies behind is its own");
+        assert!(agrees(&[(1, 0)], 0, 3), "it ends before");
+        assert!(agrees(&[(7, 12)], 12, 20), "it begins behind");
+        assert!(!agrees(&[(1, 0), (5, 4)], 0, 10));
+        assert!(!agrees(&[(1, 0), (3, 5)], 0, 10));
+        assert!(!agrees(&[(1, 2), (5, 8)], 2, 20));
+    }
+}

@@ -1,0 +1,365 @@
+//! The follower's side of a link: claims go out, batches come in, and what is in the log is acknowledged.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    sync::Arc,
+    time::Duration,
+};
+
+use futures::{Stream, StreamExt as _};
+use tokio::{sync::mpsc, time::Instant};
+
+use super::{
+    Ended, Find,
+    asked::{Asked, Ticket, Todo},
+    frames::{self, BadFrame, FromLeader, JoinFrame, Piece},
+};
+use crate::{
+    model::{LeaderEpoch, Offset, PartitionId},
+    partition::{Answered, FromLink, Joined, On, Overrun, Partition, Ready, leader::insync::Ends},
+    proto::{status::Status, v1},
+    task::{Tasks, clock},
+};
+
+/// How soon a partition is told to claim again; twice as late each time, until a leader has taken it.
+const PAUSE: Duration = Duration::from_millis(20);
+
+/// The longest such pause.
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+
+/// How long the other side may take to say why it ended the link.
+const LAST_WORD: Duration = Duration::from_secs(1);
+
+/// Carries the partitions that ask `asked` over one link, until it ends. Each of them hears when it stands, and when it does not.
+pub async fn follow<S>(
+    asked: &Asked,
+    find: &Find,
+    incoming: S,
+    outgoing: mpsc::Sender<v1::ToLeader>,
+    tasks: &Tasks,
+) -> Ended
+where
+    S: Stream<Item = Result<v1::ToFollower, Status>> + Unpin + Send,
+{
+    asked.begin();
+    let mut following = Following {
+        asked,
+        find,
+        slots: Vec::new(),
+        slot_of: BTreeMap::new(),
+        places: BTreeMap::new(),
+        next_place: 0,
+        ready: Arc::default(),
+        messages: VecDeque::new(),
+        later: BTreeSet::new(),
+        waiting: BTreeMap::new(),
+        pauses: BTreeMap::new(),
+    };
+    let ended = following.run(incoming, &outgoing, tasks).await;
+    for partition in asked.end() {
+        if let Some(partition) = find(partition)
+            && partition.from_link(FromLink::Down).is_err()
+        {
+            // Its queue is full of what came before; the next link tells it more than this.
+            tracing::debug!(partition = %partition.id(), "not told that its link is lost");
+        }
+    }
+    ended
+}
+
+/// One partition on this link.
+struct Slot {
+    partition: Arc<Partition>,
+    place: Option<Place>,
+}
+
+/// How it is joined.
+struct Place {
+    number: u32,
+    ticket: Ticket,
+    join: JoinFrame,
+    /// The leader said that it goes on at the claimed end.
+    joined: bool,
+    /// What was acknowledged.
+    told: Option<Ends>,
+}
+
+struct Following<'a> {
+    asked: &'a Asked,
+    find: &'a Find,
+    /// One for each partition that ever joined on this link, by the number under which it marks `ready`.
+    slots: Vec<Slot>,
+    slot_of: BTreeMap<PartitionId, usize>,
+    places: BTreeMap<u32, usize>,
+    next_place: u32,
+    /// Who has something to acknowledge.
+    ready: Arc<Ready>,
+    /// What goes out before any progress: joins and leaves.
+    messages: VecDeque<v1::ToLeader>,
+    /// Who is told that the link stands, and when.
+    later: BTreeSet<(Instant, PartitionId)>,
+    /// The same by partition.
+    waiting: BTreeMap<PartitionId, Instant>,
+    /// How long each waited that was told to wait.
+    pauses: BTreeMap<PartitionId, Duration>,
+}
+
+impl Following<'_> {
+    async fn run<S>(&mut self, mut incoming: S, outgoing: &mpsc::Sender<v1::ToLeader>, tasks: &Tasks) -> Ended
+    where
+        S: Stream<Item = Result<v1::ToFollower, Status>> + Unpin + Send,
+    {
+        loop {
+            while let Some((partition, todo)) = self.asked.take() {
+                self.carry_out(partition, todo);
+            }
+            let ready = Arc::clone(&self.ready);
+            let first = self.later.first().map(|(due, _)| *due);
+            let due = async {
+                match first {
+                    Some(due) => tokio::time::sleep_until(due).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                biased;
+                () = tasks.cancelled() => return Ended::Stopped,
+                permit = outgoing.reserve(), if !self.messages.is_empty() => match (permit, self.messages.pop_front()) {
+                    (Ok(permit), Some(message)) => permit.send(message),
+                    _ => return refused(incoming).await,
+                },
+                () = self.asked.changed() => {}
+                () = ready.wait(), if self.messages.is_empty() => self.gather_progress(),
+                message = incoming.next() => match message {
+                    Some(Ok(message)) => {
+                        if let Err(bad) = self.received(message) {
+                            return Ended::Bad(bad.into());
+                        }
+                    }
+                    Some(Err(status)) => return Ended::Broken(status),
+                    None => return Ended::Closed,
+                },
+                () = due => self.remind(),
+            }
+        }
+    }
+
+    fn carry_out(&mut self, id: PartitionId, todo: Todo) {
+        if let Some(leave) = todo.leave {
+            self.pauses.remove(&id);
+            if let Some(due) = self.waiting.remove(&id) {
+                self.later.remove(&(due, id));
+            }
+            if let Some(place) = self.end_place(id) {
+                self.messages.push_back(frames::leave(place.number, leave.known, leave.stopping));
+            }
+        }
+        if todo.up {
+            self.say_up(id);
+        }
+        if todo.again {
+            self.wait(id);
+        }
+        if let Some((ticket, join)) = todo.join {
+            self.join(ticket, join);
+        }
+    }
+
+    /// Says that the link stands; a little later when that cannot be said now.
+    fn say_up(&mut self, id: PartitionId) {
+        let told = (self.find)(id).is_some_and(|partition| partition.from_link(FromLink::Up).is_ok());
+        if !told {
+            self.wait(id);
+        }
+    }
+
+    /// Has the partition told that the link stands when it has waited.
+    fn wait(&mut self, id: PartitionId) {
+        if self.waiting.contains_key(&id) {
+            return;
+        }
+        let pause = self.pauses.entry(id).or_insert(PAUSE);
+        let due = clock::monotonic() + *pause;
+        self.later.insert((due, id));
+        self.waiting.insert(id, due);
+        *pause = (*pause * 2).min(LONGEST_PAUSE);
+    }
+
+    /// Tells those who have waited.
+    fn remind(&mut self) {
+        let now = clock::monotonic();
+        while let Some((due, id)) = self.later.first().copied()
+            && due <= now
+        {
+            self.later.pop_first();
+            self.waiting.remove(&id);
+            if self.asked.follows(id) {
+                self.say_up(id);
+            }
+        }
+    }
+
+    fn join(&mut self, ticket: Ticket, join: JoinFrame) {
+        let id = join.partition;
+        self.end_place(id);
+        let Some(index) = self.slot(id) else {
+            // It is being opened, or closed.
+            self.asked.give_up(id, ticket);
+            return self.wait(id);
+        };
+        let number = self.next_place;
+        self.next_place = self.next_place.wrapping_add(1);
+        self.places.insert(number, index);
+        self.slots[index].place = Some(Place { number, ticket, join, joined: false, told: None });
+        self.messages.push_back(frames::join(number, &join));
+    }
+
+    /// The slot of a partition as it is open now.
+    fn slot(&mut self, id: PartitionId) -> Option<usize> {
+        let partition = (self.find)(id)?;
+        let index = *self.slot_of.entry(id).or_insert(self.slots.len());
+        if index == self.slots.len() {
+            partition.follow(&self.ready, index, On::Progress);
+            self.slots.push(Slot { partition, place: None });
+        } else if !Arc::ptr_eq(&self.slots[index].partition, &partition) {
+            partition.follow(&self.ready, index, On::Progress);
+            self.slots[index].partition = partition;
+        }
+        Some(index)
+    }
+
+    fn end_place(&mut self, id: PartitionId) -> Option<Place> {
+        let index = *self.slot_of.get(&id)?;
+        let place = self.slots[index].place.take()?;
+        self.places.remove(&place.number);
+        Some(place)
+    }
+
+    /// Something is wrong with a place: it ends, and the partition joins again a little later.
+    fn fail(&mut self, index: usize, why: &dyn std::fmt::Display) {
+        let id = self.slots[index].partition.id();
+        let Some(place) = self.end_place(id) else { return };
+        tracing::warn!(
+            partition = %id, epoch = %place.join.epoch, log_end = %self.slots[index].partition.ends().written, %why,
+            "replication from the leader is interrupted; the partition joins again"
+        );
+        self.asked.give_up(id, place.ticket);
+        self.messages.push_back(frames::leave(place.number, place.join.epoch, false));
+        self.wait(id);
+    }
+
+    /// One message for all places that moved.
+    fn gather_progress(&mut self) {
+        let mut moved = Vec::new();
+        while let Some(index) = self.ready.take() {
+            let Slot { partition, place: Some(place) } = &mut self.slots[index] else { continue };
+            if !place.joined {
+                continue;
+            }
+            // Read while the join holds: whoever leaves, or joins again, changes its log only after that.
+            let ends = self.asked.while_joined(partition, place.ticket, Partition::ends);
+            if let Some(ends) = ends.filter(|ends| place.told != Some(*ends)) {
+                place.told = Some(ends);
+                moved.push((place.number, ends));
+            }
+        }
+        if !moved.is_empty() {
+            self.messages.push_back(frames::progress(moved));
+        }
+    }
+
+    fn received(&mut self, message: v1::ToFollower) -> Result<(), BadFrame> {
+        match message.try_into()? {
+            FromLeader::Answer { place, answered } => {
+                if let Some(index) = self.places.get(&place).copied() {
+                    match answered {
+                        Ok(answered) => self.answered(index, answered),
+                        Err(bad) => self.fail(index, &bad),
+                    }
+                }
+            }
+            FromLeader::Batches(pieces) => {
+                for piece in pieces {
+                    if let Some(index) = self.places.get(&piece.place).copied()
+                        && let Err(why) = self.take(index, piece)
+                    {
+                        self.fail(index, &why);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn answered(&mut self, index: usize, answered: Answered) {
+        let Slot { partition, place: Some(place) } = &mut self.slots[index] else { return };
+        let id = partition.id();
+        match &answered.join {
+            Joined::Refused(why) if place.joined => {
+                let why = why.clone();
+                return self.fail(index, &format_args!("the leader ends it: {why}"));
+            }
+            _ if place.joined => return self.fail(index, &"a second answer came"),
+            Joined::At(at) if *at != place.join.claim.end => {
+                let why = not_asked("an offset to go on at", *at, place.join.claim.end);
+                return self.fail(index, &why);
+            }
+            Joined::At(_) => {
+                place.joined = true;
+                self.pauses.remove(&id);
+            }
+            _ => {}
+        }
+        let (ticket, over) = (place.ticket, !place.joined);
+        let handed = self.asked.while_joined(partition, ticket, |to| to.from_link(FromLink::Answer(answered)));
+        if let Some(Err(overrun)) = handed {
+            return self.fail(index, &overrun);
+        }
+        if over {
+            self.end_place(id);
+        }
+    }
+
+    fn take(&mut self, index: usize, piece: v1::Piece) -> Result<(), Untaken> {
+        let Slot { partition, place: Some(place) } = &mut self.slots[index] else { return Ok(()) };
+        if !place.joined {
+            return Err(Untaken::Early);
+        }
+        let Piece { epoch, high_watermark, batches } = piece.try_into()?;
+        if epoch != place.join.epoch {
+            return Err(Untaken::Epoch { got: epoch, joined: place.join.epoch });
+        }
+        let pieces = FromLink::Pieces { epoch, high_watermark, batches };
+        self.asked.while_joined(partition, place.ticket, |to| to.from_link(pieces)).transpose()?;
+        Ok(())
+    }
+}
+
+/// The other side takes nothing any more: it has said why, or is about to.
+async fn refused<S>(incoming: S) -> Ended
+where
+    S: Stream<Item = Result<v1::ToFollower, Status>> + Unpin + Send,
+{
+    let why = incoming.filter_map(async |message| message.err());
+    match tokio::time::timeout(LAST_WORD, std::pin::pin!(why).next()).await {
+        Ok(Some(status)) => Ended::Broken(status),
+        Ok(None) | Err(_) => Ended::Closed,
+    }
+}
+
+/// Why a piece cannot be handed on.
+#[derive(Debug, thiserror::Error)]
+enum Untaken {
+    #[error(transparent)]
+    Bad(#[from] BadFrame),
+    #[error(transparent)]
+    Overrun(#[from] Overrun),
+    #[error("batches came before the answer")]
+    Early,
+    #[error("batches of epoch {got} came where epoch {joined} was joined")]
+    Epoch { got: LeaderEpoch, joined: LeaderEpoch },
+}
+
+fn not_asked(field: &'static str, got: Offset, expected: Offset) -> BadFrame {
+    BadFrame::NotAsked { field, got: got.as_i64(), expected: expected.as_i64() }
+}

@@ -1,0 +1,305 @@
+//! What goes over a link, checked, and its form on the wire (`proto/strandline/v1/peer.proto`).
+//!
+//! Batches stay in the pieces of memory in which they were found and go into the message as they are. What comes is input: a number that
+//! cannot be is refused with its name and value. What is wrong with one place is that place's affair; only a message that names none ends
+//! the link.
+
+use crate::{
+    log::EpochHistory,
+    model::{LeaderEpoch, Offset, PartitionId},
+    partition::{
+        leader::{insync::Ends, join::Claim},
+        role::{Answered, Beginning, Joined},
+    },
+    proto::{
+        fault::{Fault, Reason},
+        v1::{self, answer, to_follower, to_leader},
+    },
+    record::{Batch, Chunks, Malformed},
+};
+
+/// Something that no broker in order sends.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub(super) enum BadFrame {
+    /// A message of no kind that is known here, or one that has its place at the beginning of a link.
+    #[error("a message of a kind that has no place here")]
+    Kind,
+    /// A number that cannot be.
+    #[error("{field} is {value}")]
+    Number {
+        /// Which field.
+        field: &'static str,
+        /// What it holds.
+        value: i64,
+    },
+    /// An id that is none.
+    #[error("topic id {0:?} is no UUID")]
+    TopicId(String),
+    /// Lists of different lengths, or of too few.
+    #[error("the lists of a progress have {places}, {written} and {persisted} entries")]
+    Lengths {
+        /// Places.
+        places: usize,
+        /// Written ends.
+        written: usize,
+        /// Persisted ends.
+        persisted: usize,
+    },
+    /// The epochs of a beginning do not ascend, or do not lie below it.
+    #[error("the epochs of a beginning do not ascend to it")]
+    Epochs,
+    /// Bytes that are no batches.
+    #[error("the batches at offset {base} are malformed: {why}")]
+    Batches {
+        /// Where they were to begin.
+        base: Offset,
+        /// What is wrong.
+        why: Malformed,
+    },
+    /// An offset other than the one that was asked for, or an epoch other than that of the place.
+    #[error("{field} is {got}, and {expected} was asked for")]
+    NotAsked {
+        /// Which field.
+        field: &'static str,
+        /// What came.
+        got: i64,
+        /// What was asked for.
+        expected: i64,
+    },
+}
+
+impl From<BadFrame> for Fault {
+    fn from(error: BadFrame) -> Self {
+        let reason =
+            if matches!(error, BadFrame::Batches { .. }) { Reason::MalformedBatch } else { Reason::InvalidRequest };
+        Self::new(reason, error.to_string())
+    }
+}
+
+/// What a follower's broker says of one place, or of many.
+#[derive(Debug)]
+pub(super) enum FromFollower {
+    /// A place begins.
+    Join { place: u32, join: Result<JoinFrame, BadFrame> },
+    /// A place ends.
+    Leave { place: u32, known: Option<LeaderEpoch>, stopping: bool },
+    /// What it has of these places.
+    Progress(Vec<(u32, Ends)>),
+}
+
+/// How a partition is joined.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct JoinFrame {
+    pub(super) partition: PartitionId,
+    pub(super) epoch: LeaderEpoch,
+    pub(super) claim: Claim,
+    pub(super) ends: Ends,
+}
+
+/// What a leader's broker says.
+#[derive(Debug)]
+pub(super) enum FromLeader {
+    /// The answer to a join.
+    Answer { place: u32, answered: Result<Answered, BadFrame> },
+    /// What follows.
+    Batches(Vec<v1::Piece>),
+}
+
+/// Batches of one place.
+#[derive(Debug)]
+pub(super) struct Piece {
+    pub(super) epoch: LeaderEpoch,
+    pub(super) high_watermark: Offset,
+    pub(super) batches: Vec<Batch>,
+}
+
+fn offset(field: &'static str, value: i64) -> Result<Offset, BadFrame> {
+    Offset::from_i64(value).ok_or(BadFrame::Number { field, value })
+}
+
+fn epoch(field: &'static str, value: i32) -> Result<LeaderEpoch, BadFrame> {
+    LeaderEpoch::from_i32(value).ok_or(BadFrame::Number { field, value: value.into() })
+}
+
+fn ends(written: i64, persisted: i64) -> Result<Ends, BadFrame> {
+    let ends = Ends { written: offset("a written end", written)?, persisted: offset("a persisted end", persisted)? };
+    if ends.persisted > ends.written {
+        return Err(BadFrame::Number { field: "a persisted end above the written one", value: persisted });
+    }
+    Ok(ends)
+}
+
+impl TryFrom<v1::ToLeader> for FromFollower {
+    type Error = BadFrame;
+
+    fn try_from(message: v1::ToLeader) -> Result<Self, BadFrame> {
+        match message.is {
+            Some(to_leader::Is::Join(join)) => Ok(Self::Join { place: join.place, join: join.try_into() }),
+            Some(to_leader::Is::Leave(leave)) => Ok(Self::Leave {
+                place: leave.place,
+                known: LeaderEpoch::from_i32(leave.known_epoch),
+                stopping: leave.stopping,
+            }),
+            Some(to_leader::Is::Progress(progress)) => {
+                let (places, written, persisted) =
+                    (progress.place.len(), progress.written.len(), progress.persisted.len());
+                if places != written || places != persisted {
+                    return Err(BadFrame::Lengths { places, written, persisted });
+                }
+                let of_places = progress.written.into_iter().zip(progress.persisted);
+                let all = progress.place.into_iter().zip(of_places);
+                let all = all.map(|(place, (written, persisted))| Ok((place, ends(written, persisted)?)));
+                Ok(Self::Progress(all.collect::<Result<_, BadFrame>>()?))
+            }
+            Some(to_leader::Is::Hello(_)) | None => Err(BadFrame::Kind),
+        }
+    }
+}
+
+impl TryFrom<v1::Join> for JoinFrame {
+    type Error = BadFrame;
+
+    fn try_from(join: v1::Join) -> Result<Self, BadFrame> {
+        let topic = join.topic_id.parse().map_err(|_| BadFrame::TopicId(join.topic_id.chars().take(64).collect()))?;
+        let number = u32::try_from(join.partition)
+            .map_err(|_| BadFrame::Number { field: "a partition's number", value: join.partition.into() })?;
+        let last = join.last_epoch.map(|value| epoch("the epoch of a last batch", value)).transpose()?;
+        let ends = ends(join.end, join.persisted)?;
+        Ok(Self {
+            partition: PartitionId::new(topic, number),
+            epoch: epoch("a leader epoch", join.leader_epoch)?,
+            claim: Claim { last, end: ends.written },
+            ends,
+        })
+    }
+}
+
+impl TryFrom<v1::ToFollower> for FromLeader {
+    type Error = BadFrame;
+
+    fn try_from(message: v1::ToFollower) -> Result<Self, BadFrame> {
+        match message.is {
+            Some(to_follower::Is::Answer(answer)) => {
+                Ok(Self::Answer { place: answer.place, answered: answered(answer) })
+            }
+            Some(to_follower::Is::Batches(batches)) => Ok(Self::Batches(batches.pieces)),
+            Some(to_follower::Is::Welcome(_)) | None => Err(BadFrame::Kind),
+        }
+    }
+}
+
+fn answered(answer: v1::Answer) -> Result<Answered, BadFrame> {
+    let join = match answer.is.ok_or(BadFrame::Kind)? {
+        answer::Is::At(at) => Joined::At(offset("the offset to go on at", at)?),
+        answer::Is::Diverged(diverged) => Joined::Diverged {
+            epoch: epoch("the epoch of a divergence", diverged.epoch)?,
+            end: offset("the end of a divergence", diverged.end)?,
+        },
+        answer::Is::Begin(begin) => Joined::Begin(Box::new(beginning(begin)?)),
+        answer::Is::Refused(error) => Joined::Refused(error.message),
+    };
+    Ok(Answered {
+        epoch: epoch("a leader epoch", answer.leader_epoch)?,
+        high_watermark: offset("a high watermark", answer.high_watermark)?,
+        join,
+    })
+}
+
+fn beginning(begin: v1::Begin) -> Result<Beginning, BadFrame> {
+    let at = offset("the offset to begin at", begin.at)?;
+    let mut history = EpochHistory::new();
+    for start in &begin.epochs {
+        let first = offset("the start of an epoch", start.start)?;
+        if first >= at || !history.note(epoch("an epoch", start.epoch)?, first) {
+            return Err(BadFrame::Epochs);
+        }
+    }
+    if history.iter().len() != begin.epochs.len() {
+        return Err(BadFrame::Epochs);
+    }
+    Ok(Beginning { at, in_bucket: begin.in_bucket, epochs: history.iter().collect(), producers: begin.producers })
+}
+
+impl TryFrom<v1::Piece> for Piece {
+    type Error = BadFrame;
+
+    fn try_from(piece: v1::Piece) -> Result<Self, BadFrame> {
+        let base = offset("the offset of a piece", piece.base)?;
+        let batches = Chunks::new(piece.chunks).collect::<Result<Vec<_>, _>>();
+        Ok(Self {
+            epoch: epoch("a leader epoch", piece.leader_epoch)?,
+            high_watermark: offset("a high watermark", piece.high_watermark)?,
+            batches: batches.map_err(|why| BadFrame::Batches { base, why })?,
+        })
+    }
+}
+
+/// A join on the wire.
+pub(super) fn join(place: u32, join: &JoinFrame) -> v1::ToLeader {
+    let is = to_leader::Is::Join(v1::Join {
+        place,
+        topic_id: join.partition.topic.to_string(),
+        partition: join.partition.number.cast_signed(),
+        leader_epoch: join.epoch.as_i32(),
+        last_epoch: join.claim.last.map(LeaderEpoch::as_i32),
+        end: join.claim.end.as_i64(),
+        persisted: join.ends.persisted.as_i64(),
+    });
+    v1::ToLeader { is: Some(is) }
+}
+
+/// A leave on the wire.
+pub(super) fn leave(place: u32, known: LeaderEpoch, stopping: bool) -> v1::ToLeader {
+    v1::ToLeader { is: Some(to_leader::Is::Leave(v1::Leave { place, known_epoch: known.as_i32(), stopping })) }
+}
+
+/// What the follower has, on the wire.
+pub(super) fn progress(all: impl IntoIterator<Item = (u32, Ends)>) -> v1::ToLeader {
+    let mut progress = v1::Progress::default();
+    for (place, ends) in all {
+        progress.place.push(place);
+        progress.written.push(ends.written.as_i64());
+        progress.persisted.push(ends.persisted.as_i64());
+    }
+    v1::ToLeader { is: Some(to_leader::Is::Progress(progress)) }
+}
+
+/// An answer on the wire.
+pub(super) fn answer(place: u32, answered: Answered) -> v1::ToFollower {
+    let is = match answered.join {
+        Joined::At(at) => answer::Is::At(at.as_i64()),
+        Joined::Diverged { epoch, end } => {
+            answer::Is::Diverged(v1::Diverged { epoch: epoch.as_i32(), end: end.as_i64() })
+        }
+        Joined::Begin(begin) => answer::Is::Begin(v1::Begin {
+            at: begin.at.as_i64(),
+            epochs: begin.epochs.iter().map(|(epoch, start)| epoch_start(*epoch, *start)).collect(),
+            producers: begin.producers,
+            in_bucket: begin.in_bucket,
+        }),
+        Joined::Refused(why) => answer::Is::Refused(Fault::new(Reason::NotLeader, why).into()),
+    };
+    let answer = v1::Answer {
+        place,
+        leader_epoch: answered.epoch.as_i32(),
+        high_watermark: answered.high_watermark.as_i64(),
+        is: Some(is),
+    };
+    v1::ToFollower { is: Some(to_follower::Is::Answer(answer)) }
+}
+
+fn epoch_start(epoch: LeaderEpoch, start: Offset) -> v1::EpochStart {
+    v1::EpochStart { epoch: epoch.as_i32(), start: start.as_i64() }
+}
+
+/// A place that goes no further, on the wire.
+pub(super) fn refused(place: u32, epoch: LeaderEpoch, fault: Fault) -> v1::ToFollower {
+    let answer =
+        v1::Answer { place, leader_epoch: epoch.as_i32(), high_watermark: 0, is: Some(answer::Is::Refused(fault.into())) };
+    v1::ToFollower { is: Some(to_follower::Is::Answer(answer)) }
+}
+
+/// Pieces on the wire.
+pub(super) fn batches(pieces: Vec<v1::Piece>) -> v1::ToFollower {
+    v1::ToFollower { is: Some(to_follower::Is::Batches(v1::Batches { pieces })) }
+}

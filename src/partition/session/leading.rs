@@ -1,0 +1,596 @@
+//! The leader's side of a link: followers join, batches go out as they are appended, and what is acknowledged is told to the partitions.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    pin::Pin,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use futures::{FutureExt as _, Stream, StreamExt as _, stream::{self, FuturesUnordered}};
+use tokio::time::Instant;
+
+use super::{
+    Ended, Find, Outgoing,
+    frames::{self, BadFrame, FromFollower, JoinFrame},
+    window::{Throttle, Window},
+};
+use crate::{
+    model::{LeaderEpoch, Offset, PartitionId},
+    partition::{
+        Answered, Fetched, Joined, On, Partition, ReadError, Ready, TailReader,
+        leader::insync::{Departure, Ends, Peer},
+    },
+    proto::{
+        fault::{Fault, Reason},
+        status::Status,
+        v1,
+    },
+    task::{Tasks, clock},
+};
+
+/// Bytes of batches from which on a message takes no more.
+const MESSAGE_BYTES: usize = 1 << 20;
+
+/// Reads of one link that may be under way.
+const READS: usize = 8;
+
+/// How long a moved high watermark waits for batches to ride on.
+const MARK_WAIT: Duration = Duration::from_millis(5);
+
+/// How long the end of a link waits for partitions to take note of it. One whose queue stays full hears of the next join instead.
+const DEPARTURE_WAIT: Duration = Duration::from_secs(1);
+
+/// Partitions that are told at the same time that their follower is gone.
+const DEPARTURES: usize = 64;
+
+/// What a leader's side is given.
+pub struct Led {
+    /// Who follows, in which uptime.
+    pub peer: Peer,
+    /// This broker's partitions.
+    pub find: Find,
+    /// What replicas that catch up may take.
+    pub catch_up: Arc<CatchUp>,
+}
+
+/// What replicas that catch up may take of this broker, over all links together.
+#[derive(Debug)]
+pub struct CatchUp {
+    began: Instant,
+    throttle: Mutex<Throttle>,
+}
+
+impl CatchUp {
+    /// So many bytes in a second; without a number as many as there are.
+    pub fn new(bytes_per_second: Option<u64>) -> Self {
+        Self { began: clock::monotonic(), throttle: Mutex::new(Throttle::new(bytes_per_second)) }
+    }
+
+    /// When the next read may begin; `None` when now.
+    fn wait(&self) -> Option<Instant> {
+        let now = clock::monotonic();
+        let now_ms = u64::try_from(now.saturating_duration_since(self.began).as_millis()).unwrap_or(u64::MAX);
+        let until_ms = self.throttle.lock().unwrap_or_else(PoisonError::into_inner).wait(now_ms)?;
+        Some(now + Duration::from_millis(until_ms.saturating_sub(now_ms)))
+    }
+
+    fn take(&self, bytes: usize) {
+        self.throttle.lock().unwrap_or_else(PoisonError::into_inner).take(bytes);
+    }
+}
+
+/// Serves one follower's broker over one link, until it ends. Every partition that it followed has been told so when this returns.
+pub async fn lead<S>(led: Led, incoming: S, outgoing: Outgoing, tasks: &Tasks) -> Ended
+where
+    S: Stream<Item = Result<v1::ToLeader, Status>> + Unpin + Send,
+{
+    let mut leading = Leading {
+        led,
+        slots: Vec::new(),
+        slot_of: BTreeMap::new(),
+        places: BTreeMap::new(),
+        written: Arc::default(),
+        committed: Arc::default(),
+        reading: FuturesUnordered::new(),
+        asking: FuturesUnordered::new(),
+        behind: VecDeque::new(),
+        starved: Vec::new(),
+        under_way: 0,
+        answers: VecDeque::new(),
+        pieces: VecDeque::new(),
+        piece_bytes: 0,
+        marks_due: None,
+        throttled_until: None,
+    };
+    let ended = leading.run(incoming, &outgoing, tasks).await;
+    leading.depart().await;
+    ended
+}
+
+/// One partition that was ever joined on this link.
+struct Slot {
+    partition: Arc<Partition>,
+    /// The number by which the follower calls it now, and how it joined; from the join on, until it leaves.
+    number: Option<u32>,
+    place: Option<Place>,
+    /// What the partition is still to be told, one after the other.
+    asks: Asks,
+    /// Something of it is under way.
+    asking: bool,
+    /// The follower said that it stops.
+    stops: bool,
+}
+
+/// What a partition is to be told, in this order.
+#[derive(Default)]
+struct Asks {
+    deposed: Option<LeaderEpoch>,
+    left: Option<Departure>,
+    join: Option<(u32, JoinFrame)>,
+}
+
+/// A partition that is being sent.
+struct Place {
+    epoch: LeaderEpoch,
+    tail: TailReader,
+    window: Window,
+    /// The high watermark that the follower was told.
+    told: Offset,
+    /// It has not reached the log end since it joined.
+    catches_up: bool,
+    reading: bool,
+    /// Something new came during that read.
+    again: bool,
+    /// It waits in `behind`.
+    queued: bool,
+    /// It has news and no room.
+    blocked: bool,
+}
+
+/// What became of something that a partition was told.
+enum Told {
+    Noted,
+    Joined { number: u32, join: JoinFrame, answered: Answered },
+}
+
+type Asking = Pin<Box<dyn Future<Output = (usize, Told)> + Send>>;
+type Reading = Pin<Box<dyn Future<Output = (usize, u32, Result<Option<Fetched>, ReadError>)> + Send>>;
+
+struct Leading {
+    led: Led,
+    /// By the number under which each marks `written` and `committed`.
+    slots: Vec<Slot>,
+    slot_of: BTreeMap<PartitionId, usize>,
+    places: BTreeMap<u32, usize>,
+    /// Whose log end moved.
+    written: Arc<Ready>,
+    /// Whose high watermark moved.
+    committed: Arc<Ready>,
+    reading: FuturesUnordered<Reading>,
+    asking: FuturesUnordered<Asking>,
+    /// Who has news and catches up: they are read when nobody else is to be.
+    behind: VecDeque<usize>,
+    /// Who has news and waits for room on the link.
+    starved: Vec<usize>,
+    /// Bytes of all places that are not acknowledged.
+    under_way: usize,
+    answers: VecDeque<v1::ToFollower>,
+    /// What the next messages carry, with the bytes of each.
+    pieces: VecDeque<(usize, v1::Piece)>,
+    piece_bytes: usize,
+    /// When moved high watermarks are told that found nothing to ride on.
+    marks_due: Option<Instant>,
+    throttled_until: Option<Instant>,
+}
+
+impl Leading {
+    async fn run<S>(&mut self, mut incoming: S, outgoing: &Outgoing, tasks: &Tasks) -> Ended
+    where
+        S: Stream<Item = Result<v1::ToLeader, Status>> + Unpin + Send,
+    {
+        loop {
+            self.fill();
+            let (written, committed) = (Arc::clone(&self.written), Arc::clone(&self.committed));
+            let may_read = self.piece_bytes < MESSAGE_BYTES && self.reading.len() < READS;
+            tokio::select! {
+                biased;
+                () = tasks.cancelled() => return Ended::Stopped,
+                message = incoming.next() => match message {
+                    Some(Ok(message)) => {
+                        if let Err(bad) = self.received(message) {
+                            return Ended::Bad(bad);
+                        }
+                    }
+                    Some(Err(status)) => return Ended::Broken(status),
+                    None => return Ended::Closed,
+                },
+                permit = outgoing.reserve(), if self.has_message() => match permit {
+                    Ok(permit) => permit.send(Ok(self.message())),
+                    Err(_) => return Ended::Closed,
+                },
+                Some((index, told)) = self.asking.next(), if !self.asking.is_empty() => self.told(index, told),
+                Some(read) = self.reading.next(), if !self.reading.is_empty() => self.absorb(read),
+                () = written.wait(), if may_read => {}
+                () = until(self.throttled_until), if may_read => self.throttled_until = None,
+                () = committed.wait(), if self.marks_due.is_none() => {
+                    self.marks_due = Some(clock::monotonic() + MARK_WAIT);
+                }
+                () = until(self.marks_due) => self.tell_marks(),
+                () = outgoing.closed() => return Ended::Closed,
+            }
+        }
+    }
+
+    fn has_message(&self) -> bool {
+        !self.answers.is_empty() || !self.pieces.is_empty()
+    }
+
+    /// The next message: answers first, since batches follow them.
+    fn message(&mut self) -> v1::ToFollower {
+        if let Some(answer) = self.answers.pop_front() {
+            return answer;
+        }
+        let mut pieces = Vec::new();
+        let mut room = MESSAGE_BYTES;
+        while let Some((bytes, piece)) = self.pieces.pop_front_if(|(bytes, _)| pieces.is_empty() || *bytes <= room) {
+            room = room.saturating_sub(bytes);
+            self.piece_bytes -= bytes;
+            pieces.push(piece);
+        }
+        frames::batches(pieces)
+    }
+
+    /// Reads what can be had at once, until the message is full.
+    fn fill(&mut self) {
+        while self.piece_bytes < MESSAGE_BYTES && self.reading.len() < READS {
+            let Some(index) = self.next_to_read() else { return };
+            self.begin_read(index);
+            while let Some(Some(read)) = self.reading.next().now_or_never() {
+                self.absorb(read);
+            }
+        }
+    }
+
+    /// Whose turn it is: those that keep up before those that catch up, each in the order in which it had news.
+    fn next_to_read(&mut self) -> Option<usize> {
+        while let Some(index) = self.written.take() {
+            let Some(place) = &mut self.slots[index].place else { continue };
+            if place.reading {
+                place.again = true;
+            } else if !place.catches_up {
+                return Some(index);
+            } else if !std::mem::replace(&mut place.queued, true) {
+                self.behind.push_back(index);
+            }
+        }
+        if self.throttled_until.is_some() || self.behind.is_empty() {
+            return None;
+        }
+        self.throttled_until = self.led.catch_up.wait();
+        if self.throttled_until.is_some() {
+            return None;
+        }
+        let index = self.behind.pop_front()?;
+        if let Some(place) = &mut self.slots[index].place {
+            place.queued = false;
+        }
+        Some(index)
+    }
+
+    fn begin_read(&mut self, index: usize) {
+        let Slot { partition, number: Some(number), place: Some(place), .. } = &mut self.slots[index] else { return };
+        if let Err(fault) = leads(partition, place) {
+            return self.refuse(index, fault);
+        }
+        let from = place.window.sent();
+        if place.tail.ends().0 <= from {
+            place.catches_up = false;
+            return;
+        }
+        let Some(room) = place.window.room(self.under_way) else {
+            place.blocked = true;
+            if place.window.room(0).is_some() {
+                self.starved.push(index);
+            }
+            return;
+        };
+        place.reading = true;
+        let (tail, number) = (place.tail.clone(), *number);
+        self.reading.push(Box::pin(async move { (index, number, tail.read(from, room).await) }));
+    }
+
+    /// Takes what was read into the message.
+    fn absorb(&mut self, (index, read_for, read): (usize, u32, Result<Option<Fetched>, ReadError>)) {
+        let Slot { number, place: Some(place), .. } = &mut self.slots[index] else { return };
+        if *number != Some(read_for) {
+            return;
+        }
+        place.reading = false;
+        let again = std::mem::take(&mut place.again);
+        let fetched = match read {
+            Ok(Some(fetched)) => fetched,
+            Ok(None) => {
+                if again {
+                    self.written.mark(index);
+                }
+                return;
+            }
+            Err(error) => return self.refuse(index, unreadable(&error)),
+        };
+        let base = place.window.sent();
+        let (log_end, high_watermark) = place.tail.ends();
+        place.window.send(fetched.next, fetched.bytes);
+        place.told = high_watermark;
+        self.under_way += fetched.bytes;
+        if place.catches_up {
+            self.led.catch_up.take(fetched.bytes);
+        }
+        if again || fetched.next < log_end {
+            self.written.mark(index);
+        } else {
+            place.catches_up = false;
+        }
+        let piece = v1::Piece {
+            place: read_for,
+            leader_epoch: place.epoch.as_i32(),
+            base: base.as_i64(),
+            high_watermark: high_watermark.as_i64(),
+            chunks: fetched.chunks,
+        };
+        self.piece_bytes += fetched.bytes;
+        self.pieces.push_back((fetched.bytes, piece));
+    }
+
+    /// Tells the high watermarks that moved and that no batches carried.
+    fn tell_marks(&mut self) {
+        self.marks_due = None;
+        while let Some(index) = self.committed.take() {
+            let Slot { number: Some(number), place: Some(place), .. } = &mut self.slots[index] else { continue };
+            let (_, high_watermark) = place.tail.ends();
+            if high_watermark > place.told {
+                place.told = high_watermark;
+                let piece = v1::Piece {
+                    place: *number,
+                    leader_epoch: place.epoch.as_i32(),
+                    base: place.window.sent().as_i64(),
+                    high_watermark: high_watermark.as_i64(),
+                    chunks: Vec::new(),
+                };
+                self.pieces.push_back((0, piece));
+            }
+        }
+    }
+
+    fn received(&mut self, message: v1::ToLeader) -> Result<(), Fault> {
+        match message.try_into()? {
+            FromFollower::Join { place, join: Ok(join) } => self.join(place, join)?,
+            FromFollower::Join { place, join: Err(bad) } => {
+                self.answers.push_back(frames::refused(place, LeaderEpoch::default(), bad.into()));
+            }
+            FromFollower::Leave { place, known, stopping } => self.leave(place, known, stopping),
+            FromFollower::Progress(all) => {
+                for (place, ends) in all {
+                    self.acknowledged(place, ends);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn join(&mut self, number: u32, join: JoinFrame) -> Result<(), Fault> {
+        if self.places.contains_key(&number) {
+            return Err(BadFrame::Number { field: "a place that is taken", value: number.into() }.into());
+        }
+        let Some(index) = self.slot(join.partition) else {
+            let message = format!("this broker has no replica of partition {} open", join.partition);
+            let fault = Fault::new(Reason::NotLeader, message);
+            self.answers.push_back(frames::refused(number, join.epoch, fault));
+            return Ok(());
+        };
+        self.end_place(index);
+        self.places.insert(number, index);
+        let slot = &mut self.slots[index];
+        slot.number = Some(number);
+        slot.asks.join = Some((number, join));
+        self.ask(index);
+        Ok(())
+    }
+
+    /// The slot of a partition as it is open now.
+    fn slot(&mut self, id: PartitionId) -> Option<usize> {
+        let partition = (self.led.find)(id)?;
+        let index = match self.slot_of.get(&id).copied() {
+            Some(index) if Arc::ptr_eq(&self.slots[index].partition, &partition) => return Some(index),
+            Some(index) => {
+                self.end_place(index);
+                let slot = &mut self.slots[index];
+                (slot.partition, slot.asks) = (partition, Asks::default());
+                index
+            }
+            None => {
+                let (index, asks) = (self.slots.len(), Asks::default());
+                self.slot_of.insert(id, index);
+                self.slots.push(Slot { partition, number: None, place: None, asks, asking: false, stops: false });
+                index
+            }
+        };
+        self.slots[index].partition.follow(&self.written, index, On::Written);
+        self.slots[index].partition.follow(&self.committed, index, On::Committed);
+        Some(index)
+    }
+
+    fn leave(&mut self, number: u32, known: Option<LeaderEpoch>, stopping: bool) {
+        let Some(index) = self.places.get(&number).copied() else { return };
+        let slot = &mut self.slots[index];
+        slot.asks.deposed = slot.asks.deposed.max(known);
+        slot.asks.left = Some(if stopping { Departure::Stopping } else { Departure::LinkLost });
+        slot.stops |= stopping;
+        self.end_place(index);
+        self.ask(index);
+    }
+
+    fn acknowledged(&mut self, number: u32, ends: Ends) {
+        let Some(index) = self.places.get(&number).copied() else { return };
+        let Slot { partition, place: Some(place), .. } = &mut self.slots[index] else { return };
+        let freed = match place.window.acknowledge(ends.written) {
+            Ok(freed) => freed,
+            Err(never) => {
+                let fault = Fault::new(Reason::InvalidRequest, never.to_string());
+                return self.refuse(index, fault);
+            }
+        };
+        partition.acknowledged(self.led.peer, place.epoch, ends);
+        if std::mem::take(&mut place.blocked) {
+            self.written.mark(index);
+        }
+        self.free(freed);
+    }
+
+    /// So many bytes are not under way any more.
+    fn free(&mut self, bytes: usize) {
+        self.under_way -= bytes;
+        if bytes > 0 {
+            self.starved.drain(..).for_each(|index| self.written.mark(index));
+        }
+    }
+
+    /// A place goes no further here. The follower is told why, and joins again when it likes.
+    fn refuse(&mut self, index: usize, fault: Fault) {
+        let slot = &mut self.slots[index];
+        let (Some(number), Some(place)) = (slot.number, &slot.place) else { return };
+        tracing::debug!(partition = %slot.partition.id(), follower = %self.led.peer.broker, why = %fault, "a place ends");
+        self.answers.push_back(frames::refused(number, place.epoch, fault));
+        slot.asks.left = Some(Departure::LinkLost);
+        self.end_place(index);
+        self.ask(index);
+    }
+
+    fn end_place(&mut self, index: usize) {
+        let slot = &mut self.slots[index];
+        slot.asks.join = None;
+        if let Some(number) = slot.number.take() {
+            self.places.remove(&number);
+        }
+        if let Some(place) = slot.place.take() {
+            self.free(place.window.bytes());
+        }
+    }
+
+    /// Tells a partition the next thing that it is to be told, beside the loop: its task may be busy.
+    fn ask(&mut self, index: usize) {
+        let slot = &mut self.slots[index];
+        if slot.asking {
+            return;
+        }
+        let (partition, peer) = (Arc::clone(&slot.partition), self.led.peer);
+        let asking: Asking = if let Some(known) = slot.asks.deposed.take() {
+            Box::pin(async move {
+                partition.deposed(known).await;
+                (index, Told::Noted)
+            })
+        } else if let Some(why) = slot.asks.left.take() {
+            Box::pin(async move {
+                partition.left(peer, why).await;
+                (index, Told::Noted)
+            })
+        } else if let Some((number, join)) = slot.asks.join.take() {
+            Box::pin(async move {
+                let answered = partition.join(peer, join.epoch, join.claim, join.ends).await;
+                (index, Told::Joined { number, join, answered })
+            })
+        } else {
+            return;
+        };
+        slot.asking = true;
+        self.asking.push(asking);
+    }
+
+    /// A partition has taken note, or has answered a join.
+    fn told(&mut self, index: usize, told: Told) {
+        let slot = &mut self.slots[index];
+        slot.asking = false;
+        if let Told::Joined { number, join, answered } = told {
+            if slot.number != Some(number) {
+                // It left meanwhile, or joined anew: what this join began is to end first.
+                slot.asks.left = slot.asks.left.or(Some(Departure::LinkLost));
+            } else {
+                if let Joined::At(at) = answered.join {
+                    // Another epoch may have begun since the answer: then the first turn ends the place.
+                    slot.place = Some(Place::new(join.epoch, slot.partition.tail(), at, answered.high_watermark));
+                    self.written.mark(index);
+                    self.committed.mark(index);
+                } else {
+                    self.end_place(index);
+                }
+                self.answers.push_back(frames::answer(number, answered));
+            }
+        }
+        self.ask(index);
+    }
+
+    /// Tells every partition that is still followed that it is not any more.
+    async fn depart(&mut self) {
+        self.asking.clear();
+        let peer = self.led.peer;
+        let followed = |slot: &Slot| slot.number.is_some() || slot.asking || slot.asks.left.is_some();
+        let departures = self.slots.iter_mut().filter(|slot| followed(slot)).map(|slot| {
+            let (partition, deposed) = (Arc::clone(&slot.partition), slot.asks.deposed.take());
+            let why = if slot.stops { Departure::Stopping } else { Departure::LinkLost };
+            async move {
+                if let Some(known) = deposed {
+                    partition.deposed(known).await;
+                }
+                partition.left(peer, why).await;
+            }
+        });
+        let told = stream::iter(departures).for_each_concurrent(DEPARTURES, |departure| departure);
+        if tokio::time::timeout(DEPARTURE_WAIT, told).await.is_err() {
+            tracing::warn!(follower = %peer.broker, "some partitions took no note of a lost link: their tasks are busy");
+        }
+    }
+}
+
+impl Place {
+    fn new(epoch: LeaderEpoch, tail: TailReader, at: Offset, told: Offset) -> Self {
+        Self {
+            epoch,
+            tail,
+            window: Window::new(at),
+            told,
+            catches_up: true,
+            reading: false,
+            again: false,
+            queued: false,
+            blocked: false,
+        }
+    }
+}
+
+/// Whether the place's partition is led here in the epoch in which it was joined. A reader of the tail that is of that epoch looks
+/// at the same before and after each read.
+fn leads(partition: &Partition, place: &Place) -> Result<(), Fault> {
+    let standing = partition.standing();
+    if standing.role.leads() && standing.epoch == place.epoch && place.tail.epoch() == place.epoch {
+        return Ok(());
+    }
+    let message = format!("this broker does not lead partition {} in epoch {} any more", partition.id(), place.epoch);
+    Err(Fault::new(Reason::NotLeader, message))
+}
+
+fn unreadable(error: &ReadError) -> Fault {
+    let reason = match error {
+        ReadError::OutOfRange { .. } => Reason::OffsetOutOfRange,
+        ReadError::Closed => Reason::NotLeader,
+        ReadError::Damaged { .. } => Reason::DataDamaged,
+        ReadError::Disk { .. } | ReadError::ObjectStore { .. } => Reason::StorageFailed,
+    };
+    Fault::new(reason, error.to_string())
+}
+
+async fn until(moment: Option<Instant>) {
+    match moment {
+        Some(moment) => tokio::time::sleep_until(moment).await,
+        None => std::future::pending().await,
+    }
+}

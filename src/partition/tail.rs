@@ -1,0 +1,87 @@
+//! Reading a leader's log up to its end, for its followers. What is read may not be committed yet, and may be cut when another leads.
+
+use std::sync::Arc;
+
+use super::{
+    ReadError,
+    reader::{Fetched, Source, fetched},
+    role::Role,
+    shared::Shared,
+};
+use crate::{
+    log,
+    model::{LeaderEpoch, Offset},
+    task,
+};
+
+/// One leader's log in one epoch. It ends with the epoch: what is read afterwards may be another's. Clones are cheap.
+#[derive(Clone)]
+pub struct TailReader {
+    shared: Arc<Shared>,
+    log: log::Reader,
+    epoch: LeaderEpoch,
+}
+
+impl TailReader {
+    pub(super) fn new(shared: Arc<Shared>, log: log::Reader) -> Self {
+        let epoch = shared.epoch();
+        Self { shared, log, epoch }
+    }
+
+    /// The epoch whose leader is read.
+    pub fn epoch(&self) -> LeaderEpoch {
+        self.epoch
+    }
+
+    /// The leader's log end and its high watermark.
+    pub fn ends(&self) -> (Offset, Offset) {
+        // The high watermark first: it is never above a log end that is read after it.
+        let high_watermark = self.shared.marks().high_watermark;
+        (self.shared.ends().written, high_watermark)
+    }
+
+    /// Reads from `from`: at least one batch when there is one, beyond that up to `max_bytes`. `None` at the log end. Memory or
+    /// disk, never the bucket.
+    ///
+    /// # Errors
+    /// [`ReadError::Closed`] when this broker does not lead in that epoch any more; [`ReadError::OutOfRange`] when `from` is not
+    /// on this disk: whoever reads has to join again.
+    pub async fn read(&self, from: Offset, max_bytes: usize) -> Result<Option<Fetched>, ReadError> {
+        self.leads()?;
+        let bound = self.shared.ends().written;
+        if from == bound {
+            return Ok(None);
+        }
+        let found = match self.log.read_memory(from, bound, max_bytes).filter(|_| from < bound) {
+            Some(read) => fetched(read, Source::Memory),
+            None => {
+                let log = self.log.clone();
+                let read = task::blocking(move || log.read_disk(from, bound, max_bytes)).await;
+                fetched(read.map_err(|error| self.failed(from, error))?, Source::Disk)
+            }
+        };
+        // Before it follows another it says so, and only then it cuts: so this was the log of that epoch.
+        self.leads()?;
+        Ok(Some(found))
+    }
+
+    fn leads(&self) -> Result<(), ReadError> {
+        let standing = self.shared.standing();
+        if !self.shared.is_closed() && standing.epoch == self.epoch && matches!(standing.role, Role::Leader { .. }) {
+            Ok(())
+        } else {
+            Err(ReadError::Closed)
+        }
+    }
+
+    fn failed(&self, from: Offset, error: log::ReadError) -> ReadError {
+        match error {
+            log::ReadError::OutOfRange { start, end, .. } => ReadError::OutOfRange { offset: from, start, end },
+            log::ReadError::Damaged { offset, .. } => {
+                tracing::error!(partition = %self.log.id(), %offset, %error, "the local copy cannot be sent to a follower");
+                ReadError::Damaged { offset, why: error.to_string() }
+            }
+            other => ReadError::Disk { why: other.to_string() },
+        }
+    }
+}

@@ -1,0 +1,162 @@
+//! How a broker of several takes its place: it waits for the metadata store, shows what it holds, and registers.
+//!
+//! # Overview
+//!
+//! 1. [`reach`] waits until the store answers, and refuses one that is not this directory's.
+//! 2. [`note`] draws an id for this uptime and writes it into the data directory, before the store hears of it.
+//! 3. [`admit`], once the replicas are open: an earlier registration of this broker goes, what is not proven is given up, the broker is
+//!    registered. Then the directory is told that the store knows this uptime.
+//!
+//! A store that does not answer is waited for, and the reason is said: at once, when it changes, and every half minute. What no waiting
+//! mends ends the start: a login that is refused, a number that another broker has, a store that never heard of this directory.
+
+use std::{sync::Arc, time::Duration};
+
+use anyhow::Context as _;
+use tokio::time::Instant;
+use uuid::Uuid;
+
+use crate::{
+    cluster::{Keys, MetaStore, RegisterError, Registration, Session, Shown, StoreError, View, prove},
+    log::Log,
+    model::{ConfigMap, PartitionId},
+    task::{self, Tasks, clock, random},
+};
+
+/// Pause before the store is asked again.
+const AGAIN: Duration = Duration::from_millis(250);
+
+/// How often the reason for a wait is said again.
+const REMIND: Duration = Duration::from_secs(30);
+
+/// The start was given up because the process is to stop.
+#[derive(Debug, thiserror::Error)]
+#[error("stopped while the broker waited for the metadata store")]
+pub(super) struct Stopped;
+
+/// One start's way into the cluster.
+pub(super) struct Admission<'a> {
+    pub(super) store: &'a Arc<dyn MetaStore>,
+    pub(super) keys: &'a Keys,
+    pub(super) log: &'a Log,
+    /// What topics have that set nothing else.
+    pub(super) defaults: &'a ConfigMap,
+    /// Cancelled when the process is to stop.
+    pub(super) stop: &'a Tasks,
+}
+
+/// What a start shows, but for the replicas: those are opened first.
+pub(super) struct Noted {
+    /// This uptime.
+    pub(super) incarnation: Uuid,
+    /// Those before it.
+    uptimes: Vec<String>,
+}
+
+impl Admission<'_> {
+    /// Waits until the store answers. One that knows nothing of the cluster, though this directory took part in it, is another one.
+    pub(super) async fn reach(&self) -> anyhow::Result<()> {
+        let prefix = self.keys.prefix();
+        let below = |kind: &str| format!("{prefix}{kind}/");
+        let (directories, topics) = (below("directories"), below("topics"));
+        let known = self
+            .answered(async || {
+                let brokers = self.store.list(&directories).await?.entries.len();
+                let topics = self.store.list(&topics).await?.entries.len();
+                Ok(brokers + topics)
+            })
+            .await?;
+        let log = self.log.clone();
+        let took_part = !task::blocking(move || log.uptimes()).await?.is_empty();
+        anyhow::ensure!(
+            known > 0 || !took_part || self.log.partitions().is_empty(),
+            "the metadata store holds nothing below {prefix}, and this data directory took part in that cluster before: is \
+             metadata.etcd another cluster's? If etcd's data is lost, bring back its backup, or name an empty data directory"
+        );
+        Ok(())
+    }
+
+    /// Draws an id for this uptime and notes it in the data directory.
+    pub(super) async fn note(&self) -> anyhow::Result<Noted> {
+        let (log, incarnation) = (self.log.clone(), random::uuid());
+        let uptimes = task::blocking(move || -> Result<_, _> {
+            let before = log.uptimes()?;
+            log.note_uptime(incarnation, false).map(|()| before)
+        });
+        let uptimes = uptimes.await.context("cannot note this uptime in the data directory")?;
+        Ok(Noted { incarnation, uptimes: uptimes.iter().map(Uuid::to_string).collect() })
+    }
+
+    /// Proves what is held and registers. `whole` are the replicas that lost nothing, as far as their disk can tell.
+    pub(super) async fn admit(
+        &self,
+        registration: &Registration,
+        noted: Noted,
+        whole: std::collections::BTreeSet<PartitionId>,
+        view: &View,
+        tasks: &Tasks,
+    ) -> anyhow::Result<Session> {
+        let shown = Shown {
+            directory_id: self.log.directory_id().to_string(),
+            uptimes: noted.uptimes,
+            clean: self.log.opened_clean(),
+            whole,
+        };
+        // All of it again after a failure: what may have been registered meanwhile was seen by others.
+        let session = self
+            .answered(async || {
+                registration.clear().await?;
+                let proof = prove(self.store, self.keys, registration.id, &shown, self.defaults).await?;
+                if proof.changed > 0 {
+                    tracing::info!(
+                        partitions = proof.changed,
+                        "gave up leaderships of the last uptime, and memberships that are not proven"
+                    );
+                }
+                registration.clone().register(proof.judged, view, tasks).await
+            })
+            .await?;
+        let (log, incarnation) = (self.log.clone(), noted.incarnation);
+        let noted = task::blocking(move || log.note_uptime(incarnation, true)).await;
+        noted.context("cannot note this uptime in the data directory")?;
+        Ok(session)
+    }
+
+    /// Asks until there is an answer that counts.
+    async fn answered<T>(&self, ask: impl AsyncFn() -> Result<T, RegisterError>) -> anyhow::Result<T> {
+        let (mut said, mut at): (String, Option<Instant>) = (String::new(), None);
+        loop {
+            let answer = tokio::select! {
+                biased;
+                () = self.stop.cancelled() => return Err(Stopped.into()),
+                answer = ask() => answer,
+            };
+            let error = match answer {
+                Ok(answer) => {
+                    if at.is_some() {
+                        tracing::info!("the metadata store answers; the start goes on");
+                    }
+                    return Ok(answer);
+                }
+                Err(error) if is_final(&error) => {
+                    return Err(error).context("cannot register the broker in the metadata store");
+                }
+                Err(error) => error.to_string(),
+            };
+            if error != said || at.is_none_or(|at| at.elapsed() >= REMIND) {
+                tracing::warn!(error, "waiting for the metadata store; the broker starts as soon as it answers");
+                (said, at) = (error, Some(clock::monotonic()));
+            }
+            tokio::select! {
+                biased;
+                () = self.stop.cancelled() => return Err(Stopped.into()),
+                () = tokio::time::sleep(AGAIN) => {}
+            }
+        }
+    }
+}
+
+/// Whether no waiting mends it.
+fn is_final(error: &RegisterError) -> bool {
+    !error.retryable() || matches!(error, RegisterError::Store(StoreError::Refused { .. }))
+}
