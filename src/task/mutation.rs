@@ -41,6 +41,11 @@ pub fn is_on(mutation: Mutation) -> bool {
     ON.get() == Some(mutation)
 }
 
+/// Whether any rule is broken in this thread.
+pub fn is_any_on() -> bool {
+    ON.get().is_some()
+}
+
 /// Runs `f` with this rule broken, in this thread only. A panic of `f` mends the rule too.
 pub fn with<T>(mutation: Option<Mutation>, f: impl FnOnce() -> T) -> T {
     let _before = Before(ON.replace(mutation));

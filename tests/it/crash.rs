@@ -255,7 +255,7 @@ async fn read_part(load: &Load, log: Log, part: Part) -> Pass {
         let id = identify(&bytes);
         (record.offset, id.unwrap_or_else(|| panic!("damaged record at {name}/{partition}@{}", record.offset)))
     });
-    Pass { log, began, from, end, to, records: records.collect() }
+    Pass { log, began, from, end, to, current: true, records: records.collect() }
 }
 
 /// What readers have seen, and where the next ones go on.
