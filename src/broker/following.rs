@@ -231,7 +231,9 @@ impl Link {
             _ if how.is_none() => tracing::warn!(
                 leader = %self.leader, address = to.address, why = %over, "the link to a leader's broker cannot stand"
             ),
-            _ => tracing::info!(leader = %self.leader, address = to.address, why = %over, "the link to a leader's broker is lost"),
+            _ => {
+                tracing::info!(leader = %self.leader, address = to.address, why = %over, "the link to a leader's broker is lost")
+            }
         }
         if let Some(how) = how {
             self.neighbours.lost(self.leader, to.epoch, how);

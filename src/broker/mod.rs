@@ -7,7 +7,7 @@
 //! follows the cluster's metadata and opens, configures and closes partitions; `upkeep` gives partitions their turn at sealing,
 //! uploading and deleting; `garbage` takes away what crashes and deletions left in the bucket and in the metadata.
 //!
-//! Among several brokers `agree` carries what leaders propose to the metadata store, `lag` tells them the time, and one of the brokers
+//! Among several brokers `following` and `peer` are the links over which replicas follow, `evidence` says what a lost one means, `agree` carries what leaders propose to the metadata store, `lag` tells them the time, and one of the brokers
 //! is the controller (`cluster::Controller`), which alone collects garbage.
 //!
 //! # Start
@@ -23,9 +23,9 @@
 
 mod admin;
 mod agree;
+mod evidence;
 mod faults;
 mod fetch;
-#[allow(dead_code, reason = "brokers of one cluster use it; one alone has nobody to follow")]
 mod following;
 mod garbage;
 mod handover;
@@ -35,7 +35,7 @@ mod leftovers;
 mod lookup;
 mod metadata;
 mod offsets;
-#[allow(dead_code, reason = "brokers of one cluster use it; one alone has nobody who follows")]
+mod others;
 mod peer;
 mod produce;
 mod producer_ids;
@@ -56,8 +56,8 @@ use std::{
 
 use futures::{StreamExt as _, stream};
 
-pub use self::service::services;
-use self::{agree::Agree, hosted::Hosted, leftovers::Leftovers, producer_ids::ProducerIds};
+pub use self::service::{peer_service, services};
+use self::{agree::Agree, hosted::Hosted, leftovers::Leftovers, others::Others, producer_ids::ProducerIds};
 use crate::{
     client::Connect,
     cluster::{
@@ -128,6 +128,8 @@ pub struct Parts {
     pub connect: Arc<dyn Connect>,
     /// Whether there are no other brokers: the metadata lies beside the data.
     pub alone: bool,
+    /// This uptime, as it is or will be registered.
+    pub incarnation: String,
     /// Figures.
     pub metrics: Metrics,
 }
@@ -143,7 +145,8 @@ pub struct Broker {
     keys: Keys,
     view: View,
     alone: bool,
-    connect: Arc<dyn Connect>,
+    /// Links and evidence, where there are other brokers.
+    others: Option<Others>,
     topics: Topics,
     changes: PartitionChanges,
     agree: Arc<Agree>,
@@ -173,11 +176,18 @@ pub struct Broker {
 impl Broker {
     /// Opens every replica that the metadata gives this broker and its disk holds. Nothing is done with them yet.
     pub async fn open(parts: Parts) -> Arc<Self> {
-        let Parts { settings, log, store, keys, view, tier, connect, alone, metrics } = parts;
+        let Parts { settings, log, store, keys, view, tier, connect, alone, incarnation, metrics } = parts;
         let commits = TierCommits::new(Arc::clone(&store), keys.clone());
         let changes = PartitionChanges::new(Arc::clone(&store), keys.clone());
         let hosted: Arc<Hosted> = Arc::default();
-        let broker = Arc::new(Self {
+        let known = others::Known {
+            id: settings.id,
+            cluster: settings.cluster.clone(),
+            incarnation,
+            catchup_bytes_per_second: settings.catchup_bytes_per_second,
+        };
+        let broker = Arc::new_cyclic(|broker| Self {
+            others: (!alone).then(|| Others::new(known, connect, broker)),
             topics: Topics::new(Arc::clone(&store), keys.clone(), view.clone(), settings.topic_defaults.clone()),
             producer_ids: ProducerIds::default(),
             produce_memory: Memory::new(settings.produce_memory_bytes),
@@ -200,7 +210,6 @@ impl Broker {
             keys,
             view,
             alone,
-            connect,
             tier,
             metrics,
         });
@@ -221,7 +230,9 @@ impl Broker {
         self.begun.get_or_init(clock::monotonic);
         let mut leftovers = Leftovers::default();
         self.see_to_strays(&state).await;
-        if !self.alone {
+        if let Some(others) = &self.others {
+            others.know(&state);
+            others.follow(session, &self.tasks);
             self.agree.spawn(&self.tasks);
             self.tasks.spawn("lag", lag::run(Arc::clone(self)));
         }
@@ -254,6 +265,9 @@ impl Broker {
         stream::iter(self.hosted.open())
             .for_each_concurrent(64, |partition| async move { partition.stop().await })
             .await;
+        if let Some(others) = &self.others {
+            others.stop().await;
+        }
     }
 
     /// Its number.
@@ -264,6 +278,15 @@ impl Broker {
     /// How many partitions it serves.
     pub fn partitions(&self) -> usize {
         self.hosted.open().len()
+    }
+
+    /// Records of a partition that are not in the bucket yet and are to go there.
+    fn tier_lag(&self, partition: &Partition) -> u64 {
+        if !partition.config().tiered || !self.has_object_store() {
+            return 0;
+        }
+        let marks = partition.marks();
+        marks.log_end.since(marks.tiered_end.max(marks.log_start))
     }
 
     fn has_object_store(&self) -> bool {
@@ -282,10 +305,10 @@ impl Broker {
 
     /// Where its partitions' tasks reach others.
     fn around(&self) -> Surroundings {
-        if self.alone {
-            return Surroundings::alone();
+        match &self.others {
+            None => Surroundings::alone(),
+            Some(others) => Surroundings { links: others.links(), agreement: Arc::clone(&self.agree) as _ },
         }
-        Surroundings { agreement: Arc::clone(&self.agree) as _, ..Surroundings::alone() }
     }
 
     /// From now on nobody new should come.
@@ -349,18 +372,10 @@ impl Broker {
     fn observe(&self) {
         let open = self.hosted.open();
         let status = self.log.status();
-        let lag = |partition: &Arc<Partition>| {
-            let marks = partition.marks();
-            if partition.config().tiered && self.has_object_store() {
-                marks.log_end.since(marks.tiered_end.max(marks.log_start))
-            } else {
-                0
-            }
-        };
         let metrics = &self.metrics;
         metrics.partitions.set(open.len() as u64);
         metrics.partitions_failed.set(open.iter().filter(|partition| partition.fault().is_some()).count() as u64);
-        metrics.tier_lag_records.set(open.iter().map(lag).sum());
+        metrics.tier_lag_records.set(open.iter().map(|partition| self.tier_lag(partition)).sum());
         metrics.disk_used_bytes.set(open.iter().map(|partition| partition.local_bytes()).sum());
         metrics.tiered_bytes.set(open.iter().map(|partition| partition.tiered_bytes()).sum());
         metrics.disk_free_bytes.set(status.free_bytes);

@@ -79,7 +79,14 @@ impl Broker {
         for name in &names {
             ids.extend(self.hold_topic(name, state).await);
         }
+        self.know_brokers(state);
         self.hold(ids, state, leftovers).await;
+    }
+
+    fn know_brokers(&self, state: &ViewState) {
+        if let Some(others) = &self.others {
+            others.know(state);
+        }
     }
 
     async fn reconcile_keys(&self, keys: &[Key], state: &ViewState, leftovers: &mut Leftovers) {
@@ -101,6 +108,7 @@ impl Broker {
             }
         }
         if !brokers.is_empty() {
+            self.know_brokers(state);
             self.tell_leaders(&brokers, state).await;
         }
         self.hold(ids.into_iter().collect(), state, leftovers).await;

@@ -5,12 +5,12 @@ use std::{pin::Pin, sync::Arc};
 use futures::Stream;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::Broker;
+use super::{Broker, others::Others, peer::PeerService};
 use crate::{
     limits,
     proto::{
         fault::Fault,
-        v1::{self, admin_server, log_server},
+        v1::{self, admin_server, log_server, peer_server},
     },
 };
 
@@ -31,6 +31,11 @@ pub fn services(broker: &Arc<Broker>) -> (log_server::LogServer<LogService>, adm
         .max_encoding_message_size(limits::MAX_MESSAGE_BYTES);
     let admin = admin_server::AdminServer::new(AdminService(Arc::clone(broker)));
     (log, admin)
+}
+
+/// The service that other brokers call; `None` for a broker alone.
+pub fn peer_service(broker: &Broker) -> Option<peer_server::PeerServer<PeerService>> {
+    broker.others.as_ref().map(Others::service)
 }
 
 fn answer<T>(result: Result<T, Fault>) -> Result<Response<T>, Status> {

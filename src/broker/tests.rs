@@ -64,6 +64,7 @@ impl Bench {
             tier: None,
             connect: Arc::new(Tcp::new(Duration::from_secs(1))),
             alone: true,
+            incarnation: "p".to_owned(),
             metrics: Metrics::new(),
         })
         .await;

@@ -15,7 +15,7 @@ use tonic_health::{
 
 use super::connection::Connection;
 use crate::{
-    broker::{Broker, services},
+    broker::{Broker, peer_service, services},
     proto::{
         DESCRIPTORS, fault,
         v1::{admin_server, log_server},
@@ -52,7 +52,11 @@ pub(super) fn routes(
             .register_encoded_file_descriptor_set(DESCRIPTORS)
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
     };
-    let routes = Routes::new(log)
+    let mut routes = Routes::new(log);
+    if let Some(peer) = peer_service(broker) {
+        routes = routes.add_service(peer);
+    }
+    let routes = routes
         .add_service(admin)
         .add_service(health)
         .add_service(reflection().build_v1()?)

@@ -9,6 +9,7 @@ use anyhow::Context as _;
 use futures::future::BoxFuture;
 use tonic::service::Routes;
 use tonic_health::{ServingStatus, server::HealthReporter};
+use uuid::Uuid;
 
 use super::{
     admission::{Admission, Noted, Stopped},
@@ -210,6 +211,7 @@ impl Start<'_> {
             admission.reach().await?;
             Some(admission.note().await?)
         };
+        let incarnation = noted.as_ref().map_or_else(random::uuid, |noted| noted.incarnation);
         let view = View::start(Arc::clone(&meta), keys.clone(), &self.tasks);
         self.waited(view.reached(Revision::ZERO)).await?;
         if let Some(tier) = &tier {
@@ -227,10 +229,11 @@ impl Start<'_> {
             tier: tier.clone(),
             connect: Arc::clone(&outside.connect),
             alone,
+            incarnation: incarnation.to_string(),
             metrics: self.metrics.clone(),
         })
         .await;
-        let registered = self.register(&admission, noted, &broker, &view).await;
+        let registered = self.register(&admission, noted, incarnation, &broker, &view).await;
         let session = match registered {
             Ok(session) => session,
             Err(error) => {
@@ -251,10 +254,10 @@ impl Start<'_> {
         &self,
         admission: &Admission<'_>,
         noted: Option<Noted>,
+        incarnation: Uuid,
         broker: &Arc<Broker>,
         view: &View,
     ) -> anyhow::Result<Session> {
-        let incarnation = noted.as_ref().map_or_else(random::uuid, |noted| noted.incarnation);
         let registration = Registration {
             store: Arc::clone(admission.store),
             keys: admission.keys.clone(),

@@ -109,7 +109,8 @@ impl Peering {
         match self.neighbours.get(broker).map(|known| known.epoch.0) {
             None => not_yet(format!("broker {broker} is not registered, as far as is known here")),
             Some(known) if known > hello.broker_epoch => Err(invalid(format!(
-                "broker {broker} calls in its uptime {}, and has registered as {known} since", hello.broker_epoch
+                "broker {broker} calls in its uptime {}, and has registered as {known} since",
+                hello.broker_epoch
             ))),
             Some(_) => Ok((Peer { broker, epoch: Revision(hello.broker_epoch) }, own)),
         }

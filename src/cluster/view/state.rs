@@ -74,6 +74,11 @@ impl ViewState {
         self.controller.as_ref().map(|known| known.value.broker)
     }
 
+    /// The transaction that last wrote the controller's key.
+    pub fn controller_revision(&self) -> Option<Revision> {
+        self.controller.as_ref().map(|known| known.mod_revision)
+    }
+
     /// Every topic by name.
     pub const fn topics(&self) -> &BTreeMap<TopicName, Arc<Known<TopicValue>>> {
         &self.topics

@@ -294,8 +294,12 @@ fn epoch_start(epoch: LeaderEpoch, start: Offset) -> v1::EpochStart {
 
 /// A place that goes no further, on the wire.
 pub(super) fn refused(place: u32, epoch: LeaderEpoch, fault: Fault) -> v1::ToFollower {
-    let answer =
-        v1::Answer { place, leader_epoch: epoch.as_i32(), high_watermark: 0, is: Some(answer::Is::Refused(fault.into())) };
+    let answer = v1::Answer {
+        place,
+        leader_epoch: epoch.as_i32(),
+        high_watermark: 0,
+        is: Some(answer::Is::Refused(fault.into())),
+    };
     v1::ToFollower { is: Some(to_follower::Is::Answer(answer)) }
 }
 

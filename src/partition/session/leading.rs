@@ -7,7 +7,10 @@ use std::{
     time::Duration,
 };
 
-use futures::{FutureExt as _, Stream, StreamExt as _, stream::{self, FuturesUnordered}};
+use futures::{
+    FutureExt as _, Stream, StreamExt as _,
+    stream::{self, FuturesUnordered},
+};
 use tokio::time::Instant;
 
 use super::{

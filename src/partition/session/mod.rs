@@ -55,11 +55,7 @@ pub use self::{
 use super::Partition;
 use crate::{
     model::PartitionId,
-    proto::{
-        fault::Fault,
-        status::Status,
-        v1,
-    },
+    proto::{fault::Fault, status::Status, v1},
 };
 
 /// Finds a partition of this broker, whatever its role.

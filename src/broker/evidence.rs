@@ -1,0 +1,329 @@
+//! What a lost link means: whether the process at its other end is gone, long before its lease says so.
+//!
+//! # Overview
+//!
+//! A link that breaks says little. A connection that is then refused says that nobody listens at that address any more: the system
+//! there answered, and the process is gone. So a lost link is followed by a probe, twice; when both are refused, or another
+//! process answers, two things happen:
+//!
+//! - leaders here drop the broker from their in-sync replicas at once (`Departure::Gone`), so that `acks=all` does not wait for its lease;
+//! - the controller is told. It probes for itself, and takes the registration away, by comparing the broker epoch; it then elects
+//!   others. Is the controller itself the suspect, the brokers with the lowest numbers do the same, each a little later than the one before.
+//!
+//! Silence means nothing here: a host that vanished, or is cut off, keeps its lease until that ends.
+//!
+//! # Invariants
+//!
+//! - Nothing becomes wrong by wrong evidence, only slow: who is declared gone registers again under a new broker epoch, and every
+//!   change of a partition is a compare-and-set as always.
+//! - A process that was declared gone and comes back was not dead, so something between lies. Evidence against that broker then
+//!   counts for nothing, for a minute at first and twice as long each time.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    time::Duration,
+};
+
+use tokio::time::Instant;
+
+use super::{
+    Broker,
+    peer::{LinkLost, Report},
+};
+use crate::{
+    client::peers::{How, PeerError, Peers},
+    cluster::{BrokerValue, Compare, Known, Outcome, Revision, StoreError, Transaction, ViewState},
+    model::BrokerId,
+    partition::leader::insync::{Departure, Peer},
+    proto::v1,
+    task::{Tasks, clock},
+};
+
+/// How long a probe waits for an answer.
+const PROBE: Duration = Duration::from_millis(200);
+
+/// Between two probes: a port that is refused for less is one that is being taken over.
+const BETWEEN: Duration = Duration::from_millis(50);
+
+/// How long the controller may take to look for itself.
+const REPORT: Duration = Duration::from_secs(1);
+
+/// How much later than the one before a broker acts when the controller itself is gone.
+const RANK: Duration = Duration::from_millis(30);
+
+/// Who comes back so soon after it was declared gone was not dead.
+const COMES_BACK: Duration = Duration::from_secs(10);
+
+/// How long evidence against such a broker counts for nothing, at first and at most.
+const DISTRUST: (Duration, Duration) = (Duration::from_secs(60), Duration::from_secs(3600));
+
+/// What is known of a broker's process from the outside.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Seen {
+    /// Nobody listens there any more.
+    Refused,
+    /// Another process answers.
+    Replaced,
+    /// It answers, or nothing can be said.
+    Nothing,
+}
+
+impl Seen {
+    fn words(self) -> &'static str {
+        match self {
+            Self::Refused => "connections are refused",
+            Self::Replaced => "another process answers",
+            Self::Nothing => "nothing",
+        }
+    }
+}
+
+/// The evidence of one broker.
+pub(super) struct Evidence {
+    itself: Weak<Self>,
+    broker: Weak<Broker>,
+    peers: Peers,
+    tasks: Tasks,
+    /// Looks that are under way: a broker has many links, and all of them break at once.
+    looks: Mutex<BTreeSet<(BrokerId, Revision)>>,
+    trust: Mutex<Trust>,
+}
+
+impl LinkLost for Evidence {
+    fn link_lost(&self, broker: BrokerId, epoch: Revision, how: How) {
+        if how == How::Silent || self.tasks.is_cancelled() || !self.looks().insert((broker, epoch)) {
+            return;
+        }
+        let (Some(held), Some(evidence)) = (self.broker.upgrade(), self.itself.upgrade()) else { return };
+        self.tasks.spawn("evidence", async move {
+            tokio::select! {
+                biased;
+                () = evidence.tasks.cancelled() => {}
+                () = held.look_after(broker, epoch, &evidence) => {}
+            }
+            evidence.looks().remove(&(broker, epoch));
+        });
+    }
+}
+
+impl Evidence {
+    /// Of this broker. Probes run as tasks of `tasks`.
+    pub(super) fn new(broker: Weak<Broker>, peers: Peers, tasks: Tasks) -> Arc<Self> {
+        Arc::new_cyclic(|itself| Self {
+            itself: Weak::clone(itself),
+            broker,
+            peers,
+            tasks,
+            looks: Mutex::default(),
+            trust: Mutex::default(),
+        })
+    }
+
+    fn looks(&self) -> MutexGuard<'_, BTreeSet<(BrokerId, Revision)>> {
+        self.looks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn trust(&self) -> MutexGuard<'_, Trust> {
+        self.trust.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Broker {
+    /// Looks whether the process of a lost link is gone, and acts by it.
+    async fn look_after(&self, broker: BrokerId, epoch: Revision, evidence: &Evidence) {
+        let Some(known) = registered(&self.view.state(), broker, epoch) else { return };
+        let seen = probe(&evidence.peers, &known.value).await;
+        if seen == Seen::Nothing {
+            return;
+        }
+        tracing::info!(%broker, seen = seen.words(), "a broker's process is gone");
+        let peer = Peer { broker, epoch };
+        for partition in self.hosted.open() {
+            if partition.standing().role.leads() {
+                partition.left(peer, Departure::Gone).await;
+            }
+        }
+        self.report(broker, epoch, seen, evidence).await;
+    }
+
+    /// Sees to it that the registration of a process that is gone is taken away.
+    async fn report(&self, broker: BrokerId, epoch: Revision, seen: Seen, evidence: &Evidence) {
+        let me = self.settings.id;
+        let state = self.view.state();
+        let controller = state.controller().filter(|controller| *controller != broker);
+        let address = controller.and_then(|id| Some(state.brokers().get(&id)?.value.addresses.grpc.clone()));
+        let rank = state.brokers().keys().filter(|id| **id != broker && **id < me).count();
+        drop(state);
+        let report = Report { reporter: me, broker, epoch, seen: seen.words().to_owned() };
+        match (controller, address) {
+            (Some(controller), _) if controller == me => {
+                let _revoked = self.judge(report, evidence).await;
+            }
+            (Some(_), Some(address)) => {
+                let request = v1::ReportGoneRequest {
+                    cluster: self.settings.cluster.clone(),
+                    reporter: me.0,
+                    broker: broker.0,
+                    broker_epoch: epoch.0,
+                    seen: report.seen,
+                };
+                if let Err(error) = evidence.peers.report_gone(&address, request, REPORT).await {
+                    tracing::debug!(%broker, %error, "the controller did not take the report; the broker's lease will end");
+                }
+            }
+            // The suspect itself, or nobody: the first of those that are left acts in its place.
+            _ => {
+                tokio::time::sleep(RANK * u32::try_from(rank).unwrap_or(u32::MAX)).await;
+                if let Err(error) = self.revoke(broker, epoch).await {
+                    tracing::debug!(%broker, %error, "the registration could not be taken away; its lease will end");
+                }
+            }
+        }
+    }
+
+    /// The controller's look at a report. True when it took the registration away.
+    pub(super) async fn judge(&self, report: Report, evidence: &Evidence) -> bool {
+        let Report { reporter, broker, epoch, seen } = report;
+        if self.view.state().controller() != Some(self.settings.id) {
+            return false;
+        }
+        let Some(known) = registered(&self.view.state(), broker, epoch) else { return false };
+        if !evidence.trust().believes(broker, &known.value.incarnation, clock::monotonic()) {
+            tracing::info!(%broker, %reporter, seen, "evidence against a broker that was not dead the last time counts for nothing");
+            return false;
+        }
+        // Its own report was made by such a look.
+        if reporter != self.settings.id && probe(&evidence.peers, &known.value).await == Seen::Nothing {
+            tracing::info!(%broker, %reporter, seen, "a broker was reported as gone, and is there for its controller");
+            return false;
+        }
+        match self.revoke(broker, epoch).await {
+            Ok(revoked) => {
+                if revoked {
+                    tracing::warn!(%broker, %reporter, seen, "a broker's process is gone; its registration was taken away");
+                    let now = clock::monotonic();
+                    evidence.trust().revoked(broker, &known.value.incarnation, now);
+                }
+                revoked
+            }
+            Err(error) => {
+                tracing::debug!(%broker, %error, "the registration could not be taken away; its lease will end");
+                false
+            }
+        }
+    }
+
+    /// Takes a registration away, if it still is that uptime's, and with it the controller's key if that is the same broker's.
+    async fn revoke(&self, broker: BrokerId, epoch: Revision) -> Result<bool, StoreError> {
+        let key = self.keys.broker(broker);
+        let mut transaction = Transaction::new().when(Compare::CreateRevision(key.clone(), epoch)).delete(key);
+        let state = self.view.state();
+        if let Some(revision) = state.controller_revision().filter(|_| state.controller() == Some(broker)) {
+            let controller = self.keys.controller();
+            transaction = transaction.when(Compare::ModRevision(controller.clone(), revision)).delete(controller);
+        }
+        drop(state);
+        Ok(matches!(self.store.transact(transaction).await?, Outcome::Done { .. }))
+    }
+}
+
+/// The registration of this uptime, while the mirror shows it.
+fn registered(state: &ViewState, broker: BrokerId, epoch: Revision) -> Option<Arc<Known<BrokerValue>>> {
+    state.brokers().get(&broker).filter(|known| known.create_revision == epoch).cloned()
+}
+
+/// Looks twice whether the process is gone.
+async fn probe(peers: &Peers, registered: &BrokerValue) -> Seen {
+    let first = probe_once(peers, registered).await;
+    if first == Seen::Nothing {
+        return first;
+    }
+    tokio::time::sleep(BETWEEN).await;
+    probe_once(peers, registered).await
+}
+
+async fn probe_once(peers: &Peers, registered: &BrokerValue) -> Seen {
+    match peers.who_is(&registered.addresses.grpc, PROBE).await {
+        Ok(there) if there.incarnation != registered.incarnation => Seen::Replaced,
+        Err(PeerError::Lost { how: How::Refused, .. }) => Seen::Refused,
+        Ok(_) | Err(_) => Seen::Nothing,
+    }
+}
+
+/// How far evidence is believed.
+#[derive(Debug, Default)]
+struct Trust {
+    revoked: BTreeMap<BrokerId, Revoked>,
+}
+
+#[derive(Debug)]
+struct Revoked {
+    incarnation: String,
+    at: Instant,
+    /// How often it came back.
+    returns: u32,
+    /// Until then nothing counts against it.
+    distrust: Option<Instant>,
+}
+
+impl Trust {
+    /// Whether evidence counts against a broker that is registered with this incarnation now.
+    fn believes(&mut self, broker: BrokerId, incarnation: &str, now: Instant) -> bool {
+        let Some(revoked) = self.revoked.get_mut(&broker) else { return true };
+        if revoked.incarnation != incarnation {
+            self.revoked.remove(&broker);
+            return true;
+        }
+        if let Some(until) = revoked.distrust {
+            return now >= until;
+        }
+        // It is registered again, and is the process that was declared gone.
+        if now.duration_since(revoked.at) > COMES_BACK {
+            return true;
+        }
+        let times = 2u32.saturating_pow(revoked.returns);
+        revoked.distrust = Some(now + DISTRUST.0.saturating_mul(times).min(DISTRUST.1));
+        revoked.returns = revoked.returns.saturating_add(1);
+        false
+    }
+
+    /// A registration was taken away.
+    fn revoked(&mut self, broker: BrokerId, incarnation: &str, now: Instant) {
+        let returns = match self.revoked.get(&broker) {
+            Some(before) if before.incarnation == incarnation => before.returns,
+            _ => 0,
+        };
+        self.revoked.insert(broker, Revoked { incarnation: incarnation.to_owned(), at: now, returns, distrust: None });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn evidence_against_a_process_that_came_back_counts_for_nothing_longer_each_time() {
+        let (mut trust, broker) = (Trust::default(), BrokerId(2));
+        let mut now = clock::monotonic();
+        let second = Duration::from_secs(1);
+        assert!(trust.believes(broker, "a", now));
+        for minutes in [1, 2, 4] {
+            trust.revoked(broker, "a", now);
+            now += second;
+            assert!(!trust.believes(broker, "a", now), "it came back after a second");
+            now += Duration::from_secs(60) * minutes - second;
+            assert!(!trust.believes(broker, "a", now), "{minutes} minutes are not over");
+            now += second;
+            assert!(trust.believes(broker, "a", now));
+        }
+        trust.revoked(broker, "a", now);
+        assert!(trust.believes(broker, "b", now), "a new process has done nothing yet");
+        trust.revoked(broker, "b", now);
+        now += COMES_BACK + second;
+        assert!(
+            trust.believes(broker, "b", now),
+            "what comes back so late may have been frozen, and dead for all that matters"
+        );
+    }
+}

@@ -1,0 +1,137 @@
+//! What a broker of several has going on with the others: the links over which it follows, those that follow here, and what a lost one
+//! means.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Weak},
+};
+
+use super::{
+    Broker,
+    evidence::Evidence,
+    following::Following,
+    peer::{self, Neighbours, PeerService, Peering, Questions, Report},
+};
+use crate::{
+    client::{Connect, peers::Peers},
+    cluster::{Session, Standing, ViewState},
+    model::BrokerId,
+    partition::Links,
+    proto::v1::{self, peer_server::PeerServer},
+    task::Tasks,
+};
+
+/// Everything between this broker and the others.
+pub(super) struct Others {
+    following: Arc<Following>,
+    peering: Arc<Peering>,
+    /// Links and probes. They end after the partitions, which say good-bye over them.
+    tasks: Tasks,
+}
+
+/// What it takes.
+pub(super) struct Known {
+    pub(super) id: BrokerId,
+    pub(super) cluster: String,
+    pub(super) incarnation: String,
+    pub(super) catchup_bytes_per_second: Option<u64>,
+}
+
+impl Others {
+    /// Of a broker that is being made. Nothing is done before it is registered.
+    pub(super) fn new(known: Known, connect: Arc<dyn Connect>, broker: &Weak<Broker>) -> Self {
+        let Known { id, cluster, incarnation, catchup_bytes_per_second } = known;
+        let tasks = Tasks::new();
+        let neighbours = Neighbours::new(id, cluster);
+        let following = Following::new(Arc::clone(&neighbours), connect, tasks.clone());
+        let evidence = Evidence::new(Weak::clone(broker), following.peers().clone(), tasks.clone());
+        let holder = Weak::clone(broker);
+        following.hosts(Arc::new(move |id| holder.upgrade()?.hosted.by_id(id)), Arc::clone(&evidence) as _);
+        let questions = questions(broker, evidence);
+        let peering = Peering::new(neighbours, incarnation, questions, catchup_bytes_per_second, tasks.clone());
+        Self { following, peering, tasks }
+    }
+
+    /// The way for partitions.
+    pub(super) fn links(&self) -> Arc<dyn Links> {
+        Arc::clone(&self.following) as _
+    }
+
+    /// The way for questions.
+    pub(super) fn peers(&self) -> &Peers {
+        self.following.peers()
+    }
+
+    /// The service that the others call.
+    pub(super) fn service(&self) -> PeerServer<PeerService> {
+        peer::service(&self.peering)
+    }
+
+    /// Takes the brokers that are registered.
+    pub(super) fn know(&self, state: &ViewState) {
+        let known = state.brokers().iter();
+        let known = known.map(|(id, known)| (*id, (known.value.addresses.grpc.clone(), known.create_revision)));
+        self.following.brokers(known.collect::<BTreeMap<_, _>>());
+    }
+
+    /// Follows this broker's own registration.
+    pub(super) fn follow(&self, session: &Session, tasks: &Tasks) {
+        let (mut standing, following, stop) = (session.standing(), Arc::clone(&self.following), tasks.clone());
+        following.registered(session.epoch());
+        tasks.spawn("own epoch", async move {
+            loop {
+                let changed = tokio::select! {
+                    biased;
+                    () = stop.cancelled() => return,
+                    changed = standing.changed() => changed,
+                };
+                if changed.is_err() {
+                    return;
+                }
+                following.registered(match *standing.borrow_and_update() {
+                    Standing::Registered { epoch, .. } => Some(epoch),
+                    Standing::Lost | Standing::Superseded { .. } => None,
+                });
+            }
+        });
+    }
+
+    /// Ends all links.
+    pub(super) async fn stop(&self) {
+        self.tasks.stop().await;
+    }
+}
+
+fn questions(broker: &Weak<Broker>, evidence: Arc<Evidence>) -> Questions {
+    let (asked, reported) = (Weak::clone(broker), Weak::clone(broker));
+    Questions {
+        status: Box::new(move || asked.upgrade().map_or_else(v1::StatusResponse::default, |broker| broker.status())),
+        report: Box::new(move |report: Report| {
+            let (broker, evidence) = (reported.upgrade(), Arc::clone(&evidence));
+            Box::pin(async move {
+                match broker {
+                    Some(broker) => Ok(broker.judge(report, &evidence).await),
+                    None => Ok(false),
+                }
+            })
+        }),
+    }
+}
+
+impl Broker {
+    /// How this broker is, for others who place partitions or describe the cluster.
+    fn status(&self) -> v1::StatusResponse {
+        let (open, log) = (self.hosted.open(), self.log.status());
+        let count = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
+        let segment_bytes = open.iter().map(|partition| partition.local_bytes()).sum();
+        v1::StatusResponse {
+            leaders: count(open.iter().filter(|partition| partition.standing().role.leads()).count()),
+            replicas: count(open.len()),
+            segment_bytes,
+            free_bytes: log.free_bytes,
+            disk_bytes: log.free_bytes.saturating_add(segment_bytes),
+            tier_lag_records: open.iter().map(|partition| self.tier_lag(partition)).sum(),
+            failed: log.failed.unwrap_or_default(),
+        }
+    }
+}
