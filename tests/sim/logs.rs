@@ -23,7 +23,7 @@ impl Held {
     /// The payloads of its records.
     pub(crate) fn payloads(&self) -> Vec<u64> {
         let batch = Batch::parse(self.bytes.clone()).unwrap();
-        let records = batch.records().unwrap().map(|record| payload(&record.unwrap().value.unwrap()));
+        let records = batch.records().unwrap().map(|record| payload(&record.unwrap().1.value.unwrap()));
         records.collect()
     }
 }
