@@ -82,11 +82,6 @@ impl Following {
         Arc::new(Self { neighbours, peers, state: Mutex::default(), tasks })
     }
 
-    /// What it goes by.
-    pub(super) fn neighbours(&self) -> &Arc<Neighbours> {
-        &self.neighbours
-    }
-
     /// Its way to other brokers, for questions.
     pub(super) fn peers(&self) -> &Peers {
         &self.peers

@@ -19,6 +19,7 @@ use rustix::process::{Pid, Signal};
 use strandline::task;
 
 use crate::{
+    etcd::Etcd,
     patience::{PATIENCE, eventually, poll},
     s3::S3,
 };
@@ -27,6 +28,7 @@ const BINARY: &str = env!("CARGO_BIN_EXE_strandline");
 
 /// Where one broker lives: its folder, its ports and its configuration. It outlives the processes that run there.
 pub(crate) struct Home {
+    id: u32,
     folder: tempfile::TempDir,
     grpc: SocketAddr,
     http: SocketAddr,
@@ -44,6 +46,7 @@ impl Home {
         let object_store = Some(format!("file://{}", folder.path().join("bucket").display()));
         fs::create_dir_all(folder.path().join("bucket")).expect("a folder for the bucket");
         Self {
+            id: 1,
             folder,
             grpc: free_address(),
             http: free_address(),
@@ -53,6 +56,24 @@ impl Home {
             settings: Vec::new(),
             environment: Vec::new(),
         }
+    }
+
+    /// The home of a broker of several, with this number, that agree through this etcd.
+    pub(crate) fn member(id: u32, etcd: &Etcd) -> Self {
+        let home = Self { id, ..Self::new() }.setting("metadata.session_timeout", "\"2s\"");
+        home.setting("log.journal_bytes", 16 << 20).at_etcd(etcd)
+    }
+
+    /// Agrees through this etcd from now on.
+    pub(crate) fn at_etcd(mut self, etcd: &Etcd) -> Self {
+        self.settings.retain(|(key, _)| *key != "metadata.etcd");
+        self.setting("metadata.etcd", format!("[{:?}]", etcd.endpoint()))
+    }
+
+    /// Takes another home's folder for the object store.
+    pub(crate) fn bucket_of(mut self, folder: &Path) -> Self {
+        self.object_store = Some(format!("file://{}", folder.display()));
+        self
     }
 
     /// Takes no object store at all.
@@ -133,7 +154,8 @@ impl Home {
     /// Writes the configuration file that the fixed keys allow and returns its path.
     pub(crate) fn write_config(&self) -> PathBuf {
         let mut text = String::from("cluster = \"it\"\n");
-        write!(text, "[broker]\nid = 1\nrack = \"zone-a\"\ndata_dir = {:?}\n", self.data_dir())
+        let zone = ["zone-a", "zone-b", "zone-c"][(self.id as usize - 1) % 3];
+        write!(text, "[broker]\nid = {}\nrack = {zone:?}\ndata_dir = {:?}\n", self.id, self.data_dir())
             .expect("a string grows");
         let advertise = self.advertise.unwrap_or(self.grpc);
         write!(text, "[grpc]\nlisten = \"{}\"\nadvertise = \"{advertise}\"\n", self.grpc).expect("a string grows");
@@ -310,6 +332,11 @@ impl Cli {
     /// A command line that is pointed at nothing.
     pub(crate) fn without_broker(folder: &Path) -> Self {
         Self { bootstrap: None, folder: folder.to_owned() }
+    }
+
+    /// The same, pointed at these addresses.
+    pub(crate) fn pointed_at(self, bootstrap: &str) -> Self {
+        Self { bootstrap: Some(bootstrap.to_owned()), ..self }
     }
 
     /// Runs a command without input.

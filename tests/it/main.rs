@@ -4,12 +4,14 @@
 //! others, `patience` waits for what must come true, `wire` speaks to them in raw gRPC, and `history` judges what their clients saw.
 
 mod broker;
+mod cluster;
 mod crash;
 mod crash_client;
 mod damage;
 mod deletion;
 mod edge;
 mod end_to_end;
+mod etcd;
 mod figures;
 mod format;
 mod full_disk;
