@@ -36,8 +36,10 @@ pub(crate) enum Outcome {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Attempt {
     pub(crate) log: Log,
-    /// Its identity, never sent twice.
+    /// Its identity: no other attempt has it.
     pub(crate) payload: u64,
+    /// Whether it may be there only once. A producer without sequences sends again what may be there.
+    pub(crate) once: bool,
     pub(crate) producer: u32,
     /// Its place in its producer's order of sending to this log.
     pub(crate) sequence: u64,
@@ -147,22 +149,29 @@ fn ends(log: Log, passes: &[&Pass], found: &mut Vec<Violation>) {
     }
 }
 
-/// Every record read was sent, once, to here, and is where its acknowledgement said.
+/// Every record read was sent, to here, once where it may be there only once, and is where its acknowledgement said.
 fn identities(log: Log, attempts: &[&Attempt], content: &BTreeMap<i64, u64>, found: &mut Vec<Violation>) {
     let sent: HashMap<u64, &Attempt> = attempts.iter().map(|one| (one.payload, *one)).collect();
     let mut seen: HashMap<u64, i64> = HashMap::new();
     for (&offset, &payload) in content {
+        let attempt = sent.get(&payload);
         if let Some(&first) = seen.get(&payload) {
-            found.push(Violation::Duplicated { log, payload, first, second: offset });
+            if attempt.is_none_or(|one| one.once) {
+                found.push(Violation::Duplicated { log, payload, first, second: offset });
+            }
             continue;
         }
         seen.insert(payload, offset);
-        match sent.get(&payload).map(|one| one.outcome) {
-            None | Some(Outcome::Refused) => found.push(Violation::Invented { log, offset, payload }),
-            Some(Outcome::Acknowledged { offset: acknowledged }) if acknowledged != offset => {
-                found.push(Violation::Misplaced { log, payload, acknowledged, read: offset });
+        match attempt.map(|one| (one.outcome, one.once)) {
+            None | Some((Outcome::Refused, _)) => found.push(Violation::Invented { log, offset, payload }),
+            Some((Outcome::Acknowledged { offset: acknowledged }, once)) => {
+                let there = content.get(&acknowledged);
+                let misplaced = if once { acknowledged != offset } else { there.is_some_and(|there| *there != payload) };
+                if misplaced {
+                    found.push(Violation::Misplaced { log, payload, acknowledged, read: offset });
+                }
             }
-            Some(Outcome::Acknowledged { .. } | Outcome::Unknown) => {}
+            Some((Outcome::Unknown, _)) => {}
         }
     }
 }
@@ -248,7 +257,7 @@ mod tests {
     const LOG: Log = (0, 3);
 
     fn attempt(payload: u64, sent: u64, answered: u64, outcome: Outcome) -> Attempt {
-        Attempt { log: LOG, payload, producer: 1, sequence: payload, sent, answered, outcome }
+        Attempt { log: LOG, payload, once: true, producer: 1, sequence: payload, sent, answered, outcome }
     }
 
     fn acknowledged(payload: u64, offset: i64) -> Attempt {
@@ -347,6 +356,17 @@ mod tests {
         history.passes = vec![pass(100, 0, &[1, 2, 3, 6, 7, 3])];
         let found = history.check();
         assert!(found.contains(&Violation::Duplicated { log: LOG, payload: 3, first: 2, second: 5 }), "{found:?}");
+    }
+
+    #[test]
+    fn what_may_be_there_twice_is_still_where_its_acknowledgement_said() {
+        let mut history = sound();
+        history.attempts[4] = Attempt { once: false, ..acknowledged(6, 3) };
+        history.attempts.remove(5);
+        history.passes = vec![pass(100, 0, &[1, 2, 3, 6, 7, 6])];
+        assert_eq!(history.check(), []);
+        history.attempts[4].outcome = Outcome::Acknowledged { offset: 4 };
+        assert!(history.check().contains(&Violation::Misplaced { log: LOG, payload: 6, acknowledged: 4, read: 3 }));
     }
 
     #[test]

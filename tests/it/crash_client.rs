@@ -42,6 +42,7 @@ async fn produce(load: Arc<Load>, number: u32, producer: Producer, seed: u64, ta
         let partition = rng.random_range(0..PARTITIONS);
         let attempt = Attempt {
             log: (0, partition),
+            once: true,
             payload,
             producer: number,
             sequence: payload,

@@ -138,8 +138,9 @@ impl Load {
         let mut number = 0;
         while !self.stop.is_cancelled() {
             let (mut attempt, value) = self.draw(producer, number);
-            // What was given up may be written after what came later: nothing is said of their order.
+            // What was given up may be written after what came later, and twice: nothing is said of their order.
             (attempt.producer, attempt.sequence) = (producer << 16 | u32::try_from(number).unwrap(), 0);
+            attempt.once = false;
             let record = NewRecord::value(&value).partition(attempt.log.1.unsigned_abs());
             let delivered = match sender.send(TOPICS[attempt.log.0], record).await {
                 Ok(delivery) => delivery.await,
@@ -171,6 +172,7 @@ impl Load {
         let attempt = Attempt {
             log: (topic, i32::try_from(partition).unwrap()),
             payload,
+            once: true,
             producer,
             sequence: number,
             sent: self.ledger.now(),

@@ -25,6 +25,8 @@ mod run;
 mod trace;
 mod world;
 
+use std::panic;
+
 use run::Shape;
 
 /// So many seeds, from the first one on: by the environment, else few.
@@ -37,13 +39,18 @@ fn seeds() -> std::ops::Range<u64> {
 }
 
 fn run_all(shape: Shape) {
+    let mut failed = Vec::new();
     for seed in seeds() {
-        println!("seed {seed}");
-        let trace = run::run(shape, seed);
-        if std::env::var_os("STRANDLINE_TRACE").is_some() {
-            println!("{trace}");
+        match panic::catch_unwind(|| run::run(shape, seed)) {
+            Ok(trace) if std::env::var_os("STRANDLINE_TRACE").is_some() => println!("{trace}"),
+            Ok(_) => {}
+            Err(_) => {
+                println!("seed {seed} of {} brokers failed", shape.brokers);
+                failed.push(seed);
+            }
         }
     }
+    assert!(failed.is_empty(), "{} brokers: seeds {failed:?} of {:?} failed", shape.brokers, seeds());
 }
 
 /// Power losses, kills, broken and stalled links, a full disk, a bucket that fails and loses answers: what was acknowledged is there,

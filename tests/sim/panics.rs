@@ -1,6 +1,6 @@
 //! Panics of simulated tasks: a broken invariant would end a broker, and here it ends the run.
 //!
-//! A task that panics tells nobody but who joins it. The hook remembers the panic for the thread, which is one run.
+//! They are printed in short, `STRANDLINE_TRACE=1` prints all that happened. A task that panics tells nobody but who joins it. The hook remembers the panic for the thread, which is one run.
 
 use std::{cell::RefCell, panic, sync::Once};
 
@@ -21,8 +21,10 @@ pub(crate) fn remember() {
             FIRST.with_borrow_mut(|first| {
                 first.get_or_insert_with(|| format!("{}: {place}", words(info.payload())));
             });
-            if !mutation::is_any_on() {
+            if std::env::var_os("STRANDLINE_TRACE").is_some() {
                 loud(info);
+            } else if !mutation::is_any_on() {
+                println!("{place}: {}", words(info.payload()));
             }
         }));
     });
