@@ -304,7 +304,7 @@ impl Discard {
     }
 
     fn topic(&self, name: String) -> v1::TopicMetadata {
-        let partition = |partition| v1::PartitionMetadata { partition, leader: Some(1), leader_epoch: 0 };
+        let partition = |partition| v1::PartitionMetadata { partition, leader: Some(1), ..Default::default() };
         v1::TopicMetadata {
             topic_id: self.summary(String::new()).topic_id,
             name,
@@ -316,6 +316,10 @@ impl Discard {
     }
 }
 
+fn no_orders() -> Status {
+    Status::unimplemented("there is one broker here, and nothing to order")
+}
+
 #[tonic::async_trait]
 impl admin_server::Admin for Service {
     async fn get_metadata(
@@ -324,7 +328,8 @@ impl admin_server::Admin for Service {
     ) -> Result<Response<v1::GetMetadataResponse>, Status> {
         let broker = v1::Broker { id: 1, address: self.0.address.to_string(), rack: String::new() };
         let topics = request.into_inner().topics.into_iter().map(|name| self.0.topic(name)).collect();
-        Ok(Response::new(v1::GetMetadataResponse { cluster: "discard".to_owned(), brokers: vec![broker], topics }))
+        let cluster = "discard".to_owned();
+        Ok(Response::new(v1::GetMetadataResponse { cluster, brokers: vec![broker], topics, controller: None }))
     }
 
     async fn create_topic(
@@ -382,5 +387,51 @@ impl admin_server::Admin for Service {
         _request: Request<v1::DeleteTopicRequest>,
     ) -> Result<Response<v1::DeleteTopicResponse>, Status> {
         Ok(Response::new(v1::DeleteTopicResponse {}))
+    }
+
+    async fn describe_cluster(
+        &self,
+        _request: Request<v1::DescribeClusterRequest>,
+    ) -> Result<Response<v1::DescribeClusterResponse>, Status> {
+        Err(no_orders())
+    }
+
+    async fn drain_broker(
+        &self,
+        _request: Request<v1::DrainBrokerRequest>,
+    ) -> Result<Response<v1::DrainBrokerResponse>, Status> {
+        Err(no_orders())
+    }
+
+    async fn restore_broker(
+        &self,
+        _request: Request<v1::RestoreBrokerRequest>,
+    ) -> Result<Response<v1::RestoreBrokerResponse>, Status> {
+        Err(no_orders())
+    }
+
+    async fn reassign(&self, _request: Request<v1::ReassignRequest>) -> Result<Response<v1::ReassignResponse>, Status> {
+        Err(no_orders())
+    }
+
+    async fn list_reassignments(
+        &self,
+        _request: Request<v1::ListReassignmentsRequest>,
+    ) -> Result<Response<v1::ListReassignmentsResponse>, Status> {
+        Err(no_orders())
+    }
+
+    async fn cancel_reassignment(
+        &self,
+        _request: Request<v1::CancelReassignmentRequest>,
+    ) -> Result<Response<v1::CancelReassignmentResponse>, Status> {
+        Err(no_orders())
+    }
+
+    async fn elect_leader(
+        &self,
+        _request: Request<v1::ElectLeaderRequest>,
+    ) -> Result<Response<v1::ElectLeaderResponse>, Status> {
+        Err(no_orders())
     }
 }

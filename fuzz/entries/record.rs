@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use strandline::{
     model::Compression,
-    record::{Batch, BatchBuilder, HEADER_BYTES, Malformed, Record, decompress},
+    record::{Batch, BatchBuilder, Chunks, HEADER_BYTES, Malformed, Record, decompress},
 };
 
 /// Most bytes that the entries decompress to: enough to be interesting, little enough to be fast.
@@ -16,7 +16,25 @@ pub(crate) fn batch_parse(input: &[u8]) -> bool {
     let mut right = input.to_vec();
     let framed = Batch::framed_len(&right).unwrap_or(right.len()).min(right.len());
     renew_crc(&mut right[..framed]);
-    split_all(right.into()) || as_is
+    let right = Bytes::from(right);
+    chunks_agree(&right);
+    split_all(right) || as_is
+}
+
+/// The same batches come out of pieces that are cut anywhere, here by what is in them.
+fn chunks_agree(whole: &Bytes) {
+    let mut whole_batches = Vec::new();
+    let mut rest = whole.clone();
+    while let Ok(batch) = Batch::split_from(&mut rest) {
+        whole_batches.push(batch);
+    }
+    let (mut chunks, mut left) = (Vec::new(), whole.clone());
+    for at in whole.iter().rev().take(8) {
+        chunks.push(left.split_to(usize::from(*at).min(left.len())));
+    }
+    chunks.push(left);
+    let cut: Vec<Batch> = Chunks::new(chunks).map_while(Result::ok).collect();
+    assert_eq!(cut, whole_batches, "where the pieces are cut changes nothing");
 }
 
 /// Whether there was one.

@@ -4,10 +4,10 @@
 
 use std::{collections::HashMap, time::Duration};
 
-use super::{Broker, hosted::Holding};
+use super::Broker;
 use crate::{
-    cluster::{NewTopic, PartitionEntry, TopicInfo, TopicValue},
-    model::{ConfigMap, Offset, TopicConfig, TopicId, TopicName, Watermarks},
+    cluster::{NewTopic, TopicInfo, TopicValue},
+    model::{ConfigMap, TopicId, TopicName},
     proto::{
         fault::{Fault, Reason},
         v1,
@@ -42,26 +42,10 @@ impl Broker {
         v1::ListTopicsResponse { topics }
     }
 
-    pub(super) fn describe_topic(&self, topic: &str) -> Result<v1::DescribeTopicResponse, Fault> {
-        let name = name(topic)?;
-        let state = self.view.state();
-        let Some(known) = state.topic(&name) else { return Err(self.topics.unknown(topic).into()) };
-        let value = &known.value;
-        let hosted = self.hosted.topic(&name).filter(|hosted| hosted.id == value.id);
-        let partitions = state.partitions_of(value).map(|(number, entry)| {
-            let holding = hosted.as_ref().and_then(|hosted| hosted.holding(number));
-            partition_state(number, &entry, holding.as_deref())
-        });
-        Ok(v1::DescribeTopicResponse {
-            topic: Some(summary(&name, value)),
-            effective_config: texts(TopicConfig::texts(&self.settings.topic_defaults, &value.config)),
-            partitions: partitions.collect(),
-        })
-    }
-
     pub(super) async fn alter_topic(&self, request: v1::AlterTopicRequest) -> Result<v1::AlterTopicResponse, Fault> {
         let topic = name(&request.name)?;
-        let info = self.topics.alter(&topic, request.set.into_iter().collect(), request.unset).await?;
+        let factor = Some(request.replication_factor).filter(|factor| *factor > 0);
+        let info = self.topics.alter(&topic, request.set.into_iter().collect(), request.unset, factor).await?;
         self.settled(&info).await;
         Ok(v1::AlterTopicResponse { topic: Some(summary(&info.name, &info.value)) })
     }
@@ -100,15 +84,15 @@ impl Broker {
     }
 }
 
-fn name(text: &str) -> Result<TopicName, Fault> {
+pub(super) fn name(text: &str) -> Result<TopicName, Fault> {
     TopicName::new(text).map_err(|error| Fault::new(Reason::InvalidTopic, error.to_string()))
 }
 
-fn texts(config: ConfigMap) -> HashMap<String, String> {
+pub(super) fn texts(config: ConfigMap) -> HashMap<String, String> {
     config.into_iter().collect()
 }
 
-fn summary(name: &TopicName, value: &TopicValue) -> v1::TopicSummary {
+pub(super) fn summary(name: &TopicName, value: &TopicValue) -> v1::TopicSummary {
     v1::TopicSummary {
         name: name.to_string(),
         topic_id: value.id.to_string(),
@@ -116,41 +100,4 @@ fn summary(name: &TopicName, value: &TopicValue) -> v1::TopicSummary {
         replication_factor: value.replication_factor,
         config: texts(value.config.clone()),
     }
-}
-
-fn partition_state(number: u32, entry: &PartitionEntry, holding: Option<&Holding>) -> v1::PartitionState {
-    let assigned = entry.partition.as_ref().map(|known| &known.value);
-    let tier = entry.tier.as_ref().map(|known| &known.value);
-    let ids = |ids: &Vec<crate::model::BrokerId>| ids.iter().map(|id| id.0).collect();
-    let mut state = v1::PartitionState {
-        partition: number.cast_signed(),
-        leader: assigned.and_then(|value| value.leader).map(|leader| leader.0),
-        leader_epoch: assigned.map_or(-1, |value| value.leader_epoch.as_i32()),
-        replicas: assigned.map(|value| ids(&value.replicas)).unwrap_or_default(),
-        isr: assigned.map(|value| ids(&value.isr)).unwrap_or_default(),
-        ..Default::default()
-    };
-    let marks = match holding {
-        Some(Holding::Open(partition)) => {
-            state.local_bytes = partition.local_bytes();
-            state.tiered_bytes = partition.tiered_bytes();
-            state.fault = partition.fault().map(|why| Fault::new(Reason::StorageFailed, why.as_ref()).into());
-            partition.marks()
-        }
-        other => {
-            if let Some(Holding::Unusable(why)) = other {
-                state.fault = Some(Fault::new(Reason::StorageFailed, why.as_ref()).into());
-            }
-            let log_start = tier.map_or(Offset::ZERO, |tier| tier.log_start);
-            let tiered_end = tier.map_or(Offset::ZERO, |tier| tier.bucket_end());
-            Watermarks { log_start, tiered_end, ..Watermarks::default() }
-        }
-    };
-    state.log_start = marks.log_start.as_i64();
-    state.local_start = marks.local_start.as_i64();
-    state.tiered_end = marks.tiered_end.as_i64();
-    state.high_watermark = marks.high_watermark.as_i64();
-    state.log_end = marks.log_end.as_i64();
-    state.persisted_end = marks.persisted_end.as_i64();
-    state
 }

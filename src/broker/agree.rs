@@ -142,7 +142,9 @@ impl Agree {
     fn change(&self, id: PartitionId, proposal: Proposal) -> Change {
         let Proposal { expect, value, added } = proposal;
         let registered = |peer: Peer| Compare::CreateRevision(self.keys.broker(peer.broker), peer.epoch);
-        Change { id, expect, value, also: added.into_iter().map(registered).collect() }
+        let added = if mutant!(AdmitUnregistered) { Vec::new() } else { added };
+        let also = added.into_iter().map(registered).collect();
+        Change { id, expect, value, also }
     }
 
     async fn answer(&self, id: PartitionId, outcome: Agreed) {
@@ -206,12 +208,12 @@ impl Agree {
             // Alone in sync it would only be elected again; as it is it still serves what it has.
             return true;
         }
-        let Some(partition) = self.hosted.by_id(id) else { return true };
-        let value = value.resign(self.me, partition.config().min_insync_replicas);
+        let Some(config) = self.hosted.config(id) else { return true };
+        let value = value.resign(self.me, config.min_insync_replicas);
         let change = Change { id, expect: revision, value, also: Vec::new() };
         match self.changes.make(vec![change], &[]).await.pop() {
             Some((_, Changed::Done(_))) => {
-                tracing::error!(partition = %id, "this broker's disk failed: it gave up the partition, and another replica leads");
+                tracing::error!(partition = %id, "this broker cannot write the partition any more: it gave it up, and another replica leads");
                 true
             }
             _ => false,
@@ -232,5 +234,118 @@ fn outcome(id: PartitionId, changed: Changed) -> Agreed {
             tracing::debug!(partition = %id, %error, "a change of the in-sync replicas has no known outcome yet");
             Agreed::Unknown
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        broker::hosted::HostedTopic,
+        cluster::{EmbeddedStore, MetaStore as _, Transaction, Value as _},
+        model::{TopicConfig, TopicId, TopicName},
+        task::random,
+    };
+
+    const ME: BrokerId = BrokerId(1);
+
+    struct Bench {
+        store: EmbeddedStore,
+        keys: Keys,
+        agree: Arc<Agree>,
+        id: PartitionId,
+    }
+
+    impl Bench {
+        fn new() -> Self {
+            let (store, keys) = (EmbeddedStore::in_memory(), Keys::new("test").expect("valid"));
+            let (hosted, topic) = (Arc::new(Hosted::default()), TopicId::new(random::uuid()));
+            let held = HostedTopic::new(topic, Revision::ZERO, Arc::new(TopicConfig::default()), 1, None);
+            hosted.put([(TopicName::new("t").expect("valid"), held)]);
+            let changes = PartitionChanges::new(Arc::new(store.clone()), keys.clone());
+            let agree = Agree::new(ME, keys.clone(), changes, hosted);
+            Self { store, keys, agree, id: PartitionId::new(topic, 0) }
+        }
+
+        async fn put(&self, value: &PartitionValue) {
+            let put = Transaction::new().put(self.keys.partition(self.id), value.encode());
+            self.store.transact(put).await.expect("answers");
+        }
+
+        async fn stands(&self) -> PartitionValue {
+            let key = self.keys.partition(self.id);
+            let entry = self.store.get(&key).await.expect("answers").entry.expect("there");
+            PartitionValue::decode(&key, &entry.value).expect("ours")
+        }
+
+        /// Resigns from an epoch; true when nothing is left to do.
+        async fn resign(&self, epoch: u32) -> bool {
+            let errand = Errand { read_back: false, resign: Some(LeaderEpoch(epoch)) };
+            self.agree.run_errand(self.id, errand).await.resign.is_none()
+        }
+    }
+
+    fn value(leader: u32, isr: &[u32]) -> PartitionValue {
+        PartitionValue {
+            replicas: vec![ME, BrokerId(2)],
+            leader: Some(BrokerId(leader)),
+            leader_epoch: LeaderEpoch(3),
+            isr: isr.iter().copied().map(BrokerId).collect(),
+            elr: Vec::new(),
+            adding: Vec::new(),
+            removing: Vec::new(),
+            unclean: None,
+        }
+    }
+
+    #[tokio::test]
+    async fn a_leader_that_cannot_write_gives_up_what_another_member_can_lead_and_nothing_else() {
+        let bench = Bench::new();
+        for (before, epoch, why) in [
+            (value(1, &[1]), 3, "nobody else is in sync"),
+            (value(2, &[1, 2]), 3, "another one leads"),
+            (value(1, &[1, 2]), 2, "it leads anew since"),
+        ] {
+            bench.put(&before).await;
+            assert!(bench.resign(epoch).await, "{why}");
+            assert_eq!(bench.stands().await, before, "{why}");
+        }
+        bench.put(&value(1, &[1, 2])).await;
+        assert!(bench.resign(3).await);
+        let after = bench.stands().await;
+        assert_eq!((after.leader, after.leader_epoch, after.isr), (None, LeaderEpoch(4), vec![BrokerId(2)]));
+    }
+
+    #[tokio::test]
+    async fn what_waits_of_a_partition_is_taken_once_and_the_last_word_counts() {
+        let inbox: Inbox<Errand> = Inbox::new();
+        let topic = TopicId::new(random::uuid());
+        for number in [0, 1, 0] {
+            inbox.put(PartitionId::new(topic, number), |errand| {
+                errand.resign = errand.resign.max(Some(LeaderEpoch(number)));
+            });
+        }
+        inbox.put(PartitionId::new(topic, 0), |errand| errand.read_back = true);
+        let taken = inbox.take().await;
+        let waits = |number| taken[&PartitionId::new(topic, number)];
+        assert_eq!((taken.len(), waits(0).read_back, waits(1).read_back), (2, true, false));
+        let again = tokio::time::timeout(Duration::from_millis(20), inbox.take()).await;
+        assert!(again.is_err(), "nothing waits any more");
+    }
+
+    #[test]
+    fn what_is_not_known_to_be_done_is_read_back_and_what_cannot_be_read_is_over() {
+        let id = PartitionId::new(TopicId::new(random::uuid()), 0);
+        let (found, at) = (value(2, &[2]), Revision(7));
+        let lost = || crate::cluster::StoreError::unknown("no answer");
+        assert_eq!(outcome(id, Changed::Done(at)), Agreed::Done(at));
+        assert_eq!(outcome(id, Changed::Refused(Some((found.clone(), at)))), Agreed::Found(found, at));
+        assert_eq!(outcome(id, Changed::Refused(None)), Agreed::Gone);
+        assert_eq!(outcome(id, Changed::Unknown(lost())), Agreed::Unknown);
+        assert_eq!(
+            outcome(id, Changed::Failed(lost())),
+            Agreed::Unknown,
+            "nobody may go on as if nothing had been asked"
+        );
     }
 }

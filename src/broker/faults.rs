@@ -1,9 +1,11 @@
 //! The one place that maps errors of the inner rooms to what travels.
 
+mod orders;
+
 use tonic::Status;
 
 use crate::{
-    cluster::{AddPartitionsError, AlterError, CreateError, DeleteError, StoreError, UnknownTopic},
+    cluster::{AddPartitionsError, AlterError, CreateError, DeleteError, StoreError, There, UnknownTopic},
     limits,
     model::{BrokerId, LeaderEpoch, Offset, TopicName},
     partition::{AppendError, ReadError, Refused},
@@ -167,9 +169,7 @@ impl From<CreateError> for Fault {
             CreateError::Partitions { .. } | CreateError::Replicas { .. } | CreateError::TooManyTopics => {
                 Self::new(Reason::InvalidRequest, message)
             }
-            CreateError::Brokers { asked, live } => {
-                Self::new(Reason::InvalidRequest, message).with("replication_factor", asked).with("brokers", live)
-            }
+            CreateError::Brokers { asked, there } => too_few_brokers(message, asked, there),
             CreateError::Config(_) => Self::new(Reason::InvalidTopic, message),
             CreateError::Conflict { .. } => Self::new(Reason::Conflict, message),
             CreateError::Store(error) => error.into(),
@@ -183,6 +183,8 @@ impl From<AlterError> for Fault {
         match error {
             AlterError::Unknown(unknown) => unknown.into(),
             AlterError::Config(_) | AlterError::Both { .. } => Self::new(Reason::InvalidTopic, message),
+            AlterError::Replicas { .. } => Self::new(Reason::InvalidRequest, message),
+            AlterError::Brokers { asked, there } => too_few_brokers(message, asked, there),
             AlterError::Conflict { .. } => Self::new(Reason::Conflict, message),
             AlterError::Store(error) => error.into(),
         }
@@ -194,9 +196,10 @@ impl From<AddPartitionsError> for Fault {
         let message = error.to_string();
         match error {
             AddPartitionsError::Unknown(unknown) => unknown.into(),
-            AddPartitionsError::NotMore { .. }
-            | AddPartitionsError::TooMany { .. }
-            | AddPartitionsError::Brokers { .. } => Self::new(Reason::InvalidRequest, message),
+            AddPartitionsError::NotMore { .. } | AddPartitionsError::TooMany { .. } => {
+                Self::new(Reason::InvalidRequest, message)
+            }
+            AddPartitionsError::Brokers { asked, there } => too_few_brokers(message, asked, there),
             AddPartitionsError::Conflict { .. } => Self::new(Reason::Conflict, message),
             AddPartitionsError::Store(error) => error.into(),
         }
@@ -212,6 +215,11 @@ impl From<DeleteError> for Fault {
             DeleteError::Store(error) => error.into(),
         }
     }
+}
+
+/// More replicas than brokers that take any.
+fn too_few_brokers(message: String, asked: u32, there: There) -> Fault {
+    Fault::new(Reason::InvalidRequest, message).with("replication_factor", asked).with("brokers", there.takers())
 }
 
 /// A batch above the topic's limit.

@@ -14,8 +14,8 @@ use tonic::{Status, Streaming};
 use super::{Broker, faults};
 use crate::{
     limits,
-    model::{Compression, Offset, PartitionId, Watermarks},
-    partition::{Fetched, Opener, ReadError, Reader, Ready, Source, Use},
+    model::{Compression, Offset, Watermarks},
+    partition::{Fetched, Opener, Partition, ReadError, Reader, Ready, Source, Use},
     proto::{
         fault::{Fault, Reason},
         v1,
@@ -41,7 +41,7 @@ type ReadOutcome = (usize, Result<Option<Fetched>, ReadError>);
 
 /// One partition of a session.
 struct Place {
-    id: PartitionId,
+    served: Arc<Partition>,
     topic: String,
     partition: i32,
     /// `None` once it failed: it is left out from then on.
@@ -122,11 +122,19 @@ impl Session {
             };
             match self.broker.partition(&want.topic, want.partition) {
                 Ok(partition) => {
-                    let (id, reader) = (partition.id(), partition.reader().clone());
+                    let reader = partition.reader().clone();
                     reader.follow(&self.ready, self.places.len());
-                    let (topic, partition) = (want.topic, want.partition);
+                    let (served, topic, partition) = (partition, want.topic, want.partition);
                     let reader = Some(reader);
-                    self.places.push(Place { id, topic, partition, reader, position, reading: false, again: false });
+                    self.places.push(Place {
+                        served,
+                        topic,
+                        partition,
+                        reader,
+                        position,
+                        reading: false,
+                        again: false,
+                    });
                 }
                 Err(fault) => {
                     self.broker.metrics.fetch_errors.count(fault.reason.word());
@@ -160,6 +168,14 @@ impl Session {
         place.reading = false;
         let again = std::mem::take(&mut place.again);
         let Some(reader) = &place.reader else { return };
+        if !place.served.standing().role.leads() && outcome.is_ok() {
+            // What was read is committed all the same, and is read again at the leader's.
+            place.reader = None;
+            gathered.failed = true;
+            let fault = self.broker.not_leader(&place.topic, place.partition, place.served.id());
+            self.broker.metrics.fetch_errors.count(fault.reason.word());
+            return gathered.refuse(refusal(place.topic.clone(), place.partition, fault));
+        }
         match outcome {
             Ok(None) if again => self.ready.mark(index),
             Ok(None) => {}
@@ -182,7 +198,7 @@ impl Session {
             Err(error) => {
                 place.reader = None;
                 gathered.failed = true;
-                let fault = self.broker.read_refused(place.id, error);
+                let fault = self.broker.read_refused(place.served.id(), error);
                 self.broker.metrics.fetch_errors.count(fault.reason.word());
                 gathered.refuse(refusal(place.topic.clone(), place.partition, fault));
             }

@@ -220,15 +220,18 @@ impl Link {
             Over::Silent => Some(How::Silent),
             _ => None,
         };
+        let (leader, address) = (self.leader, &to.address);
         match over {
-            Over::Stopped => tracing::debug!(leader = %self.leader, "the link to a leader's broker begins anew"),
-            // Repeats itself until one of the two is repaired.
-            _ if how.is_none() => tracing::warn!(
-                leader = %self.leader, address = to.address, why = %over, "the link to a leader's broker cannot stand"
-            ),
-            _ => {
-                tracing::info!(leader = %self.leader, address = to.address, why = %over, "the link to a leader's broker is lost")
+            Over::Stopped => tracing::debug!(%leader, "the link to a leader's broker begins anew"),
+            // One of the two may not have heard of the other yet.
+            Over::Call(PeerError::Refused(fault)) if fault.retryable => {
+                tracing::info!(%leader, address, why = %fault, "the link to a leader's broker cannot stand yet");
             }
+            _ if how.is_some() => {
+                tracing::info!(%leader, address, why = %over, "the link to a leader's broker is lost")
+            }
+            // Repeats itself until one of the two is repaired.
+            _ => tracing::warn!(%leader, address, why = %over, "the link to a leader's broker cannot stand"),
         }
         if let Some(how) = how {
             self.neighbours.lost(self.leader, to.epoch, how);

@@ -134,6 +134,13 @@ impl Hosted {
         topics.get(name).filter(|topic| topic.id == id.topic)?.holding(id.number)
     }
 
+    /// The configuration by which this partition is held.
+    pub(super) fn config(&self, id: PartitionId) -> Option<Arc<TopicConfig>> {
+        let ids = self.ids.load();
+        let topics = self.topics.load();
+        Some(Arc::clone(&topics.get(ids.get(&id.topic)?)?.config))
+    }
+
     /// Waits until `holds` is true of what is held.
     pub(super) async fn until(&self, holds: impl Fn(&Self) -> bool) {
         let mut changed = self.changed.subscribe();
@@ -156,12 +163,10 @@ impl Hosted {
             .collect()
     }
 
-    /// Takes a topic in, or takes over what is new of it. Only the task that follows the metadata changes the set, so no
+    /// Takes topics in, or takes over what is new of them. Only the task that follows the metadata changes the set, so no
     /// change is lost.
-    pub(super) fn put(&self, name: &TopicName, topic: HostedTopic) {
-        self.update(|topics| {
-            topics.insert(name.clone(), topic);
-        });
+    pub(super) fn put(&self, some: impl IntoIterator<Item = (TopicName, HostedTopic)>) {
+        self.update(|topics| topics.extend(some));
     }
 
     /// Lets a topic go.

@@ -10,7 +10,7 @@ use super::{
 use crate::{
     model::{PartitionId, TopicName},
     partition::{AppendError, Partition, ReadError},
-    proto::fault::Fault,
+    proto::fault::{Fault, Reason},
 };
 
 /// How long a name that is not known here is waited for: another broker may have made the topic a moment ago.
@@ -47,7 +47,7 @@ impl Broker {
         if self.alone {
             return;
         }
-        let unknown = |name: &&str| matches!(self.hosted.find(name, 0), None);
+        let unknown = |name: &&str| self.hosted.find(name, 0).is_none();
         let strangers: Vec<TopicName> = topics.filter(unknown).filter_map(|name| TopicName::new(name).ok()).collect();
         if strangers.is_empty() {
             return;
@@ -65,6 +65,23 @@ impl Broker {
         Some(Leader { broker, epoch: value.leader_epoch, address })
     }
 
+    /// What a write is told that comes while this broker stops: where to go, if others lead already.
+    pub(super) fn stopping_refusal(&self, partition: &Partition) -> Fault {
+        let id = partition.id();
+        match self.leader(id).filter(|leader| leader.broker != self.settings.id) {
+            Some(leader) => {
+                let (topic, partition) = (partition.topic().to_string(), id.number.cast_signed());
+                LookupError::NotLeader { topic, partition, leader: Some(leader) }.into()
+            }
+            None => Fault::new(Reason::NotReady, "this broker is stopping; try another, or again later"),
+        }
+    }
+
+    /// A fault for whoever reads a partition that is not led here any more.
+    pub(super) fn not_leader(&self, topic: &str, partition: i32, id: PartitionId) -> Fault {
+        LookupError::NotLeader { topic: topic.to_owned(), partition, leader: self.leader(id) }.into()
+    }
+
     /// Why a write was refused, with whom to turn to instead.
     pub(super) fn append_refused(&self, id: PartitionId, error: AppendError) -> Fault {
         let elsewhere = matches!(error, AppendError::NotLeader { .. } | AppendError::Deposed | AppendError::Closing);
@@ -80,7 +97,7 @@ impl Broker {
     }
 
     /// A fault that says who leads, where that is another broker.
-    pub(super) fn pointing(&self, id: PartitionId, fault: Fault) -> Fault {
+    fn pointing(&self, id: PartitionId, fault: Fault) -> Fault {
         match self.leader(id) {
             Some(leader) if leader.broker != self.settings.id => leader.told(fault),
             _ => fault,

@@ -3,7 +3,7 @@
 use super::Broker;
 use crate::{
     cluster::{BrokerState, TopicValue, ViewState},
-    model::{TopicConfig, TopicName},
+    model::{BrokerId, TopicConfig, TopicName},
     proto::{fault::Fault, v1},
 };
 
@@ -24,7 +24,12 @@ impl Broker {
         } else {
             request.topics.iter().map(|topic| self.routes(&state, topic)).collect()
         };
-        v1::GetMetadataResponse { cluster: self.settings.cluster.clone(), brokers: brokers.collect(), topics }
+        v1::GetMetadataResponse {
+            cluster: self.settings.cluster.clone(),
+            brokers: brokers.collect(),
+            topics,
+            controller: state.controller().map(|id| id.0),
+        }
     }
 
     fn routes(&self, state: &ViewState, topic: &str) -> v1::TopicMetadata {
@@ -43,9 +48,12 @@ impl Broker {
         let config = TopicConfig::resolve(&self.settings.topic_defaults, &topic.config).unwrap_or_default();
         let partitions = state.partitions_of(topic).map(|(number, entry)| {
             let value = entry.partition.map(|known| known.value.clone());
+            let ids = |set: &[BrokerId]| set.iter().map(|id| id.0).collect::<Vec<_>>();
             v1::PartitionMetadata {
                 partition: number.cast_signed(),
                 leader: value.as_ref().and_then(|value| value.leader).map(|leader| leader.0),
+                replicas: value.as_ref().map(|value| ids(&value.replicas)).unwrap_or_default(),
+                isr: value.as_ref().map(|value| ids(&value.isr)).unwrap_or_default(),
                 leader_epoch: value.map_or(-1, |value| value.leader_epoch.as_i32()),
             }
         });

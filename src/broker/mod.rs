@@ -3,8 +3,9 @@
 //! # Overview
 //!
 //! Every request does the same steps: validate, find the partition (or refuse with who serves it), serve. `service` is
-//! the gRPC face; `produce`, `fetch`, `offsets` and `admin` serve; `lookup` finds; `faults` maps every error once. `reconcile`
-//! follows the cluster's metadata and opens, configures and closes partitions; `upkeep` gives partitions their turn at sealing,
+//! the gRPC face; `produce`, `fetch`, `offsets`, `admin`, `describe` and `cluster_admin` serve; `lookup` finds, `figures` asks other
+//! brokers; `faults` maps every error once. `reconcile` follows the cluster's metadata and opens, configures and closes partitions;
+//! `upkeep` gives partitions their turn at sealing,
 //! uploading and deleting; `garbage` takes away what crashes and deletions left in the bucket and in the metadata.
 //!
 //! Among several brokers `following` and `peer` are the links over which replicas follow, `evidence` says what a lost one means, `agree` carries what leaders propose to the metadata store, `lag` tells them the time, and one of the brokers
@@ -23,9 +24,12 @@
 
 mod admin;
 mod agree;
+mod cluster_admin;
+mod describe;
 mod evidence;
 mod faults;
 mod fetch;
+mod figures;
 mod following;
 mod garbage;
 mod handover;
@@ -61,7 +65,8 @@ use self::{agree::Agree, hosted::Hosted, leftovers::Leftovers, others::Others, p
 use crate::{
     client::Connect,
     cluster::{
-        Controller, Keys, MetaStore, PartitionChanges, Session, TierCommits, Topics, View, ViewState, planner::Limits,
+        Controller, Keys, MetaStore, Orders, PartitionChanges, Session, TierCommits, Topics, View, ViewState,
+        planner::Limits,
     },
     limits,
     log::Log,
@@ -148,6 +153,7 @@ pub struct Broker {
     /// Links and evidence, where there are other brokers.
     others: Option<Others>,
     topics: Topics,
+    orders: Orders,
     changes: PartitionChanges,
     agree: Arc<Agree>,
     producer_ids: ProducerIds,
@@ -188,6 +194,7 @@ impl Broker {
         };
         let broker = Arc::new_cyclic(|broker| Self {
             others: (!alone).then(|| Others::new(known, connect, broker)),
+            orders: Orders::new(Arc::clone(&store), keys.clone(), view.clone(), settings.topic_defaults.clone()),
             topics: Topics::new(Arc::clone(&store), keys.clone(), view.clone(), settings.topic_defaults.clone()),
             producer_ids: ProducerIds::default(),
             produce_memory: Memory::new(settings.produce_memory_bytes),
@@ -235,6 +242,7 @@ impl Broker {
             others.follow(session, &self.tasks);
             self.agree.spawn(&self.tasks);
             self.tasks.spawn("lag", lag::run(Arc::clone(self)));
+            self.tasks.spawn("producer ids", producer_ids::keep(Arc::clone(self)));
         }
         self.reconcile(&state, &mut leftovers).await;
         drop(state);

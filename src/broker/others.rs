@@ -120,17 +120,18 @@ fn questions(broker: &Weak<Broker>, evidence: Arc<Evidence>) -> Questions {
 
 impl Broker {
     /// How this broker is, for others who place partitions or describe the cluster.
-    fn status(&self) -> v1::StatusResponse {
+    pub(super) fn status(&self) -> v1::StatusResponse {
         let (open, log) = (self.hosted.open(), self.log.status());
         let count = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
+        let led = || open.iter().filter(|partition| partition.standing().role.leads());
         let segment_bytes = open.iter().map(|partition| partition.local_bytes()).sum();
         v1::StatusResponse {
-            leaders: count(open.iter().filter(|partition| partition.standing().role.leads()).count()),
+            leaders: count(led().count()),
             replicas: count(open.len()),
             segment_bytes,
             free_bytes: log.free_bytes,
             disk_bytes: log.free_bytes.saturating_add(segment_bytes),
-            tier_lag_records: open.iter().map(|partition| self.tier_lag(partition)).sum(),
+            tier_lag_records: led().map(|partition| self.tier_lag(partition)).sum(),
             failed: log.failed.unwrap_or_default(),
         }
     }

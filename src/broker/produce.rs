@@ -129,8 +129,7 @@ impl Broker {
     ) -> Result<oneshot::Receiver<AppendResult>, Fault> {
         let permit = self.produce_memory.take(batch.encoded_len()).await;
         if self.is_stopping() {
-            let stopping = Fault::new(Reason::NotReady, "this broker is stopping; try another, or again later");
-            return Err(self.pointing(partition.id(), stopping));
+            return Err(self.stopping_refusal(partition));
         }
         Ok(partition.append(batch, acks, permit).await)
     }

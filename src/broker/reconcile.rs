@@ -21,7 +21,10 @@
 //!   mark is kept and named: metadata that was lost, damaged or taken back to an older state must not cost data as well.
 //! - A replica is begun anew only when no set has it, so that nobody counts on what it held.
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::{
+    collections::BTreeSet,
+    sync::{Arc, OnceLock},
+};
 
 use futures::{StreamExt as _, stream};
 
@@ -33,7 +36,7 @@ use super::{
 use crate::{
     cluster::{BrokerState, Key, Moved, PartitionValue, TopicValue, ViewState},
     model::{BrokerId, PartitionId, TopicConfig, TopicId, TopicName},
-    partition::{Assignment, Partition, PartitionError, Spec, leader::insync::Registration},
+    partition::{Agreement as _, Assignment, Partition, PartitionError, Spec, leader::insync::Registration},
     task,
     tier::{PartitionTier, TopicRecord},
 };
@@ -75,10 +78,7 @@ impl Broker {
     pub(super) async fn reconcile(&self, state: &ViewState, leftovers: &mut Leftovers) {
         let mut names: BTreeSet<TopicName> = state.topics().keys().cloned().collect();
         names.extend(self.hosted.names());
-        let mut ids = Vec::new();
-        for name in &names {
-            ids.extend(self.hold_topic(name, state).await);
-        }
+        let ids = self.hold_topics(names.iter(), state).await;
         self.know_brokers(state);
         self.hold(ids, state, leftovers).await;
     }
@@ -90,12 +90,11 @@ impl Broker {
     }
 
     async fn reconcile_keys(&self, keys: &[Key], state: &ViewState, leftovers: &mut Leftovers) {
-        let mut ids = BTreeSet::new();
-        for key in keys {
-            if let Key::Topic(name) = key {
-                ids.extend(self.hold_topic(name, state).await);
-            }
-        }
+        let topics = keys.iter().filter_map(|key| match key {
+            Key::Topic(name) => Some(name),
+            _ => None,
+        });
+        let mut ids: BTreeSet<PartitionId> = self.hold_topics(topics, state).await.into_iter().collect();
         let mut brokers = Vec::new();
         for key in keys {
             match key {
@@ -114,27 +113,48 @@ impl Broker {
         self.hold(ids.into_iter().collect(), state, leftovers).await;
     }
 
-    /// Takes over what is new of a topic. Returns its partitions, which are to be looked at one by one.
-    async fn hold_topic(&self, name: &TopicName, state: &ViewState) -> Vec<PartitionId> {
+    /// Takes over what is new of topics. Returns their partitions, which are to be looked at one by one.
+    async fn hold_topics<'a>(
+        &self,
+        names: impl Iterator<Item = &'a TopicName> + Send,
+        state: &ViewState,
+    ) -> Vec<PartitionId> {
+        let (mut topics, mut ids) = (Vec::new(), Vec::new());
+        for name in names {
+            if let Some(topic) = self.hold_topic(name, state).await {
+                let count = u32::try_from(topic.count()).unwrap_or(u32::MAX);
+                ids.extend((0..count).map(|number| PartitionId::new(topic.id, number)));
+                topics.push((name.clone(), topic));
+            }
+        }
+        // All at once: each change copies the table of topics.
+        if !topics.is_empty() {
+            self.hosted.put(topics);
+        }
+        ids
+    }
+
+    /// What this broker has of a topic from now on; `None` when that is nothing, or nothing new.
+    async fn hold_topic(&self, name: &TopicName, state: &ViewState) -> Option<HostedTopic> {
         let hosted = self.hosted.topic(name);
         let wanted = state.topic(name);
         if wanted.is_none() && state.unreadable().contains_key(&Key::Topic(name.clone())) {
             // What it says is not known, so nothing new is to be done.
-            return Vec::new();
+            return None;
         }
         if let Some(hosted) = &hosted
             && wanted.is_none_or(|topic| topic.value.id != hosted.id)
         {
             self.let_go(name, hosted).await;
         }
-        let Some(wanted) = wanted else { return Vec::new() };
+        let wanted = wanted?;
         let topic = &wanted.value;
         let held = hosted.filter(|hosted| hosted.id == topic.id);
         let config = match TopicConfig::resolve(&self.settings.topic_defaults, &topic.config) {
             Ok(config) => Arc::new(config),
             Err(error) => {
                 tracing::error!(topic = %name, %error, "the topic's stored configuration is not valid; alter it to repair it");
-                return Vec::new();
+                return None;
             }
         };
         let changed = held.as_ref().is_some_and(|held| *held.config != *config);
@@ -147,19 +167,18 @@ impl Broker {
                 }
             }
         }
-        self.hosted.put(name, now);
-        if held.is_none() && self.takes_part() {
+        if held.is_none() {
             self.record_topic(name, topic, state);
         }
-        (0..topic.partitions).map(|number| PartitionId::new(id, number)).collect()
+        Some(now)
     }
 
     /// Brings partitions in line with what the metadata says of them.
     async fn hold(&self, ids: Vec<PartitionId>, state: &ViewState, leftovers: &mut Leftovers) {
-        let on_disk: BTreeSet<PartitionId> = match ids.len() {
-            0 => return self.hosted.tell(),
-            _ => self.log.partitions().into_iter().collect(),
-        };
+        // Most changes are of replicas that are open: then nobody asks for it.
+        let on_disk: OnceLock<BTreeSet<PartitionId>> = OnceLock::new();
+        let is_on_disk =
+            |id: &PartitionId| on_disk.get_or_init(|| self.log.partitions().into_iter().collect()).contains(id);
         let (mut opened, mut told) = (Vec::new(), Vec::new());
         for id in ids {
             // Of a topic that is not acted by, nothing is done.
@@ -168,13 +187,13 @@ impl Broker {
             match known {
                 Some(known) if known.value.replicas.contains(&self.settings.id) => {
                     if !matches!(&*holding, Holding::Open(_)) {
-                        opened.extend(self.spec(id, state, &known.value, &holding, on_disk.contains(&id)));
+                        opened.extend(self.spec(id, state, &known.value, &holding, is_on_disk(&id)));
                     }
                     told.push(id);
                 }
                 Some(_) => {
                     self.close(id, &holding).await;
-                    if on_disk.contains(&id) {
+                    if is_on_disk(&id) {
                         leftovers.add(id);
                     }
                 }
@@ -184,6 +203,7 @@ impl Broker {
         }
         self.open_all(opened).await;
         if self.takes_part() {
+            told.iter().for_each(|id| self.give_up_unusable(*id, state));
             stream::iter(told).for_each_concurrent(TOLD_TOGETHER, |id| self.tell(id, state)).await;
         }
         self.hosted.tell();
@@ -263,6 +283,17 @@ impl Broker {
             }
         };
         task::blocking(move || specs.into_iter().map(open).collect()).await
+    }
+
+    /// Gives up a leadership for which there is no replica: somebody else may have one.
+    fn give_up_unusable(&self, id: PartitionId, state: &ViewState) {
+        let unusable = self.hosted.held(id).is_some_and(|holding| matches!(*holding, Holding::Unusable(_)));
+        let known = state.partition(id).and_then(|entry| entry.partition.as_ref());
+        if let Some(known) =
+            known.filter(|known| unusable && !self.alone && known.value.leader == Some(self.settings.id))
+        {
+            self.agree.resign(id, known.value.leader_epoch);
+        }
     }
 
     /// Tells a replica its place.

@@ -112,7 +112,7 @@ impl admin_server::Admin for AdminService {
         &self,
         request: Request<v1::DescribeTopicRequest>,
     ) -> Result<Response<v1::DescribeTopicResponse>, Status> {
-        answer(self.0.describe_topic(&request.into_inner().name))
+        answer(self.0.describe_topic(&request.into_inner().name).await)
     }
 
     async fn alter_topic(
@@ -134,5 +134,50 @@ impl admin_server::Admin for AdminService {
         request: Request<v1::DeleteTopicRequest>,
     ) -> Result<Response<v1::DeleteTopicResponse>, Status> {
         answer(self.0.delete_topic(&request.into_inner().name).await)
+    }
+    async fn describe_cluster(
+        &self,
+        _request: Request<v1::DescribeClusterRequest>,
+    ) -> Result<Response<v1::DescribeClusterResponse>, Status> {
+        answer(Ok(self.0.describe_cluster().await))
+    }
+
+    async fn drain_broker(
+        &self,
+        request: Request<v1::DrainBrokerRequest>,
+    ) -> Result<Response<v1::DrainBrokerResponse>, Status> {
+        answer(self.0.drain_broker(request.into_inner().broker).await)
+    }
+
+    async fn restore_broker(
+        &self,
+        request: Request<v1::RestoreBrokerRequest>,
+    ) -> Result<Response<v1::RestoreBrokerResponse>, Status> {
+        answer(self.0.restore_broker(request.into_inner().broker).await)
+    }
+
+    async fn reassign(&self, request: Request<v1::ReassignRequest>) -> Result<Response<v1::ReassignResponse>, Status> {
+        answer(self.0.reassign(request.into_inner()).await)
+    }
+
+    async fn list_reassignments(
+        &self,
+        request: Request<v1::ListReassignmentsRequest>,
+    ) -> Result<Response<v1::ListReassignmentsResponse>, Status> {
+        answer(self.0.list_reassignments(&request.into_inner()))
+    }
+
+    async fn cancel_reassignment(
+        &self,
+        request: Request<v1::CancelReassignmentRequest>,
+    ) -> Result<Response<v1::CancelReassignmentResponse>, Status> {
+        answer(self.0.cancel_reassignment(&request.into_inner()).await)
+    }
+
+    async fn elect_leader(
+        &self,
+        request: Request<v1::ElectLeaderRequest>,
+    ) -> Result<Response<v1::ElectLeaderResponse>, Status> {
+        answer(self.0.elect_leader(request.into_inner()).await)
     }
 }

@@ -6,11 +6,12 @@ use super::*;
 use crate::{
     client::Tcp,
     cluster::{
-        Addresses, BrokerState, BrokerValue, DeletedValue, EmbeddedStore, Key, NewTopic, Registration, Revision,
-        TopicValue, Transaction, Value as _,
+        Addresses, BrokerState, BrokerValue, DeletedValue, EmbeddedStore, Key, NewTopic, PartitionValue, Registration,
+        Revision, TopicValue, Transaction, Value as _,
     },
     log::{Identity, Options, RealDisk},
-    model::{TopicId, TopicName},
+    model::{LeaderEpoch, TopicId, TopicName},
+    proto::fault::Reason,
     task::random,
 };
 
@@ -22,7 +23,7 @@ struct Bench {
 }
 
 impl Bench {
-    async fn start(dir: &Path) -> Self {
+    async fn start(dir: &Path, alone: bool) -> Self {
         let id = BrokerId(1);
         let identity = Identity { cluster: "test".to_owned(), broker: id };
         let options = Options { journal_bytes: 8 << 20, ..Options::default() };
@@ -63,7 +64,7 @@ impl Bench {
             view: view.clone(),
             tier: None,
             connect: Arc::new(Tcp::new(Duration::from_secs(1))),
-            alone: true,
+            alone,
             incarnation: "p".to_owned(),
             metrics: Metrics::new(),
         })
@@ -107,7 +108,7 @@ impl Bench {
 #[tokio::test]
 async fn only_a_deletions_mark_deletes_what_the_disk_holds() {
     let dir = tempfile::tempdir().unwrap();
-    let bench = Bench::start(dir.path()).await;
+    let bench = Bench::start(dir.path(), true).await;
     let name = TopicName::new("t").unwrap();
     let key = bench.keys.path(&Key::Topic(name.clone()));
 
@@ -131,5 +132,72 @@ async fn only_a_deletions_mark_deletes_what_the_disk_holds() {
     bench.change(Transaction::new().put(key.clone(), value)).await;
     bench.change(Transaction::new().delete(key).put(bench.keys.deleted(id), mark.encode())).await;
     assert_eq!(bench.holds(id), (0, 0), "a deletion");
+    bench.stop().await;
+}
+
+#[tokio::test]
+async fn a_replica_that_moved_away_is_deleted_by_its_own_key_and_by_nothing_less() {
+    let dir = tempfile::tempdir().unwrap();
+    let bench = Bench::start(dir.path(), false).await;
+    let name = TopicName::new("t").unwrap();
+    let id = bench.create(&name, 2).await;
+    assert_eq!(bench.holds(id), (2, 2));
+    let key = bench.keys.partition(PartitionId::new(id, 0));
+    let value = bench.store.get(&key).await.unwrap().entry.unwrap().value;
+
+    bench.change(Transaction::new().put(key.clone(), "a newer release's")).await;
+    assert_eq!(bench.holds(id), (1, 2), "what cannot be read is not served, and costs no data");
+    bench.change(Transaction::new().put(key.clone(), value.clone())).await;
+    assert_eq!(bench.holds(id), (2, 2), "mended, it is served again");
+    bench.change(Transaction::new().delete(key.clone())).await;
+    assert_eq!(bench.holds(id), (1, 2), "a key that was lost is no licence either");
+
+    let others = BrokerId(2);
+    let moved = PartitionValue {
+        replicas: vec![others],
+        leader: Some(others),
+        isr: vec![others],
+        ..PartitionValue::decode(&key, &value).unwrap()
+    };
+    bench.change(Transaction::new().put(key, moved.encode())).await;
+    let gone = async {
+        while bench.holds(id) != (1, 1) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(30), gone).await.expect("its files go");
+    bench.stop().await;
+}
+
+#[tokio::test]
+async fn who_is_asked_for_anothers_partition_says_who_leads_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let bench = Bench::start(dir.path(), false).await;
+    let name = TopicName::new("t").unwrap();
+    let id = bench.create(&name, 1).await;
+    assert!(bench.broker.partition("t", 0).is_ok());
+    let key = bench.keys.partition(PartitionId::new(id, 0));
+    let before = bench.store.get(&key).await.unwrap().entry.unwrap().value;
+    let before = PartitionValue::decode(&key, &before).unwrap();
+
+    let other = BrokerId(2);
+    let registered = bench.store.get(&bench.keys.broker(BrokerId(1))).await.unwrap().entry.unwrap().value;
+    let registered = BrokerValue::decode("brokers/1", &registered).unwrap();
+    let addresses = Addresses { grpc: "broker-2:9460".to_owned(), http: None };
+    let theirs = BrokerValue { addresses, incarnation: "q".to_owned(), ..registered };
+    let replicas = vec![BrokerId(1), other];
+    let (isr, leader_epoch) = (replicas.clone(), LeaderEpoch(before.leader_epoch.0 + 1));
+    let led = PartitionValue { replicas, isr, leader: Some(other), leader_epoch, ..before };
+    let put = Transaction::new().put(bench.keys.broker(other), theirs.encode()).put(key.clone(), led.encode());
+    bench.change(put).await;
+
+    let fault = bench.broker.partition("t", 0).err().unwrap();
+    assert_eq!((fault.reason, fault.number("leader")), (Reason::NotLeader, Some(2)));
+    assert_eq!(fault.number("leader_epoch"), Some(i64::from(led.leader_epoch.as_i32())));
+    assert_eq!(fault.metadata.get("address").map(String::as_str), Some("broker-2:9460"));
+    assert!(fault.message.contains("broker 2 at broker-2:9460"), "{fault}");
+    bench.change(Transaction::new().put(key, led.leaderless().encode())).await;
+    let fault = bench.broker.partition("t", 0).err().unwrap();
+    assert_eq!((fault.reason, fault.metadata.get("leader")), (Reason::NotLeader, None), "{fault}");
     bench.stop().await;
 }

@@ -1,107 +1,262 @@
-//! Finding the cluster, and saying what to do when something is not there.
+//! `strandline cluster describe`: the brokers, what they carry, and what is not as it should be.
 
-use std::time::Duration;
+use std::process::ExitCode;
 
-use anyhow::anyhow;
+use clap::Subcommand;
+use serde_json::{Value, json};
 
-use super::Common;
-use crate::{
-    client::{Admin, CallError, Client, ConsumeError, Options, SendError},
-    model::near,
-    proto::fault::Reason,
+use super::{
+    Common,
+    connect::{connect, explain_order},
+    output::{self, Output},
+    patience::Patience,
 };
+use crate::client::{BrokerDescription, ClusterDescription};
 
-/// How soon a command that sends or reads sees new partitions.
-pub(super) const METADATA_AGE: Duration = Duration::from_secs(5);
-
-/// Most names that are worth reading.
-const MOST_NAMES: usize = 5;
-
-pub(super) async fn connect(common: &Common) -> anyhow::Result<Client> {
-    let options = Options { metadata_age: METADATA_AGE, ..Options::default() };
-    match Client::connect(&common.bootstrap(), options).await {
-        Ok(client) => Ok(client),
-        Err(error) => Err(without_cluster(&error)),
-    }
+#[derive(Clone, Copy, Debug, Subcommand)]
+pub(super) enum Cluster {
+    /// Show brokers, racks, epochs, leaders, load, disk, upload lag and the controller
+    Describe,
 }
 
-fn without_cluster(error: &CallError) -> anyhow::Error {
-    match error {
-        CallError::Connect(crate::client::ConnectError::NoAnswer { .. }) => {
-            anyhow!("{error}; start one with `strandline dev` or name one with --bootstrap")
-        }
-        _ => anyhow!("{error}"),
+pub(super) async fn run(common: &Common, command: Cluster) -> anyhow::Result<ExitCode> {
+    let Cluster::Describe = command;
+    let client = connect(common).await?;
+    let described = async { client.admin().describe_cluster().await.map_err(|error| explain_order(&error)) };
+    let cluster = Patience::new(&client).over(None, described).await?;
+    match common.output {
+        Output::Json => output::json(&description(&cluster))?,
+        Output::Text => output::line(&lines(&cluster))?,
     }
+    Ok(ExitCode::SUCCESS)
 }
 
-/// An error for people: for an unknown topic, with the names that look like it.
-pub(super) async fn explain(admin: &Admin, topic: &str, error: CallError) -> anyhow::Error {
-    if error.reason() != Some(Reason::UnknownTopic) {
-        return without_cluster(&error);
-    }
-    let names = match admin.list_topics().await {
-        Ok(topics) => topics.into_iter().map(|topic| topic.name).collect(),
-        Err(_) => Vec::new(),
-    };
-    anyhow!("{}", unknown_topic(topic, &names))
-}
-
-/// As [`explain`], for a send that failed.
-pub(super) async fn explain_send(admin: &Admin, topic: &str, error: SendError) -> anyhow::Error {
-    match error {
-        SendError::Lookup(error) => explain(admin, topic, error).await,
-        error => anyhow!("{error}"),
-    }
-}
-
-/// As [`explain`], for a read that failed.
-pub(super) async fn explain_read(admin: &Admin, topic: &str, error: ConsumeError) -> anyhow::Error {
-    match error {
-        ConsumeError::Lookup(error) => explain(admin, topic, error).await,
-        ConsumeError::OutOfRange { topic, partition, offset, start, end } => anyhow!(
-            "{topic}/{partition}: offset {offset} is out of range: partition {partition} holds {start} up to, but not \
-             including, {end}; begin with --from earliest or --from latest, or read the partitions that hold {offset} \
-             with --partition"
+fn lines(cluster: &ClusterDescription) -> String {
+    let controller = cluster.controller.map_or_else(|| "none".to_owned(), |id| id.to_string());
+    let mut lines = vec![
+        format!("cluster {}  controller {controller}", cluster.name),
+        format!(
+            "{} in {}{}",
+            output::count(cluster.partitions.into(), "partition"),
+            output::count(cluster.topics.into(), "topic"),
+            troubles(cluster),
         ),
-        error => anyhow!("{error}"),
+        String::new(),
+    ];
+    let header =
+        ["BROKER", "ADDRESS", "RACK", "STATE", "EPOCH", "LEADERS", "REPLICAS", "ON DISK", "FREE", "UPLOAD LAG"];
+    lines.push(output::tabled(&header, &[0, 4, 5, 6, 7, 8, 9], cluster.brokers.iter().map(row).collect()));
+    let notes: Vec<String> = cluster.brokers.iter().flat_map(notes).chain(unreadable(cluster)).collect();
+    if !notes.is_empty() {
+        lines.push(String::new());
+        lines.extend(notes);
+    }
+    lines.join("\n")
+}
+
+/// What is wrong with how many partitions.
+fn troubles(cluster: &ClusterDescription) -> String {
+    let named = [
+        (cluster.leaderless, "without a leader"),
+        (cluster.below_minimum, "below the minimum in sync"),
+        (cluster.under_replicated, "under-replicated"),
+        (cluster.moving, "being moved"),
+    ];
+    let troubles: Vec<String> =
+        named.iter().filter(|(count, _)| *count > 0).map(|(count, what)| format!("{count} {what}")).collect();
+    if troubles.is_empty() { String::new() } else { format!("\n{}", troubles.join(", ")) }
+}
+
+fn state(broker: &BrokerDescription) -> &'static str {
+    match (broker.alive, broker.stopping, broker.draining_since_ms) {
+        (false, ..) => "gone",
+        (true, true, _) => "stopping",
+        (true, false, Some(_)) => "draining",
+        (true, false, None) => "running",
     }
 }
 
-fn unknown_topic(topic: &str, names: &[String]) -> String {
-    let near = near::nearest(topic, names, |name| name.as_str(), MOST_NAMES);
-    let list = |names: Vec<&String>| {
-        let mut text = names.iter().take(MOST_NAMES).map(|name| name.as_str()).collect::<Vec<_>>().join(", ");
-        if names.len() > MOST_NAMES {
-            text += ", …";
-        }
-        text
-    };
-    match (near.is_empty(), names.is_empty()) {
-        (false, _) => {
-            format!("topic {topic:?} does not exist; did you mean {}?", list(near))
-        }
-        (true, false) => format!(
-            "topic {topic:?} does not exist; the cluster has {}; create it with `strandline topic create {topic}`",
-            list(names.iter().collect())
+fn row(broker: &BrokerDescription) -> Vec<String> {
+    let unknown = || if broker.alive { "?" } else { "-" }.to_owned();
+    let (on_disk, free, lag) = match &broker.figures {
+        Some(Ok(figures)) => (
+            output::bytes(figures.segment_bytes),
+            output::bytes(figures.free_bytes),
+            figures.tier_lag_records.to_string(),
         ),
-        (true, true) => {
-            format!("topic {topic:?} does not exist, and no other; create it with `strandline topic create {topic}`")
-        }
+        _ => (unknown(), unknown(), unknown()),
+    };
+    let text = |text: &String| if text.is_empty() { "-".to_owned() } else { text.clone() };
+    vec![
+        broker.id.to_string(),
+        text(&broker.address),
+        text(&broker.rack),
+        state(broker).to_owned(),
+        if broker.alive { broker.broker_epoch.to_string() } else { "-".to_owned() },
+        broker.leaders.to_string(),
+        broker.replicas.to_string(),
+        on_disk,
+        free,
+        lag,
+    ]
+}
+
+/// What a person should know of a broker that the table does not say.
+fn notes(broker: &BrokerDescription) -> Vec<String> {
+    let (id, mut notes) = (broker.id, Vec::new());
+    if !broker.alive && broker.replicas > 0 {
+        notes.push(format!("broker {id} is gone and holds {}", output::count(broker.replicas.into(), "replica")));
     }
+    if broker.draining_since_ms.is_some() {
+        let left = output::count(broker.replicas.into(), "replica");
+        notes.push(match broker.replicas {
+            0 => format!("broker {id} is drained: it can be stopped for good"),
+            _ => format!("broker {id} is being drained: {left} to move"),
+        });
+    }
+    if broker.alive && broker.in_sync < broker.replicas {
+        notes.push(format!(
+            "broker {id} is behind with {}",
+            output::count((broker.replicas - broker.in_sync).into(), "replica")
+        ));
+    }
+    match &broker.figures {
+        Some(Ok(figures)) => {
+            notes.extend(figures.failed.iter().map(|why| format!("broker {id} takes no writes: {why}")))
+        }
+        Some(Err(fault)) => notes.push(format!("the figures of broker {id} are not known: {fault}")),
+        None => {}
+    }
+    notes
+}
+
+fn unreadable(cluster: &ClusterDescription) -> impl Iterator<Item = String> + '_ {
+    cluster
+        .unreadable
+        .iter()
+        .map(|unreadable| format!("the value of {} cannot be used: {}", unreadable.key, unreadable.why))
+}
+
+fn description(cluster: &ClusterDescription) -> Value {
+    let unreadable = cluster.unreadable.iter().map(|one| json!({ "key": one.key, "why": one.why }));
+    json!({
+        "name": cluster.name,
+        "controller": cluster.controller,
+        "topics": cluster.topics,
+        "partitions": cluster.partitions,
+        "leaderless": cluster.leaderless,
+        "under_replicated": cluster.under_replicated,
+        "below_minimum": cluster.below_minimum,
+        "moving": cluster.moving,
+        "brokers": cluster.brokers.iter().map(broker).collect::<Vec<_>>(),
+        "unreadable": unreadable.collect::<Vec<_>>(),
+    })
+}
+
+fn broker(broker: &BrokerDescription) -> Value {
+    let figures = broker.figures.as_ref().and_then(|figures| figures.as_ref().ok());
+    let text = |text: &String| Some(text.clone()).filter(|text| !text.is_empty());
+    json!({
+        "id": broker.id,
+        "state": state(broker),
+        "alive": broker.alive,
+        "address": text(&broker.address),
+        "http_address": text(&broker.http_address),
+        "rack": text(&broker.rack),
+        "broker_epoch": broker.alive.then_some(broker.broker_epoch),
+        "version": text(&broker.version),
+        "draining_since_ms": broker.draining_since_ms,
+        "leaders": broker.leaders,
+        "replicas": broker.replicas,
+        "in_sync": broker.in_sync,
+        "segment_bytes": figures.map(|figures| figures.segment_bytes),
+        "free_bytes": figures.map(|figures| figures.free_bytes),
+        "tier_lag_records": figures.map(|figures| figures.tier_lag_records),
+        "failed": figures.and_then(|figures| figures.failed.clone()),
+        "unanswered": broker.figures.as_ref().and_then(|figures| figures.as_ref().err()).map(ToString::to_string),
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{
+        client::{BrokerFigures, UnreadableKey},
+        model::BrokerId,
+        proto::fault::{Fault, Reason},
+    };
+
+    fn running(id: u32, rack: &str) -> BrokerDescription {
+        let figures =
+            BrokerFigures { segment_bytes: 3 << 30, free_bytes: 120 << 30, tier_lag_records: 123_456, failed: None };
+        BrokerDescription {
+            id: BrokerId(id),
+            alive: true,
+            address: format!("127.0.0.1:946{}", (id - 1) * 2),
+            http_address: format!("127.0.0.1:946{}", (id - 1) * 2 + 1),
+            rack: rack.to_owned(),
+            broker_epoch: 40 + u64::from(id),
+            version: "0.1.0".to_owned(),
+            stopping: false,
+            draining_since_ms: None,
+            leaders: 7,
+            replicas: 20,
+            in_sync: 20,
+            figures: Some(Ok(figures)),
+        }
+    }
+
+    fn calm() -> ClusterDescription {
+        ClusterDescription {
+            name: "strandline".to_owned(),
+            controller: Some(BrokerId(1)),
+            brokers: vec![running(1, "zone-a"), running(2, "zone-b")],
+            topics: 3,
+            partitions: 20,
+            leaderless: 0,
+            under_replicated: 0,
+            below_minimum: 0,
+            moving: 0,
+            unreadable: Vec::new(),
+        }
+    }
+
+    fn troubled() -> ClusterDescription {
+        let silent = Fault::new(Reason::NotReady, "broker 2 did not answer within 1s");
+        let two = BrokerDescription { stopping: true, figures: Some(Err(silent)), in_sync: 18, ..running(2, "") };
+        let three = BrokerDescription { draining_since_ms: Some(1_790_000_000_000), ..running(3, "zone-c") };
+        let failed = BrokerFigures { failed: Some("the disk failed".to_owned()), ..BrokerFigures::default() };
+        let four = BrokerDescription { figures: Some(Ok(failed)), ..running(4, "zone-a") };
+        let five = BrokerDescription {
+            alive: false,
+            address: String::new(),
+            http_address: String::new(),
+            version: String::new(),
+            broker_epoch: 0,
+            leaders: 1,
+            replicas: 1,
+            in_sync: 1,
+            figures: None,
+            ..running(5, "")
+        };
+        let broken =
+            UnreadableKey { key: "/strandline/strandline/topics/x".to_owned(), why: "expected value".to_owned() };
+        ClusterDescription {
+            controller: None,
+            brokers: vec![running(1, "zone-a"), two, three, four, five],
+            leaderless: 1,
+            under_replicated: 4,
+            below_minimum: 2,
+            moving: 8,
+            unreadable: vec![broken],
+            ..calm()
+        }
+    }
 
     #[test]
-    fn an_unknown_topic_comes_with_the_near_names_or_with_what_to_type() {
-        let names = ["orders".to_owned(), "audit".to_owned()];
-        assert_eq!(unknown_topic("ordres", &names), "topic \"ordres\" does not exist; did you mean orders?");
-        let short = unknown_topic("lgo", &["log".to_owned()]);
-        assert_eq!(short, "topic \"lgo\" does not exist; did you mean log?");
-        let far = unknown_topic("zzz", &names);
-        assert!(far.contains("the cluster has orders, audit") && far.contains("strandline topic create zzz"), "{far}");
-        assert!(unknown_topic("t", &[]).contains("strandline topic create t"));
+    fn a_cluster_is_described_with_what_is_not_as_it_should_be() {
+        output::golden::lines("cluster-describe.txt", &lines(&calm()));
+        output::golden::lines("cluster-describe-troubled.txt", &lines(&troubled()));
+        output::golden::json("cluster-describe.json", &description(&troubled()));
     }
 }

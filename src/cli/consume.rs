@@ -13,7 +13,7 @@ use clap::Args;
 
 use super::{
     Common,
-    cluster::{METADATA_AGE, connect, explain, explain_read},
+    connect::{METADATA_AGE, connect, explain, explain_read},
     format::Format,
     output::Output,
     patience::{Expected, Patience},

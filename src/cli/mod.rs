@@ -5,13 +5,17 @@
 //! `NO_COLOR`.
 
 mod bench;
+mod broker;
 mod cluster;
 mod config;
+mod connect;
 mod consume;
+mod dev;
 mod doctor;
 mod format;
 mod lines;
 mod output;
+mod partition;
 mod patience;
 mod place;
 mod produce;
@@ -67,11 +71,17 @@ impl Common {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    Dev(serve::Dev),
-    Broker(serve::Broker),
+    Dev(dev::Dev),
+    Broker(Box<broker::Broker>),
+    /// Show the cluster: its brokers, what they carry, and what is not as it should be
+    #[command(subcommand)]
+    Cluster(cluster::Cluster),
     /// Create, list, describe, alter, grow and delete topics
     #[command(subcommand)]
     Topic(topic::Topic),
+    /// Say where a partition's replicas are to be, and who is to lead
+    #[command(subcommand)]
+    Partition(partition::Partition),
     Produce(produce::Produce),
     Consume(consume::Consume),
     /// Measure a cluster from the client's side
@@ -107,10 +117,12 @@ pub fn main() -> ExitCode {
 fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let common = arguments.common;
     match arguments.command {
-        Command::Dev(command) => block_on(serve::dev(command)),
-        Command::Broker(command) => block_on(serve::broker(command)),
+        Command::Dev(command) => block_on(dev::run(command)),
+        Command::Broker(command) => block_on(broker::run(&common, *command)),
+        Command::Cluster(command) => block_on(cluster::run(&common, command)),
         Command::Doctor(command) => block_on(doctor::run(&common, command)),
         Command::Topic(command) => block_on(topic::run(&common, command)),
+        Command::Partition(command) => block_on(partition::run(&common, command)),
         Command::Produce(command) => block_on(produce::run(&common, command)),
         Command::Consume(command) => block_on(consume::run(&common, command)),
         Command::Bench(command) => block_on(bench::run(&common, command)),
@@ -175,6 +187,22 @@ mod tests {
             "topic list --output json",
             "topic describe t",
             "topic alter t --config retention.ms=1",
+            "topic alter t --replication-factor 3",
+            "cluster describe --output json",
+            "broker drain 2",
+            "broker restore 2 --output json",
+            "partition reassign t/0 --replicas 1,2,3",
+            "partition reassign t --replicas 1,2,3 --output json",
+            "partition reassign status",
+            "partition reassign status t/3",
+            "partition reassign t/3 status",
+            "partition reassign cancel t",
+            "partition reassign t cancel",
+            "partition reassign cancel --all",
+            "partition status t",
+            "partition cancel t/1",
+            "partition elect t/0",
+            "partition elect t/0 --unclean --yes",
             "topic add-partitions t --to 4",
             "topic delete t",
             "produce t --key-separator : --partition 2 --acks tiered --compression zstd a b",
@@ -189,6 +217,8 @@ mod tests {
             "--bootstrap a:1,b:2 topic list",
             "completions bash",
             "dev --data-dir d --listen 127.0.0.1:1 --http 127.0.0.1:2",
+            "dev --brokers 3",
+            "dev --brokers 3 --etcd http://127.0.0.1:2379",
             "broker --config f",
             "doctor --object-store s3://b/p --endpoint http://127.0.0.1:9000 --region r --path-style",
         ] {
@@ -199,7 +229,7 @@ mod tests {
 
     #[test]
     fn the_help_says_what_a_command_does_beyond_its_first_line() {
-        let seconds = format!("within {} seconds", cluster::METADATA_AGE.as_secs());
+        let seconds = format!("within {} seconds", connect::METADATA_AGE.as_secs());
         for (name, said) in [
             ("produce", "only if every record was acknowledged"),
             ("produce", seconds.as_str()),
@@ -225,6 +255,20 @@ mod tests {
         for line in [
             "topic create",
             "broker",
+            "broker drain",
+            "broker drain two",
+            "broker drain 1 --config f",
+            "cluster",
+            "partition reassign t",
+            "partition reassign --replicas 1,2",
+            "partition reassign t/x --replicas 1,2",
+            "partition reassign t/-1 --replicas 1,2",
+            "partition reassign t --replicas 1,x",
+            "partition elect t",
+            "partition elect t/0 --yes",
+            "topic alter t",
+            "topic alter t --replication-factor 0",
+            "dev --brokers 0",
             "doctor",
             "topic create t --config nothing",
             "produce t --acks 2",

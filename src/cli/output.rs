@@ -5,6 +5,8 @@ use std::io::{self, IsTerminal as _, Write as _};
 use comfy_table::{CellAlignment, Table, presets};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+use crate::model::BrokerId;
+
 /// For whom an answer is printed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub(super) enum Output {
@@ -31,6 +33,11 @@ pub(super) fn line(text: &str) -> io::Result<()> {
 /// Prints rows under a header, without frames, so that `awk` and `grep` can read them too. Columns named in `right`
 /// hold numbers.
 pub(super) fn table(header: &[&str], right: &[usize], rows: Vec<Vec<String>>) -> io::Result<()> {
+    line(&tabled(header, right, rows))
+}
+
+/// The lines that [`table`] prints.
+pub(super) fn tabled(header: &[&str], right: &[usize], rows: Vec<Vec<String>>) -> String {
     let mut table = Table::new();
     table.load_style(presets::NOTHING).set_header(header.to_vec());
     table.add_rows(rows);
@@ -42,7 +49,7 @@ pub(super) fn table(header: &[&str], right: &[usize], rows: Vec<Vec<String>>) ->
             }
         }
     }
-    line(&table.trim_fmt())
+    table.trim_fmt()
 }
 
 /// A progress bar on standard error when a person is watching; nothing otherwise.
@@ -62,4 +69,55 @@ pub(super) fn count(number: u64, noun: &str) -> String {
 /// Bytes for people.
 pub(super) fn bytes(bytes: u64) -> String {
     indicatif::BinaryBytes(bytes).to_string()
+}
+
+/// Brokers for people: `1,2,3`; `-` for none.
+pub(super) fn ids(brokers: &[BrokerId]) -> String {
+    if brokers.is_empty() {
+        return "-".to_owned();
+    }
+    brokers.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
+}
+
+/// Tests of what is printed, against files that are only changed on purpose: `GOLDEN=write cargo test` writes them anew, and the
+/// change is read before it is committed.
+#[cfg(test)]
+pub(super) mod golden {
+    use std::{
+        fs,
+        path::{Path, PathBuf},
+    };
+
+    use serde_json::Value;
+
+    /// Widest line that is comfortable to read.
+    const WIDTH: usize = 100;
+
+    fn path(name: &str) -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("src/cli/golden").join(name)
+    }
+
+    /// What the file says; what it is given, where it is to be written anew.
+    fn text(name: &str, shown: &str) -> String {
+        let path = path(name);
+        if std::env::var("GOLDEN").as_deref() == Ok("write") {
+            fs::write(&path, shown).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        }
+        fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+    }
+
+    /// An answer for programs: its fields are a promise.
+    pub(in crate::cli) fn json(name: &str, answer: &Value) {
+        let shown = serde_json::to_string_pretty(answer).expect("JSON") + "\n";
+        assert_eq!(text(name, &shown), shown, "{name}");
+    }
+
+    /// An answer for people: it fits the screen.
+    pub(in crate::cli) fn lines(name: &str, answer: &str) {
+        for line in answer.lines() {
+            assert!(line.chars().count() <= WIDTH, "{} columns: {line}", line.chars().count());
+        }
+        let shown = format!("{}\n", answer.trim_end());
+        assert_eq!(text(name, &shown), shown, "{name}");
+    }
 }

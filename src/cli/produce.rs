@@ -16,7 +16,7 @@ use tokio::io::AsyncRead;
 
 use super::{
     Common,
-    cluster::{connect, explain, explain_send},
+    connect::{connect, explain, explain_send},
     lines::Lines,
     output::{self, Output},
     patience::Patience,

@@ -7,13 +7,13 @@ use serde_json::{Value, json};
 
 use super::{
     Common,
-    cluster::{connect, explain},
+    connect::{connect, explain},
     output::{self, Output},
     patience::Patience,
 };
 use crate::{
-    client::{Admin, NewTopic, PartitionDescription, TopicDescription, TopicSummary},
-    model::{BrokerId, ConfigMap},
+    client::{Admin, NewTopic, PartitionDescription, TopicChange, TopicDescription, TopicSummary},
+    model::{ConfigMap, Offset},
 };
 
 #[derive(Debug, Subcommand)]
@@ -27,7 +27,7 @@ pub(super) enum Topic {
         /// The topic
         name: String,
     },
-    /// Change a topic's configuration; it takes effect at once
+    /// Change a topic's configuration, which takes effect at once, or how many replicas it has
     Alter(Alter),
     /// Give a topic more partitions
     AddPartitions {
@@ -68,6 +68,9 @@ pub(super) struct Changes {
     /// Take a configuration key back to its default; may be given several times
     #[arg(long, value_name = "K")]
     unset: Vec<String>,
+    /// How many brokers are to hold each partition; replicas are added or taken away one by one
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    replication_factor: Option<u32>,
 }
 
 #[derive(Debug, Args)]
@@ -109,8 +112,9 @@ async fn act(admin: Admin, command: Topic, output: Output) -> anyhow::Result<Exi
             Err(error) => return Err(explain(&admin, &name, error).await),
         },
         Topic::Alter(alter) => {
-            let set: ConfigMap = alter.changes.config.into_iter().collect();
-            let altered = admin.alter_topic(&alter.name, &set, &alter.changes.unset).await;
+            let Changes { config, unset, replication_factor } = alter.changes;
+            let change = TopicChange { set: config.into_iter().collect(), unset, replication_factor };
+            let altered = admin.alter_topic(&alter.name, &change).await;
             said(&admin, &alter.name, altered, "altered", output).await?;
         }
         Topic::AddPartitions { name, to } => {
@@ -168,51 +172,82 @@ fn describe(topic: &TopicDescription, output: Output) -> anyhow::Result<()> {
     if output == Output::Json {
         return Ok(output::json(&description(topic))?);
     }
-    output::line(&format!("topic {}  id {}\n", topic.summary.name, topic.summary.id))?;
+    Ok(output::line(&lines(topic))?)
+}
+
+fn lines(topic: &TopicDescription) -> String {
     let own = |key: &String| if topic.summary.config.contains_key(key) { "topic" } else { "default" };
     let config =
         topic.effective_config.iter().map(|(key, value)| vec![key.clone(), value.clone(), own(key).to_owned()]);
-    output::table(&["CONFIG", "VALUE", "SET BY"], &[], config.collect())?;
-    output::line("")?;
-    let header = [
-        "PARTITION",
-        "LEADER",
-        "EPOCH",
-        "REPLICAS",
-        "ISR",
-        "LOG START",
-        "LOCAL START",
-        "TIERED END",
-        "HIGH WATERMARK",
-        "LOG END",
-        "ON DISK",
-        "IN BUCKET",
+    let replicas = ["PARTITION", "LEADER", "EPOCH", "REPLICAS", "ISR", "ELR", "ON DISK", "IN BUCKET"];
+    let marks = ["PARTITION", "LOG START", "LOCAL START", "TIERED END", "HIGH WATERMARK", "PERSISTED END", "LOG END"];
+    let of = |row: fn(&PartitionDescription) -> Vec<String>| topic.partitions.iter().map(row).collect();
+    let mut lines = vec![
+        format!(
+            "topic {}  id {}  replication factor {}\n",
+            topic.summary.name, topic.summary.id, topic.summary.replication_factor
+        ),
+        output::tabled(&["CONFIG", "VALUE", "SET BY"], &[], config.collect()),
+        String::new(),
+        output::tabled(&replicas, &[0, 1, 2, 6, 7], of(who)),
+        String::new(),
+        output::tabled(&marks, &[0, 1, 2, 3, 4, 5, 6], of(place)),
     ];
-    output::table(&header, &[0, 1, 2, 5, 6, 7, 8, 9, 10, 11], topic.partitions.iter().map(row).collect())?;
-    for partition in &topic.partitions {
-        if let Some(fault) = &partition.fault {
-            output::line(&format!("partition {} takes no writes: {fault}", partition.partition))?;
-        }
+    let notes: Vec<String> = topic.partitions.iter().flat_map(notes).collect();
+    if !notes.is_empty() {
+        lines.push(String::new());
+        lines.extend(notes);
     }
-    Ok(())
+    lines.join("\n")
 }
 
-fn row(partition: &PartitionDescription) -> Vec<String> {
-    let marks = &partition.watermarks;
+/// Who holds a partition, and how much.
+fn who(partition: &PartitionDescription) -> Vec<String> {
+    let bytes = |bytes| if partition.unanswered.is_none() { output::bytes(bytes) } else { "?".to_owned() };
     vec![
         partition.partition.to_string(),
         partition.leader.map_or_else(|| "none".to_owned(), |leader| leader.to_string()),
         partition.leader_epoch.to_string(),
-        ids(&partition.replicas),
-        ids(&partition.isr),
-        marks.log_start.to_string(),
-        marks.local_start.to_string(),
-        marks.tiered_end.to_string(),
-        marks.high_watermark.to_string(),
-        marks.log_end.to_string(),
-        output::bytes(partition.local_bytes),
-        output::bytes(partition.tiered_bytes),
+        output::ids(&partition.replicas),
+        output::ids(&partition.isr),
+        output::ids(&partition.elr),
+        bytes(partition.local_bytes),
+        bytes(partition.tiered_bytes),
     ]
+}
+
+/// Where its log is.
+fn place(partition: &PartitionDescription) -> Vec<String> {
+    let marks = &partition.watermarks;
+    let known = |mark: Offset| if partition.unanswered.is_none() { mark.to_string() } else { "?".to_owned() };
+    vec![
+        partition.partition.to_string(),
+        marks.log_start.to_string(),
+        known(marks.local_start),
+        marks.tiered_end.to_string(),
+        known(marks.high_watermark),
+        known(marks.persisted_end),
+        known(marks.log_end),
+    ]
+}
+
+/// What a person should know of a partition that the tables do not say.
+fn notes(partition: &PartitionDescription) -> Vec<String> {
+    let (number, mut notes) = (partition.partition, Vec::new());
+    if let Some(fault) = &partition.unanswered {
+        notes.push(format!("the marks of partition {number} are not known: {fault}"));
+    }
+    if let Some(fault) = &partition.fault {
+        notes.push(format!("partition {number} takes no writes: {fault}"));
+    }
+    if !(partition.adding.is_empty() && partition.removing.is_empty()) {
+        let (adding, removing) = (output::ids(&partition.adding), output::ids(&partition.removing));
+        notes.push(format!("partition {number} is being moved: adding {adding}, removing {removing}"));
+    }
+    if let Some(epoch) = partition.unclean_epoch {
+        notes.push(format!("partition {number} may have lost committed records before epoch {epoch}"));
+    }
+    notes
 }
 
 fn summary(topic: &TopicSummary) -> Value {
@@ -228,21 +263,28 @@ fn summary(topic: &TopicSummary) -> Value {
 fn description(topic: &TopicDescription) -> Value {
     let partition = |partition: &PartitionDescription| {
         let marks = &partition.watermarks;
+        let known = |mark: Offset| partition.unanswered.is_none().then_some(mark);
+        let bytes = |bytes: u64| partition.unanswered.is_none().then_some(bytes);
         json!({
             "partition": partition.partition,
             "leader": partition.leader,
             "leader_epoch": partition.leader_epoch,
             "replicas": partition.replicas,
             "isr": partition.isr,
+            "elr": partition.elr,
+            "adding": partition.adding,
+            "removing": partition.removing,
+            "unclean_epoch": partition.unclean_epoch,
             "log_start": marks.log_start,
-            "local_start": marks.local_start,
+            "local_start": known(marks.local_start),
             "tiered_end": marks.tiered_end,
-            "high_watermark": marks.high_watermark,
-            "persisted_end": marks.persisted_end,
-            "log_end": marks.log_end,
-            "local_bytes": partition.local_bytes,
-            "tiered_bytes": partition.tiered_bytes,
+            "high_watermark": known(marks.high_watermark),
+            "persisted_end": known(marks.persisted_end),
+            "log_end": known(marks.log_end),
+            "local_bytes": bytes(partition.local_bytes),
+            "tiered_bytes": bytes(partition.tiered_bytes),
             "fault": partition.fault.as_ref().map(ToString::to_string),
+            "unanswered": partition.unanswered.as_ref().map(ToString::to_string),
         })
     };
     json!({
@@ -258,55 +300,73 @@ fn pairs(config: &ConfigMap) -> String {
     config.iter().map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>().join(" ")
 }
 
-fn ids(brokers: &[BrokerId]) -> String {
-    brokers.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{LeaderEpoch, Offset, TopicId, Watermarks};
+    use crate::{
+        model::{BrokerId, LeaderEpoch, TopicId, Watermarks},
+        proto::fault::{Fault, Reason},
+    };
 
-    #[test]
-    fn a_description_holds_the_promised_fields() {
-        let partition = PartitionDescription {
+    fn topic() -> TopicDescription {
+        let offset = |value| Offset::new(value).expect("small");
+        let watermarks = Watermarks {
+            log_start: offset(1_000),
+            local_start: offset(700_000_000_000),
+            tiered_end: offset(800_000_000_000),
+            high_watermark: offset(900_000_000_000),
+            persisted_end: offset(900_000_000_100),
+            log_end: offset(900_000_000_200),
+        };
+        let led = PartitionDescription {
             partition: 0,
             leader: Some(BrokerId(1)),
             leader_epoch: LeaderEpoch(3),
-            replicas: vec![BrokerId(1)],
-            isr: vec![BrokerId(1)],
-            watermarks: Watermarks { log_end: Offset::new(9).expect("small"), ..Watermarks::default() },
-            local_bytes: 1,
-            tiered_bytes: 2,
+            replicas: vec![BrokerId(1), BrokerId(2), BrokerId(3)],
+            isr: vec![BrokerId(1), BrokerId(2)],
+            elr: vec![],
+            adding: vec![BrokerId(3)],
+            removing: vec![],
+            unclean_epoch: None,
+            watermarks,
+            local_bytes: 5 << 30,
+            tiered_bytes: 7 << 40,
             fault: None,
+            unanswered: None,
         };
+        let nobody = Fault::new(Reason::NoLeader, "nobody leads partition 1 at the moment");
+        let waiting = PartitionDescription {
+            partition: 1,
+            leader: None,
+            isr: vec![BrokerId(1)],
+            elr: vec![BrokerId(2)],
+            adding: vec![],
+            unclean_epoch: Some(LeaderEpoch(2)),
+            unanswered: Some(nobody),
+            local_bytes: 0,
+            tiered_bytes: 0,
+            watermarks: Watermarks { tiered_end: offset(5), ..Watermarks::default() },
+            ..led.clone()
+        };
+        let failed = Fault::new(Reason::StorageFailed, "the disk failed");
+        let broken = PartitionDescription { partition: 2, adding: vec![], fault: Some(failed), ..led.clone() };
+        let config = ConfigMap::from([("retention.ms".to_owned(), "86400000".to_owned())]);
         let summary = TopicSummary {
-            name: "t".into(),
+            name: "orders".into(),
             id: TopicId::from_bytes([1; 16]),
-            partitions: 1,
-            replication_factor: 1,
-            config: ConfigMap::new(),
+            partitions: 3,
+            replication_factor: 3,
+            config: config.clone(),
         };
-        let effective_config = ConfigMap::from([("retention.ms".to_owned(), "7".to_owned())]);
-        let value = description(&TopicDescription { summary, effective_config, partitions: vec![partition] });
-        assert_eq!(value["name"], "t");
-        assert_eq!(value["id"], "01010101-0101-0101-0101-010101010101");
-        assert_eq!(value["config"]["retention.ms"], "7");
-        let first = &value["partitions"][0];
-        for (name, wanted) in [
-            ("partition", json!(0)),
-            ("leader", json!(1)),
-            ("leader_epoch", json!(3)),
-            ("replicas", json!([1])),
-            ("isr", json!([1])),
-            ("log_start", json!(0)),
-            ("local_start", json!(0)),
-            ("tiered_end", json!(0)),
-            ("high_watermark", json!(0)),
-            ("log_end", json!(9)),
-        ] {
-            assert_eq!(first[name], wanted, "{name}");
-        }
+        let mut effective_config = config;
+        effective_config.insert("durability".to_owned(), "persisted".to_owned());
+        TopicDescription { summary, effective_config, partitions: vec![led, waiting, broken] }
+    }
+
+    #[test]
+    fn a_topic_is_described_with_what_its_leaders_say_and_what_nobody_says() {
+        output::golden::lines("topic-describe.txt", &lines(&topic()));
+        output::golden::json("topic-describe.json", &description(&topic()));
     }
 
     #[test]

@@ -1,7 +1,10 @@
 //! Topics and the cluster: typed calls and typed answers.
 
-use std::collections::BTreeMap;
+mod cluster;
 
+pub use self::cluster::{
+    BrokerDescription, BrokerFigures, ClusterDescription, Drain, Election, HeldReplica, Reassignment, UnreadableKey,
+};
 use super::{Client, connection::admin_client, connection::log_client, error::CallError};
 use crate::{
     model::{BrokerId, ConfigMap, LeaderEpoch, Offset, TopicId, Watermarks},
@@ -71,6 +74,17 @@ impl NewTopic {
     }
 }
 
+/// A change of a topic. What it does not name stays.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct TopicChange {
+    /// Configuration keys to set.
+    pub set: ConfigMap,
+    /// Configuration keys to take back to their defaults.
+    pub unset: Vec<String>,
+    /// How many replicas each partition is to have. The controller adds or takes away replicas.
+    pub replication_factor: Option<u32>,
+}
+
 /// A cluster's brokers.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Cluster {
@@ -130,6 +144,14 @@ pub struct PartitionDescription {
     pub replicas: Vec<BrokerId>,
     /// Who is in sync.
     pub isr: Vec<BrokerId>,
+    /// Who left the ISR and may still lead without loss.
+    pub elr: Vec<BrokerId>,
+    /// Replicas that a move adds.
+    pub adding: Vec<BrokerId>,
+    /// Replicas that a move takes away once the new ones are in sync.
+    pub removing: Vec<BrokerId>,
+    /// The last epoch before which committed records may have been lost, if there was one.
+    pub unclean_epoch: Option<LeaderEpoch>,
     /// Its marks.
     pub watermarks: Watermarks,
     /// Bytes on the leader's disk.
@@ -138,6 +160,9 @@ pub struct PartitionDescription {
     pub tiered_bytes: u64,
     /// Why it takes no writes, when it takes none.
     pub fault: Option<Fault>,
+    /// Why the marks are not the leader's. The log start and the tiered end are then those of the metadata store, the others 0, as
+    /// are the bytes.
+    pub unanswered: Option<Fault>,
 }
 
 /// A place in a partition to look up.
@@ -208,15 +233,18 @@ impl Admin {
         })
     }
 
-    /// Sets configuration keys of a topic and takes others back to their defaults; the rest stays.
+    /// Changes a topic's configuration, or how many replicas its partitions have.
     ///
     /// # Errors
-    /// When the topic does not exist, or a key or value is not allowed.
-    pub async fn alter_topic(&self, name: &str, set: &ConfigMap, unset: &[String]) -> Result<TopicSummary, CallError> {
-        let set: BTreeMap<String, String> = set.clone();
+    /// When the topic does not exist, a key or value is not allowed, or there are too few brokers.
+    pub async fn alter_topic(&self, name: &str, change: &TopicChange) -> Result<TopicSummary, CallError> {
         let call = |wire| {
-            let set = set.clone().into_iter().collect();
-            let request = v1::AlterTopicRequest { name: name.to_owned(), set, unset: unset.to_vec() };
+            let request = v1::AlterTopicRequest {
+                name: name.to_owned(),
+                set: change.set.clone().into_iter().collect(),
+                unset: change.unset.clone(),
+                replication_factor: change.replication_factor.unwrap_or(0),
+            };
             async move { admin_client(wire).alter_topic(request).await }
         };
         summary(self.client.tell_any(call).await?.topic)
@@ -333,13 +361,16 @@ fn summary(topic: Option<v1::TopicSummary>) -> Result<TopicSummary, CallError> {
 }
 
 fn describe(state: v1::PartitionState) -> Result<PartitionDescription, CallError> {
-    let brokers = |ids: Vec<u32>| ids.into_iter().map(BrokerId).collect();
     Ok(PartitionDescription {
         partition: u32::try_from(state.partition).map_err(|_| odd("a negative partition"))?,
         leader: state.leader.map(BrokerId),
         leader_epoch: LeaderEpoch::from_i32(state.leader_epoch).unwrap_or_default(),
         replicas: brokers(state.replicas),
         isr: brokers(state.isr),
+        elr: brokers(state.elr),
+        adding: brokers(state.adding),
+        removing: brokers(state.removing),
+        unclean_epoch: state.unclean_epoch.and_then(LeaderEpoch::from_i32),
         watermarks: Watermarks {
             log_start: offset(state.log_start)?,
             local_start: offset(state.local_start)?,
@@ -351,5 +382,10 @@ fn describe(state: v1::PartitionState) -> Result<PartitionDescription, CallError
         local_bytes: state.local_bytes,
         tiered_bytes: state.tiered_bytes,
         fault: state.fault.map(Fault::from),
+        unanswered: state.unanswered.map(Fault::from),
     })
+}
+
+fn brokers(ids: Vec<u32>) -> Vec<BrokerId> {
+    ids.into_iter().map(BrokerId).collect()
 }

@@ -391,6 +391,13 @@ unimplemented_calls! {
     alter_topic(AlterTopicRequest) -> AlterTopicResponse;
     add_partitions(AddPartitionsRequest) -> AddPartitionsResponse;
     delete_topic(DeleteTopicRequest) -> DeleteTopicResponse;
+    describe_cluster(DescribeClusterRequest) -> DescribeClusterResponse;
+    drain_broker(DrainBrokerRequest) -> DrainBrokerResponse;
+    restore_broker(RestoreBrokerRequest) -> RestoreBrokerResponse;
+    reassign(ReassignRequest) -> ReassignResponse;
+    list_reassignments(ListReassignmentsRequest) -> ListReassignmentsResponse;
+    cancel_reassignment(CancelReassignmentRequest) -> CancelReassignmentResponse;
+    elect_leader(ElectLeaderRequest) -> ElectLeaderResponse;
 }
 
 impl Double {
@@ -406,7 +413,7 @@ impl Double {
                 name: name.clone(),
                 topic_id: TopicId::from_bytes([1; 16]).to_string(),
                 partitions: numbers
-                    .map(|partition| v1::PartitionMetadata { partition, leader: Some(1), leader_epoch: 0 })
+                    .map(|partition| v1::PartitionMetadata { partition, leader: Some(1), ..Default::default() })
                     .collect(),
                 max_message_bytes: 1 << 20,
                 ..Default::default()
@@ -416,6 +423,7 @@ impl Double {
             cluster: "double".into(),
             brokers: vec![v1::Broker { id: 1, address: state.advertised.clone(), rack: String::new() }],
             topics: topics.collect(),
+            ..Default::default()
         }
     }
 }

@@ -47,7 +47,11 @@ use tokio::sync::watch;
 use tonic::Status;
 
 pub use self::{
-    admin::{Admin, Broker, Cluster, NewTopic, OffsetAt, PartitionDescription, TopicDescription, TopicSummary},
+    admin::{
+        Admin, Broker, BrokerDescription, BrokerFigures, Cluster, ClusterDescription, Drain, Election, HeldReplica,
+        NewTopic, OffsetAt, PartitionDescription, Reassignment, TopicChange, TopicDescription, TopicSummary,
+        UnreadableKey,
+    },
     connection::Address,
     consumer::{ConsumedBatch, ConsumedRecord, Consumer, ConsumerOptions, OnOutOfRange},
     error::{CallError, ConnectError, ConsumeError, SendError},

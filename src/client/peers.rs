@@ -243,17 +243,18 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_connection_that_breaks_is_reset() {
+    async fn a_process_that_goes_while_it_is_asked_is_no_silence() {
         let peers = Peers::new(Arc::new(Tcp::new(WAIT)), WAIT);
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
         let (asked, ()) = tokio::join!(peers.who_is(&address, WAIT), async {
             let (stream, _) = listener.accept().await.unwrap();
             stream.readable().await.unwrap();
-            drop(stream);
+            drop((listener, stream));
         });
         let error = asked.unwrap_err();
-        assert!(matches!(&error, PeerError::Lost { how: How::Reset, .. }), "{error:?}");
+        // The transport may have tried once more what had not been sent.
+        assert!(matches!(&error, PeerError::Lost { how: How::Reset | How::Refused, .. }), "{error:?}");
     }
 
     #[test]

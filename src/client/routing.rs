@@ -79,11 +79,11 @@ impl Routing {
         lock(&self.view).brokers.values().cloned().collect()
     }
 
-    /// Believes a broker that does not lead a partition and says who does (`NOT_LEADER`, docs/errors.md), where that is newer than what
-    /// is known: nobody needs to be asked then. An epoch that is not above the known one changes nothing, so that two brokers which
+    /// Believes a broker that does not lead a partition, or not any more, and says who does (docs/errors.md), where that is newer than
+    /// what is known: nobody needs to be asked then. An epoch that is not above the known one changes nothing, so that two brokers which
     /// name each other cannot send a client back and forth.
     pub(super) fn told(&self, topic: &str, partition: u32, fault: &Fault) -> bool {
-        if fault.reason != Reason::NotLeader {
+        if !matches!(fault.reason, Reason::NotLeader | Reason::NotReady) {
             return false;
         }
         let leader = fault.number("leader").and_then(|id| u32::try_from(id).ok()).map(BrokerId);
@@ -187,10 +187,15 @@ mod tests {
             topics: vec![v1::TopicMetadata {
                 name: "t".into(),
                 topic_id: TopicId::from_bytes([7; 16]).to_string(),
-                partitions: vec![v1::PartitionMetadata { partition: 0, leader: Some(leader), leader_epoch: epoch }],
+                partitions: vec![v1::PartitionMetadata {
+                    leader: Some(leader),
+                    leader_epoch: epoch,
+                    ..Default::default()
+                }],
                 max_message_bytes: 1000,
                 ..Default::default()
             }],
+            ..Default::default()
         }
     }
 
@@ -224,7 +229,7 @@ mod tests {
         assert!(!routing.told("t", 0, &fault(2, 3)), "another word on the epoch that is known");
         assert!(!routing.told("t", 1, &fault(2, 4)), "no such partition");
         assert!(!routing.told("t", 0, &Fault::new(Reason::NotLeader, "nobody")));
-        assert!(!routing.told("t", 0, &Fault { reason: Reason::NotReady, ..fault(2, 4) }));
+        assert!(!routing.told("t", 0, &Fault { reason: Reason::StorageFailed, ..fault(2, 4) }));
         let odd = Fault::new(Reason::NotLeader, "odd").with("leader", -1).with("leader_epoch", "x").with("address", "");
         assert!(!routing.told("t", 0, &odd));
         assert_eq!(routing.leader("t", 0).expect("known").as_str(), "b1:9460");

@@ -5,7 +5,7 @@
 //! `store` is the trait [`MetaStore`]: a map from paths to values with one history, in etcd's words. `embedded` is the
 //! implementation for a broker alone. `keys` says what is at which path. `view` mirrors the cluster's prefix into
 //! memory: every question of where something is, is answered from there. `topics` creates, alters and deletes topics;
-//! `placement` says which brokers hold a new partition.
+//! `placement` says which brokers hold a new partition; `orders` writes down what an operator wants of brokers and partitions.
 //!
 //! # Invariants
 //!
@@ -19,11 +19,13 @@
 //! Half a creation leaves partitions that no topic names, half a deletion too, half an enlargement leaves partitions
 //! above the topic's count. Nobody acts on them; [`Sweep`] finds and deletes them.
 
+mod census;
 mod changes;
 mod controller;
 mod embedded;
 mod etcd;
 mod keys;
+mod orders;
 mod partition_value;
 mod placement;
 pub mod planner;
@@ -39,6 +41,7 @@ mod conformance;
 #[cfg(test)]
 mod faulty;
 
+pub use census::{Carried, Census};
 pub use changes::{Change, Changed, PartitionChanges};
 pub use controller::Controller;
 pub use embedded::{EmbeddedStore, FILE as EMBEDDED_FILE, OpenError};
@@ -46,6 +49,10 @@ pub use etcd::{EtcdIdentity, EtcdLogin, EtcdOptions, EtcdOptionsError, EtcdStore
 pub use keys::{
     Addresses, BrokerState, BrokerValue, ControllerValue, DeletedValue, DirectoryValue, DrainValue, InvalidClusterName,
     InvalidValue, Key, Keys, ProducerIdsValue, TopicValue, Value,
+};
+pub use orders::{
+    CancelError, DrainError, Drained, ElectError, Held, Loss, Ordered, Orders, ReassignError, Successor, Unfit,
+    UnknownBrokers, UnknownPartition, WriteError, successor,
 };
 pub use partition_value::{Holds, PartitionValue};
 pub use placement::{Load, Placement};
@@ -57,6 +64,7 @@ pub use store::{
 };
 pub use tier_commits::{TierCommitError, TierCommits};
 pub use topics::{
-    AddPartitionsError, AlterError, CreateError, DeleteError, Mark, NewTopic, Sweep, TopicInfo, Topics, UnknownTopic,
+    AddPartitionsError, AlterError, CreateError, DeleteError, Mark, NewTopic, Sweep, There, TopicInfo, Topics,
+    UnknownTopic,
 };
 pub use view::{Feed, Known, Moved, PartitionEntry, View, ViewState};

@@ -105,7 +105,7 @@ impl PartitionValue {
     /// Whether `to` may lead without loss: a member of the ISR, or an eligible one when no member of the ISR is alive. The
     /// ISR comes first, because only what its members keep may have been acknowledged with `acks=1`.
     pub fn may_elect(&self, to: BrokerId, live: impl Fn(BrokerId) -> bool) -> bool {
-        live(to) && (self.isr.contains(&to) || self.elr.contains(&to) && !self.isr.iter().any(|id| live(*id)))
+        live(to) && (mutant!(ElectAnyReplica) || self.isr.contains(&to) || self.elr.contains(&to) && !self.isr.iter().any(|id| live(*id)))
     }
 
     /// A clean election of `to`; `None` when it may not lead ([`Self::may_elect`]) or leads already.
@@ -119,8 +119,8 @@ impl PartitionValue {
             return None;
         }
         let (mut isr, dropped): (Vec<_>, Vec<_>) = self.isr.iter().partition(|id| live(**id));
-        if isr.is_empty() {
-            isr.push(to);
+        if isr.is_empty() || mutant!(ElectAnyReplica) && !isr.contains(&to) {
+            isr = vec![to];
         }
         Some(self.with_sets(isr, dropped, min_insync).led_by(Some(to)))
     }
@@ -176,7 +176,8 @@ impl PartitionValue {
     /// be less than was acknowledged, so it is noted as unclean.
     #[must_use]
     pub fn struck(&self, me: BrokerId, holds: Holds) -> Option<Self> {
-        let free = if self.leader == Some(me) { self.leaderless() } else { self.clone() };
+        let resigns = self.leader == Some(me) && !mutant!(ResumeLeading);
+        let free = if resigns { self.leaderless() } else { self.clone() };
         let is_last =
             self.isr.iter().chain(&self.elr).all(|id| *id == me) && !(self.isr.is_empty() && self.elr.is_empty());
         let value = match holds {
@@ -206,6 +207,11 @@ impl PartitionValue {
         })
     }
 
+    /// Whether its replicas are being moved.
+    pub const fn is_moving(&self) -> bool {
+        !(self.adding.is_empty() && self.removing.is_empty())
+    }
+
     /// The move is over and the replicas that go are let go. `None` while it may not end: none is under way, a new replica is not in sync
     /// yet, one that goes still leads, or nobody in sync would be left. Who goes leaves the ELR as well: it is about to be deleted.
     #[must_use]
@@ -224,7 +230,7 @@ impl PartitionValue {
     fn without(&self, going: &[BrokerId]) -> Option<Self> {
         let stay =
             |set: &[BrokerId]| -> Vec<BrokerId> { set.iter().copied().filter(|id| !going.contains(id)).collect() };
-        let (isr, under_way) = (stay(&self.isr), !(self.adding.is_empty() && self.removing.is_empty()));
+        let (isr, under_way) = (stay(&self.isr), self.is_moving());
         let leads = self.leader.is_some_and(|leader| going.contains(&leader));
         if !under_way || leads || isr.is_empty() {
             return None;

@@ -20,7 +20,8 @@ use crate::{
 /// The format of a data directory that this version writes, and the newest that it reads.
 pub const FORMAT: u32 = 1;
 
-pub(super) const NAME: &str = "strandline.json";
+/// The file that says whose a data directory is.
+pub const NAME: &str = "strandline.json";
 
 /// The metadata store of a broker that runs alone, which lies beside the log. Not the log's, but a directory that holds it is
 /// not a new one.

@@ -90,7 +90,7 @@ pub use disk::{Disk, RealDisk, SimDisk};
 pub use epochs::EpochHistory;
 pub use error::{AppendError, ChangeError, OpenError, PersistError, ReadError, ReplicaError};
 pub use export::SegmentExport;
-pub use identity::{FORMAT, Identity, METADATA};
+pub use identity::{FORMAT, Identity, METADATA, NAME as IDENTITY};
 pub use index::IndexEntry;
 pub use journal::Done;
 pub use producers::{ProducerTable, Verdict};

@@ -47,7 +47,8 @@ pub enum Act {
     Follow(Offset),
     /// Cut the log at this offset, then claim again.
     Cut(Offset),
-    /// Throw the log away and begin at this offset with the tables of that place, then claim again.
+    /// Throw the log away and begin at this offset, or a later one where the bucket ends, with the tables of that place; say
+    /// [`Follower::begun`], and claim again.
     Begin(Offset),
     /// Append the batches, then say [`Follower::appended`].
     Append,
@@ -244,12 +245,15 @@ impl Follower {
             }
             Join::BeginAt(at) => {
                 self.give_up_above(*at)?;
-                // All that lies before where a replica begins is in the bucket, or deleted: it is committed.
-                self.high_watermark = self.high_watermark.max(*at);
                 Ok(Act::Begin(*at))
             }
             Join::Refused(refused) => Ok(Act::Wait(*refused)),
         }
+    }
+
+    /// The log was thrown away and begins at `at`. All that lies before is in the bucket, or deleted: it is committed.
+    pub fn begun(&mut self, at: Offset) {
+        self.high_watermark = self.high_watermark.max(at);
     }
 
     /// Checks that no committed record is given up.

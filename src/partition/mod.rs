@@ -8,13 +8,22 @@
 //!                                leader └────── persisted ───────────┘
 //!                                   │
 //!                                marks ──▶ readers: memory ─▶ disk ─▶ bucket
-//!                                   ▲
+//!                                   │  ▲
+//!         followers ◀── tail reader ┘  └── acknowledgements
+//!
+//!   leader's broker ──link──▶ orders ──▶ actor ──▶ log ──▶ journal ──▶ ends, to be acknowledged
+//!                                   │
+//!                               follower
+//!
 //!   upkeep: plan (retention) ── seal, move the start, upload, commit, evict
 //! ```
 //!
-//! [`Partition`] is the handle. Its task (`actor`) owns the log and carries out what [`leader`] decides. Readers never ask
-//! the task: they see the marks it publishes. `upkeep` moves sealed segments to the bucket and lets old ones go, by the plan of
-//! [`retention`], in the order that makes a crash harmless: object, manifest, commit in the metadata store, and only then local files.
+//! [`Partition`] is the handle; it lives as long as this broker holds the replica. Its task (`actor`) owns the log and does what its
+//! [role](Role) is: it carries out what [`leader`] decides, or what [`follower`] decides, or waits. The metadata alone gives the role
+//! ([`Partition::assign`]). What the task asks of others, links and the metadata store, it asks through [`Surroundings`] and never waits
+//! for. Readers never ask the task: they see the marks it publishes. `upkeep` moves sealed segments to the bucket and lets old ones go, by
+//! the plan of [`retention`], in the order that makes a crash harmless: object, manifest, commit in the metadata store, and only then
+//! local files.
 //!
 //! # Invariants
 //!
@@ -23,10 +32,23 @@
 //! An acknowledgement is given once and not before its rule holds. Only committed data is uploaded; only what the bucket has, or
 //! what lies below the log start, leaves the disk; the log start is committed in the metadata store before anything is deleted.
 //!
+//! - A task appends what writers send only while it leads, and leads at most once in an epoch. What it asked the metadata store in one epoch
+//!   is never taken for the answer to what it asked in another.
+//! - What a replica calls committed it was told by a leader who had found their logs to agree, or committed itself. That others have committed
+//!   up to an offset says nothing of what this log holds there.
+//! - A role is published before anything is cut, and a link is left before: who reads this log as a leader's finds it over, and nothing is
+//!   acknowledged in an epoch whose log is going.
+//!
+//! # Change of role
+//!
+//! Readers stay open. Writers whose records are in the log are told that nobody knows what becomes of them
+//! ([`AppendError::Deposed`]), others that nothing was written ([`AppendError::NotLeader`]): an idempotent producer may send both again.
+//!
 //! # Crash and shutdown
 //!
-//! A crash loses what was not acknowledged, and leaks at most an object that no manifest names. On a stop the task refuses
-//! what is queued, waits for the journal and answers what it covers.
+//! A crash loses what was not acknowledged, and leaks at most an object that no manifest names. A crash between a cut and the claim after it
+//! leaves a log that is cut: it claims from there. On a stop the task leaves its link or refuses
+//! what is queued, waits for the journal and answers what it covers. A disk that takes no writes ends leading and copying, and nothing else.
 
 pub mod follower;
 pub mod leader;
@@ -160,6 +182,9 @@ impl Partition {
         let committed = spec.committed.clone().unwrap_or_default();
         let (log_start, tiered_end) = (committed.log_start, committed.bucket_end());
         let replica = open_replica(log, &spec, log_start.max(tiered_end))?;
+        // One of several may have copied what was never committed, from a leader that lost: where others have committed to, this log
+        // may hold something else. Only what left the disk was committed for certain.
+        let committed_end = if spec.alone { log_start.max(tiered_end) } else { replica.local_start() };
         let shared = Arc::new(Shared::new(spec.config));
         let tail = replica.reader();
         let reader = Reader::new(spec.id, Arc::clone(&shared), tail.clone(), spec.tier.clone());
@@ -178,6 +203,7 @@ impl Partition {
             tier: spec.tier.clone(),
             log_start,
             tiered_end,
+            committed_end,
             lag_ms: u64::try_from(spec.lag_time.as_millis()).unwrap_or(u64::MAX),
             orders: orders.downgrade(),
             tasks: tasks.clone(),
@@ -276,8 +302,8 @@ impl Partition {
         self.tasks.stop().await;
     }
 
-    /// Takes over what the metadata store has committed of its tier and its log start, unless something newer is known. Returns when
-    /// readers see it.
+    /// Takes over what the metadata store has committed of its tier and its log start, unless something newer is known. What is
+    /// asked of the partition afterwards finds it.
     pub async fn adopt(&self, state: TierState) {
         self.note_committed(&state);
         self.command(Command::Committed(Box::new(state))).await;

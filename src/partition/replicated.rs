@@ -113,3 +113,6 @@ impl Partition {
         let _stopped = self.orders.send(order).await;
     }
 }
+
+#[cfg(test)]
+mod tests;

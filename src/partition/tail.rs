@@ -52,7 +52,10 @@ impl TailReader {
         if from == bound {
             return Ok(None);
         }
-        let found = match self.log.read_memory(from, bound, max_bytes).filter(|_| from < bound) {
+        if from > bound {
+            return Err(ReadError::OutOfRange { offset: from, start: self.log.local_start(), end: bound });
+        }
+        let found = match self.log.read_memory(from, bound, max_bytes) {
             Some(read) => fetched(read, Source::Memory),
             None => {
                 let log = self.log.clone();
@@ -65,7 +68,8 @@ impl TailReader {
         Ok(Some(found))
     }
 
-    fn leads(&self) -> Result<(), ReadError> {
+    /// Whether this broker leads in that epoch still.
+    pub(super) fn leads(&self) -> Result<(), ReadError> {
         let standing = self.shared.standing();
         if !self.shared.is_closed() && standing.epoch == self.epoch && matches!(standing.role, Role::Leader { .. }) {
             Ok(())

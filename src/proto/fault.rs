@@ -54,6 +54,14 @@ reasons! {
     InvalidTopic = "INVALID_TOPIC", InvalidArgument, false;
     /// This broker does not lead the partition; the metadata says who does.
     NotLeader = "NOT_LEADER", Unavailable, true;
+    /// Nobody who may lead the partition is there; the message names who is waited for.
+    NoLeader = "NO_LEADER", Unavailable, true;
+    /// The cluster has no broker of this number.
+    UnknownBroker = "UNKNOWN_BROKER", NotFound, false;
+    /// No move of the partition is under way.
+    NoReassignment = "NO_REASSIGNMENT", FailedPrecondition, false;
+    /// The order is not possible, or not needed, as the cluster stands.
+    NotPossible = "NOT_POSSIBLE", FailedPrecondition, false;
     /// The offset is not in `log_start..=high_watermark`.
     OffsetOutOfRange = "OFFSET_OUT_OF_RANGE", OutOfRange, false;
     /// The batch is larger than `max.message.bytes`.

@@ -28,13 +28,25 @@ mod grpc;
 mod http;
 mod listen;
 mod node;
+mod several;
 
-use std::{future::Future, net::SocketAddr, path::PathBuf, pin::pin, sync::Arc, time::Duration};
+use std::{
+    future::Future,
+    net::SocketAddr,
+    path::PathBuf,
+    pin::{Pin, pin},
+    sync::Arc,
+    time::Duration,
+};
 
 use anyhow::Context as _;
 use tokio::net::TcpListener;
 
-pub use self::node::{Node, Outside, Stores};
+use self::http::Pages;
+pub use self::{
+    node::{Node, Outside, Stores},
+    several::run_several,
+};
 use crate::{
     client::{self, Tcp},
     cluster::{Addresses, EmbeddedStore, EtcdStore, MetaStore},
@@ -85,32 +97,28 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>, ready: impl
             () = &mut shutdown => return stop_opening(opening).await,
         }
     };
+    let http_at = http.local_addr()?;
+    let pages: Arc<Pages> = Arc::default();
+    let listeners = Listeners::begin(Arc::clone(&pages), http);
     let stop = Tasks::new();
-    let (node, asked) = {
-        let mut starting = pin!(Node::over(&config, log, outside, addresses, metrics, &stop));
-        tokio::select! {
-            biased;
-            node = &mut starting => (node?, false),
-            () = &mut shutdown => {
-                tracing::info!("stopping before the broker has started");
-                stop.cancel();
-                match starting.await {
-                    Ok(node) => (node, true),
-                    Err(error) if error.is::<admission::Stopped>() => return Ok(()),
-                    Err(error) => return Err(error),
-                }
-            }
+    let starting = Node::over(&config, log, outside, addresses, metrics, &stop);
+    let (node, asked) = match start_unless(starting, &stop, shutdown.as_mut()).await {
+        Ok(Some(started)) => started,
+        ended => {
+            listeners.stop(config.broker.shutdown_timeout).await;
+            return ended.map(drop);
         }
     };
+    pages.tell_of(node.broker());
     let state = Ready {
         grpc: grpc.local_addr()?,
-        http: http.local_addr()?,
+        http: http_at,
         data_dir: config.broker.data_dir.clone(),
         object_store: config.object_store.url.clone(),
         partitions: node.broker().partitions(),
         took: began.elapsed(),
     };
-    let listeners = Listeners::serve(&node, grpc, http);
+    listeners.serve(&node, grpc);
     let mut outcome = Ok(());
     if !asked {
         ready(&state);
@@ -129,6 +137,27 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>, ready: impl
     outcome
 }
 
+/// A node, and whether the process was asked to stop meanwhile; `None` when it was, and the start ended by that.
+async fn start_unless(
+    starting: impl Future<Output = anyhow::Result<Node>>,
+    stop: &Tasks,
+    shutdown: Pin<&mut impl Future<Output = ()>>,
+) -> anyhow::Result<Option<(Node, bool)>> {
+    let mut starting = pin!(starting);
+    tokio::select! {
+        biased;
+        node = &mut starting => return Ok(Some((node?, false))),
+        () = shutdown => {}
+    }
+    tracing::info!("stopping before the broker has started");
+    stop.cancel();
+    match starting.await {
+        Ok(node) => Ok(Some((node, true))),
+        Err(error) if error.is::<admission::Stopped>() => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
 /// Ends a start that has come no further than the data directory. A clean one is open in a moment and is left clean. Reading a long
 /// journal after a crash is not waited for: the next start does it again.
 async fn stop_opening(opening: impl Future<Output = anyhow::Result<Log>>) -> anyhow::Result<()> {
@@ -145,22 +174,26 @@ struct Listeners {
 }
 
 impl Listeners {
-    fn serve(node: &Node, grpc: TcpListener, http: TcpListener) -> Self {
+    /// The pages come first: a start that waits for others can be asked how it is.
+    fn begin(pages: Arc<Pages>, http: TcpListener) -> Self {
         let tasks = Tasks::new();
-        let (stop, routes) = (tasks.clone(), node.routes());
-        let connections = connection::accept(grpc, node.metrics().connections.clone());
-        tasks.spawn("grpc", async move {
-            if let Err(error) = grpc::serve(routes, connections, async move { stop.cancelled().await }).await {
-                tracing::error!(%error, "the gRPC listener failed; restart the broker");
-            }
-        });
-        let (stop, served) = (tasks.clone(), Arc::clone(node.broker()));
+        let stop = tasks.clone();
         tasks.spawn("http", async move {
-            if let Err(error) = http::serve(served, http, async move { stop.cancelled().await }).await {
+            if let Err(error) = http::serve(pages, http, async move { stop.cancelled().await }).await {
                 tracing::error!(%error, "the HTTP listener failed; restart the broker");
             }
         });
         Self { tasks }
+    }
+
+    fn serve(&self, node: &Node, grpc: TcpListener) {
+        let (stop, routes) = (self.tasks.clone(), node.routes());
+        let connections = connection::accept(grpc, node.metrics().connections.clone());
+        self.tasks.spawn("grpc", async move {
+            if let Err(error) = grpc::serve(routes, connections, async move { stop.cancelled().await }).await {
+                tracing::error!(%error, "the gRPC listener failed; restart the broker");
+            }
+        });
     }
 
     /// Ends the connections; those that have not ended in time are cut.
@@ -188,7 +221,7 @@ fn outside(config: &Config, time: &Tasks) -> Outside {
             };
             Ok(Stores { meta, objects })
         }),
-        connect: Arc::new(Tcp::new(client::Options::default().connect_timeout)),
+        connect: Arc::new(Tcp::between_brokers(client::Options::default().connect_timeout)),
         alone: config.metadata.etcd.is_empty(),
         stepper: None,
     }

@@ -12,6 +12,22 @@ pub enum Mutation {
     AcknowledgeBeforeSync,
     /// A segment leaves the disk before its place in the bucket is committed.
     EvictBeforeCommit,
+    /// A broker that starts goes on leading in the epochs that its last uptime led in.
+    ResumeLeading,
+    /// A broker that starts is taken at its word: neither its directory nor its replicas are looked at.
+    SkipProof,
+    /// Any live replica may be elected.
+    ElectAnyReplica,
+    /// A partition is changed whatever became of it since it was read.
+    ChangeUncompared,
+    /// A replica is admitted to the ISR whatever became of its broker's registration.
+    AdmitUnregistered,
+    /// A replica that begins where the bucket ends knows nothing of the producers that wrote what is there.
+    BeginWithoutProducers,
+    /// A leader that was replaced commits to the bucket.
+    DeposedCommits,
+    /// Readers are served up to the log end.
+    ReadUncommitted,
     /// An acknowledgement of an older leader epoch counts.
     AckOfOlderLeaderEpoch,
     /// An acknowledgement of an older broker epoch counts.

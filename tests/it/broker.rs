@@ -58,6 +58,19 @@ impl Home {
         }
     }
 
+    /// A home for several brokers in one process: their ports lie one after the other.
+    pub(crate) fn cluster(brokers: usize) -> Self {
+        let ports = 2 * brokers;
+        let (grpc, http) = (0..100)
+            .find_map(|_| {
+                let run: Vec<SocketAddr> = (0..ports).map(|_| free_address()).collect();
+                let dense = run.windows(2).all(|pair| pair[0].port() + 1 == pair[1].port());
+                dense.then_some((run[0], run[1]))
+            })
+            .expect("ports in a row");
+        Self { grpc, http, ..Self::new() }
+    }
+
     /// The home of a broker of several, with this number, that agree through this etcd.
     pub(crate) fn member(id: u32, etcd: &Etcd) -> Self {
         let home = Self { id, ..Self::new() }.setting("metadata.session_timeout", "\"2s\"");
@@ -204,6 +217,18 @@ impl Home {
     pub(crate) fn start_dev(&self) -> Broker {
         let mut command = Command::new(BINARY);
         command.arg("dev").arg("--data-dir").arg(self.data_dir());
+        command.args(["--listen", &self.grpc.to_string(), "--http", &self.http.to_string()]);
+        let mut broker = self.launch(command);
+        if let Err(why) = broker.wait_ready() {
+            panic!("strandline dev did not become ready: {why}\n{}", self.log());
+        }
+        broker
+    }
+
+    /// Starts `strandline dev` with so many brokers, for a home of [`Home::cluster`], and waits until the first is ready.
+    pub(crate) fn start_dev_cluster(&self, brokers: usize) -> Broker {
+        let mut command = Command::new(BINARY);
+        command.arg("dev").arg("--data-dir").arg(self.data_dir()).args(["--brokers", &brokers.to_string()]);
         command.args(["--listen", &self.grpc.to_string(), "--http", &self.http.to_string()]);
         let mut broker = self.launch(command);
         if let Err(why) = broker.wait_ready() {

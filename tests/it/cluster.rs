@@ -185,13 +185,21 @@ fn brokers_go_on_without_etcd_and_need_no_restart_when_it_is_back() {
     let mut cluster = Cluster::start(3);
     cluster.create("t", 3, &["min.insync.replicas=2"]);
     for round in 0..2 {
-        if round == 0 { cluster.etcd.freeze() } else { cluster.etcd.kill() }
+        if round == 0 {
+            cluster.etcd.freeze()
+        } else {
+            cluster.etcd.kill()
+        }
         // Longer than the leases live.
         for _ in 0..4 {
             cluster.cli().ok_with(&["produce", "t"], lines(500).as_bytes());
             thread::sleep(Duration::from_secs(1));
         }
-        if round == 0 { cluster.etcd.thaw() } else { cluster.etcd.run() }
+        if round == 0 {
+            cluster.etcd.thaw()
+        } else {
+            cluster.etcd.run()
+        }
         cluster.create(&format!("after-{round}"), 3, &[]);
     }
     cluster.whole("t", 3);
@@ -264,17 +272,20 @@ fn a_number_that_another_broker_has_is_refused_with_its_address() {
 }
 
 #[test]
-fn of_two_processes_with_one_directory_the_first_ends_and_says_why() {
+fn of_two_processes_with_one_directory_one_ends_and_says_why() {
     let etcd = Etcd::start();
     let mut first = Home::member(1, &etcd);
     let mut running = first.start();
-    let mut second = Home::member(1, &etcd);
+    let second = Home::member(1, &etcd);
     copy(&first.data_dir(), &second.data_dir());
-    let later = second.start();
-    assert!(!running.wait().success(), "{}", first.log());
-    let told = format!("is now run by another process, at {}", second.grpc());
-    assert!(first.log().contains(&told), "{}", first.log());
-    assert!(later.terminate().success());
+    let mut later = second.spawn();
+    // Most often the later one wins; not if the first one registers again while the later one proves itself.
+    let log = eventually("one of them ends", || match (running.is_running(), later.is_running()) {
+        (false, true) => Some(first.log()),
+        (true, false) => Some(second.log()),
+        _ => None,
+    });
+    assert!(log.contains("with a copy of this data directory; one of the two must go"), "{log}");
 }
 
 fn copy(from: &std::path::Path, to: &std::path::Path) {

@@ -21,6 +21,7 @@ mod history;
 mod hostile;
 mod kafka_reader;
 mod lost;
+mod orders;
 mod outage;
 mod pages;
 mod patience;

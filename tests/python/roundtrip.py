@@ -57,6 +57,19 @@ def main(address: str) -> None:
         assert list(mine.headers) == list(theirs.headers), theirs
     assert got[0].timestamp_ms == 1_700_000_000_000, got[0]
 
+    cluster = admin.DescribeCluster(admin_pb2.DescribeClusterRequest(), timeout=10)
+    (broker,) = cluster.brokers
+    assert broker.alive and broker.leaders == 2 and broker.HasField("figures"), cluster
+    assert (cluster.partitions, cluster.leaderless, cluster.moving) == (2, 0, 0), cluster
+    order = admin_pb2.ReassignRequest(topic=TOPIC, partition=1, replicas=[broker.id])
+    (moved,) = admin.Reassign(order, timeout=10).partitions
+    assert moved.partition.partition == 1 and not moved.changed, moved
+    try:
+        admin.DrainBroker(admin_pb2.DrainBrokerRequest(broker=broker.id + 1), timeout=10)
+        raise AssertionError("a broker that is not there was drained")
+    except grpc.RpcError as error:
+        assert error.code() == grpc.StatusCode.NOT_FOUND, error
+
     # A stream ends once all that was sent is answered, also when nothing was.
     requests = [
         log_pb2.ProduceRequest(

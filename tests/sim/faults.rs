@@ -2,7 +2,10 @@
 
 use std::time::Duration;
 
-use strandline::task::{clock, random};
+use strandline::{
+    cluster::{Keys, MetaStore as _, PartitionValue, Value as _},
+    task::{clock, random},
+};
 use tokio::time::Instant;
 
 use crate::{
@@ -40,9 +43,26 @@ pub(crate) async fn of_machine(machine: &mut Machine, until: Instant, power: boo
         }
         if !machine.is_running() {
             pause(1, 4000).await;
+            if random::in_range(0..4) == 0 {
+                // Its lease has ended by then, and what others had proposed has happened.
+                pause(4000, 5000).await;
+                if is_spare(machine).await {
+                    machine.wipe();
+                }
+            }
             machine.start().await;
         }
     }
+}
+
+/// Whether other brokers hold all that this one must hold.
+async fn is_spare(machine: &Machine) -> bool {
+    let keys = Keys::new("strandline").unwrap();
+    let entries = machine.meta.truth().list(&format!("{}partitions/", keys.prefix())).await.unwrap().entries;
+    entries.iter().all(|entry| {
+        let value = PartitionValue::decode(&entry.key, &entry.value).unwrap();
+        value.isr.iter().chain(&value.elr).any(|id| *id != machine.id)
+    })
 }
 
 /// The network's misfortunes until then, between each two of these.

@@ -99,7 +99,7 @@ impl Load {
         };
         let settle = async |(mut attempt, delivery): (Attempt, Delivery)| {
             let (log, number) = (attempt.log, attempt.payload & 0xffff_ffff);
-            let ack = delivery.await.unwrap_or_else(|error| panic!("{producer} {number}: {error}\n{}", self.trace.text()));
+            let ack = delivery.await.unwrap_or_else(|error| panic!("{producer} {number}: {error}"));
             let offset = ack.offset.expect("acknowledged by all").as_i64();
             self.trace.note(format_args!("{producer}: {number} is at {offset} of {log:?}"));
             (attempt.answered, attempt.outcome) = (self.ledger.now(), Outcome::Acknowledged { offset });
@@ -111,7 +111,7 @@ impl Load {
             let (attempt, value) = self.draw(producer, number);
             let record = NewRecord::value(&value).partition(attempt.log.1.unsigned_abs());
             let sent = sender.send(TOPICS[attempt.log.0], record).await;
-            let delivery = sent.unwrap_or_else(|error| panic!("{producer} {number}: {error}\n{}", self.trace.text()));
+            let delivery = sent.unwrap_or_else(|error| panic!("{producer} {number}: {error}"));
             outstanding.push_back((attempt, delivery));
             number += 1;
             if outstanding.len() as u64 > random::in_range(1..OUTSTANDING) {
@@ -134,7 +134,7 @@ impl Load {
             ..ProducerOptions::default()
         };
         let sender = self.client.producer(options).await;
-        let sender = sender.unwrap_or_else(|error| panic!("{producer}: {error}\n{}", self.trace.text()));
+        let sender = sender.unwrap_or_else(|error| panic!("{producer}: {error}"));
         let mut number = 0;
         while !self.stop.is_cancelled() {
             let (mut attempt, value) = self.draw(producer, number);

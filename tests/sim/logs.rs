@@ -15,7 +15,7 @@ use strandline::{
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Held {
     pub(crate) end: Offset,
-    pub(crate) epoch: LeaderEpoch,
+    epoch: LeaderEpoch,
     bytes: Bytes,
 }
 
@@ -33,30 +33,49 @@ pub(crate) fn payload(value: &[u8]) -> u64 {
     u64::from_be_bytes(value[..8].try_into().unwrap())
 }
 
-/// One replica's log by base offsets. What it says of itself must fit together.
-pub(crate) fn replica(disk: &SimDisk, id: PartitionId) -> BTreeMap<Offset, Held> {
+/// One replica's log.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Replica {
+    /// By base offsets.
+    pub(crate) batches: BTreeMap<Offset, Held>,
+    /// Where the next one goes.
+    pub(crate) end: Offset,
+}
+
+/// What a disk holds of a partition. What it says of itself must fit together.
+pub(crate) fn replica(disk: &SimDisk, id: PartitionId) -> Replica {
     let dir = Path::new("/data").join(id.topic.to_string()).join(id.number.to_string());
     let mut files: Vec<_> = disk.files().into_iter().map(|(path, _)| path).collect();
     files.retain(|path| path.parent() == Some(&dir) && path.extension().is_some_and(|is| is == "log"));
     files.sort();
-    let mut held: BTreeMap<Offset, Held> = BTreeMap::new();
+    let mut replica = Replica::default();
     for file in files {
+        let base: u64 = file.file_stem().unwrap().to_str().unwrap().parse().unwrap();
+        let base = Offset::new(base).unwrap();
+        assert!(
+            replica.batches.is_empty() || base == replica.end,
+            "{}: the segment before it ends at {}",
+            file.display(),
+            replica.end
+        );
+        replica.end = base;
         let mut left = Bytes::from(disk.read(&file).unwrap());
         while !left.is_empty() {
             let batch = Batch::split_from(&mut left).unwrap_or_else(|error| panic!("{}: {error}", file.display()));
             let one = Held { end: batch.end_offset(), epoch: batch.leader_epoch().unwrap(), bytes: batch.to_bytes() };
-            if let Some((_, last)) = held.last_key_value() {
-                assert_eq!(batch.base_offset(), last.end, "{}: offsets follow each other", file.display());
-                assert!(one.epoch >= last.epoch, "{}: epochs never fall", file.display());
-            }
-            held.insert(batch.base_offset(), one);
+            assert_eq!(batch.base_offset(), replica.end, "{}: offsets follow each other", file.display());
+            let last = replica.batches.last_key_value();
+            assert!(last.is_none_or(|(_, last)| one.epoch >= last.epoch), "{}: epochs never fall", file.display());
+            replica.end = one.end;
+            replica.batches.insert(batch.base_offset(), one);
         }
     }
-    held
+    replica
 }
 
 /// Where two logs contradict each other: a batch that both got from one leader and that differs, or anything below such a batch.
-pub(crate) fn contradiction(one: &BTreeMap<Offset, Held>, other: &BTreeMap<Offset, Held>) -> Option<String> {
+pub(crate) fn contradiction(one: &Replica, other: &Replica) -> Option<String> {
+    let (one, other) = (&one.batches, &other.batches);
     let shared = |base: &Offset| other.get(base).filter(|held| held.epoch == one[base].epoch);
     let last = one.keys().rev().find(|base| shared(base).is_some())?;
     let from = one.keys().next()?.max(other.keys().next()?);

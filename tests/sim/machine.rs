@@ -12,7 +12,7 @@ use std::{
 use strandline::{
     cluster::{Addresses, MetaStore},
     config::{Config, Sources},
-    log::{Log, SimDisk, Stepper},
+    log::{Disk as _, Log, SimDisk, Stepper},
     model::BrokerId,
     server::{Node, Outside, Stores},
     task::{Tasks, clock, process::Process, random},
@@ -105,7 +105,7 @@ impl Machine {
                 }
             }
         }
-        panic!("broker {} does not start any more\n{}", self.id, self.shared.trace.text());
+        panic!("broker {} does not start any more", self.id);
     }
 
     async fn open(&self, process: &Process) -> anyhow::Result<Node> {
@@ -155,6 +155,15 @@ impl Machine {
         self.shared.net.hang_up(&self.address, true);
         self.note(format_args!("stopped: {stopped:?}"));
         process.kill();
+    }
+
+    /// Takes everything off its disk while nobody uses it: another one was put in.
+    pub(crate) fn wipe(&mut self) {
+        for (path, _) in self.disk.files() {
+            self.disk.remove(&path).unwrap();
+            self.disk.sync_dir(path.parent().unwrap()).unwrap();
+        }
+        self.note(format_args!("has a new disk"));
     }
 
     /// Lets its wall clock jump.

@@ -41,13 +41,12 @@ fn seeds() -> std::ops::Range<u64> {
 fn run_all(shape: Shape) {
     let mut failed = Vec::new();
     for seed in seeds() {
-        match panic::catch_unwind(|| run::run(shape, seed)) {
-            Ok(trace) if std::env::var_os("STRANDLINE_TRACE").is_some() => println!("{trace}"),
-            Ok(_) => {}
-            Err(_) => {
-                println!("seed {seed} of {} brokers failed", shape.brokers);
-                failed.push(seed);
-            }
+        if panic::catch_unwind(|| run::run(shape, seed)).is_err() {
+            println!("seed {seed} of {} brokers failed", shape.brokers);
+            failed.push(seed);
+        }
+        if std::env::var_os("STRANDLINE_TRACE").is_some() {
+            println!("{}", trace::last());
         }
     }
     assert!(failed.is_empty(), "{} brokers: seeds {failed:?} of {:?} failed", shape.brokers, seeds());

@@ -88,6 +88,11 @@ impl SimMeta {
         }
     }
 
+    /// The store itself, past the link.
+    pub(crate) fn truth(&self) -> &EmbeddedStore {
+        &self.store
+    }
+
     fn weather(&self) -> MutexGuard<'_, Weather> {
         self.weather.lock().unwrap()
     }

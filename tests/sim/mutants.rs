@@ -12,8 +12,26 @@ use crate::{
 };
 
 /// The broken rules with the brokers of a run, and the seeds, from 1 on, one of which must find each.
-const MUTANTS: &[(Mutation, Shape, u64)] =
-    &[(Mutation::AcknowledgeBeforeSync, Shape::ONE, 10), (Mutation::EvictBeforeCommit, Shape::ONE, 20)];
+const MUTANTS: &[(Mutation, Shape, u64)] = &[
+    (Mutation::AcknowledgeBeforeSync, Shape::ONE, 10),
+    (Mutation::EvictBeforeCommit, Shape::ONE, 20),
+    (Mutation::SkipProof, Shape::THREE, 50),
+    (Mutation::ResumeLeading, Shape::THREE, 50),
+    (Mutation::ElectAnyReplica, Shape::THREE, 50),
+    (Mutation::ChangeUncompared, Shape::THREE, 50),
+    (Mutation::AdmitUnregistered, Shape::THREE, 50),
+    (Mutation::BeginWithoutProducers, Shape::THREE, 50),
+    (Mutation::DeposedCommits, Shape::THREE, 50),
+    (Mutation::ReadUncommitted, Shape::THREE, 50),
+    (Mutation::AckOfOlderLeaderEpoch, Shape::THREE, 50),
+    (Mutation::AckOfOlderBrokerEpoch, Shape::THREE, 50),
+    (Mutation::CutToHighWatermark, Shape::THREE, 50),
+    (Mutation::AdmitBelowEpochStart, Shape::THREE, 50),
+    (Mutation::CommittedIsrOnly, Shape::THREE, 50),
+    (Mutation::MinimumOfMaximal, Shape::THREE, 50),
+    (Mutation::ElrIgnored, Shape::THREE, 50),
+    (Mutation::UnknownIsDone, Shape::THREE, 50),
+];
 
 #[test]
 fn every_broken_rule_is_found() {

@@ -1,6 +1,6 @@
 //! Panics of simulated tasks: a broken invariant would end a broker, and here it ends the run.
 //!
-//! They are printed in short, `STRANDLINE_TRACE=1` prints all that happened. A task that panics tells nobody but who joins it. The hook remembers the panic for the thread, which is one run.
+//! They are printed in short: what led there is in the trace. A task that panics tells nobody but who joins it. The hook remembers the panic for the thread, which is one run.
 
 use std::{cell::RefCell, panic, sync::Once};
 
@@ -15,15 +15,12 @@ pub(crate) fn remember() {
     static ONCE: Once = Once::new();
     FIRST.set(None);
     ONCE.call_once(|| {
-        let loud = panic::take_hook();
         panic::set_hook(Box::new(move |info| {
             let place = info.location().map_or_else(String::new, |at| format!("{}:{}", at.file(), at.line()));
             FIRST.with_borrow_mut(|first| {
                 first.get_or_insert_with(|| format!("{}: {place}", words(info.payload())));
             });
-            if std::env::var_os("STRANDLINE_TRACE").is_some() {
-                loud(info);
-            } else if !mutation::is_any_on() {
+            if !mutation::is_any_on() {
                 println!("{place}: {}", words(info.payload()));
             }
         }));
@@ -42,7 +39,7 @@ pub(crate) fn check() {
     }
 }
 
-fn words(panicked: &dyn std::any::Any) -> String {
+fn words(panicked: &dyn std::any::Any) -> &str {
     let text = panicked.downcast_ref::<String>().map(String::as_str).or(panicked.downcast_ref::<&str>().copied());
-    text.and_then(|text| text.lines().next()).unwrap_or("no words").to_owned()
+    text.unwrap_or("no words")
 }

@@ -1,6 +1,6 @@
 //! One run: load and faults for some simulated seconds, then peace, then the check.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeSet, time::Duration};
 
 use futures::future::{join_all, join4};
 use strandline::{
@@ -12,7 +12,7 @@ use crate::{
     faults,
     judge::Judge,
     load::{Ledger, Load, PATIENCE, READING, TOPICS},
-    logs, panics,
+    logs, panics, trace,
     world::World,
 };
 
@@ -38,7 +38,7 @@ const LOOK: Duration = Duration::from_millis(250);
 /// How long peace may take until every replica is in sync.
 const SETTLING: Duration = Duration::from_secs(90);
 
-/// Runs a seed and gives its trace.
+/// Runs a seed and gives its trace. Panics when it finds something; [`trace::last`] has the trace then.
 pub(crate) fn run(shape: Shape, seed: u64) -> String {
     panics::remember();
     let mut builder = tokio::runtime::Builder::new_current_thread();
@@ -46,14 +46,13 @@ pub(crate) fn run(shape: Shape, seed: u64) -> String {
     #[cfg(tokio_unstable)]
     builder.rng_seed(tokio::runtime::RngSeed::from_bytes(&seed.to_be_bytes()));
     let runtime = builder.build().unwrap();
-    let trace = runtime.block_on(async {
+    runtime.block_on(async {
         let mut world = World::new(shape, seed);
         let outside = world.outside.clone();
         outside.run(Box::pin(live(&mut world, shape))).await;
-        world.shared.trace.text()
     });
     panics::check();
-    trace
+    trace::last()
 }
 
 async fn live(world: &mut World, shape: Shape) {
@@ -78,7 +77,7 @@ async fn live(world: &mut World, shape: Shape) {
     stop.cancel();
     let answered = tokio::time::timeout(PATIENCE, join_all(clients)).await;
     panics::check();
-    assert!(answered.is_ok(), "every send is answered once the faults have stopped\n{}", trace.text());
+    assert!(answered.is_ok(), "every send is answered once the faults have stopped");
     settled(&judge, shape).await;
     check(&load, &mut judge).await;
     // What is there is there again after a stop of all, and after one more loss of power.
@@ -156,20 +155,15 @@ async fn settled(judge: &Judge, shape: Shape) {
         let partitions = judge.partitions().await;
         let behind = partitions.iter().find(|(_, id, value)| {
             let whole = value.leader.is_some() && value.isr.len() == value.replicas.len() && value.elr.is_empty();
-            let ends: BTreeMap<_, _> = judge
-                .machines
-                .iter()
-                .filter_map(|machine| logs::replica(&machine.disk, *id).pop_last())
-                .map(|(_, last)| (last.end, ()))
-                .collect();
+            let ends: BTreeSet<_> =
+                judge.machines.iter().map(|machine| logs::replica(&machine.disk, *id).end).collect();
             !whole || ends.len() > 1
         });
         let Some((log, _, value)) = behind else { break };
         assert!(
             clock::monotonic() < until,
-            "{log:?} of {} brokers is not whole again: {value:?}\n{}",
-            shape.brokers,
-            judge.trace.text()
+            "{log:?} of {} brokers is not whole again: {value:?}",
+            shape.brokers
         );
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
@@ -180,10 +174,10 @@ async fn check(load: &Load, judge: &mut Judge) {
     judge.look().await;
     for (log, _, _) in judge.partitions().await {
         let read = load.pass(log, true, true, READING).await;
-        assert_eq!(read, Ok(()), "{log:?} is read to its end\n{}", load.trace.text());
+        assert_eq!(read, Ok(()), "{log:?} is read to its end");
     }
     let found = load.ledger.history().check();
-    assert!(found.is_empty(), "{found:?}\n{}", load.trace.text());
+    assert!(found.is_empty(), "{found:?}");
     panics::check();
     load.trace.note(format_args!("{} acknowledged", load.ledger.history().attempts.len()));
 }

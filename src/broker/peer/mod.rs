@@ -95,6 +95,8 @@ impl Peering {
             log_end: marks.log_end.as_i64(),
             last_epoch: partition.last_epoch().map(LeaderEpoch::as_i32),
             failed: partition.fault().map(|why| why.to_string()).unwrap_or_default(),
+            local_bytes: partition.local_bytes(),
+            tiered_bytes: partition.tiered_bytes(),
         }
     }
 }

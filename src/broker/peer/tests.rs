@@ -1,1 +1,323 @@
+//! Two brokers over TCP, as far as replication goes: partitions, links both ways, and the service. No metadata store: a test says who leads.
 
+use std::{
+    collections::BTreeMap,
+    path::Path,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use tokio::{
+    net::TcpListener,
+    sync::{Semaphore, mpsc},
+};
+use tonic::transport::{Server, server::TcpIncoming};
+
+use super::*;
+use crate::{
+    broker::following::Following,
+    client::{
+        Tcp,
+        peers::{How, PeerError, Peers},
+    },
+    cluster::{PartitionValue, Revision},
+    log::{Identity, Log, Options, SimDisk},
+    model::{Acks, Compression, ConfigMap, Offset, TopicConfig, TopicId, TopicName},
+    partition::{
+        Agreement, AppendResult, Assignment, Partition, Spec, Surroundings, UpkeepQueue,
+        leader::insync::{Proposal, Registration},
+        session::Find,
+    },
+    record::BatchBuilder,
+};
+
+const WAIT: Duration = Duration::from_secs(20);
+
+type Partitions = Arc<Mutex<BTreeMap<PartitionId, Arc<Partition>>>>;
+
+/// One of the brokers.
+struct Node {
+    id: BrokerId,
+    address: String,
+    log: Log,
+    partitions: Partitions,
+    following: Arc<Following>,
+    lost: mpsc::Receiver<(BrokerId, Revision, How)>,
+    tasks: Tasks,
+}
+
+/// Notes what is lost.
+struct Noted(mpsc::Sender<(BrokerId, Revision, How)>);
+
+impl LinkLost for Noted {
+    fn link_lost(&self, broker: BrokerId, epoch: Revision, how: How) {
+        let _full = self.0.try_send((broker, epoch, how));
+    }
+}
+
+/// Nobody to agree with: the sets stay as they are.
+struct Fixed;
+
+impl Agreement for Fixed {
+    fn propose(&self, _: PartitionId, _: Proposal) {}
+
+    fn read_back(&self, _: PartitionId) {}
+
+    fn resign(&self, _: PartitionId, _: LeaderEpoch) {}
+}
+
+fn id(number: u32) -> PartitionId {
+    PartitionId::new(TopicId::from_bytes([7; 16]), number)
+}
+
+fn at(offset: u64) -> Offset {
+    Offset::new(offset).unwrap()
+}
+
+fn epoch_of(id: BrokerId) -> Revision {
+    Revision(u64::from(id.0) * 10)
+}
+
+impl Node {
+    async fn start(id: u32) -> Self {
+        let (id, tasks) = (BrokerId(id), Tasks::new());
+        let identity = Identity { cluster: "test".to_owned(), broker: id };
+        let options = Options { journal_bytes: 8 << 20, ..Options::default() };
+        let log = Log::open(Arc::new(SimDisk::new()), Path::new("/data"), &identity, options).unwrap();
+        let neighbours = Neighbours::new(id, "test".to_owned());
+        let connect = Arc::new(Tcp::between_brokers(WAIT));
+        let following = Following::new(Arc::clone(&neighbours), connect, tasks.clone());
+        let partitions = Partitions::default();
+        let (noted, lost) = mpsc::channel(64);
+        let held = Arc::clone(&partitions);
+        let find: Find = Arc::new(move |id| held.lock().unwrap().get(&id).cloned());
+        following.hosts(find, Arc::new(Noted(noted)));
+        following.registered(Some(epoch_of(id)));
+        let questions = Questions {
+            status: Box::new(|| v1::StatusResponse { leaders: 5, ..v1::StatusResponse::default() }),
+            report: Box::new(|report| Box::pin(async move { Ok(report.broker == BrokerId(9)) })),
+        };
+        let peering = Peering::new(neighbours, format!("process {id}"), questions, None, tasks.clone());
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let served = tasks.clone();
+        tasks.spawn("serve", async move {
+            let server = Server::builder().add_service(service(&peering));
+            tokio::select! {
+                () = served.cancelled() => {}
+                result = server.serve_with_incoming(TcpIncoming::from(listener)) => result.unwrap(),
+            }
+        });
+        Self { id, address, log, partitions, following, lost, tasks }
+    }
+
+    fn know(&self, others: &[&Node]) {
+        let known = others.iter().map(|node| (node.id, (node.address.clone(), epoch_of(node.id))));
+        self.following.brokers(known.collect());
+    }
+
+    fn partition(&self, number: u32) -> Arc<Partition> {
+        Arc::clone(&self.partitions.lock().unwrap()[&id(number)])
+    }
+
+    fn open(&self, number: u32) {
+        let spec = Spec {
+            id: id(number),
+            topic: TopicName::new("events").unwrap(),
+            config: Arc::new(TopicConfig::resolve(&ConfigMap::new(), &ConfigMap::new()).unwrap()),
+            committed: None,
+            tier: None,
+            alone: false,
+            anew: false,
+            lag_time: Duration::MAX,
+        };
+        let around = Surroundings { links: self.following.clone(), agreement: Arc::new(Fixed) };
+        let partition =
+            Partition::open(self.id, &self.log, spec, around, &UpkeepQueue::default(), &self.tasks).unwrap();
+        self.partitions.lock().unwrap().insert(id(number), partition);
+    }
+
+    /// Has the partition be led by `leader` in this epoch, with both in sync.
+    async fn assign(&self, number: u32, leader: u32, epoch: u32) {
+        let both = [BrokerId(1), BrokerId(2)];
+        let value = PartitionValue {
+            replicas: both.to_vec(),
+            leader: Some(BrokerId(leader)),
+            leader_epoch: LeaderEpoch(epoch),
+            isr: both.to_vec(),
+            elr: vec![],
+            adding: vec![],
+            removing: vec![],
+            unclean: None,
+        };
+        let registered = both.map(|id| (id, Registration::Running(epoch_of(id)))).into();
+        let (value, revision) = (Arc::new(value), Revision(u64::from(epoch) + 100));
+        self.partition(number).assign(Assignment { value, revision, committed: None, registered }).await;
+    }
+
+    async fn stop(&self) {
+        self.tasks.stop().await;
+    }
+}
+
+async fn append(partition: &Partition, value: &[u8]) -> tokio::sync::oneshot::Receiver<AppendResult> {
+    let mut builder = BatchBuilder::new(Compression::None);
+    builder.push(1, None, Some(value), &[]).unwrap();
+    let permit = Arc::new(Semaphore::new(1)).acquire_owned().await.unwrap();
+    partition.append(builder.finish(None).unwrap(), Acks::All, permit).await
+}
+
+async fn acked(answer: tokio::sync::oneshot::Receiver<AppendResult>) {
+    tokio::time::timeout(WAIT, answer).await.expect("in time").expect("answered").expect("both have it");
+}
+
+async fn until(holds: impl Fn() -> bool) {
+    let wait = async {
+        while !holds() {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    };
+    tokio::time::timeout(WAIT, wait).await.expect("it comes to that");
+}
+
+/// Two brokers that know each other and hold so many partitions, led by the first in epoch 1.
+async fn pair(partitions: u32) -> (Node, Node) {
+    let (one, two) = (Node::start(1).await, Node::start(2).await);
+    one.know(&[&one, &two]);
+    two.know(&[&one, &two]);
+    for number in 0..partitions {
+        one.open(number);
+        two.open(number);
+        one.assign(number, 1, 1).await;
+        two.assign(number, 1, 1).await;
+    }
+    (one, two)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_one_broker_is_sent_the_other_has_when_it_is_acknowledged() {
+    let (one, two) = pair(3).await;
+    let large = vec![7; 3 << 20];
+    for number in 0..3 {
+        for value in [b"first".as_slice(), &large, b"last"] {
+            acked(append(&one.partition(number), value).await).await;
+        }
+        assert_eq!(two.partition(number).ends().persisted, at(3), "acknowledged means synced there");
+        until(|| two.partition(number).marks().high_watermark == at(3)).await;
+    }
+    let read = |node: &Node| {
+        let reader = node.partition(2).reader().clone();
+        async move {
+            let (mut bytes, mut from) = (Vec::new(), Offset::ZERO);
+            while let Some(read) = reader.read(from, 8 << 20).await.unwrap() {
+                bytes.extend(read.chunks.concat());
+                from = read.next;
+            }
+            bytes
+        }
+    };
+    let copied = read(&two).await;
+    assert!(copied.len() > 3 << 20);
+    assert!(copied == read(&one).await, "byte for byte");
+
+    // Then the other leads, some partitions each way.
+    for node in [&two, &one] {
+        node.assign(0, 2, 2).await;
+    }
+    acked(append(&two.partition(0), b"other way").await).await;
+    acked(append(&one.partition(1), b"as before").await).await;
+    assert_eq!(one.partition(0).ends().persisted, at(4));
+    one.stop().await;
+    two.stop().await;
+}
+
+/// Each of what a broker is not, or is not any more.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_of_somebody_else_is_refused_with_the_reason() {
+    let (one, two) = pair(0).await;
+    let good = v1::Hello { cluster: "test".to_owned(), broker: 2, broker_epoch: epoch_of(two.id).0, to: 1, version: 1 };
+    let hellos = [
+        (v1::Hello { cluster: "other".to_owned(), ..good.clone() }, "belongs to cluster \"test\", not to \"other\""),
+        (v1::Hello { broker: 7, ..good.clone() }, "broker 7 is not registered"),
+        (v1::Hello { broker: 1, ..good.clone() }, "calls itself"),
+        (v1::Hello { broker_epoch: 19, ..good.clone() }, "in its uptime 19, and has registered as 20 since"),
+        (v1::Hello { to: 5, ..good.clone() }, "this is broker 1, and broker 5 was called"),
+        (v1::Hello { version: 2, ..good.clone() }, "version 2"),
+    ];
+    let peers = Peers::new(Arc::new(Tcp::between_brokers(WAIT)), WAIT);
+    for (hello, words) in hellos {
+        let mut stream = peers.replicate(&one.address, hello).await.unwrap();
+        let status = stream.receiver.message().await.expect_err(words);
+        let PeerError::Refused(fault) = crate::client::peers::lost("", &status) else { panic!("{status:?}") };
+        assert!(fault.message.contains(words), "{words}: {fault}");
+    }
+    let mut stream = peers.replicate(&one.address, good.clone()).await.unwrap();
+    let welcome = stream.receiver.message().await.unwrap().unwrap();
+    let welcomed = v1::Welcome { broker: 1, broker_epoch: 10 };
+    assert_eq!(welcome.is, Some(v1::to_follower::Is::Welcome(welcomed)));
+    // The next link of the same broker takes its place, and a newer uptime ends that one.
+    let mut next = peers.replicate(&one.address, good).await.unwrap();
+    assert!(next.receiver.message().await.unwrap().is_some());
+    let status = stream.receiver.message().await.expect_err("replaced");
+    assert!(status.message().contains("another one takes its place"), "{status:?}");
+    one.following.brokers([(two.id, (two.address.clone(), Revision(21)))].into());
+    assert!(next.receiver.message().await.is_err());
+    one.stop().await;
+    two.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_link_that_breaks_is_told_and_made_again() {
+    let (mut one, two) = pair(1).await;
+    acked(append(&one.partition(0), b"first").await).await;
+    // The follower's broker gets another broker epoch: its link begins anew, and nobody takes that for a death.
+    two.following.registered(Some(Revision(21)));
+    one.following.brokers([(two.id, (two.address.clone(), Revision(21)))].into());
+    one.partition(0).seen(two.id, Registration::Running(Revision(21))).await;
+    acked(append(&one.partition(0), b"second").await).await;
+    // Its process goes: the connection is closed in the same moment.
+    two.stop().await;
+    drop(two);
+    let lost = tokio::time::timeout(WAIT, async {
+        loop {
+            let (broker, epoch, how) = one.lost.recv().await.unwrap();
+            if epoch == Revision(21) {
+                return (broker, how);
+            }
+        }
+    });
+    let (broker, how) = lost.await.expect("it is told");
+    assert!(broker == BrokerId(2) && matches!(how, How::Ended | How::Reset), "{how:?}");
+    one.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn brokers_answer_each_others_questions() {
+    let (one, two) = pair(1).await;
+    acked(append(&one.partition(0), b"record").await).await;
+    let peers = one.following.peers();
+    let who = peers.who_is(&two.address, WAIT).await.unwrap();
+    assert_eq!((who.cluster.as_str(), who.broker, who.broker_epoch), ("test", 2, Some(20)));
+    assert_eq!(who.incarnation, "process 2");
+    let name = |partition| v1::ReplicaName { topic_id: id(0).topic.to_string(), partition };
+    let nonsense = v1::ReplicaName { topic_id: "nonsense".to_owned(), partition: 0 };
+    let request = v1::MarksRequest { replicas: vec![name(0), name(1), name(-1), nonsense] };
+    let marks = peers.marks(&two.address, request, WAIT).await.unwrap().replicas;
+    assert_eq!(marks.iter().map(|replica| replica.here).collect::<Vec<_>>(), [true, false, false, false]);
+    let here = &marks[0];
+    assert_eq!((here.leads, here.leader_epoch, here.log_end, here.last_epoch), (false, 1, 1, Some(1)));
+    assert_eq!(peers.status(&two.address, WAIT).await.unwrap().leaders, 5);
+    let report = |cluster: &str, broker| v1::ReportGoneRequest {
+        cluster: cluster.to_owned(),
+        reporter: 1,
+        broker,
+        broker_epoch: 3,
+        seen: "refused".to_owned(),
+    };
+    assert!(peers.report_gone(&two.address, report("test", 9), WAIT).await.unwrap().revoked);
+    assert!(!peers.report_gone(&two.address, report("test", 8), WAIT).await.unwrap().revoked);
+    let refused = peers.report_gone(&two.address, report("other", 9), WAIT).await;
+    assert!(matches!(refused, Err(PeerError::Refused(_))), "{refused:?}");
+    one.stop().await;
+    two.stop().await;
+}

@@ -18,7 +18,7 @@ use tokio::time::Instant;
 use super::{
     super::{
         Common,
-        cluster::{connect, explain},
+        connect::{connect, explain},
         output,
         patience::Patience,
         place::Place,

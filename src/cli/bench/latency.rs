@@ -9,7 +9,7 @@ use tokio::{sync::watch, time::Instant};
 use super::{
     super::{
         Common,
-        cluster::{connect, explain},
+        connect::{connect, explain},
         output,
         patience::Patience,
         produce,

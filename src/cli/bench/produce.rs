@@ -10,7 +10,7 @@ use tokio::{sync::mpsc, time::Instant};
 use super::{
     super::{
         Common,
-        cluster::{connect, explain},
+        connect::{connect, explain},
         output,
         patience::Patience,
         produce,

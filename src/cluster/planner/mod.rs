@@ -141,8 +141,8 @@ impl Subject<'_> {
         Step { change: Change { id: self.id, expect: self.revision, value, also: Vec::new() }, why }
     }
 
-    fn is_moving(&self) -> bool {
-        !(self.value.adding.is_empty() && self.value.removing.is_empty())
+    const fn is_moving(&self) -> bool {
+        self.value.is_moving()
     }
 }
 

@@ -1,6 +1,6 @@
 //! Changing a topic: its configuration, its size, its end. Each is a compare-and-set of the topic's key.
 
-use super::{ATTEMPTS, TopicInfo, Topics, UnknownTopic, checked, create::alive};
+use super::{ATTEMPTS, There, TopicInfo, Topics, UnknownTopic, checked};
 use crate::{
     cluster::{
         keys::{DeletedValue, TopicValue, Value as _},
@@ -10,7 +10,7 @@ use crate::{
     model::{ConfigMap, InvalidConfig, PartitionId, TopicConfig, TopicId, TopicName},
 };
 
-/// Why a topic's configuration was not changed.
+/// Why a topic was not changed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum AlterError {
     /// No such topic.
@@ -24,6 +24,20 @@ pub enum AlterError {
     Both {
         /// The key.
         key: String,
+    },
+    /// Too many replicas for any cluster.
+    #[error("a topic cannot have a replication factor of {asked}: 1 to {}", limits::MAX_REPLICAS)]
+    Replicas {
+        /// How many were asked for.
+        asked: u32,
+    },
+    /// More replicas than brokers.
+    #[error("a replication factor of {asked} needs as many brokers, and {there}: ask for fewer, or start more")]
+    Brokers {
+        /// Replicas asked for.
+        asked: u32,
+        /// Brokers that there are.
+        there: There,
     },
     /// Others kept changing it.
     #[error("topic {:?} is being changed by others at the same time: try again", name.as_str())]
@@ -59,12 +73,12 @@ pub enum AddPartitionsError {
         to: u32,
     },
     /// More replicas than brokers.
-    #[error("the topic's replication factor of {asked} needs as many brokers, and {}: start more", alive(*.live))]
+    #[error("the topic's replication factor of {asked} needs as many brokers, and {there}: start more")]
     Brokers {
         /// Replicas of each partition.
         asked: u32,
-        /// Brokers that are alive.
-        live: usize,
+        /// Brokers that there are.
+        there: There,
     },
     /// Others kept changing it.
     #[error("topic {:?} is being changed by others at the same time: try again", name.as_str())]
@@ -113,11 +127,18 @@ macro_rules! retryable {
         }
     )*};
 }
-retryable!(AlterError {}, AddPartitionsError { Self::Brokers { .. } }, DeleteError {});
+retryable!(AlterError { Self::Brokers { .. } }, AddPartitionsError { Self::Brokers { .. } }, DeleteError {});
 
 impl Topics {
-    /// Sets some keys of a topic's configuration and takes others back to their defaults; the rest stays.
-    pub async fn alter(&self, name: &TopicName, set: ConfigMap, unset: Vec<String>) -> Result<TopicInfo, AlterError> {
+    /// Sets some keys of a topic's configuration and takes others back to their defaults; the rest stays. A replication
+    /// factor that is given is the topic's from now on: the controller adds or takes away replicas.
+    pub async fn alter(
+        &self,
+        name: &TopicName,
+        set: ConfigMap,
+        unset: Vec<String>,
+        replication_factor: Option<u32>,
+    ) -> Result<TopicInfo, AlterError> {
         if let Some(key) = unset.iter().find(|key| set.contains_key(*key)) {
             return Err(AlterError::Both { key: key.clone() });
         }
@@ -130,6 +151,10 @@ impl Topics {
             };
             value.config.extend(TopicConfig::normal(set.clone()));
             value.config.retain(|key, _| !unset.contains(key));
+            if let Some(asked) = replication_factor {
+                self.affordable(asked, value.replication_factor)?;
+                value.replication_factor = asked;
+            }
             checked(&self.defaults, &value.config, value.replication_factor)?;
             let transaction = Transaction::new()
                 .when(Compare::ModRevision(entry.key.clone(), entry.mod_revision))
@@ -140,6 +165,18 @@ impl Topics {
             }
         }
         Err(AlterError::Conflict { name: name.clone() })
+    }
+
+    /// Whether there are brokers for a replication factor. One that falls or stays needs none.
+    fn affordable(&self, asked: u32, has: u32) -> Result<(), AlterError> {
+        if asked == 0 || asked > limits::MAX_REPLICAS {
+            return Err(AlterError::Replicas { asked });
+        }
+        let there = There::of(&self.view.state());
+        if asked > has && usize::try_from(asked).is_ok_and(|asked| asked > there.takers()) {
+            return Err(AlterError::Brokers { asked, there });
+        }
+        Ok(())
     }
 
     /// Lets a topic grow to this many partitions.
@@ -156,8 +193,8 @@ impl Topics {
             }
             let ids = (value.partitions..to).map(|number| PartitionId::new(value.id, number));
             let Some(puts) = self.first_values(ids, value.replication_factor) else {
-                let live = self.view.state().brokers().len();
-                return Err(AddPartitionsError::Brokers { asked: value.replication_factor, live });
+                let there = There::of(&self.view.state());
+                return Err(AddPartitionsError::Brokers { asked: value.replication_factor, there });
             };
             // While the topic is unchanged nobody counts these partitions, so what lies there may be overwritten.
             let same = Compare::ModRevision(entry.key.clone(), entry.mod_revision);

@@ -1,10 +1,14 @@
 //! Making a topic.
 
+use std::fmt;
+
 use super::{TopicInfo, Topics, checked};
 use crate::{
     cluster::{
         keys::{TopicValue, Value as _},
+        placement::Placement,
         store::{Compare, Outcome, Revision, StoreError, Transaction},
+        view::ViewState,
     },
     limits,
     model::{ConfigMap, InvalidConfig, PartitionId, TopicConfig, TopicId, TopicName},
@@ -18,7 +22,7 @@ pub struct NewTopic {
     pub name: TopicName,
     /// How many partitions: from 1.
     pub partitions: u32,
-    /// How many replicas of each: from 1 to the number of live brokers.
+    /// How many replicas of each: from 1 to the number of brokers that take any.
     pub replication_factor: u32,
     /// What it sets.
     pub config: ConfigMap,
@@ -48,15 +52,12 @@ pub enum CreateError {
         asked: u32,
     },
     /// More replicas than brokers.
-    #[error(
-        "a replication factor of {asked} needs as many brokers, and {}: ask for fewer, or start more",
-        alive(*.live)
-    )]
+    #[error("a replication factor of {asked} needs as many brokers, and {there}: ask for fewer, or start more")]
     Brokers {
         /// Replicas asked for.
         asked: u32,
-        /// Brokers that are alive.
-        live: usize,
+        /// Brokers that there are.
+        there: There,
     },
     /// The cluster is full.
     #[error("the cluster has {} topics, which is the most that it takes: delete some", limits::MAX_TOPICS)]
@@ -75,9 +76,37 @@ pub enum CreateError {
     Store(#[from] StoreError),
 }
 
-/// How many brokers are alive, in words.
-pub(super) fn alive(live: usize) -> String {
-    if live == 1 { "1 is alive".to_owned() } else { format!("{live} are alive") }
+/// How many brokers there are for new replicas.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct There {
+    /// Those that are alive.
+    pub live: usize,
+    /// Of these, those that are being stopped or drained: they take none.
+    pub leaving: usize,
+}
+
+impl There {
+    /// Those of a view.
+    pub fn of(state: &ViewState) -> Self {
+        let live = state.brokers().len();
+        Self { live, leaving: live - Placement::of(state).takers().count() }
+    }
+
+    /// Those that take replicas.
+    pub const fn takers(self) -> usize {
+        self.live - self.leaving
+    }
+}
+
+impl fmt::Display for There {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let are = |count: usize| if count == 1 { "1 is".to_owned() } else { format!("{count} are") };
+        write!(f, "{} alive", are(self.live))?;
+        match self.leaving {
+            0 => Ok(()),
+            leaving => write!(f, ", of which {} being stopped or drained", are(leaving)),
+        }
+    }
 }
 
 impl CreateError {
@@ -106,8 +135,8 @@ impl Topics {
         }
         let ids = (0..partitions).map(|number| PartitionId::new(id, number));
         let Some(mut puts) = self.first_values(ids, replication_factor) else {
-            let live = self.view.state().brokers().len();
-            return Err(CreateError::Brokers { asked: replication_factor, live });
+            let there = There::of(&self.view.state());
+            return Err(CreateError::Brokers { asked: replication_factor, there });
         };
         let rest = puts.split_off(1);
         self.in_chunks(&[], rest).await?;
@@ -142,9 +171,9 @@ impl Topics {
         if asked == 0 || asked > limits::MAX_REPLICAS {
             return Err(CreateError::Replicas { asked });
         }
-        let live = state.brokers().len();
-        if usize::try_from(asked).is_ok_and(|asked| asked > live) {
-            return Err(CreateError::Brokers { asked, live });
+        let there = There::of(&state);
+        if usize::try_from(asked).is_ok_and(|asked| asked > there.takers()) {
+            return Err(CreateError::Brokers { asked, there });
         }
         checked(&self.defaults, &new.config, asked)?;
         if state.topic(&new.name).is_some() {

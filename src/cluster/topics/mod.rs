@@ -24,7 +24,7 @@ use super::{
     partition_value::PartitionValue,
     placement::Placement,
     store::{Compare, Entry, MetaStore, Op, Outcome, Revision, StoreError, Transaction},
-    view::{Known, View},
+    view::{Known, View, ViewState},
 };
 use crate::model::{ConfigMap, InvalidConfig, LeaderEpoch, PartitionId, TopicConfig, TopicName, near};
 
@@ -34,7 +34,7 @@ mod marks;
 mod sweep;
 
 pub use change::{AddPartitionsError, AlterError, DeleteError};
-pub use create::{CreateError, NewTopic};
+pub use create::{CreateError, NewTopic, There};
 pub use marks::Mark;
 pub use sweep::Sweep;
 
@@ -88,6 +88,16 @@ fn hint(near: &[TopicName]) -> String {
     format!("; did you mean {}?", names.join(" or "))
 }
 
+impl UnknownTopic {
+    /// The error for a name that no topic of this view has.
+    pub(super) fn of(state: &ViewState, name: &str) -> Self {
+        let name: String = name.chars().take(TopicName::MAX_BYTES).collect();
+        let near = near::nearest(&name, state.topics().keys(), |known| known.as_str(), NEAR_NAMES);
+        let near = near.into_iter().cloned().collect();
+        Self { name, near }
+    }
+}
+
 impl Topics {
     /// Administration of a cluster's topics. `defaults` are the broker's `[topic_defaults]`.
     pub fn new(store: Arc<dyn MetaStore>, keys: Keys, view: View, defaults: ConfigMap) -> Self {
@@ -101,11 +111,7 @@ impl Topics {
 
     /// The error for a name that no topic has.
     pub fn unknown(&self, name: &str) -> UnknownTopic {
-        let name: String = name.chars().take(TopicName::MAX_BYTES).collect();
-        let state = self.view.state();
-        let near = near::nearest(&name, state.topics().keys(), |known| known.as_str(), NEAR_NAMES);
-        let near = near.into_iter().cloned().collect();
-        UnknownTopic { name, near }
+        UnknownTopic::of(&self.view.state(), name)
     }
 
     /// Takes the next block of producer ids. An unknown outcome costs a block and no more.

@@ -116,7 +116,7 @@ async fn a_topic_is_made_whole_with_leaders_at_epoch_zero() {
 async fn what_cannot_be_made_is_refused_with_the_numbers_and_makes_nothing() {
     let cluster = Cluster::of(2).await;
     let error = cluster.create("a", 1, 3).await.expect_err("three replicas on two brokers");
-    assert_eq!(error, CreateError::Brokers { asked: 3, live: 2 });
+    assert_eq!(error, CreateError::Brokers { asked: 3, there: There { live: 2, leaving: 0 } });
     assert!(error.to_string().contains('3') && error.to_string().contains('2'), "{error}");
     assert_eq!(cluster.create("a", 0, 1).await, Err(CreateError::Partitions { asked: 0 }));
     let asked = limits::MAX_PARTITIONS + 1;
@@ -151,15 +151,16 @@ async fn a_name_is_taken_once_however_many_want_it() {
 async fn configuration_is_set_unset_and_checked() {
     let cluster = Cluster::of(1).await;
     cluster.create("a", 1, 1).await.expect("made");
-    let altered = cluster.topics.alter(&name("a"), map("retention.ms", "1000"), vec![]).await.expect("altered");
+    let altered = cluster.topics.alter(&name("a"), map("retention.ms", "1000"), vec![], None).await.expect("altered");
     assert_eq!(altered.value.config, map("retention.ms", "1000"));
-    let both = cluster.topics.alter(&name("a"), map("segment.ms", "500"), vec!["retention.ms".to_owned()]).await;
+    let both = cluster.topics.alter(&name("a"), map("segment.ms", "500"), vec!["retention.ms".to_owned()], None).await;
     assert_eq!(both.expect("altered").value.config, map("segment.ms", "500"));
-    let wrong = cluster.topics.alter(&name("a"), map("segment.bytes", "12"), vec![]).await.expect_err("too small");
+    let wrong =
+        cluster.topics.alter(&name("a"), map("segment.bytes", "12"), vec![], None).await.expect_err("too small");
     assert!(matches!(wrong, AlterError::Config(_)), "{wrong}");
-    let unknown = cluster.topics.alter(&name("a"), ConfigMap::new(), vec!["segment.byte".to_owned()]).await;
+    let unknown = cluster.topics.alter(&name("a"), ConfigMap::new(), vec!["segment.byte".to_owned()], None).await;
     assert!(matches!(unknown, Err(AlterError::Config(InvalidConfig::UnknownKey { .. }))), "{unknown:?}");
-    let twice = cluster.topics.alter(&name("a"), map("segment.ms", "1"), vec!["segment.ms".to_owned()]).await;
+    let twice = cluster.topics.alter(&name("a"), map("segment.ms", "1"), vec!["segment.ms".to_owned()], None).await;
     assert!(matches!(twice, Err(AlterError::Both { .. })), "{twice:?}");
     cluster.catch_up().await;
     assert_eq!(cluster.topics.find(&name("a")).expect("it exists").value.config, map("segment.ms", "500"));
@@ -172,7 +173,7 @@ async fn alterations_at_the_same_time_are_all_kept() {
     let keys =
         [("retention.ms", "-1"), ("retention.bytes", "5000"), ("segment.ms", "777"), ("durability", "replicated")];
     let topic = name("a");
-    let all = keys.map(|(key, value)| cluster.topics.alter(&topic, map(key, value), vec![]));
+    let all = keys.map(|(key, value)| cluster.topics.alter(&topic, map(key, value), vec![], None));
     assert!(futures::future::join_all(all).await.iter().all(Result::is_ok));
     cluster.catch_up().await;
     assert_eq!(cluster.topics.find(&topic).expect("it exists").value.config.len(), 4);

@@ -72,6 +72,8 @@ pub(in crate::partition) struct Placed {
     registered: BTreeMap<BrokerId, Registration>,
     /// The newest epoch that a follower spoke of.
     heard: LeaderEpoch,
+    /// The newest epoch in which this task led. It never leads in one twice: what it proposed then is forgotten.
+    led: Option<LeaderEpoch>,
     /// Number of the last question to the bucket; an answer to an earlier one is too late.
     pub(super) question: u64,
     /// Whether what is asked for is asked by a leader that is about to begin, and how long it waited before it asked.
@@ -126,7 +128,7 @@ impl Actor {
             Order::Tick(now_ms) => self.in_sync(|in_sync| in_sync.tick(now_ms)),
             Order::Agreed(outcome) => self.agreed(*outcome),
             Order::Deposed(known) => self.deposed(known),
-            Order::Link(said) => self.from_link(said).await,
+            Order::Link(said) => self.hear_link(said).await,
             Order::Tables(question, tables) => self.on_tables(question, tables).await,
         }
     }
@@ -221,6 +223,7 @@ impl Actor {
             }
             // It will begin when the bucket has answered.
             Part::Waiting if self.placed.leads_after.is_some() && self.standing.epoch == epoch => {}
+            _ if self.placed.led.is_some_and(|led| led >= epoch) => self.wait(),
             _ => {
                 self.end();
                 if self.needs_bucket(value) {
@@ -253,6 +256,7 @@ impl Actor {
         let rule = rule(&self.config, self.lag_ms);
         let start = Start { me: self.broker, value: PartitionValue::clone(&value), revision, own, committed_end, rule };
         self.placed.leads_after = None;
+        self.placed.led = Some(epoch);
         self.part = Part::Leading(Box::new(Leader::new(start, self.tiered_end)));
         tracing::debug!(partition = %self.id, %epoch, log_end = %own.written, %committed_end, in_sync, "leads");
         self.see_registered();
@@ -295,7 +299,7 @@ impl Actor {
         }
         // Readers must see the new start before the files go.
         self.publish();
-        self.replica.advance_log_start(self.log_start);
+        self.keep_log_start();
     }
 
     /// Asks the bucket for what is known where it ends, which must not be before `at`. `leads_after` when this broker is to lead then,

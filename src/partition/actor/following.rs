@@ -16,7 +16,7 @@ use crate::{
 
 impl Actor {
     /// Takes in what the link brings. What comes while nobody is followed is of an earlier time.
-    pub(super) async fn from_link(&mut self, said: FromLink) {
+    pub(super) async fn hear_link(&mut self, said: FromLink) {
         let Part::Following(follower) = &mut self.part else { return };
         match said {
             FromLink::Up => self.claim(),
@@ -85,10 +85,8 @@ impl Actor {
     /// Cuts where this log and the leader's part.
     async fn cut(&mut self, to: Offset) {
         tracing::info!(partition = %self.id, %to, log_end = %self.replica.log_end(), "cuts what its leader does not have");
-        // After an unclean election what was committed may fall: readers first.
-        self.publish();
         // Where the disk does not reach nothing is known of what lies before: then it begins anew.
-        let done = if to < self.replica.local_start() {
+        let done = if to < self.replica.local_start().max(self.replica.log_start()) {
             self.empty().await
         } else {
             self.cut_by(move |replica| replica.truncate(to).map(drop)).await
@@ -108,6 +106,9 @@ impl Actor {
                 let at = tables.at;
                 tracing::info!(partition = %self.id, %at, log_end = %self.replica.log_end(), "begins anew and copies from there");
                 if self.reset(tables).await {
+                    if let Part::Following(follower) = &mut self.part {
+                        follower.begun(at);
+                    }
                     self.claim();
                 }
             }
@@ -162,31 +163,31 @@ impl Actor {
         }
     }
 
-    /// The leader sent what it should not, or what is late. The follower decided what that means for it; where it does not follow any more it
-    /// claims again, unless that would be answered in the same way for ever.
+    /// The leader sent what it should not, or what is late. What that means the follower has decided; where it does not follow any more
+    /// it claims again, unless that would be answered in the same way for ever.
     fn violated(&mut self, violation: Violation) {
         let Part::Following(follower) = &mut self.part else { return };
         let (leader, epoch) = (follower.leader(), follower.epoch());
         match violation {
-            Violation::CutBelowCommitted { .. } => {
-                tracing::error!(
-                    partition = %self.id, %leader, %epoch, error = %violation,
-                    "the replica follows nobody until another leads: compare the two logs (strandline segment dump); if the leader is right, \
-                     take this replica away and add it again (strandline partition reassign)"
-                );
-                follower.interrupted();
-                return;
+            // Of a link or an epoch before: what is asked for now is still to come.
+            Violation::OldEpoch { .. } | Violation::NotAsked => {
+                tracing::trace!(partition = %self.id, %leader, %epoch, error = %violation, "passed over");
             }
-            Violation::OldEpoch { .. } | Violation::NewEpoch { .. } | Violation::NotAsked => {
-                tracing::debug!(partition = %self.id, %leader, %epoch, error = %violation, "passed over");
+            Violation::NewEpoch { .. } => {
+                tracing::debug!(partition = %self.id, %leader, %epoch, error = %violation, "waits for the metadata");
+                if follower.is_claiming() {
+                    self.again();
+                }
             }
+            Violation::CutBelowCommitted { .. } => tracing::error!(
+                partition = %self.id, %leader, %epoch, error = %violation,
+                "the replica follows nobody until another leads: compare the two logs (strandline segment dump); if the leader is \
+                 right, take this replica away and add it again (strandline partition reassign)"
+            ),
             _ => {
-                tracing::warn!(partition = %self.id, %leader, %epoch, error = %violation, "what the leader sent does not fit")
+                tracing::warn!(partition = %self.id, %leader, %epoch, error = %violation, "what the leader sent does not fit");
+                self.again();
             }
-        }
-        let waits = follower.is_following() || follower.is_claiming();
-        if !waits || matches!(violation, Violation::NewEpoch { .. }) {
-            self.again();
         }
     }
 }

@@ -34,7 +34,7 @@ pub(super) use self::{
     leading::Append,
     news::News,
 };
-use self::{leading::Writer, news::Told, segments::Seat};
+use self::{leading::Writer, news::Told, replicas::Question, segments::Seat};
 use super::{
     Standing, Surroundings,
     follower::Follower,
@@ -45,7 +45,7 @@ use super::{
 };
 use crate::{
     log::{Replica, SegmentExport},
-    model::{Acks, BrokerId, Durability, LeaderEpoch, Offset, PartitionId, TopicConfig, Watermarks},
+    model::{Acks, BrokerId, Durability, Offset, PartitionId, TopicConfig, Watermarks},
     record::Batch,
     task::{Tasks, clock},
     tier::{PartitionTier, TierState},
@@ -85,6 +85,8 @@ pub(super) struct Parts {
     pub(super) tier: Option<PartitionTier>,
     pub(super) log_start: Offset,
     pub(super) tiered_end: Offset,
+    /// Everything below is known as committed, and is what this log holds there.
+    pub(super) committed_end: Offset,
     /// `replication.lag_time`, in milliseconds.
     pub(super) lag_ms: u64,
     /// Where the task puts what tasks of its own found out.
@@ -127,8 +129,8 @@ pub(super) struct Actor {
     group: Vec<Batch>,
     group_bytes: usize,
     group_writers: Vec<(Acks, Acked, Writer)>,
-    /// The epoch of whoever asked the metadata store something and has no answer yet. One question at a time.
-    asked: Option<LeaderEpoch>,
+    /// What the metadata store has not answered yet. One question at a time.
+    asked: Option<Question>,
     tasks: Tasks,
 }
 
@@ -139,10 +141,10 @@ impl Actor {
         let mut replica = parts.replica;
         replica.set_journaled(config.durability == Durability::Persisted);
         // A crash between the commit and this broker's disk leaves the disk behind.
-        replica.advance_log_start(parts.log_start);
+        replica.advance_log_start(parts.log_start.min(parts.committed_end));
         // A replica that began where the bucket ends knows no earlier start; what lies before can be read all the same.
         let known = replica.log_start();
-        let log_start = if known <= parts.tiered_end { parts.log_start } else { known };
+        let log_start = if known <= parts.tiered_end { parts.log_start } else { known.max(parts.log_start) };
         let mut actor = Self {
             broker: parts.broker,
             id: parts.id,
@@ -159,7 +161,7 @@ impl Actor {
             orders: parts.orders,
             log_start,
             tiered_end: parts.tiered_end,
-            committed_end: parts.tiered_end.max(log_start),
+            committed_end: parts.committed_end,
             active_since_ms: (active.end > active.base).then_some(active.created_ms),
             handed_end: replica.persisted_end(),
             replica: Seat::new(replica),

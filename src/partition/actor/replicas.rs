@@ -12,6 +12,15 @@ use crate::{
     },
 };
 
+/// What was asked of the metadata store and is not answered yet.
+#[derive(Clone, Copy)]
+pub(super) struct Question {
+    /// The epoch of the leader who asked.
+    epoch: LeaderEpoch,
+    /// The key is read, because the outcome of a proposal is not known. Else it is the outcome of a proposal.
+    reads: bool,
+}
+
 impl Actor {
     /// Tells the leader something of its followers, if there is one, and asks for what follows from it.
     pub(super) fn in_sync(&mut self, tell: impl FnOnce(&mut InSync)) {
@@ -96,14 +105,14 @@ impl Actor {
         }
         let epoch = leader.epoch();
         if leader.in_sync().awaits_reading() {
-            self.asked = Some(epoch);
+            self.asked = Some(Question { epoch, reads: true });
             self.around.agreement.read_back(self.id);
         } else if let Some(proposal) = leader.in_sync_mut().proposal() {
             tracing::info!(
                 partition = %self.id, %epoch, isr = ?proposal.value.isr, elr = ?proposal.value.elr, before = ?leader.in_sync().value().isr,
                 "proposes other in-sync replicas"
             );
-            self.asked = Some(epoch);
+            self.asked = Some(Question { epoch, reads: false });
             self.around.agreement.propose(self.id, proposal);
         }
     }
@@ -116,11 +125,12 @@ impl Actor {
             _ => None,
         };
         let Part::Leading(leader) = &mut self.part else { return };
-        let epoch = leader.epoch();
-        let observed = if asked == Some(epoch) {
+        let (epoch, reading) = (leader.epoch(), leader.in_sync().awaits_reading());
+        let is_due = asked.is_some_and(|asked| asked.epoch == epoch && asked.reads == reading);
+        let observed = if is_due {
             leader.in_sync_mut().agreed(outcome)
         } else {
-            // It was asked in an epoch before: as an answer it means nothing now, as news it may.
+            // It was asked in an epoch before, or the metadata was faster: as an answer it means nothing now, as news it may.
             found.as_ref().map_or(Observed::Same, |(value, revision)| leader.in_sync_mut().observed(value, *revision))
         };
         match observed {

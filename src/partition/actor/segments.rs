@@ -83,6 +83,8 @@ impl Actor {
         &mut self,
         change: impl FnOnce(&mut Replica) -> Result<(), ChangeError> + Send + 'static,
     ) -> bool {
+        // Whoever reads it as a leader's log is told before that it is none any more, and readers of an end that falls.
+        self.publish();
         match self.replica.lend(change).await {
             Ok(()) => {
                 // What is left was synced with the cut, but an answer to a hand-over from before speaks of it no more.
@@ -99,11 +101,18 @@ impl Actor {
         }
     }
 
+    /// Tells the log where it starts, as far as it has what is committed: what it may have to cut is not given up from the front.
+    pub(super) fn keep_log_start(&mut self) {
+        let start = self.log_start.min(self.high_watermark());
+        self.replica.advance_log_start(start);
+    }
+
     /// Lets segments leave the disk.
     pub(super) async fn evict(&mut self, below: Offset) {
         let free = self.tiered_end.max(self.log_start);
         let known = below <= free || mutant!(EvictBeforeCommit);
         assert!(known, "only what the bucket has, or nobody may read, leaves the disk");
+        self.keep_log_start();
         match self.replica.lend(move |replica| replica.evict(below)).await {
             Ok(bytes) => {
                 tracing::debug!(partition = %self.id, %below, bytes, "segments left the disk");

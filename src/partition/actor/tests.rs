@@ -34,6 +34,7 @@ fn open(log: &Log) -> Actor {
         tier: None,
         log_start: Offset::ZERO,
         tiered_end: Offset::ZERO,
+        committed_end: Offset::ZERO,
         lag_ms: u64::MAX,
         orders: mpsc::channel(1).0.downgrade(),
         tasks: Tasks::new(),

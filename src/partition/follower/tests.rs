@@ -169,7 +169,13 @@ fn a_replica_that_begins_anew_claims_again_from_there() {
     let mut follower = Follower::new(BrokerId(1), EPOCH, at(0), None);
     assert_eq!(follower.claim(&EpochHistory::new(), at(0)), Claim { last: None, end: at(0) });
     let begins = follower.answered(EPOCH, &Join::BeginAt(at(20)), at(25), &EpochHistory::new());
-    assert_eq!((begins, follower.high_watermark()), (Ok(Act::Begin(at(20))), at(20)));
+    assert_eq!(
+        (begins, follower.high_watermark()),
+        (Ok(Act::Begin(at(20))), at(0)),
+        "what it still has may be another's"
+    );
+    follower.begun(at(20));
+    assert_eq!(follower.high_watermark(), at(20));
     follower.claim(&history(&[(3, 12)]), at(20));
     let follows = follower.answered(EPOCH, &Join::At(at(20)), at(25), &history(&[(3, 12)]));
     assert_eq!((follows, follower.is_following()), (Ok(Act::Follow(at(20))), true));
@@ -236,6 +242,7 @@ proptest! {
                     prop_assert!(committed <= to);
                     // What is before is elsewhere, and of some epoch.
                     log = vec![1; usize::try_from(to.get()).unwrap()];
+                    follower.begun(to);
                 }
                 Ok(Act::Append) => {
                     prop_assert_eq!(epoch, EPOCH.0);

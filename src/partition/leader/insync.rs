@@ -113,7 +113,8 @@ pub struct InSync {
     over: bool,
     own: Ends,
     members: BTreeMap<BrokerId, Member>,
-    /// First uncommitted offset. Never falls, and is never above any end that a member of the maximal ISR acknowledged when it moved.
+    /// First uncommitted offset. Never falls. It moves to no end that a member of the maximal ISR has not acknowledged; or to where the
+    /// metadata shows that a leader before had come.
     high_watermark: Offset,
 }
 

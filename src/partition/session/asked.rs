@@ -71,10 +71,11 @@ pub(super) struct Leave {
 }
 
 impl Asked {
-    /// The partition follows on this link from now on.
+    /// The partition follows on this link from now on, and what it joined before counts no more: the leader may be the same and its
+    /// epoch another.
     pub fn follow(&self, partition: PartitionId) {
         self.change(partition, |entry, _| {
-            entry.follows = true;
+            (entry.follows, entry.joined, entry.todo.join) = (true, None, None);
             entry.todo.up = true;
         });
         self.followed.notify_one();

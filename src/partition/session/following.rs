@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
-    sync::Arc,
+    sync::{Arc, Weak},
     time::Duration,
 };
 
@@ -69,12 +69,15 @@ where
 
 /// One partition on this link.
 struct Slot {
-    partition: Arc<Partition>,
+    id: PartitionId,
+    /// It may have been deleted since.
+    partition: Weak<Partition>,
     place: Option<Place>,
 }
 
 /// How it is joined.
 struct Place {
+    partition: Arc<Partition>,
     number: u32,
     ticket: Ticket,
     join: JoinFrame,
@@ -202,7 +205,7 @@ impl Following<'_> {
     fn join(&mut self, ticket: Ticket, join: JoinFrame) {
         let id = join.partition;
         self.end_place(id);
-        let Some(index) = self.slot(id) else {
+        let Some((index, partition)) = self.slot(id) else {
             // It is being opened, or closed.
             self.asked.give_up(id, ticket);
             return self.wait(id);
@@ -210,22 +213,23 @@ impl Following<'_> {
         let number = self.next_place;
         self.next_place = self.next_place.wrapping_add(1);
         self.places.insert(number, index);
-        self.slots[index].place = Some(Place { number, ticket, join, joined: false, told: None });
+        self.slots[index].place = Some(Place { partition, number, ticket, join, joined: false, told: None });
         self.messages.push_back(frames::join(number, &join));
     }
 
     /// The slot of a partition as it is open now.
-    fn slot(&mut self, id: PartitionId) -> Option<usize> {
+    fn slot(&mut self, id: PartitionId) -> Option<(usize, Arc<Partition>)> {
         let partition = (self.find)(id)?;
         let index = *self.slot_of.entry(id).or_insert(self.slots.len());
         if index == self.slots.len() {
-            partition.follow(&self.ready, index, On::Progress);
-            self.slots.push(Slot { partition, place: None });
-        } else if !Arc::ptr_eq(&self.slots[index].partition, &partition) {
-            partition.follow(&self.ready, index, On::Progress);
-            self.slots[index].partition = partition;
+            self.slots.push(Slot { id, partition: Weak::new(), place: None });
         }
-        Some(index)
+        let (slot, weak) = (&mut self.slots[index], Arc::downgrade(&partition));
+        if !Weak::ptr_eq(&slot.partition, &weak) {
+            slot.partition = weak;
+            partition.follow(&self.ready, index, On::Progress);
+        }
+        Some((index, partition))
     }
 
     fn end_place(&mut self, id: PartitionId) -> Option<Place> {
@@ -237,10 +241,10 @@ impl Following<'_> {
 
     /// Something is wrong with a place: it ends, and the partition joins again a little later.
     fn fail(&mut self, index: usize, why: &dyn std::fmt::Display) {
-        let id = self.slots[index].partition.id();
+        let id = self.slots[index].id;
         let Some(place) = self.end_place(id) else { return };
         tracing::warn!(
-            partition = %id, epoch = %place.join.epoch, log_end = %self.slots[index].partition.ends().written, %why,
+            partition = %id, epoch = %place.join.epoch, log_end = %place.partition.ends().written, %why,
             "replication from the leader is interrupted; the partition joins again"
         );
         self.asked.give_up(id, place.ticket);
@@ -252,12 +256,12 @@ impl Following<'_> {
     fn gather_progress(&mut self) {
         let mut moved = Vec::new();
         while let Some(index) = self.ready.take() {
-            let Slot { partition, place: Some(place) } = &mut self.slots[index] else { continue };
+            let Some(place) = &mut self.slots[index].place else { continue };
             if !place.joined {
                 continue;
             }
             // Read while the join holds: whoever leaves, or joins again, changes its log only after that.
-            let ends = self.asked.while_joined(partition, place.ticket, Partition::ends);
+            let ends = self.asked.while_joined(&place.partition, place.ticket, Partition::ends);
             if let Some(ends) = ends.filter(|ends| place.told != Some(*ends)) {
                 place.told = Some(ends);
                 moved.push((place.number, ends));
@@ -292,8 +296,8 @@ impl Following<'_> {
     }
 
     fn answered(&mut self, index: usize, answered: Answered) {
-        let Slot { partition, place: Some(place) } = &mut self.slots[index] else { return };
-        let id = partition.id();
+        let Slot { id, place: Some(place), .. } = &mut self.slots[index] else { return };
+        let id = *id;
         match &answered.join {
             Joined::Refused(why) if place.joined => {
                 let why = why.clone();
@@ -310,8 +314,9 @@ impl Following<'_> {
             }
             _ => {}
         }
-        let (ticket, over) = (place.ticket, !place.joined);
-        let handed = self.asked.while_joined(partition, ticket, |to| to.from_link(FromLink::Answer(answered)));
+        let over = !place.joined;
+        let answer = FromLink::Answer(answered);
+        let handed = self.asked.while_joined(&place.partition, place.ticket, |to| to.from_link(answer));
         if let Some(Err(overrun)) = handed {
             return self.fail(index, &overrun);
         }
@@ -321,7 +326,7 @@ impl Following<'_> {
     }
 
     fn take(&mut self, index: usize, piece: v1::Piece) -> Result<(), Untaken> {
-        let Slot { partition, place: Some(place) } = &mut self.slots[index] else { return Ok(()) };
+        let Some(place) = &mut self.slots[index].place else { return Ok(()) };
         if !place.joined {
             return Err(Untaken::Early);
         }
@@ -330,7 +335,7 @@ impl Following<'_> {
             return Err(Untaken::Epoch { got: epoch, joined: place.join.epoch });
         }
         let pieces = FromLink::Pieces { epoch, high_watermark, batches };
-        self.asked.while_joined(partition, place.ticket, |to| to.from_link(pieces)).transpose()?;
+        self.asked.while_joined(&place.partition, place.ticket, |to| to.from_link(pieces)).transpose()?;
         Ok(())
     }
 }

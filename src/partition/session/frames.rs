@@ -5,7 +5,6 @@
 //! the link.
 
 use crate::{
-    log::EpochHistory,
     model::{LeaderEpoch, Offset, PartitionId},
     partition::{
         leader::{insync::Ends, join::Claim},
@@ -45,9 +44,6 @@ pub(super) enum BadFrame {
         /// Persisted ends.
         persisted: usize,
     },
-    /// The epochs of a beginning do not ascend, or do not lie below it.
-    #[error("the epochs of a beginning do not ascend to it")]
-    Epochs,
     /// Bytes that are no batches.
     #[error("the batches at offset {base} are malformed: {why}")]
     Batches {
@@ -207,17 +203,10 @@ fn answered(answer: v1::Answer) -> Result<Answered, BadFrame> {
 
 fn beginning(begin: v1::Begin) -> Result<Beginning, BadFrame> {
     let at = offset("the offset to begin at", begin.at)?;
-    let mut history = EpochHistory::new();
-    for start in &begin.epochs {
-        let first = offset("the start of an epoch", start.start)?;
-        if first >= at || !history.note(epoch("an epoch", start.epoch)?, first) {
-            return Err(BadFrame::Epochs);
-        }
-    }
-    if history.iter().len() != begin.epochs.len() {
-        return Err(BadFrame::Epochs);
-    }
-    Ok(Beginning { at, in_bucket: begin.in_bucket, epochs: history.iter().collect(), producers: begin.producers })
+    let start =
+        |start: &v1::EpochStart| Ok((epoch("an epoch", start.epoch)?, offset("the start of an epoch", start.start)?));
+    let epochs = begin.epochs.iter().map(start).collect::<Result<_, BadFrame>>()?;
+    Ok(Beginning { at, in_bucket: begin.in_bucket, epochs, producers: begin.producers })
 }
 
 impl TryFrom<v1::Piece> for Piece {
@@ -306,4 +295,75 @@ pub(super) fn refused(place: u32, epoch: LeaderEpoch, fault: Fault) -> v1::ToFol
 /// Pieces on the wire.
 pub(super) fn batches(pieces: Vec<v1::Piece>) -> v1::ToFollower {
     v1::ToFollower { is: Some(to_follower::Is::Batches(v1::Batches { pieces })) }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use prost::Message as _;
+
+    use super::*;
+
+    /// Numbers of which some cannot be.
+    fn numbers() -> impl Strategy<Value = i64> {
+        prop_oneof![-2..3i64, any::<i64>()]
+    }
+
+    fn epochs() -> impl Strategy<Value = i32> {
+        prop_oneof![-2..3i32, any::<i32>()]
+    }
+
+    fn answers() -> impl Strategy<Value = v1::Answer> {
+        let start = (epochs(), numbers()).prop_map(|(epoch, start)| v1::EpochStart { epoch, start });
+        let starts = prop::collection::vec(start, 0..4);
+        let is = prop_oneof![
+            numbers().prop_map(answer::Is::At),
+            (epochs(), numbers()).prop_map(|(epoch, end)| answer::Is::Diverged(v1::Diverged { epoch, end })),
+            (numbers(), starts, any::<bool>()).prop_map(|(at, epochs, in_bucket)| {
+                answer::Is::Begin(v1::Begin { at, epochs, producers: vec![1, 2].into(), in_bucket })
+            }),
+        ];
+        (any::<u32>(), epochs(), numbers(), prop::option::of(is)).prop_map(
+            |(place, leader_epoch, high_watermark, is)| v1::Answer { place, leader_epoch, high_watermark, is },
+        )
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_understood_is_written_again_as_it_came(answer in answers()) {
+            let message = v1::ToFollower { is: Some(to_follower::Is::Answer(answer)) };
+            let Ok(FromLeader::Answer { place, answered }) = message.clone().try_into() else { panic!("an answer") };
+            if let Ok(answered) = answered {
+                prop_assert_eq!(super::answer(place, answered), message);
+            }
+        }
+
+        #[test]
+        fn a_join_is_refused_or_written_again_as_it_came(
+            place: u32, partition in epochs(), leader_epoch in epochs(), last in prop::option::of(epochs()),
+            end in numbers(), persisted in numbers(), id in "[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}",
+        ) {
+            let message = v1::Join { place, topic_id: id, partition, leader_epoch, last_epoch: last, end, persisted };
+            let can_be = partition >= 0 && leader_epoch >= 0 && last.is_none_or(|last| last >= 0) && 0 <= persisted && persisted <= end;
+            let parsed = JoinFrame::try_from(message.clone());
+            prop_assert_eq!(parsed.is_ok(), can_be);
+            if let Ok(parsed) = parsed {
+                prop_assert_eq!(join(place, &parsed).is, Some(to_leader::Is::Join(message)));
+            }
+        }
+
+        #[test]
+        fn any_bytes_are_understood_or_refused(bytes: Vec<u8>) {
+            if let Ok(message) = v1::ToLeader::decode(&bytes[..]) {
+                let _ = FromFollower::try_from(message);
+            }
+            if let Ok(message) = v1::ToFollower::decode(&bytes[..])
+                && let Ok(FromLeader::Batches(pieces)) = message.try_into()
+            {
+                for piece in pieces {
+                    let _ = Piece::try_from(piece);
+                }
+            }
+        }
+    }
 }

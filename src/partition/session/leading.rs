@@ -3,7 +3,7 @@
 use std::{
     collections::{BTreeMap, VecDeque},
     pin::Pin,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError, Weak},
     time::Duration,
 };
 
@@ -113,7 +113,8 @@ where
 
 /// One partition that was ever joined on this link.
 struct Slot {
-    partition: Arc<Partition>,
+    /// It may have been deleted since.
+    partition: Weak<Partition>,
     /// The number by which the follower calls it now, and how it joined; from the join on, until it leaves.
     number: Option<u32>,
     place: Option<Place>,
@@ -135,6 +136,7 @@ struct Asks {
 
 /// A partition that is being sent.
 struct Place {
+    partition: Arc<Partition>,
     epoch: LeaderEpoch,
     tail: TailReader,
     window: Window,
@@ -154,7 +156,7 @@ struct Place {
 /// What became of something that a partition was told.
 enum Told {
     Noted,
-    Joined { number: u32, join: JoinFrame, answered: Answered },
+    Joined { partition: Arc<Partition>, number: u32, epoch: LeaderEpoch, answered: Answered },
 }
 
 type Asking = Pin<Box<dyn Future<Output = (usize, Told)> + Send>>;
@@ -282,9 +284,14 @@ impl Leading {
     }
 
     fn begin_read(&mut self, index: usize) {
-        let Slot { partition, number: Some(number), place: Some(place), .. } = &mut self.slots[index] else { return };
-        if let Err(fault) = leads(partition, place) {
-            return self.refuse(index, fault);
+        let Slot { number: Some(number), place: Some(place), .. } = &mut self.slots[index] else { return };
+        if place.reading {
+            // It was queued for a join before this one.
+            place.again = true;
+            return;
+        }
+        if let Err(error) = place.tail.leads() {
+            return self.refuse(index, unreadable(&error));
         }
         let from = place.window.sent();
         if place.tail.ends().0 <= from {
@@ -386,9 +393,7 @@ impl Leading {
             return Err(BadFrame::Number { field: "a place that is taken", value: number.into() }.into());
         }
         let Some(index) = self.slot(join.partition) else {
-            let message = format!("this broker has no replica of partition {} open", join.partition);
-            let fault = Fault::new(Reason::NotLeader, message);
-            self.answers.push_back(frames::refused(number, join.epoch, fault));
+            self.answers.push_back(frames::refused(number, join.epoch, not_here(join.partition)));
             return Ok(());
         };
         self.end_place(index);
@@ -404,22 +409,24 @@ impl Leading {
     fn slot(&mut self, id: PartitionId) -> Option<usize> {
         let partition = (self.led.find)(id)?;
         let index = match self.slot_of.get(&id).copied() {
-            Some(index) if Arc::ptr_eq(&self.slots[index].partition, &partition) => return Some(index),
+            Some(index) if Weak::ptr_eq(&self.slots[index].partition, &Arc::downgrade(&partition)) => {
+                return Some(index);
+            }
             Some(index) => {
                 self.end_place(index);
                 let slot = &mut self.slots[index];
-                (slot.partition, slot.asks) = (partition, Asks::default());
+                (slot.partition, slot.asks) = (Arc::downgrade(&partition), Asks::default());
                 index
             }
             None => {
-                let (index, asks) = (self.slots.len(), Asks::default());
+                let (index, partition, asks) = (self.slots.len(), Arc::downgrade(&partition), Asks::default());
                 self.slot_of.insert(id, index);
                 self.slots.push(Slot { partition, number: None, place: None, asks, asking: false, stops: false });
                 index
             }
         };
-        self.slots[index].partition.follow(&self.written, index, On::Written);
-        self.slots[index].partition.follow(&self.committed, index, On::Committed);
+        partition.follow(&self.written, index, On::Written);
+        partition.follow(&self.committed, index, On::Committed);
         Some(index)
     }
 
@@ -435,7 +442,7 @@ impl Leading {
 
     fn acknowledged(&mut self, number: u32, ends: Ends) {
         let Some(index) = self.places.get(&number).copied() else { return };
-        let Slot { partition, place: Some(place), .. } = &mut self.slots[index] else { return };
+        let Slot { place: Some(place), .. } = &mut self.slots[index] else { return };
         let freed = match place.window.acknowledge(ends.written) {
             Ok(freed) => freed,
             Err(never) => {
@@ -443,7 +450,7 @@ impl Leading {
                 return self.refuse(index, fault);
             }
         };
-        partition.acknowledged(self.led.peer, place.epoch, ends);
+        place.partition.acknowledged(self.led.peer, place.epoch, ends);
         if std::mem::take(&mut place.blocked) {
             self.written.mark(index);
         }
@@ -462,7 +469,7 @@ impl Leading {
     fn refuse(&mut self, index: usize, fault: Fault) {
         let slot = &mut self.slots[index];
         let (Some(number), Some(place)) = (slot.number, &slot.place) else { return };
-        tracing::debug!(partition = %slot.partition.id(), follower = %self.led.peer.broker, why = %fault, "a place ends");
+        tracing::debug!(partition = %place.partition.id(), follower = %self.led.peer.broker, why = %fault, "a place ends");
         self.answers.push_back(frames::refused(number, place.epoch, fault));
         slot.asks.left = Some(Departure::LinkLost);
         self.end_place(index);
@@ -486,7 +493,13 @@ impl Leading {
         if slot.asking {
             return;
         }
-        let (partition, peer) = (Arc::clone(&slot.partition), self.led.peer);
+        let Some(partition) = slot.partition.upgrade() else {
+            if let Some((number, join)) = std::mem::take(&mut slot.asks).join {
+                self.answers.push_back(frames::refused(number, join.epoch, not_here(join.partition)));
+            }
+            return self.end_place(index);
+        };
+        let peer = self.led.peer;
         let asking: Asking = if let Some(known) = slot.asks.deposed.take() {
             Box::pin(async move {
                 partition.deposed(known).await;
@@ -500,7 +513,7 @@ impl Leading {
         } else if let Some((number, join)) = slot.asks.join.take() {
             Box::pin(async move {
                 let answered = partition.join(peer, join.epoch, join.claim, join.ends).await;
-                (index, Told::Joined { number, join, answered })
+                (index, Told::Joined { partition, number, epoch: join.epoch, answered })
             })
         } else {
             return;
@@ -513,20 +526,31 @@ impl Leading {
     fn told(&mut self, index: usize, told: Told) {
         let slot = &mut self.slots[index];
         slot.asking = false;
-        if let Told::Joined { number, join, answered } = told {
+        if let Told::Joined { partition, number, epoch, answered } = told {
             if slot.number != Some(number) {
                 // It left meanwhile, or joined anew: what this join began is to end first.
                 slot.asks.left = slot.asks.left.or(Some(Departure::LinkLost));
             } else {
-                if let Joined::At(at) = answered.join {
-                    // Another epoch may have begun since the answer: then the first turn ends the place.
-                    slot.place = Some(Place::new(join.epoch, slot.partition.tail(), at, answered.high_watermark));
-                    self.written.mark(index);
-                    self.committed.mark(index);
-                } else {
-                    self.end_place(index);
+                let tail = partition.tail();
+                match answered.join {
+                    // Else another epoch has begun since: the first batches would be that one's.
+                    Joined::At(at) if tail.epoch() == epoch => {
+                        slot.place = Some(Place::new(partition, tail, at, answered.high_watermark));
+                        self.written.mark(index);
+                        self.committed.mark(index);
+                        self.answers.push_back(frames::answer(number, answered));
+                    }
+                    Joined::At(_) => {
+                        slot.asks.left = Some(Departure::LinkLost);
+                        self.end_place(index);
+                        let fault = unreadable(&ReadError::Closed);
+                        self.answers.push_back(frames::refused(number, epoch, fault));
+                    }
+                    _ => {
+                        self.end_place(index);
+                        self.answers.push_back(frames::answer(number, answered));
+                    }
                 }
-                self.answers.push_back(frames::answer(number, answered));
             }
         }
         self.ask(index);
@@ -537,15 +561,15 @@ impl Leading {
         self.asking.clear();
         let peer = self.led.peer;
         let followed = |slot: &Slot| slot.number.is_some() || slot.asking || slot.asks.left.is_some();
-        let departures = self.slots.iter_mut().filter(|slot| followed(slot)).map(|slot| {
-            let (partition, deposed) = (Arc::clone(&slot.partition), slot.asks.deposed.take());
+        let departures = self.slots.iter_mut().filter(|slot| followed(slot)).filter_map(|slot| {
+            let (partition, deposed) = (slot.partition.upgrade()?, slot.asks.deposed.take());
             let why = if slot.stops { Departure::Stopping } else { Departure::LinkLost };
-            async move {
+            Some(async move {
                 if let Some(known) = deposed {
                     partition.deposed(known).await;
                 }
                 partition.left(peer, why).await;
-            }
+            })
         });
         let told = stream::iter(departures).for_each_concurrent(DEPARTURES, |departure| departure);
         if tokio::time::timeout(DEPARTURE_WAIT, told).await.is_err() {
@@ -555,9 +579,10 @@ impl Leading {
 }
 
 impl Place {
-    fn new(epoch: LeaderEpoch, tail: TailReader, at: Offset, told: Offset) -> Self {
+    fn new(partition: Arc<Partition>, tail: TailReader, at: Offset, told: Offset) -> Self {
         Self {
-            epoch,
+            partition,
+            epoch: tail.epoch(),
             tail,
             window: Window::new(at),
             told,
@@ -570,17 +595,11 @@ impl Place {
     }
 }
 
-/// Whether the place's partition is led here in the epoch in which it was joined. A reader of the tail that is of that epoch looks
-/// at the same before and after each read.
-fn leads(partition: &Partition, place: &Place) -> Result<(), Fault> {
-    let standing = partition.standing();
-    if standing.role.leads() && standing.epoch == place.epoch && place.tail.epoch() == place.epoch {
-        return Ok(());
-    }
-    let message = format!("this broker does not lead partition {} in epoch {} any more", partition.id(), place.epoch);
-    Err(Fault::new(Reason::NotLeader, message))
+fn not_here(partition: PartitionId) -> Fault {
+    Fault::new(Reason::NotLeader, format!("this broker has no replica of partition {partition} open"))
 }
 
+/// What a follower is told of a read that failed.
 fn unreadable(error: &ReadError) -> Fault {
     let reason = match error {
         ReadError::OutOfRange { .. } => Reason::OffsetOutOfRange,
@@ -588,7 +607,11 @@ fn unreadable(error: &ReadError) -> Fault {
         ReadError::Damaged { .. } => Reason::DataDamaged,
         ReadError::Disk { .. } | ReadError::ObjectStore { .. } => Reason::StorageFailed,
     };
-    Fault::new(reason, error.to_string())
+    let message = match error {
+        ReadError::Closed => "this broker does not lead in that epoch any more".to_owned(),
+        other => other.to_string(),
+    };
+    Fault::new(reason, message)
 }
 
 async fn until(moment: Option<Instant>) {

@@ -1,0 +1,270 @@
+//! The cluster's description, and an operator's orders: the requests' shapes over `cluster::Orders`.
+//!
+//! An order is answered when it is written down and this broker sees it, so that a question which follows at once finds it.
+
+use std::time::Duration;
+
+use super::{Broker, admin::name, describe::numbers, faults::invalid, figures::Told};
+use crate::{
+    cluster::{self, BrokerValue, ElectError, Held, Known, Ordered, PartitionEntry, Revision, successor},
+    model::{BrokerId, Offset, PartitionId, TopicName},
+    proto::{
+        fault::{Fault, Reason},
+        v1,
+    },
+    task::clock,
+};
+
+/// How long an answer waits until this broker sees what was written. It goes out after that all the same: it is written.
+const SEEN: Duration = Duration::from_secs(5);
+
+impl Broker {
+    pub(super) async fn describe_cluster(&self) -> v1::DescribeClusterResponse {
+        let alive = self.view.state().brokers().keys().copied().collect();
+        let mut figures = self.ask_figures(alive).await;
+        let (state, census) = (self.view.state(), self.orders.census());
+        let brokers = census.brokers.iter().map(|(id, carried)| {
+            let draining = state.drains().get(id).map(|known| known.value.since_ms);
+            let mut broker = v1::BrokerState {
+                id: id.0,
+                draining_since_ms: draining,
+                leaders: carried.leaders,
+                replicas: carried.replicas,
+                in_sync: carried.in_sync,
+                ..Default::default()
+            };
+            if let Some(known) = state.brokers().get(id) {
+                registered(&mut broker, known);
+                match figures.remove(id) {
+                    Some(Ok(figures)) => broker.figures = Some(figures),
+                    Some(Err(fault)) => broker.unanswered = Some(fault.into()),
+                    None => {}
+                }
+            }
+            broker
+        });
+        let unreadable = self.orders.unreadable().into_iter();
+        v1::DescribeClusterResponse {
+            brokers: brokers.collect(),
+            cluster: self.settings.cluster.clone(),
+            controller: state.controller().map(|id| id.0),
+            topics: census.topics,
+            partitions: census.partitions,
+            leaderless: census.leaderless,
+            under_replicated: census.under_replicated,
+            below_minimum: census.below_minimum,
+            moving: census.moving,
+            unreadable: unreadable.map(|(key, why)| v1::UnreadableKey { key, why }).collect(),
+        }
+    }
+
+    pub(super) async fn drain_broker(&self, broker: u32) -> Result<v1::DrainBrokerResponse, Fault> {
+        let drained = self.orders.drain(BrokerId(broker), clock::wall_ms()).await?;
+        let count = |many: usize| u32::try_from(many).unwrap_or(u32::MAX);
+        Ok(v1::DrainBrokerResponse {
+            changed: drained.changed,
+            since_ms: drained.since_ms,
+            leaders: count(drained.leaders),
+            replicas: count(drained.replicas),
+            stuck: drained.stuck.iter().map(|id| self.named(*id)).collect(),
+            takers: count(drained.takers),
+        })
+    }
+
+    pub(super) async fn restore_broker(&self, broker: u32) -> Result<v1::RestoreBrokerResponse, Fault> {
+        Ok(v1::RestoreBrokerResponse { changed: self.orders.restore(BrokerId(broker)).await? })
+    }
+
+    pub(super) async fn reassign(&self, request: v1::ReassignRequest) -> Result<v1::ReassignResponse, Fault> {
+        let (topic, partition) = (name(&request.topic)?, number(request.partition)?);
+        if request.replicas.is_empty() {
+            return Err(invalid("no brokers are named: name as many as the topic's replication factor"));
+        }
+        let replicas: Vec<BrokerId> = request.replicas.iter().copied().map(BrokerId).collect();
+        let ordered = self.orders.reassign(&topic, partition, &replicas).await?;
+        Ok(v1::ReassignResponse { partitions: self.reassignments(&ordered).await })
+    }
+
+    pub(super) fn list_reassignments(
+        &self,
+        request: &v1::ListReassignmentsRequest,
+    ) -> Result<v1::ListReassignmentsResponse, Fault> {
+        let (topic, partition) = filter(&request.topic, request.partition)?;
+        let moving = self.orders.moving(topic.as_ref(), partition)?;
+        Ok(v1::ListReassignmentsResponse { partitions: moving.iter().map(|one| self.reassignment(one)).collect() })
+    }
+
+    pub(super) async fn cancel_reassignment(
+        &self,
+        request: &v1::CancelReassignmentRequest,
+    ) -> Result<v1::CancelReassignmentResponse, Fault> {
+        let (topic, partition) = filter(&request.topic, request.partition)?;
+        let ordered = self.orders.cancel(topic.as_ref(), partition).await?;
+        Ok(v1::CancelReassignmentResponse { partitions: self.reassignments(&ordered).await })
+    }
+
+    pub(super) async fn elect_leader(&self, request: v1::ElectLeaderRequest) -> Result<v1::ElectLeaderResponse, Fault> {
+        let topic = name(&request.topic)?;
+        let partition = number(Some(request.partition))?.unwrap_or_default();
+        if request.unclean {
+            return self.elect_unclean(&topic, partition, &request).await;
+        }
+        if request.validate_only || request.to.is_some() || request.revision.is_some() {
+            return Err(invalid("validate_only, to and revision go with unclean only"));
+        }
+        let ordered = self.orders.elect(&topic, partition).await?;
+        self.seen(std::slice::from_ref(&ordered)).await;
+        Ok(elected(&ordered))
+    }
+
+    async fn elect_unclean(
+        &self,
+        topic: &TopicName,
+        partition: u32,
+        request: &v1::ElectLeaderRequest,
+    ) -> Result<v1::ElectLeaderResponse, Fault> {
+        let expect = request.revision.map(Revision);
+        if let (Some(to), Some(_)) = (request.to, expect) {
+            let ordered = self.orders.elect_unclean(topic, partition, BrokerId(to), expect).await?;
+            self.seen(std::slice::from_ref(&ordered)).await;
+            return Ok(elected(&ordered));
+        }
+        if request.to.is_some() || expect.is_some() {
+            return Err(invalid("to and revision go together: both are in the answer to validate_only"));
+        }
+        let found = self.orders.forsaken(topic, partition)?;
+        let (held, told) = self.ask_replicas(&found).await;
+        let tiered_end = self.view.partition(found.id).as_ref().map_or(Offset::ZERO, bucket_end);
+        let Some(best) = successor(&found.value.replicas, &told, tiered_end) else {
+            let partition = format!("{topic}/{partition}");
+            return Err(ElectError::Silent { partition, replicas: found.value.replicas }.into());
+        };
+        let mut answer = elected(&found);
+        if request.validate_only {
+            answer.leader = best.broker.0;
+        } else {
+            let ordered = self.orders.elect_unclean(topic, partition, best.broker, Some(found.revision)).await?;
+            self.seen(std::slice::from_ref(&ordered)).await;
+            answer = elected(&ordered);
+        }
+        if let Some(loss) = best.loss {
+            (answer.lost_from, answer.lost_to) = (loss.from.as_i64(), loss.to.as_i64());
+        }
+        Ok(v1::ElectLeaderResponse { held, ..answer })
+    }
+
+    /// What a partition's replicas say that they hold: for the answer, and those that did answer.
+    async fn ask_replicas(&self, found: &Ordered) -> (Vec<v1::ReplicaState>, Vec<Held>) {
+        let (id, value) = (found.id, &found.value);
+        let state = self.view.state();
+        let alive = value.replicas.iter().filter(|id| state.brokers().contains_key(id));
+        let wanted = alive.map(|broker| (*broker, vec![id])).collect();
+        drop(state);
+        let mut answers = self.ask_marks(wanted).await;
+        let mut held = Vec::new();
+        let replicas = value.replicas.iter().map(|broker| {
+            let mut replica = v1::ReplicaState {
+                broker: broker.0,
+                in_sync: value.isr.contains(broker),
+                eligible: value.elr.contains(broker),
+                ..Default::default()
+            };
+            match answers.remove(broker).unwrap_or_else(|| Err(gone(*broker))).map(|mut told| told.remove(&id)) {
+                Ok(Some(Told { marks, last_epoch, .. })) => {
+                    replica.high_watermark = marks.high_watermark.as_i64();
+                    replica.log_end = marks.log_end.as_i64();
+                    replica.last_epoch = last_epoch.map(|epoch| epoch.as_i32());
+                    let (broker, log_end, high_watermark) = (*broker, marks.log_end, marks.high_watermark);
+                    held.push(Held { broker, last_epoch, log_end, high_watermark });
+                }
+                Ok(None) => replica.unanswered = Some(without(*broker).into()),
+                Err(fault) => replica.unanswered = Some(fault.into()),
+            }
+            replica
+        });
+        (replicas.collect(), held)
+    }
+
+    async fn reassignments(&self, ordered: &[Ordered]) -> Vec<v1::Reassignment> {
+        self.seen(ordered).await;
+        ordered.iter().map(|one| self.reassignment(one)).collect()
+    }
+
+    fn reassignment(&self, ordered: &Ordered) -> v1::Reassignment {
+        let value = &ordered.value;
+        let target: Vec<BrokerId> = value.replicas.iter().copied().filter(|id| !value.removing.contains(id)).collect();
+        v1::Reassignment {
+            partition: Some(self.named(ordered.id)),
+            replicas: numbers(&target),
+            adding: numbers(&value.adding),
+            removing: numbers(&value.removing),
+            isr: numbers(&value.isr),
+            leader: value.leader.map(|leader| leader.0),
+            changed: ordered.changed,
+        }
+    }
+
+    /// A partition by its topic's name; by its id where the topic has gone meanwhile.
+    fn named(&self, id: PartitionId) -> v1::PartitionName {
+        let state = self.view.state();
+        let topic = state.name(id.topic).map_or_else(|| id.topic.to_string(), ToString::to_string);
+        v1::PartitionName { topic, partition: id.number.cast_signed() }
+    }
+
+    /// Waits until this broker sees what was written.
+    async fn seen(&self, ordered: &[Ordered]) {
+        let _late = tokio::time::timeout(SEEN, self.orders.seen(ordered)).await;
+    }
+}
+
+/// What a registered broker says in its registration.
+fn registered(broker: &mut v1::BrokerState, known: &Known<BrokerValue>) {
+    let value = &known.value;
+    broker.alive = true;
+    broker.address.clone_from(&value.addresses.grpc);
+    broker.http_address = value.addresses.http.clone().unwrap_or_default();
+    broker.rack = value.rack.clone().unwrap_or_default();
+    broker.broker_epoch = known.create_revision.0;
+    broker.version.clone_from(&value.version);
+    broker.stopping = value.state == cluster::BrokerState::Stopping;
+}
+
+fn elected(ordered: &Ordered) -> v1::ElectLeaderResponse {
+    v1::ElectLeaderResponse {
+        leader: ordered.value.leader.map(|leader| leader.0).unwrap_or_default(),
+        leader_epoch: ordered.value.leader_epoch.as_i32(),
+        changed: ordered.changed,
+        revision: ordered.revision.0,
+        ..Default::default()
+    }
+}
+
+fn bucket_end(entry: &PartitionEntry) -> Offset {
+    entry.tier.as_ref().map_or(Offset::ZERO, |known| known.value.bucket_end())
+}
+
+fn gone(broker: BrokerId) -> Fault {
+    Fault::new(Reason::NotReady, format!("broker {broker} is not alive"))
+}
+
+fn without(broker: BrokerId) -> Fault {
+    let message = format!("broker {broker} does not have its replica open");
+    Fault::new(Reason::NotReady, message)
+}
+
+fn number(partition: Option<i32>) -> Result<Option<u32>, Fault> {
+    let Some(number) = partition else { return Ok(None) };
+    u32::try_from(number).map(Some).map_err(|_| invalid(format!("partition {number} is negative")))
+}
+
+/// Which partitions a request is about: none, a topic's, or one.
+fn filter(topic: &str, partition: Option<i32>) -> Result<(Option<TopicName>, Option<u32>), Fault> {
+    let partition = number(partition)?;
+    if topic.is_empty() {
+        return match partition {
+            None => Ok((None, None)),
+            Some(number) => Err(invalid(format!("partition {number} of which topic? name it"))),
+        };
+    }
+    Ok((Some(name(topic)?), partition))
+}

@@ -1,0 +1,134 @@
+//! A topic as its partitions' leaders see it.
+//!
+//! Who holds a partition is in the metadata; how far its log is, only its leader knows. A leader that does not answer leaves its
+//! partitions' marks unknown, and the description says so.
+
+use std::collections::BTreeMap;
+
+use super::{
+    Broker,
+    admin::{name, summary, texts},
+    figures::{Answer, Told},
+    hosted::Holding,
+};
+use crate::{
+    cluster::{PartitionEntry, PartitionValue, TopicValue, ViewState},
+    model::{BrokerId, Offset, PartitionId, TopicConfig, Watermarks},
+    proto::{
+        fault::{Fault, Reason},
+        v1,
+    },
+};
+
+impl Broker {
+    pub(super) async fn describe_topic(&self, topic: &str) -> Result<v1::DescribeTopicResponse, Fault> {
+        let name = name(topic)?;
+        let state = self.view.state();
+        let Some(known) = state.topic(&name).cloned() else { return Err(self.topics.unknown(topic).into()) };
+        let (leaders, entries) = leaders(&state, &known.value);
+        drop(state);
+        let answers = self.ask_marks(leaders).await;
+        let partitions = entries.into_iter().map(|(number, entry)| {
+            let id = PartitionId::new(known.value.id, number);
+            let mut state = assigned(number, entry.partition.as_ref().map(|known| &known.value));
+            match self.told(id, &entry, &answers) {
+                Ok(told) => marked(&mut state, &told),
+                Err(fault) => {
+                    let tier = entry.tier.as_ref().map(|known| &known.value);
+                    state.log_start = tier.map_or(Offset::ZERO, |tier| tier.log_start).as_i64();
+                    state.tiered_end = tier.map_or(Offset::ZERO, |tier| tier.bucket_end()).as_i64();
+                    state.unanswered = Some(fault.into());
+                }
+            }
+            if let Some(why) = self.unusable(id) {
+                state.fault = Some(Fault::new(Reason::StorageFailed, why).into());
+            }
+            state
+        });
+        Ok(v1::DescribeTopicResponse {
+            partitions: partitions.collect(),
+            topic: Some(summary(&name, &known.value)),
+            effective_config: texts(TopicConfig::texts(&self.settings.topic_defaults, &known.value.config)),
+        })
+    }
+
+    /// What a partition's leader said of it.
+    fn told(
+        &self,
+        id: PartitionId,
+        entry: &PartitionEntry,
+        answers: &BTreeMap<BrokerId, Answer>,
+    ) -> Result<Told, Fault> {
+        let leader = entry.partition.as_ref().and_then(|known| known.value.leader);
+        let Some(leader) = leader else {
+            return Err(Fault::new(Reason::NoLeader, format!("nobody leads partition {} at the moment", id.number)));
+        };
+        match answers.get(&leader) {
+            Some(Ok(told)) => told.get(&id).cloned().ok_or_else(|| {
+                let message = format!("broker {leader} does not serve partition {} at the moment", id.number);
+                Fault::new(Reason::NotReady, message)
+            }),
+            Some(Err(fault)) => Err(fault.clone()),
+            None => Err(Fault::new(Reason::NotReady, format!("broker {leader} was not asked"))),
+        }
+    }
+
+    /// Why the replica here cannot be used.
+    fn unusable(&self, id: PartitionId) -> Option<String> {
+        match &*self.hosted.held(id)? {
+            Holding::Unusable(why) => Some(why.as_ref().to_owned()),
+            Holding::Open(_) | Holding::Elsewhere => None,
+        }
+    }
+}
+
+/// Whom to ask for which partitions of a topic, and what the metadata says of them.
+fn leaders(
+    state: &ViewState,
+    topic: &TopicValue,
+) -> (BTreeMap<BrokerId, Vec<PartitionId>>, Vec<(u32, PartitionEntry)>) {
+    let entries: Vec<(u32, PartitionEntry)> = state.partitions_of(topic).collect();
+    let mut leaders: BTreeMap<BrokerId, Vec<PartitionId>> = BTreeMap::new();
+    for (number, entry) in &entries {
+        if let Some(leader) = entry.partition.as_ref().and_then(|known| known.value.leader) {
+            leaders.entry(leader).or_default().push(PartitionId::new(topic.id, *number));
+        }
+    }
+    (leaders, entries)
+}
+
+/// What the metadata says of a partition.
+fn assigned(number: u32, value: Option<&PartitionValue>) -> v1::PartitionState {
+    let mut state =
+        v1::PartitionState { partition: number.cast_signed(), leader_epoch: -1, ..v1::PartitionState::default() };
+    if let Some(value) = value {
+        state.leader = value.leader.map(|leader| leader.0);
+        state.leader_epoch = value.leader_epoch.as_i32();
+        state.replicas = numbers(&value.replicas);
+        state.isr = numbers(&value.isr);
+        state.elr = numbers(&value.elr);
+        state.adding = numbers(&value.adding);
+        state.removing = numbers(&value.removing);
+        state.unclean_epoch = value.unclean.map(|epoch| epoch.as_i32());
+    }
+    state
+}
+
+/// What its leader says of it.
+fn marked(state: &mut v1::PartitionState, told: &Told) {
+    let Watermarks { log_start, local_start, tiered_end, high_watermark, persisted_end, log_end } = told.marks;
+    state.log_start = log_start.as_i64();
+    state.local_start = local_start.as_i64();
+    state.tiered_end = tiered_end.as_i64();
+    state.high_watermark = high_watermark.as_i64();
+    state.persisted_end = persisted_end.as_i64();
+    state.log_end = log_end.as_i64();
+    state.local_bytes = told.local_bytes;
+    state.tiered_bytes = told.tiered_bytes;
+    state.fault = told.failed.as_ref().map(|why| Fault::new(Reason::StorageFailed, why.as_str()).into());
+}
+
+/// Brokers as they travel.
+pub(super) fn numbers(ids: &[BrokerId]) -> Vec<u32> {
+    ids.iter().map(|id| id.0).collect()
+}

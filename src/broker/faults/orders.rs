@@ -1,0 +1,99 @@
+//! What an operator's orders are refused with.
+
+use crate::{
+    cluster::{CancelError, DrainError, ElectError, ReassignError, UnknownBrokers, UnknownPartition, WriteError},
+    model::BrokerId,
+    proto::fault::{Fault, Reason},
+};
+
+fn list(ids: &[BrokerId]) -> String {
+    ids.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
+}
+
+impl From<UnknownBrokers> for Fault {
+    fn from(error: UnknownBrokers) -> Self {
+        let message = error.to_string();
+        Self::new(Reason::UnknownBroker, message).with("brokers", list(&error.ids)).with("known", list(&error.known))
+    }
+}
+
+impl From<UnknownPartition> for Fault {
+    fn from(error: UnknownPartition) -> Self {
+        Self::new(Reason::UnknownPartition, error.to_string())
+            .with("topic", error.topic)
+            .with("partition", error.number)
+            .with("partitions", error.count)
+    }
+}
+
+impl From<WriteError> for Fault {
+    fn from(error: WriteError) -> Self {
+        let message = error.to_string();
+        match error {
+            WriteError::Unreadable { .. } => Self::new(Reason::NotPossible, message),
+            WriteError::Conflict { .. } => Self::new(Reason::Conflict, message),
+            WriteError::Store { .. } => Self::new(Reason::MetadataUnavailable, message),
+        }
+    }
+}
+
+impl From<DrainError> for Fault {
+    fn from(error: DrainError) -> Self {
+        match error {
+            DrainError::Unknown(unknown) => unknown.into(),
+            DrainError::Store(error) => error.into(),
+        }
+    }
+}
+
+impl From<ReassignError> for Fault {
+    fn from(error: ReassignError) -> Self {
+        let message = error.to_string();
+        match error {
+            ReassignError::Topic(unknown) => unknown.into(),
+            ReassignError::Partition(unknown) => unknown.into(),
+            ReassignError::Brokers(unknown) => unknown.into(),
+            ReassignError::Repeated { id } => Self::new(Reason::InvalidRequest, message).with("broker", id),
+            ReassignError::Factor { factor, asked, .. } => {
+                Self::new(Reason::InvalidRequest, message).with("replication_factor", factor).with("brokers", asked)
+            }
+            ReassignError::Gone { ids, .. } | ReassignError::Draining { ids } => {
+                Self::new(Reason::NotPossible, message).with("brokers", list(&ids))
+            }
+            ReassignError::Write(error) => error.into(),
+        }
+    }
+}
+
+impl From<CancelError> for Fault {
+    fn from(error: CancelError) -> Self {
+        let message = error.to_string();
+        match error {
+            CancelError::Topic(unknown) => unknown.into(),
+            CancelError::Partition(unknown) => unknown.into(),
+            CancelError::Nothing { .. } => Self::new(Reason::NoReassignment, message),
+            CancelError::OnlyNew { .. } => Self::new(Reason::NotPossible, message),
+            CancelError::Write(error) => error.into(),
+        }
+    }
+}
+
+impl From<ElectError> for Fault {
+    fn from(error: ElectError) -> Self {
+        let message = error.to_string();
+        match error {
+            ElectError::Topic(unknown) => unknown.into(),
+            ElectError::Partition(unknown) => unknown.into(),
+            ElectError::Unfit { .. }
+            | ElectError::Led { .. }
+            | ElectError::Clean { .. }
+            | ElectError::NoReplica { .. } => Self::new(Reason::NotPossible, message),
+            ElectError::Nobody { waited, .. } => Self::new(Reason::NoLeader, message).with("waited_for", list(&waited)),
+            ElectError::Silent { replicas, .. } => {
+                Self::new(Reason::NoLeader, message).with("waited_for", list(&replicas))
+            }
+            ElectError::Changed { .. } => Self::new(Reason::Conflict, message),
+            ElectError::Write(error) => error.into(),
+        }
+    }
+}

@@ -1,0 +1,201 @@
+//! `strandline broker`: run a broker from a configuration file; drain and restore one.
+
+use std::{path::PathBuf, process::ExitCode};
+
+use clap::{Args, Subcommand};
+use serde_json::{Value, json};
+
+use super::{
+    Common,
+    connect::{connect, explain_order},
+    output::{self, Output},
+    patience::Patience,
+    serve::{Overrides, environment, serve},
+};
+use crate::{
+    client::{Admin, Drain},
+    config::{Settings, Sources},
+    model::BrokerId,
+};
+
+/// Most partitions that are named one by one.
+const MOST_NAMED: usize = 10;
+
+/// Run a broker from a configuration file; drain a broker, or restore it
+#[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true, subcommand_value_name = "ORDER")]
+pub(super) struct Broker {
+    #[command(subcommand)]
+    order: Option<Order>,
+    /// The configuration file (TOML); `strandline config print` shows every setting
+    #[arg(long, value_name = "FILE", required = true)]
+    config: Option<PathBuf>,
+    /// Where everything is kept: broker.data_dir
+    #[arg(long, value_name = "DIR")]
+    data_dir: Option<PathBuf>,
+    /// Where clients connect (gRPC): grpc.listen
+    #[arg(long, value_name = "ADDR")]
+    listen: Option<String>,
+    /// The address that clients are told: grpc.advertise
+    #[arg(long, value_name = "HOST:PORT")]
+    advertise: Option<String>,
+    /// Where /metrics, /healthz and /readyz are: http.listen
+    #[arg(long, value_name = "ADDR")]
+    http: Option<String>,
+    /// The object store's URL: object_store.url
+    #[arg(long, value_name = "URL")]
+    object_store: Option<String>,
+    #[command(flatten)]
+    overrides: Overrides,
+}
+
+#[derive(Clone, Copy, Debug, Subcommand)]
+enum Order {
+    /// Empty a broker: its leaderships and replicas move to others, and it is given nothing new
+    ///
+    /// Returns when that is written down; `strandline cluster describe` shows how far it is. A broker that is gone for good may
+    /// be named too: its replicas are then replaced at once.
+    Drain {
+        /// The broker's number
+        #[arg(value_name = "ID")]
+        id: u32,
+    },
+    /// Take a drain back: the broker is given leaderships and replicas again
+    Restore {
+        /// The broker's number
+        #[arg(value_name = "ID")]
+        id: u32,
+    },
+}
+
+impl Broker {
+    fn settings(self) -> anyhow::Result<Settings> {
+        let file = self.config.expect("clap asks for it where there is no order");
+        let mut sources = Sources::new().read_file(&file)?.environment(environment());
+        let flags = [
+            ("broker.data_dir", self.data_dir.map(|dir| dir.display().to_string())),
+            ("grpc.listen", self.listen),
+            ("grpc.advertise", self.advertise),
+            ("http.listen", self.http),
+            ("object_store.url", self.object_store),
+        ];
+        for (key, value) in flags {
+            if let Some(value) = value {
+                sources = sources.flag(key, value);
+            }
+        }
+        Ok(self.overrides.apply(sources).load()?)
+    }
+}
+
+pub(super) async fn run(common: &Common, command: Broker) -> anyhow::Result<ExitCode> {
+    if let Some(order) = command.order {
+        let client = connect(common).await?;
+        return Patience::new(&client).over(None, give(client.admin(), order, common.output)).await;
+    }
+    serve(command.settings()?, |ready| {
+        tracing::info!(
+            grpc = %ready.grpc,
+            http = %ready.http,
+            data_dir = %ready.data_dir.display(),
+            object_store = ready.object_store.as_deref().unwrap_or("none"),
+            partitions = ready.partitions,
+            took_ms = u64::try_from(ready.took.as_millis()).unwrap_or(u64::MAX),
+            "ready"
+        );
+    })
+    .await
+}
+
+async fn give(admin: Admin, order: Order, output: Output) -> anyhow::Result<ExitCode> {
+    let (value, lines) = match order {
+        Order::Drain { id } => {
+            let drain = admin.drain_broker(BrokerId(id)).await.map_err(|error| explain_order(&error))?;
+            (drained(id, &drain), said(id, &drain))
+        }
+        Order::Restore { id } => {
+            let changed = admin.restore_broker(BrokerId(id)).await.map_err(|error| explain_order(&error))?;
+            let said = match changed {
+                true => format!("broker {id} is given leaderships and replicas again"),
+                false => format!("broker {id} was not being drained; nothing changed"),
+            };
+            (json!({ "broker": id, "draining": false, "changed": changed }), said)
+        }
+    };
+    match output {
+        Output::Json => output::json(&value)?,
+        Output::Text => output::line(&lines)?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn drained(id: u32, drain: &Drain) -> Value {
+    let stuck = drain.stuck.iter().map(|(topic, partition)| json!({ "topic": topic, "partition": partition }));
+    json!({
+        "broker": id,
+        "draining": true,
+        "changed": drain.changed,
+        "since_ms": drain.since_ms,
+        "leaders": drain.leaders,
+        "replicas": drain.replicas,
+        "takers": drain.takers,
+        "stuck": stuck.collect::<Vec<_>>(),
+    })
+}
+
+fn said(id: u32, drain: &Drain) -> String {
+    let now = if drain.changed { "is being drained" } else { "was being drained already" };
+    let mut lines = match (drain.replicas, drain.leaders) {
+        (0, _) => format!("broker {id} {now}; it holds nothing"),
+        (replicas, leaders) => format!(
+            "broker {id} {now}: {} to move, of which it leads {leaders}\n`strandline cluster describe` shows how far it is",
+            output::count(replicas.into(), "replica"),
+        ),
+    };
+    if !drain.stuck.is_empty() {
+        let mut names: Vec<String> =
+            drain.stuck.iter().take(MOST_NAMED).map(|(topic, number)| format!("{topic}/{number}")).collect();
+        if drain.stuck.len() > MOST_NAMED {
+            names.push("…".to_owned());
+        }
+        let takers = match drain.takers {
+            0 => "no other broker takes replicas".to_owned(),
+            1 => "only 1 other broker takes replicas".to_owned(),
+            many => format!("only {many} other brokers take replicas"),
+        };
+        lines += &format!(
+            "\nwarning: {} cannot move, because {takers}:\n  {}\nstart more brokers, restore one, or lower the topics' \
+             replication factor; it goes on by itself then",
+            output::count(u64::try_from(drain.stuck.len()).unwrap_or(u64::MAX), "replica"),
+            names.join(" "),
+        );
+    }
+    lines
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn drain(stuck: u32) -> Drain {
+        Drain {
+            changed: true,
+            since_ms: 1_790_000_000_000,
+            leaders: 3,
+            replicas: 12,
+            stuck: (0..stuck).map(|number| ("orders".to_owned(), number)).collect(),
+            takers: 2,
+        }
+    }
+
+    #[test]
+    fn a_drain_says_what_moves_and_what_is_stuck() {
+        output::golden::lines("broker-drain.txt", &said(2, &drain(0)));
+        output::golden::json("broker-drain.json", &drained(2, &drain(2)));
+        output::golden::lines("broker-drain-stuck.txt", &said(2, &drain(12)));
+        let last = Drain { takers: 0, replicas: 1, changed: false, ..drain(1) };
+        assert!(said(2, &last).contains("was being drained already: 1 replica"), "{}", said(2, &last));
+        assert!(said(2, &last).contains("1 replica cannot move, because no other broker takes replicas"));
+        assert_eq!(said(2, &Drain { replicas: 0, ..drain(0) }), "broker 2 is being drained; it holds nothing");
+    }
+}

@@ -1,0 +1,112 @@
+//! Finding the cluster, and saying what to do when something is not there.
+
+use std::time::Duration;
+
+use anyhow::anyhow;
+
+use super::Common;
+use crate::{
+    client::{Admin, CallError, Client, ConsumeError, Options, SendError},
+    model::near,
+    proto::fault::Reason,
+};
+
+/// How soon a command that sends or reads sees new partitions.
+pub(super) const METADATA_AGE: Duration = Duration::from_secs(5);
+
+/// Most names that are worth reading.
+const MOST_NAMES: usize = 5;
+
+pub(super) async fn connect(common: &Common) -> anyhow::Result<Client> {
+    let options = Options { metadata_age: METADATA_AGE, ..Options::default() };
+    match Client::connect(&common.bootstrap(), options).await {
+        Ok(client) => Ok(client),
+        Err(error) => Err(without_cluster(&error)),
+    }
+}
+
+fn without_cluster(error: &CallError) -> anyhow::Error {
+    match error {
+        CallError::Connect(crate::client::ConnectError::NoAnswer { .. }) => {
+            anyhow!("{error}; start one with `strandline dev` or name one with --bootstrap")
+        }
+        _ => anyhow!("{error}"),
+    }
+}
+
+/// An error for people, of a call that is about no topic.
+pub(super) fn explain_order(error: &CallError) -> anyhow::Error {
+    without_cluster(error)
+}
+
+/// An error for people: for an unknown topic, with the names that look like it.
+pub(super) async fn explain(admin: &Admin, topic: &str, error: CallError) -> anyhow::Error {
+    if error.reason() != Some(Reason::UnknownTopic) {
+        return without_cluster(&error);
+    }
+    let names = match admin.list_topics().await {
+        Ok(topics) => topics.into_iter().map(|topic| topic.name).collect(),
+        Err(_) => Vec::new(),
+    };
+    anyhow!("{}", unknown_topic(topic, &names))
+}
+
+/// As [`explain`], for a send that failed.
+pub(super) async fn explain_send(admin: &Admin, topic: &str, error: SendError) -> anyhow::Error {
+    match error {
+        SendError::Lookup(error) => explain(admin, topic, error).await,
+        error => anyhow!("{error}"),
+    }
+}
+
+/// As [`explain`], for a read that failed.
+pub(super) async fn explain_read(admin: &Admin, topic: &str, error: ConsumeError) -> anyhow::Error {
+    match error {
+        ConsumeError::Lookup(error) => explain(admin, topic, error).await,
+        ConsumeError::OutOfRange { topic, partition, offset, start, end } => anyhow!(
+            "{topic}/{partition}: offset {offset} is out of range: partition {partition} holds {start} up to, but not \
+             including, {end}; begin with --from earliest or --from latest, or read the partitions that hold {offset} \
+             with --partition"
+        ),
+        error => anyhow!("{error}"),
+    }
+}
+
+fn unknown_topic(topic: &str, names: &[String]) -> String {
+    let near = near::nearest(topic, names, |name| name.as_str(), MOST_NAMES);
+    let list = |names: Vec<&String>| {
+        let mut text = names.iter().take(MOST_NAMES).map(|name| name.as_str()).collect::<Vec<_>>().join(", ");
+        if names.len() > MOST_NAMES {
+            text += ", …";
+        }
+        text
+    };
+    match (near.is_empty(), names.is_empty()) {
+        (false, _) => {
+            format!("topic {topic:?} does not exist; did you mean {}?", list(near))
+        }
+        (true, false) => format!(
+            "topic {topic:?} does not exist; the cluster has {}; create it with `strandline topic create {topic}`",
+            list(names.iter().collect())
+        ),
+        (true, true) => {
+            format!("topic {topic:?} does not exist, and no other; create it with `strandline topic create {topic}`")
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_unknown_topic_comes_with_the_near_names_or_with_what_to_type() {
+        let names = ["orders".to_owned(), "audit".to_owned()];
+        assert_eq!(unknown_topic("ordres", &names), "topic \"ordres\" does not exist; did you mean orders?");
+        let short = unknown_topic("lgo", &["log".to_owned()]);
+        assert_eq!(short, "topic \"lgo\" does not exist; did you mean log?");
+        let far = unknown_topic("zzz", &names);
+        assert!(far.contains("the cluster has orders, audit") && far.contains("strandline topic create zzz"), "{far}");
+        assert!(unknown_topic("t", &[]).contains("strandline topic create t"));
+    }
+}

@@ -1,0 +1,296 @@
+//! `strandline dev`: one broker with everything embedded, or a small cluster of them in this process.
+//!
+//! ```text
+//! {data-dir}/strandline.json …   one broker          {data-dir}/1/ 2/ 3/     the brokers of a cluster
+//! {data-dir}/metadata.redb                           {data-dir}/metadata.redb   what they agree on, unless --etcd
+//! {data-dir}/bucket/                                 {data-dir}/bucket/
+//! ```
+
+use std::{
+    fmt::Write as _,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+
+use anyhow::{Context as _, bail};
+use clap::Args;
+
+use super::serve::{Overrides, environment, say, serve, stop_signal};
+use crate::{
+    config::{Config, Settings, Sources},
+    log,
+    server::{self, Ready},
+    telemetry,
+};
+
+/// Most brokers in one process: to try a cluster out, not to run one.
+const MOST_BROKERS: i64 = 32;
+
+/// How far one broker's ports are from the next one's.
+const PORTS: u16 = 2;
+
+/// Run a broker with everything embedded: metadata in a file, a directory as object store; or a cluster of several
+///
+/// With --brokers N, N brokers run in this process, each with a data directory of its own and the next two ports. A topic then has
+/// up to three replicas unless told otherwise. It is for trying a cluster out: the brokers share this machine's fate.
+#[derive(Clone, Debug, Args)]
+pub(super) struct Dev {
+    /// Where everything is kept
+    #[arg(long, value_name = "DIR", default_value = "./strandline-data")]
+    data_dir: PathBuf,
+    /// Where clients connect (gRPC); further brokers take every second port from there
+    #[arg(long, value_name = "ADDR", default_value = super::DEFAULT_BOOTSTRAP)]
+    listen: String,
+    /// Where /metrics, /healthz and /readyz are; further brokers take every second port from there
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:9461")]
+    http: String,
+    /// How many brokers
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=MOST_BROKERS))]
+    brokers: u32,
+    /// Keep the metadata in this etcd instead of a file
+    #[arg(long, value_name = "URL[,URL]")]
+    etcd: Option<String>,
+    #[command(flatten)]
+    overrides: Overrides,
+}
+
+/// Runs `strandline dev`.
+pub(super) async fn run(command: Dev) -> anyhow::Result<ExitCode> {
+    let data_dir = std::path::absolute(&command.data_dir)
+        .with_context(|| format!("{} is no path for a data directory", command.data_dir.display()))?;
+    if command.brokers == 1 && command.etcd.is_none() {
+        alone_may(&data_dir)?;
+        let settings = command.alone(&data_dir)?;
+        return serve(settings, |ready| say(&welcome(std::slice::from_ref(ready), &program()))).await;
+    }
+    together_may(&data_dir)?;
+    let configs = command.together(&data_dir)?;
+    telemetry::start(&configs[0].telemetry.level, configs[0].telemetry.format)?;
+    let signal = stop_signal()?;
+    let metadata = command.etcd.is_none().then_some(data_dir);
+    server::run_several(configs, metadata, signal, |ready| say(&welcome(ready, &program()))).await?;
+    Ok(ExitCode::SUCCESS)
+}
+
+impl Dev {
+    /// The settings of one broker that keeps everything itself.
+    fn alone(self, data_dir: &Path) -> anyhow::Result<Settings> {
+        let sources = base(data_dir)
+            .environment(environment())
+            .flag("broker.data_dir", data_dir.display().to_string())
+            .flag("grpc.listen", self.listen)
+            .flag("http.listen", self.http);
+        Ok(self.overrides.apply(sources).load()?)
+    }
+
+    /// The settings of each broker of a cluster.
+    fn together(&self, data_dir: &Path) -> anyhow::Result<Vec<Config>> {
+        let (grpc, http) = (ports(&self.listen, self.brokers, "--listen")?, ports(&self.http, self.brokers, "--http")?);
+        if let Some(both) = grpc.iter().find(|address| address.port() != 0 && http.contains(address)) {
+            bail!(
+                "{both} would be the port of two listeners: each broker takes the second port after the one before it, so \
+                 begin with an even --listen and an odd --http, or the other way round"
+            );
+        }
+        let configs = (1..=self.brokers).zip(grpc.into_iter().zip(http)).map(|(id, (grpc, http))| {
+            let mut sources =
+                base(data_dir).with_default("replication.default_factor", self.brokers.min(3).to_string());
+            if self.brokers >= 3 {
+                sources = sources.with_default("topic_defaults.min.insync.replicas", "2");
+            }
+            sources = sources
+                .environment(environment())
+                .flag("broker.id", id.to_string())
+                .flag("broker.data_dir", data_dir.join(id.to_string()).display().to_string())
+                .flag("grpc.listen", grpc.to_string())
+                .flag("http.listen", http.to_string());
+            if let Some(etcd) = &self.etcd {
+                sources = sources.flag("metadata.etcd", etcd);
+            }
+            Ok(self.overrides.clone().apply(sources).load()?.config)
+        });
+        configs.collect()
+    }
+}
+
+/// What is so for one broker and for several.
+fn base(data_dir: &Path) -> Sources {
+    Sources::new().with_default("object_store.url", format!("file://{}", data_dir.join("bucket").display()))
+}
+
+/// The addresses of so many listeners, of which the first is given.
+fn ports(first: &str, count: u32, flag: &str) -> anyhow::Result<Vec<SocketAddr>> {
+    let first: SocketAddr =
+        first.parse().with_context(|| format!("{flag} {first:?} is no address: write it as 127.0.0.1:9460"))?;
+    let mut address = first;
+    let mut addresses = vec![first];
+    for _ in 1..count {
+        // Port 0 stays 0: the system chooses.
+        if first.port() != 0 {
+            let Some(next) = address.port().checked_add(PORTS) else {
+                bail!("{flag} {first} leaves no ports for {count} brokers, which take every second one: begin lower");
+            };
+            address.set_port(next);
+        }
+        addresses.push(address);
+    }
+    Ok(addresses)
+}
+
+/// Whether a broker alone may use this directory: it would take a cluster's metadata for its own.
+fn alone_may(data_dir: &Path) -> anyhow::Result<()> {
+    let brokers = (1..=MOST_BROKERS).filter(|id| is_data_directory(&data_dir.join(id.to_string()))).count();
+    match brokers {
+        0 => Ok(()),
+        1 => bail!(
+            "{} holds a broker that ran with --etcd: give --etcd again, or another --data-dir",
+            data_dir.display()
+        ),
+        many => bail!(
+            "{} holds the data of a cluster of {many} brokers: start it with --brokers {many}, or name another --data-dir",
+            data_dir.display()
+        ),
+    }
+}
+
+/// Whether a cluster may use this directory: it would take a lone broker's metadata for its own.
+fn together_may(data_dir: &Path) -> anyhow::Result<()> {
+    if is_data_directory(data_dir) {
+        bail!(
+            "{} holds the data of a broker that ran alone: start it without --brokers and --etcd, or name another --data-dir",
+            data_dir.display()
+        );
+    }
+    Ok(())
+}
+
+fn is_data_directory(path: &Path) -> bool {
+    path.join(log::IDENTITY).exists()
+}
+
+/// What `dev` says once it is ready: where everything is, and what to type next.
+fn welcome(ready: &[Ready], program: &str) -> String {
+    let [first, others @ ..] = ready else { unreachable!("there is at least one broker") };
+    // The commands go to the default address unless told otherwise.
+    let export = if first.grpc.to_string() == super::DEFAULT_BOOTSTRAP {
+        String::new()
+    } else {
+        format!("  export STRANDLINE_BOOTSTRAP={}\n", first.grpc)
+    };
+    let (took, partitions) = (ready.iter().map(|one| one.took).max().unwrap_or_default(), first.partitions);
+    let mut text = format!("Strandline {} is ready ({} ms, ", env!("CARGO_PKG_VERSION"), took.as_millis());
+    // Writing to a string cannot fail.
+    let _infallible = match others {
+        [] => write!(
+            text,
+            "{partitions} partitions)\n\n  clients   {}\n  metrics   http://{}/metrics\n  data      {}\n",
+            first.grpc,
+            first.http,
+            first.data_dir.display(),
+        ),
+        _ => {
+            let _infallible = writeln!(text, "{} brokers)\n", ready.len());
+            for (id, one) in (1..).zip(ready) {
+                let _infallible = writeln!(
+                    text,
+                    "  broker {id}  {}  metrics http://{}/metrics  data {}",
+                    one.grpc,
+                    one.http,
+                    one.data_dir.display(),
+                );
+            }
+            Ok(())
+        }
+    };
+    let describe = if others.is_empty() { String::new() } else { format!("  {program} cluster describe\n") };
+    let _infallible = write!(
+        text,
+        "  bucket    {}\n\n\
+         In another terminal:\n\n{export}  \
+         {program} topic create events\n  \
+         echo 'hello' | {program} produce events\n  \
+         {program} consume events --until-end\n{describe}\n\
+         Ctrl-C stops it; the data stays.\n",
+        first.object_store.as_deref().unwrap_or("none"),
+    );
+    text
+}
+
+/// How this program was called, so that what is shown can be typed.
+fn program() -> String {
+    std::env::args().next().unwrap_or_else(|| "strandline".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        dev: Dev,
+    }
+
+    fn dev(arguments: &[&str]) -> Dev {
+        Line::parse_from(std::iter::once("dev").chain(arguments.iter().copied())).dev
+    }
+
+    #[test]
+    fn each_broker_of_a_cluster_has_a_folder_and_two_ports_of_its_own() {
+        let configs = dev(&["--brokers", "3"]).together(Path::new("/d")).expect("valid");
+        let shown: Vec<String> = configs
+            .iter()
+            .map(|config| {
+                let dir = config.broker.data_dir.display();
+                format!("{} {dir} {} {}", config.broker.id, config.grpc.listen, config.http.listen)
+            })
+            .collect();
+        assert_eq!(
+            shown,
+            [
+                "1 /d/1 127.0.0.1:9460 127.0.0.1:9461",
+                "2 /d/2 127.0.0.1:9462 127.0.0.1:9463",
+                "3 /d/3 127.0.0.1:9464 127.0.0.1:9465",
+            ]
+        );
+        assert_eq!(configs[0].replication.default_factor, 3);
+        assert_eq!(configs[0].topic_defaults.get("min.insync.replicas").map(String::as_str), Some("2"));
+        assert_eq!(configs[0].object_store, configs[2].object_store);
+        let two = dev(&["--brokers", "2", "--set", "broker.rack=a"]).together(Path::new("/d")).expect("valid");
+        assert_eq!((two[0].replication.default_factor, two[0].topic_defaults.len()), (2, 0));
+        assert_eq!(two[1].broker.rack.as_deref(), Some("a"));
+        let etcd = dev(&["--etcd", "http://127.0.0.1:1,http://127.0.0.1:2"]).together(Path::new("/d")).expect("valid");
+        assert_eq!((etcd.len(), etcd[0].metadata.etcd.len()), (1, 2));
+    }
+
+    #[test]
+    fn ports_that_meet_or_do_not_exist_are_refused() {
+        let error = dev(&["--brokers", "2", "--http", "127.0.0.1:9462"]).together(Path::new("/d")).expect_err("meet");
+        assert!(error.to_string().contains("127.0.0.1:9462"), "{error}");
+        let error = dev(&["--brokers", "3", "--listen", "127.0.0.1:65532"]).together(Path::new("/d")).expect_err("end");
+        assert!(error.to_string().contains("65532") && error.to_string().contains('3'), "{error}");
+        let any = dev(&["--brokers", "3", "--listen", "127.0.0.1:0", "--http", "127.0.0.1:0"]);
+        assert!(any.together(Path::new("/d")).expect("valid").iter().all(|config| config.grpc.listen.port() == 0));
+    }
+
+    #[test]
+    fn a_broker_alone_and_a_cluster_do_not_take_each_others_data() {
+        let dir = tempfile::tempdir().expect("a folder");
+        assert!(alone_may(dir.path()).is_ok() && together_may(dir.path()).is_ok(), "an empty one is anybody's");
+        let mark = |folder: &Path| {
+            std::fs::create_dir_all(folder).expect("made");
+            std::fs::write(folder.join(log::IDENTITY), "{}").expect("written");
+        };
+        mark(&dir.path().join("1"));
+        assert!(alone_may(dir.path()).expect_err("etcd").to_string().contains("--etcd"));
+        mark(&dir.path().join("2"));
+        let error = alone_may(dir.path()).expect_err("a cluster").to_string();
+        assert!(error.contains("--brokers 2"), "{error}");
+        assert!(together_may(dir.path()).is_ok());
+        mark(dir.path());
+        assert!(together_may(dir.path()).is_err());
+    }
+}

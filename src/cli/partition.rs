@@ -1,0 +1,401 @@
+//! `strandline partition`: reassign, status, cancel, elect.
+
+use std::{
+    io::{self, BufRead as _, IsTerminal as _},
+    process::ExitCode,
+    str::FromStr,
+};
+
+use anyhow::bail;
+use clap::{Args, Subcommand};
+use serde_json::{Value, json};
+
+use super::{
+    Common,
+    connect::{connect, explain, explain_order},
+    output::{self, Output, ids},
+    patience::Patience,
+};
+use crate::{
+    client::{Admin, CallError, Election, HeldReplica, Reassignment},
+    model::{BrokerId, TopicName},
+};
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Partition {
+    Reassign(Reassign),
+    /// Show the moves that are under way
+    #[command(hide = true)]
+    Status(Which),
+    /// Take moves back
+    #[command(hide = true)]
+    Cancel(Cancelled),
+    Elect(Elect),
+}
+
+/// Move partitions to other brokers, show how far that is, or take it back
+///
+/// New replicas copy what is not in the bucket yet; the old ones are let go when all new ones are in sync. The order is written
+/// down when the command returns, and the brokers carry it out from then on.
+#[derive(Debug, Args)]
+#[command(subcommand_negates_reqs = true, subcommand_value_name = "WHAT")]
+pub(super) struct Reassign {
+    /// A topic, of which partition N gets the list rotated by N; or one partition
+    #[arg(value_name = "TOPIC[/N]", required = true)]
+    name: Option<Name>,
+    /// The brokers that are to hold it, the preferred leader first: as many as the topic's replication factor
+    #[arg(long, value_name = "ID,ID", value_delimiter = ',', required = true)]
+    replicas: Vec<u32>,
+    #[command(subcommand)]
+    what: Option<What>,
+}
+
+#[derive(Debug, Subcommand)]
+enum What {
+    /// Show the moves that are under way, whoever ordered them
+    Status(Which),
+    /// Take moves back: the replicas are again those of before
+    Cancel(Cancelled),
+}
+
+#[derive(Debug, Args)]
+pub(super) struct Which {
+    /// Only this topic's, or this partition's
+    #[arg(value_name = "TOPIC[/N]")]
+    name: Option<Name>,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct Cancelled {
+    /// A topic's moves, or one partition's
+    #[arg(value_name = "TOPIC[/N]", conflicts_with = "all")]
+    name: Option<Name>,
+    /// Every move in the cluster
+    #[arg(long)]
+    all: bool,
+}
+
+/// Make the preferred replica leader again, or name one where nobody leads
+///
+/// With --unclean: where everybody who holds all committed records is gone for good, a replica leads that may lack some. It says
+/// which, and what is lost, and asks before it does it.
+#[derive(Debug, Args)]
+pub(super) struct Elect {
+    /// The partition
+    #[arg(value_name = "TOPIC/N", value_parser = one_partition)]
+    name: Name,
+    /// Elect although committed records may be lost
+    #[arg(long)]
+    unclean: bool,
+    /// Do not ask
+    #[arg(long, requires = "unclean")]
+    yes: bool,
+}
+
+/// A topic, or one of its partitions.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Name {
+    topic: String,
+    partition: Option<u32>,
+}
+
+impl FromStr for Name {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let (topic, number) = match text.split_once('/') {
+            None => (text, None),
+            Some((topic, number)) => (topic, Some(number)),
+        };
+        let topic = TopicName::new(topic).map_err(|error| error.to_string())?.to_string();
+        let partition = number.map(|number| {
+            number.parse().map_err(|_| format!("{number:?} is no partition: write TOPIC/N, such as {topic}/0"))
+        });
+        Ok(Self { topic, partition: partition.transpose()? })
+    }
+}
+
+fn one_partition(text: &str) -> Result<Name, String> {
+    match text.parse::<Name>()? {
+        name if name.partition.is_some() => Ok(name),
+        name => Err(format!("name one partition: {}/0 and so on", name.topic)),
+    }
+}
+
+pub(super) async fn run(common: &Common, command: Partition) -> anyhow::Result<ExitCode> {
+    let client = connect(common).await?;
+    let (admin, output) = (client.admin(), common.output);
+    let work = async {
+        match command {
+            Partition::Reassign(Reassign { name, replicas, what: None }) => {
+                reassign(&admin, &name.expect("clap asks for it"), &replicas, output).await
+            }
+            Partition::Reassign(Reassign { name, replicas, what: Some(what) }) => {
+                if !replicas.is_empty() {
+                    bail!("--replicas orders a move; status and cancel go without it");
+                }
+                match what {
+                    What::Status(which) => status(&admin, either(name, which.name)?, output).await,
+                    What::Cancel(cancelled) => {
+                        let name = either(name, cancelled.name)?;
+                        cancel(&admin, Cancelled { name, ..cancelled }, output).await
+                    }
+                }
+            }
+            Partition::Status(which) => status(&admin, which.name, output).await,
+            Partition::Cancel(cancelled) => cancel(&admin, cancelled, output).await,
+            Partition::Elect(command) => elect(&admin, &command, output).await,
+        }
+    };
+    // Boxed: a question to a person is in it.
+    Patience::new(&client).over(None, Box::pin(work)).await?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// `reassign TOPIC status` and `reassign status TOPIC` say the same.
+fn either(before: Option<Name>, after: Option<Name>) -> anyhow::Result<Option<Name>> {
+    match (before, after) {
+        (Some(before), Some(after)) if before != after => bail!("name one topic or partition, not two"),
+        (before, after) => Ok(before.or(after)),
+    }
+}
+
+async fn refused(admin: &Admin, name: Option<&Name>, error: CallError) -> anyhow::Error {
+    match name {
+        Some(name) => explain(admin, &name.topic, error).await,
+        None => explain_order(&error),
+    }
+}
+
+async fn reassign(admin: &Admin, name: &Name, replicas: &[u32], output: Output) -> anyhow::Result<()> {
+    let replicas: Vec<BrokerId> = replicas.iter().copied().map(BrokerId).collect();
+    let moves = match admin.reassign(&name.topic, name.partition, &replicas).await {
+        Ok(moves) => moves,
+        Err(error) => return Err(refused(admin, Some(name), error).await),
+    };
+    print(&moves, &reassigned(&moves), output)
+}
+
+async fn status(admin: &Admin, name: Option<Name>, output: Output) -> anyhow::Result<()> {
+    let (topic, partition) = parts(name.as_ref());
+    match admin.reassignments(topic, partition).await {
+        Ok(moves) => print(&moves, &under_way(&moves), output),
+        Err(error) => Err(refused(admin, name.as_ref(), error).await),
+    }
+}
+
+async fn cancel(admin: &Admin, cancelled: Cancelled, output: Output) -> anyhow::Result<()> {
+    if cancelled.name.is_none() && !cancelled.all {
+        bail!("name the TOPIC or TOPIC/N whose move is to be taken back, or every move with --all");
+    }
+    let (topic, partition) = parts(cancelled.name.as_ref());
+    match admin.cancel_reassignment(topic, partition).await {
+        Ok(moves) => print(&moves, &taken_back(&moves), output),
+        Err(error) => Err(refused(admin, cancelled.name.as_ref(), error).await),
+    }
+}
+
+fn parts(name: Option<&Name>) -> (Option<&str>, Option<u32>) {
+    (name.map(|name| name.topic.as_str()), name.and_then(|name| name.partition))
+}
+
+async fn elect(admin: &Admin, command: &Elect, output: Output) -> anyhow::Result<()> {
+    let (topic, number) = (command.name.topic.as_str(), command.name.partition.expect("it was parsed so"));
+    if !command.unclean {
+        let election = match admin.elect_leader(topic, number).await {
+            Ok(election) => election,
+            Err(error) => return Err(refused(admin, Some(&command.name), error).await),
+        };
+        let verb = if election.changed { "leads" } else { "leads already:" };
+        let said = format!("broker {} {verb} {topic}/{number} in epoch {}", election.leader, election.leader_epoch);
+        return show(&elected(topic, number, &election), &said, output);
+    }
+    let would = match admin.unclean_election(topic, number).await {
+        Ok(would) => would,
+        Err(error) => return Err(refused(admin, Some(&command.name), error).await),
+    };
+    let prospect = prospect(topic, number, &would);
+    if !command.yes {
+        agree(&prospect, would.leader)?;
+    }
+    let done = match admin.elect_unclean(topic, number, &would).await {
+        Ok(done) => done,
+        Err(error) => return Err(refused(admin, Some(&command.name), error).await),
+    };
+    let election = Election { held: would.held, lost: would.lost, ..done };
+    let said =
+        format!("{prospect}\nbroker {} leads {topic}/{number} in epoch {}", election.leader, election.leader_epoch);
+    show(&uncleanly(topic, number, &election), if command.yes { &said } else { last(&said) }, output)
+}
+
+/// The last line: what was asked has been read already.
+fn last(text: &str) -> &str {
+    text.lines().next_back().unwrap_or(text)
+}
+
+/// Asks the person at the terminal.
+fn agree(prospect: &str, leader: BrokerId) -> anyhow::Result<()> {
+    if !io::stdin().is_terminal() {
+        bail!("{prospect}\nnothing was done: there is no terminal to ask at, so --yes must say that this is wanted");
+    }
+    eprint!("{prospect}\nelect broker {leader} all the same? [y/N] ");
+    let mut answer = String::new();
+    io::stdin().lock().read_line(&mut answer)?;
+    if matches!(answer.trim(), "y" | "Y" | "yes") { Ok(()) } else { bail!("nothing was done") }
+}
+
+fn print(moves: &[Reassignment], lines: &str, output: Output) -> anyhow::Result<()> {
+    show(&Value::Array(moves.iter().map(reassignment).collect()), lines, output)
+}
+
+fn show(value: &Value, lines: &str, output: Output) -> anyhow::Result<()> {
+    match output {
+        Output::Json => output::json(value)?,
+        Output::Text => output::line(lines)?,
+    }
+    Ok(())
+}
+
+fn reassigned(moves: &[Reassignment]) -> String {
+    let mut lines: Vec<String> = moves.iter().map(ordered).collect();
+    if moves.iter().any(|one| !one.adding.is_empty() || !one.removing.is_empty()) {
+        lines.push("`strandline partition reassign status` shows how far it is".to_owned());
+    }
+    lines.join("\n")
+}
+
+/// What became of one partition.
+fn ordered(one: &Reassignment) -> String {
+    let (name, replicas) = (format!("{}/{}", one.topic, one.partition), ids(&one.replicas));
+    let moving = !(one.adding.is_empty() && one.removing.is_empty());
+    match (moving, one.changed) {
+        (true, true) => {
+            let what = [("adding", &one.adding), ("removing", &one.removing)];
+            let what = what.iter().filter(|(_, set)| !set.is_empty()).map(|(word, set)| format!("{word} {}", ids(set)));
+            format!("{name} moves to {replicas}: {}", what.collect::<Vec<_>>().join(", "))
+        }
+        (true, false) => format!("{name} is moving to {replicas} already"),
+        (false, true) => format!("{name} is on {replicas}: only their order changed"),
+        (false, false) => format!("{name} is on {replicas} already"),
+    }
+}
+
+fn under_way(moves: &[Reassignment]) -> String {
+    if moves.is_empty() {
+        return "no partition is being moved".to_owned();
+    }
+    let row = |one: &Reassignment| {
+        vec![
+            one.topic.clone(),
+            one.partition.to_string(),
+            one.leader.map_or_else(|| "none".to_owned(), |leader| leader.to_string()),
+            ids(&one.replicas),
+            ids(&one.adding),
+            ids(&one.removing),
+            ids(&one.isr),
+        ]
+    };
+    let header = ["TOPIC", "PARTITION", "LEADER", "TO", "ADDING", "REMOVING", "IN SYNC"];
+    output::tabled(&header, &[1, 2], moves.iter().map(row).collect())
+}
+
+fn taken_back(moves: &[Reassignment]) -> String {
+    let line = |one: &Reassignment| match one.changed {
+        true => format!("{}/{} stays on {}", one.topic, one.partition, ids(&one.replicas)),
+        false => format!("the move of {}/{} had ended: it is on {}", one.topic, one.partition, ids(&one.replicas)),
+    };
+    moves.iter().map(line).collect::<Vec<_>>().join("\n")
+}
+
+fn reassignment(one: &Reassignment) -> Value {
+    json!({
+        "topic": one.topic,
+        "partition": one.partition,
+        "leader": one.leader,
+        "replicas": one.replicas,
+        "adding": one.adding,
+        "removing": one.removing,
+        "isr": one.isr,
+        "changed": one.changed,
+    })
+}
+
+/// What an unclean election would do.
+fn prospect(topic: &str, number: u32, would: &Election) -> String {
+    let row = |replica: &HeldReplica| {
+        let was = match (replica.in_sync, replica.eligible) {
+            (true, _) => "in sync",
+            (false, true) => "eligible",
+            (false, false) => "behind",
+        };
+        let (epoch, end, committed) = match &replica.ends {
+            Ok((high_watermark, log_end, epoch)) => (
+                epoch.map_or_else(|| "-".to_owned(), |epoch| epoch.to_string()),
+                log_end.to_string(),
+                high_watermark.to_string(),
+            ),
+            Err(_) => ("?".to_owned(), "?".to_owned(), "?".to_owned()),
+        };
+        vec![replica.broker.to_string(), was.to_owned(), epoch, end, committed]
+    };
+    let header = ["BROKER", "WAS", "LAST EPOCH", "LOG END", "HIGH WATERMARK"];
+    let table = output::tabled(&header, &[0, 2, 3, 4], would.held.iter().map(row).collect());
+    let mut lines = vec![format!("nobody can lead {topic}/{number} without loss"), String::new(), table, String::new()];
+    for replica in &would.held {
+        if let Err(fault) = &replica.ends {
+            lines.push(fault.to_string());
+        }
+    }
+    let lost = &would.lost;
+    lines.push(format!("broker {} holds most", would.leader));
+    if !lost.is_empty() {
+        let records = output::count(lost.end.since(lost.start), "committed record");
+        lines.push(format!(
+            "{records} would be lost: the offsets {} up to, but not including, {}",
+            lost.start, lost.end
+        ));
+    }
+    let silent: Vec<BrokerId> =
+        would.held.iter().filter(|replica| replica.ends.is_err()).map(|replica| replica.broker).collect();
+    lines.push(match silent.is_empty() {
+        false => format!("whatever only broker {} holds is lost as well, acknowledged or not", ids(&silent)),
+        true if lost.is_empty() => "no replica knows of a committed record that it lacks".to_owned(),
+        true => "every replica answered".to_owned(),
+    });
+    lines.join("\n")
+}
+
+fn elected(topic: &str, number: u32, election: &Election) -> Value {
+    json!({
+        "topic": topic,
+        "partition": number,
+        "leader": election.leader,
+        "leader_epoch": election.leader_epoch,
+        "unclean": false,
+        "changed": election.changed,
+    })
+}
+
+fn uncleanly(topic: &str, number: u32, election: &Election) -> Value {
+    let held = |replica: &HeldReplica| {
+        let ends = replica.ends.as_ref().ok();
+        json!({
+            "broker": replica.broker,
+            "in_sync": replica.in_sync,
+            "eligible": replica.eligible,
+            "last_epoch": ends.and_then(|(_, _, epoch)| *epoch),
+            "log_end": ends.map(|(_, log_end, _)| log_end),
+            "high_watermark": ends.map(|(high_watermark, ..)| high_watermark),
+            "unanswered": replica.ends.as_ref().err().map(ToString::to_string),
+        })
+    };
+    let mut value = elected(topic, number, election);
+    value["unclean"] = true.into();
+    value["held"] = election.held.iter().map(held).collect();
+    value["lost_from"] = json!(election.lost.start);
+    value["lost_to"] = json!(election.lost.end);
+    value
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,87 @@
+//! What the commands say of moves and elections.
+
+use super::*;
+use crate::{
+    model::{LeaderEpoch, Offset},
+    proto::fault::{Fault, Reason},
+};
+
+fn brokers(numbers: &[u32]) -> Vec<BrokerId> {
+    numbers.iter().copied().map(BrokerId).collect()
+}
+
+fn moving() -> Reassignment {
+    Reassignment {
+        topic: "orders".to_owned(),
+        partition: 0,
+        replicas: brokers(&[3, 2, 1]),
+        adding: brokers(&[3]),
+        removing: brokers(&[4]),
+        isr: brokers(&[4, 2, 1]),
+        leader: Some(BrokerId(4)),
+        changed: true,
+    }
+}
+
+fn moves() -> Vec<Reassignment> {
+    let reordered = Reassignment { partition: 1, adding: vec![], removing: vec![], ..moving() };
+    let same = Reassignment { partition: 2, changed: false, ..reordered.clone() };
+    let known = Reassignment { partition: 3, changed: false, leader: None, ..moving() };
+    let more = Reassignment { partition: 4, removing: vec![], ..moving() };
+    vec![moving(), reordered, same, known, more]
+}
+
+#[test]
+fn moves_are_told_as_ordered_as_they_stand_and_as_taken_back() {
+    output::golden::lines("partition-reassign.txt", &reassigned(&moves()));
+    output::golden::lines("partition-reassign-status.txt", &under_way(&moves()[3..]));
+    let value = Value::Array(moves()[3..].iter().map(reassignment).collect());
+    output::golden::json("partition-reassign.json", &value);
+    assert_eq!(under_way(&[]), "no partition is being moved");
+    let back = Reassignment { replicas: brokers(&[4, 2, 1]), adding: vec![], removing: vec![], ..moving() };
+    let ended = Reassignment { partition: 1, changed: false, ..back.clone() };
+    assert_eq!(taken_back(&[back, ended]), "orders/0 stays on 4,2,1\nthe move of orders/1 had ended: it is on 4,2,1");
+}
+
+fn held(broker: u32, in_sync: bool, ends: Option<(u64, u64)>) -> HeldReplica {
+    let offset = |value| Offset::new(value).expect("small");
+    let silent = || Fault::new(Reason::NotReady, format!("broker {broker} is not alive"));
+    let ends = ends.map(|(committed, end)| (offset(committed), offset(end), Some(LeaderEpoch(6))));
+    HeldReplica { broker: BrokerId(broker), in_sync, eligible: false, ends: ends.ok_or_else(silent) }
+}
+
+fn unclean() -> Election {
+    let offset = |value| Offset::new(value).expect("small");
+    Election {
+        leader: BrokerId(2),
+        leader_epoch: LeaderEpoch(9),
+        changed: true,
+        revision: 77,
+        held: vec![held(1, true, None), held(2, false, Some((100, 120))), held(3, false, Some((150, 110)))],
+        lost: offset(120)..offset(150),
+    }
+}
+
+#[test]
+fn an_unclean_election_names_what_is_lost() {
+    output::golden::lines("partition-elect-unclean.txt", &prospect("orders", 0, &unclean()));
+    output::golden::json("partition-elect-unclean.json", &uncleanly("orders", 0, &unclean()));
+    output::golden::json("partition-elect.json", &elected("orders", 0, &unclean()));
+    let nothing = Election { held: unclean().held.split_off(1), lost: Offset::ZERO..Offset::ZERO, ..unclean() };
+    let said = prospect("orders", 0, &nothing);
+    assert!(said.ends_with("no replica knows of a committed record that it lacks"), "{said}");
+}
+
+#[test]
+fn a_name_is_a_topic_or_one_partition_of_it() {
+    let name = |topic: &str, partition| Ok(Name { topic: topic.to_owned(), partition });
+    assert_eq!("orders".parse(), name("orders", None));
+    assert_eq!("orders/12".parse(), name("orders", Some(12)));
+    for wrong in ["", "/1", "a b", "orders/", "orders/x", "orders/1/2", "orders/-1"] {
+        assert!(wrong.parse::<Name>().is_err(), "{wrong}");
+    }
+    assert!(one_partition("orders").expect_err("all of them").contains("orders/0"));
+    let (one, two) = ("a".parse::<Name>().ok(), "b/1".parse::<Name>().ok());
+    assert_eq!(either(one.clone(), None).expect("one"), one);
+    assert!(either(one, two).is_err());
+}

@@ -1,0 +1,88 @@
+//! Taking a move back.
+
+use super::{Ordered, Orders, UnknownPartition, WriteError, reassign::ReassignError};
+use crate::{
+    cluster::{partition_value::PartitionValue, topics::UnknownTopic},
+    model::{BrokerId, TopicName},
+};
+
+/// Why a move was not taken back.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum CancelError {
+    /// No such topic.
+    #[error(transparent)]
+    Topic(#[from] UnknownTopic),
+    /// No such partition.
+    #[error(transparent)]
+    Partition(#[from] UnknownPartition),
+    /// Nothing is being moved.
+    #[error("nothing to cancel: {what}")]
+    Nothing {
+        /// What stays where it is, in words.
+        what: String,
+    },
+    /// Only replicas that the move added are in sync.
+    #[error(
+        "the move of partition {partition} cannot be taken back: none of the replicas of before is in sync; let it end, or \
+         reassign the partition"
+    )]
+    OnlyNew {
+        /// The partition, as `topic/number`.
+        partition: String,
+    },
+    /// The values could not be written.
+    #[error(transparent)]
+    Write(#[from] WriteError),
+}
+
+impl CancelError {
+    /// Whether the same order may succeed later.
+    pub const fn retryable(&self) -> bool {
+        match self {
+            Self::Write(error) => error.retryable(),
+            _ => false,
+        }
+    }
+}
+
+impl Orders {
+    /// Goes back to the replicas of before the move, of one topic, one partition of it, or all. Where a new replica leads already, one of
+    /// the old ones leads again.
+    pub async fn cancel(&self, topic: Option<&TopicName>, partition: Option<u32>) -> Result<Vec<Ordered>, CancelError> {
+        let moving = self.moving(topic, partition).map_err(|error| match error {
+            ReassignError::Topic(unknown) => CancelError::Topic(unknown),
+            ReassignError::Partition(unknown) => CancelError::Partition(unknown),
+            other => unreachable!("looking at moves refuses nothing else: {other}"),
+        })?;
+        if moving.is_empty() {
+            let what = match (topic, partition) {
+                (None, _) => "no partition is being moved".to_owned(),
+                (Some(topic), None) => format!("no partition of topic {topic} is being moved"),
+                (Some(topic), Some(number)) => format!("partition {topic}/{number} is not being moved"),
+            };
+            return Err(CancelError::Nothing { what });
+        }
+        let ids: Vec<_> = moving.iter().map(|one| one.id).collect();
+        self.edit(&ids, |id, value, _| {
+            if !value.is_moving() {
+                return Ok(None);
+            }
+            let state = self.view.state();
+            let name = state.name(id.topic).and_then(|name| state.topic(name));
+            let min_insync = name.map_or(usize::MAX, |topic| self.min_insync(&topic.value));
+            let back = back(value, |id| state.brokers().contains_key(&id), min_insync);
+            back.map(Some).ok_or_else(|| CancelError::OnlyNew { partition: self.spoken(id) })
+        })
+        .await
+    }
+}
+
+/// The value without the move. A leader that the move added hands over in the same change.
+fn back(value: &PartitionValue, live: impl Fn(BrokerId) -> bool, min_insync: usize) -> Option<PartitionValue> {
+    if let Some(back) = value.cancel_move() {
+        return Some(back);
+    }
+    let stays = |id: &BrokerId| !value.adding.contains(id) && value.isr.contains(id) && live(*id);
+    let to = value.replicas.iter().copied().find(stays)?;
+    value.elect(to, live, min_insync)?.cancel_move()
+}

@@ -1,0 +1,110 @@
+//! Emptying a broker: the wish is a key, `drains/{id}`, and the controller does the rest.
+
+use super::{Orders, UnknownBrokers, known};
+use crate::{
+    cluster::{
+        keys::{DrainValue, Value as _},
+        placement::Placement,
+        store::{Compare, Outcome, StoreError, Transaction},
+        view::ViewState,
+    },
+    model::{BrokerId, PartitionId},
+};
+
+/// Why a drain was not ordered, or not taken back.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum DrainError {
+    /// No such broker.
+    #[error(transparent)]
+    Unknown(#[from] UnknownBrokers),
+    /// The metadata store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+/// A broker that is to be emptied.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Drained {
+    /// Whether this order began it.
+    pub changed: bool,
+    /// Since when, by the wall clock in milliseconds.
+    pub since_ms: i64,
+    /// Partitions that it leads.
+    pub leaders: usize,
+    /// Partitions that it holds.
+    pub replicas: usize,
+    /// Of these, those that cannot move, because too few others take replicas.
+    pub stuck: Vec<PartitionId>,
+    /// How many others take replicas.
+    pub takers: usize,
+}
+
+impl Orders {
+    /// Wants a broker empty. One that is gone may be named as well: its replicas are replaced without waiting for it.
+    pub async fn drain(&self, broker: BrokerId, now_ms: i64) -> Result<Drained, DrainError> {
+        self.must_know(broker)?;
+        let key = self.keys.drain(broker);
+        let put = Transaction::new()
+            .when(Compare::Absent(key.clone()))
+            .put(key.as_str(), DrainValue { since_ms: now_ms }.encode())
+            .else_get(key);
+        let (changed, since_ms) = match self.store.transact(put).await? {
+            Outcome::Done { revision } => {
+                self.view.reached(revision).await;
+                (true, now_ms)
+            }
+            Outcome::Refused { mut found, .. } => {
+                let entry = found.pop().flatten();
+                let known = entry.and_then(|entry| DrainValue::decode(&entry.key, &entry.value).ok());
+                (false, known.map_or(now_ms, |known| known.since_ms))
+            }
+        };
+        Ok(Drained { changed, since_ms, ..left(&self.view.state(), broker) })
+    }
+
+    /// Takes the wish back. Says whether there was one.
+    pub async fn restore(&self, broker: BrokerId) -> Result<bool, DrainError> {
+        self.must_know(broker)?;
+        let key = self.keys.drain(broker);
+        let delete = Transaction::new().when(Compare::Exists(key.clone())).delete(key);
+        match self.store.transact(delete).await? {
+            Outcome::Done { revision } => {
+                self.view.reached(revision).await;
+                Ok(true)
+            }
+            Outcome::Refused { .. } => Ok(false),
+        }
+    }
+
+    fn must_know(&self, broker: BrokerId) -> Result<(), UnknownBrokers> {
+        let known = known(&self.view.state());
+        if known.contains(&broker) {
+            return Ok(());
+        }
+        Err(UnknownBrokers { ids: vec![broker], known: known.into_iter().collect() })
+    }
+}
+
+/// What a broker has still to give away, and what of it nobody can take. As the controller's plan does it, but for room on disks.
+fn left(state: &ViewState, broker: BrokerId) -> Drained {
+    let mut placement = Placement::of(state);
+    placement.exclude(broker);
+    let takers = placement.takers().count();
+    let mut drained = Drained { changed: false, since_ms: 0, leaders: 0, replicas: 0, stuck: Vec::new(), takers };
+    for id in state.partitions_on(broker) {
+        let Some(known) = state.partition(id).and_then(|entry| entry.partition.as_ref()) else { continue };
+        let value = &known.value;
+        drained.replicas += 1;
+        drained.leaders += usize::from(value.leader == Some(broker));
+        // One that a move takes away already is on its way.
+        if value.removing.contains(&broker) {
+            continue;
+        }
+        let stays = |id: &BrokerId| *id != broker && !state.drains().contains_key(id) && !value.removing.contains(id);
+        let stay: Vec<BrokerId> = value.replicas.iter().copied().filter(stays).collect();
+        if placement.choose(id, stay, value.replicas.len() - value.removing.len()).is_none() {
+            drained.stuck.push(id);
+        }
+    }
+    drained
+}

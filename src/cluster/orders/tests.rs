@@ -1,0 +1,340 @@
+//! Orders to a small cluster over the store in memory: what they write, what they refuse, and who may be faster.
+
+use std::time::Duration;
+
+use super::*;
+use crate::{
+    cluster::{
+        census::Carried,
+        embedded::EmbeddedStore,
+        faulty::{Fault, Faulty},
+        keys::{Addresses, BrokerState, BrokerValue, DrainValue, Key, Value},
+        store::{Outcome, Transaction},
+    },
+    model::{LeaderEpoch, Offset, TopicId},
+    task::Tasks,
+};
+
+const TOPIC: &str = "orders";
+
+struct Cluster {
+    store: EmbeddedStore,
+    keys: Keys,
+    orders: Orders,
+    _tasks: Tasks,
+}
+
+fn ids(numbers: &[u32]) -> Vec<BrokerId> {
+    numbers.iter().copied().map(BrokerId).collect()
+}
+
+fn name() -> TopicName {
+    TOPIC.parse().expect("valid")
+}
+
+fn id(number: u32) -> PartitionId {
+    PartitionId::new(TopicId::from_bytes([7; 16]), number)
+}
+
+fn value(replicas: &[u32], leader: Option<u32>, isr: &[u32]) -> PartitionValue {
+    PartitionValue {
+        replicas: ids(replicas),
+        leader: leader.map(BrokerId),
+        leader_epoch: LeaderEpoch(5),
+        isr: ids(isr),
+        elr: vec![],
+        adding: vec![],
+        removing: vec![],
+        unclean: None,
+    }
+}
+
+impl Cluster {
+    /// Brokers `1..=brokers` and one topic.
+    async fn of(brokers: u32, factor: u32, values: Vec<PartitionValue>) -> Self {
+        let store = EmbeddedStore::in_memory();
+        let (keys, tasks) = (Keys::new("test").expect("valid"), Tasks::new());
+        let view = View::start(Arc::new(store.clone()), keys.clone(), &tasks);
+        let orders = Orders::new(Arc::new(store.clone()), keys.clone(), view, ConfigMap::new());
+        let cluster = Self { store, keys, orders, _tasks: tasks };
+        for broker in 1..=brokers {
+            cluster.come(broker, BrokerState::Running).await;
+        }
+        let partitions = u32::try_from(values.len()).expect("few");
+        let config = ConfigMap::from([("min.insync.replicas".to_owned(), "2".to_owned())]);
+        let topic = TopicValue { id: id(0).topic, partitions, replication_factor: factor, config };
+        cluster.put(&Key::Topic(name()), &topic).await;
+        for (number, value) in (0..).zip(values) {
+            cluster.put(&Key::Partition(id(number)), &value).await;
+        }
+        cluster
+    }
+
+    async fn come(&self, broker: u32, state: BrokerState) {
+        let value = BrokerValue {
+            addresses: Addresses { grpc: format!("b{broker}:9460"), http: None },
+            rack: None,
+            directory_id: broker.to_string(),
+            incarnation: "p".to_owned(),
+            state,
+            version: "0".to_owned(),
+        };
+        self.put(&Key::Broker(BrokerId(broker)), &value).await;
+    }
+
+    async fn write(&self, transaction: Transaction) -> Revision {
+        let revision = match self.store.transact(transaction).await.expect("answers") {
+            Outcome::Done { revision } => revision,
+            refused @ Outcome::Refused { .. } => panic!("{refused:?}"),
+        };
+        self.orders.view.reached(revision).await;
+        revision
+    }
+
+    async fn put(&self, key: &Key, value: &impl Value) -> Revision {
+        self.write(Transaction::new().put(self.keys.path(key), value.encode())).await
+    }
+
+    async fn go(&self, broker: u32) {
+        self.write(Transaction::new().delete(self.keys.broker(BrokerId(broker)))).await;
+    }
+
+    async fn stored(&self, number: u32) -> PartitionValue {
+        let key = self.keys.partition(id(number));
+        let entry = self.store.get(&key).await.expect("answers").entry.expect("there");
+        PartitionValue::decode(&key, &entry.value).expect("valid")
+    }
+}
+
+#[tokio::test]
+async fn a_move_is_begun_for_one_partition_or_for_all_rotated() {
+    let values = (0..3).map(|_| value(&[1, 2], Some(1), &[1, 2])).collect();
+    let cluster = Cluster::of(3, 2, values).await;
+    let one = cluster.orders.reassign(&name(), Some(1), &ids(&[3, 2])).await.expect("ordered");
+    assert_eq!((one.len(), one[0].id, one[0].changed), (1, id(1), true));
+    let stored = cluster.stored(1).await;
+    assert_eq!((stored.replicas, stored.adding, stored.removing), (ids(&[3, 2, 1]), ids(&[3]), ids(&[1])));
+
+    cluster.orders.seen(&one).await;
+    let all = cluster.orders.reassign(&name(), None, &ids(&[2, 3])).await.expect("ordered");
+    let targets: Vec<Vec<BrokerId>> = all
+        .iter()
+        .map(|one| one.value.replicas.iter().copied().filter(|id| !one.value.removing.contains(id)).collect())
+        .collect();
+    assert_eq!(targets, [ids(&[2, 3]), ids(&[3, 2]), ids(&[2, 3])], "each broker is preferred by as many");
+    assert_eq!(all.iter().map(|one| one.changed).collect::<Vec<_>>(), [true, false, true], "one was on its way there");
+
+    cluster.orders.seen(&all).await;
+    let moving = cluster.orders.moving(None, None).expect("listed");
+    assert_eq!(moving.iter().map(|one| one.id).collect::<Vec<_>>(), [id(0), id(1), id(2)]);
+    assert_eq!(cluster.orders.moving(Some(&name()), Some(2)).expect("listed").len(), 1);
+}
+
+#[tokio::test]
+async fn a_move_that_means_nothing_is_refused_with_what_is_wrong_and_changes_nothing() {
+    let cluster = Cluster::of(3, 2, vec![value(&[1, 2], Some(1), &[1, 2]), value(&[2, 4], Some(2), &[2])]).await;
+    cluster.put(&Key::Drain(BrokerId(3)), &DrainValue { since_ms: 1 }).await;
+    let reassign = async |partition, replicas: &[u32]| {
+        cluster.orders.reassign(&name(), partition, &ids(replicas)).await.expect_err("refused")
+    };
+    assert_eq!(reassign(None, &[1, 1]).await, ReassignError::Repeated { id: BrokerId(1) });
+    let unknown = reassign(Some(0), &[1, 9]).await;
+    assert_eq!(unknown.to_string(), "the cluster has no broker 9: it has 1, 2, 3 and 4");
+    let factor = reassign(Some(0), &[1]).await;
+    assert_eq!(factor, ReassignError::Factor { topic: name(), factor: 2, asked: 1 });
+    assert!(factor.to_string().contains("--replication-factor 1"), "{factor}");
+    assert_eq!(reassign(Some(0), &[1, 3]).await, ReassignError::Draining { ids: ids(&[3]) });
+    let gone = reassign(None, &[4, 2]).await;
+    assert_eq!(gone, ReassignError::Gone { ids: ids(&[4]), partition: format!("{TOPIC}/0") });
+    let partition = reassign(Some(2), &[1, 2]).await;
+    assert_eq!(partition.to_string(), "topic \"orders\" has no partition 2: it has 2, numbered from 0");
+    let order: TopicName = "order".parse().expect("valid");
+    let topic = cluster.orders.reassign(&order, None, &ids(&[1, 2])).await.expect_err("refused").to_string();
+    assert_eq!(topic, "topic \"order\" does not exist; did you mean \"orders\"?");
+    assert!(cluster.orders.moving(None, None).expect("listed").is_empty());
+    cluster
+        .orders
+        .reassign(&name(), Some(1), &ids(&[4, 2]))
+        .await
+        .expect("who holds it may be named though it is gone");
+}
+
+#[tokio::test]
+async fn a_move_is_taken_back_and_a_new_leader_hands_over_to_an_old_one() {
+    let mut moving = value(&[3, 2, 1], Some(1), &[1, 2]);
+    (moving.adding, moving.removing) = (ids(&[3]), ids(&[1]));
+    let led = PartitionValue { leader: Some(BrokerId(3)), isr: ids(&[1, 2, 3]), ..moving.clone() };
+    let alone = PartitionValue { leader: Some(BrokerId(3)), isr: ids(&[3]), ..moving.clone() };
+    let still = value(&[1, 2], Some(1), &[1, 2]);
+    let cluster = Cluster::of(3, 2, vec![moving, led, alone, still]).await;
+
+    let back = cluster.orders.cancel(Some(&name()), Some(0)).await.expect("taken back");
+    assert_eq!((back.len(), back[0].changed), (1, true));
+    let stored = cluster.stored(0).await;
+    assert_eq!(
+        (stored.replicas, stored.leader, stored.leader_epoch),
+        (ids(&[2, 1]), Some(BrokerId(1)), LeaderEpoch(5))
+    );
+
+    cluster.orders.cancel(Some(&name()), Some(1)).await.expect("taken back");
+    let stored = cluster.stored(1).await;
+    assert_eq!(
+        (stored.replicas, stored.leader, stored.leader_epoch),
+        (ids(&[2, 1]), Some(BrokerId(2)), LeaderEpoch(6))
+    );
+    assert_eq!(stored.isr, ids(&[1, 2]));
+
+    let only = cluster.orders.cancel(Some(&name()), Some(2)).await.expect_err("nobody else is in sync");
+    assert_eq!(only, CancelError::OnlyNew { partition: format!("{TOPIC}/2") });
+    let nothing = cluster.orders.cancel(Some(&name()), Some(3)).await.expect_err("it does not move");
+    assert_eq!(nothing.to_string(), "nothing to cancel: partition orders/3 is not being moved");
+    let unknown = cluster.orders.cancel(Some(&name()), Some(4)).await.expect_err("no such partition");
+    assert!(matches!(unknown, CancelError::Partition(_)), "{unknown}");
+}
+
+#[tokio::test]
+async fn a_drain_tells_what_moves_and_what_nobody_can_take() {
+    let values =
+        vec![value(&[1, 2], Some(1), &[1, 2]), value(&[2, 1], Some(2), &[1, 2]), value(&[3, 2], Some(3), &[3, 2])];
+    let cluster = Cluster::of(3, 2, values).await;
+    let drained = cluster.orders.drain(BrokerId(1), 77).await.expect("ordered");
+    let wanted = Drained { changed: true, since_ms: 77, leaders: 1, replicas: 2, stuck: vec![], takers: 2 };
+    assert_eq!(drained, wanted);
+    let again = cluster.orders.drain(BrokerId(1), 99).await.expect("ordered");
+    assert_eq!(again, Drained { changed: false, ..wanted }, "it began when it began");
+
+    let second = cluster.orders.drain(BrokerId(2), 100).await.expect("ordered");
+    assert_eq!(second.stuck, [id(0), id(1), id(2)], "two replicas need two brokers, and one is left");
+    assert_eq!((second.takers, second.replicas), (1, 3));
+
+    assert_eq!(cluster.orders.restore(BrokerId(2)).await, Ok(true));
+    assert_eq!(cluster.orders.restore(BrokerId(2)).await, Ok(false));
+    let unknown = cluster.orders.drain(BrokerId(8), 1).await.expect_err("unknown").to_string();
+    assert_eq!(unknown, "the cluster has no broker 8: it has 1, 2 and 3");
+    assert!(cluster.orders.restore(BrokerId(8)).await.is_err());
+    cluster.go(3).await;
+    let gone = cluster.orders.drain(BrokerId(3), 1).await.expect("one that is gone may be drained");
+    assert_eq!((gone.leaders, gone.stuck), (1, vec![id(2)]));
+}
+
+#[tokio::test]
+async fn the_preferred_replica_leads_again_where_it_can() {
+    let cluster =
+        Cluster::of(3, 3, vec![value(&[1, 2, 3], Some(2), &[2, 1]), value(&[3, 2, 1], Some(2), &[2, 1])]).await;
+    let elected = cluster.orders.elect(&name(), 0).await.expect("elected");
+    assert_eq!((elected.value.leader, elected.value.leader_epoch), (Some(BrokerId(1)), LeaderEpoch(6)));
+    assert_eq!(cluster.stored(0).await, elected.value);
+    cluster.orders.seen(std::slice::from_ref(&elected)).await;
+    assert!(!cluster.orders.elect(&name(), 0).await.expect("it leads").changed);
+
+    let unfit = |why| ElectError::Unfit { partition: format!("{TOPIC}/1"), id: BrokerId(3), leader: BrokerId(2), why };
+    assert_eq!(cluster.orders.elect(&name(), 1).await, Err(unfit(Unfit::Behind)));
+    cluster.put(&Key::Partition(id(1)), &value(&[3, 2, 1], Some(2), &[2, 1, 3])).await;
+    cluster.come(3, BrokerState::Stopping).await;
+    assert_eq!(cluster.orders.elect(&name(), 1).await, Err(unfit(Unfit::Leaving)));
+    cluster.go(3).await;
+    assert_eq!(cluster.orders.elect(&name(), 1).await, Err(unfit(Unfit::Gone)));
+    cluster.go(2).await;
+    let another = cluster.orders.elect(&name(), 1).await.expect("somebody else can");
+    assert_eq!((another.value.leader, another.value.isr), (Some(BrokerId(1)), ids(&[1])));
+    assert_eq!(another.value.elr, ids(&[2, 3]), "below the minimum the others stay eligible");
+}
+
+#[tokio::test]
+async fn an_unclean_election_is_made_only_where_nothing_else_helps_and_as_agreed_to() {
+    let mut waiting = value(&[1, 2, 3], None, &[1]);
+    waiting.elr = ids(&[2]);
+    let cluster = Cluster::of(3, 3, vec![waiting.clone(), value(&[1, 2, 3], Some(2), &[2])]).await;
+    let led = cluster.orders.forsaken(&name(), 1).expect_err("it has a leader");
+    assert_eq!(led, ElectError::Led { partition: format!("{TOPIC}/1"), leader: BrokerId(2) });
+    let clean = cluster.orders.forsaken(&name(), 0).expect_err("1 can lead");
+    assert_eq!(clean, ElectError::Clean { partition: format!("{TOPIC}/0"), id: BrokerId(1) });
+    cluster.go(1).await;
+    let clean = cluster.orders.elect_unclean(&name(), 0, BrokerId(3), None).await.expect_err("2 can lead");
+    assert_eq!(clean, ElectError::Clean { partition: format!("{TOPIC}/0"), id: BrokerId(2) });
+    cluster.go(2).await;
+    let nobody = cluster.orders.elect(&name(), 0).await.expect_err("nobody holds everything");
+    assert_eq!(nobody, ElectError::Nobody { partition: format!("{TOPIC}/0"), waited: ids(&[1, 2]) });
+
+    let seen = cluster.orders.forsaken(&name(), 0).expect("nobody is there");
+    let dead =
+        cluster.orders.elect_unclean(&name(), 0, BrokerId(1), Some(seen.revision)).await.expect_err("it is gone");
+    assert!(dead.to_string().contains("of its replicas, 3 are alive"), "{dead}");
+    let later = cluster.put(&Key::Partition(id(0)), &PartitionValue { leader_epoch: LeaderEpoch(6), ..waiting }).await;
+    let changed = cluster.orders.elect_unclean(&name(), 0, BrokerId(3), Some(seen.revision)).await;
+    assert_eq!(changed, Err(ElectError::Changed { partition: format!("{TOPIC}/0") }));
+    let elected = cluster.orders.elect_unclean(&name(), 0, BrokerId(3), Some(later)).await.expect("elected");
+    let stored = cluster.stored(0).await;
+    assert_eq!((stored.leader, &stored.isr, stored.elr.len()), (Some(BrokerId(3)), &ids(&[3]), 0));
+    assert_eq!((stored.unclean, elected.changed), (Some(LeaderEpoch(7)), true));
+}
+
+#[tokio::test]
+async fn who_was_faster_is_looked_at_again() {
+    let cluster = Cluster::of(3, 2, vec![value(&[1, 2], Some(1), &[1, 2])]).await;
+    let looked = cluster.orders.look(&[id(0)]).expect("there");
+    let elected = PartitionValue { leader: Some(BrokerId(2)), leader_epoch: LeaderEpoch(6), ..cluster.stored(0).await };
+    cluster.put(&Key::Partition(id(0)), &elected).await;
+    // What was decided on the value of before is refused, and comes back as it stands.
+    let change = Change { id: id(0), expect: looked[0].revision, value: looked[0].value.leaderless(), also: vec![] };
+    let left = cluster.orders.write(vec![change], &mut vec![]).await.expect("answers");
+    assert_eq!((left.len(), &left[0].value), (1, &elected));
+    assert_eq!(cluster.stored(0).await, elected);
+}
+
+#[tokio::test]
+async fn what_is_not_known_to_have_been_done_is_read_back() {
+    for (fault, done) in [(Fault::AnswerLost, true), (Fault::Lost, true), (Fault::Refused, false)] {
+        let cluster = Cluster::of(3, 2, vec![value(&[1, 2], Some(1), &[1, 2])]).await;
+        let faulty = Faulty::new(cluster.store.clone());
+        let store: Arc<dyn MetaStore> = Arc::new(faulty.clone());
+        let orders = Orders::new(store, cluster.keys.clone(), cluster.orders.view.clone(), ConfigMap::new());
+        faulty.transactions([Some(fault)]);
+        let ordered = orders.reassign(&name(), Some(0), &ids(&[3, 2])).await;
+        assert_eq!(cluster.stored(0).await.is_moving(), done, "{fault:?}");
+        match ordered {
+            Ok(ordered) => assert!(done && ordered[0].changed, "{fault:?}"),
+            Err(error) => assert!(!done && error.retryable(), "{fault:?}: {error}"),
+        }
+    }
+}
+
+#[test]
+fn of_what_replicas_hold_the_newest_epoch_counts_before_the_longest_log() {
+    let offset = |value| Offset::new(value).expect("small");
+    let held = |broker, epoch: Option<u32>, end, committed| Held {
+        broker: BrokerId(broker),
+        last_epoch: epoch.map(LeaderEpoch),
+        log_end: offset(end),
+        high_watermark: offset(committed),
+    };
+    let replicas = ids(&[1, 2, 3]);
+    let best = |held: &[Held], tiered| successor(&replicas, held, offset(tiered));
+    assert_eq!(best(&[], 0), None);
+    assert_eq!(best(&[held(9, Some(9), 99, 99)], 0), None, "it is no replica any more");
+    let two = [held(2, Some(4), 50, 40), held(3, Some(5), 30, 30)];
+    let loss = Some(Loss { from: offset(30), to: offset(40) });
+    assert_eq!(best(&two, 0), Some(Successor { broker: BrokerId(3), loss }));
+    assert_eq!(best(&two, 35).and_then(|best| best.loss).map(|loss| loss.from), Some(offset(35)), "the bucket has it");
+    assert_eq!(best(&two, 45).expect("one").loss, None);
+    let same = [held(3, Some(4), 50, 40), held(1, Some(4), 50, 50), held(2, None, 0, 0)];
+    assert_eq!(best(&same, 0), Some(Successor { broker: BrokerId(1), loss: None }), "the first of the replicas");
+}
+
+#[tokio::test]
+async fn a_census_counts_what_is_not_as_it_should_be() {
+    let mut moving = value(&[3, 2, 1], Some(1), &[1, 2]);
+    (moving.adding, moving.removing) = (ids(&[3]), ids(&[1]));
+    let values =
+        vec![value(&[1, 2], Some(1), &[1, 2]), moving, value(&[4, 2], Some(4), &[4]), value(&[2, 1], None, &[2])];
+    let cluster = Cluster::of(3, 2, values).await;
+    let key = cluster.keys.path(&Key::Topic("broken".parse().expect("valid")));
+    cluster.write(Transaction::new().put(key.clone(), "{")).await;
+    let census = cluster.orders.census();
+    assert_eq!((census.topics, census.partitions, census.moving), (1, 4, 1));
+    assert_eq!((census.leaderless, census.under_replicated, census.below_minimum), (2, 3, 2));
+    assert_eq!(census.brokers.len(), 4, "the one that is gone holds a replica");
+    assert_eq!(census.brokers[&BrokerId(2)], Carried { leaders: 0, replicas: 4, in_sync: 3 });
+    assert_eq!(cluster.orders.unreadable().into_iter().map(|(key, _)| key).collect::<Vec<_>>(), [key]);
+    tokio::time::timeout(Duration::from_secs(10), cluster.orders.seen(&[])).await.expect("nothing to wait for");
+}

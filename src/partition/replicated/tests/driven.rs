@@ -1,0 +1,340 @@
+//! One task, driven by hand: links and an agreement that only write down what they are asked.
+
+use std::{path::Path, sync::Mutex};
+
+use crate::{
+    cluster::{PartitionValue, Revision},
+    log::{Identity, Options, SimDisk},
+    model::{ConfigMap, TopicId},
+    partition::{
+        leader::{
+            insync::{Agreed, Departure, Ends, Peer, Proposal, Registration},
+            join::Claim,
+        },
+        replicated::tests::net::{append, at, batch, broker, send, until},
+        *,
+    },
+};
+
+/// What was asked of a partition's surroundings, in order.
+#[derive(Clone, Debug, PartialEq)]
+enum Asked {
+    Follow(BrokerId),
+    Join(LeaderEpoch, Claim, Ends),
+    Again,
+    Leave(LeaderEpoch, bool),
+    Propose(Proposal),
+    ReadBack,
+    Resign(LeaderEpoch),
+}
+
+#[derive(Default)]
+struct Notes(Mutex<Vec<Asked>>);
+
+impl Notes {
+    fn add(&self, asked: Asked) {
+        self.0.lock().unwrap().push(asked);
+    }
+
+    /// What was asked since the last look.
+    fn take(&self) -> Vec<Asked> {
+        std::mem::take(&mut *self.0.lock().unwrap())
+    }
+}
+
+impl Links for Notes {
+    fn follow(&self, _: PartitionId, leader: BrokerId) {
+        self.add(Asked::Follow(leader));
+    }
+
+    fn join(&self, _: PartitionId, epoch: LeaderEpoch, claim: Claim, ends: Ends) {
+        self.add(Asked::Join(epoch, claim, ends));
+    }
+
+    fn again(&self, _: PartitionId) {
+        self.add(Asked::Again);
+    }
+
+    fn leave(&self, _: PartitionId, known: LeaderEpoch, stopping: bool) {
+        self.add(Asked::Leave(known, stopping));
+    }
+}
+
+impl Agreement for Notes {
+    fn propose(&self, _: PartitionId, proposal: Proposal) {
+        self.add(Asked::Propose(proposal));
+    }
+
+    fn read_back(&self, _: PartitionId) {
+        self.add(Asked::ReadBack);
+    }
+
+    fn resign(&self, _: PartitionId, epoch: LeaderEpoch) {
+        self.add(Asked::Resign(epoch));
+    }
+}
+
+/// Broker 1's replica of three. The log is kept as long as it is written to.
+fn open() -> (Arc<Partition>, Arc<Notes>, Log) {
+    let identity = Identity { cluster: "test".to_owned(), broker: broker(1) };
+    let options = Options { journal_bytes: 1 << 20, reserve_bytes: 0, ..Options::default() };
+    let log = Log::open(Arc::new(SimDisk::new()), Path::new("/data"), &identity, options).unwrap();
+    let spec = Spec {
+        id: PartitionId::new(TopicId::from_bytes([5; 16]), 0),
+        topic: TopicName::new("events").unwrap(),
+        config: Arc::new(TopicConfig::resolve(&ConfigMap::new(), &ConfigMap::new()).unwrap()),
+        committed: None,
+        tier: None,
+        alone: false,
+        anew: false,
+        lag_time: Duration::from_secs(10),
+    };
+    let notes = Arc::new(Notes::default());
+    let around = Surroundings { links: notes.clone(), agreement: notes.clone() };
+    let queue = UpkeepQueue::default();
+    (Partition::open(broker(1), &log, spec, around, &queue, &Tasks::new()).unwrap(), notes, log)
+}
+
+fn value(leader: Option<u32>, epoch: u32) -> PartitionValue {
+    PartitionValue {
+        replicas: vec![broker(1), broker(2), broker(3)],
+        leader: leader.map(broker),
+        leader_epoch: LeaderEpoch(epoch),
+        isr: vec![broker(1), broker(2), broker(3)],
+        elr: vec![],
+        adding: vec![],
+        removing: vec![],
+        unclean: None,
+    }
+}
+
+async fn assign(partition: &Partition, value: PartitionValue, revision: u64) {
+    let running = |number| (broker(number), Registration::Running(Revision(100 + u64::from(number))));
+    let registered = [running(2), running(3)].into();
+    let assignment = Assignment { value: Arc::new(value), revision: Revision(revision), committed: None, registered };
+    partition.assign(assignment).await;
+}
+
+fn peer(number: u32) -> Peer {
+    Peer { broker: broker(number), epoch: Revision(100 + u64::from(number)) }
+}
+
+/// A batch as a leader of that epoch sends it.
+fn sent(base: u64, epoch: u32) -> Batch {
+    let mut batch = batch(b"x", None);
+    batch.stamp(at(base), LeaderEpoch(epoch));
+    batch
+}
+
+fn pieces(epoch: u32, high_watermark: u64, batches: Vec<Batch>) -> FromLink {
+    FromLink::Pieces { epoch: LeaderEpoch(epoch), high_watermark: at(high_watermark), batches }
+}
+
+fn answer(epoch: u32, join: Joined) -> FromLink {
+    FromLink::Answer(Answered { epoch: LeaderEpoch(epoch), high_watermark: at(0), join })
+}
+
+/// Lets the partition take in what it was told.
+async fn told(partition: &Partition, said: impl IntoIterator<Item = FromLink>) {
+    for said in said {
+        partition.from_link(said).unwrap();
+    }
+    // An order behind the others is carried out after them.
+    partition.seen(broker(9), Registration::None).await;
+    assign_again(partition).await;
+}
+
+/// Says nothing new, and returns when all before it was taken in.
+async fn assign_again(partition: &Partition) {
+    assign(partition, value(None, 0), 0).await;
+}
+
+fn joined(epoch: u32, last: Option<u32>, end: u64) -> Asked {
+    let claim = Claim { last: last.map(LeaderEpoch), end: at(end) };
+    Asked::Join(LeaderEpoch(epoch), claim, Ends { written: at(end), persisted: at(end) })
+}
+
+#[tokio::test]
+async fn a_follower_claims_copies_and_refuses_what_does_not_fit() {
+    let (partition, notes, _log) = open();
+    assign(&partition, value(Some(2), 4), 10).await;
+    told(&partition, [FromLink::Up]).await;
+    assert_eq!(notes.take(), [Asked::Follow(broker(2)), joined(4, None, 0)]);
+
+    // Before the answer nothing is taken, and it is no reason to ask again.
+    told(&partition, [pieces(4, 0, vec![sent(0, 4)])]).await;
+    told(&partition, [answer(4, Joined::At(at(0))), pieces(4, 1, vec![sent(0, 3), sent(1, 4)])]).await;
+    assert_eq!((partition.marks().log_end, partition.marks().high_watermark), (at(2), at(1)));
+    until("it is durable", || partition.ends().persisted == at(2)).await;
+    assert_eq!(partition.standing().role, Role::Follower { leader: broker(2), in_sync: true });
+    assert_eq!(notes.take(), []);
+
+    // Late: of an epoch before. It changes nothing.
+    told(&partition, [pieces(3, 2, vec![sent(2, 3)])]).await;
+    assert_eq!(notes.take(), []);
+    let bad = [
+        ("a gap", vec![sent(3, 4)]),
+        ("an overlap", vec![sent(1, 4)]),
+        ("an epoch that falls", vec![sent(2, 3)]),
+        ("an epoch above its leader's", vec![sent(2, 5)]),
+        ("a good one before a gap", vec![sent(2, 4), sent(4, 4)]),
+    ];
+    for (what, batches) in bad {
+        told(&partition, [pieces(4, 9, batches), pieces(4, 9, vec![sent(2, 4)])]).await;
+        assert_eq!(notes.take(), [Asked::Again], "{what}");
+        assert_eq!((partition.marks().log_end, partition.marks().high_watermark), (at(2), at(1)), "{what}");
+        assert_eq!(partition.standing().role, Role::Follower { leader: broker(2), in_sync: false }, "{what}");
+        told(&partition, [FromLink::Up, answer(4, Joined::At(at(2)))]).await;
+        assert_eq!(notes.take(), [joined(4, Some(4), 2)], "{what}");
+    }
+    told(&partition, [pieces(4, 3, vec![sent(2, 4)])]).await;
+    assert_eq!(partition.marks().high_watermark, at(3));
+}
+
+#[tokio::test]
+async fn a_follower_cuts_begins_and_asks_again_as_it_is_answered() {
+    let (partition, notes, _log) = open();
+    assign(&partition, value(Some(2), 4), 10).await;
+    let copied = pieces(4, 1, (0..6).map(|n| sent(n, if n < 3 { 1 } else { 2 })).collect());
+    told(&partition, [FromLink::Up, answer(4, Joined::At(at(0))), copied]).await;
+    until("it is durable", || partition.ends().persisted == at(6)).await;
+    notes.take();
+
+    // Another leads, who has only some of it.
+    assign(&partition, value(Some(3), 5), 11).await;
+    told(&partition, [FromLink::Up]).await;
+    assert_eq!(notes.take(), [Asked::Leave(LeaderEpoch(5), false), Asked::Follow(broker(3)), joined(5, Some(2), 6)]);
+    told(&partition, [answer(5, Joined::Diverged { epoch: LeaderEpoch(1), end: at(7) })]).await;
+    assert_eq!(notes.take(), [joined(5, Some(1), 3)], "no further than its own part of that epoch");
+    assert_eq!(partition.marks().log_end, at(3));
+
+    for refused in [
+        answer(5, Joined::Refused("not now".to_owned())),
+        answer(5, Joined::At(at(2))),
+        answer(5, Joined::Diverged { epoch: LeaderEpoch(1), end: at(3) }),
+        answer(6, Joined::At(at(3))),
+        answer(5, Joined::Begin(Box::new(Beginning { at: at(9), in_bucket: true, ..Beginning::default() }))),
+        answer(
+            5,
+            Joined::Begin(Box::new(Beginning {
+                at: at(9),
+                in_bucket: false,
+                epochs: vec![(LeaderEpoch(2), at(10))],
+                producers: bytes::Bytes::new(),
+            })),
+        ),
+    ] {
+        told(&partition, [refused.clone()]).await;
+        until("it asks again", || notes.0.lock().unwrap().contains(&Asked::Again)).await;
+        assert_eq!(partition.marks().log_end, at(3), "{refused:?}");
+        told(&partition, [FromLink::Up]).await;
+        assert_eq!(notes.take(), [Asked::Again, joined(5, Some(1), 3)], "{refused:?}");
+    }
+    // It does not cut what it knows as committed, and does not ask for ever.
+    told(&partition, [answer(5, Joined::Diverged { epoch: LeaderEpoch(0), end: at(0) })]).await;
+    assert_eq!((notes.take(), partition.marks().log_end), (vec![], at(3)));
+
+    told(&partition, [FromLink::Up]).await;
+    let epochs = vec![(LeaderEpoch(1), at(0)), (LeaderEpoch(3), at(5))];
+    let beginning = Beginning { at: at(9), in_bucket: false, epochs, producers: bytes::Bytes::new() };
+    told(&partition, [answer(5, Joined::Begin(Box::new(beginning)))]).await;
+    assert_eq!(notes.take(), [joined(5, Some(1), 3), joined(5, Some(3), 9)]);
+    let marks = partition.marks();
+    assert_eq!((marks.log_start, marks.local_start, marks.log_end), (at(9), at(9), at(9)));
+    partition.stop().await;
+    assert_eq!(notes.take(), [Asked::Leave(LeaderEpoch(5), true)]);
+}
+
+/// A leader asks one thing at a time. What was asked in an epoch before is no answer to what is asked in this one: taken for that, it
+/// would drop a member from the maximal ISR while its admission may still come true.
+#[tokio::test]
+async fn a_late_outcome_is_not_taken_for_that_of_another_proposal() {
+    let (partition, notes, _log) = open();
+    assign(&partition, value(Some(1), 4), 10).await;
+    partition.left(peer(2), Departure::Gone).await;
+    assign_again(&partition).await;
+    let [Asked::Propose(first)] = &notes.take()[..] else { panic!("one proposal") };
+    assert_eq!((first.expect, &first.value.isr), (Revision(10), &vec![broker(1), broker(3)]));
+    partition.left(peer(3), Departure::Gone).await;
+    assign(&partition, value(None, 5), 20).await;
+    assign(&partition, value(Some(1), 6), 21).await;
+    partition.left(peer(3), Departure::Gone).await;
+    assign_again(&partition).await;
+    assert_eq!(notes.take(), [], "the first is not answered yet");
+
+    partition.agreed(Agreed::Done(Revision(11))).await;
+    assign_again(&partition).await;
+    let [Asked::Propose(second)] = &notes.take()[..] else { panic!("one proposal") };
+    assert_eq!((second.expect, &second.value.isr), (Revision(21), &vec![broker(1), broker(2)]));
+
+    // Nobody knows: it is read back, and until then nothing is proposed.
+    partition.agreed(Agreed::Unknown).await;
+    partition.left(peer(2), Departure::Gone).await;
+    assign_again(&partition).await;
+    assert_eq!(notes.take(), [Asked::ReadBack]);
+    // The view is faster. What is read later is known by then.
+    assign(&partition, second.value.clone(), 22).await;
+    assert_eq!(notes.take(), []);
+    partition.agreed(Agreed::Found(second.value.clone(), Revision(22))).await;
+    assign_again(&partition).await;
+    let [Asked::Propose(third)] = &notes.take()[..] else { panic!("one proposal") };
+    assert_eq!((third.expect, &third.value.isr), (Revision(22), &vec![broker(1)]));
+}
+
+#[tokio::test]
+async fn who_led_in_an_epoch_does_not_lead_in_it_again() {
+    let (partition, notes, _log) = open();
+    assign(&partition, value(Some(1), 4), 10).await;
+    assert!(partition.standing().role.leads());
+    let waiting = send(&partition, batch(b"x", None), Acks::All).await;
+    until("it is written", || partition.ends().written == at(1)).await;
+    partition.agreed(Agreed::Gone).await;
+    partition.left(peer(2), Departure::Gone).await;
+    assign_again(&partition).await;
+    let [Asked::Propose(_)] = &notes.take()[..] else { panic!("one proposal") };
+    partition.agreed(Agreed::Gone).await;
+    assert_eq!(waiting.await.unwrap(), Err(AppendError::Deposed));
+    assign(&partition, value(Some(1), 4), 10).await;
+    assert_eq!(partition.standing().role, Role::Waiting);
+    // An older revision says nothing.
+    assign(&partition, value(Some(1), 5), 9).await;
+    assert_eq!(partition.standing().role, Role::Waiting);
+    assign(&partition, value(Some(1), 6), 12).await;
+    assert!(partition.standing().role.leads());
+    // No replica any more.
+    let gone = PartitionValue { replicas: vec![broker(2)], ..value(Some(2), 7) };
+    assign(&partition, gone, 13).await;
+    let refused = append(&partition, b"x", Acks::None).await;
+    assert_eq!(refused, Err(AppendError::NotLeader { leader: Some(broker(2)), epoch: LeaderEpoch(7) }));
+}
+
+/// The link's queue has an end, and nobody waits at it.
+#[tokio::test]
+async fn a_task_that_is_too_far_behind_takes_no_more_from_its_link() {
+    let (partition, notes, _log) = open();
+    assign(&partition, value(Some(2), 4), 10).await;
+    let all: Vec<_> = (0..2 * QUEUE).map(|_| partition.from_link(FromLink::Up)).collect();
+    assert_eq!(all.iter().filter(|taken| taken.is_err()).count(), QUEUE);
+    assert!(all[..QUEUE].iter().all(Result::is_ok));
+    told(&partition, []).await;
+    assert_eq!(notes.take().len(), 1 + QUEUE, "what was taken was carried out");
+}
+
+/// A follower that joins in an epoch of which this broker has not heard yet waits for it, and not for ever.
+#[tokio::test(start_paused = true)]
+async fn a_join_waits_for_its_epoch_to_begin() {
+    let (partition, _notes, _log) = open();
+    assign(&partition, value(Some(2), 4), 10).await;
+    let claim = Claim { last: None, end: at(0) };
+    let early = partition.join(peer(2), LeaderEpoch(5), claim, Ends::default());
+    let news = async {
+        tokio::time::sleep(Duration::from_millis(900)).await;
+        assign(&partition, value(Some(1), 5), 11).await;
+    };
+    let (answered, ()) = tokio::join!(early, news);
+    assert!(matches!(answered, Answered { epoch: LeaderEpoch(5), join: Joined::At(_), .. }), "{answered:?}");
+    let began = crate::task::clock::monotonic();
+    let answered = partition.join(peer(3), LeaderEpoch(6), claim, Ends::default()).await;
+    assert!(matches!(&answered.join, Joined::Refused(why) if why.contains("epoch 5")), "{answered:?}");
+    assert_eq!(began.elapsed().as_millis(), 1000);
+}

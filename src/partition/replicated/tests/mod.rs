@@ -1,0 +1,501 @@
+//! Several replicas of one partition, joined by a network and a metadata store that the test holds: who leads, who copies, who is told what.
+
+mod driven;
+mod net;
+
+use net::{Net, append, at, batch, broker, bytes_of, equal, in_sync, send, until};
+
+use crate::{
+    cluster::PartitionValue,
+    model::{Acks, LeaderEpoch},
+    partition::{leader::insync::Departure, *},
+    record::ProducerStamp,
+};
+
+const PLAIN: &[(&str, &str)] = &[("remote.storage.enable", "false"), ("retention.ms", "-1")];
+
+/// The offsets' values that a consumer gets from this replica.
+async fn consumed(partition: &Partition) -> Vec<Vec<u8>> {
+    let (mut values, mut from) = (Vec::new(), partition.marks().log_start);
+    while let Some(fetched) = partition.reader().read(from, 1 << 20).await.unwrap() {
+        let mut bytes = bytes::Bytes::from(fetched.chunks.concat());
+        while !bytes.is_empty() {
+            for entry in Batch::split_from(&mut bytes).unwrap().records().unwrap() {
+                values.push(entry.unwrap().1.value.unwrap().to_vec());
+            }
+        }
+        from = fetched.next;
+    }
+    values
+}
+
+fn values(of: impl IntoIterator<Item = u8>) -> Vec<Vec<u8>> {
+    of.into_iter().map(|n| vec![n]).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_all_acknowledge_is_committed_everywhere_and_read_from_any() {
+    let net = Net::new(3, 3, 2, false).await;
+    let one = net.start(1, PLAIN, false).await;
+    let (two, three) = (net.start(2, PLAIN, false).await, net.start(3, PLAIN, false).await);
+    in_sync(&two).await;
+    in_sync(&three).await;
+    for n in 0..20u8 {
+        let acked = append(&one, &[n], Acks::All).await.unwrap();
+        assert_eq!((acked.base.get(), acked.held, acked.epoch), (u64::from(n), Held::Synced(3), LeaderEpoch(1)));
+        // It was not answered before all three had it on their disks.
+        assert!(two.ends().persisted >= acked.end && three.ends().persisted >= acked.end);
+    }
+    for follower in [&two, &three] {
+        until("the mark arrives", || follower.marks().high_watermark == at(20)).await;
+        assert_eq!(consumed(follower).await, values(0..20));
+        equal(&one, follower, 0).await;
+        let refused = append(follower, b"x", Acks::Leader).await;
+        assert_eq!(refused, Err(AppendError::NotLeader { leader: Some(broker(1)), epoch: LeaderEpoch(1) }));
+    }
+    assert_eq!(one.standing().role, Role::Leader { settled: true });
+    // Above what a follower knows its consumer waits; the leader knows that there is no such offset.
+    assert!(two.reader().read(at(25), 100).await.unwrap().is_none());
+    assert!(matches!(one.reader().read(at(25), 100).await, Err(ReadError::OutOfRange { .. })));
+    assert_eq!(net.proposals(), [], "nothing had to be agreed");
+}
+
+/// A leader writes what nobody copies, another is elected, and the first one comes back: what only it had is cut by epochs, and its
+/// writers were never told that it was safe.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_deposed_leader_cuts_what_nobody_copied_and_follows() {
+    let net = Net::new(3, 3, 2, false).await;
+    let one = net.start(1, PLAIN, false).await;
+    let (two, three) = (net.start(2, PLAIN, false).await, net.start(3, PLAIN, false).await);
+    in_sync(&two).await;
+    in_sync(&three).await;
+    append(&one, &[0], Acks::All).await.unwrap();
+    let reader = one.reader().clone();
+
+    net.cut(1, 2);
+    net.cut(1, 3);
+    net.set_blind(1, true).await;
+    assert_eq!(append(&one, &[100], Acks::Leader).await.unwrap().base.get(), 1);
+    let waiting = send(&one, batch(&[101], None), Acks::All).await;
+    until("it is written", || one.ends().persisted == at(3)).await;
+
+    net.elect(2, &[1]).await;
+    assert_eq!(net.value().await.0.isr, [broker(2), broker(3)]);
+    until("3 follows 2", || three.standing().epoch == LeaderEpoch(2)).await;
+    in_sync(&three).await;
+    let acked = append(&two, &[1], Acks::All).await.unwrap();
+    assert_eq!((acked.base, acked.epoch, acked.held), (at(1), LeaderEpoch(2), Held::Synced(2)));
+    assert_eq!(one.marks().high_watermark, at(1), "the old leader commits nothing");
+
+    // It hears of it, and comes back.
+    net.set_blind(1, false).await;
+    assert_eq!(waiting.await.unwrap(), Err(AppendError::Deposed));
+    let not_leader = AppendError::NotLeader { leader: Some(broker(2)), epoch: LeaderEpoch(2) };
+    assert_eq!(append(&one, &[102], Acks::All).await, Err(not_leader));
+    net.heal(1, 2);
+    in_sync(&one).await;
+    equal(&two, &one, 0).await;
+    append(&two, &[2], Acks::All).await.unwrap();
+    for partition in [&one, &two, &three] {
+        until("the mark arrives", || partition.marks().high_watermark == at(3)).await;
+        assert_eq!(consumed(partition).await, values(0..3));
+    }
+    // The reader of before the change reads on.
+    assert!(reader.read(at(1), 100).await.unwrap().is_some());
+}
+
+/// A leader that is cut off from the metadata only learns from its followers that its time is over.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_leader_that_hears_of_a_newer_epoch_admits_nothing_more() {
+    let net = Net::new(3, 3, 2, false).await;
+    let one = net.start(1, PLAIN, false).await;
+    let (two, three) = (net.start(2, PLAIN, false).await, net.start(3, PLAIN, false).await);
+    in_sync(&two).await;
+    in_sync(&three).await;
+    let tail = one.tail();
+    assert!(tail.read(at(0), 100).await.unwrap().is_none());
+    net.set_blind(1, true).await;
+    net.elect(2, &[]).await;
+    until("it is told", || one.standing().role == Role::Waiting).await;
+    assert_eq!(one.standing().leader, None, "who leads it does not know");
+    let refused = append(&one, &[7], Acks::Leader).await;
+    assert_eq!(refused, Err(AppendError::NotLeader { leader: None, epoch: LeaderEpoch(1) }));
+    assert_eq!(
+        tail.read(at(0), 100).await.unwrap_err(),
+        ReadError::Closed,
+        "a reader of that epoch's log ends with it"
+    );
+    // What its view says again, of the epoch before, does not make it lead.
+    net.set_blind(1, false).await;
+    in_sync(&one).await;
+    assert_eq!(one.epoch(), LeaderEpoch(2));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lost_follower_leaves_the_isr_and_comes_back_into_it() {
+    let net = Net::new(3, 3, 2, false).await;
+    let one = net.start(1, PLAIN, false).await;
+    let (two, three) = (net.start(2, PLAIN, false).await, net.start(3, PLAIN, false).await);
+    in_sync(&two).await;
+    in_sync(&three).await;
+    net.cut(1, 3);
+    let waiting = send(&one, batch(&[0], None), Acks::All).await;
+    until("2 has it", || two.ends().persisted == at(1)).await;
+    assert_eq!(one.marks().high_watermark, at(0), "it is in the ISR, so it is waited for");
+    assert!(one.is_behind());
+    let peer = net.node(3, |node| leader::insync::Peer { broker: broker(3), epoch: node.epoch });
+    one.left(peer, Departure::Gone).await;
+    assert_eq!(waiting.await.unwrap().unwrap().held, Held::Synced(2));
+    assert_eq!(net.value().await.0.isr, [broker(1), broker(2)]);
+    until("nobody is behind", || !one.is_behind()).await;
+
+    append(&one, &[1], Acks::All).await.unwrap();
+    net.heal(1, 3);
+    in_sync(&three).await;
+    equal(&one, &three, 0).await;
+    assert_eq!(append(&one, &[2], Acks::All).await.unwrap().held, Held::Synced(3));
+    let isrs: Vec<usize> = net.proposals().iter().map(|proposal| proposal.value.isr.len()).collect();
+    assert_eq!(isrs, [2, 3]);
+}
+
+/// It is not gone, and its link stands: it only does not get further.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_follower_that_lags_is_dropped_by_the_clock_alone() {
+    let net = Net::new(2, 2, 1, false).await;
+    let one = net.start(1, PLAIN, false).await;
+    let two = net.start(2, PLAIN, false).await;
+    in_sync(&two).await;
+    net.cut(1, 2);
+    let waiting = send(&one, batch(&[0], None), Acks::All).await;
+    until("it is behind", || one.is_behind()).await;
+    one.tick(1000).await;
+    one.tick(10_999).await;
+    assert_eq!(net.proposals(), []);
+    one.tick(11_000).await;
+    assert_eq!(waiting.await.unwrap().unwrap().held, Held::Synced(1));
+    assert_eq!(net.value().await.0.isr, [broker(1)]);
+}
+
+/// The answer to a proposal is lost, though it was done. Nothing is committed by it before the key was read.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_unknown_outcome_is_read_back() {
+    let net = Net::new(3, 3, 1, false).await;
+    let one = net.start(1, PLAIN, false).await;
+    let two = net.start(2, PLAIN, false).await;
+    in_sync(&two).await;
+    net.lose_outcomes(1);
+    let waiting = send(&one, batch(&[0], None), Acks::All).await;
+    let peer = net.node(3, |node| leader::insync::Peer { broker: broker(3), epoch: node.epoch });
+    one.left(peer, Departure::Gone).await;
+    assert_eq!(waiting.await.unwrap().unwrap().held, Held::Synced(2));
+    assert_eq!(net.value().await.0.isr, [broker(1), broker(2)]);
+    let three = net.start(3, PLAIN, false).await;
+    in_sync(&three).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn below_the_minimum_nothing_is_committed_until_the_eligible_one_is_back() {
+    let net = Net::new(2, 2, 2, false).await;
+    let one = net.start(1, PLAIN, false).await;
+    let two = net.start(2, PLAIN, false).await;
+    in_sync(&two).await;
+    append(&one, &[0], Acks::All).await.unwrap();
+    net.cut(1, 2);
+    let peer = net.node(2, |node| leader::insync::Peer { broker: broker(2), epoch: node.epoch });
+    one.left(peer, Departure::Gone).await;
+    while net.value().await.0.elr.is_empty() {
+        tokio::task::yield_now().await;
+    }
+    net.spread().await;
+    let refused = append(&one, &[1], Acks::All).await.unwrap_err();
+    assert_eq!(refused, AppendError::Refused(Refused::NotEnoughReplicas { in_sync: 1, needed: 2 }));
+    assert_eq!(append(&one, &[1], Acks::Leader).await.unwrap().base, at(1));
+    assert_eq!(one.marks().high_watermark, at(1));
+    net.heal(1, 2);
+    in_sync(&two).await;
+    until("all is committed", || one.marks().high_watermark == at(2)).await;
+    assert_eq!(net.value().await.0.elr, []);
+}
+
+/// The history is in the bucket; a replica that begins copies the tail alone, and knows from the footer what producers wrote.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_new_replica_begins_at_the_tiered_end_and_knows_the_producers() {
+    const TIERED: &[(&str, &str)] =
+        &[("segment.bytes", "16384"), ("retention.ms", "-1"), ("local.retention.bytes", "1")];
+    let net = Net::new(2, 1, 1, true).await;
+    let one = net.start(1, TIERED, false).await;
+    let stamp = |base_sequence| Some(ProducerStamp { id: 77, epoch: 0, base_sequence });
+    for n in 0..20 {
+        let written = send(&one, batch(&[7; 4000], stamp(n)), Acks::All).await;
+        written.await.unwrap().unwrap();
+    }
+    net.settle(1).await;
+    let tiered_end = one.marks().tiered_end;
+    assert!(tiered_end > at(10) && tiered_end < at(20), "{tiered_end}");
+
+    net.change(|value| value.begin_move(&[broker(1), broker(2)]).unwrap()).await;
+    assert!(matches!(net.open(2, TIERED, false).await, Err(PartitionError::Lost { .. })));
+    let two = net.start(2, TIERED, true).await;
+    in_sync(&two).await;
+    let marks = two.marks();
+    assert_eq!((marks.log_start, marks.local_start, marks.tiered_end), (at(0), tiered_end, tiered_end));
+    equal(&one, &two, tiered_end.get()).await;
+    until("the mark arrives", || two.marks().high_watermark == at(20)).await;
+    assert_eq!(consumed(&two).await.len(), 20, "the history is read through it as well");
+
+    // It leads, and a retry of what is only in the bucket is recognised.
+    net.elect(2, &[1]).await;
+    net.stop(1).await;
+    until("it leads", || two.standing().role.leads()).await;
+    let again = send(&two, batch(&[7; 4000], stamp(i32::try_from(tiered_end.get()).unwrap() - 1)), Acks::Leader)
+        .await
+        .await
+        .unwrap()
+        .unwrap();
+    assert!(again.duplicate);
+    let next = send(&two, batch(&[7; 4000], stamp(20)), Acks::Leader).await.await.unwrap().unwrap();
+    assert_eq!((next.base, next.duplicate), (at(20), false));
+    // And it goes on where the other stopped uploading.
+    for n in 21..40 {
+        send(&two, batch(&[7; 4000], stamp(n)), Acks::All).await.await.unwrap().unwrap();
+    }
+    net.settle(2).await;
+    assert!(two.marks().tiered_end > tiered_end);
+}
+
+/// Nothing is in a bucket: what lies before was deleted, and only the leader knows what producers wrote there.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_a_bucket_a_new_replica_begins_with_the_leaders_tables() {
+    const SHORT: &[(&str, &str)] = &[
+        ("segment.bytes", "16384"),
+        ("remote.storage.enable", "false"),
+        ("retention.ms", "-1"),
+        ("retention.bytes", "30000"),
+    ];
+    let net = Net::new(2, 1, 1, false).await;
+    let one = net.start(1, SHORT, false).await;
+    let stamp = |id, base_sequence| Some(ProducerStamp { id, epoch: 0, base_sequence });
+    send(&one, batch(&[1; 4000], stamp(5, 0)), Acks::All).await.await.unwrap().unwrap();
+    for n in 0..30 {
+        send(&one, batch(&[1; 4000], stamp(6, n)), Acks::All).await.await.unwrap().unwrap();
+    }
+    net.settle(1).await;
+    let start = one.marks().log_start;
+    assert!(start > at(4) && one.marks().local_start == start, "{:?}", one.marks());
+    net.change(|value| value.begin_move(&[broker(2), broker(1)]).unwrap()).await;
+    let two = net.start(2, SHORT, true).await;
+    in_sync(&two).await;
+    equal(&one, &two, start.get()).await;
+    assert_eq!((two.marks().log_start, two.marks().local_start), (start, start));
+    net.elect(2, &[]).await;
+    until("it leads", || two.standing().role.leads()).await;
+    let again = send(&two, batch(&[1; 4000], stamp(5, 0)), Acks::Leader).await.await.unwrap().unwrap();
+    assert_eq!((again.base, again.duplicate), (at(0), true), "what was deleted is remembered");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_leader_whose_disk_fails_resigns_and_its_readers_read_on() {
+    let net = Net::new(3, 3, 2, false).await;
+    let one = net.start(1, PLAIN, false).await;
+    let (two, three) = (net.start(2, PLAIN, false).await, net.start(3, PLAIN, false).await);
+    in_sync(&two).await;
+    in_sync(&three).await;
+    append(&one, &[0], Acks::All).await.unwrap();
+    net.node(1, |node| node.disk.fail_writes_after(Some(0)));
+    let failed = append(&one, &[1], Acks::All).await;
+    assert!(matches!(failed, Err(AppendError::StorageFailed { .. })), "{failed:?}");
+    assert_eq!(net.resigned(), [(broker(1), LeaderEpoch(1))]);
+    until("nobody leads", || two.standing().epoch == LeaderEpoch(2)).await;
+    assert_eq!(net.value().await.0.isr, [broker(2), broker(3)]);
+    net.elect(2, &[]).await;
+    in_sync(&three).await;
+    assert_eq!(one.standing().role, Role::Waiting, "it cannot copy either");
+    append(&two, &[1], Acks::All).await.unwrap();
+    assert_eq!(consumed(&one).await, values([0]));
+    assert!(matches!(append(&one, &[2], Acks::All).await, Err(AppendError::NotLeader { .. })));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_follower_whose_disk_fails_is_not_waited_for() {
+    let net = Net::new(3, 3, 2, false).await;
+    let one = net.start(1, PLAIN, false).await;
+    let (two, three) = (net.start(2, PLAIN, false).await, net.start(3, PLAIN, false).await);
+    in_sync(&two).await;
+    in_sync(&three).await;
+    net.node(3, |node| node.disk.fail_writes_after(Some(0)));
+    // No clock is asked: the follower says it.
+    assert_eq!(append(&one, &[0], Acks::All).await.unwrap().held, Held::Synced(2));
+    assert!(three.fault().is_some());
+    assert_eq!(three.standing().role, Role::Waiting);
+    assert_eq!(net.value().await.0.isr, [broker(1), broker(2)]);
+}
+
+/// An operator elected a replica whose log ends before the bucket does, and holds other records than the bucket.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_leader_elected_unclean_begins_behind_the_bucket() {
+    const TIERED: &[(&str, &str)] = &[("segment.bytes", "16384"), ("retention.ms", "-1")];
+    let net = Net::new(2, 2, 1, true).await;
+    let one = net.start(1, TIERED, false).await;
+    let two = net.start(2, TIERED, false).await;
+    in_sync(&two).await;
+    append(&one, &[0; 4000], Acks::All).await.unwrap();
+    // 2 falls behind; 1 writes on alone and uploads.
+    net.cut(1, 2);
+    let peer = net.node(2, |node| leader::insync::Peer { broker: broker(2), epoch: node.epoch });
+    one.left(peer, Departure::Gone).await;
+    for n in 1..20u8 {
+        append(&one, &[n; 4000], Acks::All).await.unwrap();
+    }
+    net.settle(1).await;
+    let tiered_end = one.marks().tiered_end;
+    assert!(tiered_end > at(5));
+    net.stop(1).await;
+    net.change(|value| value.elect_unclean(broker(2)).unwrap()).await;
+    until("it leads", || two.standing().role.leads()).await;
+    let marks = two.marks();
+    assert_eq!((marks.log_end, marks.high_watermark, marks.local_start), (tiered_end, tiered_end, tiered_end));
+    assert_eq!(append(&two, b"x", Acks::Leader).await.unwrap().base, tiered_end);
+    assert_eq!(consumed(&two).await.len() as u64, tiered_end.get() + 1);
+
+    // The old one comes back with more than that, cuts it, and what it cuts counted as committed once.
+    net.heal(1, 2);
+    let one = net.start(1, TIERED, false).await;
+    in_sync(&one).await;
+    equal(&two, &one, tiered_end.get()).await;
+}
+
+/// It copied what was never committed, and was away while another leader filled those offsets, up to the bucket. What the metadata says is
+/// committed there is not what it has.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replica_that_starts_with_an_abandoned_tail_does_not_take_it_for_committed() {
+    const TIERED: &[(&str, &str)] = &[("segment.bytes", "16384"), ("retention.ms", "-1")];
+    let net = Net::new(3, 3, 1, true).await;
+    let one = net.start(1, TIERED, false).await;
+    let (two, three) = (net.start(2, TIERED, false).await, net.start(3, TIERED, false).await);
+    in_sync(&two).await;
+    in_sync(&three).await;
+    append(&one, &[0; 4000], Acks::All).await.unwrap();
+    net.cut(1, 2);
+    net.set_blind(2, true).await;
+    for _ in 1..20 {
+        append(&one, &[100; 4000], Acks::Leader).await.unwrap();
+    }
+    until("3 has it", || three.ends().persisted == at(20)).await;
+    net.stop(3).await;
+    net.stop(1).await;
+    net.elect(2, &[1, 3]).await;
+    net.set_blind(2, false).await;
+    until("2 leads", || two.standing().role == (Role::Leader { settled: true })).await;
+    for n in 1..20u8 {
+        append(&two, &[n; 4000], Acks::All).await.unwrap();
+    }
+    net.settle(2).await;
+    assert!(two.marks().tiered_end > at(5));
+
+    net.cut(2, 3);
+    let three = net.start(3, TIERED, false).await;
+    assert_eq!((three.marks().log_end, three.marks().high_watermark), (at(20), at(0)));
+    assert!(three.reader().read(at(0), 100).await.unwrap().is_none());
+    net.heal(2, 3);
+    in_sync(&three).await;
+    equal(&two, &three, 0).await;
+}
+
+/// A clean leader has all that is committed. One that asks to cut it is not believed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replica_does_not_cut_what_is_committed() {
+    let net = Net::new(2, 2, 1, false).await;
+    let one = net.start(1, PLAIN, false).await;
+    let two = net.start(2, PLAIN, false).await;
+    in_sync(&two).await;
+    for n in 0..5u8 {
+        append(&one, &[n], Acks::All).await.unwrap();
+    }
+    until("the mark arrives", || two.marks().high_watermark == at(5)).await;
+    let before = bytes_of(&two, at(0));
+    net.stop(1).await;
+    // The first broker's disk was put back to nothing, and it leads all the same: something is very wrong.
+    let log = net.node(1, |node| node.log.clone());
+    log.delete_replica(net.id).unwrap();
+    let one = net.start(1, PLAIN, false).await;
+    net.change(|value| PartitionValue { leader: Some(broker(1)), leader_epoch: LeaderEpoch(2), ..value.clone() }).await;
+    append(&one, b"other", Acks::Leader).await.unwrap();
+    until("it is asked to cut", || {
+        matches!(two.standing(), Standing { epoch: LeaderEpoch(2), role: Role::Follower { in_sync: false, .. }, .. })
+    })
+    .await;
+    net.heal(1, 2);
+    for _ in 0..100 {
+        tokio::task::yield_now().await;
+        assert!(!matches!(two.standing().role, Role::Follower { in_sync: true, .. }));
+    }
+    assert_eq!(two.marks().log_end, at(5));
+    assert!(bytes_of(&two, at(0)) == before, "it keeps its bytes");
+}
+
+/// A follower that was away copies what it missed, whatever lies in memory, and one that starts again goes on where it was.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replica_that_starts_again_copies_what_it_missed() {
+    let net = Net::new(2, 2, 1, false).await;
+    let one = net.start(1, PLAIN, false).await;
+    let two = net.start(2, PLAIN, false).await;
+    in_sync(&two).await;
+    append(&one, &[0; 3000], Acks::All).await.unwrap();
+    net.stop(2).await;
+    // Its leader was told, so nobody waits.
+    for n in 1..60u8 {
+        append(&one, &[n; 3000], Acks::All).await.unwrap();
+    }
+    drop(two);
+    let two = net.start(2, PLAIN, false).await;
+    in_sync(&two).await;
+    equal(&one, &two, 0).await;
+    assert_eq!(append(&one, &[60; 3000], Acks::All).await.unwrap().held, Held::Synced(2));
+}
+
+/// Brokers take turns at leading while a producer that is idempotent sends everything again until it is acknowledged.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_sequence_is_in_the_log_once_whoever_leads() {
+    let net = Net::new(3, 3, 2, false).await;
+    let mut partitions = Vec::new();
+    for number in 1..=3 {
+        partitions.push(net.start(number, PLAIN, false).await);
+    }
+    let produce = async {
+        for sequence in 0..120 {
+            let stamp = Some(ProducerStamp { id: 9, epoch: 0, base_sequence: sequence });
+            loop {
+                let Some(leader) = partitions.iter().find(|partition| partition.standing().role.leads()) else {
+                    tokio::task::yield_now().await;
+                    continue;
+                };
+                let answer = send(leader, batch(&sequence.to_be_bytes(), stamp), Acks::All).await;
+                match answer.await.unwrap() {
+                    Ok(_) => break,
+                    Err(AppendError::Deposed | AppendError::NotLeader { .. } | AppendError::Refused(_)) => {
+                        tokio::task::yield_now().await;
+                    }
+                    Err(error) => panic!("{error}"),
+                }
+            }
+        }
+    };
+    let turns = async {
+        for turn in 0..30u32 {
+            until("all are in sync", || {
+                let followers =
+                    partitions.iter().filter(|p| matches!(p.standing().role, Role::Follower { in_sync: true, .. }));
+                followers.count() == 2
+            })
+            .await;
+            net.elect((turn + 1) % 3 + 1, &[]).await;
+        }
+    };
+    tokio::join!(produce, turns);
+    let leader = partitions.iter().find(|partition| partition.standing().role.leads()).unwrap();
+    let expected: Vec<Vec<u8>> = (0..120i32).map(|n| n.to_be_bytes().to_vec()).collect();
+    assert_eq!(consumed(leader).await, expected);
+    for partition in &partitions {
+        equal(leader, partition, 0).await;
+    }
+}

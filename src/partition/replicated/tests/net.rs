@@ -1,0 +1,524 @@
+//! Some brokers of one partition in one process: each has a disk of its own, the metadata store is a real one, and between the brokers
+//! lies a network that can be cut. Nothing decides here: the links carry, the agreement compares and sets.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use tokio::sync::Semaphore;
+
+use crate::partition::*;
+use crate::{
+    cluster::{
+        Compare, EmbeddedStore, Keys, MetaStore, Outcome, PartitionValue, Revision, TierCommits, Transaction,
+        Value as _,
+    },
+    log::{Identity, Options, SimDisk},
+    model::{Compression, ConfigMap, TopicId},
+    partition::leader::{
+        insync::{Agreed, Departure, Ends, Peer, Proposal, Registration},
+        join::Claim,
+    },
+    record::{BatchBuilder, ProducerStamp},
+    telemetry::Metrics,
+    tier::{Cache, CacheOptions, Store, StoreOptions},
+};
+
+/// The brokers and what is between them.
+pub(super) struct Net {
+    world: Mutex<World>,
+    pub(super) store: EmbeddedStore,
+    pub(super) keys: Keys,
+    pub(super) id: PartitionId,
+    bucket: Option<Store>,
+    pub(super) min_insync: usize,
+    tasks: Tasks,
+}
+
+#[derive(Default)]
+struct World {
+    nodes: BTreeMap<BrokerId, Node>,
+    /// Who does not reach whom, in either direction.
+    cut: BTreeSet<(BrokerId, BrokerId)>,
+    /// Who hears nothing of the metadata.
+    blind: BTreeSet<BrokerId>,
+    /// How many outcomes of proposals are still to be lost.
+    lost_outcomes: usize,
+    /// Proposals that were made.
+    proposals: Vec<Proposal>,
+    resigned: Vec<(BrokerId, LeaderEpoch)>,
+}
+
+pub(super) struct Node {
+    pub(super) disk: SimDisk,
+    pub(super) log: Log,
+    pub(super) epoch: Revision,
+    pub(super) queue: UpkeepQueue,
+    pub(super) tasks: Tasks,
+    partition: Option<Arc<Partition>>,
+    follows: Option<BrokerId>,
+    /// The number of its link's last place, and what wakes whoever serves that.
+    place: u64,
+    ready: Arc<Ready>,
+}
+
+/// One broker's side of the links and of the agreement.
+struct Wire {
+    me: BrokerId,
+    net: Arc<Net>,
+}
+
+pub(super) fn broker(number: u32) -> BrokerId {
+    BrokerId(number)
+}
+
+pub(super) fn at(offset: u64) -> Offset {
+    Offset::new(offset).unwrap()
+}
+
+impl Net {
+    /// Brokers 1 to `brokers` have machines; `replicas` of them are replicas in sync, led by broker 1 in epoch 1. Nothing is open yet.
+    pub(super) async fn new(brokers: u32, replicas: u32, min_insync: usize, bucket: bool) -> Arc<Self> {
+        let id = PartitionId::new(TopicId::from_bytes([9; 16]), 3);
+        let replicas: Vec<BrokerId> = (1..=replicas).map(BrokerId).collect();
+        let value = PartitionValue {
+            leader: replicas.first().copied(),
+            leader_epoch: LeaderEpoch(1),
+            isr: replicas.clone(),
+            replicas,
+            elr: vec![],
+            adding: vec![],
+            removing: vec![],
+            unclean: None,
+        };
+        let (store, keys) = (EmbeddedStore::in_memory(), Keys::new("test").unwrap());
+        store.transact(Transaction::new().put(keys.partition(id), value.encode())).await.unwrap();
+        let bucket = bucket.then(|| Store::open(&StoreOptions::new("memory://"), "test").unwrap());
+        let net = Self { world: Mutex::default(), store, keys, id, bucket, min_insync, tasks: Tasks::new() };
+        for number in 1..=brokers {
+            let disk = SimDisk::new();
+            let node = Node {
+                log: open_log(&disk, BrokerId(number)),
+                disk,
+                epoch: Revision(1000 + u64::from(number)),
+                queue: UpkeepQueue::default(),
+                tasks: Tasks::new(),
+                partition: None,
+                follows: None,
+                place: 0,
+                ready: Arc::default(),
+            };
+            net.world().nodes.insert(BrokerId(number), node);
+        }
+        Arc::new(net)
+    }
+
+    fn world(&self) -> MutexGuard<'_, World> {
+        self.world.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Looks at, or changes, one broker's machine.
+    pub(super) fn node<T>(&self, of: u32, look: impl FnOnce(&mut Node) -> T) -> T {
+        look(self.world().nodes.get_mut(&BrokerId(of)).unwrap())
+    }
+
+    /// Opens the replica of a broker, and assigns what the store says.
+    pub(super) async fn start(self: &Arc<Self>, of: u32, config: &[(&str, &str)], anew: bool) -> Arc<Partition> {
+        let partition = self.open(of, config, anew).await.unwrap();
+        self.spread().await;
+        partition
+    }
+
+    pub(super) async fn open(
+        self: &Arc<Self>,
+        of: u32,
+        config: &[(&str, &str)],
+        anew: bool,
+    ) -> Result<Arc<Partition>, PartitionError> {
+        let overrides: ConfigMap = config.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+        let minimum: ConfigMap = [("min.insync.replicas".to_owned(), self.min_insync.to_string())].into();
+        let committed = self.committed().await;
+        let tier = self.bucket.clone().map(|store| {
+            let cache = Cache::open(&CacheOptions::default(), &Metrics::new()).unwrap();
+            PartitionTier::new(store, cache, self.id, committed.clone().unwrap_or_default())
+        });
+        let spec = Spec {
+            id: self.id,
+            topic: TopicName::new("events").unwrap(),
+            config: Arc::new(TopicConfig::resolve(&minimum, &overrides).unwrap()),
+            committed,
+            tier,
+            alone: false,
+            anew,
+            lag_time: Duration::from_secs(10),
+        };
+        let wire = Arc::new(Wire { me: BrokerId(of), net: Arc::clone(self) });
+        let around = Surroundings { links: wire.clone(), agreement: wire };
+        let (log, queue, tasks) = self.node(of, |node| (node.log.clone(), node.queue.clone(), node.tasks.clone()));
+        let partition = Partition::open(BrokerId(of), &log, spec, around, &queue, &tasks)?;
+        self.node(of, |node| node.partition = Some(Arc::clone(&partition)));
+        Ok(partition)
+    }
+
+    /// Stops the replica of a broker. Those that it led find its links ended.
+    pub(super) async fn stop(&self, of: u32) {
+        let (partition, followers) = {
+            let mut world = self.world();
+            let node = world.nodes.get_mut(&BrokerId(of)).unwrap();
+            node.place += 1;
+            let partition = node.partition.take();
+            (partition, world.nodes.values().map(|node| Arc::clone(&node.ready)).collect::<Vec<_>>())
+        };
+        if let Some(partition) = partition {
+            partition.stop().await;
+        }
+        followers.iter().for_each(|ready| ready.mark(2));
+    }
+
+    fn partition(&self, of: BrokerId) -> Option<Arc<Partition>> {
+        self.world().nodes[&of].partition.clone()
+    }
+
+    /// What the store holds.
+    pub(super) async fn value(&self) -> (PartitionValue, Revision) {
+        let key = self.keys.partition(self.id);
+        let entry = self.store.get(&key).await.unwrap().entry.unwrap();
+        (PartitionValue::decode(&key, &entry.value).unwrap(), entry.mod_revision)
+    }
+
+    async fn committed(&self) -> Option<TierState> {
+        let key = self.keys.tier(self.id);
+        let entry = self.store.get(&key).await.unwrap().entry?;
+        Some(TierState::decode(&key, &entry.value).unwrap())
+    }
+
+    /// Writes the value, whatever it is, as an election or an operator does, and lets all hear of it who can.
+    pub(super) async fn change(&self, change: impl Fn(&PartitionValue) -> PartitionValue) -> PartitionValue {
+        loop {
+            let (value, revision) = self.value().await;
+            let new = change(&value);
+            if self.set(revision, &new).await.is_ok() {
+                self.spread().await;
+                return new;
+            }
+        }
+    }
+
+    async fn set(&self, expect: Revision, value: &PartitionValue) -> Result<Revision, ()> {
+        let key = self.keys.partition(self.id);
+        let when = Compare::ModRevision(key.clone(), expect);
+        match self.store.transact(Transaction::new().when(when).put(key, value.encode())).await.unwrap() {
+            Outcome::Done { revision } => Ok(revision),
+            Outcome::Refused { .. } => Err(()),
+        }
+    }
+
+    /// Elects cleanly; the brokers of `dead` are not alive.
+    pub(super) async fn elect(&self, to: u32, dead: &[u32]) {
+        let dead: BTreeSet<BrokerId> = dead.iter().map(|id| BrokerId(*id)).collect();
+        let min_insync = self.min_insync;
+        self.change(move |value| {
+            value.elect(BrokerId(to), |id| !dead.contains(&id), min_insync).expect("it may be elected")
+        })
+        .await;
+    }
+
+    /// Everybody who can hears of what the store holds.
+    pub(super) async fn spread(&self) {
+        let (value, revision) = self.value().await;
+        let committed = self.committed().await;
+        let (value, mut hear) = (Arc::new(value), Vec::new());
+        let registered = {
+            let world = self.world();
+            for (id, node) in &world.nodes {
+                if let Some(partition) = node.partition.as_ref().filter(|_| !world.blind.contains(id)) {
+                    hear.push(Arc::clone(partition));
+                }
+            }
+            world.nodes.iter().map(|(id, node)| (*id, Registration::Running(node.epoch))).collect::<BTreeMap<_, _>>()
+        };
+        for partition in hear {
+            let (value, committed, registered) = (Arc::clone(&value), committed.clone(), registered.clone());
+            partition.assign(Assignment { value, revision, committed, registered }).await;
+        }
+    }
+
+    /// From now on this broker hears nothing of the metadata, or hears it again.
+    pub(super) async fn set_blind(&self, of: u32, blind: bool) {
+        {
+            let mut world = self.world();
+            if blind {
+                world.blind.insert(BrokerId(of))
+            } else {
+                world.blind.remove(&BrokerId(of))
+            };
+        }
+        self.spread().await;
+    }
+
+    /// Cuts the two off from each other.
+    pub(super) fn cut(&self, one: u32, other: u32) {
+        let mut world = self.world();
+        world.cut.insert(pair(BrokerId(one), BrokerId(other)));
+        world.nodes.values().for_each(|node| node.ready.mark(2));
+    }
+
+    /// Lets them reach each other again; links come up.
+    pub(super) fn heal(self: &Arc<Self>, one: u32, other: u32) {
+        self.world().cut.remove(&pair(BrokerId(one), BrokerId(other)));
+        for me in [one, other] {
+            self.say_up(BrokerId(me), Duration::ZERO);
+        }
+    }
+
+    /// The outcomes of the next proposals are lost, though they are done.
+    pub(super) fn lose_outcomes(&self, count: usize) {
+        self.world().lost_outcomes = count;
+    }
+
+    pub(super) fn proposals(&self) -> Vec<Proposal> {
+        self.world().proposals.clone()
+    }
+
+    pub(super) fn resigned(&self) -> Vec<(BrokerId, LeaderEpoch)> {
+        self.world().resigned.clone()
+    }
+
+    /// Carries out upkeep of one replica until there is nothing left to do, then lets all hear of it.
+    pub(super) async fn settle(&self, of: u32) {
+        let partition = self.partition(BrokerId(of)).unwrap();
+        let upkeep = Upkeep::new(TierCommits::new(Arc::new(self.store.clone()), self.keys.clone()));
+        while upkeep.step(&partition).await.unwrap().more {}
+        crate::partition::upkeep::local(&partition).await.unwrap();
+        self.spread().await;
+    }
+
+    fn reach(&self, me: BrokerId, other: BrokerId) -> bool {
+        let world = self.world();
+        !world.cut.contains(&pair(me, other)) && world.nodes[&other].partition.is_some()
+    }
+
+    fn say_up(self: &Arc<Self>, me: BrokerId, after: Duration) {
+        let net = Arc::clone(self);
+        self.tasks.spawn("up", async move {
+            tokio::time::sleep(after).await;
+            let (follows, partition) = net.node(me.0, |node| (node.follows, node.partition.clone()));
+            if let (Some(leader), Some(partition)) = (follows, partition)
+                && net.reach(me, leader)
+            {
+                partition.from_link(FromLink::Up).unwrap();
+            }
+        });
+    }
+
+    /// The link of `me` to the leader, for one place: the join, its answer, then batches one way and acknowledgements the other.
+    async fn serve(self: Arc<Self>, me: BrokerId, place: u64, ready: Arc<Ready>, join: (LeaderEpoch, Claim, Ends)) {
+        let (epoch, claim, ends) = join;
+        let (leader, here, broker_epoch) = self.node(me.0, |node| (node.follows, node.partition.clone(), node.epoch));
+        let (Some(leader), Some(here)) = (leader, here) else { return };
+        let Some(there) = self.partition(leader).filter(|_| self.reach(me, leader)) else { return };
+        let peer = Peer { broker: me, epoch: broker_epoch };
+        let answered = there.join(peer, epoch, claim, ends).await;
+        let stands = || self.node(me.0, |node| node.place == place) && self.reach(me, leader);
+        if !stands() {
+            return;
+        }
+        here.from_link(FromLink::Answer(answered.clone())).unwrap();
+        let Joined::At(mut from) = answered.join else { return };
+        let (tail, mut told) = (there.tail(), answered.high_watermark);
+        there.follow(&ready, 0, On::Written);
+        there.follow(&ready, 0, On::Committed);
+        here.follow(&ready, 1, On::Progress);
+        while stands() && tail.epoch() == answered.epoch {
+            ready.wait().await;
+            let what = ready.take();
+            if !stands() {
+                break;
+            }
+            if what == Some(1) {
+                there.acknowledged(peer, epoch, here.ends());
+                continue;
+            }
+            let Ok(batches) = read(&tail, &mut from).await else { break };
+            let high_watermark = tail.ends().1;
+            if !batches.is_empty() || high_watermark != told {
+                told = high_watermark;
+                here.from_link(FromLink::Pieces { epoch: answered.epoch, high_watermark, batches }).unwrap();
+            }
+        }
+        // A place that was replaced ended by its follower's own word.
+        if self.node(me.0, |node| node.place == place) {
+            there.left(peer, Departure::LinkLost).await;
+            here.from_link(FromLink::Down).unwrap();
+            self.say_up(me, Duration::from_millis(10));
+        }
+    }
+}
+
+/// All batches from `from` to the leader's log end.
+async fn read(tail: &TailReader, from: &mut Offset) -> Result<Vec<Batch>, ReadError> {
+    let mut batches = Vec::new();
+    while let Some(fetched) = tail.read(*from, 64 << 10).await? {
+        let mut bytes = bytes::Bytes::from(fetched.chunks.concat());
+        while !bytes.is_empty() {
+            batches.push(Batch::split_from(&mut bytes).unwrap());
+        }
+        *from = fetched.next;
+    }
+    Ok(batches)
+}
+
+fn pair(one: BrokerId, other: BrokerId) -> (BrokerId, BrokerId) {
+    (one.min(other), one.max(other))
+}
+
+fn open_log(disk: &SimDisk, broker: BrokerId) -> Log {
+    let identity = Identity { cluster: "test".to_owned(), broker };
+    let options = Options { journal_bytes: 4 << 20, tail_bytes: 24 << 10, reserve_bytes: 0, ..Options::default() };
+    Log::open(Arc::new(disk.clone()), Path::new("/data"), &identity, options).unwrap()
+}
+
+impl Links for Wire {
+    fn follow(&self, _: PartitionId, leader: BrokerId) {
+        self.net.node(self.me.0, |node| node.follows = Some(leader));
+        self.net.say_up(self.me, Duration::ZERO);
+    }
+
+    fn join(&self, _: PartitionId, epoch: LeaderEpoch, claim: Claim, ends: Ends) {
+        let (place, ready) = self.net.node(self.me.0, |node| {
+            node.place += 1;
+            // Whoever serves the place before ends.
+            node.ready.mark(2);
+            node.ready = Arc::default();
+            (node.place, Arc::clone(&node.ready))
+        });
+        self.net.tasks.spawn("link", Arc::clone(&self.net).serve(self.me, place, ready, (epoch, claim, ends)));
+    }
+
+    fn again(&self, _: PartitionId) {
+        self.net.say_up(self.me, Duration::from_millis(5));
+    }
+
+    fn leave(&self, _: PartitionId, known: LeaderEpoch, stopping: bool) {
+        let (followed, epoch) = self.net.node(self.me.0, |node| {
+            node.place += 1;
+            node.ready.mark(2);
+            (node.follows.take(), node.epoch)
+        });
+        let Some(leader) = followed.filter(|leader| self.net.reach(self.me, *leader)) else { return };
+        let (net, peer) = (Arc::clone(&self.net), Peer { broker: self.me, epoch });
+        self.net.tasks.spawn("leave", async move {
+            let Some(there) = net.partition(leader) else { return };
+            if known > there.epoch() {
+                there.deposed(known).await;
+            }
+            there.left(peer, if stopping { Departure::Stopping } else { Departure::LinkLost }).await;
+        });
+    }
+}
+
+impl Agreement for Wire {
+    fn propose(&self, _: PartitionId, proposal: Proposal) {
+        let (me, net) = (self.me, Arc::clone(&self.net));
+        net.world().proposals.push(proposal.clone());
+        self.net.tasks.spawn("propose", async move {
+            let known = |peer: &Peer| net.node(peer.broker.0, |node| node.epoch == peer.epoch);
+            let admitted = proposal.added.iter().all(known);
+            let done = if admitted { net.set(proposal.expect, &proposal.value).await } else { Err(()) };
+            let lost = {
+                let mut world = net.world();
+                let lost = world.lost_outcomes > 0;
+                world.lost_outcomes = world.lost_outcomes.saturating_sub(1);
+                lost
+            };
+            let outcome = match done {
+                _ if lost => Agreed::Unknown,
+                Ok(revision) => Agreed::Done(revision),
+                Err(()) => {
+                    let (value, revision) = net.value().await;
+                    Agreed::Found(value, revision)
+                }
+            };
+            if let Some(partition) = net.partition(me) {
+                partition.agreed(outcome).await;
+            }
+            if !lost {
+                net.spread().await;
+            }
+        });
+    }
+
+    fn read_back(&self, _: PartitionId) {
+        let (me, net) = (self.me, Arc::clone(&self.net));
+        self.net.tasks.spawn("read back", async move {
+            let (value, revision) = net.value().await;
+            if let Some(partition) = net.partition(me) {
+                partition.agreed(Agreed::Found(value, revision)).await;
+            }
+        });
+    }
+
+    fn resign(&self, _: PartitionId, epoch: LeaderEpoch) {
+        let (me, net) = (self.me, Arc::clone(&self.net));
+        net.world().resigned.push((me, epoch));
+        self.net.tasks.spawn("resign", async move {
+            let min_insync = net.min_insync;
+            net.change(
+                move |value| if value.leader_epoch == epoch { value.resign(me, min_insync) } else { value.clone() },
+            )
+            .await;
+        });
+    }
+}
+
+/// A batch of one record.
+pub(super) fn batch(value: &[u8], stamp: Option<ProducerStamp>) -> Batch {
+    let mut builder = BatchBuilder::new(Compression::None);
+    builder.push(crate::task::clock::wall_ms(), None, Some(value), &[]).unwrap();
+    builder.finish(stamp).unwrap()
+}
+
+/// Queues a write.
+pub(super) async fn send(partition: &Partition, batch: Batch, acks: Acks) -> oneshot::Receiver<AppendResult> {
+    let permit = Arc::new(Semaphore::new(1)).acquire_owned().await.unwrap();
+    partition.append(batch, acks, permit).await
+}
+
+pub(super) async fn append(partition: &Partition, value: &[u8], acks: Acks) -> AppendResult {
+    send(partition, batch(value, None), acks).await.await.unwrap()
+}
+
+/// Waits until this is so.
+pub(super) async fn until(what: &str, holds: impl Fn() -> bool) {
+    let reached = async {
+        while !holds() {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), reached).await.unwrap_or_else(|_| panic!("never: {what}"));
+}
+
+/// Everything that a replica's disk holds, from `from` on.
+pub(super) fn bytes_of(partition: &Partition, from: Offset) -> Vec<u8> {
+    let (end, mut at, mut bytes) = (partition.marks().log_end, from, Vec::new());
+    while at < end {
+        let read = partition.tail.read_disk(at, end, 1 << 20).unwrap();
+        read.chunks.iter().for_each(|chunk| bytes.extend_from_slice(chunk));
+        at = read.next;
+    }
+    bytes
+}
+
+/// Both logs end at the same place and hold the same bytes from `from` on.
+pub(super) async fn equal(one: &Partition, other: &Partition, from: u64) {
+    until("equal ends", || one.marks().log_end == other.marks().log_end).await;
+    assert!(bytes_of(one, at(from)) == bytes_of(other, at(from)), "the logs differ");
+}
+
+/// The replica follows and is in sync.
+pub(super) async fn in_sync(partition: &Partition) {
+    until("in sync", || matches!(partition.standing().role, Role::Follower { in_sync: true, .. })).await;
+}

@@ -1,0 +1,179 @@
+//! Several brokers in one process, for trying a cluster out: they share the process and the object store, and, unless there is
+//! etcd, a metadata store. Each is a broker like any other: what they tell each other goes through their listeners.
+
+use std::{future::Future, path::PathBuf, pin::pin, sync::Arc, time::Duration};
+
+use anyhow::Context as _;
+use futures::future;
+use tokio::net::TcpListener;
+
+use super::{
+    Listeners, Node, Outside, Pages, Ready, Stores, admission, advertised, listen, node, open_objects, outside,
+};
+use crate::{
+    client::{self, Tcp},
+    cluster::{Addresses, EmbeddedStore, MetaStore},
+    config::Config,
+    log::RealDisk,
+    task::{Tasks, clock},
+    telemetry::Metrics,
+};
+
+/// One broker's listeners before it serves.
+struct Ports {
+    grpc: TcpListener,
+    http: TcpListener,
+    addresses: Addresses,
+}
+
+/// One broker that serves.
+struct Member {
+    node: Node,
+    listeners: Listeners,
+    state: Ready,
+    /// How long its stop may take.
+    within: Duration,
+}
+
+/// What brokers share while they start.
+struct Shared {
+    /// The metadata store; without it each goes to the etcd of its settings.
+    meta: Option<Arc<dyn MetaStore>>,
+    /// Keeps the time of leases.
+    time: Tasks,
+    /// Ends the waits of a start.
+    stop: Tasks,
+}
+
+/// Runs brokers until `shutdown` resolves and all have stopped. `metadata` is the folder of the metadata store that they share; without it
+/// each goes to the etcd of its settings. One that does not start ends the others.
+pub async fn run_several(
+    configs: Vec<Config>,
+    metadata: Option<PathBuf>,
+    shutdown: impl Future<Output = ()>,
+    ready: impl FnOnce(&[Ready]),
+) -> anyhow::Result<()> {
+    let mut ports = Vec::with_capacity(configs.len());
+    for config in &configs {
+        ports.push(take(config).await?);
+    }
+    for config in &configs {
+        config.prepare_data_dir()?;
+    }
+    let mut shared = Shared { meta: None, time: Tasks::new(), stop: Tasks::new() };
+    if let Some(folder) = &metadata {
+        let store = EmbeddedStore::open(folder).await?;
+        store.keep_time(&shared.time);
+        shared.meta = Some(Arc::new(store));
+    }
+    let mut shutdown = pin!(shutdown);
+    let (members, failed, asked) = start_all(&configs, ports, &shared, shutdown.as_mut()).await;
+    let mut outcome = failed.map_or(Ok(()), Err);
+    if outcome.is_ok() && !asked {
+        let states: Vec<Ready> = members.iter().map(|member| member.state.clone()).collect();
+        ready(&states);
+        let superseded = future::select_all(members.iter().map(|member| Box::pin(member.node.superseded())));
+        tokio::select! {
+            biased;
+            () = &mut shutdown => {}
+            (error, ..) = superseded => outcome = Err(error),
+        }
+    }
+    tracing::info!("stopping");
+    let stopped: anyhow::Result<Vec<()>> = future::join_all(members.into_iter().map(stop)).await.into_iter().collect();
+    shared.time.stop().await;
+    tracing::info!("stopped");
+    outcome.and(stopped.map(|_| ()))
+}
+
+/// Takes a broker's ports: the likeliest mistake, found before any data is touched.
+async fn take(config: &Config) -> anyhow::Result<Ports> {
+    let grpc = listen::listen(config.grpc.listen, "gRPC", "--listen").await?;
+    let http = listen::listen(config.http.listen, "HTTP", "--http").await?;
+    let addresses = Addresses { grpc: advertised(config, &grpc)?, http: Some(http.local_addr()?.to_string()) };
+    Ok(Ports { grpc, http, addresses })
+}
+
+/// Starts all of them at the same time: those that started, why another one did not, and whether all were told to stop meanwhile.
+async fn start_all(
+    configs: &[Config],
+    ports: Vec<Ports>,
+    shared: &Shared,
+    shutdown: impl Future<Output = ()>,
+) -> (Vec<Member>, Option<anyhow::Error>, bool) {
+    let starting = configs.iter().zip(ports).map(async |(config, ports)| {
+        let started = start(config, ports, shared).await;
+        if started.is_err() {
+            // Those that wait for something need not wait any more.
+            shared.stop.cancel();
+        }
+        started.map_err(|error| (config.broker.id, error))
+    });
+    let mut starting = pin!(future::join_all(starting));
+    let mut asked = false;
+    let started = tokio::select! {
+        biased;
+        started = &mut starting => started,
+        () = shutdown => {
+            tracing::info!("stopping before every broker has started");
+            asked = true;
+            shared.stop.cancel();
+            starting.await
+        }
+    };
+    let (mut members, mut failed) = (Vec::with_capacity(configs.len()), None);
+    for outcome in started {
+        match outcome {
+            Ok(member) => members.push(member),
+            Err((_, error)) if error.is::<admission::Stopped>() => {}
+            Err((id, error)) => failed = failed.or(Some(error.context(format!("broker {id} does not start")))),
+        }
+    }
+    (members, failed, asked)
+}
+
+async fn start(config: &Config, ports: Ports, shared: &Shared) -> anyhow::Result<Member> {
+    let began = clock::monotonic();
+    let metrics = Metrics::new();
+    let outside = match &shared.meta {
+        None => outside(config, &shared.time),
+        Some(meta) => around(config, Arc::clone(meta)),
+    };
+    let log = node::open_log(config, &outside, metrics.clone()).await?;
+    let node = Node::over(config, log, outside, ports.addresses, metrics, &shared.stop).await?;
+    let state = Ready {
+        grpc: ports.grpc.local_addr()?,
+        http: ports.http.local_addr()?,
+        data_dir: config.broker.data_dir.clone(),
+        object_store: config.object_store.url.clone(),
+        partitions: node.broker().partitions(),
+        took: began.elapsed(),
+    };
+    let pages: Arc<Pages> = Arc::default();
+    pages.tell_of(node.broker());
+    let listeners = Listeners::begin(pages, ports.http);
+    listeners.serve(&node, ports.grpc);
+    Ok(Member { node, listeners, state, within: config.broker.shutdown_timeout })
+}
+
+/// The world of a broker that shares its metadata store. The store does not lie with its data: what it holds it must prove.
+fn around(config: &Config, meta: Arc<dyn MetaStore>) -> Outside {
+    let of = config.clone();
+    Outside {
+        disk: Arc::new(RealDisk),
+        stores: Box::pin(async move {
+            let objects = of.object_store.url.as_deref().map(|url| open_objects(&of, url)).transpose()?;
+            Ok(Stores { meta, objects })
+        }),
+        connect: Arc::new(Tcp::new(client::Options::default().connect_timeout)),
+        alone: false,
+        stepper: None,
+    }
+}
+
+async fn stop(member: Member) -> anyhow::Result<()> {
+    let (id, within) = (member.node.broker().id(), member.within);
+    member.node.retire(within).await;
+    member.listeners.stop(within).await;
+    member.node.close().await.with_context(|| format!("broker {id}"))
+}

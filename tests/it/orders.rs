@@ -1,0 +1,202 @@
+//! An operator's orders through the command line: to a broker alone, and to a cluster of three in one process.
+
+use serde_json::{Value, json};
+
+use crate::{
+    broker::{Cli, Home, Output},
+    etcd::Etcd,
+    patience::eventually,
+};
+
+/// Runs a command that must fail, and hands out what it complained.
+fn refused(cli: &Cli, line: &str) -> String {
+    let output = run(cli, line);
+    assert_eq!((output.code, output.text().as_str()), (1, ""), "{line}: {output:?}");
+    output.stderr
+}
+
+fn run(cli: &Cli, line: &str) -> Output {
+    cli.run(&line.split(' ').collect::<Vec<_>>())
+}
+
+/// Runs a command that must succeed, for programs.
+fn asked(cli: &Cli, line: &str) -> Value {
+    let output = run(cli, &format!("{line} --output json"));
+    assert_eq!(output.code, 0, "{line}: {output:?}");
+    output.json()
+}
+
+/// Runs a command that must succeed, for people.
+fn said(cli: &Cli, line: &str) -> String {
+    let output = run(cli, line);
+    assert_eq!(output.code, 0, "{line}: {output:?}");
+    output.text()
+}
+
+fn numbers(value: &Value) -> Vec<u64> {
+    value.as_array().expect("a list").iter().map(|number| number.as_u64().expect("a number")).collect()
+}
+
+#[test]
+fn a_broker_alone_takes_orders_and_says_which_make_no_sense() {
+    let mut home = Home::new();
+    let broker = home.start();
+    let cli = home.cli();
+    said(&cli, "topic create orders --partitions 2");
+    let cluster = asked(&cli, "cluster describe");
+    assert_eq!(
+        (&cluster["name"], &cluster["partitions"], &cluster["leaderless"]),
+        (&json!("it"), &json!(2), &json!(0))
+    );
+    let one = &cluster["brokers"][0];
+    assert_eq!((&one["id"], &one["state"], &one["rack"]), (&json!(1), &json!("running"), &json!("zone-a")));
+    assert_eq!((&one["leaders"], &one["replicas"], &one["failed"]), (&json!(2), &json!(2), &Value::Null));
+    assert!(one["free_bytes"].as_u64().is_some_and(|free| free > 0), "{one}");
+    let text = said(&cli, "cluster describe");
+    assert!(text.contains("2 partitions in 1 topic\n") && text.contains("zone-a"), "{text}");
+
+    for (line, parts) in [
+        ("topic create many --replication-factor 2", &["factor of 2", "1 is alive"][..]),
+        ("topic alter orders --replication-factor 3", &["factor of 3", "1 is alive"]),
+        ("topic alter orders --replication-factor 40", &["factor of 40", "1 to"]),
+        ("broker drain 7", &["no broker 7", "it has 1"]),
+        ("broker restore 7", &["no broker 7", "it has 1"]),
+        ("partition reassign orders/0 --replicas 9", &["no broker 9", "it has 1"]),
+        ("partition reassign orders --replicas 1,1", &["broker 1 is named twice"]),
+        ("partition reassign orders/2 --replicas 1", &["no partition 2", "it has 2"]),
+        ("partition reassign order --replicas 1", &["\"order\" does not exist", "did you mean orders"]),
+        ("partition reassign status order", &["\"order\" does not exist"]),
+        ("partition reassign cancel orders/0", &["nothing to cancel", "orders/0"]),
+        ("partition reassign cancel --all", &["nothing to cancel"]),
+        ("partition reassign cancel", &["TOPIC/N", "--all"]),
+        ("partition elect orders/5", &["no partition 5"]),
+        ("partition elect orders/0 --unclean", &["broker 1 leads orders/0"]),
+    ] {
+        let complaint = refused(&cli, line);
+        assert!(parts.iter().all(|part| complaint.contains(part)), "{line}: {complaint}");
+    }
+
+    assert_eq!(asked(&cli, "partition reassign status"), json!([]));
+    assert_eq!(said(&cli, "partition reassign status orders"), "no partition is being moved\n");
+    assert_eq!(said(&cli, "partition reassign orders/0 --replicas 1"), "orders/0 is on 1 already\n");
+    assert_eq!(said(&cli, "partition elect orders/1"), "broker 1 leads already: orders/1 in epoch 0\n");
+    let drained = asked(&cli, "broker drain 1");
+    assert_eq!((&drained["changed"], &drained["takers"], &drained["replicas"]), (&json!(true), &json!(0), &json!(2)));
+    assert_eq!(drained["stuck"].as_array().map(Vec::len), Some(2), "{drained}");
+    let again = said(&cli, "broker drain 1");
+    assert!(
+        again.contains("already") && again.contains("warning: 2 replicas cannot move, because no other"),
+        "{again}"
+    );
+    assert_eq!(asked(&cli, "cluster describe")["brokers"][0]["state"], "draining");
+    let full = refused(&cli, "topic create more");
+    assert!(full.contains("1 is alive, of which 1 is being stopped or drained"), "{full}");
+    assert_eq!(asked(&cli, "broker restore 1"), json!({ "broker": 1, "draining": false, "changed": true }));
+    assert_eq!(said(&cli, "broker restore 1"), "broker 1 was not being drained; nothing changed\n");
+    said(&cli, "topic create more");
+    broker.terminate();
+}
+
+/// Partition 0 of a topic.
+fn partition(cli: &Cli, topic: &str) -> Value {
+    asked(cli, &format!("topic describe {topic}"))["partitions"][0].clone()
+}
+
+#[test]
+fn a_cluster_in_one_process_replicates_moves_and_drains() {
+    let home = Home::cluster(3);
+    let broker = home.start_dev_cluster(3);
+    let cli = home.cli();
+    let complaint = refused(&cli, "topic create four --replication-factor 4");
+    assert!(complaint.contains("factor of 4") && complaint.contains("3 are alive"), "{complaint}");
+
+    said(&cli, "topic create orders");
+    cli.ok_with(&["produce", "orders"], b"one\ntwo\nthree\n");
+    let held = eventually("three are in sync", || {
+        let held = partition(&cli, "orders");
+        (held["isr"].as_array().map(Vec::len) == Some(3)).then_some(held)
+    });
+    assert_eq!((&held["high_watermark"], &held["unanswered"]), (&json!(3), &Value::Null), "{held}");
+    let cluster = asked(&cli, "cluster describe");
+    let brokers = cluster["brokers"].as_array().expect("a list");
+    assert_eq!((brokers.len(), &cluster["under_replicated"]), (3, &json!(0)), "{cluster}");
+    assert!(cluster["controller"].is_u64(), "{cluster}");
+    assert!(brokers.iter().all(|one| one["state"] == "running" && one["unanswered"].is_null()), "{cluster}");
+    assert!(brokers.iter().all(|one| one["segment_bytes"].as_u64().is_some_and(|bytes| bytes > 0)), "{cluster}");
+
+    said(&cli, "topic create single --replication-factor 1 --config min.insync.replicas=1");
+    cli.ok_with(&["produce", "single"], b"a\nb\n");
+    let from = partition(&cli, "single")["leader"].as_u64().expect("led");
+    let to = from % 3 + 1;
+    said(&cli, &format!("partition reassign single/0 --replicas {to}"));
+    let moved = eventually("the partition has moved", || {
+        let at = partition(&cli, "single");
+        (numbers(&at["replicas"]) == [to] && at["high_watermark"] == 2).then_some(at)
+    });
+    assert_eq!(moved["leader"], to);
+    assert_eq!(asked(&cli, "partition reassign status"), json!([]));
+
+    let drained = asked(&cli, &format!("broker drain {to}"));
+    assert_eq!(drained["stuck"], json!([{ "topic": "orders", "partition": 0 }]), "three replicas need three brokers");
+    eventually("what can move has moved", || (numbers(&partition(&cli, "single")["replicas"]) != [to]).then_some(()));
+    said(&cli, &format!("broker restore {to}"));
+
+    said(&cli, "topic alter single --replication-factor 2");
+    eventually("there are two", || (numbers(&partition(&cli, "single")["isr"]).len() == 2).then_some(()));
+    said(&cli, "topic alter single --replication-factor 1");
+    eventually("there is one", || (numbers(&partition(&cli, "single")["replicas"]).len() == 1).then_some(()));
+    for (topic, records) in [("orders", "one\ntwo\nthree\n"), ("single", "a\nb\n")] {
+        let read = cli.ok(&["consume", topic, "--from", "earliest", "--until-end"]);
+        assert_eq!(read.text(), records, "{topic}");
+    }
+
+    assert!(broker.terminate().success(), "{}", home.log());
+    let alone = home.cli().run(&["dev", "--data-dir", home.data_dir().to_str().expect("a path of ours")]);
+    assert!(alone.code == 1 && alone.stderr.contains("--brokers 3"), "{alone:?}");
+    let broker = home.start_dev_cluster(3);
+    let read = cli.ok(&["consume", "orders", "--from", "earliest", "--until-end"]);
+    assert_eq!(read.text(), "one\ntwo\nthree\n", "the data stays");
+    assert!(broker.terminate().success(), "{}", home.log());
+}
+
+/// The last replica in sync is gone for good; what is left is an older one.
+#[test]
+fn an_unclean_election_is_asked_for_and_says_what_it_costs() {
+    let etcd = Etcd::start();
+    let mut homes: Vec<Home> = (1..=2).map(|id| Home::member(id, &etcd)).collect();
+    let bucket = homes[0].bucket();
+    homes = homes.into_iter().map(|home| home.bucket_of(&bucket)).collect();
+    let first = homes[0].start();
+    let second = homes[1].start();
+    let cli = homes[0].cli();
+    said(&cli, "topic create orders --replication-factor 2 --config remote.storage.enable=false");
+    cli.ok_with(&["produce", "orders"], b"one\ntwo\n");
+    eventually("both hold it", || (numbers(&partition(&cli, "orders")["isr"]).len() == 2).then_some(()));
+    said(&cli, "partition reassign orders/0 --replicas 1,2");
+    assert!(second.terminate().success(), "{}", homes[1].log());
+    eventually("the other one is alone", || (numbers(&partition(&cli, "orders")["isr"]) == [1]).then_some(()));
+    cli.ok_with(&["produce", "orders"], b"three\n");
+    first.kill9();
+
+    let second = homes[1].spawn();
+    let cli = homes[1].cli();
+    eventually("nobody leads", || {
+        let described = run(&cli, "topic describe orders --output json");
+        (described.code == 0 && described.json()["partitions"][0]["leader"].is_null()).then_some(())
+    });
+    let gone = &asked(&cli, "cluster describe")["brokers"][0];
+    assert_eq!((&gone["state"], &gone["replicas"], &gone["address"]), (&json!("gone"), &json!(1), &Value::Null));
+    let complaint = refused(&cli, "partition elect orders/0");
+    assert!(complaint.contains("waits for broker 1") && complaint.contains("--unclean"), "{complaint}");
+    let complaint = refused(&cli, "partition elect orders/0 --unclean");
+    assert!(complaint.contains("broker 1 is not alive") && complaint.contains("--yes"), "{complaint}");
+    let elected = asked(&cli, "partition elect orders/0 --unclean --yes");
+    assert_eq!((&elected["leader"], &elected["unclean"], &elected["changed"]), (&json!(2), &json!(true), &json!(true)));
+    assert_eq!(elected["held"][1]["log_end"], 2, "{elected}");
+    let read = cli.ok(&["consume", "orders", "--from", "earliest", "--until-end"]);
+    assert_eq!(read.text(), "one\ntwo\n", "what it had is there");
+    let held = partition(&cli, "orders");
+    assert_eq!(held["unclean_epoch"], held["leader_epoch"], "{held}");
+    cli.ok_with(&["produce", "orders"], b"four\n");
+    assert!(second.terminate().success(), "{}", homes[1].log());
+}
