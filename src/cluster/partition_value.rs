@@ -105,7 +105,10 @@ impl PartitionValue {
     /// Whether `to` may lead without loss: a member of the ISR, or an eligible one when no member of the ISR is alive. The
     /// ISR comes first, because only what its members keep may have been acknowledged with `acks=1`.
     pub fn may_elect(&self, to: BrokerId, live: impl Fn(BrokerId) -> bool) -> bool {
-        live(to) && (mutant!(ElectAnyReplica) || self.isr.contains(&to) || self.elr.contains(&to) && !self.isr.iter().any(|id| live(*id)))
+        live(to)
+            && (mutant!(ElectAnyReplica)
+                || self.isr.contains(&to)
+                || self.elr.contains(&to) && !self.isr.iter().any(|id| live(*id)))
     }
 
     /// A clean election of `to`; `None` when it may not lead ([`Self::may_elect`]) or leads already.

@@ -114,9 +114,8 @@ pub async fn prove(
 
 /// Whether the directory is the one that took part last, and not an older copy of it.
 fn is_same(record: &Entry, shown: &Shown) -> bool {
-    let proven = |known: DirectoryValue| {
-        known.directory_id == shown.directory_id && shown.uptimes.contains(&known.incarnation)
-    };
+    let proven =
+        |known: DirectoryValue| known.directory_id == shown.directory_id && shown.uptimes.contains(&known.incarnation);
     mutant!(SkipProof) || DirectoryValue::decode(&record.key, &record.value).is_ok_and(proven)
 }
 

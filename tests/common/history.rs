@@ -166,7 +166,8 @@ fn identities(log: Log, attempts: &[&Attempt], content: &BTreeMap<i64, u64>, fou
             None | Some((Outcome::Refused, _)) => found.push(Violation::Invented { log, offset, payload }),
             Some((Outcome::Acknowledged { offset: acknowledged }, once)) => {
                 let there = content.get(&acknowledged);
-                let misplaced = if once { acknowledged != offset } else { there.is_some_and(|there| *there != payload) };
+                let misplaced =
+                    if once { acknowledged != offset } else { there.is_some_and(|there| *there != payload) };
                 if misplaced {
                     found.push(Violation::Misplaced { log, payload, acknowledged, read: offset });
                 }

@@ -198,7 +198,16 @@ fn next_request(load: &Load, producer: u32, rng: &mut StdRng) -> (ProduceRequest
     let attempts: Vec<Attempt> = (0..rng.random_range(1..8))
         .map(|_| {
             let payload = load.tick();
-            Attempt { log, payload, once: true, producer, sequence: payload, sent: payload, answered: 0, outcome: Outcome::Unknown }
+            Attempt {
+                log,
+                payload,
+                once: true,
+                producer,
+                sequence: payload,
+                sent: payload,
+                answered: 0,
+                outcome: Outcome::Unknown,
+            }
         })
         .collect();
     let values = attempts.iter().map(|one| value(one.payload)).collect();

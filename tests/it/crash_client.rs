@@ -141,7 +141,15 @@ impl Work {
         // It may lag by some of what each of them held up.
         let seen = tokio::time::timeout(Duration::from_secs(60 + blows), self.follower).await;
         for (log, records) in seen.expect("the consumer reaches the ends").expect("the consumer followed") {
-            passes.push(Pass { log, began: self.load.tick(), from: 0, end: ends[&log], to: ends[&log], current: true, records });
+            passes.push(Pass {
+                log,
+                began: self.load.tick(),
+                from: 0,
+                end: ends[&log],
+                to: ends[&log],
+                current: true,
+                records,
+            });
         }
         judge(&self.load, &passes);
         let total: i64 = ends.values().sum();

@@ -23,14 +23,15 @@ async fn pause(from_ms: u64, to_ms: u64) {
 
 /// One machine's misfortunes until then: kills, power losses, stops, a full disk, a clock that jumps.
 pub(crate) async fn of_machine(machine: &mut Machine, until: Instant, power: bool) {
+    let calm_ms = if machine.alone { 1200 } else { 5000 };
     loop {
-        pause(100, 5000).await;
+        pause(50, calm_ms).await;
         if clock::monotonic() >= until {
             return;
         }
         match random::in_range(0..8) {
-            0..=2 if power => machine.kill(Some(random::bits())),
-            0..=3 => machine.kill(None),
+            0..=3 if power => machine.kill(Some(random::bits())),
+            0..=3 | 7 => machine.kill(None),
             4 => machine.stop().await,
             5 => {
                 machine.note(format_args!("has a full disk"));
@@ -38,11 +39,10 @@ pub(crate) async fn of_machine(machine: &mut Machine, until: Instant, power: boo
                 pause(1, 2000).await;
                 machine.disk.set_capacity(None);
             }
-            6 => machine.jump(random::in_range(-7_200_000..7_200_000)),
-            _ => continue,
+            _ => machine.jump(random::in_range(-7_200_000..7_200_000)),
         }
         if !machine.is_running() {
-            pause(1, 4000).await;
+            pause(1, calm_ms).await;
             if random::in_range(0..4) == 0 {
                 // Its lease has ended by then, and what others had proposed has happened.
                 pause(4000, 5000).await;

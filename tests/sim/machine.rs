@@ -42,7 +42,8 @@ pub(crate) struct Machine {
     pub(crate) disk: SimDisk,
     pub(crate) meta: SimMeta,
     config: Config,
-    alone: bool,
+    /// Whether it is the only one.
+    pub(crate) alone: bool,
     shared: Shared,
     starts: u32,
     /// How far its wall clock is from simulated time.

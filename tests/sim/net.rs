@@ -154,7 +154,11 @@ impl Net {
     }
 
     fn cable(&self, one: &str, other: &str) -> Cable {
-        self.state().cables.entry(pair(one, other)).or_insert_with(|| Cable { up: Tasks::new(), ..Cable::default() }).clone()
+        self.state()
+            .cables
+            .entry(pair(one, other))
+            .or_insert_with(|| Cable { up: Tasks::new(), ..Cable::default() })
+            .clone()
     }
 
     /// What one frame takes.

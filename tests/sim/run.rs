@@ -61,7 +61,8 @@ async fn live(world: &mut World, shape: Shape) {
     let (partitions, power) = topics(&client, shape).await;
     let (ledger, trace) = (Ledger::default(), world.shared.trace.clone());
     let stop = Tasks::new();
-    let load = Load { client: client.clone(), ledger: ledger.clone(), trace: trace.clone(), stop: stop.clone(), partitions };
+    let load =
+        Load { client: client.clone(), ledger: ledger.clone(), trace: trace.clone(), stop: stop.clone(), partitions };
     let mut judge = Judge::new(world.seen(), world.store.clone(), ledger.clone(), trace.clone());
 
     let tasks = Tasks::new();
@@ -75,10 +76,10 @@ async fn live(world: &mut World, shape: Shape) {
     trouble(world, shape, power, &mut judge).await;
     trace.note(format_args!("peace"));
     stop.cancel();
+    settled(&judge, shape).await;
     let answered = tokio::time::timeout(PATIENCE, join_all(clients)).await;
     panics::check();
     assert!(answered.is_ok(), "every send is answered once the faults have stopped");
-    settled(&judge, shape).await;
     check(&load, &mut judge).await;
     // What is there is there again after a stop of all, and after one more loss of power.
     for machine in &mut world.machines {
@@ -130,7 +131,8 @@ async fn trouble(world: &mut World, shape: Shape, power: bool, judge: &mut Judge
     let until = clock::monotonic() + shape.trouble;
     let (places, shared) = (world.places(), world.shared.clone());
     let metas: Vec<_> = world.machines.iter().map(|machine| machine.meta.clone()).collect();
-    let machines = join_all(world.machines.iter_mut().map(|machine| Box::pin(faults::of_machine(machine, until, power))));
+    let machines =
+        join_all(world.machines.iter_mut().map(|machine| Box::pin(faults::of_machine(machine, until, power))));
     let metadata = async {
         // Alone, the metadata lies in the data directory.
         if metas.len() > 1 {
@@ -160,11 +162,7 @@ async fn settled(judge: &Judge, shape: Shape) {
             !whole || ends.len() > 1
         });
         let Some((log, _, value)) = behind else { break };
-        assert!(
-            clock::monotonic() < until,
-            "{log:?} of {} brokers is not whole again: {value:?}",
-            shape.brokers
-        );
+        assert!(clock::monotonic() < until, "{log:?} of {} brokers is not whole again: {value:?}", shape.brokers);
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
 }
