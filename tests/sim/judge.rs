@@ -11,7 +11,7 @@ use std::{
 use strandline::{
     cluster::{EmbeddedStore, Key, Keys, MetaStore as _, PartitionValue, TopicValue, Value as _},
     log::SimDisk,
-    model::{BrokerId, LeaderEpoch, PartitionId, TopicId},
+    model::{BrokerId, PartitionId, TopicId},
 };
 
 use crate::{
@@ -37,13 +37,14 @@ pub(crate) struct Judge {
     pub(crate) keys: Keys,
     pub(crate) ledger: Ledger,
     pub(crate) trace: Trace,
-    epochs: BTreeMap<PartitionId, LeaderEpoch>,
+    /// The partitions when it last looked.
+    values: BTreeMap<PartitionId, PartitionValue>,
 }
 
 impl Judge {
     pub(crate) fn new(machines: Vec<Seen>, store: EmbeddedStore, ledger: Ledger, trace: Trace) -> Self {
         let keys = Keys::new("strandline").unwrap();
-        Self { machines, store, keys, ledger, trace, epochs: BTreeMap::new() }
+        Self { machines, store, keys, ledger, trace, values: BTreeMap::new() }
     }
 
     /// Every partition as the store has it, with its place in the history.
@@ -74,8 +75,13 @@ impl Judge {
     /// Judges this moment. Nothing moves meanwhile.
     pub(crate) async fn look(&mut self) {
         for (log, id, value) in self.partitions().await {
-            let before = self.epochs.insert(id, value.leader_epoch);
-            assert!(before <= Some(value.leader_epoch), "{id:?}: the leader epoch fell");
+            let before = self.values.insert(id, value.clone());
+            if before.as_ref() != Some(&value) {
+                let PartitionValue { leader, leader_epoch, isr, elr, .. } = &value;
+                self.trace.note(format_args!("{log:?}: leader {leader:?} in {leader_epoch}, isr {isr:?}, elr {elr:?}"));
+            }
+            let fell = before.is_some_and(|before| before.leader_epoch > value.leader_epoch);
+            assert!(!fell, "{log:?}: the leader epoch fell");
             let replicas: Vec<_> = self
                 .machines
                 .iter()
