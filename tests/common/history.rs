@@ -362,7 +362,7 @@ mod tests {
     #[test]
     fn what_may_be_there_twice_is_still_where_its_acknowledgement_said() {
         let mut history = sound();
-        history.attempts[4] = Attempt { once: false, ..acknowledged(6, 3) };
+        history.attempts[4] = Attempt { once: false, producer: 2, ..acknowledged(6, 3) };
         history.attempts.remove(5);
         history.passes = vec![pass(100, 0, &[1, 2, 3, 6, 7, 6])];
         assert_eq!(history.check(), []);
