@@ -80,7 +80,7 @@ crash-test: ## Kills a broker KILLS times (200) under load, and a quarter as oft
 	STRANDLINE_KILLS=$(KILLS) $(CARGO) test --locked --test it -- --nocapture --test-threads 1 crash:: crash_client::
 
 # A build of its own: only with that flag tokio's own choices follow from a seed. What is built is not what is released.
-sim: ## Simulates SEEDS runs (200) of a broker under faults, from SEED (1) on, and some of them twice.
+sim: ## Simulates SEEDS runs (200) of one broker and of three under faults, from SEED (1) on, some of them twice, and broken rules.
 	CARGO_TARGET_DIR=target/sim RUSTFLAGS="--cfg tokio_unstable" STRANDLINE_SEEDS=$(SEEDS) STRANDLINE_SEED=$(SEED) \
 	  $(CARGO) test --locked --profile sim --no-default-features --features server,sim --test sim -- --nocapture --test-threads 2
 

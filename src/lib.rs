@@ -3,6 +3,20 @@
 //! With default features this is the whole system; with `default-features = false` it is the Rust client alone. The
 //! modules are listed in the order in which they may import: each knows only those above it.
 
+/// Whether a test has broken this rule on purpose (`task::mutation`); `false` outside of tests and the simulator.
+#[cfg(all(feature = "server", any(test, feature = "sim")))]
+macro_rules! mutant {
+    ($rule:ident) => {
+        crate::task::mutation::is_on(crate::task::mutation::Mutation::$rule)
+    };
+}
+#[cfg(all(feature = "server", not(any(test, feature = "sim"))))]
+macro_rules! mutant {
+    ($rule:ident) => {
+        false
+    };
+}
+
 pub mod model;
 
 pub mod limits;

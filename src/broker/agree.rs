@@ -142,7 +142,9 @@ impl Agree {
     fn change(&self, id: PartitionId, proposal: Proposal) -> Change {
         let Proposal { expect, value, added } = proposal;
         let registered = |peer: Peer| Compare::CreateRevision(self.keys.broker(peer.broker), peer.epoch);
-        Change { id, expect, value, also: added.into_iter().map(registered).collect() }
+        let added = if mutant!(AdmitUnregistered) { Vec::new() } else { added };
+        let also = added.into_iter().map(registered).collect();
+        Change { id, expect, value, also }
     }
 
     async fn answer(&self, id: PartitionId, outcome: Agreed) {

@@ -113,7 +113,11 @@ impl PartitionChanges {
         transaction.else_get = when.iter().map(|compare| compare.key().to_owned()).collect();
         for change in group {
             let key = self.keys.partition(change.id);
-            transaction.compares.push(Compare::ModRevision(key.clone(), change.expect));
+            transaction.compares.push(if mutant!(ChangeUncompared) {
+                Compare::Exists(key.clone())
+            } else {
+                Compare::ModRevision(key.clone(), change.expect)
+            });
             transaction.compares.extend(change.also.iter().cloned());
             transaction = transaction.put(key, change.value.encode());
         }

@@ -105,7 +105,10 @@ impl PartitionValue {
     /// Whether `to` may lead without loss: a member of the ISR, or an eligible one when no member of the ISR is alive. The
     /// ISR comes first, because only what its members keep may have been acknowledged with `acks=1`.
     pub fn may_elect(&self, to: BrokerId, live: impl Fn(BrokerId) -> bool) -> bool {
-        live(to) && (self.isr.contains(&to) || self.elr.contains(&to) && !self.isr.iter().any(|id| live(*id)))
+        live(to)
+            && (mutant!(ElectAnyReplica)
+                || self.isr.contains(&to)
+                || self.elr.contains(&to) && !self.isr.iter().any(|id| live(*id)))
     }
 
     /// A clean election of `to`; `None` when it may not lead ([`Self::may_elect`]) or leads already.
@@ -119,8 +122,8 @@ impl PartitionValue {
             return None;
         }
         let (mut isr, dropped): (Vec<_>, Vec<_>) = self.isr.iter().partition(|id| live(**id));
-        if isr.is_empty() {
-            isr.push(to);
+        if isr.is_empty() || mutant!(ElectAnyReplica) && !isr.contains(&to) {
+            isr = vec![to];
         }
         Some(self.with_sets(isr, dropped, min_insync).led_by(Some(to)))
     }
@@ -176,7 +179,8 @@ impl PartitionValue {
     /// be less than was acknowledged, so it is noted as unclean.
     #[must_use]
     pub fn struck(&self, me: BrokerId, holds: Holds) -> Option<Self> {
-        let free = if self.leader == Some(me) { self.leaderless() } else { self.clone() };
+        let resigns = self.leader == Some(me) && !mutant!(ResumeLeading);
+        let free = if resigns { self.leaderless() } else { self.clone() };
         let is_last =
             self.isr.iter().chain(&self.elr).all(|id| *id == me) && !(self.isr.is_empty() && self.elr.is_empty());
         let value = match holds {

@@ -82,7 +82,10 @@ pub(super) async fn from_bucket(tier: Option<&PartitionTier>, at: Offset) -> Res
     let tier = tier.ok_or(BeginError::NoBucket)?;
     let end = tier.state().bucket_end();
     match tier.last_footer().await? {
-        Some(footer) if footer.end >= at => Tables::checked(footer.end, &footer.epochs, &footer.producers),
+        Some(footer) if footer.end >= at => {
+            let producers: &[u8] = if mutant!(BeginWithoutProducers) { &[] } else { &footer.producers };
+            Tables::checked(footer.end, &footer.epochs, producers)
+        }
         Some(footer) => Err(BeginError::Behind { end: footer.end, at }),
         None => Err(BeginError::Behind { end, at }),
     }

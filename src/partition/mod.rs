@@ -50,20 +50,6 @@
 //! leaves a log that is cut: it claims from there. On a stop the task leaves its link or refuses
 //! what is queued, waits for the journal and answers what it covers. A disk that takes no writes ends leading and copying, and nothing else.
 
-/// Whether a test has broken this rule of replication on purpose (`mutation`); `false` outside of the tests.
-#[cfg(test)]
-macro_rules! mutant {
-    ($rule:ident) => {
-        crate::partition::mutation::is_on(crate::partition::mutation::Mutation::$rule)
-    };
-}
-#[cfg(not(test))]
-macro_rules! mutant {
-    ($rule:ident) => {
-        false
-    };
-}
-
 pub mod follower;
 pub mod leader;
 pub mod retention;
@@ -369,7 +355,5 @@ fn open_replica(log: &Log, spec: &Spec, committed: Offset) -> Result<Replica, Pa
 
 #[cfg(test)]
 mod check;
-#[cfg(test)]
-mod mutation;
 #[cfg(test)]
 mod tests;

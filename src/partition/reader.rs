@@ -138,11 +138,12 @@ impl Reader {
             return Err(ReadError::Closed);
         }
         let marks = self.shared.marks();
-        let (start, end) = (marks.log_start, marks.high_watermark);
+        let end = if mutant!(ReadUncommitted) { marks.log_end } else { marks.high_watermark };
+        let start = marks.log_start;
         if from < start || from > end && self.shared.standing().role == (Role::Leader { settled: true }) {
             return Err(ReadError::OutOfRange { offset: from, start, end });
         }
-        Ok((from < end).then_some(marks))
+        Ok((from < end).then_some(Watermarks { high_watermark: end, ..marks }))
     }
 
     async fn read_disk(&self, from: Offset, bound: Offset, max_bytes: usize) -> Result<Option<Fetched>, ReadError> {

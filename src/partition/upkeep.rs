@@ -146,6 +146,9 @@ impl Upkeep {
         let info = local.sealed.iter().find(|segment| segment.base == base).expect("the plan chose one of these");
         let source = source(partition, info).await?;
         let end = source.end();
+        if mutant!(EvictBeforeCommit) {
+            partition.command(Command::Evict(end)).await;
+        }
         let staged = tier.stage(&source, epoch).await?;
         self.commit(partition, tier, staged, epoch).await?;
         tracing::debug!(partition = %partition.id, %base, %end, "a segment is in the bucket");

@@ -9,6 +9,8 @@ use std::future::Future;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 pub mod clock;
+#[cfg(all(feature = "server", any(test, feature = "sim")))]
+pub mod mutation;
 #[cfg(feature = "sim")]
 pub mod process;
 pub mod random;

@@ -230,7 +230,16 @@ fn next_request(load: &Load, producer: u32, rng: &mut StdRng) -> (ProduceRequest
     let attempts: Vec<Attempt> = (0..rng.random_range(1..8))
         .map(|_| {
             let payload = load.tick();
-            Attempt { log, payload, producer, sequence: payload, sent: payload, answered: 0, outcome: Outcome::Unknown }
+            Attempt {
+                log,
+                payload,
+                once: true,
+                producer,
+                sequence: payload,
+                sent: payload,
+                answered: 0,
+                outcome: Outcome::Unknown,
+            }
         })
         .collect();
     let values = attempts.iter().map(|one| value(one.payload)).collect();
@@ -287,7 +296,7 @@ async fn read_part(load: &Load, log: Log, part: Part) -> Pass {
         let id = identify(&bytes);
         (record.offset, id.unwrap_or_else(|| panic!("damaged record at {name}/{partition}@{}", record.offset)))
     });
-    Pass { log, began, from, end, to, records: records.collect() }
+    Pass { log, began, from, end, to, current: true, records: records.collect() }
 }
 
 /// What readers have seen, and where the next ones go on.

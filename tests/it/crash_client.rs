@@ -42,6 +42,7 @@ async fn produce(load: Arc<Load>, number: u32, producer: Producer, seed: u64, ta
         let partition = rng.random_range(0..PARTITIONS);
         let attempt = Attempt {
             log: (0, partition),
+            once: true,
             payload,
             producer: number,
             sequence: payload,
@@ -145,7 +146,15 @@ impl Work {
         // It may lag by some of what each of them held up.
         let seen = tokio::time::timeout(Duration::from_secs(60 + blows), self.follower).await;
         for (log, records) in seen.expect("the consumer reaches the ends").expect("the consumer followed") {
-            passes.push(Pass { log, began: self.load.tick(), from: 0, end: ends[&log], to: ends[&log], records });
+            passes.push(Pass {
+                log,
+                began: self.load.tick(),
+                from: 0,
+                end: ends[&log],
+                to: ends[&log],
+                current: true,
+                records,
+            });
         }
         judge(&self.load, &passes);
         let total: i64 = ends.values().sum();

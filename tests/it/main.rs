@@ -17,6 +17,7 @@ mod figures;
 mod format;
 mod full_disk;
 mod fuzz;
+#[path = "../common/history.rs"]
 mod history;
 mod hostile;
 mod kafka_reader;

@@ -17,7 +17,7 @@
 //! What bounds the search is the [`Budget`](world::Budget): how often each thing may happen on the way to a state. States
 //! are told apart by a hash of 128 bits.
 //!
-//! That it can find faults is shown by breaking the rules one at a time (`mutation`): each gives a counterexample.
+//! That it can find faults is shown by breaking the rules one at a time (`task::mutation`): each gives a counterexample.
 //!
 //! [`InSync`]: super::leader::insync::InSync
 //! [`Follower`]: super::follower::Follower

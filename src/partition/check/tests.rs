@@ -6,7 +6,7 @@ use super::{
 };
 use crate::{
     model::Durability::{self, Persisted, Replicated},
-    partition::mutation::{self, Mutation},
+    task::mutation::{self, Mutation},
 };
 
 const NOTHING: Budget = Budget::NOTHING;

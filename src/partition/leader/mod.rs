@@ -255,7 +255,8 @@ impl<W> Leader<W> {
     }
 
     fn own(&self) -> Ends {
-        Ends { written: self.log_end, persisted: self.persisted_end }
+        let persisted = if mutant!(AcknowledgeBeforeSync) { self.log_end } else { self.persisted_end };
+        Ends { written: self.log_end, persisted }
     }
 
     /// Everything below `end` is committed to the bucket.

@@ -1,4 +1,4 @@
-//! Judges what clients saw: was anything acknowledged lost, and was anything read that should not have been?
+//! Judges what clients saw, of real processes (`tests/it`) and of simulated ones (`tests/sim`): was anything acknowledged lost, and was anything read that should not have been?
 //!
 //! A [`History`] is what was sent with what came back, and what readers saw. Every payload is sent once and is therefore a
 //! record's identity. [`History::check`] is pure; it finds:
@@ -36,8 +36,10 @@ pub(crate) enum Outcome {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Attempt {
     pub(crate) log: Log,
-    /// Its identity, never sent twice.
+    /// Its identity: no other attempt has it.
     pub(crate) payload: u64,
+    /// Whether it may be there only once. A producer without sequences sends again what may be there.
+    pub(crate) once: bool,
     pub(crate) producer: u32,
     /// Its place in its producer's order of sending to this log.
     pub(crate) sequence: u64,
@@ -60,6 +62,9 @@ pub(crate) struct Pass {
     pub(crate) end: i64,
     /// Where it stopped: at that end, or below it when it was only to look at a piece.
     pub(crate) to: i64,
+    /// Whether that end had to be the newest. A leader that the others have replaced without its knowledge tells an older one: then
+    /// the pass answers only for what it read.
+    pub(crate) current: bool,
     /// What it saw, in the order in which it saw it.
     pub(crate) records: Vec<(i64, u64)>,
 }
@@ -136,7 +141,7 @@ fn content(log: Log, passes: &[&Pass], found: &mut Vec<Violation>) -> BTreeMap<i
 
 fn ends(log: Log, passes: &[&Pass], found: &mut Vec<Violation>) {
     let mut told = 0;
-    for pass in passes {
+    for pass in passes.iter().filter(|pass| pass.current) {
         if pass.end < told {
             found.push(Violation::Regressed { log, told, then: pass.end });
         }
@@ -144,22 +149,30 @@ fn ends(log: Log, passes: &[&Pass], found: &mut Vec<Violation>) {
     }
 }
 
-/// Every record read was sent, once, to here, and is where its acknowledgement said.
+/// Every record read was sent, to here, once where it may be there only once, and is where its acknowledgement said.
 fn identities(log: Log, attempts: &[&Attempt], content: &BTreeMap<i64, u64>, found: &mut Vec<Violation>) {
     let sent: HashMap<u64, &Attempt> = attempts.iter().map(|one| (one.payload, *one)).collect();
     let mut seen: HashMap<u64, i64> = HashMap::new();
     for (&offset, &payload) in content {
+        let attempt = sent.get(&payload);
         if let Some(&first) = seen.get(&payload) {
-            found.push(Violation::Duplicated { log, payload, first, second: offset });
+            if attempt.is_none_or(|one| one.once) {
+                found.push(Violation::Duplicated { log, payload, first, second: offset });
+            }
             continue;
         }
         seen.insert(payload, offset);
-        match sent.get(&payload).map(|one| one.outcome) {
-            None | Some(Outcome::Refused) => found.push(Violation::Invented { log, offset, payload }),
-            Some(Outcome::Acknowledged { offset: acknowledged }) if acknowledged != offset => {
-                found.push(Violation::Misplaced { log, payload, acknowledged, read: offset });
+        match attempt.map(|one| (one.outcome, one.once)) {
+            None | Some((Outcome::Refused, _)) => found.push(Violation::Invented { log, offset, payload }),
+            Some((Outcome::Acknowledged { offset: acknowledged }, once)) => {
+                let there = content.get(&acknowledged);
+                let misplaced =
+                    if once { acknowledged != offset } else { there.is_some_and(|there| *there != payload) };
+                if misplaced {
+                    found.push(Violation::Misplaced { log, payload, acknowledged, read: offset });
+                }
             }
-            Some(Outcome::Acknowledged { .. } | Outcome::Unknown) => {}
+            Some((Outcome::Unknown, _)) => {}
         }
     }
 }
@@ -194,7 +207,7 @@ impl<'a> Acknowledged<'a> {
         // Above the first place from which on everything was answered later, nothing was its to see.
         let due = self.attempts[first..].iter().zip(&self.earliest[first..]);
         for (&(offset, one), _) in due.take_while(|&(_, &earliest)| earliest < pass.began) {
-            let looked = !(pass.to..pass.end).contains(&offset);
+            let looked = offset < pass.to || pass.current && offset >= pass.end;
             if looked && one.answered < pass.began && !seen.contains(&one.payload) {
                 found.push(Violation::Lost { log: pass.log, offset, payload: one.payload });
             }
@@ -245,7 +258,7 @@ mod tests {
     const LOG: Log = (0, 3);
 
     fn attempt(payload: u64, sent: u64, answered: u64, outcome: Outcome) -> Attempt {
-        Attempt { log: LOG, payload, producer: 1, sequence: payload, sent, answered, outcome }
+        Attempt { log: LOG, payload, once: true, producer: 1, sequence: payload, sent, answered, outcome }
     }
 
     fn acknowledged(payload: u64, offset: i64) -> Attempt {
@@ -255,7 +268,7 @@ mod tests {
     fn pass(began: u64, from: i64, payloads: &[u64]) -> Pass {
         let records: Vec<(i64, u64)> = (from..).zip(payloads.iter().copied()).collect();
         let end = from + records.len() as i64;
-        Pass { log: LOG, began, from, end, to: end, records }
+        Pass { log: LOG, began, from, end, to: end, current: true, records }
     }
 
     /// Five records in order, one of unknown outcome that is there, one that is not, one that was refused.
@@ -347,6 +360,17 @@ mod tests {
     }
 
     #[test]
+    fn what_may_be_there_twice_is_still_where_its_acknowledgement_said() {
+        let mut history = sound();
+        history.attempts[4] = Attempt { once: false, producer: 2, ..acknowledged(6, 3) };
+        history.attempts.remove(5);
+        history.passes = vec![pass(100, 0, &[1, 2, 3, 6, 7, 6])];
+        assert_eq!(history.check(), []);
+        history.attempts[4].outcome = Outcome::Acknowledged { offset: 4 };
+        assert!(history.check().contains(&Violation::Misplaced { log: LOG, payload: 6, acknowledged: 4, read: 3 }));
+    }
+
+    #[test]
     fn an_invented_and_a_refused_record_are_found() {
         let mut history = sound();
         history.passes = vec![pass(100, 0, &[1, 2, 3, 6, 7, 99])];
@@ -393,7 +417,7 @@ mod tests {
     fn gaps_repeats_and_steps_back_of_a_reader_are_found() {
         let with = |records: Vec<(i64, u64)>, end| {
             let mut history = sound();
-            history.passes = vec![Pass { log: LOG, began: 100, from: 0, end, to: end, records }];
+            history.passes = vec![Pass { log: LOG, began: 100, from: 0, end, to: end, current: true, records }];
             history.check()
         };
         let gap = with(vec![(0, 1), (1, 2), (3, 6), (4, 7)], 5);
@@ -420,6 +444,16 @@ mod tests {
         history.attempts.truncate(4);
         history.passes = vec![pass(50, 0, &[1, 2, 3]), pass(60, 0, &[1, 2])];
         assert_eq!(history.check(), [Violation::Regressed { log: LOG, told: 3, then: 2 }]);
+    }
+
+    #[test]
+    fn a_reader_that_may_be_told_an_older_end_answers_for_what_it_read() {
+        let mut history = sound();
+        history.passes.push(Pass { current: false, ..pass(120, 0, &[1, 2, 3]) });
+        history.passes.push(pass(130, 0, &[1, 2, 3, 6, 7]));
+        assert_eq!(history.check(), []);
+        history.passes[3] = Pass { current: false, ..pass(120, 0, &[1, 3]) };
+        assert!(history.check().contains(&Violation::Lost { log: LOG, offset: 1, payload: 2 }));
     }
 
     /// Any single change to what a reader of a sound history saw is a violation.

@@ -1,0 +1,78 @@
+//! Rules that a test may break on purpose, one at a time, to show that the checks find it. Only in tests and with the feature `sim`:
+//! elsewhere `mutant!` is `false` and nothing of this is compiled.
+//!
+//! A rule is broken for one thread. A simulated run is one, and so is a search of the model check.
+
+use std::cell::Cell;
+
+/// One broken rule.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mutation {
+    /// A leader takes for synced what it has only written.
+    AcknowledgeBeforeSync,
+    /// A segment leaves the disk before its place in the bucket is committed.
+    EvictBeforeCommit,
+    /// A broker that starts goes on leading in the epochs that its last uptime led in.
+    ResumeLeading,
+    /// A broker that starts is taken at its word: neither its directory nor its replicas are looked at.
+    SkipProof,
+    /// Any live replica may be elected.
+    ElectAnyReplica,
+    /// A partition is changed whatever became of it since it was read.
+    ChangeUncompared,
+    /// A replica is admitted to the ISR whatever became of its broker's registration.
+    AdmitUnregistered,
+    /// A replica that begins where the bucket ends knows nothing of the producers that wrote what is there.
+    BeginWithoutProducers,
+    /// A leader that was replaced commits to the bucket.
+    DeposedCommits,
+    /// Readers are served up to the log end.
+    ReadUncommitted,
+    /// An acknowledgement of an older leader epoch counts.
+    AckOfOlderLeaderEpoch,
+    /// An acknowledgement of an older broker epoch counts.
+    AckOfOlderBrokerEpoch,
+    /// A follower cuts at its high watermark and not by epochs.
+    CutToHighWatermark,
+    /// A replica is admitted to the ISR below the epoch's start, by a leader that is not settled.
+    AdmitBelowEpochStart,
+    /// A leader that is not settled admits nobody.
+    AdmitOnlySettled,
+    /// The high watermark is taken over the committed ISR and not over the maximal one.
+    CommittedIsrOnly,
+    /// The minimum is counted on the maximal ISR, and the ELR is not looked at.
+    MinimumOfMaximal,
+    /// A left-over ELR does not hold the high watermark.
+    ElrIgnored,
+    /// A proposal whose outcome is unknown is taken as done.
+    UnknownIsDone,
+}
+
+thread_local! {
+    static ON: Cell<Option<Mutation>> = const { Cell::new(None) };
+}
+
+/// Whether this rule is broken in this thread.
+pub fn is_on(mutation: Mutation) -> bool {
+    ON.get() == Some(mutation)
+}
+
+/// Whether any rule is broken in this thread.
+pub fn is_any_on() -> bool {
+    ON.get().is_some()
+}
+
+/// Runs `f` with this rule broken, in this thread only. A panic of `f` mends the rule too.
+pub fn with<T>(mutation: Option<Mutation>, f: impl FnOnce() -> T) -> T {
+    let _before = Before(ON.replace(mutation));
+    f()
+}
+
+/// What was broken before.
+struct Before(Option<Mutation>);
+
+impl Drop for Before {
+    fn drop(&mut self) {
+        ON.set(self.0);
+    }
+}

@@ -1,0 +1,127 @@
+//! What must hold at every moment (design.md §13), seen from outside: the disks, the metadata store, and what clients were told.
+
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use strandline::{
+    cluster::{EmbeddedStore, Key, Keys, MetaStore as _, PartitionValue, TopicValue, Value as _},
+    log::SimDisk,
+    model::{BrokerId, PartitionId, TopicId},
+};
+
+use crate::{
+    history::Log,
+    load::{Ledger, TOPICS},
+    logs::{self, Replica},
+    trace::Trace,
+};
+
+/// One machine as the judge sees it.
+#[derive(Clone)]
+pub(crate) struct Seen {
+    pub(crate) id: BrokerId,
+    pub(crate) disk: SimDisk,
+    /// Whether its broker takes part.
+    pub(crate) running: Arc<AtomicBool>,
+}
+
+/// The judge, and what it remembers.
+pub(crate) struct Judge {
+    pub(crate) machines: Vec<Seen>,
+    pub(crate) store: EmbeddedStore,
+    pub(crate) keys: Keys,
+    pub(crate) ledger: Ledger,
+    pub(crate) trace: Trace,
+    /// The partitions when it last looked.
+    values: BTreeMap<PartitionId, PartitionValue>,
+}
+
+impl Judge {
+    pub(crate) fn new(machines: Vec<Seen>, store: EmbeddedStore, ledger: Ledger, trace: Trace) -> Self {
+        let keys = Keys::new("strandline").unwrap();
+        Self { machines, store, keys, ledger, trace, values: BTreeMap::new() }
+    }
+
+    /// Every partition as the store has it, with its place in the history.
+    pub(crate) async fn partitions(&self) -> Vec<(Log, PartitionId, PartitionValue)> {
+        let entries = self.store.list(self.keys.prefix()).await.unwrap().entries;
+        let mut topics: BTreeMap<TopicId, usize> = BTreeMap::new();
+        let mut partitions = Vec::new();
+        for entry in &entries {
+            match self.keys.parse(&entry.key) {
+                Some(Key::Topic(name)) => {
+                    let value = TopicValue::decode(&entry.key, &entry.value).unwrap();
+                    let place = TOPICS.iter().position(|topic| *topic == name.as_str());
+                    topics.extend(place.map(|place| (value.id, place)));
+                }
+                Some(Key::Partition(id)) => {
+                    partitions.push((id, PartitionValue::decode(&entry.key, &entry.value).unwrap()));
+                }
+                _ => {}
+            }
+        }
+        let placed = partitions.into_iter().filter_map(|(id, value)| {
+            let topic = *topics.get(&id.topic)?;
+            Some(((topic, i32::try_from(id.number).unwrap()), id, value))
+        });
+        placed.collect()
+    }
+
+    /// Judges this moment. Nothing moves meanwhile.
+    pub(crate) async fn look(&mut self) {
+        for (log, id, value) in self.partitions().await {
+            let before = self.values.insert(id, value.clone());
+            if before.as_ref() != Some(&value) {
+                let PartitionValue { leader, leader_epoch, isr, elr, .. } = &value;
+                self.trace.note(format_args!("{log:?}: leader {leader:?} in {leader_epoch}, isr {isr:?}, elr {elr:?}"));
+            }
+            let fell = before.is_some_and(|before| before.leader_epoch > value.leader_epoch);
+            assert!(!fell, "{log:?}: the leader epoch fell");
+            let replicas: Vec<_> = self
+                .machines
+                .iter()
+                .filter(|machine| machine.running.load(Ordering::Relaxed))
+                .map(|machine| (machine.id, logs::replica(&machine.disk, id)))
+                .collect();
+            self.agree(log, &replicas);
+            let members = replicas.iter().filter(|(id, _)| value.isr.contains(id) || value.elr.contains(id));
+            for (member, replica) in members {
+                self.holds(log, *member, replica, &value);
+            }
+        }
+    }
+
+    /// Two logs that share an offset and an epoch are the same up to there.
+    fn agree(&self, log: Log, replicas: &[(BrokerId, Replica)]) {
+        for (at, (one, mine)) in replicas.iter().enumerate() {
+            for (other, theirs) in &replicas[at + 1..] {
+                let differs = logs::contradiction(mine, theirs);
+                assert_eq!(differs, None, "{log:?}: brokers {one} and {other} differ");
+            }
+        }
+    }
+
+    /// Who may lead holds what was acknowledged.
+    fn holds(&self, log: Log, member: BrokerId, replica: &Replica, value: &PartitionValue) {
+        let acked = self.ledger.acked(log);
+        if let Some((offset, sent)) = acked.range(replica.end.as_i64()..).next() {
+            panic!("{log:?}: broker {member} may lead and lacks {sent:x} at {offset}: {value:?}");
+        }
+        for (base, held) in &replica.batches {
+            let base = base.as_i64();
+            let mut wanted = acked.range(base..held.end.as_i64()).peekable();
+            if wanted.peek().is_some() {
+                let payloads = held.payloads();
+                for (&offset, &sent) in wanted {
+                    let found = payloads[usize::try_from(offset - base).unwrap()];
+                    assert_eq!(found, sent, "{log:?}: broker {member} holds something else at {offset}: {value:?}");
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,223 @@
+//! Clients under load: what they send, and what they read, goes into a history.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    sync::{Arc, Mutex, MutexGuard},
+    time::Duration,
+};
+
+use strandline::{
+    client::{Client, ConsumerOptions, Delivery, NewRecord, OffsetAt, ProducerOptions},
+    model::Offset,
+    task::{Tasks, random},
+};
+
+use crate::{
+    history::{Attempt, History, Log, Outcome, Pass},
+    logs::payload,
+    trace::Trace,
+};
+
+/// The topics, by their place in the history.
+pub(crate) const TOPICS: &[&str] = &["events", "orders"];
+
+/// Values of one producer that are under way at most.
+const OUTSTANDING: u64 = 8;
+
+/// The longest pause of a producer between two values.
+const PAUSE_US: u64 = 12_000;
+
+/// How long peace may take until everything is answered.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(300);
+
+/// How long one pass of a reader may take.
+pub(crate) const READING: Duration = Duration::from_secs(20);
+
+/// What clients did and saw. Clones share it.
+#[derive(Clone, Default)]
+pub(crate) struct Ledger(Arc<Mutex<Book>>);
+
+#[derive(Default)]
+struct Book {
+    history: History,
+    acked: BTreeMap<Log, BTreeMap<i64, u64>>,
+    now: u64,
+}
+
+impl Ledger {
+    fn book(&self) -> MutexGuard<'_, Book> {
+        self.0.lock().unwrap()
+    }
+
+    /// A moment, later than those before.
+    fn now(&self) -> u64 {
+        let mut book = self.book();
+        book.now += 1;
+        book.now
+    }
+
+    fn attempt(&self, attempt: Attempt) {
+        let mut book = self.book();
+        if let Outcome::Acknowledged { offset } = attempt.outcome {
+            book.acked.entry(attempt.log).or_default().insert(offset, attempt.payload);
+        }
+        book.history.attempts.push(attempt);
+    }
+
+    /// What was acknowledged by every in-sync replica, by its offsets.
+    pub(crate) fn acked(&self, log: Log) -> BTreeMap<i64, u64> {
+        self.book().acked.get(&log).cloned().unwrap_or_default()
+    }
+
+    pub(crate) fn history(&self) -> History {
+        self.book().history.clone()
+    }
+}
+
+/// One client, and where it sends and reads.
+#[derive(Clone)]
+pub(crate) struct Load {
+    pub(crate) client: Client,
+    pub(crate) ledger: Ledger,
+    pub(crate) trace: Trace,
+    /// Cancelled when it is enough.
+    pub(crate) stop: Tasks,
+    /// Partitions of each topic.
+    pub(crate) partitions: Vec<u32>,
+}
+
+impl Load {
+    /// Sends values in order, a few under way at the same time, each once whatever happens.
+    pub(crate) async fn produce(self, producer: u32) {
+        let options = ProducerOptions { delivery_timeout: PATIENCE, ..ProducerOptions::default() };
+        let sender = loop {
+            match self.client.producer(options.clone()).await {
+                Ok(sender) => break sender,
+                Err(error) => self.trace.note(format_args!("{producer}: no producer: {error}")),
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        };
+        let settle = async |(mut attempt, delivery): (Attempt, Delivery)| {
+            let (log, number) = (attempt.log, attempt.payload & 0xffff_ffff);
+            let ack = delivery.await.unwrap_or_else(|error| panic!("{producer} {number}: {error}"));
+            let offset = ack.offset.expect("acknowledged by all").as_i64();
+            self.trace.note(format_args!("{producer}: {number} is at {offset} of {log:?}"));
+            (attempt.answered, attempt.outcome) = (self.ledger.now(), Outcome::Acknowledged { offset });
+            self.ledger.attempt(attempt);
+        };
+        let mut outstanding = VecDeque::new();
+        let mut number = 0_u64;
+        while !self.stop.is_cancelled() {
+            let (attempt, value) = self.draw(producer, number);
+            let record = NewRecord::value(&value).partition(attempt.log.1.unsigned_abs());
+            let sent = sender.send(TOPICS[attempt.log.0], record).await;
+            let delivery = sent.unwrap_or_else(|error| panic!("{producer} {number}: {error}"));
+            outstanding.push_back((attempt, delivery));
+            number += 1;
+            if outstanding.len() as u64 > random::in_range(1..OUTSTANDING) {
+                settle(outstanding.pop_front().unwrap()).await;
+            }
+            tokio::time::sleep(Duration::from_micros(random::in_range(0..PAUSE_US))).await;
+        }
+        for one in outstanding {
+            settle(one).await;
+        }
+        sender.close().await.unwrap();
+    }
+
+    /// Sends values one after the other; where no answer comes it never learns what became of one.
+    pub(crate) async fn produce_plainly(self, producer: u32) {
+        let options = ProducerOptions {
+            delivery_timeout: Duration::from_secs(3),
+            idempotent: false,
+            in_flight: 1,
+            ..ProducerOptions::default()
+        };
+        let sender = self.client.producer(options).await;
+        let sender = sender.unwrap_or_else(|error| panic!("{producer}: {error}"));
+        let mut number = 0;
+        while !self.stop.is_cancelled() {
+            let (mut attempt, value) = self.draw(producer, number);
+            // What was given up may be written after what came later, and twice: nothing is said of their order.
+            (attempt.producer, attempt.sequence) = (producer << 16 | u32::try_from(number).unwrap(), 0);
+            attempt.once = false;
+            let record = NewRecord::value(&value).partition(attempt.log.1.unsigned_abs());
+            let delivered = match sender.send(TOPICS[attempt.log.0], record).await {
+                Ok(delivery) => delivery.await,
+                Err(error) => Err(error),
+            };
+            attempt.answered = self.ledger.now();
+            match delivered {
+                Ok(ack) => {
+                    let offset = ack.offset.expect("acknowledged by all").as_i64();
+                    attempt.outcome = Outcome::Acknowledged { offset };
+                    self.trace.note(format_args!("{producer}: {number} is at {offset} of {:?}", attempt.log));
+                }
+                Err(error) => self.trace.note(format_args!("{producer}: {number} is perhaps nowhere: {error}")),
+            }
+            self.ledger.attempt(attempt);
+            number += 1;
+            tokio::time::sleep(Duration::from_micros(random::in_range(0..3 * PAUSE_US))).await;
+        }
+        let _whatever = sender.close().await;
+    }
+
+    /// A value that nobody sent before, and where to.
+    fn draw(&self, producer: u32, number: u64) -> (Attempt, Vec<u8>) {
+        let topic = random::in_range(0..self.partitions.len());
+        let partition = random::in_range(0..self.partitions[topic]);
+        let payload = u64::from(producer) << 32 | number;
+        let mut value = payload.to_be_bytes().to_vec();
+        value.resize(value.len() + random::in_range(0..3000), b'x');
+        let attempt = Attempt {
+            log: (topic, i32::try_from(partition).unwrap()),
+            payload,
+            once: true,
+            producer,
+            sequence: number,
+            sent: self.ledger.now(),
+            answered: 0,
+            outcome: Outcome::Unknown,
+        };
+        (attempt, value)
+    }
+
+    /// Reads pieces of logs as long as there is load. A cluster's old leader may show an older end than the newest.
+    pub(crate) async fn read(self, alone: bool) {
+        while !self.stop.is_cancelled() {
+            tokio::time::sleep(Duration::from_micros(random::in_range(0..400_000))).await;
+            let topic = random::in_range(0..self.partitions.len());
+            let partition = random::in_range(0..self.partitions[topic]);
+            let whole = random::in_range(0..3) == 0;
+            let log = (topic, i32::try_from(partition).unwrap());
+            if let Err(error) = self.pass(log, whole, alone, Duration::from_secs(3)).await {
+                self.trace.note(format_args!("a reader of {log:?} gave up: {error}"));
+            }
+        }
+    }
+
+    /// Reads a log from its beginning, or from somewhere, to the end that it is told, or as far as it comes in time.
+    pub(crate) async fn pass(&self, log: Log, whole: bool, current: bool, time: Duration) -> Result<(), String> {
+        let (topic, partition) = (TOPICS[log.0], log.1.unsigned_abs());
+        let began = self.ledger.now();
+        let asked = tokio::time::timeout(time, self.client.admin().offset(topic, partition, OffsetAt::Latest)).await;
+        let end = asked.map_err(|late| late.to_string())?.map_err(|error| error.to_string())?.as_i64();
+        let from = if whole { 0 } else { random::in_range(0..=end) };
+        let mut pass = Pass { log, began, from, end, to: from, current, records: Vec::new() };
+        let mut consumer = self.client.consumer(ConsumerOptions::default());
+        let reading = async {
+            let from = Offset::from_i64(from).unwrap();
+            consumer.assign_at(topic, partition, from).await.map_err(|error| error.to_string())?;
+            while pass.to < end {
+                let read = consumer.next().await.map_err(|error| error.to_string())?;
+                pass.records.push((read.offset.as_i64(), payload(&read.record.value.unwrap())));
+                pass.to = read.offset.as_i64() + 1;
+            }
+            Ok(())
+        };
+        let read = tokio::time::timeout(time, reading).await.unwrap_or_else(|late| Err(late.to_string()));
+        consumer.close().await;
+        self.ledger.book().history.passes.push(pass);
+        read
+    }
+}

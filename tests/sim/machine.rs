@@ -1,0 +1,210 @@
+//! One machine: its disk, its way to others and to the metadata, and its broker: started, killed, robbed of its power.
+
+use std::{
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use strandline::{
+    cluster::{Addresses, MetaStore},
+    config::{Config, Sources},
+    log::{Disk as _, Log, SimDisk, Stepper},
+    model::BrokerId,
+    server::{Node, Outside, Stores},
+    task::{Tasks, clock, process::Process, random},
+    tier::{Store, StoreOptions},
+};
+use tokio::{sync::Notify, time::Instant};
+
+use crate::{meta::SimMeta, net::Net, objects::Objects, trace::Trace};
+
+/// How long nothing is synced behind the journal at most.
+const SYNC_EVERY: Duration = Duration::from_millis(50);
+
+/// What the machines of a world share.
+#[derive(Clone)]
+pub(crate) struct Shared {
+    pub(crate) net: Net,
+    pub(crate) objects: Objects,
+    pub(crate) trace: Trace,
+    pub(crate) began: Instant,
+    pub(crate) seed: u64,
+}
+
+/// One machine.
+pub(crate) struct Machine {
+    pub(crate) id: BrokerId,
+    pub(crate) address: String,
+    pub(crate) disk: SimDisk,
+    pub(crate) meta: SimMeta,
+    config: Config,
+    /// Whether it is the only one.
+    pub(crate) alone: bool,
+    shared: Shared,
+    starts: u32,
+    /// How far its wall clock is from simulated time.
+    wall_offset_ms: i64,
+    broker: Option<(Process, Node)>,
+    /// Whether its broker takes part.
+    pub(crate) running: Arc<AtomicBool>,
+}
+
+impl Machine {
+    /// A machine in a rack, of one broker or one of several.
+    pub(crate) fn new(id: u32, rack: u32, alone: bool, meta: SimMeta, shared: Shared) -> Self {
+        let settings = Sources::new()
+            .flag("broker.id", &id.to_string())
+            .flag("broker.rack", &format!("r{rack}"))
+            .flag("broker.data_dir", "/data")
+            .flag("cache.disk_bytes", "0")
+            .flag("tier.check_interval", "1s")
+            .flag("metadata.session_timeout", "2s")
+            .flag("replication.lag_time", "2s")
+            .load();
+        let mut config = settings.unwrap_or_else(|error| panic!("{error}")).config;
+        // Smaller than anybody may set them: the ring goes round and the tail is left behind within seconds.
+        (config.log.journal_bytes, config.log.tail_memory_bytes) = (1 << 20, 64 << 10);
+        Self {
+            id: BrokerId(id),
+            address: format!("b{id}:9460"),
+            disk: SimDisk::new(),
+            meta,
+            config,
+            alone,
+            shared,
+            starts: 0,
+            wall_offset_ms: 0,
+            broker: None,
+            running: Arc::default(),
+        }
+    }
+
+    /// Starts the broker, again and again where a fault keeps it from starting.
+    pub(crate) async fn start(&mut self) {
+        self.shared.net.power(&self.address);
+        for _ in 0..50 {
+            self.starts += 1;
+            let number = self.id.0 * 1000 + self.starts;
+            let process = Process::new(number, self.shared.seed ^ (u64::from(number) << 32), self.shared.began);
+            process.set_wall(self.wall_offset_ms);
+            match process.run(Box::pin(self.open(&process))).await {
+                Ok(node) => {
+                    self.note(format_args!("started, {} partitions", node.broker().partitions()));
+                    self.broker = Some((process, node));
+                    self.running.store(true, Ordering::Relaxed);
+                    return;
+                }
+                Err(error) => {
+                    self.note(format_args!("did not start: {error:#}"));
+                    process.kill();
+                    self.disk.kill();
+                    tokio::time::sleep(Duration::from_secs(1)).await;
+                }
+            }
+        }
+        panic!("broker {} does not start any more", self.id);
+    }
+
+    async fn open(&self, process: &Process) -> anyhow::Result<Node> {
+        let wake = Arc::new(Notify::new());
+        let woken = Arc::clone(&wake);
+        let options = StoreOptions::new("memory://");
+        let objects = Store::over(Arc::new(self.shared.objects.clone()), "", &options, &self.config.cluster);
+        let meta: Arc<dyn MetaStore> = Arc::new(self.meta.clone());
+        let outside = Outside {
+            disk: Arc::new(self.disk.clone()),
+            stores: Box::pin(async { Ok(Stores { meta, objects: Some(objects) }) }),
+            connect: Arc::new(self.shared.net.from(&self.address)),
+            alone: self.alone,
+            stepper: Some(Stepper::new(move || wake.notify_one())),
+        };
+        let addresses = Addresses { grpc: self.address.clone(), http: None };
+        let node = Node::open(&self.config, outside, addresses).await?;
+        process.enter(|| {
+            Tasks::new().spawn("log steps", steps(node.log().clone(), woken));
+            self.shared.net.listen(&self.address, node.routes());
+        });
+        Ok(node)
+    }
+
+    /// Kills the broker: signal 9, or the whole machine's power.
+    pub(crate) fn kill(&mut self, power: Option<u64>) {
+        let Some((process, node)) = self.broker.take() else { return };
+        self.running.store(false, Ordering::Relaxed);
+        process.kill();
+        match power {
+            Some(seed) => self.disk.crash(seed),
+            None => self.disk.kill(),
+        }
+        self.shared.net.hang_up(&self.address, power.is_none());
+        process.enter(|| drop(node));
+        self.note(format_args!("{}", if power.is_some() { "lost its power" } else { "was killed" }));
+    }
+
+    /// Stops the broker as an operator does: nobody is cut off before it has handed over what it leads.
+    pub(crate) async fn stop(&mut self) {
+        let Some((process, node)) = self.broker.take() else { return };
+        self.running.store(false, Ordering::Relaxed);
+        if self.alone {
+            self.shared.net.hang_up(&self.address, true);
+        }
+        let stopped = process.run(Box::pin(node.stop())).await;
+        self.shared.net.hang_up(&self.address, true);
+        self.note(format_args!("stopped: {stopped:?}"));
+        process.kill();
+    }
+
+    /// Takes everything off its disk while nobody uses it: another one was put in.
+    pub(crate) fn wipe(&mut self) {
+        for (path, _) in self.disk.files() {
+            self.disk.remove(&path).unwrap();
+            self.disk.sync_dir(path.parent().unwrap()).unwrap();
+        }
+        self.note(format_args!("has a new disk"));
+    }
+
+    /// Lets its wall clock jump.
+    pub(crate) fn jump(&mut self, offset_ms: i64) {
+        self.wall_offset_ms = offset_ms;
+        if let Some((process, _)) = &self.broker {
+            process.set_wall(offset_ms);
+        }
+        self.note(format_args!("its clock is {offset_ms} ms off"));
+    }
+
+    pub(crate) fn is_running(&self) -> bool {
+        self.broker.is_some()
+    }
+
+    /// Bytes in the broker's data directory.
+    pub(crate) fn disk_bytes(&self) -> u64 {
+        self.disk.files().iter().filter(|(path, _)| path.starts_with(Path::new("/data"))).map(|(_, bytes)| bytes).sum()
+    }
+
+    pub(crate) fn note(&self, what: std::fmt::Arguments<'_>) {
+        self.shared.trace.note(format_args!("broker {} {what}", self.id));
+    }
+}
+
+/// What the threads of a log do elsewhere.
+async fn steps(log: Log, wake: Arc<Notify>) {
+    let mut synced = clock::monotonic();
+    loop {
+        let _either = tokio::time::timeout(SYNC_EVERY, wake.notified()).await;
+        tokio::time::sleep(Duration::from_micros(random::in_range(20..800))).await;
+        while log.journal_step() {
+            // Most devices are quick, and each is slow at times.
+            let most = if random::in_range(0..20) == 0 { 20_000 } else { 800 };
+            tokio::time::sleep(Duration::from_micros(random::in_range(20..most))).await;
+        }
+        // What is too large for the journal waits for the segments.
+        if random::in_range(0..4) == 0 || clock::monotonic() - synced > SYNC_EVERY {
+            log.sync_step();
+            synced = clock::monotonic();
+        }
+    }
+}
