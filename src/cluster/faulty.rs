@@ -13,7 +13,7 @@ use super::{
 
 /// What becomes of one transaction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Fault {
+pub(crate) enum Fault {
     /// It is not done, and the caller knows.
     Refused,
     /// It is not done, and the caller does not know.
@@ -32,33 +32,33 @@ struct Faults {
 
 /// The store. Clones share it.
 #[derive(Clone, Debug)]
-pub(super) struct Faulty {
+pub(crate) struct Faulty {
     store: EmbeddedStore,
     faults: Arc<Mutex<Faults>>,
 }
 
 impl Faulty {
-    pub(super) fn new(store: EmbeddedStore) -> Self {
+    pub(crate) fn new(store: EmbeddedStore) -> Self {
         Self { store, faults: Arc::default() }
     }
 
     /// What becomes of the next transactions, one after the other; `None` goes through.
-    pub(super) fn transactions(&self, faults: impl IntoIterator<Item = Option<Fault>>) {
+    pub(crate) fn transactions(&self, faults: impl IntoIterator<Item = Option<Fault>>) {
         self.faults().transactions.extend(faults);
     }
 
     /// So many of the next listings fail.
-    pub(super) fn fail_lists(&self, count: usize) {
+    pub(crate) fn fail_lists(&self, count: usize) {
         self.faults().lists = count;
     }
 
     /// From now on watches show nothing and end after a second.
-    pub(super) fn break_watches(&self) {
+    pub(crate) fn break_watches(&self) {
         self.faults().break_watches = true;
     }
 
     /// How many transactions were asked for.
-    pub(super) fn transacted(&self) -> usize {
+    pub(crate) fn transacted(&self) -> usize {
         self.faults().transacted
     }
 

@@ -39,7 +39,7 @@ mod view;
 #[cfg(test)]
 mod conformance;
 #[cfg(test)]
-mod faulty;
+pub(crate) mod faulty;
 
 pub use census::{Carried, Census};
 pub use changes::{Change, Changed, PartitionChanges};

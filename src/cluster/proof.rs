@@ -37,7 +37,8 @@ use crate::model::{BrokerId, ConfigMap, Durability, PartitionId, TopicConfig, To
 pub struct Shown {
     /// The id of its data directory.
     pub directory_id: String,
-    /// The uptimes that were noted in it before this one.
+    /// The uptimes that are noted in it, with this one: the store may hold this one already, when an earlier try to register in this
+    /// uptime had an outcome that nobody heard.
     pub uptimes: Vec<String>,
     /// Whether it was closed cleanly.
     pub clean: bool,

@@ -49,7 +49,7 @@ pub(super) struct Admission<'a> {
 pub(super) struct Noted {
     /// This uptime.
     pub(super) incarnation: Uuid,
-    /// Those before it.
+    /// Those that the data directory names, this one among them.
     uptimes: Vec<String>,
 }
 
@@ -80,8 +80,8 @@ impl Admission<'_> {
     pub(super) async fn note(&self) -> anyhow::Result<Noted> {
         let (log, incarnation) = (self.log.clone(), random::uuid());
         let uptimes = task::blocking(move || -> Result<_, _> {
-            let before = log.uptimes()?;
-            log.note_uptime(incarnation, false).map(|()| before)
+            log.note_uptime(incarnation, false)?;
+            log.uptimes()
         });
         let uptimes = uptimes.await.context("cannot note this uptime in the data directory")?;
         Ok(Noted { incarnation, uptimes: uptimes.iter().map(Uuid::to_string).collect() })
@@ -160,3 +160,6 @@ impl Admission<'_> {
 fn is_final(error: &RegisterError) -> bool {
     !error.retryable() || matches!(error, RegisterError::Store(StoreError::Refused { .. }))
 }
+
+#[cfg(test)]
+mod tests;
