@@ -185,7 +185,11 @@ impl Replica {
             (removed, state.generation, start)
         };
         shared.core.tail.forget_below(&shared.tail, start);
-        shared.core.commit(&shared, shared.head(Kind::LocalStart, generation, start, start))?;
+        if let Err(error) = shared.core.commit(&shared, shared.head(Kind::LocalStart, generation, start, start)) {
+            // Their files are there: they go when this is tried again.
+            shared.state().segments.splice(0..0, removed);
+            return Err(error);
+        }
         let mut bytes = 0;
         self.removed.clear();
         for segment in &removed {

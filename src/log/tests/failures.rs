@@ -134,21 +134,44 @@ fn a_checkpoint_that_finds_no_room_takes_that_of_the_reserve() {
     assert_eq!(log.open_replica(partition(0), at(0)).unwrap().log_end(), at(2));
 }
 
+/// Appends until the journal has no room: no checkpoint can be written that would free its files.
+fn fill_journal(disk: &SimDisk, log: &Log, replica: &mut Replica) {
+    disk.fail_syncs(Some("checkpoint"));
+    for base in replica.log_end().get().. {
+        replica.append(&[batch(base, 1, 1, 1, 10_000)]).unwrap();
+        let answer = persist(replica);
+        while log.journal_step() {}
+        if answer.try_recv().is_err() {
+            return;
+        }
+    }
+}
+
 /// Without threads nobody makes room while a change waits for its round: it waited for ever.
 #[test]
 fn a_change_that_finds_no_room_in_a_journal_stepped_by_hand_says_so() {
     let disk = SimDisk::new();
     let log = open(&disk);
     let mut replica = log.open_replica(partition(0), at(0)).unwrap();
-    disk.fail_syncs(Some("checkpoint"));
-    for base in 0.. {
-        replica.append(&[batch(base, 1, 1, 1, 10_000)]).unwrap();
-        let answer = persist(&mut replica);
-        while log.journal_step() {}
-        if answer.try_recv().is_err() {
-            break;
-        }
-    }
+    fill_journal(&disk, &log, &mut replica);
     let reason = "the journal has no room".to_owned();
     assert_eq!(replica.truncate(at(1)), Err(ChangeError::Failed { reason }), "{:?}", log.status());
+}
+
+/// Its segments were forgotten first: their files stayed until the next start, just when there was no room.
+#[test]
+fn an_eviction_that_fails_is_tried_again() {
+    let disk = SimDisk::new();
+    let log = open(&disk);
+    let mut replica = log.open_replica(partition(0), at(0)).unwrap();
+    write(&log, &mut replica, &[batch(0, 2, 1, 1, 5000)]);
+    replica.roll().unwrap();
+    fill_journal(&disk, &log, &mut replica);
+    assert!(matches!(replica.evict(at(2)), Err(ChangeError::Failed { .. })));
+    assert_eq!(replica.local_start(), at(0));
+    assert_eq!(read_all(&replica.reader(), at(0)).unwrap()[0].base_offset(), at(0));
+    disk.fail_syncs(None);
+    settle(&log);
+    assert_eq!(replica.evict(at(2)), Ok(5000));
+    assert!(!disk.files().iter().any(|(path, _)| path.ends_with(format!("{:020}.log", 0))));
 }
