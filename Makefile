@@ -15,6 +15,9 @@ FUZZ_SECONDS ?= 60
 # How often `make crash-test` kills the broker. STRANDLINE_SEED repeats a run's choices.
 KILLS ?= 200
 
+# How long `make chaos` goes on.
+MINUTES ?= 10
+
 SEEDS ?= 200
 SEED ?= 1
 
@@ -22,7 +25,7 @@ SEED ?= 1
 STATES ?= 2000000
 ONLY ?=
 
-.PHONY: build release test check fmt clippy client docs deny crash-test sim model bench fuzz fuzz-seeds golden protos etcd-protos kafka-reader real-s3 write-docs help
+.PHONY: build release test check fmt clippy client docs deny crash-test failover chaos sim model bench fuzz fuzz-seeds golden protos etcd-protos kafka-reader real-s3 write-docs help
 
 help: ## These lines.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -78,6 +81,12 @@ etcd-protos: ## Writes what tools/protoc says anew: after a change of etcd-clien
 
 crash-test: ## Kills a broker KILLS times (200) under load, and a quarter as often under the client; nothing may be lost.
 	STRANDLINE_KILLS=$(KILLS) $(CARGO) test --locked --test it -- --nocapture --test-threads 1 crash:: crash_client::
+
+failover: ## Kills one of three brokers KILLS times (200) under load; says how long clients waited.
+	STRANDLINE_KILLS=$(KILLS) $(CARGO) test --locked --test it -- --nocapture --test-threads 1 cluster::failover
+
+chaos: ## Three brokers and etcd on machines of their own (network namespaces; as root) under faults of every kind, for MINUTES (10).
+	STRANDLINE_CHAOS_MINUTES=$(MINUTES) $(CARGO) test --locked --test it -- --nocapture --test-threads 1 cluster::chaos
 
 # A build of its own: only with that flag tokio's own choices follow from a seed. What is built is not what is released.
 sim: ## Simulates SEEDS runs (200) of one broker and of three under faults, from SEED (1) on, some of them twice, and broken rules.
