@@ -2,9 +2,9 @@
 //!
 //! # Overview
 //!
-//! 1. [`reach`] waits until the store answers, and refuses one that is not this directory's.
-//! 2. [`note`] draws an id for this uptime and writes it into the data directory, before the store hears of it.
-//! 3. [`admit`], once the replicas are open: an earlier registration of this broker goes, what is not proven is given up, the broker is
+//! 1. [`Admission::reach`] waits until the store answers, and refuses one that is not this directory's.
+//! 2. [`Admission::note`] draws an id for this uptime and writes it into the data directory, before the store hears of it.
+//! 3. [`Admission::admit`], once the replicas are open: an earlier registration of this broker goes, what is not proven is given up, the broker is
 //!    registered. Then the directory is told that the store knows this uptime.
 //!
 //! A store that does not answer is waited for, and the reason is said: at once, when it changes, and every half minute. What no waiting
