@@ -21,11 +21,14 @@ MINUTES ?= 10
 SEEDS ?= 200
 SEED ?= 1
 
+# Which broken rules `make mutants` looks for: a part of their name.
+MUTANT ?=
+
 # How many states `make model` visits in each search, and which searches: a part of their name.
 STATES ?= 2000000
 ONLY ?=
 
-.PHONY: build release test check fmt clippy client docs deny crash-test failover chaos sim model bench fuzz fuzz-seeds golden protos etcd-protos kafka-reader real-s3 write-docs help
+.PHONY: build release test check fmt clippy client docs deny crash-test failover chaos sim mutants model bench fuzz fuzz-seeds golden protos etcd-protos kafka-reader real-s3 write-docs help
 
 help: ## These lines.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -92,6 +95,10 @@ chaos: ## Three brokers and etcd on machines of their own (network namespaces; a
 sim: ## Simulates SEEDS runs (200) of one broker and of three under faults, from SEED (1) on, some of them twice, and broken rules.
 	CARGO_TARGET_DIR=target/sim RUSTFLAGS="--cfg tokio_unstable" STRANDLINE_SEEDS=$(SEEDS) STRANDLINE_SEED=$(SEED) \
 	  $(CARGO) test --locked --profile sim --no-default-features --features server,sim --test sim -- --nocapture --test-threads 2
+
+mutants: ## Breaks each rare rule on purpose and simulates seeds until one finds it: an hour. MUTANT=name picks one.
+	CARGO_TARGET_DIR=target/sim RUSTFLAGS="--cfg tokio_unstable" STRANDLINE_MUTANT=$(MUTANT) \
+	  $(CARGO) test --locked --profile sim --no-default-features --features server,sim --test sim -- --ignored --nocapture every_rare_broken_rule_is_found
 
 model: ## Replication in every order of events, up to STATES (2000000) states for each search; ONLY=text picks searches by name.
 	STRANDLINE_MODEL_STATES=$(STATES) STRANDLINE_MODEL_ONLY="$(ONLY)" \

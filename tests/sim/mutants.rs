@@ -44,7 +44,7 @@ fn every_broken_rule_is_found() {
 }
 
 #[test]
-#[ignore = "takes an hour; STRANDLINE_MUTANT=name searches for one"]
+#[ignore = "takes an hour: make mutants MUTANT=name"]
 fn every_rare_broken_rule_is_found() {
     search(RARE);
 }
