@@ -114,6 +114,24 @@ def cpu_of(pid):
     return (int(fields[11]) + int(fields[12])) / HZ
 
 
+def get(port, path):
+    """A page of a server of this machine: its status and text; None where nobody answers."""
+    c = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    try:
+        c.request("GET", path)
+        answer = c.getresponse()
+        return answer.status, answer.read().decode()
+    except (OSError, http.client.HTTPException):
+        return None, ""
+    finally:
+        c.close()
+
+
+def is_ready(port):
+    """Whether a broker says so on its HTTP port."""
+    return get(port, "/readyz")[0] == 200
+
+
 def rss_mb(pid):
     return int(re.search(r"VmRSS:\s+(\d+)", pathlib.Path(f"/proc/{pid}/status").read_text())[1]) * 1024 / 1e6
 
@@ -261,14 +279,7 @@ class Broker(Process):
         self.ready_s = time.monotonic() - began
 
     def is_ready(self):
-        c = http.client.HTTPConnection("127.0.0.1", self.http, timeout=2)
-        try:
-            c.request("GET", "/readyz")
-            return c.getresponse().status == 200
-        except OSError:
-            return False
-        finally:
-            c.close()
+        return is_ready(self.http)
 
     def cli(self, *arguments, timeout=120):
         return run([self.lab.bin, *arguments], timeout, dict(os.environ, STRANDLINE_BOOTSTRAP=self.address))

@@ -1,7 +1,7 @@
 """A cluster for benches/cluster: three members of etcd and brokers over them, as processes that are ended again."""
-import http.client, json, os, pathlib, re, shutil, signal, statistics, subprocess, time
+import json, os, pathlib, re, shutil, signal, time
 
-from measure import REPO, Process, cpu_of, free_port, rss_mb, run
+from measure import REPO, Process, cpu_of, free_port, get, is_ready, rss_mb, run
 
 
 class Etcd:
@@ -20,7 +20,7 @@ class Etcd:
             command += ["--advertise-client-urls", f"http://127.0.0.1:{client}", "--initial-advertise-peer-urls", f"http://127.0.0.1:{peer}"]
             self.members.append(Process(command + ["--initial-cluster", peers], f"{directory}/m{i}.log"))
         for member, (client, _) in zip(self.members, self.ports):
-            member.wait_for(lambda: '"true"' in (get(client, "/health") or ""), 60, "etcd")
+            member.wait_for(lambda: '"true"' in get(client, "/health")[1], 60, "etcd")
 
     @property
     def endpoints(self):
@@ -28,23 +28,12 @@ class Etcd:
 
     def writes(self):
         """Transactions that were applied so far, by the first member."""
-        page = get(self.ports[0][0], "/metrics")
+        _, page = get(self.ports[0][0], "/metrics")
         return sum(float(re.search(rf"^{name} (\S+)", page, re.M)[1]) for name in ("etcd_debugging_mvcc_put_total", "etcd_debugging_mvcc_delete_total"))
 
     def end(self):
         for member in self.members:
             member.end(signal.SIGKILL)
-
-
-def get(port, path):
-    c = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-    try:
-        c.request("GET", path)
-        return c.getresponse().read().decode()
-    except (OSError, http.client.HTTPException):
-        return None
-    finally:
-        c.close()
 
 
 class Member:
@@ -68,17 +57,7 @@ class Member:
         self.process = Process([self.cluster.lab.bin, "broker", "--config", self.config], self.directory / "broker.log", inherited)
 
     def wait(self):
-        self.process.wait_for(self.is_ready, 120, f"broker {self.number}")
-
-    def is_ready(self):
-        c = http.client.HTTPConnection("127.0.0.1", self.http, timeout=2)
-        try:
-            c.request("GET", "/readyz")
-            return c.getresponse().status == 200
-        except OSError:
-            return False
-        finally:
-            c.close()
+        self.process.wait_for(lambda: is_ready(self.http), 120, f"broker {self.number}")
 
     def kill(self):
         self.process.end(signal.SIGKILL)

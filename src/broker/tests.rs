@@ -12,7 +12,10 @@ use crate::{
     log::{Identity, Options, RealDisk},
     model::{LeaderEpoch, TopicId, TopicName},
     proto::fault::Reason,
-    task::random,
+    task::{
+        patience::{becomes, until},
+        random,
+    },
 };
 
 struct Bench {
@@ -163,12 +166,7 @@ async fn a_replica_that_moved_away_is_deleted_by_its_own_key_and_by_nothing_less
         ..PartitionValue::decode(&key, &value).unwrap()
     };
     bench.change(Transaction::new().put(key, moved.encode())).await;
-    let gone = async {
-        while bench.holds(id) != (1, 1) {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-    };
-    tokio::time::timeout(Duration::from_secs(30), gone).await.expect("its files go");
+    until("its files go", || bench.holds(id) == (1, 1)).await;
     bench.stop().await;
 }
 
@@ -228,16 +226,11 @@ async fn what_a_leader_does_not_answer_for_is_said_to_be_unknown() {
     bench.change(Transaction::new().put(bench.keys.broker(other), silent.encode()).put(key, theirs.encode())).await;
 
     // It is led here as soon as it is open.
-    let described = async {
-        loop {
-            let described = bench.broker.describe_topic("t").await.unwrap().partitions;
-            if described[0].unanswered.is_none() {
-                return described;
-            }
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-    };
-    let described = tokio::time::timeout(Duration::from_secs(30), described).await.expect("partition 0 is served");
+    let described = becomes("partition 0 is served", async || {
+        let described = bench.broker.describe_topic("t").await.unwrap().partitions;
+        described[0].unanswered.is_none().then_some(described)
+    })
+    .await;
     assert_eq!(described[0].leader, Some(1));
     let unknown = described[1].unanswered.as_ref().unwrap();
     assert!(unknown.message.contains("broker 2 does not answer: 127.0.0.1:1"), "{unknown:?}");

@@ -4,6 +4,7 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use super::Broker;
 use crate::{
+    cluster::TierCommitError,
     model::PartitionId,
     partition::{Partition, UpkeepError},
     task::clock,
@@ -68,7 +69,10 @@ async fn work(broker: Arc<Broker>) {
 fn report(broker: &Broker, partition: &Partition, error: &UpkeepError, earlier: u32) {
     broker.metrics.tier_upload_failures.inc();
     let (id, topic) = (partition.id(), partition.topic());
-    if earlier == 0 {
+    if let UpkeepError::Commit(TierCommitError::Deposed { .. }) = error {
+        // What a change of leader interrupts, the new one does.
+        tracing::debug!(partition = %id, %topic, %error, "another broker leads; its uploads go on there");
+    } else if earlier == 0 {
         tracing::warn!(
             partition = %id, %topic, %error,
             "upkeep failed and is tried again until it works; segments stay on disk meanwhile"

@@ -11,6 +11,8 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 pub mod clock;
 #[cfg(all(feature = "server", any(test, feature = "sim")))]
 pub mod mutation;
+#[cfg(all(feature = "server", test))]
+pub(crate) mod patience;
 #[cfg(feature = "sim")]
 pub mod process;
 pub mod random;

@@ -24,11 +24,11 @@ use crate::{
     log::{Identity, Log, Options, SimDisk},
     model::{Acks, Compression, ConfigMap, Offset, TopicConfig, TopicId, TopicName},
     partition::{
-        Agreement, AppendResult, Assignment, Partition, Spec, Surroundings, UpkeepQueue,
-        leader::insync::{Proposal, Registration},
+        AppendResult, Assignment, Partition, Spec, Surroundings, UpkeepQueue, leader::insync::Registration,
         session::Find,
     },
     record::BatchBuilder,
+    task::patience::until,
 };
 
 const WAIT: Duration = Duration::from_secs(20);
@@ -53,17 +53,6 @@ impl LinkLost for Noted {
     fn link_lost(&self, broker: BrokerId, epoch: Revision, how: How) {
         let _full = self.0.try_send((broker, epoch, how));
     }
-}
-
-/// Nobody to agree with: the sets stay as they are.
-struct Fixed;
-
-impl Agreement for Fixed {
-    fn propose(&self, _: PartitionId, _: Proposal) {}
-
-    fn read_back(&self, _: PartitionId) {}
-
-    fn resign(&self, _: PartitionId, _: LeaderEpoch) {}
 }
 
 fn id(number: u32) -> PartitionId {
@@ -131,7 +120,7 @@ impl Node {
             anew: false,
             lag_time: Duration::MAX,
         };
-        let around = Surroundings { links: self.following.clone(), agreement: Arc::new(Fixed) };
+        let around = Surroundings { links: self.following.clone(), ..Surroundings::alone() };
         let partition =
             Partition::open(self.id, &self.log, spec, around, &UpkeepQueue::default(), &self.tasks).unwrap();
         self.partitions.lock().unwrap().insert(id(number), partition);
@@ -171,15 +160,6 @@ async fn acked(answer: tokio::sync::oneshot::Receiver<AppendResult>) {
     tokio::time::timeout(WAIT, answer).await.expect("in time").expect("answered").expect("both have it");
 }
 
-async fn until(holds: impl Fn() -> bool) {
-    let wait = async {
-        while !holds() {
-            tokio::time::sleep(Duration::from_millis(2)).await;
-        }
-    };
-    tokio::time::timeout(WAIT, wait).await.expect("it comes to that");
-}
-
 /// Two brokers that know each other and hold so many partitions, led by the first in epoch 1.
 async fn pair(partitions: u32) -> (Node, Node) {
     let (one, two) = (Node::start(1).await, Node::start(2).await);
@@ -203,7 +183,7 @@ async fn what_one_broker_is_sent_the_other_has_when_it_is_acknowledged() {
             acked(append(&one.partition(number), value).await).await;
         }
         assert_eq!(two.partition(number).ends().persisted, at(3), "acknowledged means synced there");
-        until(|| two.partition(number).marks().high_watermark == at(3)).await;
+        until("it is committed there", || two.partition(number).marks().high_watermark == at(3)).await;
     }
     let read = |node: &Node| {
         let reader = node.partition(2).reader().clone();

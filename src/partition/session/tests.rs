@@ -23,15 +23,15 @@ use crate::{
     log::{Identity, Log, Options, SimDisk},
     model::{Acks, BrokerId, Compression, ConfigMap, LeaderEpoch, Offset, TopicConfig, TopicId, TopicName},
     partition::{
-        Agreement, AppendResult, Assignment, Links, Spec, Surroundings, UpkeepQueue,
+        AppendResult, Assignment, Links, Spec, Surroundings, UpkeepQueue,
         leader::{
-            insync::{Ends, Peer, Proposal, Registration},
+            insync::{Ends, Peer, Registration},
             join::Claim,
         },
     },
     proto::v1::{answer, to_follower, to_leader},
     record::{Batch, BatchBuilder, Chunks},
-    task::Tasks,
+    task::{Tasks, patience::until},
 };
 
 const EPOCH: LeaderEpoch = LeaderEpoch(3);
@@ -47,7 +47,7 @@ struct Side {
     tasks: Tasks,
 }
 
-/// What a partition asks of its broker, where that has one link and nobody to agree with.
+/// The links of a broker that has one.
 struct Around(Arc<Asked>);
 
 impl Links for Around {
@@ -66,14 +66,6 @@ impl Links for Around {
     fn leave(&self, partition: PartitionId, known: LeaderEpoch, stopping: bool) {
         self.0.leave(partition, known, stopping);
     }
-}
-
-impl Agreement for Around {
-    fn propose(&self, _: PartitionId, _: Proposal) {}
-
-    fn read_back(&self, _: PartitionId) {}
-
-    fn resign(&self, _: PartitionId, _: LeaderEpoch) {}
 }
 
 fn id(number: u32) -> PartitionId {
@@ -118,8 +110,8 @@ impl Side {
             anew: false,
             lag_time: Duration::MAX,
         };
-        let around = Arc::new(Around(Arc::clone(&self.asked)));
-        let around = Surroundings { links: around.clone(), agreement: around };
+        let links = Arc::new(Around(Arc::clone(&self.asked)));
+        let around = Surroundings { links, ..Surroundings::alone() };
         let queue = UpkeepQueue::default();
         let partition = Partition::open(self.me, &self.log, spec, around, &queue, &self.tasks).unwrap();
         self.partitions.lock().unwrap().insert(id(number), Arc::clone(&partition));
@@ -255,15 +247,6 @@ async fn append(partition: &Partition, bytes: usize, acks: Acks) -> tokio::sync:
     partition.append(batch(bytes), acks, permit).await
 }
 
-async fn until(holds: impl Fn() -> bool) {
-    let wait = async {
-        while !holds() {
-            tokio::time::sleep(Duration::from_millis(2)).await;
-        }
-    };
-    tokio::time::timeout(Duration::from_secs(60), wait).await.expect("it comes to that");
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn a_thousand_partitions_follow_over_one_link_and_join_again_on_the_next() {
     const COUNT: u32 = 1000;
@@ -288,7 +271,7 @@ async fn a_thousand_partitions_follow_over_one_link_and_join_again_on_the_next()
             assert_eq!(copy.marks().log_end, at(round));
         }
         // The mark follows though no batches do.
-        until(|| copies.iter().all(|copy| copy.marks().high_watermark == at(round))).await;
+        until("all is committed there", || copies.iter().all(|copy| copy.marks().high_watermark == at(round))).await;
         link.stop().await;
     }
     for side in [leader, follower] {
@@ -440,7 +423,7 @@ async fn a_leader_that_sends_what_cannot_be_is_joined_again_a_little_later() {
         link.accept(&first).await;
         link.accept(&second).await;
         link.say(frames::batches(vec![piece(first.place, 0), piece(second.place, 0)])).await;
-        until(|| copy.marks().log_end == at(1) && other.marks().log_end == at(1)).await;
+        until("both have it", || copy.marks().log_end == at(1) && other.marks().log_end == at(1)).await;
 
         link.say(frames::batches(vec![bad(first.place), piece(second.place, 1)])).await;
         let again = link.asked().await;
@@ -449,7 +432,7 @@ async fn a_leader_that_sends_what_cannot_be_is_joined_again_a_little_later() {
         link.accept(&again).await;
         // What is late of the place before is passed over.
         link.say(frames::batches(vec![piece(first.place, 0), piece(again.place, 1), piece(second.place, 2)])).await;
-        until(|| copy.marks().log_end == at(2) && other.marks().log_end == at(3)).await;
+        until("both have it", || copy.marks().log_end == at(2) && other.marks().log_end == at(3)).await;
         drop(link);
         side.tasks.stop().await;
     }
@@ -544,7 +527,7 @@ async fn a_leader_that_is_one_no_more_ends_its_places() {
     assert_eq!(link.answer().await.is, Some(answer::Is::At(0)));
     // A follower that knows better deposes it.
     link.say(frames::leave(2, LeaderEpoch(next.0 + 3), false)).await;
-    until(|| !partition.standing().role.leads()).await;
+    until("it leads no more", || !partition.standing().role.leads()).await;
     side.tasks.stop().await;
 }
 

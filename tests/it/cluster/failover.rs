@@ -31,6 +31,17 @@ pub(super) fn create(cluster: &Cluster) {
     cluster.in_sync(TOPIC, 3);
 }
 
+/// Three brokers, and producers and a reader at work.
+pub(super) async fn at_work(rng: &mut StdRng) -> (Cluster, Work) {
+    let cluster = tokio::task::block_in_place(|| {
+        let cluster = Cluster::start(3);
+        create(&cluster);
+        cluster
+    });
+    let work = Work::on_topic(&cluster.bootstrap(), cluster.addresses(), rng).await;
+    (cluster, work)
+}
+
 /// One write and one read through three brokers, and every replica has the same bytes.
 #[test]
 fn three_brokers_hold_the_same_bytes() {
@@ -63,12 +74,7 @@ async fn nothing_is_lost_or_doubled_while_brokers_are_killed() {
     let seed = setting("STRANDLINE_SEED", clock::wall_ms().unsigned_abs());
     println!("failover: {kills} kills, STRANDLINE_SEED={seed}");
     let mut rng = StdRng::seed_from_u64(seed);
-    let mut cluster = tokio::task::block_in_place(|| {
-        let cluster = Cluster::start(3);
-        create(&cluster);
-        cluster
-    });
-    let work = Work::on_topic(&cluster.bootstrap(), cluster.addresses(), &mut rng).await;
+    let (mut cluster, work) = at_work(&mut rng).await;
     let mut silences: Vec<Duration> = Vec::new();
     for kill in 1..=kills {
         work.load.moment(&mut rng).await;

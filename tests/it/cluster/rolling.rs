@@ -5,10 +5,10 @@ use std::time::Duration;
 use rand::{SeedableRng as _, rngs::StdRng};
 use strandline::task::clock;
 
-use super::{failover::create, members::Cluster};
+use super::failover::at_work;
 use crate::{
     crash::{PARTITIONS, setting},
-    crash_client::{TOPIC, Work},
+    crash_client::TOPIC,
     patience::eventually,
 };
 
@@ -17,12 +17,7 @@ async fn a_rolling_restart_fails_no_call() {
     let seed = setting("STRANDLINE_SEED", clock::wall_ms().unsigned_abs());
     println!("rolling: STRANDLINE_SEED={seed}");
     let mut rng = StdRng::seed_from_u64(seed);
-    let mut cluster = tokio::task::block_in_place(|| {
-        let cluster = Cluster::start(3);
-        create(&cluster);
-        cluster
-    });
-    let work = Work::on_topic(&cluster.bootstrap(), cluster.addresses(), &mut rng).await;
+    let (mut cluster, work) = at_work(&mut rng).await;
     let mut longest: Vec<Duration> = Vec::new();
     for broker in 1..=3 {
         work.load.moment(&mut rng).await;

@@ -11,9 +11,10 @@ use crate::{
             insync::{Agreed, Departure, Ends, Peer, Proposal, Registration},
             join::Claim,
         },
-        replicated::tests::net::{append, at, batch, broker, send, until},
+        replicated::tests::net::{append, at, batch, broker, send},
         *,
     },
+    task::patience::until,
 };
 
 /// What was asked of a partition's surroundings, in order.

@@ -3,16 +3,27 @@
 mod driven;
 mod net;
 
-use net::{Net, append, at, batch, broker, bytes_of, equal, in_sync, send, until};
+use net::{Net, append, at, batch, broker, bytes_of, equal, in_sync, send};
 
 use crate::{
     cluster::PartitionValue,
     model::{Acks, LeaderEpoch},
     partition::{leader::insync::Departure, *},
     record::ProducerStamp,
+    task::patience::until,
 };
 
 const PLAIN: &[(&str, &str)] = &[("remote.storage.enable", "false"), ("retention.ms", "-1")];
+
+/// Three replicas, all in sync, the first leads.
+async fn trio() -> (Arc<Net>, [Arc<Partition>; 3]) {
+    let net = Net::new(3, 3, 2, false).await;
+    let one = net.start(1, PLAIN, false).await;
+    let (two, three) = (net.start(2, PLAIN, false).await, net.start(3, PLAIN, false).await);
+    in_sync(&two).await;
+    in_sync(&three).await;
+    (net, [one, two, three])
+}
 
 /// The offsets' values that a consumer gets from this replica.
 async fn consumed(partition: &Partition) -> Vec<Vec<u8>> {
@@ -35,11 +46,7 @@ fn values(of: impl IntoIterator<Item = u8>) -> Vec<Vec<u8>> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_all_acknowledge_is_committed_everywhere_and_read_from_any() {
-    let net = Net::new(3, 3, 2, false).await;
-    let one = net.start(1, PLAIN, false).await;
-    let (two, three) = (net.start(2, PLAIN, false).await, net.start(3, PLAIN, false).await);
-    in_sync(&two).await;
-    in_sync(&three).await;
+    let (net, [one, two, three]) = trio().await;
     for n in 0..20u8 {
         let acked = append(&one, &[n], Acks::All).await.unwrap();
         assert_eq!((acked.base.get(), acked.held, acked.epoch), (u64::from(n), Held::Synced(3), LeaderEpoch(1)));
@@ -64,11 +71,7 @@ async fn what_all_acknowledge_is_committed_everywhere_and_read_from_any() {
 /// writers were never told that it was safe.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_deposed_leader_cuts_what_nobody_copied_and_follows() {
-    let net = Net::new(3, 3, 2, false).await;
-    let one = net.start(1, PLAIN, false).await;
-    let (two, three) = (net.start(2, PLAIN, false).await, net.start(3, PLAIN, false).await);
-    in_sync(&two).await;
-    in_sync(&three).await;
+    let (net, [one, two, three]) = trio().await;
     append(&one, &[0], Acks::All).await.unwrap();
     let reader = one.reader().clone();
 
@@ -107,11 +110,7 @@ async fn a_deposed_leader_cuts_what_nobody_copied_and_follows() {
 /// A leader that is cut off from the metadata only learns from its followers that its time is over.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_leader_that_hears_of_a_newer_epoch_admits_nothing_more() {
-    let net = Net::new(3, 3, 2, false).await;
-    let one = net.start(1, PLAIN, false).await;
-    let (two, three) = (net.start(2, PLAIN, false).await, net.start(3, PLAIN, false).await);
-    in_sync(&two).await;
-    in_sync(&three).await;
+    let (net, [one, _two, _three]) = trio().await;
     let tail = one.tail();
     assert!(tail.read(at(0), 100).await.unwrap().is_none());
     net.set_blind(1, true).await;
@@ -133,11 +132,7 @@ async fn a_leader_that_hears_of_a_newer_epoch_admits_nothing_more() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_lost_follower_leaves_the_isr_and_comes_back_into_it() {
-    let net = Net::new(3, 3, 2, false).await;
-    let one = net.start(1, PLAIN, false).await;
-    let (two, three) = (net.start(2, PLAIN, false).await, net.start(3, PLAIN, false).await);
-    in_sync(&two).await;
-    in_sync(&three).await;
+    let (net, [one, two, three]) = trio().await;
     net.cut(1, 3);
     let waiting = send(&one, batch(&[0], None), Acks::All).await;
     until("2 has it", || two.ends().persisted == at(1)).await;
@@ -295,11 +290,7 @@ async fn without_a_bucket_a_new_replica_begins_with_the_leaders_tables() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_leader_whose_disk_fails_resigns_and_its_readers_read_on() {
-    let net = Net::new(3, 3, 2, false).await;
-    let one = net.start(1, PLAIN, false).await;
-    let (two, three) = (net.start(2, PLAIN, false).await, net.start(3, PLAIN, false).await);
-    in_sync(&two).await;
-    in_sync(&three).await;
+    let (net, [one, two, three]) = trio().await;
     append(&one, &[0], Acks::All).await.unwrap();
     net.node(1, |node| node.disk.fail_writes_after(Some(0)));
     let failed = append(&one, &[1], Acks::All).await;
@@ -317,11 +308,7 @@ async fn a_leader_whose_disk_fails_resigns_and_its_readers_read_on() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_follower_whose_disk_fails_is_not_waited_for() {
-    let net = Net::new(3, 3, 2, false).await;
-    let one = net.start(1, PLAIN, false).await;
-    let (two, three) = (net.start(2, PLAIN, false).await, net.start(3, PLAIN, false).await);
-    in_sync(&two).await;
-    in_sync(&three).await;
+    let (net, [one, _two, three]) = trio().await;
     net.node(3, |node| node.disk.fail_writes_after(Some(0)));
     // No clock is asked: the follower says it.
     assert_eq!(append(&one, &[0], Acks::All).await.unwrap().held, Held::Synced(2));

@@ -23,6 +23,7 @@ use crate::{
         join::Claim,
     },
     record::{BatchBuilder, ProducerStamp},
+    task::patience::until,
     telemetry::Metrics,
     tier::{Cache, CacheOptions, Store, StoreOptions},
 };
@@ -490,16 +491,6 @@ pub(super) async fn send(partition: &Partition, batch: Batch, acks: Acks) -> one
 pub(super) async fn append(partition: &Partition, value: &[u8], acks: Acks) -> AppendResult {
     let answer = send(partition, batch(value, None), acks).await;
     tokio::time::timeout(Duration::from_secs(20), answer).await.expect("it is answered").unwrap()
-}
-
-/// Waits until this is so.
-pub(super) async fn until(what: &str, holds: impl Fn() -> bool) {
-    let reached = async {
-        while !holds() {
-            tokio::task::yield_now().await;
-        }
-    };
-    tokio::time::timeout(Duration::from_secs(20), reached).await.unwrap_or_else(|_| panic!("never: {what}"));
 }
 
 /// Everything that a replica's disk holds, from `from` on.
