@@ -115,6 +115,9 @@ class Cluster:
     def drop(self, name):
         self.cli("topic", "delete", name)
 
+    def produce(self, *arguments):
+        self.lab.bench(self.address, "produce", *arguments, timeout=3600)
+
     def partitions(self, name):
         return json.loads(self.cli("topic", "describe", name, "--output", "json"))["partitions"]
 
