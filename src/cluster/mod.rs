@@ -26,6 +26,7 @@ mod embedded;
 mod etcd;
 mod keys;
 mod orders;
+mod outcome;
 mod partition_value;
 mod placement;
 pub mod planner;

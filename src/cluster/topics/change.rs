@@ -4,6 +4,7 @@ use super::{ATTEMPTS, There, TopicInfo, Topics, UnknownTopic, checked};
 use crate::{
     cluster::{
         keys::{DeletedValue, TopicValue, Value as _},
+        outcome::known_outcome,
         store::{Compare, Op, Outcome, StoreError, Transaction},
     },
     limits,
@@ -159,8 +160,8 @@ impl Topics {
             let transaction = Transaction::new()
                 .when(Compare::ModRevision(entry.key.clone(), entry.mod_revision))
                 .put(entry.key, value.encode());
-            // Done twice it is the same, so an unknown outcome is the caller's to try again.
-            if let Outcome::Done { revision } = self.store.transact(transaction).await? {
+            // Where an earlier try was done without an answer, the same is set once more.
+            if let Outcome::Done { revision } = known_outcome(&*self.store, &transaction).await? {
                 return Ok(TopicInfo { name: name.clone(), value, revision });
             }
         }
@@ -184,10 +185,14 @@ impl Topics {
         if to > limits::MAX_PARTITIONS {
             return Err(AddPartitionsError::TooMany { to });
         }
+        let mut tried = None;
         for _ in 0..ATTEMPTS {
             let Some((entry, value)) = self.read(name).await? else {
                 return Err(self.unknown(name.as_str()).into());
             };
+            if tried.as_ref() == Some(&value) {
+                return Ok(TopicInfo { name: name.clone(), value, revision: entry.mod_revision });
+            }
             if to <= value.partitions {
                 return Err(AddPartitionsError::NotMore { name: name.clone(), has: value.partitions, to });
             }
@@ -204,17 +209,24 @@ impl Topics {
             let first = self.keys.partition(PartitionId::new(value.id, value.partitions));
             let value = TopicValue { partitions: to, ..value };
             let transaction = Transaction::new().when(same).when(Compare::Exists(first)).put(entry.key, value.encode());
-            if let Outcome::Done { revision } = self.store.transact(transaction).await? {
+            if let Outcome::Done { revision } = known_outcome(&*self.store, &transaction).await? {
                 return Ok(TopicInfo { name: name.clone(), value, revision });
             }
+            tried = Some(value);
         }
         Err(AddPartitionsError::Conflict { name: name.clone() })
     }
 
     /// Deletes a topic. Done when its name is free; what is left of its partitions goes after it, now or by a sweep.
     pub async fn delete(&self, name: &TopicName) -> Result<TopicId, DeleteError> {
+        let mut tried: Option<TopicValue> = None;
         for _ in 0..ATTEMPTS {
-            let Some((entry, value)) = self.read(name).await? else {
+            let there = self.read(name).await?;
+            if let Some(value) = tried.take_if(|tried| there.as_ref().is_none_or(|(_, there)| there.id != tried.id)) {
+                self.delete_rest(name, &value).await;
+                return Ok(value.id);
+            }
+            let Some((entry, value)) = there else {
                 return Err(self.unknown(name.as_str()).into());
             };
             let transaction = Transaction::new()
@@ -222,12 +234,11 @@ impl Topics {
                 .delete(entry.key)
                 .delete(self.keys.partition(PartitionId::new(value.id, 0)))
                 .put(self.keys.deleted(value.id), DeletedValue { name: name.clone(), gone_since_ms: None }.encode());
-            if let Outcome::Done { .. } = self.store.transact(transaction).await? {
-                if let Err(error) = self.delete_rest(&value).await {
-                    tracing::info!(topic = %name, id = %value.id, %error, "the rest of a deleted topic is left to the sweep");
-                }
+            if let Outcome::Done { .. } = known_outcome(&*self.store, &transaction).await? {
+                self.delete_rest(name, &value).await;
                 return Ok(value.id);
             }
+            tried = Some(value);
         }
         Err(DeleteError::Conflict { name: name.clone() })
     }
@@ -237,10 +248,12 @@ impl Topics {
         Ok(self.store.get(&self.keys.deleted(id)).await?.entry.is_some())
     }
 
-    async fn delete_rest(&self, value: &TopicValue) -> Result<(), StoreError> {
+    /// Deletes the partitions of a topic that is gone. What stays is for the sweep.
+    async fn delete_rest(&self, name: &TopicName, value: &TopicValue) {
         let ids = (0..value.partitions).map(|number| PartitionId::new(value.id, number));
         let ops = ids.flat_map(|id| [self.keys.partition(id), self.keys.tier(id)]).map(|key| Op::Delete { key });
-        self.in_chunks(&[], ops.collect()).await?;
-        Ok(())
+        if let Err(error) = self.in_chunks(&[], ops.collect()).await {
+            tracing::info!(topic = %name, id = %value.id, %error, "the rest of a deleted topic is left to the sweep");
+        }
     }
 }

@@ -2,12 +2,13 @@
 
 use std::fmt;
 
-use super::{TopicInfo, Topics, checked};
+use super::{CHUNK, TopicInfo, Topics, checked};
 use crate::{
     cluster::{
         keys::{TopicValue, Value as _},
+        outcome::known_outcome,
         placement::Placement,
-        store::{Compare, Outcome, Revision, StoreError, Transaction},
+        store::{Compare, Op, Outcome, Revision, StoreError, Transaction},
         view::ViewState,
     },
     limits,
@@ -139,26 +140,53 @@ impl Topics {
             return Err(CreateError::Brokers { asked: replication_factor, there });
         };
         let rest = puts.split_off(1);
-        self.in_chunks(&[], rest).await?;
+        let begun = self.put_new(&name, rest).await?;
         let key = self.keys.topic(&name);
-        let mut transaction =
-            Transaction::new().when(Compare::Absent(key.clone())).put(key.as_str(), value.encode()).else_get(key);
+        // Where it is deleted again before a late try comes, its mark refuses that.
+        let mut transaction = Transaction::new()
+            .when(Compare::Absent(key.clone()))
+            .when(Compare::Absent(self.keys.deleted(id)))
+            .put(key.as_str(), value.encode())
+            .else_get(key);
         transaction.ops.extend(puts);
-        if partitions > 1 {
-            // A sweep begins with the first: if that is there, no sweep has begun, and none will.
-            transaction = transaction.when(Compare::Exists(self.keys.partition(PartitionId::new(id, 1))));
+        if let Some((first, created)) = begun {
+            // A sweep begins with the first: if that is there as it was made, no sweep has begun, and none will.
+            transaction = transaction.when(Compare::CreateRevision(first, created));
         }
-        let info = |revision| TopicInfo { name: name.clone(), value: value.clone(), revision };
-        match self.store.transact(transaction).await {
-            Ok(Outcome::Done { revision }) => Ok(info(revision)),
-            Ok(Outcome::Refused { found, .. }) if matches!(found[..], [Some(_)]) => Err(CreateError::Exists { name }),
-            Ok(Outcome::Refused { .. }) => Err(CreateError::Conflict { name }),
-            Err(error) if error.outcome_unknown() => match self.read(&name).await? {
-                Some((entry, read)) if read.id == id => Ok(info(entry.mod_revision)),
-                _ => Err(error.into()),
-            },
-            Err(error) => Err(error.into()),
+        let revision = match known_outcome(&*self.store, &transaction).await? {
+            Outcome::Done { revision } => revision,
+            Outcome::Refused { mut found, .. } => {
+                let Some(entry) = found.pop().flatten() else { return Err(CreateError::Conflict { name }) };
+                // An earlier try made it, or somebody else did.
+                if !TopicValue::decode(&entry.key, &entry.value).is_ok_and(|there| there.id == id) {
+                    return Err(CreateError::Exists { name });
+                }
+                entry.mod_revision
+            }
+        };
+        Ok(TopicInfo { name, value, revision })
+    }
+
+    /// Writes keys that nobody else can have written; nobody acts on them before the topic is there. Gives the first of them, and
+    /// when it was made.
+    async fn put_new(&self, name: &TopicName, puts: Vec<Op>) -> Result<Option<(String, Revision)>, CreateError> {
+        let mut begun = None;
+        for chunk in puts.chunks(CHUNK) {
+            let absent = chunk.iter().map(|op| Compare::Absent(op.key().to_owned())).collect();
+            let first = chunk[0].key().to_owned();
+            let transaction = Transaction { compares: absent, ops: chunk.to_vec(), else_get: vec![first.clone()] };
+            let made = match known_outcome(&*self.store, &transaction).await? {
+                Outcome::Done { revision } => revision,
+                Outcome::Refused { mut found, .. } => match found.pop().flatten() {
+                    // An earlier try made it.
+                    Some(entry) => entry.create_revision,
+                    // It did, and a sweep took it.
+                    None => return Err(CreateError::Conflict { name: name.clone() }),
+                },
+            };
+            begun.get_or_insert((first, made));
         }
+        Ok(begun)
     }
 
     /// What can be told without the store.

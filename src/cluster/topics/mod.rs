@@ -21,6 +21,7 @@ use std::{ops::Range, sync::Arc};
 
 use super::{
     keys::{Keys, ProducerIdsValue, TopicValue, Value},
+    outcome::known_outcome,
     partition_value::PartitionValue,
     placement::Placement,
     store::{Compare, Entry, MetaStore, Op, Outcome, Revision, StoreError, Transaction},
@@ -148,11 +149,11 @@ impl Topics {
     }
 
     /// Does many operations in transactions of at most `CHUNK`, each only under these conditions. False when one of
-    /// them was refused: those before it are done.
+    /// them was refused: those before it are done. An operation that is done twice must do no harm.
     async fn in_chunks(&self, conditions: &[Compare], ops: Vec<Op>) -> Result<bool, StoreError> {
         for chunk in ops.chunks(CHUNK) {
             let transaction = Transaction { compares: conditions.to_vec(), ops: chunk.to_vec(), else_get: Vec::new() };
-            if let Outcome::Refused { .. } = self.store.transact(transaction).await? {
+            if let Outcome::Refused { .. } = known_outcome(&*self.store, &transaction).await? {
                 return Ok(false);
             }
         }

@@ -6,6 +6,7 @@ use super::*;
 use crate::{
     cluster::{
         embedded::EmbeddedStore,
+        faulty::{Fault, Faulty},
         keys::{Addresses, BrokerValue, Key},
     },
     limits,
@@ -15,6 +16,8 @@ use crate::{
 
 struct Cluster {
     store: EmbeddedStore,
+    /// The store as `topics` reaches it.
+    link: Faulty,
     keys: Keys,
     view: View,
     topics: Topics,
@@ -41,8 +44,9 @@ impl Cluster {
         let tasks = Tasks::new();
         let view = View::start(Arc::new(store.clone()), keys.clone(), &tasks);
         let defaults = ConfigMap::from([("segment.bytes".to_owned(), "1048576".to_owned())]);
-        let topics = Topics::new(Arc::new(store.clone()), keys.clone(), view.clone(), defaults);
-        let cluster = Self { store, keys, view, topics, _tasks: tasks };
+        let link = Faulty::new(store.clone());
+        let topics = Topics::new(Arc::new(link.clone()), keys.clone(), view.clone(), defaults);
+        let cluster = Self { store, link, keys, view, topics, _tasks: tasks };
         if brokers > 0 {
             cluster.catch_up().await;
         }
@@ -228,6 +232,44 @@ async fn a_deleted_topic_leaves_nothing_and_its_name_is_another_topics() {
     }
     cluster.catch_up().await;
     assert!(cluster.create("a", 1, 1).await.expect("made").value.id != first);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_becomes_of_a_transaction_without_an_answer_is_found_out() {
+    let fates = [None, Some(Fault::Lost), Some(Fault::AnswerLost)];
+    let two = fates.map(|first| fates.map(|second| [first, second])).into_iter().flatten();
+    for [first, second] in two {
+        let cluster = Cluster::of(3).await;
+        let faults = [first, second, Some(Fault::AnswerLost), None, first, second];
+        cluster.link.transactions(faults);
+        let made = cluster.create("a", 230, 3).await.unwrap_or_else(|error| panic!("{faults:?}: {error}"));
+        assert_eq!(cluster.paths("partitions/").await.len(), 230);
+        let topic = name("a");
+
+        cluster.link.transactions(faults);
+        let set = map("retention.ms", "5");
+        cluster.topics.alter(&topic, set, vec![], None).await.unwrap_or_else(|error| panic!("{faults:?}: {error}"));
+
+        cluster.link.transactions(faults);
+        cluster.catch_up().await;
+        let grown = cluster.topics.add_partitions(&topic, 350).await;
+        assert_eq!(grown.map(|topic| topic.value.partitions), Ok(350), "{faults:?}");
+        cluster.catch_up().await;
+        assert!(cluster.sweep().await.is_empty(), "{faults:?}: every partition counts");
+
+        cluster.link.transactions(faults);
+        assert_eq!(cluster.topics.delete(&topic).await, Ok(made.value.id), "{faults:?}");
+        assert_eq!(cluster.paths("partitions/").await, Vec::<String>::new(), "{faults:?}");
+        assert_eq!(cluster.topics.was_deleted(made.value.id).await, Ok(true));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_store_that_never_tells_an_outcome_is_said_to() {
+    let cluster = Cluster::of(1).await;
+    cluster.link.transactions([Some(Fault::Lost); 100]);
+    let made = cluster.create("a", 1, 1).await;
+    assert!(matches!(&made, Err(CreateError::Store(error)) if error.outcome_unknown()), "{made:?}");
 }
 
 #[tokio::test]
