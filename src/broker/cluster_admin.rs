@@ -108,6 +108,7 @@ impl Broker {
             return Err(invalid("validate_only, to and revision go with unclean only"));
         }
         let ordered = self.orders.elect(&topic, partition).await?;
+        self.count_election("preferred", &ordered);
         self.orders.seen(std::slice::from_ref(&ordered)).await;
         Ok(elected(&ordered))
     }
@@ -121,6 +122,7 @@ impl Broker {
         let expect = request.revision.map(Revision);
         if let (Some(to), Some(_)) = (request.to, expect) {
             let ordered = self.orders.elect_unclean(topic, partition, BrokerId(to), expect).await?;
+            self.count_election("unclean", &ordered);
             self.orders.seen(std::slice::from_ref(&ordered)).await;
             return Ok(elected(&ordered));
         }
@@ -139,6 +141,7 @@ impl Broker {
             answer.leader = best.broker.0;
         } else {
             let ordered = self.orders.elect_unclean(topic, partition, best.broker, Some(found.revision)).await?;
+            self.count_election("unclean", &ordered);
             self.orders.seen(std::slice::from_ref(&ordered)).await;
             answer = elected(&ordered);
         }
@@ -146,6 +149,12 @@ impl Broker {
             (answer.lost_from, answer.lost_to) = (loss.from.as_i64(), loss.to.as_i64());
         }
         Ok(v1::ElectLeaderResponse { held, ..answer })
+    }
+
+    fn count_election(&self, cause: &'static str, ordered: &Ordered) {
+        if ordered.changed {
+            self.metrics.elections.count(cause);
+        }
     }
 
     /// What a partition's replicas say that they hold: for the answer, and those that did answer.

@@ -25,6 +25,7 @@ use crate::{
     },
     proto::v1,
     task::{Tasks, clock},
+    telemetry::{ByPeer, Counter},
 };
 
 /// The version of the protocol between brokers.
@@ -44,6 +45,8 @@ pub(super) struct Following {
     neighbours: Arc<Neighbours>,
     peers: Peers,
     state: Mutex<State>,
+    /// Bytes of batches that came, by leader.
+    received: ByPeer,
     tasks: Tasks,
 }
 
@@ -76,10 +79,15 @@ enum Over {
 }
 
 impl Following {
-    /// Links over these connections, run as tasks of `tasks`.
-    pub(super) fn new(neighbours: Arc<Neighbours>, connect: Arc<dyn Connect>, tasks: Tasks) -> Arc<Self> {
+    /// Links over these connections, run as tasks of `tasks`. What comes over them is counted in `received`.
+    pub(super) fn new(
+        neighbours: Arc<Neighbours>,
+        connect: Arc<dyn Connect>,
+        received: ByPeer,
+        tasks: Tasks,
+    ) -> Arc<Self> {
         let peers = Peers::new(connect, CONNECT);
-        Arc::new(Self { neighbours, peers, state: Mutex::default(), tasks })
+        Arc::new(Self { neighbours, peers, state: Mutex::default(), received, tasks })
     }
 
     /// Its way to other brokers, for questions.
@@ -125,6 +133,7 @@ impl Following {
             asked: Arc::clone(&asked),
             neighbours: Arc::clone(&self.neighbours),
             peers: self.peers.clone(),
+            received: self.received.of(leader.0),
             tasks: self.tasks.clone(),
         };
         self.tasks.spawn("link", async move { link.keep().await });
@@ -175,6 +184,7 @@ struct Link {
     asked: Arc<Asked>,
     neighbours: Arc<Neighbours>,
     peers: Peers,
+    received: Counter,
     tasks: Tasks,
 }
 
@@ -256,7 +266,7 @@ impl Link {
         };
         tracing::info!(leader = %self.leader, address = to.address, "the link to a leader's broker stands");
         let find = self.neighbours.find();
-        let following = session::follow(&self.asked, &find, receiver, sender, &link);
+        let following = session::follow(&self.asked, &find, receiver, sender, &self.received, &link);
         let ended = tokio::select! {
             biased;
             // Pending for ever once it has cancelled the link.

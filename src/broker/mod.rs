@@ -38,6 +38,7 @@ mod lag;
 mod leftovers;
 mod lookup;
 mod metadata;
+mod metrics;
 mod offsets;
 mod others;
 mod peer;
@@ -52,7 +53,7 @@ mod upkeep;
 use std::{
     collections::BTreeSet,
     sync::{
-        Arc, OnceLock,
+        Arc, Mutex, OnceLock,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -71,7 +72,7 @@ use crate::{
     limits,
     log::Log,
     model::{BrokerId, ConfigMap, PartitionId},
-    partition::{Memory, Opener, Partition, Role, Surroundings, Upkeep, UpkeepQueue},
+    partition::{Counts, Memory, Opener, Partition, Role, Surroundings, Upkeep, UpkeepQueue},
     task::{Tasks, clock},
     telemetry::Metrics,
     tier::{Cache, Store},
@@ -166,6 +167,9 @@ pub struct Broker {
     upkeep: Upkeep,
     upkeep_queue: UpkeepQueue,
     metrics: Metrics,
+    /// One page of figures at a time.
+    rendering: Mutex<()>,
+    session: OnceLock<Session>,
     /// Partitions' tasks.
     partitions: Tasks,
     /// The broker's own.
@@ -191,6 +195,7 @@ impl Broker {
             cluster: settings.cluster.clone(),
             incarnation,
             catchup_bytes_per_second: settings.catchup_bytes_per_second,
+            metrics: metrics.clone(),
         };
         let broker = Arc::new_cyclic(|broker| Self {
             others: (!alone).then(|| Others::new(known, connect, broker)),
@@ -208,6 +213,8 @@ impl Broker {
             partitions: Tasks::new(),
             tasks: Tasks::new(),
             readers: Tasks::new(),
+            rendering: Mutex::default(),
+            session: OnceLock::new(),
             begun: OnceLock::new(),
             ready: AtomicBool::new(false),
             leaving: AtomicBool::new(false),
@@ -235,6 +242,7 @@ impl Broker {
     pub async fn begin(self: &Arc<Self>, session: &Session) {
         let state = self.view.state();
         self.begun.get_or_init(clock::monotonic);
+        self.session.get_or_init(|| session.clone());
         let mut leftovers = Leftovers::default();
         self.see_to_strays(&state).await;
         if let Some(others) = &self.others {
@@ -259,6 +267,7 @@ impl Broker {
                 id: self.settings.id,
                 defaults: self.settings.topic_defaults.clone(),
                 limits: self.settings.controller,
+                metrics: self.metrics.clone(),
             };
             controller.spawn(&self.tasks);
         }
@@ -313,9 +322,10 @@ impl Broker {
 
     /// Where its partitions' tasks reach others.
     fn around(&self) -> Surroundings {
+        let counts = Counts::of(&self.metrics);
         match &self.others {
-            None => Surroundings::alone(),
-            Some(others) => Surroundings { links: others.links(), agreement: Arc::clone(&self.agree) as _ },
+            None => Surroundings { counts, ..Surroundings::alone() },
+            Some(others) => Surroundings { links: others.links(), agreement: Arc::clone(&self.agree) as _, counts },
         }
     }
 
@@ -368,26 +378,5 @@ impl Broker {
                 && !matches!(partition.standing().role, Role::Leader { .. } | Role::Follower { in_sync: true, .. })
         });
         behind.count()
-    }
-
-    /// All figures in Prometheus' text format.
-    pub fn render_metrics(&self) -> String {
-        self.observe();
-        self.metrics.render()
-    }
-
-    /// Brings the figures up to date that are read rather than counted.
-    fn observe(&self) {
-        let open = self.hosted.open();
-        let status = self.log.status();
-        let metrics = &self.metrics;
-        metrics.partitions.set(open.len() as u64);
-        metrics.partitions_failed.set(open.iter().filter(|partition| partition.fault().is_some()).count() as u64);
-        metrics.tier_lag_records.set(open.iter().map(|partition| self.tier_lag(partition)).sum());
-        metrics.disk_used_bytes.set(open.iter().map(|partition| partition.local_bytes()).sum());
-        metrics.tiered_bytes.set(open.iter().map(|partition| partition.tiered_bytes()).sum());
-        metrics.disk_free_bytes.set(status.free_bytes);
-        metrics.tail_memory_bytes.set(status.tail_bytes as u64);
-        metrics.produce_memory_bytes.set(self.produce_memory.taken() as u64);
     }
 }

@@ -19,6 +19,7 @@ use crate::{
     partition::Links,
     proto::v1::{self, peer_server::PeerServer},
     task::Tasks,
+    telemetry::Metrics,
 };
 
 /// Everything between this broker and the others.
@@ -35,20 +36,33 @@ pub(super) struct Known {
     pub(super) cluster: String,
     pub(super) incarnation: String,
     pub(super) catchup_bytes_per_second: Option<u64>,
+    pub(super) metrics: Metrics,
 }
 
 impl Others {
     /// Of a broker that is being made. Nothing is done before it is registered.
     pub(super) fn new(known: Known, connect: Arc<dyn Connect>, broker: &Weak<Broker>) -> Self {
-        let Known { id, cluster, incarnation, catchup_bytes_per_second } = known;
+        let Known { id, cluster, incarnation, catchup_bytes_per_second, metrics } = known;
         let tasks = Tasks::new();
         let neighbours = Neighbours::new(id, cluster);
-        let following = Following::new(Arc::clone(&neighbours), connect, tasks.clone());
+        let following = Following::new(
+            Arc::clone(&neighbours),
+            connect,
+            metrics.replication_received_bytes,
+            tasks.clone(),
+        );
         let evidence = Evidence::new(Weak::clone(broker), following.peers().clone(), tasks.clone());
         let holder = Weak::clone(broker);
         following.hosts(Arc::new(move |id| holder.upgrade()?.hosted.by_id(id)), Arc::clone(&evidence) as _);
         let questions = questions(broker, evidence);
-        let peering = Peering::new(neighbours, incarnation, questions, catchup_bytes_per_second, tasks.clone());
+        let peering = Peering::new(
+            neighbours,
+            incarnation,
+            questions,
+            catchup_bytes_per_second,
+            metrics.replication_sent_bytes,
+            tasks.clone(),
+        );
         Self { following, peering, tasks }
     }
 

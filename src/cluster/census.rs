@@ -1,9 +1,10 @@
-//! A count of the cluster: what each broker carries, and how many partitions are not as they should be. Pure.
+//! Counts of the cluster: what each broker carries, and how many partitions are not as they should be; all of it for who describes it
+//! ([`Census`]), and one broker's part for its figures ([`Duty`]). Pure.
 
 use std::collections::BTreeMap;
 
-use super::view::ViewState;
-use crate::model::{BrokerId, ConfigMap, TopicConfig};
+use super::{partition_value::PartitionValue, view::ViewState};
+use crate::model::{BrokerId, ConfigMap, TopicConfig, TopicId};
 
 /// What one broker carries.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -59,14 +60,68 @@ impl Census {
                     carried.leaders += u32::from(value.leader == Some(*id));
                     carried.in_sync += u32::from(value.isr.contains(id));
                 }
-                let led = value.leader.is_some_and(|leader| state.brokers().contains_key(&leader));
-                let missing = |id: &BrokerId| !value.isr.contains(id) && !value.removing.contains(id);
-                census.leaderless += u32::from(!led);
-                census.under_replicated += u32::from(value.replicas.iter().any(missing));
+                census.leaderless += u32::from(!is_led(state, value));
+                census.under_replicated += u32::from(is_under_replicated(value));
                 census.below_minimum += u32::from(value.isr.len() < minimum);
                 census.moving += u32::from(value.is_moving());
             }
         }
         census
     }
+}
+
+/// What one broker answers for. The sum over all of them is the cluster's: a partition is counted by who leads it, and what nobody
+/// leads, or is moved, by the controller.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Duty {
+    /// Partitions that it leads.
+    pub led: u64,
+    /// Of these, those of which a replica that is to stay is not in sync.
+    pub under_replicated: u64,
+    /// Of these, those with fewer in sync than `min.insync.replicas`.
+    pub below_minimum: u64,
+    /// Of these, those with eligible leaders that are not in sync.
+    pub at_risk: u64,
+    /// Partitions that no live broker leads. Only of the controller.
+    pub leaderless: u64,
+    /// Partitions whose replicas are being moved. Only of the controller.
+    pub moving: u64,
+}
+
+impl Duty {
+    /// Counts what `me` answers for in a view: one pass over its partitions. `minimum` is asked once for each topic of which it leads
+    /// something.
+    pub fn of(state: &ViewState, me: BrokerId, is_controller: bool, minimum: impl Fn(TopicId) -> usize) -> Self {
+        let mut duty = Self::default();
+        for topic in state.topics().values() {
+            let mut asked = None;
+            for value in state.values_of(&topic.value) {
+                let Some(value) = value else {
+                    duty.leaderless += u64::from(is_controller);
+                    continue;
+                };
+                if is_controller {
+                    duty.leaderless += u64::from(!is_led(state, value));
+                    duty.moving += u64::from(value.is_moving());
+                }
+                if value.leader == Some(me) {
+                    let minimum = *asked.get_or_insert_with(|| minimum(topic.value.id));
+                    duty.led += 1;
+                    duty.under_replicated += u64::from(is_under_replicated(value));
+                    duty.below_minimum += u64::from(value.isr.len() < minimum);
+                    duty.at_risk += u64::from(!value.elr.is_empty());
+                }
+            }
+        }
+        duty
+    }
+}
+
+fn is_led(state: &ViewState, value: &PartitionValue) -> bool {
+    value.leader.is_some_and(|leader| state.brokers().contains_key(&leader))
+}
+
+/// Whether one is missing that is to stay.
+fn is_under_replicated(value: &PartitionValue) -> bool {
+    value.replicas.iter().any(|id| !value.isr.contains(id) && !value.removing.contains(id))
 }

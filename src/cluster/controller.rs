@@ -35,6 +35,7 @@ use super::{
 use crate::{
     model::{BrokerId, ConfigMap, PartitionId},
     task::{Tasks, clock},
+    telemetry::Metrics,
 };
 
 /// How long changes are gathered before a plan is made: one failure changes many keys.
@@ -63,6 +64,8 @@ pub struct Controller {
     pub defaults: ConfigMap,
     /// How much is moved at the same time.
     pub limits: Limits,
+    /// Figures.
+    pub metrics: Metrics,
 }
 
 impl Controller {
@@ -84,7 +87,10 @@ impl Controller {
             match self.campaign(lease).await {
                 Ok(Some(term)) => {
                     tracing::info!(broker = %self.id, "this broker is the controller now");
+                    self.metrics.controller_terms.inc();
+                    self.metrics.controller.set(1);
                     self.govern(lease, term).await;
+                    self.metrics.controller.set(0);
                     tracing::info!(broker = %self.id, "this broker is not the controller any more");
                 }
                 Ok(None) => self.vacancy(lease).await,
@@ -153,7 +159,7 @@ impl Controller {
             }
             let plan = self.plan(&mut presence);
             report(&plan, &mut waiting);
-            let outcome = carry_out(&changes, plan.steps, &when).await;
+            let outcome = carry_out(&changes, plan.steps, &when, &self.metrics).await;
             if outcome.deposed {
                 return;
             }
@@ -221,7 +227,12 @@ struct CarriedOut {
 }
 
 /// Writes the steps, those that matter most first.
-async fn carry_out(changes: &PartitionChanges, steps: Vec<planner::Step>, when: &[Compare]) -> CarriedOut {
+async fn carry_out(
+    changes: &PartitionChanges,
+    steps: Vec<planner::Step>,
+    when: &[Compare],
+    metrics: &Metrics,
+) -> CarriedOut {
     let mut outcome = CarriedOut { reached: Revision::ZERO, failed: false, deposed: false };
     if steps.is_empty() {
         return outcome;
@@ -232,6 +243,10 @@ async fn carry_out(changes: &PartitionChanges, steps: Vec<planner::Step>, when: 
         match changed {
             Changed::Done(revision) => {
                 outcome.reached = outcome.reached.max(revision);
+                metrics.controller_steps.count(whys[&id].word());
+                if let Some(cause) = whys[&id].election() {
+                    metrics.elections.count(cause);
+                }
                 tracing::info!(partition = %id, why = ?whys[&id], "the partition's replicas or leader were changed");
             }
             // The view will show what stands there.

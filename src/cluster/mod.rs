@@ -3,7 +3,7 @@
 //! # Overview
 //!
 //! `store` is the trait [`MetaStore`]: a map from paths to values with one history, in etcd's words. `embedded` is the
-//! implementation for a broker alone. `keys` says what is at which path. `view` mirrors the cluster's prefix into
+//! implementation for a broker alone, `etcd` that for several; `measured` counts what is asked of either. `keys` says what is at which path. `view` mirrors the cluster's prefix into
 //! memory: every question of where something is, is answered from there. `topics` creates, alters and deletes topics;
 //! `placement` says which brokers hold a new partition; `orders` writes down what an operator wants of brokers and partitions.
 //!
@@ -25,6 +25,7 @@ mod controller;
 mod embedded;
 mod etcd;
 mod keys;
+mod measured;
 mod orders;
 mod outcome;
 mod partition_value;
@@ -42,7 +43,7 @@ mod conformance;
 #[cfg(test)]
 pub(crate) mod faulty;
 
-pub use census::{Carried, Census};
+pub use census::{Carried, Census, Duty};
 pub use changes::{Change, Changed, PartitionChanges};
 pub use controller::Controller;
 pub use embedded::{EmbeddedStore, FILE as EMBEDDED_FILE, OpenError};
@@ -51,6 +52,7 @@ pub use keys::{
     Addresses, BrokerState, BrokerValue, ControllerValue, DeletedValue, DirectoryValue, DrainValue, InvalidClusterName,
     InvalidValue, Key, Keys, ProducerIdsValue, TopicValue, Value,
 };
+pub use measured::Measured;
 pub use orders::{
     CancelError, DrainError, Drained, ElectError, FindError, Held, Loss, Ordered, Orders, ReassignError, Successor,
     Unfit, UnknownBrokers, UnknownPartition, WriteError, successor,

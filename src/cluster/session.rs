@@ -20,13 +20,13 @@
 
 use std::{
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
 };
 
-use tokio::sync::watch;
+use tokio::{sync::watch, time::Instant};
 
 use super::{
     keys::{BrokerState, BrokerValue, DirectoryValue, Key, Keys, Value},
@@ -147,6 +147,7 @@ impl Registration {
         view: &View,
         tasks: &Tasks,
     ) -> Result<Session, RegisterError> {
+        let renewed = Arc::new(Mutex::new(clock::monotonic()));
         let lease = self.store.grant(self.time).await?;
         let (epoch, directory) = match self.begin(lease, judged).await? {
             Begun::Registered { epoch, directory } => (epoch, directory),
@@ -159,6 +160,7 @@ impl Registration {
         let keeper = Keeper {
             registration: Arc::clone(&registration),
             stopping: Arc::clone(&stopping),
+            renewed: Arc::clone(&renewed),
             publish,
             lease,
             epoch,
@@ -166,7 +168,7 @@ impl Registration {
             failing: false,
         };
         own.spawn("broker session", keeper.run(view.watch(), own.clone()));
-        Ok(Session { registration, standing, stopping, tasks: own })
+        Ok(Session { registration, standing, stopping, renewed, tasks: own })
     }
 
     /// What the directory's record says while this process runs.
@@ -234,6 +236,7 @@ pub struct Session {
     registration: Arc<Registration>,
     standing: watch::Receiver<Standing>,
     stopping: Arc<AtomicBool>,
+    renewed: Arc<Mutex<Instant>>,
     tasks: Tasks,
 }
 
@@ -248,6 +251,16 @@ impl Session {
         match *self.standing.borrow() {
             Standing::Registered { epoch, .. } => Some(epoch),
             Standing::Lost | Standing::Superseded { .. } => None,
+        }
+    }
+
+    /// How long the lease lives at least if it is not renewed any more; nothing while there is no registration. By this process's
+    /// clock: for people, and nothing else may depend on it.
+    pub fn lease_left(&self) -> Duration {
+        let renewed = *self.renewed.lock().unwrap_or_else(PoisonError::into_inner);
+        match *self.standing.borrow() {
+            Standing::Registered { .. } => self.registration.time.saturating_sub(renewed.elapsed()),
+            Standing::Lost | Standing::Superseded { .. } => Duration::ZERO,
         }
     }
 
@@ -274,6 +287,8 @@ impl Session {
 struct Keeper {
     registration: Arc<Registration>,
     stopping: Arc<AtomicBool>,
+    /// When the lease was last asked to live on, and did.
+    renewed: Arc<Mutex<Instant>>,
     publish: watch::Sender<Standing>,
     lease: LeaseId,
     epoch: Revision,
@@ -328,8 +343,10 @@ impl Keeper {
         if matches!(*self.publish.borrow(), Standing::Lost) {
             return self.again().await;
         }
+        let began = clock::monotonic();
         match self.registration.store.keep_alive(self.lease).await {
             Ok(()) => {
+                self.renewed_at(began);
                 if std::mem::take(&mut self.failing) {
                     tracing::info!("the broker's lease is kept alive again");
                 }
@@ -373,12 +390,18 @@ impl Keeper {
         }
     }
 
+    fn renewed_at(&self, moment: Instant) {
+        *self.renewed.lock().unwrap_or_else(PoisonError::into_inner) = moment;
+    }
+
     async fn try_again(&mut self) -> Result<Begun, StoreError> {
         let state = if self.stopping.load(Ordering::Acquire) { BrokerState::Stopping } else { BrokerState::Running };
         let value = BrokerValue { state, ..self.registration.value.clone() };
         let registration = Registration { value, ..(*self.registration).clone() };
         // The lease may live on, and may not: a new one is sure to.
+        let began = clock::monotonic();
         self.lease = registration.store.grant(registration.time).await?;
+        self.renewed_at(began);
         registration.begin(self.lease, Some(self.directory)).await
     }
 }
@@ -455,6 +478,7 @@ mod tests {
         let session = world.register("d", "p").await.expect("registered");
         for _ in 0..20 {
             tokio::time::sleep(TIME / 2).await;
+            assert!(session.lease_left() > TIME / 3, "{:?}", session.lease_left());
             world.store.tick(clock::monotonic()).await.expect("answers");
         }
         assert_eq!(world.registered().await, session.epoch());

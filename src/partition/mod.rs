@@ -56,6 +56,7 @@ pub mod retention;
 
 mod actor;
 mod begin;
+mod lag;
 mod listeners;
 mod memory;
 mod opener;
@@ -83,13 +84,14 @@ use self::{
 };
 pub use self::{
     actor::{AppendError, AppendResult},
+    lag::Lag,
     leader::{Acked, Held, Refused},
     memory::Memory,
     opener::{Opener, Use},
     reader::{Fetched, ReadError, Reader, Source},
     ready::Ready,
     role::{Answered, Assignment, Beginning, FromLink, Joined, On, Overrun, Role, Standing},
-    surroundings::{Agreement, Links, Surroundings},
+    surroundings::{Agreement, Counts, Links, Surroundings},
     tail::TailReader,
     upkeep::{Step, Upkeep, UpkeepError},
     upkeep_queue::UpkeepQueue,

@@ -2,10 +2,13 @@
 
 use std::{sync::Arc, time::Duration};
 
-use tokio::sync::{mpsc::error::TrySendError, oneshot};
+use tokio::{
+    sync::{mpsc::error::TrySendError, oneshot},
+    time::Instant,
+};
 
 use super::{
-    Answered, Assignment, FromLink, Joined, On, Overrun, Partition, Ready, TailReader,
+    Answered, Assignment, FromLink, Joined, Lag, On, Overrun, Partition, Ready, TailReader,
     actor::{JoinOrder, Order},
     leader::{
         insync::{Agreed, Departure, Ends, Peer, Registration},
@@ -63,7 +66,13 @@ impl Partition {
 
     /// A follower acknowledges what it has. Never waits; what it said before is replaced.
     pub fn acknowledged(&self, peer: Peer, epoch: LeaderEpoch, ends: Ends) {
+        self.shared.acknowledged(peer.broker, ends.written);
         self.news.acknowledged(peer, epoch, ends);
+    }
+
+    /// How far those of these replicas are behind that follow; nothing is told while this broker does not lead.
+    pub fn lags(&self, replicas: &[BrokerId], now: Instant, tell: impl FnMut(BrokerId, Lag)) {
+        self.shared.lags(replicas, now, tell);
     }
 
     /// A follower is not connected any more.

@@ -1,15 +1,23 @@
 //! What the partition's task publishes for everybody else: marks, standing, configuration, fault. Read without asking the task.
 
 use std::sync::{
-    Arc, Mutex, PoisonError,
+    Arc, Mutex, MutexGuard, PoisonError,
     atomic::{AtomicBool, AtomicU64, Ordering},
 };
 
 use arc_swap::ArcSwap;
-use tokio::sync::Notify;
+use tokio::{sync::Notify, time::Instant};
 
-use super::{On, Ready, Role, Standing, leader::insync::Ends, listeners::Listeners};
-use crate::model::{LeaderEpoch, Offset, TopicConfig, Watermarks};
+use super::{
+    On, Ready, Role, Standing,
+    lag::{Followers, Lag},
+    leader::insync::Ends,
+    listeners::Listeners,
+};
+use crate::{
+    model::{BrokerId, LeaderEpoch, Offset, TopicConfig, Watermarks},
+    task::clock,
+};
 
 /// The published state of one partition. Only its task writes.
 #[derive(Debug)]
@@ -31,6 +39,10 @@ pub(super) struct Shared {
     stands: Notify,
     config: ArcSwap<TopicConfig>,
     fault: Mutex<Option<Arc<str>>>,
+    /// While it leads.
+    followers: Mutex<Option<Followers>>,
+    /// Whether somebody follows: else appends note nothing.
+    followed: AtomicBool,
     committed: Listeners,
     written: Listeners,
     progress: Listeners,
@@ -53,6 +65,8 @@ impl Shared {
             stands: Notify::new(),
             config: ArcSwap::new(config),
             fault: Mutex::new(None),
+            followers: Mutex::new(None),
+            followed: AtomicBool::new(false),
             committed: Listeners::default(),
             written: Listeners::default(),
             progress: Listeners::default(),
@@ -62,7 +76,11 @@ impl Shared {
     /// Publishes the marks. The ends are stored before the high watermark, so that who sees a high watermark finds
     /// everything below it. Whoever waits for a mark is woken when it moved.
     pub(super) fn publish(&self, marks: Watermarks, local_bytes: u64) {
-        let written = self.log_end.swap(marks.log_end.get(), Ordering::SeqCst) != marks.log_end.get();
+        let before = self.log_end.swap(marks.log_end.get(), Ordering::SeqCst);
+        let written = before != marks.log_end.get();
+        if written && self.followed.load(Ordering::Relaxed) {
+            self.note_append(before);
+        }
         let persisted = self.persisted_end.swap(marks.persisted_end.get(), Ordering::SeqCst);
         let persisted = persisted != marks.persisted_end.get();
         self.tiered_end.store(marks.tiered_end.get(), Ordering::Release);
@@ -132,6 +150,41 @@ impl Shared {
             }
             changed.await;
         }
+    }
+
+    fn note_append(&self, before: u64) {
+        if let (Some(followers), Some(before)) = (&mut *self.followers(), Offset::new(before)) {
+            followers.appended(before, clock::monotonic());
+        }
+    }
+
+    /// From now on it leads, or does not.
+    pub(super) fn leads(&self, leads: bool) {
+        self.followed.store(false, Ordering::Relaxed);
+        *self.followers() = leads.then(|| Followers::new(clock::monotonic()));
+    }
+
+    /// A follower has everything below `end`.
+    pub(super) fn acknowledged(&self, broker: BrokerId, end: Offset) {
+        if let Some(followers) = &mut *self.followers() {
+            followers.acknowledged(broker, end);
+            self.followed.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// How far each of these brokers is behind; nothing while this one does not lead.
+    pub(super) fn lags(&self, replicas: &[BrokerId], now: Instant, mut tell: impl FnMut(BrokerId, Lag)) {
+        let marks = self.marks();
+        let mut followers = self.followers();
+        let Some(followers) = &mut *followers else { return };
+        followers.keep(replicas);
+        for id in replicas {
+            tell(*id, followers.lag(*id, marks.tiered_end.max(marks.log_start), marks.log_end, now));
+        }
+    }
+
+    fn followers(&self) -> MutexGuard<'_, Option<Followers>> {
+        self.followers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn is_behind(&self) -> bool {

@@ -7,7 +7,10 @@ use super::leader::{
     insync::{Ends, Proposal},
     join::Claim,
 };
-use crate::model::{BrokerId, LeaderEpoch, PartitionId};
+use crate::{
+    model::{BrokerId, LeaderEpoch, PartitionId},
+    telemetry::{Counter, Metrics},
+};
 
 /// The links to other brokers, over which this one follows.
 pub trait Links: Send + Sync + 'static {
@@ -43,19 +46,49 @@ pub trait Agreement: Send + Sync + 'static {
     fn resign(&self, partition: PartitionId, epoch: LeaderEpoch);
 }
 
-/// Both of them.
+/// What partitions count, over all of a broker.
+#[derive(Clone, Debug, Default)]
+pub struct Counts {
+    /// In-sync replicas that were lost while leading.
+    pub isr_shrinks: Counter,
+    /// In-sync replicas that were won while leading.
+    pub isr_expands: Counter,
+    /// Leader epochs that began here.
+    pub leader_epochs: Counter,
+}
+
+impl Counts {
+    /// Those of a broker's figures.
+    pub fn of(metrics: &Metrics) -> Self {
+        Self {
+            isr_shrinks: metrics.isr_shrinks.clone(),
+            isr_expands: metrics.isr_expands.clone(),
+            leader_epochs: metrics.leader_epochs.clone(),
+        }
+    }
+
+    /// The in-sync replicas of a partition that is led here changed.
+    pub(super) fn isr_changed(&self, before: &[BrokerId], after: &[BrokerId]) {
+        self.isr_shrinks.inc_by(before.iter().filter(|id| !after.contains(id)).count() as u64);
+        self.isr_expands.inc_by(after.iter().filter(|id| !before.contains(id)).count() as u64);
+    }
+}
+
+/// All of them.
 #[derive(Clone)]
 pub struct Surroundings {
     /// Links to other brokers.
     pub links: Arc<dyn Links>,
     /// The metadata store.
     pub agreement: Arc<dyn Agreement>,
+    /// What is counted.
+    pub counts: Counts,
 }
 
 impl Surroundings {
     /// Those of a broker that is alone: there is nobody to follow, and no set that could change.
     pub fn alone() -> Self {
-        Self { links: Arc::new(Alone), agreement: Arc::new(Alone) }
+        Self { links: Arc::new(Alone), agreement: Arc::new(Alone), counts: Counts::default() }
     }
 }
 

@@ -19,7 +19,7 @@ use crate::{
     broker::{self, Broker, Tier},
     client::Connect,
     cluster::{
-        Addresses, BrokerState, BrokerValue, Keys, MetaStore, RegisterError, Registration, Revision, Session, Standing,
+        Addresses, BrokerState, BrokerValue, Keys, Measured, MetaStore, RegisterError, Registration, Revision, Session, Standing,
         View, planner::Limits,
     },
     config::Config,
@@ -201,6 +201,7 @@ impl Start<'_> {
     async fn run(self, outside: Outside) -> anyhow::Result<Node> {
         let (config, alone) = (self.config, outside.alone);
         let Stores { meta, objects } = outside.stores.await?;
+        let meta: Arc<dyn MetaStore> = Arc::new(Measured::new(meta, self.metrics.clone()));
         let tier = objects.map(|store| with_cache(config, store, &self.metrics)).transpose()?;
         let keys = Keys::new(&config.cluster)?;
         let admission =
@@ -212,7 +213,12 @@ impl Start<'_> {
             Some(admission.note().await?)
         };
         let incarnation = noted.as_ref().map_or_else(random::uuid, |noted| noted.incarnation);
-        let view = View::start(Arc::clone(&meta), keys.clone(), &self.tasks);
+        let view = View::counted(
+            Arc::clone(&meta),
+            keys.clone(),
+            &self.tasks,
+            self.metrics.metadata_listings.clone(),
+        );
         self.waited(view.reached(Revision::ZERO)).await?;
         if let Some(tier) = &tier {
             if view.state().names_history() {

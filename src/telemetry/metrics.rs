@@ -1,114 +1,20 @@
 //! The metrics registry. Each metric is declared once: field, name, type and help, and `docs/metrics.md` is made from
 //! the same lines.
 
-use std::{fmt, fmt::Write as _, sync::Arc, sync::atomic::AtomicU64};
+use std::{fmt, fmt::Write as _, sync::Arc};
 
 use prometheus_client::{
-    encoding::{EncodeLabelSet, text::encode},
-    metrics::{
-        counter::Counter,
-        family::Family,
-        gauge::Gauge,
-        histogram::{Histogram, exponential_buckets},
-    },
+    encoding::text::encode,
+    metrics::{counter::Counter, histogram::Histogram},
     registry::Registry,
+};
+
+use super::kinds::{
+    ByPeer, BySource, Elections, Errors, Level, Metric, PeerLevels, PeerSeconds, RequestSeconds, Requests, Seconds, Steps,
 };
 
 /// The content type of [`Metrics::render`]: the text format that Prometheus reads.
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-
-/// A gauge of bytes or things.
-pub type Level = Gauge<u64, AtomicU64>;
-
-/// Why something failed: the word of a `proto::fault::Reason`, of which there are few.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-pub struct ReasonLabel {
-    /// The word.
-    pub reason: &'static str,
-}
-
-/// Where bytes were read from.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-pub struct SourceLabel {
-    /// `memory`, `disk` or `bucket`
-    pub source: &'static str,
-}
-
-/// Failures by reason.
-#[derive(Clone, Debug, Default)]
-pub struct Errors(Family<ReasonLabel, Counter>);
-
-impl Errors {
-    /// Counts one.
-    pub fn count(&self, reason: &'static str) {
-        self.0.get_or_create(&ReasonLabel { reason }).inc();
-    }
-}
-
-/// One counter for each place that bytes are read from.
-#[derive(Clone, Debug)]
-pub struct BySource {
-    family: Family<SourceLabel, Counter>,
-    /// The tail in memory.
-    pub memory: Counter,
-    /// Segments on local disk.
-    pub disk: Counter,
-    /// The object store, or what is cached of it.
-    pub bucket: Counter,
-}
-
-impl Default for BySource {
-    fn default() -> Self {
-        let family = Family::<SourceLabel, Counter>::default();
-        // Made once: counting is then one addition, and all three are there from the start.
-        let [memory, disk, bucket] =
-            ["memory", "disk", "bucket"].map(|source| family.get_or_create(&SourceLabel { source }).clone());
-        Self { family, memory, disk, bucket }
-    }
-}
-
-/// Seconds from 50 µs to 26 s, each bucket double the one before.
-#[derive(Clone, Debug)]
-struct Seconds;
-
-impl Seconds {
-    fn histogram() -> Histogram {
-        Histogram::new(exponential_buckets(0.000_05, 2.0, 20))
-    }
-}
-
-/// What a declaration needs of its kind: a fresh one, the part that is registered, and its type in words.
-trait Metric {
-    const KIND: &'static str;
-    const LABELS: &'static str = "";
-    /// What the text format adds to the name.
-    const SUFFIX: &'static str = "";
-    fn fresh() -> Self;
-    fn register(&self, registry: &mut Registry, name: &str, help: &str);
-}
-
-macro_rules! metric {
-    ($kind:ty, $word:literal, $suffix:literal, $labels:literal, $fresh:expr, $part:expr) => {
-        impl Metric for $kind {
-            const KIND: &'static str = $word;
-            const LABELS: &'static str = $labels;
-            const SUFFIX: &'static str = $suffix;
-            fn fresh() -> Self {
-                $fresh
-            }
-            fn register(&self, registry: &mut Registry, name: &str, help: &str) {
-                let part = $part;
-                // The registry ends every help text with a full stop of its own.
-                registry.register(name, help.trim_end_matches('.'), part(self));
-            }
-        }
-    };
-}
-metric!(Counter, "counter", "_total", "", Self::default(), |m: &Self| m.clone());
-metric!(Level, "gauge", "", "", Self::default(), |m: &Self| m.clone());
-metric!(Histogram, "histogram", "", "", Seconds::histogram(), |m: &Self| m.clone());
-metric!(Errors, "counter", "_total", "reason", Self::default(), |m: &Self| m.0.clone());
-metric!(BySource, "counter", "_total", "source", Self::default(), |m: &Self| m.family.clone());
 
 macro_rules! metrics {
     ($($field:ident: $kind:ty = $name:literal, $help:literal;)*) => {
@@ -168,6 +74,30 @@ metrics! {
     partitions: Level = "strandline_partitions", "Partitions that this broker holds.";
     partitions_failed: Level = "strandline_partitions_failed", "Partitions that take no writes because of a fault.";
     connections: Level = "strandline_connections", "Open client connections.";
+    disk_full: Level = "strandline_disk_full", "1 while the data directory's disk is so full that this broker is given no new replicas.";
+    partitions_led: Level = "strandline_partitions_led", "Partitions that this broker leads.";
+    partitions_under_replicated: Level = "strandline_partitions_under_replicated", "Partitions led here of which a replica that is to stay is not in sync.";
+    partitions_below_minimum: Level = "strandline_partitions_below_minimum", "Partitions led here with fewer replicas in sync than min.insync.replicas: acks=all is refused.";
+    partitions_at_risk: Level = "strandline_partitions_at_risk", "Partitions led here of which replicas that are not in sync may be elected (ELR).";
+    partitions_leaderless: Level = "strandline_partitions_leaderless", "Partitions of the whole cluster that no live broker leads, as the controller counts them; 0 on other brokers.";
+    partitions_moving: Level = "strandline_partitions_moving", "Partitions of the whole cluster whose replicas are being moved, as the controller counts them; 0 on other brokers.";
+    isr_shrinks: Counter = "strandline_isr_shrinks", "Times that a partition led here lost an in-sync replica.";
+    isr_expands: Counter = "strandline_isr_expands", "Times that a partition led here won an in-sync replica.";
+    leader_epochs: Counter = "strandline_leader_epochs", "Times that this broker began to lead a partition.";
+    elections: Elections = "strandline_elections", "Elections that this broker made: as the controller, or by an operator's order.";
+    follower_lag_records: PeerLevels = "strandline_follower_lag_records", "Records of partitions led here that a broker with a replica has not acknowledged.";
+    follower_lag_seconds: PeerSeconds = "strandline_follower_lag_seconds", "Age of the oldest record led here that a broker with a replica has not acknowledged.";
+    replication_sent_bytes: ByPeer = "strandline_replication_sent_bytes", "Bytes of batches sent to brokers that follow here.";
+    replication_received_bytes: ByPeer = "strandline_replication_received_bytes", "Bytes of batches received from brokers that this one follows.";
+    controller: Level = "strandline_controller", "1 while this broker is the controller.";
+    controller_terms: Counter = "strandline_controller_terms", "Times that this broker became the controller.";
+    controller_steps: Steps = "strandline_controller_steps", "Changes of partitions that this broker made as the controller.";
+    metadata_requests: Requests = "strandline_metadata_requests", "Requests to the metadata store.";
+    metadata_request_seconds: RequestSeconds = "strandline_metadata_request_seconds", "Time of a request to the metadata store until it was answered or given up.";
+    metadata_revision: Level = "strandline_metadata_revision", "Revision of the metadata that this broker goes by.";
+    metadata_silence_seconds: Seconds = "strandline_metadata_silence_seconds", "Time since the metadata store last let this broker's mirror know anything.";
+    metadata_listings: Counter = "strandline_metadata_listings", "Times that the whole metadata was listed: at the start, now and then, and when a watch broke.";
+    lease_left_seconds: Seconds = "strandline_lease_left_seconds", "Time that the lease of this broker's registration lives if it is not renewed; 0 while there is none.";
 }
 
 impl Metrics {
@@ -207,6 +137,8 @@ pub fn docs() -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     #[test]
@@ -217,6 +149,13 @@ mod tests {
         metrics.fetch_bytes.disk.inc_by(9);
         metrics.produce_ack_seconds.observe(0.001);
         metrics.clone().disk_free_bytes.set(1 << 40);
+        metrics.elections.count("failed");
+        metrics.metadata_requests.count("get", "done");
+        metrics.metadata_request_seconds.observe("get", Duration::from_millis(1));
+        metrics.replication_sent_bytes.of(2).inc_by(11);
+        metrics.follower_lag_records.set_all([(2, 1), (3, 5)]);
+        metrics.follower_lag_records.set_all([(3, 4)]);
+        metrics.follower_lag_seconds.set_all([(3, Duration::from_millis(1500))]);
         let text = metrics.render();
         for line in [
             "# TYPE strandline_produce_bytes counter",
@@ -227,9 +166,17 @@ mod tests {
             "strandline_fetch_bytes_total{source=\"bucket\"} 0",
             "strandline_produce_ack_seconds_count 1",
             "strandline_disk_free_bytes 1099511627776",
+            "strandline_elections_total{cause=\"failed\"} 1",
+            "strandline_elections_total{cause=\"unclean\"} 0",
+            "strandline_metadata_requests_total{request=\"get\",outcome=\"done\"} 1",
+            "strandline_metadata_request_seconds_count{request=\"get\"} 1",
+            "strandline_replication_sent_bytes_total{peer=\"2\"} 11",
+            "strandline_follower_lag_records{peer=\"3\"} 4",
+            "strandline_follower_lag_seconds{peer=\"3\"} 1.5",
         ] {
             assert!(text.lines().any(|found| found == line), "{line}\n{text}");
         }
+        assert!(!text.contains("follower_lag_records{peer=\"2\"}"), "a broker that follows no more has no lag");
     }
 
     #[test]

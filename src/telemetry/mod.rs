@@ -6,11 +6,16 @@ use std::io::{self, IsTerminal as _};
 
 use tracing_subscriber::EnvFilter;
 
+mod kinds;
 mod metrics;
 
 pub use prometheus_client::metrics::counter::Counter;
 
-pub use metrics::{BySource, CONTENT_TYPE, Errors, Level, Metrics, ReasonLabel, SourceLabel, docs};
+pub use kinds::{
+    ByPeer, BySource, CauseLabel, Elections, Errors, Level, PeerLevels, PeerSeconds, ReasonLabel, RequestSeconds, Requests,
+    RuleLabel, Seconds, SourceLabel, Steps,
+};
+pub use metrics::{CONTENT_TYPE, Metrics, docs};
 
 /// How log lines are written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

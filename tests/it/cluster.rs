@@ -2,6 +2,7 @@
 
 mod chaos;
 mod failover;
+mod figures;
 mod members;
 mod network;
 mod outage;

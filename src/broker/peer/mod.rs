@@ -28,6 +28,7 @@ use crate::{
         v1::{self, peer_server},
     },
     task::Tasks,
+    telemetry::ByPeer,
 };
 
 /// Another broker's word that a process is gone.
@@ -57,23 +58,26 @@ pub(super) struct Peering {
     incarnation: String,
     questions: Questions,
     catch_up: Arc<CatchUp>,
+    /// Bytes of batches that went out, by follower.
+    sent: ByPeer,
     /// The link of each broker that follows here.
     links: Mutex<BTreeMap<BrokerId, Incoming>>,
     tasks: Tasks,
 }
 
 impl Peering {
-    /// Of the process of this incarnation. Replicas that catch up here take so many bytes in a second, where a number is given. Links run as
-    /// tasks of `tasks`.
+    /// Of the process of this incarnation. Replicas that catch up here take so many bytes in a second, where a number is given. What goes out is
+    /// counted in `sent`. Links run as tasks of `tasks`.
     pub(super) fn new(
         neighbours: Arc<Neighbours>,
         incarnation: String,
         questions: Questions,
         catchup_bytes_per_second: Option<u64>,
+        sent: ByPeer,
         tasks: Tasks,
     ) -> Arc<Self> {
         let catch_up = Arc::new(CatchUp::new(catchup_bytes_per_second));
-        Arc::new(Self { neighbours, incarnation, questions, catch_up, links: Mutex::default(), tasks })
+        Arc::new(Self { neighbours, incarnation, questions, catch_up, sent, links: Mutex::default(), tasks })
     }
 
     fn marks(&self, name: &v1::ReplicaName) -> v1::ReplicaMarks {

@@ -158,7 +158,8 @@ impl Peering {
         let welcome = v1::ToFollower { is: Some(to_follower::Is::Welcome(welcome)) };
         let _gone = outgoing.try_send(Ok(welcome));
         tracing::info!(follower = %peer.broker, epoch = %peer.epoch, "a broker follows here");
-        let led = Led { peer, find: self.neighbours.find(), catch_up: Arc::clone(&self.catch_up) };
+        let (find, sent) = (self.neighbours.find(), self.sent.of(peer.broker.0));
+        let led = Led { peer, find, catch_up: Arc::clone(&self.catch_up), sent };
         let ended = tokio::select! {
             biased;
             // Pending for ever once it has cancelled the link.

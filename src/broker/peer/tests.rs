@@ -29,6 +29,7 @@ use crate::{
     },
     record::BatchBuilder,
     task::patience::until,
+    telemetry::ByPeer,
 };
 
 const WAIT: Duration = Duration::from_secs(20);
@@ -75,7 +76,7 @@ impl Node {
         let log = Log::open(Arc::new(SimDisk::new()), Path::new("/data"), &identity, options).unwrap();
         let neighbours = Neighbours::new(id, "test".to_owned());
         let connect = Arc::new(Tcp::between_brokers(WAIT));
-        let following = Following::new(Arc::clone(&neighbours), connect, tasks.clone());
+        let following = Following::new(Arc::clone(&neighbours), connect, ByPeer::default(), tasks.clone());
         let partitions = Partitions::default();
         let (noted, lost) = mpsc::channel(64);
         let held = Arc::clone(&partitions);
@@ -86,7 +87,7 @@ impl Node {
             status: Box::new(|| v1::StatusResponse { leaders: 5, ..v1::StatusResponse::default() }),
             report: Box::new(|report| Box::pin(async move { Ok(report.broker == BrokerId(9)) })),
         };
-        let peering = Peering::new(neighbours, format!("process {id}"), questions, None, tasks.clone());
+        let peering = Peering::new(neighbours, format!("process {id}"), questions, None, ByPeer::default(), tasks.clone());
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
         let served = tasks.clone();

@@ -72,6 +72,7 @@ impl World {
             id,
             defaults: ConfigMap::new(),
             limits: Limits::default(),
+            metrics: Metrics::new(),
         };
         controller.spawn(&tasks);
         Node { session, tasks }

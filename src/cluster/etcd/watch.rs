@@ -79,8 +79,7 @@ impl Resuming {
         loop {
             let ended = match self.stream.next(self.quiets).await {
                 Ok(response) => match self.understand(&response)? {
-                    Ok(Some(changes)) => return Ok(changes),
-                    Ok(None) => continue,
+                    Ok(changes) => return Ok(changes),
                     Err(ended) => ended,
                 },
                 Err(ended) => ended,
@@ -89,8 +88,8 @@ impl Resuming {
         }
     }
 
-    /// What a response holds: changes, nothing new, or the end of this stream. An error ends the watch.
-    fn understand(&mut self, response: &WatchResponse) -> Result<Result<Option<Changes>, Ended>, StoreError> {
+    /// What a response holds: changes, or a sign of life without any; or the end of this stream. An error ends the watch.
+    fn understand(&mut self, response: &WatchResponse) -> Result<Result<Changes, Ended>, StoreError> {
         if response.compact_revision() > 0 {
             let oldest = text::revision(response.compact_revision());
             return Err(StoreError::Compacted { from: self.next, oldest });
@@ -112,10 +111,11 @@ impl Resuming {
             events.extend(text::event(kv));
         }
         // One revision never comes in two responses: that would have to be asked for (`fragment`).
-        Ok(Ok(last.map(|revision| {
+        if let Some(revision) = last {
             self.next = revision.next();
-            Changes { revision, events }
-        })))
+        }
+        // Also when nothing is new: whoever watches knows then that nothing is missing.
+        Ok(Ok(Changes { revision: Revision(self.next.0 - 1), events }))
     }
 
     async fn resume(&mut self, ended: Ended) -> Result<(), StoreError> {

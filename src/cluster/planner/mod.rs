@@ -81,7 +81,7 @@ pub enum Why {
     Elected,
     /// The leader is gone, and so is everybody else who could lead.
     Leaderless,
-    /// The leader is being stopped or drained.
+    /// The leader is being stopped or drained, or its replica is moved away.
     HandedOver,
     /// A move's new replicas are in sync.
     MoveEnded,
@@ -95,6 +95,33 @@ pub enum Why {
     Preferred,
     /// Its broker held more than others.
     Balanced,
+}
+
+impl Why {
+    /// The rule in a word, for figures.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Elected => "elected",
+            Self::Leaderless => "leaderless",
+            Self::HandedOver => "handed_over",
+            Self::MoveEnded => "move_ended",
+            Self::Factor => "factor",
+            Self::Replaced => "replaced",
+            Self::Drained => "drained",
+            Self::Preferred => "preferred",
+            Self::Balanced => "balanced",
+        }
+    }
+
+    /// What made an election necessary; `None` for a step that elects nobody.
+    pub const fn election(self) -> Option<&'static str> {
+        match self {
+            Self::Elected => Some("failed"),
+            Self::HandedOver => Some("handover"),
+            Self::Preferred => Some("preferred"),
+            _ => None,
+        }
+    }
 }
 
 /// One change of one partition.

@@ -24,7 +24,7 @@ pub(super) fn end(input: &Input<'_>, subject: &Subject<'_>) -> Option<Step> {
     }
     let to = lead::successor(input, subject, |id| value.leader != Some(id))?;
     let value = value.elect(to, |id| input.is_live(id), subject.min_insync)?;
-    Some(subject.step(value, Why::MoveEnded))
+    Some(subject.step(value, Why::HandedOver))
 }
 
 /// How many more moves may begin, and to whom.

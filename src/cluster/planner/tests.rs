@@ -253,7 +253,7 @@ fn a_move_copies_then_lets_go() {
     assert_eq!(world.plan().steps, [], "4 has not caught up");
     world.replicate(2);
     let (why, step) = only(&world);
-    assert_eq!((why, step.leader), (Why::MoveEnded, Some(BrokerId(4))), "the leader goes: another one first");
+    assert_eq!((why, step.leader), (Why::HandedOver, Some(BrokerId(4))), "the leader goes: another one first");
     world.settle(2);
     let value = world.partition(0);
     assert_eq!((value.replicas, value.leader), (ids(&[4, 2, 3]), Some(BrokerId(4))));

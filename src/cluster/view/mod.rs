@@ -12,9 +12,15 @@
 //! - A state is whole: no transaction is ever half in it.
 //! - While the store does not answer, the state stays as it is.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
-use tokio::sync::{broadcast, watch};
+use tokio::{
+    sync::{broadcast, watch},
+    time::Instant,
+};
 
 use super::{
     keys::{Key, Keys},
@@ -23,6 +29,7 @@ use super::{
 use crate::{
     model::PartitionId,
     task::{Tasks, clock},
+    telemetry::Counter,
 };
 
 mod state;
@@ -43,6 +50,8 @@ const FEED_MOVES: usize = 1024;
 pub struct View {
     state: Arc<watch::Sender<Arc<ViewState>>>,
     moves: broadcast::Sender<Arc<[Key]>>,
+    /// When the store last let it know anything.
+    heard: Arc<Mutex<Instant>>,
 }
 
 /// What a feed says.
@@ -83,8 +92,17 @@ impl Feed {
 impl View {
     /// Starts the mirror. It is empty at first: see [`View::reached`].
     pub fn start(store: Arc<dyn MetaStore>, keys: Keys, tasks: &Tasks) -> Self {
-        let view = Self { state: Arc::new(watch::Sender::default()), moves: broadcast::Sender::new(FEED_MOVES) };
-        let mirror = Mirror { store, keys, view: view.clone() };
+        Self::counted(store, keys, tasks, Counter::default())
+    }
+
+    /// As [`View::start`]; listings are counted.
+    pub fn counted(store: Arc<dyn MetaStore>, keys: Keys, tasks: &Tasks, listings: Counter) -> Self {
+        let view = Self {
+            state: Arc::new(watch::Sender::default()),
+            moves: broadcast::Sender::new(FEED_MOVES),
+            heard: Arc::new(Mutex::new(clock::monotonic())),
+        };
+        let mirror = Mirror { store, keys, view: view.clone(), listings };
         let stop = tasks.clone();
         tasks.spawn("cluster view", async move {
             tokio::select! {
@@ -109,6 +127,16 @@ impl View {
     /// The keys that change from now on; its first answer says to look at everything.
     pub fn feed(&self) -> Feed {
         Feed { moves: self.moves.subscribe(), started: false }
+    }
+
+    /// How long the store has said nothing, not even that nothing changed. It grows while the mirror is cut off; the embedded
+    /// store speaks only of changes.
+    pub fn silence(&self) -> Duration {
+        self.heard.lock().unwrap_or_else(PoisonError::into_inner).elapsed()
+    }
+
+    fn hear(&self) {
+        *self.heard.lock().unwrap_or_else(PoisonError::into_inner) = clock::monotonic();
     }
 
     /// What is known of a partition that counts.
@@ -139,6 +167,7 @@ struct Mirror {
     store: Arc<dyn MetaStore>,
     keys: Keys,
     view: View,
+    listings: Counter,
 }
 
 impl Mirror {
@@ -162,6 +191,8 @@ impl Mirror {
     async fn list(&self) -> Result<Watch, StoreError> {
         let listing = self.store.list(self.keys.prefix()).await?;
         let from = listing.revision.next();
+        self.listings.inc();
+        self.view.hear();
         self.view.publish(|state| state.replace(&self.keys, listing));
         self.store.watch(self.keys.prefix(), from).await
     }
@@ -174,7 +205,12 @@ impl Mirror {
                 biased;
                 () = tokio::time::sleep_until(relist) => return,
                 changes = watch.next() => match changes {
-                    Some(Ok(changes)) => self.view.publish(|state| state.apply(&self.keys, changes)),
+                    Some(Ok(changes)) => {
+                        self.view.hear();
+                        if !changes.events.is_empty() || changes.revision > self.view.state().revision() {
+                            self.view.publish(|state| state.apply(&self.keys, changes));
+                        }
+                    }
                     Some(Err(error)) => {
                         tracing::info!(%error, "the metadata watch broke; listing again");
                         return tokio::time::sleep(BACKOFF.0).await;

@@ -101,6 +101,12 @@ impl ViewState {
         (0..topic.partitions).map(move |number| (number, nth(entries, number).cloned().unwrap_or_default()))
     }
 
+    /// The values of a topic's partitions by number, as far as they are known. Copies nothing.
+    pub fn values_of<'a>(&'a self, topic: &TopicValue) -> impl Iterator<Item = Option<&'a PartitionValue>> + use<'a> {
+        let entries = self.partitions.get(&topic.id);
+        (0..topic.partitions).map(move |number| Some(&nth(entries, number)?.partition.as_ref()?.value))
+    }
+
     /// What is known of a partition that counts: its topic exists and is that large.
     pub fn partition(&self, id: PartitionId) -> Option<&PartitionEntry> {
         let topic = self.topics.get(self.names.get(&id.topic)?)?;

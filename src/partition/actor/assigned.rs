@@ -188,6 +188,7 @@ impl Actor {
             Part::Waiting => {}
             Part::Following(_) => self.around.links.leave(self.id, self.placed.epoch(), false),
             Part::Leading(mut leader) => {
+                self.shared.leads(false);
                 // Who is due is told so.
                 leader.due(|writer, acked| writer.answer(Ok(acked)));
                 for writer in leader.abandon() {
@@ -217,7 +218,9 @@ impl Actor {
         let epoch = value.leader_epoch;
         match &mut self.part {
             Part::Leading(leader) if leader.epoch() == epoch => {
+                let before = leader.in_sync().value().isr.clone();
                 leader.in_sync_mut().observed(value, revision);
+                self.around.counts.isr_changed(&before, &leader.in_sync().value().isr);
                 self.see_registered();
                 self.propose();
             }
@@ -258,6 +261,8 @@ impl Actor {
         self.placed.leads_after = None;
         self.placed.led = Some(epoch);
         self.part = Part::Leading(Box::new(Leader::new(start, self.tiered_end)));
+        self.shared.leads(true);
+        self.around.counts.leader_epochs.inc();
         tracing::debug!(partition = %self.id, %epoch, log_end = %own.written, %committed_end, in_sync, "leads");
         self.see_registered();
         if self.shared.fault().is_some() {

@@ -51,6 +51,7 @@ impl Actor {
                 if let Err(stale) = leader.in_sync_mut().acknowledged(peer, epoch, ends) {
                     tracing::debug!(partition = %self.id, broker = %peer.broker, error = %stale, "not counted");
                 }
+                self.shared.acknowledged(peer.broker, ends.written);
                 tracing::debug!(partition = %self.id, broker = %peer.broker, %epoch, %at, "a follower joined");
                 Joined::At(at)
             }
@@ -126,6 +127,7 @@ impl Actor {
         };
         let Part::Leading(leader) = &mut self.part else { return };
         let (epoch, reading) = (leader.epoch(), leader.in_sync().awaits_reading());
+        let before = leader.in_sync().value().isr.clone();
         let is_due = asked.is_some_and(|asked| asked.epoch == epoch && asked.reads == reading);
         let observed = if is_due {
             leader.in_sync_mut().agreed(outcome)
@@ -136,6 +138,7 @@ impl Actor {
         match observed {
             Observed::Same => {}
             Observed::Adopted => {
+                self.around.counts.isr_changed(&before, &leader.in_sync().value().isr);
                 let (value, revision) = (leader.in_sync().value().clone(), leader.in_sync().revision());
                 self.placed(value.into(), revision);
             }

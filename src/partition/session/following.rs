@@ -19,6 +19,7 @@ use crate::{
     partition::{Answered, FromLink, Joined, On, Overrun, Partition, Ready, leader::insync::Ends},
     proto::{status::Status, v1},
     task::{Tasks, clock},
+    telemetry::Counter,
 };
 
 /// How soon a partition is told to claim again; twice as late each time, until a leader has taken it.
@@ -30,12 +31,14 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 /// How long the end of a link waits for the other side's last word, or for it to hear ours.
 const LAST_WORD: Duration = Duration::from_millis(500);
 
-/// Carries the partitions that ask `asked` over one link, until it ends. Each of them hears when it stands, and when it does not.
+/// Carries the partitions that ask `asked` over one link, until it ends. Each of them hears when it stands, and when it does not. The bytes of
+/// the batches that come are counted in `received`.
 pub async fn follow<S>(
     asked: &Asked,
     find: &Find,
     mut incoming: S,
     outgoing: mpsc::Sender<v1::ToLeader>,
+    received: &Counter,
     tasks: &Tasks,
 ) -> Ended
 where
@@ -45,6 +48,7 @@ where
     let mut following = Following {
         asked,
         find,
+        received,
         slots: Vec::new(),
         slot_of: BTreeMap::new(),
         places: BTreeMap::new(),
@@ -96,6 +100,7 @@ struct Place {
 struct Following<'a> {
     asked: &'a Asked,
     find: &'a Find,
+    received: &'a Counter,
     /// One for each partition that ever joined on this link, by the number under which it marks `ready`.
     slots: Vec<Slot>,
     slot_of: BTreeMap<PartitionId, usize>,
@@ -353,6 +358,7 @@ impl Following<'_> {
         if !place.joined {
             return Err(Untaken::Early);
         }
+        self.received.inc_by(piece.chunks.iter().map(|chunk| chunk.len() as u64).sum());
         let Piece { epoch, high_watermark, batches } = piece.try_into()?;
         if epoch != place.join.epoch {
             return Err(Untaken::Epoch { got: epoch, joined: place.join.epoch });

@@ -30,6 +30,7 @@ use crate::{
         v1,
     },
     task::{Tasks, clock},
+    telemetry::Counter,
 };
 
 /// Bytes of batches from which on a message takes no more.
@@ -55,6 +56,8 @@ pub struct Led {
     pub find: Find,
     /// What replicas that catch up may take.
     pub catch_up: Arc<CatchUp>,
+    /// Counts the bytes of batches that go out.
+    pub sent: Counter,
 }
 
 /// Serves one follower's broker over one link, until it ends. Every partition that it followed has been told so when this returns.
@@ -167,6 +170,7 @@ impl Leading {
         while let Some((bytes, piece)) = self.pieces.pop_front_if(|(bytes, _)| pieces.is_empty() || *bytes <= room) {
             room = room.saturating_sub(bytes);
             self.piece_bytes -= bytes;
+            self.led.sent.inc_by(bytes as u64);
             pieces.push(piece);
         }
         frames::batches(pieces)

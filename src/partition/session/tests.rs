@@ -32,6 +32,7 @@ use crate::{
     proto::v1::{answer, to_follower, to_leader},
     record::{Batch, BatchBuilder, Chunks},
     task::{Tasks, patience::until},
+    telemetry::Counter,
 };
 
 const EPOCH: LeaderEpoch = LeaderEpoch(3);
@@ -135,10 +136,10 @@ impl Side {
     /// Its side as the leader's, for somebody who is not a broker.
     fn lead(&self) -> Stranger<v1::ToLeader, v1::ToFollower> {
         let ((to, incoming), (outgoing, from)) = (mpsc::channel(1), mpsc::channel(1));
-        let led = Led { peer: FOLLOWER, find: self.find(), catch_up: Arc::new(CatchUp::new(None)) };
+        let led = Led { peer: FOLLOWER, find: self.find(), catch_up: Arc::new(CatchUp::new(None)), sent: Counter::default() };
         let tasks = self.tasks.clone();
         let ended =
-            self.tasks.spawn("lead", async move { lead(led, ReceiverStream::new(incoming), outgoing, &tasks).await });
+            self.tasks.spawn("lead", async move { lead(led, ReceiverStream::new(incoming), outgoing, &Counter::default(), &tasks).await });
         Stranger { to, from: ReceiverStream::new(from).boxed(), ended }
     }
 
@@ -147,7 +148,7 @@ impl Side {
         let ((to, incoming), (outgoing, from)) = (mpsc::channel(1), mpsc::channel(1));
         let (asked, find, tasks) = (Arc::clone(&self.asked), self.find(), self.tasks.clone());
         let ended = self.tasks.spawn("follow", async move {
-            follow(&asked, &find, ReceiverStream::new(incoming), outgoing, &tasks).await
+            follow(&asked, &find, ReceiverStream::new(incoming), outgoing, &Counter::default(), &tasks).await
         });
         Stranger { to, from: ReceiverStream::new(from).map(Ok).boxed(), ended }
     }
@@ -222,7 +223,7 @@ impl Stranger<v1::ToFollower, v1::ToLeader> {
 fn connect(leader: &Side, follower: &Side) -> Tasks {
     let tasks = Tasks::new();
     let ((to_leader, at_leader), (to_follower, at_follower)) = (mpsc::channel(1), mpsc::channel(1));
-    let led = Led { peer: FOLLOWER, find: leader.find(), catch_up: Arc::new(CatchUp::new(None)) };
+    let led = Led { peer: FOLLOWER, find: leader.find(), catch_up: Arc::new(CatchUp::new(None)), sent: Counter::default() };
     let link = tasks.clone();
     tasks.spawn("lead", async move {
         let incoming = ReceiverStream::new(at_leader).map(Ok);
@@ -231,7 +232,7 @@ fn connect(leader: &Side, follower: &Side) -> Tasks {
     let (asked, find, link) = (Arc::clone(&follower.asked), follower.find(), tasks.clone());
     tasks.spawn(
         "follow",
-        async move { follow(&asked, &find, ReceiverStream::new(at_follower), to_leader, &link).await },
+        async move { follow(&asked, &find, ReceiverStream::new(at_follower), to_leader, &Counter::default(), &link).await },
     );
     tasks
 }

@@ -91,7 +91,7 @@ fn open() -> (Arc<Partition>, Arc<Notes>, Log) {
         lag_time: Duration::from_secs(10),
     };
     let notes = Arc::new(Notes::default());
-    let around = Surroundings { links: notes.clone(), agreement: notes.clone() };
+    let around = Surroundings { links: notes.clone(), agreement: notes.clone(), ..Surroundings::alone() };
     let queue = UpkeepQueue::default();
     (Partition::open(broker(1), &log, spec, around, &queue, &Tasks::new()).unwrap(), notes, log)
 }

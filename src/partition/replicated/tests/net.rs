@@ -157,7 +157,7 @@ impl Net {
             lag_time: Duration::from_secs(10),
         };
         let wire = Arc::new(Wire { me: BrokerId(of), net: Arc::clone(self) });
-        let around = Surroundings { links: wire.clone(), agreement: wire };
+        let around = Surroundings { links: wire.clone(), agreement: wire, ..Surroundings::alone() };
         let (log, queue, tasks) = self.node(of, |node| (node.log.clone(), node.queue.clone(), node.tasks.clone()));
         let partition = Partition::open(BrokerId(of), &log, spec, around, &queue, &tasks)?;
         self.node(of, |node| node.partition = Some(Arc::clone(&partition)));

@@ -1,0 +1,135 @@
+//! A metadata store whose requests are counted and timed. It changes nothing of what is asked or answered.
+//!
+//! A request is what a broker asks for, which may take several attempts at several members of etcd: what is measured is what its callers
+//! wait for.
+
+use std::{fmt, sync::Arc, time::Duration};
+
+use futures::FutureExt as _;
+
+use super::store::{Answer, LeaseId, Listing, MetaStore, Outcome, Reading, Revision, StoreError, Transaction, Watch};
+use crate::{task::clock, telemetry::Metrics};
+
+/// A store and where its requests are counted. Cheap to clone.
+#[derive(Clone)]
+pub struct Measured {
+    store: Arc<dyn MetaStore>,
+    metrics: Metrics,
+}
+
+impl Measured {
+    /// Counts what is asked of `store`.
+    pub fn new(store: Arc<dyn MetaStore>, metrics: Metrics) -> Self {
+        Self { store, metrics }
+    }
+
+    fn measure<'a, T>(
+        &'a self,
+        request: &'static str,
+        asked: Answer<'a, T>,
+        done: impl Fn(&T) -> &'static str + Send + 'a,
+    ) -> Answer<'a, T>
+    where
+        T: Send + 'a,
+    {
+        async move {
+            let began = clock::monotonic();
+            let answer = asked.await;
+            let outcome = match &answer {
+                Ok(answer) => done(answer),
+                Err(error) => failed(error),
+            };
+            self.metrics.metadata_requests.count(request, outcome);
+            self.metrics.metadata_request_seconds.observe(request, began.elapsed());
+            answer
+        }
+        .boxed()
+    }
+}
+
+/// The word for a request that did not do what was asked.
+fn failed(error: &StoreError) -> &'static str {
+    match error {
+        StoreError::Unavailable { outcome_unknown: false, .. } => "unavailable",
+        StoreError::Unavailable { outcome_unknown: true, .. } => "unknown",
+        StoreError::Refused { .. } | StoreError::TooLarge { .. } => "denied",
+        StoreError::Compacted { .. } => "compacted",
+        StoreError::LeaseGone { .. } => "lease_gone",
+    }
+}
+
+fn done<T>(_: &T) -> &'static str {
+    "done"
+}
+
+impl fmt::Debug for Measured {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.store.fmt(f)
+    }
+}
+
+impl MetaStore for Measured {
+    fn get<'a>(&'a self, key: &'a str) -> Answer<'a, Reading> {
+        self.measure("get", self.store.get(key), done)
+    }
+
+    fn list<'a>(&'a self, prefix: &'a str) -> Answer<'a, Listing> {
+        self.measure("list", self.store.list(prefix), done)
+    }
+
+    fn transact(&self, transaction: Transaction) -> Answer<'_, Outcome> {
+        self.measure("transact", self.store.transact(transaction), |outcome| match outcome {
+            Outcome::Done { .. } => "done",
+            // Somebody else was faster: the answer that compare-and-set is there for.
+            Outcome::Refused { .. } => "refused",
+        })
+    }
+
+    fn watch<'a>(&'a self, prefix: &'a str, from: Revision) -> Answer<'a, Watch> {
+        self.measure("watch", self.store.watch(prefix, from), done)
+    }
+
+    fn grant(&self, time: Duration) -> Answer<'_, LeaseId> {
+        self.measure("grant", self.store.grant(time), done)
+    }
+
+    fn keep_alive(&self, lease: LeaseId) -> Answer<'_, ()> {
+        self.measure("keep_alive", self.store.keep_alive(lease), done)
+    }
+
+    fn revoke(&self, lease: LeaseId) -> Answer<'_, ()> {
+        self.measure("revoke", self.store.revoke(lease), done)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cluster::{
+        embedded::EmbeddedStore,
+        faulty::{Fault, Faulty},
+        store::Compare,
+    };
+
+    #[tokio::test]
+    async fn requests_are_counted_by_what_they_are_and_how_they_end() {
+        let (store, metrics) = (Faulty::new(EmbeddedStore::in_memory()), Metrics::new());
+        let measured = Measured::new(Arc::new(store.clone()), metrics.clone());
+        let absent = || Transaction::new().when(Compare::Absent("/k".to_owned())).put("/k", "v".into());
+        store.transactions([None, None, Some(Fault::Refused), Some(Fault::Lost)]);
+        measured.transact(absent()).await.expect("done");
+        measured.transact(absent()).await.expect("refused");
+        measured.transact(absent()).await.expect_err("cut off");
+        measured.transact(absent()).await.expect_err("cut off");
+        measured.get("/k").await.expect("answers");
+        let text = metrics.render();
+        for (request, outcome) in
+            [("transact", "done"), ("transact", "refused"), ("transact", "unavailable"), ("transact", "unknown"), ("get", "done")]
+        {
+            let line = format!("strandline_metadata_requests_total{{request=\"{request}\",outcome=\"{outcome}\"}} 1");
+            assert!(text.lines().any(|found| found == line), "{line}\n{text}");
+        }
+        let line = "strandline_metadata_request_seconds_count{request=\"transact\"} 4";
+        assert!(text.lines().any(|found| found == line), "{text}");
+    }
+}

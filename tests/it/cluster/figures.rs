@@ -1,0 +1,74 @@
+//! `/metrics` of a cluster: what operators watch moves when a broker dies, and comes back with it.
+
+use super::members::Cluster;
+use crate::patience::eventually;
+
+const TOPIC: &str = "watched";
+
+/// A figure of every broker that runs, together.
+fn sum(cluster: &Cluster, ids: &[u32], name: &str) -> f64 {
+    ids.iter().map(|id| cluster.home(*id).metric(name)).sum()
+}
+
+/// Waits until a figure, over these brokers, is one of those wanted.
+fn until(cluster: &Cluster, ids: &[u32], name: &str, wanted: impl Fn(f64) -> bool) {
+    eventually(name, || wanted(sum(cluster, ids, name)).then_some(()));
+}
+
+#[test]
+fn a_dead_broker_shows_in_the_figures_of_the_others_until_it_is_back() {
+    let mut cluster = Cluster::start(3);
+    let create = ["topic", "create", TOPIC, "--partitions", "6", "--replication-factor", "3"];
+    cluster.cli().ok(&[&create[..], &["--config", "min.insync.replicas=3"]].concat());
+    cluster.in_sync(TOPIC, 3);
+    let all = [1, 2, 3];
+    until(&cluster, &all, "strandline_partitions_led", |led| led == 6.0);
+    until(&cluster, &all, "strandline_controller", |controllers| controllers == 1.0);
+    let text: String = (0..5000).map(|line| format!("line {line}\n")).collect();
+    cluster.cli().ok_with(&["produce", TOPIC], text.as_bytes());
+    until(&cluster, &all, "strandline_partitions_under_replicated", |count| count == 0.0);
+    assert_eq!(sum(&cluster, &all, "strandline_partitions"), 18.0);
+    assert!(sum(&cluster, &all, "strandline_leader_epochs_total") >= 6.0);
+    // Broker 1 sends what it leads to both others, and each of the three leads two.
+    for (from, to) in [(1, 2), (2, 3), (3, 1)] {
+        let sent = cluster.home(from).metric(&format!("strandline_replication_sent_bytes_total{{peer=\"{to}\"}}"));
+        let came = format!("strandline_replication_received_bytes_total{{peer=\"{from}\"}}");
+        assert!(sent > 1000.0, "{from} → {to}: {sent}");
+        eventually("what was sent has come", || (cluster.home(to).metric(&came) == sent).then_some(()));
+        let lag = format!("strandline_follower_lag_records{{peer=\"{to}\"}}");
+        eventually("it was acknowledged", || (cluster.home(from).metric(&lag) == 0.0).then_some(()));
+    }
+    for id in all {
+        let home = cluster.home(id);
+        assert!(home.metric("strandline_lease_left_seconds") > 0.0, "broker {id}");
+        assert!(home.metric("strandline_metadata_requests_total{request=\"transact\",outcome=\"done\"}") >= 1.0);
+        assert!(home.metric("strandline_metadata_listings_total") >= 1.0);
+        assert!(home.metric("strandline_metadata_request_seconds_count{request=\"transact\"}") >= 1.0);
+        // etcd is asked for a sign of life every two seconds.
+        eventually("etcd is heard", || (home.metric("strandline_metadata_silence_seconds") < 5.0).then_some(()));
+    }
+
+    let controller = *all.iter().find(|id| cluster.home(**id).metric("strandline_controller") == 1.0).expect("one");
+    let victim = controller % 3 + 1;
+    let left: Vec<u32> = all.into_iter().filter(|id| *id != victim).collect();
+    let shrinks = sum(&cluster, &left, "strandline_isr_shrinks_total");
+    cluster.kill(victim);
+    until(&cluster, &left, "strandline_partitions_led", |led| led == 6.0);
+    until(&cluster, &left, "strandline_partitions_under_replicated", |count| count == 6.0);
+    until(&cluster, &left, "strandline_partitions_below_minimum", |count| count == 6.0);
+    // Below the minimum whoever was in sync may still be elected.
+    until(&cluster, &left, "strandline_partitions_at_risk", |count| count == 6.0);
+    until(&cluster, &left, "strandline_partitions_leaderless", |count| count == 0.0);
+    assert!(sum(&cluster, &left, "strandline_isr_shrinks_total") >= shrinks);
+    let elected = cluster.home(controller).metric("strandline_elections_total{cause=\"failed\"}");
+    assert!(elected >= 2.0, "what the dead one led is led by others: {elected}");
+    assert!(cluster.home(controller).metric("strandline_controller_steps_total{rule=\"elected\"}") >= 2.0);
+
+    let expands = sum(&cluster, &left, "strandline_isr_expands_total");
+    cluster.restart(victim);
+    for name in ["under_replicated", "below_minimum", "at_risk"] {
+        until(&cluster, &all, &format!("strandline_partitions_{name}"), |count| count == 0.0);
+    }
+    assert!(sum(&cluster, &left, "strandline_isr_expands_total") >= expands + 6.0, "it is in sync with all six again");
+    assert_eq!(sum(&cluster, &all, "strandline_elections_total{cause=\"unclean\"}"), 0.0);
+}
