@@ -12,6 +12,7 @@ use tonic_health::{
     ServingStatus,
     server::{HealthReporter, health_reporter},
 };
+use tracing::Span;
 
 use super::connection::Connection;
 use crate::{
@@ -70,7 +71,10 @@ pub(super) async fn serve(
     connections: impl Stream<Item = io::Result<Connection>> + Send + 'static,
     stop: impl Future<Output = ()> + Send,
 ) -> anyhow::Result<()> {
-    Server::builder()
+    // Whose requests they are, where several brokers share the process.
+    let span = Span::current();
+    let builder = if span.is_none() { Server::builder() } else { Server::builder().trace_fn(move |_| span.clone()) };
+    builder
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_frame_size(FRAME)

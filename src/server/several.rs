@@ -6,6 +6,7 @@ use std::{future::Future, path::PathBuf, pin::pin, sync::Arc, time::Duration};
 use anyhow::Context as _;
 use futures::future;
 use tokio::net::TcpListener;
+use tracing::{Instrument as _, Span};
 
 use super::{
     Listeners, Node, Outside, Ready, Stores, admission, advertised, http::Pages, listen, node, open_objects, outside,
@@ -31,6 +32,8 @@ struct Member {
     node: Node,
     listeners: Listeners,
     state: Ready,
+    /// What its log lines are said in.
+    span: Span,
     /// How long its stop may take.
     within: Duration,
 }
@@ -102,7 +105,9 @@ async fn start_all(
     shutdown: impl Future<Output = ()>,
 ) -> (Vec<Member>, Option<anyhow::Error>, bool) {
     let starting = configs.iter().zip(ports).map(async |(config, ports)| {
-        let started = start(config, ports, shared).await;
+        // All that a broker starts goes on in its span.
+        let span = tracing::info_span!("broker", id = %config.broker.id);
+        let started = start(config, ports, shared, span.clone()).instrument(span).await;
         if started.is_err() {
             // Those that wait for something need not wait any more.
             shared.stop.cancel();
@@ -132,7 +137,7 @@ async fn start_all(
     (members, failed, asked)
 }
 
-async fn start(config: &Config, ports: Ports, shared: &Shared) -> anyhow::Result<Member> {
+async fn start(config: &Config, ports: Ports, shared: &Shared, span: Span) -> anyhow::Result<Member> {
     let began = clock::monotonic();
     let metrics = Metrics::new();
     let outside = match &shared.meta {
@@ -160,7 +165,7 @@ async fn start(config: &Config, ports: Ports, shared: &Shared) -> anyhow::Result
         took: began.elapsed(),
     };
     listeners.serve(&node, ports.grpc);
-    Ok(Member { node, listeners, state, within })
+    Ok(Member { node, listeners, state, span, within })
 }
 
 /// The world of a broker that shares its metadata store. The store does not lie with its data: what it holds it must prove.
@@ -179,8 +184,12 @@ fn around(config: &Config, meta: Arc<dyn MetaStore>) -> Outside {
 }
 
 async fn stop(member: Member) -> anyhow::Result<()> {
-    let (id, within) = (member.node.broker().id(), member.within);
-    member.node.retire(within).await;
-    member.listeners.stop(within).await;
-    member.node.close().await.with_context(|| format!("broker {id}"))
+    let Member { node, listeners, span, within, .. } = member;
+    let id = node.broker().id();
+    let stopped = async {
+        node.retire(within).await;
+        listeners.stop(within).await;
+        node.close().await.with_context(|| format!("broker {id}"))
+    };
+    stopped.instrument(span).await
 }

@@ -1,0 +1,41 @@
+//! `strandline dev` with several brokers whose metadata is in a real etcd.
+
+use super::members::etcd;
+use crate::{broker::Home, patience::eventually};
+
+#[test]
+fn a_cluster_in_one_process_agrees_in_etcd_and_its_log_lines_say_whose_they_are() {
+    let etcd = etcd(1);
+    let url = etcd.endpoint(0);
+    let home = Home::cluster(3);
+    let broker = home.start_dev_cluster_with(3, &["--etcd", &url]);
+    let cli = home.cli();
+    cli.ok(&["topic", "create", "orders"]);
+    cli.ok_with(&["produce", "orders"], b"one\ntwo\n");
+    eventually("three are in sync", || {
+        let held = cli.ok(&["topic", "describe", "orders", "--output", "json"]).json();
+        (held["partitions"][0]["isr"].as_array().map(Vec::len) == Some(3)).then_some(())
+    });
+    assert!(!home.data_dir().join("metadata.redb").exists(), "what they agree on is in etcd");
+    let log = home.log();
+    for id in 1..=3 {
+        // Of the links that each keeps to the others, say, which run in tasks of their own.
+        let of = format!("broker{{id={id}}}: ");
+        assert!(log.lines().any(|line| line.contains(&of)), "{of}\n{log}");
+    }
+    let line = log.lines().find(|line| line.contains("a broker follows here")).expect("they follow each other");
+    assert!(line.contains("broker{id="), "{line}");
+
+    broker.kill9();
+    let broker = home.start_dev_cluster_with(3, &["--etcd", &url]);
+    let read = eventually("it is read", || {
+        let read = cli.run(&["consume", "orders", "--from", "earliest", "--until-end"]);
+        (read.code == 0).then(|| read.text())
+    });
+    assert_eq!(read, "one\ntwo\n");
+    assert!(broker.terminate().success(), "{}", home.log());
+    for id in 1..=3 {
+        let (of, log) = (format!("broker{{id={id}}}: "), home.log());
+        assert!(log.lines().filter(|line| line.contains(&of)).count() > 3, "{of}\n{log}");
+    }
+}
