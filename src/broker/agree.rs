@@ -295,6 +295,7 @@ mod tests {
             adding: Vec::new(),
             removing: Vec::new(),
             unclean: None,
+            ordered: Vec::new(),
         }
     }
 

@@ -196,12 +196,18 @@ impl Broker {
 
     fn reassignment(&self, ordered: &Ordered) -> v1::Reassignment {
         let value = &ordered.value;
-        let target: Vec<BrokerId> = value.replicas.iter().copied().filter(|id| !value.removing.contains(id)).collect();
+        let waiting = value.is_ordered() && !value.is_moving();
+        // One that waits is shown as it will be.
+        let begun = value.begin_ordered().filter(|_| waiting);
+        let move_of = begun.as_ref().unwrap_or(value);
+        let stays = |id: &BrokerId| !move_of.removing.contains(id);
+        let target: Vec<BrokerId> = move_of.replicas.iter().copied().filter(stays).collect();
         v1::Reassignment {
             partition: Some(self.named(ordered.id)),
             replicas: numbers(&target),
-            adding: numbers(&value.adding),
-            removing: numbers(&value.removing),
+            adding: numbers(&move_of.adding),
+            removing: numbers(&move_of.removing),
+            waiting,
             isr: numbers(&value.isr),
             leader: value.leader.map(|leader| leader.0),
             changed: ordered.changed,
@@ -226,6 +232,7 @@ fn registered(broker: &mut v1::BrokerState, known: &Known<BrokerValue>) {
     broker.broker_epoch = known.create_revision.0;
     broker.version.clone_from(&value.version);
     broker.stopping = value.state == cluster::BrokerState::Stopping;
+    broker.disk_full = value.disk_full;
 }
 
 fn elected(ordered: &Ordered) -> v1::ElectLeaderResponse {

@@ -91,6 +91,7 @@ mod tests {
             adding: Vec::new(),
             removing: Vec::new(),
             unclean: None,
+            ordered: Vec::new(),
         }
     }
 

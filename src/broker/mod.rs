@@ -30,6 +30,7 @@ mod evidence;
 mod faults;
 mod fetch;
 mod figures;
+mod fill;
 mod following;
 mod garbage;
 mod handover;
@@ -61,8 +62,11 @@ use std::{
 
 use futures::{StreamExt as _, stream};
 
-pub use self::service::{peer_service, services};
 use self::{agree::Agree, hosted::Hosted, leftovers::Leftovers, others::Others, producer_ids::ProducerIds};
+pub use self::{
+    fill::starts_full,
+    service::{peer_service, services},
+};
 use crate::{
     client::Connect,
     cluster::{
@@ -103,6 +107,8 @@ pub struct Settings {
     pub lag_time: Duration,
     /// How fast replicas that are not in sync copy from this broker, in bytes per second; `None`: as fast as they can.
     pub catchup_bytes_per_second: Option<u64>,
+    /// How full the disk is, in percent, when this broker is given no new replicas.
+    pub disk_full_percent: u64,
     /// How much this broker moves at the same time when it is the controller.
     pub controller: Limits,
 }
@@ -270,6 +276,7 @@ impl Broker {
                 metrics: self.metrics.clone(),
             };
             controller.spawn(&self.tasks);
+            self.tasks.spawn("fill", fill::run(Arc::clone(self), session.clone()));
         }
     }
 

@@ -45,12 +45,8 @@ impl Others {
         let Known { id, cluster, incarnation, catchup_bytes_per_second, metrics } = known;
         let tasks = Tasks::new();
         let neighbours = Neighbours::new(id, cluster);
-        let following = Following::new(
-            Arc::clone(&neighbours),
-            connect,
-            metrics.replication_received_bytes,
-            tasks.clone(),
-        );
+        let following =
+            Following::new(Arc::clone(&neighbours), connect, metrics.replication_received_bytes, tasks.clone());
         let evidence = Evidence::new(Weak::clone(broker), following.peers().clone(), tasks.clone());
         let holder = Weak::clone(broker);
         following.hosts(Arc::new(move |id| holder.upgrade()?.hosted.by_id(id)), Arc::clone(&evidence) as _);

@@ -38,12 +38,14 @@ impl Bench {
             directory_id: log.directory_id().to_string(),
             incarnation: "p".to_owned(),
             state: BrokerState::Running,
+            disk_full: false,
             version: "0".to_owned(),
         };
         let shared: Arc<dyn MetaStore> = Arc::new(store.clone());
         let view = View::start(Arc::clone(&shared), keys.clone(), &tasks);
         view.reached(Revision::ZERO).await;
         let settings = Settings {
+            disk_full_percent: 100,
             id,
             cluster: "test".to_owned(),
             topic_defaults: ConfigMap::new(),

@@ -114,6 +114,9 @@ fn notes(broker: &BrokerDescription) -> Vec<String> {
             _ => format!("broker {id} is being drained: {left} to move"),
         });
     }
+    if broker.alive && broker.disk_full {
+        notes.push(format!("the disk of broker {id} is full (broker.disk_full_percent): it is given no new replicas"));
+    }
     if broker.alive && broker.in_sync < broker.replicas {
         notes.push(format!(
             "broker {id} is behind with {}",
@@ -166,6 +169,7 @@ fn broker(broker: &BrokerDescription) -> Value {
         "broker_epoch": broker.alive.then_some(broker.broker_epoch),
         "version": text(&broker.version),
         "draining_since_ms": broker.draining_since_ms,
+        "disk_full": broker.disk_full,
         "leaders": broker.leaders,
         "replicas": broker.replicas,
         "in_sync": broker.in_sync,
@@ -198,6 +202,7 @@ mod tests {
             broker_epoch: 40 + u64::from(id),
             version: "0.1.0".to_owned(),
             stopping: false,
+            disk_full: false,
             draining_since_ms: None,
             leaders: 7,
             replicas: 20,
@@ -226,7 +231,7 @@ mod tests {
         let two = BrokerDescription { stopping: true, figures: Some(Err(silent)), in_sync: 18, ..running(2, "") };
         let three = BrokerDescription { draining_since_ms: Some(1_790_000_000_000), ..running(3, "zone-c") };
         let failed = BrokerFigures { failed: Some("the disk failed".to_owned()), ..BrokerFigures::default() };
-        let four = BrokerDescription { figures: Some(Ok(failed)), ..running(4, "zone-a") };
+        let four = BrokerDescription { figures: Some(Ok(failed)), disk_full: true, ..running(4, "zone-a") };
         let five = BrokerDescription {
             alive: false,
             address: String::new(),

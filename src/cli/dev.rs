@@ -94,8 +94,10 @@ impl Dev {
             );
         }
         let configs = (1..=self.brokers).zip(grpc.into_iter().zip(http)).map(|(id, (grpc, http))| {
-            let mut sources =
-                base(data_dir).with_default("replication.default_factor", self.brokers.min(3).to_string());
+            let mut sources = base(data_dir)
+                .with_default("replication.default_factor", self.brokers.min(3).to_string())
+                // They share one disk: where one has no room none has, and topics can be made all the same.
+                .with_default("broker.disk_full_percent", "100");
             if self.brokers >= 3 {
                 sources = sources.with_default("topic_defaults.min.insync.replicas", "2");
             }

@@ -4,10 +4,12 @@ use std::{
     io::{self, BufRead as _, IsTerminal as _},
     process::ExitCode,
     str::FromStr,
+    time::Duration,
 };
 
 use anyhow::bail;
 use clap::{Args, Subcommand};
+use indicatif::ProgressBar;
 use serde_json::{Value, json};
 
 use super::{
@@ -15,6 +17,7 @@ use super::{
     connect::{connect, explain, explain_order},
     output::{self, Output, ids},
     patience::Patience,
+    wait::{Left, Wait, took},
 };
 use crate::{
     client::{Admin, CallError, Election, HeldReplica, Reassignment},
@@ -36,7 +39,7 @@ pub(super) enum Partition {
 /// Move partitions to other brokers, show how far that is, or take it back
 ///
 /// New replicas copy what is not in the bucket yet; the old ones are let go when all new ones are in sync. The order is written
-/// down when the command returns, and the brokers carry it out from then on.
+/// down when the command returns, and the brokers carry it out from then on; with --wait it is carried out.
 #[derive(Debug, Args)]
 #[command(subcommand_negates_reqs = true, subcommand_value_name = "WHAT")]
 pub(super) struct Reassign {
@@ -46,6 +49,8 @@ pub(super) struct Reassign {
     /// The brokers that are to hold it, the preferred leader first: as many as the topic's replication factor
     #[arg(long, value_name = "ID,ID", value_delimiter = ',', required = true)]
     replicas: Vec<u32>,
+    #[command(flatten)]
+    wait: Wait,
     #[command(subcommand)]
     what: Option<What>,
 }
@@ -125,14 +130,18 @@ fn one_partition(text: &str) -> Result<Name, String> {
 pub(super) async fn run(common: &Common, command: Partition) -> anyhow::Result<ExitCode> {
     let client = connect(common).await?;
     let (admin, output) = (client.admin(), common.output);
+    let bar = match &command {
+        Partition::Reassign(Reassign { wait, .. }) => wait.bar(),
+        _ => ProgressBar::hidden(),
+    };
     let work = async {
         match command {
-            Partition::Reassign(Reassign { name, replicas, what: None }) => {
-                reassign(&admin, &name.expect("clap asks for it"), &replicas, output).await
+            Partition::Reassign(Reassign { name, replicas, wait, what: None }) => {
+                reassign(&admin, &name.expect("clap asks for it"), &replicas, output, wait, &bar).await
             }
-            Partition::Reassign(Reassign { name, replicas, what: Some(what) }) => {
-                if !replicas.is_empty() {
-                    bail!("--replicas orders a move; status and cancel go without it");
+            Partition::Reassign(Reassign { name, replicas, wait, what: Some(what) }) => {
+                if !replicas.is_empty() || wait.is_wanted() {
+                    bail!("--replicas orders a move, and --wait waits for it; status and cancel go without them");
                 }
                 match what {
                     What::Status(which) => status(&admin, either(name, which.name)?, output).await,
@@ -148,7 +157,9 @@ pub(super) async fn run(common: &Common, command: Partition) -> anyhow::Result<E
         }
     };
     // Boxed: a question to a person is in it.
-    Patience::new(&client).over(None, Box::pin(work)).await?;
+    let mut patience = Patience::new(&client);
+    patience.beside(&bar);
+    patience.over(None, Box::pin(work)).await?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -167,13 +178,71 @@ async fn refused(admin: &Admin, name: Option<&Name>, error: CallError) -> anyhow
     }
 }
 
-async fn reassign(admin: &Admin, name: &Name, replicas: &[u32], output: Output) -> anyhow::Result<()> {
+async fn reassign(
+    admin: &Admin,
+    name: &Name,
+    replicas: &[u32],
+    output: Output,
+    wait: Wait,
+    bar: &ProgressBar,
+) -> anyhow::Result<()> {
     let replicas: Vec<BrokerId> = replicas.iter().copied().map(BrokerId).collect();
     let moves = match admin.reassign(&name.topic, name.partition, &replicas).await {
         Ok(moves) => moves,
         Err(error) => return Err(refused(admin, Some(name), error).await),
     };
-    print(&moves, &reassigned(&moves), output)
+    if !wait.is_wanted() {
+        return print(&moves, &reassigned(&moves), output);
+    }
+    if output == Output::Text {
+        bar.suspend(|| output::line(&reassigned(&moves)))?;
+    }
+    let (done, time) = until_moved(admin, name, moves, wait, bar).await?;
+    let said = format!("{} where ordered after {}", output::count(done.len() as u64, "partition"), took(time));
+    print(&done, &said, output)
+}
+
+/// Waits until every partition is where it was ordered; the moves as they ended.
+async fn until_moved(
+    admin: &Admin,
+    name: &Name,
+    mut moves: Vec<Reassignment>,
+    wait: Wait,
+    bar: &ProgressBar,
+) -> anyhow::Result<(Vec<Reassignment>, Duration)> {
+    let time = wait.until_done(bar, "`strandline partition reassign status`", async || {
+        let under_way = match admin.reassignments(Some(&name.topic), name.partition).await {
+            Ok(under_way) => under_way,
+            Err(error) => return Err(refused(admin, Some(name), error).await),
+        };
+        Ok(left(&moves, &under_way))
+    });
+    let time = time.await?;
+    let topic = match admin.describe_topic(&name.topic).await {
+        Ok(topic) => topic,
+        Err(error) => return Err(refused(admin, Some(name), error).await),
+    };
+    for one in &mut moves {
+        let Some(stands) = topic.partitions.iter().find(|stands| stands.partition == one.partition) else { continue };
+        if stands.replicas != one.replicas {
+            let (name, on, wanted) =
+                (format!("{}/{}", one.topic, one.partition), ids(&stands.replicas), ids(&one.replicas));
+            bail!("{name} is on {on} and not on {wanted}: the order was taken back, or another one took its place");
+        }
+        (one.adding, one.removing, one.waiting) = (Vec::new(), Vec::new(), false);
+        (one.isr, one.leader) = (stands.isr.clone(), stands.leader);
+    }
+    Ok((moves, time))
+}
+
+/// Which of the ordered moves are not over.
+fn left(ordered: &[Reassignment], under_way: &[Reassignment]) -> Left {
+    let mine = |one: &&Reassignment| ordered.iter().any(|ordered| ordered.partition == one.partition);
+    let left: Vec<&Reassignment> = under_way.iter().filter(mine).collect();
+    let waiting = left.iter().filter(|one| one.waiting).count();
+    let count = u64::try_from(left.len()).unwrap_or(u64::MAX);
+    let turn = if waiting == 0 { String::new() } else { format!(", of which {waiting} waiting for their turn") };
+    Left { count, said: format!("{} to move{turn}", output::count(count, "partition")) }
 }
 
 async fn status(admin: &Admin, name: Option<Name>, output: Output) -> anyhow::Result<()> {
@@ -259,7 +328,8 @@ fn show(value: &Value, lines: &str, output: Output) -> anyhow::Result<()> {
 fn reassigned(moves: &[Reassignment]) -> String {
     let mut lines: Vec<String> = moves.iter().map(ordered).collect();
     if moves.iter().any(|one| !one.adding.is_empty() || !one.removing.is_empty()) {
-        lines.push("`strandline partition reassign status` shows how far it is".to_owned());
+        lines
+            .push("`strandline partition reassign status` shows how far it is, and what waits for its turn".to_owned());
     }
     lines.join("\n")
 }
@@ -274,6 +344,7 @@ fn ordered(one: &Reassignment) -> String {
             let what = what.iter().filter(|(_, set)| !set.is_empty()).map(|(word, set)| format!("{word} {}", ids(set)));
             format!("{name} moves to {replicas}: {}", what.collect::<Vec<_>>().join(", "))
         }
+        (true, false) if one.waiting => format!("{name} waits for its turn to move to {replicas} already"),
         (true, false) => format!("{name} is moving to {replicas} already"),
         (false, true) => format!("{name} is on {replicas}: only their order changed"),
         (false, false) => format!("{name} is on {replicas} already"),
@@ -293,9 +364,10 @@ fn under_way(moves: &[Reassignment]) -> String {
             ids(&one.adding),
             ids(&one.removing),
             ids(&one.isr),
+            if one.waiting { "waiting" } else { "copying" }.to_owned(),
         ]
     };
-    let header = ["TOPIC", "PARTITION", "LEADER", "TO", "ADDING", "REMOVING", "IN SYNC"];
+    let header = ["TOPIC", "PARTITION", "LEADER", "TO", "ADDING", "REMOVING", "IN SYNC", "STATE"];
     output::tabled(&header, &[1, 2], moves.iter().map(row).collect())
 }
 
@@ -317,6 +389,7 @@ fn reassignment(one: &Reassignment) -> Value {
         "removing": one.removing,
         "isr": one.isr,
         "changed": one.changed,
+        "waiting": one.waiting,
     })
 }
 

@@ -26,10 +26,10 @@ use tokio::time::Instant;
 
 use super::{
     changes::{Change, Changed, PartitionChanges},
-    keys::{ControllerValue, Key, Keys, Value as _},
+    keys::{ControllerValue, InvalidValue, Key, Keys, Value as _},
     planner::{self, Input, Limits, Plan, Why},
     session::{Session, Standing},
-    store::{Compare, LeaseId, MetaStore, Outcome, Revision, StoreError, Transaction},
+    store::{Compare, Entry, LeaseId, MetaStore, Outcome, Revision, StoreError, Transaction},
     view::{Feed, Moved, View, ViewState},
 };
 use crate::{
@@ -126,11 +126,23 @@ impl Controller {
         match self.store.transact(transaction).await? {
             Outcome::Done { revision } => Ok(Some(revision)),
             Outcome::Refused { mut found, .. } => {
+                let Some(entry) = found.pop().flatten() else { return Ok(None) };
+                if let Err(error) = ControllerValue::decode(&entry.key, &entry.value) {
+                    self.take_away(&entry, &error).await?;
+                    return Ok(None);
+                }
                 // Its own, of a try whose answer was lost.
-                let own = found.pop().flatten().filter(|entry| entry.lease == Some(lease));
-                Ok(own.map(|entry| entry.create_revision))
+                Ok((entry.lease == Some(lease)).then_some(entry.create_revision))
             }
         }
+    }
+
+    /// Takes away what no broker wrote: it hangs on nobody's lease, so it would stay for ever and the cluster without a controller.
+    async fn take_away(&self, entry: &Entry, error: &InvalidValue) -> Result<(), StoreError> {
+        tracing::warn!(%error, "what stands in the controller's key was written by no broker; it is taken away");
+        let same = Compare::ModRevision(entry.key.clone(), entry.mod_revision);
+        self.store.transact(Transaction::new().when(same).delete(entry.key.as_str())).await?;
+        Ok(())
     }
 
     /// Waits until nobody has the key, as far as the mirror shows, or this broker's own lease is another one.
@@ -157,6 +169,12 @@ impl Controller {
             if !matches!(*standing.borrow_and_update(), Standing::Registered { lease: now, .. } if now == lease) {
                 return;
             }
+            let state = self.view.state();
+            if state.revision() >= term && state.controller_revision() != Some(term) {
+                // Its key was taken away, or overwritten: who has it now governs.
+                return;
+            }
+            drop(state);
             let plan = self.plan(&mut presence);
             report(&plan, &mut waiting);
             let outcome = carry_out(&changes, plan.steps, &when, &self.metrics).await;
@@ -182,13 +200,11 @@ impl Controller {
         let state = self.view.state();
         presence.look(&state, clock::monotonic());
         let (up_ms, gone_ms) = presence.lasting(clock::monotonic());
-        let full = BTreeSet::new();
         planner::plan(&Input {
             view: &state,
             defaults: &self.defaults,
             gone_ms: &gone_ms,
             up_ms: &up_ms,
-            full: &full,
             limits: self.limits,
         })
     }
@@ -270,6 +286,11 @@ fn report(plan: &Plan, waiting: &mut BTreeSet<PartitionId>) {
                 partition = %id,
                 "no broker that holds everything committed is there to lead: the partition waits for one; \
                  `strandline partition elect` with --unclean goes on without"
+            ),
+            planner::Waiting::ForOrdered => tracing::warn!(
+                partition = %id,
+                "a broker that the partition was ordered to is not alive: the move waits for it; start it, or cancel the order with \
+                 `strandline partition reassign cancel`"
             ),
             planner::Waiting::ForBrokers => tracing::warn!(
                 partition = %id, "there are too few brokers that can take a replica: start more, or lower the replication factor"

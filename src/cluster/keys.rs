@@ -187,6 +187,9 @@ pub struct BrokerValue {
     /// Whether it is on its way out.
     #[serde(default)]
     pub state: BrokerState,
+    /// Whether its disk is so full that it is to be given no new replicas.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub disk_full: bool,
     /// The version of its program.
     pub version: String,
 }
@@ -318,6 +321,9 @@ impl Value for PartitionValue {
         }
         if replicas.len() != self.replicas.len() {
             return Some("a broker is in replicas twice".to_owned());
+        }
+        if self.ordered.iter().collect::<BTreeSet<_>>().len() != self.ordered.len() {
+            return Some("a broker is in ordered twice".to_owned());
         }
         if self.leader_epoch.0 > i32::MAX.unsigned_abs() {
             return Some(format!("leader_epoch is {}: at most {}", self.leader_epoch, i32::MAX));

@@ -115,7 +115,7 @@ mod tests {
     async fn requests_are_counted_by_what_they_are_and_how_they_end() {
         let (store, metrics) = (Faulty::new(EmbeddedStore::in_memory()), Metrics::new());
         let measured = Measured::new(Arc::new(store.clone()), metrics.clone());
-        let absent = || Transaction::new().when(Compare::Absent("/k".to_owned())).put("/k", "v".into());
+        let absent = || Transaction::new().when(Compare::Absent("/k".to_owned())).put("/k", "v");
         store.transactions([None, None, Some(Fault::Refused), Some(Fault::Lost)]);
         measured.transact(absent()).await.expect("done");
         measured.transact(absent()).await.expect("refused");
@@ -123,9 +123,13 @@ mod tests {
         measured.transact(absent()).await.expect_err("cut off");
         measured.get("/k").await.expect("answers");
         let text = metrics.render();
-        for (request, outcome) in
-            [("transact", "done"), ("transact", "refused"), ("transact", "unavailable"), ("transact", "unknown"), ("get", "done")]
-        {
+        for (request, outcome) in [
+            ("transact", "done"),
+            ("transact", "refused"),
+            ("transact", "unavailable"),
+            ("transact", "unknown"),
+            ("get", "done"),
+        ] {
             let line = format!("strandline_metadata_requests_total{{request=\"{request}\",outcome=\"{outcome}\"}} 1");
             assert!(text.lines().any(|found| found == line), "{line}\n{text}");
         }

@@ -14,7 +14,8 @@
 //! | [`leaderless`] | controller, broker that starts | none | stays | stays |
 //! | [`resign`] | leader whose disk failed | none | loses it, unless it is the last | as `shrink` |
 //! | [`strike`] | broker without proof, leader | none, if it led | loses it | loses it |
-//! | [`begin_move`], [`end_move`], [`cancel_move`] | controller | stays | only loses replicas that go | only loses them |
+//! | [`order_move`] | operator | stays | stays | stays |
+//! | [`begin_move`], [`begin_ordered`], [`end_move`], [`cancel_move`] | controller | stays | only loses replicas that go | only loses them |
 //!
 //! # Invariants
 //!
@@ -33,7 +34,9 @@
 //! [`leaderless`]: PartitionValue::leaderless
 //! [`resign`]: PartitionValue::resign
 //! [`strike`]: PartitionValue::strike
+//! [`order_move`]: PartitionValue::order_move
 //! [`begin_move`]: PartitionValue::begin_move
+//! [`begin_ordered`]: PartitionValue::begin_ordered
 //! [`end_move`]: PartitionValue::end_move
 //! [`cancel_move`]: PartitionValue::cancel_move
 
@@ -67,6 +70,9 @@ pub struct PartitionValue {
     /// whose log is older than it may cut below what they knew as committed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub unclean: Option<LeaderEpoch>,
+    /// Where an operator wants it, the preferred leader first, while that move waits for its turn; else empty.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ordered: Vec<BrokerId>,
 }
 
 /// What a broker that starts can prove of a replica.
@@ -208,6 +214,29 @@ impl PartitionValue {
             removing: going,
             ..self.clone()
         })
+    }
+
+    /// The replicas are to become `target` when it is this partition's turn. An order that waits already is replaced.
+    #[must_use]
+    pub fn order_move(&self, target: &[BrokerId]) -> Self {
+        Self { ordered: target.to_vec(), ..self.clone() }
+    }
+
+    /// Begins the move that was ordered; `None` when none was.
+    #[must_use]
+    pub fn begin_ordered(&self) -> Option<Self> {
+        Some(self.begin_move(&self.ordered)?.without_order())
+    }
+
+    /// Nothing is ordered any more.
+    #[must_use]
+    pub fn without_order(self) -> Self {
+        Self { ordered: Vec::new(), ..self }
+    }
+
+    /// Whether a move was ordered that has not begun.
+    pub const fn is_ordered(&self) -> bool {
+        !self.ordered.is_empty()
     }
 
     /// Whether its replicas are being moved.

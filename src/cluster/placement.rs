@@ -4,12 +4,15 @@
 //! spread over racks first, then over the brokers that carry least, and no two meet on one broker. Ties are broken by a hash of
 //! partition and broker, so that the partitions of a lost broker do not all fall to the same two others.
 //!
-//! Creation uses it, and the controller will for replacing replicas: [`Placement::choose`] takes those that stay.
+//! Creation uses it, and the controller for replacing replicas: [`Placement::choose`] takes those that stay.
 
 use std::collections::BTreeMap;
 
 use crate::{
-    cluster::{keys::BrokerState, view::ViewState},
+    cluster::{
+        keys::{BrokerState, BrokerValue},
+        view::ViewState,
+    },
     model::{BrokerId, PartitionId},
 };
 
@@ -43,12 +46,13 @@ impl Placement {
         Self::default()
     }
 
-    /// The live brokers of a view, carrying what its topics say. Those that are being stopped or drained are given nothing.
+    /// The live brokers of a view, carrying what its topics say. Those that are being stopped or drained, or whose disks are full, are
+    /// given nothing.
     pub fn of(state: &ViewState) -> Self {
         let mut placement = Self::new();
         for (id, broker) in state.brokers() {
             placement.add(*id, broker.value.rack.clone(), Load::default());
-            if broker.value.state == BrokerState::Stopping || state.drains().contains_key(id) {
+            if is_leaving(state, *id, &broker.value) || broker.value.disk_full {
                 placement.exclude(*id);
             }
         }
@@ -139,6 +143,11 @@ impl Placement {
             }
         }
     }
+}
+
+/// Whether a live broker is being stopped or drained.
+pub(super) fn is_leaving(state: &ViewState, id: BrokerId, value: &BrokerValue) -> bool {
+    value.state == BrokerState::Stopping || state.drains().contains_key(&id)
 }
 
 /// A number that is the same for the same pair everywhere, and as good as random over pairs (SplitMix64's finish).

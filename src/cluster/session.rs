@@ -154,12 +154,12 @@ impl Registration {
             Begun::Superseded { .. } => return Err(RegisterError::Overtaken { id: self.id }),
         };
         let (publish, standing) = watch::channel(Standing::Registered { epoch, lease });
-        let stopping = Arc::new(AtomicBool::new(false));
+        let says = Arc::new(Says { disk_full: self.value.disk_full.into(), ..Says::default() });
         let own = tasks.child();
         let registration = Arc::new(self);
         let keeper = Keeper {
             registration: Arc::clone(&registration),
-            stopping: Arc::clone(&stopping),
+            says: Arc::clone(&says),
             renewed: Arc::clone(&renewed),
             publish,
             lease,
@@ -168,7 +168,7 @@ impl Registration {
             failing: false,
         };
         own.spawn("broker session", keeper.run(view.watch(), own.clone()));
-        Ok(Session { registration, standing, stopping, renewed, tasks: own })
+        Ok(Session { registration, standing, says, renewed, tasks: own })
     }
 
     /// What the directory's record says while this process runs.
@@ -235,7 +235,7 @@ enum Begun {
 pub struct Session {
     registration: Arc<Registration>,
     standing: watch::Receiver<Standing>,
-    stopping: Arc<AtomicBool>,
+    says: Arc<Says>,
     renewed: Arc<Mutex<Instant>>,
     tasks: Tasks,
 }
@@ -266,15 +266,35 @@ impl Session {
 
     /// Tells the others that this broker is on its way out. The broker epoch stays.
     pub async fn stopping(&self) -> Result<(), StoreError> {
-        self.stopping.store(true, Ordering::Release);
-        let Standing::Registered { epoch, lease } = self.standing.borrow().clone() else { return Ok(()) };
+        self.says.stopping.store(true, Ordering::Release);
+        self.say().await
+    }
+
+    /// Tells the others whether the disk is so full that this broker is to be given no new replicas. The broker epoch stays.
+    pub async fn disk_full(&self, full: bool) -> Result<(), StoreError> {
+        self.says.disk_full.store(full, Ordering::Release);
+        self.say().await
+    }
+
+    /// Whether the others are told that its disk is full.
+    pub fn says_full(&self) -> bool {
+        self.says.disk_full.load(Ordering::Acquire)
+    }
+
+    /// Writes what is to be said into the registration.
+    async fn say(&self) -> Result<(), StoreError> {
         let Registration { store, keys, id, value, .. } = &*self.registration;
-        let key = keys.broker(*id);
-        let value = BrokerValue { state: BrokerState::Stopping, ..value.clone() };
-        // Refused: it was lost, and is made anew with that state.
-        let same = Compare::CreateRevision(key.clone(), epoch);
-        store.transact(Transaction::new().when(same).put_leased(key, value.encode(), lease)).await?;
-        Ok(())
+        loop {
+            let Standing::Registered { epoch, lease } = self.standing.borrow().clone() else { return Ok(()) };
+            let (key, value) = (keys.broker(*id), self.says.over(value));
+            // Refused: it was lost, and is made anew with what is to be said.
+            let same = Compare::CreateRevision(key.clone(), epoch);
+            store.transact(Transaction::new().when(same).put_leased(key, value.encode(), lease)).await?;
+            // Something else may have been said meanwhile, and been overtaken by this.
+            if self.says.over(&value) == value {
+                return Ok(());
+            }
+        }
     }
 
     /// Gives up the registration now.
@@ -283,10 +303,26 @@ impl Session {
     }
 }
 
+/// What a broker says of itself that may change while it is registered.
+#[derive(Debug, Default)]
+struct Says {
+    stopping: AtomicBool,
+    disk_full: AtomicBool,
+}
+
+impl Says {
+    /// The registration's value with it.
+    fn over(&self, value: &BrokerValue) -> BrokerValue {
+        let stopping = self.stopping.load(Ordering::Acquire);
+        let state = if stopping { BrokerState::Stopping } else { BrokerState::Running };
+        BrokerValue { state, disk_full: self.disk_full.load(Ordering::Acquire), ..value.clone() }
+    }
+}
+
 /// The task that stays registered.
 struct Keeper {
     registration: Arc<Registration>,
-    stopping: Arc<AtomicBool>,
+    says: Arc<Says>,
     /// When the lease was last asked to live on, and did.
     renewed: Arc<Mutex<Instant>>,
     publish: watch::Sender<Standing>,
@@ -395,8 +431,7 @@ impl Keeper {
     }
 
     async fn try_again(&mut self) -> Result<Begun, StoreError> {
-        let state = if self.stopping.load(Ordering::Acquire) { BrokerState::Stopping } else { BrokerState::Running };
-        let value = BrokerValue { state, ..self.registration.value.clone() };
+        let value = self.says.over(&self.registration.value);
         let registration = Registration { value, ..(*self.registration).clone() };
         // The lease may live on, and may not: a new one is sure to.
         let began = clock::monotonic();
@@ -407,179 +442,4 @@ impl Keeper {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::cluster::{embedded::EmbeddedStore, keys::Addresses};
-
-    const TIME: Duration = Duration::from_secs(9);
-    const KEY: &str = "/strandline/test/brokers/1";
-
-    /// A store with its mirror.
-    struct World {
-        store: EmbeddedStore,
-        view: View,
-        tasks: Tasks,
-    }
-
-    impl World {
-        fn new() -> Self {
-            let (store, tasks) = (EmbeddedStore::in_memory(), Tasks::new());
-            let keys = Keys::new("test").expect("valid");
-            Self { view: View::start(Arc::new(store.clone()), keys, &tasks), store, tasks }
-        }
-
-        fn registration(&self, directory: &str, process: &str) -> Registration {
-            let value = BrokerValue {
-                addresses: Addresses { grpc: format!("{process}:1"), http: None },
-                rack: None,
-                directory_id: directory.to_owned(),
-                incarnation: process.to_owned(),
-                state: BrokerState::Running,
-                version: "0".to_owned(),
-            };
-            let keys = Keys::new("test").expect("valid");
-            Registration { store: Arc::new(self.store.clone()), keys, id: BrokerId(1), value, time: TIME }
-        }
-
-        async fn register(&self, directory: &str, process: &str) -> Result<Session, RegisterError> {
-            let registration = self.registration(directory, process);
-            registration.clear().await?;
-            let judged = self.judged().await;
-            registration.register(judged, &self.view, &self.tasks).await
-        }
-
-        async fn judged(&self) -> Option<Revision> {
-            let record = self.store.get("/strandline/test/directories/1").await.expect("answers").entry;
-            record.map(|entry| entry.mod_revision)
-        }
-
-        async fn registered(&self) -> Option<Revision> {
-            self.store.get(KEY).await.expect("answers").entry.map(|entry| entry.create_revision)
-        }
-
-        async fn lease_ends(&self) {
-            self.store.tick(clock::monotonic() + TIME * 2).await.expect("answers");
-            assert_eq!(self.registered().await, None);
-        }
-    }
-
-    /// The first standing that is one of those.
-    async fn until(session: &Session, holds: impl Fn(&Standing) -> bool) -> Standing {
-        session.standing().wait_for(holds).await.expect("the session lives").clone()
-    }
-
-    fn registered(standing: &Standing) -> bool {
-        matches!(standing, Standing::Registered { .. })
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_broker_stays_registered_while_it_lives_and_leaves_when_it_stops() {
-        let world = World::new();
-        let session = world.register("d", "p").await.expect("registered");
-        for _ in 0..20 {
-            tokio::time::sleep(TIME / 2).await;
-            assert!(session.lease_left() > TIME / 3, "{:?}", session.lease_left());
-            world.store.tick(clock::monotonic()).await.expect("answers");
-        }
-        assert_eq!(world.registered().await, session.epoch());
-        session.leave().await;
-        assert_eq!(world.registered().await, None);
-        world.tasks.stop().await;
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_registration_that_is_lost_is_made_anew_with_a_new_epoch() {
-        let world = World::new();
-        let session = world.register("d", "p").await.expect("registered");
-        let mut before = session.epoch();
-        let delete = || world.store.transact(Transaction::new().delete(KEY));
-        for revoked in [false, true] {
-            if revoked {
-                delete().await.expect("answers");
-            } else {
-                world.lease_ends().await;
-            }
-            let known = before;
-            let now = until(
-                &session,
-                |standing| matches!(standing, Standing::Registered { epoch, .. } if Some(*epoch) > known),
-            );
-            assert!(registered(&now.await));
-            assert_eq!(world.registered().await, session.epoch());
-            before = session.epoch();
-        }
-        world.tasks.stop().await;
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_number_that_another_directory_has_is_waited_for_as_long_as_its_lease_may_live() {
-        let world = World::new();
-        let first = world.register("d", "p").await.expect("registered");
-        let began = clock::monotonic();
-        let error = world.register("another", "q").await.expect_err("taken");
-        assert_eq!(error, RegisterError::Taken { id: BrokerId(1), address: "p:1".to_owned() });
-        assert!(began.elapsed() > TIME);
-        let waiting = world.register("another", "q");
-        let (second, ()) = tokio::join!(waiting, async {
-            tokio::time::sleep(TIME / 2).await;
-            first.leave().await;
-        });
-        assert_eq!(world.registered().await, second.expect("its process is gone").epoch());
-        world.tasks.stop().await;
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_process_that_slept_finds_that_another_one_took_its_place() {
-        let (world, tasks) = (World::new(), Tasks::new());
-        // Its mirror stands still, as for a process that is stopped.
-        let still = View::start(Arc::new(EmbeddedStore::in_memory()), Keys::new("test").expect("valid"), &tasks);
-        let registration = world.registration("d", "p");
-        let first = registration.register(None, &still, &world.tasks).await.expect("registered");
-        let second = world.register("d", "q").await.expect("its own from before");
-        assert!(second.epoch() > first.epoch(), "a new registration is a new epoch");
-        world.store.revoke(lease(&first)).await.expect("answers");
-        let standing = until(&first, |standing| matches!(standing, Standing::Superseded { .. })).await;
-        assert_eq!(standing, Standing::Superseded { address: "q:1".to_owned() });
-        assert_eq!(world.registered().await, second.epoch());
-        tasks.stop().await;
-        world.tasks.stop().await;
-    }
-
-    fn lease(session: &Session) -> LeaseId {
-        match *session.standing().borrow() {
-            Standing::Registered { lease, .. } => lease,
-            ref other => panic!("{other:?}"),
-        }
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn who_was_overtaken_while_it_proved_itself_does_not_register() {
-        let world = World::new();
-        let judged = world.judged().await;
-        let late = world.registration("d", "p");
-        let winner = world.register("d", "q").await.expect("registered");
-        let error = late.register(judged, &world.view, &world.tasks).await.expect_err("judged by an old record");
-        assert_eq!(error, RegisterError::Overtaken { id: BrokerId(1) });
-        assert_eq!(world.registered().await, winner.epoch());
-        world.tasks.stop().await;
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_broker_on_its_way_out_says_so_under_the_same_epoch_and_after_a_loss_too() {
-        let world = World::new();
-        let session = world.register("d", "p").await.expect("registered");
-        let epoch = session.epoch();
-        let state = async || {
-            let entry = world.store.get(KEY).await.expect("answers").entry.expect("registered");
-            BrokerValue::decode(KEY, &entry.value).expect("ours").state
-        };
-        assert_eq!(state().await, BrokerState::Running);
-        session.stopping().await.expect("answers");
-        assert_eq!((state().await, world.registered().await), (BrokerState::Stopping, epoch));
-        world.lease_ends().await;
-        until(&session, |standing| matches!(standing, Standing::Registered { epoch: now, .. } if Some(*now) > epoch))
-            .await;
-        assert_eq!(state().await, BrokerState::Stopping);
-        world.tasks.stop().await;
-    }
-}
+mod tests;

@@ -69,6 +69,7 @@ impl Values {
                 id: BrokerId(self.number("broker.id")),
                 rack: self.optional("broker.rack"),
                 data_dir: self.required("broker.data_dir").into(),
+                disk_full_percent: self.number("broker.disk_full_percent"),
                 shutdown_timeout: self.time("broker.shutdown_timeout"),
             },
             grpc: Grpc { listen: self.listen("grpc.listen"), advertise: self.optional("grpc.advertise") },

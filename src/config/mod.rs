@@ -80,6 +80,8 @@ pub struct Broker {
     pub rack: Option<String>,
     /// Everything that it keeps on disk.
     pub data_dir: PathBuf,
+    /// How full its disk is, in percent, when it is given no new replicas; 100 is never.
+    pub disk_full_percent: u64,
     /// How long a stop waits for what is under way.
     pub shutdown_timeout: Duration,
 }

@@ -102,6 +102,13 @@ pub(super) const SETTINGS: &[Setting] = &[
     setting("broker", "data_dir", Kind::Path, Some("./data"), "The directory for everything that it keeps on disk."),
     setting(
         "broker",
+        "disk_full_percent",
+        Kind::Number { least: 1, most: 100 },
+        Some("85"),
+        "How full the disk of data_dir is, in percent, when the broker is given no new replicas any more; again below five percent less. 100 is never.",
+    ),
+    setting(
+        "broker",
         "shutdown_timeout",
         Kind::Time { least: 0, most: DAY },
         Some("30s"),

@@ -69,6 +69,15 @@ pub struct Status {
     pub free_bytes: u64,
 }
 
+/// How much room a file system has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Space {
+    /// Bytes that can still be written.
+    pub free_bytes: u64,
+    /// Bytes that are used or free.
+    pub total_bytes: u64,
+}
+
 pub(super) struct Inner {
     pub(super) core: Arc<Core>,
     pub(super) directory_id: Uuid,
@@ -247,6 +256,15 @@ impl Log {
             tail_bytes: core.tail.used(),
             free_bytes: core.disk.free_bytes(&core.dir).unwrap_or(0),
         }
+    }
+
+    /// How much room there is where the directory lies. Asks the file system and looks at nothing else.
+    ///
+    /// # Errors
+    /// When the file system does not say.
+    pub fn space(&self) -> io::Result<Space> {
+        let core = &self.inner.core;
+        Ok(Space { free_bytes: core.disk.free_bytes(&core.dir)?, total_bytes: core.disk.total_bytes(&core.dir)? })
     }
 
     /// Syncs everything, writes the last checkpoint and stops the threads. Appends are refused from now on. An error

@@ -85,7 +85,7 @@ mod uptime;
 mod tests;
 
 pub use self::core::{Options, Stepper};
-pub use directory::{Log, Status};
+pub use directory::{Log, Space, Status};
 pub use disk::{Disk, RealDisk, SimDisk};
 pub use epochs::EpochHistory;
 pub use error::{AppendError, ChangeError, OpenError, PersistError, ReadError, ReplicaError};

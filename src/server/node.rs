@@ -19,8 +19,8 @@ use crate::{
     broker::{self, Broker, Tier},
     client::Connect,
     cluster::{
-        Addresses, BrokerState, BrokerValue, Keys, Measured, MetaStore, RegisterError, Registration, Revision, Session, Standing,
-        View, planner::Limits,
+        Addresses, BrokerState, BrokerValue, Keys, Measured, MetaStore, RegisterError, Registration, Revision, Session,
+        Standing, View, planner::Limits,
     },
     config::Config,
     log::{Disk, Identity, Log, Options, Stepper},
@@ -213,12 +213,7 @@ impl Start<'_> {
             Some(admission.note().await?)
         };
         let incarnation = noted.as_ref().map_or_else(random::uuid, |noted| noted.incarnation);
-        let view = View::counted(
-            Arc::clone(&meta),
-            keys.clone(),
-            &self.tasks,
-            self.metrics.metadata_listings.clone(),
-        );
+        let view = View::counted(Arc::clone(&meta), keys.clone(), &self.tasks, self.metrics.metadata_listings.clone());
         self.waited(view.reached(Revision::ZERO)).await?;
         if let Some(tier) = &tier {
             if view.state().names_history() {
@@ -264,6 +259,9 @@ impl Start<'_> {
         broker: &Arc<Broker>,
         view: &View,
     ) -> anyhow::Result<Session> {
+        let (log, percent) = (self.log.clone(), self.config.broker.disk_full_percent);
+        // One that is alone has nobody to leave new replicas to.
+        let disk_full = noted.is_some() && task::blocking(move || broker::starts_full(&log, percent)).await;
         let registration = Registration {
             store: Arc::clone(admission.store),
             keys: admission.keys.clone(),
@@ -274,6 +272,7 @@ impl Start<'_> {
                 directory_id: self.log.directory_id().to_string(),
                 incarnation: incarnation.to_string(),
                 state: BrokerState::Running,
+                disk_full,
                 version: env!("CARGO_PKG_VERSION").to_owned(),
             },
             time: self.config.metadata.session_timeout,
@@ -374,6 +373,7 @@ fn settings(config: &Config) -> broker::Settings {
         default_factor: config.replication.default_factor,
         lag_time: config.replication.lag_time,
         catchup_bytes_per_second: config.replication.catchup_bytes_per_second,
+        disk_full_percent: config.broker.disk_full_percent,
         controller: Limits {
             moves: config.controller.moves_at_once,
             replace_after_ms: config

@@ -216,4 +216,6 @@ metric!(ByPeer, "counter", "_total", "peer", Self::default(), |m: &Self| m.0.clo
 metric!(PeerLevels, "gauge", "", "peer", Self::default(), |m: &Self| m.0.clone());
 metric!(PeerSeconds, "gauge", "", "peer", Self::default(), |m: &Self| m.0.clone());
 metric!(Requests, "counter", "_total", "request, outcome", Self::default(), |m: &Self| m.0.clone());
-metric!(RequestSeconds, "histogram", "", "request", Self(Family::new_with_constructor(histogram)), |m: &Self| m.0.clone());
+metric!(RequestSeconds, "histogram", "", "request", Self(Family::new_with_constructor(histogram)), |m: &Self| m
+    .0
+    .clone());

@@ -10,7 +10,8 @@ use prometheus_client::{
 };
 
 use super::kinds::{
-    ByPeer, BySource, Elections, Errors, Level, Metric, PeerLevels, PeerSeconds, RequestSeconds, Requests, Seconds, Steps,
+    ByPeer, BySource, Elections, Errors, Level, Metric, PeerLevels, PeerSeconds, RequestSeconds, Requests, Seconds,
+    Steps,
 };
 
 /// The content type of [`Metrics::render`]: the text format that Prometheus reads.

@@ -76,7 +76,8 @@ impl Home {
     /// The home of a broker of several, with this number and in a rack of its own, that agree through this etcd.
     pub(crate) fn member(id: u32, etcd: &Etcd) -> Self {
         let home = Self { id, ..Self::new() }.setting("metadata.session_timeout", "\"2s\"");
-        home.setting("log.journal_bytes", 16 << 20).at_etcd(etcd)
+        // How full this machine is must not matter.
+        home.setting("log.journal_bytes", 16 << 20).setting("broker.disk_full_percent", 100).at_etcd(etcd)
     }
 
     /// Agrees through this etcd from now on.
@@ -179,12 +180,17 @@ impl Home {
         let rack = ["zone-a", "zone-b", "zone-c"][(id as usize - 1) % 3];
         write!(text, "[broker]\nid = {id}\nrack = {rack:?}\ndata_dir = {:?}\n", self.data_dir())
             .expect("a string grows");
+        let (of_broker, others): (Vec<_>, Vec<_>) =
+            self.settings.iter().partition(|(key, _)| key.starts_with("broker."));
+        for (key, value) in of_broker {
+            writeln!(text, "{} = {value}", &key["broker.".len()..]).expect("a string grows");
+        }
         let advertise = self.advertise.unwrap_or(self.grpc);
         write!(text, "[grpc]\nlisten = \"{}\"\nadvertise = \"{advertise}\"\n", self.grpc).expect("a string grows");
         write!(text, "[http]\nlisten = \"{}\"\n", self.http).expect("a string grows");
         // Dotted and before every section, so that several may be of one section.
         let url = self.object_store.iter().map(|url| format!("object_store.url = {url:?}\n"));
-        let settings = self.settings.iter().map(|(key, value)| format!("{key} = {value}\n"));
+        let settings = others.iter().map(|(key, value)| format!("{key} = {value}\n"));
         text.insert_str(0, &url.chain(settings).collect::<String>());
         text.push_str("[topic_defaults]\n");
         for (key, value) in &self.topic_defaults {
@@ -236,8 +242,14 @@ impl Home {
 
     /// Starts `strandline dev` with so many brokers, for a home of [`Home::cluster`], and waits until the first is ready.
     pub(crate) fn start_dev_cluster(&self, brokers: usize) -> Broker {
+        self.start_dev_cluster_with(brokers, &[])
+    }
+
+    /// The same, with more arguments.
+    pub(crate) fn start_dev_cluster_with(&self, brokers: usize, arguments: &[&str]) -> Broker {
         let mut command = Command::new(BINARY);
         command.arg("dev").arg("--data-dir").arg(self.data_dir()).args(["--brokers", &brokers.to_string()]);
+        command.args(arguments);
         command.args(["--listen", &self.grpc.to_string(), "--http", &self.http.to_string()]);
         let mut broker = self.launch(command);
         if let Err(why) = broker.wait_ready() {

@@ -1,12 +1,16 @@
 //! Several real brokers over a real etcd of three members.
 
 mod chaos;
+mod dev;
 mod failover;
 mod figures;
+mod full;
 mod members;
+mod moves;
 mod network;
 mod outage;
 mod rolling;
+mod rubbish;
 mod starts;
 
 pub(crate) use self::members::etcd;

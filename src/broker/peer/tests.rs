@@ -87,7 +87,8 @@ impl Node {
             status: Box::new(|| v1::StatusResponse { leaders: 5, ..v1::StatusResponse::default() }),
             report: Box::new(|report| Box::pin(async move { Ok(report.broker == BrokerId(9)) })),
         };
-        let peering = Peering::new(neighbours, format!("process {id}"), questions, None, ByPeer::default(), tasks.clone());
+        let peering =
+            Peering::new(neighbours, format!("process {id}"), questions, None, ByPeer::default(), tasks.clone());
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
         let served = tasks.clone();
@@ -139,6 +140,7 @@ impl Node {
             adding: vec![],
             removing: vec![],
             unclean: None,
+            ordered: Vec::new(),
         };
         let registered = both.map(|id| (id, Registration::Running(epoch_of(id)))).into();
         let (value, revision) = (Arc::new(value), Revision(u64::from(epoch) + 100));

@@ -20,6 +20,7 @@ fn moving() -> Reassignment {
         isr: brokers(&[4, 2, 1]),
         leader: Some(BrokerId(4)),
         changed: true,
+        waiting: false,
     }
 }
 
@@ -27,7 +28,7 @@ fn moves() -> Vec<Reassignment> {
     let reordered = Reassignment { partition: 1, adding: vec![], removing: vec![], ..moving() };
     let same = Reassignment { partition: 2, changed: false, ..reordered.clone() };
     let known = Reassignment { partition: 3, changed: false, leader: None, ..moving() };
-    let more = Reassignment { partition: 4, removing: vec![], ..moving() };
+    let more = Reassignment { partition: 4, removing: vec![], waiting: true, ..moving() };
     vec![moving(), reordered, same, known, more]
 }
 
@@ -41,6 +42,16 @@ fn moves_are_told_as_ordered_as_they_stand_and_as_taken_back() {
     let back = Reassignment { replicas: brokers(&[4, 2, 1]), adding: vec![], removing: vec![], ..moving() };
     let ended = Reassignment { partition: 1, changed: false, ..back.clone() };
     assert_eq!(taken_back(&[back, ended]), "orders/0 stays on 4,2,1\nthe move of orders/1 had ended: it is on 4,2,1");
+}
+
+#[test]
+fn of_what_is_under_way_only_what_was_ordered_is_waited_for() {
+    let (ordered, others) = (moves(), Reassignment { partition: 9, ..moving() });
+    let said = |under_way: &[Reassignment]| left(&ordered, under_way);
+    assert_eq!(said(std::slice::from_ref(&others)).count, 0);
+    let two = said(&[moving(), others, Reassignment { waiting: true, partition: 4, ..moving() }]);
+    assert_eq!((two.count, &*two.said), (2, "2 partitions to move, of which 1 waiting for their turn"));
+    assert_eq!(said(&[moving()]).said, "1 partition to move");
 }
 
 fn held(broker: u32, in_sync: bool, ends: Option<(u64, u64)>) -> HeldReplica {

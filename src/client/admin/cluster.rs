@@ -64,6 +64,8 @@ pub struct BrokerDescription {
     pub version: String,
     /// It is being stopped.
     pub stopping: bool,
+    /// Its disk is so full that it is given no new replicas.
+    pub disk_full: bool,
     /// Since when it is to be emptied, in milliseconds since 1970.
     pub draining_since_ms: Option<i64>,
     /// Partitions that it leads.
@@ -125,6 +127,8 @@ pub struct Reassignment {
     pub leader: Option<BrokerId>,
     /// Whether the order changed it.
     pub changed: bool,
+    /// Whether it waits for its turn: only so many partitions are moved at the same time.
+    pub waiting: bool,
 }
 
 /// Who leads after an election, or would.
@@ -352,6 +356,7 @@ fn broker(state: v1::BrokerState) -> BrokerDescription {
         broker_epoch: state.broker_epoch,
         version: state.version,
         stopping: state.stopping,
+        disk_full: state.disk_full,
         draining_since_ms: state.draining_since_ms,
         leaders: state.leaders,
         replicas: state.replicas,
@@ -376,6 +381,7 @@ fn reassignment(answer: v1::Reassignment) -> Result<Reassignment, CallError> {
         isr: brokers(answer.isr),
         leader: answer.leader.map(BrokerId),
         changed: answer.changed,
+        waiting: answer.waiting,
     })
 }
 

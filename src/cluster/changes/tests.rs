@@ -35,6 +35,7 @@ fn value(epoch: u32) -> PartitionValue {
         adding: vec![],
         removing: vec![],
         unclean: None,
+        ordered: Vec::new(),
     }
 }
 

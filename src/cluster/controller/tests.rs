@@ -49,6 +49,7 @@ impl World {
             adding: vec![],
             removing: vec![],
             unclean: None,
+            ordered: Vec::new(),
         };
         let name = TopicName::new("t").unwrap();
         let made = Transaction::new()
@@ -105,6 +106,7 @@ fn value(number: u32) -> BrokerValue {
         directory_id: number.to_string(),
         incarnation: "p".to_owned(),
         state: BrokerState::Running,
+        disk_full: false,
         version: "0".to_owned(),
     }
 }
@@ -172,6 +174,24 @@ async fn who_lost_the_key_changes_nothing_more() {
     world.delete(world.keys.controller()).await;
     world.until(|state| leader(state) == Some(BrokerId(1))).await;
     node.leave().await;
+    world.tasks.stop().await;
+}
+
+/// It hangs on no lease: left alone, the cluster had no controller for ever, and whoever campaigns asked without a pause.
+#[tokio::test(start_paused = true)]
+async fn rubbish_in_the_key_is_taken_away_and_somebody_governs() {
+    let world = World::new().await;
+    let nodes = [world.broker(1).await, world.broker(2).await];
+    world.until(|state| state.controller().is_some()).await;
+    world.store.transact(Transaction::new().put(world.keys.controller(), "nobody")).await.unwrap();
+    world.until(|state| state.unreadable().contains_key(&Key::Controller)).await;
+    world.until(|state| state.controller().is_some() && state.unreadable().is_empty()).await;
+    let leader_then = leader(&world.view.state()).unwrap();
+    world.delete(world.keys.broker(leader_then)).await;
+    world.until(|state| leader(state).is_some_and(|id| id != leader_then)).await;
+    for node in nodes {
+        node.leave().await;
+    }
     world.tasks.stop().await;
 }
 

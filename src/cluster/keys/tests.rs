@@ -27,6 +27,7 @@ fn values_are_written_as_the_format_says() {
             directory_id: "d".into(),
             incarnation: "p".into(),
             state: BrokerState::Stopping,
+            disk_full: false,
             version: "0.1.0".into(),
         },
         r#"{"addresses":{"grpc":"a:9460","http":"a:9461"},"rack":"z1","directory_id":"d","incarnation":"p","state":"stopping","version":"0.1.0"}"#,
@@ -56,6 +57,7 @@ fn values_are_written_as_the_format_says() {
             adding: vec![],
             removing: vec![],
             unclean: None,
+            ordered: Vec::new(),
         },
         r#"{"replicas":[2,1],"leader":2,"leader_epoch":7,"isr":[2],"elr":[1]}"#,
     );
@@ -69,8 +71,9 @@ fn values_are_written_as_the_format_says() {
             adding: vec![BrokerId(2)],
             removing: vec![BrokerId(1)],
             unclean: Some(LeaderEpoch(5)),
+            ordered: [3, 2].map(BrokerId).to_vec(),
         },
-        r#"{"replicas":[2,1],"leader":null,"leader_epoch":8,"isr":[2],"elr":[],"adding":[2],"removing":[1],"unclean":5}"#,
+        r#"{"replicas":[2,1],"leader":null,"leader_epoch":8,"isr":[2],"elr":[],"adding":[2],"removing":[1],"unclean":5,"ordered":[3,2]}"#,
     );
     golden(
         &TierState {

@@ -58,13 +58,14 @@ impl Orders {
         let ids: Vec<_> = moving.iter().map(|one| one.id).collect();
         self.edit(&ids, |id, value, _| {
             if !value.is_moving() {
-                return Ok(None);
+                return Ok(value.is_ordered().then(|| value.clone().without_order()));
             }
             let state = self.view.state();
             let name = state.name(id.topic).and_then(|name| state.topic(name));
             let min_insync = name.map_or(usize::MAX, |topic| self.min_insync(&topic.value));
             let back = back(value, |id| state.brokers().contains_key(&id), min_insync);
-            back.map(Some).ok_or_else(|| CancelError::OnlyNew { partition: self.spoken(id) })
+            back.map(|back| Some(back.without_order()))
+                .ok_or_else(|| CancelError::OnlyNew { partition: self.spoken(id) })
         })
         .await
     }

@@ -85,7 +85,7 @@ impl Orders {
     }
 }
 
-/// What a broker has still to give away, and what of it nobody can take. As the controller's plan does it, but for room on disks.
+/// What a broker has still to give away, and what of it nobody can take. As the controller's plan does it.
 fn left(state: &ViewState, broker: BrokerId) -> Drained {
     let mut placement = Placement::of(state);
     placement.exclude(broker);

@@ -56,6 +56,18 @@ pub enum ReassignError {
         /// Which.
         ids: Vec<BrokerId>,
     },
+    /// A broker whose disk is full would be filled further.
+    #[error(
+        "the disk of broker {} is full (broker.disk_full_percent), so it is given no replica of partition {partition}: leave it \
+         out, or free space there",
+        List(ids)
+    )]
+    Full {
+        /// Which.
+        ids: Vec<BrokerId>,
+        /// The partition, as `topic/number`.
+        partition: String,
+    },
     /// The values could not be written.
     #[error(transparent)]
     Write(#[from] WriteError),
@@ -72,8 +84,8 @@ impl ReassignError {
 }
 
 impl Orders {
-    /// Moves one partition of a topic, or all, to these brokers, the preferred leader first. Of all, partition N gets the list rotated by
-    /// N. A move that is under way is replaced.
+    /// Orders one partition of a topic, or all, to these brokers, the preferred leader first. Of all, partition N gets the list rotated by
+    /// N. A move that is under way is replaced; others begin when the controller has room for them.
     pub async fn reassign(
         &self,
         topic: &TopicName,
@@ -96,12 +108,18 @@ impl Orders {
             if !gone.is_empty() {
                 return Err(ReassignError::Gone { ids: gone, partition: self.spoken(id) });
             }
+            let is_full = |id: &BrokerId| state.brokers().get(id).is_some_and(|known| known.value.disk_full);
+            let full: Vec<BrokerId> =
+                target.iter().copied().filter(|id| is_full(id) && !value.replicas.contains(id)).collect();
+            if !full.is_empty() {
+                return Err(ReassignError::Full { ids: full, partition: self.spoken(id) });
+            }
             Ok(moved(value, &target))
         })
         .await
     }
 
-    /// Partitions that are being moved, whoever ordered it: of one topic, one partition of it, or all.
+    /// Partitions that are being moved, whoever ordered it, or wait for their turn: of one topic, one partition of it, or all.
     pub fn moving(&self, topic: Option<&TopicName>, partition: Option<u32>) -> Result<Vec<Ordered>, FindError> {
         let ids = match topic {
             None => self.everything(),
@@ -110,7 +128,7 @@ impl Orders {
         let state = self.view.state();
         let known = ids.into_iter().filter_map(|id| Some((id, state.partition(id)?.partition.clone()?)));
         Ok(known
-            .filter(|(_, known)| known.value.is_moving())
+            .filter(|(_, known)| known.value.is_moving() || known.value.is_ordered())
             .map(|(id, known)| Ordered { id, value: known.value.clone(), revision: known.mod_revision, changed: false })
             .collect())
     }
@@ -142,8 +160,11 @@ fn admit(state: &ViewState, topic: &Chosen, replicas: &[BrokerId]) -> Result<(),
     if draining.is_empty() { Ok(()) } else { Err(ReassignError::Draining { ids: draining }) }
 }
 
-/// The value with a move to `target` begun; `None` when that is what it has, or is on its way to.
+/// The value with a move to `target` ordered; `None` when that is what it has, or is on its way to. What copies nothing is done at once,
+/// and a move that takes the place of another one goes on in its place: only what is more to copy waits for its turn.
 fn moved(value: &PartitionValue, target: &[BrokerId]) -> Option<PartitionValue> {
-    let value_moved = value.begin_move(target).expect("the brokers are named once each, and there are some");
-    (value_moved != *value).then_some(value_moved)
+    let begun = value.begin_move(target).expect("the brokers are named once each, and there are some");
+    let at_once = begun.adding.is_empty() || value.is_moving();
+    let new = if at_once { begun.without_order() } else { value.order_move(target) };
+    (new != *value).then_some(new)
 }

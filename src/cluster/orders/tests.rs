@@ -44,6 +44,19 @@ fn value(replicas: &[u32], leader: Option<u32>, isr: &[u32]) -> PartitionValue {
         adding: vec![],
         removing: vec![],
         unclean: None,
+        ordered: Vec::new(),
+    }
+}
+
+fn registered(broker: u32, state: BrokerState) -> BrokerValue {
+    BrokerValue {
+        addresses: Addresses { grpc: format!("b{broker}:9460"), http: None },
+        rack: None,
+        directory_id: broker.to_string(),
+        incarnation: "p".to_owned(),
+        state,
+        disk_full: false,
+        version: "0".to_owned(),
     }
 }
 
@@ -69,14 +82,11 @@ impl Cluster {
     }
 
     async fn come(&self, broker: u32, state: BrokerState) {
-        let value = BrokerValue {
-            addresses: Addresses { grpc: format!("b{broker}:9460"), http: None },
-            rack: None,
-            directory_id: broker.to_string(),
-            incarnation: "p".to_owned(),
-            state,
-            version: "0".to_owned(),
-        };
+        self.put(&Key::Broker(BrokerId(broker)), &registered(broker, state)).await;
+    }
+
+    async fn fill(&self, broker: u32) {
+        let value = BrokerValue { disk_full: true, ..registered(broker, BrokerState::Running) };
         self.put(&Key::Broker(BrokerId(broker)), &value).await;
     }
 
@@ -105,20 +115,17 @@ impl Cluster {
 }
 
 #[tokio::test]
-async fn a_move_is_begun_for_one_partition_or_for_all_rotated() {
+async fn a_move_is_ordered_for_one_partition_or_for_all_rotated() {
     let values = (0..3).map(|_| value(&[1, 2], Some(1), &[1, 2])).collect();
     let cluster = Cluster::of(3, 2, values).await;
     let one = cluster.orders.reassign(&name(), Some(1), &ids(&[3, 2])).await.expect("ordered");
     assert_eq!((one.len(), one[0].id, one[0].changed), (1, id(1), true));
     let stored = cluster.stored(1).await;
-    assert_eq!((stored.replicas, stored.adding, stored.removing), (ids(&[3, 2, 1]), ids(&[3]), ids(&[1])));
+    assert_eq!((stored.replicas, stored.ordered), (ids(&[1, 2]), ids(&[3, 2])), "it begins when it is its turn");
 
     cluster.orders.seen(&one).await;
     let all = cluster.orders.reassign(&name(), None, &ids(&[2, 3])).await.expect("ordered");
-    let targets: Vec<Vec<BrokerId>> = all
-        .iter()
-        .map(|one| one.value.replicas.iter().copied().filter(|id| !one.value.removing.contains(id)).collect())
-        .collect();
+    let targets: Vec<Vec<BrokerId>> = all.iter().map(|one| one.value.ordered.clone()).collect();
     assert_eq!(targets, [ids(&[2, 3]), ids(&[3, 2]), ids(&[2, 3])], "each broker is preferred by as many");
     assert_eq!(all.iter().map(|one| one.changed).collect::<Vec<_>>(), [true, false, true], "one was on its way there");
 
@@ -126,6 +133,36 @@ async fn a_move_is_begun_for_one_partition_or_for_all_rotated() {
     let moving = cluster.orders.moving(None, None).expect("listed");
     assert_eq!(moving.iter().map(|one| one.id).collect::<Vec<_>>(), [id(0), id(1), id(2)]);
     assert_eq!(cluster.orders.moving(Some(&name()), Some(2)).expect("listed").len(), 1);
+}
+
+#[tokio::test]
+async fn what_copies_nothing_and_what_is_under_way_waits_for_no_turn() {
+    let mut moving = value(&[3, 2, 1], Some(1), &[1, 2]);
+    (moving.adding, moving.removing) = (ids(&[3]), ids(&[1]));
+    let waiting = value(&[1, 2], Some(1), &[1, 2]).order_move(&ids(&[3, 2]));
+    let cluster = Cluster::of(4, 2, vec![value(&[1, 2], Some(1), &[1, 2]), moving, waiting.clone(), waiting]).await;
+    let reassign =
+        async |number, to: &[u32]| cluster.orders.reassign(&name(), Some(number), &ids(to)).await.expect("ordered");
+    let turned = &reassign(0, &[2, 1]).await[0].value;
+    assert_eq!((&turned.replicas, turned.is_ordered()), (&ids(&[2, 1]), false), "only their order changes");
+    let replaced = &reassign(1, &[4, 2]).await[0].value;
+    assert_eq!((&replaced.replicas, replaced.is_ordered()), (&ids(&[4, 2, 3, 1]), false), "one move is one move");
+    let other = &reassign(2, &[4, 1]).await[0].value;
+    assert_eq!((&other.replicas, &other.ordered), (&ids(&[1, 2]), &ids(&[4, 1])), "the last order counts");
+    let stays = &reassign(2, &[1, 2]).await[0];
+    assert!(stays.changed && !stays.value.is_ordered(), "it is where it is wanted: {stays:?}");
+    let back = cluster.orders.cancel(Some(&name()), Some(3)).await.expect("taken back");
+    assert_eq!((back[0].changed, cluster.stored(3).await), (true, value(&[1, 2], Some(1), &[1, 2])));
+}
+
+#[tokio::test]
+async fn a_broker_with_a_full_disk_is_sent_nothing_and_keeps_what_it_has() {
+    let cluster = Cluster::of(3, 2, vec![value(&[1, 2], Some(1), &[1, 2]), value(&[3, 2], Some(3), &[3, 2])]).await;
+    cluster.fill(3).await;
+    let full = cluster.orders.reassign(&name(), Some(0), &ids(&[3, 2])).await.expect_err("no room");
+    assert_eq!(full, ReassignError::Full { ids: ids(&[3]), partition: format!("{TOPIC}/0") });
+    assert!(full.to_string().contains("the disk of broker 3 is full (broker.disk_full_percent)"), "{full}");
+    cluster.orders.reassign(&name(), Some(1), &ids(&[3, 1])).await.expect("it holds that one");
 }
 
 #[tokio::test]
@@ -307,7 +344,7 @@ async fn what_is_not_known_to_have_been_done_is_read_back() {
         let orders = Orders::new(store, cluster.keys.clone(), cluster.orders.view.clone(), ConfigMap::new());
         faulty.transactions([Some(fault)]);
         let ordered = orders.reassign(&name(), Some(0), &ids(&[3, 2])).await;
-        assert_eq!(cluster.stored(0).await.is_moving(), done, "{fault:?}");
+        assert_eq!(cluster.stored(0).await.is_ordered(), done, "{fault:?}");
         match ordered {
             Ok(ordered) => assert!(done && ordered[0].changed, "{fault:?}"),
             Err(error) => assert!(!done && error.retryable(), "{fault:?}: {error}"),

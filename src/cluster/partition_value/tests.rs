@@ -24,6 +24,7 @@ fn value(leader: Option<u32>, isr: &[u32], elr: &[u32]) -> PartitionValue {
         adding: vec![],
         removing: vec![],
         unclean: None,
+        ordered: Vec::new(),
     }
 }
 

@@ -7,10 +7,11 @@
 //! 1. `lead`: somebody must lead a partition whose leader is gone.
 //! 2. `lead`: leaders that are being stopped or drained hand over.
 //! 3. `moves`: a move whose new replicas are in sync ends.
-//! 4. `moves`: a topic's replication factor was changed.
-//! 5. `moves`: replicas of brokers that are gone for good, or drained, are replaced.
-//! 6. `lead`: leadership goes back to the preferred replica.
-//! 7. `moves`: a broker that holds much more than another one gives.
+//! 4. `moves`: an operator's order to move begins when it is its turn.
+//! 5. `moves`: a topic's replication factor was changed.
+//! 6. `moves`: replicas of brokers that are gone for good, or drained, are replaced.
+//! 7. `lead`: leadership goes back to the preferred replica.
+//! 8. `moves`: a broker that holds much more than another one gives.
 //!
 //! Every step is a compare-and-set, so a plan that was made from an old view, or by a controller that is none any more, costs a
 //! refusal and nothing else. There is no state between plans: moves are in the partitions' values, so they survive a change of
@@ -24,13 +25,12 @@
 mod lead;
 mod moves;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use super::{
     changes::Change,
     keys::{BrokerState, TopicValue},
     partition_value::PartitionValue,
-    placement::Placement,
     store::Revision,
     view::ViewState,
 };
@@ -68,8 +68,6 @@ pub struct Input<'a> {
     pub gone_ms: &'a BTreeMap<BrokerId, u64>,
     /// How long the registered ones have been there, in milliseconds.
     pub up_ms: &'a BTreeMap<BrokerId, u64>,
-    /// Brokers whose disks have no room for more.
-    pub full: &'a BTreeSet<BrokerId>,
     /// How much is moved at the same time.
     pub limits: Limits,
 }
@@ -85,6 +83,8 @@ pub enum Why {
     HandedOver,
     /// A move's new replicas are in sync.
     MoveEnded,
+    /// An operator ordered it, and it is its turn.
+    Ordered,
     /// The topic's replication factor was changed.
     Factor,
     /// A replica's broker is gone for good.
@@ -105,6 +105,7 @@ impl Why {
             Self::Leaderless => "leaderless",
             Self::HandedOver => "handed_over",
             Self::MoveEnded => "move_ended",
+            Self::Ordered => "ordered",
             Self::Factor => "factor",
             Self::Replaced => "replaced",
             Self::Drained => "drained",
@@ -140,6 +141,8 @@ pub enum Waiting {
     ForLeader,
     /// There are too few brokers for its replicas.
     ForBrokers,
+    /// A broker that it was ordered to is not there.
+    ForOrdered,
 }
 
 /// What is to be done.
@@ -189,13 +192,6 @@ impl Input<'_> {
     /// Whether leadership may be given to it when nothing presses.
     fn may_lead(&self, id: BrokerId) -> bool {
         self.is_live(id) && !self.is_stopping(id) && !self.is_draining(id)
-    }
-
-    /// The live brokers and what they carry. Those that are full take nothing; stopping and drained ones never do.
-    fn placement(&self) -> Placement {
-        let mut placement = Placement::of(self.view);
-        self.full.iter().for_each(|id| placement.exclude(*id));
-        placement
     }
 }
 

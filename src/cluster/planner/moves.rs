@@ -1,10 +1,13 @@
-//! Where replicas are: ends of moves, and new ones for a changed factor, lost and drained brokers, and balance. Moves begin only
-//! within the limits, whoever began those under way.
+//! Where replicas are: ends of moves, and new ones by an operator's order, for a changed factor, lost and drained brokers, and balance. Moves
+//! begin only within the limits, whoever wants them.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::{
-    super::placement::{Load, Placement},
+    super::{
+        partition_value::PartitionValue,
+        placement::{Load, Placement},
+    },
     Input, Plan, Step, Subject, Waiting, Why, lead,
 };
 use crate::model::{BrokerId, PartitionId};
@@ -63,9 +66,13 @@ impl Room {
 
 /// Begins moves; the partitions that one was begun of.
 pub(super) fn begin(input: &Input<'_>, subjects: &[Subject<'_>], plan: &mut Plan) -> BTreeSet<PartitionId> {
-    let (mut room, mut placement) = (Room::of(input, subjects), input.placement());
-    let mut moved = BTreeSet::new();
+    let (mut room, mut placement) = (Room::of(input, subjects), Placement::of(input.view));
+    let mut moved = begin_ordered(input, subjects, &mut room, &mut placement, plan);
     for subject in subjects.iter().filter(|subject| !subject.is_moving() && subject.value.leader.is_some()) {
+        // What an operator wants of it comes first, if it can.
+        if startable(input, subject).is_some() {
+            continue;
+        }
         let Some((target, why)) = wanted(input, subject, &placement, plan) else { continue };
         let Some(value) = subject.value.begin_move(&target) else { continue };
         if room.take(&value.adding) {
@@ -83,6 +90,38 @@ pub(super) fn begin(input: &Input<'_>, subjects: &[Subject<'_>], plan: &mut Plan
         plan.steps.push(step);
     }
     moved
+}
+
+/// Begins moves that were ordered, before any that are only wanted here.
+fn begin_ordered(
+    input: &Input<'_>,
+    subjects: &[Subject<'_>],
+    room: &mut Room,
+    placement: &mut Placement,
+    plan: &mut Plan,
+) -> BTreeSet<PartitionId> {
+    let mut moved = BTreeSet::new();
+    for subject in subjects.iter().filter(|subject| subject.value.is_ordered() && !subject.is_moving()) {
+        match startable(input, subject) {
+            Some(value) if room.take(&value.adding) => {
+                placement.carry_more(&value.adding);
+                moved.insert(subject.id);
+                plan.steps.push(subject.step(value, Why::Ordered));
+            }
+            Some(_) => {}
+            None if subject.value.leader.is_some() => plan.waiting.push((subject.id, Waiting::ForOrdered)),
+            // It waits for a leader, and that was said.
+            None => {}
+        }
+    }
+    moved
+}
+
+/// The value with the ordered move begun; `None` where none was ordered, or whoever is to copy is not there, or nobody to copy from.
+fn startable(input: &Input<'_>, subject: &Subject<'_>) -> Option<PartitionValue> {
+    subject.value.leader?;
+    let value = subject.value.begin_ordered().filter(|_| !subject.is_moving())?;
+    value.adding.iter().all(|id| input.is_live(*id)).then_some(value)
 }
 
 /// The replicas that a partition should have, when they are others than it has.
@@ -169,7 +208,10 @@ fn balance(input: &Input<'_>, subjects: &[Subject<'_>], placement: &Placement) -
 /// A replica of this partition from one broker to another, in its place.
 fn hand_on(input: &Input<'_>, subject: &Subject<'_>, from: BrokerId, to: BrokerId) -> Option<Step> {
     let replicas = &subject.value.replicas;
-    if subject.value.leader.is_none() || !replicas.contains(&from) || replicas.contains(&to) {
+    if subject.value.leader.is_none() || subject.value.is_ordered() {
+        return None;
+    }
+    if !replicas.contains(&from) || replicas.contains(&to) {
         return None;
     }
     let rack = |id: &BrokerId| {

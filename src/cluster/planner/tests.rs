@@ -1,5 +1,7 @@
 //! Plans of small clusters, carried out by hand: each rule by itself, and all of them together until nothing is left to do.
 
+use std::collections::BTreeSet;
+
 use bytes::Bytes;
 use proptest::prelude::*;
 
@@ -20,7 +22,6 @@ struct World {
     revision: Revision,
     gone_ms: BTreeMap<BrokerId, u64>,
     up_ms: BTreeMap<BrokerId, u64>,
-    full: BTreeSet<BrokerId>,
     limits: Limits,
 }
 
@@ -46,6 +47,7 @@ fn value(replicas: &[u32], leader: Option<u32>, isr: &[u32]) -> PartitionValue {
         adding: vec![],
         removing: vec![],
         unclean: None,
+        ordered: Vec::new(),
     }
 }
 
@@ -58,7 +60,6 @@ impl World {
             revision: Revision(1),
             gone_ms: BTreeMap::new(),
             up_ms: BTreeMap::new(),
-            full: BTreeSet::new(),
             limits: Limits::default(),
         };
         for (number, rack) in (1..).zip(racks) {
@@ -90,6 +91,7 @@ impl World {
             directory_id: "d".to_owned(),
             incarnation: "p".to_owned(),
             state: BrokerState::Running,
+            disk_full: false,
             version: "0".to_owned(),
         };
         self.put(&Key::Broker(BrokerId(number)), &value);
@@ -98,9 +100,17 @@ impl World {
     }
 
     fn stop(&mut self, number: u32) {
+        self.say(number, |value| value.state = BrokerState::Stopping);
+    }
+
+    fn fill(&mut self, number: u32) {
+        self.say(number, |value| value.disk_full = true);
+    }
+
+    fn say(&mut self, number: u32, change: impl FnOnce(&mut BrokerValue)) {
         let path = self.keys.broker(BrokerId(number));
         let mut value = BrokerValue::decode(&path, &self.entries[&path].0).unwrap();
-        value.state = BrokerState::Stopping;
+        change(&mut value);
         self.put(&Key::Broker(BrokerId(number)), &value);
     }
 
@@ -129,8 +139,8 @@ impl World {
 
     fn plan(&self) -> Plan {
         let (view, defaults) = (self.view(), ConfigMap::new());
-        let Self { gone_ms, up_ms, full, limits, .. } = self;
-        plan(&Input { view: &view, defaults: &defaults, gone_ms, up_ms, full, limits: *limits })
+        let Self { gone_ms, up_ms, limits, .. } = self;
+        plan(&Input { view: &view, defaults: &defaults, gone_ms, up_ms, limits: *limits })
     }
 
     fn partition(&self, number: u32) -> PartitionValue {
@@ -260,6 +270,35 @@ fn a_move_copies_then_lets_go() {
 }
 
 #[test]
+fn ordered_moves_begin_as_there_is_room_and_before_what_is_only_wanted() {
+    let ordered = |_| value(&[1, 2], Some(1), &[1, 2]).order_move(&ids(&[1, 4]));
+    let mut values: Vec<_> = (0..5).map(ordered).collect();
+    values.push(value(&[1, 3], Some(1), &[1, 3]));
+    let mut world = World::of(&["", "", "", ""], 2, 1, values);
+    world.limits.balance = false;
+    world.drain(3);
+    let begun = steps(&world.plan());
+    assert_eq!(begun.len(), 2, "one broker takes no more at once: {begun:?}");
+    for (why, value) in begun {
+        assert_eq!((why, value.adding.as_slice()), (Why::Ordered, &*ids(&[4])));
+        assert!(!value.is_ordered(), "what has begun waits no more");
+    }
+    world.limits.moves = 1;
+    assert_eq!(only(&world).0, Why::Ordered, "the drained broker's waits longer");
+    world.settle(1);
+    assert!((0..5).all(|number| world.partition(number).replicas == ids(&[1, 4])));
+    assert!(!world.partition(5).replicas.contains(&BrokerId(3)));
+
+    let mut world = World::of(&["", "", ""], 2, 1, vec![value(&[1, 2], Some(1), &[1, 2]).order_move(&ids(&[1, 3]))]);
+    world.go(3, 0);
+    let plan = world.plan();
+    assert_eq!((plan.steps.len(), &*plan.waiting), (0, &[(id(0), Waiting::ForOrdered)][..]));
+    world.come(3, "");
+    world.settle(1);
+    assert_eq!(world.partition(0).replicas, ids(&[1, 3]), "it begins when the broker is there");
+}
+
+#[test]
 fn a_changed_factor_is_followed() {
     let values = (0..6).map(|_| value(&[1], Some(1), &[1])).collect();
     let mut world = World::of(&["a", "b", "a", "b"], 1, 1, values);
@@ -332,7 +371,7 @@ fn a_new_broker_gets_its_share_within_the_racks() {
     assert_eq!(held(1), 12, "alone in its rack");
     assert!(held(3) >= 5, "{}", held(3));
     let mut world = World::of(&["a", "b", "b"], 2, 1, (0..12).map(|_| value(&[1, 2], Some(1), &[1, 2])).collect());
-    world.full.insert(BrokerId(3));
+    world.fill(3);
     assert_eq!(world.plan().steps, [], "a full disk takes nothing");
 }
 

@@ -7,7 +7,7 @@ use crate::{
     cluster::{
         keys::{TopicValue, Value as _},
         outcome::known_outcome,
-        placement::Placement,
+        placement::is_leaving,
         store::{Compare, Op, Outcome, Revision, StoreError, Transaction},
         view::ViewState,
     },
@@ -84,18 +84,26 @@ pub struct There {
     pub live: usize,
     /// Of these, those that are being stopped or drained: they take none.
     pub leaving: usize,
+    /// Of the others, those whose disks are full: they take none either.
+    pub full: usize,
 }
 
 impl There {
     /// Those of a view.
     pub fn of(state: &ViewState) -> Self {
-        let live = state.brokers().len();
-        Self { live, leaving: live - Placement::of(state).takers().count() }
+        let mut there = Self { live: 0, leaving: 0, full: 0 };
+        for (id, known) in state.brokers() {
+            let leaving = is_leaving(state, *id, &known.value);
+            there.live += 1;
+            there.leaving += usize::from(leaving);
+            there.full += usize::from(!leaving && known.value.disk_full);
+        }
+        there
     }
 
     /// Those that take replicas.
     pub const fn takers(self) -> usize {
-        self.live - self.leaving
+        self.live - self.leaving - self.full
     }
 }
 
@@ -104,8 +112,13 @@ impl fmt::Display for There {
         let are = |count: usize| if count == 1 { "1 is".to_owned() } else { format!("{count} are") };
         write!(f, "{} alive", are(self.live))?;
         match self.leaving {
-            0 => Ok(()),
-            leaving => write!(f, ", of which {} being stopped or drained", are(leaving)),
+            0 => {}
+            leaving => write!(f, ", of which {} being stopped or drained", are(leaving))?,
+        }
+        match (self.full, self.leaving) {
+            (0, _) => Ok(()),
+            (full, 0) => write!(f, ", of which {full} with full disks (broker.disk_full_percent)"),
+            (full, _) => write!(f, " and {full} with full disks (broker.disk_full_percent)"),
         }
     }
 }

@@ -175,6 +175,7 @@ impl Topics {
                 adding: Vec::new(),
                 removing: Vec::new(),
                 unclean: None,
+                ordered: Vec::new(),
             };
             Some(Op::Put { key: self.keys.partition(id), value: value.encode(), lease: None })
         })

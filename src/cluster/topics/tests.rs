@@ -36,6 +36,7 @@ impl Cluster {
                 directory_id: id.to_string(),
                 incarnation: "p".to_owned(),
                 state: crate::cluster::BrokerState::Running,
+                disk_full: false,
                 version: "0".to_owned(),
             };
             let put = Transaction::new().put_leased(keys.broker(BrokerId(id)), value.encode(), lease);
@@ -120,7 +121,7 @@ async fn a_topic_is_made_whole_with_leaders_at_epoch_zero() {
 async fn what_cannot_be_made_is_refused_with_the_numbers_and_makes_nothing() {
     let cluster = Cluster::of(2).await;
     let error = cluster.create("a", 1, 3).await.expect_err("three replicas on two brokers");
-    assert_eq!(error, CreateError::Brokers { asked: 3, there: There { live: 2, leaving: 0 } });
+    assert_eq!(error, CreateError::Brokers { asked: 3, there: There { live: 2, leaving: 0, full: 0 } });
     assert!(error.to_string().contains('3') && error.to_string().contains('2'), "{error}");
     assert_eq!(cluster.create("a", 0, 1).await, Err(CreateError::Partitions { asked: 0 }));
     let asked = limits::MAX_PARTITIONS + 1;
@@ -384,6 +385,7 @@ async fn the_mark_of_a_deleted_topic_ends_long_after_the_last_of_it_and_not_befo
         adding: vec![],
         removing: vec![],
         unclean: None,
+        ordered: Vec::new(),
     };
     cluster.put(&stray, value.encode()).await;
     assert!(!age(false, 9000).await);

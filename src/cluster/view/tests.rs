@@ -41,6 +41,7 @@ fn partition(epoch: u32) -> PartitionValue {
         adding: vec![],
         removing: vec![],
         unclean: None,
+        ordered: Vec::new(),
     }
 }
 

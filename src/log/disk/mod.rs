@@ -51,6 +51,9 @@ pub trait Disk: Send + Sync + 'static {
     /// Bytes that can still be written in the file system of `dir`.
     fn free_bytes(&self, dir: &Path) -> io::Result<u64>;
 
+    /// Bytes that the file system of `dir` has for this process: what is used and what is free.
+    fn total_bytes(&self, dir: &Path) -> io::Result<u64>;
+
     /// How many files may be held open at once by the log.
     fn open_files(&self) -> usize;
 

@@ -90,6 +90,13 @@ impl Disk for RealDisk {
         Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
     }
 
+    fn total_bytes(&self, dir: &Path) -> io::Result<u64> {
+        let stat = rustix::fs::statvfs(dir)?;
+        // What is kept for the superuser is neither used nor free, as `df` sees it.
+        let blocks = stat.f_blocks.saturating_sub(stat.f_bfree).saturating_add(stat.f_bavail);
+        Ok(blocks.saturating_mul(stat.f_frsize))
+    }
+
     fn open_files(&self) -> usize {
         let soft = getrlimit(Resource::Nofile).current.unwrap_or(1 << 20);
         usize::try_from(soft / 2).unwrap_or(usize::MAX).clamp(64, 8192)

@@ -371,6 +371,10 @@ impl Disk for SimDisk {
         Ok(machine.capacity.map_or(u64::MAX, |capacity| capacity.saturating_sub(machine.used())))
     }
 
+    fn total_bytes(&self, _dir: &Path) -> io::Result<u64> {
+        Ok(self.machine().capacity.unwrap_or(u64::MAX))
+    }
+
     fn open_files(&self) -> usize {
         // Few, so that closing and opening again is exercised.
         4

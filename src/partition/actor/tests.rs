@@ -54,6 +54,7 @@ fn lead(actor: &mut Actor, epoch: u32) {
         adding: vec![],
         removing: vec![],
         unclean: None,
+        ordered: Vec::new(),
     };
     actor.placed(Arc::new(value), Revision(u64::from(epoch)));
     actor.publish();

@@ -219,6 +219,7 @@ impl World {
             adding: Vec::new(),
             removing: Vec::new(),
             unclean: None,
+            ordered: Vec::new(),
         };
         let broker = || Broker {
             role: Role::Waiting,

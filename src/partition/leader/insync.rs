@@ -86,6 +86,7 @@ impl Start {
             adding: Vec::new(),
             removing: Vec::new(),
             unclean: None,
+            ordered: Vec::new(),
         };
         Self { me, value, revision: Revision::ZERO, own, committed_end, rule }
     }

@@ -87,6 +87,7 @@ fn value(epoch: LeaderEpoch, leader: BrokerId, isr: &[BrokerId]) -> PartitionVal
         adding: vec![],
         removing: vec![],
         unclean: None,
+        ordered: Vec::new(),
     }
 }
 
@@ -136,10 +137,11 @@ impl Side {
     /// Its side as the leader's, for somebody who is not a broker.
     fn lead(&self) -> Stranger<v1::ToLeader, v1::ToFollower> {
         let ((to, incoming), (outgoing, from)) = (mpsc::channel(1), mpsc::channel(1));
-        let led = Led { peer: FOLLOWER, find: self.find(), catch_up: Arc::new(CatchUp::new(None)), sent: Counter::default() };
+        let led =
+            Led { peer: FOLLOWER, find: self.find(), catch_up: Arc::new(CatchUp::new(None)), sent: Counter::default() };
         let tasks = self.tasks.clone();
         let ended =
-            self.tasks.spawn("lead", async move { lead(led, ReceiverStream::new(incoming), outgoing, &Counter::default(), &tasks).await });
+            self.tasks.spawn("lead", async move { lead(led, ReceiverStream::new(incoming), outgoing, &tasks).await });
         Stranger { to, from: ReceiverStream::new(from).boxed(), ended }
     }
 
@@ -223,17 +225,17 @@ impl Stranger<v1::ToFollower, v1::ToLeader> {
 fn connect(leader: &Side, follower: &Side) -> Tasks {
     let tasks = Tasks::new();
     let ((to_leader, at_leader), (to_follower, at_follower)) = (mpsc::channel(1), mpsc::channel(1));
-    let led = Led { peer: FOLLOWER, find: leader.find(), catch_up: Arc::new(CatchUp::new(None)), sent: Counter::default() };
+    let led =
+        Led { peer: FOLLOWER, find: leader.find(), catch_up: Arc::new(CatchUp::new(None)), sent: Counter::default() };
     let link = tasks.clone();
     tasks.spawn("lead", async move {
         let incoming = ReceiverStream::new(at_leader).map(Ok);
         lead(led, incoming, to_follower, &link).await
     });
     let (asked, find, link) = (Arc::clone(&follower.asked), follower.find(), tasks.clone());
-    tasks.spawn(
-        "follow",
-        async move { follow(&asked, &find, ReceiverStream::new(at_follower), to_leader, &Counter::default(), &link).await },
-    );
+    tasks.spawn("follow", async move {
+        follow(&asked, &find, ReceiverStream::new(at_follower), to_leader, &Counter::default(), &link).await
+    });
     tasks
 }
 

@@ -36,6 +36,7 @@ async fn start(store: &Arc<dyn MetaStore>, keys: &Keys, log: &Log, tasks: &Tasks
         directory_id: log.directory_id().to_string(),
         incarnation: noted.incarnation.to_string(),
         state: BrokerState::Running,
+        disk_full: false,
         version: "0".to_owned(),
     };
     let time = Duration::from_secs(2);
@@ -61,6 +62,7 @@ async fn a_lost_answer_of_the_registration_costs_no_membership() {
         adding: vec![],
         removing: vec![],
         unclean: None,
+        ordered: Vec::new(),
     };
     let topic = TopicValue { id: partition().topic, partitions: 1, replication_factor: 1, config: ConfigMap::new() };
     let name = TopicName::new("t").unwrap();

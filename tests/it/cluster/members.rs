@@ -102,6 +102,11 @@ impl Cluster {
         &self.brokers[&id]
     }
 
+    /// Whether a broker runs still.
+    pub(crate) fn is_running(&mut self, id: u32) -> bool {
+        self.brokers.get_mut(&id).is_some_and(Broker::is_running)
+    }
+
     /// Stops a broker as an operator does.
     pub(crate) fn stop(&mut self, id: u32) {
         let status = self.brokers.remove(&id).expect("it runs").terminate();
@@ -117,6 +122,13 @@ impl Cluster {
     pub(crate) fn restart(&mut self, id: u32) {
         self.brokers.insert(id, self.homes[&id].spawn());
         self.ready();
+    }
+
+    /// The same, with other settings.
+    pub(crate) fn restart_with(&mut self, id: u32, settings: impl FnOnce(Home) -> Home) {
+        let home = self.homes.remove(&id).expect("it was there");
+        self.homes.insert(id, settings(home));
+        self.restart(id);
     }
 
     /// Takes everything from a broker that is down.

@@ -263,6 +263,7 @@ async fn the_view_follows_etcd_past_a_dead_member() {
         directory_id: "d".to_owned(),
         incarnation: "p".to_owned(),
         state: BrokerState::Running,
+        disk_full: false,
         version: "0".to_owned(),
     };
     for id in [1, 2] {

@@ -29,6 +29,7 @@ fn value(isr: &[u32], elr: &[u32]) -> PartitionValue {
         adding: vec![],
         removing: vec![],
         unclean: None,
+        ordered: Vec::new(),
     }
 }
 

@@ -106,6 +106,7 @@ fn value(leader: Option<u32>, epoch: u32) -> PartitionValue {
         adding: vec![],
         removing: vec![],
         unclean: None,
+        ordered: Vec::new(),
     }
 }
 

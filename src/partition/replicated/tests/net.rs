@@ -94,6 +94,7 @@ impl Net {
             adding: vec![],
             removing: vec![],
             unclean: None,
+            ordered: Vec::new(),
         };
         let (store, keys) = (EmbeddedStore::in_memory(), Keys::new("test").unwrap());
         store.transact(Transaction::new().put(keys.partition(id), value.encode())).await.unwrap();

@@ -1,0 +1,40 @@
+//! Brokers whose disks count as full are given no new replicas.
+
+use super::members::Cluster;
+use crate::patience::eventually;
+
+#[test]
+fn a_broker_with_a_full_disk_is_given_nothing_new_until_there_is_room() {
+    // Whatever is on the disk of this machine, it is more than a hundredth.
+    let mut cluster = Cluster::with(3, |home| home.setting("broker.disk_full_percent", 1));
+    let cli = cluster.cli();
+    let refused = cli.run(&["topic", "create", "t"]);
+    assert_ne!(refused.code, 0);
+    let why = "3 are alive, of which 3 with full disks (broker.disk_full_percent)";
+    assert!(refused.stderr.contains(why), "{}", refused.stderr);
+    let described = cli.ok(&["cluster", "describe", "--output", "json"]).json();
+    assert!(described["brokers"].as_array().expect("brokers").iter().all(|broker| broker["disk_full"] == true));
+    let text = cli.ok(&["cluster", "describe"]).text();
+    assert!(text.contains("the disk of broker 2 is full"), "{text}");
+    assert_eq!(cluster.home(1).metric("strandline_disk_full"), 1.0);
+
+    for id in [1, 2] {
+        cluster.stop(id);
+        cluster.restart_with(id, |home| home.setting("broker.disk_full_percent", 100));
+    }
+    let refused = cli.run(&["topic", "create", "t", "--replication-factor", "3"]);
+    assert!(refused.stderr.contains("3 are alive, of which 1 with full disks"), "{}", refused.stderr);
+    cli.ok(&["topic", "create", "t", "--partitions", "4", "--replication-factor", "2"]);
+    cluster.in_sync("t", 2);
+    for partition in cluster.partitions("t") {
+        assert!(!partition["replicas"].as_array().expect("replicas").contains(&3.into()), "{partition}");
+    }
+    let refused = cli.run(&["partition", "reassign", "t/0", "--replicas", "1,3"]);
+    assert!(refused.stderr.contains("the disk of broker 3 is full"), "{}", refused.stderr);
+
+    cluster.stop(3);
+    cluster.restart_with(3, |home| home.setting("broker.disk_full_percent", 100));
+    cli.ok(&["partition", "reassign", "t/0", "--replicas", "1,3"]);
+    let moved = || cluster.partitions("t")[0]["isr"] == serde_json::json!([1, 3]);
+    eventually("the replica has moved", || moved().then_some(()));
+}
