@@ -2,7 +2,9 @@
 
 use std::{path::PathBuf, process::ExitCode};
 
+use anyhow::bail;
 use clap::{Args, Subcommand};
+use indicatif::ProgressBar;
 use serde_json::{Value, json};
 
 use super::{
@@ -11,6 +13,7 @@ use super::{
     output::{self, Output},
     patience::Patience,
     serve::{Overrides, environment, serve},
+    wait::{Left, Wait, took},
 };
 use crate::{
     client::{Admin, Drain},
@@ -53,12 +56,14 @@ pub(super) struct Broker {
 enum Order {
     /// Empty a broker: its leaderships and replicas move to others, and it is given nothing new
     ///
-    /// Returns when that is written down; `strandline cluster describe` shows how far it is. A broker that is gone for good may
-    /// be named too: its replicas are then replaced at once.
+    /// Returns when that is written down, or, with --wait, when the broker is empty; `strandline cluster describe` shows how far it is. A
+    /// broker that is gone for good may be named too: its replicas are then replaced at once.
     Drain {
         /// The broker's number
         #[arg(value_name = "ID")]
         id: u32,
+        #[command(flatten)]
+        wait: Wait,
     },
     /// Take a drain back: the broker is given leaderships and replicas again
     Restore {
@@ -91,7 +96,13 @@ impl Broker {
 pub(super) async fn run(common: &Common, command: Broker) -> anyhow::Result<ExitCode> {
     if let Some(order) = command.order {
         let client = connect(common).await?;
-        return Patience::new(&client).over(None, give(client.admin(), order, common.output)).await;
+        let bar = match order {
+            Order::Drain { wait, .. } => wait.bar(),
+            Order::Restore { .. } => ProgressBar::hidden(),
+        };
+        let mut patience = Patience::new(&client);
+        patience.beside(&bar);
+        return patience.over(None, Box::pin(give(client.admin(), order, common.output, &bar))).await;
     }
     serve(command.settings()?, |ready| {
         tracing::info!(
@@ -107,11 +118,14 @@ pub(super) async fn run(common: &Common, command: Broker) -> anyhow::Result<Exit
     .await
 }
 
-async fn give(admin: Admin, order: Order, output: Output) -> anyhow::Result<ExitCode> {
+async fn give(admin: Admin, order: Order, output: Output, bar: &ProgressBar) -> anyhow::Result<ExitCode> {
     let (value, lines) = match order {
-        Order::Drain { id } => {
+        Order::Drain { id, wait } => {
             let drain = admin.drain_broker(BrokerId(id)).await.map_err(|error| explain_order(&error))?;
-            (drained(id, &drain), said(id, &drain))
+            match wait.is_wanted() {
+                false => (drained(id, &drain), said(id, &drain)),
+                true => until_empty(&admin, id, drain, output, wait, bar).await?,
+            }
         }
         Order::Restore { id } => {
             let changed = admin.restore_broker(BrokerId(id)).await.map_err(|error| explain_order(&error))?;
@@ -127,6 +141,35 @@ async fn give(admin: Admin, order: Order, output: Output) -> anyhow::Result<Exit
         Output::Text => output::line(&lines)?,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Waits until the broker holds nothing; what to print then.
+async fn until_empty(
+    admin: &Admin,
+    id: u32,
+    drain: Drain,
+    output: Output,
+    wait: Wait,
+    bar: &ProgressBar,
+) -> anyhow::Result<(Value, String)> {
+    if output == Output::Text {
+        let said = said(id, &drain);
+        bar.suspend(|| output::line(&said))?;
+    }
+    let time = wait.until_done(bar, "`strandline cluster describe`", async || {
+        let cluster = admin.describe_cluster().await.map_err(|error| explain_order(&error))?;
+        let broker = cluster.brokers.iter().find(|broker| broker.id == BrokerId(id));
+        // One that is known no more holds nothing.
+        let Some(broker) = broker else { return Ok(Left { count: 0, said: String::new() }) };
+        if broker.draining_since_ms.is_none() {
+            bail!("the drain of broker {id} was taken back while this waited for it");
+        }
+        let said = format!("{} still on broker {id}", output::count(broker.replicas.into(), "replica"));
+        Ok(Left { count: broker.replicas.into(), said })
+    });
+    let time = time.await?;
+    let done = Drain { leaders: 0, replicas: 0, stuck: Vec::new(), ..drain };
+    Ok((drained(id, &done), format!("broker {id} is empty after {}: it can be stopped for good", took(time))))
 }
 
 fn drained(id: u32, drain: &Drain) -> Value {

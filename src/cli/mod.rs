@@ -22,6 +22,7 @@ mod produce;
 mod segment;
 mod serve;
 mod topic;
+mod wait;
 
 use std::{io, process::ExitCode};
 
@@ -282,6 +283,8 @@ mod tests {
             "bench produce --topic t --batch-size 999999999",
             "consume t --from @1767225600",
             "consume t --timeout 0",
+            "broker drain 1 --timeout 5",
+            "partition reassign t --replicas 1 --wait --timeout 0",
             "produce t --timeout 0",
         ] {
             let words = std::iter::once("strandline").chain(line.split_whitespace());

@@ -104,7 +104,9 @@ async fn act(admin: Admin, command: Topic, output: Output) -> anyhow::Result<Exi
                 topic = topic.config(key, value);
             }
             let made = admin.create_topic(&topic).await;
+            let replicas = made.as_ref().map_or(0, |topic| topic.replication_factor);
             said(&admin, &name, made, "created", output).await?;
+            hint(&admin, &name, replicas).await;
         }
         Topic::List => list(admin.list_topics().await?, output)?,
         Topic::Describe { name } => match admin.describe_topic(&name).await {
@@ -128,6 +130,26 @@ async fn act(admin: Admin, command: Topic, output: Output) -> anyhow::Result<Exi
         },
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Says on standard error what a topic of several replicas does not promise, where one of them is enough. A topic that was made is
+/// made, whatever becomes of this.
+async fn hint(admin: &Admin, name: &str, replicas: u32) {
+    if replicas < 2 {
+        return;
+    }
+    let Ok(topic) = admin.describe_topic(name).await else { return };
+    if topic.effective_config.get("min.insync.replicas").is_some_and(|minimum| minimum == "1") {
+        eprintln!("{}", one_is_enough(name));
+    }
+}
+
+fn one_is_enough(name: &str) -> String {
+    format!(
+        "hint: min.insync.replicas is 1: while the other replicas of a partition are away, acks=all is answered by one broker \
+         alone, and what it then takes is lost with its disk. `strandline topic alter {name} --config min.insync.replicas=2` \
+         refuses such writes instead"
+    )
 }
 
 async fn said(

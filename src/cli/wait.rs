@@ -1,0 +1,129 @@
+//! Waiting until an order is carried out: how far it is, on standard error, and an end to the wait where one is asked for.
+//!
+//! The brokers carry an order out whether somebody waits or not; giving up changes nothing of it.
+
+use std::time::Duration;
+
+use anyhow::bail;
+use clap::Args;
+use indicatif::ProgressBar;
+
+use super::output;
+use crate::task::clock;
+
+/// How often the cluster is asked how far it is.
+const LOOK: Duration = Duration::from_millis(500);
+
+/// Whether to wait, and how long.
+#[derive(Clone, Copy, Debug, Args)]
+pub(super) struct Wait {
+    /// Return when it is done, not when it is written down; on a terminal, show how far it is
+    #[arg(long)]
+    wait: bool,
+    /// With --wait: give up, with exit code 1, after so many seconds. What was ordered goes on
+    #[arg(long, value_name = "SECONDS", requires = "wait", value_parser = clap::value_parser!(u64).range(1..=604_800))]
+    timeout: Option<u64>,
+}
+
+/// What is still to be done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Left {
+    /// How many replicas or partitions.
+    pub(super) count: u64,
+    /// The same as a sentence, for who gives up.
+    pub(super) said: String,
+}
+
+impl Wait {
+    /// Whether to wait at all.
+    pub(super) fn is_wanted(self) -> bool {
+        self.wait
+    }
+
+    /// The bar that shows how far it is; it is nowhere where nobody waits or looks.
+    pub(super) fn bar(self) -> ProgressBar {
+        if !self.wait {
+            return ProgressBar::hidden();
+        }
+        output::progress(Some(0), "{spinner} {bar:24} {pos} of {len} moved, {elapsed}  {msg}")
+    }
+
+    /// Asks what is left until nothing is, and says how long that took.
+    ///
+    /// # Errors
+    /// What asking ends with, or that the time was over, with what was left then and where to look for `progress`.
+    pub(super) async fn until_done(
+        self,
+        bar: &ProgressBar,
+        progress: &str,
+        mut ask: impl AsyncFnMut() -> anyhow::Result<Left>,
+    ) -> anyhow::Result<Duration> {
+        let began = clock::monotonic();
+        let mut total = 0;
+        bar.enable_steady_tick(Duration::from_millis(200));
+        loop {
+            let left = ask().await?;
+            if left.count == 0 {
+                bar.finish_and_clear();
+                return Ok(began.elapsed());
+            }
+            // More may come: a drained broker's partitions wait for room, a topic grows.
+            total = total.max(left.count);
+            bar.set_length(total);
+            bar.set_position(total - left.count);
+            bar.set_message(left.said.clone());
+            if let Some(timeout) = self.timeout.filter(|timeout| began.elapsed() >= Duration::from_secs(*timeout)) {
+                bar.finish_and_clear();
+                bail!("given up after {timeout} s: {}; the order stays, and {progress} shows how far it is", left.said);
+            }
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+}
+
+/// A time for people.
+pub(super) fn took(time: Duration) -> String {
+    match time.as_secs() {
+        0..120 => format!("{:.1} s", time.as_secs_f64()),
+        seconds => format!("{} min {} s", seconds / 60, seconds % 60),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::VecDeque;
+
+    use super::*;
+
+    fn left(count: u64) -> Left {
+        Left { count, said: format!("{count} to go") }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn it_ends_when_nothing_is_left() {
+        let wait = Wait { wait: true, timeout: None };
+        let bar = ProgressBar::hidden();
+        let mut answers = VecDeque::from([2, 3, 1, 0]);
+        let done = wait.until_done(&bar, "x", async || Ok(left(answers.pop_front().expect("asked no further"))));
+        assert_eq!(done.await.expect("done"), LOOK * 3);
+        assert_eq!((bar.length(), answers.len()), (Some(3), 0));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn it_gives_up_in_words_and_says_that_the_order_stays() {
+        let wait = Wait { wait: true, timeout: Some(7) };
+        let began = clock::monotonic();
+        let error = wait.until_done(&ProgressBar::hidden(), "`it`", async || Ok(left(4))).await.expect_err("never");
+        assert_eq!(error.to_string(), "given up after 7 s: 4 to go; the order stays, and `it` shows how far it is");
+        assert_eq!(began.elapsed(), Duration::from_secs(7));
+        let bar = ProgressBar::hidden();
+        let refused = wait.until_done(&bar, "`it`", async || Err(anyhow::anyhow!("gone")));
+        assert_eq!(refused.await.expect_err("not for ever").to_string(), "gone");
+    }
+
+    #[test]
+    fn times_are_short() {
+        assert_eq!(took(Duration::from_millis(1234)), "1.2 s");
+        assert_eq!(took(Duration::from_secs(3_725)), "62 min 5 s");
+    }
+}

@@ -1,0 +1,81 @@
+//! Operators' moves on real brokers: they wait for their turn, and `--wait` waits for them.
+
+use serde_json::{Value, json};
+
+use super::members::Cluster;
+use crate::patience::eventually;
+
+fn replicas(cluster: &Cluster, topic: &str) -> Vec<Value> {
+    cluster.partitions(topic).into_iter().map(|one| one["replicas"].clone()).collect()
+}
+
+#[test]
+fn ordered_moves_wait_for_their_turn_and_can_be_waited_for() {
+    // One at a time, each slow enough to be seen.
+    let slow = "65536";
+    let cluster = Cluster::with(3, |home| {
+        home.setting("controller.moves_at_once", 1)
+            .setting("controller.balance", "false")
+            .setting("replication.catchup_bytes_per_second", slow)
+    });
+    let cli = cluster.cli();
+    let create = ["topic", "create", "orders", "--partitions", "3", "--replication-factor", "1"];
+    cli.ok(&[&create[..], &["--config", "remote.storage.enable=false"]].concat());
+    let created = cli.run(&["topic", "create", "two", "--replication-factor", "2"]);
+    assert!(created.code == 0 && created.stderr.contains("hint: min.insync.replicas is 1"), "{created:?}");
+    let created =
+        cli.run(&["topic", "create", "safe", "--replication-factor", "2", "--config", "min.insync.replicas=2"]);
+    assert_eq!((created.code, &*created.stderr), (0, ""), "nothing to hint at");
+    let text: String = (0..6000).map(|line| format!("line {line} of the orders\n")).collect();
+    for partition in ["0", "1", "2"] {
+        cli.ok_with(&["produce", "orders", "--partition", partition], text.as_bytes());
+    }
+    let before = replicas(&cluster, "orders");
+    // Each goes to the next broker.
+    for (number, at) in before.iter().enumerate() {
+        let (name, to) = (format!("orders/{number}"), at[0].as_u64().expect("a number") % 3 + 1);
+        let ordered = cli.ok(&["partition", "reassign", &name, "--replicas", &to.to_string(), "--output", "json"]);
+        assert_eq!(ordered.json()[0]["adding"], json!([to]), "{}", ordered.text());
+    }
+    let status = cli.ok(&["partition", "reassign", "status", "--output", "json"]).json();
+    let status = status.as_array().expect("a list");
+    let waiting = status.iter().filter(|one| one["waiting"] == true).count();
+    assert!(status.len() == 3 && waiting >= 2, "one at a time: {status:?}");
+    let shown = cli.ok(&["partition", "reassign", "status"]).text();
+    assert!(shown.contains("waiting"), "{shown}");
+
+    let again = before[2][0].as_u64().expect("a number") % 3 + 1;
+    let order = ["partition", "reassign", "orders/2", "--replicas", &again.to_string(), "--wait"];
+    let late = cli.run(&[&order[..], &["--timeout", "1"]].concat());
+    assert_eq!(late.code, 1, "{late:?}");
+    let why = "given up after 1 s: 1 partition to move, of which 1 waiting for their turn; the order stays";
+    assert!(late.stderr.contains(why), "{late:?}");
+    let done = cli.ok(&[&order[..], &["--output", "json"]].concat()).json();
+    assert_eq!(
+        (&done[0]["isr"], &done[0]["adding"], &done[0]["waiting"]),
+        (&json!([again]), &json!([]), &json!(false))
+    );
+    eventually("all have moved", || {
+        let status = cli.ok(&["partition", "reassign", "status", "--output", "json"]).json();
+        (status == json!([])).then_some(())
+    });
+    assert!(replicas(&cluster, "orders").iter().zip(&before).all(|(now, before)| now != before));
+    for partition in ["0", "1", "2"] {
+        let read = cli.ok(&["consume", "orders", "--partition", partition, "--until-end"]);
+        assert!(read.text() == text, "partition {partition} is whole");
+    }
+    let steps = (1..=3).map(|id| {
+        let (_, page) = crate::broker::http_get(cluster.home(id).http(), "/metrics").expect("a page");
+        let name = "strandline_controller_steps_total{rule=\"ordered\"} ";
+        page.lines().find_map(|line| line.strip_prefix(name)?.parse::<f64>().ok()).unwrap_or(0.0)
+    });
+    assert_eq!(steps.sum::<f64>(), 3.0, "each began once");
+
+    let drained = cli.ok(&["broker", "drain", "1", "--wait"]).text();
+    assert!(drained.contains("broker 1 is empty after") && drained.contains("it can be stopped for good"), "{drained}");
+    let brokers = cli.ok(&["cluster", "describe", "--output", "json"]).json();
+    assert_eq!(brokers["brokers"][0]["replicas"], 0, "{brokers}");
+    let stuck = cli.run(&["broker", "drain", "2", "--wait", "--timeout", "1"]);
+    assert_eq!(stuck.code, 1, "{stuck:?}");
+    assert!(stuck.text().contains("cannot move") && stuck.stderr.contains("still on broker 2"), "{stuck:?}");
+}
