@@ -38,6 +38,7 @@ mod transport;
 mod trouble;
 
 use std::{
+    collections::BTreeSet,
     future::Future,
     sync::{Arc, Mutex},
     time::Duration,
@@ -222,8 +223,16 @@ impl Client {
 
     /// Makes what is known newer than generation `seen`.
     async fn refresh(&self, seen: u64, wanted: &[&str]) -> Result<(), CallError> {
+        self.refresh_doubting(&BTreeSet::new(), seen, wanted).await
+    }
+
+    /// The same, for somebody who doubts what these brokers know: they are asked after all others. One that is cut off from the
+    /// cluster answers its clients all the same, with what was.
+    async fn refresh_doubting(&self, doubted: &BTreeSet<Address>, seen: u64, wanted: &[&str]) -> Result<(), CallError> {
         let ask = |topics: Vec<String>| {
-            self.ask_any(move |wire| {
+            let mut order = self.anybody();
+            order.sort_by_key(|address| doubted.contains(address));
+            self.ask_in_turn(order, move |wire| {
                 let request = v1::GetMetadataRequest { topics: topics.clone(), all_topics: false };
                 async move { connection::admin_client(wire).get_metadata(request).await }
             })
@@ -231,15 +240,24 @@ impl Client {
         self.inner.routing.refresh(seen, wanted, ask).await
     }
 
-    /// Asks whichever broker answers: first the one that did last, and the next as well where that one fails or stays silent for a
-    /// moment. The first answer is taken. For questions: one that may have been heard is asked elsewhere all the same.
+    /// Asks whichever broker answers, first the one that did last. For questions: one that may have been heard is asked elsewhere all
+    /// the same.
     async fn ask_any<F, R, T>(&self, call: F) -> Result<T, CallError>
     where
         F: Fn(Wire) -> R,
         R: Future<Output = Result<tonic::Response<T>, Status>>,
     {
+        self.ask_in_turn(self.anybody(), call).await
+    }
+
+    /// Asks brokers in this order: the next as well where one fails or stays silent for a moment. The first answer is taken.
+    async fn ask_in_turn<F, R, T>(&self, order: Vec<Address>, call: F) -> Result<T, CallError>
+    where
+        F: Fn(Wire) -> R,
+        R: Future<Output = Result<tonic::Response<T>, Status>>,
+    {
         let wait = self.options().request_timeout.min(ANY_ANSWER);
-        let mut anybody = self.anybody().into_iter();
+        let mut anybody = order.into_iter();
         let call = &call;
         let ask = |address: Address| async move {
             let answer = self.at(&address, wait, call).await;

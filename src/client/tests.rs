@@ -499,6 +499,21 @@ async fn a_silent_leader_is_left_when_another_one_leads() {
     assert_eq!(new.values(0), numbers(0..3));
 }
 
+/// A broker that is cut off from the others, and not from its clients, answers at once who leads, as far as it knows: itself. A client
+/// whose questions all went to it stayed with it until the cut was over.
+#[tokio::test]
+async fn a_leader_that_is_silent_is_not_asked_who_leads_while_another_broker_answers() {
+    let (old, new) = (Double::start(1).await, Double::start(1).await);
+    let bootstrap = format!("{},{}", old.address, new.address);
+    let client = Client::connect(&bootstrap, Options::default()).await.expect("the first one answers");
+    let producer = client.producer(one_by_one()).await.expect("an id");
+    old.script(&[Act::Hold; 3]);
+    let sent = send_numbers(&producer, 0..3).await;
+    let acknowledged = tokio::time::timeout(Duration::from_secs(4), futures::future::join_all(sent)).await;
+    assert!(acknowledged.expect("the new leader answers soon").iter().all(Result::is_ok));
+    assert_eq!((old.values(0), new.values(0)), (numbers(0..3), numbers(0..3)), "what is held is sent again");
+}
+
 /// The same for a question that any broker could answer.
 #[tokio::test]
 async fn a_silent_broker_is_not_waited_for_where_another_one_answers() {

@@ -514,7 +514,7 @@ impl Driver {
         let deadline = state.flight.deadline().map(|(at, _)| at).or_else(|| state.lane.deadline());
         let under_way = state.flight.under_way() > 0;
         let silent = (!state.in_trouble && under_way).then_some(state.heard + trouble::SLOW);
-        let doubtful = under_way.then_some(state.heard.max(state.doubted) + trouble::QUIET);
+        let doubtful = under_way.then_some((state.heard + trouble::QUIET).max(state.doubted + trouble::DOUBT_AGAIN));
         if let Some(at) = [state.not_before, deadline, silent, doubtful].into_iter().flatten().min() {
             self.set_timer(index, at);
         }

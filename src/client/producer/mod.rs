@@ -59,7 +59,7 @@ pub use self::{
 };
 use super::{
     Client, TopicRoute,
-    connection::log_client,
+    connection::{Address, log_client},
     error::{CallError, SendError},
     lock::lock,
 };
@@ -427,11 +427,17 @@ impl Shared {
         lanes
     }
 
-    /// After `pause`, metadata newer than `seen`, and lanes for new partitions.
-    async fn refreshed(&self, seen: u64, wanted: &BTreeSet<Arc<str>>, pause: Duration) -> Result<(), CallError> {
+    /// After `pause`, metadata newer than `seen`, asked of `silent` brokers last, and lanes for new partitions.
+    async fn refreshed(
+        &self,
+        seen: u64,
+        wanted: &BTreeSet<Arc<str>>,
+        silent: &BTreeSet<Address>,
+        pause: Duration,
+    ) -> Result<(), CallError> {
         tokio::time::sleep(pause).await;
         let wanted: Vec<&str> = wanted.iter().map(|name| &**name).collect();
-        self.client.refresh(seen, &wanted).await?;
+        self.client.refresh_doubting(silent, seen, &wanted).await?;
         let topics: Vec<String> =
             self.topics.read().unwrap_or_else(std::sync::PoisonError::into_inner).keys().cloned().collect();
         for topic in topics {

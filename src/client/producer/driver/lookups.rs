@@ -30,11 +30,12 @@ impl Driver {
         let pause = self.route_pauses.as_mut().map_or(Duration::ZERO, Pauses::next);
         let wanted: BTreeSet<Arc<str>> =
             self.unrouted.iter().map(|index| self.lanes[*index].lane.topic.clone()).collect();
+        let silent = self.silent(clock::monotonic());
         self.tasks.spawn("producer metadata", async move {
             tokio::select! {
                 biased;
                 () = tasks.cancelled() => {}
-                result = shared.refreshed(seen, &wanted, pause) => {
+                result = shared.refreshed(seen, &wanted, &silent, pause) => {
                     let _ = events.send(Event::Routed(result)).await;
                 }
             }

@@ -1,10 +1,10 @@
 //! What keeps a producer's batches back, and saying so: pauses after failures, and silence.
 
-use std::time::Duration;
+use std::{collections::BTreeSet, time::Duration};
 
 use tokio::time::Instant;
 
-use super::{super::super::connection::Address, Driver};
+use super::{super::super::connection::Address, Driver, LaneState};
 use crate::{model::Acks, proto::fault::Fault, task::clock};
 
 /// A broker that has left all batches of a partition unanswered for so long is worth a word to whoever waits.
@@ -12,6 +12,9 @@ pub(super) const SLOW: Duration = Duration::from_secs(5);
 
 /// A leader that has left all batches of a partition unanswered for so long may not be the leader any more.
 pub(super) const QUIET: Duration = Duration::from_secs(1);
+
+/// How often it is asked who leads while a leader stays silent.
+pub(super) const DOUBT_AGAIN: Duration = Duration::from_millis(500);
 
 impl Driver {
     /// Nothing of this lane is sent for a while.
@@ -44,7 +47,7 @@ impl Driver {
     /// Nothing says that a machine is gone silently. So who waits asks the others who leads now, again and again, and goes there.
     pub(super) fn doubt_silence(&mut self, index: usize, now: Instant) {
         let state = &mut self.lanes[index];
-        if state.flight.under_way() == 0 || state.heard.max(state.doubted) + QUIET > now {
+        if !state.is_silent(now) || state.doubted + DOUBT_AGAIN > now {
             return;
         }
         state.doubted = now;
@@ -52,12 +55,18 @@ impl Driver {
         self.route();
     }
 
+    /// The leaders that are silent. What they say of who leads counts least: of two halves of a cluster that is cut in two, clients may
+    /// reach both, and only one of them knows.
+    pub(super) fn silent(&self, now: Instant) -> BTreeSet<Address> {
+        let silent = self.lanes.iter().filter(|state| state.is_silent(now));
+        silent.filter_map(|state| Some(self.streams.get(&state.stream?)?.address.clone())).collect()
+    }
+
     /// Leaves a silent leader for the one that is known to lead now. What is under way there may have been appended, and is sent again
     /// as after a lost answer. It never waits for a broker that cannot acknowledge any more.
     pub(super) fn leave_silent(&mut self, index: usize, now: Instant) {
         let state = &self.lanes[index];
-        let silent = state.flight.under_way() > 0 && state.heard + QUIET <= now;
-        let Some(number) = state.stream.filter(|_| silent) else { return };
+        let Some(number) = state.stream.filter(|_| state.is_silent(now)) else { return };
         let Some(leader) = self.shared.client.routing().leader(&state.lane.topic, state.lane.partition) else { return };
         let Some(old) = self.streams.get(&number).map(|stream| &stream.address).filter(|old| **old != leader) else {
             return;
@@ -85,6 +94,13 @@ impl Driver {
         };
         let problem = format!("{who} has not answered for {SLOW:?}{why}");
         self.trouble(index, problem);
+    }
+}
+
+impl LaneState {
+    /// Whether its leader owes it answers, and has given none for long.
+    fn is_silent(&self, now: Instant) -> bool {
+        self.flight.under_way() > 0 && self.heard + QUIET <= now
     }
 }
 
