@@ -4,7 +4,8 @@
 //!
 //! A link that breaks says little. A connection that is then refused says that nobody listens at that address any more: the system
 //! there answered, and the process is gone. So a lost link is followed by a probe, twice; when both are refused, or another
-//! process answers, two things happen:
+//! process answers, two things happen (a probe that breaks, or is not answered at once, is repeated for a second: a process that is
+//! dying takes connections until its last moment, and on a busy machine every answer is late):
 //!
 //! - leaders here drop the broker from their in-sync replicas at once (`Departure::Gone`), so that `acks=all` does not wait for its lease;
 //! - the controller is told. It probes for itself, and takes the registration away, by comparing the broker epoch; it then elects
@@ -46,8 +47,14 @@ const PROBE: Duration = Duration::from_millis(200);
 /// Between two probes: a port that is refused for less is one that is being taken over.
 const BETWEEN: Duration = Duration::from_millis(50);
 
-/// How long the controller may take to look for itself.
-const REPORT: Duration = Duration::from_secs(1);
+/// How long probes are repeated while it is not clear what they show.
+const UNCLEAR: Duration = Duration::from_secs(1);
+
+/// How long the controller may take to look for itself, and to take the registration away.
+const REPORT: Duration = Duration::from_secs(3);
+
+/// How often a registration is tried to be taken away. Done twice it does no more than once.
+const REVOKES: u32 = 3;
 
 /// How much later than the one before a broker acts when the controller itself is gone.
 const RANK: Duration = Duration::from_millis(30);
@@ -65,8 +72,10 @@ enum Seen {
     Refused,
     /// Another process answers.
     Replaced,
-    /// It answers, or nothing can be said.
-    Nothing,
+    /// It answers.
+    There,
+    /// Nothing can be said: the connection broke, or nobody answered in time.
+    Unclear,
 }
 
 impl Seen {
@@ -74,8 +83,14 @@ impl Seen {
         match self {
             Self::Refused => "connections are refused",
             Self::Replaced => "another process answers",
-            Self::Nothing => "nothing",
+            Self::There => "it answers",
+            Self::Unclear => "nothing",
         }
+    }
+
+    /// Whether the process is gone.
+    fn is_gone(self) -> bool {
+        matches!(self, Self::Refused | Self::Replaced)
     }
 }
 
@@ -134,7 +149,7 @@ impl Broker {
     async fn look_after(&self, broker: BrokerId, epoch: Revision, evidence: &Evidence) {
         let Some(known) = registered(&self.view.state(), broker, epoch) else { return };
         let seen = probe(&evidence.peers, &known.value).await;
-        if seen == Seen::Nothing {
+        if !seen.is_gone() {
             return;
         }
         tracing::info!(%broker, seen = seen.words(), "a broker's process is gone");
@@ -194,7 +209,7 @@ impl Broker {
             return false;
         }
         // Its own report was made by such a look.
-        if reporter != self.settings.id && probe(&evidence.peers, &known.value).await == Seen::Nothing {
+        if reporter != self.settings.id && !probe(&evidence.peers, &known.value).await.is_gone() {
             tracing::info!(%broker, %reporter, seen, "a broker was reported as gone, and is there for its controller");
             return false;
         }
@@ -214,8 +229,23 @@ impl Broker {
         }
     }
 
-    /// Takes a registration away, if it still is that uptime's, and with it the controller's key if that is the same broker's.
+    /// Takes a registration away, if it still is that uptime's. True when that was done here.
     async fn revoke(&self, broker: BrokerId, epoch: Revision) -> Result<bool, StoreError> {
+        let mut tries = 1;
+        loop {
+            match self.revoke_once(broker, epoch).await {
+                Err(error) if error.retryable() && tries < REVOKES => {
+                    tracing::debug!(%broker, %error, "the registration could not be taken away yet; trying again");
+                    tries += 1;
+                    tokio::time::sleep(BETWEEN).await;
+                }
+                outcome => return outcome,
+            }
+        }
+    }
+
+    /// One try, and with the registration the controller's key, if that is the same broker's.
+    async fn revoke_once(&self, broker: BrokerId, epoch: Revision) -> Result<bool, StoreError> {
         let key = self.keys.broker(broker);
         let mut transaction = Transaction::new().when(Compare::CreateRevision(key.clone(), epoch)).delete(key);
         let state = self.view.state();
@@ -233,21 +263,27 @@ fn registered(state: &ViewState, broker: BrokerId, epoch: Revision) -> Option<Ar
     state.brokers().get(&broker).filter(|known| known.create_revision == epoch).cloned()
 }
 
-/// Looks twice whether the process is gone.
+/// Looks until it is there, or was seen to be gone twice in a row, or nothing has become clear for long.
 async fn probe(peers: &Peers, registered: &BrokerValue) -> Seen {
-    let first = probe_once(peers, registered).await;
-    if first == Seen::Nothing {
-        return first;
+    let until = clock::monotonic() + UNCLEAR;
+    let mut gone = false;
+    loop {
+        let seen = probe_once(peers, registered).await;
+        let twice = gone && seen.is_gone();
+        if twice || seen == Seen::There || seen == Seen::Unclear && clock::monotonic() >= until {
+            return seen;
+        }
+        gone = seen.is_gone();
+        tokio::time::sleep(BETWEEN).await;
     }
-    tokio::time::sleep(BETWEEN).await;
-    probe_once(peers, registered).await
 }
 
 async fn probe_once(peers: &Peers, registered: &BrokerValue) -> Seen {
     match peers.who_is(&registered.addresses.grpc, PROBE).await {
         Ok(there) if there.incarnation != registered.incarnation => Seen::Replaced,
+        Ok(_) | Err(PeerError::Refused(_)) => Seen::There,
         Err(PeerError::Lost { how: How::Refused, .. }) => Seen::Refused,
-        Ok(_) | Err(_) => Seen::Nothing,
+        Err(PeerError::Lost { .. } | PeerError::Address(_)) => Seen::Unclear,
     }
 }
 
@@ -300,7 +336,51 @@ impl Trust {
 
 #[cfg(test)]
 mod tests {
+    use tokio::net::TcpListener;
+
     use super::*;
+    use crate::{
+        client::Tcp,
+        cluster::{Addresses, BrokerState},
+    };
+
+    fn registered(address: String) -> BrokerValue {
+        BrokerValue {
+            addresses: Addresses { grpc: address, http: None },
+            rack: None,
+            directory_id: "d".to_owned(),
+            incarnation: "p".to_owned(),
+            state: BrokerState::Running,
+            version: "0".to_owned(),
+        }
+    }
+
+    /// A process that is killed takes connections until its listener is closed, which may be after its other ones. One such probe,
+    /// and its partitions waited for the lease's end.
+    #[tokio::test]
+    async fn a_process_that_dies_while_it_is_probed_is_seen_to_be_gone() {
+        let wait = Duration::from_secs(5);
+        let peers = Peers::new(Arc::new(Tcp::between_brokers(wait)), wait);
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let registered = registered(listener.local_addr().unwrap().to_string());
+        let (seen, ()) = tokio::join!(probe(&peers, &registered), async {
+            // One connection breaks, one is not answered; then nobody listens any more.
+            drop(listener.accept().await.unwrap());
+            let silent = listener.accept().await.unwrap();
+            tokio::time::sleep(PROBE).await;
+            drop((listener, silent));
+        });
+        assert_eq!(seen, Seen::Refused);
+    }
+
+    #[tokio::test]
+    async fn a_process_that_says_nothing_is_not_taken_for_dead() {
+        let wait = Duration::from_secs(5);
+        let peers = Peers::new(Arc::new(Tcp::between_brokers(wait)), wait);
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let registered = registered(listener.local_addr().unwrap().to_string());
+        assert_eq!(probe(&peers, &registered).await, Seen::Unclear);
+    }
 
     #[tokio::test(start_paused = true)]
     async fn evidence_against_a_process_that_came_back_counts_for_nothing_longer_each_time() {
