@@ -65,17 +65,24 @@ impl Search {
             failed(broker, &error, "what half-done changes of topics left in the metadata could not be swept");
         }
         let Some(tier) = &broker.tier else { return };
-        objects(broker, tier).await;
-        self.uploads(broker, tier).await;
+        match tier.store.clock_ms().await {
+            Ok(now_ms) => {
+                objects(broker, tier, now_ms).await;
+                self.uploads(broker, tier, now_ms).await;
+            }
+            Err(error) => {
+                failed(broker, &error, "the object store does not say what time it is, and nothing there counts as old")
+            }
+        }
         if let Err(error) = marks(broker, tier).await {
             failed(broker, &error, "marks of deleted topics could not be looked at");
         }
     }
 
     /// Multipart uploads that a killed broker left.
-    async fn uploads(&mut self, broker: &Broker, tier: &Tier) {
+    async fn uploads(&mut self, broker: &Broker, tier: &Tier, now_ms: i64) {
         // Boxed: the vendor's futures are large.
-        let swept = Box::pin(end_abandoned_uploads(&tier.store, broker.settings.upload_grace, clock::wall_ms())).await;
+        let swept = Box::pin(end_abandoned_uploads(&tier.store, broker.settings.upload_grace, now_ms)).await;
         match swept {
             Ok(report) => {
                 self.said = false;
@@ -103,9 +110,9 @@ fn failed(broker: &Broker, error: &dyn std::fmt::Display, what: &str) {
 }
 
 /// Objects that no manifest names.
-async fn objects(broker: &Broker, tier: &Tier) {
+async fn objects(broker: &Broker, tier: &Tier, now_ms: i64) {
     let grace = broker.settings.garbage_grace;
-    match collect_garbage(&tier.store, |id| broker.live(id), grace, clock::wall_ms()).await {
+    match collect_garbage(&tier.store, |id| broker.live(id), grace, now_ms).await {
         Ok(report) => {
             broker.metrics.tier_objects_deleted.inc_by(report.deleted);
             broker.metrics.tier_garbage_failures.inc_by(report.skipped.len() as u64);

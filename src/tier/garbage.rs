@@ -43,7 +43,7 @@ pub struct GarbageReport {
     pub foreign: u64,
 }
 
-/// Goes through all topics in the bucket once. `now_ms` is the wall clock in milliseconds.
+/// Goes through all topics in the bucket once. `now_ms` is the store's clock ([`Store::clock_ms`]).
 ///
 /// # Errors
 /// When the prefix is not known to be ours, or its topics cannot be listed. Trouble with one partition is in the report.

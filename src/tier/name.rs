@@ -2,12 +2,13 @@
 //!
 //! ```text
 //! {prefix}/cluster.json
+//! {prefix}/clock.json
 //! {prefix}/topics/{topic-id}/topic.json
 //! {prefix}/topics/{topic-id}/{n}/{base:020}-{end:020}-{epoch:010}-{uuid}.segment
 //! {prefix}/topics/{topic-id}/{n}/{base:020}-{end:020}-{epoch:010}-{uuid}.page
 //! {prefix}/topics/{topic-id}/{n}/manifest-{version:020}-{epoch:010}-{uuid}
 //! ```
-//! Every name but the two `.json` ends in a UUID drawn for the one attempt that writes it. Without it a second attempt
+//! Every name but the three `.json` ends in a UUID drawn for the one attempt that writes it. Without it a second attempt
 //! at a manifest version (the first one's commit failed or its answer was lost) would overwrite an object that may
 //! be referenced, and a late duplicate of a request could undo the newer one. Pure, but for [`Stamp::draw`].
 
@@ -22,6 +23,9 @@ use crate::{
 
 /// The object that says which cluster owns a prefix.
 pub const CLUSTER: &str = "cluster.json";
+
+/// The object that is written to see what time it is at the store.
+pub const CLOCK: &str = "clock.json";
 
 /// The folder of all topics.
 pub const TOPICS: &str = "topics";

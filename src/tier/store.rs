@@ -409,6 +409,21 @@ impl Store {
         self.retry(object, || async { Ok(self.inner.objects.head(&path).await?.size) }).await
     }
 
+    /// What time it is at the store, in milliseconds since 1970: when it says that an object was written which was written just now. Ages
+    /// of objects are told by this clock alone. By a broker's own, which may be hours ahead, what another one has just uploaded would
+    /// be old.
+    ///
+    /// # Errors
+    /// When the prefix is not ours, or the store does not answer.
+    pub async fn clock_ms(&self) -> Result<i64, ClaimError> {
+        self.claim().await?;
+        self.put(name::CLOCK, Bytes::from_static(b"{}")).await?;
+        let path = self.path(name::CLOCK);
+        let written =
+            self.retry(name::CLOCK, || async { Ok(self.inner.objects.head(&path).await?.last_modified) }).await?;
+        Ok(written.timestamp_millis())
+    }
+
     /// Writes a small object, whatever is there.
     pub async fn put(&self, object: &str, content: Bytes) -> Result<(), StoreError> {
         let path = self.path(object);

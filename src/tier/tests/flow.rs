@@ -182,6 +182,20 @@ async fn a_time_finds_the_first_batch_that_claims_it() {
     assert_eq!(batch.base_offset(), at(450), "nothing below the batch of the log start");
 }
 
+/// A controller whose clock was hours ahead took what another broker had uploaded a second ago, and not committed yet, for garbage.
+#[tokio::test]
+async fn what_time_it_is_at_the_store_the_store_says() {
+    let (tier, _, _) = three(&StoreOptions::new("memory://"), 100).await;
+    let store = tier.store();
+    let now = store.clock_ms().await.unwrap();
+    let listed = store.list("").await.unwrap();
+    let clock = listed.iter().find(|one| one.object == crate::tier::name::CLOCK).unwrap();
+    assert_eq!(clock.modified_ms, now);
+    assert!(listed.iter().all(|one| one.modified_ms <= now), "whatever was written is older: {listed:?}");
+    let later = store.clock_ms().await.unwrap();
+    assert!(later >= now);
+}
+
 #[tokio::test]
 async fn trimming_moves_the_log_start_and_leaves_garbage_that_is_collected() {
     let (tier, segments, all) = three(&StoreOptions::new("memory://"), 100).await;
