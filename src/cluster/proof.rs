@@ -42,7 +42,9 @@ pub struct Shown {
     pub uptimes: Vec<String>,
     /// Whether it was closed cleanly.
     pub clean: bool,
-    /// The replicas in it that lost nothing, as far as the disk can tell.
+    /// The replicas that its files are of, whole or not.
+    pub on_disk: BTreeSet<PartitionId>,
+    /// Those of them that lost nothing, as far as the disk can tell.
     pub whole: BTreeSet<PartitionId>,
 }
 
@@ -122,12 +124,13 @@ fn is_same(record: &Entry, shown: &Shown) -> bool {
 
 /// What is proven of one replica in the directory that took part last.
 fn holds(entry: &Entry, shown: &Shown, id: PartitionId, durability: Option<Durability>) -> Holds {
-    // One that is not there was made while this broker stopped, if its value never changed since: there was nothing to hold yet.
-    let untouched = entry.create_revision == entry.mod_revision;
+    // One that is not there was made while this broker stopped, if its value never changed since: there was nothing to hold yet. One
+    // that is there and damaged did hold something: a value may stay for years as it was made.
+    let nothing_yet = entry.create_revision == entry.mod_revision && !shown.on_disk.contains(&id);
     if mutant!(SkipProof) {
         return Holds::All;
     }
-    if !shown.whole.contains(&id) && !untouched {
+    if !shown.whole.contains(&id) && !nothing_yet {
         return Holds::Nothing;
     }
     match durability {

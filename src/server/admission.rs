@@ -100,6 +100,7 @@ impl Admission<'_> {
             directory_id: self.log.directory_id().to_string(),
             uptimes: noted.uptimes,
             clean: self.log.opened_clean(),
+            on_disk: self.log.partitions().into_iter().collect(),
             whole,
         };
         // All of it again after a failure: what may have been registered meanwhile was seen by others.
