@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use super::peer::{LinkLost, Neighbour, Neighbours};
+use super::peer::{self, LinkLost, Neighbour, Neighbours};
 use crate::{
     client::{
         Connect,
@@ -292,6 +292,7 @@ impl Link {
             broker_epoch: own.0,
             to: self.leader.0,
             version: VERSION,
+            wall_ms: Some(clock::wall_ms()),
         };
         let mut stream = self.peers.replicate(&to.address, hello).await?;
         let first = match tokio::time::timeout(CONNECT, stream.receiver.message()).await {
@@ -308,6 +309,7 @@ impl Link {
         if epoch < to.epoch {
             return Err(Over::Older { answers: epoch, known: to.epoch });
         }
+        peer::compare_clocks(self.leader, welcome.wall_ms);
         Ok((stream, epoch))
     }
 }

@@ -3,6 +3,7 @@
 //! `replicate` carries the stream over which they follow; `neighbours` is what both directions know of the brokers around; the
 //! questions are answered here. Nothing of it is for clients.
 
+mod clocks;
 mod neighbours;
 mod replicate;
 #[cfg(test)]
@@ -16,8 +17,11 @@ use std::{
 use futures::future::BoxFuture;
 use tonic::{Request, Response, Status, Streaming};
 
-pub(super) use self::neighbours::{LinkLost, Neighbour, Neighbours};
 use self::replicate::{Answers, Incoming};
+pub(super) use self::{
+    clocks::compare_clocks,
+    neighbours::{LinkLost, Neighbour, Neighbours},
+};
 use crate::{
     cluster::Revision,
     limits,

@@ -15,7 +15,7 @@ use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
 
-use super::Peering;
+use super::{Peering, clocks::compare_clocks};
 use crate::{
     broker::following::VERSION,
     client::peers::{self, How, PeerError},
@@ -29,7 +29,7 @@ use crate::{
         fault::{Fault, Reason},
         v1::{self, to_follower, to_leader},
     },
-    task::Tasks,
+    task::{Tasks, clock},
 };
 
 /// How long whoever opened a stream may take to say who it is.
@@ -79,6 +79,7 @@ impl Peering {
             Err(_) => return Err(invalid(format!("no Hello came in {HELLO:?}"))),
         };
         let (peer, own) = self.admit(&hello)?;
+        compare_clocks(peer.broker, hello.wall_ms);
         let link = self.tasks.child();
         let (ends, ended) = watch::channel(());
         self.replace(peer, Incoming { epoch: peer.epoch, link: link.clone(), ended }).await?;
@@ -154,7 +155,8 @@ impl Peering {
         outgoing: &session::Outgoing,
         link: &Tasks,
     ) -> Result<(), Fault> {
-        let welcome = v1::Welcome { broker: self.neighbours.me().0, broker_epoch: own.0 };
+        let welcome =
+            v1::Welcome { broker: self.neighbours.me().0, broker_epoch: own.0, wall_ms: Some(clock::wall_ms()) };
         let welcome = v1::ToFollower { is: Some(to_follower::Is::Welcome(welcome)) };
         let _gone = outgoing.try_send(Ok(welcome));
         tracing::info!(follower = %peer.broker, epoch = %peer.epoch, "a broker follows here");

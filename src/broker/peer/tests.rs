@@ -218,7 +218,9 @@ async fn what_one_broker_is_sent_the_other_has_when_it_is_acknowledged() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stream_of_somebody_else_is_refused_with_the_reason() {
     let (one, two) = pair(0).await;
-    let good = v1::Hello { cluster: "test".to_owned(), broker: 2, broker_epoch: epoch_of(two.id).0, to: 1, version: 1 };
+    let epoch = epoch_of(two.id).0;
+    let good =
+        v1::Hello { cluster: "test".to_owned(), broker: 2, broker_epoch: epoch, to: 1, version: 1, wall_ms: None };
     let hellos = [
         (v1::Hello { cluster: "other".to_owned(), ..good.clone() }, "belongs to cluster \"test\", not to \"other\""),
         (v1::Hello { broker: 7, ..good.clone() }, "broker 7 is not registered"),
@@ -236,8 +238,9 @@ async fn a_stream_of_somebody_else_is_refused_with_the_reason() {
     }
     let mut stream = peers.replicate(&one.address, good.clone()).await.unwrap();
     let welcome = stream.receiver.message().await.unwrap().unwrap();
-    let welcomed = v1::Welcome { broker: 1, broker_epoch: 10 };
-    assert_eq!(welcome.is, Some(v1::to_follower::Is::Welcome(welcomed)));
+    let Some(v1::to_follower::Is::Welcome(welcome)) = welcome.is else { panic!("{welcome:?}") };
+    assert_eq!((welcome.broker, welcome.broker_epoch), (1, 10));
+    assert!(welcome.wall_ms.is_some_and(|theirs| theirs.abs_diff(crate::task::clock::wall_ms()) < 60_000));
     // The next link of the same broker takes its place, and a newer uptime ends that one.
     let mut next = peers.replicate(&one.address, good).await.unwrap();
     assert!(next.receiver.message().await.unwrap().is_some());

@@ -1,0 +1,45 @@
+//! Clocks of two brokers that lie far apart: said to people, and nothing else. No decision between brokers looks at a clock.
+
+use crate::{model::BrokerId, task::clock};
+
+/// From here on it is worth a word: far above what a link's delay makes of two clocks that agree.
+const FAR_APART_MS: u64 = 10_000;
+
+/// Says so when the clock of `broker`, read when it said hello or welcome, is far from the one here. One that says nothing of its clock
+/// is an older version's.
+pub(in crate::broker) fn compare_clocks(broker: BrokerId, theirs_ms: Option<i64>) {
+    if let Some(seconds_ahead) = theirs_ms.and_then(|theirs| apart(theirs, clock::wall_ms())) {
+        tracing::warn!(
+            %broker, seconds_ahead,
+            "this broker's clock and the one here are far apart: retention by time and the timestamps that brokers set go by the clock of \
+             whoever leads, and nothing else does; set both by one source (NTP)"
+        );
+    }
+}
+
+/// By how many seconds the first clock is ahead of the other, where that is far; negative when it is behind.
+fn apart(theirs_ms: i64, ours_ms: i64) -> Option<i64> {
+    let ahead_ms = theirs_ms.saturating_sub(ours_ms);
+    (ahead_ms.unsigned_abs() >= FAR_APART_MS).then_some(ahead_ms / 1000)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_clocks_that_lie_far_apart_are_worth_a_word() {
+        let now = 1_700_000_000_000;
+        for (theirs, said) in [
+            (now, None),
+            (now + 9_999, None),
+            (now - 9_999, None),
+            (now + 10_000, Some(10)),
+            (now - 600_000, Some(-600)),
+            (i64::MIN, Some(i64::MIN / 1000)),
+            (i64::MAX, Some((i64::MAX - now) / 1000)),
+        ] {
+            assert_eq!(apart(theirs, now), said, "{theirs}");
+        }
+    }
+}
