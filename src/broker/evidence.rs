@@ -53,6 +53,10 @@ const UNCLEAR: Duration = Duration::from_secs(1);
 /// How long the controller may take to look for itself, and to take the registration away.
 const REPORT: Duration = Duration::from_secs(3);
 
+/// How often, and after which pause, somebody is looked for who takes a report.
+const REPORTS: u32 = 10;
+const REPORT_AGAIN: Duration = Duration::from_millis(200);
+
 /// How often a registration is tried to be taken away. Done twice it does no more than once.
 const REVOKES: u32 = 3;
 
@@ -162,8 +166,22 @@ impl Broker {
         self.report(broker, epoch, seen, evidence).await;
     }
 
-    /// Sees to it that the registration of a process that is gone is taken away.
+    /// Sees to it that the registration of a process that is gone is taken away: until it is, or nobody could be told for long. Two
+    /// processes may have gone at once, and one of them been the controller: then there is another one soon.
     async fn report(&self, broker: BrokerId, epoch: Revision, seen: Seen, evidence: &Evidence) {
+        for _ in 0..REPORTS {
+            if registered(&self.view.state(), broker, epoch).is_none()
+                || self.report_once(broker, epoch, seen, evidence).await
+            {
+                return;
+            }
+            tokio::time::sleep(REPORT_AGAIN).await;
+        }
+        tracing::debug!(%broker, "nobody took the report of a process that is gone; its lease will end");
+    }
+
+    /// True when somebody has looked into it.
+    async fn report_once(&self, broker: BrokerId, epoch: Revision, seen: Seen, evidence: &Evidence) -> bool {
         let me = self.settings.id;
         let state = self.view.state();
         let controller = state.controller().filter(|controller| *controller != broker);
@@ -174,6 +192,7 @@ impl Broker {
         match (controller, address) {
             (Some(controller), _) if controller == me => {
                 let _revoked = self.judge(report, evidence).await;
+                true
             }
             (Some(_), Some(address)) => {
                 let request = v1::ReportGoneRequest {
@@ -183,16 +202,21 @@ impl Broker {
                     broker_epoch: epoch.0,
                     seen: report.seen,
                 };
-                if let Err(error) = evidence.peers.report_gone(&address, request, REPORT).await {
-                    tracing::debug!(%broker, %error, "the controller did not take the report; the broker's lease will end");
+                let told = evidence.peers.report_gone(&address, request, REPORT).await;
+                if let Err(error) = &told {
+                    tracing::debug!(%broker, %error, "the controller did not take the report");
                 }
+                told.is_ok()
             }
             // The suspect itself, or nobody: the first of those that are left acts in its place.
             _ => {
                 tokio::time::sleep(RANK * u32::try_from(rank).unwrap_or(u32::MAX)).await;
-                if let Err(error) = self.revoke(broker, epoch).await {
-                    tracing::debug!(%broker, %error, "the registration could not be taken away; its lease will end");
+                let revoked = self.revoke(broker, epoch).await;
+                if let Err(error) = &revoked {
+                    tracing::debug!(%broker, %error, "the registration could not be taken away");
                 }
+                // Refused by one that was faster, or because the controller is another one by now: the mirror will tell.
+                revoked == Ok(true)
             }
         }
     }
