@@ -14,7 +14,7 @@ pub(super) const SLOW: Duration = Duration::from_secs(5);
 pub(super) const QUIET: Duration = Duration::from_secs(1);
 
 /// How often it is asked who leads while a leader stays silent.
-pub(super) const DOUBT_AGAIN: Duration = Duration::from_millis(500);
+pub(super) const DOUBT_AGAIN: Duration = Duration::from_millis(250);
 
 impl Driver {
     /// Nothing of this lane is sent for a while.
