@@ -9,6 +9,7 @@ mod members;
 mod moves;
 mod network;
 mod outage;
+mod peers;
 mod rolling;
 mod rubbish;
 mod starts;

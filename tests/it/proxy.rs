@@ -1,4 +1,6 @@
-//! A network that loses answers: a proxy in front of a broker whose connections can be muted, then cut.
+//! A network that loses or damages answers: a proxy in front of a broker whose connections can be muted, then cut.
+//!
+//! Between brokers it can damage what comes back as well: see [`Link::damage`].
 //!
 //! Muted, requests still reach the broker and its answers are thrown away; cut, every connection ends. One after the
 //! other is what a client fears most: its request was carried out, and it will never hear of it.
@@ -15,9 +17,20 @@ use tokio::{
     sync::watch,
 };
 
+/// The byte of which records are made that are to be damaged: only in long runs of it bytes are changed, so that the frames around
+/// them stay whole.
+pub(crate) const FILLER: u8 = b'#';
+
+/// So many of it in a row.
+const RUN: usize = 256;
+
+/// Of so many reads with such a run one is damaged.
+const DAMAGED: u32 = 3;
+
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 struct Weather {
     muted: bool,
+    damaging: bool,
     /// How often all connections were cut.
     cuts: u32,
 }
@@ -61,7 +74,12 @@ impl Link {
     pub(crate) async fn lose_answers(&self, duration: Duration) {
         self.weather.send_modify(|weather| weather.muted = true);
         tokio::time::sleep(duration).await;
-        self.weather.send_modify(|weather| *weather = Weather { muted: false, cuts: weather.cuts + 1 });
+        self.weather.send_modify(|weather| *weather = Weather { muted: false, cuts: weather.cuts + 1, ..*weather });
+    }
+
+    /// From now on changes a byte, now and then, in what comes from the broker; or does not.
+    pub(crate) fn damage(&self, damaging: bool) {
+        self.weather.send_modify(|weather| weather.damaging = damaging);
     }
 
     /// Ends it with its connections.
@@ -97,19 +115,32 @@ async fn carry(client: TcpStream, broker: TcpStream, mut weather: watch::Receive
         biased;
         () = tasks.cancelled() => {}
         _ = weather.wait_for(|weather| weather.cuts != began) => {}
-        () = pass(from_client, to_broker, || false) => {}
-        () = pass(from_broker, to_client, || watched.borrow().muted) => {}
+        () = pass(from_client, to_broker, Weather::default) => {}
+        () = pass(from_broker, to_client, || *watched.borrow()) => {}
     }
 }
 
-/// Passes bytes on, or drops them while `muted`.
-async fn pass(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, muted: impl Fn() -> bool) {
-    let mut bytes = vec![0; 64 << 10];
+/// Passes bytes on, drops them while muted, or changes some.
+async fn pass(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, weather: impl Fn() -> Weather) {
+    let (mut bytes, mut runs) = (vec![0; 64 << 10], 0);
     while let Ok(read) = from.read(&mut bytes).await {
-        if read == 0 || (!muted() && to.write_all(&bytes[..read]).await.is_err()) {
+        let Weather { muted, damaging, .. } = weather();
+        if damaging && let Some(byte) = in_a_run(&mut bytes[..read]) {
+            if runs % DAMAGED == 0 {
+                *byte ^= 1;
+            }
+            runs += 1;
+        }
+        if read == 0 || (!muted && to.write_all(&bytes[..read]).await.is_err()) {
             return;
         }
     }
+}
+
+/// A byte in the middle of the first long run of the filler.
+fn in_a_run(bytes: &mut [u8]) -> Option<&mut u8> {
+    let at = bytes.windows(RUN).position(|window| window.iter().all(|byte| *byte == FILLER))?;
+    bytes.get_mut(at + RUN / 2)
 }
 
 #[tokio::test]
