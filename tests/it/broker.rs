@@ -30,6 +30,7 @@ const BINARY: &str = env!("CARGO_BIN_EXE_strandline");
 pub(crate) struct Home {
     folder: tempfile::TempDir,
     id: u32,
+    cluster: &'static str,
     namespace: Option<String>,
     grpc: SocketAddr,
     http: SocketAddr,
@@ -49,6 +50,7 @@ impl Home {
         Self {
             folder,
             id: 1,
+            cluster: "it",
             namespace: None,
             grpc: free_address(),
             http: free_address(),
@@ -83,6 +85,11 @@ impl Home {
     /// Agrees through this etcd from now on.
     pub(crate) fn at_etcd(self, etcd: &Etcd) -> Self {
         self.setting("metadata.etcd", format!("{:?}", etcd.endpoints()))
+    }
+
+    /// Takes itself for a part of another cluster.
+    pub(crate) fn of_cluster(self, cluster: &'static str) -> Self {
+        Self { cluster, ..self }
     }
 
     /// Lives in a network namespace, at the address that it has there.
@@ -175,7 +182,7 @@ impl Home {
 
     /// Writes the configuration file that the fixed keys allow and returns its path.
     pub(crate) fn write_config(&self) -> PathBuf {
-        let mut text = String::from("cluster = \"it\"\n");
+        let mut text = format!("cluster = {:?}\n", self.cluster);
         let id = self.id;
         let rack = ["zone-a", "zone-b", "zone-c"][(id as usize - 1) % 3];
         write!(text, "[broker]\nid = {id}\nrack = {rack:?}\ndata_dir = {:?}\n", self.data_dir())

@@ -2,6 +2,9 @@
 
 use std::fs;
 
+use etcd_client::{Certificate, Client, ConnectOptions, Identity, TlsOptions};
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+
 use super::members::{Cluster, etcd};
 use crate::{broker::Home, etcd::Etcd, patience::eventually};
 
@@ -55,6 +58,85 @@ fn an_etcd_that_never_heard_of_this_directory_is_refused() {
     let broker = home.start();
     assert_eq!(home.cli().ok(&["consume", "t", "--from", "earliest", "--until-end"]).stdout, b"one\n");
     assert!(broker.terminate().success());
+}
+
+#[test]
+fn a_directory_of_another_cluster_is_refused_with_both_names() {
+    let etcd = etcd(1);
+    let mut home = Home::member(1, &etcd);
+    let broker = home.start();
+    home.cli().ok(&["topic", "create", "t"]);
+    home.cli().ok_with(&["produce", "t"], b"one\n");
+    assert!(broker.terminate().success());
+    // The same etcd, and another cluster's part of it.
+    let other = home.of_cluster("other");
+    assert!(!other.spawn().wait().success());
+    let log = other.log();
+    assert!(log.contains("\"it\"") && log.contains("\"other\""), "{log}");
+    let mut home = other.of_cluster("it");
+    let broker = home.start();
+    assert_eq!(home.cli().ok(&["consume", "t", "--from", "earliest", "--until-end"]).stdout, b"one\n");
+    assert!(broker.terminate().success());
+}
+
+/// etcd takes only clients with a certificate, and a user with a password; the broker is told both by files.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_broker_reaches_an_etcd_that_asks_for_a_certificate_and_a_password() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = |name: &str, text: &str| {
+        let path = folder.path().join(name);
+        fs::write(&path, text).expect("written");
+        path.to_str().expect("text").to_owned()
+    };
+    let mut params = CertificateParams::new(Vec::new()).expect("no names");
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let authority = CertifiedIssuer::self_signed(params, KeyPair::generate().expect("a key")).expect("a certificate");
+    let key = KeyPair::generate().expect("a key");
+    let mut params = CertificateParams::new(vec!["127.0.0.1".to_owned()]).expect("a name");
+    // etcd would take the certificate's name for that of a user.
+    params.distinguished_name = rcgen::DistinguishedName::new();
+    let signed = params.signed_by(&key, &authority).expect("a certificate");
+    let (ca, certificate, key) =
+        (file("ca.pem", &authority.pem()), file("own.pem", &signed.pem()), file("own.key", &key.serialize_pem()));
+    let flags = [
+        "--client-cert-auth".to_owned(),
+        format!("--cert-file={certificate}"),
+        format!("--key-file={key}"),
+        format!("--trusted-ca-file={ca}"),
+    ];
+    let etcd = Etcd::begin(1, "https", &flags);
+    let read = |path: &str| fs::read(path).expect("written above");
+    let tls = TlsOptions::new()
+        .ca_certificate(Certificate::from_pem(read(&ca)))
+        .identity(Identity::from_pem(read(&certificate), read(&key)));
+    let mut root = Client::connect(etcd.endpoints(), Some(ConnectOptions::new().with_tls(tls))).await.expect("options");
+    crate::patience::becomes("etcd answers", || {
+        let mut client = root.clone();
+        async move { client.get("x", None).await.ok() }
+    })
+    .await;
+    root.user_add("root", "root's", None).await.expect("etcd answers");
+    root.user_grant_role("root", "root").await.expect("etcd answers");
+    root.auth_enable().await.expect("etcd answers");
+    tokio::task::block_in_place(|| {
+        let password = file("password", "root's\n");
+        let home = Home::member(1, &etcd)
+            .setting("metadata.etcd_ca", format!("{ca:?}"))
+            .setting("metadata.etcd_cert", format!("{certificate:?}"))
+            .setting("metadata.etcd_key", format!("{key:?}"))
+            .setting("metadata.etcd_user", "\"root\"");
+        let mut home = home.setting("metadata.etcd_password_file", format!("{password:?}"));
+        let broker = home.start();
+        home.cli().ok(&["topic", "create", "t"]);
+        home.cli().ok_with(&["produce", "t"], b"one\n");
+        assert_eq!(home.cli().ok(&["consume", "t", "--from", "earliest", "--until-end"]).stdout, b"one\n");
+        assert!(broker.terminate().success(), "{}", home.log());
+        // A wrong password ends the start and is not printed.
+        fs::write(&password, "somebody's\n").expect("written");
+        assert!(!home.spawn().wait().success());
+        let log = home.log();
+        assert!(log.contains("logging in as \"root\"") && !log.contains("somebody's"), "{log}");
+    });
 }
 
 #[test]
