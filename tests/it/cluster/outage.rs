@@ -1,13 +1,17 @@
-//! What the brokers lean on goes away: etcd's members, the disk of one of them. Nothing acknowledged is lost, and what waited goes on.
+//! What the brokers lean on goes away: etcd's members, the bucket, the disk of one of them. Nothing acknowledged is lost, and what waited
+//! goes on.
 
 use std::time::Duration;
 
 use strandline::task::clock;
 
-use super::members::Cluster;
+use super::members::{Cluster, answers};
 use crate::{
+    broker::Home,
     crash::setting,
+    etcd::Etcd,
     patience::{PATIENCE, eventually, poll},
+    s3::S3,
 };
 
 const TOPIC: &str = "calm";
@@ -68,6 +72,100 @@ fn a_frozen_member_of_etcd_costs_nothing() {
     }
     cluster.in_sync(TOPIC, 3);
     assert_eq!(cli.ok(&["consume", TOPIC, "--from", "earliest", "--until-end"]).text(), lines(0, sent));
+}
+
+/// The same for members that are killed: sooner or later one of them leads etcd, and the others elect another.
+#[test]
+fn members_of_etcd_are_killed_one_after_the_other_and_nobody_waits() {
+    let mut cluster = cluster_with_topic(&[]);
+    let cli = cluster.cli();
+    let mut sent = 0;
+    for member in 0..3 {
+        cluster.etcd.kill(member);
+        cli.ok_with(&["produce", TOPIC], lines(sent, sent + 10).as_bytes());
+        sent += 10;
+        let topic = format!("without-{member}");
+        eventually("agreement goes on", || (cli.run(&["topic", "create", &topic]).code == 0).then_some(()));
+        cluster.etcd.run(member);
+        answers(&cluster.etcd);
+    }
+    cluster.in_sync(TOPIC, 3);
+    assert_eq!(cli.ok(&["consume", TOPIC, "--from", "earliest", "--until-end"]).text(), lines(0, sent));
+}
+
+/// Everything that brokers share is away at the same time: what they have on their own disks and between themselves is enough.
+#[test]
+fn etcd_and_the_bucket_are_gone_at_the_same_time() {
+    let s3 = S3::begin();
+    let mut cluster = Cluster::over(Etcd::begin(3, "http", &[]));
+    for id in 1..=3 {
+        let home = Home::member(id, &cluster.etcd).object_store(&s3);
+        cluster.add(id, home);
+    }
+    cluster.ready();
+    let cli = cluster.cli();
+    let small = ["--config", "segment.bytes=65536", "--config", "segment.ms=200", "--config", "min.insync.replicas=2"];
+    cli.ok(&[&["topic", "create", TOPIC, "--replication-factor", "3"], &small[..]].concat());
+    cluster.in_sync(TOPIC, 3);
+    let mut sent = 1000;
+    cli.ok_with(&["produce", TOPIC], lines(0, sent).as_bytes());
+    let tiered = |cluster: &Cluster| cluster.partitions(TOPIC)[0]["tiered_end"].as_u64();
+    eventually("all is in the bucket", || (tiered(&cluster) == Some(sent.into())).then_some(()));
+    s3.faults().set_down(true);
+    for member in 0..3 {
+        cluster.etcd.kill(member);
+    }
+    let since = clock::monotonic();
+    // Longer than a lease lives.
+    while since.elapsed() < Duration::from_secs(5) {
+        cli.ok_with(&["produce", TOPIC], lines(sent, sent + 100).as_bytes());
+        let read = cli.ok(&["consume", TOPIC, "--from", &sent.to_string(), "--until-end"]);
+        assert_eq!(read.text(), lines(sent, sent + 100), "what is new is read from memory or disk");
+        sent += 100;
+    }
+    for member in 0..3 {
+        cluster.etcd.run(member);
+    }
+    s3.faults().set_down(false);
+    eventually("what waited is in the bucket", || (tiered(&cluster) == Some(sent.into())).then_some(()));
+    cluster.in_sync(TOPIC, 3);
+    assert_eq!(cli.ok(&["consume", TOPIC, "--from", "earliest", "--until-end"]).text(), lines(0, sent));
+}
+
+/// A broker that was frozen while its connections to etcd broke asks for what etcd has compacted since. It lists everything again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_broker_that_missed_what_etcd_has_compacted_learns_it_all_the_same() {
+    let mut cluster = tokio::task::block_in_place(|| Cluster::start(2));
+    let created = tokio::task::block_in_place(|| {
+        let cli = cluster.home(1).cli();
+        cli.ok(&["topic", "create", "before"]);
+        cluster.broker(2).freeze(true);
+        for member in 0..3 {
+            cluster.etcd.kill(member);
+        }
+        for member in 0..3 {
+            cluster.etcd.run(member);
+        }
+        answers(&cluster.etcd);
+        let named = |number| format!("meanwhile-{number}");
+        for number in 0..10 {
+            let topic = named(number);
+            eventually("it is created", || (cli.run(&["topic", "create", &topic]).code == 0).then_some(()));
+        }
+        (0..10).map(named).collect::<Vec<_>>()
+    });
+    let mut etcd = etcd_client::Client::connect(cluster.etcd.endpoints(), None).await.expect("etcd is there");
+    let now = etcd.get("x", None).await.expect("etcd answers").header().expect("a header").revision();
+    etcd.compact(now, None).await.expect("etcd answers");
+    tokio::task::block_in_place(|| {
+        cluster.broker(2).freeze(false);
+        let late = cluster.home(2).cli();
+        for topic in &created {
+            let describe = ["topic", "describe", topic];
+            eventually("the late one knows it", || (late.run(&describe).code == 0).then_some(()));
+        }
+        assert!(cluster.log(2).contains("the metadata watch broke; listing again"), "{}", cluster.log(2));
+    });
 }
 
 /// A broker comes back with an empty disk under its old number: it is not believed to hold anything, and is filled anew, from the bucket as
