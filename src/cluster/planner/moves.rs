@@ -19,7 +19,7 @@ const UNEVEN_PERCENT: usize = 10;
 /// Ends a move whose new replicas are in sync; first another one must lead, where the leader goes.
 pub(super) fn end(input: &Input<'_>, subject: &Subject<'_>) -> Option<Step> {
     let value = subject.value;
-    if !subject.is_moving() || !value.adding.iter().all(|id| value.isr.contains(id)) {
+    if !subject.is_moving() || !value.adding.iter().all(|id| value.isr.contains(id)) || gives_up_too_much(subject) {
         return None;
     }
     if let Some(ended) = value.end_move() {
@@ -28,6 +28,15 @@ pub(super) fn end(input: &Input<'_>, subject: &Subject<'_>) -> Option<Step> {
     let to = lead::successor(input, subject, |id| value.leader != Some(id))?;
     let value = value.elect(to, |id| input.is_live(id), subject.min_insync)?;
     Some(subject.step(value, Why::HandedOver))
+}
+
+/// Whether letting go those that go would leave fewer in sync than a commit was promised, though they are in sync: a replica that was
+/// there before, and stays, may still have to catch up.
+fn gives_up_too_much(subject: &Subject<'_>) -> bool {
+    let value = subject.value;
+    let going = value.isr.iter().filter(|id| value.removing.contains(id)).count();
+    let promised = subject.min_insync.min(value.replicas.len().saturating_sub(value.removing.len()));
+    going > 0 && value.isr.len() - going < promised
 }
 
 /// How many more moves may begin, and to whom.

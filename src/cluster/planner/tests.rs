@@ -269,6 +269,25 @@ fn a_move_copies_then_lets_go() {
     assert_eq!((value.replicas, value.leader), (ids(&[4, 2, 3]), Some(BrokerId(4))));
 }
 
+/// A replica that stays and has yet to catch up is no replacement for one in sync that goes: with a minimum of two the partition was left
+/// with one copy of what two brokers had acknowledged.
+#[test]
+fn a_move_lets_nobody_go_who_is_needed_for_the_minimum() {
+    let mut world = World::of(&["", "", ""], 2, 2, vec![value(&[1, 2, 3], Some(1), &[1, 3])]);
+    let begun = world.partition(0).begin_move(&ids(&[1, 2])).unwrap();
+    assert_eq!((&begun.adding, &begun.removing), (&ids(&[]), &ids(&[3])), "2 was there before");
+    world.put(&Key::Partition(id(0)), &begun);
+    assert_eq!(world.plan().steps, [], "2 has not caught up");
+    // Of one that is not in sync nothing is given up.
+    let dropped = begun.shrink(&BTreeSet::from([BrokerId(3)]), 2);
+    world.put(&Key::Partition(id(0)), &dropped);
+    assert_eq!(only(&world).0, Why::MoveEnded);
+    world.put(&Key::Partition(id(0)), &begun);
+    world.replicate(2);
+    let (why, step) = only(&world);
+    assert_eq!((why, step.replicas, step.isr), (Why::MoveEnded, ids(&[1, 2]), ids(&[1, 2])));
+}
+
 #[test]
 fn ordered_moves_begin_as_there_is_room_and_before_what_is_only_wanted() {
     let ordered = |_| value(&[1, 2], Some(1), &[1, 2]).order_move(&ids(&[1, 4]));
