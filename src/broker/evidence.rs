@@ -375,6 +375,7 @@ mod tests {
             directory_id: "d".to_owned(),
             incarnation: "p".to_owned(),
             state: BrokerState::Running,
+            disk_full: false,
             version: "0".to_owned(),
         }
     }

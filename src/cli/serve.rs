@@ -43,7 +43,7 @@ pub(super) async fn serve(settings: Settings, ready: impl FnOnce(&Ready)) -> any
     let config = settings.config;
     telemetry::start(&config.telemetry.level, config.telemetry.format)?;
     let signal = stop_signal()?;
-    server::run(config, signal, ready).await?;
+    Box::pin(server::run(config, signal, ready)).await?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -195,13 +195,13 @@ mod tests {
 
     impl Lines {
         fn text(&self) -> String {
-            String::from_utf8(self.0.lock().unwrap().clone()).unwrap()
+            String::from_utf8(self.0.lock().expect("nothing panics").clone()).expect("lines are UTF-8")
         }
     }
 
     impl std::io::Write for Lines {
         fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-            self.0.lock().unwrap().write(bytes)
+            self.0.lock().expect("nothing panics").write(bytes)
         }
 
         fn flush(&mut self) -> std::io::Result<()> {

@@ -48,6 +48,7 @@ impl Meta {
             directory_id: "a stranger's".to_owned(),
             incarnation: "a stranger's".to_owned(),
             state: BrokerState::Running,
+            disk_full: false,
             version: "0".to_owned(),
         };
         let put = Transaction::new().put(self.keys.broker(BrokerId(STRANGER)), value.encode());
