@@ -182,13 +182,16 @@ async fn who_lost_the_key_changes_nothing_more() {
 async fn rubbish_in_the_key_is_taken_away_and_somebody_governs() {
     let world = World::new().await;
     let nodes = [world.broker(1).await, world.broker(2).await];
-    world.until(|state| state.controller().is_some()).await;
+    world.until(|state| state.controller().is_some() && leader(state).is_some()).await;
     world.store.transact(Transaction::new().put(world.keys.controller(), "nobody")).await.unwrap();
     world.until(|state| state.unreadable().contains_key(&Key::Controller)).await;
     world.until(|state| state.controller().is_some() && state.unreadable().is_empty()).await;
-    let leader_then = leader(&world.view.state()).unwrap();
-    world.delete(world.keys.broker(leader_then)).await;
-    world.until(|state| leader(state).is_some_and(|id| id != leader_then)).await;
+    let key = world.keys.partition(id());
+    let entry = world.store.get(&key).await.unwrap().entry.unwrap();
+    let free = PartitionValue::decode(&key, &entry.value).unwrap().leaderless();
+    world.store.transact(Transaction::new().put(key.as_str(), free.encode())).await.unwrap();
+    world.until(|state| leader(state).is_none()).await;
+    world.until(|state| leader(state).is_some()).await;
     for node in nodes {
         node.leave().await;
     }

@@ -3,7 +3,7 @@
 use super::*;
 use crate::{
     cluster::{
-        census::Carried,
+        census::{Carried, Duty},
         embedded::EmbeddedStore,
         faulty::{Fault, Faulty},
         keys::{Addresses, BrokerState, BrokerValue, DrainValue, Key, Value},
@@ -387,6 +387,12 @@ async fn a_census_counts_what_is_not_as_it_should_be() {
     assert_eq!((census.topics, census.partitions, census.moving), (1, 4, 1));
     assert_eq!((census.leaderless, census.under_replicated, census.below_minimum), (2, 3, 2));
     assert_eq!(census.brokers.len(), 4, "the one that is gone holds a replica");
+    let duty = |me, controls| Duty::of(&cluster.orders.view.state(), BrokerId(me), controls, |_| 3);
+    let led = Duty { led: 2, under_replicated: 1, below_minimum: 2, ..Duty::default() };
+    assert_eq!(duty(1, false), led, "each leader counts what it leads");
+    assert_eq!(duty(1, true), Duty { leaderless: 2, moving: 1, ..led }, "and the controller what nobody does");
+    assert_eq!(duty(4, false).led, 1, "what it leads by its own mirror, whoever else thinks it gone");
+    assert_eq!(duty(2, false), Duty::default());
     assert_eq!(census.brokers[&BrokerId(2)], Carried { leaders: 0, replicas: 4, in_sync: 3 });
     assert_eq!(cluster.orders.unreadable().into_iter().map(|(key, _)| key).collect::<Vec<_>>(), [key]);
 }

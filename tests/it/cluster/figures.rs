@@ -25,7 +25,9 @@ fn a_dead_broker_shows_in_the_figures_of_the_others_until_it_is_back() {
     until(&cluster, &all, "strandline_partitions_led", |led| led == 6.0);
     until(&cluster, &all, "strandline_controller", |controllers| controllers == 1.0);
     let text: String = (0..5000).map(|line| format!("line {line}\n")).collect();
-    cluster.cli().ok_with(&["produce", TOPIC], text.as_bytes());
+    for partition in ["0", "1", "2", "3", "4", "5"] {
+        cluster.cli().ok_with(&["produce", TOPIC, "--partition", partition], text.as_bytes());
+    }
     until(&cluster, &all, "strandline_partitions_under_replicated", |count| count == 0.0);
     assert_eq!(sum(&cluster, &all, "strandline_partitions"), 18.0);
     assert!(sum(&cluster, &all, "strandline_leader_epochs_total") >= 6.0);
