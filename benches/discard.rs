@@ -224,6 +224,8 @@ impl Session {
                 chunks: vec![chunk],
                 records: Vec::new(),
                 next_offset: place.offset,
+                from_follower: false,
+                leader_epoch: 0,
             }],
         }
     }

@@ -3,6 +3,10 @@
 //! A [`Session`] holds the partitions of one reader with its position in each. Which of them has something new comes
 //! from [`Ready`], so a reader of ten thousand quiet partitions costs nothing. Reads of several partitions run side by
 //! side: one that waits for the bucket does not hold up those whose records are in memory.
+//!
+//! A reader that takes any replica is also served where this broker follows and is in sync, below the high watermark that it knows. What
+//! a partition is here is looked at after each read: who is struck out while it serves sends its readers to the leader. Only a leader says
+//! that an offset is out of range.
 
 use std::{pin::Pin, sync::Arc, time::Duration};
 
@@ -14,8 +18,8 @@ use tonic::{Status, Streaming};
 use super::{Broker, faults};
 use crate::{
     limits,
-    model::{Compression, Offset, Watermarks},
-    partition::{Fetched, Opener, Partition, ReadError, Reader, Ready, Source, Use},
+    model::{Compression, LeaderEpoch, Offset, Watermarks},
+    partition::{Fetched, Opener, Partition, ReadError, Reader, Ready, Source, Standing, Use},
     proto::{
         fault::{Fault, Reason},
         v1,
@@ -90,6 +94,8 @@ struct Session {
     ready: Arc<Ready>,
     reading: FuturesUnordered<Pin<Box<dyn Future<Output = ReadOutcome> + Send>>>,
     terms: Terms,
+    /// Followers in sync may serve it.
+    any_replica: bool,
     /// Failures that are told with the next answer.
     refused: Vec<v1::FetchedPartition>,
 }
@@ -97,11 +103,12 @@ struct Session {
 impl Session {
     fn new(broker: Arc<Broker>, terms: Terms) -> Self {
         let (ready, reading) = (Arc::default(), FuturesUnordered::new());
-        Self { broker, places: Vec::new(), ready, reading, terms, refused: Vec::new() }
+        Self { broker, places: Vec::new(), ready, reading, terms, any_replica: false, refused: Vec::new() }
     }
 
     /// Reads these partitions from now on, and no others. One that was being read goes on where it is, unless `restart`.
-    fn assign(&mut self, wanted: Vec<v1::FetchPartition>, restart: bool) -> Result<(), Fault> {
+    fn assign(&mut self, wanted: Vec<v1::FetchPartition>, restart: bool, any_replica: bool) -> Result<(), Fault> {
+        self.any_replica = any_replica;
         if wanted.len() > limits::MAX_FETCH_PARTITIONS {
             return Err(faults::invalid(format!(
                 "{} partitions in one fetch; at most {} are allowed",
@@ -120,7 +127,8 @@ impl Session {
                 Some(place) => place.position,
                 None => faults::offset(want.offset)?,
             };
-            match self.broker.partition(&want.topic, want.partition) {
+            let known = LeaderEpoch::from_i32(want.leader_epoch).unwrap_or_default();
+            match self.broker.readable(&want.topic, want.partition, any_replica, known) {
                 Ok(partition) => {
                     let reader = partition.reader().clone();
                     reader.follow(&self.ready, self.places.len());
@@ -168,8 +176,14 @@ impl Session {
         place.reading = false;
         let again = std::mem::take(&mut place.again);
         let Some(reader) = &place.reader else { return };
-        if !place.served.standing().role.leads() && outcome.is_ok() {
-            // What was read is committed all the same, and is read again at the leader's.
+        let standing = place.served.standing();
+        let elsewhere = match outcome {
+            // What was read is committed all the same, and is read again where it is served.
+            Ok(_) => !standing.role.serves(self.any_replica),
+            Err(ReadError::OutOfRange { .. }) => !standing.role.leads(),
+            Err(_) => false,
+        };
+        if elsewhere {
             place.reader = None;
             gathered.failed = true;
             let fault = self.broker.not_leader(&place.topic, place.partition, place.served.id());
@@ -189,8 +203,11 @@ impl Session {
                     Source::Bucket => &by_source.bucket,
                 };
                 counter.inc_by(fetched.bytes as u64);
+                let by_role = &self.broker.metrics.fetch_role_bytes;
+                let counter = if standing.role.leads() { &by_role.leader } else { &by_role.follower };
+                counter.inc_by(fetched.bytes as u64);
                 let next = fetched.next;
-                gathered.add(index, place, fetched, marks);
+                gathered.add(index, place, fetched, (marks, standing));
                 if next < marks.high_watermark {
                     self.ready.mark(index);
                 }
@@ -235,7 +252,7 @@ impl Session {
 
 impl Gathered {
     /// Adds what was read of a place to what the answer has of it.
-    fn add(&mut self, index: usize, place: &Place, fetched: Fetched, marks: Watermarks) {
+    fn add(&mut self, index: usize, place: &Place, fetched: Fetched, (marks, standing): (Watermarks, Standing)) {
         self.bytes += fetched.bytes;
         let at = self.places.iter().position(|place| *place == Some(index)).unwrap_or_else(|| {
             let (topic, partition) = (place.topic.clone(), place.partition);
@@ -248,6 +265,8 @@ impl Gathered {
         entry.log_start = marks.log_start.as_i64();
         entry.high_watermark = marks.high_watermark.as_i64();
         entry.next_offset = fetched.next.as_i64();
+        entry.from_follower = !standing.role.leads();
+        entry.leader_epoch = standing.epoch.as_i32();
     }
 
     fn refuse(&mut self, refused: v1::FetchedPartition) {
@@ -268,7 +287,7 @@ impl Broker {
         let places: Vec<_> = request.partitions.iter().map(|want| (want.topic.clone(), want.partition)).collect();
         self.acquaint(request.partitions.iter().map(|want| want.topic.as_str())).await;
         let mut session = Session::new(self, terms);
-        session.assign(request.partitions, true)?;
+        session.assign(request.partitions, true, request.any_replica)?;
         let deadline = clock::monotonic() + terms.max_wait;
         let mut gathered = Gathered::default();
         loop {
@@ -365,7 +384,7 @@ impl Follow {
             self.session.terms = Terms::new(request.min_bytes, request.max_bytes, request.max_wait_ms);
             self.begun = true;
         }
-        self.session.assign(request.partitions, request.restart)
+        self.session.assign(request.partitions, request.restart, request.any_replica)
     }
 }
 

@@ -8,8 +8,8 @@ use super::{
     hosted::{Found, Holding},
 };
 use crate::{
-    model::{PartitionId, TopicName},
-    partition::{AppendError, Partition, ReadError},
+    model::{LeaderEpoch, PartitionId, TopicName},
+    partition::{AppendError, Partition, ReadError, Standing},
     proto::fault::{Fault, Reason},
 };
 
@@ -19,6 +19,28 @@ const NEWS: Duration = Duration::from_millis(300);
 impl Broker {
     /// The partition that serves requests for this name and number: it is led here.
     pub(super) fn partition(&self, topic: &str, partition: i32) -> Result<Arc<Partition>, Fault> {
+        self.replica(topic, partition, |standing| standing.role.leads())
+    }
+
+    /// The partition that serves a reader who knows of leader epoch `known`: it is led here or, where the reader takes any replica,
+    /// followed in sync. A replica that has not heard of that epoch may know less than the reader has seen.
+    pub(super) fn readable(
+        &self,
+        topic: &str,
+        partition: i32,
+        any_replica: bool,
+        known: LeaderEpoch,
+    ) -> Result<Arc<Partition>, Fault> {
+        self.replica(topic, partition, |standing| standing.epoch >= known && standing.role.serves(any_replica))
+    }
+
+    /// The partition of this name and number, if its standing here is one that `serves`.
+    fn replica(
+        &self,
+        topic: &str,
+        partition: i32,
+        serves: impl FnOnce(Standing) -> bool,
+    ) -> Result<Arc<Partition>, Fault> {
         let lookup = |error: LookupError| Err(Fault::from(error));
         let topic = topic.to_owned();
         let (id, holding) = match self.hosted.find(&topic, partition) {
@@ -29,7 +51,7 @@ impl Broker {
             None => return Err(self.topics.unknown(&topic).into()),
         };
         if let Holding::Open(open) = &*holding
-            && open.standing().role.leads()
+            && serves(open.standing())
         {
             return Ok(Arc::clone(open));
         }

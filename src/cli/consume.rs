@@ -18,10 +18,11 @@ use super::{
     output::Output,
     patience::{Expected, Patience},
     place::Place,
+    rack::Rack,
     serve::stop_signal,
 };
 use crate::{
-    client::{Admin, Client, ConsumeError, ConsumedRecord, Consumer, ConsumerOptions, OffsetAt},
+    client::{Admin, Client, ConsumeError, ConsumedRecord, Consumer, OffsetAt},
     model::Offset,
 };
 
@@ -52,6 +53,8 @@ pub(super) struct Consume {
     /// End after so many records
     #[arg(long, value_name = "N")]
     max: Option<u64>,
+    #[command(flatten)]
+    rack: Rack,
     /// How a record is printed: value, or json with --output json, if left out
     #[arg(long, value_enum)]
     format: Option<Format>,
@@ -95,7 +98,7 @@ async fn consume(common: &Common, command: &Consume, client: &Client, patience: 
 async fn plan(common: &Common, command: &Consume, client: &Client, pieces: &Cell<u64>) -> anyhow::Result<Plan> {
     let admin = client.admin();
     let mut bounds = Bounds::default();
-    let mut consumer = client.consumer(ConsumerOptions::default());
+    let mut consumer = client.consumer(command.rack.options(client).await);
     let (wanted, partitions) = partitions(client, command).await?;
     let mut starts = Vec::new();
     for partition in wanted {

@@ -19,6 +19,7 @@ mod partition;
 mod patience;
 mod place;
 mod produce;
+mod rack;
 mod segment;
 mod serve;
 mod topic;
@@ -208,12 +209,14 @@ mod tests {
             "topic delete t",
             "produce t --key-separator : --partition 2 --acks tiered --compression zstd a b",
             "consume t --partition 0 --partition 1 --from @2026-01-01T00:00:00Z --until-end --max 3 --format json",
+            "consume t --rack zone-a",
             "segment dump f --records",
             "config print",
             "bench produce --topic t --records 10 --record-size 100 --partitions-used 2 --rate 1.5 --acks all \
              --batch-size 65536 --linger-ms 1 --in-flight 5 --producers 2 --output json",
             "bench produce --topic t --seconds 3 --with-disk --disk-dir /tmp",
             "bench consume --topic t --from earliest --records 10 --consumers 2 --output json",
+            "bench consume --topic t --rack zone-a",
             "bench latency --topic t --rate 1 --seconds 2 --output json",
             "--bootstrap a:1,b:2 topic list",
             "completions bash",
@@ -235,6 +238,7 @@ mod tests {
             ("produce", "only if every record was acknowledged"),
             ("produce", seconds.as_str()),
             ("consume", seconds.as_str()),
+            ("consume", "STRANDLINE_RACK"),
             ("doctor", "Credentials come from the usual environment"),
         ] {
             let mut all = Arguments::command();

@@ -27,6 +27,7 @@ pub mod consumer;
 mod double;
 mod error;
 mod lock;
+mod nearest;
 mod options;
 #[cfg(feature = "server")]
 pub mod peers;

@@ -21,7 +21,7 @@ pub struct Options {
     /// Longest pause between tries. 1 second.
     pub backoff_max: Duration,
     /// How often a producer looks up the leaders of partitions in use though nothing failed, so that new partitions are
-    /// seen. 1 minute.
+    /// seen, and a consumer with a rack who is in sync there. 1 minute.
     pub metadata_age: Duration,
 }
 

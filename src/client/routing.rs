@@ -1,4 +1,4 @@
-//! Who leads what: a cache of the cluster's metadata.
+//! Who leads and who holds what: a cache of the cluster's metadata.
 //!
 //! Callers read the cache without waiting. Whoever finds it wrong says which generation it acted on and asks for a
 //! newer one; of many who ask at once, one calls a broker and all take its answer. A partition's leader is only ever
@@ -9,7 +9,7 @@ use std::{
     sync::{Arc, Mutex},
 };
 
-use super::{connection::Address, error::CallError, lock::lock};
+use super::{connection::Address, error::CallError, lock::lock, nearest::nearest};
 use crate::{
     model::{BrokerId, LeaderEpoch, TopicId},
     proto::{
@@ -31,19 +31,44 @@ pub struct TopicRoute {
     pub compression_type: String,
 }
 
-/// Who leads one partition.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Who leads one partition, and who else holds it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PartitionRoute {
     /// The leader; none at the moment of an election.
     pub leader: Option<BrokerId>,
     /// The epoch that it leads in.
     pub epoch: LeaderEpoch,
+    /// Who holds it, the preferred leader first.
+    pub replicas: Vec<BrokerId>,
+    /// Who of them is in sync.
+    pub isr: Vec<BrokerId>,
+}
+
+/// Where a broker is.
+#[derive(Clone, Debug)]
+struct Home {
+    address: Address,
+    /// Empty when it did not say.
+    rack: String,
+}
+
+/// Where a consumer reads a partition.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Source {
+    /// The broker.
+    pub(super) address: Address,
+    /// Whether it is a follower.
+    pub(super) follows: bool,
+    /// The topic's identity.
+    pub(super) topic: TopicId,
+    /// The newest leader epoch that is known.
+    pub(super) epoch: LeaderEpoch,
 }
 
 #[derive(Debug, Default)]
 struct View {
     generation: u64,
-    brokers: BTreeMap<BrokerId, Address>,
+    brokers: BTreeMap<BrokerId, Home>,
     topics: BTreeMap<String, Result<Arc<TopicRoute>, Fault>>,
 }
 
@@ -71,12 +96,23 @@ impl Routing {
         let view = lock(&self.view);
         let route = view.topics.get(topic)?.as_ref().ok()?;
         let leader = route.partitions.get(usize::try_from(partition).ok()?)?.leader?;
-        view.brokers.get(&leader).cloned()
+        view.brokers.get(&leader).map(|home| home.address.clone())
+    }
+
+    /// Where a consumer in `rack` reads a partition: at an in-sync replica there, else at the leader.
+    pub(super) fn source(&self, topic: &str, partition: u32, rack: Option<&str>) -> Option<Source> {
+        let view = lock(&self.view);
+        let known = view.topics.get(topic)?.as_ref().ok()?;
+        let route = known.partitions.get(usize::try_from(partition).ok()?)?;
+        let rack_of = |broker| view.brokers.get(&broker).map(|home| home.rack.as_str());
+        let broker = nearest(rack, (topic, partition), route, rack_of)?;
+        let address = view.brokers.get(&broker)?.address.clone();
+        Some(Source { address, follows: route.leader != Some(broker), topic: known.id, epoch: route.epoch })
     }
 
     /// The brokers that the last answer named.
     pub(super) fn brokers(&self) -> Vec<Address> {
-        lock(&self.view).brokers.values().cloned().collect()
+        lock(&self.view).brokers.values().map(|home| home.address.clone()).collect()
     }
 
     /// Believes a broker that does not lead a partition, or not any more, and says who does (docs/errors.md), where that is newer than
@@ -97,8 +133,10 @@ impl Routing {
             return false;
         }
         let number = usize::try_from(partition).expect("found by it above");
-        Arc::make_mut(route).partitions[number] = PartitionRoute { leader: Some(leader), epoch };
-        view.brokers.insert(leader, address);
+        let known = &mut Arc::make_mut(route).partitions[number];
+        (known.leader, known.epoch) = (Some(leader), epoch);
+        let rack = view.brokers.remove(&leader).map_or_else(String::new, |home| home.rack);
+        view.brokers.insert(leader, Home { address, rack });
         true
     }
 
@@ -133,7 +171,7 @@ impl View {
                 let message = format!("broker {} advertises an address that cannot be called: {error}", broker.id);
                 Fault::new(Reason::Internal, message)
             })?;
-            brokers.insert(BrokerId(broker.id), address);
+            brokers.insert(BrokerId(broker.id), Home { address, rack: broker.rack });
         }
         self.brokers = brokers;
         let mut topics = BTreeMap::new();
@@ -164,9 +202,11 @@ fn read_topic(topic: v1::TopicMetadata, old: Option<&TopicRoute>) -> Result<Topi
         let fresh = PartitionRoute {
             leader: partition.leader.map(BrokerId),
             epoch: LeaderEpoch::from_i32(partition.leader_epoch).unwrap_or_default(),
+            replicas: partition.replicas.iter().copied().map(BrokerId).collect(),
+            isr: partition.isr.iter().copied().map(BrokerId).collect(),
         };
-        let known = old.and_then(|old| old.partitions.get(number)).copied();
-        partitions.push(known.filter(|known| known.epoch > fresh.epoch).unwrap_or(fresh));
+        let known = old.and_then(|old| old.partitions.get(number));
+        partitions.push(known.filter(|known| known.epoch > fresh.epoch).cloned().unwrap_or(fresh));
     }
     Ok(TopicRoute {
         id,
@@ -241,6 +281,35 @@ mod tests {
             None,
             "the one who lags knows no broker 3: its word on who leads is not taken"
         );
+    }
+
+    #[tokio::test]
+    async fn a_consumer_in_a_rack_is_sent_there_and_without_one_to_the_leader() {
+        let routing = Routing::default();
+        let mut metadata = answer(1, 3);
+        for (broker, rack) in metadata.brokers.iter_mut().zip(["a", "b"]) {
+            broker.rack = rack.to_owned();
+        }
+        metadata.topics[0].partitions[0].replicas = vec![1, 2];
+        metadata.topics[0].partitions[0].isr = vec![2, 1];
+        routing.refresh(0, &["t"], |_| async { Ok(metadata) }).await.expect("answered");
+        let at = |rack| {
+            let source = routing.source("t", 0, rack).expect("known");
+            (source.address.as_str().to_owned(), source.follows)
+        };
+        assert_eq!(at(None), ("b1:9460".to_owned(), false));
+        assert_eq!(at(Some("a")), ("b1:9460".to_owned(), false));
+        assert_eq!(at(Some("b")), ("b2:9460".to_owned(), true));
+        assert_eq!(at(Some("c")), ("b1:9460".to_owned(), false));
+        // Somebody says that 2 leads by now: its rack is still known.
+        let told = Fault::new(Reason::NotLeader, "elsewhere")
+            .with("leader", 2)
+            .with("leader_epoch", 4)
+            .with("address", "n2:9460");
+        assert!(routing.told("t", 0, &told));
+        assert_eq!(at(Some("b")), ("n2:9460".to_owned(), false));
+        assert_eq!(at(Some("a")), ("b1:9460".to_owned(), true));
+        assert_eq!(routing.source("t", 1, Some("a")), None);
     }
 
     #[tokio::test]

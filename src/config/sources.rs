@@ -20,7 +20,7 @@ use crate::model::{TOPIC_CONFIG_KEYS, near};
 const PREFIX: &str = "STRANDLINE_";
 
 /// Variables of ours that are no settings: the command line's.
-const OTHERS: [&str; 1] = ["STRANDLINE_BOOTSTRAP"];
+const OTHERS: [&str; 2] = ["STRANDLINE_BOOTSTRAP", "STRANDLINE_RACK"];
 
 /// Where a configuration comes from. Collects, then [`Sources::load`] judges everything at once.
 #[derive(Clone, Debug, Default)]

@@ -164,6 +164,7 @@ fn a_flag_sets_one_topic_default_by_the_name_that_errors_give_it() {
 fn variables_that_are_not_ours_are_left_alone() {
     let foreign = variables(&[
         ("STRANDLINE_BOOTSTRAP", "a:1"),
+        ("STRANDLINE_RACK", "zone-a"),
         ("STRANDLINE_GRPC_SERVICE_HOST", "10.0.0.1"),
         ("STRANDLINE_GRPC_SERVICE_PORT_GRPC", "9460"),
         ("STRANDLINE_GRPC_PORT", "tcp://10.0.0.1:9460"),

@@ -13,7 +13,7 @@ use super::{On, Opener, Ready, Role, Use, shared::Shared};
 use crate::{
     limits, log,
     model::{LeaderEpoch, Offset, PartitionId, Watermarks},
-    record::{Batch, Malformed},
+    record::{Batch, Chunks, Malformed},
     task,
     tier::{self, PartitionTier},
 };
@@ -127,7 +127,7 @@ impl Reader {
                     None => continue,
                 }
             }
-            return self.read_bucket(from, max_bytes).await;
+            return self.read_bucket(from, bound, max_bytes).await;
         }
         Err(ReadError::Disk { why: format!("offset {from} moved away {TRIES} times while it was looked for") })
     }
@@ -138,9 +138,11 @@ impl Reader {
             return Err(ReadError::Closed);
         }
         let marks = self.shared.marks();
-        let end = if mutant!(ReadUncommitted) { marks.log_end } else { marks.high_watermark };
+        let role = self.shared.standing().role;
+        let uncommitted = mutant!(ReadUncommitted) || mutant!(FollowerServesUncommitted) && !role.leads();
+        let end = if uncommitted { marks.log_end } else { marks.high_watermark };
         let start = marks.log_start;
-        if from < start || from > end && self.shared.standing().role == (Role::Leader { settled: true }) {
+        if from < start || from > end && role == (Role::Leader { settled: true }) {
             return Err(ReadError::OutOfRange { offset: from, start, end });
         }
         Ok((from < end).then_some(Watermarks { high_watermark: end, ..marks }))
@@ -151,18 +153,24 @@ impl Reader {
         match task::blocking(move || log.read_disk(from, bound, max_bytes)).await {
             Ok(read) => Ok(Some(fetched(read, Source::Disk))),
             Err(log::ReadError::OutOfRange { .. }) => Ok(None),
-            Err(error) => self.other_tier(from, max_bytes, error).await.map(Some),
+            Err(error) => self.other_tier(from, bound, max_bytes, error).await.map(Some),
         }
     }
 
     /// A local copy that cannot be read is no loss while the bucket has the same bytes.
-    async fn other_tier(&self, from: Offset, max_bytes: usize, error: log::ReadError) -> Result<Fetched, ReadError> {
+    async fn other_tier(
+        &self,
+        from: Offset,
+        bound: Offset,
+        max_bytes: usize,
+        error: log::ReadError,
+    ) -> Result<Fetched, ReadError> {
         tracing::error!(
             partition = %self.id, offset = %from, %error,
             "the local copy cannot be read; serving from the bucket where it has these records"
         );
         if from < self.shared.marks().tiered_end
-            && let Ok(Some(fetched)) = self.read_bucket(from, max_bytes).await
+            && let Ok(Some(fetched)) = self.read_bucket(from, bound, max_bytes).await
         {
             return Ok(fetched);
         }
@@ -172,7 +180,7 @@ impl Reader {
         })
     }
 
-    async fn read_bucket(&self, from: Offset, max_bytes: usize) -> Result<Option<Fetched>, ReadError> {
+    async fn read_bucket(&self, from: Offset, bound: Offset, max_bytes: usize) -> Result<Option<Fetched>, ReadError> {
         let Some(tier) = &self.tier else {
             let why = format!("offset {from} is in the object store, and this broker has none configured");
             // Retention may have moved on meanwhile: then it is nowhere.
@@ -180,7 +188,8 @@ impl Reader {
         };
         match tier.read(from, max_bytes).await {
             Ok(read) => {
-                Ok(Some(Fetched { bytes: read.bytes, next: read.next, chunks: read.chunks, source: Source::Bucket }))
+                let (chunks, bytes, next) = (read.chunks, read.bytes, read.next);
+                Ok(below(Fetched { chunks, bytes, next, source: Source::Bucket }, bound))
             }
             // Retention may have moved on while the bucket was asked.
             Err(error) => self.readable(from).and(Err(bucket_error(from, &error))),
@@ -254,6 +263,21 @@ fn first_at(batch: &Batch, most: usize, timestamp_ms: i64, from: Offset) -> Resu
 
 pub(super) fn fetched(read: log::Read, source: Source) -> Fetched {
     Fetched { chunks: read.chunks, bytes: read.bytes, next: read.next, source }
+}
+
+/// What of it lies below `bound`: a follower may hear of what is in the bucket before its leader tells it that it is committed.
+fn below(fetched: Fetched, bound: Offset) -> Option<Fetched> {
+    if fetched.next <= bound {
+        return Some(fetched);
+    }
+    let mut kept = Fetched { chunks: Vec::new(), bytes: 0, ..fetched };
+    // What is damaged is the caller's to find.
+    let batches = Chunks::new(fetched.chunks).map_while(Result::ok);
+    for batch in batches.take_while(|batch| batch.end_offset() <= bound) {
+        (kept.next, kept.bytes) = (batch.end_offset(), kept.bytes + batch.encoded_len());
+        kept.chunks.push(batch.to_bytes());
+    }
+    (kept.bytes > 0).then_some(kept)
 }
 
 fn bucket_error(offset: Offset, error: &tier::ReadError) -> ReadError {

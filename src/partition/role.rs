@@ -56,6 +56,11 @@ impl Role {
     pub fn leads(self) -> bool {
         matches!(self, Self::Leader { .. })
     }
+
+    /// Whether it serves readers: a leader all of them, a follower those who take any replica, while it is in sync.
+    pub fn serves(self, any_replica: bool) -> bool {
+        self.leads() || any_replica && matches!(self, Self::Follower { in_sync: true, .. })
+    }
 }
 
 /// What a broker is in a partition, and since when.

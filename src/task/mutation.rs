@@ -46,6 +46,8 @@ pub enum Mutation {
     ElrIgnored,
     /// A proposal whose outcome is unknown is taken as done.
     UnknownIsDone,
+    /// A follower serves readers up to its log end.
+    FollowerServesUncommitted,
 }
 
 thread_local! {

@@ -172,6 +172,31 @@ impl Default for BySource {
     }
 }
 
+/// What served bytes to a consumer.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct RoleLabel {
+    /// `leader` or `follower`
+    pub role: &'static str,
+}
+
+/// One counter for each role in which a broker serves consumers.
+#[derive(Clone, Debug)]
+pub struct ByRole {
+    family: Family<RoleLabel, Counter>,
+    /// It leads the partition.
+    pub leader: Counter,
+    /// It follows, and is in sync.
+    pub follower: Counter,
+}
+
+impl Default for ByRole {
+    fn default() -> Self {
+        let family = Family::<RoleLabel, Counter>::default();
+        let [leader, follower] = ["leader", "follower"].map(|role| family.get_or_create(&RoleLabel { role }).clone());
+        Self { family, leader, follower }
+    }
+}
+
 /// Seconds from 50 µs to 26 s, each bucket double the one before.
 fn histogram() -> Histogram {
     Histogram::new(exponential_buckets(0.000_05, 2.0, 20))
@@ -209,6 +234,7 @@ metric!(Level, "gauge", "", "", Self::default(), |m: &Self| m.clone());
 metric!(Histogram, "histogram", "", "", histogram(), |m: &Self| m.clone());
 metric!(Errors, "counter", "_total", "reason", Self::default(), |m: &Self| m.0.clone());
 metric!(BySource, "counter", "_total", "source", Self::default(), |m: &Self| m.family.clone());
+metric!(ByRole, "counter", "_total", "role", Self::default(), |m: &Self| m.family.clone());
 metric!(Seconds, "gauge", "", "", Self::default(), |m: &Self| m.clone());
 metric!(Elections, "counter", "_total", "cause", Self::default(), |m: &Self| m.0.clone());
 metric!(Steps, "counter", "_total", "rule", Self::default(), |m: &Self| m.0.clone());

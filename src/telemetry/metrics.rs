@@ -10,8 +10,8 @@ use prometheus_client::{
 };
 
 use super::kinds::{
-    ByPeer, BySource, Elections, Errors, Level, Metric, PeerLevels, PeerSeconds, RequestSeconds, Requests, Seconds,
-    Steps,
+    ByPeer, ByRole, BySource, Elections, Errors, Level, Metric, PeerLevels, PeerSeconds, RequestSeconds, Requests,
+    Seconds, Steps,
 };
 
 /// The content type of [`Metrics::render`]: the text format that Prometheus reads.
@@ -54,6 +54,7 @@ metrics! {
     produce_memory_bytes: Level = "strandline_produce_memory_bytes", "Bytes of batches that wait for their acknowledgement.";
     fetch_requests: Counter = "strandline_fetch_requests", "Fetch answers sent.";
     fetch_bytes: BySource = "strandline_fetch_bytes", "Bytes of batches sent to consumers, by where they were read.";
+    fetch_role_bytes: ByRole = "strandline_fetch_role_bytes", "The same bytes, by what this broker was in the partition: consumers that name a rack are served by followers too.";
     fetch_errors: Errors = "strandline_fetch_errors", "Fetches of a partition that were refused or failed.";
     journal_rounds: Counter = "strandline_journal_rounds", "Writes to the journal, each with one sync.";
     journal_bytes: Counter = "strandline_journal_bytes", "Bytes written to the journal.";
@@ -148,6 +149,7 @@ mod tests {
         metrics.produce_bytes.inc_by(7);
         metrics.produce_errors.count("DISK_FULL");
         metrics.fetch_bytes.disk.inc_by(9);
+        metrics.fetch_role_bytes.follower.inc_by(9);
         metrics.produce_ack_seconds.observe(0.001);
         metrics.clone().disk_free_bytes.set(1 << 40);
         metrics.elections.count("failed");
@@ -165,6 +167,8 @@ mod tests {
             "strandline_produce_errors_total{reason=\"DISK_FULL\"} 1",
             "strandline_fetch_bytes_total{source=\"disk\"} 9",
             "strandline_fetch_bytes_total{source=\"bucket\"} 0",
+            "strandline_fetch_role_bytes_total{role=\"follower\"} 9",
+            "strandline_fetch_role_bytes_total{role=\"leader\"} 0",
             "strandline_produce_ack_seconds_count 1",
             "strandline_disk_free_bytes 1099511627776",
             "strandline_elections_total{cause=\"failed\"} 1",

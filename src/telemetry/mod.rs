@@ -12,8 +12,8 @@ mod metrics;
 pub use prometheus_client::metrics::counter::Counter;
 
 pub use kinds::{
-    ByPeer, BySource, CauseLabel, Elections, Errors, Level, PeerLevels, PeerSeconds, ReasonLabel, RequestSeconds,
-    Requests, RuleLabel, Seconds, SourceLabel, Steps,
+    ByPeer, ByRole, BySource, CauseLabel, Elections, Errors, Level, PeerLevels, PeerSeconds, ReasonLabel,
+    RequestSeconds, Requests, RoleLabel, RuleLabel, Seconds, SourceLabel, Steps,
 };
 pub use metrics::{CONTENT_TYPE, Metrics, docs};
 

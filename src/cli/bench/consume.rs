@@ -22,11 +22,12 @@ use super::{
         output,
         patience::Patience,
         place::Place,
+        rack::Rack,
     },
     report::{self, Seen},
 };
 use crate::{
-    client::{Consumer, ConsumerOptions, OffsetAt},
+    client::{Consumer, OffsetAt},
     model::Offset,
     task::{Tasks, clock},
 };
@@ -48,6 +49,8 @@ pub(in crate::cli) struct Consume {
     /// Consumers, each with its own connection and its share of the partitions
     #[arg(long, value_name = "C", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000))]
     consumers: u32,
+    #[command(flatten)]
+    rack: Rack,
 }
 
 /// What one consumer reads.
@@ -72,7 +75,7 @@ pub(super) async fn run(common: &Common, command: Consume) -> anyhow::Result<Exi
             Some(troubles) => troubles.and(&client),
             None => troubles = Some(Patience::new(&client)),
         }
-        let mut consumer = client.consumer(ConsumerOptions::default());
+        let mut consumer = client.consumer(command.rack.options(&client).await);
         for (partition, (from, _)) in &share.partitions {
             consumer.assign_at(&command.topic, *partition, *from).await?;
         }

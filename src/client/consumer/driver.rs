@@ -1,25 +1,28 @@
 //! The consumer's task. It owns every position and every stream.
 
+mod near;
+
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
-    pin::Pin,
     sync::Arc,
     time::Duration,
 };
 
-use futures::{Stream, StreamExt as _, TryStreamExt as _};
 use tokio::{sync::mpsc, time::Instant};
 
+use self::near::Ending;
 use super::{
     super::{
         Client,
-        connection::{Address, log_client},
+        connection::Address,
         error::{CallError, ConsumeError},
         options::Pauses,
         trouble::Party,
     },
     ConsumerOptions, Item, OnOutOfRange, What,
+    partition::{Partition, SETTLED, Trouble},
     position::{self, Untaken},
+    stream::{Heard, Responses, responses},
     streams::Streams,
 };
 use crate::{
@@ -34,48 +37,11 @@ use crate::{
 /// How often damaged bytes are asked for again before the reader is told: a transport may damage them, a disk stays so.
 const DAMAGE_TRIES: u32 = 3;
 
-/// How long a stream is open without a word until what went wrong before it counts as over: at the end of a log no record
-/// comes to prove it.
-const SETTLED: Duration = Duration::from_secs(2);
-
 /// What the handle asks of the task.
 #[derive(Debug)]
 pub(super) enum Command {
     Assign { topic: Arc<str>, partition: u32, generation: u64, position: Offset },
     Unassign { topic: Arc<str>, partition: u32 },
-}
-
-/// What comes of a stream.
-enum Heard {
-    /// The leader has taken the request.
-    Opened,
-    Response(v1::FetchResponse),
-}
-
-type Responses = Pin<Box<dyn Stream<Item = Result<Heard, Fault>> + Send>>;
-
-/// What stands in the way of a partition.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Trouble {
-    /// Its leader cannot be reached, or does not lead it: over when a stream stays open.
-    Leader,
-    /// Its records cannot be read: over when some come.
-    Records,
-}
-
-struct Partition {
-    generation: u64,
-    position: Offset,
-    /// The stream that carries it.
-    stream: Option<u64>,
-    /// It failed for good, and waits to be sought.
-    parked: bool,
-    pauses: Option<Pauses>,
-    not_before: Option<Instant>,
-    damaged: u32,
-    trouble: Option<Trouble>,
-    /// Since when its stream is open.
-    open_since: Option<Instant>,
 }
 
 struct Source {
@@ -100,13 +66,22 @@ pub(super) struct Driver {
     route_done: mpsc::Sender<Result<(), CallError>>,
     routing: bool,
     route_pauses: Option<Pauses>,
+    /// When metadata was last refreshed.
+    refreshed: Instant,
     /// When to look which partitions need a stream.
     arrange_at: Option<Instant>,
+    /// Leaders are being asked where logs end.
+    asking: bool,
+    ends: mpsc::Receiver<Vec<Ending>>,
+    ends_done: mpsc::Sender<Vec<Ending>>,
+    /// Since when batches wait for the consumer.
+    held_since: Option<Instant>,
 }
 
 impl Driver {
     pub(super) fn new(client: Client, options: ConsumerOptions, tasks: Tasks, output: mpsc::Sender<Item>) -> Self {
         let (route_done, routed) = mpsc::channel(1);
+        let (ends_done, ends) = mpsc::channel(1);
         Self {
             troubles: client.party(),
             client,
@@ -122,7 +97,12 @@ impl Driver {
             route_done,
             routing: false,
             route_pauses: None,
+            refreshed: clock::monotonic(),
             arrange_at: None,
+            asking: false,
+            ends,
+            ends_done,
+            held_since: None,
         }
     }
 
@@ -142,9 +122,13 @@ impl Driver {
                 () = tasks.cancelled() => break,
                 Some(command) = commands.recv() => self.on_command(command),
                 Some(result) = self.routed.recv() => self.on_routed(result),
+                Some(endings) = self.ends.recv() => self.on_ends(endings),
                 () = arrange => self.arrange(),
                 permit = output.reserve(), if !self.outbox.is_empty() => match (permit, self.outbox.pop_front()) {
-                    (Ok(permit), Some(item)) => permit.send(item),
+                    (Ok(permit), Some(item)) => {
+                        permit.send(item);
+                        self.let_go();
+                    }
                     _ => break,
                 },
                 Some((stream, response)) = self.streams.next(), if self.outbox.is_empty() => {
@@ -157,36 +141,29 @@ impl Driver {
     fn on_command(&mut self, command: Command) {
         match command {
             Command::Assign { topic, partition, generation, position } => {
-                self.drop_partition(&topic, partition);
-                let fresh = Partition {
-                    generation,
-                    position,
-                    stream: None,
-                    parked: false,
-                    pauses: None,
-                    not_before: None,
-                    damaged: 0,
-                    trouble: None,
-                    open_since: None,
-                };
+                let now = clock::monotonic();
+                let before = self.drop_partition(&topic, partition);
+                let fresh = Partition::new(generation, position, now, before.as_ref());
                 self.topics.entry(topic).or_default().insert(partition, fresh);
-                self.arrange_soon(clock::monotonic());
+                self.arrange_soon(now);
             }
-            Command::Unassign { topic, partition } => self.drop_partition(&topic, partition),
+            Command::Unassign { topic, partition } => {
+                self.drop_partition(&topic, partition);
+            }
         }
     }
 
     /// Forgets a partition. Its stream ends too, because what is on the way there belongs to the old position; the
     /// others that it carried are read on by the next one.
-    fn drop_partition(&mut self, topic: &str, partition: u32) {
-        let Some(partitions) = self.topics.get_mut(topic) else { return };
-        let Some(gone) = partitions.remove(&partition) else { return };
+    fn drop_partition(&mut self, topic: &str, partition: u32) -> Option<Partition> {
+        let gone = self.topics.get_mut(topic)?.remove(&partition)?;
         self.troubles.leave(gone.generation);
         if let Some(stream) = gone.stream {
             self.drop_stream(stream);
             self.arrange_soon(clock::monotonic());
         }
         self.outbox.retain(|item| &*item.topic != topic || item.partition != partition);
+        Some(gone)
     }
 
     fn drop_stream(&mut self, number: u64) {
@@ -194,8 +171,7 @@ impl Driver {
         self.sources.remove(&number);
         for state in self.topics.values_mut().flat_map(BTreeMap::values_mut) {
             if state.stream == Some(number) {
-                state.stream = None;
-                state.open_since = None;
+                state.uncarried();
             }
         }
     }
@@ -204,33 +180,34 @@ impl Driver {
         self.arrange_at = Some(self.arrange_at.map_or(at, |old| old.min(at)));
     }
 
-    /// Gives every partition that may be read a stream to its leader. A leader's stream is opened anew when partitions
-    /// join it.
+    /// Gives every partition that may be read a stream to the broker that it is read at. A broker's stream is opened anew when
+    /// partitions join it.
     fn arrange(&mut self) {
         self.arrange_at = None;
         let now = clock::monotonic();
-        let mut leaders = BTreeSet::new();
-        let mut later = None;
+        let mut later = self.look_around(now);
+        for state in self.topics.values_mut().flat_map(BTreeMap::values_mut).filter(|state| !state.parked) {
+            if state.stream.is_some() {
+                later = sooner(later, state.settle(now, &self.troubles));
+            }
+        }
+        let mut addresses = BTreeSet::new();
         let mut unknown = false;
-        for (topic, partitions) in &mut self.topics {
-            for (number, state) in partitions.iter_mut().filter(|(_, state)| !state.parked) {
-                if state.stream.is_some() {
-                    later = sooner(later, state.settle(now, &self.troubles));
-                    continue;
-                }
+        for (topic, partitions) in &self.topics {
+            for (number, state) in partitions.iter().filter(|(_, state)| !state.parked && state.stream.is_none()) {
                 if let Some(at) = state.not_before.filter(|at| *at > now) {
                     later = sooner(later, Some(at));
                     continue;
                 }
-                match self.client.routing().leader(topic, *number) {
-                    Some(address) => {
-                        leaders.insert(address);
+                match self.source(topic, *number, state) {
+                    Some(source) => {
+                        addresses.insert(source.address);
                     }
                     None => unknown = true,
                 }
             }
         }
-        for address in leaders {
+        for address in addresses {
             self.open(address, now);
         }
         if unknown {
@@ -241,7 +218,7 @@ impl Driver {
         }
     }
 
-    /// Opens a stream for all partitions that are read from this leader or should be.
+    /// Opens a stream for all partitions that are read from this broker or should be.
     fn open(&mut self, address: Address, now: Instant) {
         let old = self.sources.iter().find(|(_, source)| source.address == address).map(|(number, _)| *number);
         if let Some(old) = old {
@@ -249,26 +226,28 @@ impl Driver {
         }
         let number = self.next_stream;
         self.next_stream += 1;
-        let mut wanted = Vec::new();
-        for (topic, partitions) in &mut self.topics {
-            for (partition, state) in partitions.iter_mut() {
+        let mut found = Vec::new();
+        for (topic, partitions) in &self.topics {
+            for (partition, state) in partitions {
                 let free = !state.parked && state.stream.is_none() && state.not_before.is_none_or(|at| at <= now);
-                if free && self.client.routing().leader(topic, *partition).as_ref() == Some(&address) {
-                    state.stream = Some(number);
-                    wanted.push(v1::FetchPartition {
-                        topic: topic.to_string(),
-                        partition: i32::try_from(*partition).expect("partitions are few"),
-                        offset: state.position.as_i64(),
-                    });
-                }
+                let source = free.then(|| self.source(topic, *partition, state)).flatten();
+                found.extend(source.filter(|source| source.address == address).map(|s| (topic.clone(), *partition, s)));
             }
         }
+        let wanted = found.into_iter().map(|(topic, partition, source)| {
+            let state = self.state(&topic, partition).expect("it was found");
+            let (offset, leader_epoch) = state.carried(number, &source, now);
+            let partition = i32::try_from(partition).expect("partitions are few");
+            v1::FetchPartition { topic: topic.to_string(), partition, offset, leader_epoch }
+        });
+        let wanted = wanted.collect();
         let request = v1::FetchRequest {
             partitions: wanted,
             restart: false,
             min_bytes: self.options.min_bytes,
             max_bytes: self.options.max_bytes,
             max_wait_ms: u32::try_from(self.options.max_wait.as_millis()).unwrap_or(u32::MAX),
+            any_replica: self.options.rack.is_some(),
         };
         let (requests, queue) = mpsc::channel(1);
         requests.try_send(request).expect("the queue is new");
@@ -283,6 +262,7 @@ impl Driver {
                 for fetched in response.partitions {
                     self.on_fetched(number, fetched);
                 }
+                self.hold();
             }
             Err(fault) => self.on_ended(number, &fault),
         }
@@ -304,15 +284,21 @@ impl Driver {
 
     fn on_ended(&mut self, number: u64, fault: &Fault) {
         tracing::debug!(%fault, "fetch stream ended");
-        let carried: Vec<(Arc<str>, u32)> = self
-            .topics
-            .iter()
-            .flat_map(|(topic, partitions)| partitions.iter().map(move |(number, state)| (topic, number, state)))
-            .filter(|(.., state)| state.stream == Some(number))
-            .map(|(topic, partition, _)| (topic.clone(), *partition))
-            .collect();
+        let now = clock::monotonic();
+        let mut from_leader = Vec::new();
+        for (topic, partitions) in &mut self.topics {
+            for (partition, state) in partitions.iter_mut().filter(|(_, state)| state.stream == Some(number)) {
+                if state.follows {
+                    state.near.leave(now);
+                } else {
+                    from_leader.push((topic.clone(), *partition));
+                }
+            }
+        }
         self.drop_stream(number);
-        for (topic, partition) in carried {
+        // Who was read from a follower finds its leader at once.
+        self.arrange_soon(now);
+        for (topic, partition) in from_leader {
             self.trouble(&topic, partition, Trouble::Leader, &fault.message);
             self.pause(&topic, partition);
         }
@@ -331,22 +317,26 @@ impl Driver {
         }
         if let Some(error) = fetched.error {
             // The stream has left it out already.
-            state.stream = None;
-            state.open_since = None;
+            state.uncarried();
             return self.on_fault(&topic, partition, error.into());
         }
+        let is_news = state.answered(&fetched);
         let (batches, position, result) = position::advance(state.position, fetched.chunks);
         let generation = state.generation;
         let high_watermark = Offset::from_i64(fetched.high_watermark).unwrap_or_default();
         if !batches.is_empty() {
             state.pauses = None;
             state.damaged = 0;
+            state.near.heard(clock::monotonic());
             state.over(&self.troubles);
         }
         state.position = position;
         for (from, batch) in batches {
             let what = What::Batch { batch, from, high_watermark };
             self.outbox.push_back(Item { topic: topic.clone(), partition, generation, what });
+        }
+        if is_news {
+            self.route();
         }
         if let Err(untaken) = result {
             self.on_untaken(number, &topic, partition, untaken);
@@ -357,9 +347,15 @@ impl Driver {
     /// told.
     fn on_untaken(&mut self, stream: u64, topic: &Arc<str>, partition: u32, untaken: Untaken) {
         self.drop_stream(stream);
-        self.arrange_soon(clock::monotonic());
+        let now = clock::monotonic();
+        self.arrange_soon(now);
         let Some(state) = self.state(topic, partition) else { return };
-        state.damaged += 1;
+        if state.follows {
+            // The leader's copy is another.
+            state.near.leave(now);
+        } else {
+            state.damaged += 1;
+        }
         let (name, offset) = (topic.to_string(), state.position);
         tracing::warn!(topic = name, partition, %offset, ?untaken, "a broker sent what cannot be read");
         if state.damaged < DAMAGE_TRIES {
@@ -374,6 +370,15 @@ impl Driver {
 
     fn on_fault(&mut self, topic: &Arc<str>, partition: u32, fault: Fault) {
         let Some(state) = self.state(topic, partition) else { return };
+        if state.follows {
+            // Whatever a follower has against it, its leader has the last word.
+            let now = clock::monotonic();
+            tracing::debug!(topic = &**topic, partition, %fault, position = %state.position, "will be read at the leader");
+            state.near.leave(now);
+            self.client.routing().told(topic, partition, &fault);
+            self.arrange_soon(now);
+            return self.route();
+        }
         if fault.reason == Reason::OffsetOutOfRange {
             return self.on_out_of_range(topic, partition, &fault);
         }
@@ -450,6 +455,12 @@ impl Driver {
         self.outbox.push_back(Item { topic: topic.clone(), partition, generation, what: What::Failed(error) });
     }
 
+    /// Whether nobody is known who could be read.
+    fn is_homeless(&self, topic: &str, partition: u32) -> bool {
+        let state = self.topics.get(topic).and_then(|partitions| partitions.get(&partition));
+        state.is_some_and(|state| self.source(topic, partition, state).is_none())
+    }
+
     fn state(&mut self, topic: &str, partition: u32) -> Option<&mut Partition> {
         self.topics.get_mut(topic)?.get_mut(&partition)
     }
@@ -482,8 +493,13 @@ impl Driver {
 
     fn on_routed(&mut self, result: Result<(), CallError>) {
         self.routing = false;
-        if let Err(error) = &result {
-            tracing::debug!(%error, "metadata could not be refreshed");
+        match &result {
+            Ok(()) => {
+                self.refreshed = clock::monotonic();
+                let states = self.topics.values_mut().flat_map(BTreeMap::values_mut);
+                states.for_each(|state| state.near.learned(self.refreshed));
+            }
+            Err(error) => tracing::debug!(%error, "metadata could not be refreshed"),
         }
         let mut missing = Vec::new();
         for (topic, partitions) in &self.topics {
@@ -500,7 +516,7 @@ impl Driver {
                 if self.state(&topic, partition).is_some_and(|state| state.trouble.is_none()) {
                     self.trouble(&topic, partition, Trouble::Leader, &error.to_string());
                 }
-            } else if self.client.routing().leader(&topic, partition).is_none() {
+            } else if self.is_homeless(&topic, partition) {
                 unknown = true;
                 self.trouble(&topic, partition, Trouble::Leader, "the partition has no leader");
             }
@@ -516,44 +532,7 @@ impl Driver {
     }
 }
 
-impl Partition {
-    /// A stream that stays open proves that its leader is there again; when to look next, if it is too early to tell.
-    fn settle(&mut self, now: Instant, troubles: &Party) -> Option<Instant> {
-        let settled = self.open_since? + SETTLED;
-        if self.trouble != Some(Trouble::Leader) {
-            return None;
-        }
-        if settled > now {
-            return Some(settled);
-        }
-        self.over(troubles);
-        None
-    }
-
-    fn over(&mut self, troubles: &Party) {
-        if self.trouble.take().is_some() {
-            troubles.leave(self.generation);
-        }
-    }
-}
-
 /// The sooner of two moments.
 fn sooner(one: Option<Instant>, other: Option<Instant>) -> Option<Instant> {
     one.into_iter().chain(other).min()
-}
-
-/// The responses of one stream to one leader; its last item says why it ended.
-fn responses(client: Client, address: Address, requests: mpsc::Receiver<v1::FetchRequest>) -> Responses {
-    let name = address.clone();
-    let open = async move {
-        let wire = client.wire(&address).await.map_err(|error| Fault::new(Reason::NotReady, error.problem()))?;
-        let requests = tokio_stream::wrappers::ReceiverStream::new(requests);
-        let answer = log_client(wire).fetch(requests).await.map_err(|status| Fault::from(&status))?;
-        let responses = answer.into_inner().map_ok(Heard::Response).map_err(|status| Fault::from(&status));
-        Ok::<_, Fault>(futures::stream::once(async { Ok(Heard::Opened) }).chain(responses))
-    };
-    let ended = futures::stream::once(async { Err(Fault::new(Reason::NotReady, "the broker ended the stream")) });
-    let stream = futures::stream::once(open).try_flatten().chain(ended);
-    let named = move |fault: Fault| Fault { message: format!("{}: {}", name.as_str(), fault.message), ..fault };
-    Box::pin(stream.map_err(named))
 }

@@ -2,24 +2,36 @@
 //!
 //! # Overview
 //!
-//! One task per consumer holds one Fetch stream per leader, each carrying all partitions that this leader has. It checks
+//! One task per consumer holds one Fetch stream per broker, each carrying all partitions that are read there. It checks
 //! the CRC of every batch, knows each partition's position, and puts batches into a short queue; the [`Consumer`] takes
 //! them out and decodes records as they are asked for. When the queue is full the task reads nothing, and HTTP/2's
 //! windows stop the brokers.
+//!
+//! # Racks
+//!
+//! A partition is read at its leader or, when the consumer names its [rack](ConsumerOptions::rack), at an in-sync replica there if there is
+//! one (`client/nearest`). Nobody knows more than the leader, so a follower that refuses, breaks off, or is silent while the log goes on
+//! sends the partition to its leader, at once or after about five seconds (`nearness`). Metadata says later where it may be read again:
+//! after a first stay of five seconds, and every [`metadata_age`](super::Options::metadata_age). Only a leader's word that a position is
+//! out of range is taken. Each request says the newest leader epoch that is known, from metadata or from an answer: a broker that was replaced
+//! without having heard of it refuses, and never tells a position that was reached elsewhere that it lies above the log's end.
 //!
 //! # Invariants
 //!
 //! - A partition's records come in offset order, none twice and none left out: a stream that breaks is opened again at
 //!   the position behind the last batch that went into the queue.
 //! - Nothing that was fetched before a seek comes out after it: batches carry the generation of their assignment.
-//! - At most `queue` responses of about `max_bytes` wait here, and a stream window per leader.
+//! - At most `queue` responses of about `max_bytes` wait here, and a stream window per broker.
 //!
 //! # Shutdown
 //!
 //! The task ends when the consumer is dropped; [`Consumer::close`] also joins it. It owns nothing worth saving.
 
 mod driver;
+mod nearness;
+mod partition;
 mod position;
+mod stream;
 mod streams;
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
@@ -59,6 +71,18 @@ pub struct ConsumerOptions {
     pub queue: usize,
     /// What to do at a position that is not in the log. Fail.
     pub on_out_of_range: OnOutOfRange,
+    /// The rack in which it runs, as brokers call theirs (`broker.rack`): it is served by in-sync replicas there where it can be,
+    /// which costs no traffic between racks. Records come a moment later than from the leader: when its follower has heard that
+    /// they are committed. None: leaders alone serve it.
+    pub rack: Option<String>,
+}
+
+impl ConsumerOptions {
+    /// Names the rack; an empty name is none.
+    #[must_use]
+    pub fn rack(self, rack: impl Into<String>) -> Self {
+        Self { rack: Some(rack.into()).filter(|rack| !rack.is_empty()), ..self }
+    }
 }
 
 impl Default for ConsumerOptions {
@@ -69,6 +93,7 @@ impl Default for ConsumerOptions {
             max_wait: Duration::from_millis(500),
             queue: 4,
             on_out_of_range: OnOutOfRange::Fail,
+            rack: None,
         }
     }
 }

@@ -1,0 +1,103 @@
+//! Which replica of a partition a consumer reads. Pure.
+//!
+//! In the consumer's rack if it can be: the leader, when it stands there, because nobody knows more; else a follower that is in sync (KIP-392).
+//! Of several followers there each gets its share of a topic's partitions, the same ones from every consumer of the rack, so that what one reads
+//! the next finds in that broker's memory.
+
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
+
+use super::routing::PartitionRoute;
+use crate::model::BrokerId;
+
+/// The broker at which a consumer in `rack` reads partition `of`; `rack_of` knows the brokers that are there. The leader where no replica
+/// of that rack is in sync; none when there is no leader either.
+pub(super) fn nearest<'a>(
+    rack: Option<&str>,
+    of: (&str, u32),
+    route: &PartitionRoute,
+    rack_of: impl Fn(BrokerId) -> Option<&'a str>,
+) -> Option<BrokerId> {
+    let Some(rack) = rack.filter(|rack| !rack.is_empty()) else { return route.leader };
+    let is_near = |broker: &BrokerId| rack_of(*broker) == Some(rack);
+    if route.leader.as_ref().is_some_and(is_near) {
+        return route.leader;
+    }
+    let in_sync = |broker: &&BrokerId| route.isr.contains(broker);
+    let mut near: Vec<BrokerId> = route.replicas.iter().filter(in_sync).filter(|id| is_near(id)).copied().collect();
+    near.sort_unstable();
+    // Neighbouring partitions take turns; topics of one partition do not all begin with the same broker.
+    let (topic, partition) = of;
+    let mut hasher = DefaultHasher::new();
+    topic.hash(&mut hasher);
+    let turn = hasher.finish().wrapping_add(partition.into());
+    let place = turn.checked_rem(near.len() as u64).and_then(|place| usize::try_from(place).ok());
+    place.and_then(|place| near.get(place).copied()).or(route.leader)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn ids(numbers: &[u32]) -> Vec<BrokerId> {
+        numbers.iter().copied().map(BrokerId).collect()
+    }
+
+    fn route(leader: Option<u32>, replicas: &[u32], isr: &[u32]) -> PartitionRoute {
+        let leader = leader.map(BrokerId);
+        PartitionRoute { leader, replicas: ids(replicas), isr: ids(isr), ..PartitionRoute::default() }
+    }
+
+    /// Brokers 1 to 4 stand in "a", "b", "b" and nowhere; no other is there.
+    fn rack_of(broker: BrokerId) -> Option<&'static str> {
+        [(1, "a"), (2, "b"), (3, "b"), (4, "")].into_iter().find(|(id, _)| *id == broker.0).map(|(_, rack)| rack)
+    }
+
+    #[test]
+    fn an_in_sync_replica_in_the_rack_is_read_and_else_the_leader() {
+        let read = |rack, route: &PartitionRoute| nearest(rack, ("t", 0), route, rack_of).map(|id| id.0);
+        let whole = route(Some(1), &[1, 2], &[1, 2]);
+        assert_eq!(read(None, &whole), Some(1));
+        assert_eq!(read(Some(""), &route(Some(1), &[1, 4], &[1, 4])), Some(1), "no rack is no rack");
+        assert_eq!(read(Some("b"), &whole), Some(2));
+        assert_eq!(read(Some("c"), &whole), Some(1), "nobody stands there");
+        assert_eq!(read(Some("b"), &route(Some(1), &[1, 2], &[1])), Some(1), "not in sync");
+        assert_eq!(read(Some("b"), &route(Some(1), &[1, 9], &[1, 9])), Some(1), "not there");
+        assert_eq!(read(Some("b"), &route(Some(3), &[2, 3], &[2, 3])), Some(3), "the leader stands there");
+        assert_eq!(read(Some("b"), &route(None, &[1, 2], &[1, 2])), Some(2), "whoever leads, this one is in sync");
+        assert_eq!(read(Some("a"), &route(None, &[2], &[2])), None);
+    }
+
+    #[test]
+    fn several_in_one_rack_take_turns() {
+        let whole = route(Some(1), &[1, 2, 3], &[1, 2, 3]);
+        let mut shares: BTreeMap<u32, u32> = BTreeMap::new();
+        for partition in 0..10 {
+            *shares.entry(nearest(Some("b"), ("t", partition), &whole, rack_of).expect("one").0).or_default() += 1;
+        }
+        assert_eq!(shares, BTreeMap::from([(2, 5), (3, 5)]));
+    }
+
+    proptest! {
+        #[test]
+        fn who_is_read_is_the_leader_or_an_in_sync_replica_in_the_rack(
+            leader in proptest::option::of(1..5_u32),
+            replicas in proptest::collection::btree_set(1..6_u32, 0..5),
+            isr in proptest::collection::btree_set(1..6_u32, 0..5),
+            partition: u32,
+        ) {
+            let (replicas, isr): (Vec<u32>, Vec<u32>) = (replicas.into_iter().collect(), isr.into_iter().collect());
+            let route = route(leader, &replicas, &isr);
+            let read = nearest(Some("b"), ("t", partition), &route, rack_of);
+            let near = |id: BrokerId| {
+                rack_of(id) == Some("b") && (route.leader == Some(id) || route.isr.contains(&id) && route.replicas.contains(&id))
+            };
+            let anybody = (1..6).map(BrokerId).any(near);
+            prop_assert_eq!(anybody, read.is_some_and(near), "near wherever somebody is");
+            prop_assert!(anybody || read == route.leader, "{read:?}");
+        }
+    }
+}
