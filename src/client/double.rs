@@ -70,6 +70,15 @@ pub(super) struct State {
     pub(super) advertised: String,
     /// Why partitions cannot be read, if they cannot.
     pub(super) unreadable: Option<Reason>,
+    /// Brokers beside it, all in sync with it.
+    pub(super) neighbours: Vec<v1::Broker>,
+    /// It follows: it serves those who take any replica.
+    pub(super) follows: bool,
+    /// How many responses to fetches it has sent.
+    pub(super) fetches: u32,
+    /// The leader epoch of which it knows, and the one in its metadata.
+    pub(super) epoch: i32,
+    pub(super) advertised_epoch: i32,
 }
 
 #[derive(Clone)]
@@ -93,6 +102,11 @@ impl Double {
             requests: 0,
             advertised: address.to_string(),
             unreadable: None,
+            neighbours: Vec::new(),
+            follows: false,
+            fetches: 0,
+            epoch: 0,
+            advertised_epoch: 0,
         };
         let tasks = Tasks::new();
         let double = Self { state: Arc::new(Mutex::new(state)), grown: watch::Sender::new(()), tasks, address };
@@ -228,7 +242,7 @@ impl Double {
     }
 
     /// One response for a partition from `offset` on; none at the end.
-    fn fetched(&self, want: &v1::FetchPartition) -> Option<v1::FetchedPartition> {
+    fn fetched(&self, want: &v1::FetchPartition, any_replica: bool) -> Option<v1::FetchedPartition> {
         let mut state = self.state();
         let number = usize::try_from(want.partition).expect("positive");
         let (start, end) = (state.partitions[number].start, state.partitions[number].end());
@@ -238,8 +252,14 @@ impl Double {
             partition: want.partition,
             log_start: start.cast_signed(),
             high_watermark: end.cast_signed(),
+            from_follower: state.follows,
+            leader_epoch: state.epoch,
             ..Default::default()
         };
+        if state.follows && !any_replica || want.leader_epoch > state.epoch {
+            fetched.error = Some(Fault::new(Reason::NotLeader, "it follows, or is behind").into());
+            return Some(fetched);
+        }
         if let Some(reason) = state.unreadable {
             fetched.error = Some(Fault::new(reason, "unreadable as the test says").into());
             return Some(fetched);
@@ -264,6 +284,7 @@ impl Double {
     async fn serve_fetch(
         self,
         mut wanted: Vec<v1::FetchPartition>,
+        any_replica: bool,
         answers: mpsc::Sender<Result<v1::FetchResponse, Status>>,
     ) {
         let mut grown = self.grown.subscribe();
@@ -271,13 +292,14 @@ impl Double {
             grown.borrow_and_update();
             let mut idle = true;
             for index in (0..wanted.len()).rev() {
-                let Some(fetched) = self.fetched(&wanted[index]) else { continue };
+                let Some(fetched) = self.fetched(&wanted[index], any_replica) else { continue };
                 idle = false;
                 if fetched.error.is_some() {
                     wanted.remove(index);
                 } else {
                     wanted[index].offset = fetched.next_offset;
                 }
+                self.state().fetches += 1;
                 if answers.send(Ok(v1::FetchResponse { partitions: vec![fetched] })).await.is_err() {
                     return;
                 }
@@ -337,7 +359,7 @@ impl log_server::Log for Double {
         let mut requests = request.into_inner();
         let first = requests.message().await?.expect("a first request");
         let (answers, stream) = mpsc::channel(1);
-        self.tasks.spawn("double fetch", self.clone().serve_fetch(first.partitions, answers));
+        self.tasks.spawn("double fetch", self.clone().serve_fetch(first.partitions, first.any_replica, answers));
         Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
     }
 
@@ -352,7 +374,8 @@ impl log_server::Log for Double {
                 Some(v1::offset_query::At::Earliest(_)) => partition.start,
                 _ => partition.end(),
             };
-            v1::OffsetAnswer { offset: offset.cast_signed(), timestamp_ms: -1, ..Default::default() }
+            let leader_epoch = state.epoch;
+            v1::OffsetAnswer { offset: offset.cast_signed(), timestamp_ms: -1, leader_epoch, error: None }
         });
         Ok(Response::new(v1::ListOffsetsResponse { answers: answers.collect() }))
     }
@@ -403,6 +426,9 @@ unimplemented_calls! {
 impl Double {
     fn metadata(&self, request: &v1::GetMetadataRequest) -> v1::GetMetadataResponse {
         let state = self.state();
+        let own = v1::Broker { id: 1, address: state.advertised.clone(), rack: "a".to_owned() };
+        let brokers: Vec<_> = std::iter::once(own).chain(state.neighbours.iter().cloned()).collect();
+        let replicas: Vec<u32> = brokers.iter().map(|broker| broker.id).collect();
         let topics = request.topics.iter().map(|name| {
             if name != "t" {
                 let fault = Fault::new(Reason::UnknownTopic, format!("topic {name:?} does not exist"));
@@ -413,17 +439,18 @@ impl Double {
                 name: name.clone(),
                 topic_id: TopicId::from_bytes([1; 16]).to_string(),
                 partitions: numbers
-                    .map(|partition| v1::PartitionMetadata { partition, leader: Some(1), ..Default::default() })
+                    .map(|partition| v1::PartitionMetadata {
+                        partition,
+                        leader: Some(1),
+                        leader_epoch: state.advertised_epoch,
+                        replicas: replicas.clone(),
+                        isr: replicas.clone(),
+                    })
                     .collect(),
                 max_message_bytes: 1 << 20,
                 ..Default::default()
             }
         });
-        v1::GetMetadataResponse {
-            cluster: "double".into(),
-            brokers: vec![v1::Broker { id: 1, address: state.advertised.clone(), rack: String::new() }],
-            topics: topics.collect(),
-            ..Default::default()
-        }
+        v1::GetMetadataResponse { cluster: "double".into(), brokers, topics: topics.collect(), ..Default::default() }
     }
 }

@@ -287,3 +287,38 @@ fn bucket_error(offset: Offset, error: &tier::ReadError) -> ReadError {
         ReadError::ObjectStore { why: error.to_string() }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{model::Compression, record::BatchBuilder};
+
+    #[test]
+    fn what_the_bucket_has_above_the_mark_is_left_out() {
+        let at = |offset| Offset::new(offset).expect("small");
+        let batch = |base: u64| {
+            let mut builder = BatchBuilder::new(Compression::None);
+            builder.push(0, None, Some(b"a"), &[]).expect("fits");
+            builder.push(0, None, Some(b"b"), &[]).expect("fits");
+            let mut batch = builder.finish(None).expect("not empty");
+            batch.stamp(at(base), LeaderEpoch(0));
+            batch.to_bytes()
+        };
+        let all = [batch(0), batch(2), batch(4)].concat();
+        let fetched = |cut: usize| {
+            let chunks = vec![Bytes::copy_from_slice(&all[..cut]), Bytes::copy_from_slice(&all[cut..])];
+            Fetched { chunks, bytes: all.len(), next: at(6), source: Source::Bucket }
+        };
+        for cut in 0..all.len() {
+            for (bound, kept) in [(9, 3), (6, 3), (5, 2), (4, 2), (3, 1), (2, 1)] {
+                let some = below(fetched(cut), at(bound)).expect("some lie below");
+                assert_eq!(
+                    (some.next, some.bytes),
+                    (at(2 * kept), all.len() / 3 * usize::try_from(kept).expect("few"))
+                );
+                assert_eq!(some.chunks.concat(), all[..some.bytes]);
+            }
+            assert!(below(fetched(cut), at(1)).is_none());
+        }
+    }
+}

@@ -10,6 +10,7 @@ mod moves;
 mod network;
 mod outage;
 mod peers;
+mod racks;
 mod rolling;
 mod rubbish;
 mod starts;

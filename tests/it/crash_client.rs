@@ -116,6 +116,16 @@ impl Work {
 
     /// Starts on the topic, which is there.
     pub(crate) async fn on_topic(bootstrap: &str, direct: Vec<SocketAddr>, rng: &mut StdRng) -> Self {
+        Self::with_reader(bootstrap, direct, ConsumerOptions::default(), rng).await
+    }
+
+    /// As [`Work::on_topic`], with a consumer of this kind, which looks every second who could serve it.
+    pub(crate) async fn with_reader(
+        bootstrap: &str,
+        direct: Vec<SocketAddr>,
+        reader: ConsumerOptions,
+        rng: &mut StdRng,
+    ) -> Self {
         let load = Load::new(direct, vec![TOPIC]);
         let client = Client::connect(bootstrap, Options::default()).await.expect("the brokers are there");
         let (tasks, mut producers) = (Tasks::new(), Vec::new());
@@ -124,7 +134,8 @@ impl Work {
             let work = produce(load.clone(), number, producer, rng.random(), tasks.clone());
             producers.push(tasks.spawn("producer", work));
         }
-        let mut consumer = client.consumer(ConsumerOptions::default());
+        let options = Options { metadata_age: Duration::from_secs(1), ..Options::default() };
+        let mut consumer = Client::connect(bootstrap, options).await.expect("the brokers are there").consumer(reader);
         for partition in 0..PARTITIONS.unsigned_abs() {
             consumer.assign(TOPIC, partition, OffsetAt::Earliest).await.expect("the partition is there");
         }

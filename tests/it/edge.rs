@@ -202,7 +202,8 @@ async fn a_batch_that_cannot_be_decoded_is_the_failure_of_its_partition_alone() 
     for request in [good(0), bad, good(0), good(1)] {
         wire::append(&mut log, request).await.expect("stored unread");
     }
-    let place = |partition, offset| FetchPartition { topic: "edge".to_owned(), partition, offset };
+    let place =
+        |partition, offset| FetchPartition { topic: "edge".to_owned(), partition, offset, ..Default::default() };
     let mut read = async |partitions| {
         let request = ReadRequest { partitions, max_wait_ms: 1000, plain: true, ..Default::default() };
         let mut partitions = log.read(request).await.expect("the call as a whole succeeds").into_inner().partitions;
@@ -266,7 +267,7 @@ async fn a_plain_read_of_what_grows_a_thousand_times_comes_in_bounded_answers() 
     let before = resident_bytes(broker.pid());
     let (mut next, mut answers) = (0, 0);
     while next < 60 {
-        let partitions = vec![FetchPartition { topic: "edge".to_owned(), partition: 0, offset: next }];
+        let partitions = vec![FetchPartition { topic: "edge".to_owned(), offset: next, ..Default::default() }];
         let request = ReadRequest { partitions, plain: true, max_wait_ms: 1000, ..Default::default() };
         let parts = log.read(request).await.expect("an answer").into_inner().partitions;
         assert!(!parts[0].records.is_empty() && parts[0].records.len() <= 16, "{} records", parts[0].records.len());
@@ -339,7 +340,8 @@ async fn every_refusal_is_a_request_and_an_error_in_the_metrics() {
         let _answer = log.append(request).await;
     }
     let places = [("nobody", 0), ("edge", 7), ("edge", 0)];
-    let partitions = places.map(|(topic, partition)| FetchPartition { topic: topic.to_owned(), partition, offset: 0 });
+    let partitions =
+        places.map(|(topic, partition)| FetchPartition { topic: topic.to_owned(), partition, ..Default::default() });
     log.read(ReadRequest { partitions: partitions.to_vec(), ..Default::default() }).await.expect("an answer");
     tokio::task::block_in_place(|| {
         assert_eq!(home.metric("strandline_produce_requests_total"), 3.0);

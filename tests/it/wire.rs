@@ -105,7 +105,7 @@ pub(crate) async fn read_range(
     let mut deadline = clock::monotonic() + Duration::from_secs(30);
     while next < end && clock::monotonic() < deadline {
         let request = ReadRequest {
-            partitions: vec![FetchPartition { topic: topic.to_owned(), partition, offset: next }],
+            partitions: vec![FetchPartition { topic: topic.to_owned(), partition, offset: next, leader_epoch: 0 }],
             max_wait_ms: 200,
             plain: true,
             ..Default::default()

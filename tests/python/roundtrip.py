@@ -41,13 +41,16 @@ def main(address: str) -> None:
 
     read = log.Read(
         log_pb2.ReadRequest(
-            partitions=[log_pb2.FetchPartition(topic=TOPIC, partition=1, offset=0)], max_wait_ms=5000, plain=True
+            partitions=[log_pb2.FetchPartition(topic=TOPIC, partition=1, offset=0)],
+            max_wait_ms=5000,
+            plain=True,
+            any_replica=True,
         ),
         timeout=10,
     )
     (part,) = read.partitions
     assert not part.HasField("error"), part
-    assert (part.high_watermark, part.next_offset) == (3, 3), part
+    assert (part.high_watermark, part.next_offset, part.from_follower) == (3, 3, False), part
     got = list(part.records)
     assert [record.offset for record in got] == [0, 1, 2], got
     for mine, theirs in zip(sent, got):

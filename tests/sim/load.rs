@@ -204,7 +204,10 @@ impl Load {
         let end = asked.map_err(|late| late.to_string())?.map_err(|error| error.to_string())?.as_i64();
         let from = if whole { 0 } else { random::in_range(0..=end) };
         let mut pass = Pass { log, began, from, end, to: from, current, records: Vec::new() };
-        let mut consumer = self.client.consumer(ConsumerOptions::default());
+        // Some are served by followers, also in a rack where nobody stands.
+        let rack = random::in_range(0..6);
+        let options = ConsumerOptions::default();
+        let mut consumer = self.client.consumer(if rack < 4 { options.rack(format!("r{rack}")) } else { options });
         let reading = async {
             let from = Offset::from_i64(from).unwrap();
             consumer.assign_at(topic, partition, from).await.map_err(|error| error.to_string())?;

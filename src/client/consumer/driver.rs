@@ -20,6 +20,7 @@ use super::{
         trouble::Party,
     },
     ConsumerOptions, Item, OnOutOfRange, What,
+    nearness::ASK_AFTER,
     partition::{Partition, SETTLED, Trouble},
     position::{self, Untaken},
     stream::{Heard, Responses, responses},
@@ -206,6 +207,9 @@ impl Driver {
                     None => unknown = true,
                 }
             }
+        }
+        if !addresses.is_empty() && self.options.rack.is_some() {
+            later = sooner(later, Some(now + ASK_AFTER));
         }
         for address in addresses {
             self.open(address, now);

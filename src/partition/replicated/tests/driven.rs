@@ -2,6 +2,8 @@
 
 use std::{path::Path, sync::Mutex};
 
+use futures::FutureExt as _;
+
 use crate::{
     cluster::{PartitionValue, Revision},
     log::{Identity, Options, SimDisk},
@@ -14,7 +16,10 @@ use crate::{
         replicated::tests::net::{append, at, batch, broker, send},
         *,
     },
-    task::patience::until,
+    task::{
+        mutation::{self, Mutation},
+        patience::until,
+    },
 };
 
 /// What was asked of a partition's surroundings, in order.
@@ -191,6 +196,51 @@ async fn a_follower_claims_copies_and_refuses_what_does_not_fit() {
     }
     told(&partition, [pieces(4, 3, vec![sent(2, 4)])]).await;
     assert_eq!(partition.marks().high_watermark, at(3));
+}
+
+/// It holds what its leader has not called committed yet, and no reader gets that, however far above its mark others have read.
+#[tokio::test]
+async fn a_follower_serves_what_it_knows_as_committed_while_it_is_in_sync() {
+    let (partition, _notes, _log) = open();
+    let reader = partition.reader().clone();
+    let serves = || (partition.standing().role.serves(false), partition.standing().role.serves(true));
+    let next = async |from| reader.read(at(from), 1 << 20).await.unwrap().map(|fetched| fetched.next);
+    assign(&partition, value(Some(2), 4), 10).await;
+    told(&partition, [FromLink::Up]).await;
+    assert_eq!(serves(), (false, false), "its leader has not answered");
+    let four = (0..4).map(|n| sent(n, 4)).collect();
+    told(&partition, [answer(4, Joined::At(at(0))), pieces(4, 2, four)]).await;
+    assert_eq!(serves(), (false, true));
+    assert_eq!((next(0).await, next(1).await), (Some(at(2)), Some(at(2))));
+    let ready = Arc::new(Ready::default());
+    reader.follow(&ready, 7);
+    assert_eq!((ready.take(), ready.take()), (Some(7), None));
+    assert_eq!((next(2).await, next(3).await, next(9).await), (None, None, None), "to be waited for");
+    let broken = mutation::with(Some(Mutation::FollowerServesUncommitted), || next(2).now_or_never());
+    assert_eq!(broken, Some(Some(at(4))), "it has them");
+    told(&partition, [pieces(4, 3, vec![])]).await;
+    assert_eq!((ready.take(), next(2).await), (Some(7), Some(at(3))), "the mark moved");
+
+    // Struck from the ISR, and back.
+    let without = PartitionValue { isr: vec![broker(2), broker(3)], ..value(Some(2), 4) };
+    assign(&partition, without, 11).await;
+    assert_eq!(serves(), (false, false));
+    assign(&partition, value(Some(2), 4), 12).await;
+    assert_eq!(serves(), (false, true));
+    // Its link is lost: what its leader commits from now on it cannot know.
+    told(&partition, [FromLink::Down]).await;
+    assert_eq!(serves(), (false, false));
+    // Another leads: not before that one has found the two logs to agree.
+    assign(&partition, value(Some(3), 5), 13).await;
+    told(&partition, [FromLink::Up]).await;
+    assert_eq!(serves(), (false, false));
+    told(&partition, [answer(5, Joined::At(at(4)))]).await;
+    assert_eq!((serves(), next(3).await), ((false, true), None));
+    // It leads, and follows again.
+    assign(&partition, value(Some(1), 6), 14).await;
+    assert_eq!(serves(), (true, true));
+    assign(&partition, value(Some(2), 7), 15).await;
+    assert_eq!(serves(), (false, false));
 }
 
 #[tokio::test]

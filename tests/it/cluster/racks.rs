@@ -1,0 +1,168 @@
+//! Consumers that name their rack: who serves them, what that replica says and does not say, and that nothing is lost or comes twice
+//! when it goes, when a leader goes, and when it is back.
+
+use rand::{SeedableRng as _, rngs::StdRng};
+use strandline::{
+    client::ConsumerOptions,
+    proto::{
+        fault::{Fault, Reason},
+        v1::{FetchPartition, FetchedPartition, ReadRequest},
+    },
+    task::clock,
+};
+
+use super::{failover::create, members::Cluster};
+use crate::{
+    crash::{PARTITIONS, setting},
+    crash_client::{TOPIC, Work},
+    patience::{becomes, eventually},
+    wire,
+};
+
+/// Bytes that a broker has sent to consumers, as leader and as follower.
+fn served(cluster: &Cluster, broker: u32) -> [f64; 2] {
+    ["leader", "follower"].map(|role| {
+        let name = format!("strandline_fetch_role_bytes_total{{role=\"{role}\"}}");
+        cluster.home(broker).metric(&name)
+    })
+}
+
+fn total(cluster: &Cluster, broker: u32) -> f64 {
+    served(cluster, broker).iter().sum()
+}
+
+/// Waits until a broker has sent that much more than it had.
+fn serves(cluster: &Cluster, broker: u32, more: f64) {
+    let before = total(cluster, broker);
+    eventually("the broker serves the consumer", || (total(cluster, broker) > before + more).then_some(()));
+}
+
+/// How much one partition sends in a test before it counts as served: several batches.
+const SOME: f64 = 10_000.0;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_consumer_is_served_in_its_rack_and_loses_nothing_when_that_changes() {
+    let seed = setting("STRANDLINE_SEED", clock::wall_ms().unsigned_abs());
+    println!("racks: STRANDLINE_SEED={seed}");
+    let mut rng = StdRng::seed_from_u64(seed);
+    let mut cluster = tokio::task::block_in_place(|| {
+        let cluster = Cluster::start(3);
+        create(&cluster);
+        cluster
+    });
+    // Broker 3 stands there alone.
+    let reader = ConsumerOptions::default().rack("zone-c");
+    let work = Work::with_reader(&cluster.bootstrap(), cluster.addresses(), reader, &mut rng).await;
+    tokio::task::block_in_place(|| {
+        let leads = |broker| (0..PARTITIONS).any(|n| cluster.leader(TOPIC, usize::try_from(n).expect("few")) == broker);
+        assert!(leads(1) && leads(2), "most of what is read is led elsewhere");
+        serves(&cluster, 3, 10.0 * SOME);
+        assert!(served(&cluster, 3)[1] > 0.0, "as a follower too");
+        assert_eq!([total(&cluster, 1), total(&cluster, 2)], [0.0, 0.0], "nobody else serves it");
+
+        cluster.kill(3);
+        serves(&cluster, 1, SOME);
+        cluster.restart(3);
+        cluster.in_sync(TOPIC, 3);
+        serves(&cluster, 3, SOME);
+
+        // A leader goes: its partitions are read at the same follower, or at it as their new leader.
+        let before = served(&cluster, 3);
+        cluster.kill(1);
+        serves(&cluster, 3, SOME);
+        assert!(served(&cluster, 3) != before);
+        cluster.restart(1);
+        cluster.in_sync(TOPIC, 3);
+
+        // It is stopped as an operator does, and comes back.
+        cluster.stop(3);
+        serves(&cluster, 2, SOME);
+        cluster.restart(3);
+        cluster.in_sync(TOPIC, 3);
+        let quiet = |broker| {
+            let before = total(&cluster, broker);
+            serves(&cluster, 3, 4.0 * SOME);
+            total(&cluster, broker) == before
+        };
+        eventually("all of it is read there again", || (quiet(1) && quiet(2)).then_some(()));
+    });
+    let total = work.finish(3).await;
+    println!("racks: {total} records followed once");
+}
+
+/// Reads once; the one partition's answer, if there is any.
+async fn read(cluster: &Cluster, broker: u32, offset: i64, epoch: i32, any: bool) -> Option<FetchedPartition> {
+    let partitions = vec![FetchPartition { topic: "t".to_owned(), partition: 0, offset, leader_epoch: epoch }];
+    let request = ReadRequest { partitions, max_wait_ms: 300, any_replica: any, ..Default::default() };
+    let answer = wire::log(cluster.home(broker).grpc()).read(request).await.expect("an answer").into_inner();
+    answer.partitions.into_iter().next()
+}
+
+async fn refused(cluster: &Cluster, broker: u32, offset: i64, epoch: i32, any: bool) -> Fault {
+    read(cluster, broker, offset, epoch, any).await.and_then(|answer| answer.error).expect("it is refused").into()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_follower_serves_who_takes_any_replica_and_leaves_the_rest_to_its_leader() {
+    let (cluster, leader, text) = tokio::task::block_in_place(|| {
+        let cluster = Cluster::start(3);
+        let cli = cluster.cli();
+        let history = ["retention.bytes=200000", "segment.bytes=16384", "local.retention.bytes=1"];
+        let config: Vec<&str> = history.into_iter().flat_map(|one| ["--config", one]).collect();
+        cli.ok(&[&["topic", "create", "t", "--replication-factor", "3"][..], &config].concat());
+        cluster.in_sync("t", 3);
+        let text: String = (0..4000).map(|line| format!("{line:099}\n")).collect();
+        cli.ok_with(&["produce", "t"], text.as_bytes());
+        let leader = cluster.leader("t", 0);
+        (cluster, leader, text)
+    });
+    let follower = leader % 3 + 1;
+    tokio::task::block_in_place(|| {
+        eventually("the beginning is gone, and the rest in the bucket", || {
+            let state = &cluster.partitions("t")[0];
+            let start = state["log_start"].as_i64().filter(|start| *start > 0)?;
+            (state["local_start"].as_i64()? > start).then_some(())
+        });
+    });
+    let state = tokio::task::block_in_place(|| cluster.partitions("t")[0].clone());
+    let [local_start, end] = ["local_start", "high_watermark"].map(|mark| state[mark].as_i64().expect("a mark"));
+    let middle = local_start - 1;
+    let epoch = i32::try_from(state["leader_epoch"].as_i64().expect("an epoch")).expect("small");
+
+    let fault = refused(&cluster, follower, end, 0, false).await;
+    assert_eq!(
+        (fault.reason, fault.number("leader")),
+        (Reason::NotLeader, Some(leader.into())),
+        "it was not asked as one of any"
+    );
+    // What lies there is in the bucket alone.
+    let answer = read(&cluster, follower, middle, epoch, true).await.expect("data");
+    assert!(answer.from_follower && answer.leader_epoch == epoch && answer.next_offset > middle, "{answer:?}");
+    let answer = read(&cluster, leader, middle, epoch, true).await.expect("data");
+    assert!(!answer.from_follower && answer.leader_epoch == epoch && answer.error.is_none(), "{answer:?}");
+
+    // Above what it knows, its leader may know more: to be waited for. Below the start, its leader says so.
+    assert_eq!(read(&cluster, follower, end + 5, 0, true).await, None);
+    assert_eq!(refused(&cluster, leader, end + 5, 0, true).await.reason, Reason::OffsetOutOfRange);
+    let told = || async { read(&cluster, follower, 0, 0, true).await?.error.map(Fault::from) };
+    let fault = becomes("it has heard that the beginning is gone", told).await;
+    assert_eq!((fault.reason, fault.number("leader")), (Reason::NotLeader, Some(leader.into())));
+    assert_eq!(refused(&cluster, leader, 0, 0, true).await.reason, Reason::OffsetOutOfRange);
+
+    // Who has seen a newer epoch is told nothing by one who has not heard of it.
+    for broker in [leader, follower] {
+        assert_eq!(refused(&cluster, broker, middle, epoch + 1, true).await.reason, Reason::NotLeader);
+    }
+
+    // The same by the command line: what is left, from the bucket too, by way of the follower.
+    tokio::task::block_in_place(|| {
+        let rack = ["zone-a", "zone-b", "zone-c"][follower as usize - 1];
+        let before = served(&cluster, follower);
+        let read = cluster.cli().ok(&["consume", "t", "--rack", rack, "--until-end"]).text();
+        assert!(read.len() > 16384 && text.ends_with(&read));
+        let after = served(&cluster, follower);
+        assert!(after[0] == before[0] && after[1] - before[1] >= 16384.0, "{before:?} {after:?}");
+        let said = cluster.cli().ok(&["consume", "t", "--rack", "zone-d", "--from", "latest", "--until-end"]);
+        assert!(said.stderr.contains("no broker stands in rack \"zone-d\""), "{}", said.stderr);
+    });
+}
