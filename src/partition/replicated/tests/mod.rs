@@ -162,7 +162,7 @@ async fn a_follower_that_lags_is_dropped_by_the_clock_alone() {
     in_sync(&two).await;
     net.cut(1, 2);
     let waiting = send(&one, batch(&[0], None), Acks::All).await;
-    until("it is behind", || one.is_behind()).await;
+    until("it is behind what was written", || one.ends().persisted == at(1) && one.is_behind()).await;
     one.tick(1000).await;
     one.tick(10_999).await;
     assert_eq!(net.proposals(), []);
