@@ -139,8 +139,8 @@ impl Reader {
         }
         let marks = self.shared.marks();
         let role = self.shared.standing().role;
-        let uncommitted = mutant!(ReadUncommitted) || mutant!(FollowerServesUncommitted) && !role.leads();
-        let end = if uncommitted { marks.log_end } else { marks.high_watermark };
+        let keeps = role.leads() || !mutant!(FollowerServesUncommitted);
+        let end = if keeps && !mutant!(ReadUncommitted) { marks.high_watermark } else { marks.log_end };
         let start = marks.log_start;
         if from < start || from > end && role == (Role::Leader { settled: true }) {
             return Err(ReadError::OutOfRange { offset: from, start, end });
