@@ -326,6 +326,10 @@ impl Net {
         let answered = there.join(peer, epoch, claim, ends).await;
         let stands = || self.node(me.0, |node| node.place == place) && self.reach(me, leader);
         if !stands() {
+            // A broker that has stopped meanwhile said so before it was heard of here: its join must not be the last word.
+            if self.partition(me).is_none() {
+                there.left(peer, Departure::Stopping).await;
+            }
             return;
         }
         here.from_link(FromLink::Answer(answered.clone())).unwrap();
