@@ -11,7 +11,7 @@
 //! | [`expand`] | leader | stays | gains members | empty once the ISR has the minimum |
 //! | [`elect`] | controller | new | its live members, or the elected alone | takes the others, when the ISR falls below the minimum |
 //! | [`elect_unclean`] | operator | new | the elected alone | empty |
-//! | [`leaderless`] | controller, broker that starts | none | stays | stays |
+//! | [`leaderless`] | controller, broker that starts, leader that gave up | none | stays | stays |
 //! | [`resign`] | leader whose disk failed | none | loses it, unless it is the last | as `shrink` |
 //! | [`strike`] | broker without proof, leader | none, if it led | loses it | loses it |
 //! | [`order_move`] | operator | stays | stays | stays |

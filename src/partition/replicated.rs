@@ -37,7 +37,8 @@ impl Partition {
         self.order(Order::Seen(broker, registration)).await;
     }
 
-    /// Whether it leads and a member of the ISR is behind: then it wants to be told the time ([`Self::tick`]) now and then.
+    /// Whether it leads and a member of the ISR is behind, or waits for what follows the leadership that it gave up: then it wants to be
+    /// told the time ([`Self::tick`]) now and then.
     pub fn is_behind(&self) -> bool {
         self.shared.is_behind()
     }

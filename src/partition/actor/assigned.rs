@@ -6,7 +6,7 @@
 //! | another leads in e' > e | follows | follows the other | follows, writers are answered |
 //! | nobody leads in e' > e, or this is no replica | | leaves the link | writers are answered |
 //! | other sets in e | | | takes them over |
-//! | a follower knows e' > e | | | admits nothing more |
+//! | a follower knows e' > e | | | admits nothing more; a second later it asks the store whether that is so |
 //! | its disk fails | | leaves the link for good | resigns |
 //! | an older revision | | | |
 //!
@@ -71,7 +71,9 @@ pub(in crate::partition) struct Placed {
     known: Option<(Arc<PartitionValue>, Revision)>,
     registered: BTreeMap<BrokerId, Registration>,
     /// The newest epoch that a follower spoke of.
-    heard: LeaderEpoch,
+    pub(super) heard: LeaderEpoch,
+    /// Since when, by the clock of ticks, the metadata is [late](Self::is_given_up).
+    pub(super) given_up_ms: Option<u64>,
     /// The newest epoch in which this task led. It never leads in one twice: what it proposed then is forgotten.
     led: Option<LeaderEpoch>,
     /// Number of the last question to the bucket; an answer to an earlier one is too late.
@@ -87,6 +89,19 @@ impl Placed {
 
     pub(super) fn leader(&self) -> Option<BrokerId> {
         self.known.as_ref().and_then(|(value, _)| value.leader)
+    }
+
+    /// Whether the metadata names this broker in an epoch in which it does not lead any more, or knows nothing of an epoch of which a follower
+    /// spoke.
+    pub(super) fn is_given_up(&self, me: BrokerId) -> bool {
+        let (epoch, led) = (self.epoch(), self.led);
+        let names_it = self.leader() == Some(me) && led.is_some_and(|led| led >= epoch);
+        self.known.is_some() && (self.heard > epoch || names_it)
+    }
+
+    /// Whether a newer value than that of this revision is known.
+    pub(super) fn is_newer_than(&self, revision: Revision) -> bool {
+        self.known.as_ref().is_some_and(|(_, known)| *known > revision)
     }
 
     fn has_in_sync(&self, broker: BrokerId) -> bool {
@@ -125,7 +140,10 @@ impl Actor {
                 self.placed.registered.insert(broker, registration);
                 self.in_sync(|in_sync| in_sync.seen(broker, registration));
             }
-            Order::Tick(now_ms) => self.in_sync(|in_sync| in_sync.tick(now_ms)),
+            Order::Tick(now_ms) => {
+                self.in_sync(|in_sync| in_sync.tick(now_ms));
+                self.look_at_given_up(now_ms);
+            }
             Order::Agreed(outcome) => self.agreed(*outcome),
             Order::Deposed(known) => self.deposed(known),
             Order::Link(said) => self.hear_link(said).await,

@@ -346,7 +346,8 @@ impl Actor {
         self.shared.publish(marks, self.replica.bytes());
         let since = self.active_since_ms.map_or(0, |ms| u64::try_from(ms).unwrap_or(1).max(1));
         self.shared.active_since_ms.store(since, Ordering::Relaxed);
-        self.shared.set_behind(matches!(&self.part, Part::Leading(leader) if leader.in_sync().is_behind()));
+        let behind = matches!(&self.part, Part::Leading(leader) if leader.in_sync().is_behind());
+        self.shared.set_behind(behind || self.has_given_up());
         let standing = self.stands();
         if standing != self.standing {
             self.standing = standing;

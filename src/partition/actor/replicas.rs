@@ -2,10 +2,11 @@
 
 use super::{Actor, Part, news::Ack};
 use crate::{
+    cluster::{PartitionValue, Revision},
     model::{LeaderEpoch, Offset},
     partition::{
         leader::{
-            insync::{Agreed, Ends, InSync, Observed, Peer},
+            insync::{Agreed, Ends, InSync, Observed, Peer, Proposal},
             join::{Claim, Join, Local},
         },
         role::{Answered, Beginning, Joined},
@@ -17,9 +18,21 @@ use crate::{
 pub(super) struct Question {
     /// The epoch of the leader who asked.
     epoch: LeaderEpoch,
-    /// The key is read, because the outcome of a proposal is not known. Else it is the outcome of a proposal.
-    reads: bool,
+    about: About,
 }
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum About {
+    /// What becomes of a proposal.
+    Proposal,
+    /// What the key says, because the outcome of a proposal is not known.
+    Outcome,
+    /// What the key says, because nothing else tells how it goes on with a leadership that was given up here.
+    GivenUp,
+}
+
+/// How long the metadata may take to bring what ends the wait of a leader that gave up, in milliseconds.
+const GIVEN_UP_MS: u64 = 1000;
 
 impl Actor {
     /// Tells the leader something of its followers, if there is one, and asks for what follows from it.
@@ -106,14 +119,55 @@ impl Actor {
         }
         let epoch = leader.epoch();
         if leader.in_sync().awaits_reading() {
-            self.asked = Some(Question { epoch, reads: true });
+            self.asked = Some(Question { epoch, about: About::Outcome });
             self.around.agreement.read_back(self.id);
         } else if let Some(proposal) = leader.in_sync_mut().proposal() {
             tracing::info!(
                 partition = %self.id, %epoch, isr = ?proposal.value.isr, elr = ?proposal.value.elr, before = ?leader.in_sync().value().isr,
                 "proposes other in-sync replicas"
             );
-            self.asked = Some(Question { epoch, reads: false });
+            self.asked = Some(Question { epoch, about: About::Proposal });
+            self.around.agreement.propose(self.id, proposal);
+        }
+    }
+
+    /// Whether this broker waits for metadata that is not known here: a follower spoke of a newer epoch, or the key was gone for a moment
+    /// when this broker led. What ends that is on its way, if it was true.
+    pub(super) fn has_given_up(&self) -> bool {
+        matches!(self.part, Part::Waiting) && self.placed.is_given_up(self.broker)
+    }
+
+    /// Looks whether the metadata takes too long; asked now and then while [`Self::has_given_up`]. Then the store itself is asked.
+    pub(super) fn look_at_given_up(&mut self, now_ms: u64) {
+        if !self.has_given_up() || self.asked.is_some() {
+            self.placed.given_up_ms = None;
+            return;
+        }
+        let since_ms = *self.placed.given_up_ms.get_or_insert(now_ms);
+        if now_ms.saturating_sub(since_ms) >= GIVEN_UP_MS {
+            self.asked = Some(Question { epoch: self.placed.epoch(), about: About::GivenUp });
+            self.around.agreement.read_back(self.id);
+        }
+    }
+
+    /// What the store says. Does it still name this broker in an epoch that it has led in, nobody else would ever take the partition over,
+    /// and this one does not lead in an epoch twice: so it ends that epoch, and somebody is elected anew.
+    fn go_on_from(&mut self, value: PartitionValue, revision: Revision) {
+        if !self.has_given_up() || self.placed.is_newer_than(revision) {
+            return;
+        }
+        if value.leader_epoch < self.placed.heard {
+            tracing::warn!(
+                partition = %self.id, heard = %self.placed.heard, epoch = %value.leader_epoch,
+                "a follower spoke of a leader epoch that the metadata store does not know; it is not believed"
+            );
+            self.placed.heard = value.leader_epoch;
+        }
+        let free = value.leaderless();
+        self.placed(value.into(), revision);
+        if self.has_given_up() {
+            self.asked = Some(Question { epoch: self.placed.epoch(), about: About::Proposal });
+            let proposal = Proposal { expect: revision, value: free, added: Vec::new() };
             self.around.agreement.propose(self.id, proposal);
         }
     }
@@ -125,10 +179,16 @@ impl Actor {
             Agreed::Found(value, revision) => Some((value.clone(), *revision)),
             _ => None,
         };
+        if asked.is_some_and(|asked| asked.about == About::GivenUp)
+            && let Some((value, revision)) = found.clone()
+        {
+            self.go_on_from(value, revision);
+        }
         let Part::Leading(leader) = &mut self.part else { return };
         let (epoch, reading) = (leader.epoch(), leader.in_sync().awaits_reading());
         let before = leader.in_sync().value().isr.clone();
-        let is_due = asked.is_some_and(|asked| asked.epoch == epoch && asked.reads == reading);
+        let about = if reading { About::Outcome } else { About::Proposal };
+        let is_due = asked.is_some_and(|asked| asked.epoch == epoch && asked.about == about);
         let observed = if is_due {
             leader.in_sync_mut().agreed(outcome)
         } else {

@@ -360,6 +360,57 @@ async fn who_led_in_an_epoch_does_not_lead_in_it_again() {
     assert_eq!(refused, Err(AppendError::NotLeader { leader: Some(broker(2)), epoch: LeaderEpoch(7) }));
 }
 
+/// A follower's word of a newer epoch ends a leadership at once. Were it wrong, by a broken follower or broken metadata, the partition stood
+/// still for ever: the metadata went on naming a leader that waited for more.
+#[tokio::test]
+async fn a_word_of_an_epoch_that_the_store_does_not_know_costs_an_epoch_and_not_the_partition() {
+    let (partition, notes, _log) = open();
+    assign(&partition, value(Some(1), 4), 10).await;
+    partition.deposed(LeaderEpoch(1_000_000)).await;
+    assign_again(&partition).await;
+    assert_eq!((partition.standing().role, partition.is_behind()), (Role::Waiting, true));
+    let ticks = async |from_ms: u64| {
+        for ms in [0, 250, 750] {
+            partition.tick(from_ms + ms).await;
+        }
+        assign_again(&partition).await;
+        assert_eq!(notes.take(), [], "the metadata may bring it yet");
+        partition.tick(from_ms + 1000).await;
+        partition.tick(from_ms + 1250).await;
+        assign_again(&partition).await;
+        assert_eq!(notes.take(), [Asked::ReadBack]);
+    };
+    ticks(5000).await;
+    partition.agreed(Agreed::Found(value(Some(1), 4), Revision(10))).await;
+    assign_again(&partition).await;
+    let [Asked::Propose(first)] = &notes.take()[..] else { panic!("one proposal") };
+    assert_eq!((first.expect, &first.value), (Revision(10), &value(None, 5)));
+    // Nobody knows what became of it.
+    partition.agreed(Agreed::Unknown).await;
+    ticks(9000).await;
+    partition.agreed(Agreed::Found(value(None, 5), Revision(11))).await;
+    assign_again(&partition).await;
+    assert_eq!((notes.take(), partition.is_behind()), (vec![], false));
+    assign(&partition, value(Some(1), 6), 12).await;
+    assert!(partition.standing().role.leads(), "what the follower said counts no more");
+    // Nor does it keep this broker from following another.
+    partition.deposed(LeaderEpoch(2_000_000)).await;
+    assign(&partition, value(Some(3), 7), 13).await;
+    assert_eq!((partition.standing().role, notes.take()), (Role::Waiting, vec![]));
+    ticks(15_000).await;
+    partition.agreed(Agreed::Found(value(Some(3), 7), Revision(13))).await;
+    assign_again(&partition).await;
+    assert_eq!(notes.take(), [Asked::Follow(broker(3))]);
+    assign(&partition, value(Some(1), 8), 14).await;
+    assert_eq!(notes.take(), [Asked::Leave(LeaderEpoch(8), false)]);
+    // And where it was true, the store says who leads.
+    partition.deposed(LeaderEpoch(9)).await;
+    ticks(20_000).await;
+    partition.agreed(Agreed::Found(value(Some(2), 9), Revision(15))).await;
+    assign_again(&partition).await;
+    assert_eq!(notes.take(), [Asked::Follow(broker(2))]);
+}
+
 /// The link's queue has an end, and nobody waits at it.
 #[tokio::test]
 async fn a_task_that_is_too_far_behind_takes_no_more_from_its_link() {
