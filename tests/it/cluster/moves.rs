@@ -11,8 +11,8 @@ fn replicas(cluster: &Cluster, topic: &str) -> Vec<Value> {
 
 #[test]
 fn ordered_moves_wait_for_their_turn_and_can_be_waited_for() {
-    // One at a time, each slow enough to be seen.
-    let slow = "65536";
+    // One at a time, each slow enough to be seen: what is read at once is 256 KiB, and then a second passes.
+    let slow = 256 << 10;
     let cluster = Cluster::with(3, |home| {
         home.setting("controller.moves_at_once", 1)
             .setting("controller.balance", "false")
@@ -26,7 +26,7 @@ fn ordered_moves_wait_for_their_turn_and_can_be_waited_for() {
     let created =
         cli.run(&["topic", "create", "safe", "--replication-factor", "2", "--config", "min.insync.replicas=2"]);
     assert_eq!((created.code, &*created.stderr), (0, ""), "nothing to hint at");
-    let text: String = (0..6000).map(|line| format!("line {line} of the orders\n")).collect();
+    let text: String = (0..40_000).map(|line| format!("line {line} of the orders\n")).collect();
     for partition in ["0", "1", "2"] {
         cli.ok_with(&["produce", "orders", "--partition", partition], text.as_bytes());
     }
