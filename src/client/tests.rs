@@ -14,6 +14,8 @@ use crate::{
     record::BatchBuilder,
 };
 
+mod near;
+
 async fn client(double: &Double) -> Client {
     Client::connect(&double.address.to_string(), Options::default()).await.expect("the double answers")
 }
@@ -522,94 +524,4 @@ async fn a_silent_broker_is_not_waited_for_where_another_one_answers() {
     let bootstrap = format!("{},{}", silent.local_addr().expect("bound"), double.address);
     let connected = tokio::time::timeout(Duration::from_secs(3), Client::connect(&bootstrap, Options::default())).await;
     assert!(connected.expect("the other one answers soon").is_ok());
-}
-
-/// A leader with so many records, and a follower in rack "b" with fewer; both in sync by the leader's metadata.
-async fn pair(led: u32, followed: u32) -> (Double, Double, Client) {
-    let (leader, follower) = (filled(led).await.0, filled(followed).await.0);
-    follower.state().follows = true;
-    let neighbour = v1::Broker { id: 2, address: follower.address.to_string(), rack: "b".to_owned() };
-    leader.state().neighbours.push(neighbour);
-    let client = client(&leader).await;
-    (leader, follower, client)
-}
-
-/// Reads the records from `from` to `to` in order with a consumer in rack "b", the position given and not asked for.
-async fn read_in_rack(client: &Client, from: u32, to: u32) {
-    let policy = OnOutOfRange::Earliest;
-    let options = ConsumerOptions { on_out_of_range: policy, ..ConsumerOptions::default().rack("b") };
-    let mut consumer = client.consumer(options);
-    consumer.assign_at("t", 0, Offset::new(from.into()).expect("small")).await.expect("assigned");
-    for number in from..to {
-        let record = tokio::time::timeout(Duration::from_secs(20), consumer.next()).await.expect("in time");
-        assert_eq!(record.expect("read").record.value.as_deref(), Some(number.to_string().as_bytes()));
-    }
-}
-
-#[tokio::test]
-async fn a_consumer_is_served_in_its_rack_and_without_one_by_the_leader() {
-    let (leader, follower, client) = pair(10, 10).await;
-    read_in_rack(&client, 0, 10).await;
-    assert_eq!((leader.state().fetches, follower.state().fetches), (0, 10));
-    let mut consumer = client.consumer(ConsumerOptions::default());
-    consumer.assign("t", 0, OffsetAt::Earliest).await.expect("assigned");
-    consumer.next().await.expect("read");
-    assert!(leader.state().fetches > 0, "nobody asked for a rack");
-    assert_eq!(follower.state().fetches, 10);
-}
-
-/// Refused, broken off, damaged, and called out of range by one that is behind: the leader has the last word on each, at once, and no
-/// record is read twice or left out on the way.
-#[tokio::test]
-async fn whatever_a_follower_has_against_a_read_the_leader_is_asked() {
-    let (leader, follower, client) = pair(10, 10).await;
-    follower.state().unreadable = Some(Reason::NotLeader);
-    read_in_rack(&client, 0, 10).await;
-    follower.state().unreadable = Some(Reason::DataDamaged);
-    read_in_rack(&client, 0, 10).await;
-    assert_eq!(follower.state().fetches, 2, "one refusal each");
-    follower.state().unreadable = None;
-    follower.state().damage = u32::MAX;
-    read_in_rack(&client, 0, 10).await;
-    follower.state().damage = 0;
-    follower.state().fetches_until_break = Some(4);
-    let before = leader.state().fetches;
-    read_in_rack(&client, 0, 10).await;
-    assert!(leader.state().fetches < before + 10, "the first ones came from the follower");
-    let (_leader, _follower, client) = pair(10, 5).await;
-    read_in_rack(&client, 8, 10).await;
-}
-
-/// As if it were cut off from its leader and from the metadata: it does not know that there is more.
-#[tokio::test]
-async fn a_follower_that_falls_silent_while_the_log_goes_on_is_left() {
-    let (leader, follower, client) = pair(10, 5).await;
-    read_in_rack(&client, 0, 10).await;
-    assert_eq!((leader.state().fetches, follower.state().fetches), (5, 5));
-}
-
-/// The old leader has not heard that it was replaced. Its end lies below what the follower of the new one served.
-#[tokio::test]
-async fn a_leader_that_was_replaced_unawares_does_not_take_a_consumer_back() {
-    let (old, follower, client) = pair(3, 6).await;
-    let new = filled(8).await.0;
-    (follower.state().epoch, new.state().epoch) = (1, 1);
-    follower.state().fetches_until_break = Some(5);
-    let mut consumer = client
-        .consumer(ConsumerOptions { on_out_of_range: OnOutOfRange::Earliest, ..ConsumerOptions::default().rack("b") });
-    consumer.assign_at("t", 0, Offset::ZERO).await.expect("assigned");
-    let mut next = async || {
-        let next = tokio::time::timeout(Duration::from_secs(20), consumer.next()).await;
-        next.expect("in time").expect("read").offset.get()
-    };
-    for number in 0..6 {
-        assert_eq!(next().await, number);
-    }
-    let tell = async {
-        tokio::time::sleep(Duration::from_millis(300)).await;
-        (old.state().advertised, old.state().advertised_epoch) = (new.address.to_string(), 1);
-    };
-    // The follower is gone, and by all that is known the old one leads, until metadata tells of the new one.
-    let (read, ()) = tokio::join!(next(), tell);
-    assert_eq!((read, next().await), (6, 7));
 }
