@@ -4,17 +4,16 @@
 
 use std::{
     fs::File,
-    net::{Ipv4Addr, TcpListener},
+    net::Ipv4Addr,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    sync::{
-        OnceLock,
-        atomic::{AtomicU32, Ordering::Relaxed},
-    },
+    sync::OnceLock,
 };
 
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
+
+use super::ports::free_port;
 
 /// A cluster. Members are counted from 0.
 pub(crate) struct Etcd {
@@ -54,20 +53,6 @@ pub(crate) fn in_namespace(namespace: Option<&str>, program: &Path) -> Command {
     let mut command = Command::new("ip");
     command.args(["netns", "exec", namespace]).arg(program);
     command
-}
-
-/// A port that is free. It lies below those that the kernel hands out by itself, so that no client's connection can take it
-/// while a member is down.
-fn free_port() -> u16 {
-    static NEXT: AtomicU32 = AtomicU32::new(0);
-    loop {
-        let step = NEXT.fetch_add(1, Relaxed);
-        let port = 12_000 + std::process::id().wrapping_mul(37).wrapping_add(step) % 18_000;
-        let port = u16::try_from(port).expect("below 65,536");
-        if TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok() {
-            return port;
-        }
-    }
 }
 
 impl Etcd {

@@ -10,7 +10,6 @@ use std::{
     net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
-    sync::atomic::{AtomicU32, Ordering},
     thread,
     time::Duration,
 };
@@ -21,6 +20,7 @@ use strandline::task;
 use crate::{
     etcd::{Etcd, in_namespace},
     patience::{PATIENCE, eventually, poll},
+    ports::free_port,
     s3::S3,
 };
 
@@ -478,18 +478,9 @@ fn clean(command: &mut Command) -> &mut Command {
     command.env("NO_COLOR", "1").env("RUST_BACKTRACE", "1")
 }
 
-/// A loopback address whose port is free. It lies below the ports that the kernel hands out by itself, so that no
-/// client's connection can take it while a broker is restarted.
+/// A loopback address whose port is free, and stays so while a broker is restarted.
 pub(crate) fn free_address() -> SocketAddr {
-    static NEXT: AtomicU32 = AtomicU32::new(0);
-    loop {
-        let step = NEXT.fetch_add(1, Ordering::Relaxed);
-        let port = 12_000 + (std::process::id().wrapping_mul(37).wrapping_add(step)) % 18_000;
-        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, u16::try_from(port).expect("below 65,536")));
-        if TcpListener::bind(address).is_ok() {
-            return address;
-        }
-    }
+    SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()))
 }
 
 /// One HTTP GET: the status code and the body.

@@ -26,6 +26,8 @@ mod orders;
 mod outage;
 mod pages;
 mod patience;
+#[path = "../common/ports.rs"]
+mod ports;
 mod protoc;
 mod proxy;
 mod python;

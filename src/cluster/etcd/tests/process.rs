@@ -13,6 +13,8 @@ use crate::{
 #[allow(dead_code, reason = "the tests of real brokers use the rest")]
 #[path = "../../../../tests/common/etcd.rs"]
 mod members;
+#[path = "../../../../tests/common/ports.rs"]
+mod ports;
 
 /// How long a start may take on a machine that others keep busy.
 const START: Duration = Duration::from_secs(60);
