@@ -433,11 +433,17 @@ impl InSync {
             self.over = true;
             return Observed::Deposed { epoch: value.leader_epoch };
         }
-        (self.value, self.revision) = (value.clone(), revision);
+        let before = std::mem::replace(&mut self.value, value.clone());
+        self.revision = revision;
         // What was proposed at an older revision can never be done any more.
         self.unsure.clear();
         (self.must_read, self.held) = (false, false);
         for (id, member) in &mut self.members {
+            // Who is let go deletes what it has. Who is added now and was not was let go before, seen or not.
+            let is_anew = self.value.adding.contains(id) && !before.adding.contains(id);
+            if is_anew || !self.value.replicas.contains(id) {
+                (member.link, member.acked) = (None, None);
+            }
             member.lost &= self.value.isr.contains(id);
             if !self.value.isr.contains(id) {
                 (member.target, member.lags) = (None, false);

@@ -18,8 +18,11 @@ fn peer(broker: u32) -> Peer {
     Peer { broker: BrokerId(broker), epoch: Revision(10) }
 }
 
+fn brokers(ids: &[u32]) -> Vec<BrokerId> {
+    ids.iter().copied().map(BrokerId).collect()
+}
+
 fn value(isr: &[u32], elr: &[u32]) -> PartitionValue {
-    let brokers = |ids: &[u32]| ids.iter().copied().map(BrokerId).collect();
     PartitionValue {
         replicas: brokers(&[1, 2, 3]),
         leader: Some(BrokerId(1)),
@@ -101,6 +104,29 @@ fn the_topics_rule_says_which_end_counts_and_may_change() {
     assert_eq!(leader.high_watermark(), at(8));
     leader.configure(rule(2));
     assert_eq!(leader.high_watermark(), at(8), "what was committed stays so");
+}
+
+/// It deletes its log when it is let go. Added again in the same epoch it has nothing, whatever it acknowledged before.
+#[test]
+fn who_was_let_go_and_is_added_again_is_admitted_only_by_what_it_acknowledges_then() {
+    let without = PartitionValue { replicas: brokers(&[1, 3]), ..value(&[1, 3], &[]) };
+    let added = PartitionValue { adding: brokers(&[2]), ..value(&[1, 3], &[]) };
+    // The value in between may be missed: a watch that broke lists only what is there now.
+    for values in [vec![(without, Revision(21)), (added.clone(), Revision(22))], vec![(added, Revision(22))]] {
+        let mut leader = leader(&[1, 2, 3], &[], 1);
+        follow(&mut leader, 2, 5);
+        follow(&mut leader, 3, 5);
+        for (value, revision) in &values {
+            assert_eq!(leader.observed(value, *revision), Observed::Adopted);
+        }
+        assert_eq!(isr(leader.proposal()), None, "what it had is gone");
+        assert!(leader.acknowledged(peer(2), EPOCH, both(5)).is_err(), "a word of before");
+        assert_eq!(claim(&mut leader, peer(2), 0), Join::At(at(0)));
+        leader.acknowledged(peer(2), EPOCH, both(4)).unwrap();
+        assert_eq!(isr(leader.proposal()), None, "not all that is committed");
+        leader.acknowledged(peer(2), EPOCH, both(5)).unwrap();
+        assert_eq!(isr(leader.proposal()), Some((vec![1, 3, 2], vec![])));
+    }
 }
 
 #[test]
