@@ -299,6 +299,11 @@ impl Broker {
         self.settings.id
     }
 
+    /// Waits until it knows of so many brokers that are alive.
+    pub async fn meets(&self, brokers: usize) {
+        self.view.until(|state| state.brokers().len() >= brokers).await;
+    }
+
     /// How many partitions it serves.
     pub fn partitions(&self) -> usize {
         self.hosted.open().len()

@@ -20,6 +20,9 @@ use crate::{
     telemetry::Metrics,
 };
 
+/// How long brokers that have started wait until each knows of all others: the mirrors of the metadata lag a little.
+const MEETING: Duration = Duration::from_secs(10);
+
 /// One broker's listeners before it serves.
 struct Ports {
     grpc: TcpListener,
@@ -70,8 +73,17 @@ pub async fn run_several(
         shared.meta = Some(Arc::new(store));
     }
     let mut shutdown = pin!(shutdown);
-    let (members, failed, asked) = start_all(&configs, ports, &shared, shutdown.as_mut()).await;
+    let (members, failed, mut asked) = start_all(&configs, ports, &shared, shutdown.as_mut()).await;
     let mut outcome = failed.map_or(Ok(()), Err);
+    if outcome.is_ok() && !asked {
+        // Who asks for a topic now shall not be told that there are too few brokers.
+        let meeting = future::join_all(members.iter().map(|member| member.node.broker().meets(members.len())));
+        tokio::select! {
+            biased;
+            () = &mut shutdown => asked = true,
+            _all_or_late = tokio::time::timeout(MEETING, meeting) => {}
+        }
+    }
     if outcome.is_ok() && !asked {
         let states: Vec<Ready> = members.iter().map(|member| member.state.clone()).collect();
         ready(&states);

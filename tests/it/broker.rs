@@ -258,10 +258,14 @@ impl Home {
         command.arg("dev").arg("--data-dir").arg(self.data_dir()).args(["--brokers", &brokers.to_string()]);
         command.args(arguments);
         command.args(["--listen", &self.grpc.to_string(), "--http", &self.http.to_string()]);
+        let greetings = || self.log().matches("is ready (").count();
+        let before = greetings();
         let mut broker = self.launch(command);
         if let Err(why) = broker.wait_ready() {
             panic!("strandline dev did not become ready: {why}\n{}", self.log());
         }
+        // The first is ready before the others.
+        eventually("it greets", || (greetings() > before).then_some(()));
         broker
     }
 

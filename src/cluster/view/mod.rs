@@ -147,9 +147,14 @@ impl View {
     /// Waits until the mirror holds this revision; with 1 or less, until it holds anything. It does not end
     /// while the store does not answer: bound it.
     pub async fn reached(&self, revision: Revision) {
+        self.until(|state| state.revision() >= revision.max(Revision(1))).await;
+    }
+
+    /// Waits until the mirror is so. Bound it as well.
+    pub async fn until(&self, holds: impl Fn(&ViewState) -> bool) {
         let mut states = self.state.subscribe();
         // The sender lives in `self`, so the channel cannot close.
-        let _state = states.wait_for(|state| state.revision() >= revision.max(Revision(1))).await;
+        let _state = states.wait_for(|state| holds(state)).await;
     }
 
     fn publish(&self, change: impl FnOnce(&mut ViewState) -> Vec<Key>) {
