@@ -16,7 +16,7 @@ use std::{
 pub use real::RealDisk;
 #[cfg(test)]
 pub(super) use sim::Dice;
-pub use sim::SimDisk;
+pub use sim::{SimDisk, Stamp};
 
 /// Size and alignment of everything that is written to the journal, in bytes.
 pub const BLOCK: usize = 4096;

@@ -8,6 +8,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     io::{self, IoSlice},
+    ops::{Bound, Range},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
@@ -38,10 +39,15 @@ struct Machine {
     operations: u64,
 }
 
+/// A file. What it cost to keep a second copy of what is durable, a run of the simulator paid at every sync.
 #[derive(Default)]
 struct Content {
     bytes: Vec<u8>,
-    durable: Vec<u8>,
+    durable_len: usize,
+    /// Since the last sync, in order: durable bytes that were overwritten or cut, and where.
+    undo: Vec<(usize, Vec<u8>)>,
+    /// Grows with each change of bytes that were there.
+    rewrites: u64,
 }
 
 struct Change {
@@ -55,6 +61,27 @@ enum What {
     Rename(PathBuf, PathBuf, u64),
     MakeDir(PathBuf),
     RemoveDir(PathBuf),
+}
+
+/// Which file has a name, and what became of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stamp {
+    file: u64,
+    rewrites: u64,
+    /// Its bytes.
+    pub len: u64,
+}
+
+impl Stamp {
+    /// The same file before anything was written to it.
+    pub fn of_nothing(self) -> Self {
+        Self { len: 0, ..self }
+    }
+
+    /// Whether between this and `later` the file was left alone or appended to.
+    pub fn is_before(self, later: Self) -> bool {
+        (self.file, self.rewrites) == (later.file, later.rewrites) && self.len <= later.len
+    }
 }
 
 /// SplitMix64 (Steele, Lea, Flood 2014): enough to choose sectors by.
@@ -143,8 +170,11 @@ impl SimDisk {
         let mask = 1 << (bit % 8);
         let Some(target) = content.bytes.get_mut(byte) else { return false };
         *target ^= mask;
-        if let Some(target) = content.durable.get_mut(byte) {
-            *target ^= mask;
+        content.rewrites += 1;
+        // What is durable there is in the first that took it away, if one did.
+        let older = content.undo.iter_mut().find_map(|(at, old)| old.get_mut(byte.checked_sub(*at)?));
+        if let Some(older) = older {
+            *older ^= mask;
         }
         true
     }
@@ -152,6 +182,14 @@ impl SimDisk {
     /// How many changes were made so far: a place to fail at.
     pub fn operations(&self) -> u64 {
         self.machine().operations
+    }
+
+    /// What tells whether a file is still as it was.
+    pub fn stamp(&self, path: &Path) -> Option<Stamp> {
+        let machine = self.machine();
+        let id = *machine.names.get(path)?;
+        let content = &machine.files[&id];
+        Some(Stamp { file: id, rewrites: content.rewrites, len: content.bytes.len() as u64 })
     }
 
     /// Every file and its length.
@@ -162,15 +200,43 @@ impl SimDisk {
 }
 
 impl Content {
+    /// Takes note of what is durable in a range that is about to change.
+    fn keep(&mut self, range: Range<usize>) {
+        if range.start < self.bytes.len() {
+            self.rewrites += 1;
+        }
+        let end = range.end.min(self.durable_len).min(self.bytes.len());
+        if range.start < end {
+            self.undo.push((range.start, self.bytes[range.start..end].to_vec()));
+        }
+    }
+
+    /// All that is there becomes durable.
+    fn sync(&mut self) {
+        self.durable_len = self.bytes.len();
+        self.undo.clear();
+    }
+
+    /// What is durable.
+    fn durable(&self) -> Vec<u8> {
+        let mut durable = self.bytes.clone();
+        durable.resize(self.durable_len, 0);
+        for (at, old) in self.undo.iter().rev() {
+            durable[*at..at + old.len()].copy_from_slice(old);
+        }
+        durable
+    }
+
     /// Of each sector that differs from what is durable, keeps the new or the old; of the length likewise.
     fn tear(&mut self, dice: &mut Dice) {
-        if self.bytes == self.durable {
+        if self.undo.is_empty() && self.bytes.len() == self.durable_len {
             return;
         }
-        let (short, long) = (self.durable.len().min(self.bytes.len()), self.durable.len().max(self.bytes.len()));
+        let durable = self.durable();
+        let (short, long) = (durable.len().min(self.bytes.len()), durable.len().max(self.bytes.len()));
         let mut len = short + usize::try_from(dice.roll((long - short) as u64 + 1)).unwrap_or(0);
         if dice.roll(2) == 0 {
-            len = if dice.roll(2) == 0 { self.durable.len() } else { self.bytes.len() };
+            len = if dice.roll(2) == 0 { durable.len() } else { self.bytes.len() };
         }
         let mut torn = vec![0; len];
         // Some crashes tear by sector, some by page, some lose or keep all.
@@ -180,7 +246,7 @@ impl Content {
             let end = at.saturating_add(unit).min(len);
             let newer = dice.roll(2) == 0;
             // A sector that was never written is the old content where there was one, else zeros.
-            for from in [&self.durable, &self.bytes].into_iter().take(1 + usize::from(newer)) {
+            for from in [&durable, &self.bytes].into_iter().take(1 + usize::from(newer)) {
                 let have = from.len().min(end);
                 if at < have {
                     torn[at..have].copy_from_slice(&from[at..have]);
@@ -188,8 +254,9 @@ impl Content {
             }
             at = end;
         }
-        self.bytes.clone_from(&torn);
-        self.durable = torn;
+        self.bytes = torn;
+        self.rewrites += 1;
+        self.sync();
     }
 }
 
@@ -291,10 +358,15 @@ impl Disk for SimDisk {
             return Err(io::ErrorKind::NotFound.into());
         }
         let name = |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let inside = |path: &&PathBuf| path.parent() == Some(dir);
+        let inside = |path: &Path| path.parent() == Some(dir);
+        // Paths are in the order of their parts: what is below a directory follows it.
+        let below = |path: &Path| path.starts_with(dir);
+        let from = (Bound::Included(dir), Bound::Unbounded);
+        let dirs = machine.dirs.range::<Path, _>(from).take_while(|path| below(path));
+        let files = machine.names.range::<Path, _>(from).take_while(|(path, _)| below(path));
         let mut entries: Vec<Entry> =
-            machine.dirs.iter().filter(inside).map(|path| Entry { name: name(path), is_dir: true, len: 0 }).collect();
-        entries.extend(machine.names.iter().filter(|(path, _)| inside(path)).map(|(path, id)| Entry {
+            dirs.filter(|path| inside(path)).map(|path| Entry { name: name(path), is_dir: true, len: 0 }).collect();
+        entries.extend(files.filter(|(path, _)| inside(path)).map(|(path, id)| Entry {
             name: name(path),
             is_dir: false,
             len: machine.files[id].bytes.len() as u64,
@@ -423,9 +495,11 @@ impl File for SimFile {
         let mut at = usize::try_from(at).map_err(|_| io::ErrorKind::FileTooLarge)?;
         for slice in slices {
             // What fitted before the disk was full stays, as it does on a real one.
-            machine.grow(self.id, self.boot, at + slice.len())?;
-            machine.content(self.id, self.boot)?.bytes[at..at + slice.len()].copy_from_slice(slice);
-            at += slice.len();
+            let end = at + slice.len();
+            machine.content(self.id, self.boot)?.keep(at..end);
+            machine.grow(self.id, self.boot, end)?;
+            machine.content(self.id, self.boot)?.bytes[at..end].copy_from_slice(slice);
+            at = end;
         }
         Ok(())
     }
@@ -440,7 +514,9 @@ impl File for SimFile {
         machine.change()?;
         let len = usize::try_from(len).map_err(|_| io::ErrorKind::FileTooLarge)?;
         machine.grow(self.id, self.boot, len)?;
-        machine.content(self.id, self.boot)?.bytes.truncate(len);
+        let content = machine.content(self.id, self.boot)?;
+        content.keep(len..content.bytes.len());
+        content.bytes.truncate(len);
         Ok(())
     }
 
@@ -450,9 +526,7 @@ impl File for SimFile {
         if machine.failing_syncs.as_ref().is_some_and(|part| self.path.to_string_lossy().contains(part.as_str())) {
             return Err(io::Error::other("simulated sync failure"));
         }
-        let content = machine.content(self.id, self.boot)?;
-        let Content { bytes, durable } = content;
-        durable.clone_from(bytes);
+        machine.content(self.id, self.boot)?.sync();
         Ok(())
     }
 }
