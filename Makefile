@@ -18,17 +18,22 @@ KILLS ?= 200
 # How long `make chaos` goes on.
 MINUTES ?= 10
 
+# What `make sim` runs: so many seeds from the first on; with TRACE=1 each one's trace. How long `make sim-new` goes on.
 SEEDS ?= 200
 SEED ?= 1
+TRACE ?=
+SIM_SECONDS ?= 180
 
 # Which broken rules `make mutants` looks for: a part of their name.
 MUTANT ?=
 
-# How many states `make model` visits in each search, and which searches: a part of their name.
+# How many states `make model` visits in each search.
 STATES ?= 2000000
+
+# Which searches of `make model`, which tests of `make sim`: a part of their name.
 ONLY ?=
 
-.PHONY: build release test check fmt clippy client docs deny crash-test failover chaos sim mutants model bench fuzz fuzz-seeds golden protos etcd-protos kafka-reader real-s3 write-docs help
+.PHONY: build release test check fmt clippy client docs deny crash-test failover chaos sim sim-new mutants model bench fuzz fuzz-seeds golden protos etcd-protos kafka-reader real-s3 write-docs help
 
 help: ## These lines.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -43,7 +48,7 @@ test: ## Every test, those with real processes too.
 	tests/fetch-etcd >/dev/null
 	$(CARGO) test --locked --no-fail-fast
 
-check: fmt clippy client docs deny protos test ## What CI asks: everything below, then the tests.
+check: fmt clippy client docs deny protos test sim-new ## What CI asks: everything below, then the tests.
 
 fmt: ## The sources are formatted.
 	$(CARGO) fmt --check
@@ -92,13 +97,17 @@ chaos: ## Three brokers and etcd on machines of their own (network namespaces; a
 	STRANDLINE_CHAOS_MINUTES=$(MINUTES) STRANDLINE_CHAOS_ONLY="$(ONLY)" $(CARGO) test --locked --test it -- --nocapture --test-threads 1 cluster::chaos
 
 # A build of its own: only with that flag tokio's own choices follow from a seed. What is built is not what is released.
+SIM = CARGO_TARGET_DIR=target/sim RUSTFLAGS="--cfg tokio_unstable" \
+  $(CARGO) test --locked --profile sim --no-default-features --features server,sim --test sim -- --nocapture --test-threads 1
+
 sim: ## Simulates SEEDS runs (200) of one broker and of three under faults, from SEED (1) on, some of them twice, and broken rules.
-	CARGO_TARGET_DIR=target/sim RUSTFLAGS="--cfg tokio_unstable" STRANDLINE_SEEDS=$(SEEDS) STRANDLINE_SEED=$(SEED) \
-	  $(CARGO) test --locked --profile sim --no-default-features --features server,sim --test sim -- --nocapture --test-threads 2
+	STRANDLINE_SEEDS=$(SEEDS) STRANDLINE_SEED=$(SEED) STRANDLINE_TRACE=$(TRACE) $(SIM) $(ONLY)
+
+sim-new: ## The same with seeds that nobody has run before, for SIM_SECONDS (180).
+	STRANDLINE_SIM_SECONDS=$(SIM_SECONDS) $(SIM)
 
 mutants: ## Breaks each rare rule on purpose and simulates seeds until one finds it: an hour. MUTANT=name picks one.
-	CARGO_TARGET_DIR=target/sim RUSTFLAGS="--cfg tokio_unstable" STRANDLINE_MUTANT=$(MUTANT) \
-	  $(CARGO) test --locked --profile sim --no-default-features --features server,sim --test sim -- --ignored --nocapture every_rare_broken_rule_is_found
+	STRANDLINE_MUTANT=$(MUTANT) $(SIM) --ignored every_rare_broken_rule_is_found
 
 model: ## Replication in every order of events, up to STATES (2000000) states for each search; ONLY=text picks searches by name.
 	STRANDLINE_MODEL_STATES=$(STATES) STRANDLINE_MODEL_ONLY="$(ONLY)" \

@@ -10,22 +10,20 @@ use std::{
 
 use strandline::{
     cluster::{EmbeddedStore, Key, Keys, MetaStore as _, PartitionValue, TopicValue, Value as _},
-    log::SimDisk,
     model::{BrokerId, PartitionId, TopicId},
 };
 
 use crate::{
     history::Log,
     load::{Ledger, TOPICS},
-    logs::{self, Replica},
+    logs::{self, Logs, Replica},
     trace::Trace,
 };
 
 /// One machine as the judge sees it.
-#[derive(Clone)]
 pub(crate) struct Seen {
     pub(crate) id: BrokerId,
-    pub(crate) disk: SimDisk,
+    pub(crate) logs: Logs,
     /// Whether its broker takes part.
     pub(crate) running: Arc<AtomicBool>,
 }
@@ -86,7 +84,7 @@ impl Judge {
                 .machines
                 .iter()
                 .filter(|machine| machine.running.load(Ordering::Relaxed))
-                .map(|machine| (machine.id, logs::replica(&machine.disk, id)))
+                .map(|machine| (machine.id, machine.logs.replica(id)))
                 .collect();
             self.agree(log, &replicas);
             let members = replicas.iter().filter(|(id, _)| value.isr.contains(id) || value.elr.contains(id));
@@ -108,20 +106,17 @@ impl Judge {
 
     /// Who may lead holds what was acknowledged.
     fn holds(&self, log: Log, member: BrokerId, replica: &Replica, value: &PartitionValue) {
-        let acked = self.ledger.acked(log);
-        if let Some((offset, sent)) = acked.range(replica.end.as_i64()..).next() {
-            panic!("{log:?}: broker {member} may lead and lacks {sent:x} at {offset}: {value:?}");
-        }
-        for (base, held) in &replica.batches {
-            let base = base.as_i64();
-            let mut wanted = acked.range(base..held.end.as_i64()).peekable();
-            if wanted.peek().is_some() {
-                let payloads = held.payloads();
-                for (&offset, &sent) in wanted {
-                    let found = payloads[usize::try_from(offset - base).unwrap()];
+        self.ledger.with_acked(log, |acked| {
+            if let Some((offset, sent)) = acked.range(replica.end.as_i64()..).next() {
+                panic!("{log:?}: broker {member} may lead and lacks {sent:x} at {offset}: {value:?}");
+            }
+            for held in replica.batches() {
+                let base = held.base.as_i64();
+                for (&offset, &sent) in acked.range(base..held.end.as_i64()) {
+                    let found = held.payloads[usize::try_from(offset - base).unwrap()];
                     assert_eq!(found, sent, "{log:?}: broker {member} holds something else at {offset}: {value:?}");
                 }
             }
-        }
+        });
     }
 }

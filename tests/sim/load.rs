@@ -8,7 +8,7 @@ use std::{
 
 use strandline::{
     client::{Client, ConsumerOptions, Delivery, NewRecord, OffsetAt, ProducerOptions},
-    model::Offset,
+    model::{Acks, Offset},
     task::{Tasks, random},
 };
 
@@ -24,14 +24,26 @@ pub(crate) const TOPICS: &[&str] = &["events", "orders"];
 /// Values of one producer that are under way at most.
 const OUTSTANDING: u64 = 8;
 
-/// The longest pause of a producer between two values.
+/// The longest pause of a producer between two values that follow each other.
 const PAUSE_US: u64 = 12_000;
+
+/// Values that follow each other, at most, and the longest rest after them. What is under way when something goes wrong is what finds
+/// mistakes; a stream that never rests only makes runs longer.
+const BURST: u32 = 40;
+const REST_US: u64 = 600_000;
 
 /// How long peace may take until everything is answered.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(300);
 
 /// How long one pass of a reader may take.
 pub(crate) const READING: Duration = Duration::from_secs(20);
+
+/// A producer's pause: a short one within a burst, a long one after it.
+async fn pause(burst: &mut u32, short_us: u64) {
+    let longest = if *burst == 0 { REST_US } else { short_us };
+    *burst = burst.checked_sub(1).unwrap_or_else(|| random::in_range(1..BURST));
+    tokio::time::sleep(Duration::from_micros(random::in_range(0..longest))).await;
+}
 
 /// What clients did and saw. Clones share it.
 #[derive(Clone, Default)]
@@ -65,8 +77,8 @@ impl Ledger {
     }
 
     /// What was acknowledged by every in-sync replica, by its offsets.
-    pub(crate) fn acked(&self, log: Log) -> BTreeMap<i64, u64> {
-        self.book().acked.get(&log).cloned().unwrap_or_default()
+    pub(crate) fn with_acked(&self, log: Log, look: impl FnMut(&BTreeMap<i64, u64>)) {
+        self.book().acked.get(&log).into_iter().for_each(look);
     }
 
     pub(crate) fn history(&self) -> History {
@@ -106,18 +118,24 @@ impl Load {
             self.ledger.attempt(attempt);
         };
         let mut outstanding = VecDeque::new();
-        let mut number = 0_u64;
+        let (mut number, mut burst) = (0_u64, 0);
         while !self.stop.is_cancelled() {
             let (attempt, value) = self.draw(producer, number);
-            let record = NewRecord::value(&value).partition(attempt.log.1.unsigned_abs());
-            let sent = sender.send(TOPICS[attempt.log.0], record).await;
-            let delivery = sent.unwrap_or_else(|error| panic!("{producer} {number}: {error}"));
+            let delivery = loop {
+                let record = NewRecord::value(&value).partition(attempt.log.1.unsigned_abs());
+                match sender.send(TOPICS[attempt.log.0], record).await {
+                    Ok(delivery) => break delivery,
+                    // Nobody has told it yet where the topic's partitions are, and nobody can. Nothing was sent.
+                    Err(error) => self.trace.note(format_args!("{producer}: {number} waits: {error}")),
+                }
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            };
             outstanding.push_back((attempt, delivery));
             number += 1;
             if outstanding.len() as u64 > random::in_range(1..OUTSTANDING) {
                 settle(outstanding.pop_front().unwrap()).await;
             }
-            tokio::time::sleep(Duration::from_micros(random::in_range(0..PAUSE_US))).await;
+            pause(&mut burst, PAUSE_US).await;
         }
         for one in outstanding {
             settle(one).await;
@@ -125,17 +143,20 @@ impl Load {
         sender.close().await.unwrap();
     }
 
-    /// Sends values one after the other; where no answer comes it never learns what became of one.
+    /// Sends values one after the other; where no answer comes it never learns what became of one. What counts as an answer differs from
+    /// run to run: the leader's word alone proves nothing.
     pub(crate) async fn produce_plainly(self, producer: u32) {
+        let acks = [Acks::All, Acks::All, Acks::Leader, Acks::Tiered][random::in_range(0..4_usize)];
         let options = ProducerOptions {
-            delivery_timeout: Duration::from_secs(3),
+            delivery_timeout: Duration::from_secs(if acks == Acks::Tiered { 10 } else { 3 }),
             idempotent: false,
             in_flight: 1,
+            acks,
             ..ProducerOptions::default()
         };
         let sender = self.client.producer(options).await;
         let sender = sender.unwrap_or_else(|error| panic!("{producer}: {error}"));
-        let mut number = 0;
+        let (mut number, mut burst) = (0, 0);
         while !self.stop.is_cancelled() {
             let (mut attempt, value) = self.draw(producer, number);
             // What was given up may be written after what came later, and twice: nothing is said of their order.
@@ -149,15 +170,17 @@ impl Load {
             attempt.answered = self.ledger.now();
             match delivered {
                 Ok(ack) => {
-                    let offset = ack.offset.expect("acknowledged by all").as_i64();
-                    attempt.outcome = Outcome::Acknowledged { offset };
+                    let offset = ack.offset.expect("it waits for an answer").as_i64();
+                    if acks != Acks::Leader {
+                        attempt.outcome = Outcome::Acknowledged { offset };
+                    }
                     self.trace.note(format_args!("{producer}: {number} is at {offset} of {:?}", attempt.log));
                 }
                 Err(error) => self.trace.note(format_args!("{producer}: {number} is perhaps nowhere: {error}")),
             }
             self.ledger.attempt(attempt);
             number += 1;
-            tokio::time::sleep(Duration::from_micros(random::in_range(0..3 * PAUSE_US))).await;
+            pause(&mut burst, 3 * PAUSE_US).await;
         }
         let _whatever = sender.close().await;
     }
@@ -168,7 +191,9 @@ impl Load {
         let partition = random::in_range(0..self.partitions[topic]);
         let payload = u64::from(producer) << 32 | number;
         let mut value = payload.to_be_bytes().to_vec();
-        value.resize(value.len() + random::in_range(0..3000), b'x');
+        // Most are small, and segments fill all the same.
+        let most = if random::in_range(0..8) == 0 { 6000 } else { 600 };
+        value.resize(value.len() + random::in_range(0..most), b'x');
         let attempt = Attempt {
             log: (topic, i32::try_from(partition).unwrap()),
             payload,
@@ -185,7 +210,7 @@ impl Load {
     /// Reads pieces of logs as long as there is load. A cluster's old leader may show an older end than the newest.
     pub(crate) async fn read(self, alone: bool) {
         while !self.stop.is_cancelled() {
-            tokio::time::sleep(Duration::from_micros(random::in_range(0..400_000))).await;
+            tokio::time::sleep(Duration::from_micros(random::in_range(0..1_000_000))).await;
             let topic = random::in_range(0..self.partitions.len());
             let partition = random::in_range(0..self.partitions[topic]);
             let whole = random::in_range(0..3) == 0;

@@ -1,12 +1,19 @@
 //! What the brokers' disks hold, read past the brokers: the segment files, batch by batch.
 //!
-//! This is the judge's own eye: it sees what the page cache shows, which is what a process would find after signal 9.
+//! This is the judge's own eye: it sees what the page cache shows, which is what a process would find after signal 9. It looks often and
+//! little changes meanwhile, so it remembers each file as long as nothing of it is written anew.
 
-use std::{collections::BTreeMap, path::Path};
+use std::{
+    cell::RefCell,
+    collections::BTreeMap,
+    hash::{DefaultHasher, Hasher as _},
+    path::{Path, PathBuf},
+    rc::Rc,
+};
 
 use bytes::Bytes;
 use strandline::{
-    log::{Disk as _, SimDisk},
+    log::{Disk as _, Mode, SimDisk, Stamp},
     model::{LeaderEpoch, Offset, PartitionId},
     record::Batch,
 };
@@ -14,17 +21,26 @@ use strandline::{
 /// One batch as it lies there.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Held {
+    pub(crate) base: Offset,
     pub(crate) end: Offset,
     epoch: LeaderEpoch,
-    bytes: Bytes,
+    /// Of all its bytes.
+    digest: u64,
+    /// Of its records.
+    pub(crate) payloads: Vec<u64>,
 }
 
 impl Held {
-    /// The payloads of its records.
-    pub(crate) fn payloads(&self) -> Vec<u64> {
-        let batch = Batch::parse(self.bytes.clone()).unwrap();
-        let records = batch.records().unwrap().map(|record| payload(&record.unwrap().1.value.unwrap()));
-        records.collect()
+    fn of(batch: &Batch) -> Self {
+        let mut digest = DefaultHasher::new();
+        digest.write(&batch.to_bytes());
+        Self {
+            base: batch.base_offset(),
+            end: batch.end_offset(),
+            epoch: batch.leader_epoch().unwrap(),
+            digest: digest.finish(),
+            payloads: batch.records().unwrap().map(|record| payload(&record.unwrap().1.value.unwrap())).collect(),
+        }
     }
 }
 
@@ -34,59 +50,128 @@ pub(crate) fn payload(value: &[u8]) -> u64 {
 }
 
 /// One replica's log.
-#[derive(Clone, Debug, Default)]
+#[derive(Debug, Default)]
 pub(crate) struct Replica {
-    /// By base offsets.
-    pub(crate) batches: BTreeMap<Offset, Held>,
+    segments: Vec<Rc<Segment>>,
     /// Where the next one goes.
     pub(crate) end: Offset,
 }
 
-/// What a disk holds of a partition. What it says of itself must fit together.
-pub(crate) fn replica(disk: &SimDisk, id: PartitionId) -> Replica {
-    let dir = Path::new("/data").join(id.topic.to_string()).join(id.number.to_string());
-    let mut files: Vec<_> = disk.files().into_iter().map(|(path, _)| path).collect();
-    files.retain(|path| path.parent() == Some(&dir) && path.extension().is_some_and(|is| is == "log"));
-    files.sort();
-    let mut replica = Replica::default();
-    for file in files {
-        let base: u64 = file.file_stem().unwrap().to_str().unwrap().parse().unwrap();
-        let base = Offset::new(base).unwrap();
-        let mut left = Bytes::from(disk.read(&file).unwrap());
-        // A segment that was begun when the disk was full may be left over, with nothing in it; and what was evicted and could not be
-        // removed counts for nothing, until the next start removes it.
-        if replica.batches.is_empty() || !left.is_empty() {
-            assert!(base >= replica.end, "{}: the one before ends at {}", file.display(), replica.end);
-            if base > replica.end {
-                replica = Replica { end: base, ..Replica::default() };
+impl Replica {
+    /// Every batch, in order.
+    pub(crate) fn batches(&self) -> impl DoubleEndedIterator<Item = &Held> {
+        self.segments.iter().flat_map(|segment| &segment.batches)
+    }
+
+    /// The batches from an offset on, which is the base of one or lies below all.
+    fn batches_from(&self, from: Offset) -> impl Iterator<Item = &Held> {
+        let first = self.segments.partition_point(|segment| segment.end <= from);
+        let batches = self.segments[first..].iter().flat_map(|segment| &segment.batches);
+        batches.skip_while(move |held| held.base < from)
+    }
+}
+
+/// One segment file, as far as it was read.
+#[derive(Clone, Debug)]
+struct Segment {
+    base: Offset,
+    end: Offset,
+    batches: Vec<Held>,
+    stamp: Stamp,
+}
+
+/// The logs on one disk.
+pub(crate) struct Logs {
+    disk: SimDisk,
+    segments: RefCell<BTreeMap<PathBuf, Rc<Segment>>>,
+}
+
+impl Logs {
+    pub(crate) fn of(disk: &SimDisk) -> Self {
+        Self { disk: disk.clone(), segments: RefCell::default() }
+    }
+
+    /// What the disk holds of a partition. What it says of itself must fit together.
+    pub(crate) fn replica(&self, id: PartitionId) -> Replica {
+        let dir = Path::new("/data").join(id.topic.to_string()).join(id.number.to_string());
+        let mut replica = Replica::default();
+        for entry in self.disk.list(&dir).unwrap_or_default() {
+            if !entry.name.ends_with(".log") {
+                continue;
+            }
+            let file = dir.join(entry.name);
+            let segment = self.segment(&file);
+            let Segment { base, end, .. } = *segment;
+            // A segment that was begun when the disk was full may be left over, with nothing in it; and what was evicted and could not
+            // be removed counts for nothing, until the next start removes it.
+            if replica.segments.is_empty() || base < end {
+                assert!(base >= replica.end, "{}: the one before ends at {}", file.display(), replica.end);
+                if base > replica.end {
+                    replica = Replica { end: base, ..Replica::default() };
+                }
+            }
+            if let (Some(last), Some(first)) = (replica.batches().next_back(), segment.batches.first()) {
+                assert!(first.epoch >= last.epoch, "{}: epochs never fall", file.display());
+            }
+            if base < end {
+                replica.end = end;
+                replica.segments.push(segment);
             }
         }
-        while !left.is_empty() {
-            let batch = Batch::split_from(&mut left).unwrap_or_else(|error| panic!("{}: {error}", file.display()));
-            let one = Held { end: batch.end_offset(), epoch: batch.leader_epoch().unwrap(), bytes: batch.to_bytes() };
-            assert_eq!(batch.base_offset(), replica.end, "{}: offsets follow each other", file.display());
-            let last = replica.batches.last_key_value();
-            assert!(last.is_none_or(|(_, last)| one.epoch >= last.epoch), "{}: epochs never fall", file.display());
-            replica.end = one.end;
-            replica.batches.insert(batch.base_offset(), one);
+        replica
+    }
+
+    /// One file, of which only what was appended is read again.
+    fn segment(&self, file: &Path) -> Rc<Segment> {
+        let stamp = self.disk.stamp(file).unwrap();
+        let mut segments = self.segments.borrow_mut();
+        let mut known = segments.remove(file).filter(|known| known.stamp.is_before(stamp)).unwrap_or_else(|| {
+            let base: u64 = file.file_stem().unwrap().to_str().unwrap().parse().unwrap();
+            let base = Offset::new(base).unwrap();
+            Rc::new(Segment { base, end: base, batches: Vec::new(), stamp: stamp.of_nothing() })
+        });
+        if known.stamp != stamp {
+            let segment = Rc::make_mut(&mut known);
+            let mut appended = vec![0; usize::try_from(stamp.len - segment.stamp.len).unwrap()];
+            self.disk.open(file, Mode::Read).unwrap().read_at(&mut appended, segment.stamp.len).unwrap();
+            segment.take(Bytes::from(appended), file);
+            segment.stamp = stamp;
+        }
+        segments.insert(file.to_owned(), Rc::clone(&known));
+        known
+    }
+}
+
+impl Segment {
+    fn take(&mut self, mut appended: Bytes, file: &Path) {
+        while !appended.is_empty() {
+            let batch = Batch::split_from(&mut appended).unwrap_or_else(|error| panic!("{}: {error}", file.display()));
+            let held = Held::of(&batch);
+            assert_eq!(held.base, self.end, "{}: offsets follow each other", file.display());
+            let last = self.batches.last();
+            assert!(last.is_none_or(|last| held.epoch >= last.epoch), "{}: epochs never fall", file.display());
+            self.end = held.end;
+            self.batches.push(held);
         }
     }
-    replica
 }
 
 /// Where two logs contradict each other: a batch that both got from one leader and that differs, or anything below such a batch.
 pub(crate) fn contradiction(one: &Replica, other: &Replica) -> Option<String> {
-    let (one, other) = (&one.batches, &other.batches);
-    let shared = |base: &Offset| other.get(base).filter(|held| held.epoch == one[base].epoch);
-    let last = one.keys().rev().find(|base| shared(base).is_some())?;
-    let from = one.keys().next()?.max(other.keys().next()?);
-    let (mine, theirs) = (one.range(from..=last), other.range(from..=last));
-    for ((base, mine), (at, theirs)) in mine.zip(theirs) {
-        if base != at {
-            return Some(format!("one has a batch at {base}, the other at {at}"));
+    let first = |replica: &Replica| replica.batches().next().map(|held| held.base);
+    let from = first(one)?.max(first(other)?);
+    let theirs: BTreeMap<_, _> = other.batches_from(from).map(|held| (held.base, held)).collect();
+    let shared = |held: &Held| theirs.get(&held.base).is_some_and(|other| other.epoch == held.epoch);
+    let last = one.batches().rev().take_while(|held| held.base >= from).find(|held| shared(held))?.base;
+    for (mine, theirs) in one.batches_from(from).take_while(|held| held.base <= last).zip(theirs.values()) {
+        if mine.base != theirs.base {
+            return Some(format!("one has a batch at {}, the other at {}", mine.base, theirs.base));
         }
-        if mine != theirs {
-            return Some(format!("epochs {} and {} wrote different batches at {base}", mine.epoch, theirs.epoch));
+        if mine != *theirs {
+            return Some(format!(
+                "epochs {} and {} wrote different batches at {}",
+                mine.epoch, theirs.epoch, mine.base
+            ));
         }
     }
     None

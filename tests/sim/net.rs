@@ -22,11 +22,11 @@ use strandline::{
     client::{Address, Answered, Call, Connect, ConnectError, Unsent, Wire},
     task::{Tasks, random},
 };
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Notify, mpsc, oneshot};
 use tonic::{Status, body::Body, codegen::Service as _, codegen::http, service::Routes};
 
-/// How often somebody on a link that is cut looks again.
-const LOOK: Duration = Duration::from_millis(5);
+/// How long it takes at most until what waits on a link that was cut goes on.
+const GOES_ON_US: u64 = 5000;
 
 /// How long a connection may take to come up.
 const CONNECTING: Duration = Duration::from_secs(3);
@@ -36,7 +36,11 @@ pub(crate) const SILENCE: Duration = Duration::from_secs(4);
 
 /// All links and who listens. Clones share it.
 #[derive(Clone, Default)]
-pub(crate) struct Net(Arc<Mutex<State>>);
+pub(crate) struct Net {
+    state: Arc<Mutex<State>>,
+    /// Told when something comes through again.
+    healed: Arc<Notify>,
+}
 
 #[derive(Default)]
 struct State {
@@ -84,6 +88,7 @@ impl Net {
         let mut state = self.state();
         state.dark.remove(address);
         state.listening.insert(address.to_owned(), listener);
+        self.healed.notify_waiters();
     }
 
     /// Nobody listens there any more. Its connections break; without power nobody is told.
@@ -101,6 +106,7 @@ impl Net {
     /// The machine has its power back: it refuses what nobody there listens for.
     pub(crate) fn power(&self, address: &str) {
         self.state().dark.remove(address);
+        self.healed.notify_waiters();
     }
 
     /// Breaks every link. New ones can be made.
@@ -115,6 +121,7 @@ impl Net {
             self.state().cut.insert(way);
         } else {
             self.state().cut.remove(&way);
+            self.healed.notify_waiters();
         }
     }
 
@@ -150,7 +157,7 @@ impl Net {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap()
+        self.state.lock().unwrap()
     }
 
     fn cable(&self, one: &str, other: &str) -> Cable {
@@ -167,7 +174,9 @@ impl Net {
         let slow = self.state().slow_us.get(&way).copied().unwrap_or(0);
         tokio::time::sleep(Duration::from_micros(random::in_range(50..1500) + random::in_range(0..=slow))).await;
         while self.is_cut(&way) {
-            tokio::time::sleep(LOOK).await;
+            // Nothing else runs between the look and this.
+            self.healed.notified().await;
+            tokio::time::sleep(Duration::from_micros(random::in_range(0..GOES_ON_US))).await;
         }
     }
 

@@ -1,10 +1,12 @@
 //! One run: load and faults for some simulated seconds, then peace, then the check.
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{fmt, time::Duration};
 
 use futures::future::{join_all, join4};
 use strandline::{
     client::{Client, NewTopic},
+    cluster::PartitionValue,
+    model::PartitionId,
     task::{Tasks, clock, random},
 };
 
@@ -12,14 +14,17 @@ use crate::{
     faults,
     judge::Judge,
     load::{Ledger, Load, PATIENCE, READING, TOPICS},
-    logs, panics, trace,
+    operator::Operator,
+    panics, trace,
     world::World,
 };
 
 /// What a run has.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Shape {
+    /// Most runs have so many, a few some more.
     pub(crate) brokers: u32,
+    pub(crate) most_brokers: u32,
     pub(crate) racks: u32,
     /// How long things go wrong.
     pub(crate) trouble: Duration,
@@ -27,9 +32,28 @@ pub(crate) struct Shape {
 
 impl Shape {
     /// One broker, whose metadata shares its data's fate.
-    pub(crate) const ONE: Self = Self { brokers: 1, racks: 1, trouble: Duration::from_secs(12) };
+    pub(crate) const ONE: Self = Self { brokers: 1, most_brokers: 1, racks: 1, trouble: Duration::from_secs(12) };
     /// Three brokers.
-    pub(crate) const THREE: Self = Self { brokers: 3, racks: 3, trouble: Duration::from_secs(15) };
+    pub(crate) const THREE: Self = Self { brokers: 3, most_brokers: 5, racks: 3, trouble: Duration::from_secs(15) };
+}
+
+impl Shape {
+    /// That of a seed: one in six has more brokers than partitions have replicas.
+    fn of(self, seed: u64) -> Self {
+        let more = if seed % 6 == 0 { u32::try_from(seed / 6 % 2).unwrap_or(0) + 1 } else { 0 };
+        Self { brokers: (self.brokers + more).min(self.most_brokers), ..self }
+    }
+
+    /// What the name of its test has and no other has.
+    pub(crate) fn test(self) -> &'static str {
+        if self.brokers == 1 { "one_broker" } else { "three_brokers" }
+    }
+}
+
+impl fmt::Display for Shape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} broker{}", self.brokers, if self.brokers == 1 { "" } else { "s" })
+    }
 }
 
 /// How often the judge looks while things go wrong.
@@ -41,6 +65,7 @@ const SETTLING: Duration = Duration::from_secs(90);
 /// Runs a seed and gives its trace. Panics when it finds something; [`trace::last`] has the trace then.
 pub(crate) fn run(shape: Shape, seed: u64) -> String {
     panics::remember();
+    let shape = shape.of(seed);
     let mut builder = tokio::runtime::Builder::new_current_thread();
     builder.enable_time().start_paused(true);
     #[cfg(tokio_unstable)]
@@ -63,6 +88,14 @@ async fn live(world: &mut World, shape: Shape) {
     let stop = Tasks::new();
     let load =
         Load { client: client.clone(), ledger: ledger.clone(), trace: trace.clone(), stop: stop.clone(), partitions };
+    let operator = Operator {
+        client: client.clone(),
+        trace: trace.clone(),
+        stop: stop.clone(),
+        partitions: load.partitions.clone(),
+        brokers: shape.brokers,
+    };
+    let operated = shape.brokers > 3 || shape.brokers == 3 && random::in_range(0..4) == 0;
     let mut judge = Judge::new(world.seen(), world.store.clone(), ledger.clone(), trace.clone());
 
     let tasks = Tasks::new();
@@ -73,9 +106,13 @@ async fn live(world: &mut World, shape: Shape) {
         tasks.spawn("plain producer", load.clone().produce_plainly(2)),
         tasks.spawn("reader", load.clone().read(alone)),
     ];
+    let operator = operated.then(|| tasks.spawn("operator", operator.work()));
     trouble(world, shape, power, &mut judge).await;
     trace.note(format_args!("peace"));
     stop.cancel();
+    let gone_home = tokio::time::timeout(PATIENCE, join_all(operator)).await;
+    panics::check();
+    assert!(gone_home.is_ok(), "every order is answered once the faults have stopped");
     settled(&judge, shape).await;
     let answered = tokio::time::timeout(PATIENCE, join_all(clients)).await;
     panics::check();
@@ -155,16 +192,28 @@ async fn settled(judge: &Judge, shape: Shape) {
     loop {
         panics::check();
         let partitions = judge.partitions().await;
-        let behind = partitions.iter().find(|(_, id, value)| {
-            let whole = value.leader.is_some() && value.isr.len() == value.replicas.len() && value.elr.is_empty();
-            let ends: BTreeSet<_> =
-                judge.machines.iter().map(|machine| logs::replica(&machine.disk, *id).end).collect();
-            !whole || ends.len() > 1
+        let behind = partitions.iter().find_map(|(log, id, value)| {
+            let why = is_whole(judge, *id, value).err()?;
+            Some(format!("{log:?} of {} brokers is not whole again: {why}: {value:?}", shape.brokers))
         });
-        let Some((log, _, value)) = behind else { break };
-        assert!(clock::monotonic() < until, "{log:?} of {} brokers is not whole again: {value:?}", shape.brokers);
+        let Some(behind) = behind else { break };
+        assert!(clock::monotonic() < until, "{behind}");
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
+}
+
+/// A partition is led, and all its replicas are in sync and hold the same; else why not.
+fn is_whole(judge: &Judge, id: PartitionId, value: &PartitionValue) -> Result<(), String> {
+    let moving = value.adding.len() + value.removing.len() + value.elr.len();
+    if value.leader.is_none() || value.isr.len() < value.replicas.len() || moving > 0 {
+        return Err("not led, not in sync, or moving".to_owned());
+    }
+    let holders = judge.machines.iter().filter(|machine| value.replicas.contains(&machine.id));
+    let ends: Vec<_> = holders.map(|machine| machine.logs.replica(id).end).collect();
+    if ends.iter().any(|end| *end != ends[0]) {
+        return Err(format!("logs end at {ends:?}"));
+    }
+    Ok(())
 }
 
 /// What clients were told, and what the logs hold now.

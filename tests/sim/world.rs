@@ -11,6 +11,7 @@ use strandline::{
 use crate::{
     faults::OUTSIDE,
     judge::Seen,
+    logs::Logs,
     machine::{Machine, Shared},
     meta::SimMeta,
     net::Net,
@@ -54,7 +55,7 @@ impl World {
     pub(crate) fn seen(&self) -> Vec<Seen> {
         let seen = |machine: &Machine| Seen {
             id: machine.id,
-            disk: machine.disk.clone(),
+            logs: Logs::of(&machine.disk),
             running: Arc::clone(&machine.running),
         };
         self.machines.iter().map(seen).collect()

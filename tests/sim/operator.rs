@@ -1,0 +1,122 @@
+//! An operator at work, whatever goes wrong meanwhile: partitions move, brokers are emptied and filled again, topics change, come and go.
+//!
+//! What an order did nobody knows who did not hear the answer, and nothing here asks: the judge and the clients see whether any of it
+//! cost a record. In the end nobody is left drained.
+
+use std::time::Duration;
+
+use strandline::{
+    client::{CallError, Client, NewTopic, TopicChange},
+    model::BrokerId,
+    task::{Tasks, random},
+};
+
+use crate::{load::TOPICS, trace::Trace};
+
+/// How long an order may take until the next one.
+const ORDER: Duration = Duration::from_secs(5);
+
+/// A topic that comes and goes.
+const PASSING: &str = "passing";
+
+/// One operator.
+pub(crate) struct Operator {
+    pub(crate) client: Client,
+    pub(crate) trace: Trace,
+    /// Cancelled when it is enough.
+    pub(crate) stop: Tasks,
+    /// Partitions of each topic.
+    pub(crate) partitions: Vec<u32>,
+    pub(crate) brokers: u32,
+}
+
+impl Operator {
+    /// Gives orders until it is stopped, and leaves every broker restored.
+    pub(crate) async fn work(self) {
+        while !self.stop.is_cancelled() {
+            tokio::time::sleep(Duration::from_millis(random::in_range(100..2500))).await;
+            let (what, done) = self.order().await;
+            self.trace.note(format_args!("operator: {what}: {done}"));
+        }
+        for id in 1..=self.brokers {
+            while let Err(error) = self.client.admin().restore_broker(BrokerId(id)).await {
+                self.trace.note(format_args!("operator: broker {id} is not restored: {error}"));
+                tokio::time::sleep(Duration::from_millis(500)).await;
+            }
+        }
+        self.trace.note(format_args!("operator: goes home"));
+    }
+
+    async fn order(&self) -> (String, String) {
+        let admin = self.client.admin();
+        let topic = random::in_range(0..self.partitions.len());
+        let (name, partition) = (TOPICS[topic], random::in_range(0..self.partitions[topic]));
+        let broker = BrokerId(random::in_range(1..=self.brokers));
+        match random::in_range(0..10) {
+            0 => {
+                let what = format!("drain {broker}");
+                let drained = self.give(what, admin.drain_broker(broker)).await;
+                tokio::time::sleep(Duration::from_millis(random::in_range(0..5000))).await;
+                drained
+            }
+            1 => self.give(format!("restore {broker}"), admin.restore_broker(broker)).await,
+            2 => {
+                let what = format!("cancel moves of {name}/{partition}");
+                self.give(what, admin.cancel_reassignment(Some(name), Some(partition))).await
+            }
+            3 => {
+                let what = format!("preferred leader of {name}/{partition}");
+                self.give(what, admin.elect_leader(name, partition)).await
+            }
+            4 => {
+                let change =
+                    TopicChange { replication_factor: Some(random::in_range(2..=3)), ..TopicChange::default() };
+                self.give(format!("{name}: {change:?}"), admin.alter_topic(name, &change)).await
+            }
+            5 => {
+                let (key, values) = [
+                    ("min.insync.replicas", ["1", "2"]),
+                    ("local.retention.bytes", ["0", "80000"]),
+                    ("segment.bytes", ["16384", "65536"]),
+                ][random::in_range(0..3_usize)];
+                let value = values[random::in_range(0..2_usize)];
+                let change = TopicChange { set: [(key.to_owned(), value.to_owned())].into(), ..TopicChange::default() };
+                self.give(format!("{name}: {key} {value}"), admin.alter_topic(name, &change)).await
+            }
+            6 => {
+                let topic = NewTopic::new(PASSING).partitions(2).replication_factor(random::in_range(1..=3));
+                self.give(format!("make {PASSING}"), admin.create_topic(&topic)).await
+            }
+            7 => self.give(format!("delete {PASSING}"), admin.delete_topic(PASSING)).await,
+            _ => {
+                let to = self.replicas(name, partition).await;
+                self.give(format!("move {name}/{partition} to {to:?}"), admin.reassign(name, Some(partition), &to))
+                    .await
+            }
+        }
+    }
+
+    /// Any brokers for a partition, as many as its topic has replicas now.
+    async fn replicas(&self, name: &str, partition: u32) -> Vec<BrokerId> {
+        let mut brokers: Vec<_> = (1..=self.brokers).map(BrokerId).collect();
+        let known = tokio::time::timeout(ORDER, self.client.admin().describe_topic(name)).await;
+        let replicas = known.ok().and_then(Result::ok).and_then(|topic| {
+            let partition = topic.partitions.into_iter().nth(usize::try_from(partition).unwrap())?;
+            Some(partition.replicas.len())
+        });
+        for at in (1..brokers.len()).rev() {
+            brokers.swap(at, random::in_range(0..=at));
+        }
+        brokers.truncate(replicas.unwrap_or(2));
+        brokers
+    }
+
+    async fn give<T>(&self, what: String, order: impl Future<Output = Result<T, CallError>>) -> (String, String) {
+        let done = match tokio::time::timeout(ORDER, order).await {
+            Ok(Ok(_)) => "done".to_owned(),
+            Ok(Err(error)) => error.to_string(),
+            Err(late) => late.to_string(),
+        };
+        (what, done)
+    }
+}
