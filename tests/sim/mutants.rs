@@ -14,7 +14,7 @@ use crate::{
 /// The broken rules with the brokers of a run, and the seeds, from 1 on, one of which must find each.
 const MUTANTS: &[(Mutation, Shape, u64)] = &[
     (Mutation::AcknowledgeBeforeSync, Shape::ONE, 20),
-    (Mutation::EvictBeforeCommit, Shape::ONE, 10),
+    (Mutation::EvictBeforeCommit, Shape::ONE, 40),
     (Mutation::SkipProof, Shape::THREE, 10),
     (Mutation::ElectAnyReplica, Shape::THREE, 10),
 ];
