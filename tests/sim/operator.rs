@@ -76,7 +76,7 @@ impl Operator {
             5 => {
                 let (key, values) = [
                     ("min.insync.replicas", ["1", "2"]),
-                    ("local.retention.bytes", ["0", "80000"]),
+                    ("local.retention.bytes", ["20000", "80000"]),
                     ("segment.bytes", ["16384", "65536"]),
                 ][random::in_range(0..3_usize)];
                 let value = values[random::in_range(0..2_usize)];
