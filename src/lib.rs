@@ -17,6 +17,20 @@ macro_rules! mutant {
     };
 }
 
+/// Tells the simulator's judge what happens here (`task::witness`); nothing in what is released.
+#[cfg(feature = "sim")]
+macro_rules! saw {
+    ($($event:tt)*) => {
+        if crate::task::witness::is_set() {
+            crate::task::witness::saw(crate::task::witness::Event::$($event)*);
+        }
+    };
+}
+#[cfg(all(feature = "server", not(feature = "sim")))]
+macro_rules! saw {
+    ($($event:tt)*) => {};
+}
+
 pub mod model;
 
 pub mod limits;

@@ -136,6 +136,7 @@ fn holds(entry: &Entry, shown: &Shown, id: PartitionId, durability: Option<Durab
     match durability {
         _ if shown.clean => Holds::All,
         Some(Durability::Persisted) => Holds::All,
+        Some(Durability::Replicated) if mutant!(LossTakenForClean) => Holds::All,
         // A topic that cannot be read may be of either kind.
         Some(Durability::Replicated) | None => Holds::Unmarked,
     }

@@ -67,6 +67,12 @@ impl ProducerTable {
         self.producers.len()
     }
 
+    /// Who is known.
+    #[cfg(feature = "sim")]
+    pub(crate) fn ids(&self) -> impl Iterator<Item = i64> + '_ {
+        self.producers.keys().copied()
+    }
+
     /// Whether none is known.
     pub fn is_empty(&self) -> bool {
         self.producers.is_empty()

@@ -145,6 +145,10 @@ impl Reader {
         if from < start || from > end && role == (Role::Leader { settled: true }) {
             return Err(ReadError::OutOfRange { offset: from, start, end });
         }
+        #[cfg(feature = "sim")]
+        if from < end {
+            saw!(Readable { partition: self.id, end });
+        }
         Ok((from < end).then_some(Watermarks { high_watermark: end, ..marks }))
     }
 

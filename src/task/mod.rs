@@ -20,6 +20,8 @@ pub(crate) mod patience;
 #[cfg(feature = "sim")]
 pub mod process;
 pub mod random;
+#[cfg(feature = "sim")]
+pub mod witness;
 
 /// A set of tasks with one token that stops them all. Clones share the set.
 #[derive(Clone, Debug, Default)]

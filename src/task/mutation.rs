@@ -16,6 +16,10 @@ pub enum Mutation {
     ResumeLeading,
     /// A broker that starts is taken at its word: neither its directory nor its replicas are looked at.
     SkipProof,
+    /// A broker that was not stopped in order is taken to hold what was only in its page cache.
+    LossTakenForClean,
+    /// A leader that is not settled tells where it believes that the log ends.
+    UnsettledTellsLatest,
     /// Any live replica may be elected.
     ElectAnyReplica,
     /// A partition is changed whatever became of it since it was read.
@@ -28,6 +32,8 @@ pub enum Mutation {
     DeposedCommits,
     /// Readers are served up to the log end.
     ReadUncommitted,
+    /// What followers of an older leader epoch acknowledge counts, whether they joined in this one or not, and they may go on.
+    VotesOfOlderEpochs,
     /// An acknowledgement of an older leader epoch counts.
     AckOfOlderLeaderEpoch,
     /// An acknowledgement of an older broker epoch counts.

@@ -387,6 +387,8 @@ impl Shared {
         match table::write(&self.database, *writer, function) {
             Ok((output, changes)) => {
                 if let Some(last) = changes.last() {
+                    #[cfg(feature = "sim")]
+                    changes.iter().for_each(|changes| table::tell(changes));
                     *writer = last.revision;
                     lock(&self.history).append(changes);
                     self.reached.send_replace(*writer);

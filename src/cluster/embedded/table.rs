@@ -171,6 +171,20 @@ impl Batch<'_> {
     }
 }
 
+/// Tells the simulator's judge what was written.
+#[cfg(feature = "sim")]
+pub(super) fn tell(changes: &Changes) {
+    let revision = changes.revision.0;
+    for event in &changes.events {
+        match event {
+            Event::Put(Entry { key, value, create_revision, .. }) => {
+                saw!(Stored { key, value: Some((value, create_revision.0)), revision });
+            }
+            Event::Delete { key, .. } => saw!(Stored { key, value: None, revision }),
+        }
+    }
+}
+
 /// Reads one key.
 pub(super) fn find(entries: &impl ReadableTable<&'static str, Row>, key: &str) -> Result<Option<Entry>, redb::Error> {
     Ok(entries.get(key)?.map(|row| entry(key, row.value())))

@@ -278,6 +278,7 @@ impl Actor {
         let start = Start { me: self.broker, value: PartitionValue::clone(&value), revision, own, committed_end, rule };
         self.placed.leads_after = None;
         self.placed.led = Some(epoch);
+        saw!(Led { partition: self.id, epoch, start: own.written });
         self.part = Part::Leading(Box::new(Leader::new(start, self.tiered_end)));
         self.shared.leads(true);
         self.around.counts.leader_epochs.inc();
@@ -399,7 +400,14 @@ impl Actor {
     /// Throws the log away and begins anew; false when the disk failed.
     pub(super) async fn reset(&mut self, tables: Tables) -> bool {
         let Tables { at, epochs, producers } = tables;
-        self.cut_by(move |replica| replica.reset_with(at, epochs, producers)).await
+        #[cfg(feature = "sim")]
+        let known = (epochs.iter().collect::<Vec<_>>(), producers.ids().collect::<Vec<_>>());
+        let done = self.cut_by(move |replica| replica.reset_with(at, epochs, producers)).await;
+        #[cfg(feature = "sim")]
+        if done {
+            saw!(Begun { partition: self.id, at, epochs: &known.0, producers: &known.1 });
+        }
+        done
     }
 
     /// Throws the log away, and all that is known of it.

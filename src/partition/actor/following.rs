@@ -37,6 +37,7 @@ impl Actor {
         let log_end = self.replica.log_end();
         let claim = follower.claim(&self.replica.epochs(), log_end);
         let epoch = follower.epoch();
+        saw!(Claimed { partition: self.id, epoch, persisted: self.replica.persisted_end() });
         let ends = Ends { written: log_end, persisted: self.replica.persisted_end() };
         self.around.links.join(self.id, epoch, claim, ends);
     }
@@ -91,6 +92,7 @@ impl Actor {
         } else {
             self.cut_by(move |replica| replica.truncate(to).map(drop)).await
         };
+        saw!(Cut { partition: self.id, to: self.replica.log_end() });
         if done {
             self.claim();
         }

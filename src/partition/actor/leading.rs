@@ -171,10 +171,28 @@ impl Actor {
             self.seal()?;
         }
         self.replica.append(batches).map_err(append_error)?;
+        #[cfg(feature = "sim")]
+        batches.iter().for_each(|batch| self.tell_appended(batch));
         if self.active_since_ms.is_none() {
             self.active_since_ms = Some(now_ms);
         }
         Ok(())
+    }
+
+    /// Tells the simulator's judge of an append.
+    #[cfg(feature = "sim")]
+    fn tell_appended(&self, batch: &Batch) {
+        saw!(Appended {
+            partition: self.id,
+            base: batch.base_offset(),
+            end: batch.end_offset(),
+            epoch: batch.leader_epoch().unwrap_or_default(),
+            leads: match &self.part {
+                Part::Leading(leader) => Some(leader.epoch()),
+                _ => None,
+            },
+            producer: batch.producer().map(|stamp| stamp.id),
+        });
     }
 
     /// Hands everything appended to the journal, where the topic asks for that.
@@ -231,9 +249,15 @@ impl Actor {
     /// Answers the writers whose rule holds now.
     pub(super) fn answer(&mut self) {
         if let Part::Leading(leader) = &mut self.part {
-            leader.due(|writer, acked| {
+            let due = |writer: Writer, acked: Acked| {
+                saw!(Answered {
+                    partition: self.id,
+                    end: acked.end,
+                    by_all: matches!(acked.held, Held::Synced(2..) | Held::PageCache(2..) | Held::Tiered(_))
+                });
                 writer.answer(Ok(acked));
-            });
+            };
+            leader.due(due);
         }
     }
 }

@@ -43,6 +43,8 @@ use super::{
     upkeep::Local,
     upkeep_queue::UpkeepQueue,
 };
+#[cfg(feature = "sim")]
+use crate::task::witness::Part as Seen;
 use crate::{
     log::{Replica, SegmentExport},
     model::{Acks, BrokerId, Durability, Offset, PartitionId, TopicConfig, Watermarks},
@@ -171,6 +173,8 @@ impl Actor {
             asked: None,
             tasks: parts.tasks,
         };
+        #[cfg(feature = "sim")]
+        actor.tell_opened();
         actor.publish();
         actor
     }
@@ -338,6 +342,7 @@ impl Actor {
             persisted_end: self.replica.persisted_end(),
             log_end: self.replica.log_end(),
         };
+        saw!(Marks { partition: self.id, marks, part: self.seen_part() });
         let sealed_end = self.replica.active().base;
         if self.shared.marks().high_watermark < sealed_end && sealed_end <= marks.high_watermark {
             // A sealed segment has just become one that may be uploaded.
@@ -352,6 +357,27 @@ impl Actor {
         if standing != self.standing {
             self.standing = standing;
             self.shared.stand(standing);
+        }
+    }
+
+    /// Tells the simulator's judge what was found on the disk.
+    #[cfg(feature = "sim")]
+    fn tell_opened(&self) {
+        let epochs: Vec<_> = self.replica.epochs().iter().collect();
+        saw!(Opened { partition: self.id, epochs: &epochs, end: self.replica.log_end() });
+    }
+
+    /// What it is, for the simulator's judge.
+    #[cfg(feature = "sim")]
+    fn seen_part(&self) -> Seen {
+        match &self.part {
+            Part::Waiting => Seen::Waiting,
+            Part::Following(follower) => Seen::Following(follower.epoch()),
+            Part::Leading(leader) => {
+                let Rule { durability, min_insync, .. } = leader.in_sync().rule();
+                let revision = leader.in_sync().revision().0;
+                Seen::Leading { epoch: leader.epoch(), revision, durability, min_insync }
+            }
         }
     }
 

@@ -126,6 +126,7 @@ impl Actor {
                 partition = %self.id, %epoch, isr = ?proposal.value.isr, elr = ?proposal.value.elr, before = ?leader.in_sync().value().isr,
                 "proposes other in-sync replicas"
             );
+            saw!(Proposed { partition: self.id, epoch, expect: proposal.expect.0, isr: &proposal.value.isr });
             self.asked = Some(Question { epoch, about: About::Proposal });
             self.around.agreement.propose(self.id, proposal);
         }

@@ -116,6 +116,7 @@ impl Actor {
         match self.replica.lend(move |replica| replica.evict(below)).await {
             Ok(bytes) => {
                 tracing::debug!(partition = %self.id, %below, bytes, "segments left the disk");
+                saw!(Evicted { partition: self.id, start: self.replica.local_start() });
                 let removed = self.replica.take_removed();
                 self.tasks.spawn_blocking(move || drop(removed));
             }

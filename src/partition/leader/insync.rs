@@ -274,11 +274,13 @@ impl InSync {
     /// When it does not count. Nothing has changed then; the sender has to join anew.
     pub fn acknowledged(&mut self, peer: Peer, epoch: LeaderEpoch, ends: Ends) -> Result<(), Stale> {
         let (leads, log_end) = (self.epoch(), self.own.written);
-        if epoch != leads && !mutant!(AckOfOlderLeaderEpoch) {
+        if epoch != leads && !mutant!(AckOfOlderLeaderEpoch) && !mutant!(VotesOfOlderEpochs) {
             return Err(Stale::OtherEpoch { acknowledged: epoch, leads });
         }
         let joined = |member: &&mut Member| {
-            member.link == Some(peer.epoch) || mutant!(AckOfOlderBrokerEpoch) && member.link.is_some()
+            member.link == Some(peer.epoch)
+                || mutant!(AckOfOlderBrokerEpoch) && member.link.is_some()
+                || mutant!(VotesOfOlderEpochs) && epoch < leads
         };
         let Some(member) = self.members.get_mut(&peer.broker).filter(joined) else {
             return Err(Stale::NotJoined { broker: peer.broker, epoch: peer.epoch });

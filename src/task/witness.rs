@@ -1,0 +1,185 @@
+//! What a simulated broker does, told at the moment at which it does it. Only with the feature `sim`: elsewhere `saw!` is nothing and
+//! what it names is not even computed.
+//!
+//! A judge that only looks at disks now and then sees harm after it was done, and only where it lasted. Most rules can be judged
+//! where they are kept: at an append, a cut, a high watermark that moves. Events say what *is*, never what is allowed: that is the judge's.
+//!
+//! One witness for a thread, which is one simulated run. It is called in the middle of the broker's work, so it must call nothing of it.
+
+use std::cell::RefCell;
+
+use super::process::Process;
+use crate::model::{BrokerId, Durability, LeaderEpoch, Offset, PartitionId, Watermarks};
+
+/// Something that happened, in the process that [`saw`] names.
+#[derive(Clone, Copy, Debug)]
+pub enum Event<'a> {
+    /// The metadata store has another value for a key, or none any more. Told in the order of revisions, before anybody else can know.
+    Stored {
+        /// The key.
+        key: &'a str,
+        /// Its value, and the revision that made the key.
+        value: Option<(&'a [u8], u64)>,
+        /// The revision that wrote or deleted it.
+        revision: u64,
+    },
+    /// A replica was opened, with what was found on the disk.
+    Opened {
+        /// The partition.
+        partition: PartitionId,
+        /// Where each of its epochs begins.
+        epochs: &'a [(LeaderEpoch, Offset)],
+        /// Its log end.
+        end: Offset,
+    },
+    /// This process leads from now on.
+    Led {
+        /// The partition.
+        partition: PartitionId,
+        /// Its epoch.
+        epoch: LeaderEpoch,
+        /// Its log end: the start of the epoch.
+        start: Offset,
+    },
+    /// A batch was appended, by the leader or by a follower.
+    Appended {
+        /// The partition.
+        partition: PartitionId,
+        /// Its first offset.
+        base: Offset,
+        /// The offset after its last record.
+        end: Offset,
+        /// The epoch that it is stamped with.
+        epoch: LeaderEpoch,
+        /// The epoch in which this process leads; `None` when it copies.
+        leads: Option<LeaderEpoch>,
+        /// The idempotent producer that wrote it.
+        producer: Option<i64>,
+    },
+    /// The log was cut.
+    Cut {
+        /// The partition.
+        partition: PartitionId,
+        /// Its end now.
+        to: Offset,
+    },
+    /// The log was thrown away and begins anew.
+    Begun {
+        /// The partition.
+        partition: PartitionId,
+        /// Its only offset.
+        at: Offset,
+        /// Where each epoch of what lies before begins.
+        epochs: &'a [(LeaderEpoch, Offset)],
+        /// The producers that are known from before.
+        producers: &'a [i64],
+    },
+    /// A follower tells its leader how far its log reaches, and counts as joined when the leader agrees.
+    Claimed {
+        /// The partition.
+        partition: PartitionId,
+        /// The epoch that it follows.
+        epoch: LeaderEpoch,
+        /// How far its log is durable.
+        persisted: Offset,
+    },
+    /// The partition's marks, about to be published.
+    Marks {
+        /// The partition.
+        partition: PartitionId,
+        /// Its marks.
+        marks: Watermarks,
+        /// What the process is in the partition.
+        part: Part,
+    },
+    /// A leader asks for another ISR.
+    Proposed {
+        /// The partition.
+        partition: PartitionId,
+        /// The epoch in which it leads.
+        epoch: LeaderEpoch,
+        /// The revision of the value that it is to replace.
+        expect: u64,
+        /// The ISR that is asked for.
+        isr: &'a [BrokerId],
+    },
+    /// Writers were told that their records are safe.
+    Answered {
+        /// The partition.
+        partition: PartitionId,
+        /// The offset after the last of them.
+        end: Offset,
+        /// On every in-sync replica, and not only here.
+        by_all: bool,
+    },
+    /// Readers may have everything below.
+    Readable {
+        /// The partition.
+        partition: PartitionId,
+        /// Where that ends.
+        end: Offset,
+    },
+    /// A client was told the latest offset.
+    Latest {
+        /// The partition.
+        partition: PartitionId,
+        /// The epoch of the leader who says so.
+        epoch: LeaderEpoch,
+        /// The offset.
+        offset: Offset,
+    },
+    /// Whole segments below this left the disk.
+    Evicted {
+        /// The partition.
+        partition: PartitionId,
+        /// The local start now.
+        start: Offset,
+    },
+}
+
+/// What a process is in a partition.
+#[derive(Clone, Copy, Debug)]
+pub enum Part {
+    /// Neither of the two.
+    Waiting,
+    /// It follows, or is about to.
+    Following(LeaderEpoch),
+    /// It leads.
+    Leading {
+        /// In this epoch.
+        epoch: LeaderEpoch,
+        /// By the partition's value of this revision.
+        revision: u64,
+        /// What an acknowledgement means.
+        durability: Durability,
+        /// `min.insync.replicas`
+        min_insync: usize,
+    },
+}
+
+/// Whoever watches. It is given the number of the process, 0 for none.
+pub type Witness = Box<dyn FnMut(u32, Event<'_>)>;
+
+thread_local! {
+    static WITNESS: RefCell<Option<Witness>> = const { RefCell::new(None) };
+}
+
+/// Lets `witness` see what happens in this thread from now on; `None` ends that.
+pub fn set(witness: Option<Witness>) {
+    WITNESS.with_borrow_mut(|known| *known = witness);
+}
+
+/// Whether anybody watches.
+pub fn is_set() -> bool {
+    WITNESS.with_borrow(Option::is_some)
+}
+
+/// Tells the witness.
+pub fn saw(event: Event<'_>) {
+    let process = Process::current().map_or(0, |process| process.id());
+    WITNESS.with_borrow_mut(|witness| {
+        if let Some(witness) = witness {
+            witness(process, event);
+        }
+    });
+}
