@@ -1,36 +1,112 @@
 //! What goes wrong in a run, and for how long. Each kind of thing has its own misfortune, so several go wrong at the same time.
+//!
+//! Most runs have a little of everything. Some histories need the same trouble again and again, at the right moment, and nothing else that
+//! would spoil it; a run in four therefore has a [`Theme`].
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use strandline::{
     cluster::{Keys, MetaStore as _, PartitionValue, Value as _},
     task::{clock, random},
 };
-use tokio::time::Instant;
+use tokio::{sync::Mutex, time::Instant};
 
 use crate::{
     machine::{Machine, Shared},
     meta::SimMeta,
     net::{Net, SILENCE},
+    run::Shape,
 };
 
 /// The clients' place in the network.
 pub(crate) const OUTSIDE: &str = "clients";
 
+/// What a run is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Theme {
+    /// Everything goes wrong now and then.
+    All,
+    /// Leases end, those of leaders above all, while one broker hears of nothing and its links are slow: who was replaced may lead again
+    /// before what was sent in its first epoch has arrived.
+    Leases,
+    /// One broker dies, comes back, and dies again while it is being admitted, by transactions that go astray.
+    Admissions,
+    /// One machine at a time loses its power, and the others hold what a page cache lost.
+    OneDown,
+}
+
+/// What goes wrong in one run.
+pub(crate) struct Plan {
+    until: Instant,
+    theme: Theme,
+    /// The broker that a theme is about.
+    victim: u32,
+    /// What is acknowledged survives that the power is lost on any machine at any time.
+    power: bool,
+    /// Else whoever is down holds this until every replica is in sync again: then one machine may lose its power, and no other
+    /// replica its proof meanwhile.
+    down: Option<Arc<Mutex<()>>>,
+}
+
+impl Plan {
+    /// What goes wrong from now on.
+    pub(crate) fn draw(shape: Shape, power: bool) -> Self {
+        let drawn = match random::in_range(0..8) {
+            _ if shape.brokers == 1 => Theme::All,
+            0 => Theme::Leases,
+            1 => Theme::Admissions,
+            2 if !power => Theme::OneDown,
+            _ => Theme::All,
+        };
+        let theme = shape.theme.unwrap_or(drawn);
+        Self {
+            until: clock::monotonic() + shape.trouble,
+            theme,
+            victim: random::in_range(1..=shape.brokers),
+            power,
+            down: (theme == Theme::OneDown).then(Arc::default),
+        }
+    }
+
+    /// Whether nothing more is to go wrong.
+    pub(crate) fn is_over(&self) -> bool {
+        clock::monotonic() >= self.until
+    }
+}
+
 async fn pause(from_ms: u64, to_ms: u64) {
     tokio::time::sleep(Duration::from_millis(random::in_range(from_ms..to_ms))).await;
 }
 
-/// One machine's misfortunes until then: kills, power losses, stops, a full disk, a clock that jumps.
-pub(crate) async fn of_machine(machine: &mut Machine, until: Instant, power: bool) {
+/// One machine's misfortunes.
+pub(crate) async fn of_machine(machine: &mut Machine, plan: &Plan) {
+    match plan.theme {
+        Theme::All | Theme::OneDown => all_of_machine(machine, plan).await,
+        Theme::Admissions if machine.id.0 == plan.victim => die_again(machine, plan).await,
+        Theme::Admissions | Theme::Leases => {}
+    }
+}
+
+/// Kills, power losses, stops, a full disk, a clock that jumps.
+async fn all_of_machine(machine: &mut Machine, plan: &Plan) {
     let calm_ms = if machine.alone { 1200 } else { 5000 };
     loop {
         pause(50, calm_ms).await;
-        if clock::monotonic() >= until {
+        if plan.is_over() {
             return;
         }
-        match random::in_range(0..8) {
-            0..=3 if power => machine.kill(Some(random::bits())),
+        let kind = random::in_range(0..8);
+        let falls = matches!(kind, 0..=4 | 7);
+        let alone_down = match &plan.down {
+            Some(down) if falls => {
+                let alone = Arc::clone(down).lock_owned().await;
+                until_whole(&machine.meta, plan).await;
+                Some(alone)
+            }
+            _ => None,
+        };
+        match kind {
+            0..=3 if plan.power || alone_down.is_some() => machine.kill(Some(random::bits())),
             0..=3 | 7 => machine.kill(None),
             4 => machine.stop().await,
             5 => {
@@ -47,31 +123,65 @@ pub(crate) async fn of_machine(machine: &mut Machine, until: Instant, power: boo
                 // Its lease has ended by then, and what others had proposed has happened.
                 pause(4000, 5000).await;
                 // Where a kill alone takes a `replicated` replica's proof, a lost disk may be one loss too many.
-                if power && is_spare(machine).await {
+                if plan.power && is_spare(machine).await {
                     machine.wipe();
                 }
             }
             machine.start().await;
         }
+        if alone_down.is_some() {
+            until_whole(&machine.meta, plan).await;
+        }
+    }
+}
+
+/// Dies, is missed, comes back, and dies again when it may be on its way into the ISR; back at once.
+async fn die_again(machine: &mut Machine, plan: &Plan) {
+    loop {
+        pause(100, 1500).await;
+        if plan.is_over() {
+            return;
+        }
+        machine.kill(None);
+        pause(300, 1500).await;
+        machine.start().await;
+        pause(0, 200).await;
+        machine.kill(None);
+        pause(0, 20).await;
+        machine.start().await;
+    }
+}
+
+/// The partitions as the store has them.
+async fn values(meta: &SimMeta) -> Vec<PartitionValue> {
+    let keys = Keys::new("strandline").unwrap();
+    let entries = meta.truth().list(&format!("{}partitions/", keys.prefix())).await.unwrap().entries;
+    entries.iter().map(|entry| PartitionValue::decode(&entry.key, &entry.value).unwrap()).collect()
+}
+
+/// Waits until every replica is in sync, or nothing more is to go wrong.
+async fn until_whole(meta: &SimMeta, plan: &Plan) {
+    let whole = |value: &PartitionValue| value.isr.len() == value.replicas.len() && value.leader.is_some();
+    while !plan.is_over() && !values(meta).await.iter().all(whole) {
+        pause(20, 100).await;
     }
 }
 
 /// Whether other brokers hold all that this one must hold.
 async fn is_spare(machine: &Machine) -> bool {
-    let keys = Keys::new("strandline").unwrap();
-    let entries = machine.meta.truth().list(&format!("{}partitions/", keys.prefix())).await.unwrap().entries;
-    entries.iter().all(|entry| {
-        let value = PartitionValue::decode(&entry.key, &entry.value).unwrap();
-        value.isr.iter().chain(&value.elr).any(|id| *id != machine.id)
-    })
+    let spared = |value: &PartitionValue| value.isr.iter().chain(&value.elr).any(|id| *id != machine.id);
+    values(&machine.meta).await.iter().all(spared)
 }
 
-/// The network's misfortunes until then, between each two of these.
-pub(crate) async fn of_network(shared: &Shared, names: &[String], until: Instant) {
+/// The network's misfortunes, between each two of these.
+pub(crate) async fn of_network(shared: &Shared, names: &[String], plan: &Plan) {
+    if matches!(plan.theme, Theme::Leases | Theme::Admissions) {
+        return;
+    }
     let net = &shared.net;
     loop {
         pause(100, 3000).await;
-        if clock::monotonic() >= until {
+        if plan.is_over() {
             return;
         }
         let one = &names[random::in_range(0..names.len())];
@@ -130,11 +240,59 @@ async fn cut(net: &Net, ways: &[(&String, &String)]) {
     }
 }
 
-/// The metadata store's misfortunes until then, as each broker sees it.
-pub(crate) async fn of_metadata(shared: &Shared, metas: &[SimMeta], until: Instant) {
+/// The metadata store's misfortunes, as each broker sees it.
+pub(crate) async fn of_metadata(shared: &Shared, metas: &[SimMeta], plan: &Plan) {
+    match plan.theme {
+        Theme::All | Theme::OneDown => all_of_metadata(shared, metas, plan).await,
+        Theme::Leases => end_leases(shared, metas, plan).await,
+        Theme::Admissions => lead_astray(metas, plan).await,
+    }
+}
+
+/// Now and then, transactions of all brokers go astray for a moment.
+async fn lead_astray(metas: &[SimMeta], plan: &Plan) {
+    while !plan.is_over() {
+        pause(10, 800).await;
+        metas.iter().for_each(|meta| meta.fail(90));
+        pause(50, 500).await;
+        metas.iter().for_each(|meta| meta.fail(0));
+    }
+}
+
+/// One broker hears of everything late and is heard late, while those who lead lose their leases one after the other.
+async fn end_leases(shared: &Shared, metas: &[SimMeta], plan: &Plan) {
+    while !plan.is_over() {
+        let late = random::in_range(0..metas.len());
+        let name = |number: usize| format!("b{}:9460", number + 1);
+        shared.trace.note(format_args!("broker {} is late, and leases end", late + 1));
+        let slow = |us: u64| {
+            for other in (0..metas.len()).filter(|other| *other != late) {
+                shared.net.slow(&name(late), &name(other), us);
+            }
+        };
+        metas[late].lag(2_000_000);
+        slow(random::in_range(50_000..1_000_000));
+        for _ in 0..random::in_range(2..8) {
+            pause(10, 200).await;
+            let leaders = values(&metas[late]).await.into_iter().filter_map(|value| value.leader);
+            let leaders: Vec<_> =
+                leaders.map(|id| usize::try_from(id.0 - 1).unwrap()).filter(|id| *id != late).collect();
+            if !leaders.is_empty() {
+                metas[leaders[random::in_range(0..leaders.len())]].end_lease().await;
+            }
+        }
+        pause(10, 1500).await;
+        metas[late].lag(0);
+        slow(0);
+        pause(100, 1500).await;
+    }
+}
+
+/// Something of everything.
+async fn all_of_metadata(shared: &Shared, metas: &[SimMeta], plan: &Plan) {
     loop {
         pause(100, 4000).await;
-        if clock::monotonic() >= until {
+        if plan.is_over() {
             return;
         }
         let one = random::in_range(0..metas.len());

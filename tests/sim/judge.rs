@@ -18,6 +18,7 @@ use crate::{
     load::{Ledger, TOPICS},
     logs::{self, Logs, Replica},
     trace::Trace,
+    truth::Truth,
 };
 
 /// One machine as the judge sees it.
@@ -37,12 +38,13 @@ pub(crate) struct Judge {
     pub(crate) trace: Trace,
     /// The partitions when it last looked.
     values: BTreeMap<PartitionId, PartitionValue>,
+    truth: Truth,
 }
 
 impl Judge {
-    pub(crate) fn new(machines: Vec<Seen>, store: EmbeddedStore, ledger: Ledger, trace: Trace) -> Self {
+    pub(crate) fn new(machines: Vec<Seen>, store: EmbeddedStore, ledger: Ledger, trace: Trace, truth: Truth) -> Self {
         let keys = Keys::new("strandline").unwrap();
-        Self { machines, store, keys, ledger, trace, values: BTreeMap::new() }
+        Self { machines, store, keys, ledger, trace, values: BTreeMap::new(), truth }
     }
 
     /// Every partition as the store has it, with its place in the history.
@@ -72,6 +74,7 @@ impl Judge {
 
     /// Judges this moment. Nothing moves meanwhile.
     pub(crate) async fn look(&mut self) {
+        self.truth.look();
         for (log, id, value) in self.partitions().await {
             let before = self.values.insert(id, value.clone());
             if before.as_ref() != Some(&value) {

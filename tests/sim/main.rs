@@ -25,6 +25,7 @@ mod panics;
 mod run;
 mod seeds;
 mod trace;
+mod truth;
 mod world;
 
 use std::sync::OnceLock;

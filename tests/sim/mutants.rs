@@ -2,40 +2,56 @@
 //!
 //! This is what the other tests here are worth. A rule that nobody misses is a check that is not there.
 
-use std::panic::{self, AssertUnwindSafe};
+use std::{
+    panic::{self, AssertUnwindSafe},
+    sync::{
+        Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
 
-use strandline::task::mutation::{self, Mutation};
+use strandline::task::{
+    mutation::{self, Mutation},
+    side_by_side,
+};
 
 use crate::{
+    faults::Theme,
     panics,
     run::{self, Shape},
 };
 
-/// The broken rules with the brokers of a run, and the seeds, from 1 on, one of which must find each.
+/// The broken rules with the brokers of a run, and the seeds, from 1 on, one of which must find each: at least three times what was
+/// needed when this was written. docs/replication.md says what each shows.
 const MUTANTS: &[(Mutation, Shape, u64)] = &[
-    (Mutation::AcknowledgeBeforeSync, Shape::ONE, 20),
-    (Mutation::EvictBeforeCommit, Shape::ONE, 40),
-    (Mutation::SkipProof, Shape::THREE, 10),
-    (Mutation::ElectAnyReplica, Shape::THREE, 10),
+    (Mutation::AcknowledgeBeforeSync, Shape::ONE, 10),
+    (Mutation::EvictBeforeCommit, Shape::ONE, 10),
+    (Mutation::CutToHighWatermark, Shape::THREE, 20),
+    (Mutation::SkipProof, Shape::THREE, 40),
+    (Mutation::AdmitBelowEpochStart, Shape::THREE, 40),
+    (Mutation::DeposedCommits, Shape::THREE, 40),
+    (Mutation::ElectAnyReplica, Shape::THREE, 20),
+    (Mutation::ResumeLeading, Shape::THREE, 20),
+    (Mutation::ChangeUncompared, Shape::THREE, 40),
+    (Mutation::CommittedIsrOnly, Shape::THREE, 20),
+    (Mutation::MinimumOfMaximal, Shape::THREE, 40),
+    (Mutation::UnknownIsDone, Shape::THREE, 20),
+    (Mutation::BeginWithoutProducers, Shape::THREE, 20),
+    (Mutation::ReadUncommitted, Shape::THREE, 10),
+    (Mutation::UnsettledTellsLatest, Shape::THREE, 40),
 ];
 
-/// Rules whose breaking shows rarely: they take more seeds than every run of the tests has time for. Those of `partition/leader` and
-/// `partition/follower` are found by the model check in every run.
+/// Rules for which no number of seeds is stated yet. Those of `partition/leader` are found by the model check in every run of the tests
+/// (`partition/check`): a place ends with its leader epoch and a link with its broker epoch, so no older acknowledgement arrives where only one
+/// of two checks is gone; nobody lowers `min.insync.replicas` here; and who waits to be settled is let go by the next election.
 const RARE: &[(Mutation, Shape, u64)] = &[
-    (Mutation::ReadUncommitted, Shape::THREE, 2000),
-    (Mutation::ResumeLeading, Shape::THREE, 2000),
-    (Mutation::ChangeUncompared, Shape::THREE, 2000),
-    (Mutation::AdmitUnregistered, Shape::THREE, 2000),
-    (Mutation::BeginWithoutProducers, Shape::THREE, 2000),
-    (Mutation::DeposedCommits, Shape::THREE, 2000),
+    (Mutation::VotesOfOlderEpochs, Shape::THREE.about(Theme::Leases), 2000),
+    (Mutation::LossTakenForClean, Shape::THREE.about(Theme::OneDown), 2000),
+    (Mutation::AdmitUnregistered, Shape::THREE.about(Theme::Admissions), 2000),
     (Mutation::AckOfOlderLeaderEpoch, Shape::THREE, 2000),
     (Mutation::AckOfOlderBrokerEpoch, Shape::THREE, 2000),
-    (Mutation::CutToHighWatermark, Shape::THREE, 2000),
-    (Mutation::AdmitBelowEpochStart, Shape::THREE, 2000),
-    (Mutation::CommittedIsrOnly, Shape::THREE, 2000),
-    (Mutation::MinimumOfMaximal, Shape::THREE, 2000),
     (Mutation::ElrIgnored, Shape::THREE, 2000),
-    (Mutation::UnknownIsDone, Shape::THREE, 2000),
+    (Mutation::AdmitOnlySettled, Shape::THREE, 2000),
 ];
 
 #[test]
@@ -49,18 +65,29 @@ fn every_rare_broken_rule_is_found() {
     search(RARE);
 }
 
+/// Looks for each broken rule by itself, as many at a time as there are cores.
 fn search(mutants: &[(Mutation, Shape, u64)]) {
     let only = std::env::var("STRANDLINE_MUTANT").unwrap_or_default();
-    for &(mutation, shape, seeds) in mutants {
-        if !format!("{mutation:?}").contains(&only) {
-            continue;
+    let wanted: Vec<_> = mutants.iter().filter(|(mutation, ..)| format!("{mutation:?}").contains(&only)).collect();
+    let (next, missed) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    side_by_side("mutants", cores, |_| {
+        while let Some(&&(mutation, shape, seeds)) = wanted.get(next.fetch_add(1, Ordering::Relaxed)) {
+            match found(mutation, shape, seeds) {
+                Some((seed, why)) => println!("{mutation:?}: seed {seed}: {why}"),
+                None => missed.lock().unwrap().push(format!("{mutation:?} in {seeds} seeds")),
+            }
         }
-        let found = (1..=seeds).find_map(|seed| {
-            let run = AssertUnwindSafe(|| run::run(shape, seed));
-            let why = mutation::with(Some(mutation), || panic::catch_unwind(run));
-            why.err().map(|_| (seed, panics::first().unwrap_or_default()))
-        });
-        let (seed, why) = found.unwrap_or_else(|| panic!("{mutation:?} was not found in {seeds} seeds"));
-        println!("{mutation:?}: seed {seed}: {why}");
-    }
+    });
+    let missed = missed.into_inner().unwrap();
+    assert!(missed.is_empty(), "not found: {missed:?}");
+}
+
+/// The first seed that finds a broken rule, and what it says.
+fn found(mutation: Mutation, shape: Shape, seeds: u64) -> Option<(u64, String)> {
+    (1..=seeds).find_map(|seed| {
+        let run = AssertUnwindSafe(|| run::run(shape, seed));
+        let why = mutation::with(Some(mutation), || panic::catch_unwind(run));
+        why.err().map(|_| (seed, panics::first().unwrap_or_else(|| "a run that fails at its end".to_owned())))
+    })
 }

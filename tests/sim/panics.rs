@@ -27,6 +27,13 @@ pub(crate) fn remember() {
     });
 }
 
+/// Something that must not be was seen, and counts as a panic.
+pub(crate) fn found(wrong: String) {
+    FIRST.with_borrow_mut(|first| {
+        first.get_or_insert(wrong);
+    });
+}
+
 /// The first panic of this run.
 pub(crate) fn first() -> Option<String> {
     FIRST.with_borrow(Clone::clone)

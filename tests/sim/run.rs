@@ -1,6 +1,6 @@
 //! One run: load and faults for some simulated seconds, then peace, then the check.
 
-use std::{fmt, time::Duration};
+use std::{fmt, sync::Arc, time::Duration};
 
 use futures::future::{join_all, join4};
 use strandline::{
@@ -11,11 +11,12 @@ use strandline::{
 };
 
 use crate::{
-    faults,
+    faults::{self, Plan, Theme},
     judge::Judge,
     load::{Ledger, Load, PATIENCE, READING, TOPICS},
     operator::Operator,
     panics, trace,
+    truth::Truth,
     world::World,
 };
 
@@ -28,16 +29,25 @@ pub(crate) struct Shape {
     pub(crate) racks: u32,
     /// How long things go wrong.
     pub(crate) trouble: Duration,
+    /// What it is about; else that is drawn.
+    pub(crate) theme: Option<Theme>,
 }
 
 impl Shape {
     /// One broker, whose metadata shares its data's fate.
-    pub(crate) const ONE: Self = Self { brokers: 1, most_brokers: 1, racks: 1, trouble: Duration::from_secs(12) };
+    pub(crate) const ONE: Self =
+        Self { brokers: 1, most_brokers: 1, racks: 1, trouble: Duration::from_secs(12), theme: None };
     /// Three brokers.
-    pub(crate) const THREE: Self = Self { brokers: 3, most_brokers: 5, racks: 3, trouble: Duration::from_secs(15) };
+    pub(crate) const THREE: Self =
+        Self { brokers: 3, most_brokers: 5, racks: 3, trouble: Duration::from_secs(15), theme: None };
 }
 
 impl Shape {
+    /// The same brokers, with one kind of trouble.
+    pub(crate) const fn about(self, theme: Theme) -> Self {
+        Self { theme: Some(theme), ..self }
+    }
+
     /// That of a seed: one in six has more brokers than partitions have replicas.
     fn of(self, seed: u64) -> Self {
         let more = if seed % 6 == 0 { u32::try_from(seed / 6 % 2).unwrap_or(0) + 1 } else { 0 };
@@ -81,6 +91,8 @@ pub(crate) fn run(shape: Shape, seed: u64) -> String {
 }
 
 async fn live(world: &mut World, shape: Shape) {
+    let running = world.machines.iter().map(|machine| (machine.id, Arc::clone(&machine.running))).collect();
+    let truth = Truth::watch(running, world.shared.trace.clone());
     join_all(world.machines.iter_mut().map(|machine| Box::pin(machine.start()))).await;
     let client = world.client().await;
     let (partitions, power) = topics(&client, shape).await;
@@ -96,7 +108,7 @@ async fn live(world: &mut World, shape: Shape) {
         brokers: shape.brokers,
     };
     let operated = shape.brokers > 3 || shape.brokers == 3 && random::in_range(0..4) == 0;
-    let mut judge = Judge::new(world.seen(), world.store.clone(), ledger.clone(), trace.clone());
+    let mut judge = Judge::new(world.seen(), world.store.clone(), ledger.clone(), trace.clone(), truth);
 
     let tasks = Tasks::new();
     let alone = shape.brokers == 1;
@@ -134,7 +146,7 @@ async fn live(world: &mut World, shape: Shape) {
 
 /// Makes the topics. Says how many partitions each has, and whether they survive that the power is lost on any machine.
 async fn topics(client: &Client, shape: Shape) -> (Vec<u32>, bool) {
-    let power = shape.brokers == 1 || random::in_range(0..3) > 0;
+    let power = shape.brokers == 1 || random::in_range(0..3) > 0 && shape.theme != Some(Theme::OneDown);
     let mut partitions = Vec::new();
     for name in &TOPICS[..random::in_range(1..=TOPICS.len())] {
         let count = random::in_range(1..=2);
@@ -165,25 +177,24 @@ async fn topics(client: &Client, shape: Shape) -> (Vec<u32>, bool) {
 
 /// Everything goes wrong for a while, and the judge looks on.
 async fn trouble(world: &mut World, shape: Shape, power: bool, judge: &mut Judge) {
-    let until = clock::monotonic() + shape.trouble;
+    let plan = Plan::draw(shape, power);
     let (places, shared) = (world.places(), world.shared.clone());
     let metas: Vec<_> = world.machines.iter().map(|machine| machine.meta.clone()).collect();
-    let machines =
-        join_all(world.machines.iter_mut().map(|machine| Box::pin(faults::of_machine(machine, until, power))));
+    let machines = join_all(world.machines.iter_mut().map(|machine| Box::pin(faults::of_machine(machine, &plan))));
     let metadata = async {
         // Alone, the metadata lies in the data directory.
         if metas.len() > 1 {
-            faults::of_metadata(&shared, &metas, until).await;
+            faults::of_metadata(&shared, &metas, &plan).await;
         }
     };
     let look = async {
-        while clock::monotonic() < until {
+        while !plan.is_over() {
             tokio::time::sleep(LOOK).await;
             panics::check();
             judge.look().await;
         }
     };
-    join4(machines, faults::of_network(&shared, &places, until), metadata, look).await;
+    join4(machines, faults::of_network(&shared, &places, &plan), metadata, look).await;
 }
 
 /// Waits until every replica is in sync and holds the same.

@@ -1,0 +1,397 @@
+//! One partition: what its replicas did, what the store says, and what is committed for ever.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ops::Range,
+    sync::atomic::Ordering,
+};
+
+use strandline::{
+    cluster::{PartitionValue, Revision},
+    log::EpochHistory,
+    model::{BrokerId, Durability, LeaderEpoch, Offset, Watermarks},
+    task::witness::Part,
+    tier::TierState,
+};
+
+use super::{
+    Brokers, Running, Who, Wrong,
+    replica::{Ends, Replica},
+};
+
+/// Values of the partition that are remembered, and proposals: leaders hear of the newest late.
+const REMEMBERED: usize = 256;
+
+#[derive(Default)]
+pub(super) struct Partition {
+    /// Every value by the revision that wrote it, the last of them the present one.
+    values: BTreeMap<Revision, PartitionValue>,
+    tier: TierState,
+    proposals: Vec<Proposal>,
+    /// Who led in each epoch, and where it began.
+    leaders: BTreeMap<LeaderEpoch, (Who, Offset)>,
+    replicas: BTreeMap<BrokerId, Replica>,
+    durability: Durability,
+    /// The epochs of what is committed, and its end.
+    committed: (EpochHistory, Offset),
+    /// The highest high watermark of each epoch's leader.
+    reached: BTreeMap<LeaderEpoch, Offset>,
+    /// What idempotent producers wrote at an offset, in an epoch, and is not committed yet; and those that wrote something that is.
+    stamped: BTreeMap<Offset, (LeaderEpoch, i64)>,
+    producers: BTreeMap<i64, Offset>,
+}
+
+struct Proposal {
+    epoch: LeaderEpoch,
+    expect: Revision,
+    /// Each member with the uptime that was registered when it was proposed.
+    isr: BTreeMap<BrokerId, Option<u64>>,
+}
+
+/// Whether something moved that a member must hold.
+type Moved = Result<bool, Wrong>;
+
+impl Partition {
+    fn value(&self) -> Option<(&PartitionValue, Revision)> {
+        self.values.last_key_value().map(|(revision, value)| (value, *revision))
+    }
+
+    fn replica(&mut self, broker: BrokerId) -> &mut Replica {
+        self.replicas.entry(broker).or_default()
+    }
+
+    /// Every live member of ISR ∪ ELR holds what is committed.
+    pub(super) fn members_hold(&self, running: &Running) -> Result<(), Wrong> {
+        let Some((value, _)) = self.value() else { return Ok(()) };
+        for member in value.isr.iter().chain(&value.elr) {
+            let runs = running.get(member).is_some_and(|runs| runs.load(Ordering::Relaxed));
+            if let Some(replica) = self.replicas.get(member).filter(|_| runs) {
+                let lacks = |why| format!("broker {member} may lead and lacks what is committed: {why}");
+                self.holds(replica).map_err(lacks)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn holds(&self, replica: &Replica) -> Result<(), Wrong> {
+        let (epochs, end) = &self.committed;
+        let has = replica.ends.by(self.durability);
+        if has < *end {
+            return Err(format!("it reaches {has} ({:?}) and {end} is committed", self.durability));
+        }
+        replica.parts_from(epochs, *end).map_or(Ok(()), Err)
+    }
+
+    // The store.
+
+    pub(super) fn stored(&mut self, new: PartitionValue, at: Revision, brokers: &Brokers) -> Result<(), Wrong> {
+        let judged = self.value().map_or(Ok(()), |(old, replaced)| self.follows(old, replaced, &new, brokers));
+        self.values.insert(at, new);
+        while self.values.len() > REMEMBERED {
+            self.values.pop_first();
+        }
+        judged
+    }
+
+    fn follows(
+        &self,
+        old: &PartitionValue,
+        at: Revision,
+        new: &PartitionValue,
+        brokers: &Brokers,
+    ) -> Result<(), Wrong> {
+        let (was, is) = (old.leader_epoch, new.leader_epoch);
+        let came: BTreeSet<_> = new.isr.iter().filter(|id| !old.isr.contains(id)).copied().collect();
+        if is == was {
+            if new.leader != old.leader {
+                return Err(format!("epoch {is} got another leader: {old:?} became {new:?}"));
+            }
+            return came.iter().try_for_each(|broker| self.was_admitted(*broker, at, new, brokers));
+        }
+        if is.0 != was.0 + 1 {
+            return Err(format!("the epoch went from {was} to {is}: {old:?} became {new:?}"));
+        }
+        let unclean = new.unclean == Some(is);
+        if let Some(leader) = new.leader.filter(|_| !unclean) {
+            if !old.isr.contains(&leader) && !old.elr.contains(&leader) {
+                return Err(format!("broker {leader} was elected and is no member: {old:?} became {new:?}"));
+            }
+            if came.iter().any(|broker| *broker != leader) {
+                return Err(format!("an election added members: {old:?} became {new:?}"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Who comes into the ISR was proposed for the value that is replaced, and has not registered anew since.
+    fn was_admitted(
+        &self,
+        broker: BrokerId,
+        replaced: Revision,
+        new: &PartitionValue,
+        brokers: &Brokers,
+    ) -> Result<(), Wrong> {
+        let isr: BTreeSet<_> = new.isr.iter().copied().collect();
+        let made_so = |proposal: &&Proposal| {
+            proposal.epoch == new.leader_epoch && proposal.expect == replaced && proposal.isr.keys().eq(&isr)
+        };
+        let Some(proposal) = self.proposals.iter().rev().find(made_so) else {
+            return Err(format!("broker {broker} was admitted by no proposal for the value at {replaced}: {new:?}"));
+        };
+        let (then, now) = (proposal.isr[&broker], brokers.get(&broker).copied());
+        if then.is_none() || then != now {
+            return Err(format!("broker {broker} was admitted in uptime {then:?}, and {now:?} is registered: {new:?}"));
+        }
+        Ok(())
+    }
+
+    pub(super) fn tiered(&mut self, new: TierState) -> Result<(), Wrong> {
+        let (old, committed) = (&self.tier, self.committed.1);
+        let leads = self.value().map(|(value, _)| value.leader_epoch);
+        let wrong = if leads != Some(new.epoch) {
+            format!("the leader of epoch {} committed to the bucket, and {leads:?} leads", new.epoch)
+        } else if new.tiered_end < old.tiered_end || new.log_start < old.log_start || new.version() < old.version() {
+            "the bucket's state went back".to_owned()
+        } else if new.bucket_end() > committed {
+            format!("the bucket holds what is not committed: {committed} is")
+        } else {
+            String::new()
+        };
+        let judged = if wrong.is_empty() { Ok(()) } else { Err(format!("{wrong}: {old:?} became {new:?}")) };
+        self.tier = new;
+        judged
+    }
+
+    // One replica.
+
+    pub(super) fn opened(&mut self, who: Who, epochs: &[(LeaderEpoch, Offset)], end: Offset) -> bool {
+        self.replica(who.broker).opened(epochs, end);
+        true
+    }
+
+    pub(super) fn led(&mut self, who: Who, epoch: LeaderEpoch, start: Offset, alone: bool) -> Moved {
+        if let Some((before, _)) = self.leaders.insert(epoch, (who, start))
+            && before != who
+            && !alone
+        {
+            return Err(format!("process {} leads in epoch {epoch}, in which {} led", who.process, before.process));
+        }
+        let named = self.values.values().rev().find(|value| value.leader_epoch == epoch);
+        if named.is_some_and(|value| value.leader != Some(who.broker)) {
+            return Err(format!("leads in epoch {epoch}, and the store names another"));
+        }
+        if self.value().is_some_and(|(value, _)| value.leader_epoch > epoch) {
+            // It hears of its election late: others lead by now, and have committed more. Nobody follows it.
+            return Ok(false);
+        }
+        let replica = self.replica(who.broker).clone();
+        let (epochs, end) = &self.committed;
+        let lacks = (replica.ends.written < *end).then(|| format!("its log ends at {}", replica.ends.written));
+        match lacks.or_else(|| replica.parts_from(epochs, *end)) {
+            Some(why) => Err(format!("leads in epoch {epoch} without what is committed up to {end}: {why}")),
+            None => Ok(true),
+        }
+    }
+
+    pub(super) fn appended(
+        &mut self,
+        who: Who,
+        range: Range<Offset>,
+        epoch: LeaderEpoch,
+        leads: Option<LeaderEpoch>,
+        producer: Option<i64>,
+    ) -> Moved {
+        let leader = self.leaders.get(&epoch).map(|(leader, _)| *leader);
+        let replica = self.replica(who.broker);
+        if range.start != replica.ends.written {
+            return Err(format!("appended {range:?} to a log that ends at {}", replica.ends.written));
+        }
+        if !replica.epochs.note(epoch, range.start) {
+            return Err(format!("appended a batch of epoch {epoch} after {:?}", replica.epochs.last()));
+        }
+        replica.ends.written = range.end;
+        if leads.is_some_and(|leads| leads != epoch || leader != Some(who)) {
+            return Err(format!("appended in epoch {epoch} and leads in {leads:?}"));
+        }
+        if let Some(producer) = producer.filter(|_| leads.is_some()) {
+            self.stamped.insert(range.start, (epoch, producer));
+        }
+        Ok(false)
+    }
+
+    pub(super) fn cut(&mut self, broker: BrokerId, to: Offset) -> Moved {
+        let (epochs, end) = self.committed.clone();
+        let replica = self.replica(broker);
+        let had = replica.ends.written;
+        let committed = to < end.min(had) && replica.epochs.at(to) == epochs.at(to);
+        replica.cut(to);
+        if committed {
+            return Err(format!("cut its log from {had} to {to}, and {end} is committed"));
+        }
+        Ok(true)
+    }
+
+    pub(super) fn begun(
+        &mut self,
+        broker: BrokerId,
+        at: Offset,
+        epochs: &[(LeaderEpoch, Offset)],
+        producers: &BTreeSet<i64>,
+    ) -> Moved {
+        let unknown = self.producers.iter().find(|(id, first)| **first < at && !producers.contains(id));
+        let unknown = unknown.map(|(id, first)| format!("began at {at} without producer {id}, which wrote at {first}"));
+        let replica = self.replica(broker);
+        replica.epochs = EpochHistory::from_starts(epochs.iter().copied()).unwrap();
+        replica.ends = Ends { written: at, persisted: at };
+        unknown.map_or(Ok(true), Err)
+    }
+
+    pub(super) fn claimed(&mut self, broker: BrokerId, epoch: LeaderEpoch, persisted: Offset) -> bool {
+        self.replica(broker).claims(epoch, persisted);
+        false
+    }
+
+    /// The marks that a broker publishes: how far its log reaches, and what it takes as committed.
+    pub(super) fn marked(&mut self, broker: BrokerId, marks: Watermarks, part: Part) -> Moved {
+        let replica = self.replica(broker);
+        replica.ends.persisted = marks.persisted_end;
+        if let Part::Following(epoch) = part {
+            replica.acknowledges(epoch);
+        }
+        let before = std::mem::replace(&mut replica.high_watermark, marks.high_watermark);
+        if let Part::Leading { epoch, durability, .. } = part {
+            self.durability = durability;
+            let reached = self.reached.entry(epoch).or_default();
+            *reached = marks.high_watermark.max(*reached);
+        }
+        if marks.high_watermark <= self.committed.1 {
+            let unclean = self.value().is_some_and(|(value, _)| value.unclean.is_some());
+            let fell = marks.high_watermark < before && !unclean;
+            return if fell { Err(format!("its high watermark fell from {before}: {marks:?}")) } else { Ok(false) };
+        }
+        let Part::Leading { epoch, revision, min_insync, durability } = part else {
+            return Err(format!("takes {} as committed, and {} is", marks.high_watermark, self.committed.1));
+        };
+        let may = self.may_commit(broker, epoch, Revision(revision), min_insync, durability, marks.high_watermark);
+        self.commit(broker, marks.high_watermark);
+        may.map(|()| true)
+    }
+
+    /// Whether a leader that knows the value of this revision may commit up to `end`.
+    fn may_commit(
+        &self,
+        leader: BrokerId,
+        epoch: LeaderEpoch,
+        revision: Revision,
+        min_insync: usize,
+        durability: Durability,
+        end: Offset,
+    ) -> Result<(), Wrong> {
+        let Some(value) = self.values.get(&revision) else { return Ok(()) };
+        let wrong = |why: String| Err(format!("commits up to {end} in epoch {epoch} {why}: {value:?}"));
+        if value.isr.len() < min_insync {
+            return wrong(format!("with fewer than {min_insync} in sync"));
+        }
+        if !value.elr.is_empty() {
+            return wrong("while others are eligible".to_owned());
+        }
+        let made_here = |proposal: &&Proposal| proposal.epoch == epoch && proposal.expect == revision;
+        let proposed = self.proposals.iter().filter(made_here).flat_map(|proposal| proposal.isr.keys());
+        for member in value.isr.iter().chain(proposed) {
+            let Some(replica) = self.replicas.get(member) else {
+                return wrong(format!("without broker {member}, which has no replica"));
+            };
+            let acked = if *member == leader { Some(replica.ends) } else { replica.ever_acked(epoch) };
+            if acked.is_none_or(|acked| acked.by(durability) < end) {
+                return wrong(format!("while broker {member} has acknowledged {acked:?} in it"));
+            }
+        }
+        Ok(())
+    }
+
+    /// All below `end` is committed, as this leader has it.
+    fn commit(&mut self, leader: BrokerId, end: Offset) {
+        let log = self.replica(leader).epochs.clone();
+        let from = self.committed.1;
+        for (epoch, start) in log.between(from, end).iter() {
+            // What lies before the log's start was committed before.
+            let _known = self.committed.0.note(epoch, start.max(from));
+        }
+        self.committed.1 = end;
+        while let Some((at, (epoch, producer))) = self.stamped.pop_first() {
+            if at >= end {
+                self.stamped.insert(at, (epoch, producer));
+                break;
+            }
+            if log.at(at) == Some(epoch) {
+                self.producers.entry(producer).or_insert(at);
+            }
+        }
+    }
+
+    pub(super) fn proposed(
+        &mut self,
+        leader: BrokerId,
+        epoch: LeaderEpoch,
+        (expect, isr): (Revision, &[BrokerId]),
+        brokers: &Brokers,
+    ) -> Moved {
+        let start = self.leaders.get(&epoch).map_or(Offset::ZERO, |(_, start)| *start);
+        let asked = start.max(self.replica(leader).high_watermark);
+        let known = self.values.get(&expect).map(|value| value.isr.clone()).unwrap_or_default();
+        let added = isr.iter().filter(|id| !known.contains(id));
+        let durability = self.durability;
+        let lacking = added.map(|id| (*id, self.replicas.get(id).and_then(|replica| replica.ever_acked(epoch))));
+        let lacking = lacking.filter(|(_, acked)| acked.is_none_or(|acked| acked.by(durability) < asked)).last();
+        let uptime = |id: &BrokerId| (*id, brokers.get(id).copied());
+        self.proposals.push(Proposal { epoch, expect, isr: isr.iter().map(uptime).collect() });
+        if self.proposals.len() > REMEMBERED {
+            self.proposals.remove(0);
+        }
+        match lacking {
+            Some((id, acked)) => Err(format!(
+                "would admit broker {id} in epoch {epoch}, which began at {start}: it acknowledged {acked:?}, asked is {asked}"
+            )),
+            None => Ok(false),
+        }
+    }
+
+    // What clients are told.
+
+    pub(super) fn answered(&mut self, broker: BrokerId, end: Offset, by_all: bool) -> Moved {
+        let (durability, committed) = (self.durability, self.committed.1);
+        let has = self.replica(broker).ends.by(durability);
+        if by_all && end > committed {
+            return Err(format!("answered for {end}, and {committed} is committed"));
+        }
+        if end > has {
+            return Err(format!("answered for {end}, and has {has} itself ({durability:?})"));
+        }
+        Ok(false)
+    }
+
+    pub(super) fn readable(&self, end: Offset) -> Moved {
+        let committed = self.committed.1;
+        if end > committed {
+            return Err(format!("serves up to {end}, and {committed} is committed"));
+        }
+        Ok(false)
+    }
+
+    pub(super) fn told_latest(&self, epoch: LeaderEpoch, offset: Offset) -> Moved {
+        match self.reached.range(..epoch).find(|(_, reached)| **reached > offset) {
+            Some((before, reached)) => {
+                Err(format!("told {offset} as the latest in epoch {epoch}, and it was {reached} in epoch {before}"))
+            }
+            None => self.readable(offset),
+        }
+    }
+
+    pub(super) fn evicted(&self, start: Offset) -> Moved {
+        let free = self.tier.bucket_end().max(self.tier.log_start);
+        if start > free {
+            return Err(format!("its log begins at {start} now, and the bucket ends at {free}"));
+        }
+        Ok(false)
+    }
+}
