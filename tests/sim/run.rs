@@ -40,9 +40,7 @@ impl Shape {
     /// Three brokers.
     pub(crate) const THREE: Self =
         Self { brokers: 3, most_brokers: 5, racks: 3, trouble: Duration::from_secs(15), theme: None };
-}
 
-impl Shape {
     /// The same brokers, with one kind of trouble.
     pub(crate) const fn about(self, theme: Theme) -> Self {
         Self { theme: Some(theme), ..self }
