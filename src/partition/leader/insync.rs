@@ -274,7 +274,8 @@ impl InSync {
     /// When it does not count. Nothing has changed then; the sender has to join anew.
     pub fn acknowledged(&mut self, peer: Peer, epoch: LeaderEpoch, ends: Ends) -> Result<(), Stale> {
         let (leads, log_end) = (self.epoch(), self.own.written);
-        if epoch != leads && !mutant!(AckOfOlderLeaderEpoch) && !mutant!(VotesOfOlderEpochs) {
+        let passes = epoch == leads || mutant!(AckOfOlderLeaderEpoch);
+        if !passes && !mutant!(VotesOfOlderEpochs) {
             return Err(Stale::OtherEpoch { acknowledged: epoch, leads });
         }
         let joined = |member: &&mut Member| {
