@@ -38,7 +38,7 @@ const MUTANTS: &[(Mutation, Shape, u64)] = &[
     (Mutation::UnknownIsDone, Shape::THREE, 20),
     (Mutation::BeginWithoutProducers, Shape::THREE, 20),
     (Mutation::ReadUncommitted, Shape::THREE, 10),
-    (Mutation::UnsettledTellsLatest, Shape::THREE, 40),
+    (Mutation::UnsettledTellsLatest, Shape::THREE, 80),
 ];
 
 /// Rules for which no number of seeds is stated yet. Those of `partition/leader` are found by the model check in every run of the tests
