@@ -57,8 +57,8 @@ impl Machine {
     /// A machine in a rack, of one broker or one of several.
     pub(crate) fn new(id: u32, rack: u32, alone: bool, meta: SimMeta, shared: Shared) -> Self {
         let settings = Sources::new()
-            .flag("broker.id", &id.to_string())
-            .flag("broker.rack", &format!("r{rack}"))
+            .flag("broker.id", id.to_string())
+            .flag("broker.rack", format!("r{rack}"))
             .flag("broker.data_dir", "/data")
             .flag("cache.disk_bytes", "0")
             .flag("tier.check_interval", "1s")

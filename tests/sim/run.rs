@@ -48,7 +48,7 @@ impl Shape {
 
     /// That of a seed: one in six has more brokers than partitions have replicas.
     fn of(self, seed: u64) -> Self {
-        let more = if seed % 6 == 0 { u32::try_from(seed / 6 % 2).unwrap_or(0) + 1 } else { 0 };
+        let more = if seed.is_multiple_of(6) { u32::try_from(seed / 6 % 2).unwrap_or(0) + 1 } else { 0 };
         Self { brokers: (self.brokers + more).min(self.most_brokers), ..self }
     }
 

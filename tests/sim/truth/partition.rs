@@ -342,7 +342,7 @@ impl Partition {
         let added = isr.iter().filter(|id| !known.contains(id));
         let durability = self.durability;
         let lacking = added.map(|id| (*id, self.replicas.get(id).and_then(|replica| replica.ever_acked(epoch))));
-        let lacking = lacking.filter(|(_, acked)| acked.is_none_or(|acked| acked.by(durability) < asked)).last();
+        let lacking = lacking.rev().find(|(_, acked)| acked.is_none_or(|acked| acked.by(durability) < asked));
         let uptime = |id: &BrokerId| (*id, brokers.get(id).copied());
         self.proposals.push(Proposal { epoch, expect, isr: isr.iter().map(uptime).collect() });
         if self.proposals.len() > REMEMBERED {
