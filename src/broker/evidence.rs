@@ -363,22 +363,7 @@ mod tests {
     use tokio::net::TcpListener;
 
     use super::*;
-    use crate::{
-        client::Tcp,
-        cluster::{Addresses, BrokerState},
-    };
-
-    fn registered(address: String) -> BrokerValue {
-        BrokerValue {
-            addresses: Addresses { grpc: address, http: None },
-            rack: None,
-            directory_id: "d".to_owned(),
-            incarnation: "p".to_owned(),
-            state: BrokerState::Running,
-            disk_full: false,
-            version: "0".to_owned(),
-        }
-    }
+    use crate::client::Tcp;
 
     /// A process that is killed takes connections until its listener is closed, which may be after its other ones. One such probe,
     /// and its partitions waited for the lease's end.
@@ -387,7 +372,7 @@ mod tests {
         let wait = Duration::from_secs(5);
         let peers = Peers::new(Arc::new(Tcp::between_brokers(wait)), wait);
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let registered = registered(listener.local_addr().unwrap().to_string());
+        let registered = BrokerValue::running_at(listener.local_addr().unwrap().to_string());
         let (seen, ()) = tokio::join!(probe(&peers, &registered), async {
             // One connection breaks, one is not answered; then nobody listens any more.
             drop(listener.accept().await.unwrap());
@@ -403,7 +388,7 @@ mod tests {
         let wait = Duration::from_secs(5);
         let peers = Peers::new(Arc::new(Tcp::between_brokers(wait)), wait);
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let registered = registered(listener.local_addr().unwrap().to_string());
+        let registered = BrokerValue::running_at(listener.local_addr().unwrap().to_string());
         assert_eq!(probe(&peers, &registered).await, Seen::Unclear);
     }
 

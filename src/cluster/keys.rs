@@ -194,6 +194,22 @@ pub struct BrokerValue {
     pub version: String,
 }
 
+#[cfg(test)]
+impl BrokerValue {
+    /// A running broker at this address.
+    pub(crate) fn running_at(grpc: String) -> Self {
+        Self {
+            addresses: Addresses { grpc, http: None },
+            rack: None,
+            directory_id: "d".to_owned(),
+            incarnation: "p".to_owned(),
+            state: BrokerState::Running,
+            disk_full: false,
+            version: "0".to_owned(),
+        }
+    }
+}
+
 /// What a live broker says of itself.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

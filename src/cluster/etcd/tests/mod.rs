@@ -11,7 +11,7 @@ use super::{EtcdIdentity, EtcdLogin, EtcdOptions, EtcdStore, EtcdTls, MemberStat
 use crate::{
     cluster::{
         conformance::{self, Subject},
-        keys::{Addresses, BrokerState, BrokerValue, Keys, Value as _},
+        keys::{BrokerValue, Keys, Value as _},
         store::{Compare, Event, LeaseId, MetaStore, Outcome, Revision, StoreError, Transaction, Watch},
         view::View,
     },
@@ -257,15 +257,7 @@ async fn the_view_follows_etcd_past_a_dead_member() {
     let (store, keys, tasks) = (etcd.store().await, Keys::new("test").expect("a name"), Tasks::new());
     let view = View::start(Arc::new(store.clone()), keys.clone(), &tasks);
     timeout(SOON, view.reached(Revision::ZERO)).await.expect("an empty prefix is listed too");
-    let registration = BrokerValue {
-        addresses: Addresses { grpc: "a:1".to_owned(), http: None },
-        rack: None,
-        directory_id: "d".to_owned(),
-        incarnation: "p".to_owned(),
-        state: BrokerState::Running,
-        disk_full: false,
-        version: "0".to_owned(),
-    };
+    let registration = BrokerValue::running_at("a:1".to_owned());
     for id in [1, 2] {
         if id == 2 {
             etcd.kill(0);
