@@ -29,6 +29,9 @@ use crate::{model::Offset, task::clock};
 /// Most removed files that are kept open for [`Replica::take_removed`]: handles are few.
 const MOST_REMOVED: usize = 32;
 
+/// What new names and the end of a new file may take on a disk: two blocks.
+const NAMES_BYTES: u64 = 8192;
+
 impl Replica {
     /// Cuts the log at `to`, or at the base of the batch that holds it. Waits for two rounds of the journal; the cut is durable when
     /// it returns. Hand-overs of what is cut are answered with `Cut`. Returns the new log end.
@@ -44,6 +47,7 @@ impl Replica {
         if to < segments[0].base {
             return self.reset(to).map(|()| to);
         }
+        self.shared.core.may_change(0)?;
         let found = tables_at(&self.shared.core, &self.shared.dir, &segments, to);
         let (last, tables, damage) = found.map_err(|error| self.failed_change(&error))?;
         if let Some(why) = damage {
@@ -92,7 +96,7 @@ impl Replica {
         self.shared.sync().map_err(io::Error::other)
     }
 
-    /// Forgets everything and begins anew, empty, at `at`. Durable when it returns.
+    /// Forgets everything and begins anew, empty, at `at`. Durable when it returns. On a disk without room nothing is changed.
     pub fn reset(&mut self, at: Offset) -> Result<(), ChangeError> {
         self.reset_with(at, EpochHistory::new(), ProducerTable::new())
     }
@@ -105,11 +109,12 @@ impl Replica {
         producers: ProducerTable,
     ) -> Result<(), ChangeError> {
         self.writable()?;
+        let snapshot = Snapshot::encode(&epochs, &producers, at);
+        self.shared.core.may_change(snapshot.len() as u64 + NAMES_BYTES)?;
         self.forget_pending();
         let shared = self.shared.clone();
         let generation = shared.core.next_generation();
         let info = SegmentInfo::empty(at, clock::wall_ms());
-        let snapshot = Snapshot::encode(&epochs, &producers, at);
         let removed = {
             let mut state = shared.state();
             let file = Arc::new(SegmentFile::new(shared.core.files.serial(), &shared.dir, at));

@@ -176,6 +176,31 @@ impl Core {
         self.journal.submit(Item { head, batches: Vec::new(), bytes: 0, replica: replica.clone(), done: None });
     }
 
+    /// Whether a change of a replica finds room for the `bytes` of its files and for its two rounds of the journal. Looked at before
+    /// anything is changed: halfway there is no way back.
+    pub(super) fn may_change(&self, bytes: u64) -> Result<(), ChangeError> {
+        // A file system that does not say is written to until it refuses.
+        let fits = self.disk.free_bytes(&self.dir).map_or(true, |free| free >= bytes);
+        if fits && self.may_commit_twice() {
+            return Ok(());
+        }
+        self.say_full();
+        Err(ChangeError::DiskFull)
+    }
+
+    /// Whether the journal takes two more rounds. A thread waits until one of its files is free; by hand nobody else does a step meanwhile.
+    fn may_commit_twice(&self) -> bool {
+        let inner = self.owner.get().and_then(Weak::upgrade).filter(|_| self.options.manual);
+        inner.is_none_or(|inner| inner.steps_ahead())
+    }
+
+    /// Says that the disk is full: once, until an append finds room again.
+    pub(super) fn say_full(&self) {
+        if !self.disk_full.swap(true, Ordering::Relaxed) {
+            tracing::error!(path = %self.dir.display(), "the disk is full: appends wait until there is room");
+        }
+    }
+
     /// Puts an entry into the journal and waits until it is durable: one sync.
     pub(super) fn commit(&self, replica: &Arc<Shared>, head: EntryHead) -> Result<(), ChangeError> {
         let (sender, receiver) = std::sync::mpsc::sync_channel(1);
@@ -186,7 +211,6 @@ impl Core {
         {
             while self.journal.pending() {
                 if !inner.journal_step() {
-                    // A thread would wait until a file is free. Here nobody else does a step meanwhile.
                     return Err(ChangeError::Failed { reason: "the journal has no room".to_owned() });
                 }
             }

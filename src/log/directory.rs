@@ -424,6 +424,23 @@ impl Inner {
         false
     }
 
+    /// With `manual`: writes what is queued, and makes room for the two rounds of a change. False where there is none.
+    pub(super) fn steps_ahead(&self) -> bool {
+        let journal = &self.core.journal;
+        while journal.pending() {
+            if !self.journal_step() {
+                return false;
+            }
+        }
+        for _ in 0..3 {
+            if journal.has_room_for_two() || matches!(self.grow_now(), Ok(true)) {
+                return true;
+            }
+            self.sync_step();
+        }
+        false
+    }
+
     /// `None` when the journal has failed.
     fn make_room(&self) -> Option<Room> {
         match self.core.journal.make_room(&mut || self.grow_now()) {

@@ -173,6 +173,9 @@ impl AppendError {
 /// Why a replica could not be cut, emptied or shortened.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ChangeError {
+    /// No room for what a change writes itself. Nothing was changed; it works when there is room.
+    #[error("the disk is full")]
+    DiskFull,
     /// The replica, or its data directory, takes no writes any more.
     #[error("the replica cannot be changed: {reason}")]
     Failed {

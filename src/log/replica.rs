@@ -233,11 +233,8 @@ impl Replica {
         Err(AppendError::Failed { reason })
     }
 
-    /// Says it once, until an append finds room again.
     fn disk_is_full(&self) -> AppendError {
-        if !self.shared.core.disk_full.swap(true, Ordering::Relaxed) {
-            tracing::error!(path = %self.shared.core.dir.display(), "the disk is full: appends wait until there is room");
-        }
+        self.shared.core.say_full();
         AppendError::DiskFull
     }
 

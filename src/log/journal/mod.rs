@@ -210,6 +210,14 @@ impl Journal {
         if prepare()? { self.make_room(&mut || Ok(false)) } else { Ok(Room::NeedsFile) }
     }
 
+    /// Whether a round of one entry and then any other have room in the file in use, or in one that is free.
+    pub(super) fn has_room_for_two(&self) -> bool {
+        let position = lock(&self.writer).current.as_ref().map(|current| current.position);
+        let needed = (entry::round_bytes(1, 0) + self.next_bytes()) as u64;
+        let ring = lock(&self.ring);
+        ring.has_free() || position.is_some_and(|position| position + needed <= ring.file_bytes)
+    }
+
     /// Waits until a file may have been given up.
     pub(super) fn wait_for_file(&self, at_most: Duration) {
         let none = |ring: &mut Ring| !ring.has_free() && !self.is_closed();

@@ -147,15 +147,38 @@ fn fill_journal(disk: &SimDisk, log: &Log, replica: &mut Replica) {
     }
 }
 
-/// Without threads nobody makes room while a change waits for its round: it waited for ever.
+/// Without threads nobody makes room while a change waits for its round: it waited for ever. Then it failed, and the replica with it,
+/// when the disk had room again.
 #[test]
-fn a_change_that_finds_no_room_in_a_journal_stepped_by_hand_says_so() {
+fn a_change_that_finds_no_room_in_a_journal_stepped_by_hand_says_so_and_works_later() {
     let disk = SimDisk::new();
     let log = open(&disk);
     let mut replica = log.open_replica(partition(0), at(0)).unwrap();
     fill_journal(&disk, &log, &mut replica);
-    let reason = "the journal has no room".to_owned();
-    assert_eq!(replica.truncate(at(1)), Err(ChangeError::Failed { reason }), "{:?}", log.status());
+    let end = replica.log_end();
+    assert_eq!(replica.truncate(at(1)), Err(ChangeError::DiskFull), "{:?}", log.status());
+    assert_eq!(replica.reset(at(5)), Err(ChangeError::DiskFull));
+    assert_eq!(replica.log_end(), end, "nothing was changed");
+    disk.fail_syncs(None);
+    settle(&log);
+    assert_eq!(replica.truncate(at(1)), Ok(at(1)));
+    assert_eq!(replica.reset(at(5)), Ok(()));
+    assert_eq!(replica.log_end(), at(5));
+}
+
+/// A replica that begins anew writes a file. Where others have filled the disk it stays as it is, and begins when there is room.
+#[test]
+fn a_replica_begins_anew_when_the_disk_has_room_again() {
+    let disk = SimDisk::new();
+    let log = open(&disk);
+    let mut replica = log.open_replica(partition(0), at(0)).unwrap();
+    write(&log, &mut replica, &[batch(0, 2, 1, 1, 5000)]);
+    disk.set_capacity(Some(disk.files().iter().map(|(_, len)| len).sum()));
+    assert_eq!(replica.reset(at(9)), Err(ChangeError::DiskFull));
+    assert_eq!(read_all(&replica.reader(), at(0)).unwrap().len(), 1);
+    disk.set_capacity(None);
+    assert_eq!(replica.reset(at(9)), Ok(()));
+    write(&log, &mut replica, &[batch(9, 2, 1, 1, 5000)]);
 }
 
 /// Its segments were forgotten first: their files stayed until the next start, just when there was no room.

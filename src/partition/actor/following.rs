@@ -93,9 +93,12 @@ impl Actor {
             self.cut_by(move |replica| replica.truncate(to).map(drop)).await
         };
         saw!(Cut { partition: self.id, to: self.replica.log_end() });
-        if done {
-            self.claim();
-        }
+        self.claim_when(done);
+    }
+
+    /// Claims at once what the log is now, or a little later what it still is.
+    fn claim_when(&mut self, changed: bool) {
+        if changed { self.claim() } else { self.again() }
     }
 
     /// Begins anew with these tables.
@@ -107,12 +110,13 @@ impl Actor {
             Ok(tables) => {
                 let at = tables.at;
                 tracing::info!(partition = %self.id, %at, log_end = %self.replica.log_end(), "begins anew and copies from there");
-                if self.reset(tables).await {
-                    if let Part::Following(follower) = &mut self.part {
-                        follower.begun(at);
-                    }
-                    self.claim();
+                let done = self.reset(tables).await;
+                if let Part::Following(follower) = &mut self.part
+                    && done
+                {
+                    follower.begun(at);
                 }
+                self.claim_when(done);
             }
             Err(error) => {
                 tracing::warn!(partition = %self.id, %error, "the replica cannot begin yet; it is tried again");

@@ -78,7 +78,8 @@ impl Actor {
         self.replica.lend(move |replica| replica.export(base)).await
     }
 
-    /// Cuts or empties the log, and forgets what was known of the part that went; false when the disk failed.
+    /// Cuts or empties the log, and forgets what was known of the part that went; false when the disk failed, which is final, or when it is
+    /// full: then nothing was changed, and it is to be tried again.
     pub(super) async fn cut_by(
         &mut self,
         change: impl FnOnce(&mut Replica) -> Result<(), ChangeError> + Send + 'static,
@@ -94,7 +95,8 @@ impl Actor {
                 self.publish();
                 true
             }
-            Err(error) => {
+            Err(ChangeError::DiskFull) => false,
+            Err(error @ ChangeError::Failed { .. }) => {
                 self.fail(&error.to_string());
                 false
             }
