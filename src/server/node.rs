@@ -76,13 +76,20 @@ pub struct Node {
 
 impl Node {
     /// Opens the data directory and the replicas in it, registers the broker under these addresses, and takes part. From then on its
-    /// routes answer. A metadata store that does not answer is waited for.
+    /// routes answer. A metadata store that does not answer is waited for. `opened` hears of the log first: whoever does its steps begins
+    /// with them then, for replicas may be closed again before the node is there.
     ///
     /// # Errors
     /// When the directory or a store cannot be used, or the broker's number is taken. What was found clean is left clean.
-    pub async fn open(config: &Config, outside: Outside, addresses: Addresses) -> anyhow::Result<Self> {
+    pub async fn open(
+        config: &Config,
+        outside: Outside,
+        addresses: Addresses,
+        opened: impl FnOnce(&Log),
+    ) -> anyhow::Result<Self> {
         let metrics = Metrics::new();
         let log = open_log(config, &outside, metrics.clone()).await?;
+        opened(&log);
         Self::over(config, log, outside, addresses, metrics, &Tasks::new()).await
     }
 
@@ -115,11 +122,6 @@ impl Node {
     /// The broker itself.
     pub fn broker(&self) -> &Arc<Broker> {
         &self.broker
-    }
-
-    /// Its log, for whoever does the steps.
-    pub fn log(&self) -> &Log {
-        &self.log
     }
 
     /// How it reaches other brokers.

@@ -30,6 +30,8 @@ pub enum Mutation {
     BeginWithoutProducers,
     /// A leader that was replaced commits to the bucket.
     DeposedCommits,
+    /// A leader takes for committed in its own log what a later leader has committed to the bucket.
+    TakeLaterLeadersBucketEnd,
     /// Readers are served up to the log end.
     ReadUncommitted,
     /// What followers of an older leader epoch acknowledge counts, whether they joined in this one or not, and they may go on.

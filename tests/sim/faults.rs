@@ -7,6 +7,7 @@ use std::{sync::Arc, time::Duration};
 
 use strandline::{
     cluster::{Keys, MetaStore as _, PartitionValue, Value as _},
+    model::BrokerId,
     task::{clock, random},
 };
 use tokio::{sync::Mutex, time::Instant};
@@ -169,7 +170,8 @@ async fn until_whole(meta: &SimMeta, plan: &Plan) {
 
 /// Whether other brokers hold all that this one must hold.
 async fn is_spare(machine: &Machine) -> bool {
-    let spared = |value: &PartitionValue| value.isr.iter().chain(&value.elr).any(|id| *id != machine.id);
+    let other = |id: &BrokerId| *id != machine.id && machine.holds(*id);
+    let spared = |value: &PartitionValue| value.isr.iter().chain(&value.elr).any(other);
     values(&machine.meta).await.iter().all(spared)
 }
 

@@ -1,9 +1,10 @@
 //! One machine: its disk, its way to others and to the metadata, and its broker: started, killed, robbed of its power.
 
 use std::{
+    collections::BTreeSet,
     path::Path,
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -19,6 +20,7 @@ use strandline::{
     tier::{Store, StoreOptions},
 };
 use tokio::{sync::Notify, time::Instant};
+use tracing::Instrument as _;
 
 use crate::{meta::SimMeta, net::Net, objects::Objects, trace::Trace};
 
@@ -33,6 +35,8 @@ pub(crate) struct Shared {
     pub(crate) trace: Trace,
     pub(crate) began: Instant,
     pub(crate) seed: u64,
+    /// Who has a new disk and has not started since: nobody has heard yet that it holds nothing.
+    pub(crate) emptied: Arc<Mutex<BTreeSet<BrokerId>>>,
 }
 
 /// One machine.
@@ -91,10 +95,12 @@ impl Machine {
             let number = self.id.0 * 1000 + self.starts;
             let process = Process::new(number, self.shared.seed ^ (u64::from(number) << 32), self.shared.began);
             process.set_wall(self.wall_offset_ms);
-            match process.run(Box::pin(self.open(&process))).await {
+            let span = tracing::info_span!("broker", id = %self.id);
+            match process.run(Box::pin(self.open(&process).instrument(span))).await {
                 Ok(node) => {
                     self.note(format_args!("started, {} partitions", node.broker().partitions()));
                     self.broker = Some((process, node));
+                    self.shared.emptied.lock().unwrap().remove(&self.id);
                     self.running.store(true, Ordering::Relaxed);
                     return;
                 }
@@ -123,11 +129,12 @@ impl Machine {
             stepper: Some(Stepper::new(move || wake.notify_one())),
         };
         let addresses = Addresses { grpc: self.address.clone(), http: None };
-        let node = Node::open(&self.config, outside, addresses).await?;
-        process.enter(|| {
-            Tasks::new().spawn("log steps", steps(node.log().clone(), woken));
-            self.shared.net.listen(&self.address, node.routes());
-        });
+        let step = |log: &Log| {
+            let steps = steps(log.clone(), woken);
+            process.enter(|| Tasks::new().spawn("log steps", steps));
+        };
+        let node = Node::open(&self.config, outside, addresses, step).await?;
+        process.enter(|| self.shared.net.listen(&self.address, node.routes()));
         Ok(node)
     }
 
@@ -164,7 +171,13 @@ impl Machine {
             self.disk.remove(&path).unwrap();
             self.disk.sync_dir(path.parent().unwrap()).unwrap();
         }
+        self.shared.emptied.lock().unwrap().insert(self.id);
         self.note(format_args!("has a new disk"));
+    }
+
+    /// Whether a broker's disk holds what the metadata says.
+    pub(crate) fn holds(&self, broker: BrokerId) -> bool {
+        !self.shared.emptied.lock().unwrap().contains(&broker)
     }
 
     /// Lets its wall clock jump.

@@ -39,6 +39,7 @@ const MUTANTS: &[(Mutation, Shape, u64)] = &[
     (Mutation::BeginWithoutProducers, Shape::THREE, 20),
     (Mutation::ReadUncommitted, Shape::THREE, 10),
     (Mutation::UnsettledTellsLatest, Shape::THREE, 80),
+    (Mutation::TakeLaterLeadersBucketEnd, Shape::THREE, 20),
 ];
 
 /// Rules for which no number of seeds is stated yet. Those of `partition/leader` are found by the model check in every run of the tests

@@ -73,6 +73,7 @@ const SETTLING: Duration = Duration::from_secs(90);
 /// Runs a seed and gives its trace. Panics when it finds something; [`trace::last`] has the trace then.
 pub(crate) fn run(shape: Shape, seed: u64) -> String {
     panics::remember();
+    trace::hear_brokers();
     let shape = shape.of(seed);
     let mut builder = tokio::runtime::Builder::new_current_thread();
     builder.enable_time().start_paused(true);

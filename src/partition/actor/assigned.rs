@@ -6,7 +6,7 @@
 //! | another leads in e' > e | follows | follows the other | follows, writers are answered |
 //! | nobody leads in e' > e, or this is no replica | | leaves the link | writers are answered |
 //! | other sets in e | | | takes them over |
-//! | a follower knows e' > e | | | admits nothing more; a second later it asks the store whether that is so |
+//! | a follower knows e' > e, or the bucket's state is of it | | | admits nothing more; a second later it asks the store whether that is so |
 //! | its disk fails | | leaves the link for good | resigns |
 //! | an older revision | | | |
 //!
@@ -70,7 +70,7 @@ pub(in crate::partition) struct JoinOrder {
 pub(in crate::partition) struct Placed {
     known: Option<(Arc<PartitionValue>, Revision)>,
     registered: BTreeMap<BrokerId, Registration>,
-    /// The newest epoch that a follower spoke of.
+    /// The newest epoch that a follower spoke of, or in which something was committed to the bucket.
     pub(super) heard: LeaderEpoch,
     /// Since when, by the clock of ticks, the metadata is [late](Self::is_given_up).
     pub(super) given_up_ms: Option<u64>,
@@ -302,19 +302,23 @@ impl Actor {
         }
     }
 
-    /// A follower knows of a newer epoch: nothing more is admitted until the metadata tells what it is.
+    /// Somebody knows of a newer epoch: nothing more is admitted until the metadata tells what it is.
     fn deposed(&mut self, known: LeaderEpoch) {
         self.placed.heard = self.placed.heard.max(known);
         if let Part::Leading(leader) = &self.part
             && leader.epoch() < known
         {
-            tracing::info!(partition = %self.id, epoch = %leader.epoch(), %known, "a follower knows of a newer leader");
+            tracing::info!(partition = %self.id, epoch = %leader.epoch(), %known, "another broker leads by now");
             self.wait();
         }
     }
 
-    /// What is in the bucket, and where the log starts, by the metadata: all below both was committed.
+    /// What is in the bucket, and where the log starts, by the metadata: all below both was committed, by a leader of the state's epoch
+    /// or one before. Where that is a later one than this broker leads in, this log may hold other records there.
     pub(super) fn committed(&mut self, state: &TierState) {
+        if !mutant!(TakeLaterLeadersBucketEnd) {
+            self.deposed(state.epoch);
+        }
         self.tiered_end = self.tiered_end.max(state.bucket_end());
         self.log_start = self.log_start.max(state.log_start);
         if let Part::Leading(leader) = &mut self.part {
@@ -378,9 +382,8 @@ impl Actor {
             Ok(tables) if tables.at < committed => Tables::empty(committed),
             Ok(tables) => tables,
             Err(error) => {
-                let (least, most) = BEGIN_PAUSE;
                 tracing::warn!(partition = %self.id, %error, "cannot lead before the bucket was read; it is tried again");
-                return self.ask_bucket(self.tiered_end, Some((waited * 2).clamp(least, most)));
+                return self.lead_later(waited);
             }
         };
         let (local_start, log_end) = (self.replica.local_start(), self.replica.log_end());
@@ -391,10 +394,19 @@ impl Actor {
                 "the log of the leader that was elected unclean is not what the bucket holds; it begins anew behind the bucket"
             );
             if !self.reset(tables).await {
-                return;
+                return match self.shared.fault() {
+                    Some(_) => self.around.agreement.resign(self.id, self.placed.epoch()),
+                    None => self.lead_later(waited),
+                };
             }
         }
         self.begin_to_lead();
+    }
+
+    /// Asks the bucket again, later than the last time.
+    fn lead_later(&mut self, waited: Duration) {
+        let (least, most) = BEGIN_PAUSE;
+        self.ask_bucket(self.tiered_end, Some((waited * 2).clamp(least, most)));
     }
 
     /// Throws the log away and begins anew; false when the disk failed.

@@ -218,7 +218,7 @@ impl InSync {
         self.advance();
     }
 
-    /// All below `end` is in the bucket or deleted, by the metadata: some leader had committed it, and this one has it.
+    /// All below `end` is in the bucket or deleted, by the metadata: this leader had committed it, or one before, and so it is in this log.
     pub fn committed(&mut self, end: Offset) {
         self.high_watermark = self.high_watermark.max(end.min(self.own.written));
     }

@@ -266,8 +266,16 @@ impl Partition {
         }
         if marks.high_watermark <= self.committed.1 {
             let unclean = self.value().is_some_and(|(value, _)| value.unclean.is_some());
-            let fell = marks.high_watermark < before && !unclean;
-            return if fell { Err(format!("its high watermark fell from {before}: {marks:?}")) } else { Ok(false) };
+            let replica = &self.replicas[&broker];
+            return if unclean {
+                Ok(false)
+            } else if marks.high_watermark < before {
+                Err(format!("its high watermark fell from {before}: {marks:?}"))
+            } else if let Some(why) = replica.parts_from(&self.committed.0, marks.high_watermark) {
+                Err(format!("takes {} as committed, and holds something else there: {why}", marks.high_watermark))
+            } else {
+                Ok(false)
+            };
         }
         let Part::Leading { epoch, revision, min_insync, durability } = part else {
             return Err(format!("takes {} as committed, and {} is", marks.high_watermark, self.committed.1));

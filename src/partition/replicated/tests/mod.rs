@@ -107,6 +107,38 @@ async fn a_deposed_leader_cuts_what_nobody_copied_and_follows() {
     assert!(reader.read(at(1), 100).await.unwrap().is_some());
 }
 
+/// What a deposed leader hears first of its successor may be that something is in the bucket: where its own log reaches as far, it holds other
+/// records there.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_deposed_leader_does_not_take_its_successors_bucket_for_its_own_log() {
+    const TIERED: &[(&str, &str)] = &[("segment.bytes", "16384"), ("retention.ms", "-1")];
+    let net = Net::new(2, 2, 1, true).await;
+    let (one, two) = (net.start(1, TIERED, false).await, net.start(2, TIERED, false).await);
+    in_sync(&two).await;
+    append(&one, &[0; 4000], Acks::All).await.unwrap();
+    net.cut(1, 2);
+    net.set_blind(1, true).await;
+    for _ in 1..20 {
+        append(&one, &[100; 4000], Acks::Leader).await.unwrap();
+    }
+    let waiting = send(&one, batch(&[101], None), Acks::All).await;
+    net.elect(2, &[1]).await;
+    for n in 1..20u8 {
+        append(&two, &[n; 4000], Acks::All).await.unwrap();
+    }
+    net.settle(2).await;
+    assert!(two.marks().tiered_end > at(5));
+
+    one.adopt(net.committed().await.unwrap()).await;
+    assert_eq!(waiting.await.unwrap(), Err(AppendError::Deposed));
+    assert_eq!(one.marks().high_watermark, at(1), "it commits nothing of its own");
+    assert_eq!(consumed(&one).await, [vec![0; 4000]]);
+    net.set_blind(1, false).await;
+    net.heal(1, 2);
+    in_sync(&one).await;
+    equal(&two, &one, 0).await;
+}
+
 /// A leader that is cut off from the metadata only learns from its followers that its time is over.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_leader_that_hears_of_a_newer_epoch_admits_nothing_more() {

@@ -191,7 +191,7 @@ impl Net {
         (PartitionValue::decode(&key, &entry.value).unwrap(), entry.mod_revision)
     }
 
-    async fn committed(&self) -> Option<TierState> {
+    pub(super) async fn committed(&self) -> Option<TierState> {
         let key = self.keys.tier(self.id);
         let entry = self.store.get(&key).await.unwrap().entry?;
         Some(TierState::decode(&key, &entry.value).unwrap())
