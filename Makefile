@@ -53,8 +53,11 @@ check: fmt clippy client docs deny protos test sim-fixed ## What CI asks: everyt
 fmt: ## The sources are formatted.
 	$(CARGO) fmt --check
 
+# The simulator and what is only there for it come second. Both packages together have the dependencies of the first call, feature by
+# feature, so none is checked twice.
 clippy: ## No warning anywhere.
 	$(CARGO) clippy --locked --all-targets -- -D warnings
+	$(CARGO) clippy --locked --workspace --lib --test sim -- -D warnings
 
 client: ## The Rust client alone compiles without the server's crates; a test holds its dependency tree.
 	$(CARGO) clippy --locked --no-default-features --lib -- -D warnings
@@ -98,7 +101,7 @@ chaos: ## Three brokers and etcd on machines of their own (network namespaces; a
 
 # A build of its own: only with that flag tokio's own choices follow from a seed. What is built is not what is released.
 SIM = CARGO_TARGET_DIR=target/sim RUSTFLAGS="--cfg tokio_unstable" \
-  $(CARGO) test --locked --profile sim --no-default-features --features server,sim --test sim -- --nocapture --test-threads 1
+  $(CARGO) test --locked --profile sim --package strandline-sim -- --nocapture --test-threads 1
 
 sim: ## Simulates SEEDS runs (200) of one broker and of three under faults, from SEED (1) on, some of them twice, and broken rules.
 	STRANDLINE_SEEDS=$(SEEDS) STRANDLINE_SEED=$(SEED) STRANDLINE_TRACE=$(TRACE) $(SIM) $(ONLY)
