@@ -61,7 +61,7 @@ impl TierCommits {
         }
     }
 
-    /// Replaces `before` (`None`: no commit yet) by `after`, if `epoch` still leads the partition. A state that is there already is a
+    /// Replaces `before` (`None`, or the default: no commit yet) by `after`, if `epoch` still leads the partition. A state that is there already is a
     /// success: an earlier try whose answer was lost.
     pub async fn commit(
         &self,
@@ -77,6 +77,7 @@ impl TierCommits {
             return Err(TierCommitError::Deposed { id, epoch, current });
         }
         let tier = self.store.get(&tier_key).await?.entry;
+        let before = before.filter(|state| **state != TierState::default());
         let unchanged = match &tier {
             None if before.is_none() => Compare::Absent(tier_key.clone()),
             None => return Err(TierCommitError::Changed { id }),
@@ -85,7 +86,7 @@ impl TierCommits {
                 if committed == *after {
                     return Ok(());
                 }
-                if Some(&committed) != before {
+                if committed != before.cloned().unwrap_or_default() {
                     return Err(TierCommitError::Changed { id });
                 }
                 Compare::ModRevision(tier_key.clone(), entry.mod_revision)

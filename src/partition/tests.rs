@@ -6,7 +6,11 @@ use tokio::sync::Semaphore;
 
 use super::*;
 use crate::{
-    cluster::{EmbeddedStore, Keys, MetaStore, PartitionValue, Revision, TierCommits, Transaction, Value as _},
+    cluster::{
+        EmbeddedStore, Keys, MetaStore, PartitionValue, Revision, TierCommitError, TierCommits, Transaction,
+        Value as _,
+        faulty::{Fault, Faulty},
+    },
     log::{Identity, Options, RealDisk},
     model::{Compression, ConfigMap, Offset, TopicId},
     record::BatchBuilder,
@@ -18,6 +22,7 @@ use crate::{
 struct Bench {
     log: Log,
     tier: Option<PartitionTier>,
+    store: Faulty,
     commits: TierCommits,
     upkeep: Upkeep,
     queue: UpkeepQueue,
@@ -39,9 +44,10 @@ impl Bench {
             let cache = Cache::open(&CacheOptions::default(), &Metrics::new()).unwrap();
             PartitionTier::new(store, cache, id, TierState::default())
         });
-        let commits = TierCommits::new(Arc::new(store), keys);
+        let store = Faulty::new(store);
+        let commits = TierCommits::new(Arc::new(store.clone()), keys);
         let upkeep = Upkeep::new(commits.clone());
-        Self { log, tier, commits, upkeep, queue: UpkeepQueue::default(), tasks: Tasks::new(), id }
+        Self { log, tier, store, commits, upkeep, queue: UpkeepQueue::default(), tasks: Tasks::new(), id }
     }
 
     async fn open(&self, config: &[(&str, &str)]) -> Arc<Partition> {
@@ -393,6 +399,31 @@ async fn without_uploads_size_retention_keeps_the_limit_and_frees_the_disk() {
         assert_eq!(bytes_on_disk(dir.path()), on_disk);
         again.stop().await;
     }
+}
+
+/// Nobody told the leader what it had done itself: whatever it tried then met a state that it did not know, and nothing was uploaded any
+/// more until another one led.
+#[tokio::test(flavor = "multi_thread")]
+async fn after_a_commit_whose_answer_was_lost_uploads_go_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let bench = Bench::new(dir.path(), true).await;
+    let partition = bench.open(&[("segment.bytes", "16384"), ("retention.ms", "-1")]).await;
+    for n in 0..20u8 {
+        append(&partition, &[n; 4000], Acks::All).await.unwrap();
+    }
+    bench.upkeep.step(&partition).await.unwrap();
+    bench.store.transactions([Some(Fault::AnswerLost)]);
+    let lost = bench.upkeep.step(&partition).await.unwrap_err();
+    assert!(matches!(lost, UpkeepError::Commit(TierCommitError::Store(_))), "{lost}");
+    let unknown = bench.upkeep.step(&partition).await.unwrap_err();
+    assert!(matches!(unknown, UpkeepError::Commit(TierCommitError::Changed { .. })), "{unknown}");
+    bench.settle(&partition).await;
+    let (marks, state) = (partition.marks(), bench.commits.current(bench.id).await.unwrap().unwrap());
+    assert!(marks.tiered_end.get() > 12, "all but the active segment is in the bucket: {marks:?}");
+    assert_eq!(state.tiered_end, marks.tiered_end);
+    let segments = bench.tier.as_ref().unwrap().segments(Offset::ZERO, 100).await.unwrap();
+    assert_eq!(state.version(), segments.len() as u64, "each was committed once");
+    partition.stop().await;
 }
 
 /// The commit is in the metadata store, and the broker died before it touched the disk.

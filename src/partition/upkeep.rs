@@ -16,7 +16,7 @@ use super::{
     retention::{self, Plan, Segment},
 };
 use crate::{
-    cluster::TierCommits,
+    cluster::{TierCommitError, TierCommits},
     log::SegmentInfo,
     model::{LeaderEpoch, Offset, Watermarks},
     task::{clock, random},
@@ -58,7 +58,7 @@ pub enum UpkeepError {
     Manifest(#[from] tier::ReadError),
     /// The metadata store did not take the commit.
     #[error("the commit failed: {0}")]
-    Commit(#[from] crate::cluster::TierCommitError),
+    Commit(#[from] TierCommitError),
 }
 
 /// What one step did.
@@ -163,10 +163,9 @@ impl Upkeep {
         epoch: LeaderEpoch,
     ) -> Result<(), UpkeepError> {
         let state = staged.state().clone();
-        let before = partition.committed();
-        self.commits.commit(partition.id, epoch, before.as_ref(), &state).await?;
+        // Not what is known by now: what was committed meanwhile is not in the manifest that was staged.
+        self.commit_after(partition, Some(staged.replaces()), &state, epoch).await?;
         tier.install(staged);
-        partition.adopt(state).await;
         Ok(())
     }
 
@@ -176,8 +175,24 @@ impl Upkeep {
         after: &TierState,
         epoch: LeaderEpoch,
     ) -> Result<(), UpkeepError> {
-        let before = partition.committed();
-        self.commits.commit(partition.id, epoch, before.as_ref(), after).await?;
+        self.commit_after(partition, partition.committed().as_ref(), after, epoch).await
+    }
+
+    async fn commit_after(
+        &self,
+        partition: &Partition,
+        before: Option<&TierState>,
+        after: &TierState,
+        epoch: LeaderEpoch,
+    ) -> Result<(), UpkeepError> {
+        let done = self.commits.commit(partition.id, epoch, before, after).await;
+        if let Err(TierCommitError::Changed { .. }) = done
+            && let Ok(Some(current)) = self.commits.current(partition.id).await
+        {
+            // An earlier try whose answer was lost, most likely. Nobody else tells a leader: the next try goes on from there.
+            partition.adopt(current).await;
+        }
+        done?;
         partition.adopt(after.clone()).await;
         Ok(())
     }

@@ -91,7 +91,7 @@ impl PartitionTier {
     /// Takes over a state that was read from the metadata store, unless a newer one is known.
     pub fn adopt(&self, state: TierState) {
         let mut view = self.view();
-        let age = |state: &TierState| (state.version(), state.log_start);
+        let age = |state: &TierState| (state.version(), state.log_start, state.epoch);
         if age(&state) > age(&view.state) {
             view.state = state;
         }
