@@ -417,6 +417,7 @@ impl Inner {
                 }
                 Some(Room::NeedsFile) => {
                     self.sync_step();
+                    self.fail_if_stuck();
                 }
                 None => return true,
             }
@@ -439,6 +440,21 @@ impl Inner {
             self.sync_step();
         }
         false
+    }
+
+    /// Ends writing to the directory where the journal's ring can never go round again: its oldest file holds what a replica acknowledged
+    /// and cannot sync. Everybody would wait for it, and nobody would know; a restart replays it.
+    fn fail_if_stuck(&self) {
+        let Some(oldest) = self.ring().oldest() else { return };
+        let open = self.open_replicas();
+        let needs = |replica: &&Arc<Shared>| {
+            let first = replica.state().unsynced.front().map(|(file, _)| *file);
+            replica.failed.get().is_some() && first.is_some_and(|first| first <= oldest)
+        };
+        if let Some(replica) = open.iter().find(needs) {
+            let why = format!("its oldest file holds what partition {} cannot sync to its segments", replica.id);
+            self.core.journal.fail(&io::Error::other(why));
+        }
     }
 
     /// `None` when the journal has failed.
@@ -484,6 +500,7 @@ impl Inner {
             } else {
                 self.core.hurry();
                 journal.wait_for_file(PATIENCE);
+                self.fail_if_stuck();
             }
         }
     }

@@ -46,7 +46,8 @@
 //!
 //! A full disk fails the append, which is taken back, and nothing else; a start on one, or a checkpoint, takes its room from
 //! the reserve. A failed write or sync of a segment ends writing to that replica, of the journal to all: pages may be gone, and a
-//! second sync would not say so. Reading goes on.
+//! second sync would not say so. Reading goes on. What such a replica has in the journal alone stays there for the next start; when the
+//! ring comes round to it, the journal has no room for anybody, and fails.
 //!
 //! # Shutdown
 //!

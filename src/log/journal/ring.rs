@@ -149,6 +149,11 @@ impl Ring {
         self.free.is_empty() && self.made < self.most
     }
 
+    /// The number of the oldest use, while there is no free file beside it.
+    pub(in crate::log) fn oldest(&self) -> Option<u64> {
+        self.used.front().map(|used| used.serial).filter(|_| self.free.is_empty())
+    }
+
     /// Whether a file may be entered.
     pub(in crate::log) fn has_free(&self) -> bool {
         !self.free.is_empty()

@@ -58,6 +58,37 @@ fn a_failed_sync_of_the_journal_ends_writing_to_the_directory() {
     assert_eq!(replica.persisted_end(), at(1));
 }
 
+/// The ring could never go round again, and every other replica of the directory waited for ever: nobody took over what they led.
+#[test]
+fn what_a_replica_cannot_sync_stays_in_the_journal_until_that_has_no_room_and_says_so() {
+    let disk = SimDisk::new();
+    let log = open(&disk);
+    let mut first = log.open_replica(partition(0), at(0)).unwrap();
+    let mut second = log.open_replica(partition(1), at(0)).unwrap();
+    first.append(&[batch(0, 1, 1, 1, 100)]).unwrap();
+    let answer = persist(&mut first);
+    while log.journal_step() {}
+    assert_eq!(answer.try_recv().unwrap(), Ok(at(1)));
+    disk.fail_syncs(Some("/0/"));
+    log.sync_step();
+    disk.fail_syncs(None);
+    assert_eq!(log.status().failed_replicas.len(), 1);
+    let ring = small().journal_bytes;
+    let refused = (0..2 * ring / 10_000).find(|base| {
+        second.append(&[batch(*base, 1, 1, 1, 10_000)]).unwrap();
+        let answer = persist(&mut second);
+        while log.journal_step() {}
+        answer.try_recv().expect("answered").is_err()
+    });
+    assert!(refused.is_some_and(|base| base > 1), "others go on as long as there is room: {refused:?}");
+    let why = log.status().failed.expect("nothing is taken any more");
+    assert!(why.contains(&partition(0).to_string()), "{why}");
+    drop((first, second, log));
+    disk.kill();
+    let log = open(&disk);
+    assert_eq!(read_all(&log.open_replica(partition(0), at(0)).unwrap().reader(), at(0)).unwrap().len(), 1);
+}
+
 /// After an eviction the snapshot at the local start is all that is known of what lay before. A stop once wrote it anew, and one that
 /// was cut short left nothing of it: a producer's retry was then taken for a new batch.
 #[test]
