@@ -287,15 +287,9 @@ mod tests {
 
     fn value(leader: u32, isr: &[u32]) -> PartitionValue {
         PartitionValue {
-            replicas: vec![ME, BrokerId(2)],
             leader: Some(BrokerId(leader)),
-            leader_epoch: LeaderEpoch(3),
             isr: isr.iter().copied().map(BrokerId).collect(),
-            elr: Vec::new(),
-            adding: Vec::new(),
-            removing: Vec::new(),
-            unclean: None,
-            ordered: Vec::new(),
+            ..PartitionValue::new(vec![ME, BrokerId(2)], LeaderEpoch(3))
         }
     }
 

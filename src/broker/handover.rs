@@ -83,15 +83,9 @@ mod tests {
 
     fn value(leader: Option<u32>, isr: &[u32]) -> PartitionValue {
         PartitionValue {
-            replicas: vec![BrokerId(1), BrokerId(2), BrokerId(3)],
             leader: leader.map(BrokerId),
-            leader_epoch: LeaderEpoch(4),
             isr: isr.iter().copied().map(BrokerId).collect(),
-            elr: Vec::new(),
-            adding: Vec::new(),
-            removing: Vec::new(),
-            unclean: None,
-            ordered: Vec::new(),
+            ..PartitionValue::new([1, 2, 3].map(BrokerId).to_vec(), LeaderEpoch(4))
         }
     }
 

@@ -6,8 +6,8 @@ use super::*;
 use crate::{
     client::Tcp,
     cluster::{
-        Addresses, BrokerState, BrokerValue, DeletedValue, EmbeddedStore, Key, NewTopic, PartitionValue, Registration,
-        Revision, TopicValue, Transaction, Value as _,
+        Addresses, BrokerValue, DeletedValue, EmbeddedStore, Key, NewTopic, PartitionValue, Registration, Revision,
+        TopicValue, Transaction, Value as _,
     },
     log::{Identity, Options, RealDisk},
     model::{LeaderEpoch, TopicId, TopicName},
@@ -32,15 +32,8 @@ impl Bench {
         let options = Options { journal_bytes: 8 << 20, ..Options::default() };
         let log = Log::open(Arc::new(RealDisk), dir, &identity, options).unwrap();
         let (store, keys, tasks) = (EmbeddedStore::in_memory(), Keys::new("test").unwrap(), Tasks::new());
-        let value = BrokerValue {
-            addresses: Addresses { grpc: "127.0.0.1:1".to_owned(), http: None },
-            rack: None,
-            directory_id: log.directory_id().to_string(),
-            incarnation: "p".to_owned(),
-            state: BrokerState::Running,
-            disk_full: false,
-            version: "0".to_owned(),
-        };
+        let directory_id = log.directory_id().to_string();
+        let value = BrokerValue { directory_id, ..BrokerValue::running_at("127.0.0.1:1".to_owned()) };
         let shared: Arc<dyn MetaStore> = Arc::new(store.clone());
         let view = View::start(Arc::clone(&shared), keys.clone(), &tasks);
         view.reached(Revision::ZERO).await;

@@ -87,6 +87,21 @@ pub enum Holds {
 }
 
 impl PartitionValue {
+    /// Replicas that are all in sync, of which the first leads, in this epoch.
+    pub fn new(replicas: Vec<BrokerId>, leader_epoch: LeaderEpoch) -> Self {
+        Self {
+            leader: replicas.first().copied(),
+            leader_epoch,
+            isr: replicas.clone(),
+            replicas,
+            elr: Vec::new(),
+            adding: Vec::new(),
+            removing: Vec::new(),
+            unclean: None,
+            ordered: Vec::new(),
+        }
+    }
+
     /// The leader drops members of the ISR that do not keep up or are gone.
     ///
     /// With at least `min_insync` left nothing was committed without those left, nor will be, so the dropped are needed no

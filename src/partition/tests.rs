@@ -93,17 +93,7 @@ impl Bench {
 
 /// The value of a partition that this broker has alone.
 fn alone() -> PartitionValue {
-    PartitionValue {
-        replicas: vec![BrokerId(1)],
-        leader: Some(BrokerId(1)),
-        leader_epoch: LeaderEpoch(4),
-        isr: vec![BrokerId(1)],
-        elr: vec![],
-        adding: vec![],
-        removing: vec![],
-        unclean: None,
-        ordered: Vec::new(),
-    }
+    PartitionValue::new(vec![BrokerId(1)], LeaderEpoch(4))
 }
 
 fn resolve(config: &[(&str, &str)]) -> Arc<TopicConfig> {

@@ -131,17 +131,8 @@ impl Node {
     /// Has the partition be led by `leader` in this epoch, with both in sync.
     async fn assign(&self, number: u32, leader: u32, epoch: u32) {
         let both = [BrokerId(1), BrokerId(2)];
-        let value = PartitionValue {
-            replicas: both.to_vec(),
-            leader: Some(BrokerId(leader)),
-            leader_epoch: LeaderEpoch(epoch),
-            isr: both.to_vec(),
-            elr: vec![],
-            adding: vec![],
-            removing: vec![],
-            unclean: None,
-            ordered: Vec::new(),
-        };
+        let whole = PartitionValue::new(both.to_vec(), LeaderEpoch(epoch));
+        let value = PartitionValue { leader: Some(BrokerId(leader)), ..whole };
         let registered = both.map(|id| (id, Registration::Running(epoch_of(id)))).into();
         let (value, revision) = (Arc::new(value), Revision(u64::from(epoch) + 100));
         self.partition(number).assign(Assignment { value, revision, committed: None, registered }).await;

@@ -25,18 +25,7 @@ fn id(number: u32) -> PartitionId {
 }
 
 fn value(epoch: u32) -> PartitionValue {
-    let broker = vec![BrokerId(1)];
-    PartitionValue {
-        replicas: broker.clone(),
-        leader: Some(BrokerId(1)),
-        leader_epoch: LeaderEpoch(epoch),
-        isr: broker,
-        elr: vec![],
-        adding: vec![],
-        removing: vec![],
-        unclean: None,
-        ordered: Vec::new(),
-    }
+    PartitionValue::new(vec![BrokerId(1)], LeaderEpoch(epoch))
 }
 
 impl World {

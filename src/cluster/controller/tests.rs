@@ -5,7 +5,7 @@ use crate::{
     cluster::{
         embedded::EmbeddedStore,
         faulty::{Fault, Faulty},
-        keys::{Addresses, BrokerState, BrokerValue, TopicValue},
+        keys::{BrokerValue, TopicValue},
         partition_value::PartitionValue,
         session::Registration,
     },
@@ -40,17 +40,7 @@ impl World {
         let world = Self { store, link, keys, view, tasks };
         let topic = TopicValue { id: id().topic, partitions: 1, replication_factor: 3, config: ConfigMap::new() };
         let brokers = [1, 2, 3].map(BrokerId).to_vec();
-        let value = PartitionValue {
-            replicas: brokers.clone(),
-            leader: None,
-            leader_epoch: LeaderEpoch(0),
-            isr: brokers,
-            elr: vec![],
-            adding: vec![],
-            removing: vec![],
-            unclean: None,
-            ordered: Vec::new(),
-        };
+        let value = PartitionValue { leader: None, ..PartitionValue::new(brokers, LeaderEpoch(0)) };
         let name = TopicName::new("t").unwrap();
         let made = Transaction::new()
             .put(world.keys.topic(&name), topic.encode())
@@ -100,15 +90,7 @@ impl World {
 }
 
 fn value(number: u32) -> BrokerValue {
-    BrokerValue {
-        addresses: Addresses { grpc: format!("b{number}:1"), http: None },
-        rack: None,
-        directory_id: number.to_string(),
-        incarnation: "p".to_owned(),
-        state: BrokerState::Running,
-        disk_full: false,
-        version: "0".to_owned(),
-    }
+    BrokerValue::running_at(format!("b{number}:1"))
 }
 
 fn leader(state: &ViewState) -> Option<BrokerId> {

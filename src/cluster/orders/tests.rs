@@ -6,7 +6,7 @@ use crate::{
         census::{Carried, Duty},
         embedded::EmbeddedStore,
         faulty::{Fault, Faulty},
-        keys::{Addresses, BrokerState, BrokerValue, DrainValue, Key, Value},
+        keys::{BrokerState, BrokerValue, DrainValue, Key, Value},
         store::{Outcome, Transaction},
     },
     model::{LeaderEpoch, Offset, TopicId},
@@ -35,29 +35,12 @@ fn id(number: u32) -> PartitionId {
 }
 
 fn value(replicas: &[u32], leader: Option<u32>, isr: &[u32]) -> PartitionValue {
-    PartitionValue {
-        replicas: ids(replicas),
-        leader: leader.map(BrokerId),
-        leader_epoch: LeaderEpoch(5),
-        isr: ids(isr),
-        elr: vec![],
-        adding: vec![],
-        removing: vec![],
-        unclean: None,
-        ordered: Vec::new(),
-    }
+    let whole = PartitionValue::new(ids(replicas), LeaderEpoch(5));
+    PartitionValue { leader: leader.map(BrokerId), isr: ids(isr), ..whole }
 }
 
 fn registered(broker: u32, state: BrokerState) -> BrokerValue {
-    BrokerValue {
-        addresses: Addresses { grpc: format!("b{broker}:9460"), http: None },
-        rack: None,
-        directory_id: broker.to_string(),
-        incarnation: "p".to_owned(),
-        state,
-        disk_full: false,
-        version: "0".to_owned(),
-    }
+    BrokerValue { state, ..BrokerValue::running_at(format!("b{broker}:9460")) }
 }
 
 impl Cluster {

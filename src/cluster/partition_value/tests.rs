@@ -15,17 +15,8 @@ fn set(ids: &[u32]) -> BTreeSet<BrokerId> {
 
 /// Replicas 1, 2 and 3 in epoch 4.
 fn value(leader: Option<u32>, isr: &[u32], elr: &[u32]) -> PartitionValue {
-    PartitionValue {
-        replicas: brokers(&[1, 2, 3]),
-        leader: leader.map(BrokerId),
-        leader_epoch: LeaderEpoch(4),
-        isr: brokers(isr),
-        elr: brokers(elr),
-        adding: vec![],
-        removing: vec![],
-        unclean: None,
-        ordered: Vec::new(),
-    }
+    let whole = PartitionValue::new(brokers(&[1, 2, 3]), LeaderEpoch(4));
+    PartitionValue { leader: leader.map(BrokerId), isr: brokers(isr), elr: brokers(elr), ..whole }
 }
 
 /// What the sets are, as text.

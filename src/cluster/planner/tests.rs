@@ -8,7 +8,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::{
     cluster::{
-        keys::{Addresses, BrokerValue, DrainValue, Key, Keys, Value},
+        keys::{BrokerValue, DrainValue, Key, Keys, Value},
         store::{Entry, Listing},
     },
     model::{LeaderEpoch, TopicId, TopicName},
@@ -38,17 +38,8 @@ fn ids(numbers: &[u32]) -> Vec<BrokerId> {
 }
 
 fn value(replicas: &[u32], leader: Option<u32>, isr: &[u32]) -> PartitionValue {
-    PartitionValue {
-        replicas: ids(replicas),
-        leader: leader.map(BrokerId),
-        leader_epoch: LeaderEpoch(5),
-        isr: ids(isr),
-        elr: vec![],
-        adding: vec![],
-        removing: vec![],
-        unclean: None,
-        ordered: Vec::new(),
-    }
+    let whole = PartitionValue::new(ids(replicas), LeaderEpoch(5));
+    PartitionValue { leader: leader.map(BrokerId), isr: ids(isr), ..whole }
 }
 
 impl World {
@@ -85,15 +76,8 @@ impl World {
     }
 
     fn come(&mut self, number: u32, rack: &str) {
-        let value = BrokerValue {
-            addresses: Addresses { grpc: "a:1".to_owned(), http: None },
-            rack: (!rack.is_empty()).then(|| rack.to_owned()),
-            directory_id: "d".to_owned(),
-            incarnation: "p".to_owned(),
-            state: BrokerState::Running,
-            disk_full: false,
-            version: "0".to_owned(),
-        };
+        let rack = Some(rack.to_owned()).filter(|rack| !rack.is_empty());
+        let value = BrokerValue { rack, ..BrokerValue::running_at("a:1".to_owned()) };
         self.put(&Key::Broker(BrokerId(number)), &value);
         self.up_ms.insert(BrokerId(number), 100_000);
         self.gone_ms.remove(&BrokerId(number));

@@ -29,17 +29,8 @@ fn id(topic: u8, number: u32) -> PartitionId {
 
 fn value(leader: Option<u32>, isr: &[u32], elr: &[u32]) -> PartitionValue {
     let brokers = |ids: &[u32]| ids.iter().copied().map(BrokerId).collect();
-    PartitionValue {
-        replicas: brokers(&[1, 2, 3]),
-        leader: leader.map(BrokerId),
-        leader_epoch: LeaderEpoch(5),
-        isr: brokers(isr),
-        elr: brokers(elr),
-        adding: vec![],
-        removing: vec![],
-        unclean: None,
-        ordered: Vec::new(),
-    }
+    let whole = PartitionValue::new(brokers(&[1, 2, 3]), LeaderEpoch(5));
+    PartitionValue { leader: leader.map(BrokerId), isr: brokers(isr), elr: brokers(elr), ..whole }
 }
 
 /// Everything that there is to show.

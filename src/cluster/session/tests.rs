@@ -1,7 +1,7 @@
 //! Registrations over an embedded store: who has one, who loses it, and what it says.
 
 use super::*;
-use crate::cluster::{embedded::EmbeddedStore, keys::Addresses};
+use crate::cluster::embedded::EmbeddedStore;
 
 const TIME: Duration = Duration::from_secs(9);
 const KEY: &str = "/strandline/test/brokers/1";
@@ -22,13 +22,9 @@ impl World {
 
     fn registration(&self, directory: &str, process: &str) -> Registration {
         let value = BrokerValue {
-            addresses: Addresses { grpc: format!("{process}:1"), http: None },
-            rack: None,
             directory_id: directory.to_owned(),
             incarnation: process.to_owned(),
-            state: BrokerState::Running,
-            disk_full: false,
-            version: "0".to_owned(),
+            ..BrokerValue::running_at(format!("{process}:1"))
         };
         let keys = Keys::new("test").expect("valid");
         Registration { store: Arc::new(self.store.clone()), keys, id: BrokerId(1), value, time: TIME }

@@ -166,17 +166,7 @@ impl Topics {
         let replicas = usize::try_from(replicas).ok()?;
         ids.map(|id| {
             let replicas = placement.place(id, replicas)?;
-            let value = PartitionValue {
-                leader: replicas.first().copied(),
-                leader_epoch: LeaderEpoch(0),
-                isr: replicas.clone(),
-                replicas,
-                elr: Vec::new(),
-                adding: Vec::new(),
-                removing: Vec::new(),
-                unclean: None,
-                ordered: Vec::new(),
-            };
+            let value = PartitionValue::new(replicas, LeaderEpoch(0));
             Some(Op::Put { key: self.keys.partition(id), value: value.encode(), lease: None })
         })
         .collect()

@@ -7,7 +7,7 @@ use crate::{
     cluster::{
         embedded::EmbeddedStore,
         faulty::{Fault, Faulty},
-        keys::{Addresses, BrokerValue, Key},
+        keys::{BrokerValue, Key},
     },
     limits,
     model::{BrokerId, TopicId},
@@ -30,15 +30,8 @@ impl Cluster {
         let keys = Keys::new("test").expect("valid");
         let lease = store.grant(Duration::from_secs(10_000)).await.expect("answers");
         for id in 1..=brokers {
-            let value = BrokerValue {
-                addresses: Addresses { grpc: format!("b{id}:9460"), http: None },
-                rack: Some(format!("rack-{}", id % 3)),
-                directory_id: id.to_string(),
-                incarnation: "p".to_owned(),
-                state: crate::cluster::BrokerState::Running,
-                disk_full: false,
-                version: "0".to_owned(),
-            };
+            let rack = Some(format!("rack-{}", id % 3));
+            let value = BrokerValue { rack, ..BrokerValue::running_at(format!("b{id}:9460")) };
             let put = Transaction::new().put_leased(keys.broker(BrokerId(id)), value.encode(), lease);
             store.transact(put).await.expect("answers");
         }
@@ -376,17 +369,7 @@ async fn the_mark_of_a_deleted_topic_ends_long_after_the_last_of_it_and_not_befo
     }
     // A key of it turns up: of a creation that was cut short, or a deletion.
     let stray = Key::Partition(PartitionId::new(id, 2));
-    let value = PartitionValue {
-        replicas: vec![BrokerId(1)],
-        leader: None,
-        leader_epoch: LeaderEpoch(0),
-        isr: vec![],
-        elr: vec![],
-        adding: vec![],
-        removing: vec![],
-        unclean: None,
-        ordered: Vec::new(),
-    };
+    let value = PartitionValue::new(vec![BrokerId(1)], LeaderEpoch(0));
     cluster.put(&stray, value.encode()).await;
     assert!(!age(false, 9000).await);
     assert_eq!(cluster.sweep().await, [id]);

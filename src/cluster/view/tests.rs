@@ -31,18 +31,7 @@ fn topic(partitions: u32) -> TopicValue {
 }
 
 fn partition(epoch: u32) -> PartitionValue {
-    let on = vec![BrokerId(1)];
-    PartitionValue {
-        replicas: on.clone(),
-        leader: Some(BrokerId(1)),
-        leader_epoch: LeaderEpoch(epoch),
-        isr: on,
-        elr: vec![],
-        adding: vec![],
-        removing: vec![],
-        unclean: None,
-        ordered: Vec::new(),
-    }
+    PartitionValue::new(vec![BrokerId(1)], LeaderEpoch(epoch))
 }
 
 fn entry(key: String, value: impl Into<bytes::Bytes>, revision: u64) -> Entry {

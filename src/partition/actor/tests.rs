@@ -45,17 +45,7 @@ fn open(log: &Log) -> Actor {
 
 /// The metadata names this broker as the leader of an epoch.
 fn lead(actor: &mut Actor, epoch: u32) {
-    let value = PartitionValue {
-        replicas: vec![BrokerId(1)],
-        leader: Some(BrokerId(1)),
-        leader_epoch: LeaderEpoch(epoch),
-        isr: vec![BrokerId(1)],
-        elr: vec![],
-        adding: vec![],
-        removing: vec![],
-        unclean: None,
-        ordered: Vec::new(),
-    };
+    let value = PartitionValue::new(vec![BrokerId(1)], LeaderEpoch(epoch));
     actor.placed(Arc::new(value), Revision(u64::from(epoch)));
     actor.publish();
 }

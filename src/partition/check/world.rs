@@ -210,17 +210,8 @@ impl World {
     /// Broker 1 leads in epoch 1, nothing is written yet, and everybody knows.
     pub(super) fn new(setup: Setup) -> Self {
         let brokers: Vec<BrokerId> = (0..BROKERS).map(id).collect();
-        let value = PartitionValue {
-            replicas: brokers.clone(),
-            leader: Some(brokers[0]),
-            leader_epoch: LeaderEpoch(1),
-            isr: brokers[..setup.in_sync].to_vec(),
-            elr: Vec::new(),
-            adding: Vec::new(),
-            removing: Vec::new(),
-            unclean: None,
-            ordered: Vec::new(),
-        };
+        let isr = brokers[..setup.in_sync].to_vec();
+        let value = PartitionValue { isr, ..PartitionValue::new(brokers, LeaderEpoch(1)) };
         let broker = || Broker {
             role: Role::Waiting,
             epoch: Revision(1),

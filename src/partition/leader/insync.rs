@@ -77,17 +77,7 @@ impl Start {
     /// What the leader `me` of epoch `epoch` begins with where there is no other replica. What it finds in its log it
     /// commits: there is nobody else who could have committed something different.
     pub fn alone(me: BrokerId, epoch: LeaderEpoch, rule: Rule, own: Ends, committed_end: Offset) -> Self {
-        let value = PartitionValue {
-            replicas: vec![me],
-            leader: Some(me),
-            leader_epoch: epoch,
-            isr: vec![me],
-            elr: Vec::new(),
-            adding: Vec::new(),
-            removing: Vec::new(),
-            unclean: None,
-            ordered: Vec::new(),
-        };
+        let value = PartitionValue::new(vec![me], epoch);
         Self { me, value, revision: Revision::ZERO, own, committed_end, rule }
     }
 }

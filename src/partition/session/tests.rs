@@ -78,17 +78,8 @@ fn at(offset: u64) -> Offset {
 }
 
 fn value(epoch: LeaderEpoch, leader: BrokerId, isr: &[BrokerId]) -> PartitionValue {
-    PartitionValue {
-        replicas: vec![LEADER, FOLLOWER.broker],
-        leader: Some(leader),
-        leader_epoch: epoch,
-        isr: isr.to_vec(),
-        elr: vec![],
-        adding: vec![],
-        removing: vec![],
-        unclean: None,
-        ordered: Vec::new(),
-    }
+    let whole = PartitionValue::new(vec![LEADER, FOLLOWER.broker], epoch);
+    PartitionValue { leader: Some(leader), isr: isr.to_vec(), ..whole }
 }
 
 impl Side {

@@ -5,8 +5,7 @@ use std::{collections::BTreeSet, path::Path};
 use super::*;
 use crate::{
     cluster::{
-        Addresses, BrokerState, BrokerValue, EmbeddedStore, PartitionChanges, PartitionValue, TopicValue, Transaction,
-        Value as _,
+        BrokerValue, EmbeddedStore, PartitionChanges, PartitionValue, TopicValue, Transaction, Value as _,
         faulty::{Fault, Faulty},
     },
     log::{Identity, Options, SimDisk},
@@ -31,13 +30,9 @@ async fn start(store: &Arc<dyn MetaStore>, keys: &Keys, log: &Log, tasks: &Tasks
     let admission = Admission { store, keys, log, defaults: &defaults, stop: &stop };
     let noted = admission.note().await.unwrap();
     let value = BrokerValue {
-        addresses: Addresses { grpc: "here:1".to_owned(), http: None },
-        rack: None,
         directory_id: log.directory_id().to_string(),
         incarnation: noted.incarnation.to_string(),
-        state: BrokerState::Running,
-        disk_full: false,
-        version: "0".to_owned(),
+        ..BrokerValue::running_at("here:1".to_owned())
     };
     let time = Duration::from_secs(2);
     let registration = Registration { store: Arc::clone(store), keys: keys.clone(), id: ME, value, time };
@@ -53,17 +48,7 @@ async fn a_lost_answer_of_the_registration_costs_no_membership() {
     let store: Arc<dyn MetaStore> = Arc::new(link.clone());
     let log = log();
     start(&store, &keys, &log, &tasks).await.leave().await;
-    let value = PartitionValue {
-        replicas: vec![ME],
-        leader: None,
-        leader_epoch: LeaderEpoch(3),
-        isr: vec![ME],
-        elr: vec![],
-        adding: vec![],
-        removing: vec![],
-        unclean: None,
-        ordered: Vec::new(),
-    };
+    let value = PartitionValue { leader: None, ..PartitionValue::new(vec![ME], LeaderEpoch(3)) };
     let topic = TopicValue { id: partition().topic, partitions: 1, replication_factor: 1, config: ConfigMap::new() };
     let name = TopicName::new("t").unwrap();
     store.transact(Transaction::new().put(keys.topic(&name), topic.encode())).await.unwrap();

@@ -23,17 +23,7 @@ fn brokers(ids: &[u32]) -> Vec<BrokerId> {
 }
 
 fn value(isr: &[u32], elr: &[u32]) -> PartitionValue {
-    PartitionValue {
-        replicas: brokers(&[1, 2, 3]),
-        leader: Some(BrokerId(1)),
-        leader_epoch: EPOCH,
-        isr: brokers(isr),
-        elr: brokers(elr),
-        adding: vec![],
-        removing: vec![],
-        unclean: None,
-        ordered: Vec::new(),
-    }
+    PartitionValue { isr: brokers(isr), elr: brokers(elr), ..PartitionValue::new(brokers(&[1, 2, 3]), EPOCH) }
 }
 
 fn rule(min_insync: usize) -> Rule {

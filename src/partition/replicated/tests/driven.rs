@@ -102,17 +102,8 @@ fn open() -> (Arc<Partition>, Arc<Notes>, Log) {
 }
 
 fn value(leader: Option<u32>, epoch: u32) -> PartitionValue {
-    PartitionValue {
-        replicas: vec![broker(1), broker(2), broker(3)],
-        leader: leader.map(broker),
-        leader_epoch: LeaderEpoch(epoch),
-        isr: vec![broker(1), broker(2), broker(3)],
-        elr: vec![],
-        adding: vec![],
-        removing: vec![],
-        unclean: None,
-        ordered: Vec::new(),
-    }
+    let whole = PartitionValue::new([1, 2, 3].map(broker).to_vec(), LeaderEpoch(epoch));
+    PartitionValue { leader: leader.map(broker), ..whole }
 }
 
 async fn assign(partition: &Partition, value: PartitionValue, revision: u64) {

@@ -85,17 +85,7 @@ impl Net {
     pub(super) async fn new(brokers: u32, replicas: u32, min_insync: usize, bucket: bool) -> Arc<Self> {
         let id = PartitionId::new(TopicId::from_bytes([9; 16]), 3);
         let replicas: Vec<BrokerId> = (1..=replicas).map(BrokerId).collect();
-        let value = PartitionValue {
-            leader: replicas.first().copied(),
-            leader_epoch: LeaderEpoch(1),
-            isr: replicas.clone(),
-            replicas,
-            elr: vec![],
-            adding: vec![],
-            removing: vec![],
-            unclean: None,
-            ordered: Vec::new(),
-        };
+        let value = PartitionValue::new(replicas, LeaderEpoch(1));
         let (store, keys) = (EmbeddedStore::in_memory(), Keys::new("test").unwrap());
         store.transact(Transaction::new().put(keys.partition(id), value.encode())).await.unwrap();
         let bucket = bucket.then(|| Store::open(&StoreOptions::new("memory://"), "test").unwrap());
