@@ -85,7 +85,7 @@ impl Controller {
         loop {
             let lease = self.registered().await;
             match self.campaign(lease).await {
-                Ok(Some(term)) => {
+                Ok(Campaign::Won { term }) => {
                     tracing::info!(broker = %self.id, "this broker is the controller now");
                     self.metrics.controller_terms.inc();
                     self.metrics.controller.set(1);
@@ -93,7 +93,7 @@ impl Controller {
                     self.metrics.controller.set(0);
                     tracing::info!(broker = %self.id, "this broker is not the controller any more");
                 }
-                Ok(None) => self.vacancy(lease).await,
+                Ok(Campaign::Taken { at }) => self.vacancy(lease, at).await,
                 Err(error) => {
                     tracing::debug!(%error, "cannot campaign for the controller's key; trying again");
                     tokio::time::sleep(AGAIN).await;
@@ -116,23 +116,24 @@ impl Controller {
         }
     }
 
-    /// Takes the key where nobody has it. The transaction that made it is the term; `None` when another broker was faster.
-    async fn campaign(&self, lease: LeaseId) -> Result<Option<Revision>, StoreError> {
+    /// Takes the key where nobody has it.
+    async fn campaign(&self, lease: LeaseId) -> Result<Campaign, StoreError> {
         let key = self.keys.controller();
         let transaction = Transaction::new()
             .when(Compare::Absent(key.clone()))
             .put_leased(key.as_str(), ControllerValue { broker: self.id }.encode(), lease)
             .else_get(key);
         match self.store.transact(transaction).await? {
-            Outcome::Done { revision } => Ok(Some(revision)),
-            Outcome::Refused { mut found, .. } => {
-                let Some(entry) = found.pop().flatten() else { return Ok(None) };
+            Outcome::Done { revision } => Ok(Campaign::Won { term: revision }),
+            Outcome::Refused { mut found, revision: at } => {
+                let Some(entry) = found.pop().flatten() else { return Ok(Campaign::Taken { at }) };
                 if let Err(error) = ControllerValue::decode(&entry.key, &entry.value) {
                     self.take_away(&entry, &error).await?;
-                    return Ok(None);
+                } else if entry.lease == Some(lease) {
+                    // Its own, of a try whose answer was lost.
+                    return Ok(Campaign::Won { term: entry.create_revision });
                 }
-                // Its own, of a try whose answer was lost.
-                Ok((entry.lease == Some(lease)).then_some(entry.create_revision))
+                Ok(Campaign::Taken { at })
             }
         }
     }
@@ -145,12 +146,13 @@ impl Controller {
         Ok(())
     }
 
-    /// Waits until nobody has the key, as far as the mirror shows, or this broker's own lease is another one.
-    async fn vacancy(&self, lease: LeaseId) {
+    /// Waits until nobody has the key, as far as the mirror shows, or this broker's own lease is another one. Somebody had it `at` this
+    /// revision.
+    async fn vacancy(&self, lease: LeaseId, at: Revision) {
         let (mut states, mut standing) = (self.view.watch(), self.session.standing());
         let mine = |standing: &Standing| matches!(standing, Standing::Registered { lease: now, .. } if *now == lease);
-        // What was found in the store may not be in the mirror yet.
-        tokio::time::sleep(GATHER).await;
+        // A mirror that has not come so far, or stands still, shows nobody there: that must not have the store asked without a pause.
+        let _late = tokio::time::timeout(CATCH_UP, self.view.reached(at)).await;
         tokio::select! {
             _ = states.wait_for(|state| state.controller().is_none()) => {}
             _ = standing.wait_for(|standing| !mine(standing)) => {}
@@ -231,6 +233,14 @@ async fn relevant(feed: &mut Feed) -> bool {
             }
         }
     }
+}
+
+/// How a campaign ended.
+enum Campaign {
+    /// The key is this broker's. The transaction that made it is the term.
+    Won { term: Revision },
+    /// Another broker was faster, or what had no right to be there was taken away.
+    Taken { at: Revision },
 }
 
 struct CarriedOut {
