@@ -39,7 +39,7 @@ pub use state::{Known, PartitionEntry, ViewState};
 /// How often the prefix is listed again though nothing seems wrong.
 const RELIST: Duration = Duration::from_secs(600);
 
-/// The waits between attempts while the store does not answer.
+/// The waits between attempts while the store does not answer, or its watches end without a word.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(5));
 
 /// How many moves a feed may lie behind before it starts over.
@@ -181,15 +181,16 @@ impl Mirror {
         loop {
             match self.list().await {
                 Ok(watch) => {
-                    wait = BACKOFF.0;
-                    self.follow(watch).await;
+                    if self.follow(watch).await {
+                        wait = BACKOFF.0;
+                    }
                 }
                 Err(error) => {
                     tracing::warn!(%error, retry_ms = wait.as_millis(), "the cluster's metadata could not be listed");
-                    tokio::time::sleep(wait).await;
-                    wait = (wait * 2).min(BACKOFF.1);
                 }
             }
+            tokio::time::sleep(wait).await;
+            wait = (wait * 2).min(BACKOFF.1);
         }
     }
 
@@ -202,15 +203,18 @@ impl Mirror {
         self.store.watch(self.keys.prefix(), from).await
     }
 
-    /// Applies what the watch says until it ends or it is time to list again.
-    async fn follow(&self, mut watch: Watch) {
+    /// Applies what the watch says until it ends or it is time to list again. False when it said nothing: a listing of everything is
+    /// dear, and the next watch may end in the same way.
+    async fn follow(&self, mut watch: Watch) -> bool {
         let relist = clock::monotonic() + RELIST;
+        let mut said = false;
         loop {
             tokio::select! {
                 biased;
-                () = tokio::time::sleep_until(relist) => return,
+                () = tokio::time::sleep_until(relist) => return true,
                 changes = watch.next() => match changes {
                     Some(Ok(changes)) => {
+                        said = true;
                         self.view.hear();
                         if !changes.events.is_empty() || changes.revision > self.view.state().revision() {
                             self.view.publish(|state| state.apply(&self.keys, changes));
@@ -218,9 +222,9 @@ impl Mirror {
                     }
                     Some(Err(error)) => {
                         tracing::info!(%error, "the metadata watch broke; listing again");
-                        return tokio::time::sleep(BACKOFF.0).await;
+                        return said;
                     }
-                    None => return tokio::time::sleep(BACKOFF.0).await,
+                    None => return said,
                 },
             }
         }

@@ -203,3 +203,16 @@ async fn a_store_that_fails_and_watches_that_break_are_outlived() {
     }
     tasks.stop().await;
 }
+
+/// Each listing is of everything: twenty a second from every broker would keep a store down that is hardly up.
+#[tokio::test(start_paused = true)]
+async fn watches_that_break_at_once_have_the_prefix_listed_ever_more_rarely() {
+    let faulty = Faulty::new(EmbeddedStore::in_memory());
+    faulty.break_watches();
+    let (tasks, listings) = (Tasks::new(), Counter::default());
+    let _view = View::counted(Arc::new(faulty), keys(), &tasks, listings.clone());
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    // Each watch lasts a second, and the pauses grow to five.
+    assert!((10..20).contains(&listings.get()), "{} listings in a minute", listings.get());
+    tasks.stop().await;
+}
