@@ -1,7 +1,10 @@
 //! Registrations over an embedded store: who has one, who loses it, and what it says.
 
 use super::*;
-use crate::cluster::embedded::EmbeddedStore;
+use crate::cluster::{
+    embedded::EmbeddedStore,
+    faulty::{Fault, Faulty},
+};
 
 const TIME: Duration = Duration::from_secs(9);
 const KEY: &str = "/strandline/test/brokers/1";
@@ -95,6 +98,29 @@ async fn a_registration_that_is_lost_is_made_anew_with_a_new_epoch() {
         assert_eq!(world.registered().await, session.epoch());
         before = session.epoch();
     }
+    world.tasks.stop().await;
+}
+
+/// What changes in the cluster while the store takes no registration is no reason to ask it again.
+#[tokio::test(start_paused = true)]
+async fn a_lost_registration_is_tried_again_by_the_clock_however_much_changes_meanwhile() {
+    let world = World::new();
+    let link = Faulty::new(world.store.clone());
+    let registration = Registration { store: Arc::new(link.clone()), ..world.registration("d", "p") };
+    let session = registration.register(None, &world.view, &world.tasks).await.expect("registered");
+    link.transactions([Some(Fault::Refused); 8]);
+    world.store.transact(Transaction::new().delete(KEY)).await.expect("answers");
+    until(&session, |standing| *standing == Standing::Lost).await;
+    let before = link.transacted();
+    for number in 0..100 {
+        let other = format!("/strandline/test/drains/{number}");
+        world.store.transact(Transaction::new().put(other, "{}")).await.expect("answers");
+        tokio::task::yield_now().await;
+    }
+    assert!(link.transacted() <= before + 1, "{} tries", link.transacted() - before);
+    let began = clock::monotonic();
+    until(&session, registered).await;
+    assert!(began.elapsed() <= AGAIN * 9, "{:?}", began.elapsed());
     world.tasks.stop().await;
 }
 
