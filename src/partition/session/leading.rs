@@ -39,6 +39,9 @@ const MESSAGE_BYTES: usize = 1 << 20;
 /// Reads of one link that may be under way.
 const READS: usize = 8;
 
+/// Answers from which on nothing more is taken in until some have gone out: whoever asks and does not listen is not to fill the memory.
+pub(super) const ANSWERS: usize = 1024;
+
 /// How long a moved high watermark waits for batches to ride on.
 const MARK_WAIT: Duration = Duration::from_millis(5);
 
@@ -130,7 +133,7 @@ impl Leading {
             tokio::select! {
                 biased;
                 () = tasks.cancelled() => return Ended::Stopped,
-                message = incoming.next() => match message {
+                message = incoming.next(), if self.answers.len() < ANSWERS => match message {
                     Some(Ok(message)) => {
                         if let Err(bad) = self.received(message) {
                             return Ended::Bad(bad);

@@ -542,3 +542,27 @@ async fn a_moved_high_watermark_needs_no_batch_to_ride_on() {
     assert_eq!((pieces.len(), pieces[0].high_watermark, pieces[0].chunks.len()), (1, 1, 0));
     side.tasks.stop().await;
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_follower_that_asks_and_does_not_listen_is_not_heard_for_ever() {
+    let side = Side::new(LEADER);
+    let mut link = side.lead();
+    let mut asked = 0;
+    // Time passes only when nobody has anything to do.
+    let many = async {
+        while asked < 100_000 {
+            link.join(asked, id(99), EPOCH).await;
+            asked += 1;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(1), many).await.expect_err("the leader's side waits to be heard");
+    let most = u32::try_from(leading::ANSWERS).unwrap() + 4;
+    assert!((most - 4..=most).contains(&asked), "{asked} joins were taken in");
+    // Listened to, it goes on.
+    for place in 0..asked {
+        assert_eq!(link.answer().await.place, place);
+    }
+    link.join(asked, id(99), EPOCH).await;
+    assert_eq!(link.answer().await.place, asked);
+    side.tasks.stop().await;
+}
