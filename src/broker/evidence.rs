@@ -20,14 +20,15 @@
 //! - A process that was declared gone and comes back was not dead, so something between lies. Evidence against that broker then
 //!   counts for nothing, for a minute at first and twice as long each time.
 
+mod trust;
+
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeSet,
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
     time::Duration,
 };
 
-use tokio::time::Instant;
-
+use self::trust::Trust;
 use super::{
     Broker,
     peer::{LinkLost, Report},
@@ -62,12 +63,6 @@ const REVOKES: u32 = 3;
 
 /// How much later than the one before a broker acts when the controller itself is gone.
 const RANK: Duration = Duration::from_millis(30);
-
-/// Who comes back so soon after it was declared gone was not dead.
-const COMES_BACK: Duration = Duration::from_secs(10);
-
-/// How long evidence against such a broker counts for nothing, at first and at most.
-const DISTRUST: (Duration, Duration) = (Duration::from_secs(60), Duration::from_secs(3600));
 
 /// What is known of a broker's process from the outside.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -311,53 +306,6 @@ async fn probe_once(peers: &Peers, registered: &BrokerValue) -> Seen {
     }
 }
 
-/// How far evidence is believed.
-#[derive(Debug, Default)]
-struct Trust {
-    revoked: BTreeMap<BrokerId, Revoked>,
-}
-
-#[derive(Debug)]
-struct Revoked {
-    incarnation: String,
-    at: Instant,
-    /// How often it came back.
-    returns: u32,
-    /// Until then nothing counts against it.
-    distrust: Option<Instant>,
-}
-
-impl Trust {
-    /// Whether evidence counts against a broker that is registered with this incarnation now.
-    fn believes(&mut self, broker: BrokerId, incarnation: &str, now: Instant) -> bool {
-        let Some(revoked) = self.revoked.get_mut(&broker) else { return true };
-        if revoked.incarnation != incarnation {
-            self.revoked.remove(&broker);
-            return true;
-        }
-        if let Some(until) = revoked.distrust {
-            return now >= until;
-        }
-        // It is registered again, and is the process that was declared gone.
-        if now.duration_since(revoked.at) > COMES_BACK {
-            return true;
-        }
-        let times = 2u32.saturating_pow(revoked.returns);
-        revoked.distrust = Some(now + DISTRUST.0.saturating_mul(times).min(DISTRUST.1));
-        revoked.returns = revoked.returns.saturating_add(1);
-        false
-    }
-
-    /// A registration was taken away.
-    fn revoked(&mut self, broker: BrokerId, incarnation: &str, now: Instant) {
-        let returns = match self.revoked.get(&broker) {
-            Some(before) if before.incarnation == incarnation => before.returns,
-            _ => 0,
-        };
-        self.revoked.insert(broker, Revoked { incarnation: incarnation.to_owned(), at: now, returns, distrust: None });
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use tokio::net::TcpListener;
@@ -390,30 +338,5 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let registered = BrokerValue::running_at(listener.local_addr().unwrap().to_string());
         assert_eq!(probe(&peers, &registered).await, Seen::Unclear);
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn evidence_against_a_process_that_came_back_counts_for_nothing_longer_each_time() {
-        let (mut trust, broker) = (Trust::default(), BrokerId(2));
-        let mut now = clock::monotonic();
-        let second = Duration::from_secs(1);
-        assert!(trust.believes(broker, "a", now));
-        for minutes in [1, 2, 4] {
-            trust.revoked(broker, "a", now);
-            now += second;
-            assert!(!trust.believes(broker, "a", now), "it came back after a second");
-            now += Duration::from_secs(60) * minutes - second;
-            assert!(!trust.believes(broker, "a", now), "{minutes} minutes are not over");
-            now += second;
-            assert!(trust.believes(broker, "a", now));
-        }
-        trust.revoked(broker, "a", now);
-        assert!(trust.believes(broker, "b", now), "a new process has done nothing yet");
-        trust.revoked(broker, "b", now);
-        now += COMES_BACK + second;
-        assert!(
-            trust.believes(broker, "b", now),
-            "what comes back so late may have been frozen, and dead for all that matters"
-        );
     }
 }
