@@ -1,8 +1,8 @@
-//! Replicas on the disk that the metadata gives to other brokers: they are deleted, once the store itself has said so.
+//! Replicas on the disk that the metadata gives to other brokers, or to nobody: they are deleted, once the store itself has said so.
 //!
-//! What the mirror shows is no licence to delete: it may be old, or of a store that was put back. So each partition's key is read at
-//! that moment, and only one that can be read and names others lets the files go. Where the store does not answer they stay, and it
-//! is asked again.
+//! What the mirror shows is no licence to delete: it may be old, or of a store that was put back. So a partition's key is read at
+//! that moment, and only one that can be read and names others lets the files go; of a topic that is gone, only the mark that its deletion
+//! left. Where the store does not answer they stay, and it is asked again.
 
 use std::{collections::BTreeSet, time::Duration};
 
@@ -10,7 +10,11 @@ use futures::{StreamExt as _, stream};
 use tokio::time::Instant;
 
 use super::Broker;
-use crate::{model::PartitionId, task::clock};
+use crate::{
+    cluster::ViewState,
+    model::{PartitionId, TopicId},
+    task::{self, clock},
+};
 
 /// Pause before the store is asked again.
 const AGAIN: Duration = Duration::from_secs(5);
@@ -25,6 +29,8 @@ const TOGETHER: usize = 64;
 #[derive(Debug, Default)]
 pub(super) struct Leftovers {
     waiting: BTreeSet<PartitionId>,
+    /// Topics that are gone, and of which the store has not said whether they were deleted.
+    topics: BTreeSet<TopicId>,
     /// Not before this moment: the store did not answer.
     not_before: Option<Instant>,
 }
@@ -37,7 +43,7 @@ impl Leftovers {
 
     /// Resolves when there is something to look at.
     pub(super) async fn due(&self) {
-        if self.waiting.is_empty() {
+        if self.waiting.is_empty() && self.topics.is_empty() {
             return std::future::pending().await;
         }
         if let Some(moment) = self.not_before {
@@ -45,9 +51,18 @@ impl Leftovers {
         }
     }
 
-    /// Deletes those of which the store says that they are others'.
+    /// Deletes those of which the store says that they are others', or nobody's.
     pub(super) async fn see_to(&mut self, broker: &Broker) {
         self.not_before = None;
+        for topic in std::mem::take(&mut self.topics) {
+            // One that came back meanwhile is served, or will be.
+            if broker.view.state().name(topic).is_none() && self.see_to_topic(broker, topic).await {
+                tracing::info!(%topic, "the topic was deleted while the metadata store did not answer; its files here were deleted");
+            }
+        }
+        if !self.topics.is_empty() {
+            self.not_before = Some(clock::monotonic() + AGAIN);
+        }
         let some: Vec<PartitionId> = self.waiting.iter().take(TOGETHER).copied().collect();
         let asked = stream::iter(some).map(|id| async move {
             let answer = tokio::time::timeout(ANSWER, broker.changes.read_back(id)).await;
@@ -69,6 +84,48 @@ impl Leftovers {
                 broker.delete_replica(id).await;
                 tracing::info!(partition = %id, "the replica moved to other brokers; its files here were deleted");
             }
+        }
+    }
+
+    /// Sees to the replicas on the disk that no topic has: those of a topic that was deleted go, others are named.
+    pub(super) async fn see_to_strays(&mut self, broker: &Broker, state: &ViewState) {
+        let topics: BTreeSet<TopicId> = broker.log.partitions().iter().map(|id| id.topic).collect();
+        for topic in topics.into_iter().filter(|topic| state.name(*topic).is_none()) {
+            if self.see_to_topic(broker, topic).await {
+                tracing::info!(%topic, "deleted what a stop had left of a deleted topic");
+            }
+        }
+    }
+
+    /// Deletes what the disk holds of a topic that is gone, when its deletion left a mark; says so when it is kept.
+    pub(super) async fn see_to_topic(&mut self, broker: &Broker, topic: TopicId) -> bool {
+        let held: Vec<_> = broker.log.partitions().into_iter().filter(|id| id.topic == topic).collect();
+        match tokio::time::timeout(ANSWER, broker.topics.was_deleted(topic)).await {
+            Ok(Ok(true)) => {
+                for id in held {
+                    broker.delete_replica(id).await;
+                }
+                return true;
+            }
+            Ok(Ok(false)) if held.is_empty() => {}
+            Ok(Ok(false)) => tracing::warn!(
+                %topic,
+                "the data directory holds partitions of a topic that the metadata does not know; they are kept and not served: \
+                 if the topic was deleted, remove its folder while the broker is stopped"
+            ),
+            Ok(Err(_)) | Err(_) => {
+                self.topics.insert(topic);
+            }
+        }
+        false
+    }
+}
+
+impl Broker {
+    async fn delete_replica(&self, id: PartitionId) {
+        let log = self.log.clone();
+        if let Err(error) = task::blocking(move || log.delete_replica(id)).await {
+            tracing::warn!(partition = %id, %error, "could not delete the partition's files; they go at the next start");
         }
     }
 }

@@ -250,7 +250,7 @@ impl Broker {
         self.begun.get_or_init(clock::monotonic);
         self.session.get_or_init(|| session.clone());
         let mut leftovers = Leftovers::default();
-        self.see_to_strays(&state).await;
+        leftovers.see_to_strays(self, &state).await;
         if let Some(others) = &self.others {
             others.know(&state);
             others.follow(session, &self.tasks);

@@ -35,7 +35,7 @@ use super::{
 };
 use crate::{
     cluster::{BrokerState, Key, Moved, PartitionValue, Revision, TopicValue, ViewState},
-    model::{BrokerId, PartitionId, TopicConfig, TopicId, TopicName},
+    model::{BrokerId, PartitionId, TopicConfig, TopicName},
     partition::{Agreement as _, Assignment, Partition, PartitionError, Spec, leader::insync::Registration},
     task,
     tier::{PartitionTier, TopicRecord},
@@ -78,7 +78,7 @@ impl Broker {
     pub(super) async fn reconcile(&self, state: &ViewState, leftovers: &mut Leftovers) {
         let mut names: BTreeSet<TopicName> = state.topics().keys().cloned().collect();
         names.extend(self.hosted.names());
-        let (ids, acted) = self.hold_topics(names.iter(), state).await;
+        let (ids, acted) = self.hold_topics(names.iter(), state, leftovers).await;
         self.know_brokers(state);
         self.hold(ids, state, leftovers).await;
         self.hosted.acted(acted);
@@ -95,7 +95,7 @@ impl Broker {
             Key::Topic(name) => Some(name),
             _ => None,
         });
-        let (ids, acted) = self.hold_topics(topics, state).await;
+        let (ids, acted) = self.hold_topics(topics, state, leftovers).await;
         let mut ids: BTreeSet<PartitionId> = ids.into_iter().collect();
         let mut brokers = Vec::new();
         for key in keys {
@@ -122,10 +122,11 @@ impl Broker {
         &self,
         names: impl Iterator<Item = &'a TopicName> + Send,
         state: &ViewState,
+        leftovers: &mut Leftovers,
     ) -> (Vec<PartitionId>, BTreeMap<TopicName, Revision>) {
         let (mut topics, mut ids, mut acted) = (Vec::new(), Vec::new(), BTreeMap::new());
         for name in names {
-            if let Some((topic, revision)) = self.hold_topic(name, state).await {
+            if let Some((topic, revision)) = self.hold_topic(name, state, leftovers).await {
                 let count = u32::try_from(topic.count()).unwrap_or(u32::MAX);
                 ids.extend((0..count).map(|number| PartitionId::new(topic.id, number)));
                 if topic.revision != revision {
@@ -142,7 +143,12 @@ impl Broker {
     }
 
     /// What this broker has of a topic from now on; `None` when that is nothing, or nothing new.
-    async fn hold_topic(&self, name: &TopicName, state: &ViewState) -> Option<(HostedTopic, Revision)> {
+    async fn hold_topic(
+        &self,
+        name: &TopicName,
+        state: &ViewState,
+        leftovers: &mut Leftovers,
+    ) -> Option<(HostedTopic, Revision)> {
         let hosted = self.hosted.topic(name);
         let wanted = state.topic(name);
         if wanted.is_none() && state.unreadable().contains_key(&Key::Topic(name.clone())) {
@@ -152,7 +158,7 @@ impl Broker {
         if let Some(hosted) = &hosted
             && wanted.is_none_or(|topic| topic.value.id != hosted.id)
         {
-            self.let_go(name, hosted).await;
+            self.let_go(name, hosted, leftovers).await;
         }
         let wanted = wanted?;
         let topic = &wanted.value;
@@ -344,18 +350,6 @@ impl Broker {
             .await;
     }
 
-    /// Sees to the replicas on the disk that no topic has: those of a topic that was deleted go, others are named.
-    pub(super) async fn see_to_strays(&self, state: &ViewState) {
-        let known: BTreeSet<TopicId> = state.topics().values().map(|topic| topic.value.id).collect();
-        let strays: BTreeSet<TopicId> =
-            self.log.partitions().iter().map(|id| id.topic).filter(|topic| !known.contains(topic)).collect();
-        for topic in strays {
-            if self.delete_marked(topic).await {
-                tracing::info!(%topic, "deleted what a stop had left of a deleted topic");
-            }
-        }
-    }
-
     /// Writes down in the bucket what the topic is called, for `restore`. Best effort: it is written again at each start, by
     /// whoever leads its first partition.
     fn record_topic(&self, name: &TopicName, topic: &TopicValue, state: &ViewState) {
@@ -383,43 +377,17 @@ impl Broker {
     }
 
     /// Ends what is held of a topic that the metadata does not name any more, and deletes it where that was meant.
-    async fn let_go(&self, name: &TopicName, hosted: &HostedTopic) {
+    async fn let_go(&self, name: &TopicName, hosted: &HostedTopic, leftovers: &mut Leftovers) {
         self.hosted.remove(name);
         for holding in hosted.holdings() {
             if let Holding::Open(partition) = &*holding {
                 partition.stop().await;
             }
         }
-        if self.delete_marked(hosted.id).await {
+        if leftovers.see_to_topic(self, hosted.id).await {
             tracing::info!(topic = %name, id = %hosted.id, "the topic is deleted from this broker");
         }
         self.hosted.tell();
-    }
-
-    /// Deletes what the disk holds of a topic, when its deletion left a mark; says so when it is kept.
-    async fn delete_marked(&self, topic: TopicId) -> bool {
-        if !self.topics.was_deleted(topic).await.unwrap_or(false) {
-            if self.log.partitions().iter().any(|id| id.topic == topic) {
-                tracing::warn!(
-                    %topic,
-                    "the data directory holds partitions of a topic that the metadata does not know; they are kept and not served: \
-                     if the topic was deleted, remove its folder while the broker is stopped"
-                );
-            }
-            return false;
-        }
-        let left = self.log.partitions().into_iter().filter(|id| id.topic == topic);
-        for id in left {
-            self.delete_replica(id).await;
-        }
-        true
-    }
-
-    pub(super) async fn delete_replica(&self, id: PartitionId) {
-        let log = self.log.clone();
-        if let Err(error) = task::blocking(move || log.delete_replica(id)).await {
-            tracing::warn!(partition = %id, %error, "could not delete the partition's files; they go at the next start");
-        }
     }
 }
 

@@ -7,7 +7,7 @@ use crate::{
     client::Tcp,
     cluster::{
         Addresses, BrokerValue, DeletedValue, EmbeddedStore, Key, NewTopic, PartitionValue, Registration, Revision,
-        TopicValue, Transaction, Value as _,
+        TopicValue, Transaction, Value as _, faulty::Faulty,
     },
     log::{Identity, Options, RealDisk},
     model::{LeaderEpoch, TopicId, TopicName},
@@ -21,6 +21,8 @@ use crate::{
 struct Bench {
     broker: Arc<Broker>,
     store: EmbeddedStore,
+    /// The store as the broker reaches it.
+    link: Faulty,
     keys: Keys,
     tasks: Tasks,
 }
@@ -34,7 +36,8 @@ impl Bench {
         let (store, keys, tasks) = (EmbeddedStore::in_memory(), Keys::new("test").unwrap(), Tasks::new());
         let directory_id = log.directory_id().to_string();
         let value = BrokerValue { directory_id, ..BrokerValue::running_at("127.0.0.1:1".to_owned()) };
-        let shared: Arc<dyn MetaStore> = Arc::new(store.clone());
+        let link = Faulty::new(store.clone());
+        let shared: Arc<dyn MetaStore> = Arc::new(link.clone());
         let view = View::start(Arc::clone(&shared), keys.clone(), &tasks);
         view.reached(Revision::ZERO).await;
         let settings = Settings {
@@ -70,7 +73,7 @@ impl Bench {
         let session = registration.register(None, &view, &tasks).await.unwrap();
         view.reached(session.epoch().unwrap()).await;
         broker.begin(&session).await;
-        Self { broker, store, keys, tasks }
+        Self { broker, store, link, keys, tasks }
     }
 
     async fn create(&self, name: &TopicName, partitions: u32) -> TopicId {
@@ -234,5 +237,21 @@ async fn what_a_leader_does_not_answer_for_is_said_to_be_unknown() {
     let [mine, silent] = cluster.brokers.as_slice() else { panic!("two: {cluster:?}") };
     assert!(mine.figures.is_some() && silent.figures.is_none() && silent.unanswered.is_some(), "{cluster:?}");
     assert_eq!((mine.leaders, silent.leaders, cluster.partitions), (1, 1, 2));
+    bench.stop().await;
+}
+
+/// The mirror told of it, and then the store was away for a moment: the files stayed until the next start.
+#[tokio::test]
+async fn a_topic_that_is_deleted_while_the_store_does_not_answer_is_deleted_when_it_does() {
+    let dir = tempfile::tempdir().unwrap();
+    let bench = Bench::start(dir.path(), true).await;
+    let name = TopicName::new("t").unwrap();
+    let id = bench.create(&name, 2).await;
+    assert_eq!(bench.holds(id), (2, 2));
+    bench.link.fail_gets(1);
+    let mark = DeletedValue { name: name.clone(), gone_since_ms: None };
+    let deleted = Transaction::new().delete(bench.keys.topic(&name)).put(bench.keys.deleted(id), mark.encode());
+    bench.store.transact(deleted).await.unwrap();
+    until("its files go", || bench.holds(id) == (0, 0)).await;
     bench.stop().await;
 }

@@ -25,6 +25,7 @@ pub(crate) enum Fault {
 #[derive(Debug, Default)]
 struct Faults {
     transactions: VecDeque<Option<Fault>>,
+    gets: usize,
     lists: usize,
     break_watches: bool,
     transacted: usize,
@@ -45,6 +46,11 @@ impl Faulty {
     /// What becomes of the next transactions, one after the other; `None` goes through.
     pub(crate) fn transactions(&self, faults: impl IntoIterator<Item = Option<Fault>>) {
         self.faults().transactions.extend(faults);
+    }
+
+    /// So many of the next keys that are asked for are not answered.
+    pub(crate) fn fail_gets(&self, count: usize) {
+        self.faults().gets = count;
     }
 
     /// So many of the next listings fail.
@@ -69,6 +75,11 @@ impl Faulty {
 
 impl MetaStore for Faulty {
     fn get<'a>(&'a self, key: &'a str) -> Answer<'a, Reading> {
+        let mut faults = self.faults();
+        if faults.gets > 0 {
+            faults.gets -= 1;
+            return Box::pin(async { Err(StoreError::unavailable("cut off")) });
+        }
         self.store.get(key)
     }
 
