@@ -185,10 +185,7 @@ impl Broker {
         drop(state);
         let report = Report { reporter: me, broker, epoch, seen: seen.words().to_owned() };
         match (controller, address) {
-            (Some(controller), _) if controller == me => {
-                let _revoked = self.judge(report, evidence).await;
-                true
-            }
+            (Some(controller), _) if controller == me => self.judge(report, evidence).await.is_ok(),
             (Some(_), Some(address)) => {
                 let request = v1::ReportGoneRequest {
                     cluster: self.settings.cluster.clone(),
@@ -217,35 +214,33 @@ impl Broker {
     }
 
     /// The controller's look at a report. True when it took the registration away.
-    pub(super) async fn judge(&self, report: Report, evidence: &Evidence) -> bool {
+    ///
+    /// # Errors
+    /// When the store did not do it: whoever reported is to report again.
+    pub(super) async fn judge(&self, report: Report, evidence: &Evidence) -> Result<bool, StoreError> {
         let Report { reporter, broker, epoch, seen } = report;
         if self.view.state().controller() != Some(self.settings.id) {
-            return false;
+            return Ok(false);
         }
-        let Some(known) = registered(&self.view.state(), broker, epoch) else { return false };
+        let Some(known) = registered(&self.view.state(), broker, epoch) else { return Ok(false) };
         if !evidence.trust().believes(broker, &known.value.incarnation, clock::monotonic()) {
             tracing::info!(%broker, %reporter, seen, "evidence against a broker that was not dead the last time counts for nothing");
-            return false;
+            return Ok(false);
         }
         // Its own report was made by such a look.
         if reporter != self.settings.id && !probe(&evidence.peers, &known.value).await.is_gone() {
             tracing::info!(%broker, %reporter, seen, "a broker was reported as gone, and is there for its controller");
-            return false;
+            return Ok(false);
         }
-        match self.revoke(broker, epoch).await {
-            Ok(revoked) => {
-                if revoked {
-                    tracing::warn!(%broker, %reporter, seen, "a broker's process is gone; its registration was taken away");
-                    let now = clock::monotonic();
-                    evidence.trust().revoked(broker, &known.value.incarnation, now);
-                }
-                revoked
-            }
-            Err(error) => {
-                tracing::debug!(%broker, %error, "the registration could not be taken away; its lease will end");
-                false
-            }
+        let revoked = self.revoke(broker, epoch).await.inspect_err(|error| {
+            tracing::debug!(%broker, %error, "the registration could not be taken away yet");
+        })?;
+        if revoked {
+            tracing::warn!(%broker, %reporter, seen, "a broker's process is gone; its registration was taken away");
+            let now = clock::monotonic();
+            evidence.trust().revoked(broker, &known.value.incarnation, now);
         }
+        Ok(revoked)
     }
 
     /// Takes a registration away, if it still is that uptime's. True when that was done here.

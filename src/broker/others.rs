@@ -120,7 +120,7 @@ fn questions(broker: &Weak<Broker>, evidence: Arc<Evidence>) -> Questions {
             let (broker, evidence) = (reported.upgrade(), Arc::clone(&evidence));
             Box::pin(async move {
                 match broker {
-                    Some(broker) => Ok(broker.judge(report, &evidence).await),
+                    Some(broker) => Ok(broker.judge(report, &evidence).await?),
                     None => Ok(false),
                 }
             })

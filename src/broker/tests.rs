@@ -2,12 +2,16 @@
 
 use std::{path::Path, time::Duration};
 
-use super::*;
+use super::{evidence::Evidence, peer::LinkLost as _, *};
 use crate::{
-    client::Tcp,
+    client::{
+        Tcp,
+        peers::{How, Peers},
+    },
     cluster::{
         Addresses, BrokerValue, DeletedValue, EmbeddedStore, Key, NewTopic, PartitionValue, Registration, Revision,
-        TopicValue, Transaction, Value as _, faulty::Faulty,
+        TopicValue, Transaction, Value as _,
+        faulty::{Fault, Faulty},
     },
     log::{Identity, Options, RealDisk},
     model::{LeaderEpoch, TopicId, TopicName},
@@ -253,5 +257,29 @@ async fn a_topic_that_is_deleted_while_the_store_does_not_answer_is_deleted_when
     let deleted = Transaction::new().delete(bench.keys.topic(&name)).put(bench.keys.deleted(id), mark.encode());
     bench.store.transact(deleted).await.unwrap();
     until("its files go", || bench.holds(id) == (0, 0)).await;
+    bench.stop().await;
+}
+
+/// A process died while the store had no leader: its partitions waited for its lease's end, though everybody had seen it go.
+#[tokio::test]
+async fn a_registration_that_cannot_be_taken_away_yet_is_reported_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let bench = Bench::start(dir.path(), false).await;
+    bench.broker.view.until(|state| state.controller() == Some(BrokerId(1))).await;
+    let key = bench.keys.broker(BrokerId(2));
+    // Nobody listens at that port.
+    let gone = BrokerValue::running_at("127.0.0.1:1".to_owned());
+    bench.store.transact(Transaction::new().put(key.clone(), gone.encode())).await.unwrap();
+    let epoch = bench.store.get(&key).await.unwrap().entry.unwrap().create_revision;
+    bench.broker.view.reached(epoch).await;
+    let wait = Duration::from_secs(1);
+    let peers = Peers::new(Arc::new(Tcp::between_brokers(wait)), wait);
+    let evidence = Evidence::new(Arc::downgrade(&bench.broker), peers, bench.tasks.clone());
+    bench.link.transactions([Some(Fault::Refused); 4]);
+    evidence.link_lost(BrokerId(2), epoch, How::Refused);
+    becomes("its registration is taken away", async || {
+        bench.store.get(&key).await.unwrap().entry.is_none().then_some(())
+    })
+    .await;
     bench.stop().await;
 }

@@ -52,7 +52,7 @@ pub(super) struct Report {
 pub(super) struct Questions {
     /// How this broker is.
     pub(super) status: Box<dyn Fn() -> v1::StatusResponse + Send + Sync>,
-    /// Looks into a report. True when the registration was taken away.
+    /// Looks into a report. True when the registration was taken away; a fault when that is to be tried again.
     pub(super) report: Box<dyn Fn(Report) -> BoxFuture<'static, Result<bool, Fault>> + Send + Sync>,
 }
 
