@@ -108,9 +108,7 @@ impl Broker {
             return Err(invalid("validate_only, to and revision go with unclean only"));
         }
         let ordered = self.orders.elect(&topic, partition).await?;
-        self.count_election("preferred", &ordered);
-        self.orders.seen(std::slice::from_ref(&ordered)).await;
-        Ok(elected(&ordered))
+        Ok(self.carried_out("preferred", &ordered).await)
     }
 
     async fn elect_unclean(
@@ -122,9 +120,7 @@ impl Broker {
         let expect = request.revision.map(Revision);
         if let (Some(to), Some(_)) = (request.to, expect) {
             let ordered = self.orders.elect_unclean(topic, partition, BrokerId(to), expect).await?;
-            self.count_election("unclean", &ordered);
-            self.orders.seen(std::slice::from_ref(&ordered)).await;
-            return Ok(elected(&ordered));
+            return Ok(self.carried_out("unclean", &ordered).await);
         }
         if request.to.is_some() || expect.is_some() {
             return Err(invalid("to and revision go together: both are in the answer to validate_only"));
@@ -141,9 +137,7 @@ impl Broker {
             answer.leader = best.broker.0;
         } else {
             let ordered = self.orders.elect_unclean(topic, partition, best.broker, Some(found.revision)).await?;
-            self.count_election("unclean", &ordered);
-            self.orders.seen(std::slice::from_ref(&ordered)).await;
-            answer = elected(&ordered);
+            answer = self.carried_out("unclean", &ordered).await;
         }
         if let Some(loss) = best.loss {
             (answer.lost_from, answer.lost_to) = (loss.from.as_i64(), loss.to.as_i64());
@@ -151,10 +145,13 @@ impl Broker {
         Ok(v1::ElectLeaderResponse { held, ..answer })
     }
 
-    fn count_election(&self, cause: &'static str, ordered: &Ordered) {
+    /// Counts an election that was ordered, waits until it is seen here, and tells it.
+    async fn carried_out(&self, cause: &'static str, ordered: &Ordered) -> v1::ElectLeaderResponse {
         if ordered.changed {
             self.metrics.elections.count(cause);
         }
+        self.orders.seen(std::slice::from_ref(ordered)).await;
+        elected(ordered)
     }
 
     /// What a partition's replicas say that they hold: for the answer, and those that did answer.
