@@ -8,9 +8,10 @@
 //! a partition is here is looked at after each read: who is struck out while it serves sends its readers to the leader. Only a leader says
 //! that an offset is out of range.
 
-use std::{pin::Pin, sync::Arc, time::Duration};
+mod plain;
 
-use bytes::Bytes;
+use std::{collections::BTreeMap, pin::Pin, sync::Arc, time::Duration};
+
 use futures::{FutureExt as _, Stream, StreamExt as _, stream, stream::FuturesUnordered};
 use tokio::time::Instant;
 use tonic::{Status, Streaming};
@@ -18,13 +19,9 @@ use tonic::{Status, Streaming};
 use super::{Broker, faults};
 use crate::{
     limits,
-    model::{Compression, LeaderEpoch, Offset, Watermarks},
-    partition::{Fetched, Opener, Partition, ReadError, Reader, Ready, Source, Standing, Use},
-    proto::{
-        fault::{Fault, Reason},
-        v1,
-    },
-    record::{Batch, Malformed, Record},
+    model::{LeaderEpoch, Offset, Watermarks},
+    partition::{Fetched, Partition, ReadError, Reader, Ready, Source, Standing},
+    proto::{fault::Fault, v1},
     task::clock,
 };
 
@@ -33,13 +30,6 @@ const READS: usize = 8;
 
 /// Bytes of one answer where the request does not say.
 const DEFAULT_BYTES: usize = 1 << 20;
-
-/// Bytes of records from which on a plain answer takes no more. What is compressed may be a thousand times larger than it
-/// was: an answer must stay one that can be sent, and held until it is.
-const PLAIN_BYTES: usize = limits::MAX_FETCH_BYTES;
-
-/// Most bytes of records in one plain answer: each partition's first record is taken up to here.
-const MAX_PLAIN_BYTES: usize = limits::MAX_MESSAGE_BYTES - (4 << 20);
 
 type ReadOutcome = (usize, Result<Option<Fetched>, ReadError>);
 
@@ -50,6 +40,8 @@ struct Place {
     partition: i32,
     /// `None` once it failed: it is left out from then on.
     reader: Option<Reader>,
+    /// Where it was asked for.
+    from: Offset,
     position: Offset,
     /// A read from `position` is under way: a second one would give the same records again.
     reading: bool,
@@ -119,12 +111,12 @@ impl Session {
         let before = std::mem::take(&mut self.places);
         self.reading = FuturesUnordered::new();
         self.ready = Arc::default();
+        let goes_on = before.iter().filter(|place| !restart && place.reader.is_some());
+        let positions: BTreeMap<(&str, i32), Offset> =
+            goes_on.map(|place| ((place.topic.as_str(), place.partition), place.position)).collect();
         for want in wanted {
-            let kept = before.iter().find(|place| {
-                !restart && place.reader.is_some() && place.topic == want.topic && place.partition == want.partition
-            });
-            let position = match kept {
-                Some(place) => place.position,
+            let from = match positions.get(&(want.topic.as_str(), want.partition)) {
+                Some(position) => *position,
                 None => faults::offset(want.offset)?,
             };
             let known = LeaderEpoch::from_i32(want.leader_epoch).unwrap_or_default();
@@ -132,14 +124,13 @@ impl Session {
                 Ok(partition) => {
                     let reader = partition.reader().clone();
                     reader.follow(&self.ready, self.places.len());
-                    let (served, topic, partition) = (partition, want.topic, want.partition);
-                    let reader = Some(reader);
                     self.places.push(Place {
-                        served,
-                        topic,
-                        partition,
-                        reader,
-                        position,
+                        served: partition,
+                        topic: want.topic,
+                        partition: want.partition,
+                        reader: Some(reader),
+                        from,
+                        position: from,
                         reading: false,
                         again: false,
                     });
@@ -283,8 +274,6 @@ impl Broker {
     /// Reads once.
     pub(super) async fn read(self: Arc<Self>, request: v1::ReadRequest) -> Result<v1::ReadResponse, Fault> {
         let terms = Terms::new(request.min_bytes, request.max_bytes, request.max_wait_ms);
-        let wanted: Vec<_> = request.partitions.iter().map(|want| want.offset).collect();
-        let places: Vec<_> = request.partitions.iter().map(|want| (want.topic.clone(), want.partition)).collect();
         self.acquaint(request.partitions.iter().map(|want| want.topic.as_str())).await;
         let mut session = Session::new(self, terms);
         session.assign(request.partitions, true, request.any_replica)?;
@@ -299,12 +288,11 @@ impl Broker {
             }
         }
         if request.plain {
-            let broker = &session.broker;
+            let Session { broker, places, .. } = &session;
             let mut used = 0;
-            for fetched in &mut gathered.partitions {
-                let named = |(topic, number): &(String, i32)| *topic == fetched.topic && *number == fetched.partition;
-                let from = places.iter().position(named).map_or(0, |index| wanted[index]);
-                if let Err(fault) = decode(&broker.opener, fetched, from, &mut used).await {
+            for (fetched, place) in gathered.partitions.iter_mut().zip(gathered.places) {
+                let Some(place) = place.map(|index| &places[index]) else { continue };
+                if let Err(fault) = plain::decode(&broker.opener, fetched, place.from, &mut used).await {
                     broker.metrics.fetch_errors.count(fault.reason.word());
                     fetched.error = Some(fault.into());
                 }
@@ -390,93 +378,4 @@ impl Follow {
 
 fn refusal(topic: String, partition: i32, fault: Fault) -> v1::FetchedPartition {
     v1::FetchedPartition { topic, partition, error: Some(fault.into()), ..Default::default() }
-}
-
-/// Replaces the batches of an answer by their records from offset `from` on, as many as there is room for; `used` is what all
-/// partitions together have taken. An error says why there is none: where some come before what is wrong, the next read
-/// meets it first.
-async fn decode(opener: &Opener, fetched: &mut v1::FetchedPartition, from: i64, used: &mut usize) -> Result<(), Fault> {
-    let mut bytes = Bytes::from(std::mem::take(&mut fetched.chunks).concat());
-    while !bytes.is_empty() {
-        let batch = Batch::split_from(&mut bytes)?;
-        let (before, first) = (*used, fetched.records.is_empty());
-        let work = move |batch: &Batch, most: usize| take_records(batch, most, from, before, first);
-        match opener.open(&batch, limits::MAX_DECOMPRESSED_BYTES, Use::Read, work).await {
-            Ok(taken) => {
-                *used = taken.used;
-                fetched.records.extend(taken.records);
-                let Some((offset, size)) = taken.left else { continue };
-                fetched.next_offset = offset;
-                let too_large = fetched.records.is_empty() && size > MAX_PLAIN_BYTES;
-                return if too_large { Err(too_large_for_plain(fetched, size)) } else { Ok(()) };
-            }
-            Err(error) => {
-                fetched.next_offset = from.max(batch.base_offset().as_i64());
-                return if fetched.records.is_empty() { Err(undecodable(fetched, &batch, &error)) } else { Ok(()) };
-            }
-        }
-    }
-    Ok(())
-}
-
-/// What was taken of a batch.
-struct Taken {
-    records: Vec<v1::Record>,
-    /// Bytes of the whole answer.
-    used: usize,
-    /// The first record that has no room any more, and its size.
-    left: Option<(i64, usize)>,
-}
-
-fn take_records(batch: &Batch, most: usize, from: i64, used: usize, first: bool) -> Result<Taken, Malformed> {
-    // A slice would hold all that was decompressed until the answer is sent.
-    let copies = batch.compression() != Compression::None;
-    let keep = |bytes: Bytes| if copies { Bytes::copy_from_slice(&bytes) } else { bytes };
-    let mut taken = Taken { records: Vec::new(), used, left: None };
-    for entry in batch.records_within(most)? {
-        let (offset, record) = entry?;
-        if offset.as_i64() < from || taken.left.is_some() {
-            continue;
-        }
-        let size = plain_bytes(&record);
-        let room = if first && taken.records.is_empty() { MAX_PLAIN_BYTES } else { PLAIN_BYTES };
-        if taken.used + size > room {
-            taken.left = Some((offset.as_i64(), size));
-            continue;
-        }
-        taken.used += size;
-        let headers = record.headers.into_iter().map(|h| v1::Header { key: h.key, value: h.value.map(keep) }).collect();
-        taken.records.push(v1::Record {
-            key: record.key.map(keep),
-            value: record.value.map(keep),
-            headers,
-            timestamp_ms: Some(record.timestamp_ms),
-            offset: offset.as_i64(),
-        });
-    }
-    Ok(taken)
-}
-
-/// What a record takes in an answer, at most.
-fn plain_bytes(record: &Record) -> usize {
-    let length = |bytes: &Option<Bytes>| bytes.as_ref().map_or(0, Bytes::len);
-    let headers = record.headers.iter().map(|header| header.key.len() + length(&header.value) + 32);
-    length(&record.key) + length(&record.value) + headers.sum::<usize>() + 64
-}
-
-/// A record that no answer has room for must be read as a batch.
-fn too_large_for_plain(fetched: &v1::FetchedPartition, size: usize) -> Fault {
-    let message = format!("the record at offset {} has {size} bytes: read it as a batch", fetched.next_offset);
-    Fault::new(Reason::RecordTooLarge, message).with("offset", fetched.next_offset)
-}
-
-/// A batch is stored with its records unread: what is wrong with them is its reader's to find.
-fn undecodable(fetched: &v1::FetchedPartition, batch: &Batch, error: &Malformed) -> Fault {
-    let (base, end) = (batch.base_offset(), batch.end_offset());
-    let message = format!(
-        "topic {}, partition {}: the records of the batch at offset {base} cannot be decoded: {error}; read it as a batch, \
-         or go on behind it at offset {end}",
-        fetched.topic, fetched.partition
-    );
-    Fault::new(Reason::DataDamaged, message).with("offset", base).with("next", end)
 }
