@@ -128,11 +128,10 @@ impl Routing {
         let (Some(leader), Some(epoch), Some(address)) = (leader, epoch, address) else { return false };
         let mut view = lock(&self.view);
         let Some(Ok(route)) = view.topics.get_mut(topic) else { return false };
-        let known = usize::try_from(partition).ok().and_then(|number| route.partitions.get(number));
-        if known.is_none_or(|known| known.epoch >= epoch) {
+        let Ok(number) = usize::try_from(partition) else { return false };
+        if route.partitions.get(number).is_none_or(|known| known.epoch >= epoch) {
             return false;
         }
-        let number = usize::try_from(partition).expect("found by it above");
         let known = &mut Arc::make_mut(route).partitions[number];
         (known.leader, known.epoch) = (Some(leader), epoch);
         let rack = view.brokers.remove(&leader).map_or_else(String::new, |home| home.rack);
