@@ -25,7 +25,8 @@ impl Broker {
         let name = name(topic)?;
         let state = self.view.state();
         let Some(known) = state.topic(&name).cloned() else { return Err(self.topics.unknown(topic).into()) };
-        let entries: Vec<(u32, PartitionEntry)> = state.partitions_of(&known.value).collect();
+        let entries = state.partitions_of(&known.value).map(|(number, entry)| (number, entry.clone()));
+        let entries: Vec<(u32, PartitionEntry)> = entries.collect();
         drop(state);
         let answers = self.ask_marks(leaders(known.value.id, &entries)).await;
         let partitions = entries.into_iter().map(|(number, entry)| {

@@ -47,13 +47,13 @@ impl Broker {
     fn describe_routes(&self, state: &ViewState, name: &TopicName, topic: &TopicValue) -> v1::TopicMetadata {
         let config = TopicConfig::resolve(&self.settings.topic_defaults, &topic.config).unwrap_or_default();
         let partitions = state.partitions_of(topic).map(|(number, entry)| {
-            let value = entry.partition.map(|known| known.value.clone());
+            let value = entry.partition.as_ref().map(|known| &known.value);
             let ids = |set: &[BrokerId]| set.iter().map(|id| id.0).collect::<Vec<_>>();
             v1::PartitionMetadata {
                 partition: number.cast_signed(),
-                leader: value.as_ref().and_then(|value| value.leader).map(|leader| leader.0),
-                replicas: value.as_ref().map(|value| ids(&value.replicas)).unwrap_or_default(),
-                isr: value.as_ref().map(|value| ids(&value.isr)).unwrap_or_default(),
+                leader: value.and_then(|value| value.leader).map(|leader| leader.0),
+                replicas: value.map(|value| ids(&value.replicas)).unwrap_or_default(),
+                isr: value.map(|value| ids(&value.isr)).unwrap_or_default(),
                 leader_epoch: value.map_or(-1, |value| value.leader_epoch.as_i32()),
             }
         });

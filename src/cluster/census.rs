@@ -49,7 +49,7 @@ impl Census {
             census.topics += 1;
             for (_, entry) in state.partitions_of(&topic.value) {
                 census.partitions += 1;
-                let Some(known) = entry.partition else {
+                let Some(known) = &entry.partition else {
                     census.leaderless += 1;
                     continue;
                 };
@@ -95,11 +95,12 @@ impl Duty {
         let mut duty = Self::default();
         for topic in state.topics().values() {
             let mut asked = None;
-            for value in state.values_of(&topic.value) {
-                let Some(value) = value else {
+            for (_, entry) in state.partitions_of(&topic.value) {
+                let Some(known) = &entry.partition else {
                     duty.leaderless += u64::from(is_controller);
                     continue;
                 };
+                let value = &known.value;
                 if is_controller {
                     duty.leaderless += u64::from(!is_led(state, value));
                     duty.moving += u64::from(value.is_moving());

@@ -327,14 +327,9 @@ impl Presence {
         for (id, known) in live {
             self.up.entry(*id).or_insert((known.create_revision, now));
         }
-        let mut named = BTreeSet::new();
-        for topic in state.topics().values() {
-            for (_, entry) in state.partitions_of(&topic.value) {
-                named.extend(entry.partition.iter().flat_map(|known| known.value.replicas.iter().copied()));
-            }
-        }
-        self.gone.retain(|id, _| named.contains(id) && !live.contains_key(id));
-        for id in named.into_iter().filter(|id| !live.contains_key(id)) {
+        let holders = state.holders();
+        self.gone.retain(|id, _| holders.contains(id) && !live.contains_key(id));
+        for id in holders.into_iter().filter(|id| !live.contains_key(id)) {
             self.gone.entry(id).or_insert(now);
         }
     }

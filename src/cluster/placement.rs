@@ -58,7 +58,7 @@ impl Placement {
         }
         for topic in state.topics().values() {
             for (_, entry) in state.partitions_of(&topic.value) {
-                if let Some(partition) = entry.partition {
+                if let Some(partition) = &entry.partition {
                     placement.carry(&partition.value.replicas);
                 }
             }

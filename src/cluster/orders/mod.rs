@@ -346,13 +346,7 @@ impl Chosen {
 
 /// Every broker that the metadata names: those that are alive, that hold replicas, or that are to be drained.
 fn known(state: &ViewState) -> BTreeSet<BrokerId> {
-    let mut known: BTreeSet<BrokerId> = state.brokers().keys().chain(state.drains().keys()).copied().collect();
-    for topic in state.topics().values() {
-        for (_, entry) in state.partitions_of(&topic.value) {
-            known.extend(entry.partition.iter().flat_map(|known| known.value.replicas.iter().copied()));
-        }
-    }
-    known
+    state.brokers().keys().chain(state.drains().keys()).copied().chain(state.holders()).collect()
 }
 
 #[cfg(test)]

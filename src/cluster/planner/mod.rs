@@ -206,35 +206,25 @@ impl Plan {
 pub fn plan(input: &Input<'_>) -> Plan {
     let mut plan = Plan::default();
     let mut settled = Vec::new();
-    let topics: Vec<_> = input.view.topics().values().map(|known| (known, min_insync(input, &known.value))).collect();
-    for (topic, min_insync) in &topics {
-        for (number, entry) in input.view.partitions_of(&topic.value) {
-            let Some(known) = entry.partition else { continue };
-            let (id, revision) = (PartitionId::new(topic.value.id, number), known.mod_revision);
-            let subject = Subject { id, topic: &topic.value, value: &known.value, revision, min_insync: *min_insync };
+    for known in input.view.topics().values() {
+        let (topic, min_insync) = (&known.value, min_insync(input, &known.value));
+        for (number, entry) in input.view.partitions_of(topic) {
+            let Some(known) = &entry.partition else { continue };
+            let (id, revision) = (PartitionId::new(topic.id, number), known.mod_revision);
+            let subject = Subject { id, topic, value: &known.value, revision, min_insync };
             let pressing = lead::elect(input, &subject, &mut plan.waiting)
                 .or_else(|| lead::hand_over(input, &subject))
                 .or_else(|| moves::end(input, &subject));
             match pressing {
                 Some(step) => plan.steps.push(step),
-                None => settled.push((id, revision, &topic.value, *min_insync, known.clone())),
+                None => settled.push(subject),
             }
         }
     }
     plan.steps.sort_by_key(|step| step.why);
-    let subjects: Vec<Subject<'_>> = settled
-        .iter()
-        .map(|(id, revision, topic, min_insync, known)| Subject {
-            id: *id,
-            topic,
-            value: &known.value,
-            revision: *revision,
-            min_insync: *min_insync,
-        })
-        .collect();
-    let moved = moves::begin(input, &subjects, &mut plan);
+    let moved = moves::begin(input, &settled, &mut plan);
     if plan.steps.iter().all(|step| step.why > Why::Leaderless) {
-        lead::prefer(input, &subjects, &moved, &mut plan);
+        lead::prefer(input, &settled, &moved, &mut plan);
     }
     plan
 }

@@ -8,6 +8,7 @@ use crate::{
         embedded::EmbeddedStore,
         faulty::{Fault, Faulty},
         keys::{BrokerValue, Key},
+        view::PartitionEntry,
     },
     limits,
     model::{BrokerId, TopicId},
@@ -102,7 +103,7 @@ async fn a_topic_is_made_whole_with_leaders_at_epoch_zero() {
     assert_eq!((topic.value.clone(), topic.mod_revision), (made.value.clone(), made.revision));
     let mut count = 0;
     for (_, entry) in state.partitions_of(&topic.value) {
-        let value = &entry.partition.expect("every partition is there").value;
+        let value = &entry.partition.as_ref().expect("every partition is there").value;
         assert_eq!((value.replicas.len(), &value.isr, value.leader_epoch), (2, &value.replicas, LeaderEpoch(0)));
         assert_eq!(value.leader, value.replicas.first().copied());
         count += 1;
@@ -208,10 +209,9 @@ async fn growing_twice_at_the_same_time_never_rewrites_a_partition_that_counts()
     let value = &state.topic(&topic).expect("it exists").value;
     assert!(state.partitions_of(value).all(|(_, entry)| entry.partition.is_some()));
     let committed = state.topic(&topic).expect("it exists").mod_revision;
-    let rewritten = |(_, entry): (u32, crate::cluster::PartitionEntry)| {
-        entry.partition.is_some_and(|known| known.mod_revision > committed)
-    };
-    assert!(!state.partitions_of(value).any(rewritten));
+    let rewritten =
+        |entry: &PartitionEntry| entry.partition.as_ref().is_some_and(|known| known.mod_revision > committed);
+    assert!(!state.partitions_of(value).any(|(_, entry)| rewritten(entry)));
 }
 
 #[tokio::test]
@@ -326,7 +326,8 @@ async fn a_sweep_never_takes_a_topic_that_was_made_meanwhile() {
     let made = cluster.create("a", 5, 1).await.expect("made").value.id;
     let state = cluster.view.state();
     // What the sweep saw before the last transaction of the creation.
-    let strays: Vec<_> = state.partitions_of(&state.topic(&name("a")).expect("it exists").value).skip(1).collect();
+    let topic = &state.topic(&name("a")).expect("it exists").value;
+    let strays: Vec<_> = state.partitions_of(topic).skip(1).map(|(number, entry)| (number, entry.clone())).collect();
     cluster.store.transact(Transaction::new().delete(cluster.keys.topic(&name("a")))).await.expect("answers");
     cluster.catch_up().await;
     assert_eq!(

@@ -95,16 +95,21 @@ impl ViewState {
     }
 
     /// A topic's partitions by number, `0..topic.partitions`. One whose key is missing or unreadable has no
-    /// `partition`.
-    pub fn partitions_of<'a>(&'a self, topic: &TopicValue) -> impl Iterator<Item = (u32, PartitionEntry)> + use<'a> {
+    /// `partition`. Copies nothing.
+    pub fn partitions_of<'a>(
+        &'a self,
+        topic: &TopicValue,
+    ) -> impl Iterator<Item = (u32, &'a PartitionEntry)> + use<'a> {
+        static UNKNOWN: PartitionEntry = PartitionEntry { partition: None, tier: None };
         let entries = self.partitions.get(&topic.id);
-        (0..topic.partitions).map(move |number| (number, nth(entries, number).cloned().unwrap_or_default()))
+        (0..topic.partitions).map(move |number| (number, nth(entries, number).unwrap_or(&UNKNOWN)))
     }
 
-    /// The values of a topic's partitions by number, as far as they are known. Copies nothing.
-    pub fn values_of<'a>(&'a self, topic: &TopicValue) -> impl Iterator<Item = Option<&'a PartitionValue>> + use<'a> {
-        let entries = self.partitions.get(&topic.id);
-        (0..topic.partitions).map(move |number| Some(&nth(entries, number)?.partition.as_ref()?.value))
+    /// The brokers that hold a partition that counts, alive or not.
+    pub fn holders(&self) -> BTreeSet<BrokerId> {
+        let entries = self.topics.values().flat_map(|topic| self.partitions_of(&topic.value));
+        let values = entries.filter_map(|(_, entry)| entry.partition.as_ref());
+        values.flat_map(|known| known.value.replicas.iter().copied()).collect()
     }
 
     /// What is known of a partition that counts: its topic exists and is that large.
@@ -118,7 +123,7 @@ impl ViewState {
         let mut found = Vec::new();
         for topic in self.topics.values() {
             for (number, entry) in self.partitions_of(&topic.value) {
-                if entry.partition.is_some_and(|known| known.value.replicas.contains(&broker)) {
+                if entry.partition.as_ref().is_some_and(|known| known.value.replicas.contains(&broker)) {
                     found.push(PartitionId::new(topic.value.id, number));
                 }
             }
