@@ -1,4 +1,6 @@
-//! `strandline partition`: reassign, status, cancel, elect.
+//! `strandline partition`: reassign, status, cancel, elect. What they say is in `words`.
+
+mod words;
 
 use std::{
     io::{self, BufRead as _, IsTerminal as _},
@@ -10,8 +12,9 @@ use std::{
 use anyhow::bail;
 use clap::{Args, Subcommand};
 use indicatif::ProgressBar;
-use serde_json::{Value, json};
+use serde_json::Value;
 
+use self::words::{elected, prospect, reassigned, reassignment, taken_back, uncleanly, under_way};
 use super::{
     Common,
     connect::{connect, explain, explain_order},
@@ -20,7 +23,7 @@ use super::{
     wait::{Left, Wait, took},
 };
 use crate::{
-    client::{Admin, CallError, Election, HeldReplica, Reassignment},
+    client::{Admin, CallError, Election, Reassignment},
     model::{BrokerId, TopicName},
 };
 
@@ -323,151 +326,6 @@ fn show(value: &Value, lines: &str, output: Output) -> anyhow::Result<()> {
         Output::Text => output::line(lines)?,
     }
     Ok(())
-}
-
-fn reassigned(moves: &[Reassignment]) -> String {
-    let mut lines: Vec<String> = moves.iter().map(ordered).collect();
-    if moves.iter().any(|one| !one.adding.is_empty() || !one.removing.is_empty()) {
-        lines
-            .push("`strandline partition reassign status` shows how far it is, and what waits for its turn".to_owned());
-    }
-    lines.join("\n")
-}
-
-/// What became of one partition.
-fn ordered(one: &Reassignment) -> String {
-    let (name, replicas) = (format!("{}/{}", one.topic, one.partition), ids(&one.replicas));
-    let moving = !(one.adding.is_empty() && one.removing.is_empty());
-    match (moving, one.changed) {
-        (true, true) => {
-            let what = [("adding", &one.adding), ("removing", &one.removing)];
-            let what = what.iter().filter(|(_, set)| !set.is_empty()).map(|(word, set)| format!("{word} {}", ids(set)));
-            format!("{name} moves to {replicas}: {}", what.collect::<Vec<_>>().join(", "))
-        }
-        (true, false) if one.waiting => format!("{name} waits for its turn to move to {replicas} already"),
-        (true, false) => format!("{name} is moving to {replicas} already"),
-        (false, true) => format!("{name} is on {replicas}: only their order changed"),
-        (false, false) => format!("{name} is on {replicas} already"),
-    }
-}
-
-fn under_way(moves: &[Reassignment]) -> String {
-    if moves.is_empty() {
-        return "no partition is being moved".to_owned();
-    }
-    let row = |one: &Reassignment| {
-        vec![
-            one.topic.clone(),
-            one.partition.to_string(),
-            one.leader.map_or_else(|| "none".to_owned(), |leader| leader.to_string()),
-            ids(&one.replicas),
-            ids(&one.adding),
-            ids(&one.removing),
-            ids(&one.isr),
-            if one.waiting { "waiting" } else { "copying" }.to_owned(),
-        ]
-    };
-    let header = ["TOPIC", "PARTITION", "LEADER", "TO", "ADDING", "REMOVING", "IN SYNC", "STATE"];
-    output::tabled(&header, &[1, 2], moves.iter().map(row).collect())
-}
-
-fn taken_back(moves: &[Reassignment]) -> String {
-    let line = |one: &Reassignment| match one.changed {
-        true => format!("{}/{} stays on {}", one.topic, one.partition, ids(&one.replicas)),
-        false => format!("the move of {}/{} had ended: it is on {}", one.topic, one.partition, ids(&one.replicas)),
-    };
-    moves.iter().map(line).collect::<Vec<_>>().join("\n")
-}
-
-fn reassignment(one: &Reassignment) -> Value {
-    json!({
-        "topic": one.topic,
-        "partition": one.partition,
-        "leader": one.leader,
-        "replicas": one.replicas,
-        "adding": one.adding,
-        "removing": one.removing,
-        "isr": one.isr,
-        "changed": one.changed,
-        "waiting": one.waiting,
-    })
-}
-
-/// What an unclean election would do.
-fn prospect(topic: &str, number: u32, would: &Election) -> String {
-    let row = |replica: &HeldReplica| {
-        let was = match (replica.in_sync, replica.eligible) {
-            (true, _) => "in sync",
-            (false, true) => "eligible",
-            (false, false) => "behind",
-        };
-        let (epoch, end, committed) = match &replica.ends {
-            Ok((high_watermark, log_end, epoch)) => (
-                epoch.map_or_else(|| "-".to_owned(), |epoch| epoch.to_string()),
-                log_end.to_string(),
-                high_watermark.to_string(),
-            ),
-            Err(_) => ("?".to_owned(), "?".to_owned(), "?".to_owned()),
-        };
-        vec![replica.broker.to_string(), was.to_owned(), epoch, end, committed]
-    };
-    let header = ["BROKER", "WAS", "LAST EPOCH", "LOG END", "HIGH WATERMARK"];
-    let table = output::tabled(&header, &[0, 2, 3, 4], would.held.iter().map(row).collect());
-    let mut lines = vec![format!("nobody can lead {topic}/{number} without loss"), String::new(), table, String::new()];
-    for replica in &would.held {
-        if let Err(fault) = &replica.ends {
-            lines.push(fault.to_string());
-        }
-    }
-    let lost = &would.lost;
-    lines.push(format!("broker {} holds most", would.leader));
-    if !lost.is_empty() {
-        let records = output::count(lost.end.since(lost.start), "committed record");
-        lines.push(format!(
-            "{records} would be lost: the offsets {} up to, but not including, {}",
-            lost.start, lost.end
-        ));
-    }
-    let silent: Vec<BrokerId> =
-        would.held.iter().filter(|replica| replica.ends.is_err()).map(|replica| replica.broker).collect();
-    lines.push(match silent.is_empty() {
-        false => format!("whatever only broker {} holds is lost as well, acknowledged or not", ids(&silent)),
-        true if lost.is_empty() => "no replica knows of a committed record that it lacks".to_owned(),
-        true => "every replica answered".to_owned(),
-    });
-    lines.join("\n")
-}
-
-fn elected(topic: &str, number: u32, election: &Election) -> Value {
-    json!({
-        "topic": topic,
-        "partition": number,
-        "leader": election.leader,
-        "leader_epoch": election.leader_epoch,
-        "unclean": false,
-        "changed": election.changed,
-    })
-}
-
-fn uncleanly(topic: &str, number: u32, election: &Election) -> Value {
-    let held = |replica: &HeldReplica| {
-        let ends = replica.ends.as_ref().ok();
-        json!({
-            "broker": replica.broker,
-            "in_sync": replica.in_sync,
-            "eligible": replica.eligible,
-            "last_epoch": ends.and_then(|(_, _, epoch)| *epoch),
-            "log_end": ends.map(|(_, log_end, _)| log_end),
-            "high_watermark": ends.map(|(high_watermark, ..)| high_watermark),
-            "unanswered": replica.ends.as_ref().err().map(ToString::to_string),
-        })
-    };
-    let mut value = elected(topic, number, election);
-    value["unclean"] = true.into();
-    value["held"] = election.held.iter().map(held).collect();
-    value["lost_from"] = json!(election.lost.start);
-    value["lost_to"] = json!(election.lost.end);
-    value
 }
 
 #[cfg(test)]

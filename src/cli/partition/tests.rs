@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::{
+    client::HeldReplica,
     model::{LeaderEpoch, Offset},
     proto::fault::{Fault, Reason},
 };
