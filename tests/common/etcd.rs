@@ -72,9 +72,7 @@ impl Etcd {
     fn of(members: Vec<Member>, scheme: &'static str, flags: &[String]) -> Self {
         let folder = tempfile::tempdir().expect("a directory");
         let mut etcd = Self { folder, members, flags: flags.to_vec(), scheme };
-        for place in 0..etcd.members.len() {
-            etcd.run(place);
-        }
+        etcd.run_all();
         etcd
     }
 
@@ -118,6 +116,16 @@ impl Etcd {
         let mut process = self.members[place].process.take().expect("it runs");
         process.kill().expect("it is ours");
         process.wait().expect("it is ours");
+    }
+
+    /// Kills every member.
+    pub(crate) fn kill_all(&mut self) {
+        (0..self.members.len()).for_each(|place| self.kill(place));
+    }
+
+    /// Starts every member on the data that it has.
+    pub(crate) fn run_all(&mut self) {
+        (0..self.members.len()).for_each(|place| self.run(place));
     }
 
     /// Stops a member as a frozen machine would be: its connections stay open, and nothing comes from it.

@@ -151,9 +151,7 @@ impl Cluster {
             last = self.partitions(topic);
             last.iter().all(whole).then_some(())
         });
-        let logs =
-            || self.homes.iter().map(|(id, home)| format!("--- broker {id}\n{}", home.log())).collect::<String>();
-        assert!(settled.is_some(), "{replicas} replicas in sync: {last:#?}\n{}", logs());
+        assert!(settled.is_some(), "{replicas} replicas in sync: {last:#?}\n{}", self.logs());
     }
 
     /// What everybody has said.

@@ -34,9 +34,7 @@ fn records_are_taken_and_read_while_etcd_is_gone() {
     let mut cluster = cluster_with_topic(&[]);
     let cli = cluster.cli();
     cli.ok_with(&["produce", TOPIC], lines(0, 100).as_bytes());
-    for member in 0..3 {
-        cluster.etcd.kill(member);
-    }
+    cluster.etcd.kill_all();
     let gone = Duration::from_secs(setting("STRANDLINE_ETCD_GONE_SECONDS", 6));
     let since = clock::monotonic();
     let mut sent = 100;
@@ -46,9 +44,7 @@ fn records_are_taken_and_read_while_etcd_is_gone() {
         let read = cli.ok(&["consume", TOPIC, "--from", "earliest", "--until-end"]);
         assert_eq!(read.text(), lines(0, sent));
     }
-    for member in 0..3 {
-        cluster.etcd.run(member);
-    }
+    cluster.etcd.run_all();
     // What needs agreement goes on with etcd, and nobody was taken for dead.
     eventually("a topic can be created", || (cli.run(&["topic", "create", "after"]).code == 0).then_some(()));
     cli.ok_with(&["produce", "after"], b"x\n");
@@ -112,9 +108,7 @@ fn etcd_and_the_bucket_are_gone_at_the_same_time() {
     let tiered = |cluster: &Cluster| cluster.partitions(TOPIC)[0]["tiered_end"].as_u64();
     eventually("all is in the bucket", || (tiered(&cluster) == Some(sent.into())).then_some(()));
     s3.faults().set_down(true);
-    for member in 0..3 {
-        cluster.etcd.kill(member);
-    }
+    cluster.etcd.kill_all();
     let since = clock::monotonic();
     // Longer than a lease lives.
     while since.elapsed() < Duration::from_secs(5) {
@@ -123,9 +117,7 @@ fn etcd_and_the_bucket_are_gone_at_the_same_time() {
         assert_eq!(read.text(), lines(sent, sent + 100), "what is new is read from memory or disk");
         sent += 100;
     }
-    for member in 0..3 {
-        cluster.etcd.run(member);
-    }
+    cluster.etcd.run_all();
     s3.faults().set_down(false);
     eventually("what waited is in the bucket", || (tiered(&cluster) == Some(sent.into())).then_some(()));
     cluster.in_sync(TOPIC, 3);
@@ -140,12 +132,8 @@ async fn a_broker_that_missed_what_etcd_has_compacted_learns_it_all_the_same() {
         let cli = cluster.home(1).cli();
         cli.ok(&["topic", "create", "before"]);
         cluster.broker(2).freeze(true);
-        for member in 0..3 {
-            cluster.etcd.kill(member);
-        }
-        for member in 0..3 {
-            cluster.etcd.run(member);
-        }
+        cluster.etcd.kill_all();
+        cluster.etcd.run_all();
         answers(&cluster.etcd);
         let named = |number| format!("meanwhile-{number}");
         for number in 0..10 {
