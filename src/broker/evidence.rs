@@ -9,7 +9,8 @@
 //!
 //! - leaders here drop the broker from their in-sync replicas at once (`Departure::Gone`), so that `acks=all` does not wait for its lease;
 //! - the controller is told. It probes for itself, and takes the registration away, by comparing the broker epoch; it then elects
-//!   others. Is the controller itself the suspect, the brokers with the lowest numbers do the same, each a little later than the one before.
+//!   others. Is the controller itself the suspect, the brokers with the lowest numbers do the same, each a little later than the
+//!   one before.
 //!
 //! Silence means nothing here: a host that vanished, or is cut off, keeps its lease until that ends.
 //!

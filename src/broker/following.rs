@@ -1,8 +1,8 @@
 //! One link for each broker that leads something which this one follows.
 //!
 //! Partitions say whom they follow ([`Links`]); a link is made when the first of them names a broker, and made anew whenever it
-//! breaks: at once, then after pauses that grow to a second. It lasts for one broker epoch of either side. Whatever can be concluded from how
-//! it ended is told to [`LinkLost`]; nothing is concluded here.
+//! breaks: at once, then after pauses that grow to a second. It lasts for one broker epoch of either side. Whatever can be
+//! concluded from how it ended is told to [`LinkLost`]; nothing is concluded here.
 
 use std::{
     collections::BTreeMap,

@@ -1,6 +1,7 @@
 //! The page of figures: what is counted where it happens, and what is read now.
 //!
-//! What is read costs one pass over the partitions of the mirror, and one over those that are open here, for each page; nothing while nobody asks.
+//! What is read costs one pass over the partitions of the mirror, and one over those that are open here, for each page; nothing
+//! while nobody asks.
 
 use std::{
     collections::BTreeMap,

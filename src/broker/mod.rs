@@ -4,12 +4,13 @@
 //!
 //! Every request does the same steps: validate, find the partition (or refuse with who serves it), serve. `service` is
 //! the gRPC face; `produce`, `fetch`, `offsets`, `admin`, `describe` and `cluster_admin` serve; `lookup` finds, `figures` asks other
-//! brokers; `faults` maps every error once. `reconcile` follows the cluster's metadata and opens, configures and closes partitions;
-//! `upkeep` gives partitions their turn at sealing,
-//! uploading and deleting; `garbage` takes away what crashes and deletions left in the bucket and in the metadata.
+//! brokers; `faults` maps every error once. `reconcile` follows the cluster's metadata and opens, configures and closes partitions,
+//! and `leftovers` deletes what is nobody's here any more; `upkeep` gives partitions their turn at sealing, uploading and deleting;
+//! `garbage` takes away what crashes and deletions left in the bucket and in the metadata.
 //!
-//! Among several brokers `following` and `peer` are the links over which replicas follow, `evidence` says what a lost one means, `agree` carries what leaders propose to the metadata store, `lag` tells them the time, and one of the brokers
-//! is the controller (`cluster::Controller`), which alone collects garbage.
+//! Among several brokers `following` and `peer` are the links over which replicas follow, `evidence` says what a lost one means,
+//! `agree` carries what leaders propose to the metadata store, `lag` tells them the time, and one of the brokers is the
+//! controller (`cluster::Controller`), which alone collects garbage.
 //!
 //! # Start
 //!

@@ -60,7 +60,8 @@ impl PartitionChanges {
         Self { store, keys }
     }
 
-    /// Makes changes of different partitions, each for itself. `when` must hold for every one of them: a controller names its own key there.
+    /// Makes changes of different partitions, each for itself. `when` must hold for every one of them: a controller names its own
+    /// key there.
     ///
     /// # Panics
     /// When two changes are of the same partition.

@@ -2,9 +2,9 @@
 //!
 //! # Overview
 //!
-//! Every broker runs this task. It campaigns for the controller's key, which hangs on the broker's own lease and so goes with its registration.
-//! Who has it plans whenever brokers, topics, partitions or drains changed, and carries the steps out as compare-and-sets that
-//! name the key: a controller that was deposed is refused at its first write. Between changes it sleeps.
+//! Every broker runs this task. It campaigns for the controller's key, which hangs on the broker's own lease and so goes with its
+//! registration. Who has it plans whenever brokers, topics, partitions or drains changed, and carries the steps out as
+//! compare-and-sets that name the key: a controller that was deposed is refused at its first write. Between changes it sleeps.
 //!
 //! # Invariants
 //!

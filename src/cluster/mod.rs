@@ -1,11 +1,16 @@
-//! What all brokers agree on: the metadata store, the keys in it, the mirror of it, and topic administration.
+//! What all brokers agree on: the metadata store, the keys in it, the mirror of it, and whoever changes what is there.
 //!
 //! # Overview
 //!
 //! `store` is the trait [`MetaStore`]: a map from paths to values with one history, in etcd's words. `embedded` is the
-//! implementation for a broker alone, `etcd` that for several; `measured` counts what is asked of either. `keys` says what is at which path. `view` mirrors the cluster's prefix into
-//! memory: every question of where something is, is answered from there. `topics` creates, alters and deletes topics;
-//! `placement` says which brokers hold a new partition; `orders` writes down what an operator wants of brokers and partitions.
+//! implementation for a broker alone, `etcd` that for several; `measured` counts what is asked of either. `keys` says what is at
+//! which path. `view` mirrors the cluster's prefix into memory: every question of where something is, is answered from there.
+//! `topics` creates, alters and deletes topics; `placement` says which brokers hold a new partition; `orders` writes down what an
+//! operator wants of brokers and partitions.
+//!
+//! Among several brokers `session` keeps one registered, after `proof` has shown what it still holds. `partition_value` computes every
+//! new set and leader of a partition, `changes` writes them by compare-and-set, and `controller` carries out what the pure `planner`
+//! finds to be done. `census` counts what is as it should be, and what is not.
 //!
 //! # Invariants
 //!

@@ -364,8 +364,8 @@ impl Keeper {
         }
     }
 
-    /// Whether the mirror, where it is new enough to know, does not show this registration. While it is being made anew that is no news: the
-    /// clock says when to try again.
+    /// Whether the mirror, where it is new enough to know, does not show this registration. While it is being made anew that is
+    /// no news: the clock says when to try again.
     fn is_missing(&self, state: &ViewState) -> bool {
         if state.revision() < self.epoch || matches!(*self.publish.borrow(), Standing::Lost) {
             return false;

@@ -52,7 +52,8 @@ pub struct Options {
     pub reserve_bytes: u64,
     /// Where rounds of the journal are counted.
     pub metrics: Metrics,
-    /// No threads: [`Log::journal_step`](super::Log::journal_step) and [`Log::sync_step`](super::Log::sync_step) do their work. For the simulator.
+    /// No threads: [`Log::journal_step`](super::Log::journal_step) and [`Log::sync_step`](super::Log::sync_step) do their work.
+    /// For the simulator.
     pub manual: bool,
     /// With `manual`: is woken when there may be something to do.
     pub stepper: Option<Stepper>,

@@ -1,7 +1,7 @@
 //! How far followers are behind their leader, for people who watch. Decides nothing: who is in sync is `leader::insync`'s. Pure.
 //!
-//! The age of a record that is not acknowledged yet is needed, and the log has no clock: so the log end is noted with the time now and then,
-//! while somebody follows. What every follower has acknowledged is forgotten, so an idle partition keeps nothing.
+//! The age of a record that is not acknowledged yet is needed, and the log has no clock: so the log end is noted with the time
+//! now and then, while somebody follows. What every follower has acknowledged is forgotten, so an idle partition keeps nothing.
 
 use std::{collections::VecDeque, time::Duration};
 

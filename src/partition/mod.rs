@@ -32,10 +32,10 @@
 //! An acknowledgement is given once and not before its rule holds. Only committed data is uploaded; only what the bucket has, or
 //! what lies below the log start, leaves the disk; the log start is committed in the metadata store before anything is deleted.
 //!
-//! - A task appends what writers send only while it leads, and leads at most once in an epoch. What it asked the metadata store in one epoch
-//!   is never taken for the answer to what it asked in another.
-//! - What a replica calls committed it was told by a leader who had found their logs to agree, or committed itself. That others have committed
-//!   up to an offset says nothing of what this log holds there.
+//! - A task appends what writers send only while it leads, and leads at most once in an epoch. What it asked the metadata store
+//!   in one epoch is never taken for the answer to what it asked in another.
+//! - What a replica calls committed it was told by a leader who had found their logs to agree, or committed itself. That others
+//!   have committed up to an offset says nothing of what this log holds there.
 //! - A role is published before anything is cut, and a link is left before: who reads this log as a leader's finds it over, and nothing is
 //!   acknowledged in an epoch whose log is going.
 //!
@@ -46,9 +46,9 @@
 //!
 //! # Crash and shutdown
 //!
-//! A crash loses what was not acknowledged, and leaks at most an object that no manifest names. A crash between a cut and the claim after it
-//! leaves a log that is cut: it claims from there. On a stop the task leaves its link or refuses
-//! what is queued, waits for the journal and answers what it covers. A disk that takes no writes ends leading and copying, and nothing else.
+//! A crash loses what was not acknowledged, and leaks at most an object that no manifest names. A crash between a cut and the
+//! claim after it leaves a log that is cut: it claims from there. On a stop the task leaves its link or refuses what is queued,
+//! waits for the journal and answers what it covers. A disk that takes no writes ends leading and copying, and nothing else.
 
 pub mod follower;
 pub mod leader;

@@ -1,9 +1,9 @@
 //! Reading a partition: memory, then disk, then bucket, without the caller noticing which.
 //!
-//! A reader never asks the partition's task anything. What it may see ends at the high watermark that the task
-//! published; what it may not see any more ends at the log start. A follower, and a leader who does not know yet what was committed
-//! before it, may know less than its caller saw elsewhere: there an offset above the high watermark is one to wait for. Segments may be evicted or deleted while a read looks for
-//! them: the read then looks again, one tier further down.
+//! A reader never asks the partition's task anything. What it may see ends at the high watermark that the task published; what it
+//! may not see any more ends at the log start. A follower, and a leader who does not know yet what was committed before it, may
+//! know less than its caller saw elsewhere: there an offset above the high watermark is one to wait for. Segments may be evicted
+//! or deleted while a read looks for them: the read then looks again, one tier further down.
 
 use std::sync::Arc;
 

@@ -30,8 +30,8 @@
 //! - Nothing allocates by a length that was not compared with the bytes that are there.
 //! - Decompression stops at `limits::MAX_DECOMPRESSED_BYTES`. Whoever decompresses strangers' batches at the same time
 //!   must count that much for each.
-//! - A payload is copied once, into a builder that was given its capacity; without compression nothing copies it again, neither here nor when it
-//!   is read.
+//! - A payload is copied once, into a builder that was given its capacity; without compression nothing copies it again, neither
+//!   here nor when it is read.
 //! - What any version has written every later one reads: the files under `golden/` never change.
 //!
 //! Pure: no I/O, no clock, no randomness.

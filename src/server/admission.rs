@@ -4,8 +4,8 @@
 //!
 //! 1. [`Admission::reach`] waits until the store answers, and refuses one that is not this directory's.
 //! 2. [`Admission::note`] draws an id for this uptime and writes it into the data directory, before the store hears of it.
-//! 3. [`Admission::admit`], once the replicas are open: an earlier registration of this broker goes, what is not proven is given up, the broker is
-//!    registered. Then the directory is told that the store knows this uptime.
+//! 3. [`Admission::admit`], once the replicas are open: an earlier registration of this broker goes, what is not proven is given
+//!    up, the broker is registered. Then the directory is told that the store knows this uptime.
 //!
 //! A store that does not answer is waited for, and the reason is said: at once, when it changes, and every half minute. What no waiting
 //! mends ends the start: a login that is refused, a number that another broker has, a store that never heard of this directory.

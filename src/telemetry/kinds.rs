@@ -1,5 +1,5 @@
-//! The kinds of metrics, and the labels by which some are counted apart. Every label has few values: words of a fixed set, or the brokers of
-//! one cluster. Nothing is counted by partition or by topic.
+//! The kinds of metrics, and the labels by which some are counted apart. Every label has few values: words of a fixed set, or the
+//! brokers of one cluster. Nothing is counted by partition or by topic.
 
 use std::{sync::atomic::AtomicU64, time::Duration};
 

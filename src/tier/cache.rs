@@ -1,10 +1,10 @@
 //! What all partitions of a broker keep of the bucket: parsed manifests, pages and footers, and aligned chunks of
 //! segment objects, in memory and then in a folder.
 //!
-//! A chunk is fetched once however many readers wait for it. It goes to the folder when it is fetched for the second time: who reads
-//! history once shall neither write it all to the disk that appends wait for, nor push out what others come back to. All objects here are immutable and named once, so nothing
-//! is ever stale; what turns out damaged is forgotten and fetched again. The folder begins empty at each start: its files
-//! carry a checksum, and losing them costs requests only.
+//! A chunk is fetched once however many readers wait for it. It goes to the folder when it is fetched for the second time: who
+//! reads history once shall neither write it all to the disk that appends wait for, nor push out what others come back to. All
+//! objects here are immutable and named once, so nothing is ever stale; what turns out damaged is forgotten and fetched again.
+//! The folder begins empty at each start: its files carry a checksum, and losing them costs requests only.
 
 use std::{io, ops::Range, path::PathBuf, sync::Arc};
 

@@ -1,9 +1,9 @@
 //! Writing objects so that what is referenced is there: put, then verify, and only then may a manifest name it.
 //!
-//! A segment is streamed from its file, which stays readable when it loses its name: parts of 8 MiB, at most four of one segment and eight of all in memory. Small
-//! ones go out as one request. An attempt that fails is looked at before it is repeated: when only the answer was
-//! lost, the object is there and verifies. Attempts of one upload share a name and its content, so that a request that is
-//! done twice, or late, changes nothing.
+//! A segment is streamed from its file, which stays readable when it loses its name: parts of 8 MiB, at most four of one segment
+//! and eight of all in memory. Small ones go out as one request. An attempt that fails is looked at before it is repeated: when
+//! only the answer was lost, the object is there and verifies. Attempts of one upload share a name and its content, so that a
+//! request that is done twice, or late, changes nothing.
 //!
 //! A crash or an error leaves at most objects that no manifest names, which the garbage collection takes, and multipart
 //! uploads that were never completed, which `uploads` ends where the store is S3.

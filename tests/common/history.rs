@@ -1,4 +1,5 @@
-//! Judges what clients saw, of real processes (`tests/it`) and of simulated ones (`tests/sim`): was anything acknowledged lost, and was anything read that should not have been?
+//! Judges what clients saw, of real processes (`tests/it`) and of simulated ones (`tests/sim`): was anything acknowledged lost,
+//! and was anything read that should not have been?
 //!
 //! A [`History`] is what was sent with what came back, and what readers saw. Every payload is sent once and is therefore a
 //! record's identity. [`History::check`] is pure; it finds:

@@ -70,8 +70,8 @@ pub(super) struct Peering {
 }
 
 impl Peering {
-    /// Of the process of this incarnation. Replicas that catch up here take so many bytes in a second, where a number is given. What goes out is
-    /// counted in `sent`. Links run as tasks of `tasks`.
+    /// Of the process of this incarnation. Replicas that catch up here take so many bytes in a second, where a number is given.
+    /// What goes out is counted in `sent`. Links run as tasks of `tasks`.
     pub(super) fn new(
         neighbours: Arc<Neighbours>,
         incarnation: String,

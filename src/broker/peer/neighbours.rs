@@ -1,4 +1,5 @@
-//! What both directions of replication know of the brokers around: who is registered where, under which broker epoch, and this broker's own.
+//! What both directions of replication know of the brokers around: who is registered where, under which broker epoch, and this
+//! broker's own.
 
 use std::{
     collections::BTreeMap,
@@ -69,8 +70,9 @@ impl Neighbours {
         });
     }
 
-    /// Takes this broker's own broker epoch; `None` while it is not registered. Links go on meanwhile, and new ones are made under the last:
-    /// a lost lease says nothing of what is in a log, and the store may be away. A broker epoch ends with the next one.
+    /// Takes this broker's own broker epoch; `None` while it is not registered. Links go on meanwhile, and new ones are made
+    /// under the last: a lost lease says nothing of what is in a log, and the store may be away. A broker epoch ends with the
+    /// next one.
     pub(in crate::broker) fn registered(&self, epoch: Option<Revision>) {
         self.around.send_if_modified(|around| {
             around.is_registered = epoch.is_some();

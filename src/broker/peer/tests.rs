@@ -1,4 +1,5 @@
-//! Two brokers over TCP, as far as replication goes: partitions, links both ways, and the service. No metadata store: a test says who leads.
+//! Two brokers over TCP, as far as replication goes: partitions, links both ways, and the service. No metadata store: a test says
+//! who leads.
 
 use std::{
     collections::BTreeMap,

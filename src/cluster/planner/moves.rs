@@ -1,5 +1,5 @@
-//! Where replicas are: ends of moves, and new ones by an operator's order, for a changed factor, lost and drained brokers, and balance. Moves
-//! begin only within the limits, whoever wants them.
+//! Where replicas are: ends of moves, and new ones by an operator's order, for a changed factor, lost and drained brokers, and
+//! balance. Moves begin only within the limits, whoever wants them.
 
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -91,8 +91,8 @@ impl Placed {
         self.known.as_ref().and_then(|(value, _)| value.leader)
     }
 
-    /// Whether the metadata names this broker in an epoch in which it does not lead any more, or knows nothing of an epoch of which a follower
-    /// spoke.
+    /// Whether the metadata names this broker in an epoch in which it does not lead any more, or knows nothing of an epoch of
+    /// which a follower spoke.
     pub(super) fn is_given_up(&self, me: BrokerId) -> bool {
         let (epoch, led) = (self.epoch(), self.led);
         let names_it = self.leader() == Some(me) && led.is_some_and(|led| led >= epoch);

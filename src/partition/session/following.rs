@@ -31,8 +31,8 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 /// How long the end of a link waits for the other side's last word, or for it to hear ours.
 const LAST_WORD: Duration = Duration::from_millis(500);
 
-/// Carries the partitions that ask `asked` over one link, until it ends. Each of them hears when it stands, and when it does not. The bytes of
-/// the batches that come are counted in `received`.
+/// Carries the partitions that ask `asked` over one link, until it ends. Each of them hears when it stands, and when it does not.
+/// The bytes of the batches that come are counted in `received`.
 pub async fn follow<S>(
     asked: &Asked,
     find: &Find,

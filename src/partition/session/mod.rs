@@ -21,8 +21,8 @@
 //!
 //! # Invariants
 //!
-//! - What is acknowledged was read from the partition while its last join on this link held: once `Links::leave` or `Links::join` has returned,
-//!   nothing is acknowledged, or handed on, for what was joined before ([`Asked`]).
+//! - What is acknowledged was read from the partition while its last join on this link held: once `Links::leave` or `Links::join`
+//!   has returned, nothing is acknowledged, or handed on, for what was joined before ([`Asked`]).
 //! - A place is served only while this broker leads in the epoch in which it was joined: its reader looks at that before and after each
 //!   read.
 //! - No place waits for another: windows bound what each has under way to what the follower's partition can queue; joins and

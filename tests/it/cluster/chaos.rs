@@ -1,8 +1,8 @@
 //! Brokers and etcd's members on machines of their own, and a bucket over the network, under faults drawn from a seed: what was
 //! acknowledged stays, once and in order, and how long clients waited after each kind of fault is printed.
 //!
-//! `STRANDLINE_CHAOS_MINUTES` says how long (`make chaos MINUTES=N`), `STRANDLINE_CHAOS_ONLY` picks faults by their words (`ONLY="cut off"`),
-//! `STRANDLINE_SEED` repeats a run's choices, though not the scheduler's.
+//! `STRANDLINE_CHAOS_MINUTES` says how long (`make chaos MINUTES=N`), `STRANDLINE_CHAOS_ONLY` picks faults by their words
+//! (`ONLY="cut off"`), `STRANDLINE_SEED` repeats a run's choices, though not the scheduler's.
 
 use std::{collections::BTreeMap, fmt, thread, time::Duration};
 

@@ -1,5 +1,5 @@
-//! Values in etcd that no broker wrote: they are named and passed over, nobody ends because of them, and what they spoiled goes on when they
-//! are mended.
+//! Values in etcd that no broker wrote: they are named and passed over, nobody ends because of them, and what they spoiled goes
+//! on when they are mended.
 
 use etcd_client::Client;
 use serde_json::Value;

@@ -232,8 +232,8 @@ async fn a_sequential_reader_is_read_ahead_of_with_few_requests() {
     let before = s3.faults().requests(Op::Get);
     let chunks = content.len().div_ceil(1 << 20);
     let (mut next, mut out) = (at(0), BytesMut::new());
-    // The window doubles with each read that goes on, and half of it at least is fetched behind that read: wait for that, so that the reader
-    // never comes before what is fetched for it.
+    // The window doubles with each read that goes on, and half of it at least is fetched behind that read: wait for that, so that
+    // the reader never comes before what is fetched for it.
     for window in [0, 1, 2, 4, 8].into_iter().chain(std::iter::repeat(16)) {
         let read = fresh.read(next, 1 << 20).await.unwrap();
         read.chunks.iter().for_each(|chunk| out.extend_from_slice(chunk));

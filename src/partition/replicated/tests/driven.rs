@@ -351,8 +351,8 @@ async fn who_led_in_an_epoch_does_not_lead_in_it_again() {
     assert_eq!(refused, Err(AppendError::NotLeader { leader: Some(broker(2)), epoch: LeaderEpoch(7) }));
 }
 
-/// A follower's word of a newer epoch ends a leadership at once. Were it wrong, by a broken follower or broken metadata, the partition stood
-/// still for ever: the metadata went on naming a leader that waited for more.
+/// A follower's word of a newer epoch ends a leadership at once. Were it wrong, by a broken follower or broken metadata, the
+/// partition stood still for ever: the metadata went on naming a leader that waited for more.
 #[tokio::test]
 async fn a_word_of_an_epoch_that_the_store_does_not_know_costs_an_epoch_and_not_the_partition() {
     let (partition, notes, _log) = open();

@@ -1,4 +1,5 @@
-//! Several replicas of one partition, joined by a network and a metadata store that the test holds: who leads, who copies, who is told what.
+//! Several replicas of one partition, joined by a network and a metadata store that the test holds: who leads, who copies, who is
+//! told what.
 
 mod driven;
 mod net;
