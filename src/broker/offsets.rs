@@ -3,6 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use futures::{StreamExt as _, stream};
+use tokio::time::Instant;
 
 use super::{Broker, faults};
 use crate::{
@@ -12,12 +13,13 @@ use crate::{
         fault::{Fault, Reason},
         v1::{self, offset_query::At},
     },
+    task::clock,
 };
 
 /// Look-ups by time of one request that run side by side: each may read a file or the bucket.
 const LOOKUPS: usize = 8;
 
-/// How long the latest offset is waited for where a new leader does not know it yet.
+/// How long the latest offsets of one request are waited for where new leaders do not know them yet.
 const SETTLES: Duration = Duration::from_secs(1);
 
 impl Broker {
@@ -31,8 +33,10 @@ impl Broker {
             )));
         }
         self.acquaint(request.queries.iter().map(|query| query.topic.as_str())).await;
+        // For all of them together: thousands of partitions without their minimum must not be waited for one after the other.
+        let settled_by = clock::monotonic() + SETTLES;
         let answers = stream::iter(request.queries).map(|query| async move {
-            self.find_offset(&query).await.unwrap_or_else(|fault| v1::OffsetAnswer {
+            self.find_offset(&query, settled_by).await.unwrap_or_else(|fault| v1::OffsetAnswer {
                 error: Some(fault.into()),
                 offset: -1,
                 timestamp_ms: -1,
@@ -42,9 +46,9 @@ impl Broker {
         Ok(v1::ListOffsetsResponse { answers: answers.buffered(LOOKUPS).collect().await })
     }
 
-    async fn find_offset(&self, query: &v1::OffsetQuery) -> Result<v1::OffsetAnswer, Fault> {
+    async fn find_offset(&self, query: &v1::OffsetQuery, settled_by: Instant) -> Result<v1::OffsetAnswer, Fault> {
         let partition = self.partition(&query.topic, query.partition)?;
-        if !matches!(query.at, Some(At::Earliest(_)) | None) && !settled(&partition).await {
+        if !matches!(query.at, Some(At::Earliest(_)) | None) && !settled(&partition, settled_by).await {
             let message = "a new leader of the partition does not know yet what is committed: try again";
             return Err(Fault::new(Reason::NotReady, message));
         }
@@ -67,8 +71,8 @@ impl Broker {
     }
 }
 
-/// Waits until the partition's leader knows what is committed; false when that takes too long, or it leads no more.
-async fn settled(partition: &Partition) -> bool {
+/// Waits until the partition's leader knows what is committed; false when it does not by then, or leads no more.
+async fn settled(partition: &Partition, by: Instant) -> bool {
     if partition.standing().role == (Role::Leader { settled: true }) || mutant!(UnsettledTellsLatest) {
         return true;
     }
@@ -85,5 +89,5 @@ async fn settled(partition: &Partition) -> bool {
             while ready.take().is_some() {}
         }
     };
-    tokio::time::timeout(SETTLES, settles).await.unwrap_or(false)
+    tokio::time::timeout_at(by, settles).await.unwrap_or(false)
 }
