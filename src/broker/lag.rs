@@ -20,7 +20,7 @@ pub(super) async fn run(broker: Arc<Broker>) {
         let now_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
         for partition in broker.hosted.open() {
             if partition.is_behind() {
-                partition.tick(now_ms).await;
+                partition.tick(now_ms);
             }
         }
     }

@@ -43,9 +43,10 @@ impl Partition {
         self.shared.is_behind()
     }
 
-    /// Looks who does not keep up. `now_ms` is of a clock that never goes back, the same for all calls.
-    pub async fn tick(&self, now_ms: u64) {
-        self.order(Order::Tick(now_ms)).await;
+    /// Has it look who does not keep up. Never waits; an earlier time that it has not looked at is replaced. `now_ms` is of a clock that
+    /// never goes back, the same for all calls.
+    pub fn tick(&self, now_ms: u64) {
+        self.news.tick(now_ms);
     }
 
     /// The answer to what the partition asked of its [`Agreement`](super::Agreement).

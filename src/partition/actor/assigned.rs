@@ -48,7 +48,6 @@ pub(in crate::partition) enum Order {
     Join(Box<JoinOrder>),
     Left(Peer, Departure),
     Seen(BrokerId, Registration),
-    Tick(u64),
     Agreed(Box<Agreed>),
     Deposed(LeaderEpoch),
     Link(FromLink),
@@ -139,10 +138,6 @@ impl Actor {
             Order::Seen(broker, registration) => {
                 self.placed.registered.insert(broker, registration);
                 self.in_sync(|in_sync| in_sync.seen(broker, registration));
-            }
-            Order::Tick(now_ms) => {
-                self.in_sync(|in_sync| in_sync.tick(now_ms));
-                self.look_at_given_up(now_ms);
             }
             Order::Agreed(outcome) => self.agreed(*outcome),
             Order::Deposed(known) => self.deposed(known),

@@ -6,7 +6,7 @@
 //! concerns followers, `following` what the leader sends, `segments` all else that touches the log.
 //!
 //! ```text
-//!   journal, acknowledgements ─▶ news ────╮
+//!   journal, followers, clock ─▶ news ────╮
 //!   metadata, links, agreement ─▶ orders ─┼─▶ task
 //!   writers, upkeep ─▶ mailbox ───────────╯
 //! ```
@@ -381,13 +381,17 @@ impl Actor {
         }
     }
 
-    /// Takes in what the journal and the followers said.
+    /// Takes in what the journal, the followers and the clock said.
     fn hear(&mut self, told: Told) {
         if let Some(outcome) = told.persisted {
             self.on_persisted(outcome);
         }
         if !told.acks.is_empty() {
             self.on_acknowledged(told.acks);
+        }
+        if let Some(now_ms) = told.now_ms {
+            self.in_sync(|in_sync| in_sync.tick(now_ms));
+            self.look_at_given_up(now_ms);
         }
         self.publish();
         self.answer();

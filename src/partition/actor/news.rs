@@ -1,4 +1,4 @@
-//! What reaches the task without waiting for it: the journal's word, and the acknowledgements of followers.
+//! What reaches the task without waiting for it: the journal's word, the acknowledgements of followers, and the time.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -10,7 +10,7 @@ use crate::{
     partition::leader::insync::{Ends, Peer},
 };
 
-/// What was last said. It only overwrites and wakes: neither the journal nor a link ever waits for a partition.
+/// What was last said. It only overwrites and wakes: neither the journal, nor a link, nor the clock ever waits for a partition.
 #[derive(Default)]
 pub(in crate::partition) struct News {
     told: Mutex<Told>,
@@ -23,6 +23,8 @@ pub(super) struct Told {
     pub(super) persisted: Option<Result<(), PersistError>>,
     /// At most one for each follower.
     pub(super) acks: Vec<Ack>,
+    /// What time it is, in milliseconds.
+    pub(super) now_ms: Option<u64>,
 }
 
 /// A follower's word on how far it has come.
@@ -59,6 +61,11 @@ impl News {
         self.notify.notify_one();
     }
 
+    pub(in crate::partition) fn tick(&self, now_ms: u64) {
+        self.lock().now_ms = Some(now_ms);
+        self.notify.notify_one();
+    }
+
     /// Drops what a follower said that has not been taken yet: it was on a link that is gone.
     pub(super) fn forget(&self, broker: BrokerId) {
         self.lock().acks.retain(|ack| ack.peer.broker != broker);
@@ -66,7 +73,7 @@ impl News {
 
     pub(super) fn take(&self) -> Option<Told> {
         let mut told = self.lock();
-        let some = told.persisted.is_some() || !told.acks.is_empty();
+        let some = told.persisted.is_some() || !told.acks.is_empty() || told.now_ms.is_some();
         some.then(|| std::mem::take(&mut *told))
     }
 

@@ -13,7 +13,7 @@ use crate::{
             insync::{Agreed, Departure, Ends, Peer, Proposal, Registration},
             join::Claim,
         },
-        replicated::tests::net::{append, at, batch, broker, send},
+        replicated::tests::net::{append, at, batch, broker, send, tick},
         *,
     },
     task::{
@@ -362,13 +362,11 @@ async fn a_word_of_an_epoch_that_the_store_does_not_know_costs_an_epoch_and_not_
     assert_eq!((partition.standing().role, partition.is_behind()), (Role::Waiting, true));
     let ticks = async |from_ms: u64| {
         for ms in [0, 250, 750] {
-            partition.tick(from_ms + ms).await;
+            tick(&partition, from_ms + ms).await;
         }
-        assign_again(&partition).await;
         assert_eq!(notes.take(), [], "the metadata may bring it yet");
-        partition.tick(from_ms + 1000).await;
-        partition.tick(from_ms + 1250).await;
-        assign_again(&partition).await;
+        tick(&partition, from_ms + 1000).await;
+        tick(&partition, from_ms + 1250).await;
         assert_eq!(notes.take(), [Asked::ReadBack]);
     };
     ticks(5000).await;
@@ -400,6 +398,18 @@ async fn a_word_of_an_epoch_that_the_store_does_not_know_costs_an_epoch_and_not_
     partition.agreed(Agreed::Found(value(Some(2), 9), Revision(15))).await;
     assign_again(&partition).await;
     assert_eq!(notes.take(), [Asked::Follow(broker(2))]);
+}
+
+/// One clock goes for all partitions of a broker. A task that was stuck at its disk for minutes had its queue filled with what time it
+/// had been, and then held up the clock of all others.
+#[tokio::test]
+async fn a_task_that_is_stuck_holds_up_no_clock_and_has_room_for_what_matters() {
+    let (partition, notes, _log) = open();
+    assign(&partition, value(Some(2), 4), 10).await;
+    (0..2 * QUEUE as u64).for_each(|now_ms| partition.tick(now_ms));
+    assert_eq!(partition.from_link(FromLink::Up), Ok(()));
+    told(&partition, []).await;
+    assert_eq!(notes.take().len(), 2, "the link was asked for, and used");
 }
 
 /// The link's queue has an end, and nobody waits at it.

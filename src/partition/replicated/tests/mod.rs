@@ -4,7 +4,7 @@
 mod driven;
 mod net;
 
-use net::{Net, append, at, batch, broker, bytes_of, equal, in_sync, send};
+use net::{Net, append, at, batch, broker, bytes_of, equal, in_sync, send, tick};
 
 use crate::{
     cluster::PartitionValue,
@@ -196,10 +196,10 @@ async fn a_follower_that_lags_is_dropped_by_the_clock_alone() {
     net.cut(1, 2);
     let waiting = send(&one, batch(&[0], None), Acks::All).await;
     until("it is behind what was written", || one.ends().persisted == at(1) && one.is_behind()).await;
-    one.tick(1000).await;
-    one.tick(10_999).await;
+    tick(&one, 1000).await;
+    tick(&one, 10_999).await;
     assert_eq!(net.proposals(), []);
-    one.tick(11_000).await;
+    tick(&one, 11_000).await;
     assert_eq!(waiting.await.unwrap().unwrap().held, Held::Synced(1));
     assert_eq!(net.value().await.0.isr, [broker(1)]);
 }

@@ -483,6 +483,18 @@ pub(super) async fn send(partition: &Partition, batch: Batch, acks: Acks) -> one
     partition.append(batch, acks, permit).await
 }
 
+/// Tells it the time once it has taken in what it was told before, and returns when it has looked at it.
+pub(super) async fn tick(partition: &Partition, now_ms: u64) {
+    // Older than all that it knows.
+    let nothing = || {
+        let (value, revision) = (Arc::new(PartitionValue::new(vec![broker(1)], LeaderEpoch(0))), Revision::ZERO);
+        Assignment { value, revision, committed: None, registered: BTreeMap::new() }
+    };
+    partition.assign(nothing()).await;
+    partition.tick(now_ms);
+    partition.assign(nothing()).await;
+}
+
 pub(super) async fn append(partition: &Partition, value: &[u8], acks: Acks) -> AppendResult {
     let answer = send(partition, batch(value, None), acks).await;
     tokio::time::timeout(Duration::from_secs(20), answer).await.expect("it is answered").unwrap()
