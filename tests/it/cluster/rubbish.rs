@@ -65,6 +65,14 @@ fn read(cluster: &Cluster, topic: &str, partition: &str) -> Option<String> {
     (read.code == 0).then(|| read.text())
 }
 
+/// Nobody ended because of it.
+fn all_run(cluster: &mut Cluster) {
+    for id in 1..=3 {
+        assert!(cluster.is_running(id), "broker {id}\n{}", cluster.log(id));
+        assert!(!cluster.log(id).contains("panicked"), "broker {id}\n{}", cluster.log(id));
+    }
+}
+
 #[test]
 fn rubbish_in_etcd_is_named_and_passed_over_and_mended() {
     let mut cluster = Cluster::start(3);
@@ -133,10 +141,7 @@ fn rubbish_in_etcd_is_named_and_passed_over_and_mended() {
         (cli.run_with(&["produce", "orders", "--partition", "1"], b"after\n").code == 0).then_some(())
     });
     assert_eq!(read(&cluster, "other", "0").as_deref(), Some("before\n"));
-    for id in 1..=3 {
-        assert!(cluster.is_running(id), "broker {id}\n{}", cluster.log(id));
-        assert!(!cluster.log(id).contains("panicked"), "broker {id}\n{}", cluster.log(id));
-    }
+    all_run(&mut cluster);
 }
 
 /// The controller's key is a lease's: whoever finds rubbish there takes it away, and somebody is the controller.

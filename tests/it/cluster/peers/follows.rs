@@ -1,0 +1,233 @@
+//! A stranger that follows: streams to a real broker.
+
+use std::net::SocketAddr;
+
+use strandline::{
+    model::{BrokerId, PartitionId},
+    proto::v1::{self, answer, to_follower, to_leader},
+    task::clock,
+};
+use tokio::{sync::mpsc, task::block_in_place};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Status, Streaming};
+
+use super::{Meta, STRANGER, broker_epoch, peer, still_serves};
+use crate::{
+    cluster::members::Cluster,
+    patience::{PATIENCE, becomes, eventually},
+};
+
+/// A stream to a broker, as a follower's broker opens one.
+struct Follows {
+    sender: mpsc::Sender<v1::ToLeader>,
+    receiver: Streaming<v1::ToFollower>,
+}
+
+impl Follows {
+    async fn begin(address: SocketAddr, first: Option<to_leader::Is>) -> Self {
+        let (sender, messages) = mpsc::channel(16);
+        sender.send(v1::ToLeader { is: first }).await.expect("there is room");
+        let stream = peer(address).await.replicate(ReceiverStream::new(messages)).await.expect("a stream");
+        Self { sender, receiver: stream.into_inner() }
+    }
+
+    async fn say(&self, is: Option<to_leader::Is>) {
+        self.sender.send(v1::ToLeader { is }).await.expect("the stream is open");
+    }
+
+    async fn next(&mut self) -> Result<v1::ToFollower, Status> {
+        let next = tokio::time::timeout(PATIENCE, self.receiver.message()).await.expect("something comes");
+        next.map(|message| message.expect("it does not end without a word"))
+    }
+
+    async fn welcomed(&mut self) {
+        let first = self.next().await.expect("no refusal");
+        assert!(matches!(first.is, Some(to_follower::Is::Welcome(_))), "{first:?}");
+    }
+
+    /// The answer to a join, whatever comes before it.
+    async fn answer(&mut self) -> v1::Answer {
+        loop {
+            if let Some(to_follower::Is::Answer(answer)) = self.next().await.expect("the link stands").is {
+                return answer;
+            }
+        }
+    }
+
+    /// Why the stream ends.
+    async fn refused(&mut self) -> String {
+        loop {
+            if let Err(status) = self.next().await {
+                return status.message().to_owned();
+            }
+        }
+    }
+}
+
+fn refusal(answer: &v1::Answer) -> &str {
+    match &answer.is {
+        Some(answer::Is::Refused(error)) => &error.message,
+        other => panic!("not refused: {other:?}"),
+    }
+}
+
+/// Two brokers with one partition in sync, in another epoch than the first, so that there is an older one.
+struct Calm {
+    cluster: Cluster,
+    meta: Meta,
+    id: PartitionId,
+    leader: u32,
+    follower: u32,
+    epoch: i32,
+}
+
+impl Calm {
+    async fn begin() -> Self {
+        let (cluster, leader) = block_in_place(|| {
+            let cluster = Cluster::start(2);
+            let create = ["topic", "create", "calm", "--replication-factor", "2", "--config", "min.insync.replicas=2"];
+            cluster.cli().ok(&create);
+            cluster.in_sync("calm", 2);
+            let (old, new) = (cluster.leader("calm", 0), 3 - cluster.leader("calm", 0));
+            cluster.cli().ok(&["partition", "reassign", "calm/0", "--replicas", &format!("{new},{old}")]);
+            cluster.cli().ok(&["partition", "elect", "calm/0"]);
+            eventually("the other one leads", || (cluster.leader("calm", 0) == new).then_some(()));
+            cluster.in_sync("calm", 2);
+            (cluster, new)
+        });
+        let meta = Meta::of(&cluster.etcd).await;
+        let id = meta.first_partition("calm").await;
+        let epoch = meta.value(id).await.leader_epoch.as_i32();
+        assert!(epoch > 0, "there is an older one");
+        Self { cluster, meta, id, leader, follower: 3 - leader, epoch }
+    }
+
+    /// Where the leader listens.
+    fn address(&self) -> SocketAddr {
+        self.cluster.home(self.leader).grpc()
+    }
+
+    fn serves(&self) {
+        block_in_place(|| still_serves(&self.cluster.cli(), "calm"));
+    }
+
+    fn hello(&self, broker: u32, broker_epoch: u64) -> v1::Hello {
+        let (cluster, to) = ("it".to_owned(), self.leader);
+        v1::Hello { cluster, broker, broker_epoch, to, version: 1, wall_ms: None }
+    }
+
+    /// A join whose claim is of its own epoch.
+    fn join(&self, place: u32, leader_epoch: i32, end: i64) -> v1::Join {
+        let last_epoch = (end > 0).then_some(leader_epoch);
+        let topic_id = self.id.topic.to_string();
+        v1::Join { place, topic_id, partition: 0, leader_epoch, last_epoch, end, persisted: end }
+    }
+
+    /// Nobody says hello in the name of the true follower, or of nobody.
+    async fn refuses_hellos(&self) {
+        let (leader, follower) = (self.leader, self.follower);
+        let epoch = broker_epoch(self.cluster.home(follower).grpc()).await;
+        let true_one = self.hello(follower, epoch);
+        let is_hello = |hello| Some(to_leader::Is::Hello(hello));
+        let leave = v1::Leave { place: 0, known_epoch: 99, stopping: true };
+        for (first, words) in [
+            (is_hello(v1::Hello { cluster: "other".to_owned(), ..true_one.clone() }), "belongs to cluster \"it\""),
+            (is_hello(v1::Hello { to: follower, ..true_one.clone() }), "was called"),
+            (is_hello(v1::Hello { version: 7, ..true_one }), "version 7"),
+            (is_hello(self.hello(leader, epoch)), "calls itself"),
+            (is_hello(self.hello(STRANGER, 5)), "broker 9 is not registered"),
+            (is_hello(self.hello(follower, epoch - 1)), "has registered as"),
+            (Some(to_leader::Is::Leave(leave)), "begins with Hello"),
+            (None, "begins with Hello"),
+        ] {
+            let said = Follows::begin(self.address(), first).await.refused().await;
+            assert!(said.contains(words), "{words}: {said}");
+        }
+    }
+
+    /// A broker that is registered lies about partitions.
+    async fn refuses_joins(&self, link: &mut Follows) {
+        let epoch = self.epoch;
+        for (place, (join, words)) in (0..).zip([
+            (v1::Join { topic_id: "nonsense".to_owned(), ..self.join(0, epoch, 0) }, "is no UUID"),
+            (v1::Join { partition: 7, ..self.join(0, epoch, 0) }, "no replica of partition"),
+            (v1::Join { partition: -1, ..self.join(0, epoch, 0) }, "a partition's number"),
+            (v1::Join { persisted: 3, ..self.join(0, epoch, 2) }, "above the written one"),
+            (self.join(0, epoch - 1, 0), "wait for the newer"),
+            (self.join(0, epoch + 1, 0), "wait for the newer"),
+            (self.join(0, epoch, 0), "is no replica of the partition"),
+        ]) {
+            link.say(Some(to_leader::Is::Join(v1::Join { place, ..join }))).await;
+            let answer = link.answer().await;
+            assert_eq!(answer.place, place);
+            assert!(refusal(&answer).contains(words), "{words}: {answer:?}");
+        }
+    }
+
+    /// A replica says that it has what it was never sent.
+    async fn refuses_lies(&self, link: &mut Follows) {
+        let mut place = 10;
+        let joins = async {
+            loop {
+                link.say(Some(to_leader::Is::Join(self.join(place, self.epoch, 0)))).await;
+                if matches!(link.answer().await.is, Some(answer::Is::At(0))) {
+                    break;
+                }
+                place += 1;
+            }
+        };
+        tokio::time::timeout(PATIENCE, joins).await.expect("the leader knows of the new replica");
+        let progress = |end: i64| v1::Progress { place: vec![place], written: vec![end], persisted: vec![end] };
+        link.say(Some(to_leader::Is::Progress(progress(1_000_000)))).await;
+        let answer = link.answer().await;
+        assert!(refusal(&answer).contains("offset 1000000 is acknowledged"), "{answer:?}");
+        // A log that is longer than the leader's is told where to cut.
+        link.say(Some(to_leader::Is::Join(self.join(place + 1, self.epoch, 1_000_000)))).await;
+        let answer = link.answer().await;
+        assert!(matches!(&answer.is, Some(answer::Is::Diverged(_))), "{answer:?}");
+        let lists = v1::Progress { written: vec![], ..progress(0) };
+        link.say(Some(to_leader::Is::Progress(lists))).await;
+        let said = link.refused().await;
+        assert!(said.contains("lists of a progress"), "{said}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stranger_that_follows_is_refused_in_words_and_the_true_follower_goes_on() {
+    let calm = Calm::begin().await;
+    calm.refuses_hellos().await;
+    calm.serves();
+
+    // From here on it is registered.
+    let stranger = calm.meta.register("127.0.0.1:9".parse().expect("an address")).await;
+    let wall_ms = Some(clock::wall_ms() - 605_000);
+    let hello = Some(to_leader::Is::Hello(v1::Hello { wall_ms, ..calm.hello(STRANGER, stranger) }));
+    let mut link = becomes("the leader knows the stranger", async || {
+        let mut link = Follows::begin(calm.address(), hello.clone()).await;
+        link.next().await.is_ok().then_some(link)
+    })
+    .await;
+    let log = calm.cluster.log(calm.leader);
+    let apart = log.lines().any(|line| line.contains("broker=9") && line.contains("seconds_ahead=-60"));
+    assert!(apart, "clocks that are ten minutes apart are said: {log}");
+    calm.refuses_joins(&mut link).await;
+
+    // An operator wants it as a replica.
+    let (cli, before) = (calm.cluster.cli(), calm.meta.value(calm.id).await);
+    let target = format!("{},{STRANGER}", calm.leader);
+    block_in_place(|| cli.ok(&["partition", "reassign", "calm/0", "--replicas", &target]));
+    calm.refuses_lies(&mut link).await;
+    let mut link = Follows::begin(calm.address(), hello).await;
+    link.welcomed().await;
+    link.say(None).await;
+    let said = link.refused().await;
+    assert!(said.contains("has no place here"), "{said}");
+
+    calm.serves();
+    let now = calm.meta.value(calm.id).await;
+    assert_eq!((now.leader, now.leader_epoch, &now.isr), (before.leader, before.leader_epoch, &before.isr));
+    assert_eq!(now.adding, [BrokerId(STRANGER)], "it was never in sync");
+    block_in_place(|| cli.ok(&["partition", "reassign", "cancel", "calm/0"]));
+    let read = block_in_place(|| cli.ok(&["consume", "calm", "--from", "earliest", "--until-end"]));
+    assert_eq!(read.text(), "still here\n".repeat(2));
+}

@@ -1,0 +1,266 @@
+//! A stranger that leads: streams that a real broker opens to it.
+
+use std::net::SocketAddr;
+
+use strandline::{
+    model::PartitionId,
+    proto::v1::{self, answer, peer_server, to_follower, to_leader},
+    task::{Tasks, clock},
+};
+use tokio::{net::TcpListener, sync::mpsc, task::block_in_place};
+use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
+use tonic::{Request, Response, Status, Streaming};
+
+use super::{Meta, STRANGER, peer, still_serves};
+use crate::{
+    broker::Home,
+    cluster::members::etcd,
+    patience::{PATIENCE, becomes},
+    wire,
+};
+
+/// How far a replica's log reaches at a broker.
+async fn log_end(address: SocketAddr, id: PartitionId) -> i64 {
+    let name = v1::ReplicaName { topic_id: id.topic.to_string(), partition: i32::try_from(id.number).expect("few") };
+    let marks = peer(address).await.marks(v1::MarksRequest { replicas: vec![name] }).await.expect("it answers");
+    let marks = marks.into_inner().replicas.remove(0);
+    assert!(marks.here, "it has the replica");
+    marks.log_end
+}
+
+/// A stream that a real broker opened to the stranger.
+struct Led {
+    hello: v1::Hello,
+    incoming: Streaming<v1::ToLeader>,
+    outgoing: mpsc::Sender<Result<v1::ToFollower, Status>>,
+}
+
+impl Led {
+    async fn say(&self, is: to_follower::Is) {
+        // Who has hung up meanwhile does not hear it.
+        let _gone = self.outgoing.send(Ok(v1::ToFollower { is: Some(is) })).await;
+    }
+
+    async fn next(&mut self) -> to_leader::Is {
+        let next = tokio::time::timeout(PATIENCE, self.incoming.message()).await.expect("something comes");
+        next.expect("the link stands").expect("the link stands").is.expect("it says something")
+    }
+
+    /// The next claim of the partition, whatever comes before it.
+    async fn join(&mut self) -> v1::Join {
+        loop {
+            if let to_leader::Is::Join(join) = self.next().await {
+                return join;
+            }
+        }
+    }
+
+    async fn answer(&self, join: &v1::Join, is: answer::Is) {
+        let answer = v1::Answer { place: join.place, leader_epoch: join.leader_epoch, high_watermark: 0, is: Some(is) };
+        self.say(to_follower::Is::Answer(answer)).await;
+    }
+
+    async fn send(&self, join: &v1::Join, piece_epoch: i32, bytes: Vec<u8>) {
+        let base = i64::from_be_bytes(bytes[..8].try_into().expect("eight bytes"));
+        let chunks = vec![bytes.into()];
+        let piece = v1::Piece { place: join.place, leader_epoch: piece_epoch, base, high_watermark: 0, chunks };
+        self.say(to_follower::Is::Batches(v1::Batches { pieces: vec![piece] })).await;
+    }
+}
+
+/// A leader's broker that is none: it hands the streams that come to the test.
+#[derive(Clone)]
+struct Stranger(mpsc::Sender<Led>, Tasks);
+
+#[tonic::async_trait]
+impl peer_server::Peer for Stranger {
+    type ReplicateStream = ReceiverStream<Result<v1::ToFollower, Status>>;
+
+    async fn replicate(
+        &self,
+        request: Request<Streaming<v1::ToLeader>>,
+    ) -> Result<Response<Self::ReplicateStream>, Status> {
+        let mut incoming = request.into_inner();
+        let (outgoing, messages) = mpsc::channel(16);
+        let streams = self.0.clone();
+        // The answer begins before the first message comes.
+        self.1.spawn("stream", async move {
+            if let Ok(Some(v1::ToLeader { is: Some(to_leader::Is::Hello(hello)) })) = incoming.message().await {
+                let _over = streams.send(Led { hello, incoming, outgoing }).await;
+            }
+        });
+        Ok(Response::new(ReceiverStream::new(messages)))
+    }
+
+    async fn who_is(&self, _: Request<v1::WhoIsRequest>) -> Result<Response<v1::WhoIsResponse>, Status> {
+        let incarnation = "a stranger's".to_owned();
+        Ok(Response::new(v1::WhoIsResponse {
+            cluster: "it".to_owned(),
+            broker: STRANGER,
+            broker_epoch: None,
+            incarnation,
+        }))
+    }
+
+    async fn report_gone(&self, _: Request<v1::ReportGoneRequest>) -> Result<Response<v1::ReportGoneResponse>, Status> {
+        Err(Status::unimplemented("a stranger"))
+    }
+
+    async fn marks(&self, _: Request<v1::MarksRequest>) -> Result<Response<v1::MarksResponse>, Status> {
+        Err(Status::unimplemented("a stranger"))
+    }
+
+    async fn status(&self, _: Request<v1::StatusRequest>) -> Result<Response<v1::StatusResponse>, Status> {
+        Err(Status::unimplemented("a stranger"))
+    }
+}
+
+/// Serves as a stranger's broker. The task ends with the test's runtime.
+async fn stranger(tasks: &Tasks) -> (SocketAddr, mpsc::Receiver<Led>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let address = listener.local_addr().expect("it is bound");
+    let (streams, led) = mpsc::channel(16);
+    let server =
+        tonic::transport::Server::builder().add_service(peer_server::PeerServer::new(Stranger(streams, tasks.clone())));
+    let stop = tasks.clone();
+    tasks.spawn("stranger", async move {
+        tokio::select! {
+            () = stop.cancelled() => {}
+            served = server.serve_with_incoming(TcpListenerStream::new(listener)) => served.expect("it serves"),
+        }
+    });
+    (address, led)
+}
+
+/// The next stream that a broker opens.
+async fn called(streams: &mut mpsc::Receiver<Led>) -> Led {
+    tokio::time::timeout(PATIENCE, streams.recv()).await.expect("the broker comes").expect("the stranger listens")
+}
+
+/// A batch of one record at this offset, of this epoch.
+fn batch_at(base: i64, epoch: i32) -> Vec<u8> {
+    let mut batch = wire::batch(&[b"from a stranger"]);
+    batch[..8].copy_from_slice(&base.to_be_bytes());
+    batch[12..16].copy_from_slice(&epoch.to_be_bytes());
+    batch
+}
+
+/// A real broker whose partition the stranger leads, with five records of the epoch before.
+struct Follower {
+    home: Home,
+    epoch: i32,
+}
+
+impl Follower {
+    /// Waits until it has said this once more.
+    async fn says_again(&self, words: &str, said: usize) {
+        becomes(words, async || (self.home.log().matches(words).count() > said).then_some(())).await;
+    }
+
+    async fn says(&self, words: &str) {
+        becomes(words, async || self.home.log().contains(words).then_some(())).await;
+    }
+
+    /// Who answers must be the broker that was called, in an uptime that is registered.
+    async fn refuses_welcomes(&self, streams: &mut mpsc::Receiver<Led>, registered: u64) {
+        let nothing = to_follower::Is::Batches(v1::Batches::default());
+        for (first, words) in [
+            (nothing, "it has not said hello"),
+            (welcome(4, registered), "broker 4 answers there"),
+            (welcome(STRANGER, registered - 1), "it runs in an older uptime"),
+        ] {
+            let led = called(streams).await;
+            assert_eq!((led.hello.broker, led.hello.to, led.hello.cluster.as_str()), (1, STRANGER, "it"));
+            led.say(first).await;
+            self.says(words).await;
+        }
+    }
+
+    /// What is damaged, leaves a gap, comes twice, or is of another epoch.
+    async fn refuses_batches(&self, led: &mut Led) {
+        let epoch = self.epoch;
+        let mut flipped = batch_at(5, epoch);
+        *flipped.last_mut().expect("bytes") ^= 1;
+        let half = batch_at(5, epoch)[..40].to_vec();
+        for (bytes, piece_epoch, words) in [
+            (flipped, epoch, "are malformed"),
+            (half, epoch, "are malformed"),
+            (batch_at(7, epoch), epoch, "offsets are missing: 5 is next, the leader sent 7"),
+            (batch_at(3, epoch), epoch, "offsets overlap: 5 is next, the leader sent 3"),
+            (batch_at(5, epoch + 1), epoch, "above its leader's"),
+            (batch_at(5, epoch), epoch - 1, "where epoch"),
+            (batch_at(5, epoch), epoch + 1, "where epoch"),
+        ] {
+            let join = led.join().await;
+            assert_eq!((join.end, join.last_epoch, join.leader_epoch), (5, Some(0), epoch), "{words}");
+            let said = self.home.log().matches(words).count();
+            led.answer(&join, answer::Is::At(5)).await;
+            led.send(&join, piece_epoch, bytes).await;
+            self.says_again(words, said).await;
+        }
+        let join = led.join().await;
+        led.answer(&join, answer::Is::At(3)).await;
+        self.says("an offset to go on at is 3, and 5 was asked for").await;
+    }
+
+    /// What fits, and then what would have it go back.
+    async fn takes_what_fits(&self, led: &mut Led) {
+        let epoch = self.epoch;
+        let join = led.join().await;
+        led.answer(&join, answer::Is::At(5)).await;
+        led.send(&join, epoch, batch_at(5, epoch)).await;
+        loop {
+            if let to_leader::Is::Progress(progress) = led.next().await
+                && progress.persisted == [6]
+            {
+                break;
+            }
+        }
+        led.send(&join, epoch, batch_at(6, epoch - 1)).await;
+        self.says("falls from").await;
+        let join = led.join().await;
+        assert_eq!((join.end, join.last_epoch), (6, Some(epoch)));
+        // It is to cut what it knows as committed: it keeps it, and follows nobody.
+        led.answer(&join, answer::Is::Diverged(v1::Diverged { epoch: 0, end: 2 })).await;
+        self.says("the replica follows nobody until another leads").await;
+    }
+}
+
+/// The stranger's welcome, by a clock that is ten minutes ahead.
+fn welcome(broker: u32, broker_epoch: u64) -> to_follower::Is {
+    let wall_ms = Some(clock::wall_ms() + 605_000);
+    to_follower::Is::Welcome(v1::Welcome { broker, broker_epoch, wall_ms })
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stranger_that_leads_is_copied_from_only_where_all_fits() {
+    let (etcd, tasks) = (block_in_place(|| etcd(1)), Tasks::new());
+    let mut home = Home::member(1, &etcd);
+    let broker = block_in_place(|| home.start());
+    let cli = home.cli();
+    block_in_place(|| {
+        cli.ok(&["topic", "create", "t"]);
+        cli.ok(&["topic", "create", "calm"]);
+        cli.ok_with(&["produce", "t"], b"0\n1\n2\n3\n4\n");
+    });
+    let meta = Meta::of(&etcd).await;
+    let id = meta.first_partition("t").await;
+    let (address, mut streams) = stranger(&tasks).await;
+    let registered = meta.register(address).await;
+    let epoch = meta.usurp("t").await.as_i32();
+    let follower = Follower { home, epoch };
+    follower.refuses_welcomes(&mut streams, registered).await;
+    let mut led = called(&mut streams).await;
+    led.say(welcome(STRANGER, registered)).await;
+    follower.says("seconds_ahead=60").await;
+
+    follower.refuses_batches(&mut led).await;
+    assert_eq!(log_end(follower.home.grpc(), id).await, 5, "nothing of it was appended");
+    block_in_place(|| still_serves(&cli, "calm"));
+    follower.takes_what_fits(&mut led).await;
+    assert_eq!(log_end(follower.home.grpc(), id).await, 6);
+    block_in_place(|| still_serves(&cli, "calm"));
+    drop(led);
+    tasks.stop().await;
+    block_in_place(|| assert!(broker.terminate().success(), "{}", follower.home.log()));
+}
