@@ -223,14 +223,14 @@ fn hand_on(input: &Input<'_>, subject: &Subject<'_>, from: BrokerId, to: BrokerI
     if !replicas.contains(&from) || replicas.contains(&to) {
         return None;
     }
-    let rack = |id: &BrokerId| {
-        let known = input.view.brokers().get(id).and_then(|known| known.value.rack.clone());
-        known.unwrap_or_else(|| format!("broker {id}"))
+    // A broker that names no rack, or is gone, shares one with nobody.
+    let rack = |id: BrokerId| input.view.brokers().get(&id)?.value.rack.as_deref();
+    let shares = |id: BrokerId| {
+        rack(id).is_some_and(|own| replicas.iter().any(|other| *other != from && rack(*other) == Some(own)))
     };
-    let racks = |replicas: &[BrokerId]| replicas.iter().map(rack).collect::<BTreeSet<String>>().len();
-    let target: Vec<BrokerId> = replicas.iter().map(|id| if *id == from { to } else { *id }).collect();
-    if racks(&target) < racks(replicas) {
+    if shares(to) && !shares(from) {
         return None;
     }
+    let target: Vec<BrokerId> = replicas.iter().map(|id| if *id == from { to } else { *id }).collect();
     Some(subject.step(subject.value.begin_move(&target)?, Why::Balanced))
 }
