@@ -29,6 +29,8 @@ use std::{
     time::Duration,
 };
 
+use futures::{StreamExt as _, stream};
+
 use self::trust::Trust;
 use super::{
     Broker,
@@ -51,6 +53,9 @@ const BETWEEN: Duration = Duration::from_millis(50);
 
 /// How long probes are repeated while it is not clear what they show.
 const UNCLEAR: Duration = Duration::from_secs(1);
+
+/// How long partitions may take to note it. One that is too busy hears of the registration's end instead.
+const NOTED: Duration = Duration::from_secs(1);
 
 /// How long the controller may take to look for itself, and to take the registration away.
 const REPORT: Duration = Duration::from_secs(3);
@@ -153,13 +158,17 @@ impl Broker {
             return;
         }
         tracing::info!(%broker, seen = seen.words(), "a broker's process is gone");
-        let peer = Peer { broker, epoch };
-        for partition in self.hosted.open() {
-            if partition.standing().role.leads() {
-                partition.left(peer, Departure::Gone).await;
-            }
+        tokio::join!(self.drop_everywhere(Peer { broker, epoch }), self.report(broker, epoch, seen, evidence));
+    }
+
+    /// Has leaders here drop a broker. One whose task is stuck at its disk holds up no other, and is not waited for.
+    async fn drop_everywhere(&self, peer: Peer) {
+        let led = self.hosted.open().into_iter().filter(|partition| partition.standing().role.leads());
+        let told = stream::iter(led)
+            .for_each_concurrent(None, |partition| async move { partition.left(peer, Departure::Gone).await });
+        if tokio::time::timeout(NOTED, told).await.is_err() {
+            tracing::warn!(broker = %peer.broker, "some partitions took no note of a process that is gone: their tasks are busy");
         }
-        self.report(broker, epoch, seen, evidence).await;
     }
 
     /// Sees to it that the registration of a process that is gone is taken away: until it is, or nobody could be told for long. Two
