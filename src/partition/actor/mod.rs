@@ -352,7 +352,11 @@ impl Actor {
         let since = self.active_since_ms.map_or(0, |ms| u64::try_from(ms).unwrap_or(1).max(1));
         self.shared.active_since_ms.store(since, Ordering::Relaxed);
         let behind = matches!(&self.part, Part::Leading(leader) if leader.in_sync().is_behind());
-        self.shared.set_behind(behind || self.has_given_up());
+        let has_given_up = self.has_given_up();
+        self.shared.set_behind(behind || has_given_up);
+        if !has_given_up {
+            self.placed.given_up_ms = None;
+        }
         let standing = self.stands();
         if standing != self.standing {
             self.standing = standing;

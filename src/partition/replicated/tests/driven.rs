@@ -400,6 +400,22 @@ async fn a_word_of_an_epoch_that_the_store_does_not_know_costs_an_epoch_and_not_
     assert_eq!(notes.take(), [Asked::Follow(broker(2))]);
 }
 
+/// The second that the metadata is given was counted from the last time, if that had ended before the next look at the clock.
+#[tokio::test]
+async fn the_time_of_a_leader_that_gave_up_counts_from_when_it_did() {
+    let (partition, notes, _log) = open();
+    assign(&partition, value(Some(1), 4), 10).await;
+    partition.deposed(LeaderEpoch(5)).await;
+    tick(&partition, 5000).await;
+    // The metadata brings it.
+    assign(&partition, value(Some(1), 6), 11).await;
+    partition.deposed(LeaderEpoch(7)).await;
+    tick(&partition, 60_000).await;
+    assert_eq!(notes.take(), [], "the metadata may bring it yet");
+    tick(&partition, 61_000).await;
+    assert_eq!(notes.take(), [Asked::ReadBack]);
+}
+
 /// One clock goes for all partitions of a broker. A task that was stuck at its disk for minutes had its queue filled with what time it
 /// had been, and then held up the clock of all others.
 #[tokio::test]
