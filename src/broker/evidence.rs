@@ -318,14 +318,19 @@ mod tests {
     use super::*;
     use crate::client::Tcp;
 
+    /// A port, and a broker that is registered there.
+    async fn listening() -> (Peers, TcpListener, BrokerValue) {
+        let wait = Duration::from_secs(5);
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let registered = BrokerValue::running_at(listener.local_addr().unwrap().to_string());
+        (Peers::new(Arc::new(Tcp::between_brokers(wait)), wait), listener, registered)
+    }
+
     /// A process that is killed takes connections until its listener is closed, which may be after its other ones. One such probe,
     /// and its partitions waited for the lease's end.
     #[tokio::test]
     async fn a_process_that_dies_while_it_is_probed_is_seen_to_be_gone() {
-        let wait = Duration::from_secs(5);
-        let peers = Peers::new(Arc::new(Tcp::between_brokers(wait)), wait);
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let registered = BrokerValue::running_at(listener.local_addr().unwrap().to_string());
+        let (peers, listener, registered) = listening().await;
         let (seen, ()) = tokio::join!(probe(&peers, &registered), async {
             // One connection breaks, one is not answered; then nobody listens any more.
             drop(listener.accept().await.unwrap());
@@ -338,10 +343,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_process_that_says_nothing_is_not_taken_for_dead() {
-        let wait = Duration::from_secs(5);
-        let peers = Peers::new(Arc::new(Tcp::between_brokers(wait)), wait);
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let registered = BrokerValue::running_at(listener.local_addr().unwrap().to_string());
+        let (peers, _listener, registered) = listening().await;
         assert_eq!(probe(&peers, &registered).await, Seen::Unclear);
     }
 }

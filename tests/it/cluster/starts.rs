@@ -6,7 +6,23 @@ use etcd_client::{Certificate, Client, ConnectOptions, Identity, TlsOptions};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 
 use super::members::{Cluster, etcd};
-use crate::{broker::Home, etcd::Etcd, patience::eventually};
+use crate::{
+    broker::{Broker, Home},
+    etcd::Etcd,
+    patience::eventually,
+};
+
+/// Starts a broker and has it take one record.
+fn with_a_record(home: &mut Home) -> Broker {
+    let broker = home.start();
+    home.cli().ok(&["topic", "create", "t"]);
+    home.cli().ok_with(&["produce", "t"], b"one\n");
+    broker
+}
+
+fn has_the_record(home: &Home) {
+    assert_eq!(home.cli().ok(&["consume", "t", "--from", "earliest", "--until-end"]).stdout, b"one\n");
+}
 
 #[test]
 fn a_broker_without_the_partition_says_who_leads_it() {
@@ -46,9 +62,7 @@ fn a_start_waits_for_etcd_in_words_and_can_be_stopped_while_it_waits() {
 fn an_etcd_that_never_heard_of_this_directory_is_refused() {
     let first = etcd(1);
     let mut home = Home::member(1, &first);
-    let broker = home.start();
-    home.cli().ok(&["topic", "create", "t"]);
-    home.cli().ok_with(&["produce", "t"], b"one\n");
+    let broker = with_a_record(&mut home);
     assert!(broker.terminate().success());
     let second = etcd(1);
     home = home.at_etcd(&second);
@@ -56,7 +70,7 @@ fn an_etcd_that_never_heard_of_this_directory_is_refused() {
     assert!(home.log().contains("is metadata.etcd another cluster's?"), "{}", home.log());
     home = home.at_etcd(&first);
     let broker = home.start();
-    assert_eq!(home.cli().ok(&["consume", "t", "--from", "earliest", "--until-end"]).stdout, b"one\n");
+    has_the_record(&home);
     assert!(broker.terminate().success());
 }
 
@@ -64,9 +78,7 @@ fn an_etcd_that_never_heard_of_this_directory_is_refused() {
 fn a_directory_of_another_cluster_is_refused_with_both_names() {
     let etcd = etcd(1);
     let mut home = Home::member(1, &etcd);
-    let broker = home.start();
-    home.cli().ok(&["topic", "create", "t"]);
-    home.cli().ok_with(&["produce", "t"], b"one\n");
+    let broker = with_a_record(&mut home);
     assert!(broker.terminate().success());
     // The same etcd, and another cluster's part of it.
     let other = home.of_cluster("other");
@@ -75,7 +87,7 @@ fn a_directory_of_another_cluster_is_refused_with_both_names() {
     assert!(log.contains("\"it\"") && log.contains("\"other\""), "{log}");
     let mut home = other.of_cluster("it");
     let broker = home.start();
-    assert_eq!(home.cli().ok(&["consume", "t", "--from", "earliest", "--until-end"]).stdout, b"one\n");
+    has_the_record(&home);
     assert!(broker.terminate().success());
 }
 
@@ -126,10 +138,8 @@ async fn a_broker_reaches_an_etcd_that_asks_for_a_certificate_and_a_password() {
             .setting("metadata.etcd_key", format!("{key:?}"))
             .setting("metadata.etcd_user", "\"root\"");
         let mut home = home.setting("metadata.etcd_password_file", format!("{password:?}"));
-        let broker = home.start();
-        home.cli().ok(&["topic", "create", "t"]);
-        home.cli().ok_with(&["produce", "t"], b"one\n");
-        assert_eq!(home.cli().ok(&["consume", "t", "--from", "earliest", "--until-end"]).stdout, b"one\n");
+        let broker = with_a_record(&mut home);
+        has_the_record(&home);
         assert!(broker.terminate().success(), "{}", home.log());
         // A wrong password ends the start and is not printed.
         fs::write(&password, "somebody's\n").expect("written");
