@@ -52,41 +52,34 @@ fn records_are_taken_and_read_while_etcd_is_gone() {
     assert_eq!(cli.ok(&["consume", TOPIC, "--from", "earliest", "--until-end"]).text(), lines(0, sent));
 }
 
-/// One member of etcd after the other freezes for a while, its leader among them.
-#[test]
-fn a_frozen_member_of_etcd_costs_nothing() {
-    let cluster = cluster_with_topic(&[]);
+/// One member of etcd after the other is away for a while, sooner or later the one that leads etcd: nobody waits for it.
+fn one_after_the_other(away: impl Fn(&mut Etcd, usize), back: impl Fn(&mut Etcd, usize)) {
+    let mut cluster = cluster_with_topic(&[]);
     let cli = cluster.cli();
     let mut sent = 0;
     for member in 0..3 {
-        cluster.etcd.freeze(member);
+        away(&mut cluster.etcd, member);
         cli.ok_with(&["produce", TOPIC], lines(sent, sent + 10).as_bytes());
         sent += 10;
-        let topic = format!("while-{member}-is-frozen");
+        let topic = format!("without-{member}");
         eventually("agreement goes on", || (cli.run(&["topic", "create", &topic]).code == 0).then_some(()));
-        cluster.etcd.thaw(member);
+        back(&mut cluster.etcd, member);
     }
     cluster.in_sync(TOPIC, 3);
     assert_eq!(cli.ok(&["consume", TOPIC, "--from", "earliest", "--until-end"]).text(), lines(0, sent));
 }
 
-/// The same for members that are killed: sooner or later one of them leads etcd, and the others elect another.
+#[test]
+fn a_frozen_member_of_etcd_costs_nothing() {
+    one_after_the_other(|etcd, member| etcd.freeze(member), |etcd, member| etcd.thaw(member));
+}
+
 #[test]
 fn members_of_etcd_are_killed_one_after_the_other_and_nobody_waits() {
-    let mut cluster = cluster_with_topic(&[]);
-    let cli = cluster.cli();
-    let mut sent = 0;
-    for member in 0..3 {
-        cluster.etcd.kill(member);
-        cli.ok_with(&["produce", TOPIC], lines(sent, sent + 10).as_bytes());
-        sent += 10;
-        let topic = format!("without-{member}");
-        eventually("agreement goes on", || (cli.run(&["topic", "create", &topic]).code == 0).then_some(()));
-        cluster.etcd.run(member);
-        answers(&cluster.etcd);
-    }
-    cluster.in_sync(TOPIC, 3);
-    assert_eq!(cli.ok(&["consume", TOPIC, "--from", "earliest", "--until-end"]).text(), lines(0, sent));
+    one_after_the_other(Etcd::kill, |etcd, member| {
+        etcd.run(member);
+        answers(etcd);
+    });
 }
 
 /// Everything that brokers share is away at the same time: what they have on their own disks and between themselves is enough.
