@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, process::ExitCode};
 
-use anyhow::bail;
+use anyhow::anyhow;
 use clap::{Args, Subcommand};
 use indicatif::ProgressBar;
 use serde_json::{Value, json};
@@ -13,10 +13,10 @@ use super::{
     output::{self, Output},
     patience::Patience,
     serve::{Overrides, environment, serve},
-    wait::{Left, Wait, took},
+    wait::{Left, Unsaid, Wait, took},
 };
 use crate::{
-    client::{Admin, Drain},
+    client::{Admin, CallError, Drain},
     config::{Settings, Sources},
     model::BrokerId,
 };
@@ -157,12 +157,14 @@ async fn until_empty(
         bar.suspend(|| output::line(&said))?;
     }
     let time = wait.until_done(bar, "`strandline cluster describe`", async || {
-        let cluster = admin.describe_cluster().await.map_err(|error| explain_order(&error))?;
+        let unsaid = |error: CallError| Unsaid::new(error.retryable(), explain_order(&error));
+        let cluster = admin.describe_cluster().await.map_err(unsaid)?;
         let broker = cluster.brokers.iter().find(|broker| broker.id == BrokerId(id));
         // One that is known no more holds nothing.
         let Some(broker) = broker else { return Ok(Left { count: 0, said: String::new() }) };
         if broker.draining_since_ms.is_none() {
-            bail!("the drain of broker {id} was taken back while this waited for it");
+            let error = anyhow!("the drain of broker {id} was taken back while this waited for it");
+            return Err(Unsaid::ForGood(error));
         }
         let said = format!("{} still on broker {id}", output::count(broker.replicas.into(), "replica"));
         Ok(Left { count: broker.replicas.into(), said })

@@ -20,7 +20,7 @@ use super::{
     connect::{connect, explain, explain_order},
     output::{self, Output, ids},
     patience::Patience,
-    wait::{Left, Wait, took},
+    wait::{Left, Unsaid, Wait, took},
 };
 use crate::{
     client::{Admin, CallError, Election, Reassignment},
@@ -214,11 +214,10 @@ async fn until_moved(
     bar: &ProgressBar,
 ) -> anyhow::Result<(Vec<Reassignment>, Duration)> {
     let time = wait.until_done(bar, "`strandline partition reassign status`", async || {
-        let under_way = match admin.reassignments(Some(&name.topic), name.partition).await {
-            Ok(under_way) => under_way,
-            Err(error) => return Err(refused(admin, Some(name), error).await),
-        };
-        Ok(left(&moves, &under_way))
+        match admin.reassignments(Some(&name.topic), name.partition).await {
+            Ok(under_way) => Ok(left(&moves, &under_way)),
+            Err(error) => Err(Unsaid::new(error.retryable(), refused(admin, Some(name), error).await)),
+        }
     });
     let time = time.await?;
     let topic = match admin.describe_topic(&name.topic).await {

@@ -1,10 +1,11 @@
 //! Waiting until an order is carried out: how far it is, on standard error, and an end to the wait where one is asked for.
 //!
-//! The brokers carry an order out whether somebody waits or not; giving up changes nothing of it.
+//! The brokers carry an order out whether somebody waits or not; giving up changes nothing of it. That takes hours, and brokers restart
+//! meanwhile, so one question without an answer does not end the wait.
 
 use std::time::Duration;
 
-use anyhow::bail;
+use anyhow::anyhow;
 use clap::Args;
 use indicatif::ProgressBar;
 
@@ -13,6 +14,9 @@ use crate::task::clock;
 
 /// How often the cluster is asked how far it is.
 const LOOK: Duration = Duration::from_millis(500);
+
+/// How long nobody may answer.
+const SILENCE: Duration = Duration::from_secs(60);
 
 /// Whether to wait, and how long.
 #[derive(Clone, Copy, Debug, Args)]
@@ -32,6 +36,22 @@ pub(super) struct Left {
     pub(super) count: u64,
     /// The same as a sentence, for who gives up.
     pub(super) said: String,
+}
+
+/// Why nobody says what is still to be done.
+#[derive(Debug)]
+pub(super) enum Unsaid {
+    /// Somebody may a little later.
+    ForNow(anyhow::Error),
+    /// There is nothing to wait for any more.
+    ForGood(anyhow::Error),
+}
+
+impl Unsaid {
+    /// By whether the question may be asked again, and in words for people.
+    pub(super) fn new(retryable: bool, error: anyhow::Error) -> Self {
+        if retryable { Self::ForNow(error) } else { Self::ForGood(error) }
+    }
 }
 
 impl Wait {
@@ -56,28 +76,35 @@ impl Wait {
         self,
         bar: &ProgressBar,
         progress: &str,
-        mut ask: impl AsyncFnMut() -> anyhow::Result<Left>,
+        mut ask: impl AsyncFnMut() -> Result<Left, Unsaid>,
     ) -> anyhow::Result<Duration> {
         let began = clock::monotonic();
-        let mut total = 0;
+        let (mut total, mut heard) = (0, began);
         bar.enable_steady_tick(Duration::from_millis(200));
-        loop {
-            let left = ask().await?;
-            if left.count == 0 {
-                bar.finish_and_clear();
-                return Ok(began.elapsed());
-            }
-            // More may come: a drained broker's partitions wait for room, a topic grows.
-            total = total.max(left.count);
-            bar.set_length(total);
-            bar.set_position(total - left.count);
-            bar.set_message(left.said.clone());
+        let outcome = loop {
+            let said = match ask().await {
+                Ok(Left { count: 0, .. }) => break Ok(began.elapsed()),
+                Ok(left) => {
+                    heard = clock::monotonic();
+                    // More may come: a drained broker's partitions wait for room, a topic grows.
+                    total = total.max(left.count);
+                    bar.set_length(total);
+                    bar.set_position(total - left.count);
+                    left.said
+                }
+                Err(Unsaid::ForNow(error)) if heard.elapsed() < SILENCE => format!("{error:#}"),
+                Err(Unsaid::ForNow(error) | Unsaid::ForGood(error)) => break Err(error),
+            };
+            bar.set_message(said.clone());
             if let Some(timeout) = self.timeout.filter(|timeout| began.elapsed() >= Duration::from_secs(*timeout)) {
-                bar.finish_and_clear();
-                bail!("given up after {timeout} s: {}; the order stays, and {progress} shows how far it is", left.said);
+                break Err(anyhow!(
+                    "given up after {timeout} s: {said}; the order stays, and {progress} shows how far it is"
+                ));
             }
             tokio::time::sleep(LOOK).await;
-        }
+        };
+        bar.finish_and_clear();
+        outcome
     }
 }
 
@@ -117,8 +144,28 @@ mod tests {
         assert_eq!(error.to_string(), "given up after 7 s: 4 to go; the order stays, and `it` shows how far it is");
         assert_eq!(began.elapsed(), Duration::from_secs(7));
         let bar = ProgressBar::hidden();
-        let refused = wait.until_done(&bar, "`it`", async || Err(anyhow::anyhow!("gone")));
+        let refused = wait.until_done(&bar, "`it`", async || Err(Unsaid::ForGood(anyhow!("gone"))));
         assert_eq!(refused.await.expect_err("not for ever").to_string(), "gone");
+    }
+
+    /// One restart among the brokers, and a wait of hours was over.
+    #[tokio::test(start_paused = true)]
+    async fn brokers_that_restart_end_no_wait_and_silence_does() {
+        let wait = Wait { wait: true, timeout: None };
+        let (bar, mut asked) = (ProgressBar::hidden(), 0);
+        let restarts = wait.until_done(&bar, "x", async || {
+            asked += 1;
+            match asked {
+                1 => Ok(left(2)),
+                2..100 => Err(Unsaid::ForNow(anyhow!("nobody answers"))),
+                _ => Ok(left(0)),
+            }
+        });
+        restarts.await.expect("somebody answered in time");
+        let began = clock::monotonic();
+        let gone = wait.until_done(&bar, "x", async || Err(Unsaid::ForNow(anyhow!("nobody answers"))));
+        assert_eq!(gone.await.expect_err("for ever").to_string(), "nobody answers");
+        assert_eq!(began.elapsed(), SILENCE);
     }
 
     #[test]
