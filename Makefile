@@ -18,10 +18,12 @@ KILLS ?= 200
 # How long `make chaos` goes on.
 MINUTES ?= 10
 
-# What `make sim` runs: so many seeds from the first on; with TRACE=1 each one's trace. How long `make sim-new` goes on.
+# What `make sim` runs: so many seeds from the first on; with TRACE=1 each one's trace, with LOG=strandline=debug the brokers' log in it. How
+# long `make sim-new` goes on.
 SEEDS ?= 200
 SEED ?= 1
 TRACE ?=
+LOG ?=
 SIM_SECONDS ?= 180
 
 # Which broken rules `make mutants` looks for: a part of their name.
@@ -104,10 +106,10 @@ SIM = CARGO_TARGET_DIR=target/sim RUSTFLAGS="--cfg tokio_unstable" \
   $(CARGO) test --locked --profile sim --package strandline-sim -- --nocapture --test-threads 1
 
 sim: ## Simulates SEEDS runs (200) of one broker and of three under faults, from SEED (1) on, some of them twice, and broken rules.
-	STRANDLINE_SEEDS=$(SEEDS) STRANDLINE_SEED=$(SEED) STRANDLINE_TRACE=$(TRACE) $(SIM) $(ONLY)
+	STRANDLINE_SEEDS=$(SEEDS) STRANDLINE_SEED=$(SEED) STRANDLINE_TRACE=$(TRACE) STRANDLINE_LOG=$(LOG) $(SIM) $(ONLY)
 
 sim-fixed: ## The first 40 seeds of each, some of them twice, and broken rules: what CI simulates.
-	$(MAKE) sim SEEDS=40 SEED=1 ONLY= TRACE=
+	$(MAKE) sim SEEDS=40 SEED=1 ONLY= TRACE= LOG=
 
 sim-new: ## The same with seeds that nobody has run before, for SIM_SECONDS (180).
 	STRANDLINE_SIM_SECONDS=$(SIM_SECONDS) $(SIM)

@@ -295,6 +295,12 @@ impl Broker {
         }
     }
 
+    /// Its mirror of the metadata, for the simulator's judge.
+    #[cfg(feature = "sim")]
+    pub fn mirror(&self) -> Arc<ViewState> {
+        self.view.state()
+    }
+
     /// Its number.
     pub fn id(&self) -> BrokerId {
         self.settings.id

@@ -6,13 +6,14 @@
 use std::{sync::Arc, time::Duration};
 
 use strandline::{
-    cluster::{Keys, MetaStore as _, PartitionValue, Value as _},
+    cluster::{Compare, Entry, Keys, MetaStore as _, PartitionValue, Transaction, Value as _},
     model::BrokerId,
     task::{clock, random},
 };
 use tokio::{sync::Mutex, time::Instant};
 
 use crate::{
+    disks,
     machine::{Machine, Shared},
     meta::SimMeta,
     net::{Net, SILENCE},
@@ -27,8 +28,8 @@ pub(crate) const OUTSIDE: &str = "clients";
 pub(crate) enum Theme {
     /// Everything goes wrong now and then.
     All,
-    /// Leases end, those of leaders above all, while one broker hears of nothing and its links are slow: who was replaced may lead again
-    /// before what was sent in its first epoch has arrived.
+    /// Leases end, those of leaders above all, and leadership moves between brokers that live on, while one hears of nothing and its links
+    /// are slow: who was replaced may lead again before what was acknowledged in its first epoch has arrived.
     Leases,
     /// One broker dies, comes back, and dies again while it is being admitted, by transactions that go astray.
     Admissions,
@@ -75,7 +76,7 @@ impl Plan {
     }
 }
 
-async fn pause(from_ms: u64, to_ms: u64) {
+pub(crate) async fn pause(from_ms: u64, to_ms: u64) {
     tokio::time::sleep(Duration::from_millis(random::in_range(from_ms..to_ms))).await;
 }
 
@@ -88,7 +89,7 @@ pub(crate) async fn of_machine(machine: &mut Machine, plan: &Plan) {
     }
 }
 
-/// Kills, power losses, stops, a full disk, a clock that jumps.
+/// Kills, power losses, stops, a full disk, one that syncs slowly or fails to, a clock that jumps.
 async fn all_of_machine(machine: &mut Machine, plan: &Plan) {
     let calm_ms = if machine.alone { 1200 } else { 5000 };
     loop {
@@ -96,8 +97,8 @@ async fn all_of_machine(machine: &mut Machine, plan: &Plan) {
         if plan.is_over() {
             return;
         }
-        let kind = random::in_range(0..8);
-        let falls = matches!(kind, 0..=4 | 7);
+        let kind = random::in_range(0..10);
+        let falls = matches!(kind, 0..=4 | 7 | 9);
         let alone_down = match &plan.down {
             Some(down) if falls => {
                 let alone = Arc::clone(down).lock_owned().await;
@@ -116,6 +117,8 @@ async fn all_of_machine(machine: &mut Machine, plan: &Plan) {
                 pause(1, 2000).await;
                 machine.disk.set_capacity(None);
             }
+            8 => disks::are_slow(machine).await,
+            9 => disks::fail(machine, plan.power || alone_down.is_some(), calm_ms).await,
             _ => machine.jump(random::in_range(-7_200_000..7_200_000)),
         }
         if !machine.is_running() {
@@ -154,7 +157,7 @@ async fn die_again(machine: &mut Machine, plan: &Plan) {
 }
 
 /// The partitions as the store has them.
-async fn values(meta: &SimMeta) -> Vec<PartitionValue> {
+pub(crate) async fn values(meta: &SimMeta) -> Vec<PartitionValue> {
     let keys = Keys::new("strandline").unwrap();
     let entries = meta.truth().list(&format!("{}partitions/", keys.prefix())).await.unwrap().entries;
     entries.iter().map(|entry| PartitionValue::decode(&entry.key, &entry.value).unwrap()).collect()
@@ -276,6 +279,10 @@ async fn end_leases(shared: &Shared, metas: &[SimMeta], plan: &Plan) {
         slow(random::in_range(50_000..1_000_000));
         for _ in 0..random::in_range(2..8) {
             pause(10, 200).await;
+            if random::in_range(0..2) == 0 {
+                move_leadership(&metas[late]).await;
+                continue;
+            }
             let leaders = values(&metas[late]).await.into_iter().filter_map(|value| value.leader);
             let leaders: Vec<_> =
                 leaders.map(|id| usize::try_from(id.0 - 1).unwrap()).filter(|id| *id != late).collect();
@@ -287,6 +294,22 @@ async fn end_leases(shared: &Shared, metas: &[SimMeta], plan: &Plan) {
         metas[late].lag(0);
         slow(0);
         pause(100, 1500).await;
+    }
+}
+
+/// Elects another member, as the controller may at any moment.
+async fn move_leadership(meta: &SimMeta) {
+    let (store, keys) = (meta.truth(), Keys::new("strandline").unwrap());
+    let mut entries = store.list(&format!("{}partitions/", keys.prefix())).await.unwrap().entries;
+    let Entry { key, value, mod_revision, .. } = entries.swap_remove(random::in_range(0..entries.len()));
+    let value = PartitionValue::decode(&key, &value).unwrap();
+    let others: Vec<_> = value.isr.iter().filter(|id| Some(**id) != value.leader).copied().collect();
+    if others.is_empty() {
+        return;
+    }
+    if let Some(moved) = value.elect(others[random::in_range(0..others.len())], |_| true, usize::MAX) {
+        let compared = Transaction::new().when(Compare::ModRevision(key.clone(), mod_revision));
+        store.transact(compared.put(key, moved.encode())).await.unwrap();
     }
 }
 

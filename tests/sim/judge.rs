@@ -27,6 +27,15 @@ pub(crate) struct Seen {
     pub(crate) logs: Logs,
     /// Whether its broker takes part.
     pub(crate) running: Arc<AtomicBool>,
+    /// Whether what lies on its disk says nothing.
+    pub(crate) spoilt: Arc<AtomicBool>,
+}
+
+impl Seen {
+    /// Whether its disk holds what its broker believes.
+    fn counts(&self) -> bool {
+        self.running.load(Ordering::Relaxed) && !self.spoilt.load(Ordering::Relaxed)
+    }
 }
 
 /// The judge, and what it remembers.
@@ -86,7 +95,7 @@ impl Judge {
             let replicas: Vec<_> = self
                 .machines
                 .iter()
-                .filter(|machine| machine.running.load(Ordering::Relaxed))
+                .filter(|machine| machine.counts())
                 .map(|machine| (machine.id, machine.logs.replica(id)))
                 .collect();
             self.agree(log, &replicas);

@@ -63,6 +63,11 @@ impl Replica {
         self.segments.iter().flat_map(|segment| &segment.batches)
     }
 
+    /// Below this all is in sealed segments. One whose successor is empty may be sealed too.
+    pub(crate) fn sealed_end(&self) -> Offset {
+        self.segments.last().map_or(self.end, |last| last.base)
+    }
+
     /// The batches from an offset on, which is the base of one or lies below all.
     fn batches_from(&self, from: Offset) -> impl Iterator<Item = &Held> {
         let first = self.segments.partition_point(|segment| segment.end <= from);

@@ -5,13 +5,13 @@ use std::{
     path::Path,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
 
 use strandline::{
-    cluster::{Addresses, MetaStore},
+    cluster::{Addresses, MetaStore, ViewState},
     config::{Config, Sources},
     log::{Disk as _, Log, SimDisk, Stepper},
     model::BrokerId,
@@ -20,12 +20,14 @@ use strandline::{
     tier::{Store, StoreOptions},
 };
 use tokio::{sync::Notify, time::Instant};
-use tracing::Instrument as _;
 
 use crate::{meta::SimMeta, net::Net, objects::Objects, trace::Trace};
 
 /// How long nothing is synced behind the journal at most.
 const SYNC_EVERY: Duration = Duration::from_millis(50);
+
+/// How long what nothing names stays in the bucket. Longer than any upload and its commit may take here.
+pub(crate) const GRACE: Duration = Duration::from_secs(30);
 
 /// What the machines of a world share.
 #[derive(Clone)]
@@ -55,6 +57,10 @@ pub(crate) struct Machine {
     broker: Option<(Process, Node)>,
     /// Whether its broker takes part.
     pub(crate) running: Arc<AtomicBool>,
+    /// Whether what its disk holds need not be what the broker wrote, until that is started again.
+    pub(crate) spoilt: Arc<AtomicBool>,
+    /// What a sync takes in addition, at most.
+    slow_us: Arc<AtomicU64>,
 }
 
 impl Machine {
@@ -66,6 +72,7 @@ impl Machine {
             .flag("broker.data_dir", "/data")
             .flag("cache.disk_bytes", "0")
             .flag("tier.check_interval", "1s")
+            .flag("tier.garbage_grace", format!("{}s", GRACE.as_secs()))
             .flag("metadata.session_timeout", "2s")
             .flag("replication.lag_time", "2s")
             .load();
@@ -84,6 +91,8 @@ impl Machine {
             wall_offset_ms: 0,
             broker: None,
             running: Arc::default(),
+            spoilt: Arc::default(),
+            slow_us: Arc::default(),
         }
     }
 
@@ -95,12 +104,12 @@ impl Machine {
             let number = self.id.0 * 1000 + self.starts;
             let process = Process::new(number, self.shared.seed ^ (u64::from(number) << 32), self.shared.began);
             process.set_wall(self.wall_offset_ms);
-            let span = tracing::info_span!("broker", id = %self.id);
-            match process.run(Box::pin(self.open(&process).instrument(span))).await {
+            match process.run(Box::pin(self.open(&process))).await {
                 Ok(node) => {
                     self.note(format_args!("started, {} partitions", node.broker().partitions()));
                     self.broker = Some((process, node));
                     self.shared.emptied.lock().unwrap().remove(&self.id);
+                    self.spoilt.store(false, Ordering::Relaxed);
                     self.running.store(true, Ordering::Relaxed);
                     return;
                 }
@@ -130,7 +139,7 @@ impl Machine {
         };
         let addresses = Addresses { grpc: self.address.clone(), http: None };
         let step = |log: &Log| {
-            let steps = steps(log.clone(), woken);
+            let steps = steps(log.clone(), woken, Arc::clone(&self.slow_us));
             process.enter(|| Tasks::new().spawn("log steps", steps));
         };
         let node = Node::open(&self.config, outside, addresses, step).await?;
@@ -161,7 +170,10 @@ impl Machine {
         }
         let stopped = process.run(Box::pin(node.stop())).await;
         self.shared.net.hang_up(&self.address, true);
-        self.note(format_args!("stopped: {stopped:?}"));
+        match stopped {
+            Ok(()) => self.note(format_args!("stopped")),
+            Err(error) => self.note(format_args!("stopped, and says: {error:#}")),
+        }
         process.kill();
     }
 
@@ -180,6 +192,22 @@ impl Machine {
         !self.shared.emptied.lock().unwrap().contains(&broker)
     }
 
+    /// Syncs of files with this in their path fail from now on.
+    pub(crate) fn spoil(&self, part: &str) {
+        self.spoilt.store(true, Ordering::Relaxed);
+        self.disk.fail_syncs(Some(part));
+    }
+
+    /// Its disk works again.
+    pub(crate) fn mend(&self) {
+        self.disk.fail_syncs(None);
+    }
+
+    /// Each sync takes up to so much longer from now on.
+    pub(crate) fn slow(&self, us: u64) {
+        self.slow_us.store(us, Ordering::Relaxed);
+    }
+
     /// Lets its wall clock jump.
     pub(crate) fn jump(&mut self, offset_ms: i64) {
         self.wall_offset_ms = offset_ms;
@@ -187,6 +215,16 @@ impl Machine {
             process.set_wall(offset_ms);
         }
         self.note(format_args!("its clock is {offset_ms} ms off"));
+    }
+
+    /// What its broker knows of the metadata, while there is one.
+    pub(crate) fn mirror(&self) -> Option<Arc<ViewState>> {
+        self.broker.as_ref().map(|(_, node)| node.broker().mirror())
+    }
+
+    /// Whether its broker says that it should be restarted.
+    pub(crate) fn ails(&self) -> bool {
+        self.broker.as_ref().is_some_and(|(_, node)| node.broker().health().is_err())
     }
 
     pub(crate) fn is_running(&self) -> bool {
@@ -204,15 +242,19 @@ impl Machine {
 }
 
 /// What the threads of a log do elsewhere.
-async fn steps(log: Log, wake: Arc<Notify>) {
+async fn steps(log: Log, wake: Arc<Notify>, slow_us: Arc<AtomicU64>) {
+    let pause = async |most_us: u64| {
+        let most_us = most_us + slow_us.load(Ordering::Relaxed);
+        tokio::time::sleep(Duration::from_micros(random::in_range(20..most_us))).await;
+    };
     let mut synced = clock::monotonic();
     loop {
         let _either = tokio::time::timeout(SYNC_EVERY, wake.notified()).await;
-        tokio::time::sleep(Duration::from_micros(random::in_range(20..800))).await;
+        pause(800).await;
         while log.journal_step() {
             // Most devices are quick, and each is slow at times.
             let most = if random::in_range(0..20) == 0 { 20_000 } else { 800 };
-            tokio::time::sleep(Duration::from_micros(random::in_range(20..most))).await;
+            pause(most).await;
         }
         // What is too large for the journal waits for the segments.
         if random::in_range(0..4) == 0 || clock::monotonic() - synced > SYNC_EVERY {

@@ -4,11 +4,13 @@
 //! store's link, the clocks and randomness, and death. Time jumps to the next timer when nothing can run. `make sim SEEDS=N SEED=first`
 //! runs more; `STRANDLINE_TRACE=1` prints what happened.
 //!
-//! `run` is one run and `seeds` are many, `world` and `machine` what it happens to, `faults` what goes wrong, `load` the clients, `operator`
-//! who changes the cluster meanwhile, `judge` and `history` what must hold, `mutants` the proof that they would notice.
+//! `run` is one run and `seeds` are many, `world` and `machine` what it happens to, `faults` and `disks` what goes wrong, `load` the clients, `operator`
+//! who changes the cluster meanwhile, `judge`, `truth` and `history` what must hold, `peace` what must come to
+//! hold in the end, `mutants` the proof that they would notice.
 
 #![allow(clippy::unwrap_used, reason = "a failed assumption is a failed test")]
 
+mod disks;
 mod faults;
 #[path = "../common/history.rs"]
 mod history;
@@ -22,6 +24,7 @@ mod net;
 mod objects;
 mod operator;
 mod panics;
+mod peace;
 mod run;
 mod seeds;
 mod trace;

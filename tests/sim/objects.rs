@@ -1,20 +1,24 @@
 //! A bucket in memory that is slow, refuses, and loses answers: what was asked for may have been done all the same.
 
 use std::{
+    collections::{BTreeMap, BTreeSet},
     fmt,
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicU32, Ordering},
     },
     time::Duration,
 };
 
+use bytes::Bytes;
+use chrono::{DateTime, Utc};
 use futures::{StreamExt as _, stream, stream::BoxStream};
 use object_store::{
-    CopyOptions, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore, PutMultipartOptions,
-    PutOptions, PutPayload, PutResult, Result, memory::InMemory, path::Path,
+    CopyOptions, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore, ObjectStoreExt as _,
+    PutMultipartOptions, PutOptions, PutPayload, PutResult, Result, memory::InMemory, path::Path,
 };
-use strandline::task::random;
+use strandline::task::{clock, random};
+use tokio::time::Instant;
 
 /// One bucket. Clones share it.
 #[derive(Clone, Debug)]
@@ -22,16 +26,42 @@ pub(crate) struct Objects {
     kept: Arc<InMemory>,
     /// Of a hundred requests so many fail, half of them after they were done.
     failing: Arc<AtomicU32>,
+    began: Instant,
+    /// When each object was written, by simulated time: what is garbage is old by that.
+    written: Arc<Mutex<BTreeMap<Path, DateTime<Utc>>>>,
 }
 
 impl Objects {
-    pub(crate) fn new() -> Self {
-        Self { kept: Arc::new(InMemory::new()), failing: Arc::default() }
+    /// An empty bucket, whose clock begins at `began`.
+    pub(crate) fn new(began: Instant) -> Self {
+        Self { kept: Arc::new(InMemory::new()), failing: Arc::default(), began, written: Arc::default() }
     }
 
     /// How many of a hundred requests fail from now on.
     pub(crate) fn fail(&self, percent: u32) {
         self.failing.store(percent, Ordering::Relaxed);
+    }
+
+    /// Every object.
+    pub(crate) async fn all(&self) -> BTreeSet<String> {
+        let listed = self.kept.list(None).map(|object| object.unwrap().location.to_string());
+        listed.collect().await
+    }
+
+    /// One object, past all that goes wrong.
+    pub(crate) async fn read(&self, object: &str) -> Option<Bytes> {
+        self.kept.get(&Path::from(object)).await.ok()?.bytes().await.ok()
+    }
+
+    fn write(&self, location: &Path) {
+        let now = DateTime::UNIX_EPOCH + (clock::monotonic() - self.began);
+        self.written.lock().unwrap().insert(location.clone(), now);
+    }
+
+    fn dated(&self, mut object: ObjectMeta) -> ObjectMeta {
+        let written = self.written.lock().unwrap().get(&object.location).copied();
+        object.last_modified = written.unwrap_or(object.last_modified);
+        object
     }
 
     /// Does a request, perhaps, and answers it, perhaps.
@@ -59,7 +89,11 @@ impl fmt::Display for Objects {
 #[async_trait::async_trait]
 impl ObjectStore for Objects {
     async fn put_opts(&self, location: &Path, payload: PutPayload, options: PutOptions) -> Result<PutResult> {
-        self.answer(self.kept.put_opts(location, payload, options)).await
+        let put = async {
+            let put = self.kept.put_opts(location, payload, options).await;
+            put.inspect(|_| self.write(location))
+        };
+        self.answer(put).await
     }
 
     async fn put_multipart_opts(
@@ -67,11 +101,13 @@ impl ObjectStore for Objects {
         location: &Path,
         options: PutMultipartOptions,
     ) -> Result<Box<dyn MultipartUpload>> {
+        self.write(location);
         self.answer(self.kept.put_multipart_opts(location, options)).await
     }
 
     async fn get_opts(&self, location: &Path, options: GetOptions) -> Result<GetResult> {
-        self.answer(self.kept.get_opts(location, options)).await
+        let got = self.answer(self.kept.get_opts(location, options)).await?;
+        Ok(GetResult { meta: self.dated(got.meta), ..got })
     }
 
     fn delete_stream(&self, locations: BoxStream<'static, Result<Path>>) -> BoxStream<'static, Result<Path>> {
@@ -82,11 +118,14 @@ impl ObjectStore for Objects {
         if random::in_range(0..100) < self.failing.load(Ordering::Relaxed) {
             return stream::once(async { Err(failed("refused")) }).boxed();
         }
-        self.kept.list(prefix)
+        let bucket = self.clone();
+        self.kept.list(prefix).map(move |object| object.map(|object| bucket.dated(object))).boxed()
     }
 
     async fn list_with_delimiter(&self, prefix: Option<&Path>) -> Result<ListResult> {
-        self.answer(self.kept.list_with_delimiter(prefix)).await
+        let listed = self.answer(self.kept.list_with_delimiter(prefix)).await?;
+        let objects = listed.objects.into_iter().map(|object| self.dated(object)).collect();
+        Ok(ListResult { objects, ..listed })
     }
 
     async fn copy_opts(&self, from: &Path, to: &Path, options: CopyOptions) -> Result<()> {

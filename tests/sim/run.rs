@@ -15,7 +15,7 @@ use crate::{
     judge::Judge,
     load::{Ledger, Load, PATIENCE, READING, TOPICS},
     operator::Operator,
-    panics, trace,
+    panics, peace, trace,
     truth::Truth,
     world::World,
 };
@@ -72,19 +72,24 @@ const SETTLING: Duration = Duration::from_secs(90);
 
 /// Runs a seed and gives its trace. Panics when it finds something; [`trace::last`] has the trace then.
 pub(crate) fn run(shape: Shape, seed: u64) -> String {
-    panics::remember();
-    trace::hear_brokers();
     let shape = shape.of(seed);
+    simulate(shape, seed, async |world| live(world, shape).await)
+}
+
+/// Lets something happen in a world of this seed, as [`run`] does.
+pub(crate) fn simulate(shape: Shape, seed: u64, life: impl AsyncFnOnce(&mut World)) -> String {
+    panics::remember();
     let mut builder = tokio::runtime::Builder::new_current_thread();
     builder.enable_time().start_paused(true);
     #[cfg(tokio_unstable)]
     builder.rng_seed(tokio::runtime::RngSeed::from_bytes(&seed.to_be_bytes()));
     let runtime = builder.build().unwrap();
-    runtime.block_on(async {
+    let lived = async {
         let mut world = World::new(shape, seed);
         let outside = world.outside.clone();
-        outside.run(Box::pin(live(&mut world, shape))).await;
-    });
+        outside.run(Box::pin(life(&mut world))).await;
+    };
+    trace::with_log(|| runtime.block_on(lived));
     panics::check();
     trace::last()
 }
@@ -129,6 +134,7 @@ async fn live(world: &mut World, shape: Shape) {
     panics::check();
     assert!(answered.is_ok(), "every send is answered once the faults have stopped");
     check(&load, &mut judge).await;
+    peace::comes(world, &judge).await;
     // What is there is there again after a stop of all, and after one more loss of power.
     for machine in &mut world.machines {
         if power { machine.kill(Some(random::bits())) } else { machine.stop().await }
@@ -136,6 +142,10 @@ async fn live(world: &mut World, shape: Shape) {
     join_all(world.machines.iter_mut().map(|machine| Box::pin(machine.start()))).await;
     settled(&judge, shape).await;
     check(&load, &mut judge).await;
+    peace::comes(world, &judge).await;
+    if random::in_range(0..4) == 0 {
+        peace::collects(world, &judge).await;
+    }
     for machine in &mut world.machines {
         trace.note(format_args!("{} bytes on the disk of broker {}", machine.disk_bytes(), machine.id));
         machine.kill(None);

@@ -99,7 +99,7 @@ pub(crate) fn run_all(shape: Shape) {
                 println!("     make sim SEED={seed} SEEDS=1 ONLY={} TRACE=1 shows what happened", shape.test());
                 failed.lock().unwrap().push(seed);
             }
-            if trace::is_wished() {
+            if std::env::var("STRANDLINE_TRACE").is_ok_and(|wish| !wish.is_empty()) {
                 println!("{}", trace::last());
             }
             done.fetch_add(1, Ordering::Relaxed);

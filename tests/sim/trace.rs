@@ -1,13 +1,14 @@
-//! What happened in a run, line by line. Two runs of a seed must write the same.
+//! What happened in a run, line by line. Two runs of a seed must write the same. With `STRANDLINE_LOG=strandline=debug`, or another filter
+//! of its kind, the brokers' own log is in it.
 
 use std::{
     cell::RefCell,
     fmt::{self, Write as _},
     io,
-    sync::{Arc, Mutex, Once},
+    sync::{Arc, Mutex},
 };
 
-use strandline::task::clock;
+use strandline::task::{clock, process::Process};
 use tokio::time::Instant;
 
 thread_local! {
@@ -19,30 +20,23 @@ pub(crate) fn last() -> String {
     LAST.with_borrow(|last| last.as_ref().map(Trace::text)).unwrap_or_default()
 }
 
-/// Whether somebody wants to see what happened.
-pub(crate) fn is_wished() -> bool {
-    std::env::var("STRANDLINE_TRACE").is_ok_and(|wish| !wish.is_empty())
+/// Does something, and the log that is written meanwhile goes into the trace.
+pub(crate) fn with_log<T>(work: impl FnOnce() -> T) -> T {
+    let Some(filter) = std::env::var("STRANDLINE_LOG").ok().filter(|filter| !filter.is_empty()) else { return work() };
+    let log = tracing_subscriber::fmt().with_env_filter(filter).without_time().with_ansi(false).with_writer(|| Log);
+    tracing::subscriber::with_default(log.finish(), work)
 }
 
-/// From now on what the brokers log stands in the trace of their run, where traces are wished for.
-pub(crate) fn hear_brokers() {
-    static ONCE: Once = Once::new();
-    if is_wished() {
-        ONCE.call_once(|| {
-            let lines = tracing_subscriber::fmt().with_max_level(tracing::Level::DEBUG).with_ansi(false).without_time();
-            lines.with_writer(|| Logged).init();
-        });
-    }
-}
+/// The log's way into this thread's trace, a line at a time.
+struct Log;
 
-/// Writes a line of a broker's log to the trace of this thread's run.
-struct Logged;
-
-impl io::Write for Logged {
+impl io::Write for Log {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        let process = Process::current().map_or(0, |process| process.id());
+        let text = String::from_utf8_lossy(line);
         LAST.with_borrow(|last| {
             if let Some(trace) = last {
-                trace.note(format_args!("{}", String::from_utf8_lossy(line).trim_end()));
+                trace.note(format_args!("process {process}: {}", text.trim_end()));
             }
         });
         Ok(line.len())

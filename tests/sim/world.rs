@@ -38,7 +38,7 @@ impl World {
         store.keep_time(&time);
         let shared = Shared {
             net: Net::default(),
-            objects: Objects::new(),
+            objects: Objects::new(began),
             trace: Trace::new(),
             began,
             seed,
@@ -64,6 +64,7 @@ impl World {
             id: machine.id,
             logs: Logs::of(&machine.disk),
             running: Arc::clone(&machine.running),
+            spoilt: Arc::clone(&machine.spoilt),
         };
         self.machines.iter().map(seen).collect()
     }

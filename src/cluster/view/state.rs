@@ -142,6 +142,18 @@ impl ViewState {
         &self.unreadable
     }
 
+    /// How this differs from a listing of the prefix; `None` where it mirrors that. For the simulator's judge.
+    #[cfg(feature = "sim")]
+    pub fn differs_from(&self, keys: &Keys, listing: Listing) -> Option<String> {
+        let mut other = Self::default();
+        other.replace(keys, listing);
+        let (revision, listed) = (self.revision, other.revision);
+        // What is not mirrored moves the revision too, and nobody tells of it.
+        other.revision = revision;
+        let (mine, theirs) = (format!("{self:?}"), format!("{other:?}"));
+        (mine != theirs).then(|| format!("at {revision} it is {mine}, listed at {listed} is {theirs}"))
+    }
+
     /// Partition and tier keys that do not count, by topic, with the topic's name where it exists.
     pub(crate) fn strays(&self) -> BTreeMap<TopicId, Vec<(u32, PartitionEntry)>> {
         let mut strays = BTreeMap::new();

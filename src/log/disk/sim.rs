@@ -2,7 +2,8 @@
 //!
 //! [`SimDisk::crash`] takes the power away: of what was not synced, each 512-byte sector of a file may have reached the
 //! platter or not; of the changes of names in each directory that was not synced, some first ones may have. Handles from before
-//! a crash fail. Faults are set by [`SimDisk::fail_writes_after`], [`SimDisk::set_capacity`], [`SimDisk::fail_syncs`] and
+//! a crash fail. A sync that fails loses what it was to make durable, as an operating system may that takes the pages for clean all the
+//! same: some of it is on the platter, of the rest what was there before is read again. Faults are set by [`SimDisk::fail_writes_after`], [`SimDisk::set_capacity`], [`SimDisk::fail_syncs`] and
 //! [`SimDisk::flip`].
 
 use std::{
@@ -16,6 +17,7 @@ use std::{
 use super::{Disk, Entry, File, Mode};
 
 const SECTOR: usize = 512;
+const PAGE: usize = 4096;
 
 /// A disk in memory that loses what was not synced when it crashes. Clones share it.
 #[derive(Clone, Default)]
@@ -156,7 +158,7 @@ impl SimDisk {
         self.machine().capacity = bytes;
     }
 
-    /// Syncs of files whose path contains `part` fail; `None` ends that.
+    /// Syncs of files whose path contains `part` fail, and what was not durable may be gone; `None` ends that.
     pub fn fail_syncs(&self, part: Option<&str>) {
         self.machine().failing_syncs = part.map(str::to_owned);
     }
@@ -217,6 +219,22 @@ impl Content {
         self.undo.clear();
     }
 
+    /// Of each page that is not durable, either it became so all the same or what is durable is read in its place. The length is
+    /// the file system's to know and stays.
+    fn lose_pages(&mut self, dice: &mut Dice) {
+        let len = self.bytes.len();
+        let mut durable = self.durable();
+        durable.resize(len, 0);
+        for at in (0..len).step_by(PAGE) {
+            let page = at..len.min(at + PAGE);
+            if dice.roll(2) == 0 && self.bytes[page.clone()] != durable[page.clone()] {
+                self.bytes[page.clone()].copy_from_slice(&durable[page]);
+                self.rewrites += 1;
+            }
+        }
+        self.sync();
+    }
+
     /// What is durable.
     fn durable(&self) -> Vec<u8> {
         let mut durable = self.bytes.clone();
@@ -240,7 +258,7 @@ impl Content {
         }
         let mut torn = vec![0; len];
         // Some crashes tear by sector, some by page, some lose or keep all.
-        let unit = [SECTOR, 4096, usize::MAX][usize::try_from(dice.roll(3)).unwrap_or(0)];
+        let unit = [SECTOR, PAGE, usize::MAX][usize::try_from(dice.roll(3)).unwrap_or(0)];
         let mut at = 0;
         while at < len {
             let end = at.saturating_add(unit).min(len);
@@ -524,6 +542,8 @@ impl File for SimFile {
         let mut machine = self.disk.machine();
         machine.change()?;
         if machine.failing_syncs.as_ref().is_some_and(|part| self.path.to_string_lossy().contains(part.as_str())) {
+            let mut dice = Dice(machine.operations);
+            machine.content(self.id, self.boot)?.lose_pages(&mut dice);
             return Err(io::Error::other("simulated sync failure"));
         }
         machine.content(self.id, self.boot)?.sync();
