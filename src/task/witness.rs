@@ -92,6 +92,17 @@ pub enum Event<'a> {
         /// What the process is in the partition.
         part: Part,
     },
+    /// A leader takes into account what a follower acknowledged.
+    Counted {
+        /// The partition.
+        partition: PartitionId,
+        /// The epoch in which it leads.
+        epoch: LeaderEpoch,
+        /// Who acknowledged.
+        follower: BrokerId,
+        /// The epoch in which that follower had joined when it did.
+        acknowledged: LeaderEpoch,
+    },
     /// A leader asks for another ISR.
     Proposed {
         /// The partition.

@@ -11,6 +11,7 @@
 //! | an append | it continues the log; a leader's is of its own epoch |
 //! | a cut, a beginning | no committed record goes; who begins behind others' records knows their producers |
 //! | the high watermark moves | the minimum is in sync, nobody else is eligible, and every member of the ISR, and of each that may come true, acknowledged in this epoch |
+//! | an acknowledgement counts | it was made in the epoch of the leader that counts it |
 //! | an answer | what it promises is so |
 //! | a proposal, and its outcome | who is admitted acknowledged in this epoch all up to its start; it replaces the value that it was made for |
 //! | an election | epochs grow by one, and only a member is elected |
@@ -168,6 +169,9 @@ impl Known {
             }
             Event::Claimed { epoch, persisted, .. } => partition.claimed(who.broker, epoch, persisted),
             Event::Marks { marks, part, .. } => partition.marked(who.broker, marks, part).map_err(by)?,
+            Event::Counted { epoch, follower, acknowledged, .. } => {
+                partition::counted(epoch, follower, acknowledged).map_err(by)?
+            }
             Event::Proposed { epoch, expect, isr, .. } => {
                 partition.proposed(who.broker, epoch, (Revision(expect), isr), &self.brokers).map_err(by)?
             }
@@ -191,6 +195,7 @@ fn partition_of(event: &Event<'_>) -> Option<PartitionId> {
         | Event::Begun { partition, .. }
         | Event::Claimed { partition, .. }
         | Event::Marks { partition, .. }
+        | Event::Counted { partition, .. }
         | Event::Proposed { partition, .. }
         | Event::Answered { partition, .. }
         | Event::Readable { partition, .. }

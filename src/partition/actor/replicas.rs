@@ -98,7 +98,15 @@ impl Actor {
         let mut outside = false;
         for Ack { peer, epoch, ends } in acks {
             match leader.in_sync_mut().acknowledged(peer, epoch, ends) {
-                Ok(()) => outside |= !leader.in_sync().value().isr.contains(&peer.broker),
+                Ok(()) => {
+                    outside |= !leader.in_sync().value().isr.contains(&peer.broker);
+                    saw!(Counted {
+                        partition: self.id,
+                        epoch: leader.epoch(),
+                        follower: peer.broker,
+                        acknowledged: epoch
+                    });
+                }
                 Err(error) => {
                     tracing::debug!(partition = %self.id, broker = %peer.broker, %error, "an acknowledgement is not counted");
                 }

@@ -51,6 +51,15 @@ struct Proposal {
 /// Whether something moved that a member must hold.
 type Moved = Result<bool, Wrong>;
 
+/// A leader counts what a follower acknowledged. Whether harm comes of an older epoch's word is another matter: what it names may have
+/// been cut since.
+pub(super) fn counted(epoch: LeaderEpoch, follower: BrokerId, acknowledged: LeaderEpoch) -> Moved {
+    if acknowledged != epoch {
+        return Err(format!("counts in epoch {epoch} what broker {follower} acknowledged in epoch {acknowledged}"));
+    }
+    Ok(false)
+}
+
 impl Partition {
     fn value(&self) -> Option<(&PartitionValue, Revision)> {
         self.values.last_key_value().map(|(revision, value)| (value, *revision))
