@@ -68,7 +68,7 @@ docs: ## The documentation builds without a broken link.
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --document-private-items
 
 deny: $(DENY) ## Licences, duplicates and sources of all dependencies.
-	$(DENY) check bans licenses sources
+	$(DENY) --workspace check bans licenses sources
 
 # Unoptimised on purpose: it runs for seconds, and building it optimised takes minutes.
 $(DENY):
