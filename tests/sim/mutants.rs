@@ -26,8 +26,8 @@ use crate::{
 const MUTANTS: &[(Mutation, Shape, u64)] = &[
     (Mutation::AcknowledgeBeforeSync, Shape::ONE, 10),
     (Mutation::EvictBeforeCommit, Shape::ONE, 10),
-    (Mutation::CutToHighWatermark, Shape::THREE, 20),
-    (Mutation::SkipProof, Shape::THREE, 40),
+    (Mutation::CutToHighWatermark, Shape::THREE, 30),
+    (Mutation::SkipProof, Shape::THREE, 60),
     (Mutation::AdmitBelowEpochStart, Shape::THREE, 40),
     (Mutation::DeposedCommits, Shape::THREE, 40),
     (Mutation::ElectAnyReplica, Shape::THREE, 20),
