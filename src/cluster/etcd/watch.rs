@@ -2,6 +2,10 @@
 //!
 //! Only changes move it forward. An answer to the request for a sign of life names a revision too, but up to etcd 3.4.24
 //! and 3.5.7 it may overtake changes that are older (etcd issue 15220), so nothing but life is believed of it.
+//!
+//! Later ones answer that request only once there is a revision as new as the watch's beginning. A watch from the revision after
+//! the newest would hear nothing from a quiet etcd, however well it is, and be taken for one whose member is gone. So a watch begins
+//! one revision earlier than asked for, and what that one holds is passed over.
 
 use std::{sync::Arc, time::Duration};
 
@@ -37,6 +41,8 @@ pub(super) struct Resuming {
     prefix: String,
     /// Everything before this revision was given.
     next: Revision,
+    /// Where the stream began: `next` as it was then, or one before.
+    began: Revision,
     stream: Stream,
     quiets: u32,
     wait: Duration,
@@ -55,6 +61,8 @@ enum Ended {
     Said(String),
     /// Without one, and without a sign of life.
     Silent,
+    /// Of where it began nothing is kept, but of what comes next everything is.
+    Early,
 }
 
 /// One answer of the watch, for `futures::stream::unfold`. It ends after the first error.
@@ -71,8 +79,9 @@ impl Resuming {
     pub(super) async fn begin(members: Arc<Members>, prefix: &str, from: Revision) -> Result<Self, StoreError> {
         // To etcd 0 means from now on.
         let next = from.max(Revision(1));
-        let stream = open(&members, prefix, next).await.map_err(|failed| failed.of_watch(from))?;
-        Ok(Self { members, prefix: prefix.to_owned(), next, stream, quiets: QUIETS, wait: WAITS.0 })
+        let began = one_before(next);
+        let stream = open(&members, prefix, began).await.map_err(|failed| failed.of_watch(from))?;
+        Ok(Self { members, prefix: prefix.to_owned(), next, began, stream, quiets: QUIETS, wait: WAITS.0 })
     }
 
     async fn changes(&mut self) -> Result<Changes, StoreError> {
@@ -92,6 +101,9 @@ impl Resuming {
     fn understand(&mut self, response: &WatchResponse) -> Result<Result<Changes, Ended>, StoreError> {
         if response.compact_revision() > 0 {
             let oldest = text::revision(response.compact_revision());
+            if self.began < self.next && oldest <= self.next {
+                return Ok(Err(Ended::Early));
+            }
             return Err(StoreError::Compacted { from: self.next, oldest });
         }
         if response.canceled() {
@@ -102,7 +114,7 @@ impl Resuming {
         }
         (self.quiets, self.wait) = (QUIETS, WAITS.0);
         let kvs = response.events().iter().filter_map(etcd_client::Event::kv);
-        // A resumed watch repeats nothing; were it to, what is older than what was given must not be given again.
+        // What is older than what was given must not be given again: the stream began before it.
         let new = kvs.filter(|kv| text::revision(kv.mod_revision()) >= self.next);
         let mut last = None;
         let mut events: Vec<Event> = Vec::with_capacity(response.events().len());
@@ -120,24 +132,30 @@ impl Resuming {
 
     async fn resume(&mut self, ended: Ended) -> Result<(), StoreError> {
         let member = self.members.of(&self.stream.line);
+        let mut begin = one_before(self.next);
         match ended {
             Ended::Said(why) => {
                 tracing::debug!(endpoint = member.endpoint(), why, next = %self.next, "a metadata watch is resumed");
+                self.members.pass_on(member);
             }
             Ended::Silent => {
-                tracing::info!(endpoint = member.endpoint(), "etcd fell silent; the metadata watch moves on");
+                tracing::info!(
+                    endpoint = member.endpoint(),
+                    "this member of etcd fell silent; the metadata watch moves on to another"
+                );
                 self.quiets = (self.quiets * 2).min(MOST_QUIETS);
                 member.replace(&self.stream.line).await;
+                self.members.pass_on(member);
             }
+            Ended::Early => begin = self.next,
         }
-        self.members.pass_on(member);
         let end = clock::monotonic() + PATIENCE;
         loop {
             tokio::time::sleep(self.wait).await;
             self.wait = (self.wait * 2).min(WAITS.1);
-            match open(&self.members, &self.prefix, self.next).await {
+            match open(&self.members, &self.prefix, begin).await {
                 Ok(stream) => {
-                    self.stream = stream;
+                    (self.stream, self.began) = (stream, begin);
                     return Ok(());
                 }
                 Err(failed @ Failed::Unavailable { .. }) if clock::monotonic() < end => {
@@ -149,9 +167,14 @@ impl Resuming {
     }
 }
 
+/// Where a watch begins whose first change is to be of `next`. To etcd 0 means from now on.
+fn one_before(next: Revision) -> Revision {
+    Revision(next.0.saturating_sub(1).max(1))
+}
+
 /// Begins a watch at whichever member answers, and waits until it has begun.
-async fn open(members: &Members, prefix: &str, next: Revision) -> Result<Stream, Failed> {
-    let from = text::number(next).unwrap_or(i64::MAX);
+async fn open(members: &Members, prefix: &str, begin: Revision) -> Result<Stream, Failed> {
+    let from = text::number(begin).unwrap_or(i64::MAX);
     let options = &WatchOptions::new().with_range(text::end(prefix)).with_start_revision(from);
     members
         .call(Repeat::Always, |line: Line| async move {

@@ -212,6 +212,39 @@ async fn a_compacted_beginning_is_told_and_the_present_can_be_watched() {
     assert_eq!(values_up_to(&mut present, "1").await.last().map(String::as_str), Some("1"));
 }
 
+/// From 3.5.8 on etcd gives no sign of life to a watch that begins behind its newest revision. Brokers took each of its members
+/// for silent in turn, for as long as nothing was written, and their pictures of the cluster for old ones.
+#[tokio::test]
+async fn a_watch_of_the_present_hears_that_a_quiet_etcd_lives() {
+    let etcd = Etcd::start(3).await;
+    let store = etcd.store().await;
+    let newest = put(&store, "n", "old").await.expect("etcd answers");
+    let mut watch = store.watch("n", newest.next()).await.expect("it begins");
+    let first = store.members.in_turn().next().expect("three members").endpoint().to_owned();
+    for _ in 0..3 {
+        let events = next(&mut watch).await.expect("a sign of life");
+        assert_eq!(events, [], "what is older than asked for is not given");
+    }
+    let now = store.members.in_turn().next().expect("three members").endpoint().to_owned();
+    assert_eq!(now, first, "nobody was taken for silent");
+    put(&store, "n", "new").await.expect("etcd answers");
+    assert_eq!(values_up_to(&mut watch, "new").await, ["new"]);
+}
+
+#[tokio::test]
+async fn a_watch_begins_where_etcd_was_compacted_to() {
+    let etcd = Etcd::start(1).await;
+    let store = etcd.store().await;
+    let mut last = Revision::ZERO;
+    for n in 0..3 {
+        last = put(&store, "n", &n.to_string()).await.expect("etcd answers");
+    }
+    let compact = i64::try_from(last.0).expect("small");
+    client(etcd.endpoint(0), ConnectOptions::new()).await.compact(compact, None).await.expect("etcd answers");
+    let mut watch = store.watch("n", last).await.expect("this revision is kept");
+    assert_eq!(values_up_to(&mut watch, "2").await, ["2"], "though the one before is not");
+}
+
 #[tokio::test]
 async fn a_dead_endpoint_costs_a_transaction_nothing_and_a_silent_one_is_left() {
     let etcd = Etcd::start(1).await;
