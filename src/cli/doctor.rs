@@ -29,9 +29,16 @@ pub(super) struct Doctor {
     /// The S3 region; AWS_REGION, or us-east-1, if left out
     #[arg(long, value_name = "REGION", env = "STRANDLINE_OBJECT_STORE_REGION")]
     region: Option<String>,
-    /// Put the bucket's name into the path instead of the host's name
-    #[arg(long, env = "STRANDLINE_OBJECT_STORE_PATH_STYLE")]
-    path_style: bool,
+    /// Whether the bucket's name is put into the path instead of the host's name; yes where an endpoint is named, if left out
+    #[arg(
+        long,
+        value_name = "true|false",
+        env = "STRANDLINE_OBJECT_STORE_PATH_STYLE",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "true"
+    )]
+    path_style: Option<bool>,
 }
 
 pub(super) async fn run(common: &Common, command: Doctor) -> anyhow::Result<ExitCode> {

@@ -89,7 +89,7 @@ impl Values {
                 url: self.optional("object_store.url"),
                 endpoint: self.optional("object_store.endpoint"),
                 region: self.optional("object_store.region"),
-                path_style: self.required("object_store.path_style") == "true",
+                path_style: self.optional("object_store.path_style").map(|text| text == "true"),
             },
             topic_defaults: self.topic.iter().map(|(key, given)| (key.clone(), given.text.clone())).collect(),
             log: Log {

@@ -167,8 +167,8 @@ pub struct ObjectStore {
     pub endpoint: Option<String>,
     /// The bucket's region.
     pub region: Option<String>,
-    /// Whether the bucket is named in the path.
-    pub path_style: bool,
+    /// Whether the bucket is named in the path; where an endpoint is named if nobody says.
+    pub path_style: Option<bool>,
 }
 
 /// Segments and journal.

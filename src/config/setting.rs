@@ -205,8 +205,9 @@ pub(super) const SETTINGS: &[Setting] = &[
         "object_store",
         "path_style",
         Kind::Flag,
-        Some("false"),
-        "Whether the bucket is named in the path and not in the host's name: most S3-compatible servers want true.",
+        None,
+        "Whether the bucket is named in the path and not in the host's name. Unset: where an endpoint is named, because most \
+         S3-compatible servers want it so.",
     ),
     setting(
         "replication",

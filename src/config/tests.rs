@@ -56,7 +56,7 @@ format = "json"
     );
     assert_eq!(config.grpc.advertise.as_deref(), Some("b7.example:1000"));
     assert_eq!(config.object_store.endpoint.as_deref(), Some("http://127.0.0.1:9000"));
-    assert!(config.object_store.path_style);
+    assert_eq!(config.object_store.path_style, Some(true));
     assert_eq!(config.topic_defaults["segment.bytes"], "1048576");
     assert_eq!(config.topic_defaults["retention.ms"], "-1");
     assert_eq!(config.topic_defaults["remote.storage.enable"], "false");

@@ -288,7 +288,7 @@ mod tests {
         let keys = crate::tier::Keys { access_key_id: "a".into(), secret_access_key: "b".into() };
         let options = StoreOptions {
             endpoint: Some(format!("http://{nobody}")),
-            path_style: true,
+            path_style: Some(true),
             keys: Some(keys),
             ..StoreOptions::new("s3://bucket")
         };

@@ -42,8 +42,9 @@ pub struct StoreOptions {
     pub endpoint: Option<String>,
     /// For `s3`: the region.
     pub region: Option<String>,
-    /// For `s3`: the bucket in the path instead of the host name.
-    pub path_style: bool,
+    /// For `s3`: the bucket in the path instead of the host name. `None`: where an endpoint is named, by the options or by
+    /// `AWS_ENDPOINT_URL_S3` or `AWS_ENDPOINT_URL`.
+    pub path_style: Option<bool>,
     /// For `s3`: keys to use instead of those of the environment.
     pub keys: Option<Keys>,
     /// Longest time that one request may take.
@@ -61,12 +62,23 @@ impl StoreOptions {
             url: url.to_owned(),
             endpoint: None,
             region: None,
-            path_style: false,
+            path_style: None,
             keys: None,
             request_timeout: Duration::from_secs(30),
             retry_for: Duration::from_secs(20),
             verify: Verify::Whole,
         }
+    }
+
+    /// Where the service is, when it is not AWS.
+    pub(super) fn named_endpoint(&self) -> Option<String> {
+        let variable = |name| std::env::var(name).ok().filter(|text| !text.is_empty());
+        self.endpoint.clone().or_else(|| variable("AWS_ENDPOINT_URL_S3")).or_else(|| variable("AWS_ENDPOINT_URL"))
+    }
+
+    /// Whether the bucket is named in the path of a service at `endpoint`. An address cannot have a bucket's name before it.
+    pub(super) fn in_path(&self, endpoint: Option<&str>) -> bool {
+        endpoint.is_some_and(is_address) || self.path_style.unwrap_or(endpoint.is_some())
     }
 
     /// Whether the store speaks S3.
@@ -139,15 +151,18 @@ pub(super) fn open(options: &StoreOptions) -> Result<(Arc<dyn ObjectStore>, Path
 }
 
 fn s3(options: &StoreOptions, bucket: &str) -> AmazonS3Builder {
-    let plain = options.endpoint.as_deref().is_some_and(|endpoint| endpoint.starts_with("http://"));
+    let endpoint = options.named_endpoint();
+    let plain = endpoint.as_deref().is_some_and(|endpoint| endpoint.starts_with("http://"));
+    let in_path = options.in_path(endpoint.as_deref());
     let mut builder = AmazonS3Builder::from_env()
         .with_bucket_name(bucket)
-        .with_virtual_hosted_style_request(!options.path_style)
+        .with_virtual_hosted_style_request(!in_path)
         .with_retry(no_retry())
         .with_client_options(client_options(options, plain))
         .with_allow_http(plain);
-    if let Some(endpoint) = &options.endpoint {
-        builder = builder.with_endpoint(endpoint);
+    if let Some(endpoint) = endpoint {
+        // The client takes an endpoint with the bucket's name in its host as it is: that name is put there by nobody else.
+        builder = builder.with_endpoint(if in_path { endpoint } else { with_bucket(&endpoint, bucket) });
     }
     if let Some(region) = &options.region {
         builder = builder.with_region(region);
@@ -156,6 +171,28 @@ fn s3(options: &StoreOptions, bucket: &str) -> AmazonS3Builder {
         builder = builder.with_access_key_id(&keys.access_key_id).with_secret_access_key(&keys.secret_access_key);
     }
     builder
+}
+
+/// The endpoint's host, without port.
+fn host(endpoint: &str) -> &str {
+    let rest = endpoint.split_once("://").map_or(endpoint, |(_, rest)| rest);
+    let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
+    match authority.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
+        Some((address, _)) => address,
+        None => authority.split(':').next().unwrap_or_default(),
+    }
+}
+
+fn is_address(endpoint: &str) -> bool {
+    host(endpoint).parse::<std::net::IpAddr>().is_ok()
+}
+
+/// `https://host:port` as `https://bucket.host:port`.
+fn with_bucket(endpoint: &str, bucket: &str) -> String {
+    match endpoint.split_once("://") {
+        Some((scheme, rest)) => format!("{scheme}://{bucket}.{rest}"),
+        None => format!("{bucket}.{endpoint}"),
+    }
 }
 
 /// A directory as object store. It is made if need be, and what is written is synced before it counts: after the commit the
@@ -183,4 +220,54 @@ fn client_options(options: &StoreOptions, plain: bool) -> ClientOptions {
         .with_timeout(options.request_timeout)
         .with_connect_timeout(Duration::from_secs(5).min(options.request_timeout))
         .with_pool_max_idle_per_host(64)
+}
+
+#[cfg(test)]
+mod tests {
+    use object_store::ObjectStoreExt as _;
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+    use super::*;
+
+    fn at(endpoint: &str, path_style: Option<bool>) -> StoreOptions {
+        let keys = Keys { access_key_id: "a".to_owned(), secret_access_key: "b".to_owned() };
+        let endpoint = Some(endpoint.to_owned());
+        StoreOptions { endpoint, path_style, keys: Some(keys), ..StoreOptions::new("s3://bucket/prefix") }
+    }
+
+    /// Found by a user: `doctor`, whose client knows that an address takes no bucket's name before it, said that a broker could work
+    /// with the store, and the broker looked for a bucket that was called as the prefix.
+    #[tokio::test]
+    async fn a_server_at_an_address_is_asked_for_the_bucket_in_the_path() {
+        for path_style in [None, Some(true), Some(false)] {
+            let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let endpoint = format!("http://{}", listener.local_addr().unwrap());
+            let (objects, prefix) = open(&at(&endpoint, path_style)).unwrap();
+            let path = prefix.clone().join("object");
+            let asked = async {
+                let (mut socket, _) = listener.accept().await.unwrap();
+                let mut request = vec![0; 4096];
+                let read = socket.read(&mut request).await.unwrap();
+                socket.write_all(b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n").await.unwrap();
+                String::from_utf8_lossy(&request[..read]).into_owned()
+            };
+            let (request, answer) = tokio::join!(asked, objects.get(&path));
+            assert!(request.starts_with("GET /bucket/prefix/object HTTP/1.1"), "{path_style:?}: {request}");
+            assert!(answer.is_err());
+        }
+    }
+
+    #[test]
+    fn a_bucket_is_named_where_its_server_wants_it() {
+        let named = "https://s3.example:9000";
+        assert!(at(named, None).in_path(Some(named)), "where an endpoint is named");
+        assert!(!at(named, Some(false)).in_path(Some(named)), "unless told");
+        assert!(!StoreOptions::new("s3://bucket").in_path(None), "and not at Amazon");
+        assert_eq!(with_bucket(named, "bucket"), "https://bucket.s3.example:9000");
+        for (endpoint, address) in
+            [("http://[::1]:9000", true), ("http://10.0.0.1", true), ("http://localhost:9000", false)]
+        {
+            assert_eq!(is_address(endpoint), address, "{endpoint}");
+        }
+    }
 }

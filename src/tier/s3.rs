@@ -54,7 +54,8 @@ impl S3 {
         let region = RegionProviderChain::first_try(options.region.clone().map(Region::new));
         let region = region.or_default_provider().or_else(REGION);
         let mut loader = aws_config::defaults(BehaviorVersion::v2026_01_12()).region(region);
-        if let Some(endpoint) = &options.endpoint {
+        let endpoint = options.named_endpoint();
+        if let Some(endpoint) = &endpoint {
             loader = loader.endpoint_url(endpoint);
         }
         if let Some(keys) = &options.keys {
@@ -62,10 +63,11 @@ impl S3 {
             loader = loader.credentials_provider(Credentials::new(id, secret, None, None, "options"));
         }
         let config = loader.load().await;
-        let config = aws_sdk_s3::config::Builder::from(&config).force_path_style(options.path_style).build();
+        let in_path = options.in_path(endpoint.as_deref());
+        let config = aws_sdk_s3::config::Builder::from(&config).force_path_style(in_path).build();
         Ok(Self {
             client: Client::from_conf(config),
-            endpoint: options.endpoint.clone(),
+            endpoint,
             bucket: bucket.to_owned(),
             prefix: prefix.trim_matches('/').to_owned(),
             timeout: options.request_timeout,

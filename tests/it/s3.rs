@@ -131,7 +131,7 @@ impl S3 {
         StoreOptions {
             endpoint: Some(self.endpoint()),
             region: Some("us-east-1".to_owned()),
-            path_style: true,
+            path_style: Some(true),
             keys: Some(Keys { access_key_id: ACCESS_KEY.to_owned(), secret_access_key: SECRET_KEY.to_owned() }),
             request_timeout: Duration::from_secs(5),
             retry_for: Duration::from_secs(3),

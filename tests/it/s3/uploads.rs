@@ -142,11 +142,7 @@ async fn a_real_store_gives_back_what_was_left_in_it() {
     let (bucket, prefix) = url.strip_prefix("s3://").and_then(|rest| rest.split_once('/')).expect("s3://bucket/prefix");
     let prefix = format!("{prefix}/test-{}", strandline::task::random::uuid());
     let endpoint = std::env::var("AWS_ENDPOINT_URL").ok();
-    let options = StoreOptions {
-        path_style: endpoint.is_some(),
-        endpoint,
-        ..StoreOptions::new(&format!("s3://{bucket}/{prefix}"))
-    };
+    let options = StoreOptions { endpoint, ..StoreOptions::new(&format!("s3://{bucket}/{prefix}")) };
     for check in doctor::examine(&options).await.unwrap() {
         println!("{:28} {:?}: {}", check.name, check.outcome, check.detail);
         assert_ne!(check.outcome, doctor::Outcome::Fail, "{check:?}");
