@@ -5,7 +5,7 @@ use std::io::{self, IsTerminal as _, Write as _};
 use comfy_table::{CellAlignment, Table, presets};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use crate::model::BrokerId;
+pub(super) use crate::model::listed as ids;
 
 /// For whom an answer is printed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -69,14 +69,6 @@ pub(super) fn count(number: u64, noun: &str) -> String {
 /// Bytes for people.
 pub(super) fn bytes(bytes: u64) -> String {
     indicatif::BinaryBytes(bytes).to_string()
-}
-
-/// Brokers for people: `1,2,3`; `-` for none.
-pub(super) fn ids(brokers: &[BrokerId]) -> String {
-    if brokers.is_empty() {
-        return "-".to_owned();
-    }
-    brokers.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
 }
 
 /// Tests of what is printed, against files that are only changed on purpose: `GOLDEN=write cargo test` writes them anew, and the

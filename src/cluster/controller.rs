@@ -27,13 +27,14 @@ use tokio::time::Instant;
 use super::{
     changes::{Change, Changed, PartitionChanges},
     keys::{ControllerValue, InvalidValue, Key, Keys, Value as _},
+    partition_value::PartitionValue,
     planner::{self, Input, Limits, Plan, Why},
     session::{Session, Standing},
     store::{Compare, Entry, LeaseId, MetaStore, Outcome, Revision, StoreError, Transaction},
     view::{Feed, Moved, View, ViewState},
 };
 use crate::{
-    model::{BrokerId, ConfigMap, PartitionId},
+    model::{BrokerId, ConfigMap, PartitionId, TopicName, listed},
     task::{Tasks, clock},
     telemetry::Metrics,
 };
@@ -178,8 +179,8 @@ impl Controller {
             }
             drop(state);
             let plan = self.plan(&mut presence);
-            report(&plan, &mut waiting);
-            let outcome = carry_out(&changes, plan.steps, &when, &self.metrics).await;
+            report(&plan, &self.view.state(), &mut waiting);
+            let outcome = self.carry_out(&changes, plan.steps, &when).await;
             if outcome.deposed {
                 return;
             }
@@ -209,6 +210,44 @@ impl Controller {
             up_ms: &up_ms,
             limits: self.limits,
         })
+    }
+
+    /// Writes the steps, those that matter most first.
+    async fn carry_out(&self, changes: &PartitionChanges, steps: Vec<planner::Step>, when: &[Compare]) -> CarriedOut {
+        let mut outcome = CarriedOut { reached: Revision::ZERO, failed: false, deposed: false };
+        if steps.is_empty() {
+            return outcome;
+        }
+        let view = self.view.state();
+        let made: BTreeMap<PartitionId, (Why, PartitionValue)> =
+            steps.iter().map(|step| (step.change.id, (step.why, step.change.value.clone()))).collect();
+        let changed: Vec<Change> = steps.into_iter().map(|step| step.change).collect();
+        for (id, changed) in changes.make(changed, when).await {
+            match changed {
+                Changed::Done(revision) => {
+                    outcome.reached = outcome.reached.max(revision);
+                    let (why, value) = &made[&id];
+                    self.metrics.controller_steps.count(why.word());
+                    if let Some(cause) = why.election() {
+                        self.metrics.elections.count(cause);
+                    }
+                    tracing::info!(
+                        topic = %named(&view, id), partition = %id, why = %why.word(),
+                        leader = %value.leader.map_or_else(|| "none".to_owned(), |leader| leader.to_string()),
+                        epoch = %value.leader_epoch, replicas = %listed(&value.replicas), isr = %listed(&value.isr),
+                        "changed a partition"
+                    );
+                }
+                // The view will show what stands there.
+                Changed::Refused(_) => {}
+                Changed::Barred => outcome.deposed = true,
+                Changed::Unknown(error) | Changed::Failed(error) => {
+                    tracing::debug!(partition = %id, %error, "a step was not made, or is not known to have been");
+                    outcome.failed = true;
+                }
+            }
+        }
+        outcome
     }
 }
 
@@ -252,63 +291,34 @@ struct CarriedOut {
     deposed: bool,
 }
 
-/// Writes the steps, those that matter most first.
-async fn carry_out(
-    changes: &PartitionChanges,
-    steps: Vec<planner::Step>,
-    when: &[Compare],
-    metrics: &Metrics,
-) -> CarriedOut {
-    let mut outcome = CarriedOut { reached: Revision::ZERO, failed: false, deposed: false };
-    if steps.is_empty() {
-        return outcome;
-    }
-    let whys: BTreeMap<PartitionId, Why> = steps.iter().map(|step| (step.change.id, step.why)).collect();
-    let changed: Vec<Change> = steps.into_iter().map(|step| step.change).collect();
-    for (id, changed) in changes.make(changed, when).await {
-        match changed {
-            Changed::Done(revision) => {
-                outcome.reached = outcome.reached.max(revision);
-                metrics.controller_steps.count(whys[&id].word());
-                if let Some(cause) = whys[&id].election() {
-                    metrics.elections.count(cause);
-                }
-                tracing::info!(partition = %id, why = ?whys[&id], "the partition's replicas or leader were changed");
-            }
-            // The view will show what stands there.
-            Changed::Refused(_) => {}
-            Changed::Barred => outcome.deposed = true,
-            Changed::Unknown(error) | Changed::Failed(error) => {
-                tracing::debug!(partition = %id, %error, "a step was not made, or is not known to have been");
-                outcome.failed = true;
-            }
-        }
-    }
-    outcome
+/// The name of a partition's topic, for the log.
+fn named(view: &ViewState, id: PartitionId) -> &str {
+    view.name(id.topic).map_or("?", TopicName::as_str)
 }
 
 /// Says once of each partition that it waits, and once that it does not any more.
-fn report(plan: &Plan, waiting: &mut BTreeSet<PartitionId>) {
+fn report(plan: &Plan, view: &ViewState, waiting: &mut BTreeSet<PartitionId>) {
     let now: BTreeSet<PartitionId> = plan.waiting.iter().map(|(id, _)| *id).collect();
     for (id, what) in plan.waiting.iter().filter(|(id, _)| !waiting.contains(id)) {
         match what {
             planner::Waiting::ForLeader => tracing::warn!(
-                partition = %id,
+                topic = %named(view, *id), partition = %id,
                 "no broker that holds everything committed is there to lead: the partition waits for one; \
                  `strandline partition elect` with --unclean goes on without"
             ),
             planner::Waiting::ForOrdered => tracing::warn!(
-                partition = %id,
+                topic = %named(view, *id), partition = %id,
                 "a broker that the partition was ordered to is not alive: the move waits for it; start it, or cancel the order with \
                  `strandline partition reassign cancel`"
             ),
             planner::Waiting::ForBrokers => tracing::warn!(
-                partition = %id, "there are too few brokers that can take a replica: start more, or lower the replication factor"
+                topic = %named(view, *id), partition = %id,
+                "there are too few brokers that can take a replica: start more, or lower the replication factor"
             ),
         }
     }
     for id in waiting.difference(&now) {
-        tracing::info!(partition = %id, "the partition waits no more");
+        tracing::info!(topic = %named(view, *id), partition = %id, "the partition waits no more");
     }
     *waiting = now;
 }
@@ -328,9 +338,18 @@ impl Presence {
             self.up.entry(*id).or_insert((known.create_revision, now));
         }
         let holders = state.holders();
-        self.gone.retain(|id, _| holders.contains(id) && !live.contains_key(id));
+        self.gone.retain(|id, since| {
+            if live.contains_key(id) {
+                let seconds = now.duration_since(*since).as_secs();
+                tracing::info!(broker = %id, seconds, "a broker that was gone is there again");
+            }
+            holders.contains(id) && !live.contains_key(id)
+        });
         for id in holders.into_iter().filter(|id| !live.contains_key(id)) {
-            self.gone.entry(id).or_insert(now);
+            self.gone.entry(id).or_insert_with(|| {
+                tracing::warn!(broker = %id, "a broker that holds replicas is gone: others lead what they can until it is back");
+                now
+            });
         }
     }
 

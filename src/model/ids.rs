@@ -129,6 +129,14 @@ impl fmt::Display for BrokerId {
     }
 }
 
+/// Brokers for people: `1,2,3`; `-` for none.
+pub fn listed(brokers: &[BrokerId]) -> String {
+    if brokers.is_empty() {
+        return "-".to_owned();
+    }
+    brokers.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
+}
+
 #[cfg(feature = "server")]
 mod serde_impls {
     use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};

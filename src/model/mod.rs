@@ -11,5 +11,5 @@ mod offset;
 pub use config::{
     Acks, Compression, ConfigKey, ConfigMap, Durability, InvalidConfig, TOPIC_CONFIG_KEYS, TimestampType, TopicConfig,
 };
-pub use ids::{BrokerId, InvalidTopicName, PartitionId, TopicId, TopicName};
+pub use ids::{BrokerId, InvalidTopicName, PartitionId, TopicId, TopicName, listed};
 pub use offset::{LeaderEpoch, Offset, Watermarks};

@@ -197,6 +197,7 @@ impl Partition {
         let actor = Actor::new(Parts {
             broker,
             id: spec.id,
+            topic: spec.topic.clone(),
             replica,
             shared: Arc::clone(&shared),
             news: Arc::clone(&news),

@@ -171,7 +171,7 @@ impl Peering {
             } => Ended::Stopped,
             ended = session::lead(led, incoming, outgoing.clone(), link) => ended,
         };
-        tracing::info!(follower = %peer.broker, epoch = %peer.epoch, ?ended, "a broker does not follow here any more");
+        tracing::info!(follower = %peer.broker, epoch = %peer.epoch, why = %ended, "a broker does not follow here any more");
         match ended {
             Ended::Stopped => Err(stopping()),
             Ended::Bad(fault) => Err(fault),

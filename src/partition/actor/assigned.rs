@@ -303,7 +303,7 @@ impl Actor {
         if let Part::Leading(leader) = &self.part
             && leader.epoch() < known
         {
-            tracing::info!(partition = %self.id, epoch = %leader.epoch(), %known, "another broker leads by now");
+            tracing::info!(topic = %self.topic, partition = %self.id, epoch = %leader.epoch(), %known, "another broker leads by now");
             self.wait();
         }
     }
@@ -377,7 +377,7 @@ impl Actor {
             Ok(tables) if tables.at < committed => Tables::empty(committed),
             Ok(tables) => tables,
             Err(error) => {
-                tracing::warn!(partition = %self.id, %error, "cannot lead before the bucket was read; it is tried again");
+                tracing::warn!(topic = %self.topic, partition = %self.id, %error, "cannot lead before the bucket was read; it is tried again");
                 return self.lead_later(waited);
             }
         };
@@ -385,7 +385,7 @@ impl Actor {
         let agrees = tables.agree(&self.replica.epochs(), local_start, log_end);
         if log_end < committed || !agrees {
             tracing::warn!(
-                partition = %self.id, %log_end, at = %tables.at,
+                topic = %self.topic, partition = %self.id, %log_end, at = %tables.at,
                 "the log of the leader that was elected unclean is not what the bucket holds; it begins anew behind the bucket"
             );
             if !self.reset(tables).await {

@@ -85,7 +85,7 @@ impl Actor {
 
     /// Cuts where this log and the leader's part.
     async fn cut(&mut self, to: Offset) {
-        tracing::info!(partition = %self.id, %to, log_end = %self.replica.log_end(), "cuts what its leader does not have");
+        tracing::info!(topic = %self.topic, partition = %self.id, %to, log_end = %self.replica.log_end(), "cuts what its leader does not have");
         // Where the disk does not reach nothing is known of what lies before: then it begins anew.
         let done = if to < self.replica.local_start().max(self.replica.log_start()) {
             self.empty().await
@@ -109,17 +109,18 @@ impl Actor {
         match tables {
             Ok(tables) => {
                 let at = tables.at;
-                tracing::info!(partition = %self.id, %at, log_end = %self.replica.log_end(), "begins anew and copies from there");
+                let had = self.replica.log_end();
                 let done = self.reset(tables).await;
                 if let Part::Following(follower) = &mut self.part
                     && done
                 {
+                    tracing::info!(topic = %self.topic, partition = %self.id, %at, log_end = %had, "begins anew and copies from there");
                     follower.begun(at);
                 }
                 self.claim_when(done);
             }
             Err(error) => {
-                tracing::warn!(partition = %self.id, %error, "the replica cannot begin yet; it is tried again");
+                tracing::warn!(topic = %self.topic, partition = %self.id, %error, "the replica cannot begin yet; it is tried again");
                 self.again();
             }
         }
@@ -130,7 +131,7 @@ impl Actor {
         let Part::Following(follower) = &mut self.part else { return };
         let heads: Option<Vec<Head>> = batches.iter().map(head).collect();
         let Some(heads) = heads else {
-            tracing::warn!(partition = %self.id, leader = %follower.leader(), "the leader sent a batch without an epoch");
+            tracing::warn!(topic = %self.topic, partition = %self.id, leader = %follower.leader(), "the leader sent a batch without an epoch");
             return self.again();
         };
         match follower.received(epoch, &heads, high_watermark) {
@@ -186,12 +187,12 @@ impl Actor {
                 }
             }
             Violation::CutBelowCommitted { .. } => tracing::error!(
-                partition = %self.id, %leader, %epoch, error = %violation,
+                topic = %self.topic, partition = %self.id, %leader, %epoch, error = %violation,
                 "the replica follows nobody until another leads: compare the two logs (strandline segment dump); if the leader is \
                  right, take this replica away and add it again (strandline partition reassign)"
             ),
             _ => {
-                tracing::warn!(partition = %self.id, %leader, %epoch, error = %violation, "what the leader sent does not fit");
+                tracing::warn!(topic = %self.topic, partition = %self.id, %leader, %epoch, error = %violation, "what the leader sent does not fit");
                 self.again();
             }
         }

@@ -231,7 +231,7 @@ impl Actor {
             return;
         }
         tracing::error!(
-            partition = %self.id, why,
+            topic = %self.topic, partition = %self.id, why,
             "the partition takes no more writes on this broker: repair or replace the disk, then restart the broker"
         );
         self.shared.set_fault(why);

@@ -47,7 +47,7 @@ use super::{
 use crate::task::witness::Part as Seen;
 use crate::{
     log::{Replica, SegmentExport},
-    model::{Acks, BrokerId, Durability, Offset, PartitionId, TopicConfig, Watermarks},
+    model::{Acks, BrokerId, Durability, Offset, PartitionId, TopicConfig, TopicName, Watermarks},
     record::Batch,
     task::{Tasks, clock},
     tier::{PartitionTier, TierState},
@@ -79,6 +79,7 @@ pub(super) enum Command {
 pub(super) struct Parts {
     pub(super) broker: BrokerId,
     pub(super) id: PartitionId,
+    pub(super) topic: TopicName,
     pub(super) replica: Replica,
     pub(super) shared: Arc<Shared>,
     pub(super) news: Arc<News>,
@@ -108,6 +109,8 @@ enum Part {
 pub(super) struct Actor {
     broker: BrokerId,
     id: PartitionId,
+    /// Its topic's name, for the log.
+    topic: TopicName,
     replica: Seat,
     part: Part,
     /// What was published of it.
@@ -150,6 +153,7 @@ impl Actor {
         let mut actor = Self {
             broker: parts.broker,
             id: parts.id,
+            topic: parts.topic,
             part: Part::Waiting,
             standing: Standing::UNKNOWN,
             placed: Placed::default(),

@@ -3,7 +3,7 @@
 use super::{Actor, Part, news::Ack};
 use crate::{
     cluster::{PartitionValue, Revision},
-    model::{LeaderEpoch, Offset},
+    model::{LeaderEpoch, Offset, listed},
     partition::{
         leader::{
             insync::{Agreed, Ends, InSync, Observed, Peer, Proposal},
@@ -80,7 +80,7 @@ impl Actor {
                     producers: producers.to_bytes(),
                 })),
                 Err(error) => {
-                    tracing::warn!(partition = %self.id, %error, "a new replica cannot begin here");
+                    tracing::warn!(topic = %self.topic, partition = %self.id, %error, "a new replica cannot begin here");
                     Joined::Refused(format!("the leader cannot read what is known where its log begins: {error}"))
                 }
             },
@@ -131,7 +131,8 @@ impl Actor {
             self.around.agreement.read_back(self.id);
         } else if let Some(proposal) = leader.in_sync_mut().proposal() {
             tracing::info!(
-                partition = %self.id, %epoch, isr = ?proposal.value.isr, elr = ?proposal.value.elr, before = ?leader.in_sync().value().isr,
+                topic = %self.topic, partition = %self.id, %epoch, isr = %listed(&proposal.value.isr),
+                elr = %listed(&proposal.value.elr), before = %listed(&leader.in_sync().value().isr),
                 "proposes other in-sync replicas"
             );
             saw!(Proposed { partition: self.id, epoch, expect: proposal.expect.0, isr: &proposal.value.isr });
@@ -167,7 +168,7 @@ impl Actor {
         }
         if value.leader_epoch < self.placed.heard {
             tracing::warn!(
-                partition = %self.id, heard = %self.placed.heard, epoch = %value.leader_epoch,
+                topic = %self.topic, partition = %self.id, heard = %self.placed.heard, epoch = %value.leader_epoch,
                 "a follower spoke of a leader epoch that the metadata store does not know; it is not believed"
             );
             self.placed.heard = value.leader_epoch;
@@ -217,7 +218,7 @@ impl Actor {
                 }
             }
             Observed::Gone => {
-                tracing::info!(partition = %self.id, "the partition's key is gone; it is being deleted");
+                tracing::info!(topic = %self.topic, partition = %self.id, "the partition's key is gone; it is being deleted");
                 self.wait();
             }
         }

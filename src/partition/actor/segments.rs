@@ -69,7 +69,7 @@ impl Actor {
         if self.active_since_ms.is_some()
             && let Err(error) = self.seal()
         {
-            tracing::warn!(partition = %self.id, %error, "could not seal the segment; it is tried again");
+            tracing::warn!(topic = %self.topic, partition = %self.id, %error, "could not seal the segment; it is tried again");
         }
     }
 
@@ -123,7 +123,7 @@ impl Actor {
                 self.tasks.spawn_blocking(move || drop(removed));
             }
             Err(error) => {
-                tracing::warn!(partition = %self.id, %error, "could not remove segments; it is tried again");
+                tracing::warn!(topic = %self.topic, partition = %self.id, %error, "could not remove segments; it is tried again");
             }
         }
     }

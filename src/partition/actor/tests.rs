@@ -26,6 +26,7 @@ fn open(log: &Log) -> Actor {
     let mut actor = Actor::new(Parts {
         broker: BrokerId(1),
         id,
+        topic: TopicName::new("t").unwrap(),
         replica: log.open_replica(id, Offset::ZERO).unwrap(),
         shared: Arc::new(Shared::new(config)),
         news: Arc::default(),

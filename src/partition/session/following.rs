@@ -269,15 +269,31 @@ impl Following<'_> {
 
     /// Something is wrong with a place: it ends, and the partition joins again a little later.
     fn fail(&mut self, index: usize, why: &dyn std::fmt::Display) {
+        if let Some(place) = self.end_and_wait(index) {
+            tracing::warn!(
+                topic = %place.partition.topic(), partition = %place.partition.id(), epoch = %place.join.epoch,
+                log_end = %place.partition.ends().written, %why, "what the leader sent is refused; the partition joins again"
+            );
+        }
+    }
+
+    /// The leader serves a place no more, as at each change of leader: it ends, and the partition joins again a little later.
+    fn dismissed(&mut self, index: usize, why: &dyn std::fmt::Display) {
+        if let Some(place) = self.end_and_wait(index) {
+            tracing::info!(
+                topic = %place.partition.topic(), partition = %place.partition.id(), epoch = %place.join.epoch,
+                log_end = %place.partition.ends().written, %why, "the leader sends no more; the partition joins again"
+            );
+        }
+    }
+
+    fn end_and_wait(&mut self, index: usize) -> Option<Place> {
         let id = self.slots[index].id;
-        let Some(place) = self.end_place(id) else { return };
-        tracing::warn!(
-            partition = %id, epoch = %place.join.epoch, log_end = %place.partition.ends().written, %why,
-            "replication from the leader is interrupted; the partition joins again"
-        );
+        let place = self.end_place(id)?;
         self.asked.give_up(id, place.ticket);
         self.messages.push_back(frames::leave(place.number, place.join.epoch, false));
         self.wait(id);
+        Some(place)
     }
 
     /// One message for all places that moved.
@@ -329,7 +345,7 @@ impl Following<'_> {
         match &answered.join {
             Joined::Refused(why) if place.joined => {
                 let why = why.clone();
-                return self.fail(index, &format_args!("the leader ends it: {why}"));
+                return self.dismissed(index, &why);
             }
             _ if place.joined => return self.fail(index, &"a second answer came"),
             Joined::At(at) if *at != place.join.claim.end => {

@@ -46,7 +46,7 @@ mod place;
 mod tests;
 mod window;
 
-use std::sync::Arc;
+use std::{fmt, sync::Arc};
 
 use tokio::sync::mpsc;
 
@@ -61,6 +61,17 @@ use crate::{
     model::PartitionId,
     proto::{fault::Fault, status::Status, v1},
 };
+
+impl fmt::Display for Ended {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Stopped => f.write_str("this broker ended it"),
+            Self::Closed => f.write_str("the other broker ended it"),
+            Self::Broken(status) => f.write_str(status.message()),
+            Self::Bad(fault) => write!(f, "what came cannot be: {fault}"),
+        }
+    }
+}
 
 /// Finds a partition of this broker, whatever its role.
 pub type Find = Arc<dyn Fn(PartitionId) -> Option<Arc<Partition>> + Send + Sync>;
