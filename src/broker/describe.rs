@@ -62,7 +62,15 @@ impl Broker {
     ) -> Result<Told, Fault> {
         let leader = entry.partition.as_ref().and_then(|known| known.value.leader);
         let Some(leader) = leader else {
-            return Err(Fault::new(Reason::NoLeader, format!("nobody leads partition {} at the moment", id.number)));
+            let value = entry.partition.as_ref().map(|known| &known.value);
+            let waited =
+                value.into_iter().flat_map(|value| value.isr.iter().chain(&value.elr)).map(ToString::to_string);
+            let waited = waited.collect::<Vec<_>>().join(" or ");
+            let waits = if waited.is_empty() { String::new() } else { format!(": it waits for broker {waited}") };
+            return Err(Fault::new(
+                Reason::NoLeader,
+                format!("nobody leads partition {} at the moment{waits}", id.number),
+            ));
         };
         match answers.get(&leader) {
             Some(Ok(told)) => told.get(&id).cloned().ok_or_else(|| {

@@ -4,9 +4,9 @@ use std::time::Duration;
 
 use anyhow::anyhow;
 
-use super::Common;
+use super::{Common, DEFAULT_BOOTSTRAP};
 use crate::{
-    client::{Admin, CallError, Client, ConsumeError, Options, SendError},
+    client::{Admin, CallError, Client, ConnectError, ConsumeError, Options, SendError},
     model::near,
     proto::fault::Reason,
 };
@@ -27,8 +27,14 @@ pub(super) async fn connect(common: &Common) -> anyhow::Result<Client> {
 
 fn without_cluster(error: &CallError) -> anyhow::Error {
     match error {
-        CallError::Connect(crate::client::ConnectError::NoAnswer { .. }) => {
+        // Nobody named a cluster, so there may be none.
+        CallError::Connect(ConnectError::NoAnswer { tried })
+            if tried.iter().all(|(address, _)| address == DEFAULT_BOOTSTRAP) =>
+        {
             anyhow!("{error}; start one with `strandline dev` or name one with --bootstrap")
+        }
+        CallError::Connect(ConnectError::NoAnswer { .. }) => {
+            anyhow!("{error}; start them, or name with --bootstrap where brokers of the cluster listen for gRPC")
         }
         _ => anyhow!("{error}"),
     }

@@ -65,6 +65,9 @@ pub(super) async fn run(command: Dev) -> anyhow::Result<ExitCode> {
         return serve(settings, |ready| say(&welcome(std::slice::from_ref(ready), &program()))).await;
     }
     together_may(&data_dir)?;
+    if let Some(said) = left_out(&data_dir, command.brokers) {
+        eprintln!("{said}");
+    }
     let configs = command.together(&data_dir)?;
     telemetry::start(&configs[0].telemetry.level, configs[0].telemetry.format)?;
     let signal = stop_signal()?;
@@ -142,8 +145,7 @@ fn ports(first: &str, count: u32, flag: &str) -> anyhow::Result<Vec<SocketAddr>>
 
 /// Whether a broker alone may use this directory: it would take a cluster's metadata for its own.
 fn alone_may(data_dir: &Path) -> anyhow::Result<()> {
-    let brokers = (1..=MOST_BROKERS).filter(|id| is_data_directory(&data_dir.join(id.to_string()))).count();
-    match brokers {
+    match brokers_in(data_dir).len() {
         0 => Ok(()),
         1 => bail!(
             "{} holds a broker that ran with --etcd: give --etcd again, or another --data-dir",
@@ -165,6 +167,25 @@ fn together_may(data_dir: &Path) -> anyhow::Result<()> {
         );
     }
     Ok(())
+}
+
+/// What a person should know who starts fewer brokers than there were.
+fn left_out(data_dir: &Path, brokers: u32) -> Option<String> {
+    let out: Vec<String> = brokers_in(data_dir).iter().filter(|id| **id > brokers).map(u32::to_string).collect();
+    (!out.is_empty()).then(|| {
+        format!(
+            "warning: {} holds more brokers than are started: what only broker {} has is not there until --brokers is {} again",
+            data_dir.display(),
+            out.join(" and "),
+            out[out.len() - 1]
+        )
+    })
+}
+
+/// The brokers of a cluster that have a data directory in this one.
+fn brokers_in(data_dir: &Path) -> Vec<u32> {
+    let brokers = (1..=MOST_BROKERS).filter_map(|id| u32::try_from(id).ok());
+    brokers.filter(|id| is_data_directory(&data_dir.join(id.to_string()))).collect()
 }
 
 fn is_data_directory(path: &Path) -> bool {
@@ -292,6 +313,9 @@ mod tests {
         let error = alone_may(dir.path()).expect_err("a cluster").to_string();
         assert!(error.contains("--brokers 2"), "{error}");
         assert!(together_may(dir.path()).is_ok());
+        assert_eq!(left_out(dir.path(), 2), None);
+        let said = left_out(dir.path(), 1).expect("broker 2 is left out");
+        assert!(said.contains("only broker 2 has") && said.contains("--brokers is 2"), "{said}");
         mark(dir.path());
         assert!(together_may(dir.path()).is_err());
     }

@@ -229,7 +229,10 @@ async fn until_moved(
         if stands.replicas != one.replicas {
             let (name, on, wanted) =
                 (format!("{}/{}", one.topic, one.partition), ids(&stands.replicas), ids(&one.replicas));
-            bail!("{name} is on {on} and not on {wanted}: the order was taken back, or another one took its place");
+            bail!(
+                "{name} is on {on} and not on {wanted}: the order was taken back, another one took its place, or the controller has \
+                 evened out what brokers hold since (controller.balance)"
+            );
         }
         (one.adding, one.removing, one.waiting) = (Vec::new(), Vec::new(), false);
         (one.isr, one.leader) = (stands.isr.clone(), stands.leader);

@@ -26,6 +26,9 @@ use crate::{
 /// Pause before the store is asked again.
 const AGAIN: Duration = Duration::from_millis(250);
 
+/// How long an answer may take before that is said.
+const SHORT: Duration = Duration::from_secs(1);
+
 /// How often the reason for a wait is said again.
 const REMIND: Duration = Duration::from_secs(30);
 
@@ -59,13 +62,12 @@ impl Admission<'_> {
         let prefix = self.keys.prefix();
         let below = |kind: &str| format!("{prefix}{kind}/");
         let (directories, topics) = (below("directories"), below("topics"));
-        let known = self
-            .answered(async || {
-                let brokers = self.store.list(&directories).await?.entries.len();
-                let topics = self.store.list(&topics).await?.entries.len();
-                Ok(brokers + topics)
-            })
-            .await?;
+        let known = self.answered(async || {
+            let brokers = self.store.list(&directories).await?.entries.len();
+            let topics = self.store.list(&topics).await?.entries.len();
+            Ok(brokers + topics)
+        });
+        let known = patiently(known).await?;
         let log = self.log.clone();
         let took_part = !task::blocking(move || log.uptimes()).await?.is_empty();
         anyhow::ensure!(
@@ -153,6 +155,18 @@ impl Admission<'_> {
                 () = self.stop.cancelled() => return Err(Stopped.into()),
                 () = tokio::time::sleep(AGAIN) => {}
             }
+        }
+    }
+}
+
+/// Waits for an answer, and says so where a person may be watching.
+async fn patiently<T>(answer: impl Future<Output = T>) -> T {
+    let mut answer = std::pin::pin!(answer);
+    match tokio::time::timeout(SHORT, &mut answer).await {
+        Ok(answer) => answer,
+        Err(_) => {
+            tracing::info!("the metadata store has not answered yet; the start waits for it");
+            answer.await
         }
     }
 }

@@ -5,7 +5,11 @@ use std::{collections::BTreeSet, time::Duration};
 use tokio::time::Instant;
 
 use super::{super::super::connection::Address, Driver, LaneState};
-use crate::{model::Acks, proto::fault::Fault, task::clock};
+use crate::{
+    model::Acks,
+    proto::fault::{Fault, Reason},
+    task::clock,
+};
 
 /// A broker that has left all batches of a partition unanswered for so long is worth a word to whoever waits.
 pub(super) const SLOW: Duration = Duration::from_secs(5);
@@ -19,7 +23,10 @@ pub(super) const DOUBT_AGAIN: Duration = Duration::from_millis(250);
 impl Driver {
     /// Nothing of this lane is sent for a while.
     pub(super) fn pause(&mut self, index: usize, fault: &Fault) {
-        self.trouble(index, fault.message.clone());
+        // A gap is what the first batch's trouble does to those behind it: the person waits for the first.
+        if fault.reason != Reason::OutOfOrderSequence || !self.lanes[index].in_trouble {
+            self.trouble(index, fault.message.clone());
+        }
         let options = self.shared.client.options();
         let state = &mut self.lanes[index];
         let pause = state.pauses.get_or_insert_with(|| options.backoff()).next();
