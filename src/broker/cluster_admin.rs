@@ -2,6 +2,8 @@
 //!
 //! An order is answered when it is written down and this broker sees it, so that a question which follows at once finds it.
 
+use std::time::Duration;
+
 use super::{Broker, admin::name, describe::numbers, faults::invalid, figures::Told};
 use crate::{
     cluster::{self, BrokerValue, ElectError, Held, Known, Ordered, PartitionEntry, Revision, successor},
@@ -50,7 +52,21 @@ impl Broker {
             below_minimum: census.below_minimum,
             moving: census.moving,
             unreadable: unreadable.map(|(key, why)| v1::UnreadableKey { key, why }).collect(),
+            metadata_silence_ms: u64::try_from(self.metadata_silence().as_millis()).unwrap_or(u64::MAX),
+            answered_by: self.settings.id.0,
+            unavailable: census
+                .unavailable
+                .iter()
+                .map(|(topic, number)| v1::PartitionName { topic: topic.to_string(), partition: number.cast_signed() })
+                .collect(),
         }
+    }
+
+    /// How long this broker has been cut off from the metadata store; nothing while it is not. One whose registration is renewed is not,
+    /// however long nothing has changed.
+    pub(super) fn metadata_silence(&self) -> Duration {
+        let renewed = self.session.get().is_none_or(|session| !session.lease_left().is_zero());
+        if renewed { Duration::ZERO } else { self.view.silence() }
     }
 
     pub(super) async fn drain_broker(&self, broker: u32) -> Result<v1::DrainBrokerResponse, Fault> {
@@ -230,6 +246,7 @@ fn registered(broker: &mut v1::BrokerState, known: &Known<BrokerValue>) {
     broker.version.clone_from(&value.version);
     broker.stopping = value.state == cluster::BrokerState::Stopping;
     broker.disk_full = value.disk_full;
+    broker.no_room = value.no_room;
 }
 
 fn elected(ordered: &Ordered) -> v1::ElectLeaderResponse {

@@ -84,6 +84,7 @@ impl Broker {
             free_bytes: status.free_bytes,
             tier_lag_records: status.tier_lag_records,
             failed: status.failed,
+            object_store: status.object_store,
         })
     }
 

@@ -1,7 +1,10 @@
 //! How full this broker's disk is, and when the others are told.
 //!
-//! They are told in the registration, where placement looks anyway, and only when a threshold is crossed: in steady state nothing is
-//! written. Two thresholds, so that a disk at the edge does not write at each look.
+//! Two things are told. Above a threshold: it is to be given no new replicas. Once a record did not fit: others are to lead what is led
+//! here, where they are in sync and have room, because what this broker leads cannot be written.
+//!
+//! They are told in the registration, where placement and elections look anyway, and only when that changes: in steady state nothing is
+//! written. What was said is taken back well below where it began, so that a disk at the edge does not write at each look.
 
 use std::{sync::Arc, time::Duration};
 
@@ -12,8 +15,11 @@ use crate::{
     task,
 };
 
-/// How often the disk is looked at.
-const EVERY: Duration = Duration::from_secs(5);
+/// How often it is asked whether records have found room.
+const EVERY: Duration = Duration::from_millis(500);
+
+/// In how many of these looks the disk is looked at itself.
+const DISK_EVERY: u32 = 10;
 
 /// How far below the threshold a full disk must fall, in percent of the disk, to count as one with room again.
 const BACK_PERCENT: u64 = 5;
@@ -26,6 +32,11 @@ fn counts_as_full(was: bool, space: Space, percent: u64) -> bool {
     used > u128::from(total_bytes) * u128::from(limit)
 }
 
+/// Whether others are to lead what this broker leads: since a record did not fit, until there is as much room again as for replicas.
+fn is_without_room(was: bool, refused: bool, space: Space, percent: u64) -> bool {
+    refused || (was && counts_as_full(false, space, percent.min(100 - BACK_PERCENT)))
+}
+
 /// Whether the disk of this log counts as full at a start. Blocks on the file system.
 pub fn starts_full(log: &Log, percent: u64) -> bool {
     log.space().is_ok_and(|space| counts_as_full(false, space, percent))
@@ -34,40 +45,62 @@ pub fn starts_full(log: &Log, percent: u64) -> bool {
 /// Looks at the disk and tells the others what has changed, until the broker stops.
 pub(super) async fn run(broker: Arc<Broker>, session: Session) {
     let percent = broker.settings.disk_full_percent;
-    let (mut full, mut told) = (session.says_full(), true);
-    loop {
+    let (mut full, mut without_room, mut told) = (session.says_full(), false, true);
+    for look in 1u32.. {
         broker.metrics.disk_full.set(u64::from(full));
         tokio::select! {
             biased;
             () = broker.tasks.cancelled() => return,
             () = tokio::time::sleep(EVERY) => {}
         }
-        let log = broker.log.clone();
-        let now = match task::blocking(move || log.space()).await {
-            Ok(space) => counts_as_full(full, space, percent),
-            Err(error) => {
-                tracing::debug!(%error, "the file system does not say how full it is");
-                full
+        let refused = broker.log.is_full();
+        let looks = look % DISK_EVERY == 0 || refused != without_room;
+        if looks && let Some(space) = space(&broker).await {
+            let now = counts_as_full(full, space, percent);
+            if std::mem::replace(&mut full, now) != now {
+                told = false;
+                report_full(now, percent);
             }
-        };
-        if std::mem::replace(&mut full, now) != now {
-            told = false;
-            match now {
-                true => tracing::warn!(
-                    percent,
-                    "the disk is fuller than broker.disk_full_percent: this broker is given no new replicas until there is room"
-                ),
-                false => tracing::info!("the disk has room again: this broker may be given new replicas"),
+            let now = is_without_room(without_room, refused, space, percent);
+            if std::mem::replace(&mut without_room, now) != now {
+                told = false;
+                report_room(now);
             }
         }
         if !told {
-            match session.disk_full(full).await {
+            match session.disk_full(full).await.and(session.no_room(without_room).await) {
                 Ok(()) => told = true,
                 Err(error) => {
                     tracing::debug!(%error, "the others could not be told how full the disk is; trying again")
                 }
             }
         }
+    }
+}
+
+async fn space(broker: &Broker) -> Option<Space> {
+    let log = broker.log.clone();
+    let space = task::blocking(move || log.space()).await;
+    space.inspect_err(|error| tracing::debug!(%error, "the file system does not say how full it is")).ok()
+}
+
+fn report_full(full: bool, percent: u64) {
+    match full {
+        true => tracing::warn!(
+            percent,
+            "the disk is fuller than broker.disk_full_percent: this broker is given no new replicas until there is room"
+        ),
+        false => tracing::info!("the disk has room again: this broker may be given new replicas"),
+    }
+}
+
+fn report_room(none: bool) {
+    match none {
+        true => tracing::error!(
+            "records do not fit on the disk: other brokers lead what they can until there is room; add space, or lower \
+             local.retention.* or retention.*"
+        ),
+        false => tracing::info!("records fit on the disk again: this broker may lead"),
     }
 }
 
@@ -88,5 +121,15 @@ mod tests {
         assert!(!counts_as_full(false, Space { free_bytes: 0, total_bytes: 0 }, 85), "nothing is known");
         let huge = Space { free_bytes: 1, total_bytes: u64::MAX };
         assert!(counts_as_full(false, huge, 99), "no product overflows");
+    }
+
+    #[test]
+    fn a_disk_is_without_room_from_a_record_that_did_not_fit_until_there_is_much() {
+        let room = |used: u64| Space { free_bytes: 1000 - used, total_bytes: 1000 };
+        assert!(!is_without_room(false, false, room(999), 85), "everything fitted so far");
+        assert!(is_without_room(false, true, room(999), 85));
+        assert!(is_without_room(true, false, room(851), 85), "one that fitted says little");
+        assert!(!is_without_room(true, false, room(850), 85));
+        assert!(!is_without_room(true, false, room(950), 100), "where full disks are given replicas too");
     }
 }

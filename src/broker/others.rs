@@ -143,6 +143,11 @@ impl Broker {
             disk_bytes: log.free_bytes.saturating_add(segment_bytes),
             tier_lag_records: led().map(|partition| self.tier_lag(partition)).sum(),
             failed: log.failed.unwrap_or_default(),
+            object_store: self
+                .tier
+                .as_ref()
+                .and_then(|tier| tier.store.outage())
+                .map_or_else(String::new, |o| o.to_string()),
         }
     }
 }

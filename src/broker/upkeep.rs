@@ -1,6 +1,10 @@
 //! Gives partitions their turn at upkeep.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use super::Broker;
 use crate::{
@@ -18,14 +22,23 @@ const LOOK_SHARE: u32 = 500;
 
 /// Starts the workers and the clockwork.
 pub(super) fn spawn(broker: &Arc<Broker>) {
+    let failing: Arc<Mutex<BTreeMap<PartitionId, Failing>>> = Arc::default();
     for _ in 0..broker.settings.upkeep_workers.max(1) {
-        broker.tasks.spawn("upkeep", work(Arc::clone(broker)));
+        broker.tasks.spawn("upkeep", work(Arc::clone(broker), Arc::clone(&failing)));
     }
     broker.tasks.spawn("upkeep clock", tick(Arc::clone(broker)));
 }
 
-async fn work(broker: Arc<Broker>) {
-    let mut failures: BTreeMap<PartitionId, u32> = BTreeMap::new();
+/// A partition whose last steps failed.
+#[derive(Clone, Copy, Default)]
+struct Failing {
+    /// How many in a row.
+    steps: u32,
+    said: bool,
+}
+
+async fn work(broker: Arc<Broker>, failing: Arc<Mutex<BTreeMap<PartitionId, Failing>>>) {
+    let failing = || failing.lock().unwrap_or_else(PoisonError::into_inner);
     loop {
         let id = tokio::select! {
             biased;
@@ -33,7 +46,7 @@ async fn work(broker: Arc<Broker>) {
             id = broker.upkeep_queue.next() => id,
         };
         let Some(partition) = broker.hosted.by_id(id) else {
-            failures.remove(&id);
+            failing().remove(&id);
             broker.upkeep_queue.done(id, false);
             continue;
         };
@@ -49,36 +62,47 @@ async fn work(broker: Arc<Broker>) {
                     broker.metrics.tier_uploads.inc();
                     broker.metrics.tier_upload_bytes.inc_by(bytes);
                 }
-                if failures.remove(&id).is_some() {
+                if failing().remove(&id).is_some_and(|failing| failing.said) {
                     tracing::info!(partition = %id, topic = %partition.topic(), "upkeep works again");
                 }
                 broker.upkeep_queue.done(id, step.more);
             }
             Err(UpkeepError::Closed) => broker.upkeep_queue.done(id, false),
             Err(error) => {
-                let count = failures.entry(id).or_default();
-                report(&broker, &partition, &error, *count);
-                *count = count.saturating_add(1);
-                broker.upkeep_queue.failed(id, broker.upkeep.delay(*count));
+                let mut earlier = failing().get(&id).copied().unwrap_or_default();
+                report(&broker, &partition, &error, &mut earlier);
+                earlier.steps = earlier.steps.saturating_add(1);
+                failing().insert(id, earlier);
+                broker.upkeep_queue.failed(id, broker.upkeep.delay(earlier.steps));
             }
         }
     }
 }
 
-/// Says a failure once aloud, and then only softly until it is over: a bucket that is gone for an hour must not fill the log.
-fn report(broker: &Broker, partition: &Partition, error: &UpkeepError, earlier: u32) {
+/// Says a failure once aloud, and then only softly until it is over: a bucket that is gone for an hour must not fill the log. Of an outage
+/// the stores' own clients speak, once for all partitions.
+fn report(broker: &Broker, partition: &Partition, error: &UpkeepError, failing: &mut Failing) {
     broker.metrics.tier_upload_failures.inc();
     let (id, topic) = (partition.id(), partition.topic());
     if let UpkeepError::Commit(TierCommitError::Deposed { .. }) = error {
         // What a change of leader interrupts, the new one does.
         tracing::debug!(partition = %id, %topic, %error, "another broker leads; its uploads go on there");
-    } else if earlier == 0 {
+    } else if !failing.said && !(error.is_outage() && broker.is_cut_off()) {
+        failing.said = true;
         tracing::warn!(
             partition = %id, %topic, %error,
             "upkeep failed and is tried again until it works; segments stay on disk meanwhile"
         );
     } else {
-        tracing::debug!(partition = %id, %topic, %error, tries = earlier + 1, "upkeep failed again");
+        tracing::debug!(partition = %id, %topic, %error, tries = failing.steps + 1, "upkeep failed again");
+    }
+}
+
+impl Broker {
+    /// Whether an outage of the object store or of the metadata store has been spoken of and is not over.
+    fn is_cut_off(&self) -> bool {
+        let unserved = self.tier.as_ref().is_some_and(|tier| tier.store.outage().is_some());
+        unserved || !self.metadata_silence().is_zero()
     }
 }
 

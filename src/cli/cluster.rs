@@ -13,6 +13,9 @@ use super::{
 };
 use crate::client::{BrokerDescription, ClusterDescription};
 
+/// How many partitions in trouble are named on a line.
+const MOST_NAMED: usize = 8;
+
 #[derive(Clone, Copy, Debug, Subcommand)]
 pub(super) enum Cluster {
     /// Show brokers, racks, epochs, leaders, load, disk, upload lag and the controller
@@ -46,12 +49,39 @@ fn lines(cluster: &ClusterDescription) -> String {
     let header =
         ["BROKER", "ADDRESS", "RACK", "STATE", "EPOCH", "LEADERS", "REPLICAS", "ON DISK", "FREE", "UPLOAD LAG"];
     lines.push(output::tabled(&header, &[0, 4, 5, 6, 7, 8, 9], cluster.brokers.iter().map(row).collect()));
-    let notes: Vec<String> = cluster.brokers.iter().flat_map(notes).chain(unreadable(cluster)).collect();
+    let notes: Vec<String> = old_news(cluster)
+        .into_iter()
+        .chain(unavailable(cluster))
+        .chain(cluster.brokers.iter().flat_map(notes))
+        .chain(unreadable(cluster))
+        .collect();
     if !notes.is_empty() {
         lines.push(String::new());
         lines.extend(notes);
     }
     lines.join("\n")
+}
+
+/// What a person must know before believing the rest.
+fn old_news(cluster: &ClusterDescription) -> Option<String> {
+    let (broker, silence) = (cluster.answered_by, cluster.metadata_silence.as_secs());
+    (!cluster.metadata_silence.is_zero()).then(|| {
+        format!(
+            "the metadata store has not answered broker {broker} for {silence} s: this is how the cluster was then\n\
+             nothing of it changes until the metadata store answers; produce and fetch go on"
+        )
+    })
+}
+
+/// Which partitions take no `acks=all`.
+fn unavailable(cluster: &ClusterDescription) -> Option<String> {
+    let mut names: Vec<String> =
+        cluster.unavailable.iter().take(MOST_NAMED).map(|(topic, number)| format!("{topic}/{number}")).collect();
+    if cluster.unavailable.len() > MOST_NAMED {
+        names.push("…".to_owned());
+    }
+    (!names.is_empty())
+        .then(|| format!("cannot be written with acks=all: {} (`strandline topic describe` says why)", names.join(" ")))
 }
 
 /// What is wrong with how many partitions.
@@ -114,7 +144,9 @@ fn notes(broker: &BrokerDescription) -> Vec<String> {
             _ => format!("broker {id} is being drained: {left} to move"),
         });
     }
-    if broker.alive && broker.disk_full {
+    if broker.alive && broker.no_room {
+        notes.push(format!("the disk of broker {id} has no room for records: others lead what they can; add space"));
+    } else if broker.alive && broker.disk_full {
         notes.push(format!("the disk of broker {id} is full (broker.disk_full_percent): it is given no new replicas"));
     }
     if broker.alive && broker.in_sync < broker.replicas {
@@ -125,7 +157,10 @@ fn notes(broker: &BrokerDescription) -> Vec<String> {
     }
     match &broker.figures {
         Some(Ok(figures)) => {
-            notes.extend(figures.failed.iter().map(|why| format!("broker {id} takes no writes: {why}")))
+            notes.extend(figures.failed.iter().map(|why| format!("broker {id} takes no writes: {why}")));
+            notes.extend(
+                figures.object_store.iter().map(|why| format!("the object store serves broker {id} nothing, {why}")),
+            );
         }
         Some(Err(fault)) => notes.push(format!("the figures of broker {id} are not known: {fault}")),
         None => {}
@@ -151,8 +186,15 @@ fn description(cluster: &ClusterDescription) -> Value {
         "under_replicated": cluster.under_replicated,
         "below_minimum": cluster.below_minimum,
         "moving": cluster.moving,
+        "unavailable": cluster
+            .unavailable
+            .iter()
+            .map(|(topic, partition)| json!({ "topic": topic, "partition": partition }))
+            .collect::<Vec<_>>(),
         "brokers": cluster.brokers.iter().map(broker).collect::<Vec<_>>(),
         "unreadable": unreadable.collect::<Vec<_>>(),
+        "metadata_silence_ms": u64::try_from(cluster.metadata_silence.as_millis()).unwrap_or(u64::MAX),
+        "answered_by": cluster.answered_by,
     })
 }
 
@@ -170,6 +212,7 @@ fn broker(broker: &BrokerDescription) -> Value {
         "version": text(&broker.version),
         "draining_since_ms": broker.draining_since_ms,
         "disk_full": broker.disk_full,
+        "no_room": broker.no_room,
         "leaders": broker.leaders,
         "replicas": broker.replicas,
         "in_sync": broker.in_sync,
@@ -177,12 +220,15 @@ fn broker(broker: &BrokerDescription) -> Value {
         "free_bytes": figures.map(|figures| figures.free_bytes),
         "tier_lag_records": figures.map(|figures| figures.tier_lag_records),
         "failed": figures.and_then(|figures| figures.failed.clone()),
+        "object_store": figures.and_then(|figures| figures.object_store.clone()),
         "unanswered": broker.figures.as_ref().and_then(|figures| figures.as_ref().err()).map(ToString::to_string),
     })
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
     use crate::{
         client::{BrokerFigures, UnreadableKey},
@@ -191,8 +237,12 @@ mod tests {
     };
 
     fn running(id: u32, rack: &str) -> BrokerDescription {
-        let figures =
-            BrokerFigures { segment_bytes: 3 << 30, free_bytes: 120 << 30, tier_lag_records: 123_456, failed: None };
+        let figures = BrokerFigures {
+            segment_bytes: 3 << 30,
+            free_bytes: 120 << 30,
+            tier_lag_records: 123_456,
+            ..BrokerFigures::default()
+        };
         BrokerDescription {
             id: BrokerId(id),
             alive: true,
@@ -203,6 +253,7 @@ mod tests {
             version: "0.1.0".to_owned(),
             stopping: false,
             disk_full: false,
+            no_room: false,
             draining_since_ms: None,
             leaders: 7,
             replicas: 20,
@@ -222,16 +273,25 @@ mod tests {
             under_replicated: 0,
             below_minimum: 0,
             moving: 0,
+            unavailable: Vec::new(),
             unreadable: Vec::new(),
+            metadata_silence: Duration::ZERO,
+            answered_by: BrokerId(1),
         }
     }
 
     fn troubled() -> ClusterDescription {
         let silent = Fault::new(Reason::NotReady, "broker 2 did not answer within 1s");
         let two = BrokerDescription { stopping: true, figures: Some(Err(silent)), in_sync: 18, ..running(2, "") };
-        let three = BrokerDescription { draining_since_ms: Some(1_790_000_000_000), ..running(3, "zone-c") };
-        let failed = BrokerFigures { failed: Some("the disk failed".to_owned()), ..BrokerFigures::default() };
-        let four = BrokerDescription { figures: Some(Ok(failed)), disk_full: true, ..running(4, "zone-a") };
+        let draining = Some(1_790_000_000_000);
+        let three = BrokerDescription { draining_since_ms: draining, disk_full: true, ..running(3, "zone-c") };
+        let failed = BrokerFigures {
+            failed: Some("the disk failed".to_owned()),
+            object_store: Some("for 75 s: connection refused".to_owned()),
+            ..BrokerFigures::default()
+        };
+        let four =
+            BrokerDescription { figures: Some(Ok(failed)), disk_full: true, no_room: true, ..running(4, "zone-a") };
         let five = BrokerDescription {
             alive: false,
             address: String::new(),
@@ -253,7 +313,9 @@ mod tests {
             under_replicated: 4,
             below_minimum: 2,
             moving: 8,
+            unavailable: vec![("orders".to_owned(), 3), ("audit".to_owned(), 0)],
             unreadable: vec![broken],
+            metadata_silence: Duration::from_millis(63_400),
             ..calm()
         }
     }

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use super::{partition_value::PartitionValue, view::ViewState};
-use crate::model::{BrokerId, ConfigMap, TopicConfig, TopicId};
+use crate::model::{BrokerId, ConfigMap, TopicConfig, TopicId, TopicName};
 
 /// What one broker carries.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -34,7 +34,13 @@ pub struct Census {
     pub below_minimum: u32,
     /// Partitions whose replicas are being moved.
     pub moving: u32,
+    /// Names of those that no live broker leads or that have fewer in sync than the minimum: `acks=all` fails there. The first
+    /// [`MOST_NAMED`].
+    pub unavailable: Vec<(TopicName, u32)>,
 }
+
+/// How many partitions in trouble are named.
+const MOST_NAMED: usize = 20;
 
 impl Census {
     /// Counts a view. `defaults` are what topics have that set nothing else.
@@ -43,14 +49,15 @@ impl Census {
         for id in state.brokers().keys().chain(state.drains().keys()) {
             census.brokers.entry(*id).or_default();
         }
-        for topic in state.topics().values() {
+        for (name, topic) in state.topics() {
             let config = TopicConfig::resolve(defaults, &topic.value.config);
             let minimum = config.map_or(1, |config| config.min_insync_replicas);
             census.topics += 1;
-            for (_, entry) in state.partitions_of(&topic.value) {
+            for (number, entry) in state.partitions_of(&topic.value) {
                 census.partitions += 1;
                 let Some(known) = &entry.partition else {
                     census.leaderless += 1;
+                    census.name(name, number);
                     continue;
                 };
                 let value = &known.value;
@@ -60,13 +67,23 @@ impl Census {
                     carried.leaders += u32::from(value.leader == Some(*id));
                     carried.in_sync += u32::from(value.isr.contains(id));
                 }
-                census.leaderless += u32::from(!is_led(state, value));
+                let (is_led, is_below) = (is_led(state, value), value.isr.len() < minimum);
+                census.leaderless += u32::from(!is_led);
                 census.under_replicated += u32::from(is_under_replicated(value));
-                census.below_minimum += u32::from(value.isr.len() < minimum);
+                census.below_minimum += u32::from(is_below);
+                if !is_led || is_below {
+                    census.name(name, number);
+                }
                 census.moving += u32::from(value.is_moving());
             }
         }
         census
+    }
+
+    fn name(&mut self, topic: &TopicName, number: u32) {
+        if self.unavailable.len() < MOST_NAMED {
+            self.unavailable.push((topic.clone(), number));
+        }
     }
 }
 

@@ -190,6 +190,9 @@ pub struct BrokerValue {
     /// Whether its disk is so full that it is to be given no new replicas.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub disk_full: bool,
+    /// Whether its disk took no more records: others are to lead what they can.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub no_room: bool,
     /// The version of its program.
     pub version: String,
 }
@@ -205,6 +208,7 @@ impl BrokerValue {
             incarnation: "p".to_owned(),
             state: BrokerState::Running,
             disk_full: false,
+            no_room: false,
             version: "0".to_owned(),
         }
     }

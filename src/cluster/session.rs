@@ -68,7 +68,8 @@ pub enum Standing {
 pub enum RegisterError {
     /// Another broker has the number.
     #[error(
-        "broker id {id} is taken by a broker at {address} with another data directory: set broker.id to a free one"
+        "broker id {id} is taken by a broker at {address} with another data directory: set broker.id to a free one, and \
+         broker.data_dir to a new folder, because this one is noted as broker {id}'s now"
     )]
     Taken {
         /// The number.
@@ -276,6 +277,12 @@ impl Session {
         self.say().await
     }
 
+    /// Tells the others whether the disk takes no more records, so that they lead what they can. The broker epoch stays.
+    pub async fn no_room(&self, none: bool) -> Result<(), StoreError> {
+        self.says.no_room.store(none, Ordering::Release);
+        self.say().await
+    }
+
     /// Whether the others are told that its disk is full.
     pub fn says_full(&self) -> bool {
         self.says.disk_full.load(Ordering::Acquire)
@@ -308,6 +315,7 @@ impl Session {
 struct Says {
     stopping: AtomicBool,
     disk_full: AtomicBool,
+    no_room: AtomicBool,
 }
 
 impl Says {
@@ -315,7 +323,8 @@ impl Says {
     fn over(&self, value: &BrokerValue) -> BrokerValue {
         let stopping = self.stopping.load(Ordering::Acquire);
         let state = if stopping { BrokerState::Stopping } else { BrokerState::Running };
-        BrokerValue { state, disk_full: self.disk_full.load(Ordering::Acquire), ..value.clone() }
+        let (disk_full, no_room) = (self.disk_full.load(Ordering::Acquire), self.no_room.load(Ordering::Acquire));
+        BrokerValue { state, disk_full, no_room, ..value.clone() }
     }
 }
 

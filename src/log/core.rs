@@ -198,7 +198,7 @@ impl Core {
     /// Says that the disk is full: once, until an append finds room again.
     pub(super) fn say_full(&self) {
         if !self.disk_full.swap(true, Ordering::Relaxed) {
-            tracing::error!(path = %self.dir.display(), "the disk is full: appends wait until there is room");
+            tracing::error!(path = %self.dir.display(), "the disk is full: appends are refused until there is room; add space, or lower local.retention.* or retention.*");
         }
     }
 

@@ -258,6 +258,11 @@ impl Log {
         }
     }
 
+    /// Whether the last record that was to be written did not fit. Looks at nothing.
+    pub fn is_full(&self) -> bool {
+        self.inner.core.disk_full.load(Ordering::Relaxed)
+    }
+
     /// How much room there is where the directory lies. Asks the file system and looks at nothing else.
     ///
     /// # Errors

@@ -217,7 +217,10 @@ impl Replica {
             written
         });
         let Err(error) = written else {
-            self.shared.core.disk_full.store(false, Ordering::Relaxed);
+            let full = &self.shared.core.disk_full;
+            if full.load(Ordering::Relaxed) && full.swap(false, Ordering::Relaxed) {
+                tracing::info!(path = %self.shared.core.dir.display(), "appends find room on the disk again");
+            }
             return Ok(());
         };
         let cut_back = || -> io::Result<()> {

@@ -61,6 +61,22 @@ pub enum UpkeepError {
     Commit(#[from] TierCommitError),
 }
 
+impl UpkeepError {
+    /// Whether the object store or the metadata store does not answer. That is said where it is noticed, once for all partitions.
+    pub fn is_outage(&self) -> bool {
+        use tier::{ClaimError, ReadError, StoreError, UploadError};
+        let away = |error: &StoreError| matches!(error, StoreError::Unavailable { .. } | StoreError::Denied { .. });
+        match self {
+            Self::Upload(UploadError::Store(error) | UploadError::Claim(ClaimError::Store(error))) => away(error),
+            Self::Upload(UploadError::Manifest(ReadError::Store(error))) | Self::Manifest(ReadError::Store(error)) => {
+                away(error)
+            }
+            Self::Commit(crate::cluster::TierCommitError::Store(error)) => error.retryable(),
+            _ => false,
+        }
+    }
+}
+
 /// What one step did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Step {

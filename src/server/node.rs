@@ -275,6 +275,7 @@ impl Start<'_> {
                 incarnation: incarnation.to_string(),
                 state: BrokerState::Running,
                 disk_full,
+                no_room: false,
                 version: env!("CARGO_PKG_VERSION").to_owned(),
             },
             time: self.config.metadata.session_timeout,

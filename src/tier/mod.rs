@@ -46,6 +46,7 @@ pub mod manifest;
 pub mod name;
 mod open;
 mod partition;
+mod reach;
 mod read;
 #[cfg(feature = "aws-sdk")]
 mod s3;
@@ -65,6 +66,7 @@ pub use manifest::SegmentLine;
 pub use name::ManifestName;
 pub use open::{Keys, OpenError, StoreOptions, Verify};
 pub use partition::{PartitionTier, Staged};
+pub use reach::Outage;
 pub use read::{Read, ReadError};
 pub use segment::{SegmentSource, SourceError};
 pub use state::TierState;

@@ -257,6 +257,14 @@ mod tests {
         }
     }
 
+    #[tokio::test]
+    async fn who_refuses_a_connection_is_named_and_little_else() {
+        let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let (objects, prefix) = open(&at(&format!("http://{nobody}"), None)).unwrap();
+        let error = objects.get(&prefix.join("object")).await.unwrap_err();
+        assert_eq!(super::super::store::reason(&error), format!("http://{nobody}: connection refused"));
+    }
+
     #[test]
     fn a_bucket_is_named_where_its_server_wants_it() {
         let named = "https://s3.example:9000";

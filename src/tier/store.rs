@@ -25,10 +25,11 @@ use tokio::sync::{OnceCell, Semaphore};
 use super::{
     name,
     open::{self, OpenError, StoreOptions},
+    reach::{Outage, Reach},
 };
 use crate::{
     model::{ConfigMap, TopicId, TopicName},
-    task::{Tasks, random},
+    task::{Tasks, clock, random},
 };
 
 /// Most parts of multipart uploads, of 8 MiB each, that are in memory at the same time, over all partitions.
@@ -53,6 +54,7 @@ struct Inner {
     /// The cluster has objects in its store, so an empty prefix is not it.
     expected: AtomicBool,
     parts: Arc<Semaphore>,
+    reach: Reach,
     tasks: Tasks,
 }
 
@@ -117,8 +119,16 @@ impl StoreError {
     }
 }
 
-/// An error with its causes, each said once and in one line.
-pub(super) fn reason(error: &dyn std::error::Error) -> String {
+/// An error with its causes, each said once and in one line. Of a connection that was refused no more than by whom.
+pub(super) fn reason(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut innermost = error;
+    while let Some(cause) = innermost.source() {
+        innermost = cause;
+    }
+    if innermost.downcast_ref::<std::io::Error>().is_some_and(|io| io.kind() == std::io::ErrorKind::ConnectionRefused) {
+        let text = error.to_string();
+        return address(&text).map_or_else(String::new, |address| format!("{address}: ")) + "connection refused";
+    }
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {
@@ -130,6 +140,15 @@ pub(super) fn reason(error: &dyn std::error::Error) -> String {
         cause = error.source();
     }
     text.split_whitespace().collect::<Vec<_>>().join(" ").chars().take(500).collect()
+}
+
+/// Scheme, host and port of the first URL in a text.
+fn address(text: &str) -> Option<&str> {
+    let colon = text.find("://")?;
+    let start = text[..colon].rfind(|c: char| !c.is_ascii_alphanumeric()).map_or(0, |before| before + 1);
+    let host = colon + "://".len();
+    let end = text[host..].find(['/', ' ', '"', ')']).map_or(text.len(), |length| host + length);
+    Some(&text[start..end])
 }
 
 /// The prefix cannot be used by this cluster, or it is not known yet whether it can.
@@ -241,6 +260,7 @@ impl Store {
             claimed: OnceCell::new(),
             expected: AtomicBool::new(false),
             parts: Arc::new(Semaphore::new(UPLOAD_PARTS)),
+            reach: Reach::default(),
             tasks: Tasks::new(),
         };
         Self { inner: Arc::new(inner) }
@@ -249,6 +269,11 @@ impl Store {
     /// Whether the objects are files in a folder of this machine.
     pub fn is_folder(&self) -> bool {
         self.inner.folder
+    }
+
+    /// The outage that lasts now, if the store serves nothing.
+    pub fn outage(&self) -> Option<Outage> {
+        self.inner.reach.outage()
     }
 
     /// From now on a prefix that nobody has is not taken: the metadata names objects, which must be in another place.
@@ -503,15 +528,26 @@ impl Store {
     {
         let options = &self.inner.options;
         let attempt = || {
-            let request = request();
+            let (sent, request) = (clock::monotonic(), request());
             async move {
-                match tokio::time::timeout(options.request_timeout, request).await {
+                let answer = match tokio::time::timeout(options.request_timeout, request).await {
                     Ok(answer) => answer.map_err(|error| StoreError::new(object, &error)),
                     Err(_) => {
                         let reason = format!("no answer within {:?}", options.request_timeout);
                         Err(StoreError::Unavailable { object: object.to_owned(), reason })
                     }
+                };
+                let place = self.inner.place.as_str();
+                match &answer {
+                    Err(StoreError::Unavailable { reason, .. }) => self.inner.reach.failed(place, sent, reason),
+                    Err(StoreError::Denied { reason, .. }) => {
+                        let why =
+                            format!("it does not allow this: {reason}; check the credentials and the bucket's policy");
+                        self.inner.reach.failed(place, sent, &why);
+                    }
+                    _ => self.inner.reach.answered(place),
                 }
+                answer
             }
         };
         let retried = attempt.retry(self.pauses()).when(StoreError::retryable).notify(|error, pause| {

@@ -26,13 +26,13 @@ const SMALL: &[(&str, &str)] =
     &[("segment.bytes", "4194304"), ("segment.ms", "1000"), ("local.retention.bytes", "0"), ("retention.ms", "-1")];
 
 /// A mounted file system. It goes with this value.
-struct Mount {
+pub(crate) struct Mount {
     at: PathBuf,
 }
 
 impl Mount {
     /// `None`, with a word on why, where this user may not mount.
-    fn new(at: PathBuf) -> Option<Self> {
+    pub(crate) fn new(at: PathBuf) -> Option<Self> {
         fs::create_dir_all(&at).expect("a folder");
         let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", "size=96m", "strandline"]).arg(&at).output();
         match mounted {
@@ -49,7 +49,7 @@ impl Mount {
     }
 
     /// Somebody else's file that leaves so many bytes free.
-    fn fill(&self, leave: u64) -> PathBuf {
+    pub(crate) fn fill(&self, leave: u64) -> PathBuf {
         let path = self.at.join("filler");
         let bytes = self.free().saturating_sub(leave);
         let zeros = vec![0; usize::try_from(bytes).expect("it fits in memory")];

@@ -2,7 +2,7 @@
 //!
 //! An order is done when it is written down where all brokers see it; the controller moves replicas from then on.
 
-use std::ops::Range;
+use std::{ops::Range, time::Duration};
 
 use super::{Admin, brokers, odd, offset};
 use crate::{
@@ -32,8 +32,15 @@ pub struct ClusterDescription {
     pub below_minimum: u32,
     /// Partitions whose replicas are being moved.
     pub moving: u32,
+    /// Topics and numbers of partitions that nobody leads, or with fewer in sync than `min.insync.replicas`: the first 20.
+    pub unavailable: Vec<(String, u32)>,
     /// What is in the metadata store and cannot be used.
     pub unreadable: Vec<UnreadableKey>,
+    /// How long the metadata store has not answered the broker that answered here; zero while it does. All but the brokers' own figures
+    /// is told as it was then.
+    pub metadata_silence: Duration,
+    /// The broker that answered.
+    pub answered_by: BrokerId,
 }
 
 /// A value in the metadata store that cannot be used.
@@ -66,6 +73,8 @@ pub struct BrokerDescription {
     pub stopping: bool,
     /// Its disk is so full that it is given no new replicas.
     pub disk_full: bool,
+    /// Its disk took no more records: others lead what they can.
+    pub no_room: bool,
     /// Since when it is to be emptied, in milliseconds since 1970.
     pub draining_since_ms: Option<i64>,
     /// Partitions that it leads.
@@ -89,6 +98,8 @@ pub struct BrokerFigures {
     pub tier_lag_records: u64,
     /// Why it takes no writes, when it takes none.
     pub failed: Option<String>,
+    /// For how long the object store has served it nothing, and why.
+    pub object_store: Option<String>,
 }
 
 /// What a broker that is drained has still to give away.
@@ -181,6 +192,9 @@ impl Admin {
             below_minimum: answer.below_minimum,
             moving: answer.moving,
             unreadable: unreadable.collect(),
+            unavailable: answer.unavailable.into_iter().map(named).collect::<Result<_, _>>()?,
+            metadata_silence: Duration::from_millis(answer.metadata_silence_ms),
+            answered_by: BrokerId(answer.answered_by),
         })
     }
 
@@ -343,6 +357,7 @@ fn broker(state: v1::BrokerState) -> BrokerDescription {
             free_bytes: figures.free_bytes,
             tier_lag_records: figures.tier_lag_records,
             failed: Some(figures.failed).filter(|why| !why.is_empty()),
+            object_store: Some(figures.object_store).filter(|why| !why.is_empty()),
         })),
         (None, Some(error)) => Some(Err(Fault::from(error))),
         (None, None) => None,
@@ -357,6 +372,7 @@ fn broker(state: v1::BrokerState) -> BrokerDescription {
         version: state.version,
         stopping: state.stopping,
         disk_full: state.disk_full,
+        no_room: state.no_room,
         draining_since_ms: state.draining_since_ms,
         leaders: state.leaders,
         replicas: state.replicas,

@@ -28,6 +28,7 @@ fn values_are_written_as_the_format_says() {
             incarnation: "p".into(),
             state: BrokerState::Stopping,
             disk_full: false,
+            no_room: false,
             version: "0.1.0".into(),
         },
         r#"{"addresses":{"grpc":"a:9460","http":"a:9461"},"rack":"z1","directory_id":"d","incarnation":"p","state":"stopping","version":"0.1.0"}"#,

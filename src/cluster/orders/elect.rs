@@ -100,6 +100,8 @@ pub enum Unfit {
     Behind,
     /// It is being stopped, or emptied.
     Leaving,
+    /// Its disk took no more records.
+    Full,
 }
 
 impl Unfit {
@@ -108,6 +110,7 @@ impl Unfit {
             Self::Gone => "it is not alive",
             Self::Behind => "it is not in sync",
             Self::Leaving => "it is being stopped or drained",
+            Self::Full => "its disk has no room for records",
         }
     }
 }
@@ -264,6 +267,8 @@ fn clean(state: &ViewState, value: &PartitionValue) -> Result<BrokerId, Refusal>
         Unfit::Behind
     } else if stopping(preferred) || state.drains().contains_key(&preferred) {
         Unfit::Leaving
+    } else if state.brokers().get(&preferred).is_some_and(|known| known.value.no_room) {
+        Unfit::Full
     } else {
         return Ok(preferred);
     };

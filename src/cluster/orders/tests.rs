@@ -369,6 +369,8 @@ async fn a_census_counts_what_is_not_as_it_should_be() {
     let census = cluster.orders.census();
     assert_eq!((census.topics, census.partitions, census.moving), (1, 4, 1));
     assert_eq!((census.leaderless, census.under_replicated, census.below_minimum), (2, 3, 2));
+    let numbers: Vec<u32> = census.unavailable.iter().map(|(_, number)| *number).collect();
+    assert_eq!(numbers, [2, 3], "each once");
     assert_eq!(census.brokers.len(), 4, "the one that is gone holds a replica");
     let duty = |me, controls| Duty::of(&cluster.orders.view.state(), BrokerId(me), controls, |_| 3);
     let led = Duty { led: 2, under_replicated: 1, below_minimum: 2, ..Duty::default() };

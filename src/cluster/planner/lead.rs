@@ -23,7 +23,9 @@ pub(super) fn elect(
     if value.leader.is_some_and(|leader| live(leader) && value.replicas.contains(&leader)) {
         return None;
     }
-    let rank = |id: &BrokerId| (input.is_stopping(*id), input.is_draining(*id), value.removing.contains(id));
+    let rank = |id: &BrokerId| {
+        (input.is_stopping(*id), input.is_without_room(*id), input.is_draining(*id), value.removing.contains(id))
+    };
     let candidates = value.replicas.iter().copied().filter(|id| value.may_elect(*id, live));
     let elected = candidates.min_by_key(rank).and_then(|to| value.elect(to, live, subject.min_insync));
     match elected {
@@ -35,7 +37,7 @@ pub(super) fn elect(
     }
 }
 
-/// Leadership for another in-sync replica, where the leader is on its way out.
+/// Leadership for another in-sync replica, where the leader is on its way out or takes no more records.
 pub(super) fn hand_over(input: &Input<'_>, subject: &Subject<'_>) -> Option<Step> {
     let value = subject.value;
     let leader = value.leader?;

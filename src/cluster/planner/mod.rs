@@ -5,7 +5,7 @@
 //! A plan holds at most one step of a partition, the first that applies:
 //!
 //! 1. `lead`: somebody must lead a partition whose leader is gone.
-//! 2. `lead`: leaders that are being stopped or drained hand over.
+//! 2. `lead`: leaders that are being stopped or drained, or whose disk took no more records, hand over.
 //! 3. `moves`: a move whose new replicas are in sync ends.
 //! 4. `moves`: an operator's order to move begins when it is its turn.
 //! 5. `moves`: a topic's replication factor was changed.
@@ -79,7 +79,7 @@ pub enum Why {
     Elected,
     /// The leader is gone, and so is everybody else who could lead.
     Leaderless,
-    /// The leader is being stopped or drained, or its replica is moved away.
+    /// The leader is being stopped or drained, or has no room for records, or its replica is moved away.
     HandedOver,
     /// A move's new replicas are in sync.
     MoveEnded,
@@ -189,9 +189,14 @@ impl Input<'_> {
         self.view.drains().contains_key(&id)
     }
 
+    /// Whether its disk took no more records.
+    fn is_without_room(&self, id: BrokerId) -> bool {
+        self.view.brokers().get(&id).is_some_and(|known| known.value.no_room)
+    }
+
     /// Whether leadership may be given to it when nothing presses.
     fn may_lead(&self, id: BrokerId) -> bool {
-        self.is_live(id) && !self.is_stopping(id) && !self.is_draining(id)
+        self.is_live(id) && !self.is_stopping(id) && !self.is_draining(id) && !self.is_without_room(id)
     }
 }
 

@@ -239,6 +239,32 @@ fn a_broker_that_stops_hands_over_to_one_that_does_not() {
     assert_eq!(world.plan().steps, [], "nobody is left to hand over to");
 }
 
+/// Found by an operator: a leader with a full disk refused every write, and two replicas in sync with empty disks looked on.
+#[test]
+fn a_broker_whose_disk_takes_no_more_records_leads_only_what_nobody_else_can() {
+    let mut world = World::of(&["", "", ""], 3, 1, vec![value(&[1, 2, 3], Some(1), &[1, 2, 3])]);
+    world.say(1, |value| value.no_room = true);
+    let (why, handed) = only(&world);
+    assert_eq!((why, handed.leader, handed.isr.len()), (Why::HandedOver, Some(BrokerId(2)), 3));
+    world.settle(1);
+    assert_eq!(world.partition(0).leader, Some(BrokerId(2)), "and it does not go back to the preferred one");
+    for number in [2, 3] {
+        world.say(number, |value| value.no_room = true);
+    }
+    assert_eq!(world.plan().steps, [], "nobody is better off");
+    world.say(3, |value| value.no_room = false);
+    world.go(2, 0);
+    assert_eq!(only(&world).1.leader, Some(BrokerId(3)), "who can be written is elected first");
+    world.settle(1);
+    world.say(1, |value| value.no_room = false);
+    world.settle(1);
+    assert_eq!(world.partition(0).leader, Some(BrokerId(1)));
+
+    let mut alone = World::of(&["", ""], 2, 1, vec![value(&[1, 2], Some(1), &[1])]);
+    alone.say(1, |value| value.no_room = true);
+    assert_eq!(alone.plan().steps, [], "nobody else holds everything");
+}
+
 #[test]
 fn a_move_copies_then_lets_go() {
     let mut world = World::of(&["", "", "", ""], 3, 2, vec![value(&[1, 2, 3], Some(1), &[1, 2, 3])]);

@@ -188,8 +188,11 @@ async fn a_full_disk_is_said_under_the_same_epoch_and_stays_said_beside_what_els
         (value.disk_full, value.state)
     };
     assert_eq!(said().await, (false, BrokerState::Running));
-    session.disk_full(true).await.expect("answers");
+    let (full, room) = tokio::join!(session.disk_full(true), session.no_room(true));
+    full.and(room).expect("answers");
     assert_eq!((said().await, world.registered().await), ((true, BrokerState::Running), epoch));
+    let entry = world.store.get(KEY).await.expect("answers").entry.expect("registered");
+    assert!(BrokerValue::decode(KEY, &entry.value).expect("ours").no_room);
     let (full, stopping) = tokio::join!(session.disk_full(false), session.stopping());
     full.and(stopping).expect("answers");
     assert_eq!((said().await, world.registered().await), ((false, BrokerState::Stopping), epoch));

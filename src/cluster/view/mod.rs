@@ -42,6 +42,9 @@ const RELIST: Duration = Duration::from_secs(600);
 /// The waits between attempts while the store does not answer, or its watches end without a word.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(5));
 
+/// How often it is said again that the store does not answer.
+const REMIND: Duration = Duration::from_secs(60);
+
 /// How many moves a feed may lie behind before it starts over.
 const FEED_MOVES: usize = 1024;
 
@@ -177,16 +180,17 @@ struct Mirror {
 
 impl Mirror {
     async fn run(self) {
-        let mut wait = BACKOFF.0;
+        let (mut wait, mut trouble) = (BACKOFF.0, Trouble::default());
         loop {
             match self.list().await {
                 Ok(watch) => {
+                    trouble.over();
                     if self.follow(watch).await {
                         wait = BACKOFF.0;
                     }
                 }
                 Err(error) => {
-                    tracing::warn!(%error, retry_ms = wait.as_millis(), "the cluster's metadata could not be listed");
+                    trouble.with(&error);
                 }
             }
             tokio::time::sleep(wait).await;
@@ -227,6 +231,35 @@ impl Mirror {
                     None => return said,
                 },
             }
+        }
+    }
+}
+
+/// A store that does not answer: said at once, now and then while it lasts, and when it is over.
+#[derive(Default)]
+struct Trouble {
+    begun: Option<Instant>,
+    said: Option<Instant>,
+}
+
+impl Trouble {
+    fn with(&mut self, error: &StoreError) {
+        let now = clock::monotonic();
+        let seconds = now.duration_since(*self.begun.get_or_insert(now)).as_secs();
+        if self.said.is_some_and(|said| now.duration_since(said) < REMIND) {
+            tracing::debug!(%error, seconds, "the cluster's metadata could not be listed again");
+            return;
+        }
+        self.said = Some(now);
+        tracing::warn!(
+            %error, seconds,
+            "the cluster's metadata could not be listed; what was known counts until it can, and it is tried again"
+        );
+    }
+
+    fn over(&mut self) {
+        if let Some(begun) = std::mem::take(self).begun {
+            tracing::info!(seconds = begun.elapsed().as_secs(), "the cluster's metadata was listed again");
         }
     }
 }

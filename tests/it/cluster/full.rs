@@ -1,7 +1,9 @@
-//! Brokers whose disks count as full are given no new replicas.
+//! Brokers whose disks count as full are given no new replicas; those whose disks are full lead nothing that others can.
+
+use std::fs;
 
 use super::members::Cluster;
-use crate::patience::eventually;
+use crate::{full_disk::Mount, patience::eventually};
 
 #[test]
 fn a_broker_with_a_full_disk_is_given_nothing_new_until_there_is_room() {
@@ -37,4 +39,37 @@ fn a_broker_with_a_full_disk_is_given_nothing_new_until_there_is_room() {
     cli.ok(&["partition", "reassign", "t/0", "--replicas", "1,3"]);
     let moved = || cluster.partitions("t")[0]["isr"] == serde_json::json!([1, 3]);
     eventually("the replica has moved", || moved().then_some(()));
+}
+
+/// Found by an operator: the leader's disk was full, its two followers were in sync and had room, and nothing could be written.
+#[test]
+fn a_leader_whose_disk_takes_no_more_records_hands_over_and_leads_again_when_there_is_room() {
+    let mut cluster = Cluster::with(3, |home| home.setting("log.journal_bytes", "\"16MiB\""));
+    let cli = cluster.cli();
+    cli.ok(&["topic", "create", "t", "--replication-factor", "3", "--config", "min.insync.replicas=2"]);
+    cli.ok(&["partition", "reassign", "t", "--replicas", "1,2,3", "--wait"]);
+    // Its disk is replaced by a small one.
+    cluster.stop(1);
+    let Some(small) = Mount::new(cluster.home(1).data_dir()) else { return };
+    cluster.restart(1);
+    cluster.in_sync("t", 3);
+    eventually("broker 1 leads", || (cluster.leader("t", 0) == 1).then_some(()));
+    let filler = small.fill(0);
+
+    let records = tempfile::NamedTempFile::new().expect("a file");
+    fs::write(records.path(), format!("{}\n", "x".repeat(999)).repeat(8000)).expect("written");
+    let sent = cli.ok(&["produce", "t", records.path().to_str().expect("text")]).text();
+    assert!(sent.contains("acknowledged 8000 of 8000 records"), "{sent}");
+    assert_ne!(cluster.leader("t", 0), 1, "another one leads");
+    let described = cli.ok(&["cluster", "describe"]).text();
+    assert!(
+        described.contains("the disk of broker 1 has no room for records: others lead what they can"),
+        "{described}"
+    );
+
+    fs::remove_file(filler).expect("it was there");
+    cluster.in_sync("t", 3);
+    eventually("broker 1 leads again", || (cluster.leader("t", 0) == 1).then_some(()));
+    let log = cluster.log(1);
+    assert!(log.contains("records do not fit on the disk") && log.contains("records fit on the disk again"), "{log}");
 }

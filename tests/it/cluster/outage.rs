@@ -44,7 +44,11 @@ fn records_are_taken_and_read_while_etcd_is_gone() {
         let read = cli.ok(&["consume", TOPIC, "--from", "earliest", "--until-end"]);
         assert_eq!(read.text(), lines(0, sent));
     }
+    // It describes the cluster of then, which is not to be taken for that of now.
+    let is_old = || cli.ok(&["cluster", "describe"]).text().contains("the metadata store has not answered broker");
+    eventually("the description says how old it is", || is_old().then_some(()));
     cluster.etcd.run_all();
+    eventually("the description is of now", || (!is_old()).then_some(()));
     // What needs agreement goes on with etcd, and nobody was taken for dead.
     eventually("a topic can be created", || (cli.run(&["topic", "create", "after"]).code == 0).then_some(()));
     cli.ok_with(&["produce", "after"], b"x\n");

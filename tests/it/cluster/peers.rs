@@ -49,6 +49,7 @@ impl Meta {
             incarnation: "a stranger's".to_owned(),
             state: BrokerState::Running,
             disk_full: false,
+            no_room: false,
             version: "0".to_owned(),
         };
         let put = Transaction::new().put(self.keys.broker(BrokerId(STRANGER)), value.encode());
