@@ -25,6 +25,7 @@ impl Broker {
             let mut broker = v1::BrokerState {
                 id: id.0,
                 draining_since_ms: draining,
+                stuck: draining.map_or(0, |_| u32::try_from(self.orders.stuck(*id)).unwrap_or(u32::MAX)),
                 leaders: carried.leaders,
                 replicas: carried.replicas,
                 in_sync: carried.in_sync,

@@ -141,6 +141,10 @@ fn notes(broker: &BrokerDescription) -> Vec<String> {
         let left = output::count(broker.replicas.into(), "replica");
         notes.push(match broker.replicas {
             0 => format!("broker {id} is drained: it can be stopped for good"),
+            _ if broker.stuck > 0 => format!(
+                "broker {id} is being drained: {left} to move, and {} cannot: too few other brokers take replicas",
+                broker.stuck
+            ),
             _ => format!("broker {id} is being drained: {left} to move"),
         });
     }
@@ -211,6 +215,7 @@ fn broker(broker: &BrokerDescription) -> Value {
         "broker_epoch": broker.alive.then_some(broker.broker_epoch),
         "version": text(&broker.version),
         "draining_since_ms": broker.draining_since_ms,
+        "stuck": broker.stuck,
         "disk_full": broker.disk_full,
         "no_room": broker.no_room,
         "leaders": broker.leaders,
@@ -255,6 +260,7 @@ mod tests {
             disk_full: false,
             no_room: false,
             draining_since_ms: None,
+            stuck: 0,
             leaders: 7,
             replicas: 20,
             in_sync: 20,
@@ -284,7 +290,8 @@ mod tests {
         let silent = Fault::new(Reason::NotReady, "broker 2 did not answer within 1s");
         let two = BrokerDescription { stopping: true, figures: Some(Err(silent)), in_sync: 18, ..running(2, "") };
         let draining = Some(1_790_000_000_000);
-        let three = BrokerDescription { draining_since_ms: draining, disk_full: true, ..running(3, "zone-c") };
+        let three =
+            BrokerDescription { draining_since_ms: draining, stuck: 4, disk_full: true, ..running(3, "zone-c") };
         let failed = BrokerFigures {
             failed: Some("the disk failed".to_owned()),
             object_store: Some("for 75 s: connection refused".to_owned()),

@@ -77,6 +77,8 @@ pub struct BrokerDescription {
     pub no_room: bool,
     /// Since when it is to be emptied, in milliseconds since 1970.
     pub draining_since_ms: Option<i64>,
+    /// While it is to be emptied: replicas that cannot move, because too few other brokers take any.
+    pub stuck: u32,
     /// Partitions that it leads.
     pub leaders: u32,
     /// Partitions that it holds.
@@ -373,6 +375,7 @@ fn broker(state: v1::BrokerState) -> BrokerDescription {
         stopping: state.stopping,
         disk_full: state.disk_full,
         no_room: state.no_room,
+        stuck: state.stuck,
         draining_since_ms: state.draining_since_ms,
         leaders: state.leaders,
         replicas: state.replicas,

@@ -76,6 +76,11 @@ impl Orders {
         }
     }
 
+    /// Replicas of a drained broker that cannot move: too few others take any.
+    pub fn stuck(&self, broker: BrokerId) -> usize {
+        left(&self.view.state(), broker).stuck.len()
+    }
+
     fn must_know(&self, broker: BrokerId) -> Result<(), UnknownBrokers> {
         let known = known(&self.view.state());
         if known.contains(&broker) {

@@ -223,6 +223,7 @@ async fn a_drain_tells_what_moves_and_what_nobody_can_take() {
 
     let second = cluster.orders.drain(BrokerId(2), 100).await.expect("ordered");
     assert_eq!(second.stuck, [id(0), id(1), id(2)], "two replicas need two brokers, and one is left");
+    assert_eq!(cluster.orders.stuck(BrokerId(2)), 3, "and that can be asked for later");
     assert_eq!((second.takers, second.replicas), (1, 3));
 
     assert_eq!(cluster.orders.restore(BrokerId(2)).await, Ok(true));
