@@ -54,7 +54,7 @@ pub(super) async fn run(broker: Arc<Broker>, session: Session) {
             () = tokio::time::sleep(EVERY) => {}
         }
         let refused = broker.log.is_full();
-        let looks = look % DISK_EVERY == 0 || refused != without_room;
+        let looks = look.is_multiple_of(DISK_EVERY) || refused != without_room;
         if looks && let Some(space) = space(&broker).await {
             let now = counts_as_full(full, space, percent);
             if std::mem::replace(&mut full, now) != now {

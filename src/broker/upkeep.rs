@@ -84,10 +84,11 @@ async fn work(broker: Arc<Broker>, failing: Arc<Mutex<BTreeMap<PartitionId, Fail
 fn report(broker: &Broker, partition: &Partition, error: &UpkeepError, failing: &mut Failing) {
     broker.metrics.tier_upload_failures.inc();
     let (id, topic) = (partition.id(), partition.topic());
+    let spoken_of = failing.said || error.is_outage() && broker.is_cut_off();
     if let UpkeepError::Commit(TierCommitError::Deposed { .. }) = error {
         // What a change of leader interrupts, the new one does.
         tracing::debug!(partition = %id, %topic, %error, "another broker leads; its uploads go on there");
-    } else if !failing.said && !(error.is_outage() && broker.is_cut_off()) {
+    } else if !spoken_of {
         failing.said = true;
         tracing::warn!(
             partition = %id, %topic, %error,

@@ -13,6 +13,9 @@ use crate::task::clock;
 /// How long no request may succeed before that is said: a request that fails now and then is tried again in silence.
 const SHORT: Duration = Duration::from_secs(5);
 
+/// How long after the last failure nothing is known any more: whoever has work for the store asks more often, also one that hangs.
+const STALE: Duration = Duration::from_secs(60);
+
 /// What is known of one store.
 #[derive(Debug, Default)]
 pub(super) struct Reach {
@@ -23,7 +26,8 @@ pub(super) struct Reach {
 struct Begun {
     /// When the first request was sent that failed, with none that succeeded since.
     at: Instant,
-    /// What the last one said.
+    /// When the last one failed, and what it said.
+    last: Instant,
     why: String,
     said: bool,
 }
@@ -46,8 +50,9 @@ impl fmt::Display for Outage {
 impl Reach {
     /// A request that was sent at `sent` failed, and not for what it asked.
     pub(super) fn failed(&self, place: &str, sent: Instant, why: &str) {
-        let mut outage = self.lock();
-        let begun = outage.get_or_insert_with(|| Begun { at: sent, why: String::new(), said: false });
+        let (mut outage, now) = (self.lock(), clock::monotonic());
+        let begun = outage.get_or_insert_with(|| Begun { at: sent, last: now, why: String::new(), said: false });
+        begun.last = now;
         why.clone_into(&mut begun.why);
         if !begun.said && begun.at.elapsed() >= SHORT {
             begun.said = true;
@@ -69,7 +74,7 @@ impl Reach {
 
     /// The outage that was spoken of and is not over.
     pub(super) fn outage(&self) -> Option<Outage> {
-        let begun = self.lock().clone().filter(|begun| begun.said)?;
+        let begun = self.lock().clone().filter(|begun| begun.said && begun.last.elapsed() < STALE)?;
         Some(Outage { lasted: clock::monotonic().duration_since(begun.at), why: begun.why })
     }
 
@@ -99,6 +104,10 @@ mod tests {
         assert_eq!(outage, Outage { lasted: SHORT, why: "refused".to_owned() });
         tokio::time::advance(SHORT).await;
         assert_eq!(reach.outage().expect("it goes on").to_string(), "for 10 s: refused");
+        tokio::time::advance(STALE).await;
+        assert_eq!(reach.outage(), None, "nobody has asked since");
+        fail("refused");
+        assert!(reach.outage().is_some());
         reach.answered("s3://bucket");
         assert_eq!(reach.outage(), None);
         reach.failed("s3://bucket", clock::monotonic() - SHORT, "no answer within 5 s");
