@@ -123,6 +123,12 @@ impl Replica {
         self.shared.state().log_end()
     }
 
+    /// Why nothing can be made durable here any more, if so: a write or a sync has failed, also one that nobody waits for.
+    pub fn failure(&self) -> Option<String> {
+        let shared = &self.shared;
+        shared.failed.get().cloned().or_else(|| shared.core.journal.failed().map(str::to_owned))
+    }
+
     /// First offset not known to be on stable storage.
     pub fn persisted_end(&self) -> Offset {
         self.shared.state().persisted_end

@@ -292,6 +292,10 @@ impl Actor {
             Command::Append(_) => unreachable!("appends are taken by the turn"),
             Command::Configure(config) => self.configure(config),
             Command::Local(answer) => {
+                // Where nobody writes, nobody else is told of a sync that failed behind the journal.
+                if let Some(why) = self.replica.failure() {
+                    self.fail(&why);
+                }
                 // Whoever asks looks at the marks next: they must know what the commands before this one did.
                 self.publish();
                 let _gone = answer.send(Local {

@@ -15,9 +15,13 @@ use crate::{
 
 /// A log without threads: the journal writes when the test says so.
 fn open_log() -> Log {
+    open_log_on(SimDisk::new())
+}
+
+fn open_log_on(disk: SimDisk) -> Log {
     let identity = Identity { cluster: "test".to_owned(), broker: BrokerId(1) };
     let options = Options { journal_bytes: 1 << 20, reserve_bytes: 0, manual: true, ..Options::default() };
-    Log::open(Arc::new(SimDisk::new()), Path::new("/data"), &identity, options).unwrap()
+    Log::open(Arc::new(disk), Path::new("/data"), &identity, options).unwrap()
 }
 
 fn open(log: &Log) -> Actor {
@@ -75,6 +79,29 @@ fn cut_and_lead(actor: &mut Actor, to: u64) {
     let log_end = actor.replica.truncate(Offset::new(to).unwrap()).unwrap();
     actor.handed_end = log_end;
     lead(actor, 5);
+}
+
+/// It led on until somebody wrote, and what could not be read any more was read from nobody else.
+#[tokio::test]
+async fn a_sync_that_fails_behind_the_journal_is_noticed_where_nobody_writes() {
+    let disk = SimDisk::new();
+    let log = open_log_on(disk.clone());
+    let mut actor = open(&log);
+    let written = write(&mut actor);
+    assert!(log.journal_step());
+    hear(&mut actor);
+    written.await.unwrap().unwrap();
+    let look = async |actor: &mut Actor| {
+        let (answer, local) = oneshot::channel();
+        actor.administer(Command::Local(answer)).await;
+        local.await.unwrap();
+        actor.shared.fault()
+    };
+    assert_eq!(look(&mut actor).await, None);
+    disk.fail_syncs(Some(".log"));
+    log.sync_step();
+    let why = look(&mut actor).await.expect("it is told");
+    assert!(why.contains("segment"), "{why}");
 }
 
 /// The journal answers what was cut with `Cut`. That once counted as a broken disk, and for ever.
