@@ -14,10 +14,7 @@ use strandline::{
     tier::TierState,
 };
 
-use super::{
-    Brokers, Running, Who, Wrong,
-    replica::{Ends, Replica},
-};
+use super::{Brokers, Running, Who, Wrong, replica::Replica};
 
 /// Values of the partition that are remembered, and proposals: leaders hear of the newest late.
 const REMEMBERED: usize = 256;
@@ -84,7 +81,7 @@ impl Partition {
 
     fn holds(&self, replica: &Replica) -> Result<(), Wrong> {
         let (epochs, end) = &self.committed;
-        let has = replica.ends.by(self.durability);
+        let has = replica.holds(self.durability);
         if has < *end {
             return Err(format!("it reaches {has} ({:?}) and {end} is committed", self.durability));
         }
@@ -250,8 +247,7 @@ impl Partition {
         let unknown = self.producers.iter().find(|(id, first)| **first < at && !producers.contains(id));
         let unknown = unknown.map(|(id, first)| format!("began at {at} without producer {id}, which wrote at {first}"));
         let replica = self.replica(broker);
-        replica.epochs = EpochHistory::from_starts(epochs.iter().copied()).unwrap();
-        replica.ends = Ends { written: at, persisted: at };
+        replica.begin(at, EpochHistory::from_starts(epochs.iter().copied()).unwrap());
         unknown.map_or(Ok(true), Err)
     }
 

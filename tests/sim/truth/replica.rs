@@ -29,6 +29,9 @@ pub(super) struct Replica {
     pub(super) epochs: EpochHistory,
     pub(super) ends: Ends,
     pub(super) high_watermark: Offset,
+    /// What processes before this one knew to be durable, and is there: this one may know of less, where segments were synced and neither
+    /// journal nor checkpoint could say so.
+    synced_before: Offset,
     /// What it acknowledged in each epoch, in this process and in those before.
     acked: BTreeMap<LeaderEpoch, Ends>,
     acked_before: BTreeMap<LeaderEpoch, Ends>,
@@ -43,6 +46,7 @@ impl Replica {
             *before = most(*before, ends);
         }
         self.epochs = EpochHistory::from_starts(epochs.iter().copied()).unwrap();
+        self.synced_before = self.synced_before.max(self.ends.persisted).min(end);
         self.ends = Ends { written: end, persisted: Offset::ZERO };
         self.high_watermark = Offset::ZERO;
     }
@@ -73,6 +77,22 @@ impl Replica {
     pub(super) fn cut(&mut self, to: Offset) {
         self.epochs.truncate(to);
         self.ends = Ends { written: to, persisted: to };
+        self.synced_before = self.synced_before.min(to);
+    }
+
+    /// It begins anew behind what others wrote.
+    pub(super) fn begin(&mut self, at: Offset, epochs: EpochHistory) {
+        self.epochs = epochs;
+        self.ends = Ends { written: at, persisted: at };
+        self.synced_before = Offset::ZERO;
+    }
+
+    /// How far it holds its log, by this rule.
+    pub(super) fn holds(&self, durability: Durability) -> Offset {
+        match durability {
+            Durability::Persisted => self.ends.persisted.max(self.synced_before),
+            Durability::Replicated => self.ends.written,
+        }
     }
 
     /// Where it parts from what `epochs` wrote below `end`; `None` where it holds the same.
