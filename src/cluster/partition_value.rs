@@ -22,6 +22,8 @@
 //! - The leader is a member of the ISR, ISR and ELR are disjoint, and all members are replicas.
 //! - The epoch grows by one exactly when the leader changes, also to none: so an epoch has one leader for life, and whoever
 //!   compares the epoch knows that the leader is the same.
+//! - Each change that lets replicas go counts one removal, and who becomes a replica is being added until it was in sync. So a replica
+//!   that is being added is the same in two values only where both count the same removals; and one that is not was in sync since.
 //! - Every member of ISR ∪ ELR holds all that is committed, if it holds what it acknowledged. Leaders keep that by committing
 //!   only what the whole ISR has, only with the minimum in sync, and only while the ELR is empty.
 //! - Only [`shrink`], [`resign`] and the elections make an ELR grow. A strike or a move never adds anybody: what is taken out
@@ -66,6 +68,10 @@ pub struct PartitionValue {
     /// Replicas that are being taken away.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub removing: Vec<BrokerId>,
+    /// How often replicas were let go. Who is let go deletes what it has: by this number a replica that is being added is told from the
+    /// one that the same broker had before. Never falls.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub removals: u64,
     /// The last epoch before which committed records may have been lost, because whoever led then might not have had them. Replicas
     /// whose log is older than it may cut below what they knew as committed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -73,6 +79,12 @@ pub struct PartitionValue {
     /// Where an operator wants it, the preferred leader first, while that move waits for its turn; else empty.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ordered: Vec<BrokerId>,
+}
+
+/// Nothing was let go yet: the value need not say so.
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde hands over a reference")]
+const fn is_zero(count: &u64) -> bool {
+    *count == 0
 }
 
 /// What a broker that starts can prove of a replica.
@@ -97,6 +109,7 @@ impl PartitionValue {
             elr: Vec::new(),
             adding: Vec::new(),
             removing: Vec::new(),
+            removals: 0,
             unclean: None,
             ordered: Vec::new(),
         }
@@ -214,19 +227,23 @@ impl PartitionValue {
     }
 
     /// The replicas are to become `target`, in that order. The new ones copy first: all hold the partition until
-    /// [`Self::end_move`]. A move that is under way is replaced. `None` when `target` is empty or names a broker twice.
+    /// [`Self::end_move`]. A move that is under way is replaced: who was on its way in, is not wanted any more and was never in sync is
+    /// let go at once. `None` when `target` is empty or names a broker twice.
     #[must_use]
     pub fn begin_move(&self, target: &[BrokerId]) -> Option<Self> {
         let wanted: BTreeSet<_> = target.iter().copied().collect();
         if target.is_empty() || wanted.len() != target.len() {
             return None;
         }
-        let going: Vec<_> = self.replicas.iter().copied().filter(|id| !wanted.contains(id)).collect();
+        let has_counted = |id: &BrokerId| self.isr.contains(id) || self.elr.contains(id);
+        let unwanted = self.replicas.iter().copied().filter(|id| !wanted.contains(id));
+        let (dropped, going): (Vec<_>, Vec<_>) = unwanted.partition(|id| self.adding.contains(id) && !has_counted(id));
         let is_new = |id: &BrokerId| !self.replicas.contains(id) || self.adding.contains(id);
         Some(Self {
             replicas: target.iter().chain(&going).copied().collect(),
             adding: target.iter().copied().filter(is_new).collect(),
             removing: going,
+            removals: self.removals.saturating_add(u64::from(!dropped.is_empty())),
             ..self.clone()
         })
     }
@@ -252,6 +269,11 @@ impl PartitionValue {
     /// Whether a move was ordered that has not begun.
     pub const fn is_ordered(&self) -> bool {
         !self.ordered.is_empty()
+    }
+
+    /// Which addition it is that this replica comes by, while it is being added: the number of removals before it.
+    pub fn added_after(&self, who: BrokerId) -> Option<u64> {
+        self.adding.contains(&who).then_some(self.removals)
     }
 
     /// Whether its replicas are being moved.
@@ -283,7 +305,8 @@ impl PartitionValue {
             return None;
         }
         let (replicas, elr) = (stay(&self.replicas), stay(&self.elr));
-        Some(Self { replicas, isr, elr, adding: Vec::new(), removing: Vec::new(), ..self.clone() })
+        let removals = self.removals.saturating_add(1);
+        Some(Self { replicas, isr, elr, adding: Vec::new(), removing: Vec::new(), removals, ..self.clone() })
     }
 
     /// The sets with `isr` in sync. Below the minimum whoever just left it, `dropped`, is eligible beside those that were.

@@ -201,7 +201,7 @@ impl Follower {
         // Judged by the log as it came into this epoch: cutting it makes it look older than what it once knew.
         self.may_lose.get_or_insert(self.unclean.is_some_and(|unclean| last.is_none_or(|last| unclean > last)));
         self.stage = Stage::Claiming(log_end);
-        Claim { last, end: log_end }
+        Claim { last, end: log_end, added: None }
     }
 
     /// The link is lost, or an append failed: nothing counts before the next claim.

@@ -57,6 +57,7 @@ fn values_are_written_as_the_format_says() {
             elr: vec![BrokerId(1)],
             adding: vec![],
             removing: vec![],
+            removals: 0,
             unclean: None,
             ordered: Vec::new(),
         },
@@ -71,10 +72,11 @@ fn values_are_written_as_the_format_says() {
             elr: vec![],
             adding: vec![BrokerId(2)],
             removing: vec![BrokerId(1)],
+            removals: 3,
             unclean: Some(LeaderEpoch(5)),
             ordered: [3, 2].map(BrokerId).to_vec(),
         },
-        r#"{"replicas":[2,1],"leader":null,"leader_epoch":8,"isr":[2],"elr":[],"adding":[2],"removing":[1],"unclean":5,"ordered":[3,2]}"#,
+        r#"{"replicas":[2,1],"leader":null,"leader_epoch":8,"isr":[2],"elr":[],"adding":[2],"removing":[1],"removals":3,"unclean":5,"ordered":[3,2]}"#,
     );
     golden(
         &TierState {

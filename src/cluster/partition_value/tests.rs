@@ -148,8 +148,29 @@ fn a_move_ends_when_the_new_are_in_sync_and_the_leader_stays() {
 fn a_second_move_replaces_the_first() {
     let first = value(Some(1), &[1, 2, 3], &[]).begin_move(&brokers(&[1, 4, 5])).unwrap();
     let second = first.begin_move(&brokers(&[1, 2, 5])).unwrap();
-    assert_eq!((&second.adding, &second.removing), (&brokers(&[5]), &brokers(&[4, 3])));
-    assert_eq!(second.cancel_move().unwrap().replicas, brokers(&[1, 2, 4, 3]), "4 goes with the next plan");
+    assert_eq!((&second.adding, &second.removing), (&brokers(&[5]), &brokers(&[3])));
+    assert_eq!((&second.replicas, second.removals), (&brokers(&[1, 2, 5, 3]), 1), "4 has nothing that counts");
+    assert_eq!(second.cancel_move().unwrap().replicas, brokers(&[1, 2, 3]));
+    // One that was in sync goes in order.
+    let third = first.expand(&set(&[4]), 2).begin_move(&brokers(&[1, 2, 5])).unwrap();
+    assert_eq!((&third.removing, third.removals), (&brokers(&[4, 3]), 0));
+}
+
+/// A broker that was let go deletes what it had: a leader that hears of it only when it is back must see that it is another replica.
+#[test]
+fn a_replica_that_was_let_go_comes_back_by_another_addition() {
+    let target = brokers(&[1, 2, 4]);
+    let first = value(Some(1), &[1, 2, 3], &[]).begin_move(&target).unwrap();
+    assert_eq!((first.added_after(BrokerId(4)), first.added_after(BrokerId(1))), (Some(0), None));
+    let again = first.cancel_move().unwrap().begin_move(&target).unwrap();
+    assert_eq!(again, PartitionValue { removals: 1, ..first.clone() });
+    assert_eq!(again.added_after(BrokerId(4)), Some(1));
+    // The same by a move that is replaced, and by one that ends.
+    let back = first.begin_move(&brokers(&[1, 2, 3])).unwrap();
+    assert_eq!((back.is_moving(), back.begin_move(&target).unwrap().added_after(BrokerId(4))), (false, Some(1)));
+    let ended = first.expand(&set(&[4]), 2).end_move().unwrap();
+    assert_eq!((ended.removals, ended.added_after(BrokerId(4))), (1, None));
+    assert_eq!(ended.begin_move(&brokers(&[1, 2, 3])).unwrap().added_after(BrokerId(3)), Some(1));
 }
 
 #[derive(Clone, Debug)]

@@ -6,6 +6,7 @@
 //! | another leads in e' > e | follows | follows the other | follows, writers are answered |
 //! | nobody leads in e' > e, or this is no replica | | leaves the link | writers are answered |
 //! | other sets in e | | | takes them over |
+//! | this replica comes by another addition in e | | leaves the link, follows anew | |
 //! | a follower knows e' > e, or the bucket's state is of it | | | admits nothing more; a second later it asks the store whether that is so |
 //! | its disk fails | | leaves the link for good | resigns |
 //! | an older revision | | | |
@@ -103,6 +104,11 @@ impl Placed {
         self.known.as_ref().is_some_and(|(_, known)| *known > revision)
     }
 
+    /// Which addition that broker's replica comes by, while it is being added.
+    pub(super) fn added_after(&self, broker: BrokerId) -> Option<u64> {
+        self.known.as_ref().and_then(|(value, _)| value.added_after(broker))
+    }
+
     fn has_in_sync(&self, broker: BrokerId) -> bool {
         self.known.as_ref().is_some_and(|(value, _)| value.isr.contains(&broker))
     }
@@ -176,8 +182,11 @@ impl Actor {
 
     /// Takes the place that a value of the partition, no older than the known one, gives this broker.
     pub(super) fn placed(&mut self, value: Arc<PartitionValue>, revision: Revision) {
+        let before = self.placed.added_after(self.broker);
         self.placed.known = Some((Arc::clone(&value), revision));
-        let epoch = value.leader_epoch;
+        let (epoch, addition) = (value.leader_epoch, value.added_after(self.broker));
+        // It was let go meanwhile, and added again: what it joined by its leader does not count any more.
+        let is_anew = addition.is_some() && addition != before;
         let is_late = epoch < self.placed.heard;
         match value.leader {
             _ if is_late || !value.replicas.contains(&self.broker) => self.wait(),
@@ -185,7 +194,7 @@ impl Actor {
             Some(leader) if leader == self.broker => self.lead(&value, revision),
             Some(leader) => {
                 let follows = matches!(&self.part, Part::Following(follower) if follower.epoch() == epoch);
-                if !follows {
+                if !follows || is_anew {
                     self.follow(leader, epoch, value.unclean);
                 }
             }

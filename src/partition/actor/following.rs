@@ -7,7 +7,10 @@ use crate::{
         On,
         begin::{BeginError, Tables},
         follower::{Act, Head, Violation},
-        leader::{insync::Ends, join::Join},
+        leader::{
+            insync::Ends,
+            join::{Claim, Join},
+        },
         role::{Answered, FromLink, Joined},
     },
     record::Batch,
@@ -35,7 +38,8 @@ impl Actor {
         let Part::Following(follower) = &mut self.part else { return };
         self.placed.question += 1;
         let log_end = self.replica.log_end();
-        let claim = follower.claim(&self.replica.epochs(), log_end);
+        let added = self.placed.added_after(self.broker);
+        let claim = Claim { added, ..follower.claim(&self.replica.epochs(), log_end) };
         let epoch = follower.epoch();
         saw!(Claimed { partition: self.id, epoch, persisted: self.replica.persisted_end() });
         let ends = Ends { written: log_end, persisted: self.replica.persisted_end() };

@@ -30,7 +30,7 @@ fn head(base: u64, end: u64, epoch: u32) -> Head {
 /// Follows in epoch 5 from offset 6 on, where 2 is known as committed.
 fn following() -> Follower {
     let mut follower = Follower::new(BrokerId(1), EPOCH, at(2), None);
-    assert_eq!(follower.claim(&two_epochs(), at(6)), Claim { last: Some(LeaderEpoch(3)), end: at(6) });
+    assert_eq!(follower.claim(&two_epochs(), at(6)), Claim { last: Some(LeaderEpoch(3)), end: at(6), added: None });
     assert_eq!(follower.answered(EPOCH, &Join::At(at(6)), at(4), &two_epochs()), Ok(Act::Follow(at(6))));
     follower
 }
@@ -167,7 +167,7 @@ fn what_it_may_lose_is_judged_by_the_log_that_it_came_with() {
 #[test]
 fn a_replica_that_begins_anew_claims_again_from_there() {
     let mut follower = Follower::new(BrokerId(1), EPOCH, at(0), None);
-    assert_eq!(follower.claim(&EpochHistory::new(), at(0)), Claim { last: None, end: at(0) });
+    assert_eq!(follower.claim(&EpochHistory::new(), at(0)), Claim { last: None, end: at(0), added: None });
     let begins = follower.answered(EPOCH, &Join::BeginAt(at(20)), at(25), &EpochHistory::new());
     assert_eq!(
         (begins, follower.high_watermark()),

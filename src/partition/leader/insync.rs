@@ -24,6 +24,8 @@
 //! - A replica is admitted when it has acknowledged, in this epoch, all that is committed and all that the log held when the epoch
 //!   began: before the high watermark has reached that, records may be committed of which this leader does not know that they are. It
 //!   need not wait for the high watermark to get there: below the minimum that moves only after somebody was admitted.
+//! - A replica that is being added joins by the addition that this leader knows of (`PartitionValue::removals`), and what it acknowledged
+//!   counts while that is the one. A broker that is let go deletes what it has; added again it is another replica, though its link stands.
 //!
 //! Others change the value as well: brokers without proof strike themselves, the controller ends moves. They only take members out, or
 //! change the leader and with it the epoch; so the ISR that is known here may be too large and never too small.
@@ -248,6 +250,13 @@ impl InSync {
         if peer.broker == self.me || !self.value.replicas.contains(&peer.broker) {
             return Err(JoinRefused::NoReplica);
         }
+        let (claimed, known) = (claim.added, self.value.added_after(peer.broker));
+        // Who is in the ISR by this value has joined since it was added, and may hear before its leader that the move is over.
+        let earlier = known.is_some() && claimed != known && !self.value.isr.contains(&peer.broker);
+        let later = claimed.is_some_and(|claimed| claimed > self.value.removals);
+        if earlier || later {
+            return Err(JoinRefused::OtherAddition { claimed, known });
+        }
         let known = self.members.get(&peer.broker).and_then(|member| member.link.max(member.registered()));
         if known.is_some_and(|known| known > peer.epoch) {
             return Err(JoinRefused::OlderBroker);
@@ -432,8 +441,9 @@ impl InSync {
         self.unsure.clear();
         (self.must_read, self.held) = (false, false);
         for (id, member) in &mut self.members {
-            // Who is let go deletes what it has. Who is added now and was not was let go before, seen or not.
-            let is_anew = self.value.adding.contains(id) && !before.adding.contains(id);
+            // Who is let go deletes what it has. Who comes by another addition was let go before it, whether that was seen here or not.
+            let addition = self.value.added_after(*id);
+            let is_anew = addition.is_some() && addition != before.added_after(*id);
             if is_anew || !self.value.replicas.contains(id) {
                 (member.link, member.acked) = (None, None);
             }

@@ -23,6 +23,10 @@ pub struct Claim {
     pub last: Option<LeaderEpoch>,
     /// Its log end.
     pub end: Offset,
+    /// Which addition it comes by, while it is being added ([`PartitionValue::added_after`]), by the value that its broker knows.
+    ///
+    /// [`PartitionValue::added_after`]: crate::cluster::PartitionValue::added_after
+    pub added: Option<u64>,
 }
 
 /// What a leader's log holds on its own disk, and what is below that.
@@ -74,6 +78,17 @@ pub enum JoinRefused {
     /// It is no replica, as far as is known here.
     #[error("this broker is no replica of the partition, as far as its leader knows")]
     NoReplica,
+    /// The one side knows of an addition of this replica that the other has not heard of. What it held before that it may have deleted.
+    #[error(
+        "the replica comes by {}, its leader knows of {}: wait for the newer of both",
+        addition(*.claimed), addition(*.known)
+    )]
+    OtherAddition {
+        /// By the follower: the number of removals before it.
+        claimed: Option<u64>,
+        /// By the leader.
+        known: Option<u64>,
+    },
     /// A newer uptime of the same broker is known.
     #[error("a newer uptime of this broker is known: connect again with the broker epoch that it registered")]
     OlderBroker,
@@ -87,6 +102,11 @@ pub enum JoinRefused {
         /// What this broker leads in.
         leads: LeaderEpoch,
     },
+}
+
+/// An addition in words.
+fn addition(after: Option<u64>) -> String {
+    after.map_or_else(|| "no addition".to_owned(), |after| format!("an addition after {after} removals"))
 }
 
 /// Compares a claim with the leader's log, whose epochs are `history` and which ends at `log_end`.

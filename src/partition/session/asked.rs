@@ -218,8 +218,9 @@ mod tests {
     #[test]
     fn what_was_not_looked_at_is_replaced_by_what_is_asked_later() {
         let (asked, id) = (Asked::default(), PartitionId::new(TopicId::from_bytes([1; 16]), 0));
-        let join =
-            |asked: &Asked| asked.join(id, LeaderEpoch(2), Claim { last: None, end: Offset::ZERO }, Ends::default());
+        let join = |asked: &Asked| {
+            asked.join(id, LeaderEpoch(2), Claim { last: None, end: Offset::ZERO, added: None }, Ends::default())
+        };
         join(&asked);
         let todo = asked.take().expect("something was asked").1;
         assert!(todo.join.is_none(), "who follows nobody joins nobody");

@@ -164,7 +164,7 @@ impl TryFrom<v1::Join> for JoinFrame {
         Ok(Self {
             partition: PartitionId::new(topic, number),
             epoch: epoch("a leader epoch", join.leader_epoch)?,
-            claim: Claim { last, end: ends.written },
+            claim: Claim { last, end: ends.written, added: join.added_after },
             ends,
         })
     }
@@ -233,6 +233,7 @@ pub(super) fn join(place: u32, join: &JoinFrame) -> v1::ToLeader {
         last_epoch: join.claim.last.map(LeaderEpoch::as_i32),
         end: join.claim.end.as_i64(),
         persisted: join.ends.persisted.as_i64(),
+        added_after: join.claim.added,
     });
     v1::ToLeader { is: Some(is) }
 }
@@ -341,9 +342,10 @@ mod tests {
         #[test]
         fn a_join_is_refused_or_written_again_as_it_came(
             place: u32, partition in epochs(), leader_epoch in epochs(), last in prop::option::of(epochs()),
-            end in numbers(), persisted in numbers(), id in "[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}",
+            end in numbers(), persisted in numbers(), added_after: Option<u64>, id in "[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}",
         ) {
-            let message = v1::Join { place, topic_id: id, partition, leader_epoch, last_epoch: last, end, persisted };
+            let message =
+                v1::Join { place, topic_id: id, partition, leader_epoch, last_epoch: last, end, persisted, added_after };
             let can_be = partition >= 0 && leader_epoch >= 0 && last.is_none_or(|last| last >= 0) && 0 <= persisted && persisted <= end;
             let parsed = JoinFrame::try_from(message.clone());
             prop_assert_eq!(parsed.is_ok(), can_be);

@@ -167,7 +167,7 @@ impl<T, F> Stranger<T, F> {
 
 impl Stranger<v1::ToLeader, v1::ToFollower> {
     async fn join(&self, place: u32, partition: PartitionId, epoch: LeaderEpoch) {
-        let (claim, ends) = (Claim { last: None, end: Offset::ZERO }, Ends::default());
+        let (claim, ends) = (Claim { last: None, end: Offset::ZERO, added: None }, Ends::default());
         self.say(frames::join(place, &JoinFrame { partition, epoch, claim, ends })).await;
     }
 
@@ -325,7 +325,16 @@ async fn a_stuck_place_holds_up_no_other_and_has_no_more_under_way_than_its_wind
 async fn a_follower_that_sends_what_cannot_be_is_told_what() {
     let join = |topic_id: &str, partition: i32, epoch: i32, end: i64, persisted: i64| {
         let (topic_id, last_epoch) = (topic_id.to_owned(), None);
-        let join = v1::Join { place: 1, topic_id, partition, leader_epoch: epoch, last_epoch, end, persisted };
+        let join = v1::Join {
+            place: 1,
+            topic_id,
+            partition,
+            leader_epoch: epoch,
+            last_epoch,
+            end,
+            persisted,
+            added_after: None,
+        };
         to_leader::Is::Join(join)
     };
     let topic = id(0).topic.to_string();

@@ -227,7 +227,7 @@ fn json(seeds: &mut Vec<Seed>) {
         ("topic", format!(r#"{{"id":"{ID}","partitions":3,"replication_factor":1,"config":{{}}}}"#)),
         (
             "partition",
-            r#"{"replicas":[1,2],"leader":1,"leader_epoch":4,"isr":[1],"elr":[2],"adding":[2],"removing":[1]}"#
+            r#"{"replicas":[1,2],"leader":1,"leader_epoch":4,"isr":[1],"elr":[2],"adding":[2],"removing":[1],"removals":2}"#
                 .to_owned(),
         ),
         (

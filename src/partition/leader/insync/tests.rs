@@ -55,7 +55,14 @@ fn history() -> EpochHistory {
 
 fn claim(leader: &mut InSync, peer: Peer, end: u64) -> Join {
     let local = Local { local_start: at(0), tiered_end: None };
-    leader.join(peer, EPOCH, Claim { last: Some(LeaderEpoch(3)), end: at(end) }, local, &history())
+    leader.join(peer, EPOCH, Claim { last: Some(LeaderEpoch(3)), end: at(end), added: None }, local, &history())
+}
+
+/// The claim of a replica that is being added.
+fn claim_added(leader: &mut InSync, broker: u32, end: u64, added: Option<u64>) -> Join {
+    let local = Local { local_start: at(0), tiered_end: None };
+    let claim = Claim { last: (end > 0).then_some(LeaderEpoch(3)), end: at(end), added };
+    leader.join(peer(broker), EPOCH, claim, local, &history())
 }
 
 /// Joins and acknowledges.
@@ -99,8 +106,8 @@ fn the_topics_rule_says_which_end_counts_and_may_change() {
 /// It deletes its log when it is let go. Added again in the same epoch it has nothing, whatever it acknowledged before.
 #[test]
 fn who_was_let_go_and_is_added_again_is_admitted_only_by_what_it_acknowledges_then() {
-    let without = PartitionValue { replicas: brokers(&[1, 3]), ..value(&[1, 3], &[]) };
-    let added = PartitionValue { adding: brokers(&[2]), ..value(&[1, 3], &[]) };
+    let without = PartitionValue { replicas: brokers(&[1, 3]), removals: 1, ..value(&[1, 3], &[]) };
+    let added = PartitionValue { adding: brokers(&[2]), removals: 1, ..value(&[1, 3], &[]) };
     // The value in between may be missed: a watch that broke lists only what is there now.
     for values in [vec![(without, Revision(21)), (added.clone(), Revision(22))], vec![(added, Revision(22))]] {
         let mut leader = leader(&[1, 2, 3], &[], 1);
@@ -111,12 +118,56 @@ fn who_was_let_go_and_is_added_again_is_admitted_only_by_what_it_acknowledges_th
         }
         assert_eq!(isr(leader.proposal()), None, "what it had is gone");
         assert!(leader.acknowledged(peer(2), EPOCH, both(5)).is_err(), "a word of before");
-        assert_eq!(claim(&mut leader, peer(2), 0), Join::At(at(0)));
+        let refused = JoinRefused::OtherAddition { claimed: None, known: Some(1) };
+        assert_eq!(claim(&mut leader, peer(2), 5), Join::Refused(refused), "sent before it was let go");
+        assert_eq!(claim_added(&mut leader, 2, 0, Some(1)), Join::At(at(0)));
         leader.acknowledged(peer(2), EPOCH, both(4)).unwrap();
         assert_eq!(isr(leader.proposal()), None, "not all that is committed");
         leader.acknowledged(peer(2), EPOCH, both(5)).unwrap();
         assert_eq!(isr(leader.proposal()), Some((vec![1, 3, 2], vec![])));
     }
+}
+
+/// The move was taken back and ordered again, and this leader saw neither: the value of before and the one of after differ in nothing but
+/// the count of removals. It went on counting what the replica of before had acknowledged, and proposed one that had nothing.
+#[test]
+fn a_replica_whose_addition_was_taken_back_and_ordered_again_counts_anew_though_nobody_saw_it_go() {
+    let moving = PartitionValue { adding: brokers(&[2]), ..value(&[1, 3], &[]) };
+    let again = moving.cancel_move().unwrap().begin_move(&brokers(&[1, 2, 3])).unwrap();
+    assert_eq!((again.removals, &again.replicas), (1, &moving.replicas));
+    let mut leader = leader(&[1, 3], &[], 1);
+    leader.observed(&moving, Revision(21));
+    follow(&mut leader, 3, 5);
+    assert_eq!(claim_added(&mut leader, 2, 5, Some(0)), Join::At(at(5)));
+    let refused = JoinRefused::OtherAddition { claimed: Some(1), known: Some(0) };
+    assert_eq!(claim_added(&mut leader, 2, 0, Some(1)), Join::Refused(refused), "its leader is to hear of it first");
+    leader.acknowledged(peer(2), EPOCH, both(4)).unwrap();
+    assert_eq!(leader.observed(&again, Revision(24)), Observed::Adopted);
+    assert!(leader.acknowledged(peer(2), EPOCH, both(5)).is_err(), "on the link of before");
+    assert_eq!(isr(leader.proposal()), None);
+    let refused = JoinRefused::OtherAddition { claimed: Some(0), known: Some(1) };
+    assert_eq!(claim_added(&mut leader, 2, 5, Some(0)), Join::Refused(refused), "sent before it was let go");
+    assert_eq!(isr(leader.proposal()), None);
+    assert_eq!(claim_added(&mut leader, 2, 0, Some(1)), Join::At(at(0)));
+    leader.acknowledged(peer(2), EPOCH, both(5)).unwrap();
+    assert_eq!(isr(leader.proposal()), Some((vec![1, 3, 2], vec![])));
+}
+
+/// Nobody waits for the other where only the end of a move is new: one in sync may have heard of it first, or last.
+#[test]
+fn who_is_in_sync_joins_whether_or_not_it_has_heard_of_the_end_of_its_move() {
+    let moving = PartitionValue { adding: brokers(&[2]), removing: brokers(&[3]), ..value(&[1, 2, 3], &[]) };
+    let ended = moving.end_move().unwrap();
+    for (known, claimed) in [(&moving, None), (&moving, Some(0)), (&ended, None), (&ended, Some(0))] {
+        let mut leader = leader(&[1, 2, 3], &[], 1);
+        leader.observed(known, Revision(21));
+        assert_eq!(claim_added(&mut leader, 2, 5, claimed), Join::At(at(5)), "{claimed:?}");
+    }
+    // It was let go and added again after that end, of which this leader knows.
+    let mut leader = leader(&[1, 2, 3], &[], 1);
+    leader.observed(&ended, Revision(21));
+    let refused = JoinRefused::OtherAddition { claimed: Some(2), known: None };
+    assert_eq!(claim_added(&mut leader, 2, 0, Some(2)), Join::Refused(refused));
 }
 
 #[test]
@@ -329,7 +380,8 @@ fn another_epoch_or_a_deleted_key_ends_it() {
 fn joining_is_refused_with_the_reason() {
     let mut leader = leader(&[1, 2], &[], 1);
     let local = Local { local_start: at(0), tiered_end: None };
-    let mut join = |peer, epoch, last| leader.join(peer, epoch, Claim { last, end: at(5) }, local, &history());
+    let mut join =
+        |peer, epoch, last| leader.join(peer, epoch, Claim { last, end: at(5), added: None }, local, &history());
     let refused = |asked| Join::Refused(JoinRefused::OtherEpoch { asked, leads: EPOCH });
     assert_eq!(join(peer(2), LeaderEpoch(3), None), refused(LeaderEpoch(3)));
     assert_eq!(join(peer(2), LeaderEpoch(5), None), refused(LeaderEpoch(5)));

@@ -21,7 +21,7 @@ fn history(log: &[u32]) -> EpochHistory {
 }
 
 fn answer(leader: &[u32], local: Local, last: Option<u32>, end: usize) -> Join {
-    place(Claim { last: last.map(LeaderEpoch), end: at(end) }, &history(leader), at(leader.len()), local)
+    place(Claim { last: last.map(LeaderEpoch), end: at(end), added: None }, &history(leader), at(leader.len()), local)
 }
 
 const WHOLE: Local = Local { local_start: Offset::ZERO, tiered_end: None };

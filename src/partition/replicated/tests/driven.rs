@@ -148,7 +148,7 @@ async fn assign_again(partition: &Partition) {
 }
 
 fn joined(epoch: u32, last: Option<u32>, end: u64) -> Asked {
-    let claim = Claim { last: last.map(LeaderEpoch), end: at(end) };
+    let claim = Claim { last: last.map(LeaderEpoch), end: at(end), added: None };
     Asked::Join(LeaderEpoch(epoch), claim, Ends { written: at(end), persisted: at(end) })
 }
 
@@ -445,7 +445,7 @@ async fn a_task_that_is_too_far_behind_takes_no_more_from_its_link() {
 async fn a_join_waits_for_its_epoch_to_begin() {
     let (partition, _notes, _log) = open();
     assign(&partition, value(Some(2), 4), 10).await;
-    let claim = Claim { last: None, end: at(0) };
+    let claim = Claim { last: None, end: at(0), added: None };
     let early = partition.join(peer(2), LeaderEpoch(5), claim, Ends::default());
     let news = async {
         tokio::time::sleep(Duration::from_millis(900)).await;

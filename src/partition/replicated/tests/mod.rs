@@ -186,6 +186,58 @@ async fn a_lost_follower_leaves_the_isr_and_comes_back_into_it() {
     assert_eq!(isrs, [2, 3]);
 }
 
+/// An operator takes a move back and orders it again, and neither the leader nor the new replica hears of it in between. The leader counts
+/// nothing any more of what was acknowledged before: so the replica joins again by itself, though its link stands and nothing is written.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replica_that_is_added_a_second_time_joins_again_by_itself() {
+    let net = Net::new(3, 2, 1, false).await;
+    let one = net.start(1, PLAIN, false).await;
+    let two = net.start(2, PLAIN, false).await;
+    in_sync(&two).await;
+    append(&one, &[0], Acks::All).await.unwrap();
+    let three = net.start(3, PLAIN, false).await;
+    // It copies, and its leader is not to admit it yet: that one hears nothing of the first move, or of its end.
+    let target = [broker(1), broker(2), broker(3)];
+    net.set_blind(1, true).await;
+    net.change(|value| value.begin_move(&target).unwrap()).await;
+    until("it follows", || matches!(three.standing().role, Role::Follower { in_sync: false, .. })).await;
+    net.set_blind(3, true).await;
+    net.change(|value| value.cancel_move().unwrap()).await;
+    net.change(|value| value.begin_move(&target).unwrap()).await;
+    net.set_blind(1, false).await;
+    // The leader refuses the addition that it does not know; the new replica hears of the second one last.
+    assert_eq!(net.value().await.0.isr, target[..2]);
+    net.set_blind(3, false).await;
+    in_sync(&three).await;
+    equal(&one, &three, 0).await;
+    assert_eq!(net.value().await.0.removals, 1);
+}
+
+/// The same, where it followed already when it was let go: the link stands, and what it acknowledges there counts no more.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replica_whose_addition_is_repeated_leaves_the_place_that_counts_no_more() {
+    let net = Net::new(3, 2, 2, false).await;
+    let one = net.start(1, PLAIN, false).await;
+    let two = net.start(2, PLAIN, false).await;
+    in_sync(&two).await;
+    let three = net.start(3, PLAIN, false).await;
+    let target = [broker(1), broker(2), broker(3)];
+    net.admit_nobody(true);
+    net.change(|value| value.begin_move(&target).unwrap()).await;
+    until("its leader would admit it", || !net.proposals().is_empty()).await;
+    net.set_blind(1, true).await;
+    net.set_blind(3, true).await;
+    net.change(|value| value.cancel_move().unwrap()).await;
+    let second = net.change(|value| value.begin_move(&target).unwrap()).await;
+    net.admit_nobody(false);
+    net.set_blind(1, false).await;
+    net.set_blind(3, false).await;
+    in_sync(&three).await;
+    assert_eq!(second.isr, target[..2]);
+    append(&one, &[1], Acks::All).await.unwrap();
+    equal(&one, &three, 0).await;
+}
+
 /// It is not gone, and its link stands: it only does not get further.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_follower_that_lags_is_dropped_by_the_clock_alone() {

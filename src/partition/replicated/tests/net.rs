@@ -48,6 +48,8 @@ struct World {
     blind: BTreeSet<BrokerId>,
     /// How many outcomes of proposals are still to be lost.
     lost_outcomes: usize,
+    /// Proposals that admit somebody are refused.
+    admit_nobody: bool,
     /// Proposals that were made.
     proposals: Vec<Proposal>,
     resigned: Vec<(BrokerId, LeaderEpoch)>,
@@ -271,6 +273,11 @@ impl Net {
         self.world().lost_outcomes = count;
     }
 
+    /// From now on proposals that admit somebody are refused, or not any more.
+    pub(super) fn admit_nobody(&self, nobody: bool) {
+        self.world().admit_nobody = nobody;
+    }
+
     pub(super) fn proposals(&self) -> Vec<Proposal> {
         self.world().proposals.clone()
     }
@@ -422,7 +429,8 @@ impl Agreement for Wire {
         net.world().proposals.push(proposal.clone());
         self.net.tasks.spawn("propose", async move {
             let known = |peer: &Peer| net.node(peer.broker.0, |node| node.epoch == peer.epoch);
-            let admitted = proposal.added.iter().all(known);
+            let barred = net.world().admit_nobody && !proposal.added.is_empty();
+            let admitted = !barred && proposal.added.iter().all(known);
             let done = if admitted { net.set(proposal.expect, &proposal.value).await } else { Err(()) };
             let lost = {
                 let mut world = net.world();

@@ -120,7 +120,7 @@ impl Calm {
     fn join(&self, place: u32, leader_epoch: i32, end: i64) -> v1::Join {
         let last_epoch = (end > 0).then_some(leader_epoch);
         let topic_id = self.id.topic.to_string();
-        v1::Join { place, topic_id, partition: 0, leader_epoch, last_epoch, end, persisted: end }
+        v1::Join { place, topic_id, partition: 0, leader_epoch, last_epoch, end, persisted: end, added_after: None }
     }
 
     /// Nobody says hello in the name of the true follower, or of nobody.
@@ -166,10 +166,12 @@ impl Calm {
 
     /// A replica says that it has what it was never sent.
     async fn refuses_lies(&self, link: &mut Follows) {
+        let added_after = Some(self.meta.value(self.id).await.removals);
+        let join = |place, end| v1::Join { added_after, ..self.join(place, self.epoch, end) };
         let mut place = 10;
         let joins = async {
             loop {
-                link.say(Some(to_leader::Is::Join(self.join(place, self.epoch, 0)))).await;
+                link.say(Some(to_leader::Is::Join(join(place, 0)))).await;
                 if matches!(link.answer().await.is, Some(answer::Is::At(0))) {
                     break;
                 }
@@ -182,7 +184,7 @@ impl Calm {
         let answer = link.answer().await;
         assert!(refusal(&answer).contains("offset 1000000 is acknowledged"), "{answer:?}");
         // A log that is longer than the leader's is told where to cut.
-        link.say(Some(to_leader::Is::Join(self.join(place + 1, self.epoch, 1_000_000)))).await;
+        link.say(Some(to_leader::Is::Join(join(place + 1, 1_000_000)))).await;
         let answer = link.answer().await;
         assert!(matches!(&answer.is, Some(answer::Is::Diverged(_))), "{answer:?}");
         let lists = v1::Progress { written: vec![], ..progress(0) };
