@@ -50,6 +50,7 @@ mod reconcile;
 mod service;
 #[cfg(test)]
 mod tests;
+mod unproven;
 mod upkeep;
 
 use std::{
@@ -63,7 +64,9 @@ use std::{
 
 use futures::{StreamExt as _, stream};
 
-use self::{agree::Agree, hosted::Hosted, leftovers::Leftovers, others::Others, producer_ids::ProducerIds};
+use self::{
+    agree::Agree, hosted::Hosted, leftovers::Leftovers, others::Others, producer_ids::ProducerIds, unproven::Unproven,
+};
 pub use self::{
     fill::starts_full,
     service::{peer_service, services},
@@ -71,14 +74,14 @@ pub use self::{
 use crate::{
     client::Connect,
     cluster::{
-        Controller, Keys, MetaStore, Orders, PartitionChanges, Session, TierCommits, Topics, View, ViewState,
+        Controller, Keys, MetaStore, Orders, PartitionChanges, Session, TierCommits, Topics, Unread, View, ViewState,
         planner::Limits,
     },
     limits,
     log::Log,
-    model::{BrokerId, ConfigMap, PartitionId},
+    model::{BrokerId, ConfigMap, Offset, PartitionId},
     partition::{Counts, Memory, Opener, Partition, Role, Surroundings, Upkeep, UpkeepQueue},
-    task::{Tasks, clock},
+    task::{self, Tasks, clock},
     telemetry::Metrics,
     tier::{Cache, Store},
 };
@@ -167,6 +170,7 @@ pub struct Broker {
     producer_ids: ProducerIds,
     tier: Option<Tier>,
     hosted: Arc<Hosted>,
+    unproven: Unproven,
     produce_memory: Memory,
     /// Who opens compressed batches goes through it.
     opener: Opener,
@@ -216,6 +220,7 @@ impl Broker {
             agree: Agree::new(settings.id, keys.clone(), changes.clone(), Arc::clone(&hosted)),
             changes,
             hosted,
+            unproven: Unproven::default(),
             upkeep_queue: UpkeepQueue::default(),
             partitions: Tasks::new(),
             tasks: Tasks::new(),
@@ -239,18 +244,34 @@ impl Broker {
         broker
     }
 
-    /// The replicas that came up whole.
-    pub fn whole(&self) -> BTreeSet<PartitionId> {
-        self.hosted.open().iter().map(|partition| partition.id()).collect()
+    /// The replicas that came up whole. Those of a topic that cannot be read, which are not held, are opened for this answer alone.
+    pub async fn whole(&self) -> BTreeSet<PartitionId> {
+        let mut whole: BTreeSet<PartitionId> = self.hosted.open().iter().map(|partition| partition.id()).collect();
+        let (state, me) = (self.view.state(), self.settings.id);
+        let aside = self.log.partitions().into_iter().filter_map(|id| {
+            let entry = state.entry(id).filter(|_| self.hosted.held(id).is_none())?;
+            entry.partition.as_ref().filter(|known| known.value.replicas.contains(&me))?;
+            let tier = entry.tier.as_ref().map(|known| &known.value);
+            Some((id, tier.map_or(Offset::ZERO, |tier| tier.log_start.max(tier.bucket_end()))))
+        });
+        let (log, aside) = (self.log.clone(), aside.collect::<Vec<_>>());
+        let is_whole = move |(id, committed): &(PartitionId, Offset)| {
+            log.open_replica(*id, Offset::ZERO).is_ok_and(|replica| replica.log_end() >= *committed)
+        };
+        whole.extend(
+            task::blocking(move || aside.into_iter().filter(is_whole).map(|(id, _)| id).collect::<Vec<_>>()).await,
+        );
+        whole
     }
 
     /// Takes part: every replica is told its place, and requests are served. The mirror must show the registration of `session`: what it
-    /// showed before may name this broker for what it has given up since.
-    pub async fn begin(self: &Arc<Self>, session: &Session) {
+    /// showed before may name this broker for what it has given up since. What is `unread` it takes part in when that is proven.
+    pub async fn begin(self: &Arc<Self>, session: &Session, unread: Unread) {
         let state = self.view.state();
         self.begun.get_or_init(clock::monotonic);
         self.session.get_or_init(|| session.clone());
         let mut leftovers = Leftovers::default();
+        self.unproven.take(unread);
         leftovers.see_to_strays(self, &state).await;
         if let Some(others) = &self.others {
             others.know(&state);

@@ -20,6 +20,7 @@
 //!   the partition's own key, read from the store at that moment, that names other replicas. What is in no topic and without a
 //!   mark is kept and named: metadata that was lost, damaged or taken back to an older state must not cost data as well.
 //! - A replica is begun anew only when no set has it, so that nobody counts on what it held.
+//! - A replica whose value could not be read when this broker showed what it holds is told nothing before that is made up for (`unproven`).
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -59,6 +60,11 @@ pub(super) async fn follow(broker: Arc<Broker>, mut leftovers: Leftovers) {
             biased;
             () = broker.tasks.cancelled() => return,
             moved = feed.next() => moved,
+            () = broker.unproven.due() => {
+                let proven = broker.unproven.see_to(&broker).await;
+                broker.hold(proven, &broker.view.state(), &mut leftovers).await;
+                continue;
+            }
             () = leftovers.due() => {
                 leftovers.see_to(&broker).await;
                 continue;
@@ -191,17 +197,22 @@ impl Broker {
         let on_disk: OnceLock<BTreeSet<PartitionId>> = OnceLock::new();
         let is_on_disk =
             |id: &PartitionId| on_disk.get_or_init(|| self.log.partitions().into_iter().collect()).contains(id);
-        let (mut opened, mut told) = (Vec::new(), Vec::new());
+        let (mut opened, mut told, mut readable) = (Vec::new(), Vec::new(), Vec::new());
         for id in ids {
             // Of a topic that is not acted by, nothing is done.
             let Some(holding) = self.hosted.held(id) else { continue };
             let known = state.partition(id).and_then(|entry| entry.partition.as_ref());
             match known {
                 Some(known) if known.value.replicas.contains(&self.settings.id) => {
-                    if !matches!(&*holding, Holding::Open(_)) {
+                    let unproven = self.unproven.holds_back(id);
+                    if !matches!(&*holding, Holding::Open(_)) && (!unproven || is_on_disk(&id)) {
                         opened.extend(self.spec(id, state, &known.value, &holding, is_on_disk(&id)));
                     }
-                    told.push(id);
+                    if unproven {
+                        readable.push(id);
+                    } else {
+                        told.push(id);
+                    }
                 }
                 Some(_) => {
                     self.close(id, &holding).await;
@@ -214,9 +225,19 @@ impl Broker {
             }
         }
         self.open_all(opened).await;
+        readable.into_iter().for_each(|id| self.unproven.can_be_read(id));
         if self.takes_part() {
             told.iter().for_each(|id| self.give_up_unusable(*id, state));
             stream::iter(told).for_each_concurrent(TOLD_TOGETHER, |id| self.tell(id, state)).await;
+        }
+    }
+
+    /// Whether the replica here came up whole; `None` where it is on the disk and was not opened.
+    pub(super) fn came_up_whole(&self, id: PartitionId) -> Option<bool> {
+        match self.hosted.held(id).as_deref() {
+            Some(Holding::Open(_)) => Some(true),
+            Some(Holding::Unusable(_)) => Some(false),
+            Some(Holding::Elsewhere) | None => (!self.log.partitions().contains(&id)).then_some(false),
         }
     }
 

@@ -10,8 +10,9 @@ use crate::{
     },
     cluster::{
         Addresses, BrokerValue, DeletedValue, EmbeddedStore, Key, NewTopic, PartitionValue, Registration, Revision,
-        TopicValue, Transaction, Value as _,
+        Shown, TopicValue, Transaction, Value as _,
         faulty::{Fault, Faulty},
+        prove,
     },
     log::{Identity, Options, RealDisk},
     model::{LeaderEpoch, TopicId, TopicName},
@@ -33,11 +34,16 @@ struct Bench {
 
 impl Bench {
     async fn start(dir: &Path, alone: bool) -> Self {
+        Self::over(dir, alone, EmbeddedStore::in_memory()).await
+    }
+
+    /// Starts as a broker of several does: it opens what it has, shows it, registers, and takes part.
+    async fn over(dir: &Path, alone: bool, store: EmbeddedStore) -> Self {
         let id = BrokerId(1);
         let identity = Identity { cluster: "test".to_owned(), broker: id };
         let options = Options { journal_bytes: 8 << 20, ..Options::default() };
         let log = Log::open(Arc::new(RealDisk), dir, &identity, options).unwrap();
-        let (store, keys, tasks) = (EmbeddedStore::in_memory(), Keys::new("test").unwrap(), Tasks::new());
+        let (keys, tasks) = (Keys::new("test").unwrap(), Tasks::new());
         let directory_id = log.directory_id().to_string();
         let value = BrokerValue { directory_id, ..BrokerValue::running_at("127.0.0.1:1".to_owned()) };
         let link = Faulty::new(store.clone());
@@ -74,9 +80,18 @@ impl Bench {
             metrics: Metrics::new(),
         })
         .await;
-        let session = registration.register(None, &view, &tasks).await.unwrap();
+        let shown = Shown {
+            directory_id: registration.value.directory_id.clone(),
+            uptimes: vec!["p".to_owned()],
+            clean: true,
+            on_disk: broker.log.partitions().into_iter().collect(),
+            whole: broker.whole().await,
+        };
+        registration.clear().await.unwrap();
+        let proof = prove(&broker.store, &keys, id, &shown, &ConfigMap::new()).await.unwrap();
+        let session = registration.register(proof.judged, &view, &tasks).await.unwrap();
         view.reached(session.epoch().unwrap()).await;
-        broker.begin(&session).await;
+        broker.begin(&session, proof.unread).await;
         Self { broker, store, link, keys, tasks }
     }
 
@@ -279,6 +294,65 @@ async fn a_registration_that_cannot_be_taken_away_yet_is_reported_again() {
     evidence.link_lost(BrokerId(2), epoch, How::Refused);
     becomes("its registration is taken away", async || {
         bench.store.get(&key).await.unwrap().entry.is_none().then_some(())
+    })
+    .await;
+    bench.stop().await;
+}
+
+/// One topic of one partition, made and led in an uptime that is over.
+async fn led_before(dir: &Path, store: &EmbeddedStore) -> (TopicName, PartitionId, PartitionValue) {
+    let bench = Bench::over(dir, false, store.clone()).await;
+    let name = TopicName::new("t").unwrap();
+    let id = PartitionId::new(bench.create(&name, 1).await, 0);
+    until("it leads", || bench.broker.hosted.by_id(id).is_some_and(|partition| partition.standing().role.leads()))
+        .await;
+    let value = stands(store, &bench.keys, id).await;
+    assert_eq!((value.leader, value.isr.as_slice()), (Some(BrokerId(1)), &[BrokerId(1)][..]));
+    bench.stop().await;
+    (name, id, value)
+}
+
+async fn stands(store: &EmbeddedStore, keys: &Keys, id: PartitionId) -> PartitionValue {
+    let entry = store.get(&keys.partition(id)).await.unwrap().entry.unwrap();
+    PartitionValue::decode(&entry.key, &entry.value).unwrap()
+}
+
+/// The value could not be read when the broker started, so there was nothing to prove or to give up; then it was put back as it was, and the
+/// broker went on to lead in an epoch that began before its process: what it had lost since, it appended anew at the same offsets.
+#[tokio::test]
+async fn a_broker_leads_in_no_epoch_of_before_though_that_is_put_back_after_its_start() {
+    let (dir, store) = (tempfile::tempdir().unwrap(), EmbeddedStore::in_memory());
+    let (_, id, before) = led_before(dir.path(), &store).await;
+    let key = Keys::new("test").unwrap().partition(id);
+    store.transact(Transaction::new().put(key.clone(), "{\"replicas\":[")).await.unwrap();
+    let bench = Bench::over(dir.path(), false, store.clone()).await;
+    assert!(bench.broker.unproven.holds_back(id));
+    store.transact(Transaction::new().put(key, before.encode())).await.unwrap();
+    until("it leads again", || {
+        bench.broker.hosted.by_id(id).is_some_and(|partition| partition.standing().role.leads())
+    })
+    .await;
+    let after = stands(&store, &bench.keys, id).await;
+    // It gave that epoch up, and was elected.
+    assert_eq!((after.leader_epoch.0, &after.isr), (before.leader_epoch.0 + 2, &before.isr));
+    assert_eq!(bench.broker.hosted.by_id(id).unwrap().epoch(), after.leader_epoch);
+    bench.stop().await;
+}
+
+/// It could not open the replicas of a topic of which it could not read the value, took them for lost, and left their sets: if all brokers
+/// started so, nobody was left who could lead without loss.
+#[tokio::test]
+async fn a_topic_that_cannot_be_read_at_the_start_costs_no_membership() {
+    let (dir, store) = (tempfile::tempdir().unwrap(), EmbeddedStore::in_memory());
+    let (name, id, before) = led_before(dir.path(), &store).await;
+    let key = Keys::new("test").unwrap().topic(&name);
+    let topic = store.get(&key).await.unwrap().entry.unwrap().value;
+    store.transact(Transaction::new().put(key.clone(), "[1, 2]")).await.unwrap();
+    let bench = Bench::over(dir.path(), false, store.clone()).await;
+    assert_eq!(stands(&store, &bench.keys, id).await, before.leaderless());
+    store.transact(Transaction::new().put(key, topic)).await.unwrap();
+    until("it leads again", || {
+        bench.broker.hosted.by_id(id).is_some_and(|partition| partition.standing().role.leads())
     })
     .await;
     bench.stop().await;

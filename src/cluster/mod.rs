@@ -64,7 +64,7 @@ pub use orders::{
 };
 pub use partition_value::{Holds, PartitionValue};
 pub use placement::{Load, Placement};
-pub use proof::{Proof, Shown, prove};
+pub use proof::{Proof, Shown, Unread, prove};
 pub use session::{RegisterError, Registration, Session, Standing};
 pub use store::{
     Answer, Changes, Compare, Entry, Event, LeaseId, Listing, MetaStore, Op, Outcome, Reading, Revision, StoreError,

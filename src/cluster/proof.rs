@@ -18,6 +18,8 @@
 //! - It comes after [`Registration::clear`](super::Registration::clear): nobody can add this broker to a set while it proves itself.
 //! - The registration compares the record that the proof was judged by, so of two processes with one directory only one gets in.
 //! - It ends only when the store was seen to need no more changes. A crash in between leaves fewer memberships and no wrong one.
+//! - A value that cannot be read cannot be compared, and may be put back as it was: with this broker in its sets, and as its leader, in an
+//!   epoch that began before this process. So the broker takes no part in such a partition before [`Unread::prove`] has made up for it.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -26,14 +28,14 @@ use std::{
 
 use super::{
     changes::{Change, Changed, PartitionChanges},
-    keys::{DirectoryValue, Key, Keys, TopicValue, Value as _},
+    keys::{DirectoryValue, InvalidValue, Key, Keys, TopicValue, Value as _},
     partition_value::{Holds, PartitionValue},
     store::{Entry, MetaStore, Revision, StoreError},
 };
 use crate::model::{BrokerId, ConfigMap, Durability, PartitionId, TopicConfig, TopicId};
 
 /// What a broker shows when it starts.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Shown {
     /// The id of its data directory.
     pub directory_id: String,
@@ -49,12 +51,28 @@ pub struct Shown {
 }
 
 /// What a proof was judged by, and what it cost.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct Proof {
     /// The transaction that last wrote the record of this broker's directory; `None` when there is none.
     pub judged: Option<Revision>,
     /// Partitions whose values were changed.
     pub changed: usize,
+    /// What could not be compared.
+    pub unread: Unread,
+}
+
+/// Partitions whose values could not be read when this broker showed what it holds, and what it showed.
+#[derive(Clone, Debug, Default)]
+pub struct Unread {
+    judge: Judge,
+    partitions: BTreeSet<PartitionId>,
+}
+
+/// What a broker showed, and whether its directory is the one that took part last.
+#[derive(Clone, Debug, Default)]
+struct Judge {
+    shown: Shown,
+    same: bool,
 }
 
 /// Compares what a broker shows with what the store knows, and takes it out of every set and leadership that is not proven. `defaults` are
@@ -75,31 +93,26 @@ pub async fn prove(
             "this data directory is not the one that took part last, or is older than that: its replicas are copied anew"
         );
     }
+    let judge = Judge { shown: shown.clone(), same };
     let changes = PartitionChanges::new(Arc::clone(store), keys.clone());
     let mut changed = 0;
     loop {
         let durabilities = durabilities(store, keys, defaults).await?;
         let listing = store.list(&format!("{}partitions/", keys.prefix())).await?;
-        let needed: Vec<Change> = listing
-            .entries
-            .iter()
-            .filter_map(|entry| {
-                let Some(Key::Partition(partition)) = keys.parse(&entry.key) else { return None };
-                let value = PartitionValue::decode(&entry.key, &entry.value).ok()?;
-                if !value.replicas.contains(&id) {
-                    return None;
+        let (mut needed, mut partitions) = (Vec::new(), BTreeSet::new());
+        for entry in &listing.entries {
+            let Some(Key::Partition(partition)) = keys.parse(&entry.key) else { continue };
+            let durability = durabilities.get(&partition.topic).copied();
+            match judge.change(id, partition, entry, shown.whole.contains(&partition), durability) {
+                Ok(change) => needed.extend(change),
+                Err(error) => {
+                    tracing::warn!(%partition, %error, "nothing can be shown of a partition before its value is mended");
+                    partitions.insert(partition);
                 }
-                let holds = if same {
-                    holds(entry, shown, partition, durabilities.get(&partition.topic).copied())
-                } else {
-                    Holds::Nothing
-                };
-                let value = value.struck(id, holds)?;
-                Some(Change { id: partition, expect: entry.mod_revision, value, also: Vec::new() })
-            })
-            .collect();
+            }
+        }
         if needed.is_empty() {
-            return Ok(Proof { judged, changed });
+            return Ok(Proof { judged, changed, unread: Unread { judge, partitions } });
         }
         for (partition, outcome) in changes.make(needed, &[]).await {
             match outcome {
@@ -115,31 +128,87 @@ pub async fn prove(
     }
 }
 
+impl Judge {
+    /// What has to be written over this value before the broker `id` takes part in the partition; an error when the value cannot be read.
+    fn change(
+        &self,
+        id: BrokerId,
+        partition: PartitionId,
+        entry: &Entry,
+        is_whole: bool,
+        durability: Option<Durability>,
+    ) -> Result<Option<Change>, InvalidValue> {
+        let value = PartitionValue::decode(&entry.key, &entry.value)?;
+        if !value.replicas.contains(&id) {
+            return Ok(None);
+        }
+        let holds = if self.same { self.holds(entry, partition, is_whole, durability) } else { Holds::Nothing };
+        let struck = value.struck(id, holds);
+        Ok(struck.map(|value| Change { id: partition, expect: entry.mod_revision, value, also: Vec::new() }))
+    }
+
+    /// What is proven of one replica in the directory that took part last.
+    fn holds(&self, entry: &Entry, id: PartitionId, is_whole: bool, durability: Option<Durability>) -> Holds {
+        // One that is not there was made while this broker stopped, if its value never changed since: there was nothing to hold yet. One
+        // that is there and damaged did hold something: a value may stay for years as it was made.
+        let nothing_yet = entry.create_revision == entry.mod_revision && !self.shown.on_disk.contains(&id);
+        if mutant!(SkipProof) {
+            return Holds::All;
+        }
+        if !is_whole && !nothing_yet {
+            return Holds::Nothing;
+        }
+        match durability {
+            _ if self.shown.clean => Holds::All,
+            Some(Durability::Persisted) => Holds::All,
+            Some(Durability::Replicated) if mutant!(LossTakenForClean) => Holds::All,
+            // A topic that cannot be read may be of either kind.
+            Some(Durability::Replicated) | None => Holds::Unmarked,
+        }
+    }
+}
+
+impl Unread {
+    /// Which these are.
+    pub fn partitions(&self) -> &BTreeSet<PartitionId> {
+        &self.partitions
+    }
+
+    /// Shows of one of them what was shown of the others, with whether its replica came up whole. Returns the revision from which on the value
+    /// needs no change by this broker; `None` when it is not there, or still cannot be read.
+    ///
+    /// # Errors
+    /// When the store does not answer: the same call may be made again.
+    pub async fn prove(
+        &self,
+        store: &Arc<dyn MetaStore>,
+        keys: &Keys,
+        id: BrokerId,
+        (partition, is_whole): (PartitionId, bool),
+        defaults: &ConfigMap,
+    ) -> Result<Option<Revision>, StoreError> {
+        let changes = PartitionChanges::new(Arc::clone(store), keys.clone());
+        loop {
+            let durability = durabilities(store, keys, defaults).await?.get(&partition.topic).copied();
+            let Some(entry) = store.get(&keys.partition(partition)).await?.entry else { return Ok(None) };
+            let change = match self.judge.change(id, partition, &entry, is_whole, durability) {
+                Ok(Some(change)) => change,
+                Ok(None) => return Ok(Some(entry.mod_revision)),
+                Err(_) => return Ok(None),
+            };
+            // Whatever became of it, the next reading tells.
+            if let Some((_, Changed::Failed(error))) = changes.make(vec![change], &[]).await.pop() {
+                return Err(error);
+            }
+        }
+    }
+}
+
 /// Whether the directory is the one that took part last, and not an older copy of it.
 fn is_same(record: &Entry, shown: &Shown) -> bool {
     let proven =
         |known: DirectoryValue| known.directory_id == shown.directory_id && shown.uptimes.contains(&known.incarnation);
     mutant!(SkipProof) || DirectoryValue::decode(&record.key, &record.value).is_ok_and(proven)
-}
-
-/// What is proven of one replica in the directory that took part last.
-fn holds(entry: &Entry, shown: &Shown, id: PartitionId, durability: Option<Durability>) -> Holds {
-    // One that is not there was made while this broker stopped, if its value never changed since: there was nothing to hold yet. One
-    // that is there and damaged did hold something: a value may stay for years as it was made.
-    let nothing_yet = entry.create_revision == entry.mod_revision && !shown.on_disk.contains(&id);
-    if mutant!(SkipProof) {
-        return Holds::All;
-    }
-    if !shown.whole.contains(&id) && !nothing_yet {
-        return Holds::Nothing;
-    }
-    match durability {
-        _ if shown.clean => Holds::All,
-        Some(Durability::Persisted) => Holds::All,
-        Some(Durability::Replicated) if mutant!(LossTakenForClean) => Holds::All,
-        // A topic that cannot be read may be of either kind.
-        Some(Durability::Replicated) | None => Holds::Unmarked,
-    }
 }
 
 async fn durabilities(

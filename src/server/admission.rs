@@ -17,7 +17,7 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::{
-    cluster::{Keys, MetaStore, RegisterError, Registration, Session, Shown, StoreError, View, prove},
+    cluster::{Keys, MetaStore, RegisterError, Registration, Session, Shown, StoreError, Unread, View, prove},
     log::Log,
     model::{ConfigMap, PartitionId},
     task::{self, Tasks, clock, random},
@@ -89,7 +89,8 @@ impl Admission<'_> {
         Ok(Noted { incarnation, uptimes: uptimes.iter().map(Uuid::to_string).collect() })
     }
 
-    /// Proves what is held and registers. `whole` are the replicas that lost nothing, as far as their disk can tell.
+    /// Proves what is held and registers. `whole` are the replicas that lost nothing, as far as their disk can tell. Returns as well what is
+    /// still to be proven.
     pub(super) async fn admit(
         &self,
         registration: &Registration,
@@ -97,7 +98,7 @@ impl Admission<'_> {
         whole: std::collections::BTreeSet<PartitionId>,
         view: &View,
         tasks: &Tasks,
-    ) -> anyhow::Result<Session> {
+    ) -> anyhow::Result<(Session, Unread)> {
         let shown = Shown {
             directory_id: self.log.directory_id().to_string(),
             uptimes: noted.uptimes,
@@ -106,7 +107,7 @@ impl Admission<'_> {
             whole,
         };
         // All of it again after a failure: what may have been registered meanwhile was seen by others.
-        let session = self
+        let admitted = self
             .answered(async || {
                 registration.clear().await?;
                 let proof = prove(self.store, self.keys, registration.id, &shown, self.defaults).await?;
@@ -116,13 +117,13 @@ impl Admission<'_> {
                         "gave up leaderships of the last uptime, and memberships that are not proven"
                     );
                 }
-                registration.clone().register(proof.judged, view, tasks).await
+                Ok((registration.clone().register(proof.judged, view, tasks).await?, proof.unread))
             })
             .await?;
         let (log, incarnation) = (self.log.clone(), noted.incarnation);
         let noted = task::blocking(move || log.note_uptime(incarnation, true)).await;
         noted.context("cannot note this uptime in the data directory")?;
-        Ok(session)
+        Ok(admitted)
     }
 
     /// Asks until there is an answer that counts.

@@ -20,7 +20,7 @@ use crate::{
     client::Connect,
     cluster::{
         Addresses, BrokerState, BrokerValue, Keys, Measured, MetaStore, RegisterError, Registration, Revision, Session,
-        Standing, View, planner::Limits,
+        Standing, Unread, View, planner::Limits,
     },
     config::Config,
     log::{Disk, Identity, Log, Options, Stepper},
@@ -237,14 +237,14 @@ impl Start<'_> {
         })
         .await;
         let registered = self.register(&admission, noted, incarnation, &broker, &view).await;
-        let session = match registered {
-            Ok(session) => session,
+        let (session, unread) = match registered {
+            Ok(registered) => registered,
             Err(error) => {
                 broker.stop().await;
                 return Err(error);
             }
         };
-        broker.begin(&session).await;
+        broker.begin(&session, unread).await;
         let (health, service) = grpc::health();
         let routes = grpc::routes(&broker, service)?;
         grpc::report(&health, ServingStatus::Serving).await;
@@ -252,7 +252,8 @@ impl Start<'_> {
         Ok(Node { log, tier, broker, session, connect: outside.connect, alone, routes, health, tasks, metrics })
     }
 
-    /// Registers the broker, and waits until its mirror shows that: what was given up before is in it as well then.
+    /// Registers the broker, and waits until its mirror shows that: what was given up before is in it as well then. Returns as well what is
+    /// still to be proven.
     async fn register(
         &self,
         admission: &Admission<'_>,
@@ -260,7 +261,7 @@ impl Start<'_> {
         incarnation: Uuid,
         broker: &Arc<Broker>,
         view: &View,
-    ) -> anyhow::Result<Session> {
+    ) -> anyhow::Result<(Session, Unread)> {
         let (log, percent) = (self.log.clone(), self.config.broker.disk_full_percent);
         // One that is alone has nobody to leave new replicas to.
         let disk_full = noted.is_some() && task::blocking(move || broker::starts_full(&log, percent)).await;
@@ -280,15 +281,16 @@ impl Start<'_> {
             },
             time: self.config.metadata.session_timeout,
         };
-        let session = match noted {
-            Some(noted) => admission.admit(&registration, noted, broker.whole(), view, &self.tasks).await?,
-            None => register_alone(registration, view, &self.tasks)
-                .await
-                .context("cannot register the broker in the metadata store")?,
+        let (session, unread) = match noted {
+            Some(noted) => admission.admit(&registration, noted, broker.whole().await, view, &self.tasks).await?,
+            None => {
+                let registered = register_alone(registration, view, &self.tasks).await;
+                (registered.context("cannot register the broker in the metadata store")?, Unread::default())
+            }
         };
         let shown = session.epoch().unwrap_or(Revision::ZERO);
         match self.waited(view.reached(shown)).await {
-            Ok(()) => Ok(session),
+            Ok(()) => Ok((session, unread)),
             Err(stopped) => {
                 session.leave().await;
                 Err(stopped)

@@ -164,6 +164,38 @@ async fn a_damaged_replica_proves_nothing_though_its_partition_never_changed() {
     assert_eq!(world.now(id(PERSISTED, 0)).await, made.strike(ME));
 }
 
+/// The value was put back as it was after the broker had started: with the broker as the leader of an epoch that began before, and in sets
+/// of which it had proven nothing.
+#[tokio::test]
+async fn what_could_not_be_read_at_the_start_is_proven_when_it_can() {
+    let before = value(Some(1), &[1, 2], &[]);
+    let (free, struck) = (before.leaderless(), before.strike(ME));
+    let shown_all = shown();
+    let other = Shown { directory_id: "another".to_owned(), ..shown() };
+    for (shown, is_whole, after) in [(&shown_all, true, &free), (&shown_all, false, &struck), (&other, true, &struck)] {
+        let world = World::new().await;
+        let spoiled = id(PERSISTED, 1);
+        world.partition(id(PERSISTED, 0), &before).await;
+        world.put(world.keys.partition(spoiled), "{\"replicas\":[".into()).await;
+        let proof = world.prove(shown).await.unwrap();
+        assert_eq!((proof.changed, proof.unread.partitions()), (1, &BTreeSet::from([spoiled])));
+        // It is registered: its directory's record names this uptime by now, whatever it showed.
+        world.record(&shown.directory_id, "p1").await;
+        let late = async |shown| {
+            let unread = &proof.unread;
+            unread.prove(&world.store, &world.keys, ME, (spoiled, shown), &ConfigMap::new()).await
+        };
+        assert_eq!(late(is_whole).await, Ok(None), "it still cannot be read");
+        world.partition(spoiled, &before).await;
+        world.link.transactions([Some(Fault::Refused)]);
+        assert!(late(is_whole).await.unwrap_err().retryable());
+        world.link.transactions([Some(Fault::AnswerLost)]);
+        let revision = late(is_whole).await.unwrap().unwrap();
+        assert_eq!(world.now(spoiled).await, *after);
+        assert_eq!(late(is_whole).await, Ok(Some(revision)), "once is enough");
+    }
+}
+
 #[tokio::test]
 async fn it_goes_on_until_the_store_needs_no_more() {
     for faults in [vec![Some(Fault::Lost)], vec![Some(Fault::AnswerLost)], vec![]] {

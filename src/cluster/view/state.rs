@@ -118,6 +118,11 @@ impl ViewState {
         (id.number < topic.value.partitions).then(|| nth(self.partitions.get(&id.topic), id.number)).flatten()
     }
 
+    /// What is known of a partition, whether or not its topic can be read.
+    pub fn entry(&self, id: PartitionId) -> Option<&PartitionEntry> {
+        nth(self.partitions.get(&id.topic), id.number)
+    }
+
     /// Every partition that counts and has this broker among its replicas.
     pub fn partitions_on(&self, broker: BrokerId) -> Vec<PartitionId> {
         let mut found = Vec::new();

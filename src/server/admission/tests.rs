@@ -37,7 +37,7 @@ async fn start(store: &Arc<dyn MetaStore>, keys: &Keys, log: &Log, tasks: &Tasks
     let time = Duration::from_secs(2);
     let registration = Registration { store: Arc::clone(store), keys: keys.clone(), id: ME, value, time };
     let view = View::start(Arc::clone(store), keys.clone(), tasks);
-    admission.admit(&registration, noted, BTreeSet::from([partition()]), &view, tasks).await.unwrap()
+    admission.admit(&registration, noted, BTreeSet::from([partition()]), &view, tasks).await.unwrap().0
 }
 
 /// The simulator found it: the store had registered this uptime and the answer was lost. The next try judged the directory by the uptimes
