@@ -227,6 +227,7 @@ impl Session {
                 from_follower: false,
                 leader_epoch: 0,
             }],
+            in_doubt: false,
         }
     }
 }

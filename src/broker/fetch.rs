@@ -13,7 +13,7 @@ mod plain;
 use std::{collections::BTreeMap, pin::Pin, sync::Arc, time::Duration};
 
 use futures::{FutureExt as _, Stream, StreamExt as _, stream, stream::FuturesUnordered};
-use tokio::time::Instant;
+use tokio::{sync::watch, time::Instant};
 use tonic::{Status, Streaming};
 
 use super::{Broker, faults};
@@ -298,7 +298,7 @@ impl Broker {
                 }
             }
         }
-        Ok(v1::ReadResponse { partitions: gathered.partitions })
+        Ok(v1::ReadResponse { partitions: gathered.partitions, in_doubt: session.broker.is_in_doubt() })
     }
 
     /// Reads on and on.
@@ -306,7 +306,9 @@ impl Broker {
         self: Arc<Self>,
         requests: Streaming<v1::FetchRequest>,
     ) -> impl Stream<Item = Result<v1::FetchResponse, Status>> + Send + 'static {
-        let follow = Follow { session: Session::new(self, Terms::new(0, 0, 0)), requests, begun: false, ended: false };
+        let doubts = self.doubts();
+        let session = Session::new(self, Terms::new(0, 0, 0));
+        let follow = Follow { session, requests, doubts, begun: false, ended: false };
         stream::unfold(follow, |mut follow| async move { Some((follow.next().await?, follow)) })
     }
 }
@@ -315,6 +317,8 @@ impl Broker {
 struct Follow {
     session: Session,
     requests: Streaming<v1::FetchRequest>,
+    /// Whether this broker may have been replaced: told as it changes, since nothing else may ever come.
+    doubts: watch::Receiver<bool>,
     begun: bool,
     /// The caller sends no more requests; it goes on reading what it asked for.
     ended: bool,
@@ -359,12 +363,14 @@ impl Follow {
                     Ok(None) => self.ended = true,
                     Err(status) => return Some(Err(faults::unreadable(status))),
                 },
+                Ok(()) = self.doubts.changed(), if self.begun => break,
                 () = session.wait(&mut gathered), if self.begun => {}
                 () = hold => break,
             }
         }
         self.session.broker.metrics.fetch_requests.inc();
-        Some(Ok(v1::FetchResponse { partitions: gathered.partitions }))
+        let in_doubt = *self.doubts.borrow_and_update();
+        Some(Ok(v1::FetchResponse { partitions: gathered.partitions, in_doubt }))
     }
 
     fn take(&mut self, request: v1::FetchRequest) -> Result<(), Fault> {

@@ -27,6 +27,7 @@ mod admin;
 mod agree;
 mod cluster_admin;
 mod describe;
+mod doubt;
 mod evidence;
 mod faults;
 mod fetch;
@@ -63,6 +64,7 @@ use std::{
 };
 
 use futures::{StreamExt as _, stream};
+use tokio::sync::watch;
 
 use self::{
     agree::Agree, hosted::Hosted, leftovers::Leftovers, others::Others, producer_ids::ProducerIds, unproven::Unproven,
@@ -181,6 +183,8 @@ pub struct Broker {
     /// One page of figures at a time.
     rendering: Mutex<()>,
     session: OnceLock<Session>,
+    /// Whether others may lead by now what this broker leads.
+    doubt: watch::Sender<bool>,
     /// Partitions' tasks.
     partitions: Tasks,
     /// The broker's own.
@@ -227,6 +231,7 @@ impl Broker {
             readers: Tasks::new(),
             rendering: Mutex::default(),
             session: OnceLock::new(),
+            doubt: watch::Sender::new(false),
             begun: OnceLock::new(),
             ready: AtomicBool::new(false),
             leaving: AtomicBool::new(false),
@@ -278,6 +283,7 @@ impl Broker {
             others.follow(session, &self.tasks);
             self.agree.spawn(&self.tasks);
             self.tasks.spawn("lag", lag::run(Arc::clone(self)));
+            self.tasks.spawn("doubt", doubt::run(Arc::clone(self), session.clone()));
             self.tasks.spawn("producer ids", producer_ids::keep(Arc::clone(self)));
         }
         self.reconcile(&state, &mut leftovers).await;

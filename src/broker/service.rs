@@ -98,6 +98,7 @@ impl admin_server::Admin for AdminService {
         &self,
         request: Request<v1::CreateTopicRequest>,
     ) -> Result<Response<v1::CreateTopicResponse>, Status> {
+        self.0.reaches_metadata()?;
         answer(self.0.create_topic(request.into_inner()).await)
     }
 
@@ -119,6 +120,7 @@ impl admin_server::Admin for AdminService {
         &self,
         request: Request<v1::AlterTopicRequest>,
     ) -> Result<Response<v1::AlterTopicResponse>, Status> {
+        self.0.reaches_metadata()?;
         answer(self.0.alter_topic(request.into_inner()).await)
     }
 
@@ -126,6 +128,7 @@ impl admin_server::Admin for AdminService {
         &self,
         request: Request<v1::AddPartitionsRequest>,
     ) -> Result<Response<v1::AddPartitionsResponse>, Status> {
+        self.0.reaches_metadata()?;
         answer(self.0.add_partitions(request.into_inner()).await)
     }
 
@@ -133,6 +136,7 @@ impl admin_server::Admin for AdminService {
         &self,
         request: Request<v1::DeleteTopicRequest>,
     ) -> Result<Response<v1::DeleteTopicResponse>, Status> {
+        self.0.reaches_metadata()?;
         answer(self.0.delete_topic(&request.into_inner().name).await)
     }
     async fn describe_cluster(
@@ -146,6 +150,7 @@ impl admin_server::Admin for AdminService {
         &self,
         request: Request<v1::DrainBrokerRequest>,
     ) -> Result<Response<v1::DrainBrokerResponse>, Status> {
+        self.0.reaches_metadata()?;
         answer(self.0.drain_broker(request.into_inner().broker).await)
     }
 
@@ -153,10 +158,12 @@ impl admin_server::Admin for AdminService {
         &self,
         request: Request<v1::RestoreBrokerRequest>,
     ) -> Result<Response<v1::RestoreBrokerResponse>, Status> {
+        self.0.reaches_metadata()?;
         answer(self.0.restore_broker(request.into_inner().broker).await)
     }
 
     async fn reassign(&self, request: Request<v1::ReassignRequest>) -> Result<Response<v1::ReassignResponse>, Status> {
+        self.0.reaches_metadata()?;
         answer(self.0.reassign(request.into_inner()).await)
     }
 
@@ -171,6 +178,7 @@ impl admin_server::Admin for AdminService {
         &self,
         request: Request<v1::CancelReassignmentRequest>,
     ) -> Result<Response<v1::CancelReassignmentResponse>, Status> {
+        self.0.reaches_metadata()?;
         answer(self.0.cancel_reassignment(&request.into_inner()).await)
     }
 
@@ -178,6 +186,7 @@ impl admin_server::Admin for AdminService {
         &self,
         request: Request<v1::ElectLeaderRequest>,
     ) -> Result<Response<v1::ElectLeaderResponse>, Status> {
+        self.0.reaches_metadata()?;
         answer(self.0.elect_leader(request.into_inner()).await)
     }
 }

@@ -79,6 +79,12 @@ pub(super) struct State {
     /// The leader epoch of which it knows, and the one in its metadata.
     pub(super) epoch: i32,
     pub(super) advertised_epoch: i32,
+    /// It tells its readers that it doubts whether it leads.
+    pub(super) doubts: bool,
+    /// How often it was asked for metadata.
+    pub(super) asked: u32,
+    /// What it says to whoever wants something changed.
+    pub(super) refusal: Fault,
 }
 
 #[derive(Clone)]
@@ -107,6 +113,9 @@ impl Double {
             fetches: 0,
             epoch: 0,
             advertised_epoch: 0,
+            doubts: false,
+            asked: 0,
+            refusal: Fault::new(Reason::TopicExists, "the double has its topic"),
         };
         let tasks = Tasks::new();
         let double = Self { state: Arc::new(Mutex::new(state)), grown: watch::Sender::new(()), tasks, address };
@@ -142,6 +151,12 @@ impl Double {
 
     pub(super) fn batches(&self, partition: usize) -> usize {
         self.state().partitions[partition].batches.len()
+    }
+
+    /// From now on it doubts whether it leads, and says so.
+    pub(super) fn doubt(&self) {
+        self.state().doubts = true;
+        self.grown.send_replace(());
     }
 
     pub(super) fn set_start(&self, partition: usize, start: u64) {
@@ -288,6 +303,7 @@ impl Double {
         answers: mpsc::Sender<Result<v1::FetchResponse, Status>>,
     ) {
         let mut grown = self.grown.subscribe();
+        let mut told = false;
         loop {
             grown.borrow_and_update();
             let mut idle = true;
@@ -300,7 +316,7 @@ impl Double {
                     wanted[index].offset = fetched.next_offset;
                 }
                 self.state().fetches += 1;
-                if answers.send(Ok(v1::FetchResponse { partitions: vec![fetched] })).await.is_err() {
+                if answers.send(Ok(v1::FetchResponse { partitions: vec![fetched], in_doubt: false })).await.is_err() {
                     return;
                 }
                 let broken = match &mut self.state().fetches_until_break {
@@ -314,6 +330,13 @@ impl Double {
                 if broken {
                     self.state().fetches_until_break = None;
                     let _ = answers.send(Err(Status::unavailable("broken as the script says"))).await;
+                    return;
+                }
+            }
+            let doubts = self.state().doubts;
+            if idle && std::mem::replace(&mut told, doubts) != doubts {
+                let word = v1::FetchResponse { partitions: Vec::new(), in_doubt: doubts };
+                if answers.send(Ok(word)).await.is_err() {
                     return;
                 }
             }
@@ -402,7 +425,7 @@ macro_rules! unimplemented_calls {
             }
 
             $(async fn $name(&self, _: Request<v1::$request>) -> Result<Response<v1::$response>, Status> {
-                Err(Fault::new(Reason::TopicExists, "the double has its topic").into())
+                Err(self.state().refusal.clone().into())
             })*
         }
     };
@@ -425,7 +448,8 @@ unimplemented_calls! {
 
 impl Double {
     fn metadata(&self, request: &v1::GetMetadataRequest) -> v1::GetMetadataResponse {
-        let state = self.state();
+        let mut state = self.state();
+        state.asked += 1;
         let own = v1::Broker { id: 1, address: state.advertised.clone(), rack: "a".to_owned() };
         let brokers: Vec<_> = std::iter::once(own).chain(state.neighbours.iter().cloned()).collect();
         let replicas: Vec<u32> = brokers.iter().map(|broker| broker.id).collect();

@@ -251,7 +251,8 @@ impl Client {
         self.ask_in_turn(self.anybody(), call).await
     }
 
-    /// Asks brokers in this order: the next as well where one fails or stays silent for a moment. The first answer is taken.
+    /// Asks brokers in this order: the next as well where one fails, does not reach the metadata store, or stays silent for a moment. The
+    /// first answer is taken.
     async fn ask_in_turn<F, R, T>(&self, order: Vec<Address>, call: F) -> Result<T, CallError>
     where
         F: Fn(Wire) -> R,
@@ -265,11 +266,12 @@ impl Client {
             (address, answer)
         };
         let (mut asked, mut tried, mut heard) = (FuturesUnordered::new(), Vec::new(), false);
+        let mut cut_off = None;
         loop {
             if asked.is_empty() {
                 match anybody.next() {
                     Some(address) => asked.push(ask(address)),
-                    None => return Err(nobody(tried, heard)),
+                    None => return Err(cut_off.map_or_else(|| nobody(tried, heard), CallError::from)),
                 }
             }
             let answered = match tokio::time::timeout(HEDGE, asked.next()).await {
@@ -283,6 +285,11 @@ impl Client {
                 Some((address, Ok(answer))) => {
                     *lock(&self.inner.preferred) = Some(address);
                     return Ok(answer);
+                }
+                Some((_, Err(Unreached::Unanswered(Unanswered::Refused(fault)))))
+                    if fault.reason == Reason::MetadataUnavailable =>
+                {
+                    cut_off = Some(fault);
                 }
                 Some((address, Err(Unreached::Unanswered(refused @ Unanswered::Refused(_))))) => {
                     return Err(refused.at(&address).into());
@@ -308,14 +315,15 @@ impl Client {
         bounded(wait, call(wire)).await.map_err(Unreached::Unanswered)
     }
 
-    /// Has whichever broker there is do something. What a broker may have begun is not repeated elsewhere.
+    /// Has whichever broker there is do something: the next one where one says that it does not reach the metadata store and has begun
+    /// nothing. What a broker may have begun is not repeated elsewhere.
     async fn tell_any<F, R, T>(&self, call: F) -> Result<T, CallError>
     where
         F: Fn(Wire) -> R,
         R: Future<Output = Result<tonic::Response<T>, Status>>,
     {
         let wait = self.options().request_timeout;
-        let mut tried = Vec::new();
+        let (mut tried, mut cut_off) = (Vec::new(), None);
         for address in self.anybody() {
             match self.at(&address, wait, &call).await {
                 Ok(answer) => {
@@ -327,10 +335,11 @@ impl Client {
                 Err(Unreached::Unanswered(not_done @ (Unanswered::NotSent(_) | Unanswered::NoBroker(_)))) => {
                     tried.push((address.as_str().to_owned(), not_done.fault().message));
                 }
+                Err(Unreached::Unanswered(Unanswered::Refused(fault))) if is_not_begun(&fault) => cut_off = Some(fault),
                 Err(Unreached::Unanswered(unanswered)) => return Err(unanswered.at(&address).into()),
             }
         }
-        Err(nobody(tried, false))
+        Err(cut_off.map_or_else(|| nobody(tried, false), CallError::from))
     }
 
     /// Every broker that is known, in the order in which they are called.
@@ -374,6 +383,11 @@ impl Client {
             tokio::time::sleep(pause).await;
         }
     }
+}
+
+/// Whether a broker could not do it, has changed nothing, and another one may be able to.
+fn is_not_begun(fault: &Fault) -> bool {
+    fault.reason == Reason::MetadataUnavailable && fault.metadata.contains_key("not_begun")
 }
 
 /// What is said when no broker answered. One that took the call may answer the next: that is no reason to give up.

@@ -1,5 +1,6 @@
 //! The consumer's task. It owns every position and every stream.
 
+mod doubt;
 mod near;
 
 use std::{
@@ -47,6 +48,8 @@ pub(super) enum Command {
 
 struct Source {
     address: Address,
+    /// It says that others may lead by now what it leads.
+    doubts: bool,
     /// Keeps the request half open.
     _requests: mpsc::Sender<v1::FetchRequest>,
 }
@@ -69,6 +72,8 @@ pub(super) struct Driver {
     route_pauses: Option<Pauses>,
     /// When metadata was last refreshed.
     refreshed: Instant,
+    /// When others were last asked who leads what a broker in doubt serves.
+    asked_around: Option<Instant>,
     /// When to look which partitions need a stream.
     arrange_at: Option<Instant>,
     /// Leaders are being asked where logs end.
@@ -99,6 +104,7 @@ impl Driver {
             routing: false,
             route_pauses: None,
             refreshed: clock::monotonic(),
+            asked_around: None,
             arrange_at: None,
             asking: false,
             ends,
@@ -186,7 +192,7 @@ impl Driver {
     fn arrange(&mut self) {
         self.arrange_at = None;
         let now = clock::monotonic();
-        let mut later = self.look_around(now);
+        let mut later = sooner(self.look_around(now), self.ask_around(now));
         for state in self.topics.values_mut().flat_map(BTreeMap::values_mut).filter(|state| !state.parked) {
             if state.stream.is_some() {
                 later = sooner(later, state.settle(now, &self.troubles));
@@ -256,13 +262,14 @@ impl Driver {
         let (requests, queue) = mpsc::channel(1);
         requests.try_send(request).expect("the queue is new");
         self.streams.insert(number, responses(self.client.clone(), address.clone(), queue));
-        self.sources.insert(number, Source { address, _requests: requests });
+        self.sources.insert(number, Source { address, doubts: false, _requests: requests });
     }
 
     fn on_response(&mut self, number: u64, heard: Result<Heard, Fault>) {
         match heard {
             Ok(Heard::Opened) => self.on_opened(number),
             Ok(Heard::Response(response)) => {
+                self.note_doubt(number, response.in_doubt);
                 for fetched in response.partitions {
                     self.on_fetched(number, fetched);
                 }
@@ -479,11 +486,12 @@ impl Driver {
         let seen = client.routing().generation();
         let pause = self.route_pauses.as_mut().map_or(Duration::ZERO, Pauses::next);
         let topics: Vec<Arc<str>> = self.topics.keys().cloned().collect();
+        let doubted = self.doubted();
         self.tasks.spawn("consumer metadata", async move {
             let names: Vec<&str> = topics.iter().map(|name| &**name).collect();
             let refresh = async {
                 tokio::time::sleep(pause).await;
-                client.refresh(seen, &names).await
+                client.refresh_doubting(&doubted, seen, &names).await
             };
             tokio::select! {
                 biased;
@@ -502,6 +510,7 @@ impl Driver {
                 self.refreshed = clock::monotonic();
                 let states = self.topics.values_mut().flat_map(BTreeMap::values_mut);
                 states.for_each(|state| state.near.learned(self.refreshed));
+                self.leave_doubted();
             }
             Err(error) => tracing::debug!(%error, "metadata could not be refreshed"),
         }

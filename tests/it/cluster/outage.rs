@@ -3,7 +3,14 @@
 
 use std::time::Duration;
 
-use strandline::task::clock;
+use futures::{StreamExt as _, stream};
+use strandline::{
+    proto::{
+        fault::{Fault, Reason},
+        v1::{CreateTopicRequest, FetchPartition, FetchRequest},
+    },
+    task::clock,
+};
 
 use super::members::{Cluster, answers};
 use crate::{
@@ -12,6 +19,7 @@ use crate::{
     etcd::Etcd,
     patience::{PATIENCE, eventually, poll},
     s3::S3,
+    wire,
 };
 
 const TOPIC: &str = "calm";
@@ -54,6 +62,40 @@ fn records_are_taken_and_read_while_etcd_is_gone() {
     cli.ok_with(&["produce", "after"], b"x\n");
     cluster.in_sync(TOPIC, 3);
     assert_eq!(cli.ok(&["consume", TOPIC, "--from", "earliest", "--until-end"]).text(), lines(0, sent));
+}
+
+/// Its readers hear nothing else from a broker that others have replaced, and what needs etcd another broker may be able to do. Both are said
+/// by the broker itself, while it lasts.
+#[test]
+fn a_broker_that_has_lost_etcd_says_so_to_its_readers_and_begins_nothing_that_needs_it() {
+    let mut cluster = cluster_with_topic(&[]);
+    let leader = cluster.leader(TOPIC, 0);
+    let address = cluster.addresses()[leader as usize - 1];
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    let create = || {
+        let request = CreateTopicRequest { name: "another".to_owned(), partitions: 1, ..Default::default() };
+        runtime
+            .block_on(async { wire::admin(address).create_topic(request).await.map_err(|status| Fault::from(&status)) })
+    };
+    let mut reading = runtime.block_on(async {
+        let place = FetchPartition { topic: TOPIC.to_owned(), ..Default::default() };
+        let request = FetchRequest { partitions: vec![place], ..Default::default() };
+        let open = stream::once(async { request }).chain(stream::pending());
+        wire::log(address).fetch(open).await.expect("it reads").into_inner()
+    });
+    let mut next = || {
+        let said = runtime.block_on(async { tokio::time::timeout(PATIENCE, reading.message()).await });
+        said.expect("it says something").expect("it goes on").expect("it goes on")
+    };
+    cluster.etcd.kill_all();
+    let said = next();
+    assert!(said.in_doubt && said.partitions.is_empty(), "{said:?}");
+    let refused = create().expect_err("nothing can be agreed");
+    assert_eq!((refused.reason, refused.metadata.contains_key("not_begun")), (Reason::MetadataUnavailable, true));
+    cluster.etcd.run_all();
+    let said = next();
+    assert!(!said.in_doubt && said.partitions.is_empty(), "{said:?}");
+    eventually("a topic can be created", || create().ok());
 }
 
 /// One member of etcd after the other is away for a while, sooner or later the one that leads etcd: nobody waits for it.

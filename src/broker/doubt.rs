@@ -1,0 +1,70 @@
+//! Whether this broker may have been replaced without having heard of it: the metadata store has said nothing for as long as its
+//! registration lives without.
+//!
+//! By this process's clock, and a hint for clients: nothing that must be right depends on it. The broker goes on with what it has. Readers are
+//! told, so that one who waits here for records that another broker takes by now can ask who leads; and what needs the store is
+//! refused before anything of it is begun, so that a client can have another broker do it.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::sync::watch;
+
+use super::Broker;
+use crate::{
+    cluster::Session,
+    proto::fault::{Fault, Reason},
+};
+
+/// How often it is looked whether the doubt is over.
+const AGAIN: Duration = Duration::from_millis(250);
+
+/// Looks whether the registration is kept alive, until the broker stops.
+pub(super) async fn run(broker: Arc<Broker>, session: Session) {
+    let mut standing = session.standing();
+    loop {
+        let left = session.lease_left();
+        let doubts = left.is_zero();
+        let changed = broker.doubt.send_if_modified(|known| std::mem::replace(known, doubts) != doubts);
+        match (changed, doubts) {
+            (true, true) => tracing::warn!(
+                "the metadata store has said nothing for as long as this broker's registration lives: others may lead by now what it \
+                 leads, and its readers are told so"
+            ),
+            (true, false) => tracing::info!("this broker's registration lives again, and its readers are told so"),
+            (false, _) => {}
+        }
+        let pause = if doubts { AGAIN } else { left };
+        tokio::select! {
+            biased;
+            () = broker.tasks.cancelled() => return,
+            Ok(()) = standing.changed() => {}
+            () = tokio::time::sleep(pause) => {}
+        }
+    }
+}
+
+impl Broker {
+    /// Whether there is doubt now.
+    pub(super) fn is_in_doubt(&self) -> bool {
+        *self.doubt.borrow()
+    }
+
+    /// Its beginnings and ends. A doubt that there is already counts as one that has just begun.
+    pub(super) fn doubts(&self) -> watch::Receiver<bool> {
+        let mut doubts = self.doubt.subscribe();
+        if *doubts.borrow() {
+            doubts.mark_changed();
+        }
+        doubts
+    }
+
+    /// Refuses what needs the metadata store while that is out of reach.
+    pub(super) fn reaches_metadata(&self) -> Result<(), Fault> {
+        if !self.is_in_doubt() {
+            return Ok(());
+        }
+        let message = "the metadata store has not answered this broker for longer than its registration lives: nothing was begun; try \
+                       another broker, or again later";
+        Err(Fault::new(Reason::MetadataUnavailable, message).with("not_begun", true))
+    }
+}
