@@ -115,6 +115,9 @@ const ANY_ANSWER: Duration = Duration::from_secs(5);
 /// How long one broker is asked before the next is asked too.
 const HEDGE: Duration = Duration::from_millis(250);
 
+/// The same where a leader is silent or in doubt: whoever asks waits already, and what took that leader may have taken its neighbours.
+const HEDGE_IN_DOUBT: Duration = Duration::from_millis(100);
+
 impl Client {
     /// Finds a cluster by the addresses of some of its brokers, `host:port` separated by commas.
     ///
@@ -233,7 +236,8 @@ impl Client {
         let ask = |topics: Vec<String>| {
             let mut order = self.anybody();
             order.sort_by_key(|address| doubted.contains(address));
-            self.ask_in_turn(order, move |wire| {
+            let hedge = if doubted.is_empty() { HEDGE } else { HEDGE_IN_DOUBT };
+            self.ask_in_turn(order, hedge, move |wire| {
                 let request = v1::GetMetadataRequest { topics: topics.clone(), all_topics: false };
                 async move { connection::admin_client(wire).get_metadata(request).await }
             })
@@ -248,12 +252,12 @@ impl Client {
         F: Fn(Wire) -> R,
         R: Future<Output = Result<tonic::Response<T>, Status>>,
     {
-        self.ask_in_turn(self.anybody(), call).await
+        self.ask_in_turn(self.anybody(), HEDGE, call).await
     }
 
-    /// Asks brokers in this order: the next as well where one fails, does not reach the metadata store, or stays silent for a moment. The
-    /// first answer is taken.
-    async fn ask_in_turn<F, R, T>(&self, order: Vec<Address>, call: F) -> Result<T, CallError>
+    /// Asks brokers in this order: the next as well where one fails, does not reach the metadata store, or stays silent for as long as `hedge`.
+    /// The first answer is taken.
+    async fn ask_in_turn<F, R, T>(&self, order: Vec<Address>, hedge: Duration, call: F) -> Result<T, CallError>
     where
         F: Fn(Wire) -> R,
         R: Future<Output = Result<tonic::Response<T>, Status>>,
@@ -274,7 +278,7 @@ impl Client {
                     None => return Err(cut_off.map_or_else(|| nobody(tried, heard), CallError::from)),
                 }
             }
-            let answered = match tokio::time::timeout(HEDGE, asked.next()).await {
+            let answered = match tokio::time::timeout(hedge, asked.next()).await {
                 Ok(answered) => answered,
                 Err(_) => {
                     asked.extend(anybody.next().map(&ask));
