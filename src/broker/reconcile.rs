@@ -224,9 +224,18 @@ impl Broker {
                 None => self.close(id, &holding).await,
             }
         }
+        let tried: Vec<_> = opened.iter().map(|spec| spec.id).collect();
         self.open_all(opened).await;
         readable.into_iter().for_each(|id| self.unproven.can_be_read(id));
         if self.takes_part() {
+            // What turns out to be of no use, and nobody counts on, begins anew now: no other change may come that would ask for it.
+            let again = tried.into_iter().filter_map(|id| {
+                let holding = self.hosted.held(id)?;
+                let known = state.partition(id)?.partition.as_ref()?;
+                let useless = matches!(*holding, Holding::Unusable(_));
+                useless.then(|| self.spec(id, state, &known.value, &holding, true)).flatten().filter(|spec| spec.anew)
+            });
+            self.open_all(again.collect()).await;
             told.iter().for_each(|id| self.give_up_unusable(*id, state));
             stream::iter(told).for_each_concurrent(TOLD_TOGETHER, |id| self.tell(id, state)).await;
         }
