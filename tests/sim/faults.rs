@@ -48,6 +48,8 @@ pub(crate) struct Plan {
     /// Else whoever is down holds this until every replica is in sync again: then one machine may lose its power, and no other
     /// replica its proof meanwhile.
     down: Option<Arc<Mutex<()>>>,
+    /// Held from the look whether a disk is spare until its broker has said that it lost it: two that each count on the other are not.
+    replacing: Mutex<()>,
 }
 
 impl Plan {
@@ -67,6 +69,7 @@ impl Plan {
             victim: random::in_range(1..=shape.brokers),
             power,
             down: (theme == Theme::OneDown).then(Arc::default),
+            replacing: Mutex::default(),
         }
     }
 
@@ -123,15 +126,19 @@ async fn all_of_machine(machine: &mut Machine, plan: &Plan) {
         }
         if !machine.is_running() {
             pause(1, calm_ms).await;
+            let mut replaces = None;
             if random::in_range(0..4) == 0 {
                 // Its lease has ended by then, and what others had proposed has happened.
                 pause(4000, 5000).await;
                 // Where a kill alone takes a `replicated` replica's proof, a lost disk may be one loss too many.
+                let only = plan.replacing.lock().await;
                 if plan.power && is_spare(machine).await {
                     machine.wipe();
+                    replaces = Some(only);
                 }
             }
             machine.start().await;
+            drop(replaces);
         }
         if alone_down.is_some() {
             until_whole(&machine.meta, plan).await;

@@ -27,7 +27,7 @@ const MUTANTS: &[(Mutation, Shape, u64)] = &[
     (Mutation::AcknowledgeBeforeSync, Shape::ONE, 10),
     (Mutation::EvictBeforeCommit, Shape::ONE, 10),
     (Mutation::CutToHighWatermark, Shape::THREE, 30),
-    (Mutation::SkipProof, Shape::THREE, 60),
+    (Mutation::SkipProof, Shape::THREE, 90),
     (Mutation::AdmitBelowEpochStart, Shape::THREE, 40),
     (Mutation::DeposedCommits, Shape::THREE, 40),
     (Mutation::ElectAnyReplica, Shape::THREE, 20),
