@@ -1,10 +1,9 @@
 //! One machine: its disk, its way to others and to the metadata, and its broker: started, killed, robbed of its power.
 
 use std::{
-    collections::BTreeSet,
     path::Path,
     sync::{
-        Arc, Mutex,
+        Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
@@ -37,8 +36,6 @@ pub(crate) struct Shared {
     pub(crate) trace: Trace,
     pub(crate) began: Instant,
     pub(crate) seed: u64,
-    /// Who has a new disk and has not started since: nobody has heard yet that it holds nothing.
-    pub(crate) emptied: Arc<Mutex<BTreeSet<BrokerId>>>,
 }
 
 /// One machine.
@@ -108,7 +105,6 @@ impl Machine {
                 Ok(node) => {
                     self.note(format_args!("started, {} partitions", node.broker().partitions()));
                     self.broker = Some((process, node));
-                    self.shared.emptied.lock().unwrap().remove(&self.id);
                     self.spoilt.store(false, Ordering::Relaxed);
                     self.running.store(true, Ordering::Relaxed);
                     return;
@@ -183,13 +179,7 @@ impl Machine {
             self.disk.remove(&path).unwrap();
             self.disk.sync_dir(path.parent().unwrap()).unwrap();
         }
-        self.shared.emptied.lock().unwrap().insert(self.id);
         self.note(format_args!("has a new disk"));
-    }
-
-    /// Whether a broker's disk holds what the metadata says.
-    pub(crate) fn holds(&self, broker: BrokerId) -> bool {
-        !self.shared.emptied.lock().unwrap().contains(&broker)
     }
 
     /// Syncs of files with this in their path fail from now on.

@@ -36,14 +36,7 @@ impl World {
         let outside = Process::new(0, seed, began);
         let (store, time) = (EmbeddedStore::in_memory(), outside.enter(Tasks::new));
         store.keep_time(&time);
-        let shared = Shared {
-            net: Net::default(),
-            objects: Objects::new(began),
-            trace: Trace::new(),
-            began,
-            seed,
-            emptied: Arc::default(),
-        };
+        let shared = Shared { net: Net::default(), objects: Objects::new(began), trace: Trace::new(), began, seed };
         let machine = |id| {
             let meta = SimMeta::new(store.clone(), time.clone());
             Machine::new(id, id % shape.racks, shape.brokers == 1, meta, shared.clone())
