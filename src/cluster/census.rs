@@ -34,8 +34,7 @@ pub struct Census {
     pub below_minimum: u32,
     /// Partitions whose replicas are being moved.
     pub moving: u32,
-    /// Names of those that no live broker leads or that have fewer in sync than the minimum: `acks=all` fails there. The first
-    /// [`MOST_NAMED`].
+    /// Names of those that no live broker leads or that have fewer in sync than the minimum: `acks=all` fails there. The first twenty.
     pub unavailable: Vec<(TopicName, u32)>,
 }
 
