@@ -135,7 +135,7 @@ async fn what_is_damaged_on_its_way_to_a_follower_is_sent_again() {
         }
         links[leader as usize - 1].damage(false);
         let log = cluster.log(follower);
-        assert!(log.contains("replication from the leader is interrupted") && log.contains("are malformed"), "{log}");
+        assert!(log.contains("what the leader sent is refused") && log.contains("are malformed"), "{log}");
         cluster.in_sync("t", 2);
         // What was acknowledged the follower has, byte for byte.
         cluster.cli().ok(&["topic", "alter", "t", "--config", "min.insync.replicas=1"]);
