@@ -3,8 +3,9 @@
 //!
 //! # The rules
 //!
-//! 1. At most `window` batches are taken. A broker remembers as many (`limits::PRODUCER_WINDOW`), so that it knows a
-//!    repeated one whichever it is.
+//! 1. At most `window` batches are taken, counted from the oldest that is not settled: those behind it that are acknowledged already
+//!    count as well. A broker remembers the last `window` that it appended (`limits::PRODUCER_WINDOW`), so that it knows a repeated one
+//!    whichever it is.
 //! 2. When one fails and may be repeated, nothing more is sent until every batch under way has its answer or has lost
 //!    it. Then all that were not appended go out again, in their first order and with their first sequences. Those
 //!    behind a failed batch are refused by the broker as out of order: that is expected.
@@ -52,6 +53,8 @@ struct Entry {
     /// Not there while the batch was never sent.
     batch: Option<Batch>,
     body: Option<Body>,
+    /// How many were taken before it.
+    place: u64,
     sequence: i32,
     count: u32,
     completion: Arc<Completion>,
@@ -129,6 +132,8 @@ pub(super) struct Flight {
     window: usize,
     identity: Option<Identity>,
     next_sequence: i32,
+    /// Batches taken so far.
+    taken: u64,
     entries: VecDeque<Entry>,
     /// Something failed: nothing is sent until all answers are in.
     draining: bool,
@@ -144,6 +149,7 @@ impl Flight {
             window,
             identity,
             next_sequence: 0,
+            taken: 0,
             entries: VecDeque::new(),
             draining: false,
             reidentify: false,
@@ -168,9 +174,14 @@ impl Flight {
         }
         match self.entries.iter().position(|entry| entry.sent.is_none()) {
             Some(index) => Next::Send(index),
-            None if self.entries.len() < self.window => Next::Take,
+            None if self.has_room() => Next::Take,
             None => Next::Wait,
         }
+    }
+
+    /// Whether one more leaves the oldest that is not settled among the last `window`.
+    fn has_room(&self) -> bool {
+        self.entries.front().is_none_or(|oldest| self.taken - oldest.place < self.window as u64)
     }
 
     pub(super) fn take(&mut self, sealed: Sealed) {
@@ -179,6 +190,7 @@ impl Flight {
         self.entries.push_back(Entry {
             batch: None,
             body: Some(sealed.body),
+            place: self.taken,
             sequence,
             count: sealed.count,
             completion: sealed.completion,
@@ -187,6 +199,7 @@ impl Flight {
             sent: None,
             maybe_appended: false,
         });
+        self.taken += 1;
     }
 
     /// The batch of an entry, which goes out now.

@@ -259,6 +259,30 @@ fn a_late_try_under_an_old_sequence_does_not_double_a_batch() {
     assert!(twice <= 1, "{:?}", world.broker.log);
 }
 
+/// The story of a bug: the first of five were appended and their answers lost, the last were acknowledged, and as many new ones went out as had
+/// been. When the answers were lost once more the broker remembered only the newer five, and could not tell that the first were there.
+#[test]
+fn what_is_acknowledged_behind_an_open_batch_makes_no_room() {
+    let mut world = World::new();
+    while world.advance(true) {}
+    assert_eq!(world.requests.len(), 5);
+    for how in [1, 1, 1, 3, 3] {
+        world.handle(how);
+        world.answer();
+    }
+    while world.advance(true) {}
+    assert_eq!(world.requests.len(), 3, "the three again, and none behind them");
+    while !world.requests.is_empty() {
+        world.handle(3);
+    }
+    world.break_stream();
+    world.settle();
+    assert_eq!(world.given_up, BTreeSet::new(), "each was recognised");
+    assert_eq!(world.acknowledged.len(), world.broker.log.len());
+    while world.advance(true) {}
+    assert_eq!(world.requests.len(), 5, "there is room again");
+}
+
 #[test]
 fn sequences_wrap_as_kafkas_do() {
     assert_eq!(after(i32::MAX, 1), 0);
