@@ -39,7 +39,6 @@ const MUTANTS: &[(Mutation, Shape, u64)] = &[
     (Mutation::BeginWithoutProducers, Shape::THREE, 20),
     (Mutation::ReadUncommitted, Shape::THREE, 10),
     (Mutation::UnsettledTellsLatest, Shape::THREE, 80),
-    (Mutation::TakeLaterLeadersBucketEnd, Shape::THREE, 20),
     (Mutation::FollowerServesUncommitted, Shape::THREE, 10),
     (Mutation::VotesOfOlderEpochs, Shape::THREE.about(Theme::Leases), 20),
 ];
@@ -48,6 +47,7 @@ const MUTANTS: &[(Mutation, Shape, u64)] = &[
 /// (`partition/check`): a place ends with its leader epoch and a link with its broker epoch, so no older acknowledgement arrives where only one
 /// of two checks is gone; nobody lowers `min.insync.replicas` here; and who waits to be settled is let go by the next election.
 const RARE: &[(Mutation, Shape, u64)] = &[
+    (Mutation::TakeLaterLeadersBucketEnd, Shape::THREE, 2000),
     (Mutation::LossTakenForClean, Shape::THREE.about(Theme::OneDown), 2000),
     (Mutation::AdmitUnregistered, Shape::THREE.about(Theme::Admissions), 2000),
     (Mutation::AckOfOlderLeaderEpoch, Shape::THREE, 2000),
