@@ -33,14 +33,14 @@ const MUTANTS: &[(Mutation, Shape, u64)] = &[
     (Mutation::ElectAnyReplica, Shape::THREE, 20),
     (Mutation::ResumeLeading, Shape::THREE, 20),
     (Mutation::ChangeUncompared, Shape::THREE, 40),
-    (Mutation::CommittedIsrOnly, Shape::THREE, 20),
+    (Mutation::CommittedIsrOnly, Shape::THREE, 40),
     (Mutation::MinimumOfMaximal, Shape::THREE, 40),
     (Mutation::UnknownIsDone, Shape::THREE, 20),
     (Mutation::BeginWithoutProducers, Shape::THREE, 20),
     (Mutation::ReadUncommitted, Shape::THREE, 10),
     (Mutation::UnsettledTellsLatest, Shape::THREE, 80),
     (Mutation::FollowerServesUncommitted, Shape::THREE, 10),
-    (Mutation::VotesOfOlderEpochs, Shape::THREE.about(Theme::Leases), 20),
+    (Mutation::VotesOfOlderEpochs, Shape::THREE.about(Theme::Leases), 40),
 ];
 
 /// Rules for which no number of seeds is stated yet. Those of `partition/leader` are found by the model check in every run of the tests
