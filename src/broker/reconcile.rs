@@ -299,29 +299,48 @@ impl Broker {
         let opened = stream::iter(chunks).map(|specs| self.open_some(specs)).buffer_unordered(OPENINGS);
         opened
             .for_each(|held| {
-                held.into_iter().for_each(|(id, holding)| self.hosted.set(id, holding));
+                for (id, topic, opened) in held {
+                    let holding = match opened {
+                        Ok(partition) => Holding::Open(partition),
+                        Err(error) => self.not_opened(id, &topic, &error),
+                    };
+                    self.hosted.set(id, holding);
+                }
                 std::future::ready(())
             })
             .await;
     }
 
+    /// What cannot be opened, and why: said once, though it is tried again at each change.
+    fn not_opened(&self, id: PartitionId, topic: &TopicName, error: &PartitionError) -> Holding {
+        let why: Arc<str> = error.to_string().into();
+        let held = self.hosted.held(id);
+        let is_said = held.is_some_and(|held| matches!(&*held, Holding::Unusable(said) if *said == why));
+        match error {
+            _ if is_said => {}
+            PartitionError::Lost { .. } => tracing::warn!(
+                partition = %id, %topic, %error,
+                "this replica lacks committed records and counts for nothing; it is copied anew as soon as another one leads"
+            ),
+            _ => tracing::error!(partition = %id, %topic, %error, "the partition cannot be opened on this broker"),
+        }
+        Holding::Unusable(why)
+    }
+
     /// Opens replicas one after the other, on a thread that may block.
-    async fn open_some(&self, specs: Vec<Spec>) -> Vec<(PartitionId, Holding)> {
+    async fn open_some(
+        &self,
+        specs: Vec<Spec>,
+    ) -> Vec<(PartitionId, TopicName, Result<Arc<Partition>, PartitionError>)> {
         let (log, queue, tasks) = (self.log.clone(), self.upkeep_queue.clone(), self.partitions.clone());
         let (broker, around) = (self.settings.id, self.around());
         let open = move |spec: Spec| {
             let (id, topic) = (spec.id, spec.topic.clone());
-            match Partition::open(broker, &log, spec, around.clone(), &queue, &tasks) {
-                Ok(partition) => {
-                    queue.push(id);
-                    (id, Holding::Open(partition))
-                }
-                Err(error) => {
-                    let lost = matches!(error, PartitionError::Lost { .. });
-                    tracing::error!(partition = %id, %topic, lost, %error, "the partition cannot be opened on this broker");
-                    (id, Holding::Unusable(error.to_string().into()))
-                }
+            let opened = Partition::open(broker, &log, spec, around.clone(), &queue, &tasks);
+            if opened.is_ok() {
+                queue.push(id);
             }
+            (id, topic, opened)
         };
         task::blocking(move || specs.into_iter().map(open).collect()).await
     }
