@@ -22,7 +22,7 @@ use super::{
     replica::{Removed, Replica},
     segment::{Segment, SegmentFile, SegmentInfo},
     shared::State,
-    snapshot::Snapshot,
+    snapshot::{self, Snapshot},
 };
 use crate::{model::Offset, task::clock};
 
@@ -101,7 +101,8 @@ impl Replica {
         self.reset_with(at, EpochHistory::new(), ProducerTable::new())
     }
 
-    /// As [`Self::reset`], with the epochs and producers of what lies before `at` in the bucket.
+    /// As [`Self::reset`], with the epochs and producers of what lies before `at` in the bucket. They are durable before the journal says
+    /// a word, under a name of their own: the log that is thrown away may have a snapshot at `at` as well.
     pub fn reset_with(
         &mut self,
         at: Offset,
@@ -111,6 +112,7 @@ impl Replica {
         self.writable()?;
         let snapshot = Snapshot::encode(&epochs, &producers, at);
         self.shared.core.may_change(snapshot.len() as u64 + NAMES_BYTES)?;
+        self.keep_tables_beside(&snapshot, at)?;
         self.forget_pending();
         let shared = self.shared.clone();
         let generation = shared.core.next_generation();
@@ -134,12 +136,31 @@ impl Replica {
             }
             remove_caches_above(&shared.core, &shared.dir, Offset::ZERO)?;
             shared.core.disk.open(&shared.path(at, "log"), Mode::Write)?.sync()?;
-            shared.core.disk.write(&shared.path(at, "snapshot"), &snapshot)?.sync()?;
+            shared.core.disk.rename(&shared.path(at, snapshot::OF_RESET), &shared.path(at, "snapshot"))?;
             shared.sync_names()
         };
         emptied().map_err(|error| self.failed_change(&error))?;
         shared.state().unsynced.clear();
         shared.core.commit(&shared, shared.head(Kind::Settled, generation, at, at))
+    }
+
+    /// Writes what a reset begins with. Where there is no room nothing has changed.
+    fn keep_tables_beside(&self, snapshot: &[u8], at: Offset) -> Result<(), ChangeError> {
+        let shared = &self.shared;
+        let path = shared.path(at, snapshot::OF_RESET);
+        let kept = || -> io::Result<()> {
+            shared.core.disk.write(&path, snapshot)?.sync()?;
+            shared.sync_names()
+        };
+        match kept() {
+            Err(error) if is_full(&error) => {
+                // What was written of it goes at the next start otherwise.
+                let _left = shared.core.disk.remove(&path);
+                shared.core.say_full();
+                Err(ChangeError::DiskFull)
+            }
+            kept => kept.map_err(|error| self.failed_change(&error)),
+        }
     }
 
     /// Moves the log start up. What lies below is not read any more; [`Self::evict`] removes its segments. It never goes

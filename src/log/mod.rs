@@ -13,6 +13,7 @@
 //!                                        .log.aside-{n}     found where a new replica was made; nothing reads it
 //!                                        .index .timeindex  caches: where to start reading
 //!                                        .snapshot          a cache: epochs and producers where it begins
+//!                                        .reset             the same, of a reset that is under way
 //! ```
 //!
 //! A [`Replica`] is the one writer of a partition. [`Replica::append`] writes batches to the active segment, into the page cache;

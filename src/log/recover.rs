@@ -14,7 +14,7 @@ use super::{
     error::ReplicaError,
     producers::ProducerTable,
     segment::{self, SegmentInfo, base_of, name},
-    snapshot::Snapshot,
+    snapshot::{self, Snapshot},
     startup,
 };
 use crate::{model::Offset, record::Batch, task::clock};
@@ -62,6 +62,8 @@ fn list(core: &Core, dir: &Path, start: Offset) -> io::Result<BTreeMap<Offset, u
         match base_of(&entry.name) {
             Some(base) if base < start => remove_segment(core, dir, base)?,
             Some(base) => drop(files.insert(base, entry.len)),
+            // Of a reset that the journal never heard of.
+            None if entry.name.ends_with(snapshot::OF_RESET) => core.disk.remove(&dir.join(&entry.name))?,
             None => {}
         }
     }

@@ -8,6 +8,9 @@ use crate::model::Offset;
 
 const MAGIC: &[u8; 8] = b"STRLSNP1";
 
+/// How the name of a snapshot ends that a reset begins with, until the files of the log before it are gone.
+pub(super) const OF_RESET: &str = "reset";
+
 /// Epochs and producers at one offset.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Snapshot {

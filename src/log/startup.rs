@@ -22,7 +22,7 @@ use super::{
     recover::Dormant,
     segment::{SegmentInfo, base_of, name},
     shared::replica_dir,
-    snapshot::Snapshot,
+    snapshot::{self, Snapshot},
 };
 use crate::{
     model::{Offset, PartitionId, TopicId},
@@ -157,7 +157,7 @@ fn merge(
         if let Some(reset) = story.unsettled.filter(|head| head.kind == Kind::Reset) {
             let left = known.get(id).map_or(Offset::ZERO, |record| record.segments[0].base);
             tracing::debug!(partition = %id, %left, at = %reset.base, "a reset is done again");
-            remove_files(disk, &replica_dir(dir, *id))?;
+            reset_again(disk, &replica_dir(dir, *id), reset.base)?;
         }
     }
     if journaled.unknown_loss.is_some() {
@@ -194,9 +194,13 @@ fn apply(disk: &dyn Disk, dir: &Path, record: &mut ReplicaRecord, story: &Story)
         record.generation = cut.generation;
         if cut.kind == Kind::Reset {
             *record = ReplicaRecord::empty(record.id, cut.generation, cut.base, clock::wall_ms());
-            let read = disk.read(&dir.join(name(cut.base, "snapshot")));
-            if let Some(snapshot) = read.ok().and_then(|file| Snapshot::decode(&file, cut.base)) {
-                (record.epochs, record.producers) = (snapshot.epochs, snapshot.producers);
+            let path = dir.join(name(cut.base, "snapshot"));
+            match disk.read(&path).ok().and_then(|file| Snapshot::decode(&file, cut.base)) {
+                Some(tables) => (record.epochs, record.producers) = (tables.epochs, tables.producers),
+                None if story.unsettled.as_ref() == Some(cut) => {
+                    record.lost = Some(format!("{}, which a reset wrote, is missing or damaged", path.display()));
+                }
+                None => {}
             }
         } else if record.segments.last().is_some_and(|last| last.end > cut.base) {
             let base = record.segments.iter().rfind(|info| info.base <= cut.base).map(|info| info.base);
@@ -257,6 +261,25 @@ fn without_checkpoint(disk: &dyn Disk, dir: &Path) -> io::Result<Vec<ReplicaReco
         }
     }
     Ok(records)
+}
+
+/// Leaves nothing but the tables that a reset at `at` begins with. However far it came before, and as often as it is cut short: while they
+/// have the name of their own a snapshot at `at` is of the log before.
+fn reset_again(disk: &dyn Disk, dir: &Path, at: Offset) -> io::Result<()> {
+    let (beside, snapshot) = (name(at, snapshot::OF_RESET), name(at, "snapshot"));
+    let entries = match disk.list(dir) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        listed => listed?,
+    };
+    let is_beside = entries.iter().any(|entry| entry.name == beside);
+    let kept = if is_beside { &beside } else { &snapshot };
+    for entry in entries.iter().rev().filter(|entry| entry.name != *kept) {
+        disk.remove(&dir.join(&entry.name))?;
+    }
+    if is_beside {
+        disk.rename(&dir.join(&beside), &dir.join(&snapshot))?;
+    }
+    disk.sync_dir(dir)
 }
 
 fn remove_files(disk: &dyn Disk, dir: &Path) -> io::Result<()> {

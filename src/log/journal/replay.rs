@@ -236,9 +236,12 @@ impl Journaled {
 }
 
 impl Story {
-    /// Whether the segment of these batches was not removed since: making it again might need room that there is not.
+    /// Whether the segment of these batches was not removed since: making it again might need room that there is not, and what a reset
+    /// threw away would lie where the log begins that came after.
     fn has(&self, batches: &EntryHead) -> bool {
-        self.local_start.is_none_or(|start| batches.segment >= start.base)
+        let reset = self.unsettled.filter(|change| change.kind == Kind::Reset);
+        reset.is_none_or(|reset| batches.generation >= reset.generation)
+            && self.local_start.is_none_or(|start| batches.segment >= start.base)
     }
 
     fn follow(&mut self, head: &EntryHead, sequence: u64) {

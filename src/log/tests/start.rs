@@ -1,5 +1,7 @@
 //! The tables of what lies before a log's start: what a new replica elsewhere begins with.
 
+use std::collections::BTreeSet;
+
 use super::*;
 
 /// Three sealed segments of three batches each, of two epochs and two producers, and the tables where each of them ends.
@@ -62,4 +64,58 @@ fn a_damaged_or_missing_snapshot_is_never_taken_for_nothing() {
     assert!(replica.tables_at_start().unwrap_err().to_string().contains("at 6 is damaged"));
     disk.remove(&snapshot).unwrap();
     assert!(replica.tables_at_start().unwrap_err().to_string().contains("at 6 is gone"));
+}
+
+/// What it knows where it ends.
+fn tables(replica: &Replica) -> (EpochHistory, ProducerTable) {
+    let epochs = replica.epochs().clone();
+    (epochs, replica.producers().clone())
+}
+
+/// What was known below its start was lost when a crash came between the journal's word and the snapshot: a retry of what lies in the
+/// bucket was then not recognised.
+#[test]
+fn a_reset_that_a_crash_cut_short_never_begins_with_other_tables() {
+    let mut ends = BTreeSet::new();
+    for operations in 0.. {
+        let mut done = false;
+        for seed in 0..20 {
+            let disk = SimDisk::new();
+            let log = open(&disk);
+            let (_, wanted) = three(&log);
+            let mut replica = log.open_replica(partition(1), at(0)).unwrap();
+            write(&log, &mut replica, &[produced(0, 6, 1, 1, 1000, (9, 0, 0))]);
+            // A snapshot of its own where it will begin anew.
+            replica.roll().unwrap();
+            write(&log, &mut replica, &[produced(6, 6, 1, 1, 1000, (9, 0, 6))]);
+            let had = tables(&replica);
+            let (epochs, producers) = wanted[1].clone();
+            disk.fail_writes_after(Some(operations));
+            done = replica.reset_with(at(6), epochs, producers).is_ok();
+            drop((replica, log));
+            disk.crash(seed);
+            // The start that does it again is cut short too.
+            disk.fail_writes_after(Some(seed));
+            let data = Path::new("/data");
+            let _cut_short = Log::open(Arc::new(disk.clone()), data, &identity(), small()).map(drop);
+            disk.crash(seed + 1);
+            let replica = open(&disk).open_replica(partition(1), at(0)).unwrap();
+            let (start, end) = (replica.local_start(), replica.log_end());
+            let tables = tables(&replica);
+            match (start.get(), end.get()) {
+                (0, 12) => assert_eq!(tables, had, "{operations} {seed}"),
+                (6, 6) => {
+                    assert_eq!(tables, wanted[1], "{operations} {seed}");
+                    assert_eq!(replica.tables_at_start().unwrap().2, wanted[1].1, "{operations} {seed}");
+                }
+                other => panic!("after {operations} operations and crash {seed} it holds {other:?}"),
+            }
+            assert!(!done || start == at(6), "{operations} {seed}");
+            ends.insert((start, done));
+        }
+        if done {
+            break;
+        }
+    }
+    assert_eq!(ends, BTreeSet::from([(at(0), false), (at(6), false), (at(6), true)]));
 }
