@@ -60,6 +60,8 @@ pub enum Event<'a> {
     Cut {
         /// The partition.
         partition: PartitionId,
+        /// The epoch whose leader has another log.
+        epoch: LeaderEpoch,
         /// Its end now.
         to: Offset,
     },

@@ -162,7 +162,7 @@ impl Known {
             Event::Appended { base, end, epoch, leads, producer, .. } => {
                 partition.appended(who, base..end, epoch, leads, producer).map_err(by)?
             }
-            Event::Cut { to, .. } => partition.cut(who.broker, to).map_err(by)?,
+            Event::Cut { epoch, to, .. } => partition.cut(who.broker, epoch, to).map_err(by)?,
             Event::Begun { at, epochs, producers, .. } => {
                 let producers: BTreeSet<i64> = producers.iter().copied().collect();
                 partition.begun(who.broker, at, epochs, &producers).map_err(by)?

@@ -96,7 +96,7 @@ impl Actor {
         } else {
             self.cut_by(move |replica| replica.truncate(to).map(drop)).await
         };
-        saw!(Cut { partition: self.id, to: self.replica.log_end() });
+        saw!(Cut { partition: self.id, epoch: self.placed.epoch(), to: self.replica.log_end() });
         self.claim_when(done);
     }
 

@@ -187,7 +187,7 @@ impl Partition {
             return Err(format!("leads in epoch {epoch}, and the store names another"));
         }
         if self.value().is_some_and(|(value, _)| value.leader_epoch > epoch) {
-            // It hears of its election late: others lead by now, and have committed more. Nobody follows it.
+            // It hears of its election late: others lead by now, and have committed more. Nobody who counts follows it.
             return Ok(false);
         }
         let replica = self.replica(who.broker).clone();
@@ -225,13 +225,18 @@ impl Partition {
         Ok(false)
     }
 
-    pub(super) fn cut(&mut self, broker: BrokerId, to: Offset) -> Moved {
+    /// Whom nobody counts on, and who still follows the leader of an older epoch, which heard of its election late, may cut whatever that one
+    /// does not have.
+    pub(super) fn cut(&mut self, broker: BrokerId, epoch: LeaderEpoch, to: Offset) -> Moved {
         let (epochs, end) = self.committed.clone();
+        let counts = self.value().is_none_or(|(value, _)| {
+            value.leader_epoch <= epoch || value.isr.contains(&broker) || value.elr.contains(&broker)
+        });
         let replica = self.replica(broker);
         let had = replica.ends.written;
         let committed = to < end.min(had) && replica.epochs.at(to) == epochs.at(to);
         replica.cut(to);
-        if committed {
+        if committed && counts {
             return Err(format!("cut its log from {had} to {to}, and {end} is committed"));
         }
         Ok(true)
