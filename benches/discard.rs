@@ -283,7 +283,7 @@ impl log_server::Log for Service {
             v1::OffsetAnswer { error: None, offset: if latest { END } else { 0 }, timestamp_ms: -1, leader_epoch: 0 }
         };
         let answers = request.into_inner().queries.into_iter().map(answer).collect();
-        Ok(Response::new(v1::ListOffsetsResponse { answers }))
+        Ok(Response::new(v1::ListOffsetsResponse { answers, in_doubt: false }))
     }
 
     async fn init_producer(

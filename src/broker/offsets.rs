@@ -43,7 +43,8 @@ impl Broker {
                 leader_epoch: -1,
             })
         });
-        Ok(v1::ListOffsetsResponse { answers: answers.buffered(LOOKUPS).collect().await })
+        let answers = answers.buffered(LOOKUPS).collect().await;
+        Ok(v1::ListOffsetsResponse { answers, in_doubt: self.is_in_doubt() })
     }
 
     async fn find_offset(&self, query: &v1::OffsetQuery, settled_by: Instant) -> Result<v1::OffsetAnswer, Fault> {

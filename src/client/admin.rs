@@ -5,7 +5,14 @@ mod cluster;
 pub use self::cluster::{
     BrokerDescription, BrokerFigures, ClusterDescription, Drain, Election, HeldReplica, Reassignment, UnreadableKey,
 };
-use super::{Client, connection::admin_client, connection::log_client, error::CallError};
+
+use std::collections::BTreeSet;
+
+use super::{
+    Client,
+    connection::{Address, admin_client, log_client},
+    error::CallError,
+};
 use crate::{
     model::{BrokerId, ConfigMap, LeaderEpoch, Offset, TopicId, Watermarks},
     proto::{
@@ -290,11 +297,17 @@ impl Admin {
         self.client
             .retried(|| async {
                 let seen = self.client.routing().generation();
-                let answer = self.ask_leader(topic, partition, query.clone()).await;
+                let answer = self.ask_leader(topic, partition, &query).await;
+                if let Ok(told) = &answer
+                    && self.is_succeeded(topic, partition, told, seen).await
+                {
+                    return self.ask_leader(topic, partition, &query).await.map(|told| told.offset);
+                }
+                let answer = answer.map(|told| told.offset);
                 if let Err(CallError::Fault(fault)) = &answer
                     && self.client.routing().told(topic, partition, fault)
                 {
-                    return self.ask_leader(topic, partition, query.clone()).await;
+                    return self.ask_leader(topic, partition, &query).await.map(|told| told.offset);
                 }
                 if answer.as_ref().is_err_and(CallError::retryable) {
                     self.client.refresh(seen, &[topic]).await?;
@@ -304,7 +317,15 @@ impl Admin {
             .await
     }
 
-    async fn ask_leader(&self, topic: &str, partition: u32, query: v1::OffsetQuery) -> Result<Offset, CallError> {
+    /// Whether another broker leads in a newer epoch than the one that told this: others are asked where that one is in doubt.
+    async fn is_succeeded(&self, topic: &str, partition: u32, told: &Told, seen: u64) -> bool {
+        let Some(doubted) = &told.in_doubt else { return false };
+        let asked = self.client.refresh_doubting(&BTreeSet::from([doubted.clone()]), seen, &[topic]).await;
+        let known = self.client.routing().source(topic, partition, None).filter(|_| asked.is_ok());
+        known.is_some_and(|now| now.address != *doubted && now.epoch > told.epoch)
+    }
+
+    async fn ask_leader(&self, topic: &str, partition: u32, query: &v1::OffsetQuery) -> Result<Told, CallError> {
         let route = self.client.topic(topic).await?;
         if usize::try_from(partition).is_ok_and(|number| number >= route.partitions.len()) {
             let count = route.partitions.len();
@@ -325,20 +346,32 @@ impl Admin {
             Some(v1::offset_query::At::TimestampMs(_)) => self.client.options().request_timeout,
             _ => self.client.options().request_timeout.min(super::ANY_ANSWER),
         };
-        let request = v1::ListOffsetsRequest { queries: vec![query] };
+        let request = v1::ListOffsetsRequest { queries: vec![query.clone()] };
         let answer = match super::bounded(wait, log_client(wire).list_offsets(request)).await {
             Ok(answer) => answer,
             Err(super::Unanswered::Refused(fault)) => return Err(fault.into()),
             Err(unanswered) => return Err(unreachable(unanswered.fault().message)),
         };
+        let in_doubt = answer.in_doubt.then_some(address);
         let Some(answer) = answer.answers.into_iter().next() else {
             return Err(odd("an empty answer to a query for an offset").into());
         };
         match answer.error {
             Some(error) => Err(Fault::from(error).into()),
-            None => Ok(offset(answer.offset)?),
+            None => {
+                let epoch = LeaderEpoch::from_i32(answer.leader_epoch).unwrap_or_default();
+                Ok(Told { offset: offset(answer.offset)?, epoch, in_doubt })
+            }
         }
     }
+}
+
+/// What a leader says of its log.
+struct Told {
+    offset: Offset,
+    epoch: LeaderEpoch,
+    /// Where it is, if it doubts whether it leads.
+    in_doubt: Option<Address>,
 }
 
 fn odd(what: &str) -> Fault {

@@ -400,7 +400,7 @@ impl log_server::Log for Double {
             let leader_epoch = state.epoch;
             v1::OffsetAnswer { offset: offset.cast_signed(), timestamp_ms: -1, leader_epoch, error: None }
         });
-        Ok(Response::new(v1::ListOffsetsResponse { answers: answers.collect() }))
+        Ok(Response::new(v1::ListOffsetsResponse { answers: answers.collect(), in_doubt: state.doubts }))
     }
 
     async fn init_producer(

@@ -474,6 +474,23 @@ async fn a_consumer_whose_leader_is_in_doubt_asks_others_and_reads_where_they_sa
     assert!(new.state().asked >= asked + 2, "it did not move before somebody led in a newer epoch");
 }
 
+/// The same for who only asks where the log ends: what it then takes for all there is lacked what the successor had acknowledged.
+#[tokio::test]
+async fn where_a_log_ends_is_asked_at_its_leaders_successor_when_the_leader_is_in_doubt() {
+    for (epoch, ends) in [(0, 3), (1, 5)] {
+        let (old, new, client) = two(3, 5).await;
+        let latest = async || client.admin().offset("t", 0, OffsetAt::Latest).await.expect("known").get();
+        assert_eq!(latest().await, 3);
+        let asked = new.state().asked;
+        (new.state().epoch, new.state().advertised_epoch) = (epoch, epoch);
+        assert_eq!(latest().await, 3);
+        assert_eq!(new.state().asked, asked, "nobody is asked who leads while nobody doubts");
+        old.doubt();
+        assert_eq!(latest().await, ends, "another one is believed where it leads in a newer epoch");
+        assert_eq!(new.state().asked, asked + 1);
+    }
+}
+
 #[tokio::test]
 async fn what_a_broker_without_its_metadata_store_has_not_begun_another_one_does() {
     let (one, other, client) = two(0, 0).await;

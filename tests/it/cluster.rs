@@ -1,10 +1,12 @@
 //! Several real brokers over a real etcd of three members.
 
+mod alone;
 mod chaos;
 mod dev;
 mod failover;
 mod figures;
 mod full;
+mod machines;
 mod members;
 mod moves;
 mod network;

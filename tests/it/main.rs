@@ -33,6 +33,7 @@ mod proxy;
 mod python;
 mod retention;
 mod rooms;
+mod running;
 // For clippy: what is compiled for tests only may unwrap.
 #[cfg(test)]
 mod s3;

@@ -11,20 +11,14 @@ use strandline::task::clock;
 
 use super::{
     failover::create,
-    members::Cluster,
-    network::{Network, inside},
+    machines::{BROKERS, MEMBERS, Machines, broker_ip, broker_name},
+    network::inside,
 };
 use crate::{
-    broker::Home,
     crash::{PARTITIONS, setting},
     crash_client::{TOPIC, Work},
-    etcd::{Etcd, Place},
     patience::eventually,
-    s3::S3,
 };
-
-const BROKERS: u32 = 3;
-const MEMBERS: u8 = 3;
 
 /// Longer than a lease lives.
 const LONG: Duration = Duration::from_secs(9);
@@ -73,137 +67,66 @@ impl fmt::Display for Fault {
     }
 }
 
-struct World {
-    network: Network,
-    s3: S3,
-    cluster: Cluster,
-}
-
-fn broker_name(id: u32) -> String {
-    format!("b{id}")
-}
-
-fn member_name(member: u8) -> String {
-    format!("e{member}")
-}
-
-fn broker_ip(id: u32) -> std::net::Ipv4Addr {
-    std::net::Ipv4Addr::new(10, 77, 0, u8::try_from(id).expect("few brokers"))
-}
-
-fn member_ip(member: u8) -> std::net::Ipv4Addr {
-    std::net::Ipv4Addr::new(10, 77, 0, 100 + member)
-}
-
-impl World {
-    fn make() -> Self {
-        let network = Network::make();
-        let s3 = S3::at(Network::HUB);
-        let place = |member| {
-            let ip = network.add(&member_name(member), 100 + member);
-            Place { ip, namespace: Some(member_name(member)) }
-        };
-        let mut cluster = Cluster::over(Etcd::placed((0..MEMBERS).map(place).collect()));
-        for id in 1..=BROKERS {
-            let ip = network.add(&broker_name(id), u8::try_from(id).expect("few brokers"));
-            let home = Home::member(id, &cluster.etcd).in_namespace(&broker_name(id), ip).object_store(&s3);
-            // As a broker has it that nobody has told otherwise.
-            cluster.add(id, home.setting("metadata.session_timeout", "\"6s\""));
+/// Begins a fault, waits as long as it lasts while `goes_on` says when clients are served again, and ends it. What clients waited.
+fn strike(on: &mut Machines, fault: Fault, rng: &mut StdRng, goes_on: &mut dyn FnMut() -> Duration) -> Duration {
+    let broker = rng.random_range(1..=BROKERS);
+    let other = broker % BROKERS + 1;
+    let member = rng.random_range(0..MEMBERS);
+    println!("chaos: {fault}: broker {broker}, the other {other}, member {member}");
+    match fault {
+        Fault::Kill | Fault::DiskLost => {
+            on.cluster.kill(broker);
+            let waited = goes_on();
+            if fault == Fault::DiskLost {
+                on.cluster.wipe(broker);
+            }
+            on.cluster.restart(broker);
+            waited
         }
-        cluster.ready();
-        create(&cluster);
-        Self { network, s3, cluster }
-    }
-
-    /// Cuts both directions between a broker and another machine, or mends them.
-    fn part(&self, one: (&str, std::net::Ipv4Addr), other: (&str, std::net::Ipv4Addr), cut: bool) {
-        if cut {
-            self.network.cut(one.0, other.1);
-            self.network.cut(other.0, one.1);
-        } else {
-            self.network.mend(one.0, other.1);
-            self.network.mend(other.0, one.1);
+        Fault::Freeze => {
+            on.cluster.broker(broker).freeze(true);
+            let waited = lasting(LONG, goes_on);
+            on.cluster.broker(broker).freeze(false);
+            waited
         }
-    }
-
-    fn part_from_etcd(&self, id: u32, cut: bool) {
-        for member in 0..MEMBERS {
-            self.part((&broker_name(id), broker_ip(id)), (&member_name(member), member_ip(member)), cut);
+        Fault::CutOff => {
+            on.part_from_brokers(broker, true);
+            on.part_from_etcd(broker, true);
+            let waited = lasting(LONG, goes_on);
+            on.part_from_brokers(broker, false);
+            on.part_from_etcd(broker, false);
+            waited
         }
-    }
-
-    fn part_from_brokers(&self, id: u32, cut: bool) {
-        for other in (1..=BROKERS).filter(|other| *other != id) {
-            self.part((&broker_name(id), broker_ip(id)), (&broker_name(other), broker_ip(other)), cut);
+        Fault::DeafOneWay | Fault::MuteOneWay => {
+            let (from, to) = if fault == Fault::DeafOneWay { (other, broker) } else { (broker, other) };
+            on.network.cut(&broker_name(from), broker_ip(to));
+            let waited = lasting(LONG, goes_on);
+            on.network.mend(&broker_name(from), broker_ip(to));
+            waited
         }
-    }
-
-    /// Begins a fault, waits as long as it lasts while `goes_on` says when clients are served again, and ends it. What clients waited.
-    fn strike(&mut self, fault: Fault, rng: &mut StdRng, goes_on: &mut dyn FnMut() -> Duration) -> Duration {
-        let broker = rng.random_range(1..=BROKERS);
-        let other = broker % BROKERS + 1;
-        let member = rng.random_range(0..MEMBERS);
-        println!("chaos: {fault}: broker {broker}, the other {other}, member {member}");
-        match fault {
-            Fault::Kill | Fault::DiskLost => {
-                self.cluster.kill(broker);
-                let waited = goes_on();
-                if fault == Fault::DiskLost {
-                    self.cluster.wipe(broker);
-                }
-                self.cluster.restart(broker);
-                waited
-            }
-            Fault::Freeze => {
-                self.cluster.broker(broker).freeze(true);
-                let waited = lasting(LONG, goes_on);
-                self.cluster.broker(broker).freeze(false);
-                waited
-            }
-            Fault::CutOff => {
-                self.part_from_brokers(broker, true);
-                self.part_from_etcd(broker, true);
-                let waited = lasting(LONG, goes_on);
-                self.part_from_brokers(broker, false);
-                self.part_from_etcd(broker, false);
-                waited
-            }
-            Fault::DeafOneWay | Fault::MuteOneWay => {
-                let (from, to) = if fault == Fault::DeafOneWay { (other, broker) } else { (broker, other) };
-                self.network.cut(&broker_name(from), broker_ip(to));
-                let waited = lasting(LONG, goes_on);
-                self.network.mend(&broker_name(from), broker_ip(to));
-                waited
-            }
-            Fault::CutFromEtcd => {
-                self.part_from_etcd(broker, true);
-                let waited = lasting(LONG, goes_on);
-                self.part_from_etcd(broker, false);
-                waited
-            }
-            Fault::EtcdKilled => {
-                self.cluster.etcd.kill(usize::from(member));
-                let waited = lasting(LONG, goes_on);
-                self.cluster.etcd.run(usize::from(member));
-                waited
-            }
-            Fault::EtcdCutOff => {
-                let cut = |world: &Self, cut| {
-                    for to in (0..MEMBERS).filter(|to| *to != member) {
-                        world.part((&member_name(member), member_ip(member)), (&member_name(to), member_ip(to)), cut);
-                    }
-                };
-                cut(self, true);
-                let waited = lasting(LONG, goes_on);
-                cut(self, false);
-                waited
-            }
-            Fault::BucketGone => {
-                self.s3.faults().set_down(true);
-                let waited = lasting(LONG, goes_on);
-                self.s3.faults().set_down(false);
-                waited
-            }
+        Fault::CutFromEtcd => {
+            on.part_from_etcd(broker, true);
+            let waited = lasting(LONG, goes_on);
+            on.part_from_etcd(broker, false);
+            waited
+        }
+        Fault::EtcdKilled => {
+            on.cluster.etcd.kill(usize::from(member));
+            let waited = lasting(LONG, goes_on);
+            on.cluster.etcd.run(usize::from(member));
+            waited
+        }
+        Fault::EtcdCutOff => {
+            on.part_member(member, true);
+            let waited = lasting(LONG, goes_on);
+            on.part_member(member, false);
+            waited
+        }
+        Fault::BucketGone => {
+            on.s3.faults().set_down(true);
+            let waited = lasting(LONG, goes_on);
+            on.s3.faults().set_down(false);
+            waited
         }
     }
 }
@@ -227,8 +150,12 @@ async fn nothing_is_lost_doubled_or_turned_round_by_any_fault() {
     let faults: Vec<Fault> = FAULTS.into_iter().filter(|fault| fault.to_string().contains(&only)).collect();
     assert!(!faults.is_empty(), "no fault is called {only:?}");
     let mut rng = StdRng::seed_from_u64(seed);
-    let mut world = tokio::task::block_in_place(World::make);
-    let work = Work::on_topic(&world.cluster.bootstrap(), world.cluster.addresses(), &mut rng).await;
+    let mut machines = tokio::task::block_in_place(|| {
+        let machines = Machines::make();
+        create(&machines.cluster);
+        machines
+    });
+    let work = Work::on_topic(&machines.cluster.bootstrap(), machines.cluster.addresses(), &mut rng).await;
     let mut waits: BTreeMap<Fault, Vec<Duration>> = BTreeMap::new();
     let (until, mut strikes) = (clock::monotonic() + time, 0);
     while clock::monotonic() < until {
@@ -241,8 +168,8 @@ async fn nothing_is_lost_doubled_or_turned_round_by_any_fault() {
             waited.max().unwrap_or_default()
         };
         let waited = tokio::task::block_in_place(|| {
-            let waited = world.strike(fault, &mut rng, &mut goes_on);
-            world.cluster.in_sync(TOPIC, BROKERS as usize);
+            let waited = strike(&mut machines, fault, &mut rng, &mut goes_on);
+            machines.cluster.in_sync(TOPIC, BROKERS as usize);
             waited
         });
         println!("chaos: clients waited {waited:?}");

@@ -92,6 +92,12 @@ impl Cluster {
         Cli::of(&self.addresses(), self.folder.path())
     }
 
+    /// A command line that is told of these brokers only.
+    pub(crate) fn cli_by(&self, brokers: impl IntoIterator<Item = u32>) -> Cli {
+        let addresses: Vec<SocketAddr> = brokers.into_iter().map(|id| self.homes[&id].grpc()).collect();
+        Cli::of(&addresses, self.folder.path())
+    }
+
     /// Kills a broker with signal 9.
     pub(crate) fn kill(&mut self, id: u32) {
         self.brokers.remove(&id).expect("it runs").kill9();

@@ -1,0 +1,58 @@
+//! A leader that is cut off from its cluster, and not from its clients: who reads there hears from it that others may lead, who writes there
+//! hears nothing, and both go on where others do lead, while the cut lasts.
+
+use strandline::task::clock;
+
+use super::{
+    machines::{BROKERS, Machines},
+    network::inside,
+};
+use crate::{patience::eventually, running::Running};
+
+#[test]
+fn clients_of_a_leader_that_nobody_else_reaches_go_on_with_its_successor() {
+    if !inside("cluster::alone::clients_of_a_leader_that_nobody_else_reaches_go_on_with_its_successor") {
+        return;
+    }
+    let machines = Machines::make();
+    let cluster = &machines.cluster;
+    let cli = cluster.cli();
+    cli.ok(&["topic", "create", "t", "--replication-factor", "3", "--config", "min.insync.replicas=2"]);
+    cluster.in_sync("t", 3);
+    let old = cluster.leader("t", 0);
+    let reader = Running::start(&cluster.cli_by([old]), &["consume", "t", "--from", "earliest"]);
+    cli.ok_with(&["produce", "t"], b"before\n");
+    reader.says(&reader.stdout, "before\n");
+
+    machines.part_from_brokers(old, true);
+    machines.part_from_etcd(old, true);
+    let since = clock::monotonic();
+    let others = cluster.cli_by((1..=BROKERS).filter(|id| *id != old));
+    eventually("another one leads", || {
+        let described = others.run(&["topic", "describe", "t", "--output", "json"]);
+        let leader = (described.code == 0).then(|| described.json()["partitions"][0]["leader"].as_u64())??;
+        (leader != u64::from(old)).then_some(())
+    });
+    println!("alone: another one led {:?} after the cut", since.elapsed());
+    // Nobody writes to the old one: only its own word sends its reader away.
+    others.ok_with(&["produce", "t"], b"behind its back\n");
+    reader.says(&reader.stdout, "behind its back\n");
+    println!("alone: the reader had what its successor took {:?} after the cut", since.elapsed());
+    // All that it says is old, that it leads and where the log ends; and whoever writes there waits.
+    let by_old = cluster.cli_by([old]);
+    let read = by_old.ok(&["consume", "t", "--from", "earliest", "--until-end"]);
+    assert_eq!(read.text(), "before\nbehind its back\n");
+    by_old.ok_with(&["produce", "t"], b"by way of it\n");
+    reader.says(&reader.stdout, "by way of it\n");
+
+    machines.part_from_brokers(old, false);
+    machines.part_from_etcd(old, false);
+    eventually("it follows", || {
+        let described = by_old.ok(&["topic", "describe", "t", "--output", "json"]).json();
+        let isr = described["partitions"][0]["isr"].as_array().map(Vec::len);
+        (described["partitions"][0]["leader"] != old && isr == Some(3)).then_some(())
+    });
+    let whole = "before\nbehind its back\nby way of it\n";
+    assert_eq!(cli.ok(&["consume", "t", "--from", "earliest", "--until-end"]).text(), whole);
+    assert_eq!(*reader.stdout.lock().expect("whole"), whole, "each once and in order");
+}

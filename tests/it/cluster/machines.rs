@@ -1,0 +1,88 @@
+//! Three brokers and three members of etcd on machines of their own, joined by links that can be cut, and a bucket over the network.
+
+use std::net::Ipv4Addr;
+
+use super::{members::Cluster, network::Network};
+use crate::{
+    broker::Home,
+    etcd::{Etcd, Place},
+    s3::S3,
+};
+
+pub(crate) const BROKERS: u32 = 3;
+pub(crate) const MEMBERS: u8 = 3;
+
+/// The machines and what runs on them. The tests' own side reaches all of them, whatever is cut.
+pub(crate) struct Machines {
+    pub(crate) network: Network,
+    pub(crate) s3: S3,
+    pub(crate) cluster: Cluster,
+}
+
+pub(crate) fn broker_name(id: u32) -> String {
+    format!("b{id}")
+}
+
+pub(crate) fn broker_ip(id: u32) -> Ipv4Addr {
+    Ipv4Addr::new(10, 77, 0, u8::try_from(id).expect("few brokers"))
+}
+
+fn member_name(member: u8) -> String {
+    format!("e{member}")
+}
+
+fn member_ip(member: u8) -> Ipv4Addr {
+    Ipv4Addr::new(10, 77, 0, 100 + member)
+}
+
+impl Machines {
+    /// All of them, ready. Only in a process for which [`inside`](super::network::inside) holds.
+    pub(crate) fn make() -> Self {
+        let network = Network::make();
+        let s3 = S3::at(Network::HUB);
+        let place = |member| {
+            let ip = network.add(&member_name(member), 100 + member);
+            Place { ip, namespace: Some(member_name(member)) }
+        };
+        let mut cluster = Cluster::over(Etcd::placed((0..MEMBERS).map(place).collect()));
+        for id in 1..=BROKERS {
+            let ip = network.add(&broker_name(id), u8::try_from(id).expect("few brokers"));
+            let home = Home::member(id, &cluster.etcd).in_namespace(&broker_name(id), ip).object_store(&s3);
+            // As a broker has it that nobody has told otherwise.
+            cluster.add(id, home.setting("metadata.session_timeout", "\"6s\""));
+        }
+        cluster.ready();
+        Self { network, s3, cluster }
+    }
+
+    /// Cuts both directions between a broker and the machines of etcd, or mends them.
+    pub(crate) fn part_from_etcd(&self, id: u32, cut: bool) {
+        for member in 0..MEMBERS {
+            self.part((&broker_name(id), broker_ip(id)), (&member_name(member), member_ip(member)), cut);
+        }
+    }
+
+    /// The same between a broker and the other brokers.
+    pub(crate) fn part_from_brokers(&self, id: u32, cut: bool) {
+        for other in (1..=BROKERS).filter(|other| *other != id) {
+            self.part((&broker_name(id), broker_ip(id)), (&broker_name(other), broker_ip(other)), cut);
+        }
+    }
+
+    /// The same between a member of etcd and the others.
+    pub(crate) fn part_member(&self, member: u8, cut: bool) {
+        for other in (0..MEMBERS).filter(|other| *other != member) {
+            self.part((&member_name(member), member_ip(member)), (&member_name(other), member_ip(other)), cut);
+        }
+    }
+
+    fn part(&self, one: (&str, Ipv4Addr), other: (&str, Ipv4Addr), cut: bool) {
+        if cut {
+            self.network.cut(one.0, other.1);
+            self.network.cut(other.0, one.1);
+        } else {
+            self.network.mend(one.0, other.1);
+            self.network.mend(other.0, one.1);
+        }
+    }
+}

@@ -1,0 +1,72 @@
+//! Commands of the command line that run while a test goes on.
+
+use std::{
+    io::{Read, Write as _},
+    process::{Child, ChildStdin, Stdio},
+    sync::{Arc, Mutex},
+    thread,
+};
+
+use rustix::process::{Pid, Signal};
+use strandline::task;
+
+use crate::{broker::Cli, patience::eventually};
+
+/// A command that runs while the test goes on. Dropping it kills it.
+pub(crate) struct Running {
+    child: Child,
+    stdin: Option<ChildStdin>,
+    pub(crate) stdout: Arc<Mutex<String>>,
+    pub(crate) stderr: Arc<Mutex<String>>,
+    readers: Vec<thread::JoinHandle<()>>,
+}
+
+impl Running {
+    pub(crate) fn start(cli: &Cli, arguments: &[&str]) -> Self {
+        let mut command = cli.command(arguments);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().expect("the binary starts");
+        let (stdout, stderr) = (Arc::<Mutex<String>>::default(), Arc::<Mutex<String>>::default());
+        let readers = vec![
+            gather(child.stdout.take().expect("piped"), stdout.clone()),
+            gather(child.stderr.take().expect("piped"), stderr.clone()),
+        ];
+        Self { stdin: child.stdin.take(), child, stdout, stderr, readers }
+    }
+
+    pub(crate) fn feed(&mut self, bytes: &[u8]) {
+        self.stdin.as_mut().expect("open").write_all(bytes).expect("it reads");
+    }
+
+    /// Waits until it has said so.
+    pub(crate) fn says(&self, stream: &Mutex<String>, words: &str) {
+        let said = || stream.lock().expect("whole").clone();
+        eventually(&format!("it says {words:?}"), || said().contains(words).then_some(()));
+    }
+
+    /// Sends a signal, and waits for its end: exit code and what it printed.
+    pub(crate) fn stop(mut self, signal: Signal) -> (Option<i32>, String) {
+        rustix::process::kill_process(Pid::from_child(&self.child), signal).expect("the process can be signalled");
+        let status = self.child.wait().expect("it ends");
+        for reader in self.readers.drain(..) {
+            reader.join().expect("read to the end");
+        }
+        (status.code(), self.stdout.lock().expect("whole").clone())
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn gather(mut from: impl Read + Send + 'static, into: Arc<Mutex<String>>) -> thread::JoinHandle<()> {
+    task::thread("gather", move || {
+        let mut bytes = [0; 4096];
+        while let Ok(count @ 1..) = from.read(&mut bytes) {
+            into.lock().expect("whole").push_str(&String::from_utf8_lossy(&bytes[..count]));
+        }
+    })
+}
