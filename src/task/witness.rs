@@ -115,6 +115,8 @@ pub enum Event<'a> {
         expect: u64,
         /// The ISR that is asked for.
         isr: &'a [BrokerId],
+        /// Who is added, and the registration that each of them must have for it.
+        added: &'a [(BrokerId, u64)],
     },
     /// Writers were told that their records are safe.
     Answered {

@@ -168,12 +168,12 @@ impl Known {
                 partition.begun(who.broker, at, epochs, &producers).map_err(by)?
             }
             Event::Claimed { epoch, persisted, .. } => partition.claimed(who.broker, epoch, persisted),
-            Event::Marks { marks, part, .. } => partition.marked(who.broker, marks, part).map_err(by)?,
+            Event::Marks { marks, part, .. } => partition.marked(who.broker, marks, part, &self.brokers).map_err(by)?,
             Event::Counted { epoch, follower, acknowledged, .. } => {
                 partition::counted(epoch, follower, acknowledged).map_err(by)?
             }
-            Event::Proposed { epoch, expect, isr, .. } => {
-                partition.proposed(who.broker, epoch, (Revision(expect), isr), &self.brokers).map_err(by)?
+            Event::Proposed { epoch, expect, isr, added, .. } => {
+                partition.proposed(who.broker, epoch, (Revision(expect), isr, added), &self.brokers).map_err(by)?
             }
             Event::Answered { end, by_all, .. } => partition.answered(who.broker, end, by_all).map_err(by)?,
             Event::Readable { end, .. } => partition.readable(end).map_err(by)?,

@@ -135,7 +135,15 @@ impl Actor {
                 elr = %listed(&proposal.value.elr), before = %listed(&leader.in_sync().value().isr),
                 "proposes other in-sync replicas"
             );
-            saw!(Proposed { partition: self.id, epoch, expect: proposal.expect.0, isr: &proposal.value.isr });
+            #[cfg(feature = "sim")]
+            let added: Vec<_> = proposal.added.iter().map(|peer| (peer.broker, peer.epoch.0)).collect();
+            saw!(Proposed {
+                partition: self.id,
+                epoch,
+                expect: proposal.expect.0,
+                isr: &proposal.value.isr,
+                added: &added
+            });
             self.asked = Some(Question { epoch, about: About::Proposal });
             self.around.agreement.propose(self.id, proposal);
         }

@@ -43,6 +43,15 @@ struct Proposal {
     expect: Revision,
     /// Each member with the uptime that was registered when it was proposed.
     isr: BTreeMap<BrokerId, Option<u64>>,
+    /// Who is added, and the registration that must be there for it.
+    added: Vec<(BrokerId, u64)>,
+}
+
+impl Proposal {
+    /// Whether the store may still make it, as far as registrations go.
+    fn may_come(&self, brokers: &Brokers) -> bool {
+        self.added.iter().all(|(broker, registered)| brokers.get(broker) == Some(registered))
+    }
 }
 
 /// Whether something moved that a member must hold.
@@ -262,7 +271,7 @@ impl Partition {
     }
 
     /// The marks that a broker publishes: how far its log reaches, and what it takes as committed.
-    pub(super) fn marked(&mut self, broker: BrokerId, marks: Watermarks, part: Part) -> Moved {
+    pub(super) fn marked(&mut self, broker: BrokerId, marks: Watermarks, part: Part, brokers: &Brokers) -> Moved {
         let replica = self.replica(broker);
         replica.ends.persisted = marks.persisted_end;
         if let Part::Following(epoch) = part {
@@ -290,7 +299,8 @@ impl Partition {
         let Part::Leading { epoch, revision, min_insync, durability } = part else {
             return Err(format!("takes {} as committed, and {} is", marks.high_watermark, self.committed.1));
         };
-        let may = self.may_commit(broker, epoch, Revision(revision), min_insync, durability, marks.high_watermark);
+        let known = (epoch, Revision(revision));
+        let may = self.may_commit(broker, known, (min_insync, durability), marks.high_watermark, brokers);
         self.commit(broker, marks.high_watermark);
         may.map(|()| true)
     }
@@ -299,11 +309,10 @@ impl Partition {
     fn may_commit(
         &self,
         leader: BrokerId,
-        epoch: LeaderEpoch,
-        revision: Revision,
-        min_insync: usize,
-        durability: Durability,
+        (epoch, revision): (LeaderEpoch, Revision),
+        (min_insync, durability): (usize, Durability),
         end: Offset,
+        brokers: &Brokers,
     ) -> Result<(), Wrong> {
         let Some(value) = self.values.get(&revision) else { return Ok(()) };
         let wrong = |why: String| Err(format!("commits up to {end} in epoch {epoch} {why}: {value:?}"));
@@ -314,7 +323,8 @@ impl Partition {
             return wrong("while others are eligible".to_owned());
         }
         let made_here = |proposal: &&Proposal| proposal.epoch == epoch && proposal.expect == revision;
-        let proposed = self.proposals.iter().filter(made_here).flat_map(|proposal| proposal.isr.keys());
+        let open = self.proposals.iter().filter(made_here).filter(|proposal| proposal.may_come(brokers));
+        let proposed = open.flat_map(|proposal| proposal.isr.keys());
         for member in value.isr.iter().chain(proposed) {
             let Some(replica) = self.replicas.get(member) else {
                 return wrong(format!("without broker {member}, which has no replica"));
@@ -351,7 +361,7 @@ impl Partition {
         &mut self,
         leader: BrokerId,
         epoch: LeaderEpoch,
-        (expect, isr): (Revision, &[BrokerId]),
+        (expect, isr, asked_for): (Revision, &[BrokerId], &[(BrokerId, u64)]),
         brokers: &Brokers,
     ) -> Moved {
         let start = self.leaders.get(&epoch).map_or(Offset::ZERO, |(_, start)| *start);
@@ -362,7 +372,8 @@ impl Partition {
         let lacking = added.map(|id| (*id, self.replicas.get(id).and_then(|replica| replica.ever_acked(epoch))));
         let lacking = lacking.rev().find(|(_, acked)| acked.is_none_or(|acked| acked.by(durability) < asked));
         let uptime = |id: &BrokerId| (*id, brokers.get(id).copied());
-        self.proposals.push(Proposal { epoch, expect, isr: isr.iter().map(uptime).collect() });
+        let isr = isr.iter().map(uptime).collect();
+        self.proposals.push(Proposal { epoch, expect, isr, added: asked_for.to_vec() });
         if self.proposals.len() > REMEMBERED {
             self.proposals.remove(0);
         }
