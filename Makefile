@@ -50,7 +50,7 @@ test: ## Every test, those with real processes too.
 	tests/fetch-etcd >/dev/null
 	$(CARGO) test --locked --no-fail-fast
 
-check: fmt clippy client docs deny protos test sim-fixed ## What CI asks: everything below, then the tests.
+check: fmt clippy client docs deny protos test sim-fixed sim-new ## What CI asks: everything below, then the tests.
 
 fmt: ## The sources are formatted.
 	$(CARGO) fmt --check
@@ -108,11 +108,11 @@ SIM = CARGO_TARGET_DIR=target/sim RUSTFLAGS="--cfg tokio_unstable" \
 sim: ## Simulates SEEDS runs (200) of one broker and of three under faults, from SEED (1) on, some of them twice, and broken rules.
 	STRANDLINE_SEEDS=$(SEEDS) STRANDLINE_SEED=$(SEED) STRANDLINE_TRACE=$(TRACE) STRANDLINE_LOG=$(LOG) $(SIM) $(ONLY)
 
-sim-fixed: ## The first 40 seeds of each, some of them twice, and broken rules: what CI simulates.
+sim-fixed: ## The first 40 seeds of each, some of them twice, and broken rules: what every build simulates.
 	$(MAKE) sim SEEDS=40 SEED=1 ONLY= TRACE= LOG=
 
-sim-new: ## The same with seeds that nobody has run before, for SIM_SECONDS (180).
-	STRANDLINE_SIM_SECONDS=$(SIM_SECONDS) $(SIM)
+sim-new: ## Seeds that nobody has run before, for SIM_SECONDS (180); they are printed.
+	STRANDLINE_SIM_SECONDS=$(SIM_SECONDS) $(SIM) brokers_keep broker_keeps
 
 mutants: ## Breaks each rare rule on purpose and simulates seeds until one finds it: an hour. MUTANT=name picks one.
 	STRANDLINE_MUTANT=$(MUTANT) $(SIM) --ignored every_rare_broken_rule_is_found
