@@ -112,15 +112,19 @@ impl Replica {
         self.writable()?;
         let snapshot = Snapshot::encode(&epochs, &producers, at);
         self.shared.core.may_change(snapshot.len() as u64 + NAMES_BYTES)?;
+        // What is replaced needs nothing of the journal any more: it stands in checkpoints until the reset is done.
+        self.shared.sync().map_err(|error| ChangeError::Failed { reason: error.to_string() })?;
         self.keep_tables_beside(&snapshot, at)?;
         self.forget_pending();
         let shared = self.shared.clone();
+        let replaced = Box::new(shared.record());
         let generation = shared.core.next_generation();
         let info = SegmentInfo::empty(at, clock::wall_ms());
         let removed = {
             let mut state = shared.state();
             let file = Arc::new(SegmentFile::new(shared.core.files.serial(), &shared.dir, at));
             let removed = std::mem::replace(&mut state.segments, vec![Segment { info, file }]);
+            state.replaced = Some(replaced);
             (state.generation, state.persisted_end, state.log_start) = (generation, at, at);
             (state.epochs, state.producers) = (Arc::new(epochs), Arc::new(producers));
             state.index = None;
@@ -140,7 +144,11 @@ impl Replica {
             shared.sync_names()
         };
         emptied().map_err(|error| self.failed_change(&error))?;
-        shared.state().unsynced.clear();
+        {
+            let mut state = shared.state();
+            state.unsynced.clear();
+            state.replaced = None;
+        }
         shared.core.commit(&shared, shared.head(Kind::Settled, generation, at, at))
     }
 

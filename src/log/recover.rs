@@ -101,6 +101,9 @@ pub(super) fn set_aside(core: &Core, dir: &Path) -> io::Result<()> {
     let entries = core.disk.list(dir)?;
     let mut kept = Vec::new();
     for entry in &entries {
+        if entry.name.ends_with(snapshot::OF_RESET) {
+            core.disk.remove(&dir.join(&entry.name))?;
+        }
         let Some(base) = base_of(&entry.name) else { continue };
         if entry.len > 0 {
             let taken = |name: &String| entries.iter().any(|other| other.name == *name);

@@ -63,6 +63,8 @@ pub(super) struct State {
     pub(super) unsynced_bytes: u64,
     /// Whether names were made or removed since the directory was synced.
     pub(super) names_changed: bool,
+    /// What was there before a reset, until its files are gone and those of the new beginning are synced: a checkpoint says no more before.
+    pub(super) replaced: Option<Box<ReplicaRecord>>,
     /// How many hand-overs wait for a sync of the segments: later ones queue behind them.
     pub(super) syncing: u32,
 }
@@ -134,6 +136,7 @@ impl Shared {
                 unsynced: VecDeque::new(),
                 unsynced_bytes: 0,
                 names_changed: false,
+                replaced: None,
                 syncing: 0,
             }),
         })
@@ -195,6 +198,8 @@ impl Shared {
                 state.persisted_end = state.persisted_end.max(head.end);
             }
             Kind::Synced => state.persisted_end = state.persisted_end.max(head.end),
+            // No sync lets go of it, only the end of the reset.
+            Kind::Reset => state.unsynced.push_back((file, Offset::MAX)),
             _ => {}
         }
     }
@@ -208,6 +213,9 @@ impl Shared {
     /// What the checkpoint keeps of it.
     pub(super) fn record(&self) -> ReplicaRecord {
         let state = self.state();
+        if let Some(replaced) = &state.replaced {
+            return (**replaced).clone();
+        }
         let recovery = &state.recovery;
         let sealed = state.segments.iter().map(|segment| segment.info);
         let mut segments: Vec<_> = sealed.take_while(|info| info.base < recovery.segment.base).collect();
