@@ -109,6 +109,10 @@ async fn all_of_machine(machine: &mut Machine, plan: &Plan) {
             }
             _ => None,
         };
+        // It was waited for until nothing more is to go wrong, whole or not.
+        if alone_down.is_some() && plan.is_over() {
+            return;
+        }
         match kind {
             0..=3 if plan.power || alone_down.is_some() => machine.kill(Some(random::bits())),
             0..=3 | 7 => machine.kill(None),

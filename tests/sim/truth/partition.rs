@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    ops::Range,
+    ops::{Bound, Range},
     sync::atomic::Ordering,
 };
 
@@ -323,7 +323,8 @@ impl Partition {
             return wrong("while others are eligible".to_owned());
         }
         let made_here = |proposal: &&Proposal| proposal.epoch == epoch && proposal.expect == revision;
-        let open = self.proposals.iter().filter(made_here).filter(|proposal| proposal.may_come(brokers));
+        let open = self.proposals.iter().filter(made_here);
+        let open = open.filter(|proposal| proposal.may_come(brokers) || self.has_come(proposal));
         let proposed = open.flat_map(|proposal| proposal.isr.keys());
         for member in value.isr.iter().chain(proposed) {
             let Some(replica) = self.replicas.get(member) else {
@@ -335,6 +336,15 @@ impl Partition {
             }
         }
         Ok(())
+    }
+
+    /// Whether the store has made this proposal: the value that replaced the expected one is what it asked for.
+    fn has_come(&self, proposal: &Proposal) -> bool {
+        let after = self.values.range((Bound::Excluded(proposal.expect), Bound::Unbounded)).next();
+        after.is_some_and(|(_, value)| {
+            let isr: BTreeSet<_> = value.isr.iter().collect();
+            value.leader_epoch == proposal.epoch && proposal.isr.keys().eq(isr)
+        })
     }
 
     /// All below `end` is committed, as this leader has it.
