@@ -332,7 +332,13 @@ impl admin_server::Admin for Service {
         let broker = v1::Broker { id: 1, address: self.0.address.to_string(), rack: String::new() };
         let topics = request.into_inner().topics.into_iter().map(|name| self.0.topic(name)).collect();
         let cluster = "discard".to_owned();
-        Ok(Response::new(v1::GetMetadataResponse { cluster, brokers: vec![broker], topics, controller: None }))
+        Ok(Response::new(v1::GetMetadataResponse {
+            cluster,
+            brokers: vec![broker],
+            topics,
+            controller: None,
+            in_doubt: false,
+        }))
     }
 
     async fn create_topic(

@@ -29,6 +29,7 @@ impl Broker {
             brokers: brokers.collect(),
             topics,
             controller: state.controller().map(|id| id.0),
+            in_doubt: self.is_in_doubt(),
         }
     }
 

@@ -43,8 +43,10 @@ impl Broker {
                 leader_epoch: -1,
             })
         });
+        // A doubt that ends meanwhile has not heard yet what became of what is answered.
+        let doubted = self.is_in_doubt();
         let answers = answers.buffered(LOOKUPS).collect().await;
-        Ok(v1::ListOffsetsResponse { answers, in_doubt: self.is_in_doubt() })
+        Ok(v1::ListOffsetsResponse { answers, in_doubt: doubted || self.is_in_doubt() })
     }
 
     async fn find_offset(&self, query: &v1::OffsetQuery, settled_by: Instant) -> Result<v1::OffsetAnswer, Fault> {

@@ -320,7 +320,7 @@ impl Broker {
             _ if is_said => {}
             PartitionError::Lost { .. } => tracing::warn!(
                 partition = %id, %topic, %error,
-                "this replica lacks committed records and counts for nothing; it is copied anew as soon as another one leads"
+                "this replica lacks committed records and counts for nothing; it is copied anew as soon as another one leads, if there is one"
             ),
             _ => tracing::error!(partition = %id, %topic, %error, "the partition cannot be opened on this broker"),
         }

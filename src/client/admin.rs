@@ -12,6 +12,7 @@ use super::{
     Client,
     connection::{Address, admin_client, log_client},
     error::CallError,
+    routing::Source,
 };
 use crate::{
     model::{BrokerId, ConfigMap, LeaderEpoch, Offset, TopicId, Watermarks},
@@ -332,7 +333,7 @@ impl Admin {
             let message = format!("topic {topic:?} has no partition {partition}: it has {count}, numbered from 0");
             return Err(Fault::new(Reason::UnknownPartition, message).into());
         }
-        let Some(address) = self.client.routing().leader(topic, partition) else {
+        let Some(Source { address, epoch, .. }) = self.client.routing().source(topic, partition, None) else {
             let message = format!("partition {topic}/{partition} has no leader at the moment");
             return Err(Fault::new(Reason::NotLeader, message).into());
         };
@@ -346,22 +347,21 @@ impl Admin {
             Some(v1::offset_query::At::TimestampMs(_)) => self.client.options().request_timeout,
             _ => self.client.options().request_timeout.min(super::ANY_ANSWER),
         };
+        let is_start = matches!(query.at, Some(v1::offset_query::At::Earliest(_)));
         let request = v1::ListOffsetsRequest { queries: vec![query.clone()] };
         let answer = match super::bounded(wait, log_client(wire).list_offsets(request)).await {
             Ok(answer) => answer,
             Err(super::Unanswered::Refused(fault)) => return Err(fault.into()),
             Err(unanswered) => return Err(unreachable(unanswered.fault().message)),
         };
-        let in_doubt = answer.in_doubt.then_some(address);
+        // Where a log begins nobody else knows better.
+        let in_doubt = (answer.in_doubt && !is_start).then_some(address);
         let Some(answer) = answer.answers.into_iter().next() else {
             return Err(odd("an empty answer to a query for an offset").into());
         };
         match answer.error {
             Some(error) => Err(Fault::from(error).into()),
-            None => {
-                let epoch = LeaderEpoch::from_i32(answer.leader_epoch).unwrap_or_default();
-                Ok(Told { offset: offset(answer.offset)?, epoch, in_doubt })
-            }
+            None => Ok(Told { offset: offset(answer.offset)?, epoch, in_doubt }),
         }
     }
 }
@@ -369,6 +369,7 @@ impl Admin {
 /// What a leader says of its log.
 struct Told {
     offset: Offset,
+    /// The epoch that it leads in, as far as this client knew.
     epoch: LeaderEpoch,
     /// Where it is, if it doubts whether it leads.
     in_doubt: Option<Address>,

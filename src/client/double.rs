@@ -475,6 +475,12 @@ impl Double {
                 ..Default::default()
             }
         });
-        v1::GetMetadataResponse { cluster: "double".into(), brokers, topics: topics.collect(), ..Default::default() }
+        v1::GetMetadataResponse {
+            cluster: "double".into(),
+            brokers,
+            topics: topics.collect(),
+            in_doubt: state.doubts,
+            ..Default::default()
+        }
     }
 }

@@ -237,10 +237,24 @@ impl Client {
             let mut order = self.anybody();
             order.sort_by_key(|address| doubted.contains(address));
             let hedge = if doubted.is_empty() { HEDGE } else { HEDGE_IN_DOUBT };
-            self.ask_in_turn(order, hedge, move |wire| {
-                let request = v1::GetMetadataRequest { topics: topics.clone(), all_topics: false };
-                async move { connection::admin_client(wire).get_metadata(request).await }
-            })
+            async move {
+                // One that is cut off may be the first to answer: it is believed where nobody knows better.
+                let doubtful = Mutex::new(None);
+                let call = |wire| {
+                    let request = v1::GetMetadataRequest { topics: topics.clone(), all_topics: false };
+                    let doubtful = &doubtful;
+                    async move {
+                        let answer = connection::admin_client(wire).get_metadata(request).await?;
+                        if !answer.get_ref().in_doubt {
+                            return Ok(answer);
+                        }
+                        *lock(doubtful) = Some(answer.into_inner());
+                        Err(Fault::new(Reason::MetadataUnavailable, "the broker doubts what it knows").into())
+                    }
+                };
+                let answer = self.ask_in_turn(order, hedge, call).await;
+                answer.or_else(|error| lock(&doubtful).take().ok_or(error))
+            }
         };
         self.inner.routing.refresh(seen, wanted, ask).await
     }
