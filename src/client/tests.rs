@@ -491,6 +491,23 @@ async fn where_a_log_ends_is_asked_at_its_leaders_successor_when_the_leader_is_i
     }
 }
 
+/// Two that were cut off together agree with each other, and the one that answered last is asked first.
+#[tokio::test]
+async fn metadata_of_a_broker_in_doubt_is_believed_where_nobody_knows_better() {
+    let (old, new, client) = two(0, 0).await;
+    let leader = async || {
+        client.topic_now("t").await.expect("known");
+        client.routing().leader("t", 0).expect("known").as_str().to_owned()
+    };
+    assert_eq!(leader().await, old.address.to_string());
+    old.doubt();
+    new.state().advertised_epoch = 1;
+    assert_eq!(leader().await, new.address.to_string());
+    new.doubt();
+    let all_doubt = tokio::time::timeout(Duration::from_secs(5), client.topic_now("t")).await;
+    all_doubt.expect("in time").expect("told all the same");
+}
+
 #[tokio::test]
 async fn what_a_broker_without_its_metadata_store_has_not_begun_another_one_does() {
     let (one, other, client) = two(0, 0).await;
