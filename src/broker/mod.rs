@@ -311,6 +311,8 @@ impl Broker {
     /// Stops in order; returns when nothing of it runs.
     pub async fn stop(&self) {
         self.ready.store(false, Ordering::Release);
+        // Partitions end when the journal has answered them, which a disk must not keep from happening.
+        self.log.expect_close();
         self.readers.stop().await;
         self.tasks.stop().await;
         self.partitions.stop().await;

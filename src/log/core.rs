@@ -116,6 +116,8 @@ pub(super) struct Core {
     pub(super) generation: AtomicU64,
     pub(super) closed: AtomicBool,
     pub(super) disk_full: AtomicBool,
+    /// Whether the last checkpoint could not be written.
+    pub(super) checkpoint_fails: AtomicBool,
     /// Whether the reserve's file is there; made again when there is room.
     pub(super) reserved: AtomicBool,
     /// Bytes that may be appended without asking the file system.

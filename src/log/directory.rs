@@ -41,6 +41,9 @@ use crate::{
     task::{self, clock},
 };
 
+/// How long a log that is to be closed waits until its journal has room again.
+const STOP_WAIT: Duration = Duration::from_secs(5);
+
 /// One data directory. Clones share it; it stops without a clean end when the last is dropped.
 #[derive(Clone)]
 pub struct Log {
@@ -127,6 +130,7 @@ impl Log {
             generation: AtomicU64::new(found.generation),
             closed: AtomicBool::new(false),
             disk_full: AtomicBool::new(false),
+            checkpoint_fails: AtomicBool::new(false),
             reserved: AtomicBool::new(options.reserve_bytes == 0),
             granted: AtomicU64::new(0),
             work: Mutex::new(Work::default()),
@@ -270,6 +274,13 @@ impl Log {
     pub fn space(&self) -> io::Result<Space> {
         let core = &self.inner.core;
         Ok(Space { free_bytes: core.disk.free_bytes(&core.dir)?, total_bytes: core.disk.total_bytes(&core.dir)? })
+    }
+
+    /// Says that the log is to be closed when those who write to it have stopped. They wait for the journal, and it waits until a file of
+    /// its ring is free; from now on it does so for some seconds, and then it has failed. What it has not taken by then was
+    /// acknowledged to nobody.
+    pub fn expect_close(&self) {
+        self.inner.core.journal.expect_close();
     }
 
     /// Syncs everything, writes the last checkpoint and stops the threads. Appends are refused from now on. An error
@@ -448,8 +459,13 @@ impl Inner {
     }
 
     /// Ends writing to the directory where the journal's ring can never go round again: its oldest file holds what a replica acknowledged
-    /// and cannot sync. Everybody would wait for it, and nobody would know; a restart replays it.
+    /// and cannot sync. Everybody would wait for it, and nobody would know; a restart replays it. Ends it as well where a stop has waited
+    /// long enough.
     fn fail_if_stuck(&self) {
+        if self.core.journal.keeps_a_stop_waiting(STOP_WAIT) {
+            let why = format!("the log stops, and no file of the journal came free for {} s", STOP_WAIT.as_secs());
+            return self.core.journal.fail(&io::Error::other(why));
+        }
         let Some(oldest) = self.ring().oldest() else { return };
         let open = self.open_replicas();
         let needs = |replica: &&Arc<Shared>| {

@@ -116,13 +116,25 @@ impl Inner {
         self.take_reserve();
         self.sync_dirty(&dirty);
         let short = self.ring().short();
-        if (urgent || short)
-            && let Err(error) = self.recycle()
-        {
-            tracing::warn!(%error, "the checkpoint could not be written; acknowledgements may wait for it");
-            return false;
+        if !urgent && !short {
+            return true;
         }
-        true
+        let recycled = self.recycle();
+        self.say_whether_checkpoints_fail(&recycled);
+        recycled.is_ok()
+    }
+
+    /// Once when it begins and once when it ends: it is tried again several times a second.
+    fn say_whether_checkpoints_fail(&self, last: &io::Result<()>) {
+        let path = self.core.dir.display();
+        let failed = self.core.checkpoint_fails.swap(last.is_err(), Ordering::Relaxed);
+        match last {
+            Err(error) if !failed => {
+                tracing::warn!(%path, %error, "the checkpoint cannot be written; it is tried again, and acknowledgements may wait for it");
+            }
+            Ok(()) if failed => tracing::info!(%path, "the checkpoint can be written again"),
+            _ => {}
+        }
     }
 
     fn sync_dirty(&self, dirty: &[Arc<Shared>]) {

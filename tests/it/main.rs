@@ -38,5 +38,6 @@ mod running;
 #[cfg(test)]
 mod s3;
 mod source;
+mod stop;
 mod waiting;
 mod wire;

@@ -33,6 +33,7 @@ use std::{
     time::Duration,
 };
 
+use tokio::time::Instant;
 use uuid::Uuid;
 
 use self::{
@@ -79,6 +80,8 @@ pub(super) struct Journal {
     position: AtomicU64,
     /// Whether the writer waits for a file that is being made.
     awaited: AtomicBool,
+    /// Whether it is to be closed soon: room is not waited for without an end any more.
+    closing: AtomicBool,
     next_round: AtomicU64,
     failed: OnceLock<String>,
     metrics: Metrics,
@@ -93,6 +96,8 @@ struct Queue {
 struct Writer {
     current: Option<Current>,
     buffer: AlignedBuffer,
+    /// Since when the next round finds no room.
+    stuck: Option<Instant>,
 }
 
 /// What a round needs before it can be written.
@@ -117,12 +122,13 @@ impl Journal {
             stepper: options.stepper.clone(),
             queue: Mutex::default(),
             queued: Condvar::new(),
-            writer: Mutex::new(Writer { current: None, buffer: AlignedBuffer::default() }),
+            writer: Mutex::new(Writer { current: None, buffer: AlignedBuffer::default(), stuck: None }),
             ring: Mutex::new(ring),
             released: Condvar::new(),
             entered: Condvar::new(),
             position: AtomicU64::new(0),
             awaited: AtomicBool::new(false),
+            closing: AtomicBool::new(false),
             next_round: AtomicU64::new(next_round),
             failed: OnceLock::new(),
             metrics: options.metrics.clone(),
@@ -183,6 +189,17 @@ impl Journal {
         self.entered.notify_all();
     }
 
+    /// Says that it is to be closed soon.
+    pub(super) fn expect_close(&self) {
+        self.closing.store(true, Ordering::Release);
+    }
+
+    /// Whether it is to be closed, and its next round has found no room for so long.
+    pub(super) fn keeps_a_stop_waiting(&self, at_most: Duration) -> bool {
+        let stuck = || lock(&self.writer).stuck;
+        self.closing.load(Ordering::Acquire) && stuck().is_some_and(|since| since.elapsed() >= at_most)
+    }
+
     pub(super) fn is_closed(&self) -> bool {
         lock(&self.queue).closed
     }
@@ -198,14 +215,16 @@ impl Journal {
         let mut writer = lock(&self.writer);
         let file_bytes = lock(&self.ring).file_bytes;
         if writer.current.as_ref().is_some_and(|current| current.position + needed <= file_bytes) {
+            writer.stuck = None;
             return Ok(Room::Ready);
         }
         if let Some(next) = lock(&self.ring).advance(self.next_round())? {
-            writer.current = Some(next);
+            (writer.current, writer.stuck) = (Some(next), None);
             self.position.store(0, Ordering::Relaxed);
             self.entered.notify_all();
             return Ok(Room::Entered);
         }
+        writer.stuck.get_or_insert_with(clock::monotonic);
         drop(writer);
         if prepare()? { self.make_room(&mut || Ok(false)) } else { Ok(Room::NeedsFile) }
     }
@@ -286,7 +305,7 @@ impl Journal {
     /// journal without it is known to be another one. There is room for it: [`Self::make_room`] was just called.
     pub(super) fn begin(&self) -> io::Result<()> {
         let mut writer = lock(&self.writer);
-        let Writer { current, buffer } = &mut *writer;
+        let Writer { current, buffer, .. } = &mut *writer;
         let current = current.as_mut().expect("there is room");
         let round = buffer.slice(entry::round_bytes(0, 0));
         let sequence = self.next_round();
@@ -309,7 +328,7 @@ impl Journal {
         if items.is_empty() {
             return;
         }
-        let Writer { current, buffer } = &mut *writer;
+        let Writer { current, buffer, .. } = &mut *writer;
         let current = current.as_mut().expect("there is room");
         let payload = items.iter().map(|item| item.bytes).sum();
         let round = buffer.slice(entry::round_bytes(items.len(), payload));

@@ -178,6 +178,40 @@ fn fill_journal(disk: &SimDisk, log: &Log, replica: &mut Replica) {
     }
 }
 
+/// Whoever writes waits for the journal, and it waited without an end until a checkpoint could be written: such a broker was asked to stop
+/// and never did.
+#[tokio::test(start_paused = true)]
+async fn a_stop_waits_for_room_in_the_journal_for_some_seconds_and_no_longer() {
+    let disk = SimDisk::new();
+    let log = open(&disk);
+    let mut replica = log.open_replica(partition(0), at(0)).unwrap();
+    fill_journal(&disk, &log, &mut replica);
+    let answer = persist(&mut replica);
+    let wait = async |seconds| {
+        tokio::time::advance(Duration::from_secs(seconds)).await;
+        while log.journal_step() {}
+        log.status().failed
+    };
+    assert_eq!(wait(60).await, None, "nobody is in a hurry");
+    disk.fail_syncs(None);
+    settle(&log);
+    assert_eq!(answer.try_recv().unwrap(), Ok(replica.log_end()), "and it goes on");
+
+    fill_journal(&disk, &log, &mut replica);
+    let (persisted, stuck) = (replica.persisted_end(), persist(&mut replica));
+    log.expect_close();
+    assert_eq!(wait(4).await, None);
+    assert!(stuck.try_recv().is_err());
+    let why = wait(2).await.expect("it has waited long enough");
+    assert!(why.contains("the log stops, and no file of the journal came free for 5 s"), "{why}");
+    assert!(matches!(stuck.try_recv().unwrap(), Err(PersistError::Failed { .. })));
+    assert!(log.close().is_err());
+    drop((replica, log));
+    disk.fail_syncs(None);
+    let log = open(&disk);
+    assert!(log.open_replica(partition(0), at(0)).unwrap().log_end() >= persisted, "what was acknowledged is there");
+}
+
 /// Without threads nobody makes room while a change waits for its round: it waited for ever. Then it failed, and the replica with it,
 /// when the disk had room again.
 #[test]

@@ -1,0 +1,85 @@
+//! Stops that something stands in the way of.
+
+use std::{fs, time::Duration};
+
+use bytes::Bytes;
+use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
+use strandline::{proto::fault::Reason, task::clock};
+
+use crate::{broker::Home, patience::eventually, wire};
+
+/// So little that it goes to the journal, and nothing that a codec makes smaller.
+fn payload(number: u64) -> Bytes {
+    let mut bytes = vec![0; 100_000];
+    StdRng::seed_from_u64(number).fill_bytes(&mut bytes);
+    bytes.into()
+}
+
+/// Waits until nothing was written to the journal for a second, in which the checkpoint was tried several times.
+fn full(home: &Home) -> f64 {
+    let (mut written, mut since) = (0.0, clock::monotonic());
+    eventually("the journal is full", || {
+        let now = home.metric("strandline_journal_bytes_total");
+        if now != written {
+            (written, since) = (now, clock::monotonic());
+        }
+        (now > 4e6 && since.elapsed() >= Duration::from_secs(1)).then_some(now)
+    })
+}
+
+/// Writers wait for the journal, and it waits until a checkpoint can be written. A broker whose disk keeps it from that was asked to stop,
+/// and had to be killed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_broker_that_cannot_write_its_checkpoint_stops_all_the_same() {
+    let mut home = Home::new().setting("log.journal_bytes", 16 << 20);
+    let broker = tokio::task::block_in_place(|| home.start());
+    wire::create_topic(home.grpc(), "t", 1, &[("remote.storage.enable", "false")]).await;
+    // A folder where the checkpoint is written before it gets its name.
+    let in_the_way = home.data_dir().join("checkpoint.tmp");
+    fs::create_dir(&in_the_way).expect("a folder");
+    let log = wire::log(home.grpc());
+    let one_after_the_other = tokio::spawn({
+        let mut log = log.clone();
+        async move {
+            for taken in 0_u64.. {
+                if let Err(fault) = wire::append(&mut log, wire::append_plain("t", 0, vec![payload(taken)])).await {
+                    return (taken, fault);
+                }
+            }
+            unreachable!("the journal has an end")
+        }
+    });
+    let bytes = tokio::task::block_in_place(|| full(&home));
+    // More come all the time: the log always holds what its segment was not synced with yet.
+    let (many, under_way) = tokio::sync::oneshot::channel();
+    let others = tokio::spawn(async move {
+        let mut many = Some(many);
+        for number in 0_u64..2000 {
+            if number == 100 {
+                many.take().map(|many| many.send(()));
+            }
+            let request = wire::append_plain("t", 0, vec![payload(number).slice(..10)]);
+            let mut log = log.clone();
+            tokio::spawn(async move { wire::append(&mut log, request).await });
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    });
+    under_way.await.expect("it says so");
+    let asked = clock::monotonic();
+    let status = tokio::task::block_in_place(|| broker.terminate());
+    println!("stop: with a journal full of {bytes} bytes it took {:?}", asked.elapsed());
+    others.abort();
+    assert_eq!(status.code(), Some(1), "{}", home.log());
+    assert_eq!(home.log().matches("the checkpoint cannot be written").count(), 1, "{}", home.log());
+    assert!(home.log().contains("the log stops, and no file of the journal came free for 5 s"), "{}", home.log());
+    let (taken, fault) = one_after_the_other.await.expect("it ends");
+    assert!(matches!(fault.reason, Reason::StorageFailed | Reason::NotReady), "{fault:?}");
+
+    fs::remove_dir(&in_the_way).expect("it was left alone");
+    let _broker = tokio::task::block_in_place(|| home.start());
+    let mut log = wire::log(home.grpc());
+    let taken = i64::try_from(taken).expect("few");
+    let records = wire::read_range(&mut log, "t", 0, 0, taken).await.expect("it reads");
+    assert_eq!(records.len(), usize::try_from(taken).expect("few"), "what was acknowledged is there");
+    assert!((0..).zip(records).all(|(number, record)| record.value == Some(payload(number))));
+}
