@@ -197,10 +197,9 @@ fn apply(disk: &dyn Disk, dir: &Path, record: &mut ReplicaRecord, story: &Story)
             let path = dir.join(name(cut.base, "snapshot"));
             match disk.read(&path).ok().and_then(|file| Snapshot::decode(&file, cut.base)) {
                 Some(tables) => (record.epochs, record.producers) = (tables.epochs, tables.producers),
-                None if story.unsettled.as_ref() == Some(cut) => {
-                    record.lost = Some(format!("{}, which a reset wrote, is missing or damaged", path.display()));
-                }
-                None => {}
+                // It goes with the segments before a later start.
+                None if story.local_start.is_some_and(|moved| moved.generation >= known && moved.base > cut.base) => {}
+                None => record.lost = Some(format!("{}, which a reset wrote, is missing or damaged", path.display())),
             }
         } else if record.segments.last().is_some_and(|last| last.end > cut.base) {
             let base = record.segments.iter().rfind(|info| info.base <= cut.base).map(|info| info.base);

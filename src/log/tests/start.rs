@@ -66,6 +66,42 @@ fn a_damaged_or_missing_snapshot_is_never_taken_for_nothing() {
     assert!(replica.tables_at_start().unwrap_err().to_string().contains("at 6 is gone"));
 }
 
+/// Where a reset was done and settled it began with nothing instead.
+#[test]
+fn the_tables_of_a_reset_are_never_taken_for_nothing_by_a_start() {
+    for missing in [false, true] {
+        for evicted in [false, true] {
+            let disk = SimDisk::new();
+            let log = open(&disk);
+            let (_, wanted) = three(&log);
+            let (epochs, producers) = wanted[1].clone();
+            let mut replica = log.open_replica(partition(1), at(0)).unwrap();
+            replica.reset_with(at(6), epochs, producers).unwrap();
+            write(&log, &mut replica, &[produced(6, 3, 2, 1, 1000, (9, 0, 0))]);
+            let had = tables(&replica);
+            if evicted {
+                replica.roll().unwrap();
+                assert!(replica.evict(at(9)).unwrap() > 0);
+            }
+            drop((replica, log));
+            disk.kill();
+            let snapshot =
+                Path::new("/data").join(partition(1).topic.to_string()).join("1").join(format!("{:020}.snapshot", 6));
+            if !evicted && missing {
+                disk.remove(&snapshot).unwrap();
+            } else if !evicted {
+                assert!(disk.flip(&snapshot, 100));
+            }
+            match open(&disk).open_replica(partition(1), at(0)) {
+                Ok(replica) => {
+                    assert!(evicted && tables(&replica) == had, "it goes with what lay before a later start")
+                }
+                Err(error) => assert!(!evicted && error.to_string().contains("which a reset wrote"), "{error}"),
+            }
+        }
+    }
+}
+
 /// What it knows where it ends.
 fn tables(replica: &Replica) -> (EpochHistory, ProducerTable) {
     let epochs = replica.epochs().clone();
