@@ -122,7 +122,11 @@ impl Actor {
                 let removed = self.replica.take_removed();
                 self.tasks.spawn_blocking(move || drop(removed));
             }
-            Err(error) => {
+            // That the disk is full was said, once for all partitions.
+            Err(error @ ChangeError::DiskFull) => {
+                tracing::debug!(topic = %self.topic, partition = %self.id, %error, "could not remove segments; it is tried again");
+            }
+            Err(error @ ChangeError::Failed { .. }) => {
                 tracing::warn!(topic = %self.topic, partition = %self.id, %error, "could not remove segments; it is tried again");
             }
         }
