@@ -128,6 +128,10 @@ impl Actor {
     }
 
     async fn order(&mut self, order: Order) {
+        if let Order::Assign(..) | Order::Agreed(_) = order {
+            // What orders before this one committed they did by the value that may be replaced now.
+            self.publish();
+        }
         match order {
             Order::Assign(assignment, done) => {
                 self.assign(*assignment);
