@@ -50,7 +50,7 @@ test: ## Every test, those with real processes too.
 	tests/fetch-etcd >/dev/null
 	$(CARGO) test --locked --no-fail-fast
 
-check: fmt clippy client docs deny protos test sim-fixed ## What CI asks: everything below, then the tests.
+check: fmt clippy client docs deny protos test sim-fixed sim-new ## What CI asks: everything below, then the tests.
 
 fmt: ## The sources are formatted.
 	$(CARGO) fmt --check

@@ -3,9 +3,10 @@
 //! A run has a thread of its own, and nothing that two runs share: panics, traces and broken rules are remembered for each thread.
 
 use std::{
-    fmt, panic,
+    collections::BTreeMap,
+    fmt, panic, process,
     sync::{
-        Mutex,
+        Condvar, Mutex,
         atomic::{AtomicU64, Ordering},
     },
     thread,
@@ -23,6 +24,9 @@ use crate::{
 
 /// How often it says how far it is.
 const TELL: Duration = Duration::from_secs(60);
+
+/// A run takes a fraction of a second: one that takes so long has no end.
+const ENDLESS: Duration = Duration::from_secs(600);
 
 /// Runs without any wish.
 const SEEDS: u64 = 20;
@@ -81,38 +85,84 @@ pub(crate) fn threads() -> usize {
     wish("STRANDLINE_THREADS").map_or(cores, |wished| usize::try_from(wished).unwrap_or(cores).max(1))
 }
 
+/// How far the seeds of a test have come.
+#[derive(Default)]
+struct Course {
+    done: u64,
+    failed: Vec<u64>,
+    /// Seeds that are being run, and since when.
+    running: BTreeMap<u64, Instant>,
+    /// Threads that take no seed any more.
+    through: usize,
+}
+
 /// Runs the wished seeds of a shape. Panics when any of them found something.
 pub(crate) fn run_all(shape: Shape) {
-    let (seeds, began) = (Seeds::wished(shape), clock::monotonic());
-    println!("sim: {shape}: {seeds}, {} at a time", threads());
-    let (next, done) = (AtomicU64::new(0), AtomicU64::new(0));
-    let (failed, told) = (Mutex::new(Vec::new()), Mutex::new(began));
-    let so_far = || {
-        let (done, failed) = (done.load(Ordering::Relaxed), failed.lock().unwrap().len());
-        println!("sim: {done} seeds of {shape}, {failed} failed, {}", Time(clock::monotonic() - began));
-    };
-    side_by_side("sim", threads(), |_| {
+    let (seeds, began, threads) = (Seeds::wished(shape), clock::monotonic(), threads());
+    println!("sim: {shape}: {seeds}, {threads} at a time");
+    let (next, course, ended) = (AtomicU64::new(0), Mutex::new(Course::default()), Condvar::new());
+    side_by_side("sim", threads + 1, |thread| {
+        if thread == threads {
+            return watch(shape, &course, &ended, |course| course.through < threads);
+        }
         while let Some(seed) = seeds.get(next.fetch_add(1, Ordering::Relaxed)) {
-            if panic::catch_unwind(|| run::run(shape, seed)).is_err() {
-                let why = panics::first().unwrap_or_default();
-                println!("sim: seed {seed} of {shape} failed: {why}");
-                println!("     make sim SEED={seed} SEEDS=1 ONLY={} TRACE=1 shows what happened", shape.test());
-                failed.lock().unwrap().push(seed);
-            }
-            if std::env::var("STRANDLINE_TRACE").is_ok_and(|wish| !wish.is_empty()) {
-                println!("{}", trace::last());
-            }
-            done.fetch_add(1, Ordering::Relaxed);
-            let mut last = told.lock().unwrap();
-            if last.elapsed() >= TELL {
-                *last = clock::monotonic();
-                so_far();
+            course.lock().unwrap().running.insert(seed, clock::monotonic());
+            let held = run_one(shape, seed);
+            let mut course = course.lock().unwrap();
+            course.running.remove(&seed);
+            course.done += 1;
+            if !held {
+                course.failed.push(seed);
             }
         }
+        course.lock().unwrap().through += 1;
+        ended.notify_all();
     });
-    so_far();
-    let failed = failed.into_inner().unwrap();
-    assert!(failed.is_empty(), "{shape}: seeds {failed:?} failed");
+    let course = course.into_inner().unwrap();
+    println!("{}", course.so_far(shape, began));
+    assert!(course.failed.is_empty(), "{shape}: seeds {:?} failed", course.failed);
+}
+
+/// Whether nothing was found. Says what was.
+fn run_one(shape: Shape, seed: u64) -> bool {
+    let held = panic::catch_unwind(|| run::run(shape, seed)).is_ok();
+    if !held {
+        let why = panics::first().unwrap_or_default();
+        println!("sim: seed {seed} of {shape} failed: {why}");
+        println!("     make sim SEED={seed} SEEDS=1 ONLY={} TRACE=1 shows what happened", shape.test());
+    }
+    if std::env::var("STRANDLINE_TRACE").is_ok_and(|wish| !wish.is_empty()) {
+        println!("{}", trace::last());
+    }
+    held
+}
+
+/// Says from time to time how far it is and which seeds take long. Ends the process where one has no end: its thread cannot be ended.
+fn watch(shape: Shape, course: &Mutex<Course>, ended: &Condvar, goes_on: impl Fn(&mut Course) -> bool) {
+    let began = clock::monotonic();
+    loop {
+        let (now, waited) = ended.wait_timeout_while(course.lock().unwrap(), TELL, &goes_on).unwrap();
+        if !waited.timed_out() {
+            return;
+        }
+        println!("{}", now.so_far(shape, began));
+        for (seed, since) in now.running.iter().filter(|(_, since)| since.elapsed() >= TELL) {
+            println!("sim: seed {seed} of {shape} has run for {} and goes on", Time(since.elapsed()));
+            if since.elapsed() >= ENDLESS {
+                println!(
+                    "     that is a failure; with SEED={seed} SEEDS=1 ONLY={} `make sim` runs it again",
+                    shape.test()
+                );
+                process::exit(1);
+            }
+        }
+    }
+}
+
+impl Course {
+    fn so_far(&self, shape: Shape, began: Instant) -> String {
+        format!("sim: {} seeds of {shape}, {} failed, {}", self.done, self.failed.len(), Time(began.elapsed()))
+    }
 }
 
 /// A time for a reader.
