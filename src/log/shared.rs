@@ -182,11 +182,12 @@ impl Shared {
     }
 
     /// An entry of this replica is durable, in the journal file of this use.
-    pub(super) fn journaled(&self, head: &EntryHead, file: u64) {
+    pub(super) fn journaled(self: &Arc<Self>, head: &EntryHead, file: u64) {
         let mut state = self.state();
         if head.generation != state.generation {
             return;
         }
+        let pinned = state.unsynced.len();
         match head.kind {
             Kind::Append | Kind::Create => {
                 if head.kind == Kind::Create || head.end > state.recovery.segment.end {
@@ -201,6 +202,12 @@ impl Shared {
             // No sync lets go of it, only the end of the reset.
             Kind::Reset => state.unsynced.push_back((file, Offset::MAX)),
             _ => {}
+        }
+        let pins = state.unsynced.len() > pinned;
+        drop(state);
+        if pins && !self.dirty.load(Ordering::Acquire) {
+            // The pass of syncs that it asked for was faster. Only another one gives that file up again.
+            self.touch(0);
         }
     }
 

@@ -246,6 +246,22 @@ fn a_replica_begins_anew_when_the_disk_has_room_again() {
     write(&log, &mut replica, &[batch(9, 2, 1, 1, 5000)]);
 }
 
+/// What the journal says of its making was written after the one sync that it would ever have asked for: that file of the ring was never
+/// given up, and when the others were full everybody waited for ever.
+#[test]
+fn a_replica_that_gets_no_records_does_not_hold_the_journal_up() {
+    let log = open(&SimDisk::new());
+    let mut busy = log.open_replica(partition(0), at(0)).unwrap();
+    write(&log, &mut busy, &[batch(0, 1, 1, 1, 10_000)]);
+    let quiet = log.open_replica(partition(1), at(0)).unwrap();
+    log.sync_step();
+    assert!(log.journal_step(), "the journal comes later");
+    for base in 1..3 * small().journal_bytes / 10_000 {
+        write(&log, &mut busy, &[batch(base, 1, 1, 1, 10_000)]);
+    }
+    assert_eq!(quiet.log_end(), at(0));
+}
+
 /// Its segments were forgotten first: their files stayed until the next start, just when there was no room.
 #[test]
 fn an_eviction_that_fails_is_tried_again() {
