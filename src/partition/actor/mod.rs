@@ -238,6 +238,8 @@ impl Actor {
         if let Part::Following(_) = self.part {
             self.around.links.leave(self.id, self.placed.epoch(), true);
         }
+        // What a crash left in it was handed over by nobody yet, where it was told no place since.
+        self.hand_to_journal();
         let news = Arc::clone(&self.news);
         while self.awaits_journal() {
             let told = news.next().await;

@@ -1,6 +1,6 @@
 //! The task's state without the task: what the journal says, in an order that the test chooses.
 
-use std::path::Path;
+use std::{path::Path, time::Duration};
 
 use tokio::sync::{Semaphore, oneshot::Receiver};
 
@@ -25,9 +25,16 @@ fn open_log_on(disk: SimDisk) -> Log {
 }
 
 fn open(log: &Log) -> Actor {
+    let mut actor = open_waiting(log);
+    lead(&mut actor, 4);
+    actor
+}
+
+/// One that was told nothing yet.
+fn open_waiting(log: &Log) -> Actor {
     let id = PartitionId::new(TopicId::from_bytes([7; 16]), 0);
     let config = Arc::new(TopicConfig::resolve(&ConfigMap::new(), &ConfigMap::new()).unwrap());
-    let mut actor = Actor::new(Parts {
+    Actor::new(Parts {
         broker: BrokerId(1),
         id,
         topic: TopicName::new("t").unwrap(),
@@ -43,9 +50,7 @@ fn open(log: &Log) -> Actor {
         lag_ms: u64::MAX,
         orders: mpsc::channel(1).0.downgrade(),
         tasks: Tasks::new(),
-    });
-    lead(&mut actor, 4);
-    actor
+    })
 }
 
 /// The metadata names this broker as the leader of an epoch.
@@ -102,6 +107,37 @@ async fn a_sync_that_fails_behind_the_journal_is_noticed_where_nobody_writes() {
     log.sync_step();
     let why = look(&mut actor).await.expect("it is told");
     assert!(why.contains("segment"), "{why}");
+}
+
+/// A crash left records behind that the journal had not taken, and the replica had moved elsewhere by the next start: closing it waited for
+/// a word of the journal that nobody had asked for, and the broker never came to take part.
+#[tokio::test(start_paused = true)]
+async fn a_replica_that_was_told_nothing_is_closed_with_what_a_crash_left_in_it() {
+    let disk = SimDisk::new();
+    let log = open_log_on(disk.clone());
+    let mut actor = open(&log);
+    let _kept = write(&mut actor);
+    assert!(log.journal_step());
+    let _unknown = write(&mut actor);
+    drop((actor, log));
+    disk.kill();
+    let log = open_log_on(disk);
+    let mut actor = open_waiting(&log);
+    assert!(actor.replica.persisted_end() < actor.replica.log_end());
+    let (_open, mut mailbox) = mpsc::channel(1);
+    let steps = async {
+        for _ in 0..100 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+            log.sync_step();
+            log.journal_step();
+        }
+    };
+    tokio::select! {
+        biased;
+        () = actor.stop(&mut mailbox) => {}
+        () = steps => panic!("it is still not closed"),
+    }
+    assert_eq!(actor.replica.persisted_end(), actor.replica.log_end());
 }
 
 /// The journal answers what was cut with `Cut`. That once counted as a broken disk, and for ever.
