@@ -18,8 +18,8 @@ KILLS ?= 200
 # How long `make chaos` goes on.
 MINUTES ?= 10
 
-# What `make sim` runs: so many seeds from the first on; with TRACE=1 each one's trace, with LOG=strandline=debug the brokers' log in it. How
-# long `make sim-new` goes on.
+# What `make sim` runs: so many seeds from the first on; with TRACE=1 each one's trace, with TRACE=live as it comes, with
+# LOG=strandline=debug the brokers' log in it. How long `make sim-new` goes on.
 SEEDS ?= 200
 SEED ?= 1
 TRACE ?=

@@ -131,9 +131,7 @@ fn run_one(shape: Shape, seed: u64) -> bool {
         println!("sim: seed {seed} of {shape} failed: {why}");
         println!("     make sim SEED={seed} SEEDS=1 ONLY={} TRACE=1 shows what happened", shape.test());
     }
-    if std::env::var("STRANDLINE_TRACE").is_ok_and(|wish| !wish.is_empty()) {
-        println!("{}", trace::last());
-    }
+    trace::print_last();
     held
 }
 
@@ -149,10 +147,7 @@ fn watch(shape: Shape, course: &Mutex<Course>, ended: &Condvar, goes_on: impl Fn
         for (seed, since) in now.running.iter().filter(|(_, since)| since.elapsed() >= TELL) {
             println!("sim: seed {seed} of {shape} has run for {} and goes on", Time(since.elapsed()));
             if since.elapsed() >= ENDLESS {
-                println!(
-                    "     that is a failure; with SEED={seed} SEEDS=1 ONLY={} `make sim` runs it again",
-                    shape.test()
-                );
+                println!("     that is a failure; TRACE=live, SEED={seed} SEEDS=1 ONLY={} show it", shape.test());
                 process::exit(1);
             }
         }

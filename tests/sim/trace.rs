@@ -1,5 +1,5 @@
 //! What happened in a run, line by line. Two runs of a seed must write the same. With `STRANDLINE_LOG=strandline=debug`, or another filter
-//! of its kind, the brokers' own log is in it.
+//! of its kind, the brokers' own log is in it. `STRANDLINE_TRACE=live` prints each line at once, for runs that do not end.
 
 use std::{
     cell::RefCell,
@@ -18,6 +18,20 @@ thread_local! {
 /// What happened in this thread's last run, however it ended.
 pub(crate) fn last() -> String {
     LAST.with_borrow(|last| last.as_ref().map(Trace::text)).unwrap_or_default()
+}
+
+/// Prints it where that was asked for.
+pub(crate) fn print_last() {
+    if wished().is_some_and(|wish| wish != LIVE) {
+        println!("{}", last());
+    }
+}
+
+/// A wish for lines that are printed at once.
+const LIVE: &str = "live";
+
+fn wished() -> Option<String> {
+    std::env::var("STRANDLINE_TRACE").ok().filter(|wish| !wish.is_empty())
 }
 
 /// Does something, and the log that is written meanwhile goes into the trace.
@@ -52,17 +66,22 @@ impl io::Write for Log {
 pub(crate) struct Trace {
     began: Instant,
     lines: Arc<Mutex<String>>,
+    is_live: bool,
 }
 
 impl Trace {
     pub(crate) fn new() -> Self {
-        let trace = Self { began: clock::monotonic(), lines: Arc::default() };
+        let is_live = wished().is_some_and(|wish| wish == LIVE);
+        let trace = Self { began: clock::monotonic(), lines: Arc::default(), is_live };
         LAST.set(Some(trace.clone()));
         trace
     }
 
     pub(crate) fn note(&self, what: fmt::Arguments<'_>) {
         let passed = (clock::monotonic() - self.began).as_micros();
+        if self.is_live {
+            println!("{passed:>10} {what}");
+        }
         writeln!(self.lines.lock().unwrap(), "{passed:>10} {what}").unwrap();
     }
 
