@@ -2,7 +2,7 @@
 //! what is to be synced.
 
 use std::{
-    fmt,
+    fmt, io,
     path::{Path, PathBuf},
     sync::{
         Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak,
@@ -116,8 +116,8 @@ pub(super) struct Core {
     pub(super) generation: AtomicU64,
     pub(super) closed: AtomicBool,
     pub(super) disk_full: AtomicBool,
-    /// Whether the last checkpoint could not be written.
-    pub(super) checkpoint_fails: AtomicBool,
+    /// Why the last checkpoint could not be written, if so.
+    pub(super) checkpoint_error: Mutex<Option<io::Error>>,
     /// Whether the reserve's file is there; made again when there is room.
     pub(super) reserved: AtomicBool,
     /// Bytes that may be appended without asking the file system.
@@ -159,6 +159,10 @@ impl Core {
     pub(super) fn sync_is_due(&self, work: &Work) -> bool {
         let of_all = (work.dirty.len() as u64 * WORTH_A_SYNC).min(self.options.journal_bytes / 4);
         work.dirty_bytes >= self.options.sync_bytes.max(of_all)
+    }
+
+    pub(super) fn checkpoint_error(&self) -> MutexGuard<'_, Option<io::Error>> {
+        self.checkpoint_error.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A number larger than every one before it in this data directory.

@@ -44,6 +44,9 @@ use crate::{
 /// How long a log that is to be closed waits until its journal has room again.
 const STOP_WAIT: Duration = Duration::from_secs(5);
 
+/// How long writers wait where the journal has no room because checkpoints fail.
+const CHECKPOINT_WAIT: Duration = Duration::from_secs(10);
+
 /// One data directory. Clones share it; it stops without a clean end when the last is dropped.
 #[derive(Clone)]
 pub struct Log {
@@ -130,7 +133,7 @@ impl Log {
             generation: AtomicU64::new(found.generation),
             closed: AtomicBool::new(false),
             disk_full: AtomicBool::new(false),
-            checkpoint_fails: AtomicBool::new(false),
+            checkpoint_error: Mutex::default(),
             reserved: AtomicBool::new(options.reserve_bytes == 0),
             granted: AtomicU64::new(0),
             work: Mutex::new(Work::default()),
@@ -458,24 +461,38 @@ impl Inner {
         false
     }
 
-    /// Ends writing to the directory where the journal's ring can never go round again: its oldest file holds what a replica acknowledged
-    /// and cannot sync. Everybody would wait for it, and nobody would know; a restart replays it. Ends it as well where a stop has waited
-    /// long enough.
+    /// Ends writing to the directory where the journal's ring cannot be expected to go round again. Everybody would wait for it, and nobody
+    /// take over; a restart replays what it holds.
     fn fail_if_stuck(&self) {
-        if self.core.journal.keeps_a_stop_waiting(STOP_WAIT) {
-            let why = format!("the log stops, and no file of the journal came free for {} s", STOP_WAIT.as_secs());
-            return self.core.journal.fail(&io::Error::other(why));
+        if let Some(why) = self.why_stuck() {
+            self.core.journal.fail(&io::Error::other(why));
         }
-        let Some(oldest) = self.ring().oldest() else { return };
+    }
+
+    /// Its oldest file holds what a replica acknowledged and cannot sync; or checkpoints fail, and not for want of room, which may come; or
+    /// a stop has waited long enough.
+    fn why_stuck(&self) -> Option<String> {
+        let journal = &self.core.journal;
+        let waited = journal.waits_for_room();
+        if journal.is_closing() && waited >= STOP_WAIT {
+            return Some(format!("the log stops, and no file of the journal came free for {} s", STOP_WAIT.as_secs()));
+        }
+        if waited >= CHECKPOINT_WAIT
+            && let Some(error) = self.core.checkpoint_error().as_ref().filter(|error| !is_full(error))
+        {
+            let seconds = CHECKPOINT_WAIT.as_secs();
+            return Some(format!(
+                "it has had no room for {seconds} s because the checkpoint cannot be written: {error}"
+            ));
+        }
+        let oldest = self.ring().oldest()?;
         let open = self.open_replicas();
         let needs = |replica: &&Arc<Shared>| {
             let first = replica.state().unsynced.front().map(|(file, _)| *file);
             replica.failed.get().is_some() && first.is_some_and(|first| first <= oldest)
         };
-        if let Some(replica) = open.iter().find(needs) {
-            let why = format!("its oldest file holds what partition {} cannot sync to its segments", replica.id);
-            self.core.journal.fail(&io::Error::other(why));
-        }
+        let replica = open.iter().find(needs)?;
+        Some(format!("its oldest file holds what partition {} cannot sync to its segments", replica.id))
     }
 
     /// `None` when the journal has failed.

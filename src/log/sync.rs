@@ -120,21 +120,23 @@ impl Inner {
             return true;
         }
         let recycled = self.recycle();
-        self.say_whether_checkpoints_fail(&recycled);
-        recycled.is_ok()
+        let whole = recycled.is_ok();
+        self.note_checkpoint(recycled.err());
+        whole
     }
 
-    /// Once when it begins and once when it ends: it is tried again several times a second.
-    fn say_whether_checkpoints_fail(&self, last: &io::Result<()>) {
+    /// Says once that checkpoints cannot be written and once that they can be again: it is tried several times a second.
+    fn note_checkpoint(&self, error: Option<io::Error>) {
         let path = self.core.dir.display();
-        let failed = self.core.checkpoint_fails.swap(last.is_err(), Ordering::Relaxed);
-        match last {
-            Err(error) if !failed => {
+        let mut known = self.core.checkpoint_error();
+        match &error {
+            Some(error) if known.is_none() => {
                 tracing::warn!(%path, %error, "the checkpoint cannot be written; it is tried again, and acknowledgements may wait for it");
             }
-            Ok(()) if failed => tracing::info!(%path, "the checkpoint can be written again"),
+            None if known.is_some() => tracing::info!(%path, "the checkpoint can be written again"),
             _ => {}
         }
+        *known = error;
     }
 
     fn sync_dirty(&self, dirty: &[Arc<Shared>]) {

@@ -49,19 +49,25 @@ pub(crate) async fn fail(machine: &mut Machine, pages: bool, noticed_ms: u64) {
     machine.mend();
 }
 
-/// How soon a broker whose journal fails leads nothing any more and is waited for by nobody.
-const GIVEN_UP: Duration = Duration::from_secs(5);
-
 /// Others take over what it led, also where nobody writes at the moment; no write fails; and when it is back on a disk that works it is in
 /// sync again.
 #[test]
 fn a_broker_whose_journal_fails_gives_up_what_it_leads() {
     for seed in 1..=4 {
-        run::simulate(Shape::THREE, seed, one_journal_fails);
+        run::simulate(Shape::THREE, seed, async |world| one_fails(world, "journal", Duration::from_secs(5)).await);
     }
 }
 
-async fn one_journal_fails(world: &mut World) {
+/// Its journal fills up first, and then it is waited for some seconds whether there will be room.
+#[test]
+fn a_broker_that_cannot_write_its_checkpoint_gives_up_what_it_leads() {
+    for seed in 1..=4 {
+        run::simulate(Shape::THREE, seed, async |world| one_fails(world, "checkpoint", Duration::from_secs(40)).await);
+    }
+}
+
+/// Syncs of a part of one broker's disk fail. Within `given_up` it leads nothing any more, and nobody waits for it.
+async fn one_fails(world: &mut World, part: &str, given_up: Duration) {
     join_all(world.machines.iter_mut().map(|machine| Box::pin(machine.start()))).await;
     let client = world.client().await;
     for (name, partitions) in TOPICS.iter().zip([3, 1]) {
@@ -86,8 +92,8 @@ async fn one_journal_fails(world: &mut World) {
 
     let failing = admin.admin().describe_topic(TOPICS[1]).await.unwrap().partitions[0].leader.unwrap();
     let machine = world.machines.iter_mut().find(|machine| machine.id == failing).unwrap();
-    machine.spoil("journal");
-    become_all(&meta, GIVEN_UP, |value| value.leader.is_some() && !value.isr.contains(&failing)).await;
+    machine.spoil(part);
+    become_all(&meta, given_up, |value| value.leader.is_some() && !value.isr.contains(&failing)).await;
     assert!(machine.ails(), "whoever watches the broker is told to restart it");
     machine.kill(None);
     machine.mend();

@@ -194,10 +194,13 @@ impl Journal {
         self.closing.store(true, Ordering::Release);
     }
 
-    /// Whether it is to be closed, and its next round has found no room for so long.
-    pub(super) fn keeps_a_stop_waiting(&self, at_most: Duration) -> bool {
-        let stuck = || lock(&self.writer).stuck;
-        self.closing.load(Ordering::Acquire) && stuck().is_some_and(|since| since.elapsed() >= at_most)
+    pub(super) fn is_closing(&self) -> bool {
+        self.closing.load(Ordering::Acquire)
+    }
+
+    /// For how long the next round has found no room.
+    pub(super) fn waits_for_room(&self) -> Duration {
+        lock(&self.writer).stuck.map_or(Duration::ZERO, |since| since.elapsed())
     }
 
     pub(super) fn is_closed(&self) -> bool {

@@ -178,6 +178,54 @@ fn fill_journal(disk: &SimDisk, log: &Log, replica: &mut Replica) {
     }
 }
 
+/// What is wrong with the log when so much time has passed.
+async fn later(log: &Log, seconds: u64) -> Option<String> {
+    tokio::time::advance(Duration::from_secs(seconds)).await;
+    while log.journal_step() {}
+    log.status().failed
+}
+
+/// Everybody waited, the leader's followers too, and no other broker took over.
+#[tokio::test(start_paused = true)]
+async fn a_journal_that_has_no_room_because_checkpoints_fail_says_so_after_some_seconds() {
+    let disk = SimDisk::new();
+    let log = open(&disk);
+    let mut replica = log.open_replica(partition(0), at(0)).unwrap();
+    fill_journal(&disk, &log, &mut replica);
+    let answer = persist(&mut replica);
+    assert_eq!(later(&log, 9).await, None);
+    disk.fail_syncs(None);
+    settle(&log);
+    assert_eq!(answer.try_recv().unwrap(), Ok(replica.log_end()), "it goes on when they can be written again");
+    fill_journal(&disk, &log, &mut replica);
+    let answer = persist(&mut replica);
+    assert_eq!(later(&log, 9).await, None, "it counts from when there was no room");
+    let why = later(&log, 2).await.expect("it has waited long enough");
+    assert!(why.contains("no room for 10 s because the checkpoint cannot be written: simulated"), "{why}");
+    assert!(matches!(answer.try_recv().unwrap(), Err(PersistError::Failed { .. })));
+}
+
+/// Room may come, and who cannot write for want of it hands over what others can lead.
+#[tokio::test(start_paused = true)]
+async fn a_journal_that_has_no_room_because_the_disk_is_full_waits_for_it() {
+    let disk = SimDisk::new();
+    let log = open(&disk);
+    let mut replica = log.open_replica(partition(0), at(0)).unwrap();
+    write(&log, &mut replica, &[batch(0, 1, 1, 1, 10_000)]);
+    let answer = (1..).find_map(|base| {
+        let used = disk.files().iter().map(|(_, len)| len).sum::<u64>();
+        disk.set_capacity(Some(used + 10_000));
+        replica.append(&[batch(base, 1, 1, 1, 10_000)]).unwrap();
+        let answer = persist(&mut replica);
+        while log.journal_step() {}
+        answer.try_recv().is_err().then_some(answer)
+    });
+    assert_eq!(later(&log, 3600).await, None);
+    disk.set_capacity(None);
+    settle(&log);
+    assert_eq!(answer.unwrap().try_recv().unwrap(), Ok(replica.log_end()));
+}
+
 /// Whoever writes waits for the journal, and it waited without an end until a checkpoint could be written: such a broker was asked to stop
 /// and never did.
 #[tokio::test(start_paused = true)]
@@ -186,23 +234,11 @@ async fn a_stop_waits_for_room_in_the_journal_for_some_seconds_and_no_longer() {
     let log = open(&disk);
     let mut replica = log.open_replica(partition(0), at(0)).unwrap();
     fill_journal(&disk, &log, &mut replica);
-    let answer = persist(&mut replica);
-    let wait = async |seconds| {
-        tokio::time::advance(Duration::from_secs(seconds)).await;
-        while log.journal_step() {}
-        log.status().failed
-    };
-    assert_eq!(wait(60).await, None, "nobody is in a hurry");
-    disk.fail_syncs(None);
-    settle(&log);
-    assert_eq!(answer.try_recv().unwrap(), Ok(replica.log_end()), "and it goes on");
-
-    fill_journal(&disk, &log, &mut replica);
     let (persisted, stuck) = (replica.persisted_end(), persist(&mut replica));
     log.expect_close();
-    assert_eq!(wait(4).await, None);
+    assert_eq!(later(&log, 4).await, None);
     assert!(stuck.try_recv().is_err());
-    let why = wait(2).await.expect("it has waited long enough");
+    let why = later(&log, 2).await.expect("it has waited long enough");
     assert!(why.contains("the log stops, and no file of the journal came free for 5 s"), "{why}");
     assert!(matches!(stuck.try_recv().unwrap(), Err(PersistError::Failed { .. })));
     assert!(log.close().is_err());
