@@ -99,6 +99,7 @@ failover: ## Kills one of three brokers KILLS times (200) under load; says how l
 	STRANDLINE_KILLS=$(KILLS) $(CARGO) test --locked --test it -- --nocapture --test-threads 1 cluster::failover
 
 chaos: ## Three brokers and etcd on machines of their own (network namespaces; as root) under faults of every kind, for MINUTES (10); ONLY=text picks kinds by their words.
+	tests/fetch-etcd >/dev/null
 	STRANDLINE_CHAOS_MINUTES=$(MINUTES) STRANDLINE_CHAOS_ONLY="$(ONLY)" $(CARGO) test --locked --test it -- --nocapture --test-threads 1 cluster::chaos
 
 # A build of its own: only with that flag tokio's own choices follow from a seed. What is built is not what is released.

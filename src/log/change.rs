@@ -69,8 +69,14 @@ impl Replica {
             if state.recovery.segment.end > last.end {
                 state.recovery = state.point();
             }
+            // What is cut will not be synced: the files of the ring that held it hold nothing beyond the new end.
+            for (_, end) in &mut state.unsynced {
+                *end = (*end).min(last.end);
+            }
             removed
         };
+        // The cut itself may wait for one of them.
+        shared.touch(0);
         shared.core.tail.truncate(&shared.tail, last.end);
         shared.core.commit(&shared, shared.head(Kind::Cut, generation, last.end, last.end))?;
         self.cut_files(&last, &removed).map_err(|error| self.failed_change(&error))?;

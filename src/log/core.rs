@@ -10,6 +10,8 @@ use std::{
     },
 };
 
+use tokio::time::Instant;
+
 use super::{
     directory::Inner,
     disk::Disk,
@@ -116,8 +118,8 @@ pub(super) struct Core {
     pub(super) generation: AtomicU64,
     pub(super) closed: AtomicBool,
     pub(super) disk_full: AtomicBool,
-    /// Why the last checkpoint could not be written, if so.
-    pub(super) checkpoint_error: Mutex<Option<io::Error>>,
+    /// Since when checkpoints cannot be written, and why the last one could not, if so.
+    pub(super) checkpoint_error: Mutex<Option<(Instant, io::Error)>>,
     /// Whether the reserve's file is there; made again when there is room.
     pub(super) reserved: AtomicBool,
     /// Bytes that may be appended without asking the file system.
@@ -139,6 +141,8 @@ pub(super) struct Work {
     pub(super) jobs: std::collections::VecDeque<SyncJob>,
     /// The ring runs short.
     pub(super) urgent: bool,
+    /// Whole passes since a file of the ring was free.
+    pub(super) fruitless: u32,
     pub(super) stopping: bool,
 }
 
@@ -161,7 +165,7 @@ impl Core {
         work.dirty_bytes >= self.options.sync_bytes.max(of_all)
     }
 
-    pub(super) fn checkpoint_error(&self) -> MutexGuard<'_, Option<io::Error>> {
+    pub(super) fn checkpoint_error(&self) -> MutexGuard<'_, Option<(Instant, io::Error)>> {
         self.checkpoint_error.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -122,6 +122,9 @@ impl Inner {
         let recycled = self.recycle();
         let whole = recycled.is_ok();
         self.note_checkpoint(recycled.err());
+        let has_free = self.ring().has_free();
+        let mut work = self.core.work();
+        work.fruitless = if has_free || !whole { 0 } else { work.fruitless.saturating_add(1) };
         whole
     }
 
@@ -136,7 +139,8 @@ impl Inner {
             None if known.is_some() => tracing::info!(%path, "the checkpoint can be written again"),
             _ => {}
         }
-        *known = error;
+        let since = known.as_ref().map_or_else(clock::monotonic, |(since, _)| *since);
+        *known = error.map(|error| (since, error));
     }
 
     fn sync_dirty(&self, dirty: &[Arc<Shared>]) {

@@ -101,8 +101,12 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>, ready: impl
     let pages: Arc<Pages> = Arc::default();
     let listeners = Listeners::begin(Arc::clone(&pages), http);
     let stop = Tasks::new();
-    let starting = Node::over(&config, log, outside, addresses, metrics, &stop);
-    let (node, asked) = match start_unless(starting, &stop, shutdown.as_mut()).await {
+    let starting = Node::over(&config, log.clone(), outside, addresses, metrics, &stop);
+    let give_up = || {
+        stop.cancel();
+        log.expect_close();
+    };
+    let (node, asked) = match start_unless(starting, give_up, shutdown.as_mut()).await {
         Ok(Some(started)) => started,
         ended => {
             listeners.stop(config.broker.shutdown_timeout).await;
@@ -140,7 +144,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>, ready: impl
 /// A node, and whether the process was asked to stop meanwhile; `None` when it was, and the start ended by that.
 async fn start_unless(
     starting: impl Future<Output = anyhow::Result<Node>>,
-    stop: &Tasks,
+    give_up: impl FnOnce(),
     shutdown: Pin<&mut impl Future<Output = ()>>,
 ) -> anyhow::Result<Option<(Node, bool)>> {
     let mut starting = pin!(starting);
@@ -150,7 +154,7 @@ async fn start_unless(
         () = shutdown => {}
     }
     tracing::info!("stopping before the broker has started");
-    stop.cancel();
+    give_up();
     match starting.await {
         Ok(node) => Ok(Some((node, true))),
         Err(error) if error.is::<admission::Stopped>() => Ok(None),

@@ -300,13 +300,19 @@ pub(crate) struct Broker {
 impl Broker {
     /// Waits until `/readyz` says so; the error tells why it never will.
     pub(crate) fn wait_ready(&mut self) -> Result<(), String> {
+        let mut last = String::new();
         let became = poll(PATIENCE, || {
             if let Some(status) = self.child.try_wait().expect("the child can be asked") {
                 return Some(Err(format!("it ended with {status}")));
             }
-            http_get(self.http, "/readyz").is_ok_and(|(code, _)| code == 200).then_some(Ok(()))
+            match http_get(self.http, "/readyz") {
+                Ok((200, _)) => return Some(Ok(())),
+                Ok((_, page)) => last = page,
+                Err(error) => last = error.to_string(),
+            }
+            None
         });
-        became.unwrap_or_else(|| Err(format!("not ready after {PATIENCE:?}")))
+        became.unwrap_or_else(|| Err(format!("not ready after {PATIENCE:?}: {last}")))
     }
 
     /// Kills it with signal 9, as a failing machine would, and waits until it is gone.

@@ -4,7 +4,10 @@ use std::{fs, time::Duration};
 
 use bytes::Bytes;
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
-use strandline::{proto::fault::Reason, task::clock};
+use strandline::{
+    proto::fault::Reason,
+    task::{Tasks, clock},
+};
 
 use crate::{broker::Home, patience::eventually, wire};
 
@@ -38,7 +41,8 @@ async fn a_broker_that_cannot_write_its_checkpoint_stops_all_the_same() {
     let in_the_way = home.data_dir().join("checkpoint.tmp");
     fs::create_dir(&in_the_way).expect("a folder");
     let log = wire::log(home.grpc());
-    let one_after_the_other = tokio::spawn({
+    let tasks = Tasks::new();
+    let one_after_the_other = tasks.spawn("one after the other", {
         let mut log = log.clone();
         async move {
             for taken in 0_u64.. {
@@ -52,7 +56,8 @@ async fn a_broker_that_cannot_write_its_checkpoint_stops_all_the_same() {
     let bytes = tokio::task::block_in_place(|| full(&home));
     // More come all the time: the log always holds what its segment was not synced with yet.
     let (many, under_way) = tokio::sync::oneshot::channel();
-    let others = tokio::spawn(async move {
+    let others = tasks.spawn("others", async move {
+        let each = Tasks::new();
         let mut many = Some(many);
         for number in 0_u64..2000 {
             if number == 100 {
@@ -60,7 +65,7 @@ async fn a_broker_that_cannot_write_its_checkpoint_stops_all_the_same() {
             }
             let request = wire::append_plain("t", 0, vec![payload(number).slice(..10)]);
             let mut log = log.clone();
-            tokio::spawn(async move { wire::append(&mut log, request).await });
+            each.spawn("other", async move { wire::append(&mut log, request).await });
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     });

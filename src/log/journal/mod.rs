@@ -80,8 +80,8 @@ pub(super) struct Journal {
     position: AtomicU64,
     /// Whether the writer waits for a file that is being made.
     awaited: AtomicBool,
-    /// Whether it is to be closed soon: room is not waited for without an end any more.
-    closing: AtomicBool,
+    /// Since when it is to be closed soon: room is not waited for without an end any more.
+    closing: OnceLock<Instant>,
     next_round: AtomicU64,
     failed: OnceLock<String>,
     metrics: Metrics,
@@ -128,7 +128,7 @@ impl Journal {
             entered: Condvar::new(),
             position: AtomicU64::new(0),
             awaited: AtomicBool::new(false),
-            closing: AtomicBool::new(false),
+            closing: OnceLock::new(),
             next_round: AtomicU64::new(next_round),
             failed: OnceLock::new(),
             metrics: options.metrics.clone(),
@@ -181,6 +181,7 @@ impl Journal {
 
     /// Ends the journal: what is queued is still written, nothing more is taken.
     pub(super) fn close(&self) {
+        self.expect_close();
         lock(&self.queue).closed = true;
         self.queued.notify_all();
         // Whoever looks at the ring before it waits has seen the end, or waits by now.
@@ -191,16 +192,17 @@ impl Journal {
 
     /// Says that it is to be closed soon.
     pub(super) fn expect_close(&self) {
-        self.closing.store(true, Ordering::Release);
-    }
-
-    pub(super) fn is_closing(&self) -> bool {
-        self.closing.load(Ordering::Acquire)
+        self.closing.get_or_init(clock::monotonic);
     }
 
     /// For how long the next round has found no room.
     pub(super) fn waits_for_room(&self) -> Duration {
         lock(&self.writer).stuck.map_or(Duration::ZERO, |since| since.elapsed())
+    }
+
+    /// For how long of that it has been known that it is to be closed.
+    pub(super) fn waits_closing(&self) -> Duration {
+        self.closing.get().map_or(Duration::ZERO, Instant::elapsed).min(self.waits_for_room())
     }
 
     pub(super) fn is_closed(&self) -> bool {

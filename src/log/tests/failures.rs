@@ -298,6 +298,24 @@ fn a_replica_that_gets_no_records_does_not_hold_the_journal_up() {
     assert_eq!(quiet.log_end(), at(0));
 }
 
+/// What was cut is never synced, and the file of the ring that held it was never given up.
+#[test]
+fn a_replica_that_was_cut_does_not_hold_the_journal_up() {
+    let log = open(&SimDisk::new());
+    let mut busy = log.open_replica(partition(0), at(0)).unwrap();
+    let mut cut = log.open_replica(partition(1), at(0)).unwrap();
+    settle(&log);
+    cut.append(&[batch(0, 1, 1, 1, 1000), batch(1, 1, 1, 1, 1000)]).unwrap();
+    let answer = persist(&mut cut);
+    assert!(log.journal_step(), "before the segment is synced");
+    assert_eq!(answer.try_recv().unwrap(), Ok(at(2)));
+    assert_eq!(cut.truncate(at(1)), Ok(at(1)));
+    for base in 0..3 * small().journal_bytes / 10_000 {
+        write(&log, &mut busy, &[batch(base, 1, 1, 1, 10_000)]);
+    }
+    assert_eq!(cut.log_end(), at(1));
+}
+
 /// Its segments were forgotten first: their files stayed until the next start, just when there was no room.
 #[test]
 fn an_eviction_that_fails_is_tried_again() {

@@ -128,8 +128,8 @@ impl Actor {
     }
 
     async fn order(&mut self, order: Order) {
-        if let Order::Assign(..) | Order::Agreed(_) = order {
-            // What orders before this one committed they did by the value that may be replaced now.
+        if let Order::Assign(..) | Order::Agreed(_) | Order::Deposed(_) = order {
+            // What orders before this one committed they did in the part, and by the value, that may end now.
             self.publish();
         }
         match order {
