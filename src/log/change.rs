@@ -271,7 +271,7 @@ impl Replica {
         let shared = &self.shared;
         let path = shared.path(start, "snapshot");
         let disk = &shared.core.disk;
-        if !disk.read(&path).is_ok_and(|file| Snapshot::decode(&file, start).is_some()) {
+        if !Snapshot::read(&**disk, &shared.dir, start).is_ok_and(|found| found.is_some()) {
             let (_, tables, damage) = tables_at(&shared.core, &shared.dir, segments, start)?;
             if let Some(why) = damage {
                 return Err(io::Error::new(io::ErrorKind::InvalidData, why));

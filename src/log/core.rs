@@ -118,6 +118,8 @@ pub(super) struct Core {
     pub(super) generation: AtomicU64,
     pub(super) closed: AtomicBool,
     pub(super) disk_full: AtomicBool,
+    /// Held while a checkpoint is written and what it makes needless is given up: a later one must not be replaced by an earlier one.
+    pub(super) recycling: Mutex<()>,
     /// Since when checkpoints cannot be written, and why the last one could not, if so.
     pub(super) checkpoint_error: Mutex<Option<(Instant, io::Error)>>,
     /// Whether the reserve's file is there; made again when there is room.

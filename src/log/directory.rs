@@ -137,6 +137,7 @@ impl Log {
             generation: AtomicU64::new(found.generation),
             closed: AtomicBool::new(false),
             disk_full: AtomicBool::new(false),
+            recycling: Mutex::default(),
             checkpoint_error: Mutex::default(),
             reserved: AtomicBool::new(options.reserve_bytes == 0),
             granted: AtomicU64::new(0),

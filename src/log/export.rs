@@ -51,8 +51,8 @@ impl Replica {
         };
         let open = shared.core.files.get(file.serial, &file.path, Mode::Read)?;
         let index: Index = self.reader().load_index(&info, &*open.file)?;
-        let snapshot = shared.core.disk.read(&shared.path(info.end, "snapshot"));
-        let producers = match snapshot.ok().and_then(|file| Snapshot::decode(&file, info.end)) {
+        let snapshot = Snapshot::read(&*shared.core.disk, &shared.dir, info.end);
+        let producers = match snapshot.ok().flatten() {
             Some(snapshot) => snapshot.producers,
             None => match tables_at(&shared.core, &shared.dir, &segments, info.end)? {
                 (_, tables, None) => tables.producers,
@@ -73,18 +73,10 @@ impl Replica {
             (start, state.epochs.between(Offset::ZERO, start))
         };
         // Whatever moved the start here wrote the snapshot before; a log that begins with nothing before it has none.
-        let damaged = |why: &str| io::Error::new(io::ErrorKind::InvalidData, format!("the snapshot at {start} {why}"));
-        match shared.core.disk.read(&shared.path(start, "snapshot")) {
-            Ok(file) => {
-                let Snapshot { epochs, producers } =
-                    Snapshot::decode(&file, start).ok_or_else(|| damaged("is damaged"))?;
-                Ok((start, epochs, producers))
-            }
-            Err(error) if error.kind() == io::ErrorKind::NotFound && before.last().is_none() => {
-                Ok((start, EpochHistory::new(), ProducerTable::new()))
-            }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Err(damaged("is gone")),
-            Err(error) => Err(error),
+        match Snapshot::read(&*shared.core.disk, &shared.dir, start)? {
+            Some(Snapshot { epochs, producers }) => Ok((start, epochs, producers)),
+            None if before.last().is_none() => Ok((start, EpochHistory::new(), ProducerTable::new())),
+            None => Err(io::Error::new(io::ErrorKind::InvalidData, format!("the snapshot at {start} is gone"))),
         }
     }
 }

@@ -238,16 +238,8 @@ pub(super) fn tables_at(
     to: Offset,
 ) -> io::Result<(SegmentInfo, Snapshot, Option<String>)> {
     let holding = segments.iter().rposition(|info| info.base <= to).unwrap_or(0);
-    let mut start = holding;
-    let mut tables = loop {
-        let base = segments[start].base;
-        let read = core.disk.read(&dir.join(name(base, "snapshot")));
-        match read.ok().and_then(|file| Snapshot::decode(&file, base)) {
-            Some(snapshot) => break snapshot,
-            None if start == 0 => break Snapshot::default(),
-            None => start -= 1,
-        }
-    };
+    let bases: Vec<Offset> = segments[..=holding].iter().map(|info| info.base).collect();
+    let (start, mut tables) = Snapshot::read_last(&*core.disk, dir, &bases)?;
     let mut last = SegmentInfo::empty(segments[holding].base, segments[holding].created_ms);
     for info in &segments[start..=holding] {
         last = SegmentInfo::empty(info.base, info.created_ms);

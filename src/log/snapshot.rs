@@ -1,9 +1,11 @@
 //! `{base}.snapshot`: the epochs and producers as they were where a segment begins, so that a cut or an upload need not read what lies
-//! before. A cache like the indexes.
+//! before. A cache like the indexes, but for that of the first segment: nothing else knows what was before it, and it is durable.
+
+use std::{io, path::Path};
 
 use bytes::{Buf, BufMut, BytesMut};
 
-use super::{epochs::EpochHistory, producers::ProducerTable};
+use super::{disk::Disk, epochs::EpochHistory, producers::ProducerTable, segment::name};
 use crate::model::Offset;
 
 const MAGIC: &[u8; 8] = b"STRLSNP1";
@@ -19,6 +21,31 @@ pub(super) struct Snapshot {
 }
 
 impl Snapshot {
+    /// The one at `base` in a replica's directory; `None` where there is none. `InvalidData` when it is damaged.
+    pub(super) fn read(disk: &dyn Disk, dir: &Path, base: Offset) -> io::Result<Option<Self>> {
+        let path = dir.join(name(base, "snapshot"));
+        let damaged = || io::Error::new(io::ErrorKind::InvalidData, format!("{} is damaged", path.display()));
+        match disk.read(&path) {
+            Ok(file) => Self::decode(&file, base).map(Some).ok_or_else(damaged),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The last one that is whole of those at `bases`, and which: what lies between it and the last base has to be read. Where there is none,
+    /// not at the first either, nothing was before that. `InvalidData` when the first, which nothing stands in for, is damaged.
+    pub(super) fn read_last(disk: &dyn Disk, dir: &Path, bases: &[Offset]) -> io::Result<(usize, Self)> {
+        for (number, base) in bases.iter().enumerate().rev() {
+            match Self::read(disk, dir, *base) {
+                Ok(Some(tables)) => return Ok((number, tables)),
+                Err(error) if number == 0 => return Err(error),
+                // The segment before it is read as well then.
+                Ok(None) | Err(_) => {}
+            }
+        }
+        Ok((0, Self::default()))
+    }
+
     pub(super) fn encode(epochs: &EpochHistory, producers: &ProducerTable, at: Offset) -> BytesMut {
         let mut out = BytesMut::new();
         out.put_slice(MAGIC);

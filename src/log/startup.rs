@@ -194,12 +194,13 @@ fn apply(disk: &dyn Disk, dir: &Path, record: &mut ReplicaRecord, story: &Story)
         record.generation = cut.generation;
         if cut.kind == Kind::Reset {
             *record = ReplicaRecord::empty(record.id, cut.generation, cut.base, clock::wall_ms());
-            let path = dir.join(name(cut.base, "snapshot"));
-            match disk.read(&path).ok().and_then(|file| Snapshot::decode(&file, cut.base)) {
-                Some(tables) => (record.epochs, record.producers) = (tables.epochs, tables.producers),
+            let is_passed = story.local_start.is_some_and(|moved| moved.generation >= known && moved.base > cut.base);
+            match Snapshot::read(disk, &dir, cut.base) {
+                Ok(Some(tables)) => (record.epochs, record.producers) = (tables.epochs, tables.producers),
                 // It goes with the segments before a later start.
-                None if story.local_start.is_some_and(|moved| moved.generation >= known && moved.base > cut.base) => {}
-                None => record.lost = Some(format!("{}, which a reset wrote, is missing or damaged", path.display())),
+                _ if is_passed => {}
+                Ok(None) => record.lost = Some(format!("the snapshot at {}, which a reset wrote, is gone", cut.base)),
+                Err(error) => record.lost = Some(error.to_string()),
             }
         } else if record.segments.last().is_some_and(|last| last.end > cut.base) {
             let base = record.segments.iter().rfind(|info| info.base <= cut.base).map(|info| info.base);
@@ -225,19 +226,13 @@ fn apply(disk: &dyn Disk, dir: &Path, record: &mut ReplicaRecord, story: &Story)
 /// Moves the recovery point back, or on, to the start of the segment at `base`, with what was known there.
 fn rebase(disk: &dyn Disk, dir: &Path, record: &mut ReplicaRecord, base: Offset) {
     record.segments.retain(|info| info.base < base && info.end <= base);
-    let snapshot = |base| Snapshot::decode(&disk.read(&dir.join(name(base, "snapshot"))).ok()?, base);
-    let mut base = base;
-    let tables = loop {
-        if let Some(tables) = snapshot(base) {
-            break tables;
-        }
-        // Without its snapshot the segment before it is read as well.
-        match record.segments.pop() {
-            Some(info) => base = info.base,
-            None => break Snapshot::default(),
-        }
-    };
-    record.segments.push(SegmentInfo::empty(base, clock::wall_ms()));
+    let bases: Vec<Offset> = record.segments.iter().map(|info| info.base).chain([base]).collect();
+    let (last, tables) = Snapshot::read_last(disk, dir, &bases).unwrap_or_else(|error| {
+        record.lost = Some(error.to_string());
+        (0, Snapshot::default())
+    });
+    record.segments.truncate(last);
+    record.segments.push(SegmentInfo::empty(bases[last], clock::wall_ms()));
     (record.epochs, record.producers) = (tables.epochs, tables.producers);
 }
 
@@ -252,9 +247,12 @@ fn without_checkpoint(disk: &dyn Disk, dir: &Path) -> io::Result<Vec<ReplicaReco
             let files = disk.list(&replica_dir(dir, id))?;
             let Some(start) = files.iter().filter_map(|entry| base_of(&entry.name)).min() else { continue };
             let mut record = ReplicaRecord::empty(id, 0, start, clock::wall_ms());
-            let read = disk.read(&replica_dir(dir, id).join(name(start, "snapshot")));
-            if let Some(snapshot) = read.ok().and_then(|file| Snapshot::decode(&file, start)) {
-                (record.epochs, record.producers) = (snapshot.epochs, snapshot.producers);
+            match Snapshot::read(disk, &replica_dir(dir, id), start) {
+                Ok(found) => {
+                    (record.epochs, record.producers) =
+                        found.map(|found| (found.epochs, found.producers)).unwrap_or_default()
+                }
+                Err(error) => record.lost = Some(error.to_string()),
             }
             records.push(record);
         }

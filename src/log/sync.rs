@@ -177,6 +177,7 @@ impl Inner {
 
     /// Gives up the files of the ring that nothing needs any more.
     pub(super) fn recycle(&self) -> io::Result<()> {
+        let _one_at_a_time = self.core.recycling.lock().unwrap_or_else(PoisonError::into_inner);
         let open = self.open_replicas();
         let oldest = open.iter().filter_map(|replica| replica.state().unsynced.front().map(|(file, _)| *file)).min();
         let first_round = self.ring().start_after(oldest.unwrap_or(u64::MAX), self.core.journal.next_round());
