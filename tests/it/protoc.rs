@@ -33,13 +33,22 @@ fn protoc(folder: &Path, path: &Path, out: &Path, files: &[&str]) -> Output {
         .expect("it runs")
 }
 
+/// The platform that is built for. What others need may never have been downloaded here.
+fn host() -> String {
+    let rustc = Path::new(env!("CARGO")).with_file_name("rustc");
+    let output = Command::new(rustc).arg("-vV").output().expect("the compiler runs");
+    let text = String::from_utf8(output.stdout).expect("it prints text");
+    text.lines().find_map(|line| line.strip_prefix("host: ")).expect("it names the host").to_owned()
+}
+
 /// Where cargo has unpacked `etcd-client`.
 fn crate_folder() -> PathBuf {
     let output = Command::new(env!("CARGO"))
-        .args(["metadata", "--locked", "--offline", "--format-version", "1"])
+        .args(["metadata", "--locked", "--offline", "--format-version", "1", "--filter-platform", &host()])
         .current_dir(env!("CARGO_MANIFEST_DIR"))
         .output()
         .expect("cargo runs");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let metadata: serde_json::Value = serde_json::from_slice(&output.stdout).expect("cargo prints JSON");
     let packages = metadata["packages"].as_array().expect("packages");
     let found = packages.iter().find(|package| package["name"] == "etcd-client").expect("we depend on it");
