@@ -79,6 +79,7 @@ mod segment;
 mod shared;
 mod snapshot;
 mod startup;
+mod stuck;
 mod sync;
 mod tail;
 mod uptime;

@@ -12,22 +12,18 @@ use crate::{
     patience::eventually,
 };
 
-/// A topic whose every record is on two disks before it is acknowledged.
-const CONFIG: [&str; 8] = [
-    "--replication-factor",
-    "3",
-    "--config",
-    "min.insync.replicas=2",
-    "--config",
-    "segment.bytes=65536",
-    "--config",
-    "segment.ms=500",
-];
-
+/// Makes a topic whose every record is on two disks before it is acknowledged, with small segments.
 pub(super) fn create(cluster: &Cluster) {
+    create_with(cluster, 64 << 10, 500);
+}
+
+/// The same, with segments of so many bytes, or of so many milliseconds.
+pub(super) fn create_with(cluster: &Cluster, bytes: u32, ms: u32) {
     let partitions = PARTITIONS.to_string();
-    let named = ["topic", "create", TOPIC, "--partitions", &partitions];
-    cluster.cli().ok(&[&named[..], &CONFIG].concat());
+    let segments = [format!("segment.bytes={bytes}"), format!("segment.ms={ms}")];
+    let named = ["topic", "create", TOPIC, "--partitions", &partitions, "--replication-factor", "3"];
+    let config = ["--config", "min.insync.replicas=2", "--config", &segments[0], "--config", &segments[1]];
+    cluster.cli().ok(&[&named[..], &config].concat());
     cluster.in_sync(TOPIC, 3);
 }
 
