@@ -75,13 +75,20 @@ pub trait Disk: Send + Sync + 'static {
         Ok(file)
     }
 
-    /// Replaces a file at once and durably: a crash leaves the old or the new content.
+    /// Replaces a file at once and durably: a crash leaves the old or the new content. An error names the file that was refused.
     fn replace(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
         let temporary = path.with_extension("tmp");
-        self.write(&temporary, bytes)?.sync()?;
-        self.rename(&temporary, path)?;
-        self.sync_dir(path.parent().unwrap_or(Path::new(".")))
+        let parent = path.parent().unwrap_or(Path::new("."));
+        let written = self.write(&temporary, bytes).and_then(|file| file.sync());
+        written.map_err(|error| naming(&temporary, &error))?;
+        self.rename(&temporary, path).map_err(|error| naming(path, &error))?;
+        self.sync_dir(parent).map_err(|error| naming(parent, &error))
     }
+}
+
+/// An error of the same kind that says where.
+fn naming(path: &Path, error: &io::Error) -> io::Error {
+    io::Error::new(error.kind(), format!("{}: {error}", path.display()))
 }
 
 /// How a file is opened.
