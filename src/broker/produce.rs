@@ -35,11 +35,34 @@ const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
 /// A write that was queued: what is left is to wait for its answer.
 struct Queued {
     partition: PartitionId,
-    answer: Option<oneshot::Receiver<AppendResult>>,
+    answer: Option<Awaited>,
     timeout: Duration,
     began: tokio::time::Instant,
     bytes: u64,
     records: u64,
+}
+
+/// The answer to a write. The partition hears of it when it is waited for no more, because time is up or the client has gone.
+struct Awaited {
+    answer: Option<oneshot::Receiver<AppendResult>>,
+    partition: Arc<Partition>,
+}
+
+impl Awaited {
+    async fn get(mut self) -> Result<AppendResult, oneshot::error::RecvError> {
+        let outcome = self.answer.as_mut().expect("only a drop takes it").await;
+        self.answer = None;
+        outcome
+    }
+}
+
+impl Drop for Awaited {
+    fn drop(&mut self) {
+        if let Some(answer) = self.answer.take() {
+            drop(answer);
+            self.partition.given_up();
+        }
+    }
 }
 
 impl Broker {
@@ -93,13 +116,14 @@ impl Broker {
             return Err(faults::too_large(partition.topic(), batch.encoded_len(), most));
         }
         let (bytes, records) = (batch.encoded_len() as u64, u64::from(batch.count()));
-        let answer = self.submit(&partition, batch, acks).await?;
+        let answer = Some(self.submit(&partition, batch, acks).await?);
         let timeout = match request.timeout_ms {
             0 => DEFAULT_TIMEOUT,
             ms => Duration::from_millis(ms.into()),
         };
         let id = partition.id();
-        Ok(Queued { partition: id, answer: (acks != Acks::None).then_some(answer), timeout, began, bytes, records })
+        let answer = (acks != Acks::None).then(|| Awaited { answer, partition });
+        Ok(Queued { partition: id, answer, timeout, began, bytes, records })
     }
 
     /// The batch in its topic's own codec. It is opened within the memory that there is for that, and refused as soon as it
@@ -136,7 +160,7 @@ impl Broker {
 
     async fn outcome(&self, queued: Queued) -> Result<v1::AppendResponse, Fault> {
         let Some(answer) = queued.answer else { return Ok(unacknowledged()) };
-        let outcome = match tokio::time::timeout(queued.timeout, answer).await {
+        let outcome = match tokio::time::timeout(queued.timeout, answer.get()).await {
             Ok(Ok(Ok(acked))) => Ok(response(&acked)),
             Ok(Ok(Err(error))) => Err(self.append_refused(queued.partition, error)),
             Ok(Err(_dropped)) => Err(self.append_refused(queued.partition, AppendError::Closing)),

@@ -16,7 +16,7 @@ use crate::{
     },
     log::{Identity, Options, RealDisk},
     model::{LeaderEpoch, TopicId, TopicName},
-    proto::fault::Reason,
+    proto::{fault::Reason, v1},
     task::{
         patience::{becomes, until},
         random,
@@ -256,6 +256,45 @@ async fn what_a_leader_does_not_answer_for_is_said_to_be_unknown() {
     let [mine, silent] = cluster.brokers.as_slice() else { panic!("two: {cluster:?}") };
     assert!(mine.figures.is_some() && silent.figures.is_none() && silent.unanswered.is_some(), "{cluster:?}");
     assert_eq!((mine.leaders, silent.leaders, cluster.partitions), (1, 1, 2));
+    bench.stop().await;
+}
+
+/// Others have to hold what these write, and may be away for hours: a producer that tries again and again took all the memory that there is for
+/// writes, and nobody could write to anything.
+#[tokio::test]
+async fn who_waits_no_more_for_an_acknowledgement_takes_no_memory() {
+    let dir = tempfile::tempdir().unwrap();
+    let bench = Bench::start(dir.path(), false).await;
+    let id = bench.create(&TopicName::new("t").unwrap(), 2).await;
+    let key = bench.keys.partition(PartitionId::new(id, 0));
+    let value = bench.store.get(&key).await.unwrap().entry.unwrap().value;
+    let value = PartitionValue::decode(&key, &value).unwrap();
+    let both = vec![BrokerId(1), BrokerId(2)];
+    let shared = PartitionValue { replicas: both.clone(), isr: both, ..value };
+    let silent = BrokerValue::running_at("127.0.0.1:1".to_owned()).encode();
+    bench.change(Transaction::new().put(bench.keys.broker(BrokerId(2)), silent)).await;
+    // Nobody can be taken out of the set meanwhile.
+    bench.link.transactions(vec![Some(Fault::Refused); 100_000]);
+    bench.store.transact(Transaction::new().put(key, shared.encode())).await.unwrap();
+    let append = async |partition, timeout_ms| {
+        let value = Some(vec![7; 300_000].into());
+        let records = v1::PlainRecords { records: vec![v1::Record { value, ..Default::default() }] };
+        let payload = Some(v1::append_request::Payload::Records(records));
+        let topic = "t".to_owned();
+        let request = v1::AppendRequest { topic, partition, timeout_ms, payload, ..Default::default() };
+        tokio::time::timeout(Duration::from_secs(20), bench.broker.append(request)).await.expect("there is room")
+    };
+    becomes("both are led here", async || {
+        let waits = append(0, 1).await.is_err_and(|fault| fault.reason == Reason::Timeout);
+        (waits && append(1, 30_000).await.is_ok()).then_some(())
+    })
+    .await;
+    // Of the MiB that there is.
+    for _ in 0..8 {
+        assert_eq!(append(0, 1).await.expect_err("broker 2 is not there").reason, Reason::Timeout);
+    }
+    append(1, 30_000).await.expect("nobody else has to hold this one");
+    becomes("all of it is given back", async || (bench.broker.produce_memory.taken() == 0).then_some(())).await;
     bench.stop().await;
 }
 

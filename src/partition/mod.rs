@@ -242,6 +242,12 @@ impl Partition {
         receiver
     }
 
+    /// Somebody waits no more for an answer that did not come: what was taken for its write is given back as soon as that is safe here. Never
+    /// waits.
+    pub fn given_up(&self) {
+        self.news.given_up();
+    }
+
     /// Its reader.
     pub fn reader(&self) -> &Reader {
         &self.reader

@@ -60,7 +60,7 @@ pub type AppendResult = Result<Acked, AppendError>;
 pub(in crate::partition) struct Append {
     pub(in crate::partition) batch: Batch,
     pub(in crate::partition) acks: Acks,
-    /// Memory that the batch may take, given back when the write is answered.
+    /// Memory that the batch may take, given back when the write is answered, or is safe here and nobody waits for the answer any more.
     pub(in crate::partition) permit: OwnedSemaphorePermit,
     pub(in crate::partition) answer: oneshot::Sender<AppendResult>,
 }
@@ -75,6 +75,15 @@ impl Writer {
     /// Tells it. Whoever does not listen any more has still written.
     pub(super) fn answer(self, result: AppendResult) {
         let _gone = self.answer.send(result);
+    }
+
+    fn is_gone(&self) -> bool {
+        self.answer.is_closed()
+    }
+
+    /// Whether it has gone before others were asked for what it wants. Who wants no answer has always gone.
+    fn left_early(&self, acks: Acks) -> bool {
+        matches!(acks, Acks::All | Acks::Tiered) && self.is_gone()
     }
 }
 
@@ -124,6 +133,7 @@ impl Actor {
             }
             Ok(Admission::Duplicate(base, end)) => {
                 (acked.base, acked.end, acked.duplicate) = (base, end, true);
+                self.writers_gone |= writer.left_early(acks);
                 leader.wait(acks, acked, writer);
             }
             Err(refused) => {
@@ -148,6 +158,7 @@ impl Actor {
             Ok(()) => {
                 leader.appended();
                 for (acks, acked, writer) in self.group_writers.drain(..) {
+                    self.writers_gone |= writer.left_early(acks);
                     leader.wait(acks, acked, writer);
                 }
                 if leader.awaits_tier() {
@@ -246,7 +257,7 @@ impl Actor {
         }
     }
 
-    /// Answers the writers whose rule holds now.
+    /// Answers the writers whose rule holds now, and gives back the memory of those who have gone.
     pub(super) fn answer(&mut self) {
         if let Part::Leading(leader) = &mut self.part {
             let due = |writer: Writer, acked: Acked| {
@@ -258,6 +269,8 @@ impl Actor {
                 writer.answer(Ok(acked));
             };
             leader.due(due);
+            // What others have to hold may take for ever, and who asks again brings its batch again.
+            self.writers_gone = self.writers_gone && leader.forget(Writer::is_gone);
         }
     }
 }

@@ -134,6 +134,8 @@ pub(super) struct Actor {
     group: Vec<Batch>,
     group_bytes: usize,
     group_writers: Vec<(Acks, Acked, Writer)>,
+    /// Whether some who wait for other replicas or the bucket have gone.
+    writers_gone: bool,
     /// What the metadata store has not answered yet. One question at a time.
     asked: Option<Question>,
     tasks: Tasks,
@@ -174,6 +176,7 @@ impl Actor {
             group: Vec::new(),
             group_bytes: 0,
             group_writers: Vec::new(),
+            writers_gone: false,
             asked: None,
             tasks: parts.tasks,
         };
@@ -407,6 +410,7 @@ impl Actor {
             self.in_sync(|in_sync| in_sync.tick(now_ms));
             self.look_at_given_up(now_ms);
         }
+        self.writers_gone |= told.given_up;
         self.publish();
         self.answer();
     }

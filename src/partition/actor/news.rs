@@ -1,4 +1,4 @@
-//! What reaches the task without waiting for it: the journal's word, the acknowledgements of followers, and the time.
+//! What reaches the task without waiting for it: the journal's word, the acknowledgements of followers, the time, and that writers have gone.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -25,6 +25,8 @@ pub(super) struct Told {
     pub(super) acks: Vec<Ack>,
     /// What time it is, in milliseconds.
     pub(super) now_ms: Option<u64>,
+    /// A writer has gone before its answer came.
+    pub(super) given_up: bool,
 }
 
 /// A follower's word on how far it has come.
@@ -66,6 +68,11 @@ impl News {
         self.notify.notify_one();
     }
 
+    pub(in crate::partition) fn given_up(&self) {
+        self.lock().given_up = true;
+        self.notify.notify_one();
+    }
+
     /// Drops what a follower said that has not been taken yet: it was on a link that is gone.
     pub(super) fn forget(&self, broker: BrokerId) {
         self.lock().acks.retain(|ack| ack.peer.broker != broker);
@@ -73,7 +80,7 @@ impl News {
 
     pub(super) fn take(&self) -> Option<Told> {
         let mut told = self.lock();
-        let some = told.persisted.is_some() || !told.acks.is_empty() || told.now_ms.is_some();
+        let some = told.persisted.is_some() || !told.acks.is_empty() || told.now_ms.is_some() || told.given_up;
         some.then(|| std::mem::take(&mut *told))
     }
 

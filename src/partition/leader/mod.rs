@@ -285,6 +285,22 @@ impl<W> Leader<W> {
         }
     }
 
+    /// Drops the writers who have gone and whose write is as safe here as this broker alone can make it: only others can do more. True while
+    /// there are some whose write is not.
+    pub fn forget(&mut self, is_gone: impl Fn(&W) -> bool) -> bool {
+        let own = self.in_sync.own_end();
+        let mut left = false;
+        for queue in [&mut self.for_all, &mut self.for_tier] {
+            queue.retain(|waiting| {
+                let gone = is_gone(&waiting.writer);
+                let safe = waiting.acked.end <= own;
+                left |= gone && !safe;
+                !(gone && safe)
+            });
+        }
+        left
+    }
+
     /// Takes out every writer: none of them can be answered any more.
     pub fn abandon(&mut self) -> impl Iterator<Item = W> + '_ {
         let queues = [&mut self.for_leader, &mut self.for_all, &mut self.for_tier];

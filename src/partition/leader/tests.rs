@@ -96,6 +96,24 @@ fn a_replicated_write_is_answered_once_it_is_in_the_page_cache() {
     assert_eq!(log.due(), [(1, Held::PageCache(1))]);
 }
 
+/// The memory that its batch was given is wanted by others, and what it waits for may never come.
+#[test]
+fn a_writer_who_has_gone_is_dropped_once_the_write_is_safe_here() {
+    let mut log = Log::new(Durability::Persisted);
+    for (acks, writer) in [(Acks::Tiered, 1), (Acks::Tiered, 2), (Acks::Leader, 3), (Acks::Tiered, 4)] {
+        log.admit(batch(1, None), acks, writer).unwrap();
+    }
+    log.flush();
+    log.leader.persisted(at(3));
+    let gone = |writer: &u32| *writer != 2;
+    assert_eq!(log.due(), [(3, Held::Synced(1))]);
+    assert!(log.leader.forget(gone), "the fourth is with the journal still");
+    log.leader.persisted(at(4));
+    assert!(!log.leader.forget(gone));
+    log.leader.tiered(at(4));
+    assert_eq!(log.due(), [(2, Held::Tiered(1))]);
+}
+
 #[test]
 fn a_tiered_write_waits_for_the_bucket() {
     let mut log = Log::new(Durability::Persisted);
