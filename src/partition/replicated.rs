@@ -8,14 +8,14 @@ use tokio::{
 };
 
 use super::{
-    Answered, Assignment, FromLink, Joined, Lag, On, Overrun, Partition, Ready, TailReader,
+    Answered, Assignment, FromLink, Lag, On, Overrun, Partition, Ready, TailReader,
     actor::{JoinOrder, Order},
     leader::{
         insync::{Agreed, Departure, Ends, Peer, Registration},
         join::Claim,
     },
 };
-use crate::model::{BrokerId, LeaderEpoch, Offset};
+use crate::model::{BrokerId, LeaderEpoch};
 
 /// How long a follower that joins waits for an epoch of which this broker has not heard yet.
 const JOIN_WAIT: Duration = Duration::from_secs(1);
@@ -59,11 +59,8 @@ impl Partition {
         let _late = tokio::time::timeout(JOIN_WAIT, self.shared.until_led(epoch)).await;
         let (answer, answered) = oneshot::channel();
         self.order(Order::Join(Box::new(JoinOrder { peer, epoch, claim, ends, answer }))).await;
-        answered.await.unwrap_or_else(|_stopped| Answered {
-            epoch: self.epoch(),
-            high_watermark: Offset::ZERO,
-            join: Joined::Refused("the partition is closing on this broker".to_owned()),
-        })
+        let closing = |_stopped| Answered::refused(self.epoch(), "the partition is closing on this broker".to_owned());
+        answered.await.unwrap_or_else(closing)
     }
 
     /// A follower acknowledges what it has. Never waits; what it said before is replaced.

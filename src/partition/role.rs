@@ -88,6 +88,15 @@ pub struct Answered {
     pub high_watermark: Offset,
     /// Where to go on.
     pub join: Joined,
+    /// Whether the leader counts the follower as in sync. For its own side of the link: nobody is told.
+    pub in_sync: bool,
+}
+
+impl Answered {
+    /// It may not go on.
+    pub(super) fn refused(epoch: LeaderEpoch, why: String) -> Self {
+        Self { epoch, high_watermark: Offset::ZERO, join: Joined::Refused(why), in_sync: false }
+    }
 }
 
 /// Where a follower goes on.

@@ -56,7 +56,7 @@ impl Actor {
 
     async fn answered(&mut self, answered: Answered) {
         let Part::Following(follower) = &mut self.part else { return };
-        let Answered { epoch, high_watermark, join } = answered;
+        let Answered { epoch, high_watermark, join, in_sync: _ } = answered;
         let (join, beginning) = match join {
             Joined::At(at) => (Join::At(at), None),
             Joined::Diverged { epoch, end } => (Join::Diverged { epoch, end }, None),

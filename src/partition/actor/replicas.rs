@@ -3,7 +3,7 @@
 use super::{Actor, Part, news::Ack};
 use crate::{
     cluster::{PartitionValue, Revision},
-    model::{LeaderEpoch, Offset, listed},
+    model::{LeaderEpoch, listed},
     partition::{
         leader::{
             insync::{Agreed, Ends, InSync, Observed, Peer, Proposal},
@@ -45,19 +45,19 @@ impl Actor {
 
     /// A follower joins.
     pub(super) async fn join(&mut self, peer: Peer, epoch: LeaderEpoch, claim: Claim, ends: Ends) -> Answered {
-        let refused = |epoch, why: String| Answered { epoch, high_watermark: Offset::ZERO, join: Joined::Refused(why) };
         // What was said on its link before this one counts for nothing.
         self.news.forget(peer.broker);
         let bucket = self.has_bucket_tables();
         let local = Local { local_start: self.replica.local_start(), tiered_end: bucket.then_some(self.tiered_end) };
         let Part::Leading(leader) = &mut self.part else {
-            return refused(self.placed.epoch(), "this broker does not lead the partition".to_owned());
+            return Answered::refused(self.placed.epoch(), "this broker does not lead the partition".to_owned());
         };
         if let Some(why) = self.shared.fault() {
-            return refused(leader.epoch(), format!("the leader's disk failed: {why}"));
+            return Answered::refused(leader.epoch(), format!("the leader's disk failed: {why}"));
         }
         let join = leader.in_sync_mut().join(peer, epoch, claim, local, &self.replica.epochs());
         let (epoch, high_watermark) = (leader.epoch(), leader.high_watermark());
+        let in_sync = leader.in_sync().value().isr.contains(&peer.broker);
         let join = match join {
             Join::At(at) => {
                 let ends = Ends { written: ends.written.min(at), persisted: ends.persisted.min(at) };
@@ -89,7 +89,7 @@ impl Actor {
                 Joined::Refused(why.to_string())
             }
         };
-        Answered { epoch, high_watermark, join }
+        Answered { epoch, high_watermark, join, in_sync }
     }
 
     /// Counts what followers acknowledged.

@@ -198,6 +198,7 @@ fn answered(answer: v1::Answer) -> Result<Answered, BadFrame> {
         epoch: epoch("a leader epoch", answer.leader_epoch)?,
         high_watermark: offset("a high watermark", answer.high_watermark)?,
         join,
+        in_sync: false,
     })
 }
 

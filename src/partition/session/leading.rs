@@ -472,7 +472,7 @@ impl Leading {
                 match answered.join {
                     // Else another epoch has begun since: the first batches would be that one's.
                     Joined::At(at) if tail.epoch() == epoch => {
-                        slot.place = Some(Place::new(partition, tail, at, answered.high_watermark));
+                        slot.place = Some(Place::new(partition, tail, at, answered.high_watermark, answered.in_sync));
                         self.written.mark(index);
                         self.committed.mark(index);
                         self.answers.push_back(frames::answer(number, answered));

@@ -40,7 +40,7 @@ pub(super) struct Place {
     pub(super) window: Window,
     /// The high watermark that the follower was told.
     pub(super) told: Offset,
-    /// It has not reached the log end since it joined.
+    /// It is not in sync, and has not reached the log end since it joined.
     pub(super) catches_up: bool,
     pub(super) reading: bool,
     /// Something new came during that read.
@@ -58,15 +58,15 @@ pub(super) enum Told {
 }
 
 impl Place {
-    /// One whose follower has all below `at`, and was told the high watermark `told`.
-    pub(super) fn new(partition: Arc<Partition>, tail: TailReader, at: Offset, told: Offset) -> Self {
+    /// One whose follower has all below `at`, and was told the high watermark `told`. Every commit waits for one that is in sync.
+    pub(super) fn new(partition: Arc<Partition>, tail: TailReader, at: Offset, told: Offset, in_sync: bool) -> Self {
         Self {
             partition,
             epoch: tail.epoch(),
             tail,
             window: Window::new(at),
             told,
-            catches_up: true,
+            catches_up: !in_sync,
             reading: false,
             again: false,
             queued: false,

@@ -127,9 +127,13 @@ impl Side {
 
     /// Its side as the leader's, for somebody who is not a broker.
     fn lead(&self) -> Stranger<v1::ToLeader, v1::ToFollower> {
+        self.lead_at(CatchUp::new(None))
+    }
+
+    /// Likewise, with a pace for those that catch up.
+    fn lead_at(&self, catch_up: CatchUp) -> Stranger<v1::ToLeader, v1::ToFollower> {
         let ((to, incoming), (outgoing, from)) = (mpsc::channel(1), mpsc::channel(1));
-        let led =
-            Led { peer: FOLLOWER, find: self.find(), catch_up: Arc::new(CatchUp::new(None)), sent: Counter::default() };
+        let led = Led { peer: FOLLOWER, find: self.find(), catch_up: Arc::new(catch_up), sent: Counter::default() };
         let tasks = self.tasks.clone();
         let ended =
             self.tasks.spawn("lead", async move { lead(led, ReceiverStream::new(incoming), outgoing, &tasks).await });
@@ -550,6 +554,24 @@ async fn a_moved_high_watermark_needs_no_batch_to_ride_on() {
     let pieces = link.pieces().await;
     assert_eq!((pieces.len(), pieces[0].high_watermark, pieces[0].chunks.len()), (1, 1, 0));
     side.tasks.stop().await;
+}
+
+/// After a leader changed they all join anew, beside replicas that copy a history: writers wait for none but those in sync.
+#[tokio::test(start_paused = true)]
+async fn who_joins_in_sync_does_not_wait_for_the_pace_of_those_that_catch_up() {
+    for (isr, waits) in [(&[LEADER, FOLLOWER.broker][..], false), (&[LEADER], true)] {
+        let side = Side::new(LEADER);
+        let partition = side.open(0, isr).await;
+        let _unanswered = append(&partition, 10, Acks::All).await;
+        let overdrawn = CatchUp::new(Some(1));
+        overdrawn.take(1 << 20);
+        let mut link = side.lead_at(overdrawn);
+        link.join(1, id(0), EPOCH).await;
+        assert_eq!(link.answer().await.is, Some(answer::Is::At(0)));
+        let came = tokio::time::timeout(Duration::from_secs(5), link.pieces()).await;
+        assert_eq!(came.is_err(), waits, "{isr:?}");
+        side.tasks.stop().await;
+    }
 }
 
 #[tokio::test(start_paused = true)]

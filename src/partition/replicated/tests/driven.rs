@@ -129,7 +129,7 @@ fn pieces(epoch: u32, high_watermark: u64, batches: Vec<Batch>) -> FromLink {
 }
 
 fn answer(epoch: u32, join: Joined) -> FromLink {
-    FromLink::Answer(Answered { epoch: LeaderEpoch(epoch), high_watermark: at(0), join })
+    FromLink::Answer(Answered { epoch: LeaderEpoch(epoch), high_watermark: at(0), join, in_sync: false })
 }
 
 /// Lets the partition take in what it was told.
