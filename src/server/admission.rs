@@ -10,16 +10,19 @@
 //! A store that does not answer is waited for, and the reason is said: at once, when it changes, and every half minute. What no waiting
 //! mends ends the start: a login that is refused, a number that another broker has, a store that never heard of this directory.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::{
-    cluster::{Keys, MetaStore, RegisterError, Registration, Session, Shown, StoreError, Unread, View, prove},
+    cluster::{
+        DirectoryValue, Key, Keys, MetaStore, RegisterError, Registration, Session, Shown, StoreError, TopicValue,
+        Unread, Value as _, View, prove,
+    },
     log::Log,
-    model::{ConfigMap, PartitionId},
+    model::{ConfigMap, PartitionId, TopicId},
     task::{self, Tasks, clock, random},
 };
 
@@ -48,6 +51,28 @@ pub(super) struct Admission<'a> {
     pub(super) stop: &'a Tasks,
 }
 
+/// What a cluster's metadata knows that a data directory may have taken part in.
+#[derive(Debug, Default)]
+struct KnownCluster {
+    /// Those that took part last under each broker's number.
+    directories: BTreeSet<String>,
+    /// Those that are there, and those that were not long ago.
+    topics: BTreeSet<TopicId>,
+    /// Whether a topic is there that cannot be read.
+    unreadable: bool,
+}
+
+impl KnownCluster {
+    fn is_empty(&self) -> bool {
+        self.directories.is_empty() && self.topics.is_empty() && !self.unreadable
+    }
+
+    /// Whether a directory with these topics may be one of its brokers'. An old one that is put back knows a topic at least.
+    fn is_of(&self, directory: &str, held: &BTreeSet<TopicId>) -> bool {
+        self.unreadable || self.directories.contains(directory) || !self.topics.is_disjoint(held)
+    }
+}
+
 /// What a start shows, but for the replicas: those are opened first.
 pub(super) struct Noted {
     /// This uptime.
@@ -57,25 +82,47 @@ pub(super) struct Noted {
 }
 
 impl Admission<'_> {
-    /// Waits until the store answers. One that knows nothing of the cluster, though this directory took part in it, is another one.
+    /// Waits until the store answers. One that knows nothing of this directory, though that took part in a cluster before, is another one's.
     pub(super) async fn reach(&self) -> anyhow::Result<()> {
         let prefix = self.keys.prefix();
-        let below = |kind: &str| format!("{prefix}{kind}/");
-        let (directories, topics) = (below("directories"), below("topics"));
-        let known = self.answered(async || {
-            let brokers = self.store.list(&directories).await?.entries.len();
-            let topics = self.store.list(&topics).await?.entries.len();
-            Ok(brokers + topics)
-        });
-        let known = patiently(known).await?;
+        let known = patiently(self.answered(async || Ok(self.known().await?))).await?;
         let log = self.log.clone();
         let took_part = !task::blocking(move || log.uptimes()).await?.is_empty();
+        let held: BTreeSet<TopicId> = self.log.partitions().into_iter().map(|id| id.topic).collect();
+        if !took_part || held.is_empty() || known.is_of(&self.log.directory_id().to_string(), &held) {
+            return Ok(());
+        }
         anyhow::ensure!(
-            known > 0 || !took_part || self.log.partitions().is_empty(),
+            !known.is_empty(),
             "the metadata store holds nothing below {prefix}, and this data directory took part in that cluster before: is \
              metadata.etcd another cluster's? If etcd's data is lost, bring back its backup, or name an empty data directory"
         );
-        Ok(())
+        anyhow::bail!(
+            "what the metadata store holds below {prefix} knows neither this data directory nor any topic in it: it is another cluster of the \
+             same name. See to metadata.etcd, or name an empty data directory for a broker of that cluster"
+        )
+    }
+
+    /// What the store says of directories and topics.
+    async fn known(&self) -> Result<KnownCluster, StoreError> {
+        let list = async |kind: &str| self.store.list(&format!("{}{kind}/", self.keys.prefix())).await;
+        let mut known = KnownCluster::default();
+        for entry in list("directories").await?.entries {
+            known.directories.extend(DirectoryValue::decode(&entry.key, &entry.value).map(|value| value.directory_id));
+        }
+        for entry in list("topics").await?.entries {
+            match TopicValue::decode(&entry.key, &entry.value) {
+                Ok(topic) => drop(known.topics.insert(topic.id)),
+                Err(_) => known.unreadable = true,
+            }
+        }
+        let deleted =
+            list("deleted").await?.entries.into_iter().filter_map(|entry| match self.keys.parse(&entry.key) {
+                Some(Key::Deleted(topic)) => Some(topic),
+                _ => None,
+            });
+        known.topics.extend(deleted);
+        Ok(known)
     }
 
     /// Draws an id for this uptime and notes it in the data directory.
@@ -95,7 +142,7 @@ impl Admission<'_> {
         &self,
         registration: &Registration,
         noted: Noted,
-        whole: std::collections::BTreeSet<PartitionId>,
+        whole: BTreeSet<PartitionId>,
         view: &View,
         tasks: &Tasks,
     ) -> anyhow::Result<(Session, Unread)> {

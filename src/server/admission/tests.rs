@@ -1,15 +1,17 @@
 //! A start's way into the cluster, over a store that loses answers.
 
-use std::{collections::BTreeSet, path::Path};
+use std::path::Path;
+
+use bytes::Bytes;
 
 use super::*;
 use crate::{
     cluster::{
-        BrokerValue, EmbeddedStore, PartitionChanges, PartitionValue, TopicValue, Transaction, Value as _,
+        BrokerValue, EmbeddedStore, PartitionChanges, PartitionValue, Transaction,
         faulty::{Fault, Faulty},
     },
     log::{Identity, Options, SimDisk},
-    model::{BrokerId, LeaderEpoch, TopicId, TopicName},
+    model::{BrokerId, LeaderEpoch, Offset, TopicName},
 };
 
 const ME: BrokerId = BrokerId(1);
@@ -38,6 +40,53 @@ async fn start(store: &Arc<dyn MetaStore>, keys: &Keys, log: &Log, tasks: &Tasks
     let registration = Registration { store: Arc::clone(store), keys: keys.clone(), id: ME, value, time };
     let view = View::start(Arc::clone(store), keys.clone(), tasks);
     admission.admit(&registration, noted, BTreeSet::from([partition()]), &view, tasks).await.unwrap().0
+}
+
+/// A directory that took part in a cluster of the same name would be copied anew there, and be an older copy at home from then on.
+#[tokio::test(start_paused = true)]
+async fn another_cluster_of_the_same_name_is_refused_and_ones_own_is_not() {
+    let (keys, tasks) = (Keys::new("test").unwrap(), Tasks::new());
+    let fresh = || -> Arc<dyn MetaStore> { Arc::new(EmbeddedStore::in_memory()) };
+    let (home, other, log) = (fresh(), fresh(), log());
+    let reach = async |store: &Arc<dyn MetaStore>| {
+        let (defaults, stop) = (ConfigMap::new(), Tasks::new());
+        let admission = Admission { store, keys: &keys, log: &log, defaults: &defaults, stop: &stop };
+        admission.reach().await.map_err(|error| error.to_string())
+    };
+    let topic = |byte| {
+        let id = TopicId::from_bytes([byte; 16]);
+        TopicValue { id, partitions: 1, replication_factor: 1, config: ConfigMap::new() }
+    };
+    let put = async |store: &Arc<dyn MetaStore>, path: String, value: Bytes| {
+        store.transact(Transaction::new().put(path, value)).await.unwrap();
+    };
+    let path = keys.topic(&TopicName::new("t").unwrap());
+    put(&other, path.clone(), topic(8).encode()).await;
+    reach(&other).await.expect("a directory that never took part goes anywhere");
+
+    start(&home, &keys, &log, &tasks).await.leave().await;
+    reach(&other).await.expect("nothing in it can be another cluster's");
+    let _replica = log.open_replica(partition(), Offset::ZERO).unwrap();
+    let why = reach(&other).await.expect_err("another cluster");
+    assert!(why.contains("knows neither this data directory nor any topic in it"), "{why}");
+    let why = reach(&fresh()).await.expect_err("an empty store");
+    assert!(why.contains("holds nothing below /strandline/test/"), "{why}");
+    reach(&home).await.expect("it is the directory that took part last");
+
+    // Put back after another disk had the number: a topic shows whose it is, also one that was deleted since, or may.
+    for (path, value) in [
+        (path.clone(), topic(7).encode()),
+        (keys.deleted(partition().topic), Bytes::from_static(b"{}")),
+        (path, Bytes::from_static(b"rubbish")),
+    ] {
+        let store = fresh();
+        let another = DirectoryValue { directory_id: "another".into(), incarnation: "x".into() };
+        put(&store, keys.directory(ME), another.encode()).await;
+        assert!(reach(&store).await.is_err());
+        put(&store, path, value).await;
+        reach(&store).await.expect("it may be its own");
+    }
+    tasks.stop().await;
 }
 
 /// The simulator found it: the store had registered this uptime and the answer was lost. The next try judged the directory by the uptimes
