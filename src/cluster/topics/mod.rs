@@ -17,7 +17,13 @@
 //! Partition keys that no topic counts. [`Sweep`] deletes them; a maker whose keys it takes away meanwhile is refused in
 //! its last transaction, with a retryable error. A deleted topic leaves a [`Mark`], until long after the last of it is gone.
 
-use std::{ops::Range, sync::Arc};
+use std::{
+    ops::Range,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use tokio::time::Instant;
 
 use super::{
     keys::{Keys, ProducerIdsValue, TopicValue, Value},
@@ -27,7 +33,10 @@ use super::{
     store::{Compare, Entry, MetaStore, Op, Outcome, Revision, StoreError, Transaction},
     view::{Known, View, ViewState},
 };
-use crate::model::{ConfigMap, InvalidConfig, LeaderEpoch, PartitionId, TopicConfig, TopicName, near};
+use crate::{
+    model::{ConfigMap, InvalidConfig, LeaderEpoch, PartitionId, TopicConfig, TopicName, near},
+    task::clock,
+};
 
 mod change;
 mod create;
@@ -51,6 +60,10 @@ const PRODUCER_ID_BLOCK: i64 = 1000;
 /// How many near names an error lists.
 const NEAR_NAMES: usize = 3;
 
+/// How many errors list near names in a period.
+const HINTS: u32 = 20;
+const HINTS_PERIOD: Duration = Duration::from_secs(1);
+
 /// Topic administration. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Topics {
@@ -58,6 +71,7 @@ pub struct Topics {
     keys: Keys,
     view: View,
     defaults: Arc<ConfigMap>,
+    hints: Arc<Hints>,
 }
 
 /// A topic as the store has it.
@@ -92,17 +106,37 @@ fn hint(near: &[TopicName]) -> String {
 impl UnknownTopic {
     /// The error for a name that no topic of this view has.
     pub(super) fn of(state: &ViewState, name: &str) -> Self {
-        let name: String = name.chars().take(TopicName::MAX_BYTES).collect();
+        let Self { name, .. } = Self::plain(name);
         let near = near::nearest(&name, state.topics().keys(), |known| known.as_str(), NEAR_NAMES);
         let near = near.into_iter().cloned().collect();
         Self { name, near }
+    }
+
+    /// The error without a look at the names that there are.
+    fn plain(name: &str) -> Self {
+        Self { name: name.chars().take(TopicName::MAX_BYTES).collect(), near: Vec::new() }
+    }
+}
+
+/// How many may be hinted at near names still, in this second.
+#[derive(Debug, Default)]
+struct Hints(Mutex<Option<(Instant, u32)>>);
+
+impl Hints {
+    /// False when that were enough for now.
+    fn take(&self) -> bool {
+        let now = clock::monotonic();
+        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let (since, given) = state.filter(|(since, _)| now.duration_since(*since) < HINTS_PERIOD).unwrap_or((now, 0));
+        *state = Some((since, given + u32::from(given < HINTS)));
+        given < HINTS
     }
 }
 
 impl Topics {
     /// Administration of a cluster's topics. `defaults` are the broker's `[topic_defaults]`.
     pub fn new(store: Arc<dyn MetaStore>, keys: Keys, view: View, defaults: ConfigMap) -> Self {
-        Self { store, keys, view, defaults: Arc::new(defaults) }
+        Self { store, keys, view, defaults: Arc::new(defaults), hints: Arc::default() }
     }
 
     /// The topic of this name, from the view.
@@ -110,9 +144,10 @@ impl Topics {
         self.view.state().topic(name).cloned().ok_or_else(|| self.unknown(name.as_str()))
     }
 
-    /// The error for a name that no topic has.
+    /// The error for a name that no topic has. With near names while not many ask: a program that asks on and on reads none, and looking for
+    /// them costs more than all else that it asks.
     pub fn unknown(&self, name: &str) -> UnknownTopic {
-        UnknownTopic::of(&self.view.state(), name)
+        if self.hints.take() { UnknownTopic::of(&self.view.state(), name) } else { UnknownTopic::plain(name) }
     }
 
     /// Takes the next block of producer ids. An unknown outcome costs a block and no more.

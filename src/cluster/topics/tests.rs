@@ -194,6 +194,11 @@ async fn a_topic_grows_and_keeps_what_it_had() {
     assert_eq!(less, Err(AddPartitionsError::NotMore { name: name("a"), has: 150, to: 150 }));
     let many = cluster.topics.add_partitions(&name("a"), limits::MAX_PARTITIONS + 1).await;
     assert!(matches!(many, Err(AddPartitionsError::TooMany { .. })), "{many:?}");
+    cluster.store.transact(Transaction::new().delete(cluster.keys.broker(BrokerId(3)))).await.expect("answers");
+    cluster.catch_up().await;
+    let poor = cluster.topics.add_partitions(&name("a"), 151).await;
+    let there = There { live: 2, leaving: 0, full: 0 };
+    assert_eq!(poor, Err(AddPartitionsError::Brokers { asked: 3, there }), "three replicas on two brokers");
 }
 
 #[tokio::test]
@@ -277,6 +282,17 @@ async fn unknown_topics_are_told_with_near_names() {
     assert_eq!(error.to_string(), "topic \"order\" does not exist; did you mean \"orders\" or \"orders-dead\"?");
     let error = cluster.topics.delete(&name("zzz")).await.expect_err("unknown");
     assert_eq!(error.to_string(), "topic \"zzz\" does not exist");
+}
+
+/// A request names thousands, and each was compared with thousands.
+#[tokio::test(start_paused = true)]
+async fn who_asks_for_many_unknown_topics_is_hinted_at_some() {
+    let cluster = Cluster::of(1).await;
+    cluster.create("orders", 1, 1).await.expect("made");
+    let hinted = || (0..1000).filter(|_| !cluster.topics.unknown("order").near.is_empty()).count();
+    assert_eq!(hinted(), HINTS as usize);
+    tokio::time::advance(HINTS_PERIOD).await;
+    assert_eq!(hinted(), HINTS as usize);
 }
 
 #[tokio::test]

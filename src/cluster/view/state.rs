@@ -7,7 +7,9 @@ use std::{
 
 use crate::{
     cluster::{
-        keys::{BrokerValue, ControllerValue, DrainValue, Key, Keys, TopicValue, Value},
+        keys::{
+            BrokerValue, ControllerValue, DirectoryValue, DrainValue, Key, Keys, ProducerIdsValue, TopicValue, Value,
+        },
         partition_value::PartitionValue,
         store::{Changes, Entry, Event, Listing, Revision},
     },
@@ -185,8 +187,8 @@ impl ViewState {
                 continue;
             }
             self.revision = self.revision.max(event.revision());
-            // Kinds that the view does not mirror (groups, offsets, a newer version's) pass by.
-            let Some(key) = mirrored(keys, event.key()) else { continue };
+            // Kinds that the view does not know (groups, offsets, a newer version's) pass by.
+            let Some(key) = keys.parse(event.key()) else { continue };
             match event {
                 Event::Put(entry) => self.put(keys, &key, &entry),
                 Event::Delete { .. } => self.remove(&key),
@@ -194,6 +196,7 @@ impl ViewState {
             changed.push(key);
         }
         self.revision = self.revision.max(changes.revision);
+        changed.retain(is_mirrored);
         changed
     }
 
@@ -205,7 +208,7 @@ impl ViewState {
         let mut gone: BTreeSet<Key> = self.keys();
         let mut changed = Vec::new();
         for entry in &listing.entries {
-            let Some(key) = mirrored(keys, &entry.key) else { continue };
+            let Some(key) = keys.parse(&entry.key) else { continue };
             gone.remove(&key);
             if self.mod_revision(&key) != Some(entry.mod_revision) {
                 self.put(keys, &key, entry);
@@ -217,6 +220,7 @@ impl ViewState {
             changed.push(key);
         }
         self.revision = listing.revision;
+        changed.retain(is_mirrored);
         changed
     }
 
@@ -232,7 +236,9 @@ impl ViewState {
             Key::Topic(name) => read(entry).map(|known| self.put_topic(name, known)),
             Key::Partition(id) => read(entry).map(|known| self.slot(*id).partition = Some(known)),
             Key::Tier(id) => read(entry).map(|known| self.slot(*id).tier = Some(known)),
-            Key::Directory(_) | Key::Deleted(_) | Key::ProducerIds => Ok(()),
+            Key::Directory(_) => read::<DirectoryValue>(entry).map(drop),
+            Key::ProducerIds => read::<ProducerIdsValue>(entry).map(drop),
+            Key::Deleted(_) => Ok(()),
         };
         match done {
             Ok(()) => {
@@ -335,9 +341,9 @@ impl ViewState {
     }
 }
 
-/// The key at a path, when the view mirrors it. Producer ids and directories it does not: nobody looks at them there.
-fn mirrored(keys: &Keys, path: &str) -> Option<Key> {
-    keys.parse(path).filter(|key| !matches!(key, Key::Directory(_) | Key::ProducerIds))
+/// Whether the view mirrors it. Producer ids and directories it does not, nobody looks at them there: it only names those that cannot be used.
+fn is_mirrored(key: &Key) -> bool {
+    !matches!(key, Key::Directory(_) | Key::ProducerIds)
 }
 
 fn place(number: u32) -> usize {

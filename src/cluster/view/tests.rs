@@ -124,6 +124,26 @@ fn a_value_that_does_not_parse_is_named_and_skipped() {
 }
 
 #[test]
+fn a_value_that_is_not_mirrored_is_named_too_while_it_does_not_parse() {
+    let mut state = listed();
+    let paths =
+        [(keys().directory(BrokerId(1)), Key::Directory(BrokerId(1))), (keys().producer_ids(), Key::ProducerIds)];
+    for (path, key) in paths {
+        let put =
+            |value: &'static str, revision| changes(revision, vec![Event::Put(entry(path.clone(), value, revision))]);
+        let next = state.revision().0 + 1;
+        assert_eq!(state.apply(&keys(), put("{broken", next)), [], "nobody acts by it");
+        assert_eq!(state.unreadable().keys().collect::<Vec<_>>(), [&key]);
+        let good = if key == Key::ProducerIds { r#"{"next":7}"# } else { r#"{"directory_id":"d","incarnation":"i"}"# };
+        state.apply(&keys(), put(good, next + 1));
+        assert!(state.unreadable().is_empty(), "{:?}", state.unreadable());
+        let listing = vec![entry(path.clone(), "{broken", next + 2)];
+        let listing = Listing { entries: listing, revision: Revision(next + 2) };
+        assert!(!state.clone().replace(&keys(), listing).contains(&key));
+    }
+}
+
+#[test]
 fn keys_of_kinds_that_this_version_does_not_know_pass_by() {
     let mut state = listed();
     let new = Event::Put(entry(format!("{}groups/g", keys().prefix()), "?", 30));
