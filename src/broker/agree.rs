@@ -242,7 +242,7 @@ mod tests {
     use super::*;
     use crate::{
         broker::hosted::HostedTopic,
-        cluster::{EmbeddedStore, MetaStore as _, Transaction, Value as _},
+        cluster::{BrokerValue, EmbeddedStore, MetaStore as _, Transaction, Value as _},
         model::{TopicConfig, TopicId, TopicName},
         task::random,
     };
@@ -309,6 +309,32 @@ mod tests {
         assert!(bench.resign(3).await);
         let after = bench.stands().await;
         assert_eq!((after.leader, after.leader_epoch, after.isr), (None, LeaderEpoch(4), vec![BrokerId(2)]));
+    }
+
+    /// A broker that was struck since it acknowledged, and registered anew, may lack what it had.
+    #[tokio::test]
+    async fn who_is_admitted_is_still_registered_as_it_was() {
+        let bench = Bench::new();
+        let peer = BrokerId(2);
+        let key = bench.keys.broker(peer);
+        let register = async || {
+            let gone = Transaction::new().delete(key.clone());
+            bench.store.transact(gone).await.expect("answers");
+            let put = Transaction::new().put(key.clone(), BrokerValue::running_at("there:1".to_owned()).encode());
+            bench.store.transact(put).await.expect("answers");
+            bench.store.get(&key).await.expect("answers").entry.expect("there").create_revision
+        };
+        let (before, after) = (value(1, &[1]), value(1, &[1, 2]));
+        let (older, newer) = (register().await, register().await);
+        for (epoch, stands) in [(older, &before), (newer, &after)] {
+            bench.put(&before).await;
+            let expect = bench.store.get(&bench.keys.partition(bench.id)).await.expect("answers").entry.expect("there");
+            let added = vec![Peer { broker: peer, epoch }];
+            let proposal = Proposal { expect: expect.mod_revision, value: after.clone(), added };
+            let change = bench.agree.change(bench.id, proposal);
+            bench.agree.changes.make(vec![change], &[]).await;
+            assert_eq!(&bench.stands().await, stands);
+        }
     }
 
     #[tokio::test]
