@@ -237,6 +237,14 @@ impl Controller {
                         epoch = %value.leader_epoch, replicas = %listed(&value.replicas), isr = %listed(&value.isr),
                         "changed a partition"
                     );
+                    if *why == Why::Redirected {
+                        tracing::warn!(
+                            topic = %named(&view, id), partition = %id,
+                            adding = %listed(&value.adding), removing = %listed(&value.removing),
+                            "a broker that the partition's move needs is gone for good: the move goes to another one, or back; \
+                             order it again if it was to lead elsewhere"
+                        );
+                    }
                 }
                 // The view will show what stands there.
                 Changed::Refused(_) => {}

@@ -4,7 +4,7 @@
 //! spread over racks first, then over the brokers that carry least, and no two meet on one broker. Ties are broken by a hash of
 //! partition and broker, so that the partitions of a lost broker do not all fall to the same two others.
 //!
-//! Creation uses it, and the controller for replacing replicas: [`Placement::choose`] takes those that stay.
+//! Creation uses it, and the controller for replacing replicas: [`Placement::choose_up_to`] takes those that stay.
 
 use std::collections::BTreeMap;
 
@@ -103,6 +103,12 @@ impl Placement {
     /// Adds replicas to those that stay until there are this many, and leaves the order of those that stay. `None`
     /// when there are too few brokers.
     pub fn choose(&self, partition: PartitionId, stay: Vec<BrokerId>, replicas: usize) -> Option<Vec<BrokerId>> {
+        let chosen = self.choose_up_to(partition, stay, replicas);
+        (chosen.len() >= replicas).then_some(chosen)
+    }
+
+    /// As [`Self::choose`], and fewer when there are too few brokers.
+    pub fn choose_up_to(&self, partition: PartitionId, stay: Vec<BrokerId>, replicas: usize) -> Vec<BrokerId> {
         let mut chosen = stay;
         while chosen.len() < replicas {
             let next = self
@@ -113,10 +119,11 @@ impl Placement {
                     let Load { replicas, leaders } = candidate.load;
                     (self.same_rack(&chosen, candidate), replicas, leaders, mix(partition, **id))
                 })
-                .map(|(id, _)| *id)?;
+                .map(|(id, _)| *id);
+            let Some(next) = next else { break };
             chosen.push(next);
         }
-        Some(chosen)
+        chosen
     }
 
     fn same_rack(&self, chosen: &[BrokerId], candidate: &Candidate) -> usize {

@@ -7,11 +7,12 @@
 //! 1. `lead`: somebody must lead a partition whose leader is gone.
 //! 2. `lead`: leaders that are being stopped or drained, or whose disk took no more records, hand over.
 //! 3. `moves`: a move whose new replicas are in sync ends.
-//! 4. `moves`: an operator's order to move begins when it is its turn.
-//! 5. `moves`: a topic's replication factor was changed.
-//! 6. `moves`: replicas of brokers that are gone for good, or drained, are replaced.
-//! 7. `lead`: leadership goes back to the preferred replica.
-//! 8. `moves`: a broker that holds much more than another one gives.
+//! 4. `redirect`: a move goes on without brokers that are gone for good.
+//! 5. `moves`: an operator's order to move begins when it is its turn.
+//! 6. `moves`: a topic's replication factor was changed.
+//! 7. `moves`: replicas of brokers that are gone for good, or drained, are replaced, as many as there are brokers for.
+//! 8. `lead`: leadership goes back to the preferred replica.
+//! 9. `moves`: a broker that holds much more than another one gives.
 //!
 //! Every step is a compare-and-set, so a plan that was made from an old view, or by a controller that is none any more, costs a
 //! refusal and nothing else. There is no state between plans: moves are in the partitions' values, so they survive a change of
@@ -21,9 +22,11 @@
 //!
 //! - A step keeps the in-sync replicas that are alive; only the end of a move takes out one, and only one that the move takes away.
 //! - Steps end: carried out, with replicas that catch up, they lead to a state that needs none.
+//! - No move waits for a broker that is gone for good.
 
 mod lead;
 mod moves;
+mod redirect;
 
 use std::collections::BTreeMap;
 
@@ -83,6 +86,8 @@ pub enum Why {
     HandedOver,
     /// A move's new replicas are in sync.
     MoveEnded,
+    /// A broker of the move under way is gone for good: it goes elsewhere, or back.
+    Redirected,
     /// An operator ordered it, and it is its turn.
     Ordered,
     /// The topic's replication factor was changed.
@@ -105,6 +110,7 @@ impl Why {
             Self::Leaderless => "leaderless",
             Self::HandedOver => "handed_over",
             Self::MoveEnded => "move_ended",
+            Self::Redirected => "redirected",
             Self::Ordered => "ordered",
             Self::Factor => "factor",
             Self::Replaced => "replaced",
@@ -179,6 +185,30 @@ impl Subject<'_> {
 impl Input<'_> {
     fn is_live(&self, id: BrokerId) -> bool {
         self.view.brokers().contains_key(&id)
+    }
+
+    /// Whether a broker is gone for longer than its replicas wait for it.
+    fn is_lost(&self, id: BrokerId, plan: &mut Plan) -> bool {
+        let (Some(after_ms), false) = (self.limits.replace_after_ms, self.is_live(id)) else { return false };
+        let gone_ms = self.gone_ms.get(&id).copied().unwrap_or(0);
+        if gone_ms < after_ms {
+            plan.again_in(after_ms - gone_ms);
+        }
+        gone_ms >= after_ms
+    }
+
+    /// Whether nobody waits for it any more: it is gone for so long, or gone and to be emptied.
+    fn is_gone_for_good(&self, id: BrokerId, plan: &mut Plan) -> bool {
+        self.is_lost(id, plan) || self.is_draining(id) && !self.is_live(id)
+    }
+
+    /// A broker that names no rack, or is gone, shares one with nobody.
+    fn rack(&self, id: BrokerId) -> Option<&str> {
+        self.view.brokers().get(&id)?.value.rack.as_deref()
+    }
+
+    fn shares_rack(&self, id: BrokerId, others: &[BrokerId]) -> bool {
+        self.rack(id).is_some_and(|own| others.iter().any(|other| self.rack(*other) == Some(own)))
     }
 
     fn is_stopping(&self, id: BrokerId) -> bool {

@@ -1,5 +1,5 @@
 //! Where replicas are: ends of moves, and new ones by an operator's order, for a changed factor, lost and drained brokers, and
-//! balance. Moves begin only within the limits, whoever wants them.
+//! balance. Moves begin only within the limits, whoever wants them, and one that goes elsewhere keeps its turn.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -8,7 +8,7 @@ use super::{
         partition_value::PartitionValue,
         placement::{Load, Placement},
     },
-    Input, Plan, Step, Subject, Waiting, Why, lead,
+    Input, Plan, Step, Subject, Waiting, Why, lead, redirect,
 };
 use crate::model::{BrokerId, PartitionId};
 
@@ -59,24 +59,33 @@ impl Room {
 
     /// Takes room for a move that copies to these.
     fn take(&mut self, new: &[BrokerId]) -> bool {
-        let fits = |id: &BrokerId| self.receiving.get(id).copied().unwrap_or(0) < self.to_one;
         // What copies nothing costs nothing.
         if new.is_empty() {
             return true;
         }
-        if self.moves == 0 || !new.iter().all(fits) {
+        if self.moves == 0 || !self.receive(new) {
             return false;
         }
         self.moves -= 1;
+        true
+    }
+
+    /// Takes room at these for a move that is under way, and so counted, already.
+    fn receive(&mut self, new: &[BrokerId]) -> bool {
+        let fits = |id: &BrokerId| self.receiving.get(id).copied().unwrap_or(0) < self.to_one;
+        if !new.iter().all(fits) {
+            return false;
+        }
         new.iter().for_each(|id| *self.receiving.entry(*id).or_default() += 1);
         true
     }
 }
 
-/// Begins moves; the partitions that one was begun of.
+/// Begins moves, and has those go on that are held up; the partitions that one was begun of, or goes elsewhere.
 pub(super) fn begin(input: &Input<'_>, subjects: &[Subject<'_>], plan: &mut Plan) -> BTreeSet<PartitionId> {
     let (mut room, mut placement) = (Room::of(input, subjects), Placement::of(input.view));
-    let mut moved = begin_ordered(input, subjects, &mut room, &mut placement, plan);
+    let mut moved = redirect_stranded(input, subjects, &mut room, &mut placement, plan);
+    moved.append(&mut begin_ordered(input, subjects, &mut room, &mut placement, plan));
     for subject in subjects.iter().filter(|subject| !subject.is_moving() && subject.value.leader.is_some()) {
         // What an operator wants of it comes first, if it can.
         if startable(input, subject).is_some() {
@@ -97,6 +106,29 @@ pub(super) fn begin(input: &Input<'_>, subjects: &[Subject<'_>], plan: &mut Plan
     {
         moved.insert(step.change.id);
         plan.steps.push(step);
+    }
+    moved
+}
+
+/// Has moves go on without brokers that are gone for good, whoever began them: before others, because it is their turn already.
+fn redirect_stranded(
+    input: &Input<'_>,
+    subjects: &[Subject<'_>],
+    room: &mut Room,
+    placement: &mut Placement,
+    plan: &mut Plan,
+) -> BTreeSet<PartitionId> {
+    let mut moved = BTreeSet::new();
+    for subject in subjects.iter().filter(|subject| subject.is_moving() && subject.value.leader.is_some()) {
+        let Some(target) = redirect::target(input, subject, placement, plan) else { continue };
+        let Some(value) = subject.value.begin_move(&target) else { continue };
+        let is_new = |id: &BrokerId| !subject.value.adding.contains(id);
+        let new: Vec<BrokerId> = value.adding.iter().copied().filter(is_new).collect();
+        if room.receive(&new) {
+            placement.carry_more(&new);
+            moved.insert(subject.id);
+            plan.steps.push(subject.step(value, Why::Redirected));
+        }
     }
     moved
 }
@@ -133,7 +165,7 @@ fn startable(input: &Input<'_>, subject: &Subject<'_>) -> Option<PartitionValue>
     value.adding.iter().all(|id| input.is_live(*id)).then_some(value)
 }
 
-/// The replicas that a partition should have, when they are others than it has.
+/// The replicas that a partition should have, when they are others than it has. With too few brokers some of those that should go stay.
 fn wanted(
     input: &Input<'_>,
     subject: &Subject<'_>,
@@ -142,21 +174,28 @@ fn wanted(
 ) -> Option<(Vec<BrokerId>, Why)> {
     let (replicas, id) = (&subject.value.replicas, subject.id);
     let factor = usize::try_from(subject.topic.replication_factor).ok()?;
-    if replicas.len() > factor {
-        return fewer(input, subject, factor).map(|target| (target, Why::Factor));
+    if replicas.len() > factor
+        && let Some(target) = fewer(input, subject, factor)
+    {
+        return Some((target, Why::Factor));
     }
-    let leaving = |id: &BrokerId| input.is_draining(*id) || is_lost(input, *id, plan);
-    let going: Vec<BrokerId> = replicas.iter().copied().filter(leaving).collect();
+    let leaving = |id: &BrokerId| input.is_draining(*id) || input.is_lost(*id, plan);
+    let (going, stay): (Vec<BrokerId>, Vec<BrokerId>) = replicas.iter().copied().partition(leaving);
     if going.is_empty() && replicas.len() == factor {
         return None;
     }
-    let stay: Vec<BrokerId> = replicas.iter().copied().filter(|id| !going.contains(id)).collect();
-    let Some(chosen) = placement.choose(id, stay.clone(), factor) else {
-        plan.waiting.push((id, Waiting::ForBrokers));
+    let chosen = placement.choose_up_to(id, stay.clone(), factor);
+    let new = &chosen[stay.len()..];
+    if new.is_empty() {
+        // Too many replicas of which too few are in sync, but enough are there: they will catch up.
+        if stay.len() < factor {
+            plan.waiting.push((id, Waiting::ForBrokers));
+        }
         return None;
-    };
+    }
+    let going = first_to_go(input, subject, going, new.len(), factor);
     // Who comes takes the place of who goes, so that the preferred leader is the one next to it only if it goes itself.
-    let mut new = chosen[stay.len()..].iter().copied();
+    let mut new = new.iter().copied();
     let mut target: Vec<BrokerId> =
         replicas.iter().filter_map(|id| if going.contains(id) { new.next() } else { Some(*id) }).collect();
     target.extend(new);
@@ -168,28 +207,35 @@ fn wanted(
     Some((target, why))
 }
 
-/// Whether a broker is gone for longer than its replicas wait for it.
-fn is_lost(input: &Input<'_>, id: BrokerId, plan: &mut Plan) -> bool {
-    let (Some(after_ms), false) = (input.limits.replace_after_ms, input.is_live(id)) else { return false };
-    let gone_ms = input.gone_ms.get(&id).copied().unwrap_or(0);
-    if gone_ms < after_ms {
-        plan.again_in(after_ms - gone_ms);
-    }
-    gone_ms >= after_ms
+/// Of those that should go, those that do when so many new ones come: first who is not there, and last who may lead. Of a partition that
+/// has too many more go than come, where enough are in sync without them.
+fn first_to_go(
+    input: &Input<'_>,
+    subject: &Subject<'_>,
+    mut going: Vec<BrokerId>,
+    new: usize,
+    factor: usize,
+) -> Vec<BrokerId> {
+    let value = subject.value;
+    going.sort_by_key(|id| (input.is_live(*id), value.isr.contains(id) || value.elr.contains(id)));
+    let most = new + value.replicas.len().saturating_sub(factor);
+    let kept_in_sync = value.isr.iter().filter(|id| !going.iter().take(most).any(|goes| goes == *id)).count();
+    let enough = kept_in_sync + new >= subject.min_insync.min(factor);
+    going.truncate(if enough { most } else { new });
+    going
 }
 
 /// The replicas that stay when there are to be fewer: the leader, those in sync, those alive, those of racks of their own, the first.
 /// `None` while not enough of them would be in sync.
 fn fewer(input: &Input<'_>, subject: &Subject<'_>, factor: usize) -> Option<Vec<BrokerId>> {
     let value = subject.value;
-    let rack = |id: &BrokerId| input.view.brokers().get(id).and_then(|known| known.value.rack.as_deref());
     let mut kept: Vec<BrokerId> = Vec::new();
     let mut rest: Vec<BrokerId> = value.replicas.clone();
     while kept.len() < factor && !rest.is_empty() {
-        let shared = |id: &BrokerId| rack(id).is_some_and(|own| kept.iter().any(|other| rack(other) == Some(own)));
         let worth = |(place, id): &(usize, &BrokerId)| {
             let (leads, in_sync) = (value.leader == Some(**id), value.isr.contains(id));
-            (!leads, !in_sync, !input.is_live(**id), input.is_draining(**id), shared(id), *place)
+            let shared = input.shares_rack(**id, &kept);
+            (!leads, !in_sync, !input.is_live(**id), input.is_draining(**id), shared, *place)
         };
         let (best, _) = rest.iter().enumerate().min_by_key(worth)?;
         kept.push(rest.remove(best));
@@ -223,12 +269,8 @@ fn hand_on(input: &Input<'_>, subject: &Subject<'_>, from: BrokerId, to: BrokerI
     if !replicas.contains(&from) || replicas.contains(&to) {
         return None;
     }
-    // A broker that names no rack, or is gone, shares one with nobody.
-    let rack = |id: BrokerId| input.view.brokers().get(&id)?.value.rack.as_deref();
-    let shares = |id: BrokerId| {
-        rack(id).is_some_and(|own| replicas.iter().any(|other| *other != from && rack(*other) == Some(own)))
-    };
-    if shares(to) && !shares(from) {
+    let others: Vec<BrokerId> = replicas.iter().copied().filter(|id| *id != from).collect();
+    if input.shares_rack(to, &others) && !input.shares_rack(from, &others) {
         return None;
     }
     let target: Vec<BrokerId> = replicas.iter().map(|id| if *id == from { to } else { *id }).collect();

@@ -14,6 +14,8 @@ use crate::{
     model::{LeaderEpoch, TopicId, TopicName},
 };
 
+mod gone;
+
 /// A cluster that steps are carried out in.
 #[derive(Clone, Debug)]
 struct World {
