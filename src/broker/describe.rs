@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     cluster::{PartitionEntry, PartitionValue},
-    model::{BrokerId, Offset, PartitionId, TopicConfig, TopicId, Watermarks},
+    model::{BrokerId, Offset, PartitionId, TopicConfig, TopicId, TopicName, Watermarks},
     proto::{
         fault::{Fault, Reason},
         v1,
@@ -32,7 +32,7 @@ impl Broker {
         let partitions = entries.into_iter().map(|(number, entry)| {
             let id = PartitionId::new(known.value.id, number);
             let mut state = assigned(number, entry.partition.as_ref().map(|known| &known.value));
-            match self.told(id, &entry, &answers) {
+            match self.told(&name, id, &entry, &answers) {
                 Ok(told) => marked(&mut state, &told),
                 Err(fault) => {
                     let tier = entry.tier.as_ref().map(|known| &known.value);
@@ -56,17 +56,15 @@ impl Broker {
     /// What a partition's leader said of it.
     fn told(
         &self,
+        topic: &TopicName,
         id: PartitionId,
         entry: &PartitionEntry,
         answers: &BTreeMap<BrokerId, Answer>,
     ) -> Result<Told, Fault> {
         let leader = entry.partition.as_ref().and_then(|known| known.value.leader);
         let Some(leader) = leader else {
-            let value = entry.partition.as_ref().map(|known| &known.value);
-            let waited =
-                value.into_iter().flat_map(|value| value.isr.iter().chain(&value.elr)).map(ToString::to_string);
-            let waited = waited.collect::<Vec<_>>().join(" or ");
-            let waits = if waited.is_empty() { String::new() } else { format!(": it waits for broker {waited}") };
+            let known = entry.partition.as_ref();
+            let waits = known.map_or_else(String::new, |known| waits(topic, id.number, &known.value));
             return Err(Fault::new(
                 Reason::NoLeader,
                 format!("nobody leads partition {} at the moment{waits}", id.number),
@@ -89,6 +87,18 @@ impl Broker {
             Holding::Open(_) | Holding::Elsewhere => None,
         }
     }
+}
+
+/// Who could lead a partition that nobody leads; or, where nobody could, what an operator can do.
+fn waits(topic: &TopicName, number: u32, value: &PartitionValue) -> String {
+    let waited: Vec<String> = value.isr.iter().chain(&value.elr).map(ToString::to_string).collect();
+    if !waited.is_empty() {
+        return format!(": it waits for broker {}", waited.join(" or "));
+    }
+    format!(
+        ": no replica is known to hold everything; `strandline partition elect {topic}/{number} --unclean` has one lead that may lack \
+         records"
+    )
 }
 
 /// Whom to ask for which partitions of a topic.
@@ -136,4 +146,21 @@ fn marked(state: &mut v1::PartitionState, told: &Told) {
 /// Brokers as they travel.
 pub(super) fn numbers(ids: &[BrokerId]) -> Vec<u32> {
     ids.iter().map(|id| id.0).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::LeaderEpoch;
+
+    #[test]
+    fn a_partition_without_a_leader_tells_who_is_waited_for_or_the_way_out() {
+        let topic: TopicName = "orders".parse().expect("valid");
+        let whole = PartitionValue::new([1, 2, 3].map(BrokerId).to_vec(), LeaderEpoch(4));
+        let waiting = PartitionValue { leader: None, isr: vec![BrokerId(1)], elr: vec![BrokerId(3)], ..whole };
+        assert_eq!(waits(&topic, 7, &waiting), ": it waits for broker 1 or 3");
+        let forsaken = PartitionValue { isr: Vec::new(), elr: Vec::new(), ..waiting };
+        let said = waits(&topic, 7, &forsaken);
+        assert!(said.contains("no replica is known") && said.contains("elect orders/7 --unclean"), "{said}");
+    }
 }

@@ -1,5 +1,5 @@
-//! Whether this broker may have been replaced without having heard of it: the metadata store has said nothing for as long as its
-//! registration lives without.
+//! Whether this broker may have been replaced without having heard of it: its registration is gone, or the metadata store has not renewed
+//! it for as long as it lives.
 //!
 //! By this process's clock, and a hint for clients: nothing that must be right depends on it. The broker goes on with what it has. Readers are
 //! told, so that one who waits here for records that another broker takes by now can ask who leads; and what needs the store is
@@ -27,8 +27,8 @@ pub(super) async fn run(broker: Arc<Broker>, session: Session) {
         let changed = broker.doubt.send_if_modified(|known| std::mem::replace(known, doubts) != doubts);
         match (changed, doubts) {
             (true, true) => tracing::warn!(
-                "the metadata store has said nothing for as long as this broker's registration lives: others may lead by now what it \
-                 leads, and its readers are told so"
+                "this broker's registration is gone, or was not renewed for as long as it lives: others may lead by now what it leads, \
+                 and its readers are told so"
             ),
             (true, false) => tracing::info!("this broker's registration lives again, and its readers are told so"),
             (false, _) => {}
@@ -63,8 +63,8 @@ impl Broker {
         if !self.is_in_doubt() {
             return Ok(());
         }
-        let message = "the metadata store has not answered this broker for longer than its registration lives: nothing was begun; try \
-                       another broker, or again later";
+        let message = "this broker's registration is gone, or the metadata store has not renewed it for as long as it lives: nothing was \
+                       begun; try another broker, or again later";
         Err(Fault::new(Reason::MetadataUnavailable, message).with("not_begun", true))
     }
 }

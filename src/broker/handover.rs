@@ -43,7 +43,7 @@ impl Broker {
         let mut states = self.view.watch();
         // The mirror ends with the broker.
         let _gone = states.wait_for(|state| self.is_said(state) && self.entrusted(state) == 0).await;
-        tracing::info!("others lead what this broker led");
+        tracing::info!("others lead what this broker led, where another replica was in sync");
     }
 
     /// Whether the others can know that this broker stops.

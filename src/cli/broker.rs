@@ -57,10 +57,11 @@ enum Order {
     /// Empty a broker: its leaderships and replicas move to others, and it is given nothing new
     ///
     /// Returns when that is written down, or, with --wait, when the broker is empty; `strandline cluster describe` shows how far it is. A
-    /// broker that is gone for good may be named too: its replicas are then replaced at once.
+    /// broker that is gone for good may be named too: its replicas are then replaced at once, but not those of partitions that nobody leads:
+    /// there is nobody to copy from, and `strandline partition elect --unclean` is the way out.
     Drain {
         /// The broker's number
-        #[arg(value_name = "ID")]
+        #[arg(value_name = "ID", value_parser = number)]
         id: u32,
         #[command(flatten)]
         wait: Wait,
@@ -68,9 +69,14 @@ enum Order {
     /// Take a drain back: the broker is given leaderships and replicas again
     Restore {
         /// The broker's number
-        #[arg(value_name = "ID")]
+        #[arg(value_name = "ID", value_parser = number)]
         id: u32,
     },
+}
+
+/// A broker's number as it is typed.
+pub(super) fn number(text: &str) -> Result<u32, String> {
+    text.parse().map_err(|_| "not a broker's number, such as 2".to_owned())
 }
 
 impl Broker {
@@ -184,7 +190,7 @@ fn drained(id: u32, drain: &Drain) -> Value {
         "leaders": drain.leaders,
         "replicas": drain.replicas,
         "takers": drain.takers,
-        "stuck": stuck.collect::<Vec<_>>(),
+        "stuck_replicas": stuck.collect::<Vec<_>>(),
     })
 }
 
@@ -230,6 +236,14 @@ mod tests {
             replicas: 12,
             stuck: (0..stuck).map(|number| ("orders".to_owned(), number)).collect(),
             takers: 2,
+        }
+    }
+
+    #[test]
+    fn a_brokers_number_is_one() {
+        assert_eq!(number("12"), Ok(12));
+        for wrong in ["x", "", "-1", "1.5"] {
+            assert!(number(wrong).expect_err(wrong).contains("such as 2"), "{wrong}");
         }
     }
 

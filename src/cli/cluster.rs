@@ -18,7 +18,7 @@ const MOST_NAMED: usize = 8;
 
 #[derive(Clone, Copy, Debug, Subcommand)]
 pub(super) enum Cluster {
-    /// Show brokers, racks, epochs, leaders, load, disk, upload lag and the controller
+    /// Show brokers, racks, epochs, load (leaders, replicas, bytes on disk), free disk, upload lag and the controller
     Describe,
 }
 

@@ -33,7 +33,9 @@ const PORTS: u16 = 2;
 /// Run a broker with everything embedded: metadata in a file, a directory as object store; or a cluster of several
 ///
 /// With --brokers N, N brokers run in this process, each with a data directory of its own and the next two ports. A topic then has
-/// up to three replicas unless told otherwise. It is for trying a cluster out: the brokers share this machine's fate.
+/// up to three replicas unless told otherwise. With three brokers or more two replicas must be in sync, so a topic with
+/// --replication-factor 1 needs --config min.insync.replicas=1 too. No broker is passed over for a full disk
+/// (broker.disk_full_percent is 100). It is for trying a cluster out: the brokers share this machine's fate.
 #[derive(Clone, Debug, Args)]
 pub(super) struct Dev {
     /// Where everything is kept

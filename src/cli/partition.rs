@@ -16,7 +16,7 @@ use serde_json::Value;
 
 use self::words::{elected, prospect, reassigned, reassignment, taken_back, uncleanly, under_way};
 use super::{
-    Common,
+    Common, broker,
     connect::{connect, explain, explain_order},
     output::{self, Output, ids},
     patience::Patience,
@@ -30,7 +30,7 @@ use crate::{
 #[derive(Debug, Subcommand)]
 pub(super) enum Partition {
     Reassign(Reassign),
-    /// Show the moves that are under way
+    /// Show the moves that are under way or wait for their turn
     #[command(hide = true)]
     Status(Which),
     /// Take moves back
@@ -42,7 +42,8 @@ pub(super) enum Partition {
 /// Move partitions to other brokers, show how far that is, or take it back
 ///
 /// New replicas copy what is not in the bucket yet; the old ones are let go when all new ones are in sync. The order is written
-/// down when the command returns, and the brokers carry it out from then on; with --wait it is carried out.
+/// down when the command returns, and the brokers carry it out from then on; with --wait it is carried out. Of a topic that is named
+/// `status` or `cancel`, name the partitions one by one: `status/0`.
 #[derive(Debug, Args)]
 #[command(subcommand_negates_reqs = true, subcommand_value_name = "WHAT")]
 pub(super) struct Reassign {
@@ -50,7 +51,7 @@ pub(super) struct Reassign {
     #[arg(value_name = "TOPIC[/N]", required = true)]
     name: Option<Name>,
     /// The brokers that are to hold it, the preferred leader first: as many as the topic's replication factor
-    #[arg(long, value_name = "ID,ID", value_delimiter = ',', required = true)]
+    #[arg(long, value_name = "ID,ID", value_delimiter = ',', value_parser = broker::number, required = true)]
     replicas: Vec<u32>,
     #[command(flatten)]
     wait: Wait,
@@ -60,9 +61,11 @@ pub(super) struct Reassign {
 
 #[derive(Debug, Subcommand)]
 enum What {
-    /// Show the moves that are under way, whoever ordered them
+    /// Show the moves that are under way or wait for their turn, whoever ordered them
     Status(Which),
     /// Take moves back: the replicas are again those of before
+    ///
+    /// What the controller began for a drain or a changed replication factor it begins again: take that back instead.
     Cancel(Cancelled),
 }
 
@@ -83,10 +86,10 @@ pub(super) struct Cancelled {
     all: bool,
 }
 
-/// Make the preferred replica leader again, or name one where nobody leads
+/// Have the preferred replica lead again; with --unclean, elect one where nobody can lead without loss
 ///
 /// With --unclean: where everybody who holds all committed records is gone for good, a replica leads that may lack some. It says
-/// which, and what is lost, and asks before it does it.
+/// which, and what is lost, and asks before it does it. Where there is no terminal to ask at, it needs --yes.
 #[derive(Debug, Args)]
 pub(super) struct Elect {
     /// The partition
@@ -95,7 +98,7 @@ pub(super) struct Elect {
     /// Elect although committed records may be lost
     #[arg(long)]
     unclean: bool,
-    /// Do not ask
+    /// Do not ask; needed where there is no terminal
     #[arg(long, requires = "unclean")]
     yes: bool,
 }
@@ -201,8 +204,11 @@ async fn reassign(
         bar.suspend(|| output::line(&reassigned(&moves)))?;
     }
     let (done, time) = until_moved(admin, name, moves, wait, bar).await?;
-    let said = format!("{} where ordered after {}", output::count(done.len() as u64, "partition"), took(time));
-    print(&done, &said, output)
+    let said = match done.len() {
+        1 => "1 partition is where it was ordered".to_owned(),
+        many => format!("{many} partitions are where they were ordered"),
+    };
+    print(&done, &format!("{said} after {}", took(time)), output)
 }
 
 /// Waits until every partition is where it was ordered; the moves as they ended.

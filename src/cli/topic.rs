@@ -13,6 +13,7 @@ use super::{
 };
 use crate::{
     client::{Admin, NewTopic, PartitionDescription, TopicChange, TopicDescription, TopicSummary},
+    limits,
     model::{ConfigMap, Offset},
 };
 
@@ -52,7 +53,7 @@ pub(super) struct Create {
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     partitions: u32,
     /// How many brokers hold each partition; the cluster's default if left out
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "N", value_parser = factor())]
     replication_factor: Option<u32>,
     /// A configuration key, such as retention.ms=86400000; may be given several times
     #[arg(long = "config", value_name = "K=V", value_parser = key_value)]
@@ -69,7 +70,7 @@ pub(super) struct Changes {
     #[arg(long, value_name = "K")]
     unset: Vec<String>,
     /// How many brokers are to hold each partition; replicas are added or taken away one by one
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "N", value_parser = factor())]
     replication_factor: Option<u32>,
 }
 
@@ -79,6 +80,11 @@ pub(super) struct Alter {
     name: String,
     #[command(flatten)]
     changes: Changes,
+}
+
+/// As many replicas as a partition may have.
+fn factor() -> clap::builder::RangedI64ValueParser<u32> {
+    clap::value_parser!(u32).range(1..=i64::from(limits::MAX_REPLICAS))
 }
 
 fn key_value(text: &str) -> Result<(String, String), String> {

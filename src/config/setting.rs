@@ -190,7 +190,7 @@ pub(super) const SETTINGS: &[Setting] = &[
         "url",
         Kind::Text,
         None,
-        "s3://bucket/prefix, gs://bucket/prefix, az://container/prefix, file:///directory or memory:///. \
+        "s3://bucket/prefix, gs://bucket/prefix, az://container/prefix, file:///directory or memory://. \
          Unset: history stays on local disk.",
     ),
     setting(

@@ -307,7 +307,7 @@ impl TopicConfig {
             value: self.min_insync_replicas.to_string(),
             allowed: format!(
                 "at most the topic's replication factor, which is {replicas}: with more, no append with acks=all would ever \
-                 be acknowledged"
+                 be acknowledged; set min.insync.replicas={replicas} for this topic, or give it more replicas"
             ),
         })
     }
@@ -470,6 +470,7 @@ mod tests {
         assert_eq!(config.check_replicas(3), Ok(()));
         let error = config.check_replicas(2).expect_err("one too few").to_string();
         assert!(error.contains("min.insync.replicas=\"3\"") && error.contains("factor, which is 2"), "{error}");
+        assert!(error.contains("set min.insync.replicas=2 for this topic"), "{error}");
     }
 
     #[test]

@@ -40,6 +40,9 @@ fn moves_are_told_as_ordered_as_they_stand_and_as_taken_back() {
     let value = Value::Array(moves()[3..].iter().map(reassignment).collect());
     output::golden::json("partition-reassign.json", &value);
     assert_eq!(under_way(&[]), "no partition is being moved");
+    let forsaken = Reassignment { leader: None, waiting: true, ..moving() };
+    assert!(under_way(&[forsaken]).ends_with("no leader"), "its turn does not help it");
+    assert!(under_way(&[moving()]).ends_with("copying"));
     let back = Reassignment { replicas: brokers(&[4, 2, 1]), adding: vec![], removing: vec![], ..moving() };
     let ended = Reassignment { partition: 1, changed: false, ..back.clone() };
     assert_eq!(taken_back(&[back, ended]), "orders/0 stays on 4,2,1\nthe move of orders/1 had ended: it is on 4,2,1");

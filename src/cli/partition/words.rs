@@ -49,11 +49,20 @@ pub(super) fn under_way(moves: &[Reassignment]) -> String {
             ids(&one.adding),
             ids(&one.removing),
             ids(&one.isr),
-            if one.waiting { "waiting" } else { "copying" }.to_owned(),
+            state(one).to_owned(),
         ]
     };
     let header = ["TOPIC", "PARTITION", "LEADER", "TO", "ADDING", "REMOVING", "IN SYNC", "STATE"];
     output::tabled(&header, &[1, 2], moves.iter().map(row).collect())
+}
+
+/// How far one move is. Without a leader there is nobody to copy from, whether or not it has begun.
+const fn state(one: &Reassignment) -> &'static str {
+    match (one.leader, one.waiting) {
+        (None, _) => "no leader",
+        (Some(_), true) => "waiting",
+        (Some(_), false) => "copying",
+    }
 }
 
 /// What became of moves that were taken back.

@@ -531,7 +531,9 @@ impl Driver {
                 }
             } else if self.is_homeless(&topic, partition) {
                 unknown = true;
-                self.trouble(&topic, partition, Trouble::Leader, "the partition has no leader");
+                let problem =
+                    format!("the partition has no leader; `strandline topic describe {topic}` says who is waited for");
+                self.trouble(&topic, partition, Trouble::Leader, &problem);
             }
         }
         if unknown || result.is_err() {

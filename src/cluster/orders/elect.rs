@@ -35,15 +35,11 @@ pub enum ElectError {
         why: Unfit,
     },
     /// Nobody who holds all that is committed is there.
-    #[error(
-        "nobody can lead {partition} without loss: it waits for broker {}; start it, or, if it is gone for good, elect with \
-         --unclean and lose what only it holds",
-        List(waited)
-    )]
+    #[error("nobody can lead {partition} without loss: {}", way_out(waited))]
     Nobody {
         /// The partition, as `topic/number`.
         partition: String,
-        /// Who could lead if it were there.
+        /// Who could lead if it were there. Nobody where no replica is known to hold all that is committed.
         waited: Vec<BrokerId>,
     },
     /// An unclean election of a partition that has a leader.
@@ -73,7 +69,7 @@ pub enum ElectError {
         alive: Vec<BrokerId>,
     },
     /// No replica is alive, or none says what it holds.
-    #[error("no replica of {partition} answers, so none can lead: start one of broker {}", List(replicas))]
+    #[error("no replica of {partition} answers, so none can lead: start {}", any_of(replicas))]
     Silent {
         /// The partition, as `topic/number`.
         partition: String,
@@ -123,6 +119,27 @@ impl ElectError {
             Self::Write(error) => error.retryable(),
             _ => false,
         }
+    }
+}
+
+/// What an operator can do where nobody may lead.
+fn way_out(waited: &[BrokerId]) -> String {
+    match waited {
+        [] => {
+            "no replica is known to hold everything; elect with --unclean and lose what none of them holds".to_owned()
+        }
+        _ => format!(
+            "it waits for broker {}; start it, or, if it is gone for good, elect with --unclean and lose what only it holds",
+            List(waited)
+        ),
+    }
+}
+
+/// One of these brokers, in a sentence.
+fn any_of(replicas: &[BrokerId]) -> String {
+    match replicas {
+        [one] => format!("broker {one}"),
+        many => format!("one of the brokers {}", List(many)),
     }
 }
 

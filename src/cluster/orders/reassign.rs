@@ -25,8 +25,8 @@ pub enum ReassignError {
     },
     /// Not as many brokers as the topic has replicas.
     #[error(
-        "topic {:?} has a replication factor of {factor}, and {asked} brokers are named: name {factor}, or change it first \
-         with `strandline topic alter {} --replication-factor {asked}`", topic.as_str(), topic
+        "topic {:?} has a replication factor of {factor}, and {} named: name {factor}, or change it first \
+         with `strandline topic alter {} --replication-factor {asked}`", topic.as_str(), named(*.asked), topic
     )]
     Factor {
         /// The topic.
@@ -139,6 +139,11 @@ impl Orders {
         let topics = state.topics().values().map(|known| &known.value);
         topics.flat_map(|topic| (0..topic.partitions).map(|number| PartitionId::new(topic.id, number))).collect()
     }
+}
+
+/// So many brokers in a sentence.
+fn named(asked: usize) -> String {
+    if asked == 1 { "1 broker is".to_owned() } else { format!("{asked} brokers are") }
 }
 
 /// What can be told without looking at partitions.

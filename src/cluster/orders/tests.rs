@@ -289,6 +289,30 @@ async fn an_unclean_election_is_made_only_where_nothing_else_helps_and_as_agreed
     assert_eq!((stored.unclean, elected.changed), (Some(LeaderEpoch(7)), true));
 }
 
+/// The only replica's disk was replaced: its broker left every set, and there is nobody to wait for.
+#[tokio::test]
+async fn where_no_replica_is_known_to_hold_everything_nobody_is_waited_for() {
+    let cluster = Cluster::of(2, 1, vec![value(&[1], None, &[])]).await;
+    let nobody = cluster.orders.elect(&name(), 0).await.expect_err("it may hold nothing");
+    assert_eq!(nobody, ElectError::Nobody { partition: format!("{TOPIC}/0"), waited: vec![] });
+    let said = nobody.to_string();
+    assert!(said.contains("no replica is known to hold everything; elect with --unclean"), "{said}");
+    let seen = cluster.orders.forsaken(&name(), 0).expect("nobody may lead");
+    let elected = cluster.orders.elect_unclean(&name(), 0, BrokerId(1), Some(seen.revision)).await.expect("elected");
+    assert_eq!((elected.value.leader, &elected.value.isr), (Some(BrokerId(1)), &ids(&[1])));
+}
+
+#[test]
+fn one_broker_is_not_spoken_of_as_several() {
+    let silent =
+        |replicas: &[u32]| ElectError::Silent { partition: "a/0".to_owned(), replicas: ids(replicas) }.to_string();
+    assert!(silent(&[3]).ends_with("start broker 3"), "{}", silent(&[3]));
+    assert!(silent(&[1, 2, 3]).ends_with("start one of the brokers 1, 2 and 3"), "{}", silent(&[1, 2, 3]));
+    let factor = |asked| ReassignError::Factor { topic: name(), factor: 2, asked }.to_string();
+    assert!(factor(1).contains("and 1 broker is named: name 2"), "{}", factor(1));
+    assert!(factor(3).contains("and 3 brokers are named: name 2"), "{}", factor(3));
+}
+
 /// The mirror of who elects may not show yet that somebody who needs no loss is back.
 #[tokio::test]
 async fn an_unclean_election_is_not_made_once_a_replica_in_sync_is_back() {

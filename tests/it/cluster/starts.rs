@@ -169,7 +169,7 @@ fn of_two_processes_with_one_directory_one_ends_and_says_why() {
     let second = Home::member(1, &etcd);
     copy(&first.data_dir(), &second.data_dir());
     let mut later = second.spawn();
-    // Most often the later one wins; not if the first one registers again while the later one proves itself.
+    // Most often the first one stays: it registers again within milliseconds, while the later one proves itself.
     let log = eventually("one of them ends", || match (running.is_running(), later.is_running()) {
         (false, true) => Some(first.log()),
         (true, false) => Some(second.log()),

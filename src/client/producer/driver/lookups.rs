@@ -64,7 +64,8 @@ impl Driver {
                 self.pump(index);
                 continue;
             } else {
-                "the partition has no leader".to_owned()
+                let topic = &state.lane.topic;
+                format!("the partition has no leader; `strandline topic describe {topic}` says who is waited for")
             };
             self.trouble(index, trouble);
             missing = true;
