@@ -18,6 +18,9 @@ KILLS ?= 200
 # How long `make chaos` goes on.
 MINUTES ?= 10
 
+# How long etcd is gone in `make outage`.
+SECONDS ?= 600
+
 # What `make sim` runs: so many seeds from the first on; with TRACE=1 each one's trace, with TRACE=live as it comes, with
 # LOG=strandline=debug the brokers' log in it. How long `make sim-new` goes on.
 SEEDS ?= 200
@@ -35,7 +38,7 @@ STATES ?= 2000000
 # Which searches of `make model`, which tests of `make sim`: a part of their name.
 ONLY ?=
 
-.PHONY: build release test check fmt clippy client docs deny crash-test failover chaos sim sim-fixed sim-new mutants model bench fuzz fuzz-seeds golden protos etcd-protos kafka-reader real-s3 write-docs help
+.PHONY: build release test check fmt clippy client docs deny crash-test failover outage chaos sim sim-fixed sim-new mutants model bench fuzz fuzz-seeds golden protos etcd-protos kafka-reader real-s3 write-docs help
 
 help: ## These lines.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -97,6 +100,11 @@ crash-test: ## Kills a broker KILLS times (200) under load, and a quarter as oft
 
 failover: ## Kills one of three brokers KILLS times (200) under load; says how long clients waited.
 	STRANDLINE_KILLS=$(KILLS) $(CARGO) test --locked --test it -- --nocapture --test-threads 1 cluster::failover
+
+outage: ## Takes all of etcd away from three brokers for SECONDS (600), while records go in and out of each.
+	tests/fetch-etcd >/dev/null
+	STRANDLINE_ETCD_GONE_SECONDS=$(SECONDS) $(CARGO) test --locked --test it -- --nocapture --test-threads 1 \
+	  cluster::outage::records_are_taken_and_read_while_etcd_is_gone
 
 chaos: ## Three brokers and etcd on machines of their own (network namespaces; as root) under faults of every kind, for MINUTES (10); ONLY=text picks kinds by their words.
 	tests/fetch-etcd >/dev/null

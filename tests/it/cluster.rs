@@ -6,6 +6,7 @@ mod dev;
 mod failover;
 mod figures;
 mod full;
+mod grows;
 mod machines;
 mod members;
 mod moves;

@@ -19,6 +19,7 @@ use crate::{
     damage::partition,
     patience::{becomes, eventually},
     s3::S3,
+    skipped::skipped,
     wire,
 };
 
@@ -37,8 +38,10 @@ impl Mount {
         let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", "size=96m", "strandline"]).arg(&at).output();
         match mounted {
             Ok(output) if output.status.success() => return Some(Self { at }),
-            Ok(output) => eprintln!("skipped: cannot mount: {}", String::from_utf8_lossy(&output.stderr)),
-            Err(error) => eprintln!("skipped: cannot mount: {error}"),
+            Ok(output) => {
+                skipped("a full disk", &format!("cannot mount: {}", String::from_utf8_lossy(&output.stderr).trim()))
+            }
+            Err(error) => skipped("a full disk", &format!("cannot mount: {error}")),
         }
         None
     }

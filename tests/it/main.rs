@@ -37,6 +37,7 @@ mod running;
 // For clippy: what is compiled for tests only may unwrap.
 #[cfg(test)]
 mod s3;
+mod skipped;
 mod source;
 mod stop;
 mod waiting;

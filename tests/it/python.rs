@@ -9,7 +9,7 @@ use std::{
     process::Command,
 };
 
-use crate::broker::Home;
+use crate::{broker::Home, skipped::skipped};
 
 /// A step that must succeed; else what it printed.
 fn step(what: &str, command: &mut Command) -> Result<String, String> {
@@ -53,7 +53,7 @@ fn a_python_program_made_from_the_proto_files_creates_appends_and_reads() {
         Ok(python) => python,
         Err(why) => {
             assert!(std::env::var("CI").as_deref() != Ok("true"), "required on CI: {why}");
-            println!("SKIPPED: no Python with grpcio-tools here: {why}");
+            skipped("the Python program", &format!("no Python with grpcio-tools here: {why}"));
             return;
         }
     };

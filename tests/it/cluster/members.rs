@@ -45,7 +45,7 @@ impl Cluster {
     pub(crate) fn with(brokers: u32, settings: impl Fn(Home) -> Home) -> Self {
         let mut cluster = Self::over(Etcd::begin(3, "http", &[]));
         for id in 1..=brokers {
-            let home = Home::member(id, &cluster.etcd).bucket_of(cluster.folder.path());
+            let home = cluster.new_home(id);
             cluster.add(id, settings(home));
         }
         cluster.ready();
@@ -57,6 +57,11 @@ impl Cluster {
         answers(&etcd);
         let folder = tempfile::tempdir().expect("a folder for the bucket");
         Self { etcd, folder, homes: BTreeMap::new(), brokers: BTreeMap::new() }
+    }
+
+    /// A home for one more broker, with the bucket of the others.
+    pub(crate) fn new_home(&self, id: u32) -> Home {
+        Home::member(id, &self.etcd).bucket_of(self.folder.path())
     }
 
     /// Starts one more broker and does not wait for it.

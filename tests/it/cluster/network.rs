@@ -1,9 +1,11 @@
 //! A network of machines in one machine: a namespace for each, joined by a bridge, with links that can be cut in one direction.
 //!
 //! All of it lies in a namespace of its own, and so do the tests that use it: [`inside`] runs the test again in there. It goes with the
-//! process. It takes the superuser and the programs `ip` and `unshare`; where they are missing the test says so and is passed over.
+//! process. It takes the superuser and the programs `ip` and `unshare`; where they are missing the test is skipped, and says so.
 
 use std::{net::Ipv4Addr, path::Path, process::Command};
+
+use crate::skipped::skipped;
 
 const INSIDE: &str = "STRANDLINE_TEST_INSIDE";
 
@@ -14,7 +16,7 @@ pub(crate) fn inside(test: &str) -> bool {
         return true;
     }
     if let Err(why) = possible() {
-        println!("{test} is passed over: {why}");
+        skipped(test, &why);
         return false;
     }
     let me = std::env::current_exe().expect("the test knows its program");

@@ -1,0 +1,118 @@
+//! A cluster that is given a broker, and loses another one for good: replicas move to the new one, and are made anew for the one that is
+//! gone. Nobody orders any of it.
+
+use serde_json::Value;
+
+use super::members::Cluster;
+use crate::{
+    broker::{Cli, Home, http_get},
+    patience::eventually,
+};
+
+/// Topics, how many replicas their partitions have, and what an acknowledgement means. All commit with two of them.
+const TOPICS: [(&str, usize, &str); 2] = [("three", 3, "replicated"), ("two", 2, "persisted")];
+
+/// Partitions of each topic.
+const PARTITIONS: u32 = 4;
+
+/// Records that each partition is sent at a time.
+const SOME: u32 = 500;
+
+/// Whoever is gone is soon gone for good. That is longer than the lease of a broker that merely waits for a processor.
+fn hasty(home: Home) -> Home {
+    home.setting("controller.replace_after", "\"3s\"")
+}
+
+/// Each partition of each topic.
+fn logs() -> impl Iterator<Item = (&'static str, u32)> {
+    TOPICS.into_iter().flat_map(|(topic, ..)| (0..PARTITIONS).map(move |partition| (topic, partition)))
+}
+
+/// Every line says where it belongs.
+fn lines(topic: &str, partition: u32, from: u32, to: u32) -> String {
+    (from..to).map(|line| format!("{topic}/{partition} line {line}\n")).collect()
+}
+
+/// Sends some more records to each partition; how many each has then.
+fn send(cli: &Cli, sent: u32) -> u32 {
+    for (topic, partition) in logs() {
+        let text = lines(topic, partition, sent, sent + SOME);
+        cli.ok_with(&["produce", topic, "--partition", &partition.to_string()], text.as_bytes());
+    }
+    sent + SOME
+}
+
+/// Every record is read once, and in order. A new leader may not know at once that all of them are committed.
+fn is_whole(cli: &Cli, sent: u32) {
+    for (topic, partition) in logs() {
+        let (all, number) = (lines(topic, partition, 0, sent), partition.to_string());
+        eventually("every record is read", || {
+            let read = cli.run(&["consume", topic, "--partition", &number, "--from", "earliest", "--until-end"]);
+            assert!(all.starts_with(&read.text()), "{topic}/{partition} is not what was sent: {read:?}");
+            (read.code == 0 && read.text() == all).then_some(())
+        });
+    }
+}
+
+/// Who holds each partition; `None` while one of them moves, or has no leader, or a replica that is not in sync.
+fn holders(cluster: &Cluster) -> Option<Vec<Vec<u64>>> {
+    let mut holders = Vec::new();
+    for (topic, factor, _) in TOPICS {
+        for one in cluster.partitions(topic) {
+            let ids = |field: &str| -> Vec<u64> {
+                one[field].as_array().expect("a list").iter().filter_map(Value::as_u64).collect()
+            };
+            // A partition that moves has more replicas: those that come and those that go.
+            let (replicas, isr) = (ids("replicas"), ids("isr"));
+            if !one["leader"].is_u64() || replicas.len() != factor || isr.len() != factor {
+                return None;
+            }
+            holders.push(replicas);
+        }
+    }
+    Some(holders)
+}
+
+/// How many partitions a broker holds.
+fn held(holders: &[Vec<u64>], broker: u64) -> usize {
+    holders.iter().filter(|replicas| replicas.contains(&broker)).count()
+}
+
+/// How many changes these brokers have made by a rule, as controllers.
+fn steps(cluster: &Cluster, brokers: &[u32], rule: &str) -> f64 {
+    let name = format!("strandline_controller_steps_total{{rule=\"{rule}\"}} ");
+    let by = |id: &u32| {
+        let (_, page) = http_get(cluster.home(*id).http(), "/metrics").expect("a page");
+        page.lines().find_map(|line| line.strip_prefix(name.as_str())?.parse::<f64>().ok()).unwrap_or(0.0)
+    };
+    brokers.iter().map(by).sum()
+}
+
+#[test]
+fn replicas_move_to_a_new_broker_and_are_made_anew_for_one_that_is_gone_for_good() {
+    let mut cluster = Cluster::with(3, hasty);
+    for (topic, factor, durability) in TOPICS {
+        let (partitions, replicas) = (PARTITIONS.to_string(), factor.to_string());
+        let create = ["topic", "create", topic, "--partitions", &partitions, "--replication-factor", &replicas];
+        let durability = format!("durability={durability}");
+        let config = ["--config", "min.insync.replicas=2", "--config", &durability];
+        cluster.cli().ok(&[&create[..], &config].concat());
+        cluster.in_sync(topic, factor);
+    }
+    let sent = send(&cluster.cli(), 0);
+
+    let new = hasty(cluster.new_home(4));
+    cluster.add(4, new);
+    cluster.ready();
+    // It stands in the rack of broker 1, so it takes that one's place among three replicas until it holds almost as much.
+    eventually("replicas move to the new broker", || (held(&holders(&cluster)?, 4) >= 2).then_some(()));
+    assert!(steps(&cluster, &[1, 2, 3, 4], "balanced") >= 1.0, "to even out what brokers hold");
+    let sent = send(&cluster.cli(), sent);
+
+    cluster.kill(2);
+    // With three replicas two are left, and that is enough. With two, writes wait until there are two again.
+    let sent = send(&cluster.cli(), sent);
+    eventually("nothing names the broker that is gone", || (held(&holders(&cluster)?, 2) == 0).then_some(()));
+    assert!(steps(&cluster, &[1, 3, 4], "replaced") >= 1.0, "because their broker is gone for good");
+    is_whole(&cluster.cli(), sent);
+}
