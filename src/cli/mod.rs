@@ -28,6 +28,7 @@ mod wait;
 use std::{io, process::ExitCode};
 
 use clap::{CommandFactory as _, Parser, Subcommand};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use self::output::Output;
 
@@ -106,6 +107,7 @@ enum Command {
 /// Runs the program on the process's arguments.
 pub fn main() -> ExitCode {
     let arguments = Arguments::parse();
+    raise_open_files();
     match run(arguments) {
         Ok(code) => code,
         Err(error) if is_closed_pipe(&error) => ExitCode::SUCCESS,
@@ -113,6 +115,16 @@ pub fn main() -> ExitCode {
             eprintln!("error: {}", whole(&error));
             ExitCode::FAILURE
         }
+    }
+}
+
+/// Takes as many open files as the process may have: where 1024 are the soft limit, as they often are, a thousand clients are enough for a
+/// broker to find none left for its own.
+fn raise_open_files() {
+    let limit = getrlimit(Resource::Nofile);
+    if limit.current != limit.maximum {
+        let raised = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
+        debug_assert!(raised.is_ok(), "everybody may go up to the maximum: {raised:?}");
     }
 }
 
@@ -295,5 +307,14 @@ mod tests {
             let error = Arguments::try_parse_from(words).expect_err(line);
             assert_eq!(error.exit_code(), 2, "{line}");
         }
+    }
+
+    #[test]
+    fn a_low_soft_limit_of_open_files_is_raised() {
+        let limit = getrlimit(Resource::Nofile);
+        let low = limit.maximum.map(|most| most - 1);
+        setrlimit(Resource::Nofile, Rlimit { current: low, ..limit }).expect("lower is allowed");
+        raise_open_files();
+        assert_eq!(getrlimit(Resource::Nofile).current, limit.maximum);
     }
 }
