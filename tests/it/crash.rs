@@ -57,6 +57,9 @@ const OVERLAP: i64 = 200;
 /// Most records of the piece of history that is looked at after each kill.
 const PIECE: i64 = 1000;
 
+/// Records of one log that are read before it is asked again who leads it.
+const READ_AT_ONCE: i64 = 20_000;
+
 /// After how many kills everything that was seen so far is judged, and progress is told. The first ones each, because most
 /// runs are short.
 const ROUND: u64 = 20;
@@ -285,12 +288,28 @@ pub(crate) async fn read(load: &Load, from: impl Fn(Log) -> i64) -> Vec<Pass> {
 }
 
 async fn read_part(load: &Load, log: Log, part: Part) -> Pass {
-    let mut client = wire::log(load.serving(log).await);
     let (name, partition) = (load.topics[log.0], log.1);
     let (began, from) = (load.tick(), part.from);
-    let end = wire::latest(&mut client, name, partition).await.expect("the end is known");
+    // Of several brokers another one may lead at any time: the preferred one is back.
+    let elsewhere = |fault: &Fault| load.addresses.len() > 1 && fault.reason == Reason::NotLeader;
+    let end = becomes("the end is known", async || {
+        let mut client = wire::log(load.serving(log).await);
+        let end = wire::latest(&mut client, name, partition).await;
+        (!end.as_ref().is_err_and(elsewhere)).then(|| end.expect("the end is known"))
+    });
+    let end = end.await;
     let to = end.min(from.saturating_add(part.most));
-    let records = wire::read_range(&mut client, name, partition, from, to).await.expect("it can be read");
+    let (mut records, mut next) = (Vec::new(), from);
+    while next < to {
+        let until = to.min(next.saturating_add(READ_AT_ONCE));
+        let read = becomes("a leader serves it", async || {
+            let mut client = wire::log(load.serving(log).await);
+            let read = wire::read_range(&mut client, name, partition, next, until).await;
+            (!read.as_ref().is_err_and(elsewhere)).then(|| read.expect("it can be read"))
+        });
+        records.extend(read.await);
+        next = until;
+    }
     let records = records.into_iter().map(|record| {
         let bytes = record.value.expect("a value");
         let id = identify(&bytes);
