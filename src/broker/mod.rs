@@ -163,6 +163,8 @@ pub struct Broker {
     keys: Keys,
     view: View,
     alone: bool,
+    /// This uptime, as it is registered.
+    incarnation: String,
     /// Links and evidence, where there are other brokers.
     others: Option<Others>,
     topics: Topics,
@@ -208,11 +210,12 @@ impl Broker {
         let known = others::Known {
             id: settings.id,
             cluster: settings.cluster.clone(),
-            incarnation,
+            incarnation: incarnation.clone(),
             catchup_bytes_per_second: settings.catchup_bytes_per_second,
             metrics: metrics.clone(),
         };
         let broker = Arc::new_cyclic(|broker| Self {
+            incarnation,
             others: (!alone).then(|| Others::new(known, connect, broker)),
             orders: Orders::new(Arc::clone(&store), keys.clone(), view.clone(), settings.topic_defaults.clone()),
             topics: Topics::new(Arc::clone(&store), keys.clone(), view.clone(), settings.topic_defaults.clone()),

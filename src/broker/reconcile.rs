@@ -356,14 +356,24 @@ impl Broker {
         }
     }
 
+    /// Whether another process has this broker's number by now, with a copy of its data directory: then it is that one who leads.
+    fn is_replaced(&self, state: &ViewState) -> bool {
+        let registered = state.brokers().get(&self.settings.id);
+        registered.is_some_and(|known| known.value.incarnation != self.incarnation)
+    }
+
     /// Tells a replica its place.
     async fn tell(&self, id: PartitionId, state: &ViewState) {
         let Some(partition) = self.hosted.by_id(id) else { return };
         let Some(entry) = state.partition(id) else { return };
         let Some(known) = &entry.partition else { return };
         let registered = known.value.replicas.iter().map(|broker| (*broker, registration(state, *broker)));
+        let mut value = known.value.clone();
+        if value.leader == Some(self.settings.id) && self.is_replaced(state) {
+            value.leader = None;
+        }
         let assignment = Assignment {
-            value: Arc::new(known.value.clone()),
+            value: Arc::new(value),
             revision: known.mod_revision,
             committed: entry.tier.as_ref().map(|known| known.value.clone()),
             registered: registered.collect(),

@@ -259,6 +259,30 @@ async fn what_a_leader_does_not_answer_for_is_said_to_be_unknown() {
     bench.stop().await;
 }
 
+/// A process that slept wakes, and finds its number leading in a newer epoch: that is the process that was started on a copy of its directory.
+#[tokio::test]
+async fn who_was_replaced_leads_nothing_of_what_its_number_is_given() {
+    let dir = tempfile::tempdir().unwrap();
+    let bench = Bench::start(dir.path(), false).await;
+    let id = bench.create(&TopicName::new("t").unwrap(), 1).await;
+    let (key, me) = (bench.keys.partition(PartitionId::new(id, 0)), bench.keys.broker(BrokerId(1)));
+    becomes("it is led here", async || bench.broker.partition("t", 0).ok()).await;
+    let before = PartitionValue::decode(&key, &bench.store.get(&key).await.unwrap().entry.unwrap().value).unwrap();
+    let registered = bench.store.get(&me).await.unwrap().entry.unwrap();
+    let mine = BrokerValue::decode(&me, &registered.value).unwrap();
+    let theirs = BrokerValue { incarnation: "q".to_owned(), ..mine };
+    let given = PartitionValue { leader_epoch: LeaderEpoch(before.leader_epoch.0 + 1), ..before };
+    let put = Transaction::new().put(me, theirs.encode()).put(key, given.encode());
+    bench.store.transact(put).await.unwrap();
+    let refused = becomes("it leads no more", async || bench.broker.partition("t", 0).err()).await;
+    assert_eq!(refused.reason, Reason::NotLeader);
+    let epoch = bench.broker.hosted.by_id(PartitionId::new(id, 0)).unwrap().epoch();
+    assert_eq!(epoch, given.leader_epoch, "by what was given, and not by what it had");
+    bench.change(Transaction::new()).await;
+    assert!(bench.broker.partition("t", 0).is_err(), "and so it stays");
+    bench.stop().await;
+}
+
 /// Others have to hold what these write, and may be away for hours: a producer that tries again and again took all the memory that there is for
 /// writes, and nobody could write to anything.
 #[tokio::test]

@@ -241,7 +241,7 @@ impl Actor {
     }
 
     fn lead(&mut self, value: &PartitionValue, revision: Revision) {
-        let epoch = value.leader_epoch;
+        let (epoch, last) = (value.leader_epoch, self.last_epoch());
         match &mut self.part {
             Part::Leading(leader) if leader.epoch() == epoch => {
                 let before = leader.in_sync().value().isr.clone();
@@ -253,6 +253,16 @@ impl Actor {
             // It will begin when the bucket has answered.
             Part::Waiting if self.placed.leads_after.is_some() && self.standing.epoch == epoch => {}
             _ if self.placed.led.is_some_and(|led| led >= epoch) => self.wait(),
+            // As if it had led in it before: it ends that epoch, and somebody is elected in a newer one.
+            _ if let Some(last) = last.filter(|last| *last > epoch) => {
+                tracing::error!(
+                    topic = %self.topic, partition = %self.id, %epoch, %last,
+                    "the metadata is older than this log: it names a leader epoch from before the log's last records. Was etcd restored from a \
+                     backup? The epoch is given up until there is a newer one"
+                );
+                self.placed.led = Some(epoch);
+                self.wait();
+            }
             _ => {
                 self.end();
                 if self.needs_bucket(value) {
@@ -262,6 +272,10 @@ impl Actor {
                 }
             }
         }
+    }
+
+    fn last_epoch(&self) -> Option<LeaderEpoch> {
+        self.replica.epochs().last().map(|(epoch, _)| epoch)
     }
 
     /// Whether the bucket must be looked at before this log may be led by: only after an election that may have lost records.

@@ -458,3 +458,27 @@ async fn a_join_waits_for_its_epoch_to_begin() {
     assert!(matches!(&answered.join, Joined::Refused(why) if why.contains("epoch 5")), "{answered:?}");
     assert_eq!(began.elapsed().as_millis(), 1000);
 }
+
+/// An etcd that was restored from a backup names epochs again. The first append of such a leader was a panic.
+#[tokio::test]
+async fn nobody_leads_in_an_epoch_from_before_the_logs_last_records() {
+    let (partition, notes, _log) = open();
+    assign(&partition, value(Some(2), 7), 10).await;
+    told(&partition, [FromLink::Up, answer(7, Joined::At(at(0))), pieces(7, 1, vec![sent(0, 7)])]).await;
+    let older = value(Some(1), 5);
+    assign(&partition, older.clone(), 11).await;
+    notes.take();
+    let refused = send(&partition, batch(b"y", None), Acks::Leader).await.await.unwrap();
+    assert!(matches!(refused, Err(AppendError::NotLeader { .. })), "{refused:?}");
+    assert_eq!((partition.standing().role, partition.is_behind()), (Role::Waiting, true));
+
+    // That epoch ends here, and somebody is elected in the next one.
+    for ms in [0, 1000] {
+        tick(&partition, ms).await;
+    }
+    assert_eq!(notes.take(), [Asked::ReadBack]);
+    partition.agreed(Agreed::Found(older.clone(), Revision(11))).await;
+    assign_again(&partition).await;
+    let [Asked::Propose(ended)] = &notes.take()[..] else { panic!("one proposal") };
+    assert_eq!(ended.value, older.leaderless());
+}
