@@ -123,8 +123,8 @@ pub fn main() -> ExitCode {
 fn raise_open_files() {
     let limit = getrlimit(Resource::Nofile);
     if limit.current != limit.maximum {
-        let raised = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
-        debug_assert!(raised.is_ok(), "everybody may go up to the maximum: {raised:?}");
+        // Where the system does not let it, there are as many as before.
+        let _raised = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
     }
 }
 

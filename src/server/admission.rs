@@ -58,7 +58,7 @@ struct KnownCluster {
     directories: BTreeSet<String>,
     /// Those that are there, and those that were not long ago.
     topics: BTreeSet<TopicId>,
-    /// Whether a topic is there that cannot be read.
+    /// Whether there is one of either that cannot be read.
     unreadable: bool,
 }
 
@@ -99,7 +99,7 @@ impl Admission<'_> {
         );
         anyhow::bail!(
             "what the metadata store holds below {prefix} knows neither this data directory nor any topic in it: it is another cluster of the \
-             same name. See to metadata.etcd, or name an empty data directory for a broker of that cluster"
+             same name, or etcd was restored from a backup of before. See to metadata.etcd; a broker of that cluster needs an empty data directory"
         )
     }
 
@@ -108,7 +108,10 @@ impl Admission<'_> {
         let list = async |kind: &str| self.store.list(&format!("{}{kind}/", self.keys.prefix())).await;
         let mut known = KnownCluster::default();
         for entry in list("directories").await?.entries {
-            known.directories.extend(DirectoryValue::decode(&entry.key, &entry.value).map(|value| value.directory_id));
+            match DirectoryValue::decode(&entry.key, &entry.value) {
+                Ok(value) => drop(known.directories.insert(value.directory_id)),
+                Err(_) => known.unreadable = true,
+            }
         }
         for entry in list("topics").await?.entries {
             match TopicValue::decode(&entry.key, &entry.value) {

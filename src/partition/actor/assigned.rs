@@ -325,7 +325,7 @@ impl Actor {
     }
 
     /// Somebody knows of a newer epoch: nothing more is admitted until the metadata tells what it is.
-    fn deposed(&mut self, known: LeaderEpoch) {
+    pub(super) fn deposed(&mut self, known: LeaderEpoch) {
         self.placed.heard = self.placed.heard.max(known);
         if let Part::Leading(leader) = &self.part
             && leader.epoch() < known

@@ -174,6 +174,10 @@ impl Actor {
         if !self.has_given_up() || self.placed.is_newer_than(revision) {
             return;
         }
+        // To lead anew is the mirror's to say: it knows whether this broker's number is still this process's.
+        if value.leader == Some(self.broker) && value.leader_epoch > self.placed.epoch() {
+            return;
+        }
         if value.leader_epoch < self.placed.heard {
             tracing::warn!(
                 topic = %self.topic, partition = %self.id, heard = %self.placed.heard, epoch = %value.leader_epoch,
@@ -220,11 +224,11 @@ impl Actor {
                 let (value, revision) = (leader.in_sync().value().clone(), leader.in_sync().revision());
                 self.placed(value.into(), revision);
             }
-            Observed::Deposed { .. } => {
-                if let Some((value, revision)) = found {
-                    self.placed(value.into(), revision);
-                }
-            }
+            Observed::Deposed { .. } => match found {
+                Some((value, _)) if value.leader == Some(self.broker) => self.deposed(value.leader_epoch),
+                Some((value, revision)) => self.placed(value.into(), revision),
+                None => {}
+            },
             Observed::Gone => {
                 tracing::info!(topic = %self.topic, partition = %self.id, "the partition's key is gone; it is being deleted");
                 self.wait();

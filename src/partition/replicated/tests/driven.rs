@@ -482,3 +482,26 @@ async fn nobody_leads_in_an_epoch_from_before_the_logs_last_records() {
     let [Asked::Propose(ended)] = &notes.take()[..] else { panic!("one proposal") };
     assert_eq!(ended.value, older.leaderless());
 }
+
+/// The store's answer to a proposal names its number as the leader of a newer epoch: that may be another process, on a copy of its directory.
+#[tokio::test]
+async fn only_the_mirror_makes_a_leader() {
+    let (partition, notes, _log) = open();
+    assign(&partition, value(Some(1), 4), 10).await;
+    partition.left(peer(2), Departure::Gone).await;
+    assign_again(&partition).await;
+    assert!(matches!(&notes.take()[..], [Asked::Propose(_)]));
+    let newer = value(Some(1), 6);
+    partition.agreed(Agreed::Found(newer.clone(), Revision(12))).await;
+    assign_again(&partition).await;
+    assert_eq!(partition.standing().role, Role::Waiting);
+    for ms in [0, 1000] {
+        tick(&partition, ms).await;
+    }
+    assert_eq!(notes.take(), [Asked::ReadBack]);
+    partition.agreed(Agreed::Found(newer.clone(), Revision(12))).await;
+    assign_again(&partition).await;
+    assert_eq!((partition.standing().role, notes.take()), (Role::Waiting, vec![]));
+    assign(&partition, newer, 12).await;
+    assert!(matches!(partition.standing().role, Role::Leader { .. }));
+}
