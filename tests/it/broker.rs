@@ -155,10 +155,18 @@ impl Home {
 
     /// One figure of `/metrics`; labels belong to the name.
     pub(crate) fn metric(&self, name: &str) -> f64 {
+        let [value] = self.metrics([name]);
+        value
+    }
+
+    /// Several figures of one `/metrics` page, for those that are compared: between two pages a broker goes on.
+    pub(crate) fn metrics<const N: usize>(&self, names: [&str; N]) -> [f64; N] {
         let (_, page) = http_get(self.http, "/metrics").expect("the metrics page answers");
-        let line = page.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
-        let value = line.unwrap_or_else(|| panic!("no {name} in {page}"));
-        value.parse().expect("a number")
+        names.map(|name| {
+            let line = page.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+            let value = line.unwrap_or_else(|| panic!("no {name} in {page}"));
+            value.parse().expect("a number")
+        })
     }
 
     /// The gRPC listener's address.
