@@ -227,6 +227,7 @@ impl Log {
         };
         drop(shared.failed.set("the replica was deleted".to_owned()));
         shared.core.tail.truncate(&shared.tail, Offset::ZERO);
+        saw!(Changing { partition: id, to: Offset::ZERO, emptied: true });
         let generation = inner.core.next_generation();
         shared.state().generation = generation;
         let failed = |error: super::error::ChangeError| ReplicaError::Failed { reason: error.to_string() };
@@ -240,7 +241,9 @@ impl Log {
             path: shared.dir.clone(),
             source,
         })?;
-        inner.core.commit(&shared, head(Kind::Settled)).map_err(failed)
+        inner.core.commit(&shared, head(Kind::Settled)).map_err(failed)?;
+        saw!(Settled { partition: id });
+        Ok(())
     }
 
     /// How the directory is.

@@ -188,6 +188,9 @@ impl Shared {
             return;
         }
         let pinned = state.unsynced.len();
+        if head.kind == Kind::Append {
+            saw!(Journaled { partition: self.id, file, end: head.end });
+        }
         match head.kind {
             Kind::Append | Kind::Create => {
                 if head.kind == Kind::Create || head.end > state.recovery.segment.end {

@@ -80,6 +80,7 @@ impl Shared {
             return Err(PersistError::Cut);
         }
         let end = point.segment.end;
+        saw!(Synced { partition: self.id, end });
         state.recovery = point;
         state.persisted_end = state.persisted_end.max(end);
         while state.unsynced.front().is_some_and(|(_, last)| *last <= end) {
@@ -114,7 +115,9 @@ impl Inner {
             (std::mem::take(&mut work.dirty), std::mem::take(&mut work.urgent))
         };
         self.take_reserve();
-        self.sync_dirty(&dirty);
+        if !mutant!(ReuseBeforeSync) {
+            self.sync_dirty(&dirty);
+        }
         let short = self.ring().short();
         if !urgent && !short {
             return true;
@@ -180,6 +183,7 @@ impl Inner {
         let _one_at_a_time = self.core.recycling.lock().unwrap_or_else(PoisonError::into_inner);
         let open = self.open_replicas();
         let oldest = open.iter().filter_map(|replica| replica.state().unsynced.front().map(|(file, _)| *file)).min();
+        let oldest = oldest.filter(|_| !mutant!(ReuseBeforeSync));
         let first_round = self.ring().start_after(oldest.unwrap_or(u64::MAX), self.core.journal.next_round());
         self.write_checkpoint(&self.checkpoint(first_round, Standing::Running))?;
         self.ring().release(first_round);

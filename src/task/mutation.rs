@@ -10,6 +10,12 @@ use std::cell::Cell;
 pub enum Mutation {
     /// A leader takes for synced what it has only written.
     AcknowledgeBeforeSync,
+    /// A journal's file is used again though what it holds is not synced in its segment.
+    ReuseBeforeSync,
+    /// Replay leaves the journal's last round out, torn or not.
+    LastRoundTakenForTorn,
+    /// A cut is not written to the journal: what was cut may come back after a crash.
+    CutUnjournaled,
     /// A segment leaves the disk before its place in the bucket is committed.
     EvictBeforeCommit,
     /// A broker that starts goes on leading in the epochs that its last uptime led in.
@@ -24,10 +30,16 @@ pub enum Mutation {
     ElectAnyReplica,
     /// A partition is changed whatever became of it since it was read.
     ChangeUncompared,
+    /// A broker goes by an older value of a partition than it did.
+    PlacedByOlder,
     /// A replica is admitted to the ISR whatever became of its broker's registration.
     AdmitUnregistered,
     /// A replica that begins where the bucket ends knows nothing of the producers that wrote what is there.
     BeginWithoutProducers,
+    /// A segment that the bucket did not take counts as uploaded.
+    FailedPutIsDone,
+    /// Garbage collection does not look at what the manifest names.
+    CollectNamed,
     /// A leader that was replaced commits to the bucket.
     DeposedCommits,
     /// A leader takes for committed in its own log what a later leader has committed to the bucket.

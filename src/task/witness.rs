@@ -32,6 +32,13 @@ pub enum Event<'a> {
         /// Its log end.
         end: Offset,
     },
+    /// This process goes by this value of the partition from now on.
+    Placed {
+        /// The partition.
+        partition: PartitionId,
+        /// The revision of the value.
+        revision: u64,
+    },
     /// This process leads from now on.
     Led {
         /// The partition.
@@ -53,8 +60,10 @@ pub enum Event<'a> {
         epoch: LeaderEpoch,
         /// The epoch in which this process leads; `None` when it copies.
         leads: Option<LeaderEpoch>,
-        /// The idempotent producer that wrote it.
-        producer: Option<i64>,
+        /// The checksum of its content, which no replica changes.
+        crc: u32,
+        /// The idempotent producer that wrote it: its id, its epoch, and the sequence number of the first record.
+        producer: Option<(i64, i16, i32)>,
     },
     /// The log was cut.
     Cut {
@@ -94,6 +103,17 @@ pub enum Event<'a> {
         /// What the process is in the partition.
         part: Part,
     },
+    /// A leader has compared a follower's log with its own. What that follower acknowledged before counts no more.
+    Joined {
+        /// The partition.
+        partition: PartitionId,
+        /// The epoch in which it leads.
+        epoch: LeaderEpoch,
+        /// Who joined, or is told where to cut.
+        follower: BrokerId,
+        /// The revision of that broker's registration, by its link.
+        registered: u64,
+    },
     /// A leader takes into account what a follower acknowledged.
     Counted {
         /// The partition.
@@ -102,8 +122,14 @@ pub enum Event<'a> {
         epoch: LeaderEpoch,
         /// Who acknowledged.
         follower: BrokerId,
+        /// The revision of that broker's registration, by its link.
+        registered: u64,
         /// The epoch in which that follower had joined when it did.
         acknowledged: LeaderEpoch,
+        /// The follower's log end.
+        written: Offset,
+        /// How far the follower's log is durable.
+        persisted: Offset,
     },
     /// A leader asks for another ISR.
     Proposed {
@@ -149,6 +175,41 @@ pub enum Event<'a> {
         partition: PartitionId,
         /// The local start now.
         start: Offset,
+    },
+    /// A log is about to be cut, emptied or deleted. What becomes of it is durable with [`Self::Settled`], and not before.
+    Changing {
+        /// The partition.
+        partition: PartitionId,
+        /// Its end then.
+        to: Offset,
+        /// Whether what lies before goes too.
+        emptied: bool,
+    },
+    /// What was to be cut, emptied or deleted is so for good.
+    Settled {
+        /// The partition.
+        partition: PartitionId,
+    },
+    /// A journal's file holds batches of a log up to here.
+    Journaled {
+        /// The partition.
+        partition: PartitionId,
+        /// The number of this use of the file.
+        file: u64,
+        /// The offset after the last of them.
+        end: Offset,
+    },
+    /// A log is durable in its segments up to here.
+    Synced {
+        /// The partition.
+        partition: PartitionId,
+        /// The offset after the last record.
+        end: Offset,
+    },
+    /// A journal's file may be used again.
+    Freed {
+        /// The number of its use until now.
+        file: u64,
     },
 }
 

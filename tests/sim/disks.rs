@@ -15,7 +15,7 @@ use strandline::{
 
 use crate::{
     faults::{pause, values},
-    load::{Ledger, Load, PATIENCE, TOPICS},
+    load::{Keeps, Ledger, Load, PATIENCE, TOPICS},
     machine::Machine,
     meta::SimMeta,
     run::{self, Shape},
@@ -83,7 +83,7 @@ async fn one_fails(world: &mut World, part: &str, given_up: Duration) {
     let (tasks, stop) = (Tasks::new(), Tasks::new());
     let (ledger, trace) = (Ledger::default(), world.shared.trace.clone());
     let admin = client.clone();
-    let load = Load { client, ledger, trace, stop: stop.clone(), partitions: vec![3] };
+    let load = Load { client, ledger, trace, stop: stop.clone(), partitions: vec![3], keeps: Keeps::All };
     let producer = tasks.spawn("producer", load.produce(0));
     let meta = world.machines[0].meta.clone();
     let whole = |value: &PartitionValue| value.leader.is_some() && value.isr.len() == 3;

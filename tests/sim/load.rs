@@ -32,6 +32,21 @@ const PAUSE_US: u64 = 12_000;
 const BURST: u32 = 40;
 const REST_US: u64 = 600_000;
 
+/// What topics keep of what was written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Keeps {
+    All,
+    /// The last few segments: log starts move.
+    Last,
+}
+
+impl Keeps {
+    /// That of a seed, one in five, without drawing from it.
+    pub(crate) fn of(seed: u64) -> Self {
+        if seed % 5 == 3 { Self::Last } else { Self::All }
+    }
+}
+
 /// How long peace may take until everything is answered.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(300);
 
@@ -96,6 +111,8 @@ pub(crate) struct Load {
     pub(crate) stop: Tasks,
     /// Partitions of each topic.
     pub(crate) partitions: Vec<u32>,
+    /// What they keep.
+    pub(crate) keeps: Keeps,
 }
 
 impl Load {
@@ -225,9 +242,14 @@ impl Load {
     pub(crate) async fn pass(&self, log: Log, whole: bool, current: bool, time: Duration) -> Result<(), String> {
         let (topic, partition) = (TOPICS[log.0], log.1.unsigned_abs());
         let began = self.ledger.now();
-        let asked = tokio::time::timeout(time, self.client.admin().offset(topic, partition, OffsetAt::Latest)).await;
-        let end = asked.map_err(|late| late.to_string())?.map_err(|error| error.to_string())?.as_i64();
-        let from = if whole { 0 } else { random::in_range(0..=end) };
+        let ask = async |at: OffsetAt| -> Result<i64, String> {
+            let asked = tokio::time::timeout(time, self.client.admin().offset(topic, partition, at)).await;
+            Ok(asked.map_err(|late| late.to_string())?.map_err(|error| error.to_string())?.as_i64())
+        };
+        let start = if self.keeps == Keeps::All { 0 } else { ask(OffsetAt::Earliest).await? };
+        let end = ask(OffsetAt::Latest).await?;
+        let start = start.min(end);
+        let from = if whole { start } else { random::in_range(start..=end) };
         let mut pass = Pass { log, began, from, end, to: from, current, records: Vec::new() };
         // Some are served by followers, also in a rack where nobody stands.
         let rack = random::in_range(0..6);

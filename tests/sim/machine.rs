@@ -4,7 +4,7 @@ use std::{
     path::Path,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -54,6 +54,8 @@ pub(crate) struct Machine {
     broker: Option<(Process, Node)>,
     /// Whether its broker takes part.
     pub(crate) running: Arc<AtomicBool>,
+    /// How many disks it had before this one.
+    pub(crate) disks: Arc<AtomicU32>,
     /// Whether what its disk holds need not be what the broker wrote, until that is started again.
     pub(crate) spoilt: Arc<AtomicBool>,
     /// What a sync takes in addition, at most.
@@ -88,6 +90,7 @@ impl Machine {
             wall_offset_ms: 0,
             broker: None,
             running: Arc::default(),
+            disks: Arc::default(),
             spoilt: Arc::default(),
             slow_us: Arc::default(),
         }
@@ -179,6 +182,7 @@ impl Machine {
             self.disk.remove(&path).unwrap();
             self.disk.sync_dir(path.parent().unwrap()).unwrap();
         }
+        self.disks.fetch_add(1, Ordering::Relaxed);
         self.note(format_args!("has a new disk"));
     }
 

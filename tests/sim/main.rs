@@ -18,6 +18,7 @@ mod judge;
 mod load;
 mod logs;
 mod machine;
+mod manifest;
 mod meta;
 mod mutants;
 mod net;

@@ -25,7 +25,12 @@ use crate::{
 /// needed when this was written. docs/replication.md says what each shows.
 const MUTANTS: &[(Mutation, Shape, u64)] = &[
     (Mutation::AcknowledgeBeforeSync, Shape::ONE, 10),
+    (Mutation::ReuseBeforeSync, Shape::ONE, 20),
+    (Mutation::FailedPutIsDone, Shape::ONE, 30),
+    (Mutation::CollectNamed, Shape::ONE, 40),
     (Mutation::EvictBeforeCommit, Shape::ONE, 10),
+    (Mutation::LastRoundTakenForTorn, Shape::ONE, 20),
+    (Mutation::PlacedByOlder, Shape::THREE, 110),
     (Mutation::CutToHighWatermark, Shape::THREE, 30),
     (Mutation::SkipProof, Shape::THREE, 90),
     (Mutation::AdmitBelowEpochStart, Shape::THREE, 40),
@@ -47,6 +52,7 @@ const MUTANTS: &[(Mutation, Shape, u64)] = &[
 /// (`partition/check`): a place ends with its leader epoch and a link with its broker epoch, so no older acknowledgement arrives where only one
 /// of two checks is gone; nobody lowers `min.insync.replicas` here; and who waits to be settled is let go by the next election.
 const RARE: &[(Mutation, Shape, u64)] = &[
+    (Mutation::CutUnjournaled, Shape::THREE, 2000),
     (Mutation::TakeLaterLeadersBucketEnd, Shape::THREE, 2000),
     (Mutation::LossTakenForClean, Shape::THREE.about(Theme::OneDown), 2000),
     (Mutation::AdmitUnregistered, Shape::THREE.about(Theme::Admissions), 2000),

@@ -12,13 +12,18 @@ use std::{
 
 use bytes::Bytes;
 use chrono::{DateTime, Utc};
-use futures::{StreamExt as _, stream, stream::BoxStream};
+use futures::{FutureExt as _, StreamExt as _, stream, stream::BoxStream};
 use object_store::{
     CopyOptions, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore, ObjectStoreExt as _,
     PutMultipartOptions, PutOptions, PutPayload, PutResult, Result, memory::InMemory, path::Path,
 };
-use strandline::task::{clock, random};
+use strandline::{
+    model::PartitionId,
+    task::{clock, random},
+};
 use tokio::time::Instant;
+
+use crate::panics;
 
 /// One bucket. Clones share it.
 #[derive(Clone, Debug)]
@@ -29,12 +34,20 @@ pub(crate) struct Objects {
     began: Instant,
     /// When each object was written, by simulated time: what is garbage is old by that.
     written: Arc<Mutex<BTreeMap<Path, DateTime<Utc>>>>,
+    /// What nobody may delete or change: it is named.
+    kept_for: Arc<Mutex<BTreeMap<PartitionId, BTreeSet<String>>>>,
 }
 
 impl Objects {
     /// An empty bucket, whose clock begins at `began`.
     pub(crate) fn new(began: Instant) -> Self {
-        Self { kept: Arc::new(InMemory::new()), failing: Arc::default(), began, written: Arc::default() }
+        Self {
+            kept: Arc::new(InMemory::new()),
+            failing: Arc::default(),
+            began,
+            written: Arc::default(),
+            kept_for: Arc::default(),
+        }
     }
 
     /// How many of a hundred requests fail from now on.
@@ -49,8 +62,37 @@ impl Objects {
     }
 
     /// One object, past all that goes wrong.
-    pub(crate) async fn read(&self, object: &str) -> Option<Bytes> {
-        self.kept.get(&Path::from(object)).await.ok()?.bytes().await.ok()
+    pub(crate) fn read(&self, object: &str) -> Option<Bytes> {
+        let read = async { self.kept.get(&Path::from(object)).await.ok()?.bytes().await.ok() };
+        // It lies in memory.
+        read.now_or_never().flatten()
+    }
+
+    /// Whoever deletes or changes one of these, of which a partition consists from now on, is found.
+    pub(crate) fn keep(&self, partition: PartitionId, objects: BTreeSet<String>) {
+        self.kept_for.lock().unwrap().insert(partition, objects);
+    }
+
+    /// The partition that has need of an object.
+    fn is_kept_for(&self, location: &Path) -> Option<PartitionId> {
+        let kept_for = self.kept_for.lock().unwrap();
+        kept_for.iter().find_map(|(partition, objects)| objects.contains(location.as_ref()).then_some(*partition))
+    }
+
+    /// Judges a write before it is done.
+    fn will_put(&self, location: &Path, payload: &PutPayload) {
+        let Some(partition) = self.is_kept_for(location) else { return };
+        let new: Vec<u8> = payload.iter().flatten().copied().collect();
+        if self.read(location.as_ref()).is_some_and(|old| old != new) {
+            panics::found(format!("{partition}: {location} is named, and is written anew with other bytes"));
+        }
+    }
+
+    /// Judges a deletion before it is done.
+    fn will_delete(&self, location: &Path) {
+        if let Some(partition) = self.is_kept_for(location) {
+            panics::found(format!("{partition}: {location} is named, and is deleted"));
+        }
     }
 
     fn write(&self, location: &Path) {
@@ -90,6 +132,7 @@ impl fmt::Display for Objects {
 impl ObjectStore for Objects {
     async fn put_opts(&self, location: &Path, payload: PutPayload, options: PutOptions) -> Result<PutResult> {
         let put = async {
+            self.will_put(location, &payload);
             let put = self.kept.put_opts(location, payload, options).await;
             put.inspect(|_| self.write(location))
         };
@@ -111,7 +154,13 @@ impl ObjectStore for Objects {
     }
 
     fn delete_stream(&self, locations: BoxStream<'static, Result<Path>>) -> BoxStream<'static, Result<Path>> {
-        self.kept.delete_stream(locations)
+        let bucket = self.clone();
+        let judged = locations.inspect(move |location| {
+            if let Ok(location) = location {
+                bucket.will_delete(location);
+            }
+        });
+        self.kept.delete_stream(judged.boxed())
     }
 
     fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {

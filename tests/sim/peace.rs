@@ -9,16 +9,13 @@ use strandline::{
     cluster::{Key, MetaStore as _, TopicValue, Value as _},
     model::PartitionId,
     task::clock,
-    tier::{
-        TierState,
-        manifest::{Page, Root},
-        name,
-    },
+    tier::{TierState, name},
 };
 
 use crate::{
     judge::Judge,
     machine::{GRACE, Machine},
+    manifest,
     objects::Objects,
     panics,
     world::World,
@@ -80,7 +77,7 @@ async fn uploaded(judge: &Judge) -> Option<String> {
         let state = tier(judge, id).await;
         let Some(leads) = judge.machines.iter().find(|machine| Some(machine.id) == value.leader) else { continue };
         let sealed = leads.logs.replica(id).sealed_end();
-        if state.bucket_end() < sealed {
+        if state.bucket_end().max(state.log_start) < sealed {
             return Some(format!("{log:?} is sealed up to {sealed}, and the bucket has {state:?}"));
         }
     }
@@ -99,7 +96,9 @@ async fn garbage(objects: &Objects, judge: &Judge) -> Option<String> {
             }
             Some(Key::Tier(id)) => {
                 let state = TierState::decode(&entry.key, &entry.value).unwrap();
-                named.extend(named_by(objects, id, &state).await);
+                named.extend(
+                    manifest::named_by(objects, id, &state).unwrap_or_else(|wrong| panic!("{id}: {wrong}")).objects,
+                );
             }
             _ => {}
         }
@@ -112,23 +111,4 @@ async fn garbage(objects: &Objects, judge: &Judge) -> Option<String> {
     let left: Vec<_> = there.iter().filter(|object| !named.contains(*object) && !topics.contains(*object)).collect();
     let first = left.first()?;
     Some(format!("nothing names {first}, nor {} more", left.len() - 1))
-}
-
-/// The objects that a partition's manifest names, and itself.
-async fn named_by(objects: &Objects, id: PartitionId, state: &TierState) -> BTreeSet<String> {
-    let Some(manifest) = state.manifest else { return BTreeSet::new() };
-    let path = |name: String| format!("{}/{name}", name::partition_folder(id));
-    let manifest = path(manifest.to_string());
-    let bytes = objects.read(&manifest).await.unwrap_or_else(|| panic!("{manifest} is not in the bucket"));
-    let root = Root::parse(&bytes).unwrap();
-    let mut named = BTreeSet::from([manifest]);
-    named.extend(root.segments().iter().map(|line| path(line.stamp.segment())));
-    for line in root.pages() {
-        let page = path(line.stamp.page());
-        let bytes = objects.read(&page).await.unwrap_or_else(|| panic!("{page} is not in the bucket"));
-        let segments = Page::parse(&bytes, id, line).unwrap();
-        named.extend(segments.segments().iter().map(|line| path(line.stamp.segment())));
-        named.insert(page);
-    }
-    named
 }

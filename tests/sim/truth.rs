@@ -2,24 +2,32 @@
 //!
 //! A [`Truth`] is the run's witness (`task::witness`). It remembers what the store holds, how far each replica's log reaches and which
 //! epochs wrote it, and what was ever committed; every step of a broker is held against that. So a broken rule shows where it is
-//! broken, and not only when the harm is still there at the next look. Content is not compared here: one epoch has one appender, so logs
-//! that agree on the epochs of their offsets are the same, and `judge` compares the bytes.
+//! broken, and not only when the harm is still there at the next look. One epoch has one appender, so logs that agree on the epochs of their
+//! offsets are the same where each batch has the checksum that its epoch gave it; `judge` compares the bytes on the disks.
 //!
 //! | when | what must hold |
 //! | --- | --- |
 //! | somebody leads | nobody else ever led in that epoch, the store names it, and it has all that is committed |
-//! | an append | it continues the log; a leader's is of its own epoch |
+//! | a broker goes by a value | by none that is older than the last |
+//! | a log is opened | all that was durable is there, and nothing that was cut |
+//! | an append | it continues the log; a leader's is of its own epoch; no other batch is of this epoch and offset |
 //! | a cut, a beginning | no committed record goes; who begins behind others' records knows their producers |
-//! | the high watermark moves | the minimum is in sync, nobody else is eligible, and every member of the ISR, and of each that may come true, acknowledged in this epoch |
-//! | an acknowledgement counts | it was made in the epoch of the leader that counts it |
+//! | the high watermark moves | the minimum is in sync, nobody else is eligible, and every member of the ISR, and of each that may come true, acknowledged in this epoch since it joined; no batch is cut in two, no producer's number comes twice or is left out |
+//! | an acknowledgement counts | it was made, in the epoch of the leader that counts it and in the uptime that joined last |
 //! | an answer | what it promises is so |
 //! | a proposal, and its outcome | who is admitted acknowledged in this epoch all up to its start; it replaces the value that it was made for |
 //! | an election | epochs grow by one, and only a member is elected |
 //! | any of these | every live member of ISR ∪ ELR holds what is committed |
-//! | a commit to the bucket | by the epoch that leads; only what is committed; it never goes back |
+//! | a commit to the bucket | by the epoch that leads; only what is committed, all of it and as it is; it never goes back |
+//! | an object is deleted or written anew | no manifest names it |
+//! | a file of a journal is free | all in it is durable in the segments |
 //! | segments leave a disk | they are in the bucket, or below the log start |
 //! | readers, and who asks for the end | nothing that is not committed; no older end from a newer leader |
 
+mod acks;
+mod bucket;
+mod content;
+mod journal;
 mod partition;
 mod replica;
 
@@ -27,7 +35,10 @@ use std::{
     cell::RefCell,
     collections::{BTreeMap, BTreeSet},
     rc::Rc,
-    sync::{Arc, atomic::AtomicBool},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU32, Ordering},
+    },
 };
 
 use strandline::{
@@ -37,8 +48,8 @@ use strandline::{
     tier::TierState,
 };
 
-use self::partition::Partition;
-use crate::{panics, trace::Trace};
+use self::{acks::Ack, bucket::Bucket, content::Written, journal::Journals, partition::Partition, replica::Ends};
+use crate::{panics, trace::Trace, world::World};
 
 /// Something that must not be, in words.
 type Wrong = String;
@@ -58,7 +69,9 @@ struct Known {
     keys: Keys,
     /// One broker alone goes on in the epoch in which it led.
     alone: bool,
-    running: Running,
+    machines: Machines,
+    journals: Journals,
+    bucket: Bucket,
     /// The registrations, each by the revision that made it.
     brokers: Brokers,
     partitions: BTreeMap<PartitionId, Partition>,
@@ -68,21 +81,33 @@ struct Known {
 /// Which uptime of each broker is registered.
 type Brokers = BTreeMap<BrokerId, u64>;
 
-/// Which brokers take part.
-pub(crate) type Running = BTreeMap<BrokerId, Arc<AtomicBool>>;
+/// The brokers' machines.
+type Machines = BTreeMap<BrokerId, Machine>;
+
+struct Machine {
+    /// Whether its broker takes part.
+    running: Arc<AtomicBool>,
+    /// How many disks it had before this one.
+    disks: Arc<AtomicU32>,
+}
 
 impl Truth {
-    /// Watches from now on.
-    pub(crate) fn watch(running: Running, trace: Trace) -> Self {
-        let keys = Keys::new("strandline").unwrap();
-        let alone = running.len() == 1;
+    /// Watches a world from now on.
+    pub(crate) fn watch(world: &World) -> Self {
+        let machines: Machines = world
+            .machines
+            .iter()
+            .map(|of| (of.id, Machine { running: Arc::clone(&of.running), disks: Arc::clone(&of.disks) }))
+            .collect();
         let known = Rc::new(RefCell::new(Known {
-            keys,
-            alone,
-            running,
+            keys: Keys::new("strandline").unwrap(),
+            alone: machines.len() == 1,
+            machines,
+            journals: Journals::default(),
+            bucket: Bucket::new(world.shared.objects.clone()),
             brokers: BTreeMap::new(),
             partitions: BTreeMap::new(),
-            trace,
+            trace: world.shared.trace.clone(),
         }));
         let watched = Rc::clone(&known);
         witness::set(Some(Box::new(move |process, event| watched.borrow_mut().saw(process, event))));
@@ -93,7 +118,7 @@ impl Truth {
     pub(crate) fn look(&self) {
         let mut known = self.0.borrow_mut();
         let known = &mut *known;
-        let wrong = known.partitions.values().find_map(|partition| partition.members_hold(&known.running).err());
+        let wrong = known.partitions.values().find_map(|partition| partition.members_hold(&known.machines).err());
         known.found(wrong);
     }
 }
@@ -128,15 +153,22 @@ impl Known {
                 let Ok(value) = PartitionValue::decode(key, value) else { return Ok(()) };
                 let partition = self.partitions.entry(id).or_default();
                 partition.stored(value, Revision(revision), &self.brokers).map_err(at(id))?;
-                partition.members_hold(&self.running).map_err(at(id))
+                partition.members_hold(&self.machines).map_err(at(id))
             }
             (Some(Key::Partition(id)), None) => {
                 self.partitions.remove(&id);
+                self.bucket.deleted(id);
                 Ok(())
             }
             (Some(Key::Tier(id)), Some((value, _))) => {
                 let Ok(state) = TierState::decode(key, value) else { return Ok(()) };
-                self.partitions.entry(id).or_default().tiered(state).map_err(at(id))
+                let partition = self.partitions.entry(id).or_default();
+                let judged = partition.tiered(state.clone());
+                judged.and_then(|()| self.bucket.committed(id, &state, partition)).map_err(at(id))
+            }
+            (Some(Key::Tier(id)), None) => {
+                self.bucket.deleted(id);
+                Ok(())
             }
             (Some(Key::Broker(id)), Some((_, created))) => {
                 self.brokers.insert(id, created);
@@ -150,18 +182,37 @@ impl Known {
         }
     }
 
+    /// What the journals make of it.
+    fn journals(&mut self, who: Who, event: &Event<'_>) -> Result<(), Wrong> {
+        match *event {
+            Event::Journaled { partition, file, end } => self.journals.journaled(who, partition, file, end),
+            Event::Synced { partition, end } => self.journals.synced(who, partition, end),
+            Event::Changing { partition, to, emptied } => self.journals.changing(who, partition, to, emptied),
+            Event::Freed { file } => return self.journals.freed(who, file),
+            _ => {}
+        }
+        Ok(())
+    }
+
     fn done(&mut self, who: Who, event: Event<'_>) -> Result<(), Wrong> {
+        self.journals(who, &event)?;
         let Some(id) = partition_of(&event) else { return Ok(()) };
         // One that is being deleted.
         let Some(partition) = self.partitions.get_mut(&id) else { return Ok(()) };
         let by = |wrong| format!("{id}: broker {}: {wrong}", who.broker);
         let moved = match event {
-            Event::Stored { .. } => false,
-            Event::Opened { epochs, end, .. } => partition.opened(who, epochs, end),
-            Event::Led { epoch, start, .. } => partition.led(who, epoch, start, self.alone).map_err(by)?,
-            Event::Appended { base, end, epoch, leads, producer, .. } => {
-                partition.appended(who, base..end, epoch, leads, producer).map_err(by)?
+            Event::Stored { .. } | Event::Journaled { .. } | Event::Synced { .. } | Event::Freed { .. } => false,
+            Event::Opened { epochs, end, .. } => {
+                let disk = self.machines.get(&who.broker).map_or(0, |machine| machine.disks.load(Ordering::Relaxed));
+                partition.opened(who.broker, (epochs, end), disk, self.alone).map_err(by)?
             }
+            Event::Placed { revision, .. } => partition.placed(who, Revision(revision)).map_err(by)?,
+            Event::Led { epoch, start, .. } => partition.led(who, epoch, start, self.alone).map_err(by)?,
+            Event::Appended { base, end, epoch, leads, crc, producer, .. } => {
+                partition.appended(who, base..end, (epoch, leads), Written { end, crc, producer }).map_err(by)?
+            }
+            Event::Changing { to, emptied, .. } => partition.changing(who.broker, to, emptied),
+            Event::Settled { .. } => partition.settled(who.broker),
             Event::Cut { epoch, to, .. } => partition.cut(who.broker, epoch, to).map_err(by)?,
             Event::Begun { at, epochs, producers, .. } => {
                 let producers: BTreeSet<i64> = producers.iter().copied().collect();
@@ -169,8 +220,12 @@ impl Known {
             }
             Event::Claimed { epoch, persisted, .. } => partition.claimed(who.broker, epoch, persisted),
             Event::Marks { marks, part, .. } => partition.marked(who.broker, marks, part, &self.brokers).map_err(by)?,
-            Event::Counted { epoch, follower, acknowledged, .. } => {
-                partition::counted(epoch, follower, acknowledged).map_err(by)?
+            Event::Joined { epoch, follower, registered, .. } => {
+                partition.joined(epoch, follower, registered).map_err(by)?
+            }
+            Event::Counted { epoch, follower, registered, acknowledged, written, persisted, .. } => {
+                let ends = Ends { written, persisted };
+                partition.counts(epoch, &Ack { follower, registered, epoch: acknowledged, ends }).map_err(by)?
             }
             Event::Proposed { epoch, expect, isr, added, .. } => {
                 partition.proposed(who.broker, epoch, (Revision(expect), isr, added), &self.brokers).map_err(by)?
@@ -181,14 +236,18 @@ impl Known {
             Event::Evicted { start, .. } => partition.evicted(start).map_err(by)?,
         };
         // Only what moves a log or what is committed can take from a member what it must hold.
-        if moved { partition.members_hold(&self.running).map_err(|wrong| format!("{id}: {wrong}")) } else { Ok(()) }
+        if moved { partition.members_hold(&self.machines).map_err(|wrong| format!("{id}: {wrong}")) } else { Ok(()) }
     }
 }
 
 fn partition_of(event: &Event<'_>) -> Option<PartitionId> {
     match event {
-        Event::Stored { .. } => None,
+        Event::Stored { .. } | Event::Journaled { .. } | Event::Synced { .. } | Event::Freed { .. } => None,
         Event::Opened { partition, .. }
+        | Event::Placed { partition, .. }
+        | Event::Joined { partition, .. }
+        | Event::Changing { partition, .. }
+        | Event::Settled { partition, .. }
         | Event::Led { partition, .. }
         | Event::Appended { partition, .. }
         | Event::Cut { partition, .. }

@@ -174,7 +174,7 @@ impl Actor {
 
     fn assign(&mut self, assignment: Assignment) {
         let Assignment { value, revision, committed, registered } = assignment;
-        if self.placed.known.as_ref().is_some_and(|(_, known)| revision < *known) {
+        if self.placed.known.as_ref().is_some_and(|(_, known)| revision < *known) && !mutant!(PlacedByOlder) {
             return;
         }
         if let Some(state) = committed {
@@ -186,6 +186,7 @@ impl Actor {
 
     /// Takes the place that a value of the partition, no older than the known one, gives this broker.
     pub(super) fn placed(&mut self, value: Arc<PartitionValue>, revision: Revision) {
+        saw!(Placed { partition: self.id, revision: revision.0 });
         let before = self.placed.added_after(self.broker);
         self.placed.known = Some((Arc::clone(&value), revision));
         let (epoch, addition) = (value.leader_epoch, value.added_after(self.broker));

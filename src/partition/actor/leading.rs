@@ -202,7 +202,8 @@ impl Actor {
                 Part::Leading(leader) => Some(leader.epoch()),
                 _ => None,
             },
-            producer: batch.producer().map(|stamp| stamp.id),
+            crc: batch.crc(),
+            producer: batch.producer().map(|stamp| (stamp.id, stamp.epoch, stamp.base_sequence)),
         });
     }
 

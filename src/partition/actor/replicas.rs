@@ -3,7 +3,7 @@
 use super::{Actor, Part, news::Ack};
 use crate::{
     cluster::{PartitionValue, Revision},
-    model::{LeaderEpoch, listed},
+    model::{LeaderEpoch, PartitionId, listed},
     partition::{
         leader::{
             insync::{Agreed, Ends, InSync, Observed, Peer, Proposal},
@@ -56,14 +56,15 @@ impl Actor {
             return Answered::refused(leader.epoch(), format!("the leader's disk failed: {why}"));
         }
         let join = leader.in_sync_mut().join(peer, epoch, claim, local, &self.replica.epochs());
+        if !matches!(join, Join::Refused(_)) {
+            saw!(Joined { partition: self.id, epoch: leader.epoch(), follower: peer.broker, registered: peer.epoch.0 });
+        }
         let (epoch, high_watermark) = (leader.epoch(), leader.high_watermark());
         let in_sync = leader.in_sync().value().isr.contains(&peer.broker);
         let join = match join {
             Join::At(at) => {
                 let ends = Ends { written: ends.written.min(at), persisted: ends.persisted.min(at) };
-                if let Err(stale) = leader.in_sync_mut().acknowledged(peer, epoch, ends) {
-                    tracing::debug!(partition = %self.id, broker = %peer.broker, error = %stale, "not counted");
-                }
+                count(self.id, leader.in_sync_mut(), Ack { peer, epoch, ends });
                 self.shared.acknowledged(peer.broker, ends.written);
                 tracing::debug!(partition = %self.id, broker = %peer.broker, %epoch, %at, "a follower joined");
                 Joined::At(at)
@@ -96,21 +97,9 @@ impl Actor {
     pub(super) fn on_acknowledged(&mut self, acks: Vec<Ack>) {
         let Part::Leading(leader) = &mut self.part else { return };
         let mut outside = false;
-        for Ack { peer, epoch, ends } in acks {
-            match leader.in_sync_mut().acknowledged(peer, epoch, ends) {
-                Ok(()) => {
-                    outside |= !leader.in_sync().value().isr.contains(&peer.broker);
-                    saw!(Counted {
-                        partition: self.id,
-                        epoch: leader.epoch(),
-                        follower: peer.broker,
-                        acknowledged: epoch
-                    });
-                }
-                Err(error) => {
-                    tracing::debug!(partition = %self.id, broker = %peer.broker, %error, "an acknowledgement is not counted");
-                }
-            }
+        for ack in acks {
+            let follower = ack.peer.broker;
+            outside |= count(self.id, leader.in_sync_mut(), ack) && !leader.in_sync().value().isr.contains(&follower);
         }
         // What a member acknowledges changes no set.
         if outside {
@@ -235,5 +224,27 @@ impl Actor {
             }
         }
         self.propose();
+    }
+}
+
+/// Counts one acknowledgement, if it counts.
+fn count(partition: PartitionId, in_sync: &mut InSync, Ack { peer, epoch, ends }: Ack) -> bool {
+    match in_sync.acknowledged(peer, epoch, ends) {
+        Ok(()) => {
+            saw!(Counted {
+                partition,
+                epoch: in_sync.epoch(),
+                follower: peer.broker,
+                registered: peer.epoch.0,
+                acknowledged: epoch,
+                written: ends.written,
+                persisted: ends.persisted
+            });
+            true
+        }
+        Err(error) => {
+            tracing::debug!(%partition, broker = %peer.broker, %error, "an acknowledgement is not counted");
+            false
+        }
     }
 }

@@ -14,7 +14,12 @@ use strandline::{
     tier::TierState,
 };
 
-use super::{Brokers, Running, Who, Wrong, replica::Replica};
+use super::{
+    Brokers, Machines, Who, Wrong,
+    acks::{Ack, Acks},
+    content::{Content, Written},
+    replica::Replica,
+};
 
 /// Values of the partition that are remembered, and proposals: leaders hear of the newest late.
 const REMEMBERED: usize = 256;
@@ -28,6 +33,10 @@ pub(super) struct Partition {
     /// Who led in each epoch, and where it began.
     leaders: BTreeMap<LeaderEpoch, (Who, Offset)>,
     replicas: BTreeMap<BrokerId, Replica>,
+    acks: Acks,
+    /// The newest value that each process goes by.
+    placed: BTreeMap<u32, Revision>,
+    content: Content,
     durability: Durability,
     /// The epochs of what is committed, and its end.
     committed: (EpochHistory, Offset),
@@ -57,15 +66,6 @@ impl Proposal {
 /// Whether something moved that a member must hold.
 type Moved = Result<bool, Wrong>;
 
-/// A leader counts what a follower acknowledged. Whether harm comes of an older epoch's word is another matter: what it names may have
-/// been cut since.
-pub(super) fn counted(epoch: LeaderEpoch, follower: BrokerId, acknowledged: LeaderEpoch) -> Moved {
-    if acknowledged != epoch {
-        return Err(format!("counts in epoch {epoch} what broker {follower} acknowledged in epoch {acknowledged}"));
-    }
-    Ok(false)
-}
-
 impl Partition {
     fn value(&self) -> Option<(&PartitionValue, Revision)> {
         self.values.last_key_value().map(|(revision, value)| (value, *revision))
@@ -76,10 +76,10 @@ impl Partition {
     }
 
     /// Every live member of ISR ∪ ELR holds what is committed.
-    pub(super) fn members_hold(&self, running: &Running) -> Result<(), Wrong> {
+    pub(super) fn members_hold(&self, machines: &Machines) -> Result<(), Wrong> {
         let Some((value, _)) = self.value() else { return Ok(()) };
         for member in value.isr.iter().chain(&value.elr) {
-            let runs = running.get(member).is_some_and(|runs| runs.load(Ordering::Relaxed));
+            let runs = machines.get(member).is_some_and(|machine| machine.running.load(Ordering::Relaxed));
             if let Some(replica) = self.replicas.get(member).filter(|_| runs) {
                 let lacks = |why| format!("broker {member} may lead and lacks what is committed: {why}");
                 self.holds(replica).map_err(lacks)?;
@@ -165,8 +165,10 @@ impl Partition {
         let leads = self.value().map(|(value, _)| value.leader_epoch);
         let wrong = if leads != Some(new.epoch) {
             format!("the leader of epoch {} committed to the bucket, and {leads:?} leads", new.epoch)
-        } else if new.tiered_end < old.tiered_end || new.log_start < old.log_start || new.version() < old.version() {
+        } else if new.tiered_end < old.tiered_end || new.log_start < old.log_start {
             "the bucket's state went back".to_owned()
+        } else if new.manifest != old.manifest && new.version() != old.version() + 1 {
+            "the manifest is not the next one".to_owned()
         } else if new.bucket_end() > committed {
             format!("the bucket holds what is not committed: {committed} is")
         } else {
@@ -177,11 +179,46 @@ impl Partition {
         judged
     }
 
+    /// The batch that is committed where it begins, with its epoch.
+    pub(super) fn committed_at(&self, base: Offset) -> Option<(LeaderEpoch, Written)> {
+        let (epochs, end) = &self.committed;
+        let epoch = epochs.at(base).filter(|_| base < *end)?;
+        Some((epoch, self.content.at(base, epoch)?))
+    }
+
     // One replica.
 
-    pub(super) fn opened(&mut self, who: Who, epochs: &[(LeaderEpoch, Offset)], end: Offset) -> bool {
-        self.replica(who.broker).opened(epochs, end);
-        true
+    pub(super) fn opened(
+        &mut self,
+        broker: BrokerId,
+        (epochs, end): (&[(LeaderEpoch, Offset)], Offset),
+        disk: u32,
+        alone: bool,
+    ) -> Moved {
+        if alone {
+            self.content.lose(end);
+        }
+        self.replica(broker).opened(epochs, end, disk).map(|()| true)
+    }
+
+    pub(super) fn changing(&mut self, broker: BrokerId, to: Offset, emptied: bool) -> bool {
+        self.replica(broker).changing(to, emptied);
+        false
+    }
+
+    pub(super) fn settled(&mut self, broker: BrokerId) -> bool {
+        self.replica(broker).settled();
+        false
+    }
+
+    /// A process goes by another value: never by an older one.
+    pub(super) fn placed(&mut self, who: Who, revision: Revision) -> Moved {
+        let known = self.placed.entry(who.process).or_insert(revision);
+        if revision < *known {
+            return Err(format!("goes by the value of revision {revision}, and knew that of {known}"));
+        }
+        *known = revision;
+        Ok(false)
     }
 
     pub(super) fn led(&mut self, who: Who, epoch: LeaderEpoch, start: Offset, alone: bool) -> Moved {
@@ -212,9 +249,8 @@ impl Partition {
         &mut self,
         who: Who,
         range: Range<Offset>,
-        epoch: LeaderEpoch,
-        leads: Option<LeaderEpoch>,
-        producer: Option<i64>,
+        (epoch, leads): (LeaderEpoch, Option<LeaderEpoch>),
+        batch: Written,
     ) -> Moved {
         let leader = self.leaders.get(&epoch).map(|(leader, _)| *leader);
         let replica = self.replica(who.broker);
@@ -228,10 +264,10 @@ impl Partition {
         if leads.is_some_and(|leads| leads != epoch || leader != Some(who)) {
             return Err(format!("appended in epoch {epoch} and leads in {leads:?}"));
         }
-        if let Some(producer) = producer.filter(|_| leads.is_some()) {
+        if let Some((producer, ..)) = batch.producer.filter(|_| leads.is_some()) {
             self.stamped.insert(range.start, (epoch, producer));
         }
-        Ok(false)
+        self.content.appended(range.start, epoch, batch).map(|()| false)
     }
 
     /// Whom nobody counts on, and who still follows the leader of an older epoch, which heard of its election late, may cut whatever that one
@@ -301,8 +337,8 @@ impl Partition {
         };
         let known = (epoch, Revision(revision));
         let may = self.may_commit(broker, known, (min_insync, durability), marks.high_watermark, brokers);
-        self.commit(broker, marks.high_watermark);
-        may.map(|()| true)
+        let whole = self.commit(broker, marks.high_watermark);
+        may.and(whole).map(|()| true)
     }
 
     /// Whether a leader that knows the value of this revision may commit up to `end`.
@@ -330,7 +366,7 @@ impl Partition {
             let Some(replica) = self.replicas.get(member) else {
                 return wrong(format!("without broker {member}, which has no replica"));
             };
-            let acked = if *member == leader { Some(replica.ends) } else { replica.ever_acked(epoch) };
+            let acked = if *member == leader { Some(replica.ends) } else { self.acks.of(epoch, *member) };
             if acked.is_none_or(|acked| acked.by(durability) < end) {
                 return wrong(format!("while broker {member} has acknowledged {acked:?} in it"));
             }
@@ -348,7 +384,7 @@ impl Partition {
     }
 
     /// All below `end` is committed, as this leader has it.
-    fn commit(&mut self, leader: BrokerId, end: Offset) {
+    fn commit(&mut self, leader: BrokerId, end: Offset) -> Result<(), Wrong> {
         let log = self.replica(leader).epochs.clone();
         let from = self.committed.1;
         for (epoch, start) in log.between(from, end).iter() {
@@ -365,6 +401,17 @@ impl Partition {
                 self.producers.entry(producer).or_insert(at);
             }
         }
+        self.content.commit(&self.committed.0, from..end)
+    }
+
+    pub(super) fn joined(&mut self, epoch: LeaderEpoch, follower: BrokerId, registered: u64) -> Moved {
+        self.acks.joined(epoch, follower, registered).map(|()| false)
+    }
+
+    pub(super) fn counts(&mut self, leads: LeaderEpoch, ack: &Ack) -> Moved {
+        let replica = self.replicas.get(&ack.follower);
+        let ever = replica.and_then(|replica| replica.ever_acked(ack.epoch)).unwrap_or_default();
+        self.acks.counted(leads, ack, ever).map(|()| false)
     }
 
     pub(super) fn proposed(
@@ -379,7 +426,7 @@ impl Partition {
         let known = self.values.get(&expect).map(|value| value.isr.clone()).unwrap_or_default();
         let added = isr.iter().filter(|id| !known.contains(id));
         let durability = self.durability;
-        let lacking = added.map(|id| (*id, self.replicas.get(id).and_then(|replica| replica.ever_acked(epoch))));
+        let lacking = added.map(|id| (*id, self.acks.of(epoch, *id)));
         let lacking = lacking.rev().find(|(_, acked)| acked.is_none_or(|acked| acked.by(durability) < asked));
         let uptime = |id: &BrokerId| (*id, brokers.get(id).copied());
         let isr = isr.iter().map(uptime).collect();

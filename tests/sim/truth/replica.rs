@@ -21,6 +21,11 @@ impl Ends {
             Durability::Replicated => self.written,
         }
     }
+
+    /// The larger of both.
+    pub(super) fn most(self, other: Self) -> Self {
+        Self { written: self.written.max(other.written), persisted: self.persisted.max(other.persisted) }
+    }
 }
 
 /// A log, and what its broker told leaders of it.
@@ -35,20 +40,79 @@ pub(super) struct Replica {
     /// What it acknowledged in each epoch, in this process and in those before.
     acked: BTreeMap<LeaderEpoch, Ends>,
     acked_before: BTreeMap<LeaderEpoch, Ends>,
+    /// Which of its machine's disks it was found on; `None` while there is nothing of it.
+    disk: Option<u32>,
+    changing: Option<Box<Change>>,
+}
+
+/// A log that is being cut or thrown away: until that is done a crash may leave it as it was or as it is to be.
+#[derive(Clone, Debug)]
+struct Change {
+    before: Replica,
+    to: Offset,
+    emptied: bool,
 }
 
 impl Replica {
-    /// Another process has opened it.
-    pub(super) fn opened(&mut self, epochs: &[(LeaderEpoch, Offset)], end: Offset) {
+    /// Another process has opened it. All that its log ever held for durable, and was not cut, must be there, and nothing that was.
+    pub(super) fn opened(&mut self, epochs: &[(LeaderEpoch, Offset)], end: Offset, disk: u32) -> Result<(), String> {
+        let epochs = EpochHistory::from_starts(epochs.iter().copied()).unwrap();
+        let came_back = if self.disk == Some(disk) { self.comes_back(&epochs, end) } else { Ok(()) };
+        if self.disk != Some(disk) {
+            (self.ends, self.synced_before) = (Ends::default(), Offset::ZERO);
+        }
+        (self.disk, self.changing) = (Some(disk), None);
         let acked = std::mem::take(&mut self.acked);
         for (epoch, ends) in acked {
             let before = self.acked_before.entry(epoch).or_default();
-            *before = most(*before, ends);
+            *before = before.most(ends);
         }
-        self.epochs = EpochHistory::from_starts(epochs.iter().copied()).unwrap();
-        self.synced_before = self.synced_before.max(self.ends.persisted).min(end);
+        self.epochs = epochs;
+        self.synced_before = self.durable().min(end);
         self.ends = Ends { written: end, persisted: Offset::ZERO };
         self.high_watermark = Offset::ZERO;
+        came_back
+    }
+
+    /// How far it ever was durable, as it is now.
+    fn durable(&self) -> Offset {
+        self.ends.persisted.max(self.synced_before)
+    }
+
+    /// Whether a log with these epochs and this end is what a crash may have left.
+    fn comes_back(&self, epochs: &EpochHistory, end: Offset) -> Result<(), String> {
+        let found = self.left(epochs, end);
+        let Some(Change { before, to, emptied }) = self.changing.as_deref().filter(|_| found.is_err()) else {
+            return found;
+        };
+        if *emptied && end == *to || before.left(epochs, end).is_ok() {
+            return Ok(());
+        }
+        let mut cut = before.clone();
+        cut.cut(*to);
+        if *emptied { found } else { cut.left(epochs, end) }
+    }
+
+    fn left(&self, epochs: &EpochHistory, end: Offset) -> Result<(), String> {
+        let (durable, written) = (self.durable(), self.ends.written);
+        // Where it never held a record, it may begin somewhere else.
+        if self.epochs.last().is_some() && !(durable..=written).contains(&end) {
+            return Err(format!("its log ends at {end}; it was durable up to {durable}, and ended at {written}"));
+        }
+        self.parts_from(epochs, end).map_or(Ok(()), |why| Err(format!("its log is another one: {why}")))
+    }
+
+    /// Its log is about to be cut, or thrown away.
+    pub(super) fn changing(&mut self, to: Offset, emptied: bool) {
+        let before = Self { changing: None, ..self.clone() };
+        self.changing = Some(Box::new(Change { before, to, emptied }));
+    }
+
+    /// That is done.
+    pub(super) fn settled(&mut self) {
+        if let Some(change) = self.changing.take().filter(|change| change.emptied) {
+            self.begin(change.to, EpochHistory::new());
+        }
     }
 
     /// It claims in this epoch: what it acknowledged before in it counts no more.
@@ -60,7 +124,7 @@ impl Replica {
     /// Its leader of this epoch may hear how far it is.
     pub(super) fn acknowledges(&mut self, epoch: LeaderEpoch) {
         let acked = self.acked.entry(epoch).or_default();
-        *acked = most(*acked, self.ends);
+        *acked = acked.most(self.ends);
     }
 
     /// What this process acknowledged in this epoch.
@@ -71,7 +135,7 @@ impl Replica {
     /// The same, with the processes before it: a leader may not have heard yet that they are gone.
     pub(super) fn ever_acked(&self, epoch: LeaderEpoch) -> Option<Ends> {
         let before = self.acked_before.get(&epoch).copied();
-        self.acked(epoch).map(|acked| most(acked, before.unwrap_or_default())).or(before)
+        self.acked(epoch).map(|acked| acked.most(before.unwrap_or_default())).or(before)
     }
 
     pub(super) fn cut(&mut self, to: Offset) {
@@ -90,7 +154,7 @@ impl Replica {
     /// How far it holds its log, by this rule.
     pub(super) fn holds(&self, durability: Durability) -> Offset {
         match durability {
-            Durability::Persisted => self.ends.persisted.max(self.synced_before),
+            Durability::Persisted => self.durable(),
             Durability::Replicated => self.ends.written,
         }
     }
@@ -105,8 +169,4 @@ impl Replica {
         let (mine, theirs) = (self.epochs.between(from, end), epochs.between(from, end));
         (mine != theirs).then(|| format!("its epochs are {mine:?}, the committed ones {theirs:?}"))
     }
-}
-
-fn most(one: Ends, other: Ends) -> Ends {
-    Ends { written: one.written.max(other.written), persisted: one.persisted.max(other.persisted) }
 }

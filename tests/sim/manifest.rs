@@ -1,0 +1,74 @@
+//! What a partition's manifest names, read past the brokers and all that goes wrong between them and the bucket.
+
+use std::collections::BTreeSet;
+
+use bytes::Bytes;
+use strandline::{
+    model::PartitionId,
+    tier::{
+        TierState,
+        manifest::{Page, Root, SegmentLine},
+        name,
+    },
+};
+
+use crate::objects::Objects;
+
+/// The objects that a state reaches.
+#[derive(Default)]
+pub(crate) struct Named {
+    /// The manifest, its pages, and the segments of which something can be read.
+    pub(crate) objects: BTreeSet<String>,
+    /// The segments, oldest first, each with its object.
+    pub(crate) segments: Vec<(String, SegmentLine)>,
+}
+
+/// Reads the manifest that a state names. It must be that one, and its segments must follow each other from its first offset to its end.
+///
+/// # Errors
+/// In words, what is not so.
+pub(crate) fn named_by(objects: &Objects, id: PartitionId, state: &TierState) -> Result<Named, String> {
+    let Some(manifest) = state.manifest else { return Ok(Named::default()) };
+    let path = |name: String| format!("{}/{name}", name::partition_folder(id));
+    let read = |object: &str| objects.read(object).ok_or_else(|| format!("{object} is named and not in the bucket"));
+    let object = path(manifest.to_string());
+    let root = Root::parse(&read(&object)?).map_err(|error| format!("{object}: {error}"))?;
+    let mut named = Named { objects: BTreeSet::from([object.clone()]), segments: Vec::new() };
+    for line in root.pages() {
+        let page = path(line.stamp.page());
+        let content = Page::parse(&read(&page)?, id, line).map_err(|error| format!("{page}: {error}"))?;
+        named.segments.extend(content.segments().iter().map(|line| (path(line.stamp.segment()), *line)));
+        named.objects.insert(page);
+    }
+    named.segments.extend(root.segments().iter().map(|line| (path(line.stamp.segment()), *line)));
+    // What nobody can read may go while a page lists it.
+    let read = named.segments.iter().filter(|(_, line)| line.stamp.end > state.log_start);
+    named.objects.extend(read.map(|(segment, _)| segment.clone()));
+    let mut next = root.base();
+    for (segment, line) in &named.segments {
+        if line.stamp.base != next {
+            return Err(format!("{object} names {segment} where {next} should follow"));
+        }
+        next = line.stamp.end;
+    }
+    let bytes: u64 = named.segments.iter().map(|(_, line)| line.data_bytes).sum();
+    let says = (id, state.version(), state.tiered_end, state.log_start.min(state.tiered_end), state.bytes);
+    let is = (root.partition(), root.version(), next, root.log_start(), bytes);
+    if says != is || root.end() != next {
+        return Err(format!("{object} is of {is:?} and ends at {}, and the metadata says {says:?}", root.end()));
+    }
+    Ok(named)
+}
+
+/// The bytes of a segment's batches. Length and checksum of the object must be what its manifest says.
+///
+/// # Errors
+/// In words, what is not so.
+pub(crate) fn data_of(objects: &Objects, segment: &str, line: &SegmentLine) -> Result<Bytes, String> {
+    let object = objects.read(segment).ok_or_else(|| format!("{segment} is named and not in the bucket"))?;
+    let (len, crc) = (object.len() as u64, crc32c::crc32c(&object));
+    if (len, crc) != (line.object_bytes(), line.crc) {
+        return Err(format!("{segment} has {len} bytes with the checksum {crc:#010x}, and its manifest says {line:?}"));
+    }
+    Ok(object.slice(..usize::try_from(line.data_bytes).unwrap()))
+}

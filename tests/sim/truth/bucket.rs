@@ -1,0 +1,63 @@
+//! What the bucket holds of each partition, judged when a leader commits it. After that nobody may change or delete what is named
+//! (`Objects::keep`).
+
+use std::collections::BTreeSet;
+
+use strandline::{
+    model::{LeaderEpoch, Offset, PartitionId},
+    record::Batch,
+    tier::TierState,
+};
+
+use super::{Wrong, partition::Partition};
+use crate::{
+    manifest::{self, Named},
+    objects::Objects,
+};
+
+pub(super) struct Bucket {
+    objects: Objects,
+    /// Segments that were read: their names are never used again.
+    read: BTreeSet<String>,
+}
+
+impl Bucket {
+    pub(super) fn new(objects: Objects) -> Self {
+        Self { objects, read: BTreeSet::new() }
+    }
+
+    /// A state was committed. What can be read of it must be there, with the batches that are committed.
+    pub(super) fn committed(&mut self, id: PartitionId, state: &TierState, truth: &Partition) -> Result<(), Wrong> {
+        let Named { objects, segments } = manifest::named_by(&self.objects, id, state)?;
+        for (segment, line) in segments {
+            if objects.contains(&segment) && self.read.insert(segment.clone()) {
+                let mut data = manifest::data_of(&self.objects, &segment, &line)?;
+                let mut next = line.stamp.base;
+                while !data.is_empty() {
+                    let batch = Batch::split_from(&mut data).map_err(|error| format!("{segment}: {error}"))?;
+                    next = as_committed(&batch, next, truth).map_err(|wrong| format!("{segment}: {wrong}"))?;
+                }
+                if next != line.stamp.end {
+                    return Err(format!("{segment} ends at {next}"));
+                }
+            }
+        }
+        self.objects.keep(id, objects);
+        Ok(())
+    }
+
+    /// Nothing is named any more.
+    pub(super) fn deleted(&self, id: PartitionId) {
+        self.objects.keep(id, BTreeSet::new());
+    }
+}
+
+/// Where the next batch begins, if this one is what is committed where the last one ended.
+fn as_committed(batch: &Batch, next: Offset, truth: &Partition) -> Result<Offset, Wrong> {
+    let (base, end, epoch) = (batch.base_offset(), batch.end_offset(), batch.leader_epoch());
+    let found = (base, epoch, end, batch.crc());
+    let committed = truth.committed_at(next);
+    let is: Option<(Offset, Option<LeaderEpoch>, Offset, u32)> =
+        committed.map(|(epoch, batch)| (next, Some(epoch), batch.end, batch.crc));
+    if is == Some(found) { Ok(end) } else { Err(format!("holds {found:?}, and committed is {is:?}")) }
+}
