@@ -5,6 +5,8 @@ use std::{
     sync::{Arc, OnceLock},
 };
 
+use super::connection::Guarded;
+use crate::broker::Broker;
 use axum::{
     Router,
     extract::State,
@@ -12,9 +14,6 @@ use axum::{
     response::IntoResponse,
     routing::get,
 };
-use tokio::net::TcpListener;
-
-use crate::broker::Broker;
 
 /// What the pages tell of: the broker, once there is one. A start that waits for others is asked how it is as well.
 #[derive(Default)]
@@ -30,7 +29,7 @@ impl Pages {
 /// Serves until `stop` resolves.
 pub(super) async fn serve(
     pages: Arc<Pages>,
-    listener: TcpListener,
+    listener: Guarded,
     stop: impl Future<Output = ()> + Send + 'static,
 ) -> anyhow::Result<()> {
     let router = Router::new()

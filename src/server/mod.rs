@@ -42,7 +42,10 @@ use std::{
 use anyhow::Context as _;
 use tokio::net::TcpListener;
 
-use self::http::Pages;
+use self::{
+    connection::{Door, Guarded, Room},
+    http::Pages,
+};
 pub use self::{
     node::{Node, Outside, Stores},
     several::run_several,
@@ -99,7 +102,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>, ready: impl
     };
     let http_at = http.local_addr()?;
     let pages: Arc<Pages> = Arc::default();
-    let listeners = Listeners::begin(Arc::clone(&pages), http);
+    let listeners = Listeners::begin(Arc::clone(&pages), http, Room::of(1), &metrics);
     let stop = Tasks::new();
     let starting = Node::over(&config, log.clone(), outside, addresses, metrics, &stop);
     let give_up = || {
@@ -175,24 +178,29 @@ async fn stop_opening(opening: impl Future<Output = anyhow::Result<Log>>) -> any
 /// The two listeners while they serve.
 struct Listeners {
     tasks: Tasks,
+    room: Room,
 }
 
 impl Listeners {
     /// The pages come first: a start that waits for others can be asked how it is.
-    fn begin(pages: Arc<Pages>, http: TcpListener) -> Self {
+    fn begin(pages: Arc<Pages>, http: TcpListener, room: Room, metrics: &Metrics) -> Self {
         let tasks = Tasks::new();
         let stop = tasks.clone();
+        let door = Door::new("HTTP", room.http, None, metrics.connections_refused.clone());
+        let listener = Guarded { listener: http, door };
         tasks.spawn("http", async move {
-            if let Err(error) = http::serve(pages, http, async move { stop.cancelled().await }).await {
+            if let Err(error) = http::serve(pages, listener, async move { stop.cancelled().await }).await {
                 tracing::error!(%error, "the HTTP listener failed; restart the broker");
             }
         });
-        Self { tasks }
+        Self { tasks, room }
     }
 
     fn serve(&self, node: &Node, grpc: TcpListener) {
         let (stop, routes) = (self.tasks.clone(), node.routes());
-        let connections = connection::accept(grpc, node.metrics().connections.clone());
+        let Metrics { connections, connections_refused, .. } = node.metrics();
+        let door = Door::new("gRPC", self.room.grpc, Some(connections.clone()), connections_refused.clone());
+        let connections = connection::accept(grpc, door);
         self.tasks.spawn("grpc", async move {
             if let Err(error) = grpc::serve(routes, connections, async move { stop.cancelled().await }).await {
                 tracing::error!(%error, "the gRPC listener failed; restart the broker");

@@ -9,7 +9,8 @@ use tokio::net::TcpListener;
 use tracing::{Instrument as _, Span};
 
 use super::{
-    Listeners, Node, Outside, Ready, Stores, admission, advertised, http::Pages, listen, node, open_objects, outside,
+    Listeners, Node, Outside, Ready, Stores, admission, advertised, connection::Room, http::Pages, listen, node,
+    open_objects, outside,
 };
 use crate::{
     client::{self, Tcp},
@@ -49,6 +50,8 @@ struct Shared {
     time: Tasks,
     /// Ends the waits of a start.
     stop: Tasks,
+    /// How many connections each takes.
+    room: Room,
 }
 
 /// Runs brokers until `shutdown` resolves and all have stopped. `metadata` is the folder of the metadata store that they share; without it
@@ -66,7 +69,7 @@ pub async fn run_several(
     for config in &configs {
         config.prepare_data_dir()?;
     }
-    let mut shared = Shared { meta: None, time: Tasks::new(), stop: Tasks::new() };
+    let mut shared = Shared { meta: None, time: Tasks::new(), stop: Tasks::new(), room: Room::of(configs.len()) };
     if let Some(folder) = &metadata {
         let store = EmbeddedStore::open(folder).await?;
         store.keep_time(&shared.time);
@@ -159,7 +162,7 @@ async fn start(config: &Config, ports: Ports, shared: &Shared, span: Span) -> an
     let log = node::open_log(config, &outside, metrics.clone()).await?;
     let (within, http) = (config.broker.shutdown_timeout, ports.http.local_addr()?);
     let pages: Arc<Pages> = Arc::default();
-    let listeners = Listeners::begin(Arc::clone(&pages), ports.http);
+    let listeners = Listeners::begin(Arc::clone(&pages), ports.http, shared.room, &metrics);
     let node = match Node::over(config, log, outside, ports.addresses, metrics, &shared.stop).await {
         Ok(node) => node,
         Err(error) => {

@@ -76,6 +76,7 @@ metrics! {
     partitions: Level = "strandline_partitions", "Partitions that this broker holds.";
     partitions_failed: Level = "strandline_partitions_failed", "Partitions that take no writes because of a fault.";
     connections: Level = "strandline_connections", "Open client connections.";
+    connections_refused: Counter = "strandline_connections_refused", "Connections that were ended because the limit of open files leaves no room for more.";
     disk_full: Level = "strandline_disk_full", "1 while the data directory's disk is so full that this broker is given no new replicas.";
     partitions_led: Level = "strandline_partitions_led", "Partitions that this broker leads.";
     partitions_under_replicated: Level = "strandline_partitions_under_replicated", "Partitions led here of which a replica that is to stay is not in sync.";

@@ -39,6 +39,8 @@ pub(crate) struct Home {
     object_store: Option<String>,
     settings: Vec<(&'static str, String)>,
     environment: Vec<(&'static str, &'static str)>,
+    /// How many open files its process may have; as the system says when not set.
+    open_files: Option<u32>,
 }
 
 impl Home {
@@ -59,6 +61,7 @@ impl Home {
             object_store,
             settings: Vec::new(),
             environment: Vec::new(),
+            open_files: None,
         }
     }
 
@@ -102,6 +105,11 @@ impl Home {
     pub(crate) fn bucket_of(mut self, folder: &Path) -> Self {
         self.object_store = Some(format!("file://{}", folder.display()));
         self
+    }
+
+    /// Lets its process have so many open files, and no more.
+    pub(crate) fn open_files(self, most: u32) -> Self {
+        Self { open_files: Some(most), ..self }
     }
 
     /// Takes no object store at all.
@@ -278,6 +286,11 @@ impl Home {
     }
 
     fn launch(&self, mut command: Command) -> Broker {
+        if let Some(most) = self.open_files {
+            let mut limited = Command::new("prlimit");
+            limited.arg(format!("--nofile={most}:{most}")).arg(command.get_program()).args(command.get_args());
+            command = limited;
+        }
         let open = || -> File {
             OpenOptions::new().create(true).append(true).open(self.log_path()).expect("the log file opens")
         };

@@ -7,6 +7,7 @@ mod broker;
 mod cluster;
 mod crash;
 mod crash_client;
+mod crowd;
 mod damage;
 mod deletion;
 mod edge;
