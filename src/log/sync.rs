@@ -80,7 +80,6 @@ impl Shared {
             return Err(PersistError::Cut);
         }
         let end = point.segment.end;
-        saw!(Synced { partition: self.id, end });
         state.recovery = point;
         state.persisted_end = state.persisted_end.max(end);
         while state.unsynced.front().is_some_and(|(_, last)| *last <= end) {

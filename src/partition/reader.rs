@@ -113,6 +113,31 @@ impl Reader {
     /// Reads committed records from `from`: at least one batch when there is one, beyond that up to `max_bytes`.
     /// `None` when there is nothing yet: `from` is the high watermark, or above it where that is not the last word.
     pub async fn read(&self, from: Offset, max_bytes: usize) -> Result<Option<Fetched>, ReadError> {
+        let read = self.look(from, max_bytes).await;
+        #[cfg(feature = "sim")]
+        if let Ok(Some(fetched)) = &read {
+            self.tell_served(fetched);
+        }
+        read
+    }
+
+    /// Tells the simulator's judge what is served.
+    #[cfg(feature = "sim")]
+    fn tell_served(&self, fetched: &Fetched) {
+        let mut bytes = bytes::Bytes::from(fetched.chunks.concat());
+        while let Ok(batch) = Batch::split_from(&mut bytes) {
+            saw!(Served {
+                partition: self.id,
+                base: batch.base_offset(),
+                end: batch.end_offset(),
+                epoch: batch.leader_epoch().unwrap_or_default(),
+                crc: batch.crc()
+            });
+        }
+    }
+
+    /// Looks in one tier after the other.
+    async fn look(&self, from: Offset, max_bytes: usize) -> Result<Option<Fetched>, ReadError> {
         for _ in 0..TRIES {
             let Some(marks) = self.readable(from)? else { return Ok(None) };
             let bound = marks.high_watermark;

@@ -66,6 +66,8 @@ pub enum Mutation {
     ElrIgnored,
     /// A proposal whose outcome is unknown is taken as done.
     UnknownIsDone,
+    /// A follower does what a leader of an older epoch says.
+    ObeyOlderLeaders,
     /// A follower serves readers up to its log end.
     FollowerServesUncommitted,
 }

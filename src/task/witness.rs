@@ -9,7 +9,7 @@
 use std::cell::RefCell;
 
 use super::process::Process;
-use crate::model::{BrokerId, Durability, LeaderEpoch, Offset, PartitionId, Watermarks};
+use crate::model::{BrokerId, LeaderEpoch, Offset, PartitionId, Watermarks};
 
 /// Something that happened, in the process that [`saw`] names.
 #[derive(Clone, Copy, Debug)]
@@ -64,6 +64,13 @@ pub enum Event<'a> {
         crc: u32,
         /// The idempotent producer that wrote it: its id, its epoch, and the sequence number of the first record.
         producer: Option<(i64, i16, i32)>,
+    },
+    /// A follower goes by what the leader of an epoch sent it: it is about to append that, or to cut.
+    Obeyed {
+        /// The partition.
+        partition: PartitionId,
+        /// The epoch that the leader named.
+        epoch: LeaderEpoch,
     },
     /// The log was cut.
     Cut {
@@ -160,6 +167,19 @@ pub enum Event<'a> {
         /// Where that ends.
         end: Offset,
     },
+    /// A reader is given a batch.
+    Served {
+        /// The partition.
+        partition: PartitionId,
+        /// Its first offset.
+        base: Offset,
+        /// The offset after its last record.
+        end: Offset,
+        /// The epoch that it is stamped with.
+        epoch: LeaderEpoch,
+        /// The checksum of its content.
+        crc: u32,
+    },
     /// A client was told the latest offset.
     Latest {
         /// The partition.
@@ -199,13 +219,6 @@ pub enum Event<'a> {
         /// The offset after the last of them.
         end: Offset,
     },
-    /// A log is durable in its segments up to here.
-    Synced {
-        /// The partition.
-        partition: PartitionId,
-        /// The offset after the last record.
-        end: Offset,
-    },
     /// A journal's file may be used again.
     Freed {
         /// The number of its use until now.
@@ -226,10 +239,6 @@ pub enum Part {
         epoch: LeaderEpoch,
         /// By the partition's value of this revision.
         revision: u64,
-        /// What an acknowledgement means.
-        durability: Durability,
-        /// `min.insync.replicas`
-        min_insync: usize,
     },
 }
 

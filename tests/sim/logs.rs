@@ -98,7 +98,7 @@ impl Logs {
 
     /// What the disk holds of a partition. What it says of itself must fit together.
     pub(crate) fn replica(&self, id: PartitionId) -> Replica {
-        let dir = Path::new("/data").join(id.topic.to_string()).join(id.number.to_string());
+        let dir = folder(id);
         let mut replica = Replica::default();
         for entry in self.disk.list(&dir).unwrap_or_default() {
             if !entry.name.ends_with(".log") {
@@ -131,8 +131,7 @@ impl Logs {
         let stamp = self.disk.stamp(file).unwrap();
         let mut segments = self.segments.borrow_mut();
         let mut known = segments.remove(file).filter(|known| known.stamp.is_before(stamp)).unwrap_or_else(|| {
-            let base: u64 = file.file_stem().unwrap().to_str().unwrap().parse().unwrap();
-            let base = Offset::new(base).unwrap();
+            let base = base_of(file);
             Rc::new(Segment { base, end: base, batches: Vec::new(), stamp: stamp.of_nothing() })
         });
         if known.stamp != stamp {
@@ -159,6 +158,31 @@ impl Segment {
             self.batches.push(held);
         }
     }
+}
+
+/// How far a log would be there in its segments after a loss of power, for certain.
+pub(crate) fn durable_end(disk: &SimDisk, id: PartitionId) -> Offset {
+    let mut end = Offset::ZERO;
+    for (file, bytes) in disk.durable(&folder(id)) {
+        if file.extension().is_none_or(|extension| extension != "log") {
+            continue;
+        }
+        end = base_of(&file);
+        let mut bytes = Bytes::from(bytes);
+        while let Ok(batch) = Batch::split_from(&mut bytes) {
+            end = batch.end_offset();
+        }
+    }
+    end
+}
+
+fn folder(id: PartitionId) -> PathBuf {
+    Path::new("/data").join(id.topic.to_string()).join(id.number.to_string())
+}
+
+fn base_of(file: &Path) -> Offset {
+    let base: u64 = file.file_stem().unwrap().to_str().unwrap().parse().unwrap();
+    Offset::new(base).unwrap()
 }
 
 /// Where two logs contradict each other: a batch that both got from one leader and that differs, or anything below such a batch.

@@ -51,10 +51,11 @@ pub(crate) fn named_by(objects: &Objects, id: PartitionId, state: &TierState) ->
         }
         next = line.stamp.end;
     }
-    let bytes: u64 = named.segments.iter().map(|(_, line)| line.data_bytes).sum();
+    let counts = named.segments.iter().filter(|(_, line)| line.stamp.end > root.log_start());
+    let bytes: u64 = counts.map(|(_, line)| line.data_bytes).sum();
     let says = (id, state.version(), state.tiered_end, state.log_start.min(state.tiered_end), state.bytes);
     let is = (root.partition(), root.version(), next, root.log_start(), bytes);
-    if says != is || root.end() != next {
+    if says != is || root.end() != next || root.epoch() != manifest.epoch {
         return Err(format!("{object} is of {is:?} and ends at {}, and the metadata says {says:?}", root.end()));
     }
     Ok(named)

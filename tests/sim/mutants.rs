@@ -57,6 +57,7 @@ const RARE: &[(Mutation, Shape, u64)] = &[
     (Mutation::LossTakenForClean, Shape::THREE.about(Theme::OneDown), 2000),
     (Mutation::AdmitUnregistered, Shape::THREE.about(Theme::Admissions), 2000),
     (Mutation::AckOfOlderLeaderEpoch, Shape::THREE, 2000),
+    (Mutation::ObeyOlderLeaders, Shape::THREE.about(Theme::Leases), 2000),
     (Mutation::AckOfOlderBrokerEpoch, Shape::THREE, 2000),
     (Mutation::ElrIgnored, Shape::THREE, 2000),
     (Mutation::AdmitOnlySettled, Shape::THREE, 2000),

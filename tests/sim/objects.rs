@@ -88,10 +88,10 @@ impl Objects {
         }
     }
 
-    /// Judges a deletion before it is done.
+    /// Judges a deletion, or a write of what is not known yet, before it is done.
     fn will_delete(&self, location: &Path) {
         if let Some(partition) = self.is_kept_for(location) {
-            panics::found(format!("{partition}: {location} is named, and is deleted"));
+            panics::found(format!("{partition}: {location} is named, and is deleted or replaced"));
         }
     }
 
@@ -144,6 +144,7 @@ impl ObjectStore for Objects {
         location: &Path,
         options: PutMultipartOptions,
     ) -> Result<Box<dyn MultipartUpload>> {
+        self.will_delete(location);
         self.write(location);
         self.answer(self.kept.put_multipart_opts(location, options)).await
     }
@@ -178,6 +179,7 @@ impl ObjectStore for Objects {
     }
 
     async fn copy_opts(&self, from: &Path, to: &Path, options: CopyOptions) -> Result<()> {
+        self.will_delete(to);
         self.answer(self.kept.copy_opts(from, to, options)).await
     }
 }

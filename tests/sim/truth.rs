@@ -42,13 +42,21 @@ use std::{
 };
 
 use strandline::{
-    cluster::{Key, Keys, PartitionValue, Revision, Value as _},
-    model::{BrokerId, PartitionId},
+    cluster::{Key, Keys, PartitionValue, Revision, TopicValue, Value as _},
+    log::SimDisk,
+    model::{BrokerId, ConfigMap, PartitionId, TopicConfig, TopicId},
     task::witness::{self, Event},
     tier::TierState,
 };
 
-use self::{acks::Ack, bucket::Bucket, content::Written, journal::Journals, partition::Partition, replica::Ends};
+use self::{
+    acks::Ack,
+    bucket::Bucket,
+    content::Entry,
+    journal::{Disk, Journals},
+    partition::Partition,
+    replica::Ends,
+};
 use crate::{panics, trace::Trace, world::World};
 
 /// Something that must not be, in words.
@@ -74,6 +82,8 @@ struct Known {
     bucket: Bucket,
     /// The registrations, each by the revision that made it.
     brokers: Brokers,
+    /// What each topic asks for.
+    topics: BTreeMap<TopicId, TopicConfig>,
     partitions: BTreeMap<PartitionId, Partition>,
     trace: Trace,
 }
@@ -82,13 +92,20 @@ struct Known {
 type Brokers = BTreeMap<BrokerId, u64>;
 
 /// The brokers' machines.
-type Machines = BTreeMap<BrokerId, Machine>;
+type Machines = BTreeMap<BrokerId, Host>;
 
-struct Machine {
+struct Host {
     /// Whether its broker takes part.
     running: Arc<AtomicBool>,
+    disk: SimDisk,
     /// How many disks it had before this one.
     disks: Arc<AtomicU32>,
+}
+
+impl Host {
+    fn disk_number(&self) -> u32 {
+        self.disks.load(Ordering::Relaxed)
+    }
 }
 
 impl Truth {
@@ -97,7 +114,10 @@ impl Truth {
         let machines: Machines = world
             .machines
             .iter()
-            .map(|of| (of.id, Machine { running: Arc::clone(&of.running), disks: Arc::clone(&of.disks) }))
+            .map(|of| {
+                let (running, disks) = (Arc::clone(&of.running), Arc::clone(&of.disks));
+                (of.id, Host { running, disk: of.disk.clone(), disks })
+            })
             .collect();
         let known = Rc::new(RefCell::new(Known {
             keys: Keys::new("strandline").unwrap(),
@@ -106,6 +126,7 @@ impl Truth {
             journals: Journals::default(),
             bucket: Bucket::new(world.shared.objects.clone()),
             brokers: BTreeMap::new(),
+            topics: BTreeMap::new(),
             partitions: BTreeMap::new(),
             trace: world.shared.trace.clone(),
         }));
@@ -152,12 +173,23 @@ impl Known {
             (Some(Key::Partition(id)), Some((value, _))) => {
                 let Ok(value) = PartitionValue::decode(key, value) else { return Ok(()) };
                 let partition = self.partitions.entry(id).or_default();
+                if let Some(config) = self.topics.get(&id.topic) {
+                    partition.configured(config);
+                }
                 partition.stored(value, Revision(revision), &self.brokers).map_err(at(id))?;
                 partition.members_hold(&self.machines).map_err(at(id))
             }
             (Some(Key::Partition(id)), None) => {
                 self.partitions.remove(&id);
                 self.bucket.deleted(id);
+                Ok(())
+            }
+            (Some(Key::Topic(_)), Some((value, _))) => {
+                let Ok(TopicValue { id, config, .. }) = TopicValue::decode(key, value) else { return Ok(()) };
+                let config = TopicConfig::resolve(&ConfigMap::new(), &config).map_err(|error| error.to_string())?;
+                let of_topic = self.partitions.iter_mut().filter(|(partition, _)| partition.topic == id);
+                of_topic.for_each(|(_, partition)| partition.configured(&config));
+                self.topics.insert(id, config);
                 Ok(())
             }
             (Some(Key::Tier(id)), Some((value, _))) => {
@@ -184,11 +216,15 @@ impl Known {
 
     /// What the journals make of it.
     fn journals(&mut self, who: Who, event: &Event<'_>) -> Result<(), Wrong> {
+        let Some(host) = self.machines.get(&who.broker) else { return Ok(()) };
+        let disk = Disk { number: host.disk_number(), content: &host.disk };
+        if let Event::Journaled { .. } | Event::Changing { .. } | Event::Freed { .. } = event {
+            self.journals.begun(who, &disk)?;
+        }
         match *event {
             Event::Journaled { partition, file, end } => self.journals.journaled(who, partition, file, end),
-            Event::Synced { partition, end } => self.journals.synced(who, partition, end),
             Event::Changing { partition, to, emptied } => self.journals.changing(who, partition, to, emptied),
-            Event::Freed { file } => return self.journals.freed(who, file),
+            Event::Freed { file } => return self.journals.freed(who, file, &disk),
             _ => {}
         }
         Ok(())
@@ -201,15 +237,15 @@ impl Known {
         let Some(partition) = self.partitions.get_mut(&id) else { return Ok(()) };
         let by = |wrong| format!("{id}: broker {}: {wrong}", who.broker);
         let moved = match event {
-            Event::Stored { .. } | Event::Journaled { .. } | Event::Synced { .. } | Event::Freed { .. } => false,
+            Event::Stored { .. } | Event::Journaled { .. } | Event::Freed { .. } => false,
             Event::Opened { epochs, end, .. } => {
-                let disk = self.machines.get(&who.broker).map_or(0, |machine| machine.disks.load(Ordering::Relaxed));
-                partition.opened(who.broker, (epochs, end), disk, self.alone).map_err(by)?
+                let disk = self.machines.get(&who.broker).map_or(0, Host::disk_number);
+                partition.opened(who, (epochs, end), disk, self.alone).map_err(by)?
             }
             Event::Placed { revision, .. } => partition.placed(who, Revision(revision)).map_err(by)?,
             Event::Led { epoch, start, .. } => partition.led(who, epoch, start, self.alone).map_err(by)?,
             Event::Appended { base, end, epoch, leads, crc, producer, .. } => {
-                partition.appended(who, base..end, (epoch, leads), Written { end, crc, producer }).map_err(by)?
+                partition.appended(who, base..end, (epoch, leads), Entry { end, crc, producer }).map_err(by)?
             }
             Event::Changing { to, emptied, .. } => partition.changing(who.broker, to, emptied),
             Event::Settled { .. } => partition.settled(who.broker),
@@ -231,6 +267,8 @@ impl Known {
                 partition.proposed(who.broker, epoch, (Revision(expect), isr, added), &self.brokers).map_err(by)?
             }
             Event::Answered { end, by_all, .. } => partition.answered(who.broker, end, by_all).map_err(by)?,
+            Event::Obeyed { epoch, .. } => partition.obeyed(who, epoch).map_err(by)?,
+            Event::Served { base, end, epoch, crc, .. } => partition.served(base, epoch, (end, crc)).map_err(by)?,
             Event::Readable { end, .. } => partition.readable(end).map_err(by)?,
             Event::Latest { epoch, offset, .. } => partition.told_latest(epoch, offset).map_err(by)?,
             Event::Evicted { start, .. } => partition.evicted(start).map_err(by)?,
@@ -242,10 +280,12 @@ impl Known {
 
 fn partition_of(event: &Event<'_>) -> Option<PartitionId> {
     match event {
-        Event::Stored { .. } | Event::Journaled { .. } | Event::Synced { .. } | Event::Freed { .. } => None,
+        Event::Stored { .. } | Event::Journaled { .. } | Event::Freed { .. } => None,
         Event::Opened { partition, .. }
         | Event::Placed { partition, .. }
         | Event::Joined { partition, .. }
+        | Event::Obeyed { partition, .. }
+        | Event::Served { partition, .. }
         | Event::Changing { partition, .. }
         | Event::Settled { partition, .. }
         | Event::Led { partition, .. }

@@ -194,6 +194,13 @@ impl SimDisk {
         Some(Stamp { file: id, rewrites: content.rewrites, len: content.bytes.len() as u64 })
     }
 
+    /// The files in a directory that a loss of power would leave for certain, each with what is durable of it.
+    pub fn durable(&self, dir: &Path) -> Vec<(PathBuf, Vec<u8>)> {
+        let machine = self.machine();
+        let here = machine.durable_names.iter().filter(|(path, _)| path.parent() == Some(dir));
+        here.filter_map(|(path, id)| Some((path.clone(), machine.files.get(id)?.durable()))).collect()
+    }
+
     /// Every file and its length.
     pub fn files(&self) -> Vec<(PathBuf, u64)> {
         let machine = self.machine();

@@ -68,7 +68,10 @@ impl Actor {
         };
         let act = follower.answered(epoch, &join, high_watermark, &self.replica.epochs());
         match act {
-            Ok(Act::Cut(to)) => self.cut(to).await,
+            Ok(Act::Cut(to)) => {
+                saw!(Obeyed { partition: self.id, epoch });
+                self.cut(to).await;
+            }
             Ok(Act::Begin(at)) => match beginning {
                 Some(beginning) if !beginning.in_bucket => {
                     // What lies before is nowhere.
@@ -139,7 +142,10 @@ impl Actor {
             return self.again();
         };
         match follower.received(epoch, &heads, high_watermark) {
-            Ok(Act::Append) => self.copy(batches),
+            Ok(Act::Append) => {
+                saw!(Obeyed { partition: self.id, epoch });
+                self.copy(batches);
+            }
             Ok(_) => {}
             Err(violation) => self.violated(violation),
         }

@@ -390,11 +390,7 @@ impl Actor {
         match &self.part {
             Part::Waiting => Seen::Waiting,
             Part::Following(follower) => Seen::Following(follower.epoch()),
-            Part::Leading(leader) => {
-                let Rule { durability, min_insync, .. } = leader.in_sync().rule();
-                let revision = leader.in_sync().revision().0;
-                Seen::Leading { epoch: leader.epoch(), revision, durability, min_insync }
-            }
+            Part::Leading(leader) => Seen::Leading { epoch: leader.epoch(), revision: leader.in_sync().revision().0 },
         }
     }
 

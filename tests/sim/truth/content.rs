@@ -1,6 +1,9 @@
 //! What was appended to a partition, batch by batch, whoever holds it.
 
-use std::{collections::BTreeMap, ops::Range};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ops::Range,
+};
 
 use strandline::{
     log::EpochHistory,
@@ -14,7 +17,7 @@ type Stamp = (i64, i16, i32);
 
 /// One batch, without its place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Written {
+pub(super) struct Entry {
     pub(super) end: Offset,
     /// Of what no replica changes.
     pub(super) crc: u32,
@@ -24,14 +27,29 @@ pub(super) struct Written {
 /// Every batch by its first offset and its epoch: one epoch has one appender, so these name one batch.
 #[derive(Default)]
 pub(super) struct Content {
-    batches: BTreeMap<(Offset, LeaderEpoch), Written>,
-    /// Each producer with what is committed of it: its epoch, and the sequence number to come.
-    producers: BTreeMap<i64, (i16, i32)>,
+    batches: BTreeMap<(Offset, LeaderEpoch), Entry>,
+    /// Each producer of which something is committed.
+    producers: BTreeMap<i64, Producer>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Producer {
+    /// The offset of its first committed batch.
+    first: Offset,
+    epoch: i16,
+    /// The sequence number to come.
+    next: i32,
 }
 
 impl Content {
+    /// A producer that wrote something committed below an offset and is none of these.
+    pub(super) fn unknown(&self, below: Offset, known: &BTreeSet<i64>) -> Option<(i64, Offset)> {
+        let wrote = self.producers.iter().map(|(id, producer)| (*id, producer.first));
+        wrote.filter(|(_, first)| *first < below).find(|(id, _)| !known.contains(id))
+    }
+
     /// A replica has it now: the same as every other that has a batch of this epoch there.
-    pub(super) fn appended(&mut self, base: Offset, epoch: LeaderEpoch, batch: Written) -> Result<(), Wrong> {
+    pub(super) fn appended(&mut self, base: Offset, epoch: LeaderEpoch, batch: Entry) -> Result<(), Wrong> {
         let known = *self.batches.entry((base, epoch)).or_insert(batch);
         if known == batch {
             return Ok(());
@@ -45,7 +63,7 @@ impl Content {
     }
 
     /// The batch that an epoch wrote at an offset.
-    pub(super) fn at(&self, base: Offset, epoch: LeaderEpoch) -> Option<Written> {
+    pub(super) fn at(&self, base: Offset, epoch: LeaderEpoch) -> Option<Entry> {
         self.batches.get(&(base, epoch)).copied()
     }
 
@@ -60,13 +78,15 @@ impl Content {
             if let Some((id, epoch, sequence)) = batch.producer {
                 let count = i32::try_from(batch.end.as_i64() - next.as_i64()).unwrap();
                 // What follows the largest is 0, and this is far from it.
-                let known = self.producers.insert(id, (epoch, sequence + count));
-                let expected = known.filter(|(before, _)| *before == epoch).map_or(0, |(_, next)| next);
-                if sequence != expected || known.is_some_and(|(before, _)| before > epoch) {
+                let known = self.producers.get(&id).copied();
+                let expected = known.filter(|known| known.epoch == epoch).map_or(0, |known| known.next);
+                if sequence != expected || known.is_some_and(|known| known.epoch > epoch) {
                     return Err(format!(
                         "commits number {sequence} of producer {id} in its epoch {epoch} at {next}, and {expected} is next after {known:?}"
                     ));
                 }
+                let first = known.map_or(next, |known| known.first);
+                self.producers.insert(id, Producer { first, epoch, next: sequence + count });
             }
             next = batch.end;
         }

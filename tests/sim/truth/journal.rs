@@ -1,30 +1,54 @@
-//! What each broker's journal holds, and how far its logs are durable without it.
+//! What each broker's journal holds, and whether its disk has that without it.
 
 use std::collections::BTreeMap;
 
-use strandline::model::{BrokerId, Offset, PartitionId};
+use strandline::{
+    log::SimDisk,
+    model::{BrokerId, Offset, PartitionId},
+};
 
 use super::{Who, Wrong};
+use crate::logs;
 
-/// The journals, each of the process that writes it now: what an earlier one left is in the segments before another writes.
+/// A broker's disk.
+pub(super) struct Disk<'a> {
+    /// How many its machine had before.
+    pub(super) number: u32,
+    pub(super) content: &'a SimDisk,
+}
+
+/// The journals, each of the process that wrote it last.
 #[derive(Default)]
 pub(super) struct Journals(BTreeMap<BrokerId, Journal>);
 
 #[derive(Default)]
 struct Journal {
     process: u32,
+    /// The number of the disk.
+    disk: u32,
     /// By the number of a file's use: how far it holds each log.
-    files: BTreeMap<u64, BTreeMap<PartitionId, Offset>>,
-    synced: BTreeMap<PartitionId, Offset>,
+    files: BTreeMap<u64, Held>,
 }
+
+type Held = BTreeMap<PartitionId, Offset>;
 
 impl Journals {
     fn of(&mut self, who: Who) -> &mut Journal {
-        let journal = self.0.entry(who.broker).or_default();
-        if journal.process != who.process {
-            *journal = Journal { process: who.process, ..Journal::default() };
+        self.0.entry(who.broker).or_default()
+    }
+
+    /// A process writes its journal. Where it is another one than before all files may be used again: what is in them was restored.
+    pub(super) fn begun(&mut self, who: Who, disk: &Disk<'_>) -> Result<(), Wrong> {
+        let journal = self.of(who);
+        if journal.process == who.process {
+            return Ok(());
         }
-        journal
+        let fresh = Journal { process: who.process, disk: disk.number, files: BTreeMap::new() };
+        let before = std::mem::replace(journal, fresh);
+        if before.disk != disk.number {
+            return Ok(());
+        }
+        before.files.values().try_for_each(|held| lies_in_segments(who, held, disk))
     }
 
     pub(super) fn journaled(&mut self, who: Who, partition: PartitionId, file: u64, end: Offset) {
@@ -32,37 +56,34 @@ impl Journals {
         *held = end.max(*held);
     }
 
-    pub(super) fn synced(&mut self, who: Who, partition: PartitionId, end: Offset) {
-        let synced = self.of(who).synced.entry(partition).or_default();
-        *synced = end.max(*synced);
-    }
-
     /// A log is cut, or begins anew: nothing beyond is asked of it any more.
     pub(super) fn changing(&mut self, who: Who, partition: PartitionId, to: Offset, emptied: bool) {
-        let journal = self.of(who);
-        for file in journal.files.values_mut() {
+        for file in self.of(who).files.values_mut() {
             if emptied {
                 file.remove(&partition);
             } else if let Some(held) = file.get_mut(&partition) {
                 *held = to.min(*held);
             }
         }
-        let synced = journal.synced.entry(partition).or_default();
-        *synced = if emptied { to } else { to.min(*synced) };
     }
 
-    /// All that a file holds must be durable in its segments before it is used again.
-    pub(super) fn freed(&mut self, who: Who, file: u64) -> Result<(), Wrong> {
-        let journal = self.of(who);
-        let held = journal.files.remove(&file).unwrap_or_default();
-        let synced = |partition: &PartitionId| journal.synced.get(partition).copied().unwrap_or_default();
-        match held.iter().find(|(partition, end)| synced(partition) < **end) {
-            Some((partition, end)) => Err(format!(
-                "broker {}: a file of the journal that holds {partition} up to {end} may be used again, and it is synced up to {}",
-                who.broker,
-                synced(partition)
-            )),
-            None => Ok(()),
-        }
+    /// A file is used again.
+    pub(super) fn freed(&mut self, who: Who, file: u64, disk: &Disk<'_>) -> Result<(), Wrong> {
+        let held = self.of(who).files.remove(&file).unwrap_or_default();
+        lies_in_segments(who, &held, disk)
     }
+}
+
+/// All of this must be durable in its segments.
+fn lies_in_segments(who: Who, held: &Held, disk: &Disk<'_>) -> Result<(), Wrong> {
+    let lacking = held.iter().find_map(|(partition, end)| {
+        let durable = logs::durable_end(disk.content, *partition);
+        (durable < *end).then_some((partition, end, durable))
+    });
+    lacking.map_or(Ok(()), |(partition, end, durable)| {
+        Err(format!(
+            "broker {}: a file of the journal that holds {partition} up to {end} may be used again, and its segments are durable up to {durable}",
+            who.broker
+        ))
+    })
 }

@@ -9,7 +9,7 @@ use std::{
 use strandline::{
     cluster::{PartitionValue, Revision},
     log::EpochHistory,
-    model::{BrokerId, Durability, LeaderEpoch, Offset, Watermarks},
+    model::{BrokerId, Durability, LeaderEpoch, Offset, TopicConfig, Watermarks},
     task::witness::Part,
     tier::TierState,
 };
@@ -17,7 +17,7 @@ use strandline::{
 use super::{
     Brokers, Machines, Who, Wrong,
     acks::{Ack, Acks},
-    content::{Content, Written},
+    content::{Content, Entry},
     replica::Replica,
 };
 
@@ -37,14 +37,13 @@ pub(super) struct Partition {
     /// The newest value that each process goes by.
     placed: BTreeMap<u32, Revision>,
     content: Content,
+    /// What the topic asks for.
     durability: Durability,
+    min_insync: usize,
     /// The epochs of what is committed, and its end.
     committed: (EpochHistory, Offset),
     /// The highest high watermark of each epoch's leader.
     reached: BTreeMap<LeaderEpoch, Offset>,
-    /// What idempotent producers wrote at an offset, in an epoch, and is not committed yet; and those that wrote something that is.
-    stamped: BTreeMap<Offset, (LeaderEpoch, i64)>,
-    producers: BTreeMap<i64, Offset>,
 }
 
 struct Proposal {
@@ -65,6 +64,11 @@ impl Proposal {
 
 /// Whether something moved that a member must hold.
 type Moved = Result<bool, Wrong>;
+
+/// Below this no disk need hold anything.
+fn free(tier: &TierState) -> Offset {
+    tier.bucket_end().max(tier.log_start)
+}
 
 impl Partition {
     fn value(&self) -> Option<(&PartitionValue, Revision)> {
@@ -98,6 +102,11 @@ impl Partition {
     }
 
     // The store.
+
+    /// What the partition's topic asks for.
+    pub(super) fn configured(&mut self, config: &TopicConfig) {
+        (self.durability, self.min_insync) = (config.durability, config.min_insync_replicas);
+    }
 
     pub(super) fn stored(&mut self, new: PartitionValue, at: Revision, brokers: &Brokers) -> Result<(), Wrong> {
         let judged = self.value().map_or(Ok(()), |(old, replaced)| self.follows(old, replaced, &new, brokers));
@@ -169,8 +178,8 @@ impl Partition {
             "the bucket's state went back".to_owned()
         } else if new.manifest != old.manifest && new.version() != old.version() + 1 {
             "the manifest is not the next one".to_owned()
-        } else if new.bucket_end() > committed {
-            format!("the bucket holds what is not committed: {committed} is")
+        } else if free(&new) > committed {
+            format!("the bucket holds, or retention deleted, what is not committed: {committed} is")
         } else {
             String::new()
         };
@@ -180,7 +189,7 @@ impl Partition {
     }
 
     /// The batch that is committed where it begins, with its epoch.
-    pub(super) fn committed_at(&self, base: Offset) -> Option<(LeaderEpoch, Written)> {
+    pub(super) fn committed_at(&self, base: Offset) -> Option<(LeaderEpoch, Entry)> {
         let (epochs, end) = &self.committed;
         let epoch = epochs.at(base).filter(|_| base < *end)?;
         Some((epoch, self.content.at(base, epoch)?))
@@ -190,7 +199,7 @@ impl Partition {
 
     pub(super) fn opened(
         &mut self,
-        broker: BrokerId,
+        who: Who,
         (epochs, end): (&[(LeaderEpoch, Offset)], Offset),
         disk: u32,
         alone: bool,
@@ -198,7 +207,8 @@ impl Partition {
         if alone {
             self.content.lose(end);
         }
-        self.replica(broker).opened(epochs, end, disk).map(|()| true)
+        self.placed.remove(&who.process);
+        self.replica(who.broker).opened(epochs, end, disk).map(|()| true)
     }
 
     pub(super) fn changing(&mut self, broker: BrokerId, to: Offset, emptied: bool) -> bool {
@@ -219,6 +229,17 @@ impl Partition {
         }
         *known = revision;
         Ok(false)
+    }
+
+    /// A follower does what the leader of this epoch says, which must be the one that it follows.
+    pub(super) fn obeyed(&self, who: Who, epoch: LeaderEpoch) -> Moved {
+        let known = self.placed.get(&who.process).and_then(|revision| self.values.get(revision));
+        match known {
+            Some(value) if value.leader_epoch != epoch => {
+                Err(format!("does what the leader of epoch {epoch} says, and follows in epoch {}", value.leader_epoch))
+            }
+            _ => Ok(false),
+        }
     }
 
     pub(super) fn led(&mut self, who: Who, epoch: LeaderEpoch, start: Offset, alone: bool) -> Moved {
@@ -250,7 +271,7 @@ impl Partition {
         who: Who,
         range: Range<Offset>,
         (epoch, leads): (LeaderEpoch, Option<LeaderEpoch>),
-        batch: Written,
+        batch: Entry,
     ) -> Moved {
         let leader = self.leaders.get(&epoch).map(|(leader, _)| *leader);
         let replica = self.replica(who.broker);
@@ -263,9 +284,6 @@ impl Partition {
         replica.ends.written = range.end;
         if leads.is_some_and(|leads| leads != epoch || leader != Some(who)) {
             return Err(format!("appended in epoch {epoch} and leads in {leads:?}"));
-        }
-        if let Some((producer, ..)) = batch.producer.filter(|_| leads.is_some()) {
-            self.stamped.insert(range.start, (epoch, producer));
         }
         self.content.appended(range.start, epoch, batch).map(|()| false)
     }
@@ -294,11 +312,15 @@ impl Partition {
         epochs: &[(LeaderEpoch, Offset)],
         producers: &BTreeSet<i64>,
     ) -> Moved {
-        let unknown = self.producers.iter().find(|(id, first)| **first < at && !producers.contains(id));
-        let unknown = unknown.map(|(id, first)| format!("began at {at} without producer {id}, which wrote at {first}"));
-        let replica = self.replica(broker);
-        replica.begin(at, EpochHistory::from_starts(epochs.iter().copied()).unwrap());
-        unknown.map_or(Ok(true), Err)
+        self.replica(broker).begin(at, EpochHistory::from_starts(epochs.iter().copied()).unwrap());
+        let free = free(&self.tier);
+        if at > free {
+            return Err(format!("began at {at}, and the bucket ends at {free}"));
+        }
+        match self.content.unknown(at, producers) {
+            Some((id, first)) => Err(format!("began at {at} without producer {id}, which wrote at {first}")),
+            None => Ok(true),
+        }
     }
 
     pub(super) fn claimed(&mut self, broker: BrokerId, epoch: LeaderEpoch, persisted: Offset) -> bool {
@@ -308,14 +330,21 @@ impl Partition {
 
     /// The marks that a broker publishes: how far its log reaches, and what it takes as committed.
     pub(super) fn marked(&mut self, broker: BrokerId, marks: Watermarks, part: Part, brokers: &Brokers) -> Moved {
+        let judged = self.judge_marks(broker, marks, part, brokers);
+        if let Part::Leading { epoch, .. } = part {
+            self.acks.published(epoch);
+        }
+        judged
+    }
+
+    fn judge_marks(&mut self, broker: BrokerId, marks: Watermarks, part: Part, brokers: &Brokers) -> Moved {
         let replica = self.replica(broker);
         replica.ends.persisted = marks.persisted_end;
         if let Part::Following(epoch) = part {
             replica.acknowledges(epoch);
         }
         let before = std::mem::replace(&mut replica.high_watermark, marks.high_watermark);
-        if let Part::Leading { epoch, durability, .. } = part {
-            self.durability = durability;
+        if let Part::Leading { epoch, .. } = part {
             let reached = self.reached.entry(epoch).or_default();
             *reached = marks.high_watermark.max(*reached);
         }
@@ -332,11 +361,11 @@ impl Partition {
                 Ok(false)
             };
         }
-        let Part::Leading { epoch, revision, min_insync, durability } = part else {
+        let Part::Leading { epoch, revision } = part else {
             return Err(format!("takes {} as committed, and {} is", marks.high_watermark, self.committed.1));
         };
         let known = (epoch, Revision(revision));
-        let may = self.may_commit(broker, known, (min_insync, durability), marks.high_watermark, brokers);
+        let may = self.may_commit(broker, known, marks.high_watermark, brokers);
         let whole = self.commit(broker, marks.high_watermark);
         may.and(whole).map(|()| true)
     }
@@ -346,12 +375,25 @@ impl Partition {
         &self,
         leader: BrokerId,
         (epoch, revision): (LeaderEpoch, Revision),
-        (min_insync, durability): (usize, Durability),
         end: Offset,
         brokers: &Brokers,
     ) -> Result<(), Wrong> {
-        let Some(value) = self.values.get(&revision) else { return Ok(()) };
+        let (min_insync, durability) = (self.min_insync, self.durability);
+        let Some(value) = self.values.get(&revision) else {
+            // One broker alone goes by none, and what is older than all that is remembered is too old to be judged.
+            let forgotten = self.values.len() == REMEMBERED
+                && self.values.first_key_value().is_some_and(|(first, _)| revision < *first);
+            let known = revision == Revision::ZERO || forgotten;
+            return if known {
+                Ok(())
+            } else {
+                Err(format!("goes by a value of revision {revision}, which there is not"))
+            };
+        };
         let wrong = |why: String| Err(format!("commits up to {end} in epoch {epoch} {why}: {value:?}"));
+        if value.leader_epoch != epoch || value.leader != Some(leader) {
+            return wrong("by the value of another epoch or leader".to_owned());
+        }
         if value.isr.len() < min_insync {
             return wrong(format!("with fewer than {min_insync} in sync"));
         }
@@ -366,7 +408,7 @@ impl Partition {
             let Some(replica) = self.replicas.get(member) else {
                 return wrong(format!("without broker {member}, which has no replica"));
             };
-            let acked = if *member == leader { Some(replica.ends) } else { self.acks.of(epoch, *member) };
+            let acked = if *member == leader { Some(replica.ends) } else { self.acks.of_late(epoch, *member) };
             if acked.is_none_or(|acked| acked.by(durability) < end) {
                 return wrong(format!("while broker {member} has acknowledged {acked:?} in it"));
             }
@@ -392,15 +434,6 @@ impl Partition {
             let _known = self.committed.0.note(epoch, start.max(from));
         }
         self.committed.1 = end;
-        while let Some((at, (epoch, producer))) = self.stamped.pop_first() {
-            if at >= end {
-                self.stamped.insert(at, (epoch, producer));
-                break;
-            }
-            if log.at(at) == Some(epoch) {
-                self.producers.entry(producer).or_insert(at);
-            }
-        }
         self.content.commit(&self.committed.0, from..end)
     }
 
@@ -464,8 +497,18 @@ impl Partition {
         Ok(false)
     }
 
+    /// What readers get is what is committed there.
+    pub(super) fn served(&self, base: Offset, epoch: LeaderEpoch, (end, crc): (Offset, u32)) -> Moved {
+        let committed = self.committed_at(base);
+        let is = committed.map(|(epoch, batch)| (epoch, batch.end, batch.crc));
+        if is == Some((epoch, end, crc)) {
+            return Ok(false);
+        }
+        Err(format!("serves {:?} at {base}, and committed is {is:?}", (epoch, end, crc)))
+    }
+
     pub(super) fn told_latest(&self, epoch: LeaderEpoch, offset: Offset) -> Moved {
-        match self.reached.range(..epoch).find(|(_, reached)| **reached > offset) {
+        match self.reached.range(..=epoch).find(|(_, reached)| **reached > offset) {
             Some((before, reached)) => {
                 Err(format!("told {offset} as the latest in epoch {epoch}, and it was {reached} in epoch {before}"))
             }
@@ -474,7 +517,7 @@ impl Partition {
     }
 
     pub(super) fn evicted(&self, start: Offset) -> Moved {
-        let free = self.tier.bucket_end().max(self.tier.log_start);
+        let free = free(&self.tier);
         if start > free {
             return Err(format!("its log begins at {start} now, and the bucket ends at {free}"));
         }

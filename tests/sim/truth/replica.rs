@@ -95,8 +95,12 @@ impl Replica {
 
     fn left(&self, epochs: &EpochHistory, end: Offset) -> Result<(), String> {
         let (durable, written) = (self.durable(), self.ends.written);
-        // Where it never held a record, it may begin somewhere else.
-        if self.epochs.last().is_some() && !(durable..=written).contains(&end) {
+        if self.epochs.last().is_none() {
+            // It never held a record, or all of them were deleted: it may begin somewhere else, empty.
+            let found = epochs.last().map(|last| format!("its log is back, and ends with {last:?} at {end}"));
+            return found.map_or(Ok(()), Err);
+        }
+        if !(durable..=written).contains(&end) {
             return Err(format!("its log ends at {end}; it was durable up to {durable}, and ended at {written}"));
         }
         self.parts_from(epochs, end).map_or(Ok(()), |why| Err(format!("its log is another one: {why}")))
@@ -104,7 +108,8 @@ impl Replica {
 
     /// Its log is about to be cut, or thrown away.
     pub(super) fn changing(&mut self, to: Offset, emptied: bool) {
-        let before = Self { changing: None, ..self.clone() };
+        // One that was not done yet may still leave what was there before it.
+        let before = self.changing.take().map_or_else(|| self.clone(), |change| change.before);
         self.changing = Some(Box::new(Change { before, to, emptied }));
     }
 
