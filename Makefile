@@ -106,7 +106,7 @@ outage: ## Takes all of etcd away from three brokers for SECONDS (600), while re
 	STRANDLINE_ETCD_GONE_SECONDS=$(SECONDS) $(CARGO) test --locked --test it -- --nocapture --test-threads 1 \
 	  cluster::outage::records_are_taken_and_read_while_etcd_is_gone
 
-chaos: ## Three brokers and etcd on machines of their own (network namespaces; as root) under faults of every kind, for MINUTES (10); ONLY=text picks kinds by their words.
+chaos: ## Three brokers and etcd on machines of their own (network namespaces; as root) under faults of every kind, for MINUTES (10); ONLY=text,text picks kinds by their words.
 	tests/fetch-etcd >/dev/null
 	STRANDLINE_CHAOS_MINUTES=$(MINUTES) STRANDLINE_CHAOS_ONLY="$(ONLY)" $(CARGO) test --locked --test it -- --nocapture --test-threads 1 cluster::chaos
 

@@ -239,6 +239,8 @@ pub enum Part {
         epoch: LeaderEpoch,
         /// By the partition's value of this revision.
         revision: u64,
+        /// `min.insync.replicas` as it knows it.
+        min_insync: usize,
     },
 }
 

@@ -12,7 +12,7 @@ use std::{
 };
 
 use etcd_client::{Client, Error, KvClient, LeaseClient, ResponseHeader, WatchClient};
-use tokio::sync::OnceCell;
+use tokio::sync::{OnceCell, watch};
 
 use super::{
     MemberStatus,
@@ -39,13 +39,21 @@ pub(super) struct Members {
     first: AtomicUsize,
 }
 
+/// What all answers have in common, whoever gave them.
+#[derive(Clone, Default)]
+struct Common {
+    /// The etcd cluster that all members belong to, once one has answered.
+    cluster: Arc<OnceLock<u64>>,
+    /// The newest revision that any answer named.
+    newest: Arc<watch::Sender<Revision>>,
+}
+
 /// One member.
 pub(super) struct Member {
     place: usize,
     endpoint: String,
     options: EtcdOptions,
-    /// The etcd cluster that all of them belong to, once one has answered.
-    cluster: Arc<OnceLock<u64>>,
+    common: Common,
     line: Mutex<Line>,
 }
 
@@ -60,16 +68,18 @@ struct Connection {
     login: OnceCell<()>,
     /// Answers so far: what tells a slow member from one that is gone.
     heard: AtomicU64,
-    cluster: Arc<OnceLock<u64>>,
+    /// Whether others do not use it any more: a call on it was not answered in time, and nothing else was.
+    replaced: watch::Sender<bool>,
+    common: Common,
 }
 
 impl Members {
     pub(super) async fn new(options: EtcdOptions) -> Result<Self, EtcdOptionsError> {
         options.check()?;
-        let cluster = Arc::new(OnceLock::new());
+        let common = Common::default();
         let mut list = Vec::with_capacity(options.endpoints.len());
         for (place, endpoint) in options.endpoints.iter().enumerate() {
-            let line = Line::new(place, endpoint, &options, &cluster).await;
+            let line = Line::new(place, endpoint, &options, &common).await;
             let line = line.map_err(|error| match error {
                 Error::InvalidUri(why) => {
                     EtcdOptionsError::Endpoint { endpoint: endpoint.clone(), why: why.to_string() }
@@ -80,7 +90,7 @@ impl Members {
                 place,
                 endpoint: endpoint.clone(),
                 options: options.clone(),
-                cluster: cluster.clone(),
+                common: common.clone(),
                 line: Mutex::new(line),
             });
         }
@@ -166,7 +176,8 @@ impl Member {
 
     /// Lets the next caller connect anew, unless somebody saw to that already. Who still waits on the old connection does so.
     pub(super) async fn replace(&self, old: &Line) {
-        match Line::new(self.place, &self.endpoint, &self.options, &self.cluster).await {
+        old.0.replaced.send_replace(true);
+        match Line::new(self.place, &self.endpoint, &self.options, &self.common).await {
             Ok(fresh) => {
                 let mut line = self.lock();
                 if Arc::ptr_eq(&line.0, &old.0) {
@@ -207,15 +218,10 @@ impl Member {
 
 impl Line {
     /// Connects to nothing: `etcd_client` only waits here where it is told of a user.
-    async fn new(
-        place: usize,
-        endpoint: &str,
-        options: &EtcdOptions,
-        cluster: &Arc<OnceLock<u64>>,
-    ) -> Result<Self, Error> {
+    async fn new(place: usize, endpoint: &str, options: &EtcdOptions, common: &Common) -> Result<Self, Error> {
         let client = Client::connect([endpoint], Some(options.connect(endpoint))).await?;
-        let (login, heard, cluster) = (OnceCell::new(), AtomicU64::new(0), cluster.clone());
-        Ok(Self(Arc::new(Connection { place, client, login, heard, cluster })))
+        let (login, heard, replaced) = (OnceCell::new(), AtomicU64::new(0), watch::Sender::new(false));
+        Ok(Self(Arc::new(Connection { place, client, login, heard, replaced, common: common.clone() })))
     }
 
     pub(super) fn kv(&self) -> KvClient {
@@ -233,14 +239,42 @@ impl Line {
     /// The store's revision at an answer, when it is one of the cluster that answered first.
     pub(super) fn revision(&self, header: Option<&ResponseHeader>) -> Result<Revision, Error> {
         let header = header.ok_or_else(|| text::not_an_answer("no header"))?;
-        let (known, here) = (*self.0.cluster.get_or_init(|| header.cluster_id()), header.cluster_id());
+        let Common { cluster, newest } = &self.0.common;
+        let (known, here) = (*cluster.get_or_init(|| header.cluster_id()), header.cluster_id());
         if known == here {
-            return Ok(text::revision(header.revision()));
+            let revision = text::revision(header.revision());
+            newest.send_if_modified(|newest| {
+                let is_newer = revision > *newest;
+                *newest = revision.max(*newest);
+                is_newer
+            });
+            return Ok(revision);
         }
         Err(text::not_an_answer(&format!(
             "it belongs to the etcd cluster {here:x}, and the others to {known:x}: name the members of one cluster, and \
              restart after etcd was restored from a backup"
         )))
+    }
+
+    /// The newest revision that any member has named.
+    pub(super) fn newest(&self) -> Revision {
+        *self.0.common.newest.borrow()
+    }
+
+    /// Resolves when there is reason to think that this connection stands still: others have given it up, or an answer elsewhere named a
+    /// newer revision than `known`, and that for `lag`.
+    pub(super) async fn is_doubted(&self, known: Revision, lag: Duration) {
+        let (mut replaced, mut newest) = (self.0.replaced.subscribe(), self.0.common.newest.subscribe());
+        let outrun = async {
+            // The sender lives as long as this does.
+            drop(newest.wait_for(|newest| *newest > known).await);
+            tokio::time::sleep(lag).await;
+        };
+        tokio::select! {
+            biased;
+            _replaced = replaced.wait_for(|replaced| *replaced) => {}
+            () = outrun => {}
+        }
     }
 
     /// Once for a connection, whoever asks first; the others wait for it.

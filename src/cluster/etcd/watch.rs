@@ -24,6 +24,12 @@ use crate::{
 /// How long nothing may come before a sign of life is asked for.
 const QUIET: Duration = Duration::from_secs(2);
 
+/// How long ago an answer elsewhere must have named a newer revision than the watch has given for a sign of life to be asked for at once, and
+/// how long that may take then. A connection over a network that was cut for a moment stands still for seconds after it, until its
+/// system sends again.
+const LAG: Duration = Duration::from_millis(250);
+const HURRY: Duration = Duration::from_secs(1);
+
 /// How many signs of life in a row may stay out. Doubled after each time that it was too long, up to [`MOST_QUIETS`]: a member
 /// that has much to catch up with answers late, and must get the time that it needs.
 const QUIETS: u32 = 1;
@@ -51,6 +57,8 @@ pub(super) struct Resuming {
 /// The watch at one member.
 struct Stream {
     line: Line,
+    /// The newest revision that was known when a sign of life was asked for that came.
+    alive: Revision,
     requests: WatchRequestSender,
     responses: WatchResponseStream,
 }
@@ -86,7 +94,7 @@ impl Resuming {
 
     async fn changes(&mut self) -> Result<Changes, StoreError> {
         loop {
-            let ended = match self.stream.next(self.quiets).await {
+            let ended = match self.stream.next(self.quiets, Revision(self.next.0 - 1)).await {
                 Ok(response) => match self.understand(&response)? {
                     Ok(changes) => return Ok(changes),
                     Err(ended) => ended,
@@ -185,27 +193,45 @@ async fn open(members: &Members, prefix: &str, begin: Revision) -> Result<Stream
                 return Err(Error::WatchError(begun.cancel_reason().to_owned()));
             }
             line.revision(begun.header())?;
-            Ok(Stream { line, requests, responses })
+            Ok(Stream { line, alive: Revision::ZERO, requests, responses })
         })
         .await
 }
 
 impl Stream {
-    /// The next response. May be dropped at any moment without losing any.
-    async fn next(&mut self, quiets: u32) -> Result<WatchResponse, Ended> {
-        for quiet in 0.. {
-            match tokio::time::timeout(QUIET, self.responses.message()).await {
-                Ok(Ok(Some(response))) => return Ok(response),
-                Ok(Ok(None)) => return Err(Ended::Said("the stream ended".to_owned())),
-                Ok(Err(error)) => return Err(Ended::Said(Refusal::of(&error).why)),
-                Err(_) if quiet == quiets => break,
-                // Room for a hundred requests: it never waits.
-                Err(_) => {
-                    let asked = self.requests.request_progress().await;
-                    asked.map_err(|error| Ended::Said(error.to_string()))?;
+    /// The next response, where everything up to `given` was given. May be dropped at any moment without losing any.
+    async fn next(&mut self, quiets: u32, given: Revision) -> Result<WatchResponse, Ended> {
+        let mut asked = None;
+        let mut hurried = false;
+        let mut quiet = 0;
+        loop {
+            let doubted = {
+                let Self { line, responses, alive, .. } = &mut *self;
+                // A member that was too late before has the time that it needs.
+                let doubts = !hurried && quiets == QUIETS;
+                tokio::select! {
+                    biased;
+                    response = responses.message() => match response {
+                        Ok(Some(response)) => {
+                            *alive = asked.unwrap_or(*alive);
+                            return Ok(response);
+                        }
+                        Ok(None) => return Err(Ended::Said("the stream ended".to_owned())),
+                        Err(error) => return Err(Ended::Said(Refusal::of(&error).why)),
+                    },
+                    () = line.is_doubted(given.max(*alive), LAG), if doubts => true,
+                    () = tokio::time::sleep(if hurried { HURRY } else { QUIET }) => false,
                 }
+            };
+            if !doubted && (hurried || quiet == quiets) {
+                return Err(Ended::Silent);
             }
+            quiet += 1;
+            hurried = doubted;
+            asked = Some(self.line.newest());
+            // Room for a hundred requests: it never waits.
+            let requested = self.requests.request_progress().await;
+            requested.map_err(|error| Ended::Said(error.to_string()))?;
         }
-        Err(Ended::Silent)
     }
 }

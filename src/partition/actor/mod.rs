@@ -390,7 +390,10 @@ impl Actor {
         match &self.part {
             Part::Waiting => Seen::Waiting,
             Part::Following(follower) => Seen::Following(follower.epoch()),
-            Part::Leading(leader) => Seen::Leading { epoch: leader.epoch(), revision: leader.in_sync().revision().0 },
+            Part::Leading(leader) => {
+                let (revision, min_insync) = (leader.in_sync().revision().0, leader.in_sync().rule().min_insync);
+                Seen::Leading { epoch: leader.epoch(), revision, min_insync }
+            }
         }
     }
 

@@ -39,7 +39,8 @@ pub(super) struct Partition {
     content: Content,
     /// What the topic asks for.
     durability: Durability,
-    min_insync: usize,
+    /// All that it ever asked for: a leader hears of another minimum later.
+    minima: BTreeSet<usize>,
     /// The epochs of what is committed, and its end.
     committed: (EpochHistory, Offset),
     /// The highest high watermark of each epoch's leader.
@@ -105,7 +106,8 @@ impl Partition {
 
     /// What the partition's topic asks for.
     pub(super) fn configured(&mut self, config: &TopicConfig) {
-        (self.durability, self.min_insync) = (config.durability, config.min_insync_replicas);
+        self.durability = config.durability;
+        self.minima.insert(config.min_insync_replicas);
     }
 
     pub(super) fn stored(&mut self, new: PartitionValue, at: Revision, brokers: &Brokers) -> Result<(), Wrong> {
@@ -361,10 +363,10 @@ impl Partition {
                 Ok(false)
             };
         }
-        let Part::Leading { epoch, revision } = part else {
+        let Part::Leading { epoch, revision, min_insync } = part else {
             return Err(format!("takes {} as committed, and {} is", marks.high_watermark, self.committed.1));
         };
-        let known = (epoch, Revision(revision));
+        let known = (epoch, Revision(revision), min_insync);
         let may = self.may_commit(broker, known, marks.high_watermark, brokers);
         let whole = self.commit(broker, marks.high_watermark);
         may.and(whole).map(|()| true)
@@ -374,11 +376,11 @@ impl Partition {
     fn may_commit(
         &self,
         leader: BrokerId,
-        (epoch, revision): (LeaderEpoch, Revision),
+        (epoch, revision, min_insync): (LeaderEpoch, Revision, usize),
         end: Offset,
         brokers: &Brokers,
     ) -> Result<(), Wrong> {
-        let (min_insync, durability) = (self.min_insync, self.durability);
+        let durability = self.durability;
         let Some(value) = self.values.get(&revision) else {
             // One broker alone goes by none, and what is older than all that is remembered is too old to be judged.
             let forgotten = self.values.len() == REMEMBERED
@@ -393,6 +395,12 @@ impl Partition {
         let wrong = |why: String| Err(format!("commits up to {end} in epoch {epoch} {why}: {value:?}"));
         if value.leader_epoch != epoch || value.leader != Some(leader) {
             return wrong("by the value of another epoch or leader".to_owned());
+        }
+        if !self.minima.contains(&min_insync) {
+            return wrong(format!(
+                "with a minimum of {min_insync}, and the topic never asked for but {:?}",
+                self.minima
+            ));
         }
         if value.isr.len() < min_insync {
             return wrong(format!("with fewer than {min_insync} in sync"));

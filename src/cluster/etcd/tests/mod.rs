@@ -176,6 +176,29 @@ async fn a_frozen_member_is_left_by_calls_and_watches() {
     assert_eq!(values_up_to(&mut watch, "2").await, ["2"]);
 }
 
+/// A connection over a network that was cut stands still for seconds after it. An elected broker waited for its watch meanwhile, and the
+/// clients for that broker.
+#[tokio::test]
+async fn a_watch_that_answers_elsewhere_have_outrun_does_not_wait_for_silence() {
+    let etcd = Etcd::start(3).await;
+    let store = etcd.store().await;
+    let start = put(&store, "n", "start").await.expect("etcd answers");
+    let mut watch = store.watch("n", start).await.expect("it begins");
+    assert_eq!(values_up_to(&mut watch, "start").await, ["start"]);
+    // Calls go elsewhere, and so nothing is noticed by one that is not answered.
+    let watched = store.members.in_turn().next().expect("three members");
+    assert_eq!(watched.endpoint(), etcd.endpoint(0));
+    store.members.pass_on(watched);
+    etcd.freeze(0);
+    let began = clock::monotonic();
+    put_in_the_end(&store, "n", "1").await;
+    assert_eq!(values_up_to(&mut watch, "1").await, ["1"]);
+    let took = began.elapsed();
+    // Where nothing but silence tells: two seconds until a sign of life is asked for, and two more.
+    assert!(took < Duration::from_secs(4), "{took:?}");
+    etcd.thaw(0);
+}
+
 #[tokio::test]
 async fn two_dead_members_make_everything_wait_and_nothing_wrong() {
     let mut etcd = Etcd::start(3).await;
