@@ -135,6 +135,16 @@ pub enum Violation {
         /// What is known as committed.
         high_watermark: Offset,
     },
+    /// The log would begin anew below what is committed. Where the leader's log begins later soon, the next claim is answered with that.
+    #[error(
+        "the leader has this replica begin anew at {at}, below the committed end {high_watermark}: it is asked again"
+    )]
+    BeginBelowCommitted {
+        /// Where it would begin.
+        at: Offset,
+        /// What is known as committed.
+        high_watermark: Offset,
+    },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -244,7 +254,10 @@ impl Follower {
                 Ok(Act::Cut(cut))
             }
             Join::BeginAt(at) => {
-                self.give_up_above(*at)?;
+                let high_watermark = self.high_watermark;
+                // A log start that moved is ahead of the leader's disk for a moment, and there is no bucket to begin at.
+                let begun = self.give_up_above(*at);
+                begun.map_err(|_| Violation::BeginBelowCommitted { at: *at, high_watermark })?;
                 Ok(Act::Begin(*at))
             }
             Join::Refused(refused) => Ok(Act::Wait(*refused)),

@@ -13,7 +13,7 @@ use std::{
 };
 
 use axum::serve::Listener;
-use futures::{Stream, StreamExt as _, future};
+use futures::{Stream, StreamExt as _};
 use rustix::process::{Resource, getrlimit};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
@@ -25,14 +25,21 @@ use tonic::transport::server::{Connected, TcpConnectInfo, TcpIncoming};
 
 use crate::{
     log::{Disk as _, RealDisk},
+    task::clock,
     telemetry::{Counter, Level},
 };
 
-/// Bytes that whoever wants something sends first: the shortest request line of HTTP/1, and less than the preface of HTTP/2.
-const GREETING_BYTES: usize = 16;
+/// Bytes that whoever wants something sends first: the preface of HTTP/2, after which pings tell who is still there; and the shortest request
+/// line of HTTP/1.
+const PREFACE_BYTES: usize = 24;
+const REQUEST_BYTES: usize = 16;
 
-/// How long a connection may take for them. After them the protocols look for themselves who is still there.
+/// How long a connection may take for them, and how long one for pages may be idle then: HTTP/1 has no pings.
 const GREETING: Duration = Duration::from_secs(10);
+const IDLE: Duration = Duration::from_secs(60);
+
+/// How long accepting rests where the system has nothing for another connection.
+const REST: Duration = Duration::from_millis(100);
 
 /// Open files that are left for all that is neither a connection nor a segment, at least: the journal, other brokers, etcd, the bucket.
 const LEFT: u64 = 64;
@@ -61,10 +68,17 @@ impl Room {
     }
 }
 
+/// Which listener.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Port {
+    Grpc,
+    Http,
+}
+
 /// A listener's door: it takes as many connections as there is room for.
 #[derive(Clone)]
 pub(super) struct Door {
-    purpose: &'static str,
+    port: Port,
     most: usize,
     places: Arc<Semaphore>,
     /// Whether it was said that there is no room.
@@ -75,8 +89,8 @@ pub(super) struct Door {
 
 impl Door {
     /// A door for so many. Who is inside counts in `open`, who was not let in `refused`.
-    pub(super) fn new(purpose: &'static str, most: usize, open: Option<Level>, refused: Counter) -> Self {
-        Self { purpose, most, places: Arc::new(Semaphore::new(most)), said: Arc::default(), open, refused }
+    pub(super) fn new(port: Port, most: usize, open: Option<Level>, refused: Counter) -> Self {
+        Self { port, most, places: Arc::new(Semaphore::new(most)), said: Arc::default(), open, refused }
     }
 
     /// Takes a connection in, or ends it. Those that are inside are not asked to make room: they may have work under way.
@@ -86,7 +100,7 @@ impl Door {
             if !self.said.swap(true, Ordering::Relaxed) {
                 tracing::warn!(
                     most = self.most,
-                    listener = self.purpose,
+                    listener = ?self.port,
                     "there are as many connections as the limit of open files leaves room for, and new ones are ended; see who holds them, or \
                      raise the limit (ulimit -n, LimitNOFILE) and restart"
                 );
@@ -100,32 +114,45 @@ impl Door {
         if let Some(open) = &self.open {
             open.inc();
         }
-        let greeting = Greeting { left: GREETING_BYTES, until: Box::pin(tokio::time::sleep(GREETING)) };
-        Some(Connection { stream, greeting: Some(greeting), open: self.open.clone(), _place: place })
+        let (left, idle) = match self.port {
+            Port::Grpc => (PREFACE_BYTES, None),
+            Port::Http => (REQUEST_BYTES, Some(IDLE)),
+        };
+        let patience = Patience { left, until: Box::pin(tokio::time::sleep(GREETING)), idle };
+        Some(Connection { stream, patience: Some(patience), open: self.open.clone(), _place: place })
     }
 }
 
 /// One connection; it counts, and has its place, until it is dropped.
 pub(super) struct Connection {
     stream: TcpStream,
-    /// What it has to send before it may stay as long as it likes.
-    greeting: Option<Greeting>,
+    /// For how long it may say nothing; `None` where it may for ever.
+    patience: Option<Patience>,
     open: Option<Level>,
     _place: OwnedSemaphorePermit,
 }
 
-struct Greeting {
+struct Patience {
+    /// Bytes that are to come at first.
     left: usize,
     until: Pin<Box<Sleep>>,
+    /// How long it may say nothing after those.
+    idle: Option<Duration>,
 }
 
 /// The connections that come to a listener and are let in.
 pub(super) fn accept(listener: TcpListener, door: Door) -> impl Stream<Item = io::Result<Connection>> + Send + 'static {
     TcpIncoming::from(listener).with_nodelay(Some(true)).filter_map(move |accepted| {
-        future::ready(match accepted {
-            Ok(stream) => door.enter(stream).map(Ok),
-            Err(error) => Some(Err(error)),
-        })
+        let entered = accepted.map(|stream| door.enter(stream)).transpose();
+        async move {
+            if let Some(Err(error)) = &entered
+                && !matches!(error.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset)
+            {
+                // No open files: whoever accepts again at once does nothing else.
+                tokio::time::sleep(REST).await;
+            }
+            entered
+        }
     })
 }
 
@@ -173,14 +200,16 @@ impl AsyncRead for Connection {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let before = buffer.filled().len();
         let read = Pin::new(&mut self.stream).poll_read(cx, buffer);
-        let Some(greeting) = &mut self.greeting else { return read };
+        let Some(patience) = &mut self.patience else { return read };
         if read.is_pending() {
-            ready!(greeting.until.as_mut().poll(cx));
+            ready!(patience.until.as_mut().poll(cx));
             return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
         }
-        greeting.left = greeting.left.saturating_sub(buffer.filled().len() - before);
-        if greeting.left == 0 {
-            self.greeting = None;
+        patience.left = patience.left.saturating_sub(buffer.filled().len() - before);
+        match patience.idle {
+            _ if patience.left > 0 => {}
+            Some(idle) => patience.until.as_mut().reset(clock::monotonic() + idle),
+            None => self.patience = None,
         }
         read
     }

@@ -43,7 +43,7 @@ use anyhow::Context as _;
 use tokio::net::TcpListener;
 
 use self::{
-    connection::{Door, Guarded, Room},
+    connection::{Door, Guarded, Port, Room},
     http::Pages,
 };
 pub use self::{
@@ -186,7 +186,7 @@ impl Listeners {
     fn begin(pages: Arc<Pages>, http: TcpListener, room: Room, metrics: &Metrics) -> Self {
         let tasks = Tasks::new();
         let stop = tasks.clone();
-        let door = Door::new("HTTP", room.http, None, metrics.connections_refused.clone());
+        let door = Door::new(Port::Http, room.http, None, metrics.connections_refused.clone());
         let listener = Guarded { listener: http, door };
         tasks.spawn("http", async move {
             if let Err(error) = http::serve(pages, listener, async move { stop.cancelled().await }).await {
@@ -199,7 +199,7 @@ impl Listeners {
     fn serve(&self, node: &Node, grpc: TcpListener) {
         let (stop, routes) = (self.tasks.clone(), node.routes());
         let Metrics { connections, connections_refused, .. } = node.metrics();
-        let door = Door::new("gRPC", self.room.grpc, Some(connections.clone()), connections_refused.clone());
+        let door = Door::new(Port::Grpc, self.room.grpc, Some(connections.clone()), connections_refused.clone());
         let connections = connection::accept(grpc, door);
         self.tasks.spawn("grpc", async move {
             if let Err(error) = grpc::serve(routes, connections, async move { stop.cancelled().await }).await {

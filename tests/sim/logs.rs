@@ -6,6 +6,7 @@
 use std::{
     cell::RefCell,
     collections::BTreeMap,
+    ffi::OsStr,
     hash::{DefaultHasher, Hasher as _},
     path::{Path, PathBuf},
     rc::Rc,
@@ -99,12 +100,18 @@ impl Logs {
     /// What the disk holds of a partition. What it says of itself must fit together.
     pub(crate) fn replica(&self, id: PartitionId) -> Replica {
         let dir = folder(id);
-        let mut replica = Replica::default();
+        let (mut replica, mut begins, mut has_log) = (Replica::default(), Offset::ZERO, false);
         for entry in self.disk.list(&dir).unwrap_or_default() {
-            if !entry.name.ends_with(".log") {
-                continue;
-            }
             let file = dir.join(entry.name);
+            match file.extension().and_then(OsStr::to_str) {
+                Some("log") => has_log = true,
+                // A log that was emptied again at a start has only its tables until something is appended.
+                Some("snapshot") => {
+                    begins = base_of(&file);
+                    continue;
+                }
+                _ => continue,
+            }
             let segment = self.segment(&file);
             let Segment { base, end, .. } = *segment;
             // A segment that was begun when the disk was full may be left over, with nothing in it; and what was evicted and could not
@@ -122,6 +129,9 @@ impl Logs {
                 replica.end = end;
                 replica.segments.push(segment);
             }
+        }
+        if !has_log {
+            replica.end = begins;
         }
         replica
     }

@@ -50,7 +50,7 @@ const MUTANTS: &[(Mutation, Shape, u64)] = &[
 
 /// Rules for which no number of seeds is stated yet. Those of `partition/leader` are found by the model check in every run of the tests
 /// (`partition/check`): a place ends with its leader epoch and a link with its broker epoch, so no older acknowledgement arrives where only one
-/// of two checks is gone; nobody lowers `min.insync.replicas` here; and who waits to be settled is let go by the next election.
+/// of two checks is gone; `min.insync.replicas` is lowered in few runs; and who waits to be settled is let go by the next election.
 const RARE: &[(Mutation, Shape, u64)] = &[
     (Mutation::CutUnjournaled, Shape::THREE, 2000),
     (Mutation::TakeLaterLeadersBucketEnd, Shape::THREE, 2000),

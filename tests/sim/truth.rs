@@ -11,7 +11,7 @@
 //! | a broker goes by a value | by none that is older than the last |
 //! | a log is opened | all that was durable is there, and nothing that was cut |
 //! | an append | it continues the log; a leader's is of its own epoch; no other batch is of this epoch and offset |
-//! | a cut, a beginning | no committed record goes; who begins behind others' records knows their producers |
+//! | a cut, a beginning | no committed record goes; who begins behind others' records does so where the bucket ends, or before, and knows their producers |
 //! | the high watermark moves | the minimum is in sync, nobody else is eligible, and every member of the ISR, and of each that may come true, acknowledged in this epoch since it joined; no batch is cut in two, no producer's number comes twice or is left out |
 //! | an acknowledgement counts | it was made, in the epoch of the leader that counts it and in the uptime that joined last |
 //! | an answer | what it promises is so |
@@ -22,7 +22,8 @@
 //! | an object is deleted or written anew | no manifest names it |
 //! | a file of a journal is free | all in it is durable in the segments |
 //! | segments leave a disk | they are in the bucket, or below the log start |
-//! | readers, and who asks for the end | nothing that is not committed; no older end from a newer leader |
+//! | a follower does what it is told | by the leader of the epoch in which it follows |
+//! | readers, and who asks for the end | the committed batches and nothing else; no older end from a newer leader |
 
 mod acks;
 mod bucket;

@@ -68,8 +68,8 @@ struct Connection {
     login: OnceCell<()>,
     /// Answers so far: what tells a slow member from one that is gone.
     heard: AtomicU64,
-    /// Whether others do not use it any more: a call on it was not answered in time, and nothing else was.
-    replaced: watch::Sender<bool>,
+    /// Whether a call on it was not answered in time, and nothing else was meanwhile: others connect anew.
+    given_up: watch::Sender<bool>,
     common: Common,
 }
 
@@ -167,6 +167,7 @@ impl Member {
             }
             Err(_) => {
                 if line.0.heard.load(Relaxed) == heard {
+                    line.0.given_up.send_replace(true);
                     self.replace(&line).await;
                 }
                 Err((Refusal::unknown(format!("no answer within {} ms", time.as_millis())), line))
@@ -176,7 +177,6 @@ impl Member {
 
     /// Lets the next caller connect anew, unless somebody saw to that already. Who still waits on the old connection does so.
     pub(super) async fn replace(&self, old: &Line) {
-        old.0.replaced.send_replace(true);
         match Line::new(self.place, &self.endpoint, &self.options, &self.common).await {
             Ok(fresh) => {
                 let mut line = self.lock();
@@ -207,6 +207,14 @@ impl Member {
         asked.await.map_err(|refusal| refusal.why)
     }
 
+    /// As after a call that was not answered in time.
+    #[cfg(test)]
+    pub(super) async fn give_up(&self) {
+        let line = self.line();
+        line.0.given_up.send_replace(true);
+        self.replace(&line).await;
+    }
+
     fn line(&self) -> Line {
         self.lock().clone()
     }
@@ -220,8 +228,8 @@ impl Line {
     /// Connects to nothing: `etcd_client` only waits here where it is told of a user.
     async fn new(place: usize, endpoint: &str, options: &EtcdOptions, common: &Common) -> Result<Self, Error> {
         let client = Client::connect([endpoint], Some(options.connect(endpoint))).await?;
-        let (login, heard, replaced) = (OnceCell::new(), AtomicU64::new(0), watch::Sender::new(false));
-        Ok(Self(Arc::new(Connection { place, client, login, heard, replaced, common: common.clone() })))
+        let (login, heard, given_up) = (OnceCell::new(), AtomicU64::new(0), watch::Sender::new(false));
+        Ok(Self(Arc::new(Connection { place, client, login, heard, given_up, common: common.clone() })))
     }
 
     pub(super) fn kv(&self) -> KvClient {
@@ -261,20 +269,16 @@ impl Line {
         *self.0.common.newest.borrow()
     }
 
-    /// Resolves when there is reason to think that this connection stands still: others have given it up, or an answer elsewhere named a
-    /// newer revision than `known`, and that for `lag`.
-    pub(super) async fn is_doubted(&self, known: Revision, lag: Duration) {
-        let (mut replaced, mut newest) = (self.0.replaced.subscribe(), self.0.common.newest.subscribe());
-        let outrun = async {
-            // The sender lives as long as this does.
-            drop(newest.wait_for(|newest| *newest > known).await);
-            tokio::time::sleep(lag).await;
-        };
-        tokio::select! {
-            biased;
-            _replaced = replaced.wait_for(|replaced| *replaced) => {}
-            () = outrun => {}
-        }
+    /// Resolves when a call on this connection has been given up.
+    pub(super) async fn is_given_up(&self) {
+        // The sender lives as long as this does.
+        drop(self.0.given_up.subscribe().wait_for(|given_up| *given_up).await);
+    }
+
+    /// Resolves when some answer has named a newer revision than `known`, and that `lag` ago.
+    pub(super) async fn is_outrun(&self, known: Revision, lag: Duration) {
+        drop(self.0.common.newest.subscribe().wait_for(|newest| *newest > known).await);
+        tokio::time::sleep(lag).await;
     }
 
     /// Once for a connection, whoever asks first; the others wait for it.

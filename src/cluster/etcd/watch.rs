@@ -59,6 +59,10 @@ struct Stream {
     line: Line,
     /// The newest revision that was known when a sign of life was asked for that came.
     alive: Revision,
+    /// Whether it has answered since it began.
+    answered: bool,
+    /// Whether it was asked because a call on its connection was given up: once is enough.
+    doubted: bool,
     requests: WatchRequestSender,
     responses: WatchResponseStream,
 }
@@ -193,7 +197,7 @@ async fn open(members: &Members, prefix: &str, begin: Revision) -> Result<Stream
                 return Err(Error::WatchError(begun.cancel_reason().to_owned()));
             }
             line.revision(begun.header())?;
-            Ok(Stream { line, alive: Revision::ZERO, requests, responses })
+            Ok(Stream { line, alive: Revision::ZERO, answered: false, doubted: false, requests, responses })
         })
         .await
 }
@@ -201,33 +205,41 @@ async fn open(members: &Members, prefix: &str, begin: Revision) -> Result<Stream
 impl Stream {
     /// The next response, where everything up to `given` was given. May be dropped at any moment without losing any.
     async fn next(&mut self, quiets: u32, given: Revision) -> Result<WatchResponse, Ended> {
-        let mut asked = None;
-        let mut hurried = false;
-        let mut quiet = 0;
+        let (mut asked, mut hurried, mut quiet) = (None, false, 0);
+        let mut until = clock::monotonic() + QUIET;
         loop {
-            let doubted = {
-                let Self { line, responses, alive, .. } = &mut *self;
-                // A member that was too late before has the time that it needs.
-                let doubts = !hurried && quiets == QUIETS;
-                tokio::select! {
-                    biased;
-                    response = responses.message() => match response {
-                        Ok(Some(response)) => {
-                            *alive = asked.unwrap_or(*alive);
-                            return Ok(response);
-                        }
+            // One that has just begun, or a member that was too late before, has the time that it needs.
+            let may_doubt = self.answered && !hurried && quiets == QUIETS;
+            let Self { line, responses, alive, answered, doubted, .. } = &mut *self;
+            let hurry = tokio::select! {
+                biased;
+                response = responses.message() => {
+                    let response = match response {
+                        Ok(Some(response)) => response,
                         Ok(None) => return Err(Ended::Said("the stream ended".to_owned())),
                         Err(error) => return Err(Ended::Said(Refusal::of(&error).why)),
-                    },
-                    () = line.is_doubted(given.max(*alive), LAG), if doubts => true,
-                    () = tokio::time::sleep(if hurried { HURRY } else { QUIET }) => false,
+                    };
+                    // Changes may have been on their way before it was asked.
+                    if let Some(asked) = asked.filter(|_| response.events().is_empty()) {
+                        *alive = asked;
+                    }
+                    *answered = true;
+                    return Ok(response);
                 }
+                () = line.is_given_up(), if may_doubt && !*doubted => {
+                    *doubted = true;
+                    true
+                }
+                () = line.is_outrun(given.max(*alive), LAG), if may_doubt => true,
+                () = tokio::time::sleep_until(until) => false,
             };
-            if !doubted && (hurried || quiet == quiets) {
+            if !hurry && (hurried || quiet == quiets) {
                 return Err(Ended::Silent);
             }
+            let soon = clock::monotonic() + if hurry { HURRY } else { QUIET };
+            until = if hurry && quiet > 0 { soon.min(until) } else { soon };
             quiet += 1;
-            hurried = doubted;
+            hurried = hurry;
             asked = Some(self.line.newest());
             // Room for a hundred requests: it never waits.
             let requested = self.requests.request_progress().await;

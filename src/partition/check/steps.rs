@@ -412,7 +412,8 @@ impl World {
                 self.log_grew(me);
             }
             Ok(Act::Follow(_) | Act::Pass | Act::Wait(_)) => {}
-            Err(Violation::CutBelowCommitted { to, .. }) => {
+            // Nothing is ever deleted here.
+            Err(Violation::CutBelowCommitted { to, .. } | Violation::BeginBelowCommitted { at: to, .. }) => {
                 return Err(Fault::AskedToCutCommitted { broker: id(me), to });
             }
             // Late or out of order: it changed nothing.

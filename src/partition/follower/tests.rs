@@ -140,16 +140,38 @@ fn an_answer_that_cannot_be_right_leaves_the_log_as_it_is() {
 #[test]
 fn it_gives_up_committed_records_only_after_an_unclean_election() {
     for (unclean, may) in [(None, false), (Some(3), false), (Some(4), true), (Some(5), true)] {
-        for (answer, to) in [(diverged(1, 3), 3), (Join::BeginAt(at(1)), 1)] {
+        let high_watermark = at(5);
+        let cut = Violation::CutBelowCommitted { to: at(3), high_watermark };
+        let begun = Violation::BeginBelowCommitted { at: at(1), high_watermark };
+        for (answer, to, refused) in [(diverged(1, 3), 3, cut), (Join::BeginAt(at(1)), 1, begun)] {
             let mut follower = Follower::new(BrokerId(1), EPOCH, at(5), unclean.map(LeaderEpoch));
             follower.claim(&two_epochs(), at(6));
             let answered = follower.answered(EPOCH, &answer, at(1), &two_epochs());
-            let refused = Err(Violation::CutBelowCommitted { to: at(to), high_watermark: at(5) });
             assert_eq!(answered.is_ok(), may, "{unclean:?} {answer:?}: {answered:?}");
-            assert!(may || answered == refused);
+            assert!(may || answered == Err(refused));
             assert_eq!(follower.high_watermark(), at(if may { to } else { 5 }));
         }
     }
+}
+
+/// Where retention has deleted all that the bucket held, a leader answers with where its disk begins, which is behind its log start until the
+/// segments below that are removed. A replica that began behind the bucket a moment before took that for the end of all following.
+#[test]
+fn a_beginning_below_what_is_committed_is_asked_for_again() {
+    let mut follower = Follower::new(BrokerId(1), EPOCH, at(0), None);
+    follower.claim(&EpochHistory::new(), at(0));
+    assert_eq!(
+        follower.answered(EPOCH, &Join::BeginAt(at(351)), at(400), &EpochHistory::new()),
+        Ok(Act::Begin(at(351)))
+    );
+    follower.begun(at(351));
+    follower.claim(&two_epochs(), at(351));
+    let early = follower.answered(EPOCH, &Join::BeginAt(at(315)), at(410), &two_epochs());
+    assert_eq!(early, Err(Violation::BeginBelowCommitted { at: at(315), high_watermark: at(351) }));
+    follower.interrupted();
+    follower.claim(&two_epochs(), at(351));
+    let later = follower.answered(EPOCH, &Join::BeginAt(at(406)), at(410), &two_epochs());
+    assert_eq!(later, Ok(Act::Begin(at(406))));
 }
 
 /// After the first cut the log looks older than it was; that alone makes no record less committed.
