@@ -198,6 +198,9 @@ impl Log {
             (Some(shared), _) => shared,
             (None, Some(dormant)) => {
                 let dir = replica_dir(&inner.core.dir, id);
+                // The journal may know of one that was made just before the power went, and the file system nothing.
+                let made = inner.core.disk.create_dir_all(&dir);
+                made.map_err(|source| ReplicaError::Io { id, path: dir.clone(), source })?;
                 let clean = dormant.clean;
                 let record = recover(&inner.core, &dir, dormant)?;
                 inner.adopt(id, dir, record, clean)

@@ -327,3 +327,26 @@ fn what_was_acknowledged_survives_any_crash_and_what_was_cut_does_not_come_back(
         assert!(result.is_ok(), "seed {seed} fails");
     }
 }
+
+/// The journal knew of a replica that was made just before the power went; its folder was gone with the power, and it took no writes from then
+/// on, however often the broker was restarted.
+#[test]
+fn a_replica_whose_folder_went_with_the_power_takes_writes() {
+    let mut went = 0;
+    for seed in 0..20 {
+        let disk = SimDisk::new();
+        let log = open(&disk);
+        drop(log.open_replica(partition(0), at(0)).unwrap());
+        assert!(log.journal_step(), "the journal says that it was made");
+        disk.crash(seed);
+        drop(log);
+        went += u32::from(!disk.files().iter().any(|(path, _)| path.extension().is_some_and(|name| name == "log")));
+        let log = open(&disk);
+        let mut replica = log.open_replica(partition(0), at(0)).unwrap();
+        assert_eq!(write(&log, &mut replica, &[batch(0, 1, 0, 1, 100)]), at(1));
+        drop((replica, log));
+        disk.crash(seed);
+        assert_eq!(open(&disk).open_replica(partition(0), at(0)).unwrap().log_end(), at(1));
+    }
+    assert!(went > 0, "some crashes take it");
+}
