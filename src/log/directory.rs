@@ -198,12 +198,15 @@ impl Log {
             (Some(shared), _) => shared,
             (None, Some(dormant)) => {
                 let dir = replica_dir(&inner.core.dir, id);
-                // The journal may know of one that was made just before the power went, and the file system nothing.
-                let made = inner.core.disk.create_dir_all(&dir);
-                made.map_err(|source| ReplicaError::Io { id, path: dir.clone(), source })?;
                 let clean = dormant.clean;
+                let io = |source| ReplicaError::Io { id, path: dir.clone(), source };
+                // The journal may know of one that was made just before the power went, and the file system nothing.
+                let is_empty = dormant.record.segments.iter().all(|segment| segment.bytes == 0);
+                let is_made = is_empty && inner.make_folder(&dir).map_err(io)?;
                 let record = recover(&inner.core, &dir, dormant)?;
-                inner.adopt(id, dir, record, clean)
+                let shared = inner.adopt(id, dir, record, clean);
+                shared.state().names_changed |= is_made;
+                shared
             }
             (None, None) => inner.create(id, start)?,
         };
@@ -398,14 +401,20 @@ impl Inner {
         shared
     }
 
+    /// Makes a replica's folder where there is none.
+    fn make_folder(&self, dir: &Path) -> io::Result<bool> {
+        match self.core.disk.list(dir) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => self.core.disk.create_dir_all(dir).map(|()| true),
+            listed => listed.map(|_| false),
+        }
+    }
+
     fn create(&self, id: PartitionId, start: Offset) -> Result<Arc<Shared>, ReplicaError> {
         let dir = replica_dir(&self.core.dir, id);
         let io = |source| ReplicaError::Io { id, path: dir.clone(), source };
         let disk = &self.core.disk;
-        match disk.list(&dir) {
-            Ok(_) => set_aside(&self.core, &dir).map_err(io)?,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => disk.create_dir_all(&dir).map_err(io)?,
-            Err(error) => return Err(io(error)),
+        if !self.make_folder(&dir).map_err(io)? {
+            set_aside(&self.core, &dir).map_err(io)?;
         }
         let record = ReplicaRecord::empty(id, self.core.next_generation(), start, clock::wall_ms());
         let shared = Shared::new(&self.core, dir.clone(), record);

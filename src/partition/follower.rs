@@ -135,7 +135,8 @@ pub enum Violation {
         /// What is known as committed.
         high_watermark: Offset,
     },
-    /// The log would begin anew below what is committed. Where the leader's log begins later soon, the next claim is answered with that.
+    /// The log would begin anew below what is committed: the leader's disk still holds segments below its log start. Once they
+    /// are gone the next claim is answered with where it begins then.
     #[error(
         "the leader has this replica begin anew at {at}, below the committed end {high_watermark}: it is asked again"
     )]
@@ -255,9 +256,7 @@ impl Follower {
             }
             Join::BeginAt(at) => {
                 let high_watermark = self.high_watermark;
-                // A log start that moved is ahead of the leader's disk for a moment, and there is no bucket to begin at.
-                let begun = self.give_up_above(*at);
-                begun.map_err(|_| Violation::BeginBelowCommitted { at: *at, high_watermark })?;
+                self.give_up_above(*at).map_err(|_| Violation::BeginBelowCommitted { at: *at, high_watermark })?;
                 Ok(Act::Begin(*at))
             }
             Join::Refused(refused) => Ok(Act::Wait(*refused)),

@@ -19,10 +19,12 @@
 //!
 //! A member whose host vanished does not close its connections. A call that times out on a connection which said nothing
 //! meanwhile replaces the connection; a watch asks for a sign of life every two seconds and moves on after four without
-//! one. It asks at once where there is reason to think that its connection stands still: a call on it was given up, or an
-//! answer elsewhere named a newer revision a quarter of a second ago; and waits for one second then. What
-//! others write to the same etcd is such news too: a watch asks four times a second at most for that. HTTP/2 pings are not used: etcd allows one in five seconds, and none while nothing is under way, and hangs up on
-//! who sends more. Seen with one every two seconds: each connection ended after eight, its watches and calls with it.
+//! one. It asks at once, and waits for one second, where its connection may stand still: a call on it was given up, or an
+//! answer elsewhere named a newer revision a quarter of a second ago. What others write to the same etcd is such news too, so
+//! a watch may ask four times a second.
+//!
+//! HTTP/2 pings are not used: etcd allows one in five seconds, and none while nothing is under way, and hangs up on who
+//! sends more. Seen with one every two seconds: each connection ended after eight, its watches and calls with it.
 //!
 //! # Invariants
 //!

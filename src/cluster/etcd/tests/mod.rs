@@ -55,6 +55,15 @@ async fn next(watch: &mut Watch) -> Result<Vec<Event>, StoreError> {
     changes.map(|changes| changes.events)
 }
 
+/// A store with a key of its own, the revision that wrote it, and a watch that has told of it.
+async fn watched(etcd: &Etcd) -> (EtcdStore, Revision, Watch) {
+    let store = etcd.store().await;
+    let start = put(&store, "n", "start").await.expect("etcd answers");
+    let mut watch = store.watch("n", start).await.expect("it begins");
+    assert_eq!(values_up_to(&mut watch, "start").await, ["start"]);
+    (store, start, watch)
+}
+
 /// Why a watch ends, whatever signs of life come before.
 async fn end(watch: &mut Watch) -> StoreError {
     loop {
@@ -158,10 +167,7 @@ async fn count(store: &EtcdStore, n: i32, known: Revision) -> Revision {
 #[tokio::test]
 async fn a_frozen_member_is_left_by_calls_and_watches() {
     let etcd = Etcd::start(3).await;
-    let store = etcd.store().await;
-    let start = put(&store, "n", "start").await.expect("etcd answers");
-    let mut watch = store.watch("n", start).await.expect("it begins");
-    assert_eq!(values_up_to(&mut watch, "start").await, ["start"]);
+    let (store, start, mut watch) = watched(&etcd).await;
     let lease = store.grant(Duration::from_secs(30)).await.expect("etcd answers");
     // The first one that is named has answered everything so far.
     etcd.freeze(0);
@@ -181,10 +187,7 @@ async fn a_frozen_member_is_left_by_calls_and_watches() {
 #[tokio::test]
 async fn a_watch_that_answers_elsewhere_have_outrun_does_not_wait_for_silence() {
     let etcd = Etcd::start(3).await;
-    let store = etcd.store().await;
-    let start = put(&store, "n", "start").await.expect("etcd answers");
-    let mut watch = store.watch("n", start).await.expect("it begins");
-    assert_eq!(values_up_to(&mut watch, "start").await, ["start"]);
+    let (store, _, mut watch) = watched(&etcd).await;
     // Calls go elsewhere, and so nothing is noticed by one that is not answered.
     let watched = store.members.in_turn().next().expect("three members");
     assert_eq!(watched.endpoint(), etcd.endpoint(0));
@@ -204,10 +207,7 @@ async fn a_watch_that_answers_elsewhere_have_outrun_does_not_wait_for_silence() 
 #[tokio::test]
 async fn a_watch_that_is_well_is_not_asked_again_and_again() {
     let etcd = Etcd::start(1).await;
-    let store = etcd.store().await;
-    let newest = put(&store, "n", "1").await.expect("etcd answers");
-    let mut watch = store.watch("n", newest).await.expect("it begins");
-    assert_eq!(values_up_to(&mut watch, "1").await, ["1"]);
+    let (store, _, mut watch) = watched(&etcd).await;
     let member = store.members.in_turn().next().expect("a member");
     member.give_up().await;
     put(&store, "other", "x").await.expect("etcd answers");
