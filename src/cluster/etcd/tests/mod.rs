@@ -19,6 +19,7 @@ use crate::{
     task::{Tasks, clock},
 };
 
+mod late;
 mod process;
 mod scripted;
 mod secure;

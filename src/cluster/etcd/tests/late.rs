@@ -1,0 +1,149 @@
+//! Members that answer late: a relay before a real one keeps back whatever it says.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering::Relaxed},
+};
+
+use bytes::Bytes;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::{
+        TcpListener, TcpStream,
+        tcp::{OwnedReadHalf, OwnedWriteHalf},
+    },
+    sync::mpsc,
+    time::Instant,
+};
+
+use super::*;
+
+/// A relay before one member. It ends with the test's runtime.
+struct Relay {
+    endpoint: String,
+    late_ms: Arc<AtomicU64>,
+}
+
+impl Relay {
+    async fn before(member: &str) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let endpoint = format!("http://{}", listener.local_addr().expect("it is bound"));
+        let member = member.strip_prefix("http://").expect("plain HTTP").to_owned();
+        let (late_ms, tasks) = (Arc::new(AtomicU64::new(0)), Tasks::new());
+        let (late, carried) = (Arc::clone(&late_ms), tasks.clone());
+        tasks.spawn("relay", async move {
+            loop {
+                let (client, _) = listener.accept().await.expect("it listens");
+                let member = TcpStream::connect(&member).await.expect("the member listens");
+                carried.spawn("carry", carry(client, member, Arc::clone(&late)));
+            }
+        });
+        Self { endpoint, late_ms }
+    }
+
+    /// What the member says from now on comes so much later.
+    fn late_by(&self, late: Duration) {
+        self.late_ms.store(u64::try_from(late.as_millis()).expect("a moment"), Relaxed);
+    }
+}
+
+/// One connection, until either side ends it.
+async fn carry(client: TcpStream, member: TcpStream, late_ms: Arc<AtomicU64>) {
+    let (mut from_client, to_client) = client.into_split();
+    let (from_member, mut to_member) = member.into_split();
+    let (said, hears) = mpsc::channel(1024);
+    tokio::select! {
+        _ = tokio::io::copy(&mut from_client, &mut to_member) => {}
+        () = listen(from_member, said, &late_ms) => {}
+        () = tell(to_client, hears) => {}
+    }
+}
+
+/// Notes what a member says, and when it is to be heard.
+async fn listen(mut member: OwnedReadHalf, said: mpsc::Sender<(Instant, Bytes)>, late_ms: &AtomicU64) {
+    let mut bytes = vec![0; 64 << 10];
+    while let Ok(read @ 1..) = member.read(&mut bytes).await {
+        let due = clock::monotonic() + Duration::from_millis(late_ms.load(Relaxed));
+        let _gone = said.send((due, Bytes::copy_from_slice(&bytes[..read]))).await;
+    }
+}
+
+async fn tell(mut client: OwnedWriteHalf, mut hears: mpsc::Receiver<(Instant, Bytes)>) {
+    while let Some((due, bytes)) = hears.recv().await {
+        tokio::time::sleep_until(due).await;
+        if client.write_all(&bytes).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// A store whose first member is behind a relay.
+async fn behind_a_relay(etcd: &Etcd) -> (EtcdStore, Relay) {
+    let mut endpoints = etcd.endpoints();
+    let relay = Relay::before(&endpoints[0]).await;
+    endpoints[0].clone_from(&relay.endpoint);
+    (EtcdStore::open(EtcdOptions::new(endpoints)).await.expect("good options"), relay)
+}
+
+fn first_asked(store: &EtcdStore) -> &str {
+    store.members.in_turn().next().expect("a member").endpoint()
+}
+
+#[tokio::test]
+async fn a_member_that_answers_late_but_in_time_is_not_left() {
+    let etcd = Etcd::start(3).await;
+    let (store, relay) = behind_a_relay(&etcd).await;
+    let start = put(&store, "n", "start").await.expect("etcd answers");
+    let mut watch = store.watch("n", start).await.expect("it begins");
+    relay.late_by(Duration::from_millis(400));
+    // What others write is on its way for longer than a watch lets newer answers wait that came elsewhere.
+    let elsewhere = etcd.store().await;
+    for n in 0..8 {
+        put(&elsewhere, "n", &n.to_string()).await.expect("etcd answers");
+        let read = store.get("n").await.expect("late, and in time").entry.expect("it is there");
+        assert_eq!(read.value, n.to_string());
+    }
+    let expected: Vec<_> = ["start".to_owned()].into_iter().chain((0..8).map(|n| n.to_string())).collect();
+    assert_eq!(values_up_to(&mut watch, "7").await, expected, "each once, in order");
+    assert_eq!(first_asked(&store), relay.endpoint);
+}
+
+#[tokio::test]
+async fn a_member_that_answers_too_late_is_left_by_calls_and_watches() {
+    let etcd = Etcd::start(3).await;
+    let (store, relay) = behind_a_relay(&etcd).await;
+    let start = put(&store, "n", "start").await.expect("etcd answers");
+    let mut watch = store.watch("n", start).await.expect("it begins");
+    assert_eq!(values_up_to(&mut watch, "start").await, ["start"]);
+    let lease = store.grant(Duration::from_secs(30)).await.expect("etcd answers");
+    relay.late_by(Duration::from_secs(3));
+    let mut known = start;
+    let began = clock::monotonic();
+    for n in 0..5 {
+        known = count(&store, n, known).await;
+    }
+    let expected: Vec<_> = (0..5).map(|n| n.to_string()).collect();
+    assert_eq!(values_up_to(&mut watch, "4").await, expected, "each once, in order");
+    let took = began.elapsed();
+    // One call that waits in vain; then the watch is known to lie behind.
+    assert!(took < Duration::from_secs(4), "{took:?}");
+    store.keep_alive(lease).await.expect("etcd answers");
+    assert_ne!(first_asked(&store), relay.endpoint);
+}
+
+#[tokio::test]
+async fn an_etcd_that_was_late_for_a_while_has_cost_nothing() {
+    let etcd = Etcd::start(1).await;
+    let (store, relay) = behind_a_relay(&etcd).await;
+    let start = put(&store, "n", "start").await.expect("etcd answers");
+    let mut watch = store.watch("n", start.next()).await.expect("it begins");
+    let lease = store.grant(Duration::from_secs(30)).await.expect("etcd answers");
+    relay.late_by(Duration::from_millis(1500));
+    let error = store.get("n").await.expect_err("nobody else is there");
+    assert!(error.retryable() && error.to_string().contains("no answer within 1000 ms"), "{error}");
+    put(&etcd.store().await, "n", "meanwhile").await.expect("etcd itself is well");
+    relay.late_by(Duration::ZERO);
+    put_in_the_end(&store, "n", "end").await;
+    assert_eq!(values_up_to(&mut watch, "end").await, ["meanwhile", "end"]);
+    store.keep_alive(lease).await.expect("etcd answers");
+}
