@@ -311,7 +311,7 @@ impl PartitionValue {
 
     /// The sets with `isr` in sync. Below the minimum whoever just left it, `dropped`, is eligible beside those that were.
     fn with_sets(&self, isr: Vec<BrokerId>, dropped: Vec<BrokerId>, min_insync: usize) -> Self {
-        let elr = if isr.len() >= min_insync {
+        let elr = if isr.len() >= min_insync || mutant!(EligibleForgotten) {
             Vec::new()
         } else {
             self.elr.iter().copied().chain(dropped).filter(|id| !isr.contains(id)).collect()

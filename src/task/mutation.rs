@@ -62,6 +62,8 @@ pub enum Mutation {
     CommittedIsrOnly,
     /// The minimum is counted on the maximal ISR, and the ELR is not looked at.
     MinimumOfMaximal,
+    /// Who leaves the ISR below the minimum does not stay eligible.
+    EligibleForgotten,
     /// A left-over ELR does not hold the high watermark.
     ElrIgnored,
     /// A proposal whose outcome is unknown is taken as done.

@@ -40,6 +40,7 @@ const MUTANTS: &[(Mutation, Shape, u64)] = &[
     (Mutation::ChangeUncompared, Shape::THREE, 40),
     (Mutation::CommittedIsrOnly, Shape::THREE, 40),
     (Mutation::MinimumOfMaximal, Shape::THREE, 40),
+    (Mutation::EligibleForgotten, Shape::THREE, 20),
     (Mutation::UnknownIsDone, Shape::THREE, 20),
     (Mutation::BeginWithoutProducers, Shape::THREE, 20),
     (Mutation::ReadUncommitted, Shape::THREE, 10),

@@ -16,6 +16,7 @@
 //! | an acknowledgement counts | it was made, in the epoch of the leader that counts it and in the uptime that joined last |
 //! | an answer | what it promises is so |
 //! | a proposal, and its outcome | who is admitted acknowledged in this epoch all up to its start; it replaces the value that it was made for |
+//! | another value | within an epoch only its leader takes out who runs; who leaves below the minimum stays eligible |
 //! | an election | epochs grow by one, and only a member is elected |
 //! | any of these | every live member of ISR ∪ ELR holds what is committed |
 //! | a commit to the bucket | by the epoch that leads; only what is committed, all of it and as it is; it never goes back |
@@ -104,6 +105,10 @@ struct Host {
 }
 
 impl Host {
+    fn is_running(&self) -> bool {
+        self.running.load(Ordering::Relaxed)
+    }
+
     fn disk_number(&self) -> u32 {
         self.disks.load(Ordering::Relaxed)
     }
@@ -177,7 +182,7 @@ impl Known {
                 if let Some(config) = self.topics.get(&id.topic) {
                     partition.configured(config);
                 }
-                partition.stored(value, Revision(revision), &self.brokers).map_err(at(id))?;
+                partition.stored(value, Revision(revision), &self.brokers, &self.machines).map_err(at(id))?;
                 partition.members_hold(&self.machines).map_err(at(id))
             }
             (Some(Key::Partition(id)), None) => {

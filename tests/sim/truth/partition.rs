@@ -1,9 +1,10 @@
 //! One partition: what its replicas did, what the store says, and what is committed for ever.
 
+mod value;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     ops::{Bound, Range},
-    sync::atomic::Ordering,
 };
 
 use strandline::{
@@ -14,6 +15,7 @@ use strandline::{
     tier::TierState,
 };
 
+use self::value::Proposal;
 use super::{
     Brokers, Machines, Who, Wrong,
     acks::{Ack, Acks},
@@ -47,22 +49,6 @@ pub(super) struct Partition {
     reached: BTreeMap<LeaderEpoch, Offset>,
 }
 
-struct Proposal {
-    epoch: LeaderEpoch,
-    expect: Revision,
-    /// Each member with the uptime that was registered when it was proposed.
-    isr: BTreeMap<BrokerId, Option<u64>>,
-    /// Who is added, and the registration that must be there for it.
-    added: Vec<(BrokerId, u64)>,
-}
-
-impl Proposal {
-    /// Whether the store may still make it, as far as registrations go.
-    fn may_come(&self, brokers: &Brokers) -> bool {
-        self.added.iter().all(|(broker, registered)| brokers.get(broker) == Some(registered))
-    }
-}
-
 /// Whether something moved that a member must hold.
 type Moved = Result<bool, Wrong>;
 
@@ -84,11 +70,11 @@ impl Partition {
     pub(super) fn members_hold(&self, machines: &Machines) -> Result<(), Wrong> {
         let Some((value, _)) = self.value() else { return Ok(()) };
         for member in value.isr.iter().chain(&value.elr) {
-            let runs = machines.get(member).is_some_and(|machine| machine.running.load(Ordering::Relaxed));
-            if let Some(replica) = self.replicas.get(member).filter(|_| runs) {
-                let lacks = |why| format!("broker {member} may lead and lacks what is committed: {why}");
-                self.holds(replica).map_err(lacks)?;
-            }
+            let Some(machine) = machines.get(member).filter(|machine| machine.is_running()) else { continue };
+            let nothing = Replica::default();
+            let replica = self.replicas.get(member).filter(|replica| replica.is_on(machine.disk_number()));
+            let lacks = |why| format!("broker {member} may lead and lacks what is committed: {why}");
+            self.holds(replica.unwrap_or(&nothing)).map_err(lacks)?;
         }
         Ok(())
     }
@@ -110,65 +96,19 @@ impl Partition {
         self.minima.insert(config.min_insync_replicas);
     }
 
-    pub(super) fn stored(&mut self, new: PartitionValue, at: Revision, brokers: &Brokers) -> Result<(), Wrong> {
-        let judged = self.value().map_or(Ok(()), |(old, replaced)| self.follows(old, replaced, &new, brokers));
+    pub(super) fn stored(
+        &mut self,
+        new: PartitionValue,
+        at: Revision,
+        brokers: &Brokers,
+        machines: &Machines,
+    ) -> Result<(), Wrong> {
+        let judged = self.follows(&new, brokers, machines);
         self.values.insert(at, new);
         while self.values.len() > REMEMBERED {
             self.values.pop_first();
         }
         judged
-    }
-
-    fn follows(
-        &self,
-        old: &PartitionValue,
-        at: Revision,
-        new: &PartitionValue,
-        brokers: &Brokers,
-    ) -> Result<(), Wrong> {
-        let (was, is) = (old.leader_epoch, new.leader_epoch);
-        let came: BTreeSet<_> = new.isr.iter().filter(|id| !old.isr.contains(id)).copied().collect();
-        if is == was {
-            if new.leader != old.leader {
-                return Err(format!("epoch {is} got another leader: {old:?} became {new:?}"));
-            }
-            return came.iter().try_for_each(|broker| self.was_admitted(*broker, at, new, brokers));
-        }
-        if is.0 != was.0 + 1 {
-            return Err(format!("the epoch went from {was} to {is}: {old:?} became {new:?}"));
-        }
-        let unclean = new.unclean == Some(is);
-        if let Some(leader) = new.leader.filter(|_| !unclean) {
-            if !old.isr.contains(&leader) && !old.elr.contains(&leader) {
-                return Err(format!("broker {leader} was elected and is no member: {old:?} became {new:?}"));
-            }
-            if came.iter().any(|broker| *broker != leader) {
-                return Err(format!("an election added members: {old:?} became {new:?}"));
-            }
-        }
-        Ok(())
-    }
-
-    /// Who comes into the ISR was proposed for the value that is replaced, and has not registered anew since.
-    fn was_admitted(
-        &self,
-        broker: BrokerId,
-        replaced: Revision,
-        new: &PartitionValue,
-        brokers: &Brokers,
-    ) -> Result<(), Wrong> {
-        let isr: BTreeSet<_> = new.isr.iter().copied().collect();
-        let made_so = |proposal: &&Proposal| {
-            proposal.epoch == new.leader_epoch && proposal.expect == replaced && proposal.isr.keys().eq(&isr)
-        };
-        let Some(proposal) = self.proposals.iter().rev().find(made_so) else {
-            return Err(format!("broker {broker} was admitted by no proposal for the value at {replaced}: {new:?}"));
-        };
-        let (then, now) = (proposal.isr[&broker], brokers.get(&broker).copied());
-        if then.is_none() || then != now {
-            return Err(format!("broker {broker} was admitted in uptime {then:?}, and {now:?} is registered: {new:?}"));
-        }
-        Ok(())
     }
 
     pub(super) fn tiered(&mut self, new: TierState) -> Result<(), Wrong> {

@@ -74,6 +74,11 @@ impl Replica {
         came_back
     }
 
+    /// Whether it was found on this one of its machine's disks.
+    pub(super) fn is_on(&self, disk: u32) -> bool {
+        self.disk == Some(disk)
+    }
+
     /// How far it ever was durable, as it is now.
     fn durable(&self) -> Offset {
         self.ends.persisted.max(self.synced_before)
