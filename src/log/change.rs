@@ -197,7 +197,7 @@ impl Replica {
                 return;
             }
             state.log_start = to;
-            Arc::make_mut(&mut state.epochs).forget_below(to);
+            state.forget_epochs();
             state.generation
         };
         shared.core.note(shared, shared.head(Kind::LogStart, generation, to, to));
@@ -252,7 +252,11 @@ impl Replica {
                 tracing::warn!(partition = %shared.id, base = %segment.info.base, %error, "a segment was not removed");
             }
         }
-        shared.state().names_changed = true;
+        {
+            let mut state = shared.state();
+            state.forget_epochs();
+            state.names_changed = true;
+        }
         shared.touch(0);
         Ok(bytes)
     }

@@ -99,6 +99,15 @@ impl State {
         self.segments.iter().map(|segment| segment.info.bytes).sum()
     }
 
+    /// Forgets the epochs of what is neither here nor in the bucket, but for the one that wrote last before it: that is what a replica that
+    /// begins here claims to hold.
+    pub(super) fn forget_epochs(&mut self) {
+        let first = self.log_start.min(self.local_start());
+        if let Some(before) = first.get().checked_sub(1).and_then(Offset::new) {
+            Arc::make_mut(&mut self.epochs).forget_below(before);
+        }
+    }
+
     /// What is known at the log end.
     pub(super) fn point(&self) -> Recovery {
         Recovery { segment: self.active().info, epochs: self.epochs.clone(), producers: self.producers.clone() }

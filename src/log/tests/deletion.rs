@@ -31,6 +31,32 @@ fn a_segment_that_lies_only_partly_below_the_log_start_stays() {
     assert_eq!(replica.evict(at(5)), Ok(0), "there is nothing left to do");
 }
 
+/// What leads elsewhere seals at other places, so that a log start lies anywhere in a segment here. Its upload and its readers
+/// compare the batches before it with their epochs too.
+#[test]
+fn what_lies_below_the_log_start_and_stays_has_its_epochs() {
+    let disk = SimDisk::new();
+    let log = open(&disk);
+    let mut replica = log.open_replica(partition(0), at(0)).unwrap();
+    for (base, epoch) in [(0, 1), (2, 2), (4, 3), (6, 3)] {
+        write(&log, &mut replica, &[batch(base, 2, epoch, 1, 500)]);
+        if base != 2 {
+            replica.roll().unwrap();
+        }
+    }
+    replica.advance_log_start(at(5));
+    replica.evict(at(5)).unwrap();
+    assert_eq!((replica.log_start(), replica.local_start()), (at(5), at(2)));
+    let epochs = |starts: &[(u32, u64)]| {
+        EpochHistory::from_starts(starts.iter().map(|(epoch, start)| (LeaderEpoch(*epoch), at(*start)))).unwrap()
+    };
+    assert_eq!(replica.export(at(2)).unwrap().epochs, epochs(&[(2, 2), (3, 4)]));
+    // What is neither there nor last before it is forgotten.
+    assert_eq!(*replica.epochs(), epochs(&[(1, 1), (2, 2), (3, 4)]));
+    replica.evict(at(6)).unwrap();
+    assert_eq!(*replica.epochs(), epochs(&[(3, 4)]));
+}
+
 #[test]
 fn deleted_segments_leave_no_file_behind() {
     let disk = SimDisk::new();

@@ -40,6 +40,22 @@ fn a_log_that_lost_its_beginning_knows_what_was_before_it() {
     assert_eq!((start, &(epochs, producers)), (at(9), &tables[2]), "a crash costs none of it");
 }
 
+/// Retention deleted all, and a new leader wrote on: its log did not know any more which epoch wrote last before. A new replica that began
+/// with these tables began again and again.
+#[test]
+fn a_log_of_which_all_was_deleted_knows_the_epoch_that_its_tables_end_with() {
+    let disk = SimDisk::new();
+    let log = open(&disk);
+    let (mut replica, tables) = three(&log);
+    replica.advance_log_start(at(9));
+    replica.evict(at(9)).unwrap();
+    write(&log, &mut replica, &[produced(9, 1, 3, 1, 1000, (7, 0, 0))]);
+    let (start, epochs, _) = replica.tables_at_start().unwrap();
+    assert_eq!((start, &epochs), (at(9), &tables[2].0));
+    let ((last, _), end) = (epochs.last().unwrap(), replica.log_end());
+    assert_eq!(replica.epochs().end_of(last, end), Some((last, start)));
+}
+
 #[test]
 fn another_replica_that_begins_with_them_gives_the_same_ones() {
     let disk = SimDisk::new();

@@ -117,6 +117,8 @@ impl Actor {
             Ok(tables) => {
                 let at = tables.at;
                 let had = self.replica.log_end();
+                // Who begins where it begins already got nowhere: its leader is asked a little later.
+                let is_same = had == at && self.replica.local_start() == at;
                 let done = self.reset(tables).await;
                 if let Part::Following(follower) = &mut self.part
                     && done
@@ -124,7 +126,7 @@ impl Actor {
                     tracing::info!(topic = %self.topic, partition = %self.id, %at, log_end = %had, "begins anew and copies from there");
                     follower.begun(at);
                 }
-                self.claim_when(done);
+                self.claim_when(done && !is_same);
             }
             Err(error) => {
                 tracing::warn!(topic = %self.topic, partition = %self.id, %error, "the replica cannot begin yet; it is tried again");

@@ -280,8 +280,12 @@ async fn a_follower_cuts_begins_and_asks_again_as_it_is_answered() {
     told(&partition, [FromLink::Up]).await;
     let epochs = vec![(LeaderEpoch(1), at(0)), (LeaderEpoch(3), at(5))];
     let beginning = Beginning { at: at(9), in_bucket: false, epochs, producers: bytes::Bytes::new() };
-    told(&partition, [answer(5, Joined::Begin(Box::new(beginning)))]).await;
+    told(&partition, [answer(5, Joined::Begin(Box::new(beginning.clone())))]).await;
     assert_eq!(notes.take(), [joined(5, Some(1), 3), joined(5, Some(3), 9)]);
+    // A leader that says so again is not asked as fast as it answers.
+    told(&partition, [answer(5, Joined::Begin(Box::new(beginning)))]).await;
+    until("it asks again", || notes.0.lock().unwrap().contains(&Asked::Again)).await;
+    assert_eq!(notes.take(), [Asked::Again]);
     let marks = partition.marks();
     assert_eq!((marks.log_start, marks.local_start, marks.log_end), (at(9), at(9), at(9)));
     partition.stop().await;
