@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 
 use super::{
     Common,
+    cluster::hides_replicas,
     connect::{connect, explain_order},
     output::{self, Output},
     patience::Patience,
@@ -170,6 +171,13 @@ async fn until_empty(
         let Some(broker) = broker else { return Ok(Left { count: 0, said: String::new() }) };
         if broker.draining_since_ms.is_none() {
             let error = anyhow!("the drain of broker {id} was taken back while this waited for it");
+            return Err(Unsaid::ForGood(error));
+        }
+        if let Some(key) = hides_replicas(&cluster).filter(|_| broker.replicas == 0) {
+            let error = anyhow!(
+                "broker {id} holds nothing, as far as values can be read; do not stop it for good before that of {key} is mended: \
+                 `strandline cluster describe` says what is wrong with it"
+            );
             return Err(Unsaid::ForGood(error));
         }
         let said = format!("{} still on broker {id}", output::count(broker.replicas.into(), "replica"));

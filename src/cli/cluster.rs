@@ -52,7 +52,7 @@ fn lines(cluster: &ClusterDescription) -> String {
     let notes: Vec<String> = old_news(cluster)
         .into_iter()
         .chain(unavailable(cluster))
-        .chain(cluster.brokers.iter().flat_map(notes))
+        .chain(cluster.brokers.iter().flat_map(|broker| notes(broker, hides_replicas(cluster))))
         .chain(unreadable(cluster))
         .collect();
     if !notes.is_empty() {
@@ -132,7 +132,7 @@ fn row(broker: &BrokerDescription) -> Vec<String> {
 }
 
 /// What a person should know of a broker that the table does not say.
-fn notes(broker: &BrokerDescription) -> Vec<String> {
+fn notes(broker: &BrokerDescription, hidden: Option<&str>) -> Vec<String> {
     let (id, mut notes) = (broker.id, Vec::new());
     if !broker.alive && broker.replicas > 0 {
         notes.push(format!("broker {id} is gone and holds {}", output::count(broker.replicas.into(), "replica")));
@@ -140,6 +140,9 @@ fn notes(broker: &BrokerDescription) -> Vec<String> {
     if broker.draining_since_ms.is_some() {
         let left = output::count(broker.replicas.into(), "replica");
         notes.push(match broker.replicas {
+            0 if hidden.is_some() => {
+                format!("broker {id} holds nothing, as far as values can be read: do not stop it for good")
+            }
             0 => format!("broker {id} is drained: it can be stopped for good"),
             _ if broker.stuck > 0 => format!(
                 "broker {id} is being drained: {left} to move, and {} cannot: too few other brokers take replicas",
@@ -170,6 +173,12 @@ fn notes(broker: &BrokerDescription) -> Vec<String> {
         None => {}
     }
     notes
+}
+
+/// A value that cannot be used and would say who holds replicas, by its key.
+pub(super) fn hides_replicas(cluster: &ClusterDescription) -> Option<&str> {
+    let mut keys = cluster.unreadable.iter().map(|unreadable| &*unreadable.key);
+    keys.find(|key| key.contains("/topics/") || key.contains("/partitions/"))
 }
 
 fn unreadable(cluster: &ClusterDescription) -> impl Iterator<Item = String> + '_ {
@@ -325,6 +334,15 @@ mod tests {
             metadata_silence: Duration::from_millis(63_400),
             ..calm()
         }
+    }
+
+    /// Whoever stopped it for good could lose the only replica of what was not counted.
+    #[test]
+    fn a_broker_is_not_called_drained_while_values_cannot_be_read() {
+        let empty = BrokerDescription { draining_since_ms: Some(1), replicas: 0, ..running(1, "") };
+        assert_eq!(notes(&empty, hides_replicas(&calm())), ["broker 1 is drained: it can be stopped for good"]);
+        let said = notes(&empty, hides_replicas(&troubled())).remove(0);
+        assert!(said.ends_with("do not stop it for good"), "{said}");
     }
 
     #[test]

@@ -104,9 +104,23 @@ enum Command {
     },
 }
 
+impl Arguments {
+    /// Whether what clap lets through makes sense together.
+    fn check(&self) -> Result<(), clap::Error> {
+        let wrong = match &self.command {
+            Command::Partition(command) => command.wrong_usage(),
+            _ => None,
+        };
+        wrong.map_or(Ok(()), |why| Err(Self::command().error(clap::error::ErrorKind::ArgumentConflict, why)))
+    }
+}
+
 /// Runs the program on the process's arguments.
 pub fn main() -> ExitCode {
     let arguments = Arguments::parse();
+    if let Err(wrong) = arguments.check() {
+        wrong.exit();
+    }
     raise_open_files();
     match run(arguments) {
         Ok(code) => code,
@@ -281,6 +295,12 @@ mod tests {
             "partition reassign t/x --replicas 1,2",
             "partition reassign t/-1 --replicas 1,2",
             "partition reassign t --replicas 1,x",
+            "partition reassign cancel",
+            "partition reassign t cancel --all",
+            "partition cancel",
+            "partition reassign t status u",
+            "partition reassign t --replicas 1 status",
+            "partition reassign t --wait cancel",
             "partition elect t",
             "partition elect t/0 --yes",
             "topic alter t",
@@ -304,8 +324,24 @@ mod tests {
             "produce t --timeout 0",
         ] {
             let words = std::iter::once("strandline").chain(line.split_whitespace());
-            let error = Arguments::try_parse_from(words).expect_err(line);
+            let error = Arguments::try_parse_from(words).and_then(|parsed| parsed.check()).expect_err(line);
             assert_eq!(error.exit_code(), 2, "{line}");
+        }
+    }
+
+    #[test]
+    fn a_name_may_stand_before_or_after_what_is_asked_of_its_moves() {
+        for line in [
+            "partition reassign t status",
+            "partition reassign status t",
+            "partition reassign t/0 cancel t/0",
+            "partition reassign cancel --all",
+            "partition status",
+            "partition cancel t",
+        ] {
+            let words = std::iter::once("strandline").chain(line.split_whitespace());
+            let parsed = Arguments::try_parse_from(words).and_then(|parsed| parsed.check());
+            assert!(parsed.is_ok(), "{line}: {parsed:?}");
         }
     }
 

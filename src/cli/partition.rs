@@ -133,6 +133,34 @@ fn one_partition(text: &str) -> Result<Name, String> {
     }
 }
 
+impl Partition {
+    /// What makes no sense together, in words.
+    pub(super) fn wrong_usage(&self) -> Option<&'static str> {
+        let none = &None;
+        let (orders, before, after, all) = match self {
+            Self::Reassign(Reassign { name, replicas, wait, what: Some(what) }) => {
+                let orders = !replicas.is_empty() || wait.is_wanted();
+                match what {
+                    What::Status(which) => (orders, name, &which.name, None),
+                    What::Cancel(cancelled) => (orders, name, &cancelled.name, Some(cancelled.all)),
+                }
+            }
+            Self::Cancel(cancelled) => (false, none, &cancelled.name, Some(cancelled.all)),
+            _ => return None,
+        };
+        let named = before.as_ref().or(after.as_ref());
+        if orders {
+            Some("--replicas orders a move, and --wait waits for it; status and cancel go without them")
+        } else if after.as_ref().is_some_and(|after| named != Some(after)) {
+            Some("name one topic or partition, not two")
+        } else if all == Some(named.is_some()) {
+            Some("name the TOPIC or TOPIC/N whose move is to be taken back, or every move with --all")
+        } else {
+            None
+        }
+    }
+}
+
 pub(super) async fn run(common: &Common, command: Partition) -> anyhow::Result<ExitCode> {
     let client = connect(common).await?;
     let (admin, output) = (client.admin(), common.output);
@@ -145,20 +173,15 @@ pub(super) async fn run(common: &Common, command: Partition) -> anyhow::Result<E
             Partition::Reassign(Reassign { name, replicas, wait, what: None }) => {
                 reassign(&admin, &name.expect("clap asks for it"), &replicas, output, wait, &bar).await
             }
-            Partition::Reassign(Reassign { name, replicas, wait, what: Some(what) }) => {
-                if !replicas.is_empty() || wait.is_wanted() {
-                    bail!("--replicas orders a move, and --wait waits for it; status and cancel go without them");
-                }
-                match what {
-                    What::Status(which) => status(&admin, either(name, which.name)?, output).await,
-                    What::Cancel(cancelled) => {
-                        let name = either(name, cancelled.name)?;
-                        cancel(&admin, Cancelled { name, ..cancelled }, output).await
-                    }
-                }
+            // `reassign TOPIC status` and `reassign status TOPIC` say the same.
+            Partition::Reassign(Reassign { name, what: Some(What::Status(which)), .. }) => {
+                status(&admin, name.or(which.name), output).await
+            }
+            Partition::Reassign(Reassign { name, what: Some(What::Cancel(cancelled)), .. }) => {
+                cancel(&admin, name.or(cancelled.name), output).await
             }
             Partition::Status(which) => status(&admin, which.name, output).await,
-            Partition::Cancel(cancelled) => cancel(&admin, cancelled, output).await,
+            Partition::Cancel(cancelled) => cancel(&admin, cancelled.name, output).await,
             Partition::Elect(command) => elect(&admin, &command, output).await,
         }
     };
@@ -167,14 +190,6 @@ pub(super) async fn run(common: &Common, command: Partition) -> anyhow::Result<E
     patience.beside(&bar);
     patience.over(None, Box::pin(work)).await?;
     Ok(ExitCode::SUCCESS)
-}
-
-/// `reassign TOPIC status` and `reassign status TOPIC` say the same.
-fn either(before: Option<Name>, after: Option<Name>) -> anyhow::Result<Option<Name>> {
-    match (before, after) {
-        (Some(before), Some(after)) if before != after => bail!("name one topic or partition, not two"),
-        (before, after) => Ok(before.or(after)),
-    }
 }
 
 async fn refused(admin: &Admin, name: Option<&Name>, error: CallError) -> anyhow::Error {
@@ -264,14 +279,11 @@ async fn status(admin: &Admin, name: Option<Name>, output: Output) -> anyhow::Re
     }
 }
 
-async fn cancel(admin: &Admin, cancelled: Cancelled, output: Output) -> anyhow::Result<()> {
-    if cancelled.name.is_none() && !cancelled.all {
-        bail!("name the TOPIC or TOPIC/N whose move is to be taken back, or every move with --all");
-    }
-    let (topic, partition) = parts(cancelled.name.as_ref());
+async fn cancel(admin: &Admin, name: Option<Name>, output: Output) -> anyhow::Result<()> {
+    let (topic, partition) = parts(name.as_ref());
     match admin.cancel_reassignment(topic, partition).await {
         Ok(moves) => print(&moves, &taken_back(&moves), output),
-        Err(error) => Err(refused(admin, cancelled.name.as_ref(), error).await),
+        Err(error) => Err(refused(admin, name.as_ref(), error).await),
     }
 }
 

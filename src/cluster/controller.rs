@@ -26,7 +26,7 @@ use tokio::time::Instant;
 
 use super::{
     changes::{Change, Changed, PartitionChanges},
-    keys::{ControllerValue, InvalidValue, Key, Keys, Value as _},
+    keys::{ControllerValue, Key, Keys, Value as _},
     partition_value::PartitionValue,
     planner::{self, Input, Limits, Plan, Why},
     session::{Session, Standing},
@@ -129,7 +129,9 @@ impl Controller {
             Outcome::Refused { mut found, revision: at } => {
                 let Some(entry) = found.pop().flatten() else { return Ok(Campaign::Taken { at }) };
                 if let Err(error) = ControllerValue::decode(&entry.key, &entry.value) {
-                    self.take_away(&entry, &error).await?;
+                    self.take_away(&entry, &error.to_string()).await?;
+                } else if entry.lease.is_none() {
+                    self.take_away(&entry, "it has no lease").await?;
                 } else if entry.lease == Some(lease) {
                     // Its own, of a try whose answer was lost.
                     return Ok(Campaign::Won { term: entry.create_revision });
@@ -140,8 +142,8 @@ impl Controller {
     }
 
     /// Takes away what no broker wrote: it hangs on nobody's lease, so it would stay for ever and the cluster without a controller.
-    async fn take_away(&self, entry: &Entry, error: &InvalidValue) -> Result<(), StoreError> {
-        tracing::warn!(%error, "what stands in the controller's key was written by no broker; it is taken away");
+    async fn take_away(&self, entry: &Entry, why: &str) -> Result<(), StoreError> {
+        tracing::warn!(why, "what stands in the controller's key was written by no broker; it is taken away");
         let same = Compare::ModRevision(entry.key.clone(), entry.mod_revision);
         self.store.transact(Transaction::new().when(same).delete(entry.key.as_str())).await?;
         Ok(())

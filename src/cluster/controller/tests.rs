@@ -168,7 +168,8 @@ async fn who_lost_the_key_changes_nothing_more() {
     let node = world.broker(1).await;
     world.until(|state| leader(state) == Some(BrokerId(1))).await;
     let other = ControllerValue { broker: BrokerId(9) };
-    let taken = Transaction::new().put(world.keys.controller(), other.encode());
+    let lease = world.store.grant(10 * TIME).await.unwrap();
+    let taken = Transaction::new().put_leased(world.keys.controller(), other.encode(), lease);
     world.delete(world.keys.controller()).await;
     world.store.transact(taken).await.unwrap();
     let key = world.keys.partition(id());
@@ -189,13 +190,17 @@ async fn rubbish_in_the_key_is_taken_away_and_somebody_governs() {
     let world = World::new().await;
     let nodes = [world.broker(1).await, world.broker(2).await];
     world.until(|state| state.controller().is_some() && leader(state).is_some()).await;
-    let rubbish = Transaction::new().put(world.keys.controller(), "nobody");
-    let Outcome::Done { revision } = world.store.transact(rubbish).await.unwrap() else {
-        panic!("nothing was compared")
-    };
-    // It may be gone again before anybody here has seen it.
-    world.view.reached(revision).await;
-    world.until(|state| state.controller().is_some() && state.unreadable().is_empty()).await;
+    // Something, and what a broker would write but for the lease.
+    for rubbish in ["nobody".into(), ControllerValue { broker: BrokerId(9) }.encode()] {
+        let rubbish = Transaction::new().put(world.keys.controller(), rubbish);
+        let Outcome::Done { revision } = world.store.transact(rubbish).await.unwrap() else {
+            panic!("nothing was compared")
+        };
+        // It may be gone again before anybody here has seen it.
+        world.view.reached(revision).await;
+        let governs = |id: BrokerId| id.0 <= 2;
+        world.until(|state| state.controller().is_some_and(governs) && state.unreadable().is_empty()).await;
+    }
     let key = world.keys.partition(id());
     let entry = world.store.get(&key).await.unwrap().entry.unwrap();
     let free = PartitionValue::decode(&key, &entry.value).unwrap().leaderless();

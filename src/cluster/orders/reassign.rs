@@ -133,10 +133,10 @@ impl Orders {
             .collect())
     }
 
-    /// Every partition that counts, by topic name.
+    /// Every partition that counts, by topic name, once.
     pub(super) fn everything(&self) -> Vec<PartitionId> {
-        let state = self.view.state();
-        let topics = state.topics().values().map(|known| &known.value);
+        let (state, mut seen) = (self.view.state(), BTreeSet::new());
+        let topics = state.topics().values().map(|known| &known.value).filter(|topic| seen.insert(topic.id));
         topics.flat_map(|topic| (0..topic.partitions).map(|number| PartitionId::new(topic.id, number))).collect()
     }
 }

@@ -28,7 +28,7 @@ mod lead;
 mod moves;
 mod redirect;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::{
     changes::Change,
@@ -240,8 +240,9 @@ impl Plan {
 /// What is to be done about the cluster as it stands.
 pub fn plan(input: &Input<'_>) -> Plan {
     let mut plan = Plan::default();
-    let mut settled = Vec::new();
-    for known in input.view.topics().values() {
+    let (mut settled, mut seen) = (Vec::new(), BTreeSet::new());
+    // A value that somebody copied under another name makes two topics of one id.
+    for known in input.view.topics().values().filter(|known| seen.insert(known.value.id)) {
         let (topic, min_insync) = (&known.value, min_insync(input, &known.value));
         for (number, entry) in input.view.partitions_of(topic) {
             let Some(known) = &entry.partition else { continue };

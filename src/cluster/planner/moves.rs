@@ -19,7 +19,10 @@ const UNEVEN_PERCENT: usize = 10;
 /// Ends a move whose new replicas are in sync; first another one must lead, where the leader goes.
 pub(super) fn end(input: &Input<'_>, subject: &Subject<'_>) -> Option<Step> {
     let value = subject.value;
-    if !subject.is_moving() || !value.adding.iter().all(|id| value.isr.contains(id)) || gives_up_too_much(subject) {
+    // Who was in sync last and is gone may never come back: then those that go are all that there is.
+    let is_led = value.leader.is_some_and(|leader| input.is_live(leader));
+    let copied = value.adding.iter().all(|id| value.isr.contains(id));
+    if !subject.is_moving() || !is_led || !copied || gives_up_too_much(subject) {
         return None;
     }
     if let Some(ended) = value.end_move() {
@@ -39,6 +42,12 @@ fn gives_up_too_much(subject: &Subject<'_>) -> bool {
     going > 0 && value.isr.len() - going < promised
 }
 
+/// Whether a move is under way and not of a partition that nobody there can lead: that one copies nothing, and may never do again.
+fn goes_on(input: &Input<'_>, subject: &Subject<'_>) -> bool {
+    let value = subject.value;
+    subject.is_moving() && value.isr.iter().chain(&value.elr).any(|id| input.is_live(*id))
+}
+
 /// How many more moves may begin, and to whom.
 struct Room {
     moves: usize,
@@ -48,7 +57,7 @@ struct Room {
 
 impl Room {
     fn of(input: &Input<'_>, subjects: &[Subject<'_>]) -> Self {
-        let under_way = subjects.iter().filter(|subject| subject.is_moving());
+        let under_way = subjects.iter().filter(|subject| goes_on(input, subject));
         let mut receiving = BTreeMap::new();
         for id in under_way.clone().flat_map(|subject| &subject.value.adding) {
             *receiving.entry(*id).or_default() += 1;
@@ -99,7 +108,7 @@ pub(super) fn begin(input: &Input<'_>, subjects: &[Subject<'_>], plan: &mut Plan
             plan.steps.push(subject.step(value, why));
         }
     }
-    let quiet = moved.is_empty() && !subjects.iter().any(Subject::is_moving);
+    let quiet = moved.is_empty() && !subjects.iter().any(|subject| goes_on(input, subject));
     if input.limits.balance
         && quiet
         && let Some(step) = balance(input, subjects, &placement)

@@ -281,6 +281,31 @@ fn a_move_copies_then_lets_go() {
     assert_eq!((value.replicas, value.leader), (ids(&[4, 2, 3]), Some(BrokerId(4))));
 }
 
+/// Both died before the move was ended. The one that goes may come back with all that there is, and the other never.
+#[test]
+fn a_move_ends_only_where_somebody_leads() {
+    let mut world = World::of(&["", "", ""], 1, 1, vec![value(&[1], Some(1), &[1])]);
+    let begun = world.partition(0).begin_move(&ids(&[2])).unwrap();
+    let copied = PartitionValue { isr: ids(&[1, 2]), leader: None, ..begun };
+    world.put(&Key::Partition(id(0)), &copied);
+    world.go(1, 1000);
+    world.go(2, 1000);
+    assert_eq!(world.plan().steps, []);
+    world.come(1, "");
+    let (why, step) = only(&world);
+    assert_eq!((why, step.leader, step.replicas.len()), (Why::Elected, Some(BrokerId(1)), 2));
+}
+
+/// The value of a topic, copied under another name: two names, and one topic still.
+#[test]
+fn two_names_of_one_topic_make_no_two_steps_of_one_partition() {
+    let mut world = World::of(&["", ""], 2, 1, vec![value(&[1, 2], None, &[1, 2])]);
+    let known = world.view();
+    let copied = known.topics().values().next().unwrap().value.clone();
+    world.put(&Key::Topic(TopicName::new("u").unwrap()), &copied);
+    assert_eq!(world.plan().steps.len(), 1);
+}
+
 /// A replica that stays and has yet to catch up is no replacement for one in sync that goes: with a minimum of two the partition was left
 /// with one copy of what two brokers had acknowledged.
 #[test]

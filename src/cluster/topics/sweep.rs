@@ -38,6 +38,10 @@ impl Topics {
     /// Deletes partitions that do not count, the lowest first. False when the topic was made or changed meanwhile.
     pub(super) async fn sweep_topic(&self, id: TopicId, strays: &[(u32, PartitionEntry)]) -> Result<bool, StoreError> {
         let state = self.view.state();
+        // What was found may count since. This says so, and the comparison that it has not changed after this.
+        if state.strays().get(&id).is_none_or(|strayed| strayed != strays) {
+            return Ok(false);
+        }
         let same = match state.name(id).and_then(|name| state.topic(name).map(|topic| (name, topic))) {
             Some((name, topic)) => Compare::ModRevision(self.keys.topic(name), topic.mod_revision),
             // Partition 0 comes and goes with its topic. If it is there, the topic is too: made since, or not readable.

@@ -354,6 +354,20 @@ async fn a_sweep_never_takes_a_topic_that_was_made_meanwhile() {
     assert_eq!(cluster.paths("partitions/").await.len(), 5);
 }
 
+/// A growth that was given up is ordered again while the sweep is at what was left of it.
+#[tokio::test]
+async fn a_sweep_never_takes_partitions_that_count_since() {
+    let cluster = Cluster::of(1).await;
+    let id = cluster.create("a", 2, 1).await.expect("made").value.id;
+    let value = r#"{"replicas":[1],"leader":1,"leader_epoch":0,"isr":[1]}"#;
+    cluster.put(&Key::Partition(PartitionId::new(id, 2)), value).await;
+    let strays = cluster.view.state().strays().remove(&id).expect("one partition too many");
+    cluster.topics.add_partitions(&name("a"), 3).await.expect("grown");
+    cluster.catch_up().await;
+    assert_eq!(cluster.topics.sweep_topic(id, &strays).await, Ok(false));
+    assert_eq!(cluster.paths("partitions/").await.len(), 3);
+}
+
 #[tokio::test]
 async fn producer_ids_are_given_once() {
     let cluster = Cluster::of(0).await;

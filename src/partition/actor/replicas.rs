@@ -111,10 +111,17 @@ impl Actor {
     /// answer is never taken for that to another question.
     pub(super) fn propose(&mut self) {
         let Part::Leading(leader) = &mut self.part else { return };
-        if self.asked.is_some() || self.shared.fault().is_some() {
+        if self.asked.is_some() {
             return;
         }
         let epoch = leader.epoch();
+        if self.shared.fault().is_some() {
+            // Who can take over may have come into the ISR since this was given up.
+            if leader.in_sync().value().isr.iter().any(|member| *member != self.broker) {
+                self.around.agreement.resign(self.id, epoch);
+            }
+            return;
+        }
         if leader.in_sync().awaits_reading() {
             self.asked = Some(Question { epoch, about: About::Outcome });
             self.around.agreement.read_back(self.id);

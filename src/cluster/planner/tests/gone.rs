@@ -105,6 +105,22 @@ fn as_many_lost_replicas_are_replaced_as_there_are_brokers() {
     assert_eq!(world.partition(0).replicas, ids(&[1, 4, 5]));
 }
 
+/// The only broker that held them was being drained when it died. Their moves copy nothing any more, and nobody waits for their turn.
+#[test]
+fn moves_that_nobody_leads_keep_no_other_from_beginning() {
+    let mut values = vec![value(&[1], Some(1), &[1]); 2];
+    values.push(value(&[1, 2, 3], Some(2), &[1, 2, 3]));
+    let mut world = World::of(&["", "", "", ""], 3, 2, values);
+    for number in [0, 1] {
+        let begun = world.partition(number).begin_move(&ids(&[4])).unwrap();
+        world.put(&Key::Partition(id(number)), &PartitionValue { leader: None, ..begun });
+    }
+    world.limits.moves_to_one = 2;
+    world.go(1, FOR_GOOD_MS);
+    let (why, step) = only(&world);
+    assert_eq!((why, step.adding), (Why::Replaced, ids(&[4])));
+}
+
 #[test]
 fn with_too_few_brokers_who_is_gone_is_replaced_before_who_is_drained() {
     let mut world = World::of(&["", "", "", ""], 3, 2, vec![value(&[1, 2, 3], Some(1), &[1, 2, 3])]);

@@ -82,9 +82,13 @@ impl Agreement for Notes {
 
 /// Broker 1's replica of three. The log is kept as long as it is written to.
 fn open() -> (Arc<Partition>, Arc<Notes>, Log) {
+    open_on(SimDisk::new())
+}
+
+fn open_on(disk: SimDisk) -> (Arc<Partition>, Arc<Notes>, Log) {
     let identity = Identity { cluster: "test".to_owned(), broker: broker(1) };
     let options = Options { journal_bytes: 1 << 20, reserve_bytes: 0, ..Options::default() };
-    let log = Log::open(Arc::new(SimDisk::new()), Path::new("/data"), &identity, options).unwrap();
+    let log = Log::open(Arc::new(disk), Path::new("/data"), &identity, options).unwrap();
     let spec = Spec {
         id: PartitionId::new(TopicId::from_bytes([5; 16]), 0),
         topic: TopicName::new("events").unwrap(),
@@ -485,6 +489,22 @@ async fn nobody_leads_in_an_epoch_from_before_the_logs_last_records() {
     assign_again(&partition).await;
     let [Asked::Propose(ended)] = &notes.take()[..] else { panic!("one proposal") };
     assert_eq!(ended.value, older.leaderless());
+}
+
+/// The admission of the only one who could take over was on its way when the disk failed: the partition took no writes until the broker was
+/// stopped.
+#[tokio::test]
+async fn a_leader_whose_disk_failed_gives_up_when_another_could_lead() {
+    let disk = SimDisk::new();
+    let (partition, notes, _log) = open_on(disk.clone());
+    let alone = PartitionValue { isr: vec![broker(1)], ..value(Some(1), 4) };
+    assign(&partition, alone.clone(), 10).await;
+    disk.fail_writes_after(Some(0));
+    let refused = send(&partition, batch(b"x", None), Acks::Leader).await.await.unwrap();
+    assert!(matches!(refused, Err(AppendError::StorageFailed { .. })), "{refused:?}");
+    assert_eq!(notes.take(), [Asked::Resign(LeaderEpoch(4))]);
+    assign(&partition, PartitionValue { isr: vec![broker(1), broker(2)], ..alone }, 11).await;
+    assert_eq!(notes.take(), [Asked::Resign(LeaderEpoch(4))]);
 }
 
 /// The store's answer to a proposal names its number as the leader of a newer epoch: that may be another process, on a copy of its directory.
