@@ -77,6 +77,8 @@ struct Gathered {
     places: Vec<Option<usize>>,
     bytes: usize,
     failed: bool,
+    /// What comes next does not fit.
+    full: bool,
 }
 
 /// The partitions of one reader.
@@ -184,6 +186,11 @@ impl Session {
         match outcome {
             Ok(None) if again => self.ready.mark(index),
             Ok(None) => {}
+            Ok(Some(fetched)) if gathered.bytes > 0 && gathered.bytes + fetched.bytes > limits::MAX_BATCH_BYTES => {
+                // No message takes both. It is read again for the next answer.
+                gathered.full = true;
+                self.ready.mark(index);
+            }
             Ok(Some(fetched)) => {
                 let marks = reader.marks();
                 place.position = fetched.next;
@@ -217,7 +224,7 @@ impl Session {
     fn gather_now(&mut self, gathered: &mut Gathered) {
         gathered.failed |= !self.refused.is_empty();
         self.refused.drain(..).for_each(|refused| gathered.refuse(refused));
-        while gathered.bytes < self.terms.max_bytes {
+        while gathered.bytes < self.terms.max_bytes && !gathered.full {
             self.begin_reads(self.terms.max_bytes - gathered.bytes);
             match self.reading.next().now_or_never() {
                 Some(Some(outcome)) => self.absorb(outcome, gathered),
@@ -266,7 +273,7 @@ impl Gathered {
     }
 
     fn is_enough(&self, terms: &Terms) -> bool {
-        self.failed || self.bytes >= terms.min_bytes
+        self.failed || self.full || self.bytes >= terms.min_bytes
     }
 }
 

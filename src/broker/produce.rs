@@ -78,7 +78,7 @@ impl Broker {
         self: Arc<Self>,
         requests: Streaming<v1::ProduceRequest>,
     ) -> impl Stream<Item = Result<v1::ProduceResponse, Status>> + Send + 'static {
-        let state = Pipeline { broker: self, requests, answers: FuturesUnordered::new(), ended: None };
+        let state = Pipeline { broker: self, requests, beginning: None, answers: FuturesUnordered::new(), ended: None };
         stream::unfold(state, |mut pipeline| async move { Some((pipeline.next().await?, pipeline)) })
     }
 
@@ -116,11 +116,11 @@ impl Broker {
             return Err(faults::too_large(partition.topic(), batch.encoded_len(), most));
         }
         let (bytes, records) = (batch.encoded_len() as u64, u64::from(batch.count()));
-        let answer = Some(self.submit(&partition, batch, acks).await?);
         let timeout = match request.timeout_ms {
             0 => DEFAULT_TIMEOUT,
             ms => Duration::from_millis(ms.into()),
         };
+        let answer = Some(self.submit(&partition, batch, acks, timeout).await?);
         let id = partition.id();
         let answer = (acks != Acks::None).then(|| Awaited { answer, partition });
         Ok(Queued { partition: id, answer, timeout, began, bytes, records })
@@ -150,11 +150,23 @@ impl Broker {
         partition: &Partition,
         batch: Batch,
         acks: Acks,
+        timeout: Duration,
     ) -> Result<oneshot::Receiver<AppendResult>, Fault> {
-        let permit = self.produce_memory.take(batch.encoded_len()).await;
-        if self.is_stopping() {
-            return Err(self.stopping_refusal(partition));
-        }
+        let permit = tokio::select! {
+            biased;
+            () = self.stopping() => return Err(self.stopping_refusal(partition)),
+            permit = self.produce_memory.take(batch.encoded_len()) => permit,
+            () = tokio::time::sleep(timeout) => {
+                return Err(Fault::new(
+                    Reason::Overloaded,
+                    format!(
+                        "no memory for the batch came free within {} ms: other writes wait for their acknowledgements and hold it \
+                         (limits.produce_memory_bytes)",
+                        timeout.as_millis()
+                    ),
+                ));
+            }
+        };
         Ok(partition.append(batch, acks, permit).await)
     }
 
@@ -181,10 +193,15 @@ impl Broker {
     }
 }
 
+/// A request of a stream by its number, and what became of it at first.
+type Begun = (u64, Result<Queued, Fault>);
+
 /// One produce stream: requests going in, answers coming out as they are due.
 struct Pipeline {
     broker: Arc<Broker>,
     requests: Streaming<v1::ProduceRequest>,
+    /// The request that came last, which may have to wait for memory. The next one is taken when it is queued.
+    beginning: Option<BoxFuture<'static, Begun>>,
     answers: FuturesUnordered<BoxFuture<'static, v1::ProduceResponse>>,
     /// No more requests come: the producer said so, or what it sent cannot be read. The stream ends with this.
     ended: Option<Result<(), Status>>,
@@ -194,19 +211,19 @@ impl Pipeline {
     async fn next(&mut self) -> Option<Result<v1::ProduceResponse, Status>> {
         loop {
             // What was queued is answered first, whatever came after it.
-            if self.answers.is_empty()
-                && let Some(ended) = &mut self.ended
-            {
+            let is_idle = self.answers.is_empty() && self.beginning.is_none();
+            if is_idle && let Some(ended) = &mut self.ended {
                 return std::mem::replace(ended, Ok(())).err().map(Err);
             }
             tokio::select! {
                 biased;
                 Some(answer) = self.answers.next(), if !self.answers.is_empty() => return Some(Ok(answer)),
                 // Every write that came has its answer: a stop need not wait for a producer that is quiet.
-                () = self.broker.stopping(), if self.answers.is_empty() => return None,
-                request = self.requests.message(), if self.ended.is_none() && self.answers.len() < STREAM_REQUESTS => {
+                () = self.broker.stopping(), if is_idle => return None,
+                begun = begun(&mut self.beginning), if self.beginning.is_some() => self.await_answer(begun),
+                request = self.requests.message(), if self.takes_more() => {
                     match request {
-                        Ok(Some(request)) => self.begin(request).await,
+                        Ok(Some(request)) => self.begin(request),
                         Ok(None) => self.ended = Some(Ok(())),
                         Err(status) => self.ended = Some(Err(faults::unreadable(status))),
                     }
@@ -215,15 +232,25 @@ impl Pipeline {
         }
     }
 
-    async fn begin(&mut self, request: v1::ProduceRequest) {
-        let correlation = request.correlation;
-        let queued = match request.append {
-            Some(append) => self.broker.queue(append).await,
-            None => {
-                self.broker.metrics.produce_requests.inc();
-                Err(faults::invalid("the request holds no append"))
-            }
-        };
+    fn takes_more(&self) -> bool {
+        self.ended.is_none() && self.beginning.is_none() && self.answers.len() < STREAM_REQUESTS
+    }
+
+    fn begin(&mut self, request: v1::ProduceRequest) {
+        let broker = Arc::clone(&self.broker);
+        self.beginning = Some(Box::pin(async move {
+            let queued = match request.append {
+                Some(append) => broker.queue(append).await,
+                None => {
+                    broker.metrics.produce_requests.inc();
+                    Err(faults::invalid("the request holds no append"))
+                }
+            };
+            (request.correlation, queued)
+        }));
+    }
+
+    fn await_answer(&mut self, (correlation, queued): Begun) {
         let broker = Arc::clone(&self.broker);
         self.answers.push(Box::pin(async move {
             let result = match queued {
@@ -240,6 +267,13 @@ impl Pipeline {
             v1::ProduceResponse { correlation, result: Some(result) }
         }));
     }
+}
+
+/// Waits until the request that came last is queued, or refused.
+async fn begun(beginning: &mut Option<BoxFuture<'static, Begun>>) -> Begun {
+    let begun = beginning.as_mut().expect("only asked while there is one").await;
+    *beginning = None;
+    begun
 }
 
 fn acks(value: i32) -> Result<Acks, Fault> {

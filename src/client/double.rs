@@ -159,6 +159,19 @@ impl Double {
         self.grown.send_replace(());
     }
 
+    /// Makes the records of a stored batch such that nobody can decode them, though its checksum holds.
+    pub(super) fn garble(&self, partition: usize, batch: usize) {
+        const CRC: std::ops::Range<usize> = 17..21;
+        const CODEC: usize = 22;
+        let mut state = self.state();
+        let batch = &mut state.partitions[partition].batches[batch];
+        let mut bytes = batch.to_bytes().to_vec();
+        bytes[CODEC] |= 1;
+        let crc = crc32c::crc32c(&bytes[CRC.end..]);
+        bytes[CRC].copy_from_slice(&crc.to_be_bytes());
+        *batch = Batch::parse(bytes.into()).expect("whole, and not what it says");
+    }
+
     pub(super) fn set_start(&self, partition: usize, start: u64) {
         let mut state = self.state();
         let partition = &mut state.partitions[partition];
@@ -381,6 +394,9 @@ impl log_server::Log for Double {
     ) -> Result<Response<Self::FetchStream>, Status> {
         let mut requests = request.into_inner();
         let first = requests.message().await?.expect("a first request");
+        if first.partitions.len() > crate::limits::MAX_FETCH_PARTITIONS {
+            return Err(Fault::new(Reason::InvalidRequest, "too many partitions").into());
+        }
         let (answers, stream) = mpsc::channel(1);
         self.tasks.spawn("double fetch", self.clone().serve_fetch(first.partitions, first.any_replica, answers));
         Ok(Response::new(Box::pin(ReceiverStream::new(stream))))

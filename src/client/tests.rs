@@ -20,6 +20,7 @@ use crate::{
 
 mod doubt;
 mod near;
+mod reading;
 
 async fn client(double: &Double) -> Client {
     Client::connect(&double.address.to_string(), Options::default()).await.expect("the double answers")

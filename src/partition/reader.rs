@@ -162,8 +162,9 @@ impl Reader {
         if self.shared.is_closed() {
             return Err(ReadError::Closed);
         }
-        let marks = self.shared.marks();
+        // In this order: a leader publishes its marks before it says that it is settled.
         let role = self.shared.standing().role;
+        let marks = self.shared.marks();
         let keeps = role.leads() || !mutant!(FollowerServesUncommitted);
         let end = if keeps && !mutant!(ReadUncommitted) { marks.high_watermark } else { marks.log_end };
         let start = marks.log_start;

@@ -67,13 +67,14 @@ fn a_broker_alone_takes_orders_and_says_which_make_no_sense() {
         ("partition reassign status order", &["\"order\" does not exist"]),
         ("partition reassign cancel orders/0", &["nothing to cancel", "orders/0"]),
         ("partition reassign cancel --all", &["nothing to cancel"]),
-        ("partition reassign cancel", &["TOPIC/N", "--all"]),
         ("partition elect orders/5", &["no partition 5"]),
         ("partition elect orders/0 --unclean", &["broker 1 leads orders/0"]),
     ] {
         let complaint = refused(&cli, line);
         assert!(parts.iter().all(|part| complaint.contains(part)), "{line}: {complaint}");
     }
+    let wrong = run(&cli, "partition reassign cancel");
+    assert!(wrong.code == 2 && wrong.stderr.contains("TOPIC/N") && wrong.stderr.contains("--all"), "{wrong:?}");
 
     for (line, part) in [
         ("topic create many --replication-factor 0", "1..=32"),

@@ -7,8 +7,9 @@ use std::{
 };
 
 use bytes::Bytes;
+use futures::StreamExt as _;
 use strandline::proto::{
-    fault::Reason,
+    fault::{Fault as Refusal, Reason},
     v1::{self, Acks},
 };
 
@@ -160,6 +161,40 @@ fn a_slow_bucket_holds_up_no_acknowledgement() {
     server.faults().clear();
     settled(&cli, "t", 40_000);
     reads(&cli, "t", "earliest", &text.repeat(2));
+}
+
+/// A stream of which a request waited for memory looked at none of its answers meanwhile. Those whose time was up kept what they had been
+/// given, and nobody wrote to any topic before the bucket was back.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn streams_that_wait_for_the_bucket_leave_room_for_others() {
+    const SOON: Duration = Duration::from_secs(20);
+    let (server, home, _broker) =
+        tokio::task::block_in_place(|| start(|home| home.setting("limits.produce_memory_bytes", 1 << 20)));
+    tokio::task::block_in_place(|| ["t", "other"].map(|topic| create(&home.cli(), topic, EAGER)));
+    server.faults().set_down(true);
+    let mut log = wire::log(home.grpc());
+    let waiting = |correlation| {
+        let append = wire::append_plain("t", 0, vec![Bytes::from(vec![7; 300_000])]);
+        let append = v1::AppendRequest { acks: Acks::Tiered.into(), timeout_ms: 500, ..append };
+        v1::ProduceRequest { correlation, append: Some(append) }
+    };
+    let mut streams = Vec::new();
+    for _ in 0..3 {
+        let requests = futures::stream::iter((0..8).map(waiting)).chain(futures::stream::pending());
+        streams.push(log.produce(requests).await.expect("a stream").into_inner());
+    }
+    let other = wire::append(&mut log, wire::append_plain("other", 0, vec![Bytes::from_static(b"x")]));
+    tokio::time::timeout(SOON, other).await.expect("there is room").expect("acknowledged");
+    for answers in &mut streams {
+        for _ in 0..8 {
+            let answer = tokio::time::timeout(SOON, answers.message()).await.expect("in time").expect("an answer");
+            let Some(v1::produce_response::Result::Error(error)) = answer.and_then(|answer| answer.result) else {
+                panic!("the bucket is away")
+            };
+            let reason = Refusal::from(error).reason;
+            assert!(matches!(reason, Reason::Timeout | Reason::Overloaded), "{reason:?}");
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -18,6 +18,7 @@ use super::{
         connection::Address,
         error::{CallError, ConsumeError},
         options::Pauses,
+        routing,
         trouble::Party,
     },
     ConsumerOptions, Item, OnOutOfRange, What,
@@ -28,6 +29,7 @@ use super::{
     streams::Streams,
 };
 use crate::{
+    limits,
     model::Offset,
     proto::{
         fault::{Fault, Reason},
@@ -218,7 +220,11 @@ impl Driver {
             later = sooner(later, Some(now + ASK_AFTER));
         }
         for address in addresses {
-            self.open(address, now);
+            self.open(&address, now);
+        }
+        // What a stream carried that was opened anew may be read elsewhere by now.
+        if self.is_one_left(now) {
+            later = Some(now);
         }
         if unknown {
             self.route();
@@ -228,26 +234,41 @@ impl Driver {
         }
     }
 
-    /// Opens a stream for all partitions that are read from this broker or should be.
-    fn open(&mut self, address: Address, now: Instant) {
-        let old = self.sources.iter().find(|(_, source)| source.address == address).map(|(number, _)| *number);
-        if let Some(old) = old {
+    /// Every partition that may be read and is not, with where that is.
+    fn unread(&self, now: Instant) -> impl Iterator<Item = (&Arc<str>, u32, routing::Source)> {
+        let all = self
+            .topics
+            .iter()
+            .flat_map(|(topic, partitions)| partitions.iter().map(move |(number, state)| (topic, *number, state)));
+        all.filter(move |(.., state)| state.is_free(now))
+            .filter_map(|(topic, number, state)| Some((topic, number, self.source(topic, number, state)?)))
+    }
+
+    fn is_one_left(&self, now: Instant) -> bool {
+        self.unread(now).next().is_some()
+    }
+
+    /// Opens streams for all partitions that are read from this broker or should be, each with as many as it may carry.
+    fn open(&mut self, address: &Address, now: Instant) {
+        let old: Vec<u64> =
+            self.sources.iter().filter(|(_, source)| source.address == *address).map(|(number, _)| *number).collect();
+        for old in old {
             self.drop_stream(old);
         }
+        let found = self.unread(now).filter(|(.., source)| source.address == *address);
+        let found: Vec<_> = found.map(|(topic, partition, source)| (topic.clone(), partition, source)).collect();
+        for some in found.chunks(limits::MAX_FETCH_PARTITIONS) {
+            self.open_one(address, some, now);
+        }
+    }
+
+    fn open_one(&mut self, address: &Address, partitions: &[(Arc<str>, u32, routing::Source)], now: Instant) {
         let number = self.next_stream;
         self.next_stream += 1;
-        let mut found = Vec::new();
-        for (topic, partitions) in &self.topics {
-            for (partition, state) in partitions {
-                let free = !state.parked && state.stream.is_none() && state.not_before.is_none_or(|at| at <= now);
-                let source = free.then(|| self.source(topic, *partition, state)).flatten();
-                found.extend(source.filter(|source| source.address == address).map(|s| (topic.clone(), *partition, s)));
-            }
-        }
-        let wanted = found.into_iter().map(|(topic, partition, source)| {
-            let state = self.state(&topic, partition).expect("it was found");
-            let (offset, leader_epoch) = state.carried(number, &source, now);
-            let partition = i32::try_from(partition).expect("partitions are few");
+        let wanted = partitions.iter().map(|(topic, partition, source)| {
+            let state = self.state(topic, *partition).expect("it was found");
+            let (offset, leader_epoch) = state.carried(number, source, now);
+            let partition = i32::try_from(*partition).expect("partitions are few");
             v1::FetchPartition { topic: topic.to_string(), partition, offset, leader_epoch }
         });
         let wanted = wanted.collect();
@@ -262,7 +283,7 @@ impl Driver {
         let (requests, queue) = mpsc::channel(1);
         requests.try_send(request).expect("the queue is new");
         self.streams.insert(number, responses(self.client.clone(), address.clone(), queue));
-        self.sources.insert(number, Source { address, doubts: false, _requests: requests });
+        self.sources.insert(number, Source { address: address.clone(), doubts: false, _requests: requests });
     }
 
     fn on_response(&mut self, number: u64, heard: Result<Heard, Fault>) {

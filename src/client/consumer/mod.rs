@@ -295,11 +295,7 @@ impl Consumer {
                 return Ok(record);
             }
             let batch = self.fetch().await?;
-            let records =
-                batch.batch.records().map_err(|source| damaged(&batch.topic, batch.partition, batch.from, source))?;
-            let end = batch.batch.end_offset();
-            self.current =
-                Some(Current { topic: batch.topic, partition: batch.partition, records, position: batch.from, end });
+            self.begin(batch)?;
         }
     }
 
@@ -314,11 +310,7 @@ impl Consumer {
             }
             let Ok(item) = self.items.try_recv() else { return Ok(None) };
             let Some(batch) = self.accept(item)? else { continue };
-            let records =
-                batch.batch.records().map_err(|source| damaged(&batch.topic, batch.partition, batch.from, source))?;
-            let end = batch.batch.end_offset();
-            self.current =
-                Some(Current { topic: batch.topic, partition: batch.partition, records, position: batch.from, end });
+            self.begin(batch)?;
         }
     }
 
@@ -339,15 +331,35 @@ impl Consumer {
         self.tasks.stop().await;
     }
 
+    /// Hands out the records of a batch from here on.
+    fn begin(&mut self, batch: ConsumedBatch) -> Result<(), ConsumeError> {
+        let ConsumedBatch { topic, partition, batch, from: position, .. } = batch;
+        let records = batch.records().map_err(|source| self.halt(&topic, partition, position, source))?;
+        self.current = Some(Current { topic, partition, records, position, end: batch.end_offset() });
+        Ok(())
+    }
+
+    /// Reads a partition no further than to a record that cannot be decoded: it stands there until it is assigned or sought anew.
+    fn halt(&mut self, topic: &Arc<str>, partition: u32, position: Offset, source: Malformed) -> ConsumeError {
+        if let Some(assigned) = self.assigned.get_mut(&(topic.clone(), partition)) {
+            // What is on the way is of an assignment before.
+            *assigned = Assigned { generation: self.next_generation, position };
+            self.next_generation += 1;
+        }
+        // Where there is no room for it, what is read on is passed over.
+        let _unread = self.commands.try_send(Command::Unassign { topic: topic.clone(), partition });
+        damaged(topic, partition, position, source)
+    }
+
     fn next_of_current(&mut self) -> Result<Option<ConsumedRecord>, ConsumeError> {
         let Some(current) = &mut self.current else { return Ok(None) };
         for record in current.records.by_ref() {
             let (offset, record) = match record {
                 Ok(record) => record,
                 Err(source) => {
-                    let error = damaged(&current.topic, current.partition, current.position, source);
+                    let (topic, partition, position) = (current.topic.clone(), current.partition, current.position);
                     self.current = None;
-                    return Err(error);
+                    return Err(self.halt(&topic, partition, position, source));
                 }
             };
             if offset >= current.position {

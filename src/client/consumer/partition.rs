@@ -76,6 +76,11 @@ impl Partition {
         (self.position.as_i64(), epoch.as_i32())
     }
 
+    /// Whether it may be read, and no stream carries it.
+    pub(super) fn is_free(&self, now: Instant) -> bool {
+        !self.parked && self.stream.is_none() && self.not_before.is_none_or(|at| at <= now)
+    }
+
     /// Its stream carries it no more.
     pub(super) fn uncarried(&mut self) {
         self.stream = None;

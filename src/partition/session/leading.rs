@@ -45,6 +45,9 @@ pub(super) const ANSWERS: usize = 1024;
 /// How long a moved high watermark waits for batches to ride on.
 const MARK_WAIT: Duration = Duration::from_millis(5);
 
+/// Pieces that wait to go out from which on no high watermark is told by itself: to a follower that takes nothing they would be without number.
+const MARKS: usize = 4096;
+
 /// How long the end of a link waits for partitions to take note of it. One whose queue stays full hears of the next join instead.
 const DEPARTURE_WAIT: Duration = Duration::from_secs(1);
 
@@ -150,10 +153,10 @@ impl Leading {
                 Some(read) = self.reading.next(), if !self.reading.is_empty() => self.absorb(read),
                 () = written.wait(), if may_read => {}
                 () = until(self.throttled_until), if may_read => self.throttled_until = None,
-                () = committed.wait(), if self.marks_due.is_none() => {
+                () = committed.wait(), if self.marks_due.is_none() && self.pieces.len() < MARKS => {
                     self.marks_due = Some(clock::monotonic() + MARK_WAIT);
                 }
-                () = until(self.marks_due) => self.tell_marks(),
+                () = until(self.marks_due), if self.pieces.len() < MARKS => self.tell_marks(),
                 () = outgoing.closed() => return Ended::Closed,
             }
         }

@@ -1,0 +1,73 @@
+//! What a consumer reads: no partition is left out, and none is read on past what cannot be decoded.
+
+use super::*;
+use crate::{client::Consumer, limits, proto::fault::Reason};
+
+const SOON: Duration = Duration::from_secs(20);
+
+fn at(offset: u64) -> Offset {
+    Offset::new(offset).expect("small")
+}
+
+async fn write(double: &Double, partition: u32, values: &[&str]) {
+    let producer = client(double).await.producer(one_by_one()).await.expect("an id");
+    for value in values {
+        let record = NewRecord::value(value.as_bytes()).partition(partition);
+        producer.send("t", record).await.expect("queued").await.expect("acknowledged");
+    }
+}
+
+async fn next(consumer: &mut Consumer) -> Result<(u32, Offset), ConsumeError> {
+    let record = tokio::time::timeout(SOON, consumer.next()).await.expect("something comes in time")?;
+    Ok((record.partition, record.offset))
+}
+
+/// The stream that carried it was opened anew for another one, and nobody looked where it was read since.
+#[tokio::test]
+async fn a_partition_that_moved_while_another_was_assigned_is_read_on() {
+    let (old, new) = (Double::start(2).await, Double::start(2).await);
+    write(&old, 1, &["0"]).await;
+    write(&new, 1, &["0", "1"]).await;
+    new.state().epoch = 1;
+    let client = client(&old).await;
+    let mut consumer = client.consumer(ConsumerOptions::default());
+    consumer.assign_at("t", 1, at(0)).await.expect("assigned");
+    assert_eq!(next(&mut consumer).await, Ok((1, at(0))));
+    // A producer of the same client hears it first.
+    let moved = Fault::new(Reason::NotLeader, "it moved").with("leader", 2).with("leader_epoch", 1);
+    assert!(client.routing().told("t", 1, &moved.with("address", new.address)));
+    consumer.assign_at("t", 0, at(0)).await.expect("assigned");
+    assert_eq!(next(&mut consumer).await, Ok((1, at(1))));
+}
+
+#[tokio::test]
+async fn records_behind_what_cannot_be_decoded_are_not_handed_out() {
+    let (double, client) = filled(4).await;
+    double.garble(0, 1);
+    let mut consumer = client.consumer(ConsumerOptions::default());
+    consumer.assign_at("t", 0, at(0)).await.expect("assigned");
+    assert_eq!(next(&mut consumer).await, Ok((0, at(0))));
+    let error = next(&mut consumer).await.expect_err("it cannot be decoded");
+    assert!(matches!(error, ConsumeError::Damaged { offset, .. } if offset == at(1)), "{error}");
+    assert_eq!(consumer.position("t", 0), Ok(at(1)));
+    // What comes after it was on its way, and more is written.
+    write(&double, 0, &["4"]).await;
+    let more = tokio::time::timeout(Duration::from_millis(300), consumer.next()).await;
+    assert!(more.is_err(), "{more:?}");
+    consumer.seek("t", 0, at(2)).await.expect("assigned");
+    assert_eq!(next(&mut consumer).await, Ok((0, at(2))));
+}
+
+#[tokio::test]
+async fn more_partitions_of_a_broker_than_a_request_may_name_are_all_read() {
+    let partitions = limits::MAX_FETCH_PARTITIONS + 1;
+    let double = Double::start(partitions).await;
+    let last = u32::try_from(partitions - 1).expect("few");
+    write(&double, last, &["0"]).await;
+    let client = client(&double).await;
+    let mut consumer = client.consumer(ConsumerOptions::default());
+    for partition in 0..=last {
+        consumer.assign_at("t", partition, at(0)).await.expect("assigned");
+    }
+    assert_eq!(next(&mut consumer).await, Ok((last, at(0))));
+}
