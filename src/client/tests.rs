@@ -507,6 +507,23 @@ async fn a_silent_leader_is_left_when_another_one_leads() {
     assert_eq!(new.values(0), numbers(0..3));
 }
 
+/// So many batches were under way there that others waited for room in the stream, and for ever.
+#[tokio::test]
+async fn a_silent_leader_is_left_by_those_that_wait_for_room_too() {
+    let (old, new) = (Double::start(40).await, Double::start(40).await);
+    let producer = client(&old).await.producer(one_by_one()).await.expect("an id");
+    old.script(&[Act::Hold; 1000]);
+    let mut sent = Vec::new();
+    for number in 0..640 {
+        let record = NewRecord::value(b"x").partition(number % 40);
+        sent.push(producer.send("t", record).await.expect("queued"));
+    }
+    old.state().advertised = new.address.to_string();
+    let acknowledged = tokio::time::timeout(Duration::from_secs(8), futures::future::join_all(sent)).await;
+    assert!(acknowledged.expect("the new leader answers soon").iter().all(Result::is_ok));
+    assert!((0..40).all(|partition| new.batches(partition) == 16));
+}
+
 /// A broker that is cut off from the others, and not from its clients, answers at once who leads, as far as it knows: itself. A client
 /// whose questions all went to it stayed with it until the cut was over.
 #[tokio::test]

@@ -67,6 +67,8 @@ struct Stream {
     under_way: usize,
     /// Lanes that found the stream full, each once, the longest wait first.
     waiting: VecDeque<usize>,
+    /// The call itself, and what is on its way there: over when the stream is left.
+    call: Tasks,
 }
 
 impl Stream {
@@ -343,15 +345,16 @@ impl Driver {
         self.next_stream += 1;
         let (requests, queue) = mpsc::channel(STREAM_WINDOW);
         let run = stream::run(self.shared.client.clone(), address.clone(), number, queue, self.events.clone());
-        let tasks = self.tasks.clone();
+        let call = self.tasks.child();
+        let left = call.clone();
         self.tasks.spawn("producer stream", async move {
             tokio::select! {
                 biased;
-                () = tasks.cancelled() => {}
+                () = left.cancelled() => {}
                 () = run => {}
             }
         });
-        let stream = Stream { address: address.clone(), requests, under_way: 0, waiting: VecDeque::new() };
+        let stream = Stream { address: address.clone(), requests, under_way: 0, waiting: VecDeque::new(), call };
         self.streams.insert(number, stream);
         self.by_address.insert(address.clone(), number);
         number
@@ -414,6 +417,7 @@ impl Driver {
     fn on_ended(&mut self, number: u64, delivered: bool, fault: &Fault) {
         let Some(stream) = self.streams.remove(&number) else { return };
         tracing::debug!(address = stream.address.as_str(), %fault, "produce stream ended");
+        stream.call.cancel();
         self.by_address.remove(&stream.address);
         for index in &stream.waiting {
             self.lanes[*index].waiting = false;

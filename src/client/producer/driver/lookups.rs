@@ -51,6 +51,7 @@ impl Driver {
         for index in 0..self.lanes.len() {
             self.leave_silent(index, now);
         }
+        self.leave_queues();
         let mut missing = false;
         for index in std::mem::take(&mut self.unrouted) {
             let state = &mut self.lanes[index];

@@ -81,10 +81,38 @@ impl Driver {
         let problem = format!("{} has gone silent; {} leads now", old.as_str(), leader.as_str());
         let state = &mut self.lanes[index];
         state.stream = None;
-        let given_up = state.flight.lost(number, true);
+        if std::mem::take(&mut state.waiting) {
+            self.streams.values_mut().for_each(|stream| stream.waiting.retain(|lane| *lane != index));
+        }
+        let given_up = self.lanes[index].flight.lost(number, true);
         self.give_up(index, given_up);
         self.trouble(index, problem);
         self.pump(index);
+    }
+
+    /// Has those look again who wait for room in the stream of a broker that does not lead them any more: where it is silent, there is never
+    /// any.
+    pub(super) fn leave_queues(&mut self) {
+        let routing = self.shared.client.routing();
+        let is_elsewhere = |index: &usize, address: &Address| {
+            let lane = &self.lanes[*index].lane;
+            routing.leader(&lane.topic, lane.partition).is_some_and(|leader| leader != *address)
+        };
+        let left = self
+            .streams
+            .iter()
+            .filter(|(_, stream)| stream.waiting.iter().any(|index| is_elsewhere(index, &stream.address)));
+        for number in left.map(|(number, _)| *number).collect::<Vec<_>>() {
+            let stream = self.streams.get_mut(&number).expect("it was found");
+            let waiting = std::mem::take(&mut stream.waiting);
+            for index in &waiting {
+                self.lanes[*index].waiting = false;
+            }
+            // Who is led there still queues up again, in the same order.
+            for index in waiting {
+                self.pump(index);
+            }
+        }
     }
 
     /// No answer is a trouble too, though nothing has failed.
