@@ -86,10 +86,15 @@ pub async fn prove(
 ) -> Result<Proof, StoreError> {
     let record = store.get(&keys.directory(id)).await?.entry;
     let same = record.as_ref().is_some_and(|entry| is_same(entry, shown));
-    let judged = record.map(|entry| entry.mod_revision);
-    if !same && judged.is_some() {
+    let judged = record.as_ref().map(|entry| entry.mod_revision);
+    let unread = record.as_ref().and_then(|entry| DirectoryValue::decode(&entry.key, &entry.value).err());
+    if let Some(error) = unread {
         tracing::warn!(
-            broker = %id, directory = shown.directory_id,
+            broker = %id, %error,
+            "what is known of this broker's data directory cannot be read: its replicas are taken for unproven, and copied anew where others have them"
+        );
+    } else if !same && judged.is_some() {
+        tracing::warn!(            broker = %id, directory = shown.directory_id,
             "this data directory is not the one that took part last, or is older than that: its replicas are copied anew"
         );
     }

@@ -95,7 +95,7 @@ impl Admission<'_> {
         anyhow::ensure!(
             !known.is_empty(),
             "the metadata store holds nothing below {prefix}, and this data directory took part in that cluster before: is \
-             metadata.etcd another cluster's? If etcd's data is lost, bring back its backup, or name an empty data directory"
+             metadata.etcd another cluster's? If etcd's data is lost, bring back its backup. An empty data directory begins anew, without what only this one holds"
         );
         anyhow::bail!(
             "what the metadata store holds below {prefix} knows neither this data directory nor any topic in it: it is another cluster of the \

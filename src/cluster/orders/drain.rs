@@ -44,20 +44,25 @@ impl Orders {
     pub async fn drain(&self, broker: BrokerId, now_ms: i64) -> Result<Drained, DrainError> {
         self.must_know(broker)?;
         let key = self.keys.drain(broker);
-        let put = Transaction::new()
-            .when(Compare::Absent(key.clone()))
-            .put(key.as_str(), DrainValue { since_ms: now_ms }.encode())
-            .else_get(key);
-        let (changed, since_ms) = match self.store.transact(put).await? {
-            Outcome::Done { revision } => {
-                self.reached(revision).await;
-                (true, now_ms)
-            }
-            Outcome::Refused { mut found, .. } => {
-                let entry = found.pop().flatten();
-                let known = entry.and_then(|entry| DrainValue::decode(&entry.key, &entry.value).ok());
-                (false, known.map_or(now_ms, |known| known.since_ms))
-            }
+        let mut as_it_is = Compare::Absent(key.clone());
+        let (changed, since_ms) = loop {
+            let put = Transaction::new()
+                .when(as_it_is)
+                .put(key.as_str(), DrainValue { since_ms: now_ms }.encode())
+                .else_get(key.as_str());
+            let found = match self.store.transact(put).await? {
+                Outcome::Done { revision } => {
+                    self.reached(revision).await;
+                    break (true, now_ms);
+                }
+                Outcome::Refused { mut found, .. } => found.pop().flatten(),
+            };
+            as_it_is = match found.map(|entry| (DrainValue::decode(&entry.key, &entry.value), entry)) {
+                Some((Ok(known), _)) => break (false, known.since_ms),
+                // Nobody is drained by what nobody can read.
+                Some((Err(_), entry)) => Compare::ModRevision(key.clone(), entry.mod_revision),
+                None => Compare::Absent(key.clone()),
+            };
         };
         Ok(Drained { changed, since_ms, ..left(&self.view.state(), broker) })
     }

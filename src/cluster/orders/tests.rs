@@ -237,6 +237,18 @@ async fn a_drain_tells_what_moves_and_what_nobody_can_take() {
     assert_eq!((gone.leaders, gone.stuck), (1, vec![id(2)]));
 }
 
+/// The order seemed to have been given already, and nothing moved.
+#[tokio::test]
+async fn a_drain_that_nobody_can_read_is_ordered_anew() {
+    let cluster = Cluster::of(2, 1, vec![value(&[1], Some(1), &[1])]).await;
+    let key = cluster.keys.drain(BrokerId(1));
+    cluster.store.transact(Transaction::new().put(key.as_str(), "rubbish")).await.expect("answers");
+    let drained = cluster.orders.drain(BrokerId(1), 77).await.expect("ordered");
+    assert_eq!((drained.changed, drained.since_ms), (true, 77));
+    let entry = cluster.store.get(&key).await.expect("answers").entry.expect("it is there");
+    assert_eq!(DrainValue::decode(&key, &entry.value), Ok(DrainValue { since_ms: 77 }));
+}
+
 #[tokio::test]
 async fn the_preferred_replica_leads_again_where_it_can() {
     let cluster =
