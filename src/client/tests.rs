@@ -524,6 +524,31 @@ async fn a_silent_leader_is_left_by_those_that_wait_for_room_too() {
     assert!((0..40).all(|partition| new.batches(partition) == 16));
 }
 
+/// Those with batches under way had moved, and nobody asked who leads for those that only waited for room.
+#[tokio::test]
+async fn who_only_waits_for_room_at_a_silent_leader_asks_too() {
+    let (old, new) = (Double::start(40).await, Double::start(40).await);
+    let client = client(&old).await;
+    let producer = client.producer(one_by_one()).await.expect("an id");
+    old.script(&[Act::Hold; 1000]);
+    let mut sent = Vec::new();
+    for number in 0..256 {
+        sent.push(producer.send("t", NewRecord::value(b"x").partition(number % 16)).await.expect("queued"));
+    }
+    until("the stream is full", || (0..16).all(|partition| old.batches(partition) == 16)).await;
+    for partition in 16..40 {
+        sent.push(producer.send("t", NewRecord::value(b"x").partition(partition)).await.expect("queued"));
+    }
+    for partition in 0..16 {
+        let moved = Fault::new(Reason::NotLeader, "it moved").with("leader", 2).with("leader_epoch", 1);
+        assert!(client.routing().told("t", partition, &moved.with("address", new.address)));
+    }
+    until("the busy ones have moved", || (0..16).all(|partition| new.batches(partition) == 16)).await;
+    old.state().advertised = new.address.to_string();
+    let acknowledged = tokio::time::timeout(Duration::from_secs(8), futures::future::join_all(sent)).await;
+    assert!(acknowledged.expect("the new leader answers soon").iter().all(Result::is_ok));
+}
+
 /// A broker that is cut off from the others, and not from its clients, answers at once who leads, as far as it knows: itself. A client
 /// whose questions all went to it stayed with it until the cut was over.
 #[tokio::test]

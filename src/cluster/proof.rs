@@ -94,7 +94,8 @@ pub async fn prove(
             "what is known of this broker's data directory cannot be read: its replicas are taken for unproven, and copied anew where others have them"
         );
     } else if !same && judged.is_some() {
-        tracing::warn!(            broker = %id, directory = shown.directory_id,
+        tracing::warn!(
+            broker = %id, directory = shown.directory_id,
             "this data directory is not the one that took part last, or is older than that: its replicas are copied anew"
         );
     }

@@ -67,13 +67,12 @@ impl Tables {
         Ok(Self { at, epochs, producers: producers.ok_or_else(malformed)? })
     }
 
-    /// Whether a log with these epochs, on disk from `local_start` on, holds what the bucket holds as far as both reach.
-    pub(super) fn agree(&self, history: &EpochHistory, local_start: Offset, log_end: Offset) -> bool {
+    /// Whether a log with these epochs, of which `start` on counts, holds what the bucket holds as far as both reach. A footer has the epochs
+    /// of its own segment only; that is enough: logs that share an offset and its epoch are the same up to there.
+    pub(super) fn agree(&self, history: &EpochHistory, start: Offset, log_end: Offset) -> bool {
         let end = self.at.min(log_end);
-        if local_start >= end {
-            return true;
-        }
-        self.epochs.between(local_start, end) == history.between(local_start, end)
+        let start = self.epochs.iter().next().map_or(start, |(_, first)| start.max(first));
+        start >= end || self.epochs.between(start, end) == history.between(start, end)
     }
 }
 
@@ -129,6 +128,10 @@ mod tests {
         assert!(agrees(&[(1, 0), (3, 4), (5, 10)], 0, 20), "what lies behind is its own");
         assert!(agrees(&[(1, 0)], 0, 3), "it ends before");
         assert!(agrees(&[(7, 12)], 12, 20), "it begins behind");
+        // The footer of a segment that is not the first one on the disk.
+        let last = sent(&[(3, 6)], b"").unwrap();
+        let history = EpochHistory::from_starts(pairs(&[(1, 0), (3, 4)])).unwrap();
+        assert!(last.agree(&history, at(0), at(20)));
         assert!(!agrees(&[(1, 0), (5, 4)], 0, 10));
         assert!(!agrees(&[(1, 0), (3, 5)], 0, 10));
         assert!(!agrees(&[(1, 2), (5, 8)], 2, 20));

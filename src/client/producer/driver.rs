@@ -67,6 +67,8 @@ struct Stream {
     under_way: usize,
     /// Lanes that found the stream full, each once, the longest wait first.
     waiting: VecDeque<usize>,
+    /// When an answer came last.
+    heard: Instant,
     /// The call itself, and what is on its way there: over when the stream is left.
     call: Tasks,
 }
@@ -83,8 +85,8 @@ struct LaneState {
     flight: Flight,
     /// Where the flight's batches are under way.
     stream: Option<u64>,
-    /// Whether it is among those that wait for room in a stream.
-    waiting: bool,
+    /// The stream in which it waits for room.
+    waiting: Option<u64>,
     /// The next pause; there while something fails.
     pauses: Option<Pauses>,
     /// Nothing is sent before.
@@ -239,7 +241,7 @@ impl Driver {
                 lane: lane.clone(),
                 flight: Flight::new(options.guarantee(), options.window(), self.identity),
                 stream: None,
-                waiting: false,
+                waiting: None,
                 pauses: None,
                 not_before: None,
                 timer: None,
@@ -258,7 +260,7 @@ impl Driver {
         loop {
             let state = &mut self.lanes[index];
             // It has its turn; until then later records join its open batch.
-            if state.waiting {
+            if state.waiting.is_some() {
                 break;
             }
             if state.not_before.is_some_and(|at| at > now) {
@@ -308,7 +310,7 @@ impl Driver {
         let stream = self.streams.get_mut(&number).expect("made above");
         if stream.is_full() {
             stream.waiting.push_back(index);
-            state.waiting = true;
+            state.waiting = Some(number);
             return false;
         }
         state.stream = Some(number);
@@ -328,6 +330,9 @@ impl Driver {
                     timeout_ms: u32::try_from(options.delivery_timeout.as_millis()).unwrap_or(u32::MAX).min(30_000),
                     batch,
                 };
+                if stream.under_way == 0 {
+                    stream.heard = clock::monotonic();
+                }
                 stream.under_way += 1;
                 // Full it cannot be; closed it is while its end is on the way here as an event.
                 let _ = stream.requests.try_send(frame);
@@ -354,7 +359,14 @@ impl Driver {
                 () = run => {}
             }
         });
-        let stream = Stream { address: address.clone(), requests, under_way: 0, waiting: VecDeque::new(), call };
+        let stream = Stream {
+            address: address.clone(),
+            requests,
+            under_way: 0,
+            waiting: VecDeque::new(),
+            heard: clock::monotonic(),
+            call,
+        };
         self.streams.insert(number, stream);
         self.by_address.insert(address.clone(), number);
         number
@@ -367,6 +379,7 @@ impl Driver {
         }
         if let Some(stream) = self.streams.get_mut(&number) {
             stream.under_way = stream.under_way.saturating_sub(1);
+            stream.heard = clock::monotonic();
         }
         let (appended, result) = match answer.result {
             Some(v1::produce_response::Result::Appended(appended)) => (Some(appended), Ok(())),
@@ -409,7 +422,7 @@ impl Driver {
             && !stream.is_full()
             && let Some(index) = stream.waiting.pop_front()
         {
-            self.lanes[index].waiting = false;
+            self.lanes[index].waiting = None;
             self.pump(index);
         }
     }
@@ -420,7 +433,7 @@ impl Driver {
         stream.call.cancel();
         self.by_address.remove(&stream.address);
         for index in &stream.waiting {
-            self.lanes[*index].waiting = false;
+            self.lanes[*index].waiting = None;
         }
         for index in 0..self.lanes.len() {
             let state = &mut self.lanes[index];
@@ -518,7 +531,8 @@ impl Driver {
         let deadline = state.flight.deadline().map(|(at, _)| at).or_else(|| state.lane.deadline());
         let under_way = state.flight.under_way() > 0;
         let silent = (!state.in_trouble && under_way).then_some(state.heard + trouble::SLOW);
-        let doubtful = under_way.then_some((state.heard + trouble::QUIET).max(state.doubted + trouble::DOUBT_AGAIN));
+        let heard = under_way.then_some(state.heard).into_iter().chain(self.queued_since(state)).min();
+        let doubtful = heard.map(|heard| (heard + trouble::QUIET).max(state.doubted + trouble::DOUBT_AGAIN));
         if let Some(at) = [state.not_before, deadline, silent, doubtful].into_iter().flatten().min() {
             self.set_timer(index, at);
         }

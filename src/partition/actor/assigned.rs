@@ -409,8 +409,8 @@ impl Actor {
                 return self.lead_later(waited);
             }
         };
-        let (local_start, log_end) = (self.replica.local_start(), self.replica.log_end());
-        let agrees = tables.agree(&self.replica.epochs(), local_start, log_end);
+        let (start, log_end) = (self.replica.local_start().max(self.replica.log_start()), self.replica.log_end());
+        let agrees = tables.agree(&self.replica.epochs(), start, log_end);
         if log_end < committed || !agrees {
             tracing::warn!(
                 topic = %self.topic, partition = %self.id, %log_end, at = %tables.at,

@@ -53,11 +53,12 @@ impl Driver {
 
     /// Nothing says that a machine is gone silently. So who waits asks the others who leads now, again and again, and goes there.
     pub(super) fn doubt_silence(&mut self, index: usize, now: Instant) {
-        let state = &mut self.lanes[index];
-        if !state.is_silent(now) || state.doubted + DOUBT_AGAIN > now {
+        let state = &self.lanes[index];
+        let is_silent = state.is_silent(now) || self.queued_since(state).is_some_and(|heard| heard + QUIET <= now);
+        if !is_silent || state.doubted + DOUBT_AGAIN > now {
             return;
         }
-        state.doubted = now;
+        self.lanes[index].doubted = now;
         self.leave_silent(index, now);
         self.route();
     }
@@ -81,13 +82,18 @@ impl Driver {
         let problem = format!("{} has gone silent; {} leads now", old.as_str(), leader.as_str());
         let state = &mut self.lanes[index];
         state.stream = None;
-        if std::mem::take(&mut state.waiting) {
-            self.streams.values_mut().for_each(|stream| stream.waiting.retain(|lane| *lane != index));
+        if let Some(stream) = state.waiting.take().and_then(|number| self.streams.get_mut(&number)) {
+            stream.waiting.retain(|lane| *lane != index);
         }
         let given_up = self.lanes[index].flight.lost(number, true);
         self.give_up(index, given_up);
         self.trouble(index, problem);
         self.pump(index);
+    }
+
+    /// When the stream last answered in which a lane waits for room.
+    pub(super) fn queued_since(&self, state: &LaneState) -> Option<Instant> {
+        Some(self.streams.get(&state.waiting?)?.heard)
     }
 
     /// Has those look again who wait for room in the stream of a broker that does not lead them any more: where it is silent, there is never
@@ -96,7 +102,7 @@ impl Driver {
         let routing = self.shared.client.routing();
         let is_elsewhere = |index: &usize, address: &Address| {
             let lane = &self.lanes[*index].lane;
-            routing.leader(&lane.topic, lane.partition).is_some_and(|leader| leader != *address)
+            routing.leader(&lane.topic, lane.partition).as_ref() != Some(address)
         };
         let left = self
             .streams
@@ -106,7 +112,7 @@ impl Driver {
             let stream = self.streams.get_mut(&number).expect("it was found");
             let waiting = std::mem::take(&mut stream.waiting);
             for index in &waiting {
-                self.lanes[*index].waiting = false;
+                self.lanes[*index].waiting = None;
             }
             // Who is led there still queues up again, in the same order.
             for index in waiting {

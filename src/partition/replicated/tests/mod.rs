@@ -436,6 +436,29 @@ async fn a_leader_elected_unclean_begins_behind_the_bucket() {
     equal(&two, &one, tiered_end.get()).await;
 }
 
+/// It held what the bucket holds, and more that nobody else may have; and began anew, because the last footer knows the epochs of its own
+/// segment only.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_leader_elected_unclean_keeps_what_goes_on_from_the_bucket() {
+    const TIERED: &[(&str, &str)] = &[("segment.bytes", "16384"), ("retention.ms", "-1")];
+    let net = Net::new(2, 2, 1, true).await;
+    let one = net.start(1, TIERED, false).await;
+    let two = net.start(2, TIERED, false).await;
+    in_sync(&two).await;
+    for n in 0..20u8 {
+        append(&one, &[n; 4000], Acks::All).await.unwrap();
+    }
+    net.settle(1).await;
+    let tiered_end = one.marks().tiered_end;
+    assert!(tiered_end > at(5) && tiered_end < at(20));
+    net.stop(1).await;
+    net.change(|value| value.elect_unclean(broker(2)).unwrap()).await;
+    until("it leads", || two.standing().role.leads()).await;
+    assert_eq!(two.marks().log_end, at(20));
+    let firsts: Vec<u8> = consumed(&two).await.iter().map(|value| value[0]).collect();
+    assert_eq!(firsts, (0..20u8).collect::<Vec<_>>());
+}
+
 /// It copied what was never committed, and was away while another leader filled those offsets, up to the bucket. What the metadata says is
 /// committed there is not what it has.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
