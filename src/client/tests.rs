@@ -528,6 +528,7 @@ async fn a_silent_leader_is_left_by_those_that_wait_for_room_too() {
 #[tokio::test]
 async fn who_only_waits_for_room_at_a_silent_leader_asks_too() {
     let (old, new) = (Double::start(40).await, Double::start(40).await);
+    new.state().advertised = old.address.to_string();
     let client = client(&old).await;
     let producer = client.producer(one_by_one()).await.expect("an id");
     old.script(&[Act::Hold; 1000]);
@@ -544,7 +545,12 @@ async fn who_only_waits_for_room_at_a_silent_leader_asks_too() {
         assert!(client.routing().told("t", partition, &moved.with("address", new.address)));
     }
     until("the busy ones have moved", || (0..16).all(|partition| new.batches(partition) == 16)).await;
-    old.state().advertised = new.address.to_string();
+    let asked = || old.state().asked + new.state().asked;
+    let before = asked();
+    until("the others ask again and again", || asked() > before + 5).await;
+    for double in [&old, &new] {
+        double.state().advertised = new.address.to_string();
+    }
     let acknowledged = tokio::time::timeout(Duration::from_secs(8), futures::future::join_all(sent)).await;
     assert!(acknowledged.expect("the new leader answers soon").iter().all(Result::is_ok));
 }
