@@ -411,7 +411,7 @@ impl Broker {
         let behind = self.behind(&self.view.state());
         let is_fresh = self.begun.get().is_some_and(|begun| begun.elapsed() < CATCH_UP);
         if is_fresh && behind > 0 {
-            return Err(format!("not ready: {behind} replicas of this broker are not in sync yet"));
+            return Err(format!("not ready: replicas of this broker that are not in sync yet: {behind}"));
         }
         Ok(())
     }

@@ -3,6 +3,7 @@
 mod alone;
 mod chaos;
 mod dev;
+mod disks;
 mod failover;
 mod figures;
 mod full;

@@ -35,9 +35,10 @@ enum Fault {
     EtcdCutOff,
     DiskLost,
     BucketGone,
+    BucketAils,
 }
 
-const FAULTS: [Fault; 10] = [
+const FAULTS: [Fault; 11] = [
     Fault::Kill,
     Fault::Freeze,
     Fault::CutOff,
@@ -48,6 +49,7 @@ const FAULTS: [Fault; 10] = [
     Fault::EtcdCutOff,
     Fault::DiskLost,
     Fault::BucketGone,
+    Fault::BucketAils,
 ];
 
 impl fmt::Display for Fault {
@@ -63,6 +65,7 @@ impl fmt::Display for Fault {
             Self::EtcdCutOff => "member of etcd cut off",
             Self::DiskLost => "broker killed, its disk lost",
             Self::BucketGone => "bucket gone",
+            Self::BucketAils => "bucket fails, stalls or loses answers",
         })
     }
 }
@@ -128,6 +131,12 @@ fn strike(on: &mut Machines, fault: Fault, rng: &mut StdRng, goes_on: &mut dyn F
             on.s3.faults().set_down(false);
             waited
         }
+        Fault::BucketAils => {
+            on.s3.faults().set_ailing(true);
+            let waited = lasting(LONG, goes_on);
+            on.s3.faults().set_ailing(false);
+            waited
+        }
     }
 }
 
@@ -160,9 +169,14 @@ async fn nothing_is_lost_doubled_or_turned_round_by_any_fault() {
     let work = Work::on_topic(&machines.cluster.bootstrap(), machines.cluster.addresses(), &mut rng).await;
     let mut waits: BTreeMap<Fault, Vec<Duration>> = BTreeMap::new();
     let (until, mut strikes) = (clock::monotonic() + time, 0);
+    let mut left = Vec::new();
     while clock::monotonic() < until {
         work.load.moment(&mut rng).await;
-        let fault = faults[rng.random_range(0..faults.len())];
+        // Each before any comes again, so that a short run has seen all of them.
+        if left.is_empty() {
+            left.clone_from(&faults);
+        }
+        let fault = left.swap_remove(rng.random_range(0..left.len()));
         let since = clock::monotonic();
         let mut goes_on = || {
             let logs = (0..PARTITIONS).map(|partition| (0, partition));

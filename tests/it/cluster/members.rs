@@ -130,9 +130,14 @@ impl Cluster {
         self.homes[&id].log()
     }
 
-    /// Starts a broker that is down, on what its disk holds, and waits until it is ready.
-    pub(crate) fn restart(&mut self, id: u32) {
+    /// Starts a broker that is down, on what its disk holds, and does not wait for it.
+    pub(crate) fn begin(&mut self, id: u32) {
         self.brokers.insert(id, self.homes[&id].spawn());
+    }
+
+    /// The same, and waits until it is ready.
+    pub(crate) fn restart(&mut self, id: u32) {
+        self.begin(id);
         self.ready();
     }
 

@@ -1,4 +1,4 @@
-//! What the brokers lean on goes away: etcd's members, the bucket, the disk of one of them. Nothing acknowledged is lost, and what waited
+//! What the brokers lean on goes away: etcd's members, the bucket. Nothing acknowledged is lost, and what waited
 //! goes on.
 
 use std::{collections::BTreeSet, time::Duration};
@@ -17,14 +17,14 @@ use crate::{
     broker::Home,
     crash::setting,
     etcd::Etcd,
-    patience::{PATIENCE, eventually, poll},
+    patience::{PATIENCE, eventually},
     s3::S3,
     wire,
 };
 
-const TOPIC: &str = "calm";
+pub(super) const TOPIC: &str = "calm";
 
-fn cluster_with_topic(settings: &[&str]) -> Cluster {
+pub(super) fn cluster_with_topic(settings: &[&str]) -> Cluster {
     let cluster = Cluster::start(3);
     let create = ["topic", "create", TOPIC, "--replication-factor", "3", "--config", "min.insync.replicas=2"];
     cluster.cli().ok(&[&create[..], settings].concat());
@@ -32,7 +32,7 @@ fn cluster_with_topic(settings: &[&str]) -> Cluster {
     cluster
 }
 
-fn lines(from: u32, to: u32) -> String {
+pub(super) fn lines(from: u32, to: u32) -> String {
     (from..to).map(|line| format!("line {line}\n")).collect()
 }
 
@@ -221,31 +221,4 @@ async fn a_broker_that_missed_what_etcd_has_compacted_learns_it_all_the_same() {
         }
         assert!(cluster.log(2).contains("the metadata watch broke; listing again"), "{}", cluster.log(2));
     });
-}
-
-/// A broker comes back with an empty disk under its old number: it is not believed to hold anything, and is filled anew, from the bucket as
-/// far as that reaches.
-#[test]
-fn a_broker_that_lost_its_disk_is_filled_again() {
-    let history = ["segment.bytes=65536", "segment.ms=200", "local.retention.bytes=65536", "retention.ms=-1"];
-    let settings: Vec<&str> = history.into_iter().flat_map(|one| ["--config", one]).collect();
-    let mut cluster = cluster_with_topic(&settings);
-    let cli = cluster.cli();
-    cli.ok_with(&["produce", TOPIC], lines(0, 60_000).as_bytes());
-    let leader = cluster.leader(TOPIC, 0);
-    for lost in [leader, leader % 3 + 1] {
-        cluster.kill(lost);
-        cluster.wipe(lost);
-        cluster.restart(lost);
-        assert!(cluster.log(lost).contains("its replicas are copied anew"), "{}", cluster.log(lost));
-        cluster.in_sync(TOPIC, 3);
-    }
-    // The two that were filled serve everything without the third.
-    let third = (leader + 1) % 3 + 1;
-    cluster.kill(third);
-    let whole = poll(PATIENCE, || {
-        let read = cli.run(&["consume", TOPIC, "--from", "earliest", "--until-end"]);
-        (read.code == 0 && read.text() == lines(0, 60_000)).then_some(())
-    });
-    assert!(whole.is_some(), "{}", cluster.logs());
 }

@@ -1,13 +1,13 @@
 //! How brokers of a cluster start: what they wait for in words, and what they refuse.
 
-use std::fs;
+use std::{fs, thread, time::Duration};
 
 use etcd_client::{Certificate, Client, ConnectOptions, Identity, TlsOptions};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 
 use super::members::{Cluster, etcd};
 use crate::{
-    broker::{Broker, Home},
+    broker::{Broker, Home, http_get},
     etcd::Etcd,
     patience::eventually,
 };
@@ -35,6 +35,32 @@ fn a_broker_without_the_partition_says_who_leads_it() {
     let state = cli.ok(&["topic", "describe", "t", "--output", "json"]).json();
     assert_eq!(state["partitions"][0]["leader"], leader);
     assert_eq!(cli.ok(&["consume", "t", "--from", "earliest", "--until-end"]).stdout, b"one\n");
+}
+
+/// Whoever watches a rolling restart by `/readyz` stops the next broker when this one is ready: by then its replicas must be in sync.
+#[test]
+fn a_broker_is_ready_when_its_replicas_are_in_sync() {
+    // A lease so long that a frozen leader stays one for as long as this takes.
+    let mut cluster = Cluster::with(2, |home| home.setting("metadata.session_timeout", "\"30s\""));
+    let cli = cluster.cli();
+    cli.ok(&["topic", "create", "t", "--replication-factor", "2"]);
+    cluster.in_sync("t", 2);
+    let leader = cluster.leader("t", 0);
+    let late = 3 - leader;
+    cluster.kill(late);
+    cluster.in_sync("t", 1);
+    cli.ok_with(&["produce", "t"], b"what it misses\n");
+    cluster.broker(leader).freeze(true);
+    cluster.begin(late);
+    let ready = |cluster: &Cluster| http_get(cluster.home(late).http(), "/readyz").ok();
+    let (code, page) = eventually("it has begun", || ready(&cluster).filter(|(_, page)| !page.contains("starting")));
+    assert_eq!((code, page.trim_end()), (503, "not ready: replicas of this broker that are not in sync yet: 1"));
+    thread::sleep(Duration::from_secs(1));
+    assert_eq!(ready(&cluster).expect("it answers").0, 503, "nobody has told it what it misses");
+    cluster.broker(leader).freeze(false);
+    cluster.ready();
+    let isr = cluster.partitions("t")[0]["isr"].as_array().map(Vec::len);
+    assert_eq!(isr, Some(2), "in sync when it says so, and not later");
 }
 
 #[test]
@@ -116,7 +142,7 @@ async fn a_broker_reaches_an_etcd_that_asks_for_a_certificate_and_a_password() {
         format!("--key-file={key}"),
         format!("--trusted-ca-file={ca}"),
     ];
-    let etcd = Etcd::begin(1, "https", &flags);
+    let etcd = Etcd::begin(3, "https", &flags);
     let read = |path: &str| fs::read(path).expect("written above");
     let tls = TlsOptions::new()
         .ca_certificate(Certificate::from_pem(read(&ca)))

@@ -78,12 +78,29 @@ struct Rule {
     left: usize,
 }
 
+/// What the requests to a store that ails meet, one after the other: about every other one goes through.
+const AILMENTS: [Option<Fault>; 11] = [
+    Some(Fault::Status(500)),
+    None,
+    Some(Fault::LostAnswer),
+    None,
+    Some(Fault::Status(503)),
+    None,
+    Some(Fault::Delay(Duration::from_secs(2))),
+    Some(Fault::Refuse),
+    None,
+    Some(Fault::CutAnswer),
+    Some(Fault::Twice),
+];
+
 #[derive(Debug, Default)]
 struct State {
     rules: Vec<Rule>,
     requests: HashMap<Op, usize>,
     hits: usize,
     down: bool,
+    /// How many requests have come since it ails, if it does.
+    ailing: Option<usize>,
     ignore_conditions: bool,
 }
 
@@ -110,12 +127,18 @@ impl Faults {
         let mut state = self.state.lock().unwrap();
         state.rules.clear();
         state.down = false;
+        state.ailing = None;
         state.ignore_conditions = false;
     }
 
     /// Whether the whole store is gone: every connection is closed.
     pub(crate) fn set_down(&self, down: bool) {
         self.state.lock().unwrap().down = down;
+    }
+
+    /// Whether the store fails, stalls, answers twice or loses its answers at every other request.
+    pub(crate) fn set_ailing(&self, ailing: bool) {
+        self.state.lock().unwrap().ailing = ailing.then_some(0);
     }
 
     /// Whether the store drops `If-None-Match` without a word, as some do.
@@ -156,6 +179,11 @@ impl Faults {
             rule.left -= 1;
             Some(rule.fault)
         });
+        let ailment = state.ailing.as_mut().and_then(|met| {
+            *met += 1;
+            AILMENTS[*met % AILMENTS.len()]
+        });
+        let fault = fault.or(ailment);
         state.hits += usize::from(fault.is_some());
         fault
     }

@@ -1,0 +1,104 @@
+//! A broker's disk is lost: it comes back under its old number, is not believed to hold anything, and is filled anew, from the bucket as
+//! far as that reaches.
+
+use super::{
+    members::Cluster,
+    outage::{TOPIC, cluster_with_topic, lines},
+};
+use crate::{
+    broker::{Home, http_get},
+    etcd::Etcd,
+    patience::{PATIENCE, eventually, poll},
+    s3::{Op, S3},
+};
+
+const LINES: u32 = 60_000;
+
+/// Kills a broker, takes its disk and starts it again, until it is in sync.
+fn lose_the_disk(cluster: &mut Cluster, broker: u32) {
+    cluster.kill(broker);
+    cluster.wipe(broker);
+    cluster.restart(broker);
+    assert!(cluster.log(broker).contains("its replicas are copied anew"), "{}", cluster.log(broker));
+    cluster.in_sync(TOPIC, 3);
+}
+
+/// Waits until all records are in the bucket.
+fn tiered(cluster: &Cluster) {
+    let tiered = || cluster.partitions(TOPIC)[0]["tiered_end"] == LINES;
+    eventually("all is in the bucket", || tiered().then_some(()));
+}
+
+/// Bytes of batches that a broker's process was sent by others.
+fn received(cluster: &Cluster, broker: u32) -> f64 {
+    let (_, page) = http_get(cluster.home(broker).http(), "/metrics").expect("a page");
+    let name = "strandline_replication_received_bytes_total{";
+    let figures = page.lines().filter(|line| line.starts_with(name)).filter_map(|line| line.rsplit_once(' '));
+    figures.map(|(_, value)| value.parse::<f64>().expect("a number")).sum()
+}
+
+/// Whoever holds it serves the whole topic.
+fn is_whole(cluster: &Cluster) {
+    let cli = cluster.cli();
+    let whole = poll(PATIENCE, || {
+        let read = cli.run(&["consume", TOPIC, "--from", "earliest", "--until-end"]);
+        (read.code == 0 && read.text() == lines(0, LINES)).then_some(())
+    });
+    assert!(whole.is_some(), "{}", cluster.logs());
+}
+
+#[test]
+fn a_broker_that_lost_its_disk_is_filled_again() {
+    let history = ["segment.bytes=65536", "segment.ms=200", "local.retention.bytes=65536", "retention.ms=-1"];
+    let settings: Vec<&str> = history.into_iter().flat_map(|one| ["--config", one]).collect();
+    let mut cluster = cluster_with_topic(&settings);
+    cluster.cli().ok_with(&["produce", TOPIC], lines(0, LINES).as_bytes());
+    let leader = cluster.leader(TOPIC, 0);
+    for lost in [leader, leader % 3 + 1] {
+        lose_the_disk(&mut cluster, lost);
+    }
+    // The two that were filled serve everything without the third.
+    cluster.kill((leader + 1) % 3 + 1);
+    is_whole(&cluster);
+}
+
+/// What the others have on their disks besides is not asked of them.
+#[test]
+fn of_what_is_in_the_bucket_no_broker_sends_anything_to_a_new_replica() {
+    let mut cluster = cluster_with_topic(&["--config", "segment.bytes=65536", "--config", "segment.ms=200"]);
+    cluster.cli().ok_with(&["produce", TOPIC], lines(0, LINES).as_bytes());
+    tiered(&cluster);
+    let lost = cluster.leader(TOPIC, 0) % 3 + 1;
+    let before = received(&cluster, lost);
+    assert!(before > f64::from(LINES), "the whole history, as it was written: {before}");
+    lose_the_disk(&mut cluster, lost);
+    let tail = received(&cluster, lost);
+    println!("disks: {before} bytes came while they were written, {tail} for the new replica");
+    assert!(tail * 20.0 < before, "{tail} bytes of {before} came from others, and all was in the bucket");
+}
+
+/// Uploads, a new replica's beginning and reads of history go on through a bucket that answers every other time.
+#[test]
+fn a_bucket_that_ails_costs_time_and_nothing_else() {
+    let s3 = S3::begin();
+    let mut cluster = Cluster::over(Etcd::begin(3, "http", &[]));
+    for id in 1..=3 {
+        let home = Home::member(id, &cluster.etcd).object_store(&s3);
+        cluster.add(id, home);
+    }
+    cluster.ready();
+    s3.faults().set_ailing(true);
+    let cli = cluster.cli();
+    let history = ["segment.bytes=262144", "segment.ms=500", "local.retention.bytes=65536", "min.insync.replicas=2"];
+    let settings: Vec<&str> = history.into_iter().flat_map(|one| ["--config", one]).collect();
+    cli.ok(&[&["topic", "create", TOPIC, "--replication-factor", "3"], &settings[..]].concat());
+    cluster.in_sync(TOPIC, 3);
+    cli.ok_with(&["produce", TOPIC], lines(0, LINES).as_bytes());
+    tiered(&cluster);
+    let lost = cluster.leader(TOPIC, 0);
+    lose_the_disk(&mut cluster, lost);
+    is_whole(&cluster);
+    let [puts, gets] = [Op::Put, Op::Get].map(|op| s3.faults().requests(op));
+    println!("disks: {} faults in {puts} puts and {gets} gets", s3.faults().hits());
+    assert!(s3.faults().hits() > 5 && gets > 0, "it ailed");
+}
