@@ -9,6 +9,8 @@
 //! that an offset is out of range.
 
 mod plain;
+#[cfg(test)]
+mod tests;
 
 use std::{collections::BTreeMap, pin::Pin, sync::Arc, time::Duration};
 
@@ -55,6 +57,8 @@ struct Terms {
     min_bytes: usize,
     max_bytes: usize,
     max_wait: Duration,
+    /// Most bytes that several reads fill together: what one message takes.
+    message_bytes: usize,
 }
 
 impl Terms {
@@ -65,6 +69,7 @@ impl Terms {
             min_bytes: (min_bytes as usize).clamp(1, max_bytes),
             max_bytes,
             max_wait: Duration::from_millis(max_wait_ms.min(limits::MAX_FETCH_WAIT_MS).into()),
+            message_bytes: limits::MAX_BATCH_BYTES,
         }
     }
 }
@@ -87,6 +92,8 @@ struct Session {
     places: Vec<Place>,
     ready: Arc<Ready>,
     reading: FuturesUnordered<Pin<Box<dyn Future<Output = ReadOutcome> + Send>>>,
+    /// What was read and did not fit into the last answer: the first of the next one, so that nothing small can keep it out for ever.
+    held: Option<ReadOutcome>,
     terms: Terms,
     /// Followers in sync may serve it.
     any_replica: bool,
@@ -97,7 +104,7 @@ struct Session {
 impl Session {
     fn new(broker: Arc<Broker>, terms: Terms) -> Self {
         let (ready, reading) = (Arc::default(), FuturesUnordered::new());
-        Self { broker, places: Vec::new(), ready, reading, terms, any_replica: false, refused: Vec::new() }
+        Self { broker, places: Vec::new(), ready, reading, held: None, terms, any_replica: false, refused: Vec::new() }
     }
 
     /// Reads these partitions from now on, and no others. One that was being read goes on where it is, unless `restart`.
@@ -111,7 +118,7 @@ impl Session {
             )));
         }
         let before = std::mem::take(&mut self.places);
-        self.reading = FuturesUnordered::new();
+        (self.reading, self.held) = (FuturesUnordered::new(), None);
         self.ready = Arc::default();
         let goes_on = before.iter().filter(|place| !restart && place.reader.is_some());
         let positions: BTreeMap<(&str, i32), Offset> =
@@ -165,6 +172,15 @@ impl Session {
 
     /// Takes the outcome of one read into the answer.
     fn absorb(&mut self, (index, outcome): ReadOutcome, gathered: &mut Gathered) {
+        if let Ok(Some(fetched)) = &outcome
+            && gathered.bytes > 0
+            && gathered.bytes + fetched.bytes > self.terms.message_bytes
+        {
+            // No message takes both.
+            gathered.full = true;
+            self.held = Some((index, outcome));
+            return;
+        }
         let place = &mut self.places[index];
         place.reading = false;
         let again = std::mem::take(&mut place.again);
@@ -186,11 +202,6 @@ impl Session {
         match outcome {
             Ok(None) if again => self.ready.mark(index),
             Ok(None) => {}
-            Ok(Some(fetched)) if gathered.bytes > 0 && gathered.bytes + fetched.bytes > limits::MAX_BATCH_BYTES => {
-                // No message takes both. It is read again for the next answer.
-                gathered.full = true;
-                self.ready.mark(index);
-            }
             Ok(Some(fetched)) => {
                 let marks = reader.marks();
                 place.position = fetched.next;
@@ -224,6 +235,9 @@ impl Session {
     fn gather_now(&mut self, gathered: &mut Gathered) {
         gathered.failed |= !self.refused.is_empty();
         self.refused.drain(..).for_each(|refused| gathered.refuse(refused));
+        if let Some(held) = self.held.take() {
+            self.absorb(held, gathered);
+        }
         while gathered.bytes < self.terms.max_bytes && !gathered.full {
             self.begin_reads(self.terms.max_bytes - gathered.bytes);
             match self.reading.next().now_or_never() {

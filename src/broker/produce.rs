@@ -172,7 +172,9 @@ impl Broker {
 
     async fn outcome(&self, queued: Queued) -> Result<v1::AppendResponse, Fault> {
         let Some(answer) = queued.answer else { return Ok(unacknowledged()) };
-        let outcome = match tokio::time::timeout(queued.timeout, answer.get()).await {
+        // Of its time a part is over: it may have waited for memory.
+        let left = queued.timeout.saturating_sub(queued.began.elapsed());
+        let outcome = match tokio::time::timeout(left, answer.get()).await {
             Ok(Ok(Ok(acked))) => Ok(response(&acked)),
             Ok(Ok(Err(error))) => Err(self.append_refused(queued.partition, error)),
             Ok(Err(_dropped)) => Err(self.append_refused(queued.partition, AppendError::Closing)),

@@ -11,20 +11,23 @@ use crate::{
     cluster::{
         Addresses, BrokerValue, DeletedValue, EmbeddedStore, Key, NewTopic, PartitionValue, Registration, Revision,
         Shown, TopicValue, Transaction, Value as _,
-        faulty::{Fault, Faulty},
+        faulty::{self, Faulty},
         prove,
     },
     log::{Identity, Options, RealDisk},
     model::{LeaderEpoch, TopicId, TopicName},
-    proto::{fault::Reason, v1},
+    proto::{
+        fault::{Fault, Reason},
+        v1,
+    },
     task::{
         patience::{becomes, until},
         random,
     },
 };
 
-struct Bench {
-    broker: Arc<Broker>,
+pub(super) struct Bench {
+    pub(super) broker: Arc<Broker>,
     store: EmbeddedStore,
     /// The store as the broker reaches it.
     link: Faulty,
@@ -33,7 +36,7 @@ struct Bench {
 }
 
 impl Bench {
-    async fn start(dir: &Path, alone: bool) -> Self {
+    pub(super) async fn start(dir: &Path, alone: bool) -> Self {
         Self::over(dir, alone, EmbeddedStore::in_memory()).await
     }
 
@@ -95,7 +98,7 @@ impl Bench {
         Self { broker, store, link, keys, tasks }
     }
 
-    async fn create(&self, name: &TopicName, partitions: u32) -> TopicId {
+    pub(super) async fn create(&self, name: &TopicName, partitions: u32) -> TopicId {
         let (replication_factor, config) = (1, ConfigMap::new());
         let new = NewTopic { name: name.clone(), partitions, replication_factor, config, validate_only: false };
         let made = self.broker.topics.create(new).await.unwrap();
@@ -116,13 +119,26 @@ impl Bench {
         self.broker.hosted.until(|hosted| hosted.topic(&later).is_none()).await;
     }
 
+    /// Appends one record of so many bytes to topic `t`.
+    pub(super) async fn append(
+        &self,
+        partition: i32,
+        bytes: usize,
+        timeout_ms: u32,
+    ) -> Result<v1::AppendResponse, Fault> {
+        let records = vec![v1::Record { value: Some(vec![7; bytes].into()), ..Default::default() }];
+        let payload = Some(v1::append_request::Payload::Records(v1::PlainRecords { records }));
+        let topic = "t".to_owned();
+        self.broker.append(v1::AppendRequest { topic, partition, timeout_ms, payload, ..Default::default() }).await
+    }
+
     /// How many partitions of a topic are open, and how many replicas of it are on the disk.
     fn holds(&self, topic: TopicId) -> (usize, usize) {
         let open = self.broker.hosted.open().iter().filter(|partition| partition.id().topic == topic).count();
         (open, self.broker.log.partitions().iter().filter(|id| id.topic == topic).count())
     }
 
-    async fn stop(self) {
+    pub(super) async fn stop(self) {
         self.broker.stop().await;
         self.tasks.stop().await;
     }
@@ -298,15 +314,11 @@ async fn who_waits_no_more_for_an_acknowledgement_takes_no_memory() {
     let silent = BrokerValue::running_at("127.0.0.1:1".to_owned()).encode();
     bench.change(Transaction::new().put(bench.keys.broker(BrokerId(2)), silent)).await;
     // Nobody can be taken out of the set meanwhile.
-    bench.link.transactions(vec![Some(Fault::Refused); 100_000]);
+    bench.link.transactions(vec![Some(faulty::Fault::Refused); 100_000]);
     bench.store.transact(Transaction::new().put(key, shared.encode())).await.unwrap();
     let append = async |partition, timeout_ms| {
-        let value = Some(vec![7; 300_000].into());
-        let records = v1::PlainRecords { records: vec![v1::Record { value, ..Default::default() }] };
-        let payload = Some(v1::append_request::Payload::Records(records));
-        let topic = "t".to_owned();
-        let request = v1::AppendRequest { topic, partition, timeout_ms, payload, ..Default::default() };
-        tokio::time::timeout(Duration::from_secs(20), bench.broker.append(request)).await.expect("there is room")
+        let append = bench.append(partition, 300_000, timeout_ms);
+        tokio::time::timeout(Duration::from_secs(20), append).await.expect("there is room")
     };
     becomes("both are led here", async || {
         let waits = append(0, 1).await.is_err_and(|fault| fault.reason == Reason::Timeout);
@@ -319,6 +331,14 @@ async fn who_waits_no_more_for_an_acknowledgement_takes_no_memory() {
     }
     append(1, 30_000).await.expect("nobody else has to hold this one");
     becomes("all of it is given back", async || (bench.broker.produce_memory.taken() == 0).then_some(())).await;
+
+    // Who had to wait for memory has waited: what is left of its time is for the acknowledgement.
+    let since = clock::monotonic();
+    let holding = futures::future::join_all((0..3).map(|_| bench.append(0, 300_000, 3000)));
+    let (_held, late) = futures::join!(holding, bench.append(0, 300_000, 4000));
+    assert_eq!(late.expect_err("broker 2 is not there").reason, Reason::Timeout);
+    let waited = since.elapsed();
+    assert!(waited >= Duration::from_secs(4) && waited < Duration::from_secs(6), "{waited:?} of 4 s");
     bench.stop().await;
 }
 
@@ -353,7 +373,7 @@ async fn a_registration_that_cannot_be_taken_away_yet_is_reported_again() {
     let wait = Duration::from_secs(1);
     let peers = Peers::new(Arc::new(Tcp::between_brokers(wait)), wait);
     let evidence = Evidence::new(Arc::downgrade(&bench.broker), peers, bench.tasks.clone());
-    bench.link.transactions([Some(Fault::Refused); 4]);
+    bench.link.transactions([Some(faulty::Fault::Refused); 4]);
     evidence.link_lost(BrokerId(2), epoch, How::Refused);
     becomes("its registration is taken away", async || {
         bench.store.get(&key).await.unwrap().entry.is_none().then_some(())
