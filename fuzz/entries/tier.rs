@@ -85,7 +85,8 @@ fn grow(root: &Root) {
     let end = root.end();
     if let Some(next) = end.get().checked_add(10).and_then(Offset::new) {
         let stamp = Stamp { base: end, end: next, epoch: root.epoch(), attempt: Default::default() };
-        let line = SegmentLine { stamp, data_bytes: 1000, footer_bytes: 200, crc: 0, max_timestamp_ms: 0 };
+        let line =
+            SegmentLine { stamp, data_bytes: 1000, footer_bytes: 200, crc: 0, max_timestamp_ms: 0, created_ms: 1 };
         let (longer, page) = root.extend(line, root.epoch(), Default::default());
         assert_eq!((longer.end(), longer.version()), (next, root.version() + 1));
         assert!(page.is_none_or(|page| Page::read(&page.bytes).is_ok()));

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::{Broker, admin::name, describe::numbers, faults::invalid, figures::Told};
 use crate::{
-    cluster::{self, BrokerValue, ElectError, Held, Known, Ordered, PartitionEntry, Revision, successor},
+    cluster::{self, BrokerValue, ElectError, Held, Known, Ordered, PartitionEntry, Revision, Successor, successor},
     model::{BrokerId, Offset, PartitionId, TopicName},
     proto::{
         fault::{Fault, Reason},
@@ -143,9 +143,12 @@ impl Broker {
             return Err(invalid("to and revision go together: both are in the answer to validate_only"));
         }
         let found = self.orders.forsaken(topic, partition)?;
-        let (held, told) = self.ask_replicas(&found).await;
+        let (held, told, useless) = self.ask_replicas(&found).await;
         let tiered_end = self.view.partition(found.id).as_ref().map_or(Offset::ZERO, bucket_end);
-        let Some(best) = successor(&found.value.replicas, &told, tiered_end) else {
+        // The last resort: it goes on behind what the bucket has. What is lost there nobody can say any more.
+        let behind_bucket =
+            || useless.filter(|_| tiered_end > Offset::ZERO).map(|broker| Successor { broker, loss: None });
+        let Some(best) = successor(&found.value.replicas, &told, tiered_end).or_else(behind_bucket) else {
             let partition = format!("{topic}/{partition}");
             return Err(ElectError::Silent { partition, replicas: found.value.replicas }.into());
         };
@@ -171,15 +174,16 @@ impl Broker {
         elected(ordered)
     }
 
-    /// What a partition's replicas say that they hold: for the answer, and those that did answer.
-    async fn ask_replicas(&self, found: &Ordered) -> (Vec<v1::ReplicaState>, Vec<Held>) {
+    /// What a partition's replicas say that they hold: for the answer, and those that did answer. And the first that lives, and whose
+    /// replica is of no use.
+    async fn ask_replicas(&self, found: &Ordered) -> (Vec<v1::ReplicaState>, Vec<Held>, Option<BrokerId>) {
         let (id, value) = (found.id, &found.value);
         let state = self.view.state();
         let alive = value.replicas.iter().filter(|id| state.brokers().contains_key(id));
         let wanted = alive.map(|broker| (*broker, vec![id])).collect();
         drop(state);
         let mut answers = self.ask_marks(wanted).await;
-        let mut held = Vec::new();
+        let (mut held, mut useless) = (Vec::new(), None);
         let replicas = value.replicas.iter().map(|broker| {
             let mut replica = v1::ReplicaState {
                 broker: broker.0,
@@ -195,12 +199,15 @@ impl Broker {
                     let (broker, log_end, high_watermark) = (*broker, marks.log_end, marks.high_watermark);
                     held.push(Held { broker, last_epoch, log_end, high_watermark });
                 }
-                Ok(None) => replica.unanswered = Some(without(*broker).into()),
+                Ok(None) => {
+                    replica.unanswered = Some(without(*broker).into());
+                    useless = useless.or(Some(*broker));
+                }
                 Err(fault) => replica.unanswered = Some(fault.into()),
             }
             replica
         });
-        (replicas.collect(), held)
+        (replicas.collect(), held, useless)
     }
 
     async fn reassignments(&self, ordered: &[Ordered]) -> Vec<v1::Reassignment> {

@@ -278,6 +278,7 @@ impl Broker {
         let useless = matches!(holding, Holding::Unusable(_));
         // Where nobody leads there is nobody to copy from: what is here stays, whatever it is worth.
         let anew = !alone && (!on_disk || useless && !counted && value.leader.is_some_and(|leader| leader != me));
+        let unclean = value.leader == Some(me) && value.unclean == Some(value.leader_epoch);
         let name = state.name(id.topic)?;
         let committed = state.partition(id)?.tier.as_ref().map(|known| known.value.clone());
         let tier = self.tier.as_ref().map(|tier| {
@@ -286,7 +287,7 @@ impl Broker {
         });
         let config = self.hosted.topic(name)?.config;
         let lag_time = self.settings.lag_time;
-        Some(Spec { id, topic: name.clone(), config, committed, tier, alone, anew, lag_time })
+        Some(Spec { id, topic: name.clone(), config, committed, tier, alone, anew, unclean, lag_time })
     }
 
     /// Opens replicas, side by side.

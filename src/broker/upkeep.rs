@@ -124,7 +124,7 @@ async fn tick(broker: Arc<Broker>) {
         }
         let now_ms = clock::wall_ms();
         for partition in broker.hosted.open() {
-            if partition.seal_is_due(now_ms) || (retention && !partition.is_empty()) {
+            if partition.seal_is_due(now_ms) || (retention && partition.holds_any()) {
                 broker.upkeep_queue.push(partition.id());
             }
         }

@@ -38,8 +38,9 @@ impl SegmentExport {
 }
 
 impl Replica {
-    /// The sealed segment at `base`; `NotFound` where there is none. Blocks: it may read the segment, and those before it, where
-    /// the index or the snapshot is missing.
+    /// The sealed segment at `base`; `NotFound` where there is none. It is durable here before it leaves: a log that ends below what the
+    /// bucket has, after a loss of power, could not be led from. Blocks: it may read the segment, and those before it, where the index
+    /// or the snapshot is missing.
     pub fn export(&self, base: Offset) -> io::Result<SegmentExport> {
         let shared = &self.shared;
         let (info, file, epochs, segments) = {
@@ -49,6 +50,9 @@ impl Replica {
             let segments: Vec<SegmentInfo> = state.segments.iter().map(|segment| segment.info).collect();
             (found.info, found.file.clone(), state.epochs.between(base, found.info.end), segments)
         };
+        if shared.state().persisted_end < info.end {
+            shared.sync().map_err(io::Error::other)?;
+        }
         let open = shared.core.files.get(file.serial, &file.path, Mode::Read)?;
         let index: Index = self.reader().load_index(&info, &*open.file)?;
         let snapshot = Snapshot::read(&*shared.core.disk, &shared.dir, info.end);

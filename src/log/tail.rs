@@ -23,11 +23,35 @@ const COPY_BELOW: usize = 16 << 10;
 /// What one batch costs beside its bytes.
 const OVERHEAD: usize = 160;
 
+/// So many groups are in the order before those that are gone are looked for.
+const TIDY_FROM: usize = 1024;
+
 /// The budget, and the order in which batches go.
 pub(super) struct Tail {
     budget: usize,
     used: AtomicUsize,
-    order: Mutex<VecDeque<(Weak<PartitionTail>, u64)>>,
+    order: Mutex<Order>,
+}
+
+/// Groups of batches, first appended first. What a partition forgets by itself stays in here until it is looked for.
+#[derive(Default)]
+struct Order {
+    groups: VecDeque<(Weak<PartitionTail>, u64)>,
+    /// How many there were after the last look.
+    tidied: usize,
+}
+
+impl Order {
+    fn push(&mut self, partition: &Arc<PartitionTail>, group: u64) {
+        self.groups.push_back((Arc::downgrade(partition), group));
+        if self.groups.len() >= TIDY_FROM.max(self.tidied * 2) {
+            let holds = |partition: &PartitionTail, group| {
+                partition.lock().batches.front().is_some_and(|oldest| oldest.group <= group)
+            };
+            self.groups.retain(|(partition, group)| partition.upgrade().is_some_and(|held| holds(&held, *group)));
+            self.tidied = self.groups.len();
+        }
+    }
 }
 
 /// One partition's batches: contiguous, and its last ends at the log end.
@@ -84,7 +108,7 @@ impl PartitionTail {
 
 impl Tail {
     pub(super) fn new(budget: usize) -> Self {
-        Self { budget, used: AtomicUsize::new(0), order: Mutex::new(VecDeque::new()) }
+        Self { budget, used: AtomicUsize::new(0), order: Mutex::default() }
     }
 
     /// Bytes held, with what holding them costs.
@@ -125,14 +149,18 @@ impl Tail {
             }
             group
         };
-        self.order.lock().unwrap_or_else(PoisonError::into_inner).push_back((Arc::downgrade(partition), group));
+        self.order().push(partition, group);
         self.used.fetch_add(added, Ordering::Relaxed);
         self.shrink();
     }
 
+    fn order(&self) -> MutexGuard<'_, Order> {
+        self.order.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn shrink(&self) {
         while self.used() > self.budget {
-            let oldest = self.order.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+            let oldest = self.order().groups.pop_front();
             let Some((partition, group)) = oldest else { return };
             let Some(partition) = partition.upgrade() else { continue };
             self.drop_while(&partition, |batches| match batches.front() {
@@ -168,5 +196,40 @@ impl Tail {
             held.batches = VecDeque::new();
         }
         self.used.fetch_sub(freed, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::record::BatchBuilder;
+
+    /// Found by review: where segments were evicted before the budget was reached, 16 bytes for each append stayed for ever.
+    #[test]
+    fn what_partitions_forget_leaves_the_order_too() {
+        let tail = Tail::new(1 << 20);
+        let (quiet, busy) = (Arc::<PartitionTail>::default(), Arc::<PartitionTail>::default());
+        let batch = |offset| {
+            let mut builder = BatchBuilder::new(crate::model::Compression::None);
+            builder.push(0, None, Some(b"x"), &[]).unwrap();
+            let mut batch = builder.finish(None).unwrap();
+            batch.stamp(Offset::new(offset).unwrap(), crate::model::LeaderEpoch(0));
+            batch
+        };
+        // It holds its one batch all the time, as the first of all.
+        tail.push(&quiet, &[batch(0)]);
+        for offset in 0..20_000 {
+            tail.push(&busy, &[batch(offset)]);
+            tail.forget_below(&busy, Offset::new(offset).unwrap());
+        }
+        assert!(tail.order().groups.len() <= TIDY_FROM, "{} groups", tail.order().groups.len());
+        assert!(quiet.read(Offset::ZERO, Offset::new(1).unwrap(), 1 << 20).is_some());
+        drop(busy);
+        (0..2000).for_each(|offset| tail.push(&quiet, &[batch(offset + 1)]));
+        assert!(
+            tail.used() <= 1 << 20 && tail.order().groups.len() <= 2 * 2001,
+            "{} groups",
+            tail.order().groups.len()
+        );
     }
 }

@@ -127,6 +127,8 @@ pub struct Spec {
     /// What the disk has of it, if anything, counts for nothing: it is deleted, and the replica begins empty and copies. Only for a
     /// replica that is in no set.
     pub anew: bool,
+    /// An operator has it lead, with whatever it holds: where that ends below what is committed it goes on from there, as its bucket tells.
+    pub unclean: bool,
     /// `replication.lag_time`: how long a member of the ISR may take to reach what the log end was.
     pub lag_time: Duration,
 }
@@ -300,10 +302,10 @@ impl Partition {
         since != 0 && age >= self.shared.config().segment_age.as_millis()
     }
 
-    /// Whether it holds any record, in either tier.
-    pub fn is_empty(&self) -> bool {
+    /// Whether retention may find anything: records in either tier, or the files of some that were deleted.
+    pub fn holds_any(&self) -> bool {
         let marks = self.marks();
-        marks.log_start == marks.log_end
+        marks.log_start.min(marks.local_start) < marks.log_end
     }
 
     /// Stops its task: what is queued is refused, what is written is made durable and answered.
@@ -347,7 +349,7 @@ fn open_replica(log: &Log, spec: &Spec, committed: Offset) -> Result<Replica, Pa
     let start = if spec.alone { committed } else { Offset::ZERO };
     let mut replica = log.open_replica(spec.id, start)?;
     let log_end = replica.log_end();
-    if log_end >= committed || spec.anew {
+    if log_end >= committed || spec.anew || spec.unclean {
         return Ok(replica);
     }
     if !spec.alone {

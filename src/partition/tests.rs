@@ -69,6 +69,7 @@ impl Bench {
             tier: self.tier.clone(),
             alone: true,
             anew: false,
+            unclean: false,
             lag_time: Duration::MAX,
         };
         let around = Surroundings::alone();
@@ -102,14 +103,22 @@ fn resolve(config: &[(&str, &str)]) -> Arc<TopicConfig> {
 }
 
 fn batch(value: &[u8]) -> Batch {
+    batch_of(crate::task::clock::wall_ms(), value)
+}
+
+fn batch_of(timestamp_ms: i64, value: &[u8]) -> Batch {
     let mut builder = BatchBuilder::new(Compression::None);
-    builder.push(crate::task::clock::wall_ms(), None, Some(value), &[]).unwrap();
+    builder.push(timestamp_ms, None, Some(value), &[]).unwrap();
     builder.finish(None).unwrap()
 }
 
 async fn append(partition: &Partition, value: &[u8], acks: Acks) -> AppendResult {
+    append_batch(partition, batch(value), acks).await
+}
+
+async fn append_batch(partition: &Partition, batch: Batch, acks: Acks) -> AppendResult {
     let permit = Arc::new(Semaphore::new(1)).acquire_owned().await.unwrap();
-    partition.append(batch(value), acks, permit).await.await.unwrap()
+    partition.append(batch, acks, permit).await.await.unwrap()
 }
 
 /// Everything from `from` to the high watermark, and where it came from.
@@ -234,6 +243,26 @@ async fn retention_moves_the_start_in_both_tiers_and_readers_are_told() {
     let end = partition.marks().high_watermark;
     assert_eq!(error, ReadError::OutOfRange { offset: Offset::ZERO, start, end });
     assert_eq!(read_all(&partition, start.get()).await.0.len() as u64, end.since(start));
+}
+
+/// Found by review: in the bucket they counted as older than anything, and were deleted as soon as they were there.
+#[tokio::test(flavor = "multi_thread")]
+async fn records_without_a_timestamp_are_as_old_as_their_segment_in_the_bucket_too() {
+    let dir = tempfile::tempdir().unwrap();
+    let bench = Bench::new(dir.path(), true).await;
+    let config = [("segment.bytes", "16384"), ("retention.ms", "3600000")];
+    let partition = bench.open(&config).await;
+    for n in 0..20u8 {
+        append_batch(&partition, batch_of(-1, &[n; 4000]), Acks::All).await.unwrap();
+    }
+    bench.settle(&partition).await;
+    let marks = partition.marks();
+    assert!(marks.tiered_end > Offset::ZERO, "{marks:?}");
+    assert_eq!(marks.log_start, Offset::ZERO, "nothing is an hour old");
+    partition.configure(resolve(&[("segment.bytes", "16384"), ("retention.ms", "1")])).await;
+    tokio::time::sleep(Duration::from_millis(10)).await;
+    bench.settle(&partition).await;
+    assert_eq!(partition.marks().log_start, partition.marks().high_watermark, "all are a millisecond old");
 }
 
 #[tokio::test(flavor = "multi_thread")]

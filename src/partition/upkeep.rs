@@ -243,7 +243,7 @@ async fn plan(partition: &Partition, local: &Local) -> Result<Plan, UpkeepError>
             base: segment.stamp.base,
             end: segment.stamp.end,
             bytes: segment.data_bytes,
-            youngest_ms: segment.max_timestamp_ms,
+            youngest_ms: youngest(segment.max_timestamp_ms, segment.created_ms),
         })
         .collect();
     let sealed: Vec<Segment> = local.sealed.iter().map(segment).collect();
@@ -270,6 +270,15 @@ fn wants_tiered(config: &crate::model::TopicConfig) -> bool {
 }
 
 fn segment(info: &SegmentInfo) -> Segment {
-    let youngest_ms = if info.max_timestamp < 0 { info.created_ms } else { info.max_timestamp };
+    let youngest_ms = youngest(info.max_timestamp, info.created_ms);
     Segment { base: info.base, end: info.end, bytes: info.bytes, youngest_ms }
+}
+
+/// What a segment's age counts from, on the disk and in the bucket. One of which nothing is known is as young as can be.
+fn youngest(max_timestamp: i64, created_ms: i64) -> i64 {
+    match (max_timestamp, created_ms) {
+        (0.., _) => max_timestamp,
+        (_, 1..) => created_ms,
+        _ => i64::MAX,
+    }
 }

@@ -19,7 +19,7 @@
 //!          │ end u64 │ bytes u64 │ n u32 │ n × page (72 bytes) │ n u32 │ n × segment (72 bytes) │ CRC u32
 //! page     "STMP" │ version u16 │ topic id 16 │ partition u32 │ n u32 │ n × segment (72 bytes) │ CRC u32
 //! segment line   base u64 │ end u64 │ epoch u32 │ attempt 16 │ data bytes u64 │ footer bytes u32
-//!                │ CRC of the object u32 │ largest timestamp i64 │ 12 zero bytes
+//!                │ CRC of the object u32 │ largest timestamp i64 │ created at i64 │ 4 zero bytes
 //! page line      base u64 │ end u64 │ epoch u32 │ attempt 16 │ data bytes u64 │ segments u32
 //!                │ CRC of the page u32 │ largest timestamp i64 │ 12 zero bytes
 //! ```
@@ -57,6 +57,8 @@ pub struct SegmentLine {
     pub crc: u32,
     /// Largest timestamp of its records, in milliseconds.
     pub max_timestamp_ms: i64,
+    /// When it was begun, in milliseconds: its age where its records have no timestamps. 0 where nobody has said.
+    pub created_ms: i64,
 }
 
 impl SegmentLine {
@@ -420,8 +422,9 @@ impl SegmentLine {
             footer_bytes: fields.u32("footer bytes")?,
             crc: fields.u32("object crc")?,
             max_timestamp_ms: fields.i64("largest timestamp")?,
+            created_ms: fields.i64("created at")?,
         };
-        fields.bytes(12, "reserved")?;
+        fields.bytes(4, "reserved")?;
         Ok(line)
     }
 
@@ -431,7 +434,8 @@ impl SegmentLine {
         out.put_u32(self.footer_bytes);
         out.put_u32(self.crc);
         out.put_i64(self.max_timestamp_ms);
-        out.put_bytes(0, 12);
+        out.put_i64(self.created_ms);
+        out.put_bytes(0, 4);
     }
 }
 

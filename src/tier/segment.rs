@@ -49,6 +49,11 @@ impl SegmentSource {
         self.segment.info.bytes
     }
 
+    /// When it was begun, in milliseconds.
+    pub(super) fn created_ms(&self) -> i64 {
+        self.segment.info.created_ms
+    }
+
     /// Where it lies, for messages.
     pub fn path(&self) -> &Path {
         &self.segment.path

@@ -121,6 +121,7 @@ impl Node {
             tier: None,
             alone: false,
             anew: false,
+            unclean: false,
             lag_time: Duration::MAX,
         };
         let around = Surroundings { links: self.following.clone(), ..Surroundings::alone() };

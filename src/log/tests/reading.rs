@@ -39,6 +39,26 @@ fn memory_and_disk_give_the_same_batches_and_end_at_the_bound() {
     assert!(matches!(reader.read_disk(at(10), at(110), 1), Err(ReadError::OutOfRange { .. })));
 }
 
+/// Found by review: of a `replicated` topic the bucket had what a loss of power took from the disk, and nobody could lead from there.
+#[test]
+fn what_leaves_for_the_bucket_is_durable_here_first() {
+    for seed in 0..20 {
+        let disk = SimDisk::new();
+        let log = open(&disk);
+        let mut replica = log.open_replica(partition(0), at(0)).unwrap();
+        log.journal_step();
+        let batches: Vec<Batch> = (0..20).map(|i| batch(i * 5, 5, 1, 1000, 700)).collect();
+        replica.append(&batches[..10]).unwrap();
+        replica.roll().unwrap();
+        replica.append(&batches[10..]).unwrap();
+        let export = replica.export(at(0)).unwrap();
+        drop((replica, log));
+        disk.crash(seed);
+        let replica = open(&disk).open_replica(partition(0), at(0)).unwrap();
+        assert!(replica.log_end() >= export.info.end, "seed {seed}: {} of {}", replica.log_end(), export.info.end);
+    }
+}
+
 #[test]
 fn the_tail_buffer_keeps_to_its_budget_and_forgets_the_oldest_of_all() {
     let disk = SimDisk::new();

@@ -101,6 +101,7 @@ impl Side {
             tier: None,
             alone: false,
             anew: false,
+            unclean: false,
             lag_time: Duration::MAX,
         };
         let links = Arc::new(Around(Arc::clone(&self.asked)));

@@ -22,6 +22,7 @@ fn line(base: u64, end: u64, epoch: u32) -> SegmentLine {
         footer_bytes: 200,
         crc: 0xdead_beef,
         max_timestamp_ms: end as i64,
+        created_ms: 0,
     }
 }
 

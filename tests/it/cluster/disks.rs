@@ -1,5 +1,5 @@
 //! A broker's disk is lost: it comes back under its old number, is not believed to hold anything, and is filled anew, from the bucket as
-//! far as that reaches.
+//! far as that reaches. And what retention deletes leaves every disk.
 
 use super::{
     members::Cluster,
@@ -7,6 +7,7 @@ use super::{
 };
 use crate::{
     broker::{Home, http_get},
+    damage::files,
     etcd::Etcd,
     patience::{PATIENCE, eventually, poll},
     s3::{Op, S3},
@@ -101,4 +102,51 @@ fn a_bucket_that_ails_costs_time_and_nothing_else() {
     let [puts, gets] = [Op::Put, Op::Get].map(|op| s3.faults().requests(op));
     println!("disks: {} faults in {puts} puts and {gets} gets", s3.faults().hits());
     assert!(s3.faults().hits() > 5 && gets > 0, "it ailed");
+}
+
+/// Found by review: the log start moves with the leader's files, and a follower whose log was empty by then was not looked at again.
+#[test]
+fn what_expires_while_nobody_writes_leaves_the_disks_of_followers_too() {
+    let cluster = Cluster::with(3, |home| home.setting("tier.check_interval", "\"1s\""));
+    let cli = cluster.cli();
+    let create = ["topic", "create", TOPIC, "--replication-factor", "3", "--config", "remote.storage.enable=false"];
+    cli.ok(&[&create[..], &["--config", "segment.bytes=65536"]].concat());
+    cli.ok_with(&["produce", TOPIC], lines(0, LINES).as_bytes());
+    cluster.in_sync(TOPIC, 3);
+    let on_disk = |id| -> u64 {
+        let size = |path: &std::path::PathBuf| std::fs::metadata(path).map_or(0, |file| file.len());
+        files(&cluster.home(id).data_dir(), ".log").iter().map(size).sum()
+    };
+    assert!((1..=3).all(|id| on_disk(id) > u64::from(LINES)));
+    cli.ok(&["topic", "alter", TOPIC, "--config", "retention.ms=1"]);
+    for id in 1..=3 {
+        eventually(&format!("broker {id} has its disk back"), || (on_disk(id) == 0).then_some(()));
+    }
+}
+
+/// The last replica ends below the bucket, as after a loss of power; the others are gone for good. Nobody may take it for the log. On an
+/// operator's word it goes on behind the bucket, and not one offset is given twice.
+#[test]
+fn a_replica_that_ends_below_the_bucket_goes_on_behind_it_when_an_operator_says_so() {
+    let mut cluster = Cluster::start(1);
+    let cli = cluster.cli();
+    let settings =
+        ["--config", "segment.bytes=65536", "--config", "segment.ms=200", "--config", "durability=replicated"];
+    cli.ok(&[&["topic", "create", TOPIC], &settings[..]].concat());
+    cluster.in_sync(TOPIC, 1);
+    cli.ok_with(&["produce", TOPIC], lines(0, LINES).as_bytes());
+    tiered(&cluster);
+    cluster.kill(1);
+    // All that was written since the directory was made, and its checkpoint, are as if they had never been.
+    for segment in files(&cluster.home(1).data_dir(), ".log") {
+        std::fs::remove_file(segment).expect("it was there");
+    }
+    cluster.restart(1);
+    let elect = ["partition", "elect", &format!("{TOPIC}/0"), "--unclean", "--yes"];
+    eventually("nobody leads", || cluster.partitions(TOPIC)[0]["leader"].is_null().then_some(()));
+    println!("{}", cli.run(&elect).text());
+    cluster.in_sync(TOPIC, 1);
+    cli.ok_with(&["produce", TOPIC], b"it goes on\n");
+    let read = cli.ok(&["consume", TOPIC, "--from", "earliest", "--until-end"]).text();
+    assert!(read == format!("{}it goes on\n", lines(0, LINES)), "{} bytes", read.len());
 }

@@ -179,6 +179,7 @@ fn line(base: u64, end: u64) -> SegmentLine {
         footer_bytes: 300,
         crc: 0xdead_beef,
         max_timestamp_ms: i64::try_from(end).unwrap(),
+        created_ms: 0,
     }
 }
 
