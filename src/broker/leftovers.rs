@@ -89,7 +89,7 @@ impl Leftovers {
 
     /// Sees to the replicas on the disk that no topic has: those of a topic that was deleted go, others are named.
     pub(super) async fn see_to_strays(&mut self, broker: &Broker, state: &ViewState) {
-        let topics: BTreeSet<TopicId> = broker.log.partitions().iter().map(|id| id.topic).collect();
+        let topics: BTreeSet<TopicId> = on_disk(broker).map(|id| id.topic).collect();
         for topic in topics.into_iter().filter(|topic| state.name(*topic).is_none()) {
             if self.see_to_topic(broker, topic).await {
                 tracing::info!(%topic, "deleted what a stop had left of a deleted topic");
@@ -99,7 +99,7 @@ impl Leftovers {
 
     /// Deletes what the disk holds of a topic that is gone, when its deletion left a mark; says so when it is kept.
     pub(super) async fn see_to_topic(&mut self, broker: &Broker, topic: TopicId) -> bool {
-        let held: Vec<_> = broker.log.partitions().into_iter().filter(|id| id.topic == topic).collect();
+        let held: Vec<_> = on_disk(broker).filter(|id| id.topic == topic).collect();
         match tokio::time::timeout(ANSWER, broker.topics.was_deleted(topic)).await {
             Ok(Ok(true)) => {
                 for id in held {
@@ -121,11 +121,16 @@ impl Leftovers {
     }
 }
 
+/// All that the data directory has files of.
+fn on_disk(broker: &Broker) -> impl Iterator<Item = PartitionId> {
+    broker.log.partitions().into_iter().chain(broker.log.unclaimed())
+}
+
 impl Broker {
     async fn delete_replica(&self, id: PartitionId) {
         let log = self.log.clone();
         if let Err(error) = task::blocking(move || log.delete_replica(id)).await {
-            tracing::warn!(partition = %id, %error, "could not delete the partition's files; they go at the next start");
+            tracing::warn!(partition = %id, %error, "could not delete all of the partition's files; what is left is looked at again at the next start");
         }
     }
 }

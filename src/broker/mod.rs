@@ -281,6 +281,7 @@ impl Broker {
         let mut leftovers = Leftovers::default();
         self.unproven.take(unread);
         leftovers.see_to_strays(self, &state).await;
+        self.log.unclaimed().into_iter().for_each(|id| leftovers.add(id));
         if let Some(others) = &self.others {
             others.know(&state);
             others.follow(session, &self.tasks);

@@ -18,7 +18,7 @@ use super::{
     error::{ChangeError, is_full},
     journal::entry::Kind,
     producers::ProducerTable,
-    recover::{remove_caches_above, remove_segment, tables_at},
+    recover::{remove_caches_above, remove_caches_below, remove_segment, tables_at},
     replica::{Removed, Replica},
     segment::{Segment, SegmentFile, SegmentInfo},
     shared::State,
@@ -248,9 +248,12 @@ impl Replica {
             shared.core.files.forget(segment.file.serial);
             bytes += segment.info.bytes;
             if let Err(error) = remove_segment(&shared.core, &shared.dir, segment.info.base) {
-                // It is removed at the next start.
+                // It is removed at the next start that looks at the files.
                 tracing::warn!(partition = %shared.id, base = %segment.info.base, %error, "a segment was not removed");
             }
+        }
+        if let Err(error) = remove_caches_below(&shared.core, &shared.dir, start) {
+            tracing::debug!(partition = %shared.id, %error, "indexes and snapshots below the log were not removed");
         }
         {
             let mut state = shared.state();

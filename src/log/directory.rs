@@ -1,7 +1,7 @@
 //! One data directory: opened, its replicas handed out, closed.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     io,
     path::{Path, PathBuf},
     sync::{
@@ -83,6 +83,8 @@ pub(super) struct Inner {
     pub(super) directory_id: Uuid,
     pub(super) growing: Growing,
     registry: Mutex<Registry>,
+    /// What is on the disk of replicas that are not known (any more).
+    unclaimed: Mutex<BTreeSet<PartitionId>>,
     opened_clean: bool,
     _lock: Box<dyn Send + Sync>,
 }
@@ -112,6 +114,14 @@ impl Log {
             );
         }
         let found = startup::load(&disk, dir, directory_id, &options)?;
+        let unclaimed = startup::unclaimed(&*disk, dir, &found.replicas).map_err(io_error(dir, "list"))?;
+        for id in &unclaimed {
+            tracing::warn!(
+                dir = %replica_dir(dir, *id).display(),
+                "no replica is known that these segments belong to, as where a deletion failed or was cut short; they are not served, \
+                 and go by themselves where the metadata says that their topic was deleted or that the partition is others'"
+            );
+        }
         let (file_bytes, most) = ring::shape(options.journal_bytes);
         // A round has to fit into a file, several times.
         let round_bytes = options.round_bytes.min(usize::try_from(file_bytes / 3).unwrap_or(usize::MAX));
@@ -142,6 +152,7 @@ impl Log {
             directory_id,
             growing: Growing::default(),
             registry: Mutex::new(registry),
+            unclaimed: Mutex::new(unclaimed),
             opened_clean: found.clean,
             _lock: lock,
         });
@@ -184,6 +195,11 @@ impl Log {
         ids
     }
 
+    /// What the disk has segments of beside these: of deletions that failed or were cut short. In order.
+    pub fn unclaimed(&self) -> Vec<PartitionId> {
+        self.inner.unclaimed().iter().copied().collect()
+    }
+
     /// Opens a replica, or makes it, empty, at `start`. Blocks; after a crash it reads what was not synced.
     pub fn open_replica(&self, id: PartitionId, start: Offset) -> Result<Replica, ReplicaError> {
         let inner = &self.inner;
@@ -216,7 +232,7 @@ impl Log {
         Ok(Replica::new(shared))
     }
 
-    /// Deletes a replica and its files; nothing happens where it is not. Its [`Replica`] was dropped before. Waits for two
+    /// Deletes a replica and its files, or what an earlier try left of them; nothing happens where it is not. Its [`Replica`] was dropped before. Waits for two
     /// rounds of the journal; it does not come back once this returned.
     pub fn delete_replica(&self, id: PartitionId) -> Result<(), ReplicaError> {
         let inner = &self.inner;
@@ -228,7 +244,7 @@ impl Log {
             match (registry.open.remove(&id), registry.dormant.remove(&id)) {
                 (Some(open), _) => open,
                 (None, Some(dormant)) => Shared::new(&inner.core, replica_dir(&inner.core.dir, id), dormant.record),
-                (None, None) => return Ok(()),
+                (None, None) => return inner.remove_unclaimed(id),
             }
         };
         drop(shared.failed.set("the replica was deleted".to_owned()));
@@ -242,11 +258,8 @@ impl Log {
         for segment in &shared.state().segments {
             inner.core.files.forget(segment.file.serial);
         }
-        startup::remove_replica(&*inner.core.disk, &shared.dir).map_err(|source| ReplicaError::Io {
-            id,
-            path: shared.dir.clone(),
-            source,
-        })?;
+        inner.unclaimed().insert(id);
+        inner.remove_unclaimed(id)?;
         inner.core.commit(&shared, head(Kind::Settled)).map_err(failed)?;
         saw!(Settled { partition: id });
         Ok(())
@@ -352,6 +365,21 @@ impl Inner {
         self.registry.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn unclaimed(&self) -> MutexGuard<'_, BTreeSet<PartitionId>> {
+        self.unclaimed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Removes what is left of a replica that is not known.
+    fn remove_unclaimed(&self, id: PartitionId) -> Result<(), ReplicaError> {
+        if !self.unclaimed().contains(&id) {
+            return Ok(());
+        }
+        let path = replica_dir(&self.core.dir, id);
+        startup::remove_replica(&*self.core.disk, &path).map_err(|source| ReplicaError::Io { id, path, source })?;
+        self.unclaimed().remove(&id);
+        Ok(())
+    }
+
     pub(super) fn ring(&self) -> MutexGuard<'_, Ring> {
         self.core.journal.ring.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -415,6 +443,7 @@ impl Inner {
         let disk = &self.core.disk;
         if !self.make_folder(&dir).map_err(io)? {
             set_aside(&self.core, &dir).map_err(io)?;
+            self.unclaimed().remove(&id);
         }
         let record = ReplicaRecord::empty(id, self.core.next_generation(), start, clock::wall_ms());
         let shared = Shared::new(&self.core, dir.clone(), record);

@@ -73,9 +73,18 @@ fn list(core: &Core, dir: &Path, start: Offset) -> io::Result<BTreeMap<Offset, u
 /// Removes the indexes and snapshots of a replica that lie above `end`. They are of a log that was cut since: grown again to the
 /// same offset, it would take their epochs and producers for its own. True when there were any.
 pub(super) fn remove_caches_above(core: &Core, dir: &Path, end: Offset) -> io::Result<bool> {
+    remove_caches(core, dir, |base| base > end)
+}
+
+/// Removes those that lie below `start`: of segments that are gone, and of the log ends of former stops.
+pub(super) fn remove_caches_below(core: &Core, dir: &Path, start: Offset) -> io::Result<bool> {
+    remove_caches(core, dir, |base| base < start)
+}
+
+fn remove_caches(core: &Core, dir: &Path, which: impl Fn(Offset) -> bool) -> io::Result<bool> {
     let mut any = false;
     for entry in core.disk.list(dir)? {
-        if segment::cache_base_of(&entry.name).is_some_and(|base| base > end) {
+        if segment::cache_base_of(&entry.name).is_some_and(&which) {
             core.disk.remove(&dir.join(&entry.name))?;
             any = true;
         }

@@ -148,3 +148,59 @@ fn log_closes(disk: &SimDisk, operations: u64) {
     drop(replica);
     log.close().unwrap();
 }
+
+/// Each stop in order leaves a snapshot at the log end, which begins no segment later: nothing removed it.
+#[test]
+fn snapshots_of_former_stops_go_with_what_they_lie_in() {
+    let disk = SimDisk::new();
+    for base in (0..12).step_by(2) {
+        let log = open(&disk);
+        let mut replica = log.open_replica(partition(0), at(0)).unwrap();
+        if base == 10 {
+            replica.roll().unwrap();
+        }
+        write(&log, &mut replica, &[batch(base, 2, 1, 1, 500)]);
+        drop(replica);
+        log.close().unwrap();
+    }
+    let snapshots =
+        || disk.files().iter().filter(|(path, _)| path.extension().is_some_and(|of| of == "snapshot")).count();
+    assert!(snapshots() >= 5, "{:?}", disk.files());
+    let log = open(&disk);
+    let mut replica = log.open_replica(partition(0), at(0)).unwrap();
+    replica.advance_log_start(at(10));
+    replica.evict(at(10)).unwrap();
+    assert_eq!((bases(&disk), snapshots()), (vec![10], 2), "where the log begins, and where it ends");
+    assert_eq!(read_all(&replica.reader(), at(10)).unwrap().len(), 1);
+}
+
+/// Found by review: the replica was known no more, neither to the checkpoint nor to the journal, and its files stayed for ever, unnamed.
+#[test]
+fn what_a_failed_deletion_leaves_is_known_at_the_next_start_and_can_be_deleted() {
+    let mut found = 0;
+    for operations in 0..40 {
+        for clean in [true, false] {
+            let disk = SimDisk::new();
+            let log = open(&disk);
+            drop(six_segments(&log));
+            disk.fail_writes_after(Some(operations));
+            drop(log.delete_replica(partition(0)));
+            disk.fail_writes_after(None);
+            if clean {
+                drop(log.close());
+            }
+            drop(log);
+            disk.kill();
+            let log = open(&disk);
+            let left = bases(&disk);
+            if log.partitions().is_empty() && !left.is_empty() {
+                assert_eq!(log.unclaimed(), [partition(0)], "after {operations} operations: {left:?}");
+                found += 1;
+            }
+            log.delete_replica(partition(0)).unwrap();
+            assert!(log.partitions().is_empty() && log.unclaimed().is_empty(), "after {operations} operations");
+            assert!(bases(&disk).is_empty(), "after {operations} operations: {:?}", bases(&disk));
+        }
+    }
+    assert!(found > 5, "{found} deletions left something behind");
+}
