@@ -63,8 +63,15 @@ impl Broker {
         if !self.is_in_doubt() {
             return Ok(());
         }
-        let message = "this broker's registration is gone, or the metadata store has not renewed it for as long as it lives: nothing was \
-                       begun; try another broker, or again later";
+        let why = match self.metadata_silence() {
+            Duration::ZERO => "its registration there is gone".to_owned(),
+            silence => format!("that has not answered it for {} s", silence.as_secs()),
+        };
+        let message = format!(
+            "broker {} begins nothing that needs the metadata store: {why}. Nothing was begun; try again later, or through a broker that the \
+             store answers",
+            self.settings.id
+        );
         Err(Fault::new(Reason::MetadataUnavailable, message).with("not_begun", true))
     }
 }

@@ -76,7 +76,7 @@ pub struct Ordered {
 
 /// The cluster has no such broker.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the cluster has no broker {}: it has {}", List(ids), List(known))]
+#[error("the cluster has no {}: it has {}", Brokers(ids), List(known))]
 pub struct UnknownBrokers {
     /// Those that are unknown.
     pub ids: Vec<BrokerId>,
@@ -168,6 +168,15 @@ impl fmt::Display for List<'_> {
                 write!(f, "{} and {last}", most.join(", "))
             }
         }
+    }
+}
+
+/// `broker 1`, or `brokers 1 and 2`.
+struct Brokers<'a>(&'a [BrokerId]);
+
+impl fmt::Display for Brokers<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "broker{} {}", if self.0.len() == 1 { "" } else { "s" }, List(self.0))
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use super::{Chosen, FindError, List, Ordered, Orders, UnknownBrokers, WriteError, known};
+use super::{Brokers, Chosen, FindError, Ordered, Orders, UnknownBrokers, WriteError, known};
 use crate::{
     cluster::{partition_value::PartitionValue, view::ViewState},
     model::{BrokerId, PartitionId, TopicName},
@@ -38,8 +38,8 @@ pub enum ReassignError {
     },
     /// Brokers that are not alive cannot copy.
     #[error(
-        "broker {} is not alive and holds no replica of partition {partition}, so it cannot copy one: start it first",
-        List(ids)
+        "partition {partition} cannot go to {}, not alive and without a replica of it: start what is down first",
+        Brokers(ids)
     )]
     Gone {
         /// Which.
@@ -49,8 +49,8 @@ pub enum ReassignError {
     },
     /// A broker that is being emptied would give its replicas away again.
     #[error(
-        "broker {} is being drained and takes no replicas: leave it out, or `strandline broker restore` it",
-        List(ids)
+        "no replica goes to {}, being drained: leave that out, or `strandline broker restore` it first",
+        Brokers(ids)
     )]
     Draining {
         /// Which.
@@ -58,9 +58,9 @@ pub enum ReassignError {
     },
     /// A broker whose disk is full would be filled further.
     #[error(
-        "the disk of broker {} is full (broker.disk_full_percent), so it is given no replica of partition {partition}: leave it \
-         out, or free space there",
-        List(ids)
+        "the disk of {} is full (broker.disk_full_percent), so no replica of partition {partition} goes there: leave it out, or free \
+         space there",
+        Brokers(ids)
     )]
     Full {
         /// Which.

@@ -57,7 +57,7 @@ pub struct Acked {
 pub enum Refused {
     /// Too few replicas in sync.
     #[error(
-        "{in_sync} replicas are in sync, min.insync.replicas is {needed}: wait for replicas to come back, or lower it"
+        "replicas in sync: {in_sync}, and min.insync.replicas is {needed}: wait for replicas to come back, or lower it"
     )]
     NotEnoughReplicas {
         /// How many are in sync.
