@@ -46,7 +46,14 @@ fn manifest(segments: u64) -> Root {
     (0..segments).fold(Root::empty(partition(), at(0)), |root, number| {
         let attempt = uuid::Uuid::from_u128(number.into());
         let stamp = Stamp { base: at(number * 1000), end: at(number * 1000 + 1000), epoch: EPOCH, attempt };
-        let line = SegmentLine { stamp, data_bytes: SEGMENT_BYTES, footer_bytes: 1000, crc: 0, max_timestamp_ms: 0, created_ms: 0 };
+        let line = SegmentLine {
+            stamp,
+            data_bytes: SEGMENT_BYTES,
+            footer_bytes: 1000,
+            crc: 0,
+            max_timestamp_ms: 0,
+            created_ms: 0,
+        };
         root.extend(line, EPOCH, attempt).0
     })
 }

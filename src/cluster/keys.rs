@@ -13,7 +13,7 @@ use super::partition_value::PartitionValue;
 use crate::{
     limits,
     model::{BrokerId, ConfigMap, Offset, PartitionId, TopicId, TopicName},
-    tier::TierState,
+    tier::{StoreNote, TierState},
 };
 
 /// The paths of one cluster. Cheap to clone.
@@ -51,6 +51,8 @@ pub enum Key {
     Deleted(TopicId),
     /// `producer-ids`
     ProducerIds,
+    /// `object-store`
+    ObjectStore,
 }
 
 impl Keys {
@@ -81,6 +83,7 @@ impl Keys {
             Key::Tier(id) => format!("{prefix}tier/{id}"),
             Key::Deleted(id) => format!("{prefix}deleted/{id}"),
             Key::ProducerIds => format!("{prefix}producer-ids"),
+            Key::ObjectStore => format!("{prefix}object-store"),
         }
     }
 
@@ -129,12 +132,18 @@ impl Keys {
         self.path(&Key::ProducerIds)
     }
 
+    /// The path of which object store is the cluster's.
+    pub fn object_store(&self) -> String {
+        self.path(&Key::ObjectStore)
+    }
+
     /// What a path names; `None` for one of another cluster, or of a kind that this version does not know.
     pub fn parse(&self, path: &str) -> Option<Key> {
         let rest = path.strip_prefix(&*self.prefix)?;
         let key = match rest.split_once('/') {
             None if rest == "controller" => Key::Controller,
             None if rest == "producer-ids" => Key::ProducerIds,
+            None if rest == "object-store" => Key::ObjectStore,
             Some(("brokers", id)) => Key::Broker(BrokerId(canonical(id)?)),
             Some(("directories", id)) => Key::Directory(BrokerId(canonical(id)?)),
             Some(("drains", id)) => Key::Drain(BrokerId(canonical(id)?)),
@@ -380,6 +389,9 @@ impl Value for TierState {
 }
 
 impl Value for DeletedValue {}
+
+/// The value of `object-store`.
+impl Value for StoreNote {}
 
 impl Value for ProducerIdsValue {
     fn contradiction(&self) -> Option<String> {

@@ -10,7 +10,7 @@
 //!
 //! Among several brokers `session` keeps one registered, after `proof` has shown what it still holds. `partition_value` computes every
 //! new set and leader of a partition, `changes` writes them by compare-and-set, and `controller` carries out what the pure `planner`
-//! finds to be done. `census` counts what is as it should be, and what is not.
+//! finds to be done. `object_store` remembers which bucket is the cluster's. `census` counts what is as it should be, and what is not.
 //!
 //! # Invariants
 //!
@@ -31,6 +31,7 @@ mod embedded;
 mod etcd;
 mod keys;
 mod measured;
+mod object_store;
 mod orders;
 mod outcome;
 mod partition_value;
@@ -58,6 +59,7 @@ pub use keys::{
     InvalidValue, Key, Keys, ProducerIdsValue, TopicValue, Value,
 };
 pub use measured::Measured;
+pub use object_store::ObjectStoreKey;
 pub use orders::{
     CancelError, DrainError, Drained, ElectError, FindError, Held, Loss, Ordered, Orders, ReassignError, Successor,
     Unfit, UnknownBrokers, UnknownPartition, WriteError, successor,

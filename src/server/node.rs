@@ -19,8 +19,8 @@ use crate::{
     broker::{self, Broker, Tier},
     client::Connect,
     cluster::{
-        Addresses, BrokerState, BrokerValue, Keys, Measured, MetaStore, RegisterError, Registration, Revision, Session,
-        Standing, Unread, View, planner::Limits,
+        Addresses, BrokerState, BrokerValue, Keys, Measured, MetaStore, ObjectStoreKey, RegisterError, Registration,
+        Revision, Session, Standing, Unread, View, planner::Limits,
     },
     config::Config,
     log::{Disk, Identity, Log, Options, Stepper},
@@ -221,6 +221,8 @@ impl Start<'_> {
             if view.state().names_history() {
                 tier.store.expect_history();
             }
+            let notes = ObjectStoreKey::new(Arc::clone(&meta), keys.clone(), view.clone(), alone);
+            tier.store.go_by(Arc::new(notes));
             claim(&tier.store, &self.tasks).await?;
         }
         let broker = Broker::open(broker::Parts {
@@ -346,13 +348,13 @@ async fn register_alone(registration: Registration, view: &View, tasks: &Tasks) 
     registration.register(record.map(|entry| entry.mod_revision), view, tasks).await
 }
 
-/// Makes sure that the object store is not another cluster's. Waits a moment only: a store that is away or slow is asked
+/// Makes sure that the object store is this cluster's and not another one. Waits a moment only: a store that is away or slow is asked
 /// again by every upload.
 async fn claim(store: &Store, tasks: &Tasks) -> Result<(), ClaimError> {
     let asked = store.clone();
     let answer = tasks.spawn("claim", async move { asked.claim().await });
     match tokio::time::timeout(CLAIM_WAIT, answer).await {
-        Ok(Ok(Err(foreign @ ClaimError::Foreign { .. }))) => Err(foreign),
+        Ok(Ok(Err(error))) if error.is_of_others() => Err(error),
         Ok(Ok(Ok(()))) => Ok(()),
         Ok(Ok(Err(error))) => {
             tracing::warn!(%error, "the object store cannot be used yet; segments stay on disk until it can");

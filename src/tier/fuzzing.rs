@@ -3,11 +3,11 @@
 
 use serde::{Serialize, de::DeserializeOwned};
 
-use super::store::{Owner, TopicRecord};
+use super::{claim::Card, store::TopicRecord};
 
 /// `cluster.json`.
 pub fn owner(content: &[u8]) -> Option<Vec<u8>> {
-    again::<Owner>(content)
+    again::<Card>(content)
 }
 
 /// `topic.json`.

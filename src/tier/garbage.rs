@@ -52,7 +52,7 @@ pub async fn collect_garbage<F, Fut>(
     live: F,
     grace: Duration,
     now_ms: i64,
-) -> Result<GarbageReport, super::store::ClaimError>
+) -> Result<GarbageReport, super::claim::ClaimError>
 where
     F: Fn(PartitionId) -> Fut,
     Fut: Future<Output = Live>,

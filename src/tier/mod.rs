@@ -36,6 +36,7 @@
 
 mod ahead;
 mod cache;
+mod claim;
 pub mod doctor;
 mod files;
 pub mod footer;
@@ -60,6 +61,7 @@ mod uploads;
 mod wire;
 
 pub use cache::{Cache, CacheOptions};
+pub use claim::{ClaimError, StoreNote, StoreNotes};
 pub use footer::Footer;
 pub use garbage::{GarbageReport, Live, collect_garbage};
 pub use manifest::SegmentLine;
@@ -70,7 +72,7 @@ pub use reach::Outage;
 pub use read::{Read, ReadError};
 pub use segment::{SegmentSource, SourceError};
 pub use state::TierState;
-pub use store::{ClaimError, Listed, Store, StoreError, TopicRecord};
+pub use store::{Listed, Store, StoreError, TopicRecord};
 pub use upload::UploadError;
 pub use uploads::{UploadsError, UploadsReport, end_abandoned_uploads};
 pub use wire::Invalid;

@@ -9,7 +9,7 @@ use std::{
     fmt,
     ops::Range,
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -21,8 +21,10 @@ use futures::TryStreamExt;
 use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutPayload, path::Path};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{OnceCell, Semaphore};
+use uuid::Uuid;
 
 use super::{
+    claim::{ClaimError, StoreNotes},
     name,
     open::{self, OpenError, StoreOptions},
     reach::{Outage, Reach},
@@ -38,21 +40,24 @@ const UPLOAD_PARTS: usize = 8;
 /// One prefix of one object store. Clones share it.
 #[derive(Clone)]
 pub struct Store {
-    inner: Arc<Inner>,
+    pub(super) inner: Arc<Inner>,
 }
 
-struct Inner {
+pub(super) struct Inner {
     objects: Arc<dyn ObjectStore>,
     prefix: Path,
     /// The URL for messages.
-    place: String,
-    cluster: String,
+    pub(super) place: String,
+    pub(super) cluster: String,
     options: StoreOptions,
     /// Whether it is a folder of this machine, which may go or change while we run.
-    folder: bool,
-    claimed: OnceCell<()>,
+    pub(super) folder: bool,
+    /// The prefix is ours, by the card with this id.
+    pub(super) claimed: OnceCell<Option<Uuid>>,
     /// The cluster has objects in its store, so an empty prefix is not it.
     expected: AtomicBool,
+    /// What remembers which store is the cluster's.
+    pub(super) notes: OnceLock<Arc<dyn StoreNotes>>,
     parts: Arc<Semaphore>,
     reach: Reach,
     tasks: Tasks,
@@ -151,67 +156,6 @@ fn address(text: &str) -> Option<&str> {
     Some(&text[start..end])
 }
 
-/// The prefix cannot be used by this cluster, or it is not known yet whether it can.
-#[derive(Clone, Debug, thiserror::Error)]
-pub enum ClaimError {
-    /// Another cluster's history is there.
-    #[error(
-        "{place} belongs to cluster {theirs:?}; this is cluster {ours:?}: give each cluster a bucket or prefix of its own"
-    )]
-    Foreign {
-        /// The store's URL.
-        place: String,
-        /// This cluster's name.
-        ours: String,
-        /// The owner's name.
-        theirs: String,
-    },
-    /// `cluster.json` is not one that we wrote.
-    #[error("{place}/cluster.json cannot be read: {reason}: it must say which cluster owns this prefix")]
-    Unreadable {
-        /// The store's URL.
-        place: String,
-        /// What is wrong with it.
-        reason: String,
-    },
-    /// What must be ours is not: an unmounted disk, a folder moved away, another URL than before.
-    #[error(
-        "{place} should hold this cluster's history, and its cluster.json is not there; mount or move it back, or correct \
-         object_store.url; nothing is written there until then"
-    )]
-    Gone {
-        /// The store's URL.
-        place: String,
-    },
-    /// There is nothing that could hold the prefix.
-    #[error("{place}: there is no such bucket; create it, or correct the URL")]
-    NoBucket {
-        /// The store's URL.
-        place: String,
-    },
-    /// The store could not be asked.
-    #[error(transparent)]
-    Store(#[from] StoreError),
-}
-
-impl ClaimError {
-    /// Whether asking again later may help.
-    pub fn retryable(&self) -> bool {
-        match self {
-            Self::Gone { .. } => true,
-            Self::Store(error) => error.retryable(),
-            Self::Foreign { .. } | Self::Unreadable { .. } | Self::NoBucket { .. } => false,
-        }
-    }
-}
-
-/// The content of `cluster.json`.
-#[derive(Debug, PartialEq, Serialize, Deserialize)]
-pub(super) struct Owner {
-    format: u32,
-    cluster: String,
-}
-
 /// The content of `topic.json`: what a restore needs to make the topic again.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TopicRecord {
@@ -259,6 +203,7 @@ impl Store {
             folder: options.url.starts_with("file:"),
             claimed: OnceCell::new(),
             expected: AtomicBool::new(false),
+            notes: OnceLock::new(),
             parts: Arc::new(Semaphore::new(UPLOAD_PARTS)),
             reach: Reach::default(),
             tasks: Tasks::new(),
@@ -281,73 +226,13 @@ impl Store {
         self.inner.expected.store(true, Ordering::Release);
     }
 
-    fn is_expected(&self) -> bool {
+    /// From now on a claim holds only for the store that is noted there, and notes the one that it finds where none is.
+    pub fn go_by(&self, notes: Arc<dyn StoreNotes>) {
+        drop(self.inner.notes.set(notes));
+    }
+
+    pub(super) fn is_expected(&self) -> bool {
         self.inner.claimed.initialized() || self.inner.expected.load(Ordering::Acquire)
-    }
-
-    /// Makes sure that the prefix is this cluster's: takes it when nobody has it, refuses when another cluster has. Asks the
-    /// store until it has succeeded once; everything that writes calls it first, so a caller need not.
-    ///
-    /// A folder is looked at each time. A bucket that goes away says so itself; where a disk is not mounted any more there
-    /// is still a folder, or one is made by the next write, and what lands in it is on the wrong disk.
-    pub async fn claim(&self) -> Result<(), ClaimError> {
-        if self.inner.folder && self.inner.claimed.initialized() {
-            return if self.owned().await? { Ok(()) } else { Err(self.gone()) };
-        }
-        self.inner.claimed.get_or_try_init(|| self.ask_claim()).await.copied()
-    }
-
-    fn gone(&self) -> ClaimError {
-        ClaimError::Gone { place: self.inner.place.clone() }
-    }
-
-    async fn ask_claim(&self) -> Result<(), ClaimError> {
-        if !self.owned().await? {
-            if self.is_expected() {
-                return Err(self.gone());
-            }
-            let owner = Owner { format: 1, cluster: self.inner.cluster.clone() };
-            let content = Bytes::from(serde_json::to_vec(&owner).expect("a plain struct"));
-            // Where the store knows conditions, only one of two clusters that come at the same moment succeeds. Where
-            // it does not, the last one does, and the first learns it here or at its next start.
-            match self.put_if_absent(name::CLUSTER, content.clone()).await {
-                Ok(()) => {}
-                Err(StoreError::Unsupported { .. }) => self.put(name::CLUSTER, content).await?,
-                Err(StoreError::NotFound { .. }) => {
-                    return Err(ClaimError::NoBucket { place: self.inner.place.clone() });
-                }
-                Err(error) => return Err(error.into()),
-            }
-            if !self.owned().await? {
-                let reason = "it is not there after it was written".to_owned();
-                return Err(ClaimError::Unreadable { place: self.inner.place.clone(), reason });
-            }
-        }
-        tracing::info!(place = self.inner.place, cluster = self.inner.cluster, "object store is ours");
-        Ok(())
-    }
-
-    /// Whether the prefix is ours; an error when it is another cluster's.
-    async fn owned(&self) -> Result<bool, ClaimError> {
-        let place = self.inner.place.clone();
-        let content = match self.fetch(name::CLUSTER).await {
-            Ok(content) => content,
-            Err(StoreError::NotFound { .. }) => return Ok(false),
-            Err(error) => return Err(error.into()),
-        };
-        let owner: Owner = match serde_json::from_slice(&content) {
-            Ok(owner) => owner,
-            Err(error) => return Err(ClaimError::Unreadable { place, reason: error.to_string() }),
-        };
-        if owner.format != 1 {
-            let reason = format!("format {} is newer than this release knows: upgrade", owner.format);
-            return Err(ClaimError::Unreadable { place, reason });
-        }
-        if owner.cluster != self.inner.cluster {
-            let ours = self.inner.cluster.clone();
-            return Err(ClaimError::Foreign { place, ours, theirs: owner.cluster });
-        }
-        Ok(true)
     }
 
     /// Writes or replaces a topic's description.
@@ -395,7 +280,7 @@ impl Store {
         }
     }
 
-    async fn fetch(&self, object: &str) -> Result<Bytes, StoreError> {
+    pub(super) async fn fetch(&self, object: &str) -> Result<Bytes, StoreError> {
         let path = self.path(object);
         self.retry(object, || async { self.inner.objects.get(&path).await?.bytes().await }).await
     }
@@ -406,10 +291,9 @@ impl Store {
             return missing;
         }
         match self.claim().await {
-            Err(gone @ ClaimError::Gone { .. }) => {
-                StoreError::Unavailable { object: object.to_owned(), reason: gone.to_string() }
-            }
-            _ => missing,
+            Ok(()) => missing,
+            Err(ClaimError::Store(error)) => error,
+            Err(error) => StoreError::Unavailable { object: object.to_owned(), reason: error.to_string() },
         }
     }
 
@@ -459,7 +343,7 @@ impl Store {
     }
 
     /// Writes an object if there is none. Success says only that there is one now.
-    async fn put_if_absent(&self, object: &str, content: Bytes) -> Result<(), StoreError> {
+    pub(super) async fn put_if_absent(&self, object: &str, content: Bytes) -> Result<(), StoreError> {
         let path = self.path(object);
         self.retry(object, || async {
             let payload = PutPayload::from_bytes(content.clone());

@@ -16,12 +16,13 @@ use futures::{StreamExt, stream::FuturesUnordered};
 use object_store::{MultipartUpload, ObjectStoreExt, PutPayload};
 
 use super::{
+    claim::ClaimError,
     manifest::SegmentLine,
     name::{Stamp, partition_folder},
     open::Verify,
     read::ReadError,
     segment::{Batches, From, SegmentSource, SourceError},
-    store::{ClaimError, Store, StoreError},
+    store::{Store, StoreError},
 };
 use crate::{model::LeaderEpoch, task::random};
 

@@ -10,7 +10,7 @@
 
 use std::time::Duration;
 
-use super::store::{ClaimError, Store};
+use super::{claim::ClaimError, store::Store};
 
 /// What one sweep did.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -89,6 +89,13 @@ fn values_are_written_as_the_format_says() {
         r#"{"manifest":null,"tiered_end":10,"log_start":10,"epoch":7,"bytes":0}"#,
     );
     golden(&ProducerIdsValue { next: 2000 }, r#"{"next":2000}"#);
+    golden(
+        &StoreNote {
+            id: uuid::uuid!("6f1c2a9e-0000-4000-8000-0123456789ab"),
+            place: "s3://b/p at http://s3:9000".to_owned(),
+        },
+        r#"{"id":"6f1c2a9e-0000-4000-8000-0123456789ab","place":"s3://b/p at http://s3:9000"}"#,
+    );
 }
 
 #[test]
@@ -102,6 +109,7 @@ fn paths_are_as_the_design_says_and_come_back() {
         (Key::Tier(id), "/strandline/blue/tier/6f1c2a9e-0000-4000-8000-0123456789ab/12"),
         (Key::Deleted(topic()), "/strandline/blue/deleted/6f1c2a9e-0000-4000-8000-0123456789ab"),
         (Key::ProducerIds, "/strandline/blue/producer-ids"),
+        (Key::ObjectStore, "/strandline/blue/object-store"),
     ] {
         assert_eq!(keys().path(&key), path);
         assert_eq!(keys().parse(path), Some(key));

@@ -14,7 +14,7 @@ use crate::{
         store::{Changes, Entry, Event, Listing, Revision},
     },
     model::{BrokerId, PartitionId, TopicId, TopicName},
-    tier::TierState,
+    tier::{StoreNote, TierState},
 };
 
 /// A value and the transactions that made and last wrote it.
@@ -238,6 +238,7 @@ impl ViewState {
             Key::Tier(id) => read(entry).map(|known| self.slot(*id).tier = Some(known)),
             Key::Directory(_) => read::<DirectoryValue>(entry).map(drop),
             Key::ProducerIds => read::<ProducerIdsValue>(entry).map(drop),
+            Key::ObjectStore => read::<StoreNote>(entry).map(drop),
             Key::Deleted(_) => Ok(()),
         };
         match done {
@@ -280,7 +281,7 @@ impl ViewState {
             }
             Key::Partition(id) => self.clear(*id, |entry| entry.partition = None),
             Key::Tier(id) => self.clear(*id, |entry| entry.tier = None),
-            Key::Directory(_) | Key::Deleted(_) | Key::ProducerIds => {}
+            Key::Directory(_) | Key::Deleted(_) | Key::ProducerIds | Key::ObjectStore => {}
         }
     }
 
@@ -320,7 +321,7 @@ impl ViewState {
             Key::Tier(id) => {
                 nth(self.partitions.get(&id.topic), id.number)?.tier.as_ref().map(|known| known.mod_revision)
             }
-            Key::Directory(_) | Key::Deleted(_) | Key::ProducerIds => None,
+            Key::Directory(_) | Key::Deleted(_) | Key::ProducerIds | Key::ObjectStore => None,
         }
     }
 
@@ -341,9 +342,9 @@ impl ViewState {
     }
 }
 
-/// Whether the view mirrors it. Producer ids and directories it does not, nobody looks at them there: it only names those that cannot be used.
+/// Whether the view mirrors it. Producer ids, directories and the object store it does not, nobody looks at them there: it only names those that cannot be used.
 fn is_mirrored(key: &Key) -> bool {
-    !matches!(key, Key::Directory(_) | Key::ProducerIds)
+    !matches!(key, Key::Directory(_) | Key::ProducerIds | Key::ObjectStore)
 }
 
 fn place(number: u32) -> usize {

@@ -1,6 +1,6 @@
 //! Brokers of one cluster as processes, with an etcd of their own and one bucket.
 
-use std::{collections::BTreeMap, net::SocketAddr};
+use std::{collections::BTreeMap, net::SocketAddr, path::Path};
 
 use serde_json::Value;
 
@@ -57,6 +57,11 @@ impl Cluster {
         answers(&etcd);
         let folder = tempfile::tempdir().expect("a folder for the bucket");
         Self { etcd, folder, homes: BTreeMap::new(), brokers: BTreeMap::new() }
+    }
+
+    /// The folder that all of them have for a bucket.
+    pub(crate) fn bucket(&self) -> &Path {
+        self.folder.path()
     }
 
     /// A home for one more broker, with the bucket of the others.

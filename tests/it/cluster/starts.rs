@@ -175,12 +175,31 @@ async fn a_broker_reaches_an_etcd_that_asks_for_a_certificate_and_a_password() {
     });
 }
 
+/// A typing error in one broker's URL, or a bucket of that name at another service: what it uploads is where no other broker looks for it.
+#[test]
+fn a_broker_whose_url_names_another_bucket_is_refused_with_both_places() {
+    let mut cluster = Cluster::start(2);
+    let elsewhere = tempfile::tempdir().expect("a folder");
+    let third = cluster.new_home(3).bucket_of(elsewhere.path());
+    assert!(!third.spawn().wait().success());
+    let log = third.log();
+    let places = [cluster.bucket(), elsewhere.path()].map(|place| format!("file://{}", place.display()));
+    assert!(
+        log.contains(&format!("{} is not the object store that this cluster uses, which is {}", places[1], places[0])),
+        "{log}"
+    );
+    assert_eq!(fs::read_dir(elsewhere.path()).expect("a folder").count(), 0, "nothing is written there");
+    let third = third.bucket_of(cluster.bucket());
+    cluster.add(3, third);
+    cluster.ready();
+}
+
 #[test]
 fn a_number_that_another_broker_has_is_refused_with_its_address() {
     let etcd = etcd(1);
     let mut first = Home::member(1, &etcd);
     let mut running = first.start();
-    let second = Home::member(1, &etcd);
+    let second = Home::member(1, &etcd).bucket_of(&first.bucket());
     assert!(!second.spawn().wait().success());
     let told = format!("broker id 1 is taken by a broker at {}", first.grpc());
     assert!(second.log().contains(&told), "{}", second.log());
@@ -192,7 +211,7 @@ fn of_two_processes_with_one_directory_one_ends_and_says_why() {
     let etcd = etcd(1);
     let mut first = Home::member(1, &etcd);
     let mut running = first.start();
-    let second = Home::member(1, &etcd);
+    let second = Home::member(1, &etcd).bucket_of(&first.bucket());
     copy(&first.data_dir(), &second.data_dir());
     let mut later = second.spawn();
     // Most often the first one stays: it registers again within milliseconds, while the later one proves itself.

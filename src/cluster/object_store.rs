@@ -1,0 +1,172 @@
+//! Which object store is the cluster's, remembered in the metadata store.
+
+use std::sync::Arc;
+
+use futures::future::BoxFuture;
+
+use super::{Compare, Entry, Keys, MetaStore, Outcome, Transaction, Value as _, View};
+use crate::tier::{StoreNote, StoreNotes};
+
+/// Most tries while other brokers write the key.
+const ATTEMPTS: usize = 10;
+
+/// The key `object-store`.
+pub struct ObjectStoreKey {
+    store: Arc<dyn MetaStore>,
+    keys: Keys,
+    view: View,
+    /// There is one broker, ever.
+    alone: bool,
+}
+
+impl ObjectStoreKey {
+    /// The key in `store`. A broker that is alone may change to another object store while the metadata names nothing in one; with
+    /// several, one that was given another URL than the rest would be taken at its word.
+    pub fn new(store: Arc<dyn MetaStore>, keys: Keys, view: View, alone: bool) -> Self {
+        Self { store, keys, view, alone }
+    }
+
+    fn is_free(&self) -> bool {
+        self.alone && !self.view.state().names_history()
+    }
+
+    /// What the key holds, and whether it binds.
+    async fn read(&self) -> Result<(Option<Entry>, Option<StoreNote>), String> {
+        let key = self.keys.object_store();
+        let entry = self.store.get(&key).await.map_err(|error| error.to_string())?.entry;
+        let note = match &entry {
+            Some(entry) if !self.is_free() => {
+                Some(StoreNote::decode(&key, &entry.value).map_err(|error| error.to_string())?)
+            }
+            _ => None,
+        };
+        Ok((entry, note))
+    }
+
+    async fn write(&self, mine: StoreNote) -> Result<StoreNote, String> {
+        let key = self.keys.object_store();
+        for _ in 0..ATTEMPTS {
+            let unchanged = match self.read().await? {
+                (_, Some(noted)) if noted.id != mine.id || noted.place == mine.place => return Ok(noted),
+                (Some(entry), _) => Compare::ModRevision(key.clone(), entry.mod_revision),
+                (None, _) => Compare::Absent(key.clone()),
+            };
+            let transaction = Transaction::new().when(unchanged).put(key.as_str(), mine.encode());
+            match self.store.transact(transaction).await.map_err(|error| error.to_string())? {
+                Outcome::Done { .. } => return Ok(mine),
+                Outcome::Refused { .. } => {}
+            }
+        }
+        Err("other brokers note it at the same time".to_owned())
+    }
+}
+
+impl StoreNotes for ObjectStoreKey {
+    fn noted(&self) -> BoxFuture<'_, Result<Option<StoreNote>, String>> {
+        Box::pin(async { Ok(self.read().await?.1) })
+    }
+
+    fn note(&self, mine: StoreNote) -> BoxFuture<'_, Result<StoreNote, String>> {
+        Box::pin(self.write(mine))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::{
+        cluster::EmbeddedStore,
+        task::Tasks,
+        tier::{ClaimError, Store, StoreOptions, name},
+    };
+
+    struct Cluster {
+        meta: Arc<dyn MetaStore>,
+        view: View,
+        folder: tempfile::TempDir,
+        _tasks: Tasks,
+    }
+
+    impl Cluster {
+        fn new() -> Self {
+            let (meta, tasks) = (Arc::new(EmbeddedStore::in_memory()), Tasks::new());
+            let view = View::start(Arc::clone(&meta) as _, keys(), &tasks);
+            Self { meta, view, folder: tempfile::tempdir().expect("a folder"), _tasks: tasks }
+        }
+
+        fn url(&self, place: &str) -> String {
+            format!("file://{}/{place}", self.folder.path().display())
+        }
+
+        /// A broker's client, whose URL names this place.
+        fn broker(&self, place: &str, alone: bool) -> Store {
+            let options = StoreOptions { retry_for: Duration::ZERO, ..StoreOptions::new(&self.url(place)) };
+            let store = Store::open(&options, "test").expect("good options");
+            store.go_by(Arc::new(ObjectStoreKey::new(Arc::clone(&self.meta), keys(), self.view.clone(), alone)));
+            store
+        }
+
+        async fn note(&self) -> StoreNote {
+            let entry = self.meta.get(&keys().object_store()).await.expect("answers").entry.expect("noted");
+            StoreNote::decode("key", &entry.value).expect("a note")
+        }
+    }
+
+    fn keys() -> Keys {
+        Keys::new("test").expect("valid")
+    }
+
+    #[tokio::test]
+    async fn a_broker_whose_url_names_another_store_neither_takes_nor_uses_it() {
+        let cluster = Cluster::new();
+        cluster.broker("ours", false).claim().await.expect("nobody's yet");
+        assert_eq!(cluster.note().await.place, cluster.url("ours"));
+        cluster.broker("ours", false).claim().await.expect("as the first does");
+
+        let error = cluster.broker("empty", false).claim().await.expect_err("not ours");
+        assert!(matches!(error, ClaimError::Elsewhere { .. }) && !error.retryable(), "{error}");
+        let text = error.to_string();
+        assert!(text.contains(&cluster.url("ours")) && text.contains(&cluster.url("empty")), "{text}");
+        assert!(!cluster.folder.path().join("empty").join(name::CLUSTER).exists(), "it is not taken");
+
+        // One of another cluster of this name.
+        let other = StoreOptions::new(&cluster.url("theirs"));
+        Store::open(&other, "test").expect("good options").claim().await.expect("nobody's yet");
+        let error = cluster.broker("theirs", false).claim().await.expect_err("not ours");
+        assert!(matches!(error, ClaimError::Elsewhere { .. }) && error.is_of_others(), "{error}");
+        assert_eq!(cluster.note().await.place, cluster.url("ours"));
+    }
+
+    #[tokio::test]
+    async fn a_store_that_was_moved_with_its_card_is_the_same() {
+        let cluster = Cluster::new();
+        cluster.broker("ours", false).claim().await.expect("nobody's yet");
+        let before = cluster.note().await;
+        std::fs::rename(cluster.folder.path().join("ours"), cluster.folder.path().join("moved")).expect("moved");
+        cluster.broker("moved", false).claim().await.expect("the same card");
+        assert_eq!(cluster.note().await, StoreNote { place: cluster.url("moved"), ..before });
+    }
+
+    #[tokio::test]
+    async fn a_broker_alone_without_history_may_change_its_store() {
+        let cluster = Cluster::new();
+        cluster.broker("first", true).claim().await.expect("nobody's yet");
+        cluster.broker("second", true).claim().await.expect("nothing is in the first");
+        assert_eq!(cluster.note().await.place, cluster.url("second"));
+    }
+
+    #[tokio::test]
+    async fn a_note_that_cannot_be_read_is_not_overwritten() {
+        let cluster = Cluster::new();
+        let put = Transaction::new().put(keys().object_store(), bytes::Bytes::from_static(b"{broken"));
+        cluster.meta.transact(put).await.expect("answers");
+        let error = cluster.broker("ours", false).claim().await.expect_err("which store is not known");
+        assert!(
+            matches!(&error, ClaimError::Notes(why) if why.contains("object-store")) && error.retryable(),
+            "{error}"
+        );
+        assert!(!cluster.folder.path().join("ours").join(name::CLUSTER).exists(), "nothing is taken meanwhile");
+    }
+}
