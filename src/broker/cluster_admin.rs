@@ -4,7 +4,13 @@
 
 use std::time::Duration;
 
-use super::{Broker, admin::name, describe::numbers, faults::invalid, figures::Told};
+use super::{
+    Broker,
+    admin::name,
+    describe::numbers,
+    faults::invalid,
+    figures::{Told, useless},
+};
 use crate::{
     cluster::{self, BrokerValue, ElectError, Held, Known, Ordered, PartitionEntry, Revision, Successor, successor},
     model::{BrokerId, Offset, PartitionId, TopicName},
@@ -143,12 +149,15 @@ impl Broker {
             return Err(invalid("to and revision go together: both are in the answer to validate_only"));
         }
         let found = self.orders.forsaken(topic, partition)?;
-        let (held, told, useless) = self.ask_replicas(&found).await;
+        let asked = self.ask_replicas(&found).await;
         let tiered_end = self.view.partition(found.id).as_ref().map_or(Offset::ZERO, bucket_end);
         // The last resort: it goes on behind what the bucket has. What is lost there nobody can say any more.
-        let behind_bucket =
-            || useless.filter(|_| tiered_end > Offset::ZERO).map(|broker| Successor { broker, loss: None });
-        let Some(best) = successor(&found.value.replicas, &told, tiered_end).or_else(behind_bucket) else {
+        let behind_bucket = || {
+            let broker = asked.useless.filter(|_| tiered_end > Offset::ZERO && !asked.silent)?;
+            Some(Successor { broker, loss: None })
+        };
+        let best = successor(&found.value.replicas, &asked.told, tiered_end).or_else(behind_bucket);
+        let Some(best) = best else {
             let partition = format!("{topic}/{partition}");
             return Err(ElectError::Silent { partition, replicas: found.value.replicas }.into());
         };
@@ -162,7 +171,7 @@ impl Broker {
         if let Some(loss) = best.loss {
             (answer.lost_from, answer.lost_to) = (loss.from.as_i64(), loss.to.as_i64());
         }
-        Ok(v1::ElectLeaderResponse { held, ..answer })
+        Ok(v1::ElectLeaderResponse { held: asked.held, ..answer })
     }
 
     /// Counts an election that was ordered, waits until it is seen here, and tells it.
@@ -174,40 +183,47 @@ impl Broker {
         elected(ordered)
     }
 
-    /// What a partition's replicas say that they hold: for the answer, and those that did answer. And the first that lives, and whose
-    /// replica is of no use.
-    async fn ask_replicas(&self, found: &Ordered) -> (Vec<v1::ReplicaState>, Vec<Held>, Option<BrokerId>) {
+    /// What a partition's replicas say that they hold.
+    async fn ask_replicas(&self, found: &Ordered) -> Asked {
         let (id, value) = (found.id, &found.value);
         let state = self.view.state();
         let alive = value.replicas.iter().filter(|id| state.brokers().contains_key(id));
         let wanted = alive.map(|broker| (*broker, vec![id])).collect();
         drop(state);
         let mut answers = self.ask_marks(wanted).await;
-        let (mut held, mut useless) = (Vec::new(), None);
-        let replicas = value.replicas.iter().map(|broker| {
+        let mut asked = Asked::default();
+        for broker in &value.replicas {
             let mut replica = v1::ReplicaState {
                 broker: broker.0,
                 in_sync: value.isr.contains(broker),
                 eligible: value.elr.contains(broker),
                 ..Default::default()
             };
-            match answers.remove(broker).unwrap_or_else(|| Err(gone(*broker))).map(|mut told| told.remove(&id)) {
-                Ok(Some(Told { marks, last_epoch, .. })) => {
+            match answers.remove(broker).map(|answer| answer.map(|mut told| told.remove(&id))) {
+                Some(Ok(Some(Ok(Told { marks, last_epoch, .. })))) => {
                     replica.high_watermark = marks.high_watermark.as_i64();
                     replica.log_end = marks.log_end.as_i64();
                     replica.last_epoch = last_epoch.map(|epoch| epoch.as_i32());
                     let (broker, log_end, high_watermark) = (*broker, marks.log_end, marks.high_watermark);
-                    held.push(Held { broker, last_epoch, log_end, high_watermark });
+                    asked.told.push(Held { broker, last_epoch, log_end, high_watermark });
                 }
-                Ok(None) => {
+                Some(Ok(Some(Err(why)))) => {
+                    replica.unanswered = Some(useless(*broker, &why).into());
+                    asked.useless = asked.useless.or(Some(*broker));
+                }
+                Some(Ok(None)) => {
                     replica.unanswered = Some(without(*broker).into());
-                    useless = useless.or(Some(*broker));
+                    asked.silent = true;
                 }
-                Err(fault) => replica.unanswered = Some(fault.into()),
+                Some(Err(fault)) => {
+                    replica.unanswered = Some(fault.into());
+                    asked.silent = true;
+                }
+                None => replica.unanswered = Some(gone(*broker).into()),
             }
-            replica
-        });
-        (replicas.collect(), held, useless)
+            asked.held.push(replica);
+        }
+        asked
     }
 
     async fn reassignments(&self, ordered: &[Ordered]) -> Vec<v1::Reassignment> {
@@ -269,6 +285,19 @@ fn elected(ordered: &Ordered) -> v1::ElectLeaderResponse {
 
 fn bucket_end(entry: &PartitionEntry) -> Offset {
     entry.tier.as_ref().map_or(Offset::ZERO, |known| known.value.bucket_end())
+}
+
+/// What the replicas of a partition were found to hold.
+#[derive(Default)]
+struct Asked {
+    /// For the answer, in the order of the replicas.
+    held: Vec<v1::ReplicaState>,
+    /// Of those that did answer.
+    told: Vec<Held>,
+    /// The first that lives and whose replica cannot be used.
+    useless: Option<BrokerId>,
+    /// One that lives has not answered, or not said yet what it holds.
+    silent: bool,
 }
 
 fn gone(broker: BrokerId) -> Fault {

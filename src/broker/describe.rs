@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use super::{
     Broker,
     admin::{name, summary, texts},
-    figures::{Answer, Told},
+    figures::{Answer, Told, useless},
     hosted::Holding,
 };
 use crate::{
@@ -71,19 +71,23 @@ impl Broker {
             ));
         };
         match answers.get(&leader) {
-            Some(Ok(told)) => told.get(&id).cloned().ok_or_else(|| {
-                let message = format!("broker {leader} does not serve partition {} at the moment", id.number);
-                Fault::new(Reason::NotReady, message)
-            }),
+            Some(Ok(told)) => match told.get(&id) {
+                Some(Ok(told)) => Ok(told.clone()),
+                Some(Err(why)) => Err(useless(leader, why)),
+                None => {
+                    let message = format!("broker {leader} does not serve partition {} at the moment", id.number);
+                    Err(Fault::new(Reason::NotReady, message))
+                }
+            },
             Some(Err(fault)) => Err(fault.clone()),
             None => Err(Fault::new(Reason::NotReady, format!("broker {leader} was not asked"))),
         }
     }
 
     /// Why the replica here cannot be used.
-    fn unusable(&self, id: PartitionId) -> Option<String> {
+    pub(super) fn unusable(&self, id: PartitionId) -> Option<String> {
         match &*self.hosted.held(id)? {
-            Holding::Unusable(why) => Some(why.as_ref().to_owned()),
+            Holding::Unusable(unusable) => Some(unusable.why.as_ref().to_owned()),
             Holding::Open(_) | Holding::Elsewhere => None,
         }
     }

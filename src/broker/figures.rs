@@ -35,8 +35,8 @@ pub(super) struct Told {
     pub(super) failed: Option<String>,
 }
 
-/// What a broker says of replicas that it was asked for. One that it does not hold is left out.
-pub(super) type Answer = Result<BTreeMap<PartitionId, Told>, Fault>;
+/// What a broker says of replicas that it was asked for, or why one is of no use. One that it does not hold is left out.
+pub(super) type Answer = Result<BTreeMap<PartitionId, Result<Told, String>>, Fault>;
 
 impl Broker {
     /// Asks brokers for replicas of theirs, all at the same time.
@@ -47,7 +47,11 @@ impl Broker {
 
     async fn marks_at(&self, broker: BrokerId, ids: &[PartitionId]) -> Answer {
         if broker == self.settings.id {
-            return Ok(ids.iter().filter_map(|id| Some((*id, told(&self.hosted.by_id(*id)?)))).collect());
+            let told = |id| match self.hosted.by_id(id) {
+                Some(partition) => Some(Ok(told(&partition))),
+                None => self.unusable(id).map(Err),
+            };
+            return Ok(ids.iter().filter_map(|id| Some((*id, told(*id)?))).collect());
         }
         let (peers, address) = self.way_to(broker)?;
         let mut answer = BTreeMap::new();
@@ -57,8 +61,7 @@ impl Broker {
                 .map(|id| v1::ReplicaName { topic_id: id.topic.to_string(), partition: id.number.cast_signed() });
             let request = v1::MarksRequest { replicas: names.collect() };
             let marks = peers.marks(&address, request, ANSWER).await.map_err(|error| silent(broker, error))?;
-            let there = ids.iter().zip(marks.replicas).filter(|(_, marks)| marks.here);
-            answer.extend(there.map(|(id, marks)| (*id, heard(marks))));
+            answer.extend(ids.iter().zip(marks.replicas).filter_map(|(id, marks)| Some((*id, heard(marks)?))));
         }
         Ok(answer)
     }
@@ -85,6 +88,7 @@ impl Broker {
             tier_lag_records: status.tier_lag_records,
             failed: status.failed,
             object_store: status.object_store,
+            upkeep: status.upkeep,
         })
     }
 
@@ -107,10 +111,14 @@ fn told(partition: &Arc<Partition>) -> Told {
     }
 }
 
-/// What another one said of a replica of its own.
-fn heard(marks: v1::ReplicaMarks) -> Told {
+/// What another one said of a replica of its own; nothing where it has none.
+fn heard(marks: v1::ReplicaMarks) -> Option<Result<Told, String>> {
+    let failed = Some(marks.failed).filter(|why| !why.is_empty());
+    if !marks.here {
+        return failed.map(Err);
+    }
     let offset = |value| Offset::from_i64(value).unwrap_or(Offset::ZERO);
-    Told {
+    Some(Ok(Told {
         marks: Watermarks {
             log_start: offset(marks.log_start),
             local_start: offset(marks.local_start),
@@ -122,8 +130,13 @@ fn heard(marks: v1::ReplicaMarks) -> Told {
         last_epoch: marks.last_epoch.and_then(LeaderEpoch::from_i32),
         local_bytes: marks.local_bytes,
         tiered_bytes: marks.tiered_bytes,
-        failed: Some(marks.failed).filter(|why| !why.is_empty()),
-    }
+        failed,
+    }))
+}
+
+/// A replica that its broker cannot open.
+pub(super) fn useless(broker: BrokerId, why: &str) -> Fault {
+    Fault::new(Reason::StorageFailed, format!("the replica on broker {broker} cannot be used: {why}"))
 }
 
 fn silent(broker: BrokerId, error: PeerError) -> Fault {

@@ -10,7 +10,7 @@ use tokio::sync::watch;
 
 use crate::{
     cluster::Revision,
-    model::{PartitionId, TopicConfig, TopicId, TopicName},
+    model::{LeaderEpoch, PartitionId, TopicConfig, TopicId, TopicName},
     partition::Partition,
 };
 
@@ -22,7 +22,16 @@ pub(super) enum Holding {
     /// Nothing, or it is being opened.
     Elsewhere,
     /// The replica here cannot be used.
-    Unusable(Arc<str>),
+    Unusable(Unusable),
+}
+
+/// A replica that cannot be opened.
+#[derive(Clone)]
+pub(super) struct Unusable {
+    /// What is wrong with it.
+    pub(super) why: Arc<str>,
+    /// The leader epoch in which that was found. Who elects it unclean later knows.
+    pub(super) since: LeaderEpoch,
 }
 
 /// What this broker has of one topic.

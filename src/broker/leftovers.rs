@@ -129,7 +129,8 @@ fn on_disk(broker: &Broker) -> impl Iterator<Item = PartitionId> {
 impl Broker {
     async fn delete_replica(&self, id: PartitionId) {
         let log = self.log.clone();
-        if let Err(error) = task::blocking(move || log.delete_replica(id)).await {
+        let delete = move || log.delete_replica(id).and_then(|()| log.delete_unclaimed(id));
+        if let Err(error) = task::blocking(delete).await {
             tracing::warn!(partition = %id, %error, "could not delete all of the partition's files; what is left is looked at again at the next start");
         }
     }

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use super::{
     Broker,
     faults::{Leader, LookupError},
-    hosted::{Found, Holding},
+    hosted::{Found, Holding, Unusable},
 };
 use crate::{
     model::{LeaderEpoch, PartitionId, TopicName},
@@ -57,7 +57,9 @@ impl Broker {
         }
         let leader = self.leader(id);
         match &*holding {
-            Holding::Unusable(why) if leader.as_ref().is_none_or(|leader| leader.broker == self.settings.id) => {
+            Holding::Unusable(Unusable { why, .. })
+                if leader.as_ref().is_none_or(|leader| leader.broker == self.settings.id) =>
+            {
                 lookup(LookupError::Unusable { topic, partition, why: why.as_ref().to_owned() })
             }
             _ => lookup(LookupError::NotLeader { topic, partition, leader }),

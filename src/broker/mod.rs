@@ -181,6 +181,7 @@ pub struct Broker {
     commits: TierCommits,
     upkeep: Upkeep,
     upkeep_queue: UpkeepQueue,
+    upkeep_failures: upkeep::Failures,
     metrics: Metrics,
     /// One page of figures at a time.
     rendering: Mutex<()>,
@@ -229,6 +230,7 @@ impl Broker {
             hosted,
             unproven: Unproven::default(),
             upkeep_queue: UpkeepQueue::default(),
+            upkeep_failures: upkeep::Failures::default(),
             partitions: Tasks::new(),
             tasks: Tasks::new(),
             readers: Tasks::new(),

@@ -113,8 +113,9 @@ impl Others {
 }
 
 fn questions(broker: &Weak<Broker>, evidence: Arc<Evidence>) -> Questions {
-    let (asked, reported) = (Weak::clone(broker), Weak::clone(broker));
+    let (asked, looked, reported) = (Weak::clone(broker), Weak::clone(broker), Weak::clone(broker));
     Questions {
+        unusable: Box::new(move |id| looked.upgrade()?.unusable(id)),
         status: Box::new(move || asked.upgrade().map_or_else(v1::StatusResponse::default, |broker| broker.status())),
         report: Box::new(move |report: Report| {
             let (broker, evidence) = (reported.upgrade(), Arc::clone(&evidence));
@@ -148,6 +149,7 @@ impl Broker {
                 .as_ref()
                 .and_then(|tier| tier.store.outage())
                 .map_or_else(String::new, |o| o.to_string()),
+            upkeep: self.upkeep_failures.to_string(),
         }
     }
 }

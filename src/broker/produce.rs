@@ -10,7 +10,7 @@ use futures::{
     future::BoxFuture,
     stream::{self, FuturesUnordered},
 };
-use tokio::sync::oneshot;
+use tokio::{sync::oneshot, time::Instant};
 use tonic::{Status, Streaming};
 
 use super::{Broker, faults};
@@ -37,7 +37,7 @@ struct Queued {
     partition: PartitionId,
     answer: Option<Awaited>,
     timeout: Duration,
-    began: tokio::time::Instant,
+    began: Instant,
     bytes: u64,
     records: u64,
 }
@@ -120,7 +120,7 @@ impl Broker {
             0 => DEFAULT_TIMEOUT,
             ms => Duration::from_millis(ms.into()),
         };
-        let answer = Some(self.submit(&partition, batch, acks, timeout).await?);
+        let answer = Some(self.submit(&partition, batch, acks, began + timeout).await?);
         let id = partition.id();
         let answer = (acks != Acks::None).then(|| Awaited { answer, partition });
         Ok(Queued { partition: id, answer, timeout, began, bytes, records })
@@ -150,23 +150,26 @@ impl Broker {
         partition: &Partition,
         batch: Batch,
         acks: Acks,
-        timeout: Duration,
+        deadline: Instant,
     ) -> Result<oneshot::Receiver<AppendResult>, Fault> {
+        // After that nobody waits for the answer any more: what would be written then is what the client sends again.
+        let over = || clock::monotonic() >= deadline;
         let permit = tokio::select! {
             biased;
             () = self.stopping() => return Err(self.stopping_refusal(partition)),
             permit = self.produce_memory.take(batch.encoded_len()) => permit,
-            () = tokio::time::sleep(timeout) => {
+            () = tokio::time::sleep_until(deadline) => {
                 return Err(Fault::new(
                     Reason::Overloaded,
-                    format!(
-                        "no memory for the batch came free within {} ms: other writes wait for their acknowledgements and hold it \
-                         (limits.produce_memory_bytes)",
-                        timeout.as_millis()
-                    ),
+                    "no memory for the batch came free in the time that the request has: other writes wait for their acknowledgements and \
+                     hold it (limits.produce_memory_bytes)",
                 ));
             }
         };
+        if over() {
+            let message = "the time that the request has was over before its batch could be appended: it was not written; try again";
+            return Err(Fault::new(Reason::Overloaded, message));
+        }
         Ok(partition.append(batch, acks, permit).await)
     }
 

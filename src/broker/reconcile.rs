@@ -31,12 +31,12 @@ use futures::{StreamExt as _, stream};
 
 use super::{
     Broker,
-    hosted::{Holding, HostedTopic},
+    hosted::{Holding, HostedTopic, Unusable},
     leftovers::Leftovers,
 };
 use crate::{
     cluster::{BrokerState, Key, Moved, PartitionValue, Revision, TopicValue, ViewState},
-    model::{BrokerId, PartitionId, TopicConfig, TopicName},
+    model::{BrokerId, LeaderEpoch, PartitionId, TopicConfig, TopicName},
     partition::{Agreement as _, Assignment, Partition, PartitionError, Spec, leader::insync::Registration},
     task,
     tier::{PartitionTier, TopicRecord},
@@ -275,10 +275,21 @@ impl Broker {
             return None;
         }
         let counted = value.isr.contains(&me) || value.elr.contains(&me);
-        let useless = matches!(holding, Holding::Unusable(_));
-        // Where nobody leads there is nobody to copy from: what is here stays, whatever it is worth.
-        let anew = !alone && (!on_disk || useless && !counted && value.leader.is_some_and(|leader| leader != me));
-        let unclean = value.leader == Some(me) && value.unclean == Some(value.leader_epoch);
+        let useless = match holding {
+            Holding::Unusable(unusable) => Some(unusable),
+            Holding::Open(_) | Holding::Elsewhere => None,
+        };
+        let anew = !on_disk
+            || useless.is_some_and(|useless| match value.leader {
+                // An operator has it lead, and was told that it cannot be used.
+                Some(leader) if leader == me => {
+                    value.isr == [me] && value.unclean.is_some_and(|epoch| epoch > useless.since)
+                }
+                Some(_) => !counted,
+                // There is nobody to copy from: what is here stays, whatever it is worth.
+                None => false,
+            });
+        let anew = anew && !alone;
         let name = state.name(id.topic)?;
         let committed = state.partition(id)?.tier.as_ref().map(|known| known.value.clone());
         let tier = self.tier.as_ref().map(|tier| {
@@ -287,7 +298,7 @@ impl Broker {
         });
         let config = self.hosted.topic(name)?.config;
         let lag_time = self.settings.lag_time;
-        Some(Spec { id, topic: name.clone(), config, committed, tier, alone, anew, unclean, lag_time })
+        Some(Spec { id, topic: name.clone(), config, committed, tier, alone, anew, lag_time })
     }
 
     /// Opens replicas, side by side.
@@ -312,20 +323,29 @@ impl Broker {
             .await;
     }
 
+    fn leader_epoch(&self, id: PartitionId) -> LeaderEpoch {
+        let state = self.view.state();
+        let known = state.partition(id).and_then(|entry| entry.partition.as_ref());
+        known.map(|known| known.value.leader_epoch).unwrap_or_default()
+    }
+
     /// What cannot be opened, and why: said once, though it is tried again at each change.
     fn not_opened(&self, id: PartitionId, topic: &TopicName, error: &PartitionError) -> Holding {
         let why: Arc<str> = error.to_string().into();
-        let held = self.hosted.held(id);
-        let is_said = held.is_some_and(|held| matches!(&*held, Holding::Unusable(said) if *said == why));
+        let earlier = self.hosted.held(id).and_then(|held| match &*held {
+            Holding::Unusable(unusable) => Some(unusable.clone()),
+            Holding::Open(_) | Holding::Elsewhere => None,
+        });
+        let since = earlier.as_ref().map_or_else(|| self.leader_epoch(id), |earlier| earlier.since);
         match error {
-            _ if is_said => {}
+            _ if earlier.is_some_and(|earlier| earlier.why == why) => {}
             PartitionError::Lost { .. } => tracing::warn!(
                 partition = %id, %topic, %error,
                 "this replica lacks committed records and counts for nothing; it is copied anew as soon as another one leads, if there is one"
             ),
             _ => tracing::error!(partition = %id, %topic, %error, "the partition cannot be opened on this broker"),
         }
-        Holding::Unusable(why)
+        Holding::Unusable(Unusable { why, since })
     }
 
     /// Opens replicas one after the other, on a thread that may block.

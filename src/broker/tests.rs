@@ -321,13 +321,13 @@ async fn who_waits_no_more_for_an_acknowledgement_takes_no_memory() {
         tokio::time::timeout(Duration::from_secs(20), append).await.expect("there is room")
     };
     becomes("both are led here", async || {
-        let waits = append(0, 1).await.is_err_and(|fault| fault.reason == Reason::Timeout);
+        let waits = append(0, 50).await.is_err_and(|fault| fault.reason == Reason::Timeout);
         (waits && append(1, 30_000).await.is_ok()).then_some(())
     })
     .await;
     // Of the MiB that there is.
     for _ in 0..8 {
-        assert_eq!(append(0, 1).await.expect_err("broker 2 is not there").reason, Reason::Timeout);
+        assert_eq!(append(0, 50).await.expect_err("broker 2 is not there").reason, Reason::Timeout);
     }
     append(1, 30_000).await.expect("nobody else has to hold this one");
     becomes("all of it is given back", async || (bench.broker.produce_memory.taken() == 0).then_some(())).await;
@@ -339,6 +339,25 @@ async fn who_waits_no_more_for_an_acknowledgement_takes_no_memory() {
     assert_eq!(late.expect_err("broker 2 is not there").reason, Reason::Timeout);
     let waited = since.elapsed();
     assert!(waited >= Duration::from_secs(4) && waited < Duration::from_secs(6), "{waited:?} of 4 s");
+    bench.stop().await;
+}
+
+/// Found by review: it was written all the same, and its client, told that it may have been, sent it again.
+#[tokio::test]
+async fn what_has_no_time_left_is_not_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let bench = Bench::start(dir.path(), false).await;
+    let name = TopicName::new("t").unwrap();
+    let created = async {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        bench.create(&name, 1).await
+    };
+    // A broker waits a moment for a topic that it has not heard of.
+    let (late, id) = futures::join!(bench.append(0, 10, 1), created);
+    let fault = late.expect_err("its time was over before there was such a topic");
+    assert!(matches!(fault.reason, Reason::Overloaded | Reason::UnknownTopic), "{fault}");
+    let partition = bench.broker.hosted.by_id(PartitionId::new(id, 0)).expect("it is led here");
+    assert_eq!(partition.marks().log_end, Offset::ZERO);
     bench.stop().await;
 }
 

@@ -2,14 +2,17 @@
 
 use std::{
     collections::BTreeMap,
-    sync::{Arc, Mutex, PoisonError},
+    fmt,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
+
+use tokio::time::Instant;
 
 use super::Broker;
 use crate::{
     cluster::TierCommitError,
-    model::PartitionId,
+    model::{PartitionId, TopicName},
     partition::{Partition, UpkeepError},
     task::clock,
 };
@@ -20,25 +23,56 @@ const SEAL_INTERVAL: Duration = Duration::from_millis(500);
 /// The look at all partitions is made so much more rarely than it takes: thousands of idle ones must not cost a core's percent.
 const LOOK_SHARE: u32 = 500;
 
+/// A failure that is over after so many tries is not worth telling of.
+const TRIES: u32 = 3;
+
 /// Starts the workers and the clockwork.
 pub(super) fn spawn(broker: &Arc<Broker>) {
-    let failing: Arc<Mutex<BTreeMap<PartitionId, Failing>>> = Arc::default();
     for _ in 0..broker.settings.upkeep_workers.max(1) {
-        broker.tasks.spawn("upkeep", work(Arc::clone(broker), Arc::clone(&failing)));
+        broker.tasks.spawn("upkeep", work(Arc::clone(broker)));
     }
     broker.tasks.spawn("upkeep clock", tick(Arc::clone(broker)));
 }
 
-/// A partition whose last steps failed.
-#[derive(Clone, Copy, Default)]
+/// Partitions whose last steps failed. Shown, it is how many, and the one that has failed for longest; nothing while all is well.
+#[derive(Default)]
+pub(super) struct Failures {
+    of: Mutex<BTreeMap<PartitionId, Failing>>,
+}
+
+#[derive(Clone)]
 struct Failing {
     /// How many in a row.
     steps: u32,
     said: bool,
+    since: Instant,
+    name: TopicName,
+    /// What is wrong with this partition; `None` where a store does not answer, of which the stores' clients speak.
+    why: Option<String>,
 }
 
-async fn work(broker: Arc<Broker>, failing: Arc<Mutex<BTreeMap<PartitionId, Failing>>>) {
-    let failing = || failing.lock().unwrap_or_else(PoisonError::into_inner);
+impl Failures {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<PartitionId, Failing>> {
+        self.of.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Display for Failures {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let failing = self.lock();
+        let told = || {
+            let lasting = failing.iter().filter(|(_, failing)| failing.steps >= TRIES);
+            lasting.filter_map(|(id, failing)| Some((id.number, failing, failing.why.as_ref()?)))
+        };
+        let Some((number, first, why)) = told().min_by_key(|(_, failing, _)| failing.since) else { return Ok(()) };
+        let count = told().count();
+        let (s, seconds) = (if count == 1 { "" } else { "s" }, first.since.elapsed().as_secs());
+        write!(f, "{count} partition{s}, {}/{number} for {seconds} s: {why}", first.name)
+    }
+}
+
+async fn work(broker: Arc<Broker>) {
+    let failures = &broker.upkeep_failures;
     loop {
         let id = tokio::select! {
             biased;
@@ -46,7 +80,7 @@ async fn work(broker: Arc<Broker>, failing: Arc<Mutex<BTreeMap<PartitionId, Fail
             id = broker.upkeep_queue.next() => id,
         };
         let Some(partition) = broker.hosted.by_id(id) else {
-            failing().remove(&id);
+            failures.lock().remove(&id);
             broker.upkeep_queue.done(id, false);
             continue;
         };
@@ -62,21 +96,39 @@ async fn work(broker: Arc<Broker>, failing: Arc<Mutex<BTreeMap<PartitionId, Fail
                     broker.metrics.tier_uploads.inc();
                     broker.metrics.tier_upload_bytes.inc_by(bytes);
                 }
-                if failing().remove(&id).is_some_and(|failing| failing.said) {
+                if failures.lock().remove(&id).is_some_and(|failing| failing.said) {
                     tracing::info!(partition = %id, topic = %partition.topic(), "upkeep works again");
                 }
                 broker.upkeep_queue.done(id, step.more);
             }
             Err(UpkeepError::Closed) => broker.upkeep_queue.done(id, false),
             Err(error) => {
-                let mut earlier = failing().get(&id).copied().unwrap_or_default();
-                report(&broker, &partition, &error, &mut earlier);
-                earlier.steps = earlier.steps.saturating_add(1);
-                failing().insert(id, earlier);
-                broker.upkeep_queue.failed(id, broker.upkeep.delay(earlier.steps));
+                let mut failing = failures.lock().get(&id).cloned().unwrap_or_else(|| Failing {
+                    steps: 0,
+                    said: false,
+                    since: clock::monotonic(),
+                    name: partition.topic().clone(),
+                    why: None,
+                });
+                report(&broker, &partition, &error, &mut failing);
+                failing.steps = failing.steps.saturating_add(1);
+                failing.why = (!is_told_elsewhere(&broker, &error)).then(|| error.to_string());
+                let tries = failing.steps;
+                failures.lock().insert(id, failing);
+                broker.upkeep_queue.failed(id, broker.upkeep.delay(tries));
             }
         }
     }
+}
+
+/// Whether it is an outage that has been spoken of, or nothing but another leader's turn.
+fn is_told_elsewhere(broker: &Broker, error: &UpkeepError) -> bool {
+    is_of_another_leader(error) || error.is_outage() && broker.is_cut_off()
+}
+
+/// What a change of leader interrupts, the new one does.
+const fn is_of_another_leader(error: &UpkeepError) -> bool {
+    matches!(error, UpkeepError::Commit(TierCommitError::Deposed { .. }))
 }
 
 /// Says a failure once aloud, and then only softly until it is over: a bucket that is gone for an hour must not fill the log. Of an outage
@@ -84,9 +136,8 @@ async fn work(broker: Arc<Broker>, failing: Arc<Mutex<BTreeMap<PartitionId, Fail
 fn report(broker: &Broker, partition: &Partition, error: &UpkeepError, failing: &mut Failing) {
     broker.metrics.tier_upload_failures.inc();
     let (id, topic) = (partition.id(), partition.topic());
-    let spoken_of = failing.said || error.is_outage() && broker.is_cut_off();
-    if let UpkeepError::Commit(TierCommitError::Deposed { .. }) = error {
-        // What a change of leader interrupts, the new one does.
+    let spoken_of = failing.said || is_told_elsewhere(broker, error);
+    if is_of_another_leader(error) {
         tracing::debug!(partition = %id, %topic, %error, "another broker leads; its uploads go on there");
     } else if !spoken_of {
         failing.said = true;

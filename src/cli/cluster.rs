@@ -135,7 +135,10 @@ fn row(broker: &BrokerDescription) -> Vec<String> {
 fn notes(broker: &BrokerDescription, hidden: Option<&str>) -> Vec<String> {
     let (id, mut notes) = (broker.id, Vec::new());
     if !broker.alive && broker.replicas > 0 {
-        notes.push(format!("broker {id} is gone and holds {}", output::count(broker.replicas.into(), "replica")));
+        let held = output::count(broker.replicas.into(), "replica");
+        notes.push(format!(
+            "broker {id} is gone and holds {held}: start it, or `broker drain {id}` replaces what it held"
+        ));
     }
     if broker.draining_since_ms.is_some() {
         let left = output::count(broker.replicas.into(), "replica");
@@ -168,6 +171,7 @@ fn notes(broker: &BrokerDescription, hidden: Option<&str>) -> Vec<String> {
             notes.extend(
                 figures.object_store.iter().map(|why| format!("the object store serves broker {id} nothing, {why}")),
             );
+            notes.extend(figures.upkeep.iter().map(|why| format!("broker {id} cannot upload or trim: {why}")));
         }
         Some(Err(fault)) => notes.push(format!("the figures of broker {id} are not known: {fault}")),
         None => {}
@@ -235,6 +239,7 @@ fn broker(broker: &BrokerDescription) -> Value {
         "tier_lag_records": figures.map(|figures| figures.tier_lag_records),
         "failed": figures.and_then(|figures| figures.failed.clone()),
         "object_store": figures.and_then(|figures| figures.object_store.clone()),
+        "upkeep": figures.and_then(|figures| figures.upkeep.clone()),
         "unanswered": broker.figures.as_ref().and_then(|figures| figures.as_ref().err()).map(ToString::to_string),
     })
 }
@@ -304,6 +309,7 @@ mod tests {
         let failed = BrokerFigures {
             failed: Some("the disk failed".to_owned()),
             object_store: Some("for 75 s: connection refused".to_owned()),
+            upkeep: Some("2 partitions, orders/3 for 40 s: the upload failed: no such bucket".to_owned()),
             ..BrokerFigures::default()
         };
         let four =

@@ -10,7 +10,7 @@
 //!
 //! Among several brokers `session` keeps one registered, after `proof` has shown what it still holds. `partition_value` computes every
 //! new set and leader of a partition, `changes` writes them by compare-and-set, and `controller` carries out what the pure `planner`
-//! finds to be done. `object_store` remembers which bucket is the cluster's. `census` counts what is as it should be, and what is not.
+//! finds to be done. `own_store` remembers which bucket is the cluster's. `census` counts what is as it should be, and what is not.
 //!
 //! # Invariants
 //!
@@ -31,9 +31,9 @@ mod embedded;
 mod etcd;
 mod keys;
 mod measured;
-mod object_store;
 mod orders;
 mod outcome;
+mod own_store;
 mod partition_value;
 mod placement;
 pub mod planner;
@@ -59,11 +59,11 @@ pub use keys::{
     InvalidValue, Key, Keys, ProducerIdsValue, TopicValue, Value,
 };
 pub use measured::Measured;
-pub use object_store::ObjectStoreKey;
 pub use orders::{
     CancelError, DrainError, Drained, ElectError, FindError, Held, Loss, Ordered, Orders, ReassignError, Successor,
     Unfit, UnknownBrokers, UnknownPartition, WriteError, successor,
 };
+pub use own_store::ObjectStoreKey;
 pub use partition_value::{Holds, PartitionValue};
 pub use placement::{Load, Placement};
 pub use proof::{Proof, Shown, Unread, prove};

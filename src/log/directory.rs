@@ -1,7 +1,7 @@
 //! One data directory: opened, its replicas handed out, closed.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     io,
     path::{Path, PathBuf},
     sync::{
@@ -84,9 +84,18 @@ pub(super) struct Inner {
     pub(super) growing: Growing,
     registry: Mutex<Registry>,
     /// What is on the disk of replicas that are not known (any more).
-    unclaimed: Mutex<BTreeSet<PartitionId>>,
+    unclaimed: Mutex<BTreeMap<PartitionId, Stray>>,
     opened_clean: bool,
     _lock: Box<dyn Send + Sync>,
+}
+
+/// Why the disk has files of a replica that is not known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stray {
+    /// A start found them: it cannot tell whose they are.
+    Found,
+    /// Their deletion failed half-way.
+    Deleted,
 }
 
 #[derive(Default)]
@@ -114,7 +123,7 @@ impl Log {
             );
         }
         let found = startup::load(&disk, dir, directory_id, &options)?;
-        let unclaimed = startup::unclaimed(&*disk, dir, &found.replicas).map_err(io_error(dir, "list"))?;
+        let unclaimed = startup::unclaimed(&*disk, dir, &found.replicas);
         for id in &unclaimed {
             tracing::warn!(
                 dir = %replica_dir(dir, *id).display(),
@@ -152,7 +161,7 @@ impl Log {
             directory_id,
             growing: Growing::default(),
             registry: Mutex::new(registry),
-            unclaimed: Mutex::new(unclaimed),
+            unclaimed: Mutex::new(unclaimed.into_iter().map(|id| (id, Stray::Found)).collect()),
             opened_clean: found.clean,
             _lock: lock,
         });
@@ -197,7 +206,7 @@ impl Log {
 
     /// What the disk has segments of beside these: of deletions that failed or were cut short. In order.
     pub fn unclaimed(&self) -> Vec<PartitionId> {
-        self.inner.unclaimed().iter().copied().collect()
+        self.inner.unclaimed().keys().copied().collect()
     }
 
     /// Opens a replica, or makes it, empty, at `start`. Blocks; after a crash it reads what was not synced.
@@ -232,20 +241,26 @@ impl Log {
         Ok(Replica::new(shared))
     }
 
-    /// Deletes a replica and its files, or what an earlier try left of them; nothing happens where it is not. Its [`Replica`] was dropped before. Waits for two
+    /// Deletes a replica and its files, or what an earlier try of this process left of them; nothing happens where it is not known. Its [`Replica`] was dropped before. Waits for two
     /// rounds of the journal; it does not come back once this returned.
     pub fn delete_replica(&self, id: PartitionId) -> Result<(), ReplicaError> {
         let inner = &self.inner;
-        let shared = {
+        let known = {
             let mut registry = inner.registry();
             if registry.open.get(&id).is_some_and(|open| open.taken.load(Ordering::Acquire)) {
                 return Err(ReplicaError::Open { id });
             }
             match (registry.open.remove(&id), registry.dormant.remove(&id)) {
-                (Some(open), _) => open,
-                (None, Some(dormant)) => Shared::new(&inner.core, replica_dir(&inner.core.dir, id), dormant.record),
-                (None, None) => return inner.remove_unclaimed(id),
+                (Some(open), _) => Some(open),
+                (None, Some(dormant)) => {
+                    Some(Shared::new(&inner.core, replica_dir(&inner.core.dir, id), dormant.record))
+                }
+                (None, None) => None,
             }
+        };
+        let Some(shared) = known else {
+            let begun = inner.unclaimed().get(&id) == Some(&Stray::Deleted);
+            return if begun { inner.remove_unclaimed(id) } else { Ok(()) };
         };
         drop(shared.failed.set("the replica was deleted".to_owned()));
         shared.core.tail.truncate(&shared.tail, Offset::ZERO);
@@ -258,11 +273,21 @@ impl Log {
         for segment in &shared.state().segments {
             inner.core.files.forget(segment.file.serial);
         }
-        inner.unclaimed().insert(id);
+        inner.unclaimed().insert(id, Stray::Deleted);
         inner.remove_unclaimed(id)?;
         inner.core.commit(&shared, head(Kind::Settled)).map_err(failed)?;
         saw!(Settled { partition: id });
         Ok(())
+    }
+
+    /// Deletes what is on the disk of a replica that is not known: only the metadata's word that nobody needs it is a licence. Nothing
+    /// happens where the replica is known.
+    pub fn delete_unclaimed(&self, id: PartitionId) -> Result<(), ReplicaError> {
+        let is_known = {
+            let registry = self.inner.registry();
+            registry.open.contains_key(&id) || registry.dormant.contains_key(&id)
+        };
+        if is_known { Ok(()) } else { self.inner.remove_unclaimed(id) }
     }
 
     /// How the directory is.
@@ -365,13 +390,13 @@ impl Inner {
         self.registry.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn unclaimed(&self) -> MutexGuard<'_, BTreeSet<PartitionId>> {
+    fn unclaimed(&self) -> MutexGuard<'_, BTreeMap<PartitionId, Stray>> {
         self.unclaimed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Removes what is left of a replica that is not known.
     fn remove_unclaimed(&self, id: PartitionId) -> Result<(), ReplicaError> {
-        if !self.unclaimed().contains(&id) {
+        if !self.unclaimed().contains_key(&id) {
             return Ok(());
         }
         let path = replica_dir(&self.core.dir, id);

@@ -125,10 +125,8 @@ pub struct Spec {
     /// committed goes on from there; else it is [`PartitionError::Lost`].
     pub alone: bool,
     /// What the disk has of it, if anything, counts for nothing: it is deleted, and the replica begins empty and copies. Only for a
-    /// replica that is in no set.
+    /// replica that is in no set, or that an operator has lead although it cannot be used: that goes on behind the bucket.
     pub anew: bool,
-    /// An operator has it lead, with whatever it holds: where that ends below what is committed it goes on from there, as its bucket tells.
-    pub unclean: bool,
     /// `replication.lag_time`: how long a member of the ISR may take to reach what the log end was.
     pub lag_time: Duration,
 }
@@ -349,7 +347,7 @@ fn open_replica(log: &Log, spec: &Spec, committed: Offset) -> Result<Replica, Pa
     let start = if spec.alone { committed } else { Offset::ZERO };
     let mut replica = log.open_replica(spec.id, start)?;
     let log_end = replica.log_end();
-    if log_end >= committed || spec.anew || spec.unclean {
+    if log_end >= committed || spec.anew {
         return Ok(replica);
     }
     if !spec.alone {

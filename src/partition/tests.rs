@@ -69,7 +69,6 @@ impl Bench {
             tier: self.tier.clone(),
             alone: true,
             anew: false,
-            unclean: false,
             lag_time: Duration::MAX,
         };
         let around = Surroundings::alone();

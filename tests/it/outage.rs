@@ -345,6 +345,10 @@ async fn an_empty_bucket_at_a_restart_is_not_taken_for_a_new_one() {
     assert!(files(&home.bucket(), "").is_empty(), "nothing is written there");
     let said = home.log();
     assert!(said.contains("cluster.json is not there"), "the log names it: {said}");
+    let told = "broker 1 cannot upload or trim: 1 partition, t/0 for ";
+    tokio::task::block_in_place(|| {
+        eventually("the description names it", || cli.ok(&["cluster", "describe"]).text().contains(told).then_some(()));
+    });
     let read = tokio::task::block_in_place(|| {
         cli.run(&["consume", "t", "--from", "earliest", "--until-end", "--timeout", "2"])
     });
@@ -352,5 +356,8 @@ async fn an_empty_bucket_at_a_restart_is_not_taken_for_a_new_one() {
     std::fs::remove_dir(home.bucket()).expect("empty");
     std::fs::rename(&away, home.bucket()).expect("mounted again");
     wire::append(&mut log, tiered(30_000)).await.expect("it is back");
-    tokio::task::block_in_place(|| reads(&cli, "t", "earliest", &format!("{text}x\nx\n")));
+    tokio::task::block_in_place(|| {
+        reads(&cli, "t", "earliest", &format!("{text}x\nx\n"));
+        eventually("it works again", || (!cli.ok(&["cluster", "describe"]).text().contains(told)).then_some(()));
+    });
 }

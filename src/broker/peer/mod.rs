@@ -52,6 +52,8 @@ pub(super) struct Report {
 pub(super) struct Questions {
     /// How this broker is.
     pub(super) status: Box<dyn Fn() -> v1::StatusResponse + Send + Sync>,
+    /// Why a replica here cannot be used; `None` where there is none, or it can be.
+    pub(super) unusable: Box<dyn Fn(PartitionId) -> Option<String> + Send + Sync>,
     /// Looks into a report. True when the registration was taken away; a fault when that is to be tried again.
     pub(super) report: Box<dyn Fn(Report) -> BoxFuture<'static, Result<bool, Fault>> + Send + Sync>,
 }
@@ -88,7 +90,8 @@ impl Peering {
         let topic = name.topic_id.parse().ok();
         let id = topic.zip(u32::try_from(name.partition).ok()).map(|(topic, number)| PartitionId::new(topic, number));
         let Some(partition) = id.and_then(|id| self.neighbours.partition(id)) else {
-            return v1::ReplicaMarks::default();
+            let failed = id.and_then(&self.questions.unusable).unwrap_or_default();
+            return v1::ReplicaMarks { failed, ..v1::ReplicaMarks::default() };
         };
         let (marks, standing) = (partition.marks(), partition.standing());
         v1::ReplicaMarks {

@@ -85,6 +85,7 @@ impl Node {
         following.hosts(find, Arc::new(Noted(noted)));
         following.registered(Some(epoch_of(id)));
         let questions = Questions {
+            unusable: Box::new(|id| (id.number == 1).then(|| "it is damaged".to_owned())),
             status: Box::new(|| v1::StatusResponse { leaders: 5, ..v1::StatusResponse::default() }),
             report: Box::new(|report| Box::pin(async move { Ok(report.broker == BrokerId(9)) })),
         };
@@ -121,7 +122,6 @@ impl Node {
             tier: None,
             alone: false,
             anew: false,
-            unclean: false,
             lag_time: Duration::MAX,
         };
         let around = Surroundings { links: self.following.clone(), ..Surroundings::alone() };
@@ -321,6 +321,7 @@ async fn brokers_answer_each_others_questions() {
     let request = v1::MarksRequest { replicas: vec![name(0), name(1), name(-1), nonsense] };
     let marks = peers.marks(&two.address, request, WAIT).await.unwrap().replicas;
     assert_eq!(marks.iter().map(|replica| replica.here).collect::<Vec<_>>(), [true, false, false, false]);
+    assert_eq!(marks.iter().map(|replica| &*replica.failed).collect::<Vec<_>>(), ["", "it is damaged", "", ""]);
     let here = &marks[0];
     assert_eq!((here.leads, here.leader_epoch, here.log_end, here.last_epoch), (false, 1, 1, Some(1)));
     assert_eq!(peers.status(&two.address, WAIT).await.unwrap().leaders, 5);

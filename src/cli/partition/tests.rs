@@ -85,6 +85,9 @@ fn an_unclean_election_names_what_is_lost() {
     let nothing = Election { held: unclean().held.split_off(1), lost: Offset::ZERO..Offset::ZERO, ..unclean() };
     let said = prospect("orders", 0, &nothing);
     assert!(said.ends_with("no replica knows of a committed record that it lacks"), "{said}");
+    let useless = Election { held: vec![held(1, true, None), held(2, false, None)], ..nothing };
+    let said = prospect("orders", 0, &useless);
+    assert!(said.contains("what broker 2 holds is deleted") && said.ends_with("lost, acknowledged or not"), "{said}");
 }
 
 #[test]

@@ -116,6 +116,15 @@ pub(super) fn prospect(topic: &str, number: u32, would: &Election) -> String {
         }
     }
     let lost = &would.lost;
+    let leader = would.held.iter().find(|replica| replica.broker == would.leader);
+    if leader.is_some_and(|leader| leader.ends.is_err()) {
+        lines.push(format!(
+            "no replica has a log that can be used: what broker {} holds is deleted, and the partition goes on behind what the bucket has\n\
+             whatever is not in the bucket is lost, acknowledged or not",
+            would.leader
+        ));
+        return lines.join("\n");
+    }
     lines.push(format!("broker {} holds most", would.leader));
     if !lost.is_empty() {
         let records = output::count(lost.end.since(lost.start), "committed record");

@@ -102,6 +102,8 @@ pub struct BrokerFigures {
     pub failed: Option<String>,
     /// For how long the object store has served it nothing, and why.
     pub object_store: Option<String>,
+    /// How many partitions fail to be sealed, uploaded or trimmed, and why the one that has for longest does; not while a store does not answer.
+    pub upkeep: Option<String>,
 }
 
 /// What a broker that is drained has still to give away.
@@ -360,6 +362,7 @@ fn broker(state: v1::BrokerState) -> BrokerDescription {
             tier_lag_records: figures.tier_lag_records,
             failed: Some(figures.failed).filter(|why| !why.is_empty()),
             object_store: Some(figures.object_store).filter(|why| !why.is_empty()),
+            upkeep: Some(figures.upkeep).filter(|why| !why.is_empty()),
         })),
         (None, Some(error)) => Some(Err(Fault::from(error))),
         (None, None) => None,

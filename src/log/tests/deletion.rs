@@ -198,9 +198,41 @@ fn what_a_failed_deletion_leaves_is_known_at_the_next_start_and_can_be_deleted()
                 found += 1;
             }
             log.delete_replica(partition(0)).unwrap();
+            log.delete_unclaimed(partition(0)).unwrap();
             assert!(log.partitions().is_empty() && log.unclaimed().is_empty(), "after {operations} operations");
             assert!(bases(&disk).is_empty(), "after {operations} operations: {:?}", bases(&disk));
         }
     }
     assert!(found > 5, "{found} deletions left something behind");
+}
+
+/// Whose files a start finds it cannot tell: they may be the only copy of a replica that the journal never heard of. A partition that
+/// begins anew in their place keeps them aside, and only the metadata's word lets them go.
+#[test]
+fn what_a_start_finds_is_kept_where_its_partition_begins_anew() {
+    let found = (0..40).filter(|operations| {
+        let disk = SimDisk::new();
+        let log = open(&disk);
+        drop(six_segments(&log));
+        disk.fail_writes_after(Some(*operations));
+        drop(log.delete_replica(partition(0)));
+        disk.fail_writes_after(None);
+        drop(log.close());
+        drop(log);
+        let log = open(&disk);
+        let before = bases(&disk);
+        if log.unclaimed().is_empty() {
+            return false;
+        }
+        log.delete_replica(partition(0)).unwrap();
+        assert_eq!(bases(&disk), before, "it is not known, so there is nothing to delete");
+        drop(log.open_replica(partition(0), at(0)).unwrap());
+        let is_aside = |path: &std::path::Path| path.to_string_lossy().contains(".log.aside-");
+        let aside = disk.files().into_iter().filter(|(path, _)| is_aside(path)).count();
+        assert_eq!((aside, log.unclaimed().len()), (before.len(), 0));
+        log.delete_unclaimed(partition(0)).unwrap();
+        assert_eq!(bases(&disk), [0], "it is known, and in use");
+        true
+    });
+    assert!(found.count() > 2, "no deletion left anything behind");
 }

@@ -101,7 +101,6 @@ impl Side {
             tier: None,
             alone: false,
             anew: false,
-            unclean: false,
             lag_time: Duration::MAX,
         };
         let links = Arc::new(Around(Arc::clone(&self.asked)));

@@ -26,6 +26,16 @@ fn line(base: u64, end: u64, epoch: u32) -> SegmentLine {
     }
 }
 
+/// The moment counts where the records have no timestamps; lines of before have none.
+#[test]
+fn a_line_says_when_its_segment_was_made() {
+    let made = SegmentLine { created_ms: 1_790_000_000_123, max_timestamp_ms: -1, ..line(0, 10, 1) };
+    let root = Root::empty(partition(), at(0)).extend(made, LeaderEpoch(1), Uuid::from_u128(1)).0;
+    let known = Root::parse(&root.encode()).unwrap();
+    assert_eq!(known, root);
+    assert_ne!(known, Root::empty(partition(), at(0)).extend(line(0, 10, 1), LeaderEpoch(1), Uuid::from_u128(1)).0);
+}
+
 /// A manifest of `count` segments of ten offsets, and the pages that were moved out.
 fn grown(count: u64) -> (Root, Vec<manifest::NewPage>) {
     let (mut root, mut pages) = (Root::empty(partition(), at(0)), Vec::new());

@@ -97,7 +97,6 @@ fn open_on(disk: SimDisk) -> (Arc<Partition>, Arc<Notes>, Log) {
         tier: None,
         alone: false,
         anew: false,
-        unclean: false,
         lag_time: Duration::from_secs(10),
     };
     let notes = Arc::new(Notes::default());

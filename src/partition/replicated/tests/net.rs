@@ -147,7 +147,6 @@ impl Net {
             tier,
             alone: false,
             anew,
-            unclean: false,
             lag_time: Duration::from_secs(10),
         };
         let wire = Arc::new(Wire { me: BrokerId(of), net: Arc::clone(self) });
