@@ -233,6 +233,9 @@ impl Broker {
             return Ok(false);
         }
         let Some(known) = registered(&self.view.state(), broker, epoch) else { return Ok(false) };
+        if evidence.trust().is_revoked(broker, epoch) {
+            return Ok(true);
+        }
         if !evidence.trust().believes(broker, &known.value.incarnation, clock::monotonic()) {
             tracing::info!(%broker, %reporter, seen, "evidence against a broker that was not dead the last time counts for nothing");
             return Ok(false);
@@ -248,7 +251,7 @@ impl Broker {
         if revoked {
             tracing::warn!(%broker, %reporter, seen, "a broker's process is gone; its registration was taken away");
             let now = clock::monotonic();
-            evidence.trust().revoked(broker, &known.value.incarnation, now);
+            evidence.trust().revoked(broker, &known.value.incarnation, epoch, now);
         }
         Ok(revoked)
     }

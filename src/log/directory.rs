@@ -33,6 +33,7 @@ use super::{
     shared::{Shared, replica_dir},
     startup, sync,
     tail::Tail,
+    unclaimed::Unclaimed,
     uptime,
 };
 use crate::{
@@ -84,18 +85,9 @@ pub(super) struct Inner {
     pub(super) growing: Growing,
     registry: Mutex<Registry>,
     /// What is on the disk of replicas that are not known (any more).
-    unclaimed: Mutex<BTreeMap<PartitionId, Stray>>,
+    unclaimed: Unclaimed,
     opened_clean: bool,
     _lock: Box<dyn Send + Sync>,
-}
-
-/// Why the disk has files of a replica that is not known.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Stray {
-    /// A start found them: it cannot tell whose they are.
-    Found,
-    /// Their deletion failed half-way.
-    Deleted,
 }
 
 #[derive(Default)]
@@ -123,14 +115,7 @@ impl Log {
             );
         }
         let found = startup::load(&disk, dir, directory_id, &options)?;
-        let unclaimed = startup::unclaimed(&*disk, dir, &found.replicas);
-        for id in &unclaimed {
-            tracing::warn!(
-                dir = %replica_dir(dir, *id).display(),
-                "no replica is known that these segments belong to, as where a deletion failed or was cut short; they are not served, \
-                 and go by themselves where the metadata says that their topic was deleted or that the partition is others'"
-            );
-        }
+        let unclaimed = Unclaimed::find(&*disk, dir, &found.replicas);
         let (file_bytes, most) = ring::shape(options.journal_bytes);
         // A round has to fit into a file, several times.
         let round_bytes = options.round_bytes.min(usize::try_from(file_bytes / 3).unwrap_or(usize::MAX));
@@ -161,7 +146,7 @@ impl Log {
             directory_id,
             growing: Growing::default(),
             registry: Mutex::new(registry),
-            unclaimed: Mutex::new(unclaimed.into_iter().map(|id| (id, Stray::Found)).collect()),
+            unclaimed,
             opened_clean: found.clean,
             _lock: lock,
         });
@@ -206,7 +191,7 @@ impl Log {
 
     /// What the disk has segments of beside these: of deletions that failed or were cut short. In order.
     pub fn unclaimed(&self) -> Vec<PartitionId> {
-        self.inner.unclaimed().keys().copied().collect()
+        self.inner.unclaimed.ids()
     }
 
     /// Opens a replica, or makes it, empty, at `start`. Blocks; after a crash it reads what was not synced.
@@ -259,8 +244,7 @@ impl Log {
             }
         };
         let Some(shared) = known else {
-            let begun = inner.unclaimed().get(&id) == Some(&Stray::Deleted);
-            return if begun { inner.remove_unclaimed(id) } else { Ok(()) };
+            return inner.unclaimed.go_on(&*inner.core.disk, id);
         };
         drop(shared.failed.set("the replica was deleted".to_owned()));
         shared.core.tail.truncate(&shared.tail, Offset::ZERO);
@@ -273,8 +257,8 @@ impl Log {
         for segment in &shared.state().segments {
             inner.core.files.forget(segment.file.serial);
         }
-        inner.unclaimed().insert(id, Stray::Deleted);
-        inner.remove_unclaimed(id)?;
+        inner.unclaimed.begin(id);
+        inner.unclaimed.remove(&*inner.core.disk, id)?;
         inner.core.commit(&shared, head(Kind::Settled)).map_err(failed)?;
         saw!(Settled { partition: id });
         Ok(())
@@ -287,7 +271,7 @@ impl Log {
             let registry = self.inner.registry();
             registry.open.contains_key(&id) || registry.dormant.contains_key(&id)
         };
-        if is_known { Ok(()) } else { self.inner.remove_unclaimed(id) }
+        if is_known { Ok(()) } else { self.inner.unclaimed.remove(&*self.inner.core.disk, id) }
     }
 
     /// How the directory is.
@@ -390,21 +374,6 @@ impl Inner {
         self.registry.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn unclaimed(&self) -> MutexGuard<'_, BTreeMap<PartitionId, Stray>> {
-        self.unclaimed.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Removes what is left of a replica that is not known.
-    fn remove_unclaimed(&self, id: PartitionId) -> Result<(), ReplicaError> {
-        if !self.unclaimed().contains_key(&id) {
-            return Ok(());
-        }
-        let path = replica_dir(&self.core.dir, id);
-        startup::remove_replica(&*self.core.disk, &path).map_err(|source| ReplicaError::Io { id, path, source })?;
-        self.unclaimed().remove(&id);
-        Ok(())
-    }
-
     pub(super) fn ring(&self) -> MutexGuard<'_, Ring> {
         self.core.journal.ring.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -468,7 +437,7 @@ impl Inner {
         let disk = &self.core.disk;
         if !self.make_folder(&dir).map_err(io)? {
             set_aside(&self.core, &dir).map_err(io)?;
-            self.unclaimed().remove(&id);
+            self.unclaimed.forget(id);
         }
         let record = ReplicaRecord::empty(id, self.core.next_generation(), start, clock::wall_ms());
         let shared = Shared::new(&self.core, dir.clone(), record);

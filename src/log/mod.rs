@@ -82,6 +82,7 @@ mod startup;
 mod stuck;
 mod sync;
 mod tail;
+mod unclaimed;
 mod uptime;
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! What a data directory holds when it is opened: the checkpoint, and what the journal knows beyond it.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     io,
     path::{Path, PathBuf},
     sync::Arc,
@@ -285,35 +285,6 @@ fn remove_files(disk: &dyn Disk, dir: &Path) -> io::Result<()> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(error) => Err(error),
     }
-}
-
-/// Folders with segments of replicas that nobody knows: their deletion was cut short, or failed. What a new replica sets aside is not
-/// meant: it has names of its own.
-pub(super) fn unclaimed(disk: &dyn Disk, dir: &Path, known: &BTreeMap<PartitionId, Dormant>) -> BTreeSet<PartitionId> {
-    // What cannot be listed keeps no broker from starting: this is good to know and no more.
-    let list = |path: &Path| {
-        disk.list(path).unwrap_or_else(|error| {
-            tracing::warn!(dir = %path.display(), %error, "cannot list what is in this folder; it is passed over");
-            Vec::new()
-        })
-    };
-    let mut found = BTreeSet::new();
-    for topic in list(dir).into_iter().filter(|entry| entry.is_dir) {
-        let Ok(id) = topic.name.parse::<TopicId>() else { continue };
-        let path = dir.join(&topic.name);
-        for partition in list(&path).into_iter().filter(|entry| entry.is_dir) {
-            let Ok(number) = partition.name.parse::<u32>() else { continue };
-            let id = PartitionId::new(id, number);
-            if known.contains_key(&id) {
-                continue;
-            }
-            let files = list(&path.join(&partition.name));
-            if files.iter().any(|entry| entry.len > 0 && base_of(&entry.name).is_some()) {
-                found.insert(id);
-            }
-        }
-    }
-    found
 }
 
 /// Removes a replica's directory, and its topic's when that was the last, durably.

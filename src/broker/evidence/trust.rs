@@ -7,7 +7,7 @@ use std::{collections::BTreeMap, time::Duration};
 
 use tokio::time::Instant;
 
-use crate::model::BrokerId;
+use crate::{cluster::Revision, model::BrokerId};
 
 /// Who comes back so soon after it was declared gone was not dead.
 const COMES_BACK: Duration = Duration::from_secs(10);
@@ -24,6 +24,8 @@ pub(super) struct Trust {
 #[derive(Debug)]
 struct Revoked {
     incarnation: String,
+    /// The registration's own broker epoch.
+    epoch: Revision,
     at: Instant,
     /// How often it came back.
     returns: u32,
@@ -32,6 +34,11 @@ struct Revoked {
 }
 
 impl Trust {
+    /// Whether it was this registration that was taken away: the mirror may show it a moment longer.
+    pub(super) fn is_revoked(&self, broker: BrokerId, epoch: Revision) -> bool {
+        self.revoked.get(&broker).is_some_and(|revoked| revoked.epoch == epoch)
+    }
+
     /// Whether evidence counts against a broker that is registered with this incarnation now.
     pub(super) fn believes(&mut self, broker: BrokerId, incarnation: &str, now: Instant) -> bool {
         let Some(revoked) = self.revoked.get_mut(&broker) else { return true };
@@ -53,12 +60,13 @@ impl Trust {
     }
 
     /// A registration was taken away.
-    pub(super) fn revoked(&mut self, broker: BrokerId, incarnation: &str, now: Instant) {
+    pub(super) fn revoked(&mut self, broker: BrokerId, incarnation: &str, epoch: Revision, now: Instant) {
         let returns = match self.revoked.get(&broker) {
             Some(before) if before.incarnation == incarnation => before.returns,
             _ => 0,
         };
-        self.revoked.insert(broker, Revoked { incarnation: incarnation.to_owned(), at: now, returns, distrust: None });
+        self.revoked
+            .insert(broker, Revoked { incarnation: incarnation.to_owned(), epoch, at: now, returns, distrust: None });
     }
 }
 
@@ -74,7 +82,7 @@ mod tests {
         let second = Duration::from_secs(1);
         assert!(trust.believes(broker, "a", now));
         for minutes in [1, 2, 4] {
-            trust.revoked(broker, "a", now);
+            trust.revoked(broker, "a", Revision(7), now);
             now += second;
             assert!(!trust.believes(broker, "a", now), "it came back after a second");
             now += Duration::from_secs(60) * minutes - second;
@@ -82,9 +90,11 @@ mod tests {
             now += second;
             assert!(trust.believes(broker, "a", now));
         }
-        trust.revoked(broker, "a", now);
+        trust.revoked(broker, "a", Revision(7), now);
         assert!(trust.believes(broker, "b", now), "a new process has done nothing yet");
-        trust.revoked(broker, "b", now);
+        trust.revoked(broker, "b", Revision(9), now);
+        assert!(trust.is_revoked(broker, Revision(9)), "a second report of it is no news");
+        assert!(!trust.is_revoked(broker, Revision(11)), "it has registered again");
         now += COMES_BACK + second;
         assert!(
             trust.believes(broker, "b", now),
