@@ -124,6 +124,11 @@ async fn act(admin: Admin, command: Topic, output: Output) -> anyhow::Result<Exi
             let change = TopicChange { set: config.into_iter().collect(), unset, replication_factor };
             let altered = admin.alter_topic(&alter.name, &change).await;
             said(&admin, &alter.name, altered, "altered", output).await?;
+            if replication_factor.is_some() {
+                eprintln!(
+                    "hint: replicas are made and let go one after the other; `strandline partition reassign status` shows what is left"
+                );
+            }
         }
         Topic::AddPartitions { name, to } => {
             let grown = admin.add_partitions(&name, to).await;

@@ -308,7 +308,8 @@ pub(super) const SETTINGS: &[Setting] = &[
         "garbage_grace",
         Kind::Time { least: 0, most: 3650 * DAY },
         Some("1h"),
-        "How long an object that nothing refers to any more is kept before it is deleted.",
+        "How long an object that nothing refers to is kept before it is deleted. What a broker has uploaded and not committed yet is such an \
+         object: a value below a few minutes is for trials, and may delete what a slow upload is about to commit.",
     ),
     setting(
         "tier",
