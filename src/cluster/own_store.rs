@@ -47,7 +47,7 @@ impl ObjectStoreKey {
         let key = self.keys.object_store();
         for _ in 0..ATTEMPTS {
             let unchanged = match self.read().await? {
-                (_, Some(noted)) if noted.id != mine.id || noted.place == mine.place => return Ok(noted),
+                (_, Some(noted)) if noted.outlasts(&mine) => return Ok(noted),
                 (Some(entry), _) => Compare::ModRevision(key.clone(), entry.mod_revision),
                 (None, _) => Compare::Absent(key.clone()),
             };
@@ -155,6 +155,28 @@ mod tests {
         cluster.broker("first", true).claim().await.expect("nobody's yet");
         cluster.broker("second", true).claim().await.expect("nothing is in the first");
         assert_eq!(cluster.note().await.place, cluster.url("second"));
+    }
+
+    /// A broker that dies before it has written the card leaves nothing that another one could not take up.
+    #[tokio::test]
+    async fn a_place_that_was_only_reserved_is_taken_with_the_reserved_id() {
+        let reserve = async |cluster: &Cluster, place: &str| {
+            let note = StoreNote { id: uuid::Uuid::from_u128(7), place: cluster.url(place), reserved: true };
+            let put = Transaction::new().put(keys().object_store(), note.encode());
+            cluster.meta.transact(put).await.expect("answers");
+            note
+        };
+        let cluster = Cluster::new();
+        let reserved = reserve(&cluster, "ours").await;
+        cluster.broker("ours", false).claim().await.expect("nobody's yet");
+        assert_eq!(cluster.note().await, StoreNote { reserved: false, ..reserved });
+
+        // With the URL corrected meanwhile.
+        let cluster = Cluster::new();
+        let wrong = reserve(&cluster, "wrong").await;
+        cluster.broker("right", false).claim().await.expect("nothing was in the wrong place");
+        let note = cluster.note().await;
+        assert!(note.place == cluster.url("right") && note.id != wrong.id && !note.reserved, "{note:?}");
     }
 
     #[tokio::test]

@@ -1,8 +1,9 @@
 //! Whose a prefix is: the card in it, `cluster.json`, and what the cluster itself remembers of its store.
 //!
-//! The card names its cluster and has an id, drawn when it was written. The cluster notes the id ([`StoreNotes`]) before anything
-//! relies on an object, so a broker whose URL names another store finds out: one that is empty is not taken, and one that has a card is
-//! not the one that was noted.
+//! The card names its cluster and has an id. The cluster notes the id ([`StoreNotes`]) before anything relies on an object, so a broker
+//! whose URL names another store finds out: one that is empty is not taken, and one that has a card is not the one that was noted.
+//! Who takes a prefix reserves it in the note first. So brokers of one cluster that come at once write the same card, and it does not
+//! matter which of them is last where the store knows no conditional put.
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
@@ -97,6 +98,20 @@ pub struct StoreNote {
     pub id: Uuid,
     /// Its URL, and the service's where it has one, for messages.
     pub place: String,
+    /// The card is about to be written: it binds nobody yet, but who takes this place writes this id.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub reserved: bool,
+}
+
+impl StoreNote {
+    /// Whether this goes on being noted when a broker comes with `mine`.
+    pub fn outlasts(&self, mine: &Self) -> bool {
+        match (self.reserved, mine.reserved) {
+            (false, _) => self.id != mine.id || self.place == mine.place,
+            (true, true) => self.place == mine.place,
+            (true, false) => false,
+        }
+    }
 }
 
 /// What remembers, outside of the store, which store is the cluster's. Errors are for people; asking again may help.
@@ -104,7 +119,7 @@ pub trait StoreNotes: Send + Sync {
     /// The store that is noted; `None` where the cluster may use any.
     fn noted(&self) -> BoxFuture<'_, Result<Option<StoreNote>, String>>;
 
-    /// Notes a store, unless one with another id is noted. Returns what is noted then.
+    /// Notes a store, unless what is noted [outlasts](StoreNote::outlasts) it. Returns what is noted then.
     fn note(&self, mine: StoreNote) -> BoxFuture<'_, Result<StoreNote, String>>;
 }
 
@@ -143,21 +158,20 @@ impl Store {
 
     /// Returns the id of the card.
     async fn ask_claim(&self) -> Result<Option<Uuid>, ClaimError> {
-        let notes = self.inner.notes.get();
-        let noted = match notes {
+        let noted = match self.inner.notes.get() {
             Some(notes) => notes.noted().await.map_err(ClaimError::Notes)?,
             None => None,
         };
         let card = match self.card().await? {
             Some(card) => card,
-            None => self.take(noted.as_ref()).await?,
+            None => self.take(noted.filter(|noted| !noted.reserved)).await?,
         };
-        if let (Some(id), Some(notes)) = (card.id, notes) {
-            let place = self.whereabouts();
-            let noted = notes.note(StoreNote { id, place: place.clone() }).await.map_err(ClaimError::Notes)?;
+        if let Some(id) = card.id {
+            let mine = StoreNote { id, place: self.whereabouts(), reserved: false };
+            let noted = self.note(mine.clone()).await?;
             if noted.id != id {
                 let found = "its cluster.json has another id";
-                return Err(ClaimError::Elsewhere { place, noted: noted.place, found });
+                return Err(ClaimError::Elsewhere { place: mine.place, noted: noted.place, found });
             }
         }
         tracing::info!(place = self.inner.place, cluster = self.inner.cluster, "object store is ours");
@@ -165,15 +179,25 @@ impl Store {
     }
 
     /// Takes a prefix that nobody has, unless the cluster's is elsewhere.
-    async fn take(&self, noted: Option<&StoreNote>) -> Result<Card, ClaimError> {
+    async fn take(&self, noted: Option<StoreNote>) -> Result<Card, ClaimError> {
         let place = self.whereabouts();
+        let elsewhere = |noted: StoreNote| ClaimError::Elsewhere {
+            place: place.clone(),
+            noted: noted.place,
+            found: "it has no cluster.json",
+        };
+        let is_noted = noted.is_some();
         if let Some(noted) = noted.filter(|noted| noted.place != place) {
-            return Err(ClaimError::Elsewhere { place, noted: noted.place.clone(), found: "it has no cluster.json" });
+            return Err(elsewhere(noted));
         }
-        if noted.is_some() || self.is_expected() {
+        if is_noted || self.is_expected() {
             return Err(self.gone());
         }
-        let card = Card { format: 1, cluster: self.inner.cluster.clone(), id: Some(random::uuid()) };
+        let reserved = self.note(StoreNote { id: random::uuid(), place: place.clone(), reserved: true }).await?;
+        if reserved.place != place {
+            return Err(elsewhere(reserved));
+        }
+        let card = Card { format: 1, cluster: self.inner.cluster.clone(), id: Some(reserved.id) };
         let content = Bytes::from(serde_json::to_vec(&card).expect("a plain struct"));
         // Where the store knows conditions, only one of two clusters that come at the same moment succeeds. Where
         // it does not, the last one does, and the first learns it here or at its next start.
@@ -187,6 +211,14 @@ impl Store {
         }
         let reason = "it is not there after it was written".to_owned();
         self.card().await?.ok_or_else(|| ClaimError::Unreadable { place: self.inner.place.clone(), reason })
+    }
+
+    /// Notes a store where there is something to note it in. Returns what is noted then.
+    async fn note(&self, mine: StoreNote) -> Result<StoreNote, ClaimError> {
+        match self.inner.notes.get() {
+            Some(notes) => notes.note(mine).await.map_err(ClaimError::Notes),
+            None => Ok(mine),
+        }
     }
 
     /// The card, if there is one; an error when it is another cluster's.

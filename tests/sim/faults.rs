@@ -9,7 +9,10 @@ use strandline::{
     cluster::{Compare, Entry, Keys, MetaStore as _, PartitionValue, Transaction, Value as _},
     task::{clock, random},
 };
-use tokio::{sync::Mutex, time::Instant};
+use tokio::{
+    sync::{Mutex, OwnedMutexGuard},
+    time::Instant,
+};
 
 use crate::{
     disks,
@@ -44,8 +47,8 @@ pub(crate) struct Plan {
     victim: u32,
     /// What is acknowledged survives that the power is lost on any machine at any time.
     power: bool,
-    /// Else whoever is down holds this until every replica is in sync again: then one machine may lose its power, and no other
-    /// replica its proof meanwhile.
+    /// Else whoever is down, or may lose its lease, holds this until every replica is in sync again: then one machine may lose its power,
+    /// and no other replica its proof or its place meanwhile.
     down: Option<Arc<Mutex<()>>>,
     /// Held from the look whether a disk is spare until its broker has said that it lost it: two that each count on the other are not.
     replacing: Mutex<()>,
@@ -76,6 +79,13 @@ impl Plan {
     pub(crate) fn is_over(&self) -> bool {
         clock::monotonic() >= self.until
     }
+
+    /// Where one at a time may be down: waits until nobody else is, and every replica is in sync.
+    async fn alone_down(&self, meta: &SimMeta) -> Option<OwnedMutexGuard<()>> {
+        let alone = Arc::clone(self.down.as_ref()?).lock_owned().await;
+        until_whole(meta, self).await;
+        Some(alone)
+    }
 }
 
 pub(crate) async fn pause(from_ms: u64, to_ms: u64) {
@@ -101,14 +111,7 @@ async fn all_of_machine(machine: &mut Machine, plan: &Plan) {
         }
         let kind = random::in_range(0..10);
         let falls = matches!(kind, 0..=4 | 7 | 9);
-        let alone_down = match &plan.down {
-            Some(down) if falls => {
-                let alone = Arc::clone(down).lock_owned().await;
-                until_whole(&machine.meta, plan).await;
-                Some(alone)
-            }
-            _ => None,
-        };
+        let alone_down = if falls { plan.alone_down(&machine.meta).await } else { None };
         // It was waited for until nothing more is to go wrong, whole or not.
         if alone_down.is_some() && plan.is_over() {
             return;
@@ -331,7 +334,13 @@ async fn all_of_metadata(shared: &Shared, metas: &[SimMeta], plan: &Plan) {
         }
         let one = random::in_range(0..metas.len());
         let meta = &metas[one];
-        match random::in_range(0..6) {
+        let kind = random::in_range(0..6);
+        let ends_leases = matches!(kind, 0 | 1 | 5);
+        let alone_down = if ends_leases { plan.alone_down(meta).await } else { None };
+        if alone_down.is_some() && plan.is_over() {
+            return;
+        }
+        match kind {
             0 => {
                 shared.trace.note(format_args!("broker {} loses the metadata store", one + 1));
                 meta.cut(true);
@@ -365,6 +374,11 @@ async fn all_of_metadata(shared: &Shared, metas: &[SimMeta], plan: &Plan) {
                 shared.trace.note(format_args!("the lease of broker {} ends", one + 1));
                 meta.end_lease().await;
             }
+        }
+        if alone_down.is_some() {
+            // The controller has heard of it by then.
+            pause(500, 1000).await;
+            until_whole(meta, plan).await;
         }
     }
 }

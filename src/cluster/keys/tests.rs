@@ -93,6 +93,7 @@ fn values_are_written_as_the_format_says() {
         &StoreNote {
             id: uuid::uuid!("6f1c2a9e-0000-4000-8000-0123456789ab"),
             place: "s3://b/p at http://s3:9000".to_owned(),
+            reserved: false,
         },
         r#"{"id":"6f1c2a9e-0000-4000-8000-0123456789ab","place":"s3://b/p at http://s3:9000"}"#,
     );

@@ -5,10 +5,11 @@ use std::{path::Path, sync::Arc, time::Duration};
 use bytes::{Bytes, BytesMut};
 use strandline::telemetry::Metrics;
 use strandline::{
+    cluster::{EmbeddedStore, Keys, ObjectStoreKey, View},
     log::{Identity, Log, Options, SimDisk},
     model::{BrokerId, Compression, LeaderEpoch, Offset, PartitionId, TopicId},
     record::BatchBuilder,
-    task,
+    task::{self, Tasks},
     tier::{
         Cache, CacheOptions, ClaimError, Live, PartitionTier, ReadError, SegmentSource, Staged, Store, StoreOptions,
         TierState, UploadError, collect_garbage, doctor,
@@ -289,6 +290,33 @@ async fn two_clusters_that_come_at_once_do_not_share_a_prefix() {
     let claims = futures::future::join_all(stores.iter().map(Store::claim)).await;
     assert_eq!(claims.iter().filter(|claim| claim.is_ok()).count(), 1, "{claims:?}");
     assert!(claims.iter().any(|claim| matches!(claim, Err(ClaimError::Foreign { .. }))));
+}
+
+/// On a store without conditional puts whoever writes the card last is the one who wrote it: they all write the same.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn brokers_of_one_cluster_that_come_at_once_share_a_prefix() {
+    let s3 = S3::start().await;
+    s3.faults().set_ignore_conditions(true);
+    for round in 0..10 {
+        let options = s3.options(&format!("shared-{round}"));
+        let (meta, keys, tasks) = (Arc::new(EmbeddedStore::in_memory()), Keys::new("test").unwrap(), Tasks::new());
+        let view = View::start(Arc::clone(&meta) as _, keys.clone(), &tasks);
+        let brokers = || -> Vec<Store> {
+            let notes = || Arc::new(ObjectStoreKey::new(Arc::clone(&meta) as _, keys.clone(), view.clone(), false));
+            let open = || {
+                let store = Store::open(&options, "test").unwrap();
+                store.go_by(notes());
+                store
+            };
+            vec![open(), open(), open(), open()]
+        };
+        for start in ["the first", "the second"] {
+            let brokers = brokers();
+            for claim in futures::future::join_all(brokers.iter().map(Store::claim)).await {
+                claim.unwrap_or_else(|error| panic!("round {round}, {start} start: {error}"));
+            }
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
