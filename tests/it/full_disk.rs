@@ -4,7 +4,12 @@
 //! The data directory is a file system of its own of 96 MiB, which only a superuser can mount. Where that is not allowed the
 //! tests say so and end; `log`'s own tests, on the simulated disk, run everywhere.
 
-use std::{fs, io::Write as _, path::PathBuf, process::Command};
+use std::{
+    fs,
+    io::{ErrorKind, Write as _},
+    path::PathBuf,
+    process::Command,
+};
 
 use bytes::Bytes;
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
@@ -52,7 +57,7 @@ impl Mount {
     }
 
     /// Somebody else's file that leaves so many bytes free.
-    pub(crate) fn fill(&self, leave: u64) -> PathBuf {
+    fn fill(&self, leave: u64) -> PathBuf {
         let path = self.at.join("filler");
         let bytes = self.free().saturating_sub(leave);
         let zeros = vec![0; usize::try_from(bytes).expect("it fits in memory")];
@@ -60,12 +65,18 @@ impl Mount {
         path
     }
 
-    /// The filler takes what is left.
-    fn fill_more(&self) {
-        let mut filler = fs::OpenOptions::new().append(true).open(self.at.join("filler")).expect("it is there");
-        let zeros = vec![0; usize::try_from(self.free()).expect("it fits in memory")];
-        // Somebody else may take some of it meanwhile.
-        let _ = filler.write_all(&zeros);
+    /// Somebody else's file that takes whatever is left, also what is given up or taken meanwhile: until the disk says so.
+    pub(crate) fn fill_up(&self) -> PathBuf {
+        let path = self.at.join("filler");
+        let mut filler = fs::OpenOptions::new().create(true).append(true).open(&path).expect("it opens");
+        let zeros = vec![0; 1 << 16];
+        let refused = loop {
+            if let Err(error) = filler.write_all(&zeros) {
+                break error;
+            }
+        };
+        assert_eq!(refused.kind(), ErrorKind::StorageFull, "{refused}");
+        path
     }
 }
 
@@ -204,23 +215,27 @@ async fn not_one_byte_left_is_survived_without_a_restart() {
     for number in 0..15 {
         wire::append(&mut log, request("t", number)).await.expect("there is room");
     }
-    let filler = full.mount.fill(0);
+    let filler = full.mount.fill_up();
     let (count, fault) = until_full(&mut log, "t", 15).await;
     assert_eq!(fault.reason, Reason::DiskFull, "{fault:?}");
     let another = |n| CreateTopicRequest { name: format!("another{n}"), partitions: 1, ..Default::default() };
-    // The log may give up its reserve once, and then there is room; which is taken as well.
-    let mut refused = wire::admin(address).create_topic(another(0)).await;
-    if refused.is_ok() {
-        full.mount.fill_more();
-        refused = wire::admin(address).create_topic(another(1)).await;
-    }
-    let fault = Fault::from(&refused.expect_err("metadata needs room too"));
+    // What the log gives up is taken as well: its reserve, once, and the four segments that the bucket may get meanwhile.
+    let mut attempt = 0;
+    let refused = loop {
+        match wire::admin(address).create_topic(another(attempt)).await {
+            Err(refused) => break refused,
+            Ok(_) => full.mount.fill_up(),
+        };
+        attempt += 1;
+        assert!(attempt <= 5, "metadata needs room too");
+    };
+    let fault = Fault::from(&refused);
     assert_eq!(fault.reason, Reason::MetadataUnavailable, "{fault:?}");
     assert!(fault.reason.retryable() && fault.message.contains("full"), "{fault:?}");
     holds(&mut log, "t", count).await;
     fs::remove_file(filler).expect("removed");
     append_until_taken(&mut log, "t", count).await;
-    wire::admin(address).create_topic(another(2)).await.expect("there is room");
+    wire::admin(address).create_topic(another(99)).await.expect("there is room");
     tokio::task::block_in_place(|| {
         eventually("the bucket has it all", || {
             (partition(&full.home.cli(), "t")["tiered_end"] == count + 1).then_some(())
@@ -273,7 +288,7 @@ async fn a_broker_starts_on_a_disk_without_one_byte_and_can_be_helped() {
         wire::append(&mut log, request("t", number)).await.expect("there is room");
     }
     let (Full { broker, mount, mut home }, filler) = tokio::task::block_in_place(|| {
-        let filler = full.mount.fill(0);
+        let filler = full.mount.fill_up();
         (full, filler)
     });
     let broker = tokio::task::block_in_place(|| {

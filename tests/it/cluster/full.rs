@@ -54,7 +54,7 @@ fn a_leader_whose_disk_takes_no_more_records_hands_over_and_leads_again_when_the
     cluster.restart(1);
     cluster.in_sync("t", 3);
     eventually("broker 1 leads", || (cluster.leader("t", 0) == 1).then_some(()));
-    let filler = small.fill(0);
+    let filler = small.fill_up();
 
     let records = tempfile::NamedTempFile::new().expect("a file");
     fs::write(records.path(), format!("{}\n", "x".repeat(999)).repeat(8000)).expect("written");
