@@ -92,10 +92,8 @@ async fn work(broker: Arc<Broker>) {
         };
         match outcome {
             Ok(step) => {
-                if let Some(bytes) = step.uploaded {
-                    broker.metrics.tier_uploads.inc();
-                    broker.metrics.tier_upload_bytes.inc_by(bytes);
-                }
+                broker.metrics.tier_uploads.inc_by(step.uploaded.segments);
+                broker.metrics.tier_upload_bytes.inc_by(step.uploaded.bytes);
                 if failures.lock().remove(&id).is_some_and(|failing| failing.said) {
                     tracing::info!(partition = %id, topic = %partition.topic(), "upkeep works again");
                 }

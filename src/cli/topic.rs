@@ -69,7 +69,7 @@ pub(super) struct Changes {
     /// Take a configuration key back to its default; may be given several times
     #[arg(long, value_name = "K")]
     unset: Vec<String>,
-    /// How many brokers are to hold each partition; replicas are added or taken away one by one
+    /// How many brokers are to hold each partition; the controller makes or lets go what differs, some partitions at a time
     #[arg(long, value_name = "N", value_parser = factor())]
     replication_factor: Option<u32>,
 }
@@ -126,7 +126,7 @@ async fn act(admin: Admin, command: Topic, output: Output) -> anyhow::Result<Exi
             said(&admin, &alter.name, altered, "altered", output).await?;
             if replication_factor.is_some() {
                 eprintln!(
-                    "hint: replicas are made and let go one after the other; `strandline partition reassign status` shows what is left"
+                    "hint: the controller makes or lets go replicas, some partitions at a time; `strandline partition reassign status` shows what is left"
                 );
             }
         }

@@ -7,7 +7,15 @@
 //! A plan that was carried out leaves nothing to plan: what lies below the log start counts for nothing any more, and so
 //! cannot push out what lies above it.
 
+use std::ops::Range;
+
 use crate::model::{Offset, TopicConfig};
+
+/// Bytes of segments that are committed to the bucket at once, unless one alone has more.
+const COMMIT_BYTES: u64 = 64 << 20;
+
+/// Most segments that are committed to the bucket at once.
+const COMMIT_SEGMENTS: usize = 64;
 
 /// One segment as retention sees it, in either tier.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,8 +71,9 @@ pub struct Plan {
     pub seal: bool,
     /// Move the log start here; then what lies wholly below it goes, in both tiers.
     pub log_start: Option<Offset>,
-    /// The base of the next sealed segment to upload. One at a time: the next plan names the one after it.
-    pub upload: Option<Offset>,
+    /// The sealed segments that begin in here are to be uploaded, in order, and committed at once: the next one, and what is small
+    /// enough to go with it. The next plan names those after them.
+    pub upload: Option<Range<Offset>>,
     /// Drop sealed segments that lie wholly below this from the disk: the bucket has them, or nobody may read them.
     pub evict_below: Option<Offset>,
 }
@@ -117,12 +126,20 @@ fn log_start(input: &Input<'_>) -> Option<Offset> {
     start.filter(|start| *start > input.log_start)
 }
 
-fn upload(input: &Input<'_>, kept_from: Offset) -> Option<Offset> {
+fn upload(input: &Input<'_>, kept_from: Offset) -> Option<Range<Offset>> {
     if !input.uploads {
         return None;
     }
-    let next = input.local.iter().find(|segment| segment.end > input.tiered_end.max(kept_from))?;
-    (next.end <= input.high_watermark).then_some(next.base)
+    let missing = input.local.iter().filter(|segment| segment.end > input.tiered_end.max(kept_from));
+    let mut committed = missing.take_while(|segment| segment.end <= input.high_watermark).take(COMMIT_SEGMENTS);
+    let first = committed.next()?;
+    let mut bytes = first.bytes;
+    let small = committed.take_while(|segment| {
+        bytes = bytes.saturating_add(segment.bytes);
+        bytes <= COMMIT_BYTES
+    });
+    let last = small.last().unwrap_or(first);
+    Some(first.base..last.end)
 }
 
 /// Where the disk's copy may begin: behind what lies wholly below the log start, whatever the bucket has, and behind what the
@@ -259,10 +276,27 @@ mod tests {
     fn a_segment_that_reaches_into_the_bucket_or_below_the_log_start_is_uploaded() {
         let config = config(&[("retention.ms", "-1")]);
         let (local, tiered) = ([segment(0, 10, 1, 0), segment(10, 20, 1, 0)], [segment(0, 15, 1, 0)]);
-        assert_eq!(plan(&input(&config, &local, &tiered)).upload, Some(at(10)));
+        assert_eq!(plan(&input(&config, &local, &tiered)).upload, Some(at(10)..at(20)));
         let mut cut = input(&config, &local, &[]);
         cut.log_start = at(5);
-        assert_eq!(plan(&cut).upload, Some(at(0)));
+        assert_eq!(plan(&cut).upload, Some(at(0)..at(20)));
+    }
+
+    #[test]
+    fn small_segments_are_committed_together_and_large_ones_by_themselves() {
+        let config = config(&[("retention.ms", "-1")]);
+        let upload = |bytes: &[u64], high_watermark| {
+            let local: Vec<_> = (0..).zip(bytes).map(|(n, bytes)| segment(n * 10, n * 10 + 10, *bytes, 0)).collect();
+            let mut input = input(&config, &local, &[]);
+            input.high_watermark = at(high_watermark);
+            plan(&input).upload
+        };
+        let mib = 1 << 20;
+        assert_eq!(upload(&[1; 100], 1000), Some(at(0)..at(640)), "so many");
+        assert_eq!(upload(&[10 * mib; 10], 100), Some(at(0)..at(60)), "so many bytes");
+        assert_eq!(upload(&[1, 64 * mib, 1], 30), Some(at(0)..at(10)));
+        assert_eq!(upload(&[100 * mib, 1], 20), Some(at(0)..at(10)), "one that is larger goes by itself");
+        assert_eq!(upload(&[1; 3], 25), Some(at(0)..at(20)), "only what is committed");
     }
 
     #[test]
@@ -296,7 +330,7 @@ mod tests {
         let local = [segment(0, 10, 1, 0), segment(10, 20, 1, 0)];
         let tiered = [segment(0, 10, 1, 0)];
         let plan = plan(&input(&config, &local, &tiered));
-        assert_eq!((plan.evict_below, plan.upload), (Some(at(10)), Some(at(10))));
+        assert_eq!((plan.evict_below, plan.upload), (Some(at(10)), Some(at(10)..at(20))));
     }
 
     #[test]
@@ -471,9 +505,11 @@ mod tests {
             if let Some(below) = plan.evict_below {
                 prop_assert!(below <= input.tiered_end.max(plan.log_start.unwrap_or(input.log_start)));
             }
-            if let Some(base) = plan.upload {
-                let chosen = all.iter().find(|segment| segment.base == base).expect("a local segment");
-                prop_assert!(chosen.end <= input.high_watermark && base >= input.tiered_end);
+            if let Some(upload) = plan.upload {
+                let chosen: Vec<_> = all.iter().filter(|segment| upload.contains(&segment.base)).collect();
+                prop_assert_eq!(chosen.first().map(|first| first.base), Some(upload.start));
+                prop_assert_eq!(chosen.last().map(|last| last.end), Some(upload.end));
+                prop_assert!(upload.end <= input.high_watermark && upload.start >= input.tiered_end);
             }
         }
     }

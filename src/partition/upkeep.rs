@@ -6,7 +6,7 @@
 //!
 //! Only the leader uploads and moves the log start. A follower seals by age, and lets go what its leader committed to the bucket.
 
-use std::time::Duration;
+use std::{ops::Range, time::Duration};
 
 use tokio::sync::oneshot;
 
@@ -20,11 +20,14 @@ use crate::{
     log::SegmentInfo,
     model::{LeaderEpoch, Offset, Watermarks},
     task::{clock, random},
-    tier::{self, PartitionTier, SegmentSource, Staged, TierState},
+    tier::{self, PartitionTier, SegmentSource, Staged, Staging, TierState},
 };
 
 /// How many segments of the bucket one plan looks at.
 const TIERED_PER_PLAN: usize = 256;
+
+/// How long what has been uploaded waits for what is uploaded after it, to be committed with it: `acks=tiered` waits for the commit.
+const COMMIT_WITHIN: Duration = Duration::from_secs(1);
 
 /// What the partition's task says of its segments.
 pub(super) struct Local {
@@ -82,8 +85,17 @@ impl UpkeepError {
 pub struct Step {
     /// There may be more to do at once.
     pub more: bool,
-    /// Bytes of the segment that was uploaded and committed, if one was.
-    pub uploaded: Option<u64>,
+    /// What was uploaded and committed.
+    pub uploaded: Uploaded,
+}
+
+/// Segments that were uploaded and committed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Uploaded {
+    /// How many.
+    pub segments: u64,
+    /// Bytes of their batches on the disk.
+    pub bytes: u64,
 }
 
 /// Carries out upkeep, for all partitions of a broker.
@@ -115,14 +127,14 @@ impl Upkeep {
         if plan.seal {
             partition.command(Command::Seal).await;
             // Where nothing can be written the segment stays open, and is looked at again in time.
-            return Ok(Step { more: partition.fault().is_none(), uploaded: None });
+            return Ok(Step { more: partition.fault().is_none(), uploaded: Uploaded::default() });
         }
         if let Some(start) = plan.log_start {
             self.move_log_start(partition, start, epoch).await?;
         }
-        let mut uploaded = None;
-        if let (Some(base), Some(tier)) = (plan.upload, &partition.tier) {
-            uploaded = Some(self.upload(partition, tier, base, &local, epoch).await?);
+        let mut uploaded = Uploaded::default();
+        if let (Some(bases), Some(tier)) = (&plan.upload, &partition.tier) {
+            uploaded = self.upload(partition, tier, bases, &local, epoch).await?;
         }
         if let Some(below) = plan.evict_below {
             partition.command(Command::Evict(below)).await;
@@ -151,24 +163,38 @@ impl Upkeep {
         Ok(())
     }
 
+    /// Uploads the segments that begin in `bases` and commits them at once: fewer of them where that takes long, or where one after the
+    /// first fails, which the next step then meets as its first.
     async fn upload(
         &self,
         partition: &Partition,
         tier: &PartitionTier,
-        base: Offset,
+        bases: &Range<Offset>,
         local: &Local,
         epoch: LeaderEpoch,
-    ) -> Result<u64, UpkeepError> {
-        let info = local.sealed.iter().find(|segment| segment.base == base).expect("the plan chose one of these");
-        let source = source(partition, info).await?;
-        let end = source.end();
-        if mutant!(EvictBeforeCommit) {
-            partition.command(Command::Evict(end)).await;
+    ) -> Result<Uploaded, UpkeepError> {
+        let began = clock::monotonic();
+        let mut staging = tier.staging(epoch).await?;
+        let mut uploaded = Uploaded::default();
+        for info in local.sealed.iter().filter(|info| bases.contains(&info.base)) {
+            if uploaded.segments > 0 && began.elapsed() > COMMIT_WITHIN {
+                break;
+            }
+            match add(partition, &mut staging, info).await {
+                Err(error) if uploaded.segments > 0 => {
+                    tracing::debug!(partition = %partition.id, base = %info.base, %error, "committing what is there already");
+                    break;
+                }
+                added => added?,
+            }
+            uploaded.segments += 1;
+            uploaded.bytes += info.bytes;
         }
-        let staged = tier.stage(&source, epoch).await?;
+        let staged = staging.finish().await?;
+        let end = staged.state().tiered_end;
         self.commit(partition, tier, staged, epoch).await?;
-        tracing::debug!(partition = %partition.id, %base, %end, "a segment is in the bucket");
-        Ok(info.bytes)
+        tracing::debug!(partition = %partition.id, base = %bases.start, %end, uploaded.segments, "segments are in the bucket");
+        Ok(uploaded)
     }
 
     async fn commit(
@@ -218,6 +244,15 @@ pub(super) async fn local(partition: &Partition) -> Result<Local, UpkeepError> {
     let (answer, local) = oneshot::channel();
     partition.command(Command::Local(answer)).await;
     local.await.map_err(|_| UpkeepError::Closed)
+}
+
+/// Uploads a segment, to be committed with what was added before.
+async fn add(partition: &Partition, staging: &mut Staging<'_>, info: &SegmentInfo) -> Result<(), UpkeepError> {
+    let source = source(partition, info).await?;
+    if mutant!(EvictBeforeCommit) {
+        partition.command(Command::Evict(source.end())).await;
+    }
+    Ok(staging.add(&source).await?)
 }
 
 async fn source(partition: &Partition, info: &SegmentInfo) -> Result<SegmentSource, UpkeepError> {

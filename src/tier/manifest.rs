@@ -5,7 +5,7 @@
 //!        [page 0..512)[page 512..1024) …  │  [segment][segment][segment] …
 //!        base                                                            end = tiered end
 //! ```
-//! Each new segment makes a new root. When a root holds [`PAGE_SEGMENTS`] × 2 single segments, the oldest half moves to a
+//! Each commit makes a new root, with one new segment or several. When a root holds [`PAGE_SEGMENTS`] × 2 single segments, the oldest half moves to a
 //! page object that never changes again, so a root stays at some tens of KiB for terabytes. Retention drops segments
 //! from the front: whole pages by their line in the root; a page that is cut keeps its line until its last segment goes,
 //! and what of it lies below the log start counts no more.
@@ -271,16 +271,25 @@ impl Root {
         epoch: LeaderEpoch,
         page_attempt: uuid::Uuid,
     ) -> (Self, Option<NewPage>) {
+        let mut next = self.next_version(epoch);
+        let page = next.push(segment, page_attempt);
+        (next, page)
+    }
+
+    /// One more segment at the end of this version, which nobody has written yet; the page that it moved out, if any.
+    ///
+    /// # Panics
+    /// As [`Root::extend`].
+    pub(super) fn push(&mut self, segment: SegmentLine, page_attempt: uuid::Uuid) -> Option<NewPage> {
         let stamp = &segment.stamp;
         let inside = self.is_empty() && stamp.base <= self.end && self.end < stamp.end;
         assert!(stamp.base == self.end || inside, "a manifest has no gap and no overlap: {} {stamp}", self.end);
-        let mut next = self.next_version(epoch);
-        next.end = stamp.end;
-        next.bytes = self.bytes.saturating_add(segment.data_bytes);
-        next.segments.push(segment);
-        let page = (next.segments.len() >= 2 * PAGE_SEGMENTS).then(|| next.move_page_out(page_attempt));
-        next.assert();
-        (next, page)
+        self.end = stamp.end;
+        self.bytes = self.bytes.saturating_add(segment.data_bytes);
+        self.segments.push(segment);
+        let page = (self.segments.len() >= 2 * PAGE_SEGMENTS).then(|| self.move_page_out(page_attempt));
+        self.assert();
+        page
     }
 
     /// The same version of an empty manifest, with its end moved up to `base`: nothing below will ever be uploaded.
@@ -325,7 +334,8 @@ impl Root {
         find(&self.pages, log_start, |line| &line.stamp).filter(|line| line.stamp.base < log_start)
     }
 
-    fn next_version(&self, epoch: LeaderEpoch) -> Self {
+    /// What the next version begins as.
+    pub(super) fn next_version(&self, epoch: LeaderEpoch) -> Self {
         assert!(epoch >= self.epoch, "leader epochs never fall: {} to {epoch}", self.epoch);
         Self { version: self.version + 1, epoch, ..self.clone() }
     }

@@ -67,7 +67,7 @@ pub use garbage::{GarbageReport, Live, collect_garbage};
 pub use manifest::SegmentLine;
 pub use name::ManifestName;
 pub use open::{Keys, OpenError, StoreOptions, Verify};
-pub use partition::{PartitionTier, Staged};
+pub use partition::{PartitionTier, Staged, Staging};
 pub use reach::Outage;
 pub use read::{Read, ReadError};
 pub use segment::{SegmentSource, SourceError};

@@ -1,6 +1,6 @@
 //! One partition's history in the bucket: what is there, how to add to it, how to drop its front, how to read it.
 //!
-//! It knows neither the metadata store nor the log. Who drives it goes: [`PartitionTier::stage`] (or
+//! It knows neither the metadata store nor the log. Who drives it goes: [`PartitionTier::staging`] and what it takes (or
 //! [`PartitionTier::stage_trim`]), then a compare-and-set of [`Staged::state`] over the state that it was staged from, then
 //! [`PartitionTier::install`]. Between the first and the last step nothing that a reader sees has changed.
 
@@ -66,6 +66,41 @@ impl Staged {
     }
 }
 
+/// Segments that go into the bucket one after the other, for one manifest that will name them all. Dropped, it leaves garbage.
+#[must_use = "nothing is named before it is finished, committed and installed"]
+pub struct Staging<'a> {
+    tier: &'a PartitionTier,
+    replaces: TierState,
+    next: Root,
+}
+
+impl Staging<'_> {
+    /// Puts what of a sealed segment is not in the bucket yet into it, and verifies it. A source may begin below the tiered end
+    /// (another leader cut its segments elsewhere), at a batch boundary.
+    ///
+    /// After an error it is as it was before: what was added already can be finished.
+    pub async fn add(&mut self, source: &SegmentSource) -> Result<(), UploadError> {
+        let Inner { store, id, .. } = &*self.tier.inner;
+        let mut next = self.next.clone();
+        if next.is_empty() {
+            // What lay between the bucket's end and the log start was deleted before it was uploaded.
+            next = next.beginning_at(self.replaces.log_start.max(source.base()));
+        }
+        let from = From { offset: next.end(), inside: next.is_empty(), partition: *id, writer_epoch: next.epoch() };
+        let line = Box::pin(upload::segment(store, source, from)).await?;
+        if let Some(page) = next.push(line, random::uuid()) {
+            upload::small(store, &self.tier.object(&page.stamp.page()), page.bytes).await?;
+        }
+        self.next = next;
+        Ok(())
+    }
+
+    /// Writes the manifest.
+    pub async fn finish(self) -> Result<Staged, UploadError> {
+        self.tier.write(self.replaces, self.next).await
+    }
+}
+
 impl PartitionTier {
     /// The view of partition `id` as `state` says. Asks nothing of the store.
     pub fn new(store: Store, cache: Cache, id: PartitionId, state: TierState) -> Self {
@@ -97,23 +132,19 @@ impl PartitionTier {
         }
     }
 
-    /// Puts what of a sealed segment is not in the bucket yet into it, verifies it, and writes the manifest that names it.
-    /// A source may begin below the tiered end (another leader cut its segments elsewhere), at a batch boundary.
+    /// Begins a manifest that names more segments than the current one.
     ///
     /// One at a time for each partition; the state must be committed soon, well within the garbage collection's grace.
+    pub async fn staging(&self, epoch: LeaderEpoch) -> Result<Staging<'_>, UploadError> {
+        let (state, root) = self.begin(epoch).await?;
+        Ok(Staging { tier: self, next: root.next_version(epoch), replaces: state })
+    }
+
+    /// Uploads one segment and writes the manifest that names it: a [`PartitionTier::staging`] of nothing else.
     pub async fn stage(&self, source: &SegmentSource, epoch: LeaderEpoch) -> Result<Staged, UploadError> {
-        let (state, mut root) = self.begin(epoch).await?;
-        if root.is_empty() {
-            // What lay between the bucket's end and the log start was deleted before it was uploaded.
-            root = Arc::new(root.beginning_at(state.log_start.max(source.base())));
-        }
-        let from = From { offset: root.end(), inside: root.is_empty(), partition: self.inner.id, writer_epoch: epoch };
-        let line = Box::pin(upload::segment(&self.inner.store, source, from)).await?;
-        let (next, page) = root.extend(line, epoch, random::uuid());
-        if let Some(page) = page {
-            upload::small(&self.inner.store, &self.object(&page.stamp.page()), page.bytes).await?;
-        }
-        self.write(state, next).await
+        let mut staging = self.staging(epoch).await?;
+        staging.add(source).await?;
+        staging.finish().await
     }
 
     /// Writes the manifest of a log that starts at `log_start`. What lies wholly below it becomes garbage with the

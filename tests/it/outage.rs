@@ -82,9 +82,13 @@ fn a_bucket_that_is_gone_costs_no_record_and_its_return_needs_no_restart() {
     assert!(local > 20, "sealed segments gather on disk: {local}");
     assert_eq!(home.metric("strandline_tier_lag_records"), 60_000.0);
     assert!(broker.is_running());
+    let (puts, objects) = (server.faults().requests(Op::Put), segments(&server.bucket()).len());
     server.faults().set_down(false);
     settled(&cli, "t", 80_000);
     assert_eq!(home.metric("strandline_tier_lag_records"), 0.0);
+    let objects = segments(&server.bucket()).len() - objects;
+    let manifests = server.faults().requests(Op::Put) - puts - objects;
+    assert!(manifests * 2 < objects, "small segments are committed together: {objects} by {manifests}");
     eventually("the local files are gone", || (files(&home.data_dir(), ".log").len() < 5).then_some(()));
     reads(&cli, "t", "earliest", &text.repeat(4));
 }

@@ -72,6 +72,46 @@ async fn a_staged_manifest_changes_nothing_before_it_is_installed() {
 }
 
 #[tokio::test]
+async fn several_segments_are_named_by_one_manifest_without_the_one_that_failed() {
+    let segments = Segments::new();
+    let tier = open(&StoreOptions::new("memory://"));
+    let mut staging = tier.staging(LeaderEpoch(0)).await.unwrap();
+    let mut all = BytesMut::new();
+    for number in 0..3 {
+        let (source, content) = segments.source(number * 30, 10, 100, 0);
+        staging.add(&source).await.unwrap();
+        all.extend_from_slice(&content);
+    }
+    let (damaged, content) = segments.source(90, 10, 100, 0);
+    segments.damage(&damaged, &content[1..]);
+    assert!(matches!(staging.add(&damaged).await, Err(UploadError::Source(SourceError::Damaged { .. }))));
+    assert_eq!(tier.state(), TierState::default(), "nothing is named yet");
+    tier.install(staging.finish().await.unwrap());
+    assert_eq!((tier.state().version(), tier.state().tiered_end), (1, at(90)));
+    assert_eq!(read_all(&tier, 0, 90, 1 << 20).await, all);
+}
+
+/// The page goes out with the segment that makes it necessary, wherever that is among those of one manifest.
+#[tokio::test]
+async fn a_page_that_becomes_full_among_the_segments_of_one_manifest_is_written() {
+    let segments = Segments::new();
+    let tier = open(&StoreOptions::new("memory://"));
+    let mut all = BytesMut::new();
+    for part in [0..1000, 1000..1060] {
+        let mut staging = tier.staging(LeaderEpoch(0)).await.unwrap();
+        for number in part {
+            let (source, content) = segments.source(number * 3, 1, 10, 0);
+            staging.add(&source).await.unwrap();
+            all.extend_from_slice(&content);
+        }
+        tier.install(staging.finish().await.unwrap());
+    }
+    assert_eq!((tier.state().version(), tier.state().tiered_end), (2, at(3180)));
+    assert_eq!(read_all(&tier, 0, 3180, 1 << 20).await, all);
+    assert_eq!(tier.segments(at(0), 5000).await.unwrap().len(), 1060);
+}
+
+#[tokio::test]
 async fn a_source_that_overlaps_the_bucket_uploads_only_the_rest() {
     let segments = Segments::new();
     let tier = open(&StoreOptions::new("memory://"));
