@@ -402,11 +402,10 @@ impl Broker {
         partition.assign(assignment).await;
     }
 
-    /// Passes on what is committed of a partition's tier, to a replica that did not commit it itself.
+    /// Passes on what is committed of a partition's tier. A leader knows what it commits itself, and not what was there before in a value
+    /// that could not be read when it was opened.
     async fn adopt(&self, id: PartitionId, state: &ViewState) {
-        let Some(partition) = self.hosted.by_id(id).filter(|partition| !partition.standing().role.leads()) else {
-            return;
-        };
+        let Some(partition) = self.hosted.by_id(id) else { return };
         if let Some(known) = state.partition(id).and_then(|entry| entry.tier.as_ref()) {
             partition.adopt(known.value.clone()).await;
         }

@@ -231,7 +231,7 @@ impl Upkeep {
         if let Err(TierCommitError::Changed { .. }) = done
             && let Ok(Some(current)) = self.commits.current(partition.id).await
         {
-            // An earlier try whose answer was lost, most likely. Nobody else tells a leader: the next try goes on from there.
+            // An earlier try whose answer was lost, most likely: the next try goes on from there.
             partition.adopt(current).await;
         }
         done?;

@@ -3,13 +3,14 @@
 use std::time::Duration;
 
 use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
+use serde_json::Value;
 use strandline::task::clock;
 
 use super::members::Cluster;
 use crate::{
     crash::{PARTITIONS, setting},
     crash_client::{TOPIC, Work},
-    patience::eventually,
+    patience::{eventually, poll},
 };
 
 /// Makes a topic whose every record is on two disks before it is acknowledged, with small segments.
@@ -60,6 +61,59 @@ fn three_brokers_hold_the_same_bytes() {
         (read.code == 0).then(|| read.text())
     });
     assert_eq!(read, format!("{text}without one of three\n"));
+}
+
+/// Three brokers with leases and followers' time of a minute.
+fn with_long_leases() -> Cluster {
+    let long = "\"60s\"";
+    Cluster::with(3, |home| home.setting("metadata.session_timeout", long).setting("replication.lag_time", long))
+}
+
+/// Waits until others lead what a broker led, and go on without it where it followed: for less than a lease, so that it was found to be
+/// gone.
+fn replaced(cluster: &Cluster, topic: &str, gone: u32) {
+    let without = |one: &Value| {
+        let counts = |broker: &Value| *broker != gone;
+        one["leader"].is_u64()
+            && counts(&one["leader"])
+            && one["isr"].as_array().is_some_and(|isr| isr.iter().all(counts))
+    };
+    let soon = Duration::from_secs(30);
+    let replaced = poll(soon, || cluster.partitions(topic).iter().all(without).then_some(()));
+    assert!(replaced.is_some(), "not replaced within {soon:?}\n{}", cluster.logs());
+}
+
+/// One of them is the controller.
+#[test]
+fn a_process_that_is_gone_is_replaced_before_its_lease_ends() {
+    let mut cluster = with_long_leases();
+    create(&cluster);
+    for broker in 1..=3 {
+        cluster.kill(broker);
+        replaced(&cluster, TOPIC, broker);
+        for partition in 0..PARTITIONS {
+            cluster.cli().ok_with(&["produce", TOPIC, "--partition", &partition.to_string()], b"one\n");
+        }
+        cluster.restart(broker);
+        cluster.in_sync(TOPIC, 3);
+    }
+}
+
+/// It never held a replica, so that it has no link to the broker that dies, and has to be told.
+#[test]
+fn a_controller_that_shares_no_partition_with_a_dead_broker_is_told_of_it() {
+    let mut cluster = with_long_leases();
+    let cli = cluster.cli();
+    let controller = || cli.ok(&["cluster", "describe", "--output", "json"]).json()["controller"].as_u64();
+    let drained = eventually("somebody is the controller", controller);
+    cli.ok(&["broker", "drain", &drained.to_string(), "--wait"]);
+    cli.ok(&["topic", "create", "pair", "--replication-factor", "2"]);
+    cluster.in_sync("pair", 2);
+    let leader = cluster.leader("pair", 0);
+    assert_eq!(controller(), Some(drained), "it shares nothing with {leader}");
+    cluster.kill(leader);
+    replaced(&cluster, "pair", leader);
+    cli.ok_with(&["produce", "pair"], b"one\n");
 }
 
 /// Leaders and followers are killed under idempotent producers and a reader: each record once, in order; how long clients waited is

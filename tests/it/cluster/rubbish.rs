@@ -3,9 +3,13 @@
 
 use etcd_client::Client;
 use serde_json::Value;
+use strandline::proto::{
+    fault::{Fault, Reason},
+    v1::InitProducerRequest,
+};
 
 use super::members::Cluster;
-use crate::patience::eventually;
+use crate::{damage::lines, patience::eventually, wire};
 
 const PREFIX: &str = "/strandline/it";
 
@@ -144,6 +148,96 @@ fn rubbish_in_etcd_is_named_and_passed_over_and_mended() {
     assert!(epoch(&mended) > epoch(&named), "led by a process that began after the epoch: {mended}");
     assert_eq!(read(&cluster, "other", "0").as_deref(), Some("before\n"));
     all_run(&mut cluster);
+}
+
+/// What only the bucket has cannot be found for a while: nothing else is read in its place, new records come and go, and all is there
+/// again with the value.
+#[test]
+fn a_history_that_cannot_be_named_is_not_passed_over_and_comes_back_with_its_value() {
+    let mut cluster = Cluster::start(3);
+    let cli = cluster.cli();
+    let eager = ["segment.bytes=65536", "segment.ms=200", "local.retention.bytes=0", "min.insync.replicas=2"];
+    let config = eager.map(|one| ["--config", one]).concat();
+    cli.ok(&[&["topic", "create", "history", "--replication-factor", "3"], &config[..]].concat());
+    cluster.in_sync("history", 3);
+    let before = lines(20_000);
+    cli.ok_with(&["produce", "history"], before.as_bytes());
+    let evicted = || cluster.partitions("history")[0]["local_start"] == 20_000;
+    eventually("the bucket alone has it", || evicted().then_some(()));
+    let topic = cli.ok(&["topic", "describe", "history", "--output", "json"]).json();
+    let key = format!("tier/{}/0", topic["id"].as_str().expect("an id"));
+
+    let mut api = Api::of(&cluster);
+    let value = api.spoil(&key, "{\"manifest\":7}");
+    eventually("it is named", || (unusable(&cluster) == [key.clone()]).then_some(()));
+    assert!(read(&cluster, "history", "0").as_deref() == Some(&*before), "brokers know it from before");
+    for id in 1..=3 {
+        cluster.kill(id);
+        cluster.restart(id);
+        cluster.in_sync("history", 3);
+    }
+    let from_start = ["consume", "history", "--from", "earliest", "--until-end", "--timeout", "5"];
+    let refused = cli.run(&from_start);
+    assert_eq!((refused.code, refused.stdout.len()), (1, 0), "{refused:?}");
+    assert!(refused.stderr.contains("offset 0 is not in the bucket"), "{refused:?}");
+
+    api.put(&key, &value);
+    eventually("nothing is unusable", || unusable(&cluster).is_empty().then_some(()));
+    eventually("all is read again", || read(&cluster, "history", "0").filter(|text| *text == before));
+    cli.ok_with(&["produce", "history"], b"after\n");
+    let whole = before + "after\n";
+    eventually("all is read again", || read(&cluster, "history", "0").filter(|text| *text == whole));
+    all_run(&mut cluster);
+}
+
+/// What is not known to be there is not taken for held, and the others have it.
+#[test]
+fn a_broker_whose_directorys_record_cannot_be_read_gives_up_its_places_and_copies() {
+    let mut cluster = Cluster::start(3);
+    create(&cluster, "orders", "3");
+    for partition in ["0", "1", "2"] {
+        cluster.cli().ok_with(&["produce", "orders", "--partition", partition], b"before\n");
+    }
+    let mut api = Api::of(&cluster);
+    cluster.stop(2);
+    api.spoil("directories/2", "{}");
+    cluster.restart(2);
+    cluster.in_sync("orders", 3);
+    let log = cluster.log(2);
+    assert!(log.contains("what is known of this broker's data directory cannot be read"), "{log}");
+    assert!(unusable(&cluster).is_empty(), "it has written down anew what it is");
+    // What it copied is all that is left.
+    for other in [1, 3] {
+        cluster.stop(other);
+    }
+    let led_by_it = ["consume", "orders", "--partition", "1", "--until-end", "--timeout", "20"];
+    assert_eq!(cluster.cli().ok(&led_by_it).text(), "before\n");
+}
+
+/// Producers that have an id go on, and so do those that begin while a broker has ids left.
+#[test]
+fn without_the_key_of_producer_ids_producers_begin_until_the_reserve_is_used_up() {
+    let cluster = Cluster::start(1);
+    let cli = cluster.cli();
+    cli.ok(&["topic", "create", "orders"]);
+    cli.ok_with(&["produce", "orders"], b"one\n");
+    let mut api = Api::of(&cluster);
+    let value = api.spoil("producer-ids", "1000");
+    eventually("it is named", || (unusable(&cluster) == ["producer-ids"]).then_some(()));
+    cli.ok_with(&["produce", "orders"], b"two\n");
+    let address = cluster.addresses()[0];
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    let _inside = runtime.enter();
+    let mut log = wire::log(address);
+    let mut begin = || runtime.block_on(log.init_producer(InitProducerRequest::default()));
+    let refused = (0..10_000).find_map(|_| begin().err()).expect("a reserve has an end");
+    let fault = Fault::from(&refused);
+    assert_eq!(fault.reason, Reason::MetadataUnavailable, "{fault:?}");
+    assert!(fault.message.contains("producer-ids"), "{fault:?}");
+    api.put("producer-ids", &value);
+    eventually("producers begin again", || begin().ok());
+    cli.ok_with(&["produce", "orders"], b"three\n");
+    assert_eq!(read(&cluster, "orders", "0").as_deref(), Some("one\ntwo\nthree\n"));
 }
 
 /// The controller's key is a lease's: whoever finds rubbish there takes it away, and somebody is the controller.
