@@ -127,8 +127,8 @@ impl Broker {
         if request.unclean {
             return self.elect_unclean(&topic, partition, &request).await;
         }
-        if request.validate_only || request.to.is_some() || request.revision.is_some() {
-            return Err(invalid("validate_only, to and revision go with unclean only"));
+        if request.validate_only || request.to.is_some() || request.revision.is_some() || request.discard {
+            return Err(invalid("validate_only, to, revision and discard go with unclean only"));
         }
         let ordered = self.orders.elect(&topic, partition).await?;
         Ok(self.carried_out("preferred", &ordered).await)
@@ -142,11 +142,14 @@ impl Broker {
     ) -> Result<v1::ElectLeaderResponse, Fault> {
         let expect = request.revision.map(Revision);
         if let (Some(to), Some(_)) = (request.to, expect) {
-            let ordered = self.orders.elect_unclean(topic, partition, BrokerId(to), expect).await?;
+            self.still_usable(topic, partition, BrokerId(to), request.discard).await?;
+            let ordered = self.orders.elect_unclean(topic, partition, BrokerId(to), expect, request.discard).await?;
             return Ok(self.carried_out("unclean", &ordered).await);
         }
-        if request.to.is_some() || expect.is_some() {
-            return Err(invalid("to and revision go together: both are in the answer to validate_only"));
+        if request.to.is_some() || expect.is_some() || request.discard {
+            return Err(invalid(
+                "to and revision go together, and discard with them: they are in the answer to validate_only",
+            ));
         }
         let found = self.orders.forsaken(topic, partition)?;
         let asked = self.ask_replicas(&found).await;
@@ -156,7 +159,9 @@ impl Broker {
             let broker = asked.useless.filter(|_| tiered_end > Offset::ZERO && !asked.silent)?;
             Some(Successor { broker, loss: None })
         };
-        let best = successor(&found.value.replicas, &asked.told, tiered_end).or_else(behind_bucket);
+        let usable = successor(&found.value.replicas, &asked.told, tiered_end);
+        let discard = usable.is_none();
+        let best = usable.or_else(behind_bucket);
         let Some(best) = best else {
             let partition = format!("{topic}/{partition}");
             return Err(ElectError::Silent { partition, replicas: found.value.replicas }.into());
@@ -165,13 +170,30 @@ impl Broker {
         if request.validate_only {
             answer.leader = best.broker.0;
         } else {
-            let ordered = self.orders.elect_unclean(topic, partition, best.broker, Some(found.revision)).await?;
+            let revision = Some(found.revision);
+            let ordered = self.orders.elect_unclean(topic, partition, best.broker, revision, discard).await?;
             answer = self.carried_out("unclean", &ordered).await;
         }
         if let Some(loss) = best.loss {
             (answer.lost_from, answer.lost_to) = (loss.from.as_i64(), loss.to.as_i64());
         }
-        Ok(v1::ElectLeaderResponse { held: asked.held, ..answer })
+        Ok(v1::ElectLeaderResponse { held: asked.held, discard, ..answer })
+    }
+
+    /// Refuses where the replica that is to lead answered then and does not now: whoever agreed was not told that its log would be of no use.
+    async fn still_usable(
+        &self,
+        topic: &TopicName,
+        partition: u32,
+        to: BrokerId,
+        discard: bool,
+    ) -> Result<(), ElectError> {
+        // Refused: an earlier try of this very order, or whatever that order says of it.
+        let Ok(found) = self.orders.forsaken(topic, partition) else { return Ok(()) };
+        if discard || self.ask_replicas(&found).await.told.iter().any(|held| held.broker == to) {
+            return Ok(());
+        }
+        Err(ElectError::Unusable { partition: format!("{topic}/{partition}"), id: to })
     }
 
     /// Counts an election that was ordered, waits until it is seen here, and tells it.

@@ -281,9 +281,9 @@ impl Broker {
         };
         let anew = !on_disk
             || useless.is_some_and(|useless| match value.leader {
-                // An operator has it lead, and was told that it cannot be used.
+                // An operator has it lead, and was told that it cannot be used and goes.
                 Some(leader) if leader == me => {
-                    value.isr == [me] && value.unclean.is_some_and(|epoch| epoch > useless.since)
+                    value.isr == [me] && value.discard && value.unclean.is_some_and(|epoch| epoch > useless.since)
                 }
                 Some(_) => !counted,
                 // There is nobody to copy from: what is here stays, whatever it is worth.

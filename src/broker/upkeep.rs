@@ -99,7 +99,10 @@ async fn work(broker: Arc<Broker>) {
                 }
                 broker.upkeep_queue.done(id, step.more);
             }
-            Err(UpkeepError::Closed) => broker.upkeep_queue.done(id, false),
+            Err(UpkeepError::Closed) => {
+                failures.lock().remove(&id);
+                broker.upkeep_queue.done(id, false);
+            }
             Err(error) => {
                 let mut failing = failures.lock().get(&id).cloned().unwrap_or_else(|| Failing {
                     steps: 0,

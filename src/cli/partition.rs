@@ -314,7 +314,7 @@ async fn elect(admin: &Admin, command: &Elect, output: Output) -> anyhow::Result
         Ok(done) => done,
         Err(error) => return Err(refused(admin, Some(&command.name), error).await),
     };
-    let election = Election { held: would.held, lost: would.lost, ..done };
+    let election = Election { held: would.held, lost: would.lost, discard: would.discard, ..done };
     let said =
         format!("{prospect}\nbroker {} leads {topic}/{number} in epoch {}", election.leader, election.leader_epoch);
     show(&uncleanly(topic, number, &election), if command.yes { &said } else { last(&said) }, output)

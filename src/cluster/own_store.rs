@@ -139,6 +139,20 @@ mod tests {
         assert_eq!(cluster.note().await.place, cluster.url("ours"));
     }
 
+    /// As docs/errors.md says, for a card that was spoiled while the broker ran: it once took the new one for another store's.
+    #[tokio::test]
+    async fn a_card_that_a_person_wrote_is_taken_at_its_word_by_who_took_the_place_before() {
+        let cluster = Cluster::new();
+        let broker = cluster.broker("ours", false);
+        broker.claim().await.expect("nobody has it");
+        let card = cluster.folder.path().join("ours").join(name::CLUSTER);
+        std::fs::write(&card, "rubbish").expect("written");
+        assert!(matches!(broker.claim().await, Err(ClaimError::Unreadable { .. })));
+        std::fs::write(&card, r#"{"format":1,"cluster":"test"}"#).expect("written");
+        broker.claim().await.expect("it is said to be ours");
+        cluster.broker("ours", false).claim().await.expect("by everybody");
+    }
+
     #[tokio::test]
     async fn a_store_that_was_moved_with_its_card_is_the_same() {
         let cluster = Cluster::new();

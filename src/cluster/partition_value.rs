@@ -76,6 +76,9 @@ pub struct PartitionValue {
     /// whose log is older than it may cut below what they knew as committed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub unclean: Option<LeaderEpoch>,
+    /// That epoch's leader is to delete its log if it cannot be used: an operator was told so. Else it must not.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub discard: bool,
     /// Where an operator wants it, the preferred leader first, while that move waits for its turn; else empty.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ordered: Vec<BrokerId>,
@@ -111,6 +114,7 @@ impl PartitionValue {
             removing: Vec::new(),
             removals: 0,
             unclean: None,
+            discard: false,
             ordered: Vec::new(),
         }
     }
@@ -163,9 +167,9 @@ impl PartitionValue {
     }
 
     /// An election that may lose committed records, ordered by an operator; `None` when `to` is no replica. The epoch is
-    /// noted, so that replicas with more than the new leader may cut it.
+    /// noted, so that replicas with more than the new leader may cut it. With `discard` the elected one's log cannot be used, and goes.
     #[must_use]
-    pub fn elect_unclean(&self, to: BrokerId) -> Option<Self> {
+    pub fn elect_unclean(&self, to: BrokerId, discard: bool) -> Option<Self> {
         if !self.replicas.contains(&to) {
             return None;
         }
@@ -173,7 +177,7 @@ impl PartitionValue {
         let mut value = Self { leader: None, ..self.clone() }.led_by(Some(to));
         value.isr = vec![to];
         value.elr = Vec::new();
-        value.unclean = Some(value.leader_epoch);
+        (value.unclean, value.discard) = (Some(value.leader_epoch), discard);
         Some(value)
     }
 
@@ -220,7 +224,7 @@ impl PartitionValue {
         let value = match holds {
             Holds::All => free,
             // Every log's epochs are older than one that began without a leader.
-            Holds::Unmarked if is_last => Self { unclean: Some(free.leader_epoch), ..free },
+            Holds::Unmarked if is_last => Self { unclean: Some(free.leader_epoch), discard: false, ..free },
             Holds::Unmarked | Holds::Nothing => free.strike(me),
         };
         (value != *self).then_some(value)

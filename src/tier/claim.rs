@@ -143,7 +143,8 @@ impl Store {
             return self.inner.claimed.get_or_try_init(|| self.ask_claim()).await.map(drop);
         };
         match self.card().await? {
-            Some(card) if card.id == *id => Ok(()),
+            // One that a person wrote meanwhile is taken at its word here as well.
+            Some(card) if card.id.is_none() || card.id == *id => Ok(()),
             Some(_) => {
                 let place = self.whereabouts();
                 Err(ClaimError::Elsewhere {

@@ -100,7 +100,7 @@ impl From<ElectError> for Fault {
             ElectError::Silent { replicas, .. } => {
                 Self::new(Reason::NoLeader, message).with("waited_for", list(&replicas))
             }
-            ElectError::Changed { .. } => Self::new(Reason::Conflict, message),
+            ElectError::Changed { .. } | ElectError::Unusable { .. } => Self::new(Reason::Conflict, message),
             ElectError::Write(error) => error.into(),
         }
     }

@@ -74,6 +74,7 @@ fn unclean() -> Election {
         revision: 77,
         held: vec![held(1, true, None), held(2, false, Some((100, 120))), held(3, false, Some((150, 110)))],
         lost: offset(120)..offset(150),
+        discard: false,
     }
 }
 
@@ -85,9 +86,15 @@ fn an_unclean_election_names_what_is_lost() {
     let nothing = Election { held: unclean().held.split_off(1), lost: Offset::ZERO..Offset::ZERO, ..unclean() };
     let said = prospect("orders", 0, &nothing);
     assert!(said.ends_with("no replica knows of a committed record that it lacks"), "{said}");
-    let useless = Election { held: vec![held(1, true, None), held(2, false, None)], ..nothing };
+    let useless = Election { held: vec![held(1, true, None), held(2, false, None)], discard: true, ..nothing };
     let said = prospect("orders", 0, &useless);
-    assert!(said.contains("what broker 2 holds is deleted") && said.ends_with("lost, acknowledged or not"), "{said}");
+    for wanted in [
+        "no replica that is alive has a log",
+        "what broker 2 holds is deleted",
+        "also what a broker holds that is not alive now",
+    ] {
+        assert!(said.contains(wanted), "{said}");
+    }
 }
 
 #[test]

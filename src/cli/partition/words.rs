@@ -116,11 +116,10 @@ pub(super) fn prospect(topic: &str, number: u32, would: &Election) -> String {
         }
     }
     let lost = &would.lost;
-    let leader = would.held.iter().find(|replica| replica.broker == would.leader);
-    if leader.is_some_and(|leader| leader.ends.is_err()) {
+    if would.discard {
         lines.push(format!(
-            "no replica has a log that can be used: what broker {} holds is deleted, and the partition goes on behind what the bucket has\n\
-             whatever is not in the bucket is lost, acknowledged or not",
+            "no replica that is alive has a log that can be used: what broker {} holds is deleted, and the partition goes on behind what the \
+             bucket has\nwhatever is not in the bucket is lost, acknowledged or not, also what a broker holds that is not alive now",
             would.leader
         ));
         return lines.join("\n");
@@ -174,5 +173,6 @@ pub(super) fn uncleanly(topic: &str, number: u32, election: &Election) -> Value 
     value["held"] = election.held.iter().map(held).collect();
     value["lost_from"] = json!(election.lost.start);
     value["lost_to"] = json!(election.lost.end);
+    value["discard"] = election.discard.into();
     value
 }

@@ -161,6 +161,8 @@ pub struct Election {
     pub held: Vec<HeldReplica>,
     /// Of an unclean election: offsets that are known to have been committed and that the leader does not have.
     pub lost: Range<Offset>,
+    /// Of an unclean election: the leader's log cannot be used and is deleted, and the partition goes on behind what the bucket has.
+    pub discard: bool,
 }
 
 /// A replica as its broker tells it.
@@ -328,6 +330,7 @@ impl Admin {
             validate_only: false,
             to: Some(agreed.leader.0),
             revision: Some(agreed.revision),
+            discard: agreed.discard,
         })
         .await
     }
@@ -345,6 +348,7 @@ impl Admin {
             revision: answer.revision,
             held: answer.held.into_iter().map(held).collect::<Result<_, _>>()?,
             lost: offset(answer.lost_from)?..offset(answer.lost_to)?,
+            discard: answer.discard,
         })
     }
 }

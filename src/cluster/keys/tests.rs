@@ -59,6 +59,7 @@ fn values_are_written_as_the_format_says() {
             removing: vec![],
             removals: 0,
             unclean: None,
+            discard: false,
             ordered: Vec::new(),
         },
         r#"{"replicas":[2,1],"leader":2,"leader_epoch":7,"isr":[2],"elr":[1]}"#,
@@ -74,9 +75,10 @@ fn values_are_written_as_the_format_says() {
             removing: vec![BrokerId(1)],
             removals: 3,
             unclean: Some(LeaderEpoch(5)),
+            discard: true,
             ordered: [3, 2].map(BrokerId).to_vec(),
         },
-        r#"{"replicas":[2,1],"leader":null,"leader_epoch":8,"isr":[2],"elr":[],"adding":[2],"removing":[1],"removals":3,"unclean":5,"ordered":[3,2]}"#,
+        r#"{"replicas":[2,1],"leader":null,"leader_epoch":8,"isr":[2],"elr":[],"adding":[2],"removing":[1],"removals":3,"unclean":5,"discard":true,"ordered":[3,2]}"#,
     );
     golden(
         &TierState {

@@ -82,6 +82,14 @@ pub enum ElectError {
         /// The partition, as `topic/number`.
         partition: String,
     },
+    /// Its log cannot be used now, which was not known, or could not be asked, when that was agreed to.
+    #[error("the log of broker {id} for {partition} cannot be used now, or it does not answer: look again")]
+    Unusable {
+        /// The partition, as `topic/number`.
+        partition: String,
+        /// Who was to lead.
+        id: BrokerId,
+    },
     /// The values could not be written.
     #[error(transparent)]
     Write(#[from] WriteError),
@@ -216,13 +224,15 @@ impl Orders {
         Ok(Ordered { id: looked.id, value: looked.value, revision: looked.revision, changed: false })
     }
 
-    /// Has a replica lead that may lack committed records; with `expect` only if the partition is still as it was at that revision.
+    /// Has a replica lead that may lack committed records; with `expect` only if the partition is still as it was at that revision. With
+    /// `discard` its log goes, if that cannot be used.
     pub async fn elect_unclean(
         &self,
         topic: &TopicName,
         partition: u32,
         to: BrokerId,
         expect: Option<Revision>,
+        discard: bool,
     ) -> Result<Ordered, ElectError> {
         let (_, ids) = self.find(topic, Some(partition))?;
         // Whoever could lead without loss and comes back at this moment leads: its registration is compared.
@@ -244,7 +254,7 @@ impl Orders {
             if !alive.contains(&to) {
                 return Err(ElectError::NoReplica { partition: self.spoken(id), id: to, alive });
             }
-            Ok(value.elect_unclean(to))
+            Ok(value.elect_unclean(to, discard))
         });
         Ok(one(ordered.await?))
     }

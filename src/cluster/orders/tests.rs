@@ -282,20 +282,23 @@ async fn an_unclean_election_is_made_only_where_nothing_else_helps_and_as_agreed
     let clean = cluster.orders.forsaken(&name(), 0).expect_err("1 can lead");
     assert_eq!(clean, ElectError::Clean { partition: format!("{TOPIC}/0"), id: BrokerId(1) });
     cluster.go(1).await;
-    let clean = cluster.orders.elect_unclean(&name(), 0, BrokerId(3), None).await.expect_err("2 can lead");
+    let clean = cluster.orders.elect_unclean(&name(), 0, BrokerId(3), None, false).await.expect_err("2 can lead");
     assert_eq!(clean, ElectError::Clean { partition: format!("{TOPIC}/0"), id: BrokerId(2) });
     cluster.go(2).await;
     let nobody = cluster.orders.elect(&name(), 0).await.expect_err("nobody holds everything");
     assert_eq!(nobody, ElectError::Nobody { partition: format!("{TOPIC}/0"), waited: ids(&[1, 2]) });
 
     let seen = cluster.orders.forsaken(&name(), 0).expect("nobody is there");
-    let dead =
-        cluster.orders.elect_unclean(&name(), 0, BrokerId(1), Some(seen.revision)).await.expect_err("it is gone");
+    let dead = cluster
+        .orders
+        .elect_unclean(&name(), 0, BrokerId(1), Some(seen.revision), false)
+        .await
+        .expect_err("it is gone");
     assert!(dead.to_string().contains("of its replicas, 3 are alive"), "{dead}");
     let later = cluster.put(&Key::Partition(id(0)), &PartitionValue { leader_epoch: LeaderEpoch(6), ..waiting }).await;
-    let changed = cluster.orders.elect_unclean(&name(), 0, BrokerId(3), Some(seen.revision)).await;
+    let changed = cluster.orders.elect_unclean(&name(), 0, BrokerId(3), Some(seen.revision), false).await;
     assert_eq!(changed, Err(ElectError::Changed { partition: format!("{TOPIC}/0") }));
-    let elected = cluster.orders.elect_unclean(&name(), 0, BrokerId(3), Some(later)).await.expect("elected");
+    let elected = cluster.orders.elect_unclean(&name(), 0, BrokerId(3), Some(later), false).await.expect("elected");
     let stored = cluster.stored(0).await;
     assert_eq!((stored.leader, &stored.isr, stored.elr.len()), (Some(BrokerId(3)), &ids(&[3]), 0));
     assert_eq!((stored.unclean, elected.changed), (Some(LeaderEpoch(7)), true));
@@ -310,7 +313,8 @@ async fn where_no_replica_is_known_to_hold_everything_nobody_is_waited_for() {
     let said = nobody.to_string();
     assert!(said.contains("no replica is known to hold everything; elect with --unclean"), "{said}");
     let seen = cluster.orders.forsaken(&name(), 0).expect("nobody may lead");
-    let elected = cluster.orders.elect_unclean(&name(), 0, BrokerId(1), Some(seen.revision)).await.expect("elected");
+    let elected =
+        cluster.orders.elect_unclean(&name(), 0, BrokerId(1), Some(seen.revision), false).await.expect("elected");
     assert_eq!((elected.value.leader, &elected.value.isr), (Some(BrokerId(1)), &ids(&[1])));
 }
 
@@ -338,7 +342,8 @@ async fn an_unclean_election_is_not_made_once_a_replica_in_sync_is_back() {
     let orders = Orders::new(store, cluster.keys.clone(), stale, ConfigMap::new());
     let seen = orders.forsaken(&name(), 0).expect("as far as it knows");
     cluster.come(1, BrokerState::Running).await;
-    let refused = orders.elect_unclean(&name(), 0, BrokerId(2), Some(seen.revision)).await.expect_err("1 is back");
+    let refused =
+        orders.elect_unclean(&name(), 0, BrokerId(2), Some(seen.revision), false).await.expect_err("1 is back");
     assert!(refused.retryable() || matches!(refused, ElectError::Clean { .. }), "{refused}");
     assert_eq!(cluster.stored(0).await.leader, None);
 }

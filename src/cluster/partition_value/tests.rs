@@ -76,9 +76,9 @@ fn an_election_takes_the_isr_first_then_the_elr_else_nobody() {
 
 #[test]
 fn an_unclean_election_is_recorded() {
-    let elected = value(None, &[1], &[2]).elect_unclean(BrokerId(3)).unwrap();
+    let elected = value(None, &[1], &[2]).elect_unclean(BrokerId(3), false).unwrap();
     assert_eq!((sets(&elected).as_str(), elected.unclean), ("3@5 isr 3 elr ", Some(LeaderEpoch(5))));
-    assert_eq!(value(None, &[1], &[]).elect_unclean(BrokerId(9)), None);
+    assert_eq!(value(None, &[1], &[]).elect_unclean(BrokerId(9), false), None);
 }
 
 #[test]
@@ -213,7 +213,7 @@ fn apply(value: &PartitionValue, change: &Change, min: usize) -> PartitionValue 
         Change::Shrink(out) => value.shrink(out, min),
         Change::Expand(add) => value.expand(add, min),
         Change::Elect(to, live) => value.elect(*to, |id| live.contains(&id), min).unwrap_or_else(same),
-        Change::Unclean(to) => value.elect_unclean(*to).unwrap_or_else(same),
+        Change::Unclean(to) => value.elect_unclean(*to, false).unwrap_or_else(same),
         Change::Leaderless => value.leaderless(),
         Change::Resign(me) => value.resign(*me, min),
         Change::Strike(who, holds) => value.struck(*who, *holds).unwrap_or_else(same),

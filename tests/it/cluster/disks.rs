@@ -1,6 +1,8 @@
 //! A broker's disk is lost: it comes back under its old number, is not believed to hold anything, and is filled anew, from the bucket as
 //! far as that reaches. And what retention deletes leaves every disk.
 
+use strandline::proto::v1::ElectLeaderRequest;
+
 use super::{
     members::Cluster,
     outage::{TOPIC, cluster_with_topic, lines},
@@ -11,6 +13,7 @@ use crate::{
     etcd::Etcd,
     patience::{PATIENCE, eventually, poll},
     s3::{Op, S3},
+    wire,
 };
 
 const LINES: u32 = 60_000;
@@ -144,15 +147,40 @@ fn goes_on_behind_the_bucket(durability: &str) {
     tiered(&cluster);
     cluster.kill(1);
     // All that was written since the directory was made, and its checkpoint, are as if they had never been.
-    for segment in files(&cluster.home(1).data_dir(), ".log") {
+    let segments = files(&cluster.home(1).data_dir(), ".log");
+    let replica = segments[0].parent().expect("a folder").to_owned();
+    for segment in segments {
         std::fs::remove_file(segment).expect("it was there");
     }
     cluster.restart(1);
     eventually("nobody leads", || cluster.partitions(TOPIC)[0]["leader"].is_null().then_some(()));
-    // The broker says that it cannot use what it has as soon as it has looked.
+    // Whoever was not told that it goes has not agreed to that.
+    let address = cluster.addresses()[0];
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    let elected = eventually("it says that it cannot use what it has", || {
+        let ask =
+            ElectLeaderRequest { topic: TOPIC.to_owned(), unclean: true, validate_only: true, ..Default::default() };
+        runtime.block_on(async { wire::admin(address).elect_leader(ask).await }).ok().map(tonic::Response::into_inner)
+    });
+    assert!(elected.discard, "{elected:?}");
+    let mark = replica.join("mark");
+    std::fs::write(&mark, "of this very replica").expect("written");
+    let blindly = ElectLeaderRequest {
+        topic: TOPIC.to_owned(),
+        unclean: true,
+        to: Some(elected.leader),
+        revision: Some(elected.revision),
+        ..Default::default()
+    };
+    let refused =
+        runtime.block_on(async { wire::admin(address).elect_leader(blindly).await }).expect_err("it is of no use");
+    assert!(refused.message().contains("cannot be used now"), "{refused:?}");
+    assert!(cluster.partitions(TOPIC)[0]["leader"].is_null() && mark.exists());
+
     let elect = ["partition", "elect", &format!("{TOPIC}/0"), "--unclean", "--yes"];
     let elected = eventually("it is elected", || Some(cli.run(&elect)).filter(|elected| elected.code == 0));
     assert!(elected.text().contains("what broker 1 holds is deleted"), "{elected:?}");
+    eventually("it is deleted", || (!mark.exists()).then_some(()));
     cluster.in_sync(TOPIC, 1);
     cli.ok_with(&["produce", TOPIC], b"it goes on\n");
     let read = cli.ok(&["consume", TOPIC, "--from", "earliest", "--until-end"]).text();

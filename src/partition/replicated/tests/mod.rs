@@ -422,7 +422,7 @@ async fn a_leader_elected_unclean_begins_behind_the_bucket() {
     let tiered_end = one.marks().tiered_end;
     assert!(tiered_end > at(5));
     net.stop(1).await;
-    net.change(|value| value.elect_unclean(broker(2)).unwrap()).await;
+    net.change(|value| value.elect_unclean(broker(2), false).unwrap()).await;
     until("it leads", || two.standing().role.leads()).await;
     let marks = two.marks();
     assert_eq!((marks.log_end, marks.high_watermark, marks.local_start), (tiered_end, tiered_end, tiered_end));
@@ -452,7 +452,7 @@ async fn a_leader_elected_unclean_keeps_what_goes_on_from_the_bucket() {
     let tiered_end = one.marks().tiered_end;
     assert!(tiered_end > at(5) && tiered_end < at(20));
     net.stop(1).await;
-    net.change(|value| value.elect_unclean(broker(2)).unwrap()).await;
+    net.change(|value| value.elect_unclean(broker(2), false).unwrap()).await;
     until("it leads", || two.standing().role.leads()).await;
     assert_eq!(two.marks().log_end, at(20));
     let firsts: Vec<u8> = consumed(&two).await.iter().map(|value| value[0]).collect();
