@@ -4,7 +4,7 @@ use std::{
     collections::BTreeMap,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU32, Ordering},
     },
 };
 
@@ -25,8 +25,8 @@ use crate::{
 pub(crate) struct Seen {
     pub(crate) id: BrokerId,
     pub(crate) logs: Logs,
-    /// Whether its broker takes part.
-    pub(crate) running: Arc<AtomicBool>,
+    /// The number of its broker's process while that takes part, else 0.
+    pub(crate) process: Arc<AtomicU32>,
     /// Whether what lies on its disk says nothing.
     pub(crate) spoilt: Arc<AtomicBool>,
 }
@@ -34,7 +34,7 @@ pub(crate) struct Seen {
 impl Seen {
     /// Whether its disk holds what its broker believes.
     fn counts(&self) -> bool {
-        self.running.load(Ordering::Relaxed) && !self.spoilt.load(Ordering::Relaxed)
+        self.process.load(Ordering::Relaxed) != 0 && !self.spoilt.load(Ordering::Relaxed)
     }
 }
 
@@ -92,15 +92,17 @@ impl Judge {
             }
             let fell = before.is_some_and(|before| before.leader_epoch > value.leader_epoch);
             assert!(!fell, "{log:?}: the leader epoch fell");
+            let may_lead = |broker: &BrokerId| value.isr.contains(broker) || value.elr.contains(broker);
+            // What was moved away while its broker was down lies there until that is found, and nobody reads it before it is opened.
+            let is_read = |broker: &BrokerId| value.replicas.contains(broker) && self.truth.has_opened(id, *broker);
             let replicas: Vec<_> = self
                 .machines
                 .iter()
-                // What was moved away while its broker was down lies there until that is found, and nobody reads it.
-                .filter(|machine| machine.counts() && value.replicas.contains(&machine.id))
+                .filter(|machine| machine.counts() && (may_lead(&machine.id) || is_read(&machine.id)))
                 .map(|machine| (machine.id, machine.logs.replica(id)))
                 .collect();
             self.agree(log, &replicas);
-            let members = replicas.iter().filter(|(id, _)| value.isr.contains(id) || value.elr.contains(id));
+            let members = replicas.iter().filter(|(broker, _)| may_lead(broker));
             for (member, replica) in members {
                 self.holds(log, *member, replica, &value);
             }

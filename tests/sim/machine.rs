@@ -52,8 +52,8 @@ pub(crate) struct Machine {
     /// How far its wall clock is from simulated time.
     wall_offset_ms: i64,
     broker: Option<(Process, Node)>,
-    /// Whether its broker takes part.
-    pub(crate) running: Arc<AtomicBool>,
+    /// The number of its broker's process while that takes part, else 0.
+    pub(crate) process: Arc<AtomicU32>,
     /// How many disks it had before this one.
     pub(crate) disks: Arc<AtomicU32>,
     /// Whether what its disk holds need not be what the broker wrote, until that is started again.
@@ -89,7 +89,7 @@ impl Machine {
             starts: 0,
             wall_offset_ms: 0,
             broker: None,
-            running: Arc::default(),
+            process: Arc::default(),
             disks: Arc::default(),
             spoilt: Arc::default(),
             slow_us: Arc::default(),
@@ -109,7 +109,7 @@ impl Machine {
                     self.note(format_args!("started, {} partitions", node.broker().partitions()));
                     self.broker = Some((process, node));
                     self.spoilt.store(false, Ordering::Relaxed);
-                    self.running.store(true, Ordering::Relaxed);
+                    self.process.store(number, Ordering::Relaxed);
                     return;
                 }
                 Err(error) => {
@@ -149,7 +149,7 @@ impl Machine {
     /// Kills the broker: signal 9, or the whole machine's power.
     pub(crate) fn kill(&mut self, power: Option<u64>) {
         let Some((process, node)) = self.broker.take() else { return };
-        self.running.store(false, Ordering::Relaxed);
+        self.process.store(0, Ordering::Relaxed);
         process.kill();
         match power {
             Some(seed) => self.disk.crash(seed),
@@ -164,7 +164,7 @@ impl Machine {
     /// after that: what was closed in order needs it no more.
     pub(crate) async fn stop(&mut self) {
         let Some((process, node)) = self.broker.take() else { return };
-        self.running.store(false, Ordering::Relaxed);
+        self.process.store(0, Ordering::Relaxed);
         if self.alone {
             self.shared.net.hang_up(&self.address, true);
         }

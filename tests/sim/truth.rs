@@ -39,7 +39,7 @@ use std::{
     rc::Rc,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU32, Ordering},
+        atomic::{AtomicU32, Ordering},
     },
 };
 
@@ -97,8 +97,8 @@ type Brokers = BTreeMap<BrokerId, u64>;
 type Machines = BTreeMap<BrokerId, Host>;
 
 struct Host {
-    /// Whether its broker takes part.
-    running: Arc<AtomicBool>,
+    /// The number of its broker's process while that takes part, else 0.
+    process: Arc<AtomicU32>,
     disk: SimDisk,
     /// How many disks it had before this one.
     disks: Arc<AtomicU32>,
@@ -106,7 +106,11 @@ struct Host {
 
 impl Host {
     fn is_running(&self) -> bool {
-        self.running.load(Ordering::Relaxed)
+        self.process() != 0
+    }
+
+    fn process(&self) -> u32 {
+        self.process.load(Ordering::Relaxed)
     }
 
     fn disk_number(&self) -> u32 {
@@ -121,8 +125,8 @@ impl Truth {
             .machines
             .iter()
             .map(|of| {
-                let (running, disks) = (Arc::clone(&of.running), Arc::clone(&of.disks));
-                (of.id, Host { running, disk: of.disk.clone(), disks })
+                let (process, disks) = (Arc::clone(&of.process), Arc::clone(&of.disks));
+                (of.id, Host { process, disk: of.disk.clone(), disks })
             })
             .collect();
         let known = Rc::new(RefCell::new(Known {
@@ -147,6 +151,13 @@ impl Truth {
         let known = &mut *known;
         let wrong = known.partitions.values().find_map(|partition| partition.members_hold(&known.machines).err());
         known.found(wrong);
+    }
+
+    /// Whether the broker's process has opened its replica: until then its files are as the last one left them, or a loss of power.
+    pub(crate) fn has_opened(&self, id: PartitionId, broker: BrokerId) -> bool {
+        let known = self.0.borrow();
+        let process = known.machines[&broker].process();
+        known.partitions.get(&id).is_some_and(|partition| partition.has_opened(Who { broker, process }))
     }
 }
 

@@ -56,7 +56,7 @@ impl World {
         let seen = |machine: &Machine| Seen {
             id: machine.id,
             logs: Logs::of(&machine.disk),
-            running: Arc::clone(&machine.running),
+            process: Arc::clone(&machine.process),
             spoilt: Arc::clone(&machine.spoilt),
         };
         self.machines.iter().map(seen).collect()

@@ -150,7 +150,11 @@ impl Partition {
             self.content.lose(end);
         }
         self.placed.remove(&who.process);
-        self.replica(who.broker).opened(epochs, end, disk).map(|()| true)
+        self.replica(who.broker).opened(who.process, (epochs, end), disk).map(|()| true)
+    }
+
+    pub(super) fn has_opened(&self, who: Who) -> bool {
+        self.replicas.get(&who.broker).is_some_and(|replica| replica.is_open_in(who.process))
     }
 
     pub(super) fn changing(&mut self, broker: BrokerId, to: Offset, emptied: bool) -> bool {

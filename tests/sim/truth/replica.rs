@@ -42,6 +42,8 @@ pub(super) struct Replica {
     acked_before: BTreeMap<LeaderEpoch, Ends>,
     /// Which of its machine's disks it was found on; `None` while there is nothing of it.
     disk: Option<u32>,
+    /// The process that opened it last.
+    process: u32,
     changing: Option<Box<Change>>,
 }
 
@@ -55,13 +57,18 @@ struct Change {
 
 impl Replica {
     /// Another process has opened it. All that its log ever held for durable, and was not cut, must be there, and nothing that was.
-    pub(super) fn opened(&mut self, epochs: &[(LeaderEpoch, Offset)], end: Offset, disk: u32) -> Result<(), String> {
+    pub(super) fn opened(
+        &mut self,
+        process: u32,
+        (epochs, end): (&[(LeaderEpoch, Offset)], Offset),
+        disk: u32,
+    ) -> Result<(), String> {
         let epochs = EpochHistory::from_starts(epochs.iter().copied()).unwrap();
         let came_back = if self.disk == Some(disk) { self.comes_back(&epochs, end) } else { Ok(()) };
         if self.disk != Some(disk) {
             (self.ends, self.synced_before) = (Ends::default(), Offset::ZERO);
         }
-        (self.disk, self.changing) = (Some(disk), None);
+        (self.process, self.disk, self.changing) = (process, Some(disk), None);
         let acked = std::mem::take(&mut self.acked);
         for (epoch, ends) in acked {
             let before = self.acked_before.entry(epoch).or_default();
@@ -77,6 +84,11 @@ impl Replica {
     /// Whether it was found on this one of its machine's disks.
     pub(super) fn is_on(&self, disk: u32) -> bool {
         self.disk == Some(disk)
+    }
+
+    /// Whether this process has opened it.
+    pub(super) fn is_open_in(&self, process: u32) -> bool {
+        self.process == process
     }
 
     /// How far it ever was durable, as it is now.
