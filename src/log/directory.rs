@@ -580,5 +580,6 @@ impl Drop for Threads {
         self.stop();
         // Replicas and readers may outlive the log: they hold the core, which must not hold them.
         drop(std::mem::take(&mut *self.inner.core.work()));
+        self.inner.core.journal.abandon();
     }
 }

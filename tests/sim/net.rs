@@ -103,6 +103,12 @@ impl Net {
         self.break_where(|one, other| one == address || other == address, !power);
     }
 
+    /// Nobody listens anywhere any more. Brokers hold the network, and it holds theirs: without this, what it reaches would never be freed.
+    pub(crate) fn close(&self) {
+        let listening = std::mem::take(&mut self.state().listening);
+        drop(listening);
+    }
+
     /// The machine has its power back: it refuses what nobody there listens for.
     pub(crate) fn power(&self, address: &str) {
         self.state().dark.remove(address);

@@ -76,3 +76,9 @@ impl World {
         }
     }
 }
+
+impl Drop for World {
+    fn drop(&mut self) {
+        self.shared.net.close();
+    }
+}

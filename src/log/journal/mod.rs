@@ -190,6 +190,12 @@ impl Journal {
         self.entered.notify_all();
     }
 
+    /// Answers what is still queued, which nobody writes any more: the replicas that it holds hold the journal.
+    pub(super) fn abandon(&self) {
+        let items = std::mem::take(&mut lock(&self.queue).items);
+        items.into_iter().for_each(|item| item.answer(Err(self.refusal())));
+    }
+
     /// Says that it is to be closed soon.
     pub(super) fn expect_close(&self) {
         self.closing.get_or_init(clock::monotonic);

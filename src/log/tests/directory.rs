@@ -79,3 +79,17 @@ fn a_stop_while_the_journal_grows_leaves_whole_files_only() {
     let sizes: Vec<u64> = files.map(|entry| entry.unwrap().metadata().unwrap().len()).collect();
     assert!(!sizes.is_empty() && sizes.iter().all(|size| *size == file_bytes), "{sizes:?}");
 }
+
+/// Without threads nobody writes what is queued when the log goes.
+#[test]
+fn a_log_that_goes_answers_what_is_queued_and_keeps_nothing() {
+    let disk: Arc<dyn Disk> = Arc::new(SimDisk::new());
+    let log = Log::open(Arc::clone(&disk), Path::new("/data"), &identity(), small()).unwrap();
+    let mut replica = log.open_replica(partition(0), at(0)).unwrap();
+    replica.append(&[batch(0, 1, 1, 0, 100)]).unwrap();
+    let answer = persist(&mut replica);
+    drop(replica);
+    drop(log);
+    assert!(matches!(answer.try_recv().unwrap(), Err(PersistError::Closed)));
+    assert_eq!(Arc::strong_count(&disk), 1, "nothing holds the disk any more");
+}
