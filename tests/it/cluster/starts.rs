@@ -1,6 +1,6 @@
 //! How brokers of a cluster start: what they wait for in words, and what they refuse.
 
-use std::{fs, thread, time::Duration};
+use std::fs;
 
 use etcd_client::{Certificate, Client, ConnectOptions, Identity, TlsOptions};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
@@ -51,11 +51,13 @@ fn a_broker_is_ready_when_its_replicas_are_in_sync() {
     cluster.in_sync("t", 1);
     cli.ok_with(&["produce", "t"], b"what it misses\n");
     cluster.broker(leader).freeze(true);
+    let lost = |cluster: &Cluster| cluster.home(late).log().matches("the link to a leader's broker is lost").count();
+    let before = lost(&cluster);
     cluster.begin(late);
     let ready = |cluster: &Cluster| http_get(cluster.home(late).http(), "/readyz").ok();
     let (code, page) = eventually("it has begun", || ready(&cluster).filter(|(_, page)| !page.contains("starting")));
     assert_eq!((code, page.trim_end()), (503, "not ready: replicas of this broker that are not in sync yet: 1"));
-    thread::sleep(Duration::from_secs(1));
+    eventually("it has asked in vain", || (lost(&cluster) > before).then_some(()));
     assert_eq!(ready(&cluster).expect("it answers").0, 503, "nobody has told it what it misses");
     cluster.broker(leader).freeze(false);
     cluster.ready();
