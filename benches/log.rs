@@ -36,7 +36,7 @@ fn open(dir: &Path, sync_bytes: u64) -> Log {
     let identity = Identity { cluster: "bench".to_owned(), broker: BrokerId(1) };
     let sync_after = Duration::from_secs(3600);
     let options = Options { journal_bytes: 256 << 20, sync_bytes, sync_after, ..Options::default() };
-    Log::open(Arc::new(RealDisk), dir, &identity, options).expect("the directory opens")
+    Log::open(Arc::new(RealDisk::default()), dir, &identity, options).expect("the directory opens")
 }
 
 fn partition(number: u32) -> PartitionId {

@@ -45,7 +45,7 @@ impl Bench {
         let id = BrokerId(1);
         let identity = Identity { cluster: "test".to_owned(), broker: id };
         let options = Options { journal_bytes: 8 << 20, ..Options::default() };
-        let log = Log::open(Arc::new(RealDisk), dir, &identity, options).unwrap();
+        let log = Log::open(Arc::new(RealDisk::default()), dir, &identity, options).unwrap();
         let (keys, tasks) = (Keys::new("test").unwrap(), Tasks::new());
         let directory_id = log.directory_id().to_string();
         let value = BrokerValue { directory_id, ..BrokerValue::running_at("127.0.0.1:1".to_owned()) };

@@ -16,7 +16,7 @@ use std::{
 use anyhow::{Context as _, bail};
 use clap::Args;
 
-use super::serve::{Overrides, environment, say, serve, stop_signal};
+use super::serve::{Overrides, environment, keep_files_private, say, serve, stop_signal};
 use crate::{
     config::{Config, Settings, Sources},
     log,
@@ -73,6 +73,7 @@ pub(super) async fn run(command: Dev) -> anyhow::Result<ExitCode> {
     let configs = command.together(&data_dir)?;
     telemetry::start(&configs[0].telemetry.level, configs[0].telemetry.format)?;
     let signal = stop_signal()?;
+    keep_files_private();
     let metadata = command.etcd.is_none().then_some(data_dir);
     server::run_several(configs, metadata, signal, |ready| say(&welcome(ready, &program()))).await?;
     Ok(ExitCode::SUCCESS)

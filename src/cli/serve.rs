@@ -38,9 +38,15 @@ pub(super) fn environment() -> impl Iterator<Item = (String, String)> {
     std::env::vars_os().filter_map(|(key, value)| Some((key.into_string().ok()?, value.into_string().ok()?)))
 }
 
+/// Keeps what this process makes for its user alone, the objects of a `file://` bucket too: their library opens files by itself.
+pub(super) fn keep_files_private() {
+    rustix::process::umask(rustix::fs::Mode::RWXG | rustix::fs::Mode::RWXO);
+}
+
 /// Runs a broker until it is told to stop.
 pub(super) async fn serve(settings: Settings, ready: impl FnOnce(&Ready)) -> anyhow::Result<ExitCode> {
     let config = settings.config;
+    keep_files_private();
     telemetry::start(&config.telemetry.level, config.telemetry.format)?;
     let signal = stop_signal()?;
     Box::pin(server::run(config, signal, ready)).await?;

@@ -10,10 +10,18 @@
 //! listen = "0.0.0.0:9460"  STRANDLINE_GRPC_LISTEN=…    listen = "0.0.0.0:9460" # strandline.toml:2:1
 //! ```
 
-use std::{fs, io, net::SocketAddr, path::PathBuf, time::Duration};
+use std::{
+    io,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use rustix::fs::OFlags;
 
 use self::sources::Values;
 use crate::{
+    log::PrivateDir,
     model::{BrokerId, ConfigMap},
     telemetry,
 };
@@ -229,10 +237,10 @@ impl Config {
     pub fn prepare_data_dir(&self) -> Result<(), ConfigError> {
         let path = &self.broker.data_dir;
         let prove = || -> io::Result<()> {
-            fs::create_dir_all(path)?;
-            let probe = path.join(".writable");
-            fs::write(&probe, b"")?;
-            fs::remove_file(&probe)
+            let probe = Path::new(".writable");
+            let dir = PrivateDir::make(path)?;
+            dir.open_file(probe, OFlags::WRONLY | OFlags::CREATE)?;
+            dir.remove(probe)
         };
         if let Some(file) = path.ancestors().find(|above| above.exists() && !above.is_dir()) {
             return Err(ConfigError::DataDirIsFile { path: path.clone(), file: file.to_owned() });

@@ -247,9 +247,9 @@ fn what_etcd_needs_is_read_from_the_files_that_the_settings_name() {
     let config = load(&text).expect("valid").config;
     let said = config.etcd().expect_err("there is no such file").to_string();
     assert!(said.contains("metadata.etcd_password_file") && said.contains("password"), "{said}");
-    fs::write(&password, "").expect("written");
+    std::fs::write(&password, "").expect("written");
     assert!(config.etcd().expect_err("empty").to_string().contains("it is empty"));
-    fs::write(&password, "a secret\n").expect("written");
+    std::fs::write(&password, "a secret\n").expect("written");
     let options = config.etcd().expect("readable").expect("etcd is named");
     assert_eq!((options.endpoints.len(), options.call_timeout), (2, Duration::from_millis(500)));
     assert_eq!(options.login.expect("named").password, "a secret", "the line's end is an editor's");

@@ -106,6 +106,14 @@ impl Log {
     pub fn open(disk: Arc<dyn Disk>, dir: &Path, identity: &Identity, options: Options) -> Result<Self, OpenError> {
         let lock = identity::lock(&*disk, dir)?;
         let journal_dir = options.journal_in(dir);
+        if options.journal_dir.is_some() {
+            match disk.enter(&journal_dir) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(io_error(&journal_dir, "use the journal directory")(error));
+                }
+                _ => {}
+            }
+        }
         room_for_journal(&*disk, &journal_dir, options.journal_bytes)?;
         let directory_id = identity::check(&*disk, dir, identity)?;
         if options.reserve_bytes > 0 && reserve::release(&*disk, dir) {

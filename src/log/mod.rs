@@ -90,7 +90,7 @@ mod tests;
 
 pub use self::core::{Options, Stepper};
 pub use directory::{Log, Space, Status};
-pub use disk::{Disk, Mode, RealDisk, SimDisk, Stamp};
+pub use disk::{Disk, Mode, PrivateDir, RealDisk, SimDisk, Stamp};
 pub use epochs::EpochHistory;
 pub use error::{AppendError, ChangeError, OpenError, PersistError, ReadError, ReplicaError};
 pub use export::SegmentExport;

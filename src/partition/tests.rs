@@ -34,7 +34,7 @@ impl Bench {
     async fn new(dir: &Path, bucket: bool) -> Self {
         let identity = Identity { cluster: "test".to_owned(), broker: BrokerId(1) };
         let options = Options { journal_bytes: 8 << 20, tail_bytes: 24 << 10, ..Options::default() };
-        let log = Log::open(Arc::new(RealDisk), dir, &identity, options).unwrap();
+        let log = Log::open(Arc::new(RealDisk::default()), dir, &identity, options).unwrap();
         let id = PartitionId::new(TopicId::from_bytes([7; 16]), 0);
         let store = EmbeddedStore::in_memory();
         let keys = Keys::new("test").unwrap();

@@ -55,7 +55,7 @@ impl Room {
     /// That of one of so many brokers in this process.
     pub(super) fn of(brokers: usize) -> Self {
         let files = getrlimit(Resource::Nofile).current.unwrap_or(1 << 20);
-        Self::with(files, RealDisk.open_files() as u64, brokers)
+        Self::with(files, RealDisk::default().open_files() as u64, brokers)
     }
 
     /// What the limit of open files leaves beside the segments of each broker.

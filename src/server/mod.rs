@@ -220,7 +220,7 @@ impl Listeners {
 fn outside(config: &Config, time: &Tasks) -> Outside {
     let (of, time) = (config.clone(), time.clone());
     Outside {
-        disk: Arc::new(RealDisk),
+        disk: Arc::new(RealDisk::default()),
         stores: Box::pin(async move {
             let objects = of.object_store.url.as_deref().map(|url| open_objects(&of, url)).transpose()?;
             let meta: Arc<dyn MetaStore> = match of.etcd()? {

@@ -334,6 +334,7 @@ fn with_cache(config: &Config, store: Store, metrics: &Metrics) -> anyhow::Resul
     let options = CacheOptions {
         memory_bytes: config.cache.memory_bytes,
         disk: on_disk.then_some((cache_dir.clone(), config.cache.disk_bytes)),
+        data_dir: config.cache.dir.is_none().then(|| config.broker.data_dir.clone()),
         read_ahead_bytes: READ_AHEAD_BYTES,
     };
     let cache = Cache::open(&options, metrics)

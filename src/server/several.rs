@@ -187,7 +187,7 @@ async fn start(config: &Config, ports: Ports, shared: &Shared, span: Span) -> an
 fn around(config: &Config, meta: Arc<dyn MetaStore>) -> Outside {
     let of = config.clone();
     Outside {
-        disk: Arc::new(RealDisk),
+        disk: Arc::new(RealDisk::default()),
         stores: Box::pin(async move {
             let objects = of.object_store.url.as_deref().map(|url| open_objects(&of, url)).transpose()?;
             Ok(Stores { meta, objects })

@@ -6,7 +6,12 @@
 //! objects here are immutable and named once, so nothing is ever stale; what turns out damaged is forgotten and fetched again.
 //! The folder begins empty at each start: its files carry a checksum, and losing them costs requests only.
 
-use std::{io, ops::Range, path::PathBuf, sync::Arc};
+use std::{
+    io,
+    ops::Range,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use bytes::Bytes;
 use futures::{
@@ -18,7 +23,7 @@ use tokio::sync::Semaphore;
 use uuid::Uuid;
 
 use super::{
-    files,
+    files::{self, CacheFolder},
     footer::Footer,
     manifest::{Page, Root, SegmentLine},
     read::ReadError,
@@ -54,15 +59,17 @@ const REMEMBERED: u64 = 1 << 16;
 pub struct CacheOptions {
     /// Bytes of memory.
     pub memory_bytes: u64,
-    /// A folder of its own, and bytes in it. Its old content is deleted.
+    /// A folder of its own, and bytes in it. The chunks in it are deleted.
     pub disk: Option<(PathBuf, u64)>,
+    /// The data directory, where the folder lies in it: the folder may then be no link.
+    pub data_dir: Option<PathBuf>,
     /// Bytes that are fetched ahead of sequential readers, at most, all readers together.
     pub read_ahead_bytes: u64,
 }
 
 impl Default for CacheOptions {
     fn default() -> Self {
-        Self { memory_bytes: 128 << 20, disk: None, read_ahead_bytes: 32 << 20 }
+        Self { memory_bytes: 128 << 20, disk: None, data_dir: None, read_ahead_bytes: 32 << 20 }
     }
 }
 
@@ -75,7 +82,7 @@ struct Key {
 
 impl Key {
     fn file(&self) -> String {
-        format!("{}-{}.chunk", self.attempt.simple(), self.index)
+        format!("{}-{}{}", self.attempt.simple(), self.index, files::CHUNK)
     }
 }
 
@@ -118,7 +125,7 @@ struct Inner {
 }
 
 struct Disk {
-    folder: PathBuf,
+    folder: Arc<CacheFolder>,
     keeps: Arc<Semaphore>,
     /// Which chunks are files, by their bytes.
     files: Moka<Key, u32>,
@@ -149,7 +156,7 @@ impl Cache {
             disk: options
                 .disk
                 .as_ref()
-                .map(|(folder, bytes)| Disk::open(folder.clone(), *bytes).map(Arc::new))
+                .map(|(folder, bytes)| Disk::open(folder, options.data_dir.as_deref(), *bytes).map(Arc::new))
                 .transpose()?,
             hits: metrics.cache_hits.clone(),
             misses: metrics.cache_misses.clone(),
@@ -324,19 +331,18 @@ impl Inner {
 }
 
 impl Disk {
-    fn open(folder: PathBuf, bytes: u64) -> io::Result<Self> {
-        let aside = files::set_aside(&folder)?;
-        files::delete_folder(&aside)?;
-        let of_evicted = folder.clone();
+    fn open(folder: &Path, data_dir: Option<&Path>, bytes: u64) -> io::Result<Self> {
+        let folder = Arc::new(CacheFolder::open(folder, data_dir)?);
+        let of_evicted = Arc::clone(&folder);
         let files = Moka::builder()
             .eviction_policy(EvictionPolicy::lru())
             .max_capacity(bytes)
             .weigher(|_, bytes: &u32| *bytes)
             .async_eviction_listener(move |key: Arc<Key>, _, cause| {
-                let path = of_evicted.join(key.file());
+                let folder = Arc::clone(&of_evicted);
                 Box::pin(async move {
                     if cause != RemovalCause::Replaced {
-                        task::blocking(move || files::delete(&path).ok()).await;
+                        task::blocking(move || folder.delete(&key.file()).ok()).await;
                     }
                 })
             })
@@ -348,8 +354,8 @@ impl Disk {
     /// A chunk that is there and whole.
     async fn get(&self, key: Key) -> Option<Bytes> {
         self.files.get(&key).await?;
-        let path = self.folder.join(key.file());
-        let read = task::blocking(move || files::read_whole(&path)).await.ok();
+        let folder = Arc::clone(&self.folder);
+        let read = task::blocking(move || folder.read_whole(&key.file())).await.ok();
         let chunk = read.and_then(|mut bytes| {
             let content = bytes.split_off(bytes.len().min(4));
             (bytes.as_ref() == crc32c::crc32c(&content).to_be_bytes()).then_some(content)
@@ -374,16 +380,15 @@ impl Disk {
 
     /// Keeps a chunk. A full or failing disk only makes the cache smaller.
     async fn put(&self, key: Key, chunk: Bytes) {
-        let path = self.folder.join(key.file());
+        let folder = Arc::clone(&self.folder);
         let bytes = weight(chunk.len() + 4);
         let written = task::blocking(move || {
             // The last of the disk belongs to the log, and before it to what makes room in it.
-            if files::free_bytes(path.parent().unwrap_or(&path)).is_ok_and(|free| free < 2 * limits::DISK_RESERVE_BYTES)
-            {
+            if folder.free_bytes().is_ok_and(|free| free < 2 * limits::DISK_RESERVE_BYTES) {
                 return Err(io::ErrorKind::StorageFull.into());
             }
             let crc = crc32c::crc32c(&chunk).to_be_bytes();
-            files::write_whole(&path, &[&crc, &chunk])
+            folder.write_whole(&key.file(), &[&crc, &chunk])
         });
         match written.await {
             Ok(()) => self.files.insert(key, bytes).await,

@@ -8,6 +8,7 @@ use std::{
     fs::{self, File, OpenOptions},
     io::{ErrorKind, Read, Write},
     net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
+    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
     thread,
@@ -26,6 +27,9 @@ use crate::{
 
 const BINARY: &str = env!("CARGO_BIN_EXE_strandline");
 
+/// The user and group of that name.
+pub(crate) const NOBODY: u32 = 65_534;
+
 /// Where one broker lives: its folder, its ports and its configuration. It outlives the processes that run there.
 pub(crate) struct Home {
     folder: tempfile::TempDir,
@@ -41,6 +45,8 @@ pub(crate) struct Home {
     environment: Vec<(&'static str, &'static str)>,
     /// How many open files its process may have; as the system says when not set.
     open_files: Option<u32>,
+    /// Whether its process runs as [`NOBODY`].
+    nobody: bool,
 }
 
 impl Home {
@@ -62,7 +68,18 @@ impl Home {
             settings: Vec::new(),
             environment: Vec::new(),
             open_files: None,
+            nobody: false,
         }
+    }
+
+    /// Runs its process as [`NOBODY`], from a copy of the program that this user can reach.
+    pub(crate) fn as_nobody(self) -> Self {
+        fs::set_permissions(self.path(), fs::Permissions::from_mode(0o755)).expect("the folder is ours");
+        let copy = self.path().join("strandline");
+        if fs::hard_link(BINARY, &copy).is_err() {
+            fs::copy(BINARY, &copy).expect("the program can be copied");
+        }
+        Self { nobody: true, ..self }
     }
 
     /// A home for several brokers in one process: their ports lie one after the other.
@@ -290,6 +307,12 @@ impl Home {
             let mut limited = Command::new("prlimit");
             limited.arg(format!("--nofile={most}:{most}")).arg(command.get_program()).args(command.get_args());
             command = limited;
+        }
+        if self.nobody {
+            let mut other = Command::new("setpriv");
+            other.args([format!("--reuid={NOBODY}"), format!("--regid={NOBODY}"), "--clear-groups".to_owned()]);
+            other.arg(self.path().join("strandline")).args(command.get_args());
+            command = other;
         }
         let open = || -> File {
             OpenOptions::new().create(true).append(true).open(self.log_path()).expect("the log file opens")

@@ -29,6 +29,7 @@ mod pages;
 mod patience;
 #[path = "../common/ports.rs"]
 mod ports;
+mod private;
 mod protoc;
 mod proxy;
 mod python;

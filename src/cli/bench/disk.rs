@@ -8,6 +8,7 @@ use std::{
     time::Duration,
 };
 
+use rustix::fs::OFlags;
 use serde_json::{Value, json};
 
 use super::report::{Seen, round};
@@ -45,7 +46,7 @@ pub(super) fn measure(folder: &Path, piece: usize) -> io::Result<Value> {
 
 /// Fills the file, so that the timed writes meet blocks that exist.
 fn prepare(path: &Path) -> io::Result<()> {
-    let file = File::create_new(path)?;
+    let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
     let zeros = vec![0; 1 << 20];
     for step in 0..FILE_BYTES / zeros.len() {
         file.write_all_at(&zeros, place(step * zeros.len()))?;
@@ -76,10 +77,13 @@ fn write(path: &Path, piece: usize) -> io::Result<(bool, Seen, Duration)> {
 
 /// Opens for direct I/O, or without where the file system has none (tmpfs).
 fn open(path: &Path) -> io::Result<(File, bool)> {
-    let flags = i32::try_from(rustix::fs::OFlags::DIRECT.bits()).expect("a flag of open(2)");
-    match OpenOptions::new().write(true).custom_flags(flags).open(path) {
+    let open = |flags: OFlags| {
+        let flags = i32::try_from((flags | OFlags::NOFOLLOW).bits()).expect("flags of open(2)");
+        OpenOptions::new().write(true).custom_flags(flags).open(path)
+    };
+    match open(OFlags::DIRECT) {
         Ok(file) => Ok((file, true)),
-        Err(_) => Ok((OpenOptions::new().write(true).open(path)?, false)),
+        Err(_) => Ok((open(OFlags::empty())?, false)),
     }
 }
 

@@ -27,7 +27,8 @@ use std::{
     time::Duration,
 };
 
-use redb::{Database, DatabaseError, StorageError};
+use redb::{Database, DatabaseError, StorageError, backends::FileBackend};
+use rustix::fs::OFlags;
 use tokio::{
     sync::{Semaphore, oneshot, watch},
     time::Instant,
@@ -38,7 +39,10 @@ use self::{
     table::{entry, find},
 };
 use super::store::{Answer, LeaseId, Listing, MetaStore, Outcome, Reading, Revision, StoreError, Transaction, Watch};
-use crate::task::{self, Tasks, clock};
+use crate::{
+    log::PrivateDir,
+    task::{self, Tasks, clock},
+};
 
 mod history;
 mod table;
@@ -145,10 +149,16 @@ impl EmbeddedStore {
     pub async fn open(data_dir: &Path) -> Result<Self, OpenError> {
         let path = data_dir.join(FILE);
         task::blocking(move || {
+            let folder = path.parent().unwrap_or(Path::new(".")).to_owned();
+            let file = PrivateDir::open(&folder)
+                .and_then(|folder| folder.open_file(Path::new(FILE), OFlags::RDWR | OFlags::CREATE))
+                .map_err(|source| OpenError::Io { path: path.clone(), source })?;
             let mut builder = Database::builder();
             builder.set_cache_size(CACHE_BYTES).set_check_integrity_on_open(true);
-            let database = builder.create(&path).map_err(|error| open_error(&path, error))?;
-            Self::load(database, path.parent().map(Path::to_owned), &path)
+            let database = FileBackend::new(file)
+                .and_then(|file| builder.create_with_backend(file))
+                .map_err(|error| open_error(&path, error))?;
+            Self::load(database, Some(folder), &path)
         })
         .await
     }

@@ -4,6 +4,7 @@
 //! What a crash may do, and both implementations agree on: bytes that were not synced may be there, missing, or there in
 //! part, by sectors; a name that was made, removed or renamed may be as before until its directory is synced.
 
+mod private;
 mod real;
 mod sim;
 
@@ -13,6 +14,7 @@ use std::{
     sync::Arc,
 };
 
+pub use private::PrivateDir;
 pub use real::RealDisk;
 #[cfg(test)]
 pub(super) use sim::Dice;
@@ -23,6 +25,9 @@ pub const BLOCK: usize = 4096;
 
 /// A file system.
 pub trait Disk: Send + Sync + 'static {
+    /// Takes a configured directory, which exists: its path may hold links, what is below it may not.
+    fn enter(&self, dir: &Path) -> io::Result<()>;
+
     /// Makes a directory and those above it; nothing happens where it is.
     fn create_dir_all(&self, dir: &Path) -> io::Result<()>;
 

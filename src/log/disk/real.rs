@@ -3,10 +3,10 @@
 use std::{
     fs,
     io::{self, IoSlice, Write as _},
-    os::unix::fs::{FileExt, OpenOptionsExt},
-    path::Path,
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
     sync::{
-        Arc,
+        Arc, PoisonError, RwLock,
         atomic::{AtomicBool, Ordering},
     },
 };
@@ -17,68 +17,116 @@ use rustix::{
     process::{Resource, getrlimit},
 };
 
-use super::{Disk, Entry, File, Mode};
+use super::{Disk, Entry, File, Mode, PrivateDir};
 
 /// The machine's file system.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct RealDisk;
+///
+/// Files are opened below a configured directory only ([`PrivateDir`]). A directory that is made or entered, or read before either,
+/// counts as configured unless it lies below one that does.
+#[derive(Debug, Default)]
+pub struct RealDisk {
+    roots: RwLock<Vec<Arc<PrivateDir>>>,
+}
+
+impl RealDisk {
+    /// Takes a configured directory, instead of what was opened at its path before.
+    fn admit(&self, root: PrivateDir) -> io::Result<Arc<PrivateDir>> {
+        root.correct_entries()?;
+        let root = Arc::new(root);
+        let mut roots = self.roots.write().unwrap_or_else(PoisonError::into_inner);
+        match roots.iter_mut().find(|known| known.path() == root.path()) {
+            Some(known) => *known = Arc::clone(&root),
+            None => {
+                root.warn_of_owner();
+                roots.push(Arc::clone(&root));
+            }
+        }
+        Ok(root)
+    }
+
+    /// The innermost configured directory that holds a path, and the path below it.
+    fn root_of(&self, path: &Path) -> Option<(Arc<PrivateDir>, PathBuf)> {
+        let roots = self.roots.read().unwrap_or_else(PoisonError::into_inner);
+        let below = |root: &Arc<PrivateDir>| Some((Arc::clone(root), path.strip_prefix(root.path()).ok()?.to_owned()));
+        roots.iter().filter_map(below).min_by_key(|(_, name)| name.as_os_str().len())
+    }
+
+    /// As [`RealDisk::root_of`]. Where none holds `path`, `dir` becomes one.
+    fn root_in(&self, path: &Path, dir: &Path) -> io::Result<(Arc<PrivateDir>, PathBuf)> {
+        match self.root_of(path) {
+            Some(found) => Ok(found),
+            None => {
+                let root = self.admit(PrivateDir::open(dir)?)?;
+                Ok((root, path.strip_prefix(dir).unwrap_or(Path::new("")).to_owned()))
+            }
+        }
+    }
+
+    fn root_of_file(&self, path: &Path) -> io::Result<(Arc<PrivateDir>, PathBuf)> {
+        self.root_in(path, path.parent().unwrap_or(Path::new(".")))
+    }
+}
 
 impl Disk for RealDisk {
+    fn enter(&self, dir: &Path) -> io::Result<()> {
+        self.admit(PrivateDir::open(dir)?).map(drop)
+    }
+
     fn create_dir_all(&self, dir: &Path) -> io::Result<()> {
-        fs::create_dir_all(dir)
+        match self.root_of(dir) {
+            Some((root, name)) if !name.as_os_str().is_empty() => root.make_dir(&name),
+            _ => self.admit(PrivateDir::make(dir)?).map(drop),
+        }
     }
 
     fn sync_dir(&self, dir: &Path) -> io::Result<()> {
-        fs::File::open(dir)?.sync_all()
+        match self.root_of(dir) {
+            Some((root, name)) => root.sync(&name),
+            // The one that holds a configured directory.
+            None => fs::File::open(dir)?.sync_all(),
+        }
     }
 
     fn list(&self, dir: &Path) -> io::Result<Vec<Entry>> {
-        let mut entries = Vec::new();
-        for entry in fs::read_dir(dir)? {
-            let entry = entry?;
-            let Ok(name) = entry.file_name().into_string() else { continue };
-            // A file may vanish between the two calls: then it is not there.
-            let Ok(metadata) = entry.metadata() else { continue };
-            entries.push(Entry { name, is_dir: metadata.is_dir(), len: metadata.len() });
-        }
-        entries.sort_by(|a, b| a.name.cmp(&b.name));
-        Ok(entries)
+        let (root, name) = self.root_in(dir, dir)?;
+        root.list(&name)
     }
 
     fn open(&self, path: &Path, mode: Mode) -> io::Result<Arc<dyn File>> {
-        let mut options = fs::OpenOptions::new();
-        options.read(true);
-        if mode != Mode::Read {
-            options.write(true).create(true).truncate(false);
-        }
+        let (root, name) = self.root_of_file(path)?;
+        let flags = match mode {
+            Mode::Read => OFlags::RDONLY,
+            Mode::Write | Mode::Direct => OFlags::RDWR | OFlags::CREATE,
+        };
         if mode == Mode::Direct {
-            let flags = OFlags::DIRECT.bits().cast_signed();
-            match options.custom_flags(flags).open(path) {
+            match root.open_file(&name, flags | OFlags::DIRECT) {
                 Ok(file) => return Ok(Arc::new(RealFile { file, dsync: AtomicBool::new(true) })),
                 // The file system (tmpfs, some overlays) knows no direct I/O: through the page cache, then.
-                Err(error) if error.raw_os_error() == Some(Errno::INVAL.raw_os_error()) => {
-                    options.custom_flags(0);
-                }
+                Err(error) if error.raw_os_error() == Some(Errno::INVAL.raw_os_error()) => {}
                 Err(error) => return Err(error),
             }
         }
-        Ok(Arc::new(RealFile { file: options.open(path)?, dsync: AtomicBool::new(false) }))
+        Ok(Arc::new(RealFile { file: root.open_file(&name, flags)?, dsync: AtomicBool::new(false) }))
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
-        fs::rename(from, to)
+        let ((root, from), (into, to)) = (self.root_of_file(from)?, self.root_of_file(to)?);
+        root.rename(&from, &into, &to)
     }
 
     fn remove(&self, path: &Path) -> io::Result<()> {
-        fs::remove_file(path)
+        let (root, name) = self.root_of_file(path)?;
+        root.remove(&name)
     }
 
     fn remove_dir(&self, dir: &Path) -> io::Result<()> {
-        fs::remove_dir(dir)
+        let (root, name) = self.root_of_file(dir)?;
+        root.remove_dir(&name)
     }
 
     fn lock(&self, path: &Path) -> io::Result<Box<dyn Send + Sync>> {
-        let mut file = fs::OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path)?;
+        let (root, name) = self.root_of_file(path)?;
+        let mut file = root.open_file(&name, OFlags::RDWR | OFlags::CREATE)?;
         rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive)?;
         file.set_len(0)?;
         writeln!(file, "{}", std::process::id())?;

@@ -348,6 +348,10 @@ impl Machine {
 }
 
 impl Disk for SimDisk {
+    fn enter(&self, _dir: &Path) -> io::Result<()> {
+        Ok(())
+    }
+
     fn create_dir_all(&self, dir: &Path) -> io::Result<()> {
         let mut machine = self.machine();
         let mut missing: Vec<_> = dir.ancestors().take_while(|dir| !machine.dirs.contains(*dir)).collect();

@@ -6,8 +6,9 @@ use super::*;
 fn a_directory_in_use_foreign_or_newer_is_refused_with_what_to_do() {
     let dir = tempfile::tempdir().unwrap();
     let options = || Options { journal_bytes: 1 << 20, ..Options::default() };
-    let log = Log::open(Arc::new(RealDisk), dir.path(), &identity(), options()).unwrap();
-    let refused = |identity: &Identity| match Log::open(Arc::new(RealDisk), dir.path(), identity, options()) {
+    let log = Log::open(Arc::new(RealDisk::default()), dir.path(), &identity(), options()).unwrap();
+    let refused = |identity: &Identity| match Log::open(Arc::new(RealDisk::default()), dir.path(), identity, options())
+    {
         Ok(_) => panic!("opened"),
         Err(error) => error.to_string(),
     };
@@ -19,7 +20,7 @@ fn a_directory_in_use_foreign_or_newer_is_refused_with_what_to_do() {
     let text = refused(&Identity { cluster: "test".to_owned(), broker: BrokerId(2) });
     assert!(text.contains("broker 2"), "{text}");
     let card = dir.path().join("strandline.json");
-    let disk = RealDisk;
+    let disk = RealDisk::default();
     let newer = String::from_utf8(disk.read(&card).unwrap()).unwrap().replace("\"format\": 1", "\"format\": 99");
     disk.replace(&card, newer.as_bytes()).unwrap();
     let text = refused(&identity());
@@ -30,7 +31,7 @@ fn a_directory_in_use_foreign_or_newer_is_refused_with_what_to_do() {
 fn on_a_real_disk_threads_make_appends_durable_and_a_clean_stop_is_known() {
     let dir = tempfile::tempdir().unwrap();
     let options = Options { journal_bytes: 4 << 20, sync_bytes: 1 << 20, ..Options::default() };
-    let log = Log::open(Arc::new(RealDisk), dir.path(), &identity(), options.clone()).unwrap();
+    let log = Log::open(Arc::new(RealDisk::default()), dir.path(), &identity(), options.clone()).unwrap();
     let answers = Answers::default();
     let mut replicas: Vec<_> = (0..4).map(|n| log.open_replica(partition(n), at(0)).unwrap()).collect();
     // More than the ring holds, several times: files are given up and used again.
@@ -52,7 +53,7 @@ fn on_a_real_disk_threads_make_appends_durable_and_a_clean_stop_is_known() {
     log.close().unwrap();
     drop(log);
     for clean in [true, false] {
-        let log = Log::open(Arc::new(RealDisk), dir.path(), &identity(), options.clone()).unwrap();
+        let log = Log::open(Arc::new(RealDisk::default()), dir.path(), &identity(), options.clone()).unwrap();
         assert_eq!(log.opened_clean(), clean, "the mark holds for one start");
         let replica = log.open_replica(partition(3), at(0)).unwrap();
         let batches = read_all(&replica.reader(), at(0)).unwrap();
@@ -69,7 +70,7 @@ fn a_stop_while_the_journal_grows_leaves_whole_files_only() {
     let dir = tempfile::tempdir().unwrap();
     let options = Options { journal_bytes: 256 << 20, ..Options::default() };
     let file_bytes = (256 << 20) / 16;
-    let log = Log::open(Arc::new(RealDisk), dir.path(), &identity(), options).unwrap();
+    let log = Log::open(Arc::new(RealDisk::default()), dir.path(), &identity(), options).unwrap();
     let mut replica = log.open_replica(partition(0), at(0)).unwrap();
     replica.append(&[batch(0, 1, 1, 0, 100)]).unwrap();
     persist(&mut replica).recv().unwrap().unwrap();
@@ -78,6 +79,46 @@ fn a_stop_while_the_journal_grows_leaves_whole_files_only() {
     let files = std::fs::read_dir(dir.path().join("journal")).unwrap();
     let sizes: Vec<u64> = files.map(|entry| entry.unwrap().metadata().unwrap().len()).collect();
     assert!(!sizes.is_empty() && sizes.iter().all(|size| *size == file_bytes), "{sizes:?}");
+}
+
+/// They were written through once: whoever could place a link could have any file of this user overwritten.
+#[test]
+fn a_link_in_the_place_of_a_file_of_the_log_is_not_written_through() {
+    let theirs = tempfile::tempdir().unwrap();
+    let victim = theirs.path().join("victim");
+    std::fs::write(&victim, "theirs").unwrap();
+    for name in ["checkpoint.tmp", "strandline.tmp", "reserve", "lock", "journal"] {
+        let dir = tempfile::tempdir().unwrap();
+        let target = if name == "journal" { theirs.path() } else { victim.as_path() };
+        std::os::unix::fs::symlink(target, dir.path().join(name)).unwrap();
+        let options = Options { journal_bytes: 1 << 20, ..Options::default() };
+        match Log::open(Arc::new(RealDisk::default()), dir.path(), &identity(), options) {
+            Err(error) => assert!(error.to_string().contains("symbolic link"), "{name}: {error}"),
+            // The reserve is taken later, and done without.
+            Ok(log) => drop(log.close()),
+        }
+        assert_eq!(std::fs::read(&victim).unwrap(), b"theirs", "{name}");
+        assert_eq!(std::fs::read_dir(theirs.path()).unwrap().count(), 1, "{name}");
+    }
+}
+
+/// A journal directory that is configured may be a link, as any configured path.
+#[test]
+fn a_configured_journal_directory_may_be_a_link_even_inside_the_data_directory() {
+    let (dir, device) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let link = dir.path().join("elsewhere");
+    std::os::unix::fs::symlink(device.path(), &link).unwrap();
+    let options = Options { journal_bytes: 1 << 20, journal_dir: Some(link), ..Options::default() };
+    for _ in 0..2 {
+        let log = Log::open(Arc::new(RealDisk::default()), dir.path(), &identity(), options.clone()).unwrap();
+        let mut replica = log.open_replica(partition(0), at(0)).unwrap();
+        let end = replica.log_end().get();
+        replica.append(&[batch(end, 1, 1, 0, 100)]).unwrap();
+        persist(&mut replica).recv().unwrap().unwrap();
+        drop(replica);
+        log.close().unwrap();
+    }
+    assert!(std::fs::read_dir(device.path()).unwrap().count() > 0, "the journal is there");
 }
 
 /// Without threads nobody writes what is queued when the log goes.

@@ -376,7 +376,12 @@ async fn the_disk_cache_serves_what_memory_has_dropped_and_never_damaged_bytes()
     let folder = tempfile::tempdir().unwrap();
     let (tier, _segments, all) = three(&StoreOptions::new("memory://"), 3000).await;
     let chunks = folder.path().join("chunks");
-    let options = CacheOptions { memory_bytes: 0, disk: Some((chunks.clone(), 64 << 20)), read_ahead_bytes: 4 << 20 };
+    let options = CacheOptions {
+        memory_bytes: 0,
+        disk: Some((chunks.clone(), 64 << 20)),
+        read_ahead_bytes: 4 << 20,
+        ..CacheOptions::default()
+    };
     let cache = Cache::open(&options, &Metrics::new()).unwrap();
     let cold = PartitionTier::new(tier.store().clone(), cache, partition(), tier.state());
     assert_eq!(read_all(&cold, 0, 900, 1 << 20).await, all);

@@ -1,0 +1,160 @@
+//! Links, other users' files and modes below a configured directory.
+
+use std::{
+    io::{Read as _, Write as _},
+    os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown, symlink},
+};
+
+use super::*;
+
+const NOBODY: u32 = 65_534;
+
+/// A configured directory, and a folder beside it that is none of it.
+fn folders() -> (tempfile::TempDir, PathBuf, PathBuf) {
+    let parent = tempfile::tempdir().unwrap();
+    let (inside, outside) = (parent.path().join("inside"), parent.path().join("outside"));
+    fs::create_dir(&inside).unwrap();
+    fs::create_dir(&outside).unwrap();
+    fs::write(outside.join("file"), "theirs").unwrap();
+    (parent, inside, outside)
+}
+
+fn refuses<T>(result: io::Result<T>, words: &str) {
+    let error = result.err().expect("refused");
+    assert_eq!(error.kind(), io::ErrorKind::PermissionDenied, "{error}");
+    assert!(error.to_string().contains(words), "{error}");
+}
+
+fn mode(path: &Path) -> u32 {
+    fs::symlink_metadata(path).unwrap().permissions().mode() & 0o7777
+}
+
+fn set_mode(path: &Path, mode: u32) {
+    fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+}
+
+#[test]
+fn nothing_below_a_configured_directory_is_reached_through_a_link() {
+    let (_parent, inside, outside) = folders();
+    symlink(outside.join("file"), inside.join("link")).unwrap();
+    symlink(outside.join("absent"), inside.join("dangling")).unwrap();
+    symlink(&outside, inside.join("folder")).unwrap();
+    let dir = PrivateDir::open(&inside).unwrap();
+    let write = OFlags::RDWR | OFlags::CREATE;
+    for flags in [OFlags::RDONLY, write, write | OFlags::DIRECT] {
+        refuses(dir.open_file(Path::new("link"), flags), "symbolic link");
+        refuses(dir.open_file(Path::new("folder/file"), flags), "symbolic link");
+    }
+    refuses(dir.open_file(Path::new("dangling"), write), "inside/dangling is a symbolic link");
+    refuses(dir.list(Path::new("folder")), "log.journal_dir");
+    refuses(dir.sync(Path::new("folder")), "symbolic link");
+    refuses(dir.make_dir(Path::new("folder/new")), "symbolic link");
+    refuses(dir.make_below(Path::new("folder")), "symbolic link");
+    refuses(dir.remove(Path::new("folder/file")), "symbolic link");
+    refuses(dir.rename(Path::new("folder/file"), &dir, Path::new("taken")), "symbolic link");
+    assert_eq!(fs::read(outside.join("file")).unwrap(), b"theirs");
+    assert_eq!(fs::read_dir(&outside).unwrap().count(), 1, "nothing was made");
+    // A link is listed as what it is, and its name can be removed.
+    assert!(dir.list(Path::new("")).unwrap().iter().all(|entry| !entry.is_dir));
+    dir.remove(Path::new("link")).unwrap();
+    assert!(outside.join("file").exists());
+}
+
+#[test]
+fn a_name_that_leads_out_of_the_directory_is_refused() {
+    let (_parent, inside, _outside) = folders();
+    let dir = PrivateDir::open(&inside).unwrap();
+    for name in ["../outside/file", "/etc/passwd", ""] {
+        let error = dir.open_file(Path::new(name), OFlags::RDONLY).expect_err(name);
+        assert_eq!(error.kind(), io::ErrorKind::InvalidInput, "{name}: {error}");
+    }
+}
+
+#[test]
+fn a_pipe_in_the_place_of_a_file_blocks_nobody() {
+    let (_parent, inside, _outside) = folders();
+    let pipe = inside.join("pipe");
+    sys::mknodat(sys::CWD, &pipe, FileType::Fifo, FILE, 0).unwrap();
+    let dir = PrivateDir::open(&inside).unwrap();
+    refuses(dir.open_file(Path::new("pipe"), OFlags::RDONLY), "no regular file");
+}
+
+#[test]
+fn the_configured_path_itself_may_be_a_link() {
+    let (parent, inside, _outside) = folders();
+    let link = parent.path().join("link");
+    symlink(&inside, &link).unwrap();
+    for dir in [PrivateDir::open(&link).unwrap(), PrivateDir::make(&link).unwrap()] {
+        dir.open_file(Path::new("file"), OFlags::WRONLY | OFlags::CREATE).unwrap().write_all(b"ours").unwrap();
+    }
+    assert_eq!(fs::read(inside.join("file")).unwrap(), b"ours");
+    assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
+}
+
+#[test]
+fn what_is_made_is_private_and_wider_modes_are_corrected() {
+    let (_parent, inside, _outside) = folders();
+    set_mode(&inside, 0o2775);
+    for (name, wide) in [("a", 0o755), ("a/b", 0o775)] {
+        fs::create_dir(inside.join(name)).unwrap();
+        set_mode(&inside.join(name), wide);
+    }
+    for name in ["old", "a/b/old"] {
+        fs::write(inside.join(name), "content").unwrap();
+        set_mode(&inside.join(name), 0o644);
+    }
+    let dir = PrivateDir::open(&inside).unwrap();
+    assert_eq!(mode(&inside), 0o2700, "the setgid bit of a volume stays");
+    dir.correct_entries().unwrap();
+    assert_eq!((mode(&inside.join("a")), mode(&inside.join("old"))), (0o700, 0o600));
+    let mut text = String::new();
+    dir.open_file(Path::new("a/b/old"), OFlags::RDONLY).unwrap().read_to_string(&mut text).unwrap();
+    assert_eq!((text.as_str(), mode(&inside.join("a/b")), mode(&inside.join("a/b/old"))), ("content", 0o700, 0o600));
+    dir.make_dir(Path::new("x/y")).unwrap();
+    dir.open_file(Path::new("x/y/new"), OFlags::RDWR | OFlags::CREATE).unwrap();
+    let bits = |name: &str| mode(&inside.join(name)) & 0o777;
+    assert_eq!((bits("x"), bits("x/y"), bits("x/y/new")), (0o700, 0o700, 0o600));
+    assert_eq!(mode(PrivateDir::make(&inside.join("x/z/w")).unwrap().path()) & 0o777, 0o700);
+}
+
+#[test]
+fn a_directory_that_others_use_as_well_keeps_its_mode() {
+    let (_parent, inside, _outside) = folders();
+    set_mode(&inside, 0o1777);
+    PrivateDir::open(&inside).unwrap();
+    assert_eq!(mode(&inside), 0o1777, "as /tmp has it");
+    assert!(is_shared(Path::new("/var/../var/lib"), &sys::stat("/var/lib").unwrap()));
+    assert!(!is_shared(&inside, &sys::stat("/var/lib").unwrap()));
+}
+
+/// Only root can give a file away; what a broker of another user does is tested on the binary.
+#[test]
+fn files_of_another_user_are_refused_and_keep_their_mode_and_content() {
+    if !geteuid().is_root() {
+        return;
+    }
+    let (_parent, inside, _outside) = folders();
+    fs::create_dir(inside.join("folder")).unwrap();
+    for name in ["file", "folder/file"] {
+        fs::write(inside.join(name), "theirs").unwrap();
+    }
+    for name in ["file", "folder"] {
+        let mode = if name == "file" { 0o644 } else { 0o755 };
+        chown(inside.join(name), Some(NOBODY), None).unwrap();
+        set_mode(&inside.join(name), mode);
+    }
+    let dir = PrivateDir::open(&inside).unwrap();
+    dir.correct_entries().unwrap();
+    for name in ["file", "folder/file"] {
+        refuses(
+            dir.open_file(Path::new(name), OFlags::RDONLY),
+            "belongs to user 65534, and this process runs as user 0",
+        );
+        refuses(dir.open_file(Path::new(name), OFlags::RDWR | OFlags::CREATE), "chown");
+    }
+    refuses(dir.make_dir(Path::new("folder/new")), "belongs to user 65534");
+    assert_eq!((mode(&inside.join("file")), mode(&inside.join("folder"))), (0o644, 0o755));
+    assert_eq!(fs::metadata(inside.join("file")).unwrap().uid(), NOBODY);
+    // Nor is a directory taken that is neither ours nor root's.
+    refuses(PrivateDir::open(&inside.join("folder")), "belongs to user 65534");
+}
