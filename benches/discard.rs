@@ -373,6 +373,7 @@ impl admin_server::Admin for Service {
             topic: Some(self.0.summary(request.into_inner().name)),
             effective_config: std::collections::HashMap::new(),
             partitions: (0..self.0.partitions).map(partition).collect(),
+            config_source: std::collections::HashMap::new(),
         }))
     }
 
@@ -395,7 +396,7 @@ impl admin_server::Admin for Service {
         &self,
         _request: Request<v1::DeleteTopicRequest>,
     ) -> Result<Response<v1::DeleteTopicResponse>, Status> {
-        Ok(Response::new(v1::DeleteTopicResponse {}))
+        Ok(Response::new(v1::DeleteTopicResponse::default()))
     }
 
     async fn describe_cluster(

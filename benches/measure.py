@@ -99,6 +99,12 @@ def run(command, timeout, env=None, cwd=None):
     return r.stdout
 
 
+def environment(**more):
+    """What a command of ours gets: this program's own variables are no settings, and a command refuses what it does not know."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("STRANDLINE_")}
+    return dict(inherited, **more)
+
+
 def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -238,7 +244,7 @@ class Lab:
         time.sleep(0.2 if self.o.short else 1)
 
     def bench(self, address, kind, *arguments, timeout=None):
-        env = dict(os.environ, STRANDLINE_BOOTSTRAP=address)
+        env = environment(STRANDLINE_BOOTSTRAP=address)
         out = run([self.bin, "bench", kind, *arguments, "--output", "json"], timeout or self.seconds * 10 + 120, env)
         result = json.loads(out[out.index("{"):])
         if result["errors"]:
@@ -268,9 +274,7 @@ class Broker(Process):
         config = self.directory / "strandline.toml"
         config.write_text("\n".join(lines) + "\n")
         began = time.monotonic()
-        # This program's own variables are no settings of a broker, which refuses what it does not know.
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith("STRANDLINE_")}
-        super().__init__([lab.bin, "broker", "--config", config], self.directory / "broker.log", dict(inherited, **(env or {})))
+        super().__init__([lab.bin, "broker", "--config", config], self.directory / "broker.log", environment(**(env or {})))
         try:
             self.wait_for(self.is_ready, 120, "the broker")
         except ValueError:
@@ -282,14 +286,14 @@ class Broker(Process):
         return is_ready(self.http)
 
     def cli(self, *arguments, timeout=120):
-        return run([self.lab.bin, *arguments], timeout, dict(os.environ, STRANDLINE_BOOTSTRAP=self.address))
+        return run([self.lab.bin, *arguments], timeout, environment(STRANDLINE_BOOTSTRAP=self.address))
 
     def topic(self, name, partitions, **config):
         pairs = [x for k, v in config.items() for x in ("--config", f"{k.replace('_', '.')}={v}")]
         self.cli("topic", "create", name, "--partitions", partitions, *pairs)
 
     def drop(self, name):
-        self.cli("topic", "delete", name)
+        self.cli("topic", "delete", name, "--yes")
 
     def describe(self, name):
         return json.loads(self.cli("topic", "describe", name, "--output", "json"))

@@ -1,7 +1,7 @@
 """A cluster for benches/cluster: three members of etcd and brokers over them, as processes that are ended again."""
 import json, os, pathlib, re, shutil, signal, time
 
-from measure import REPO, Process, cpu_of, free_port, get, is_ready, rss_mb, run
+from measure import REPO, Process, cpu_of, environment, free_port, get, is_ready, rss_mb, run
 
 
 class Etcd:
@@ -53,8 +53,7 @@ class Member:
         self.process = None
 
     def start(self):
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith("STRANDLINE_")}
-        self.process = Process([self.cluster.lab.bin, "broker", "--config", self.config], self.directory / "broker.log", inherited)
+        self.process = Process([self.cluster.lab.bin, "broker", "--config", self.config], self.directory / "broker.log", environment())
 
     def wait(self):
         self.process.wait_for(lambda: is_ready(self.http), 120, f"broker {self.number}")
@@ -111,7 +110,7 @@ class Cluster:
         return ",".join(f"127.0.0.1:{member.grpc}" for member in self.members)
 
     def cli(self, *arguments, timeout=300):
-        return run([self.lab.bin, *arguments], timeout, dict(os.environ, STRANDLINE_BOOTSTRAP=self.address))
+        return run([self.lab.bin, *arguments], timeout, environment(STRANDLINE_BOOTSTRAP=self.address))
 
     def topic(self, name, partitions, factor, **config):
         pairs = [x for k, v in config.items() for x in ("--config", f"{k.replace('_', '.')}={v}")]
@@ -119,7 +118,7 @@ class Cluster:
         self.in_sync(name, factor)
 
     def drop(self, name):
-        self.cli("topic", "delete", name)
+        self.cli("topic", "delete", name, "--yes")
 
     def produce(self, *arguments):
         self.lab.bench(self.address, "produce", *arguments, timeout=3600)

@@ -4,7 +4,7 @@
 
 use std::{collections::HashMap, time::Duration};
 
-use super::Broker;
+use super::{Broker, garbage};
 use crate::{
     cluster::{NewTopic, TopicInfo, TopicValue},
     model::{ConfigMap, TopicId, TopicName},
@@ -64,7 +64,10 @@ impl Broker {
         let id: TopicId = self.topics.delete(&topic).await?;
         let gone = self.hosted.until(|hosted| hosted.topic(&topic).is_none_or(|hosted| hosted.id != id));
         let _late = tokio::time::timeout(SETTLE, gone).await;
-        Ok(v1::DeleteTopicResponse {})
+        let kept = self.tier.as_ref().map(|_| garbage::most_kept(self.settings.garbage_grace));
+        Ok(v1::DeleteTopicResponse {
+            bucket_grace_ms: kept.map(|kept| u64::try_from(kept.as_millis()).unwrap_or(u64::MAX)),
+        })
     }
 
     pub(super) async fn init_producer(&self) -> Result<v1::InitProducerResponse, Fault> {

@@ -226,6 +226,7 @@ impl Broker {
                     replica.high_watermark = marks.high_watermark.as_i64();
                     replica.log_end = marks.log_end.as_i64();
                     replica.last_epoch = last_epoch.map(|epoch| epoch.as_i32());
+                    replica.empty = marks.local_start >= marks.log_end;
                     let (broker, log_end, high_watermark) = (*broker, marks.log_end, marks.high_watermark);
                     asked.told.push(Held { broker, last_epoch, log_end, high_watermark });
                 }

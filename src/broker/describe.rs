@@ -3,7 +3,7 @@
 //! Who holds a partition is in the metadata; how far its log is, only its leader knows. A leader that does not answer leaves its
 //! partitions' marks unknown, and the description says so.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 use super::{
     Broker,
@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     cluster::{PartitionEntry, PartitionValue},
-    model::{BrokerId, Offset, PartitionId, TopicConfig, TopicId, TopicName, Watermarks},
+    model::{BrokerId, ConfigMap, Offset, PartitionId, TOPIC_CONFIG_KEYS, TopicConfig, TopicId, TopicName, Watermarks},
     proto::{
         fault::{Fault, Reason},
         v1,
@@ -50,6 +50,7 @@ impl Broker {
             partitions: partitions.collect(),
             topic: Some(summary(&name, &known.value)),
             effective_config: texts(TopicConfig::texts(&self.settings.topic_defaults, &known.value.config)),
+            config_source: sources(&self.settings.topic_defaults, &known.value.config),
         })
     }
 
@@ -91,6 +92,16 @@ impl Broker {
             Holding::Open(_) | Holding::Elsewhere => None,
         }
     }
+}
+
+/// Who sets each key of a topic's effective configuration.
+fn sources(defaults: &ConfigMap, own: &ConfigMap) -> HashMap<String, i32> {
+    let source = |key: &str| match (own.contains_key(key), defaults.contains_key(key)) {
+        (true, _) => v1::ConfigSource::Topic,
+        (false, true) => v1::ConfigSource::Broker,
+        (false, false) => v1::ConfigSource::Default,
+    };
+    TOPIC_CONFIG_KEYS.iter().map(|key| (key.name.to_owned(), source(key.name).into())).collect()
 }
 
 /// Who could lead a partition that nobody leads; or, where nobody could, what an operator can do.
@@ -156,6 +167,17 @@ pub(super) fn numbers(ids: &[BrokerId]) -> Vec<u32> {
 mod tests {
     use super::*;
     use crate::model::LeaderEpoch;
+
+    #[test]
+    fn a_topics_own_values_go_before_the_brokers_and_those_before_the_built_in_ones() {
+        let map = |keys: &[&str]| keys.iter().map(|&key| (key.to_owned(), "1".to_owned())).collect::<ConfigMap>();
+        let found = sources(&map(&["retention.ms", "segment.ms"]), &map(&["segment.ms"]));
+        let of = |key: &str| v1::ConfigSource::try_from(found[key]).expect("known");
+        assert_eq!(of("segment.ms"), v1::ConfigSource::Topic);
+        assert_eq!(of("retention.ms"), v1::ConfigSource::Broker);
+        assert_eq!(of("segment.bytes"), v1::ConfigSource::Default);
+        assert_eq!(found.len(), TOPIC_CONFIG_KEYS.len());
+    }
 
     #[test]
     fn a_partition_without_a_leader_tells_who_is_waited_for_or_the_way_out() {

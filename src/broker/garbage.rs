@@ -22,12 +22,22 @@ const MARKS_KEPT: Duration = Duration::from_secs(30 * 24 * 3600);
 
 const UPLOADS: &str = "uploads without an end could not be looked for";
 
+/// How often a search is made.
+fn interval(grace: Duration) -> Duration {
+    INTERVAL.min(grace.max(Duration::from_secs(1)))
+}
+
+/// How long an object stays in the bucket at most once nothing names it: the grace, and then until the next search.
+pub(super) fn most_kept(grace: Duration) -> Duration {
+    grace.saturating_add(interval(grace))
+}
+
 pub(super) fn spawn(broker: &Arc<Broker>) {
     broker.tasks.spawn("garbage", run(Arc::clone(broker)));
 }
 
 async fn run(broker: Arc<Broker>) {
-    let interval = INTERVAL.min(broker.settings.garbage_grace.max(Duration::from_secs(1)));
+    let interval = interval(broker.settings.garbage_grace);
     let mut search = Search::default();
     loop {
         tokio::select! {
@@ -38,6 +48,7 @@ async fn run(broker: Arc<Broker>) {
         if !broker.is_controller() {
             // One of them does it for all. What it remembered is another one's to find.
             search = Search::default();
+            broker.metrics.tier_garbage_bytes.set(0);
             continue;
         }
         tokio::select! {
@@ -115,6 +126,7 @@ async fn objects(broker: &Broker, tier: &Tier, now_ms: i64) {
     match collect_garbage(&tier.store, |id| broker.live(id), grace, now_ms).await {
         Ok(report) => {
             broker.metrics.tier_objects_deleted.inc_by(report.deleted);
+            broker.metrics.tier_garbage_bytes.set(report.young_bytes);
             broker.metrics.tier_garbage_failures.inc_by(report.skipped.len() as u64);
             for (partition, why) in &report.skipped {
                 tracing::warn!(%partition, why, "garbage of this partition was left for the next time");

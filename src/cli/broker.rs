@@ -1,11 +1,12 @@
 //! `strandline broker`: run a broker from a configuration file; drain and restore one.
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{path::PathBuf, process::ExitCode, time::Duration};
 
-use anyhow::anyhow;
+use anyhow::{anyhow, bail};
 use clap::{Args, Subcommand};
 use indicatif::ProgressBar;
 use serde_json::{Value, json};
+use tokio::time::Instant;
 
 use super::{
     Common,
@@ -20,7 +21,11 @@ use crate::{
     client::{Admin, CallError, Drain},
     config::{Settings, Sources},
     model::BrokerId,
+    task::clock,
 };
+
+/// How long nothing may be able to move before a wait ends.
+const STANDSTILL_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Most partitions that are named one by one.
 const MOST_NAMED: usize = 10;
@@ -57,8 +62,8 @@ pub(super) struct Broker {
 enum Order {
     /// Empty a broker: its leaderships and replicas move to others, and it is given nothing new
     ///
-    /// Returns when that is written down, or, with --wait, when the broker is empty; `strandline cluster describe` shows how far it is. A
-    /// broker that is gone for good may be named too: its replicas are then replaced at once, but not those of partitions that nobody leads:
+    /// Returns when that is written down, or, with --wait, when the broker is empty; `strandline cluster describe` shows how far it is. Exits
+    /// with 1 where no replica can move, because too few other brokers take replicas; the order stays. A broker that is gone for good may be named too: its replicas are then replaced at once, but not those of partitions that nobody leads:
     /// there is nobody to copy from, and `strandline partition elect --unclean` is the way out.
     Drain {
         /// The broker's number
@@ -66,6 +71,9 @@ enum Order {
         id: u32,
         #[command(flatten)]
         wait: Wait,
+        /// With --wait: wait on where nothing that is left can move, for brokers that take replicas
+        #[arg(long, requires = "wait")]
+        wait_for_brokers: bool,
     },
     /// Take a drain back: the broker is given leaderships and replicas again
     Restore {
@@ -127,11 +135,15 @@ pub(super) async fn run(common: &Common, command: Broker) -> anyhow::Result<Exit
 
 async fn give(admin: Admin, order: Order, output: Output, bar: &ProgressBar) -> anyhow::Result<ExitCode> {
     let (value, lines) = match order {
-        Order::Drain { id, wait } => {
+        Order::Drain { id, wait, wait_for_brokers } => {
             let drain = admin.drain_broker(BrokerId(id)).await.map_err(|error| explain_order(&error))?;
+            if drain.is_stuck() && !wait_for_brokers {
+                print(&drained(id, &drain), &said(id, &drain), output)?;
+                bail!("{}", stuck(id));
+            }
             match wait.is_wanted() {
                 false => (drained(id, &drain), said(id, &drain)),
-                true => until_empty(&admin, id, drain, output, wait, bar).await?,
+                true => until_empty(&admin, id, drain, output, (wait, wait_for_brokers), bar).await?,
             }
         }
         Order::Restore { id } => {
@@ -143,11 +155,41 @@ async fn give(admin: Admin, order: Order, output: Output, bar: &ProgressBar) -> 
             (json!({ "broker": id, "draining": false, "changed": changed }), said)
         }
     };
-    match output {
-        Output::Json => output::json(&value)?,
-        Output::Text => output::line(&lines)?,
-    }
+    print(&value, &lines, output)?;
     Ok(ExitCode::SUCCESS)
+}
+
+fn print(value: &Value, lines: &str, output: Output) -> anyhow::Result<()> {
+    match output {
+        Output::Json => output::json(value)?,
+        Output::Text => output::line(lines)?,
+    }
+    Ok(())
+}
+
+/// The end of a command where nothing that is left can move.
+fn stuck(id: u32) -> String {
+    format!(
+        "no replica on broker {id} can move, because too few other brokers take replicas: start another broker first, or lower the \
+         topics' replication factor; the order stays until `strandline broker restore {id}` takes it back"
+    )
+}
+
+/// Ends a wait in which nothing has been able to move for a while. A broker that restarts takes no replicas for a moment.
+#[derive(Debug, Default)]
+struct Standstill {
+    since: Option<Instant>,
+}
+
+impl Standstill {
+    /// Whether nothing has been able to move for [`STANDSTILL_TIMEOUT`].
+    fn is_over(&mut self, replicas: u32, stuck: u32, now: Instant) -> bool {
+        if replicas == 0 || stuck < replicas {
+            self.since = None;
+            return false;
+        }
+        now.duration_since(*self.since.get_or_insert(now)) >= STANDSTILL_TIMEOUT
+    }
 }
 
 /// Waits until the broker holds nothing; what to print then.
@@ -156,19 +198,20 @@ async fn until_empty(
     id: u32,
     drain: Drain,
     output: Output,
-    wait: Wait,
+    (wait, wait_for_brokers): (Wait, bool),
     bar: &ProgressBar,
 ) -> anyhow::Result<(Value, String)> {
     if output == Output::Text {
         let said = said(id, &drain);
         bar.suspend(|| output::line(&said))?;
     }
+    let mut standstill = Standstill::default();
     let time = wait.until_done(bar, "`strandline cluster describe`", async || {
         let unsaid = |error: CallError| Unsaid::new(error.retryable(), explain_order(&error));
         let cluster = admin.describe_cluster().await.map_err(unsaid)?;
         let broker = cluster.brokers.iter().find(|broker| broker.id == BrokerId(id));
         // One that is known no more holds nothing.
-        let Some(broker) = broker else { return Ok(Left { count: 0, said: String::new() }) };
+        let Some(broker) = broker else { return Ok(Left::default()) };
         if broker.draining_since_ms.is_none() {
             let error = anyhow!("the drain of broker {id} was taken back while this waited for it");
             return Err(Unsaid::ForGood(error));
@@ -180,8 +223,14 @@ async fn until_empty(
             );
             return Err(Unsaid::ForGood(error));
         }
+        if standstill.is_over(broker.replicas, broker.stuck, clock::monotonic()) && !wait_for_brokers {
+            return Err(Unsaid::ForGood(anyhow!("{}", stuck(id))));
+        }
         let said = format!("{} still on broker {id}", output::count(broker.replicas.into(), "replica"));
-        Ok(Left { count: broker.replicas.into(), said })
+        let obstacle = (broker.stuck > 0).then(|| {
+            format!("{said}, of which {} cannot move, because too few other brokers take replicas", broker.stuck)
+        });
+        Ok(Left { count: broker.replicas.into(), said, obstacle })
     });
     let time = time.await?;
     let done = Drain { leaders: 0, replicas: 0, stuck: Vec::new(), ..drain };
@@ -253,6 +302,26 @@ mod tests {
         for wrong in ["x", "", "-1", "1.5"] {
             assert!(number(wrong).expect_err(wrong).contains("such as 2"), "{wrong}");
         }
+    }
+
+    /// A restart among the others ends no wait; a cluster that is too small does.
+    #[test]
+    fn a_wait_ends_when_nothing_has_been_able_to_move_for_a_minute() {
+        let (start, mut standstill) = (clock::monotonic(), Standstill::default());
+        let at = |seconds| start + Duration::from_secs(seconds);
+        assert!(!standstill.is_over(8, 8, at(0)) && !standstill.is_over(8, 8, at(59)));
+        assert!(!standstill.is_over(8, 7, at(60)), "one moves");
+        assert!(!standstill.is_over(7, 7, at(61)) && !standstill.is_over(7, 7, at(120)));
+        assert!(standstill.is_over(7, 7, at(121)));
+        assert!(!standstill.is_over(0, 0, at(122)), "it is empty");
+    }
+
+    #[test]
+    fn a_drain_is_stuck_where_every_replica_is() {
+        assert!(Drain { replicas: 2, ..drain(2) }.is_stuck());
+        assert!(!Drain { replicas: 3, ..drain(2) }.is_stuck());
+        assert!(!Drain { replicas: 0, ..drain(0) }.is_stuck(), "an empty one is done");
+        assert!(stuck(3).contains("broker restore 3"));
     }
 
     #[test]

@@ -21,6 +21,7 @@ mod place;
 mod produce;
 mod rack;
 mod segment;
+mod separator;
 mod serve;
 mod topic;
 mod wait;
@@ -31,6 +32,7 @@ use clap::{CommandFactory as _, Parser, Subcommand};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use self::output::Output;
+use crate::config::Sources;
 
 /// A log service: milliseconds on local disk, history in object storage.
 #[derive(Debug, Parser)]
@@ -122,7 +124,7 @@ pub fn main() -> ExitCode {
         wrong.exit();
     }
     raise_open_files();
-    match run(arguments) {
+    match check_environment().and_then(|()| run(arguments)) {
         Ok(code) => code,
         Err(error) if is_closed_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
@@ -130,6 +132,11 @@ pub fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Refuses variables of ours that nothing reads: a command that ignored `STRANDLINE_BOOTSTRP` would go to another cluster than was meant.
+fn check_environment() -> anyhow::Result<()> {
+    Ok(Sources::check_names(serve::environment())?)
 }
 
 /// Takes as many open files as the process may have: where 1024 are the soft limit, as they often are, a thousand clients are enough for a
@@ -233,6 +240,8 @@ mod tests {
             "partition elect t/0 --unclean --yes",
             "topic add-partitions t --to 4",
             "topic delete t",
+            "topic delete t --yes",
+            "topic delete t --dry-run --output json",
             "produce t --key-separator : --partition 2 --acks tiered --compression zstd a b",
             "consume t --partition 0 --partition 1 --from @2026-01-01T00:00:00Z --until-end --max 3 --format json",
             "consume t --rack zone-a",
@@ -304,6 +313,7 @@ mod tests {
             "partition elect t",
             "partition elect t/0 --yes",
             "topic alter t",
+            "topic delete t --dry-run --yes",
             "topic alter t --replication-factor 0",
             "dev --brokers 0",
             "doctor",

@@ -268,7 +268,7 @@ fn left(ordered: &[Reassignment], under_way: &[Reassignment]) -> Left {
     let waiting = left.iter().filter(|one| one.waiting).count();
     let count = u64::try_from(left.len()).unwrap_or(u64::MAX);
     let turn = if waiting == 0 { String::new() } else { format!(", of which {waiting} waiting for their turn") };
-    Left { count, said: format!("{} to move{turn}", output::count(count, "partition")) }
+    Left { count, said: format!("{} to move{turn}", output::count(count, "partition")), ..Left::default() }
 }
 
 async fn status(admin: &Admin, name: Option<Name>, output: Output) -> anyhow::Result<()> {

@@ -20,6 +20,7 @@ use super::{
     lines::Lines,
     output::{self, Output},
     patience::Patience,
+    separator::Separator,
     serve::stop_signal,
     whole,
 };
@@ -50,9 +51,9 @@ pub(super) struct Produce {
     topic: String,
     /// Files to read; standard input if none, or for `-`
     files: Vec<PathBuf>,
-    /// A line's key is what stands before the first of these; a line without one has no key
-    #[arg(long, value_name = "S", value_parser = clap::builder::NonEmptyStringValueParser::new())]
-    key_separator: Option<String>,
+    /// A line's key is what stands before the first of these; a line without one has no key. Escapes: \t, \n, \r, \\, \xNN
+    #[arg(long, value_name = "S")]
+    key_separator: Option<Separator>,
     /// The partition; by the key, else spread over all, if left out
     #[arg(long, value_name = "N")]
     partition: Option<u32>,
@@ -83,6 +84,8 @@ struct Tally {
     /// Acknowledged; with acks=0, accepted.
     answered: u64,
     failed: u64,
+    /// Lines in which the separator was found.
+    keyed: u64,
     first_failure: Option<SendError>,
     partitions: BTreeMap<u32, Landed>,
     /// What the acknowledgements meant; several where the in-sync set changed meanwhile.
@@ -187,6 +190,9 @@ pub(super) async fn run(common: &Common, command: Produce) -> anyhow::Result<Exi
     let mut outstanding = Outstanding::default();
     let failure = produce(common, &command, &mut outstanding).await.err();
     report(&command, &outstanding.tally, failure.as_ref(), common.output)?;
+    if let Some(hint) = keyless(&command, &outstanding.tally) {
+        eprintln!("{hint}");
+    }
     failure.map_or(Ok(ExitCode::SUCCESS), Err)
 }
 
@@ -300,7 +306,8 @@ async fn send_lines(
 ) -> anyhow::Result<()> {
     let mut lines = Lines::new(input, limits::MAX_BATCH_BYTES);
     while let Some(line) = lines.next().await.with_context(|| format!("cannot read {name}"))? {
-        let record = record(line, command);
+        let (record, is_keyed) = record(line, command);
+        outstanding.tally.keyed += u64::from(is_keyed);
         let sent = producer.send(&command.topic, record).await;
         let number = lines.number;
         if sent.is_err() {
@@ -318,20 +325,25 @@ async fn send_lines(
     Ok(())
 }
 
-fn record<'a>(line: &'a [u8], command: &Produce) -> NewRecord<'a> {
-    let separator = command.key_separator.as_deref().map(str::as_bytes);
-    let split = separator.and_then(|separator| {
-        let at = line.windows(separator.len()).position(|window| window == separator)?;
-        Some((&line[..at], &line[at + separator.len()..]))
-    });
+/// The record of a line, and whether the separator was found in it.
+fn record<'a>(line: &'a [u8], command: &Produce) -> (NewRecord<'a>, bool) {
+    let split = command.key_separator.as_ref().and_then(|separator| separator.split(line));
     let record = match split {
         Some((key, value)) => NewRecord::value(value).key(key),
         None => NewRecord::value(line),
     };
-    match command.partition {
+    let record = match command.partition {
         Some(partition) => record.partition(partition),
         None => record,
-    }
+    };
+    (record, split.is_some())
+}
+
+/// What is said where a separator was given and found in no line.
+fn keyless(command: &Produce, tally: &Tally) -> Option<String> {
+    let separator = command.key_separator.as_ref().filter(|_| tally.sent > 0 && tally.keyed == 0)?;
+    let lines = if tally.sent == 1 { "the line".to_owned() } else { format!("any of the {} lines", tally.sent) };
+    Some(format!("hint: the separator \"{separator}\" was not in {lines}, so no record has a key"))
 }
 
 fn report(command: &Produce, tally: &Tally, failure: Option<&anyhow::Error>, output: Output) -> anyhow::Result<()> {

@@ -1,6 +1,8 @@
 //! `strandline topic`: create, list, describe, alter, add-partitions, delete.
 
-use std::process::ExitCode;
+mod delete;
+
+use std::{collections::BTreeMap, process::ExitCode};
 
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
@@ -12,7 +14,7 @@ use super::{
     patience::Patience,
 };
 use crate::{
-    client::{Admin, NewTopic, PartitionDescription, TopicChange, TopicDescription, TopicSummary},
+    client::{Admin, ConfigSource, NewTopic, PartitionDescription, TopicChange, TopicDescription, TopicSummary},
     limits,
     model::{ConfigMap, Offset},
 };
@@ -38,11 +40,7 @@ pub(super) enum Topic {
         #[arg(long, value_name = "N")]
         to: u32,
     },
-    /// Delete a topic with all its records
-    Delete {
-        /// The topic
-        name: String,
-    },
+    Delete(delete::Delete),
 }
 
 #[derive(Debug, Args)]
@@ -96,7 +94,8 @@ fn key_value(text: &str) -> Result<(String, String), String> {
 
 pub(super) async fn run(common: &Common, command: Topic) -> anyhow::Result<ExitCode> {
     let client = connect(common).await?;
-    Patience::new(&client).over(None, act(client.admin(), command, common.output)).await
+    // Boxed: a question to a person is in it.
+    Patience::new(&client).over(None, Box::pin(act(client.admin(), command, common.output))).await
 }
 
 async fn act(admin: Admin, command: Topic, output: Output) -> anyhow::Result<ExitCode> {
@@ -134,11 +133,7 @@ async fn act(admin: Admin, command: Topic, output: Output) -> anyhow::Result<Exi
             let grown = admin.add_partitions(&name, to).await;
             said(&admin, &name, grown, "grew", output).await?;
         }
-        Topic::Delete { name } => match admin.delete_topic(&name).await {
-            Ok(()) if output == Output::Json => output::json(&json!({ "name": name, "deleted": true }))?,
-            Ok(()) => output::line(&format!("deleted topic {name} with all its records"))?,
-            Err(error) => return Err(explain(&admin, &name, error).await),
-        },
+        Topic::Delete(command) => delete::run(&admin, &command, output).await?,
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -209,9 +204,10 @@ fn describe(topic: &TopicDescription, output: Output) -> anyhow::Result<()> {
 }
 
 fn lines(topic: &TopicDescription) -> String {
-    let own = |key: &String| if topic.summary.config.contains_key(key) { "topic" } else { "default" };
-    let config =
-        topic.effective_config.iter().map(|(key, value)| vec![key.clone(), value.clone(), own(key).to_owned()]);
+    let config = topic
+        .effective_config
+        .iter()
+        .map(|(key, value)| vec![key.clone(), value.clone(), set_by(topic, key).to_owned()]);
     let replicas = ["PARTITION", "LEADER", "EPOCH", "REPLICAS", "ISR", "ELR", "ON DISK", "IN BUCKET"];
     let marks = ["PARTITION", "LOG START", "LOCAL START", "TIERED END", "HIGH WATERMARK", "PERSISTED END", "LOG END"];
     let of = |row: fn(&PartitionDescription) -> Vec<String>| topic.partitions.iter().map(row).collect();
@@ -232,6 +228,11 @@ fn lines(topic: &TopicDescription) -> String {
         lines.extend(notes);
     }
     lines.join("\n")
+}
+
+/// Who sets a configuration key.
+fn set_by(topic: &TopicDescription, key: &str) -> &'static str {
+    topic.config_source.get(key).copied().unwrap_or(ConfigSource::Default).word()
 }
 
 /// Who holds a partition, and how much.
@@ -325,6 +326,7 @@ fn description(topic: &TopicDescription) -> Value {
         "id": topic.summary.id,
         "replication_factor": topic.summary.replication_factor,
         "config": topic.effective_config,
+        "config_set_by": topic.effective_config.keys().map(|key| (key.clone(), set_by(topic, key))).collect::<BTreeMap<_, _>>(),
         "partitions": topic.partitions.iter().map(partition).collect::<Vec<_>>(),
     })
 }
@@ -393,7 +395,14 @@ mod tests {
         };
         let mut effective_config = config;
         effective_config.insert("durability".to_owned(), "persisted".to_owned());
-        TopicDescription { summary, effective_config, partitions: vec![led, waiting, broken] }
+        effective_config.insert("segment.ms".to_owned(), "1000".to_owned());
+        let config_source = [
+            ("durability", ConfigSource::Default),
+            ("retention.ms", ConfigSource::Topic),
+            ("segment.ms", ConfigSource::Broker),
+        ];
+        let config_source = config_source.into_iter().map(|(key, source)| (key.to_owned(), source)).collect();
+        TopicDescription { summary, effective_config, config_source, partitions: vec![led, waiting, broken] }
     }
 
     #[test]

@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::anyhow;
 use clap::Args;
 use indicatif::ProgressBar;
+use tokio::time::Instant;
 
 use super::output;
 use crate::task::clock;
@@ -30,12 +31,35 @@ pub(super) struct Wait {
 }
 
 /// What is still to be done.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Left {
     /// How many replicas or partitions.
     pub(super) count: u64,
     /// The same as a sentence, for who gives up.
     pub(super) said: String,
+    /// What keeps some of it from being done, for the person who waits.
+    pub(super) obstacle: Option<String>,
+}
+
+/// How often an obstacle that stays is repeated.
+const REMINDER_INTERVAL: Duration = Duration::from_secs(30);
+
+/// The obstacle that a waiting command last printed.
+#[derive(Debug, Default)]
+struct Reminder {
+    at: Option<Instant>,
+}
+
+impl Reminder {
+    /// Whether to print the obstacle now: at once, and then at intervals while there is one.
+    fn is_due(&mut self, obstacle: Option<&String>, now: Instant) -> bool {
+        let since = |at: Instant| now.duration_since(at) < REMINDER_INTERVAL;
+        if obstacle.is_none() || self.at.is_some_and(since) {
+            return false;
+        }
+        self.at = Some(now);
+        true
+    }
 }
 
 /// Why nobody says what is still to be done.
@@ -79,7 +103,7 @@ impl Wait {
         mut ask: impl AsyncFnMut() -> Result<Left, Unsaid>,
     ) -> anyhow::Result<Duration> {
         let began = clock::monotonic();
-        let (mut total, mut heard) = (0, began);
+        let (mut total, mut heard, mut reminder) = (0, began, Reminder { at: Some(began) });
         bar.enable_steady_tick(Duration::from_millis(200));
         let outcome = loop {
             let said = match ask().await {
@@ -90,6 +114,10 @@ impl Wait {
                     total = total.max(left.count);
                     bar.set_length(total);
                     bar.set_position(total - left.count);
+                    if reminder.is_due(left.obstacle.as_ref(), heard) {
+                        let obstacle = left.obstacle.unwrap_or_default();
+                        bar.suspend(|| eprintln!("still waiting: {obstacle}"));
+                    }
                     left.said
                 }
                 Err(Unsaid::ForNow(error)) if heard.elapsed() < SILENCE => format!("{error:#}"),
@@ -123,7 +151,7 @@ mod tests {
     use super::*;
 
     fn left(count: u64) -> Left {
-        Left { count, said: format!("{count} to go") }
+        Left { count, said: format!("{count} to go"), obstacle: None }
     }
 
     #[tokio::test(start_paused = true)]
@@ -166,6 +194,16 @@ mod tests {
         let gone = wait.until_done(&bar, "x", async || Err(Unsaid::ForNow(anyhow!("nobody answers"))));
         assert_eq!(gone.await.expect_err("for ever").to_string(), "nobody answers");
         assert_eq!(began.elapsed(), SILENCE);
+    }
+
+    #[test]
+    fn an_obstacle_is_repeated_each_half_minute() {
+        let (start, obstacle) = (clock::monotonic(), "no brokers".to_owned());
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let mut reminder = Reminder::default();
+        let due: Vec<bool> = [0, 1, 29, 30, 59, 60].map(|now| reminder.is_due(Some(&obstacle), at(now))).into();
+        assert_eq!(due, [true, false, false, true, false, true]);
+        assert!(!reminder.is_due(None, at(200)));
     }
 
     #[test]

@@ -6,7 +6,10 @@ pub use self::cluster::{
     BrokerDescription, BrokerFigures, ClusterDescription, Drain, Election, HeldReplica, Reassignment, UnreadableKey,
 };
 
-use std::collections::BTreeSet;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use super::{
     Client,
@@ -135,8 +138,40 @@ pub struct TopicDescription {
     pub summary: TopicSummary,
     /// Every configuration key with its effective value.
     pub effective_config: ConfigMap,
+    /// Who sets each of these keys.
+    pub config_source: BTreeMap<String, ConfigSource>,
     /// Its partitions, by number.
     pub partitions: Vec<PartitionDescription>,
+}
+
+/// Who sets a configuration key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ConfigSource {
+    /// Nobody: it is the default that is built in.
+    Default,
+    /// The configuration of the broker that answered, in `[topic_defaults]`.
+    Broker,
+    /// The topic itself.
+    Topic,
+}
+
+impl ConfigSource {
+    /// `default`, `broker` or `topic`.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Default => "default",
+            Self::Broker => "broker",
+            Self::Topic => "topic",
+        }
+    }
+
+    fn new(source: i32) -> Self {
+        match v1::ConfigSource::try_from(source) {
+            Ok(v1::ConfigSource::Topic) => Self::Topic,
+            Ok(v1::ConfigSource::Broker) => Self::Broker,
+            _ => Self::Default,
+        }
+    }
 }
 
 /// All about one partition, as its leader sees it.
@@ -237,6 +272,11 @@ impl Admin {
         Ok(TopicDescription {
             summary: summary(answer.topic)?,
             effective_config: answer.effective_config.into_iter().collect(),
+            config_source: answer
+                .config_source
+                .into_iter()
+                .map(|(key, source)| (key, ConfigSource::new(source)))
+                .collect(),
             partitions: answer.partitions.into_iter().map(describe).collect::<Result<_, _>>()?,
         })
     }
@@ -270,16 +310,18 @@ impl Admin {
         summary(self.client.tell_any(call).await?.topic)
     }
 
-    /// Deletes a topic with all its records.
+    /// Deletes a topic with all its records. Returns how long objects of the topic stay in the bucket at most (`tier.garbage_grace`
+    /// and the time until the next search); nothing where the brokers have no bucket.
     ///
     /// # Errors
     /// When it does not exist.
-    pub async fn delete_topic(&self, name: &str) -> Result<(), CallError> {
+    pub async fn delete_topic(&self, name: &str) -> Result<Option<Duration>, CallError> {
         let call = |wire| {
             let request = v1::DeleteTopicRequest { name: name.to_owned() };
             async move { admin_client(wire).delete_topic(request).await }
         };
-        self.client.tell_any(call).await.map(|_| ())
+        let answer = self.client.tell_any(call).await?;
+        Ok(answer.bucket_grace_ms.map(Duration::from_millis))
     }
 
     /// Looks up one offset; see [`OffsetAt`].

@@ -51,9 +51,9 @@ use tonic::Status;
 
 pub use self::{
     admin::{
-        Admin, Broker, BrokerDescription, BrokerFigures, Cluster, ClusterDescription, Drain, Election, HeldReplica,
-        NewTopic, OffsetAt, PartitionDescription, Reassignment, TopicChange, TopicDescription, TopicSummary,
-        UnreadableKey,
+        Admin, Broker, BrokerDescription, BrokerFigures, Cluster, ClusterDescription, ConfigSource, Drain, Election,
+        HeldReplica, NewTopic, OffsetAt, PartitionDescription, Reassignment, TopicChange, TopicDescription,
+        TopicSummary, UnreadableKey,
     },
     connection::Address,
     consumer::{ConsumedBatch, ConsumedRecord, Consumer, ConsumerOptions, OnOutOfRange},
@@ -222,7 +222,19 @@ impl Client {
     }
 
     async fn wire(&self, address: &Address) -> Result<Wire, ConnectError> {
-        self.inner.pool.wire(address).await
+        let connected = self.inner.pool.wire(address).await;
+        connected.map_err(|error| match error {
+            // The user named other addresses, and has to be told where this one comes from.
+            ConnectError::NoAnswer { mut tried } if !self.inner.bootstrap.contains(address) => {
+                if let Some(broker) = self.inner.routing.broker_at(address) {
+                    for (_, problem) in &mut tried {
+                        *problem += &format!(" (that is what broker {broker} advertises: grpc.advertise)");
+                    }
+                }
+                ConnectError::NoAnswer { tried }
+            }
+            other => other,
+        })
     }
 
     /// Makes what is known newer than generation `seen`.

@@ -115,6 +115,11 @@ impl Routing {
         lock(&self.view).brokers.values().map(|home| home.address.clone()).collect()
     }
 
+    /// The broker that advertises an address.
+    pub(super) fn broker_at(&self, address: &Address) -> Option<BrokerId> {
+        lock(&self.view).brokers.iter().find(|(_, home)| home.address == *address).map(|(id, _)| *id)
+    }
+
     /// Believes a broker that does not lead a partition, or not any more, and says who does (docs/errors.md), where that is newer than
     /// what is known: nobody needs to be asked then. An epoch that is not above the known one changes nothing, so that two brokers which
     /// name each other cannot send a client back and forth.

@@ -398,7 +398,8 @@ async fn a_leader_that_cannot_be_reached_is_named_by_all_who_wait_for_it() {
     let producing = connect().await.expect("the double answers");
     let producer = producing.producer(one_by_one()).await.expect("an id");
     let _delivery = producer.send("t", NewRecord::value(b"x")).await.expect("queued");
-    trouble(&producing, says(format!("t/0: no broker answers at {nobody}: connection refused"))).await;
+    let source = "(that is what broker 1 advertises: grpc.advertise)";
+    trouble(&producing, says(format!("t/0: no broker answers at {nobody}: connection refused {source}"))).await;
 
     let consuming = connect().await.expect("the double answers");
     let mut consumer = consuming.consumer(ConsumerOptions::default());

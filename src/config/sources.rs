@@ -78,6 +78,17 @@ impl Sources {
         self
     }
 
+    /// What is wrong with the names of the variables that begin with `STRANDLINE_`, whoever reads them. Their values are not judged.
+    pub fn check_names(variables: impl IntoIterator<Item = (String, String)>) -> Result<(), ConfigErrors> {
+        let mut values = Values::default();
+        for (name, _) in
+            Self::new().environment(variables).environment.iter().filter(|(name, text)| !is_known(name, text))
+        {
+            values.unknown_variable(name);
+        }
+        if values.errors.is_empty() { Ok(()) } else { Err(ConfigErrors(values.errors)) }
+    }
+
     /// A value of the command line. `topic_defaults` takes `key=value,key=value`, and `topic_defaults.segment.bytes` one.
     #[must_use]
     pub fn flag(mut self, key: &str, text: impl Into<String>) -> Self {
@@ -173,15 +184,20 @@ impl Values {
         if let Some(setting) = SETTINGS.iter().find(|setting| setting.variable() == name) {
             return self.give(&setting.key(), text, source);
         }
-        if !OTHERS.contains(&name.as_str()) && !of_kubernetes(&name, &text) {
-            let known = SETTINGS.iter().map(Setting::variable).chain([variable(TOPIC_DEFAULTS)]);
-            let known = known.chain(OTHERS.iter().map(|other| (*other).to_owned()));
-            // What all have in common says nothing.
-            let rest = |name: &str| name.strip_prefix(PREFIX).unwrap_or(name).to_owned();
-            let candidates: Vec<_> = known.map(|name| (rest(&name), name)).collect();
-            let near = best(&rest(&name), candidates);
-            self.errors.push(ConfigError::Unknown { place: source, key: name, near });
+        if !is_known(&name, &text) {
+            self.unknown_variable(&name);
         }
+    }
+
+    fn unknown_variable(&mut self, name: &str) {
+        let known = SETTINGS.iter().map(Setting::variable).chain([variable(TOPIC_DEFAULTS)]);
+        let known = known.chain(OTHERS.iter().map(|other| (*other).to_owned()));
+        // What all have in common says nothing.
+        let rest = |name: &str| name.strip_prefix(PREFIX).unwrap_or(name).to_owned();
+        let candidates: Vec<_> = known.map(|name| (rest(&name), name)).collect();
+        let near = best(&rest(name), candidates);
+        let place = Source::Environment { name: name.to_owned() };
+        self.errors.push(ConfigError::Unknown { place, key: name.to_owned(), near });
     }
 
     fn read(&mut self, path: &Path, text: &str) {
@@ -303,6 +319,12 @@ fn nearest(key: &str) -> Option<String> {
 /// The candidate whose first text looks most like this one, when one does: its second.
 fn best(text: &str, candidates: impl IntoIterator<Item = (String, String)>) -> Option<String> {
     near::nearest(text, candidates, |(short, _)| short, 1).pop().map(|(_, long)| long)
+}
+
+/// Whether a variable is a setting, the command line's, or what Kubernetes sets.
+fn is_known(name: &str, text: &str) -> bool {
+    let is_setting = name == variable(TOPIC_DEFAULTS) || SETTINGS.iter().any(|setting| setting.variable() == name);
+    is_setting || OTHERS.contains(&name) || of_kubernetes(name, text)
 }
 
 /// What Kubernetes sets for a service whose name begins like ours.

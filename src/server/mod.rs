@@ -23,6 +23,7 @@
 //! A second signal is not waited for: what a kill interrupts here, recovery finishes.
 
 mod admission;
+mod advertised;
 mod connection;
 mod grpc;
 mod http;
@@ -85,7 +86,8 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>, ready: impl
     let began = clock::monotonic();
     let grpc = listen::listen(config.grpc.listen, "gRPC", "--listen").await?;
     let http = listen::listen(config.http.listen, "HTTP", "--http").await?;
-    let addresses = Addresses { grpc: advertised(&config, &grpc)?, http: Some(http.local_addr()?.to_string()) };
+    let told = told_address(&config, &grpc)?;
+    let addresses = Addresses { grpc: told.clone(), http: Some(http.local_addr()?.to_string()) };
     config.prepare_data_dir()?;
 
     let metrics = Metrics::new();
@@ -126,6 +128,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>, ready: impl
         took: began.elapsed(),
     };
     listeners.serve(&node, grpc);
+    advertised::check(&told, "grpc.advertise", &time);
     let mut outcome = Ok(());
     if !asked {
         ready(&state);
@@ -251,7 +254,7 @@ fn open_objects(config: &Config, url: &str) -> anyhow::Result<Store> {
 }
 
 /// The address that clients are told: the one configured, or, where a port was left to the system, the real one.
-fn advertised(config: &Config, grpc: &TcpListener) -> anyhow::Result<String> {
+fn told_address(config: &Config, grpc: &TcpListener) -> anyhow::Result<String> {
     if config.grpc.listen.port() == 0 {
         return Ok(grpc.local_addr()?.to_string());
     }

@@ -9,8 +9,8 @@ use tokio::net::TcpListener;
 use tracing::{Instrument as _, Span};
 
 use super::{
-    Listeners, Node, Outside, Ready, Stores, admission, advertised, connection::Room, http::Pages, listen, node,
-    open_objects, outside,
+    Listeners, Node, Outside, Ready, Stores, admission, connection::Room, http::Pages, listen, node, open_objects,
+    outside, told_address,
 };
 use crate::{
     client::{self, Tcp},
@@ -108,7 +108,7 @@ pub async fn run_several(
 async fn take(config: &Config) -> anyhow::Result<Ports> {
     let grpc = listen::listen(config.grpc.listen, "gRPC", "--listen").await?;
     let http = listen::listen(config.http.listen, "HTTP", "--http").await?;
-    let addresses = Addresses { grpc: advertised(config, &grpc)?, http: Some(http.local_addr()?.to_string()) };
+    let addresses = Addresses { grpc: told_address(config, &grpc)?, http: Some(http.local_addr()?.to_string()) };
     Ok(Ports { grpc, http, addresses })
 }
 

@@ -70,6 +70,7 @@ metrics! {
     tier_objects_deleted: Counter = "strandline_tier_objects_deleted", "Objects deleted by retention and garbage collection.";
     garbage_searches: Counter = "strandline_garbage_searches", "Searches for what crashes and deletions left behind.";
     tier_uploads_ended: Counter = "strandline_tier_uploads_ended", "Multipart uploads of killed brokers that were ended.";
+    tier_garbage_bytes: Level = "strandline_tier_garbage_bytes", "Bytes of objects in the bucket that nothing names and that are younger than tier.garbage_grace, as the last search found them; on the controller.";
     tier_garbage_failures: Counter = "strandline_tier_garbage_failures", "What garbage collection could not list, read or take away; it is tried again.";
     cache_hits: Counter = "strandline_cache_hits", "Chunks of objects that were found in the cache.";
     cache_misses: Counter = "strandline_cache_misses", "Chunks of objects that were read from the object store.";

@@ -37,6 +37,8 @@ pub struct GarbageReport {
     pub deleted_bytes: u64,
     /// Objects that nothing names but that are younger than the grace.
     pub young: u64,
+    /// Their bytes.
+    pub young_bytes: u64,
     /// Partitions that were left alone because something went wrong, and what.
     pub skipped: Vec<(PartitionId, String)>,
     /// Objects that have no name of ours. They are never deleted.
@@ -122,6 +124,7 @@ impl Collection<'_> {
         {
             if only.modified_ms >= self.oldest_young_ms {
                 self.report.young += 1;
+                self.report.young_bytes += only.bytes;
             } else {
                 self.store.delete(&description).await?;
                 self.report.deleted += 1;
@@ -168,6 +171,7 @@ impl Collection<'_> {
                 self.report.foreign += 1;
             } else if object.modified_ms >= self.oldest_young_ms {
                 self.report.young += 1;
+                self.report.young_bytes += object.bytes;
             } else if let Err(error) = self.store.delete(&object.object).await {
                 self.report.skipped.push((id, error.to_string()));
                 return;

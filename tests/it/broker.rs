@@ -73,7 +73,7 @@ impl Home {
     }
 
     /// Runs its process as [`NOBODY`], from a copy of the program that this user can reach.
-    pub(crate) fn as_nobody(self) -> Self {
+    pub(crate) fn run_as_nobody(self) -> Self {
         fs::set_permissions(self.path(), fs::Permissions::from_mode(0o755)).expect("the folder is ours");
         let copy = self.path().join("strandline");
         if fs::hard_link(BINARY, &copy).is_err() {

@@ -1,6 +1,10 @@
 //! What is left of a deleted topic, where, and for how long: everything of it goes, its mark last, and what has no mark stays.
 
-use std::fs;
+use std::{
+    fs,
+    io::Write as _,
+    process::{Command, Stdio},
+};
 
 use strandline::{
     cluster::{DeletedValue, EmbeddedStore, Key, Keys, MetaStore, Transaction, Value},
@@ -9,7 +13,7 @@ use strandline::{
     tier::name::Stamp,
 };
 
-use crate::{broker::Home, damage::files, patience::eventually};
+use crate::{broker::Home, damage::files, patience::eventually, skipped::skipped};
 
 /// A little longer than marks outlive their topics.
 const LONG_MS: i64 = 31 * 24 * 3600 * 1000;
@@ -47,6 +51,55 @@ fn searched(home: &Home) {
 }
 
 #[test]
+fn a_deletion_is_asked_for_and_says_what_stays_in_the_bucket() {
+    let mut home = Home::new();
+    let _broker = home.start();
+    let cli = home.cli();
+    cli.ok(&["topic", "create", "gone"]);
+    cli.ok_with(&["produce", "gone", "--acks", "tiered"], b"a record\n");
+    let refused = cli.run(&["topic", "delete", "gone"]);
+    assert_eq!(refused.code, 1, "{refused:?}");
+    for part in ["nothing was deleted", "--yes", "1 partition, 1 record,", "in the bucket"] {
+        assert!(refused.stderr.contains(part), "{part}: {refused:?}");
+    }
+    let shown = cli.ok(&["topic", "delete", "gone", "--dry-run", "--output", "json"]).json();
+    assert_eq!((&shown["deleted"], &shown["records"]), (&false.into(), &1.into()), "{shown}");
+    assert!(shown["tiered_bytes"].as_u64().is_some_and(|bytes| bytes > 0), "{shown}");
+    assert_eq!(cli.ok(&["consume", "gone", "--from", "earliest", "--until-end"]).text(), "a record\n");
+    let deleted = cli.ok(&["topic", "delete", "gone", "--yes"]).text();
+    assert!(deleted.contains("are removed within 2h (tier.garbage_grace)"), "{deleted}");
+    assert!(!files(&home.bucket(), ".segment").is_empty(), "they are there still");
+    assert_eq!(cli.run(&["topic", "describe", "gone"]).code, 1);
+}
+
+/// What a person at a terminal sees; `script` is one.
+#[test]
+fn a_deletion_asks_for_the_name_at_a_terminal() {
+    let mut home = Home::new();
+    let _broker = home.start();
+    let cli = home.cli();
+    cli.ok(&["topic", "create", "orders"]);
+    let program = cli.command(&[]).get_program().to_owned();
+    let typed = |answer: &str| {
+        let mut command = Command::new("script");
+        let delete = format!("{} --bootstrap {} topic delete orders", program.display(), home.grpc());
+        command.env_clear().env("PATH", std::env::var_os("PATH").unwrap_or_default());
+        command.args(["-qec", &delete, "/dev/null"]).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = command.spawn().ok()?;
+        child.stdin.take().expect("piped").write_all(answer.as_bytes()).expect("it reads");
+        let output = child.wait_with_output().expect("it ends");
+        Some((output.status.success(), String::from_utf8_lossy(&output.stdout).into_owned()))
+    };
+    let Some((done, said)) = typed("order\n") else {
+        return skipped("a question at a terminal", "no `script` in PATH");
+    };
+    assert!(!done && said.contains("Type its name:") && said.contains("nothing was deleted"), "{said}");
+    cli.ok(&["topic", "describe", "orders"]);
+    let (done, said) = typed("orders\n").expect("it was there before");
+    assert!(done && said.contains("deleted topic orders"), "{said}");
+}
+
+#[test]
 fn the_mark_of_a_deleted_topic_goes_last_and_nothing_goes_without_one() {
     let mut home = Home::new().setting("tier.garbage_grace", "\"1s\"");
     let broker = home.start();
@@ -67,7 +120,7 @@ fn the_mark_of_a_deleted_topic_goes_last_and_nothing_goes_without_one() {
         fs::create_dir_all(path.parent().expect("a folder")).expect("it is made");
         fs::write(path, "something").expect("a file");
     }
-    cli.ok(&["topic", "delete", "gone"]);
+    cli.ok(&["topic", "delete", "gone", "--yes"]);
     eventually("its objects are gone", || files(&folder(id), "").is_empty().then_some(()));
     searched(&home);
     assert!(broker.terminate().success(), "{}", home.log());

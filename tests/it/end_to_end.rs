@@ -237,7 +237,7 @@ fn topics_are_created_described_altered_grown_and_deleted() {
     assert_eq!(described["partitions"].as_array().map(Vec::len), Some(4));
 
     cli.ok_with(&["produce", "orders", "--partition", "3"], b"old\n");
-    cli.ok(&["topic", "delete", "orders"]);
+    cli.ok(&["topic", "delete", "orders", "--yes"]);
     assert_eq!(cli.run(&["topic", "describe", "orders"]).code, 1);
     cli.ok(&["topic", "create", "orders", "--partitions", "4"]);
     assert_eq!(cli.ok(&["consume", "orders", "--from", "earliest", "--until-end"]).text(), "", "nothing is shared");
@@ -270,7 +270,7 @@ fn a_failure_names_the_thing_and_ends_with_one() {
     fails(&["topic", "create", "t", "--config", "durability=maybe"], &["durability", "maybe", "persisted"]);
     fails(&["topic", "create", "t", "--replication-factor", "3"], &["3", "1"]);
     fails(&["topic", "add-partitions", "access-log", "--to", "1"], &["access-log", "1"]);
-    fails(&["topic", "delete", "nothing-like-it"], &["nothing-like-it"]);
+    fails(&["topic", "delete", "nothing-like-it", "--yes"], &["nothing-like-it"]);
     fails(&["produce", "access-log", "--partition", "9"], &["9"]);
     fails(&["consume", "access-log", "--partition", "9", "--until-end"], &["9"]);
     fails(&["produce", "access-log", "/nowhere/at-all.log"], &["/nowhere/at-all.log"]);
@@ -472,4 +472,83 @@ fn config_print_shows_the_defaults_as_a_configuration_file() {
     assert_eq!(table["http"]["listen"].as_str(), Some("127.0.0.1:9461"));
     let json = Cli::without_broker(home.path()).ok(&["config", "print", "--output", "json"]).json();
     assert_eq!((&json["broker"]["id"], &json["grpc"]["listen"]), (&1.into(), &"127.0.0.1:9460".into()));
+}
+
+/// `\\t` was once taken for two characters, which no line held, and every record went without its key.
+#[test]
+fn a_separator_may_be_written_with_escapes_and_one_that_no_line_has_is_hinted_at() {
+    let mut home = Home::new();
+    let _broker = home.start();
+    let cli = home.cli();
+    cli.ok(&["topic", "create", "keys"]);
+    let sent = cli.ok_with(&["produce", "keys", "--key-separator", r"\t"], b"k\tv\n");
+    assert_eq!(sent.stderr, "", "nothing to hint at");
+    cli.ok_with(&["produce", "keys", "--key-separator", r"\x1f"], b"a\x1fb\nno separator\n");
+    let keyless = cli.ok_with(&["produce", "keys", "--key-separator", "::"], b"x:y\n");
+    assert!(
+        keyless.stderr.contains("hint: the separator \"::\" was not in the line, so no record has a key"),
+        "{keyless:?}"
+    );
+    let records = cli.ok(&["consume", "keys", "--from", "earliest", "--until-end", "--format", "json"]).json_lines();
+    let seen: Vec<_> = records.iter().map(|one| (one["key"].clone(), one["value"].clone())).collect();
+    let text = |text: &str| Value::String(text.to_owned());
+    assert_eq!(
+        seen,
+        [
+            (text("k"), text("v")),
+            (text("a"), text("b")),
+            (Value::Null, text("no separator")),
+            (Value::Null, text("x:y")),
+        ]
+    );
+    let wrong = cli.run(&["produce", "keys", "--key-separator", r"\q"]);
+    assert!(wrong.code == 2 && wrong.stderr.contains(r"\q is no escape"), "{wrong:?}");
+}
+
+#[test]
+fn a_description_tells_values_of_the_topic_of_the_broker_and_of_nobody_apart() {
+    let mut home = Home::new().topic_default("segment.ms", 1000);
+    let _broker = home.start();
+    let cli = home.cli();
+    cli.ok(&["topic", "create", "t", "--config", "retention.ms=86400000"]);
+    let described = cli.ok(&["topic", "describe", "t", "--output", "json"]).json();
+    for (key, source) in [("segment.ms", "broker"), ("retention.ms", "topic"), ("segment.bytes", "default")] {
+        assert_eq!(described["config_set_by"][key], source, "{key}");
+    }
+    let shown = cli.ok(&["topic", "describe", "t"]).text();
+    let line = shown.lines().find(|line| line.starts_with("segment.ms")).expect("a line");
+    assert!(line.contains("1000") && line.trim_end().ends_with("broker"), "{line}");
+}
+
+/// A command that ignored it would go to another cluster than was meant.
+#[test]
+fn a_mistyped_variable_ends_every_command_before_it_calls_anybody() {
+    let mut home = Home::new();
+    let _broker = home.start();
+    let cli = home.cli();
+    cli.ok(&["topic", "create", "t"]);
+    for arguments in [
+        &["topic", "delete", "t", "--yes"][..],
+        &["topic", "list"],
+        &["produce", "t"],
+        &["consume", "t", "--until-end"],
+        &["cluster", "describe"],
+        &["doctor", "--object-store", "file:///nowhere"],
+        &["segment", "dump", "f"],
+        &["config", "print"],
+        &["completions", "bash"],
+        &["dev"],
+    ] {
+        let output = cli.command(arguments).env("STRANDLINE_BOOTSTRP", "127.0.0.1:1").output().expect("it runs");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}: {said}");
+        assert!(
+            said.contains("STRANDLINE_BOOTSTRP") && said.contains("\"STRANDLINE_BOOTSTRAP\""),
+            "{arguments:?}: {said}"
+        );
+    }
+    cli.ok(&["topic", "describe", "t"]);
+    // What Kubernetes sets for a service of that name is nobody's mistake.
+    let output = cli.command(&["topic", "list"]).env("STRANDLINE_SERVICE_HOST", "10.0.0.1").output().expect("it runs");
+    assert!(output.status.success(), "{output:?}");
 }

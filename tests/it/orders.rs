@@ -90,10 +90,12 @@ fn a_broker_alone_takes_orders_and_says_which_make_no_sense() {
     assert_eq!(said(&cli, "partition reassign status orders"), "no partition is being moved\n");
     assert_eq!(said(&cli, "partition reassign orders/0 --replicas 1"), "orders/0 is on 1 already\n");
     assert_eq!(said(&cli, "partition elect orders/1"), "broker 1 leads already: orders/1 in epoch 0\n");
-    let drained = asked(&cli, "broker drain 1");
+    let stuck = run(&cli, "broker drain 1 --output json");
+    assert!(stuck.code == 1 && stuck.stderr.contains("no replica on broker 1 can move"), "{stuck:?}");
+    let drained = stuck.json();
     assert_eq!((&drained["changed"], &drained["takers"], &drained["replicas"]), (&json!(true), &json!(0), &json!(2)));
     assert_eq!(drained["stuck_replicas"].as_array().map(Vec::len), Some(2), "{drained}");
-    let again = said(&cli, "broker drain 1");
+    let again = run(&cli, "broker drain 1").text();
     assert!(
         again.contains("already") && again.contains("warning: 2 replicas cannot move, because no other"),
         "{again}"

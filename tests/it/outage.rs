@@ -267,7 +267,7 @@ fn a_deleted_topic_leaves_the_bucket_after_the_grace_and_others_stay() {
     }
     let stay = segments(&folders[1]);
     assert!(!segments(&folders[0]).is_empty() && !stay.is_empty());
-    cli.ok(&["topic", "delete", "goes"]);
+    cli.ok(&["topic", "delete", "goes", "--yes"]);
     eventually("its objects are gone", || (!folders[0].exists() || files(&folders[0], "").is_empty()).then_some(()));
     assert_eq!(segments(&folders[1]), stay);
     reads(&cli, "stays", "earliest", &text);

@@ -5,7 +5,13 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use rustix::process::Signal;
 use strandline::proto::fault::Reason;
+
+use crate::{
+    broker::{Cli, free_address},
+    running::Running,
+};
 
 /// The first three cells of each row that the page must have, in order.
 fn expected() -> Vec<String> {
@@ -137,4 +143,48 @@ fn every_make_command_of_the_pages_exists() {
             assert!(targets.contains(&name), "{} says `make {name}`, which the Makefile does not know", path.display());
         }
     }
+}
+
+/// It once advertised a name that does not exist, and the first record of whoever copied it waited for a minute.
+#[test]
+fn readmes_configuration_takes_records_as_copied() {
+    let page = fs::read_to_string(root().join("README.md")).expect("the page is there");
+    let (_, block) = page.split_once("```toml\n").expect("it has a configuration");
+    let (text, _) = block.split_once("```").expect("it ends");
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("broker.toml");
+    fs::write(&file, text).expect("written");
+    // The ports may be in use where the test runs.
+    let (grpc, http) = (free_address(), free_address());
+    let (listen, pages) = (grpc.to_string(), http.to_string());
+    let command = ["broker", "--config", "broker.toml", "--listen", &listen, "--http", &pages];
+    let broker = Running::start(&Cli::without_broker(folder.path()), &command);
+    broker.says(&broker.stderr, "ready");
+    let cli = Cli::of(&[grpc], folder.path());
+    cli.ok(&["topic", "create", "log"]);
+    cli.ok_with(&["produce", "log", "--timeout", "20"], b"a record\n");
+    assert_eq!(cli.ok(&["consume", "log", "--from", "earliest", "--until-end"]).text(), "a record\n");
+    assert!(!broker.stderr.lock().expect("whole").contains("WARN"), "nothing is to be corrected");
+    let (code, _) = broker.stop(Signal::TERM);
+    assert_eq!(code, Some(0));
+}
+
+#[test]
+fn an_advertised_name_that_does_not_resolve_is_said_by_the_broker_and_by_its_clients() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (grpc, http) = (free_address(), free_address());
+    let text = format!(
+        "[broker]\ndata_dir = \"data\"\n[grpc]\nlisten = \"{grpc}\"\nadvertise = \"broker-1.invalid:9460\"\n[http]\nlisten = \"{http}\"\n"
+    );
+    fs::write(folder.path().join("broker.toml"), text).expect("written");
+    let broker = Running::start(&Cli::without_broker(folder.path()), &["broker", "--config", "broker.toml"]);
+    broker.says(&broker.stderr, "cannot resolve");
+    broker.says(&broker.stderr, "grpc.advertise");
+    let cli = Cli::of(&[grpc], folder.path());
+    cli.ok(&["topic", "create", "log"]);
+    let output = cli.run_with(&["produce", "log", "--timeout", "8"], b"a record\n");
+    assert_eq!(output.code, 1, "{output:?}");
+    let said = "(that is what broker 1 advertises: grpc.advertise)";
+    assert!(output.stderr.contains("broker-1.invalid:9460") && output.stderr.contains(said), "{output:?}");
+    assert_eq!(broker.stop(Signal::TERM).0, Some(0));
 }

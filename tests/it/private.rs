@@ -108,7 +108,7 @@ fn a_broker_of_another_user_takes_a_volume_of_root_and_refuses_files_of_others()
     if !rustix::process::geteuid().is_root() {
         return skipped("a broker of another user", "only root can start one");
     }
-    let mut home = Home::new().as_nobody();
+    let mut home = Home::new().run_as_nobody();
     let volume = home.path().join("volume");
     fs::create_dir(&volume).expect("made");
     chown(&volume, None, Some(NOBODY)).expect("we are root");

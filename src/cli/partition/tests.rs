@@ -62,7 +62,7 @@ fn held(broker: u32, in_sync: bool, ends: Option<(u64, u64)>) -> HeldReplica {
     let offset = |value| Offset::new(value).expect("small");
     let silent = || Fault::new(Reason::NotReady, format!("broker {broker} is not alive"));
     let ends = ends.map(|(committed, end)| (offset(committed), offset(end), Some(LeaderEpoch(6))));
-    HeldReplica { broker: BrokerId(broker), in_sync, eligible: false, ends: ends.ok_or_else(silent) }
+    HeldReplica { broker: BrokerId(broker), in_sync, eligible: false, empty: false, ends: ends.ok_or_else(silent) }
 }
 
 fn unclean() -> Election {
@@ -86,6 +86,12 @@ fn an_unclean_election_names_what_is_lost() {
     let nothing = Election { held: unclean().held.split_off(1), lost: Offset::ZERO..Offset::ZERO, ..unclean() };
     let said = prospect("orders", 0, &nothing);
     assert!(said.ends_with("no replica knows of a committed record that it lacks"), "{said}");
+    // A replica whose broker lost its disk: it knows of nothing, and that is no comfort.
+    let offset = |value| Offset::new(value).expect("small");
+    let bare = HeldReplica { empty: true, ends: Ok((offset(0), offset(0), None)), ..held(3, false, None) };
+    let bare = Election { leader: BrokerId(3), held: vec![bare], ..nothing.clone() };
+    output::golden::lines("partition-elect-unclean-empty.txt", &prospect("solo", 0, &bare));
+    assert_eq!(uncleanly("solo", 0, &bare)["held"][0]["empty"], true);
     let useless = Election { held: vec![held(1, true, None), held(2, false, None)], discard: true, ..nothing };
     let said = prospect("orders", 0, &useless);
     for wanted in [

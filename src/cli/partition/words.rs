@@ -92,10 +92,11 @@ pub(super) fn reassignment(one: &Reassignment) -> Value {
 /// What an unclean election would do.
 pub(super) fn prospect(topic: &str, number: u32, would: &Election) -> String {
     let row = |replica: &HeldReplica| {
-        let was = match (replica.in_sync, replica.eligible) {
-            (true, _) => "in sync",
-            (false, true) => "eligible",
-            (false, false) => "behind",
+        let state = match (replica.empty, replica.in_sync, replica.eligible) {
+            (true, ..) => "empty",
+            (false, true, _) => "in sync",
+            (false, false, true) => "eligible",
+            (false, false, false) => "behind",
         };
         let (epoch, end, committed) = match &replica.ends {
             Ok((high_watermark, log_end, epoch)) => (
@@ -105,9 +106,9 @@ pub(super) fn prospect(topic: &str, number: u32, would: &Election) -> String {
             ),
             Err(_) => ("?".to_owned(), "?".to_owned(), "?".to_owned()),
         };
-        vec![replica.broker.to_string(), was.to_owned(), epoch, end, committed]
+        vec![replica.broker.to_string(), state.to_owned(), epoch, end, committed]
     };
-    let header = ["BROKER", "WAS", "LAST EPOCH", "LOG END", "HIGH WATERMARK"];
+    let header = ["BROKER", "STATE", "LAST EPOCH", "LOG END", "HIGH WATERMARK"];
     let table = output::tabled(&header, &[0, 2, 3, 4], would.held.iter().map(row).collect());
     let mut lines = vec![format!("nobody can lead {topic}/{number} without loss"), String::new(), table, String::new()];
     for replica in &would.held {
@@ -124,7 +125,13 @@ pub(super) fn prospect(topic: &str, number: u32, would: &Election) -> String {
         ));
         return lines.join("\n");
     }
-    lines.push(format!("broker {} holds most", would.leader));
+    let is_empty = would.held.iter().any(|replica| replica.broker == would.leader && replica.empty);
+    if is_empty {
+        let what = format!("everything of {topic}/{number} that is not in the bucket is lost");
+        lines.push(format!("broker {} is empty: {what}\nno replica knows how much that is", would.leader));
+    } else {
+        lines.push(format!("broker {} holds most", would.leader));
+    }
     if !lost.is_empty() {
         let records = output::count(lost.end.since(lost.start), "committed record");
         lines.push(format!(
@@ -134,11 +141,14 @@ pub(super) fn prospect(topic: &str, number: u32, would: &Election) -> String {
     }
     let silent: Vec<BrokerId> =
         would.held.iter().filter(|replica| replica.ends.is_err()).map(|replica| replica.broker).collect();
-    lines.push(match silent.is_empty() {
-        false => format!("whatever only broker {} holds is lost as well, acknowledged or not", ids(&silent)),
-        true if lost.is_empty() => "no replica knows of a committed record that it lacks".to_owned(),
-        true => "every replica answered".to_owned(),
-    });
+    match silent.is_empty() {
+        false => {
+            lines.push(format!("whatever only broker {} holds is lost as well, acknowledged or not", ids(&silent)))
+        }
+        true if is_empty => {}
+        true if lost.is_empty() => lines.push("no replica knows of a committed record that it lacks".to_owned()),
+        true => lines.push("every replica answered".to_owned()),
+    }
     lines.join("\n")
 }
 
@@ -162,6 +172,7 @@ pub(super) fn uncleanly(topic: &str, number: u32, election: &Election) -> Value 
             "broker": replica.broker,
             "in_sync": replica.in_sync,
             "eligible": replica.eligible,
+            "empty": replica.empty,
             "last_epoch": ends.and_then(|(_, _, epoch)| *epoch),
             "log_end": ends.map(|(_, log_end, _)| log_end),
             "high_watermark": ends.map(|(high_watermark, ..)| high_watermark),

@@ -123,6 +123,13 @@ pub struct Drain {
     pub takers: u32,
 }
 
+impl Drain {
+    /// Whether no replica can move.
+    pub fn is_stuck(&self) -> bool {
+        self.replicas > 0 && u32::try_from(self.stuck.len()).is_ok_and(|stuck| stuck >= self.replicas)
+    }
+}
+
 /// Where a partition's replicas go.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Reassignment {
@@ -174,6 +181,8 @@ pub struct HeldReplica {
     pub in_sync: bool,
     /// Whether it was eligible.
     pub eligible: bool,
+    /// Whether its broker answered that its log holds no batch. What the bucket has of the partition is not counted.
+    pub empty: bool,
     /// Its high watermark, its log end, and the epoch of its last batch if it has any; or why nothing is known.
     pub ends: Result<(Offset, Offset, Option<LeaderEpoch>), Fault>,
 }
@@ -419,6 +428,6 @@ fn held(replica: v1::ReplicaState) -> Result<HeldReplica, CallError> {
             Ok((offset(replica.high_watermark)?, offset(replica.log_end)?, last_epoch))
         }
     };
-    let (in_sync, eligible) = (replica.in_sync, replica.eligible);
-    Ok(HeldReplica { broker: BrokerId(replica.broker), in_sync, eligible, ends })
+    let (in_sync, eligible, empty) = (replica.in_sync, replica.eligible, replica.empty);
+    Ok(HeldReplica { broker: BrokerId(replica.broker), in_sync, eligible, empty, ends })
 }

@@ -255,6 +255,7 @@ async fn trimming_moves_the_log_start_and_leaves_garbage_that_is_collected() {
     let young = collect_garbage(&store, live, grace, now).await.unwrap();
     // The first segment, three old manifests, the orphan and its manifest.
     assert_eq!((young.deleted, young.young), (0, 6));
+    assert!(young.young_bytes > 0);
     let collected = collect_garbage(&store, live, grace, now + 3_700_000).await.unwrap();
     assert_eq!((collected.deleted, collected.young, collected.skipped.len()), (6, 0, 0));
     let fresh = tier_over(store.clone(), tier.state());

@@ -75,7 +75,20 @@ fn ordered_moves_wait_for_their_turn_and_can_be_waited_for() {
     assert!(drained.contains("broker 1 is empty after") && drained.contains("it can be stopped for good"), "{drained}");
     let brokers = cli.ok(&["cluster", "describe", "--output", "json"]).json();
     assert_eq!(brokers["brokers"][0]["replicas"], 0, "{brokers}");
-    let stuck = cli.run(&["broker", "drain", "2", "--wait", "--timeout", "1"]);
-    assert_eq!(stuck.code, 1, "{stuck:?}");
-    assert!(stuck.text().contains("cannot move") && stuck.stderr.contains("still on broker 2"), "{stuck:?}");
+    // Partitions of one replica can move to broker 3, and those of two cannot.
+    let some = cli.run(&["broker", "drain", "2", "--wait", "--timeout", "1"]);
+    assert!(some.code == 1 && some.text().contains("cannot move"), "{some:?}");
+    assert!(some.stderr.contains("given up after 1 s") && some.stderr.contains("still on broker 2"), "{some:?}");
+    let only_stuck = || {
+        let state = cli.ok(&["cluster", "describe", "--output", "json"]).json()["brokers"][1].clone();
+        (state["replicas"] == 2 && state["stuck"] == 2).then_some(())
+    };
+    eventually("what can move has moved", only_stuck);
+    for order in [&["broker", "drain", "2", "--wait"][..], &["broker", "drain", "2"]] {
+        let stuck = cli.run(order);
+        assert!(stuck.code == 1 && stuck.text().contains("2 replicas cannot move"), "{stuck:?}");
+        assert!(stuck.stderr.contains("no replica on broker 2 can move"), "{stuck:?}");
+    }
+    let waits = cli.run(&["broker", "drain", "2", "--wait", "--wait-for-brokers", "--timeout", "1"]);
+    assert!(waits.code == 1 && waits.stderr.contains("given up after 1 s"), "{waits:?}");
 }

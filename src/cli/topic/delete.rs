@@ -1,0 +1,205 @@
+//! `strandline topic delete`: what would go, the question, and what stays for a while.
+
+use std::{
+    io::{self, BufRead as _, IsTerminal as _},
+    time::Duration,
+};
+
+use anyhow::bail;
+use clap::Args;
+use serde_json::{Value, json};
+
+use crate::{
+    cli::{
+        connect::explain,
+        output::{self, Output},
+    },
+    client::{Admin, TopicDescription},
+    proto::fault::Reason,
+};
+
+/// Delete a topic with all its records
+///
+/// Shows what would go, and asks for the topic's name before it deletes anything. Where there is no terminal to ask at, it needs --yes.
+/// The topic's objects in the bucket go a while later (tier.garbage_grace).
+#[derive(Debug, Args)]
+pub(in crate::cli) struct Delete {
+    /// The topic
+    name: String,
+    /// Do not ask; needed where there is no terminal
+    #[arg(long)]
+    yes: bool,
+    /// Show what would go, and delete nothing
+    #[arg(long, conflicts_with = "yes")]
+    dry_run: bool,
+}
+
+/// What a topic holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Content {
+    name: String,
+    partitions: u32,
+    /// Of the partitions whose leaders answered.
+    records: u64,
+    local_bytes: u64,
+    tiered_bytes: u64,
+    /// Partitions whose leaders did not.
+    unanswered: usize,
+}
+
+impl Content {
+    fn of(topic: &TopicDescription) -> Self {
+        let mut content = Self {
+            name: topic.summary.name.clone(),
+            partitions: topic.summary.partitions,
+            records: 0,
+            local_bytes: 0,
+            tiered_bytes: 0,
+            unanswered: 0,
+        };
+        for partition in &topic.partitions {
+            if partition.unanswered.is_some() {
+                content.unanswered += 1;
+                continue;
+            }
+            let marks = &partition.watermarks;
+            content.records += marks.high_watermark.since(marks.log_start);
+            content.local_bytes += partition.local_bytes;
+            content.tiered_bytes += partition.tiered_bytes;
+        }
+        content
+    }
+
+    /// Of a topic that could not be described.
+    fn unknown(name: &str) -> Self {
+        Self { name: name.to_owned(), partitions: 0, records: 0, local_bytes: 0, tiered_bytes: 0, unanswered: 1 }
+    }
+
+    /// `topic orders: 4 partitions, 200000 records, 15.00 MiB on disk, 3.00 MiB in the bucket`.
+    fn sentence(&self) -> String {
+        let Self { name, partitions, records, local_bytes, tiered_bytes, unanswered } = self;
+        let unknown = match unanswered {
+            0 => String::new(),
+            _ => format!(
+                "; the leaders of {} did not answer",
+                output::count(u64::try_from(*unanswered).unwrap_or(u64::MAX), "partition")
+            ),
+        };
+        format!(
+            "topic {name}: {}, {}, {} on each leader's disk, {} in the bucket{unknown}",
+            output::count((*partitions).into(), "partition"),
+            output::count(*records, "record"),
+            output::bytes(*local_bytes),
+            output::bytes(*tiered_bytes),
+        )
+    }
+
+    /// What is said when the topic is gone.
+    fn gone(&self, kept: Option<Duration>) -> String {
+        let Self { name, tiered_bytes, unanswered, .. } = self;
+        let deleted = format!("deleted topic {name}");
+        match kept {
+            Some(kept) if *tiered_bytes > 0 || *unanswered > 0 => {
+                let bytes =
+                    if *unanswered == 0 { format!(", {},", output::bytes(*tiered_bytes)) } else { String::new() };
+                format!(
+                    "{deleted}; its objects in the bucket{bytes} are removed within {} (tier.garbage_grace)",
+                    humantime::format_duration(Duration::from_secs(kept.as_secs().max(1)))
+                )
+            }
+            _ => deleted,
+        }
+    }
+
+    fn object(&self, deleted: bool, kept: Option<Duration>) -> Value {
+        json!({
+            "name": self.name,
+            "deleted": deleted,
+            "partitions": self.partitions,
+            "records": self.records,
+            "local_bytes": self.local_bytes,
+            "tiered_bytes": self.tiered_bytes,
+            "partitions_unanswered": self.unanswered,
+            "bucket_grace_ms": kept.map(|kept| u64::try_from(kept.as_millis()).unwrap_or(u64::MAX)),
+        })
+    }
+}
+
+pub(super) async fn run(admin: &Admin, command: &Delete, output: Output) -> anyhow::Result<()> {
+    let name = command.name.as_str();
+    let content = match admin.describe_topic(name).await {
+        Ok(topic) => Content::of(&topic),
+        // Nothing has to be known of a topic to delete it.
+        Err(error) if command.yes && error.reason() != Some(Reason::UnknownTopic) => Content::unknown(name),
+        Err(error) => return Err(explain(admin, name, error).await),
+    };
+    if command.dry_run {
+        return show(&content.object(false, None), &format!("would delete {}", content.sentence()), output);
+    }
+    if !command.yes {
+        ask(&content)?;
+    }
+    match admin.delete_topic(name).await {
+        Ok(kept) => show(&content.object(true, kept), &content.gone(kept), output),
+        Err(error) => Err(explain(admin, name, error).await),
+    }
+}
+
+/// Asks the person at the terminal.
+fn ask(content: &Content) -> anyhow::Result<()> {
+    if !io::stdin().is_terminal() {
+        bail!("nothing was deleted: add --yes to delete {} (there is no terminal to ask at)", content.sentence());
+    }
+    eprint!("delete {}? Type its name: ", content.sentence());
+    let mut answer = String::new();
+    io::stdin().lock().read_line(&mut answer)?;
+    if answer.trim() == content.name { Ok(()) } else { bail!("nothing was deleted: that is not the topic's name") }
+}
+
+fn show(value: &Value, line: &str, output: Output) -> anyhow::Result<()> {
+    match output {
+        Output::Json => output::json(value)?,
+        Output::Text => output::line(line)?,
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn content() -> Content {
+        Content {
+            name: "orders".to_owned(),
+            partitions: 4,
+            records: 200_000,
+            local_bytes: 15 << 20,
+            tiered_bytes: 3 << 20,
+            unanswered: 0,
+        }
+    }
+
+    #[test]
+    fn a_deletion_tells_what_goes_and_what_stays_for_how_long() {
+        assert_eq!(
+            content().sentence(),
+            "topic orders: 4 partitions, 200000 records, 15.00 MiB on each leader's disk, 3.00 MiB in the bucket"
+        );
+        let two_hours = Some(Duration::from_secs(7200));
+        assert_eq!(
+            content().gone(two_hours),
+            "deleted topic orders; its objects in the bucket, 3.00 MiB, are removed within 2h (tier.garbage_grace)"
+        );
+        assert_eq!(content().gone(None), "deleted topic orders");
+        let empty = Content { tiered_bytes: 0, ..content() };
+        assert_eq!(empty.gone(two_hours), "deleted topic orders");
+        let silent = Content { unanswered: 1, ..empty };
+        assert!(silent.sentence().ends_with("; the leaders of 1 partition did not answer"));
+        assert!(silent.gone(two_hours).contains("its objects in the bucket are removed within 2h"));
+    }
+
+    #[test]
+    fn programs_are_told_the_same() {
+        output::golden::json("topic-delete.json", &content().object(true, Some(Duration::from_secs(7200))));
+    }
+}

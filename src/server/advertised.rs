@@ -1,0 +1,50 @@
+//! Checks at the start whether the name that this broker advertises can be found.
+
+use std::time::Duration;
+
+use crate::task::Tasks;
+
+/// How long a name may take.
+const LOOKUP_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Looks `address` up in the background, and warns where its name does not resolve: clients that come by another address are sent there.
+/// `setting` is the one that it comes from.
+pub(super) fn check(address: &str, setting: &'static str, tasks: &Tasks) {
+    let (address, stop) = (address.to_owned(), tasks.clone());
+    tasks.spawn("advertised address", async move {
+        let found = tokio::select! {
+            biased;
+            () = stop.cancelled() => return,
+            found = resolve(&address) => found,
+        };
+        if let Err(problem) = found {
+            tracing::warn!(
+                address,
+                problem,
+                "clients are told to connect to an address that this machine cannot resolve: correct {setting}, or leave it out where clients \
+                 reach the address of the listener"
+            );
+        }
+    });
+}
+
+async fn resolve(address: &str) -> Result<(), String> {
+    match tokio::time::timeout(LOOKUP_TIMEOUT, tokio::net::lookup_host(address)).await {
+        Ok(Ok(mut found)) => found.next().map(drop).ok_or_else(|| "the name has no address".to_owned()),
+        Ok(Err(error)) => Err(error.to_string()),
+        Err(_) => Err(format!("no answer in {LOOKUP_TIMEOUT:?}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn an_address_resolves_and_a_reserved_name_does_not() {
+        assert_eq!(resolve("127.0.0.1:9460").await, Ok(()));
+        assert_eq!(resolve("[::1]:9460").await, Ok(()));
+        // RFC 2606: nobody ever has it.
+        assert!(resolve("broker-1.invalid:9460").await.is_err());
+    }
+}
