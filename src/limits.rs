@@ -65,5 +65,5 @@ pub const MAX_TRANSACTION_BYTES: usize = 1 << 20;
 /// can never be had.
 pub const MODEST_JOURNAL_BYTES: u64 = 256 << 20;
 
-/// Most idempotent producers that one partition remembers; beyond it, those that wrote longest ago are forgotten.
+/// Most idempotent producers that one partition remembers; beyond it, the one that wrote longest ago is forgotten.
 pub const MAX_PRODUCERS: usize = 16_384;

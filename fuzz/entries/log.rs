@@ -50,20 +50,20 @@ pub(crate) fn snapshot(input: &[u8]) -> bool {
 fn producers(input: &[u8]) -> bool {
     let Some(table) = ProducerTable::from_bytes(input) else { return false };
     assert_eq!(table.to_bytes(), input, "a table has one way to be written");
-    let mut rest = &input[4..];
+    let mut rest = &input[12..];
     let mut producers = 0;
     // Every batch that it remembers is a duplicate, and the number after the last is the next one.
-    while let Some((head, after)) = rest.split_first_chunk::<11>() {
+    while let Some((head, after)) = rest.split_first_chunk::<19>() {
         let (id, epoch) = (number(&head[..8]), i16::from_be_bytes([head[8], head[9]]));
-        let (batches, after) = after.split_at(usize::from(head[10]) * 16);
-        for batch in batches.chunks(16) {
+        let (batches, after) = after.split_at(usize::from(head[18]) * 21);
+        for batch in batches.chunks(21) {
             let base_sequence = i32::from_be_bytes(batch[..4].try_into().expect("four bytes"));
             let count = u32::from_be_bytes(batch[4..8].try_into().expect("four bytes"));
             let stamp = ProducerStamp { id, epoch, base_sequence };
-            assert!(matches!(table.check(stamp, count), Verdict::Duplicate { .. }));
+            assert!(matches!(table.check(stamp, count, None), Verdict::Duplicate { .. }));
             assert_eq!(
-                table.check(ProducerStamp { epoch: epoch.saturating_sub(1), ..stamp }, count),
-                if epoch == i16::MIN { table.check(stamp, count) } else { Verdict::Fenced { current: epoch } },
+                table.check(ProducerStamp { epoch: epoch.saturating_sub(1), ..stamp }, count, None),
+                if epoch == i16::MIN { table.check(stamp, count, None) } else { Verdict::Fenced { current: epoch } },
             );
         }
         (rest, producers) = (after, producers + 1);

@@ -111,6 +111,10 @@ impl From<AppendError> for Fault {
                     .with("producer", producer)
                     .with("sent", sent)
                     .with("expected", expected),
+                Refused::SequenceConflict { producer, sent, base } => Self::new(Reason::OutOfOrderSequence, message)
+                    .with("producer", producer)
+                    .with("sent", sent)
+                    .with("stored_at", base),
                 Refused::Fenced { producer, current, .. } => {
                     Self::new(Reason::ProducerFenced, message).with("producer", producer).with("current", current)
                 }

@@ -22,7 +22,7 @@ use crate::{
         fault::{Fault, Reason},
         v1::{self, append_request::Payload, produce_response},
     },
-    record::{Batch, BatchBuilder, HEADER_BYTES, Header, Malformed, Unbuildable},
+    record::{Batch, BatchBuilder, Fingerprint, HEADER_BYTES, Header, Malformed, Unbuildable},
     task::clock,
 };
 
@@ -98,14 +98,16 @@ impl Broker {
             )));
         }
         let most = config.max_message_bytes;
-        let batch = match request.payload {
+        let (batch, sent) = match request.payload {
             Some(Payload::Batch(bytes)) => {
                 if bytes.len() > most {
                     return Err(faults::too_large(partition.topic(), bytes.len(), most));
                 }
-                received(bytes)?
+                let batch = received(bytes)?;
+                let sent = batch.fingerprint();
+                (batch, Some(sent))
             }
-            Some(Payload::Records(records)) => plain(&records, config.compression.unwrap_or_default())?,
+            Some(Payload::Records(records)) => (plain(&records, config.compression.unwrap_or_default())?, None),
             None => return Err(faults::invalid("the request holds neither a batch nor records")),
         };
         let batch = match config.compression {
@@ -120,7 +122,7 @@ impl Broker {
             0 => DEFAULT_TIMEOUT,
             ms => Duration::from_millis(ms.into()),
         };
-        let answer = Some(self.submit(&partition, batch, acks, began + timeout).await?);
+        let answer = Some(self.submit(&partition, batch, sent, acks, began + timeout).await?);
         let id = partition.id();
         let answer = (acks != Acks::None).then(|| Awaited { answer, partition });
         Ok(Queued { partition: id, answer, timeout, began, bytes, records })
@@ -149,6 +151,7 @@ impl Broker {
         &self,
         partition: &Partition,
         batch: Batch,
+        sent: Option<Fingerprint>,
         acks: Acks,
         deadline: Instant,
     ) -> Result<oneshot::Receiver<AppendResult>, Fault> {
@@ -170,7 +173,7 @@ impl Broker {
             let message = "the time that the request has was over before its batch could be appended: it was not written; try again";
             return Err(Fault::new(Reason::Overloaded, message));
         }
-        Ok(partition.append(batch, acks, permit).await)
+        Ok(partition.append(batch, sent, acks, permit).await)
     }
 
     async fn outcome(&self, queued: Queued) -> Result<v1::AppendResponse, Fault> {

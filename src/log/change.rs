@@ -65,6 +65,7 @@ impl Replica {
             state.active_mut().info = last;
             state.epochs = Arc::new(tables.epochs);
             state.producers = Arc::new(tables.producers);
+            state.forget_expired_producers();
             state.index = None;
             state.persisted_end = state.persisted_end.min(last.end);
             if state.recovery.segment.end > last.end {
@@ -140,6 +141,7 @@ impl Replica {
             state.replaced = Some(replaced);
             (state.generation, state.persisted_end, state.log_start) = (generation, at, at);
             (state.epochs, state.producers) = (Arc::new(epochs), Arc::new(producers));
+            state.forget_expired_producers();
             state.index = None;
             state.recovery = state.point();
             removed

@@ -1,4 +1,16 @@
-//! What an idempotent producer wrote last, so that its retry is recognised and a gap is refused (KIP-98). Pure.
+//! Producer state: what each idempotent producer wrote last, so that its retry is recognised and a gap is refused (KIP-98). Pure.
+//!
+//! # Overview
+//!
+//! A table is a function of the log's batches and of `producer.id.expiration.ms`, and of nothing else: no clock, no order of restarts,
+//! snapshots or truncations. *Partition time* is the largest timestamp of all batches up to the log end. A producer is known while it is one
+//! of the last `limits::MAX_PRODUCERS` that wrote, and while partition time is at most the expiration past the time of its last batch.
+//!
+//! # Invariants
+//!
+//! - Partition time never falls as a log grows, so the order by offset is the order by time. Both rules remove the producers that wrote
+//!   first. Therefore it does not matter when they are applied: a table that was restored without the expiration and gets it later equals
+//!   one that had it all the time.
 
 use std::collections::BTreeMap;
 
@@ -6,19 +18,25 @@ use bytes::{Buf, BufMut};
 
 use crate::{
     limits,
-    model::Offset,
-    record::{Batch, ProducerStamp},
+    model::{Compression, Offset, TimestampType},
+    record::{Batch, Fingerprint, ProducerStamp},
 };
 
 /// The producers of one partition and the last batches of each.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ProducerTable {
     producers: BTreeMap<i64, Producer>,
+    /// Ids of producers by the base offset of their last batch.
+    by_last: BTreeMap<Offset, i64>,
+    /// Partition time; `i64::MIN` before the first batch.
+    time_ms: i64,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Producer {
     epoch: i16,
+    /// Partition time when its last batch was appended.
+    last_ms: i64,
     /// At most `limits::PRODUCER_WINDOW`, at least one, oldest first.
     batches: Vec<Written>,
 }
@@ -28,6 +46,8 @@ struct Written {
     sequence: i32,
     count: u32,
     base: Offset,
+    /// Of the batch as it is stored.
+    fingerprint: Fingerprint,
 }
 
 /// What a producer's stamp means for this partition.
@@ -47,6 +67,11 @@ pub enum Verdict {
         /// The sequence number that would be next.
         expected: i32,
     },
+    /// Another batch of as many records has its sequence.
+    Conflict {
+        /// Where that one was appended.
+        base: Offset,
+    },
     /// A newer incarnation of the producer has written.
     Fenced {
         /// Its epoch.
@@ -54,6 +79,12 @@ pub enum Verdict {
     },
     /// Nothing is known of the producer, and this is not its first batch: its state has expired or was cut.
     Unknown,
+}
+
+impl Default for ProducerTable {
+    fn default() -> Self {
+        Self { producers: BTreeMap::new(), by_last: BTreeMap::new(), time_ms: i64::MIN }
+    }
 }
 
 impl ProducerTable {
@@ -78,8 +109,9 @@ impl ProducerTable {
         self.producers.is_empty()
     }
 
-    /// What a batch of `count` records with this stamp would be.
-    pub fn check(&self, stamp: ProducerStamp, count: u32) -> Verdict {
+    /// What a batch of `count` records with this stamp would be. `sent` is the fingerprint of the batch as the client sent it; `None` where
+    /// the request held records that the broker made a batch of.
+    pub fn check(&self, stamp: ProducerStamp, count: u32, sent: Option<Fingerprint>) -> Verdict {
         let Some(producer) = self.producers.get(&stamp.id) else {
             return if stamp.base_sequence == 0 { Verdict::New } else { Verdict::Unknown };
         };
@@ -92,70 +124,108 @@ impl ProducerTable {
         }
         let same = |batch: &&Written| batch.sequence == stamp.base_sequence && batch.count == count;
         if let Some(batch) = producer.batches.iter().find(same) {
-            return Verdict::Duplicate { base: batch.base, end: batch.base.plus(u64::from(batch.count)) };
+            return if batch.fingerprint.can_store(sent) {
+                Verdict::Duplicate { base: batch.base, end: batch.base.plus(u64::from(batch.count)) }
+            } else {
+                Verdict::Conflict { base: batch.base }
+            };
         }
         let expected = producer.next();
         if stamp.base_sequence == expected { Verdict::New } else { Verdict::OutOfOrder { expected } }
     }
 
+    /// Whether [`Self::note`] of this batch would change the table.
+    pub(super) fn takes(&self, batch: &Batch) -> bool {
+        batch.producer().is_some() || batch.max_timestamp() > self.time_ms
+    }
+
     /// Notes a batch that was appended. One that is not its producer's next (a leader admitted it, this replica copies)
     /// starts the producer anew.
     pub fn note(&mut self, batch: &Batch) {
+        self.time_ms = self.time_ms.max(batch.max_timestamp());
         let Some(stamp) = batch.producer() else { return };
-        let written = Written { sequence: stamp.base_sequence, count: batch.count(), base: batch.base_offset() };
-        let fresh = || Producer { epoch: stamp.epoch, batches: Vec::with_capacity(1) };
+        let written = Written {
+            sequence: stamp.base_sequence,
+            count: batch.count(),
+            base: batch.base_offset(),
+            fingerprint: batch.fingerprint(),
+        };
+        let fresh = || Producer { epoch: stamp.epoch, last_ms: i64::MIN, batches: Vec::with_capacity(1) };
         let producer = self.producers.entry(stamp.id).or_insert_with(fresh);
-        if producer.epoch != stamp.epoch || (!producer.batches.is_empty() && producer.next() != stamp.base_sequence) {
-            *producer = fresh();
+        if let Some(last) = producer.batches.last() {
+            self.by_last.remove(&last.base);
+            if producer.epoch != stamp.epoch || producer.next() != stamp.base_sequence {
+                *producer = fresh();
+            }
         }
         if producer.batches.len() == limits::PRODUCER_WINDOW {
             producer.batches.remove(0);
         }
         producer.batches.push(written);
+        producer.last_ms = self.time_ms;
+        self.by_last.insert(written.base, stamp.id);
         if self.producers.len() > limits::MAX_PRODUCERS {
-            self.forget_oldest();
+            self.forget_first();
         }
     }
 
-    /// Drops the eighth that has not written for longest, by offset: every replica forgets the same.
-    fn forget_oldest(&mut self) {
-        let mut last: Vec<Offset> = self.producers.values().map(Producer::last).collect();
-        let (_, threshold, _) = last.select_nth_unstable(limits::MAX_PRODUCERS / 8);
-        let threshold = *threshold;
-        self.producers.retain(|_, producer| producer.last() > threshold);
+    /// Whether [`Self::forget_expired`] would forget a producer.
+    pub(super) fn has_expired(&self, expiration_ms: Option<i64>) -> bool {
+        let Some((expiration_ms, (_, id))) = expiration_ms.zip(self.by_last.first_key_value()) else { return false };
+        self.time_ms.saturating_sub(self.producers[id].last_ms) > expiration_ms
+    }
+
+    /// Forgets the producers that wrote nothing for longer than this, by partition time. `None` forgets nobody.
+    pub fn forget_expired(&mut self, expiration_ms: Option<i64>) {
+        while self.has_expired(expiration_ms) {
+            self.forget_first();
+        }
+    }
+
+    fn forget_first(&mut self) {
+        if let Some((_, id)) = self.by_last.pop_first() {
+            self.producers.remove(&id);
+        }
     }
 
     pub(super) fn encode(&self, out: &mut impl BufMut) {
+        out.put_i64(self.time_ms);
         out.put_u32(u32::try_from(self.producers.len()).unwrap_or(u32::MAX));
         for (id, producer) in &self.producers {
             out.put_i64(*id);
             out.put_i16(producer.epoch);
+            out.put_i64(producer.last_ms);
             out.put_u8(u8::try_from(producer.batches.len()).unwrap_or(u8::MAX));
             for batch in &producer.batches {
-                out.put_i32(batch.sequence);
-                out.put_u32(batch.count);
-                out.put_u64(batch.base.get());
+                batch.encode(out);
             }
         }
     }
 
     pub(super) fn decode(from: &mut impl Buf) -> Option<Self> {
-        let mut table = Self::new();
+        let mut table = Self { time_ms: from.try_get_i64().ok()?, ..Self::new() };
         for _ in 0..from.try_get_u32().ok()? {
             let id = from.try_get_i64().ok()?;
             let epoch = from.try_get_i16().ok()?;
+            let last_ms = from.try_get_i64().ok()?;
             let count = usize::from(from.try_get_u8().ok()?);
             let follows = table.producers.last_key_value().is_none_or(|(last, _)| *last < id);
-            if id < 0 || !follows || !(1..=limits::PRODUCER_WINDOW).contains(&count) {
+            if id < 0 || !follows || last_ms > table.time_ms || !(1..=limits::PRODUCER_WINDOW).contains(&count) {
                 return None;
             }
             let mut batches = Vec::with_capacity(count);
             for _ in 0..count {
                 batches.push(Written::decode(from)?);
             }
-            table.producers.insert(id, Producer { epoch, batches });
+            let last = batches.last()?.base;
+            if table.by_last.insert(last, id).is_some() || table.producers.len() == limits::MAX_PRODUCERS {
+                return None;
+            }
+            table.producers.insert(id, Producer { epoch, last_ms, batches });
         }
-        Some(table)
+        // Times that fall as offsets grow would make producers known here and forgotten elsewhere.
+        let times = table.by_last.values().map(|id| table.producers[id].last_ms);
+        times.is_sorted().then_some(table)
     }
 
     /// Its bytes in a segment object's footer or a snapshot.
@@ -171,14 +241,30 @@ impl ProducerTable {
     }
 }
 
+/// Bit of a form byte: the broker set the timestamps. The low three bits are the codec, as in a batch's attributes.
+const LOG_APPEND_TIME: u8 = 1 << 3;
+
 impl Written {
+    fn encode(&self, out: &mut impl BufMut) {
+        out.put_i32(self.sequence);
+        out.put_u32(self.count);
+        out.put_u64(self.base.get());
+        out.put_u32(self.fingerprint.crc);
+        let time = if self.fingerprint.timestamp_type == TimestampType::LogAppendTime { LOG_APPEND_TIME } else { 0 };
+        out.put_u8(self.fingerprint.compression as u8 | time);
+    }
+
     /// One whose count and offsets a batch can have: the end is told to whoever repeats it.
     fn decode(from: &mut impl Buf) -> Option<Self> {
         let (sequence, count) = (from.try_get_i32().ok()?, from.try_get_u32().ok()?);
         let base = Offset::new(from.try_get_u64().ok()?)?;
         let possible = (1..=limits::MAX_BATCH_RECORDS).contains(&usize::try_from(count).ok()?);
         Offset::new(base.get() + u64::from(count)).filter(|_| possible)?;
-        Some(Self { sequence, count, base })
+        let (crc, form) = (from.try_get_u32().ok()?, from.try_get_u8().ok()?);
+        let compression = Compression::from_bits(form & !LOG_APPEND_TIME)?;
+        let timestamp_type =
+            if form & LOG_APPEND_TIME == 0 { TimestampType::CreateTime } else { TimestampType::LogAppendTime };
+        Some(Self { sequence, count, base, fingerprint: Fingerprint { crc, compression, timestamp_type } })
     }
 }
 
@@ -188,9 +274,5 @@ impl Producer {
         let last = self.batches.last().expect("a producer has a batch");
         let next = (i64::from(last.sequence) + i64::from(last.count)) & i64::from(i32::MAX);
         i32::try_from(next).unwrap_or(0)
-    }
-
-    fn last(&self) -> Offset {
-        self.batches.last().map_or(Offset::ZERO, |batch| batch.base)
     }
 }

@@ -285,11 +285,12 @@ impl Replica {
             if epochs.last().is_none_or(|(last, _)| last < epoch) {
                 assert!(Arc::make_mut(epochs).note(epoch, batch.base_offset()), "leader epochs never fall");
             }
-            if batch.producer().is_some() {
+            if producers.takes(batch) {
                 Arc::make_mut(producers).note(batch);
             }
         }
         let end = info.end;
+        state.forget_expired_producers();
         state.unsynced_bytes += batches.iter().map(|batch| batch.encoded_len() as u64).sum::<u64>();
         end
     }
@@ -369,6 +370,14 @@ impl Replica {
     /// for a topic that does not persist: a later hand-over then syncs the segments.
     pub fn set_journaled(&mut self, journaled: bool) {
         self.journaled = journaled;
+    }
+
+    /// Sets `producer.id.expiration.ms`; none at first, and none where the topic forgets producers by number alone.
+    pub fn set_producer_expiration(&mut self, expiration: Option<Duration>) {
+        let mut state = self.shared.state();
+        state.producer_expiration_ms =
+            expiration.map(|expiration| i64::try_from(expiration.as_millis()).unwrap_or(i64::MAX));
+        state.forget_expired_producers();
     }
 
     /// Forgets what was not handed over.

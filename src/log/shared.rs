@@ -51,6 +51,8 @@ pub(super) struct State {
     pub(super) persisted_end: Offset,
     pub(super) epochs: Arc<EpochHistory>,
     pub(super) producers: Arc<ProducerTable>,
+    /// After how much partition time a producer is forgotten; `None` until the topic's configuration is known.
+    pub(super) producer_expiration_ms: Option<i64>,
     /// The active segment's index; `None` until it is needed.
     pub(super) index: Option<Index>,
     /// Grows with each cut and reset, so that what was begun before them is recognised.
@@ -108,6 +110,13 @@ impl State {
         }
     }
 
+    /// Forgets producers by the topic's rule. Due wherever the log end moves or the table is replaced.
+    pub(super) fn forget_expired_producers(&mut self) {
+        if self.producers.has_expired(self.producer_expiration_ms) {
+            Arc::make_mut(&mut self.producers).forget_expired(self.producer_expiration_ms);
+        }
+    }
+
     /// What is known at the log end.
     pub(super) fn point(&self) -> Recovery {
         Recovery { segment: self.active().info, epochs: self.epochs.clone(), producers: self.producers.clone() }
@@ -138,6 +147,7 @@ impl Shared {
                 persisted_end: record.persisted.max(segment.end),
                 epochs: epochs.clone(),
                 producers: producers.clone(),
+                producer_expiration_ms: None,
                 index: None,
                 generation: record.generation,
                 recovery: Recovery { segment, epochs, producers },

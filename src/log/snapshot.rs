@@ -8,7 +8,7 @@ use bytes::{Buf, BufMut, BytesMut};
 use super::{disk::Disk, epochs::EpochHistory, producers::ProducerTable, segment::name};
 use crate::model::Offset;
 
-const MAGIC: &[u8; 8] = b"STRLSNP1";
+const MAGIC: &[u8; 8] = b"STRLSNP2";
 
 /// How the name of a snapshot ends that a reset begins with, until the files of the log before it are gone.
 pub(super) const OF_RESET: &str = "reset";

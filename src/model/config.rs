@@ -46,6 +46,20 @@ pub enum Compression {
     Zstd = 4,
 }
 
+impl Compression {
+    /// The codec with this discriminant.
+    pub const fn from_bits(bits: u8) -> Option<Self> {
+        match bits {
+            0 => Some(Self::None),
+            1 => Some(Self::Gzip),
+            2 => Some(Self::Snappy),
+            3 => Some(Self::Lz4),
+            4 => Some(Self::Zstd),
+            _ => None,
+        }
+    }
+}
+
 /// What a producer waits for before a write counts as acknowledged.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Acks {
@@ -153,6 +167,12 @@ pub const TOPIC_CONFIG_KEYS: &[ConfigKey] = &[
         doc: "How many replicas must hold a record before `acks=all` is acknowledged; with fewer in sync, appends are refused.",
     },
     ConfigKey {
+        name: "producer.id.expiration.ms",
+        default: "86400000",
+        allowed: "a number of milliseconds from 1 to 2305843009213693951",
+        doc: "How long a partition remembers an idempotent producer that writes nothing more, by the largest timestamp in the partition and not by a clock.",
+    },
+    ConfigKey {
         name: "remote.storage.enable",
         default: "true",
         allowed: "true or false",
@@ -245,6 +265,8 @@ pub struct TopicConfig {
     pub max_message_bytes: usize,
     /// `min.insync.replicas`
     pub min_insync_replicas: usize,
+    /// `producer.id.expiration.ms`; `None` where producers are forgotten by number alone.
+    pub producer_expiration: Option<Duration>,
     /// `message.timestamp.type`
     pub timestamp_type: TimestampType,
     /// `compression.type`; `None` is `producer`.
@@ -283,6 +305,7 @@ impl TopicConfig {
             max_message_bytes: usize::try_from(values.number("max.message.bytes", 1024, 67_108_864)?)
                 .expect("below 2^32"),
             min_insync_replicas: usize::try_from(values.number("min.insync.replicas", 1, 32)?).expect("below 2^32"),
+            producer_expiration: Some(Duration::from_millis(values.number("producer.id.expiration.ms", 1, MAX_MS)?)),
             timestamp_type: values.one_of("message.timestamp.type", TimestampType::from_word)?,
             compression: values.one_of("compression.type", |word| match word {
                 "producer" => Some(None),

@@ -99,7 +99,7 @@ pub use self::{
 use crate::{
     log::{ChangeError, Log, Replica, ReplicaError},
     model::{Acks, BrokerId, LeaderEpoch, Offset, PartitionId, TopicConfig, TopicName, Watermarks},
-    record::Batch,
+    record::{Batch, Fingerprint},
     task::Tasks,
     tier::{PartitionTier, TierState},
 };
@@ -226,16 +226,18 @@ impl Partition {
         &self.topic
     }
 
-    /// Queues a write; waits only for room in the queue. Writes are appended in the order in which this returned. The
+    /// Queues a write; waits only for room in the queue. `sent` is the fingerprint of the batch that the client sent, which `batch` may be a
+    /// changed form of; `None` where the client sent records. Writes are appended in the order in which this returned. The
     /// answer comes when `acks` holds; a writer that drops the receiver has still written.
     pub async fn append(
         &self,
         batch: Batch,
+        sent: Option<Fingerprint>,
         acks: Acks,
         permit: OwnedSemaphorePermit,
     ) -> oneshot::Receiver<AppendResult> {
         let (answer, receiver) = oneshot::channel();
-        let append = Box::new(Append { batch, acks, permit, answer });
+        let append = Box::new(Append { batch, sent, acks, permit, answer });
         if let Err(mpsc::error::SendError(Command::Append(append))) = self.mailbox.send(Command::Append(append)).await {
             let _gone = append.answer.send(Err(AppendError::Closing));
         }

@@ -117,7 +117,7 @@ async fn append(partition: &Partition, value: &[u8], acks: Acks) -> AppendResult
 
 async fn append_batch(partition: &Partition, batch: Batch, acks: Acks) -> AppendResult {
     let permit = Arc::new(Semaphore::new(1)).acquire_owned().await.unwrap();
-    partition.append(batch, acks, permit).await.await.unwrap()
+    partition.append(batch, None, acks, permit).await.await.unwrap()
 }
 
 /// Everything from `from` to the high watermark, and where it came from.
@@ -171,7 +171,7 @@ async fn a_segment_does_not_outgrow_its_topic_because_batches_came_at_once() {
     let mut answers = Vec::new();
     for n in 0..40_u8 {
         let permit = Arc::new(Semaphore::new(1)).acquire_owned().await.unwrap();
-        answers.push(partition.append(batch(&[n; 4000]), Acks::All, permit).await);
+        answers.push(partition.append(batch(&[n; 4000]), None, Acks::All, permit).await);
     }
     for answer in answers {
         answer.await.unwrap().unwrap();
@@ -296,7 +296,7 @@ async fn a_time_is_found_to_the_record_in_every_tier() {
             builder.push(1000 + group * 40 + n * 10, None, Some(&[0; 2000]), &[]).unwrap();
         }
         let permit = Arc::new(Semaphore::new(1)).acquire_owned().await.unwrap();
-        let answer = partition.append(builder.finish(None).unwrap(), Acks::All, permit).await;
+        let answer = partition.append(builder.finish(None).unwrap(), None, Acks::All, permit).await;
         answer.await.unwrap().unwrap();
     }
     let opener = Opener::new(64 << 20);
@@ -341,7 +341,7 @@ async fn a_time_that_only_a_header_claims_is_not_found() {
         let crc = crc32c::crc32c(&bytes[21..]);
         bytes[17..21].copy_from_slice(&crc.to_be_bytes());
         let permit = Arc::new(Semaphore::new(1)).acquire_owned().await.unwrap();
-        let answer = partition.append(Batch::parse(bytes.freeze()).unwrap(), Acks::All, permit).await;
+        let answer = partition.append(Batch::parse(bytes.freeze()).unwrap(), None, Acks::All, permit).await;
         answer.await.unwrap().unwrap();
     }
     for tiered in [false, true] {

@@ -31,6 +31,28 @@ pub struct ProducerStamp {
     pub base_sequence: i32,
 }
 
+/// Content of a batch, and the form that its CRC belongs to. Base offset and leader epoch, which the broker stamps, are no part of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fingerprint {
+    /// The CRC-32C of byte 21 to the end.
+    pub crc: u32,
+    /// The codec of the records.
+    pub compression: Compression,
+    /// Who set the timestamps.
+    pub timestamp_type: TimestampType,
+}
+
+impl Fingerprint {
+    /// Whether a stored batch with this fingerprint can be the batch that was sent with `sent`. The CRCs are compared only where codec and
+    /// timestamp type are the same: in any other case the broker rewrote the batch before it stored it. `None` is a request that held
+    /// records and no batch.
+    pub fn can_store(self, sent: Option<Self>) -> bool {
+        let is_unchanged =
+            |sent: Self| sent.compression == self.compression && sent.timestamp_type == self.timestamp_type;
+        sent.is_none_or(|sent| !is_unchanged(sent) || sent.crc == self.crc)
+    }
+}
+
 /// Why bytes are no batch.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Malformed {
@@ -95,6 +117,19 @@ pub enum Malformed {
         base_offset: i64,
         /// `partitionLeaderEpoch`
         leader_epoch: i32,
+    },
+    /// A producer id, producer epoch and sequence that no producer has.
+    #[error(
+        "batch has producer id {id}, producer epoch {epoch} and base sequence {base_sequence}: with a producer id none of them may be \
+         negative; without one the id is -1, and epoch and sequence are -1 or 0"
+    )]
+    Producer {
+        /// `producerId`
+        id: i64,
+        /// `producerEpoch`
+        epoch: i16,
+        /// `baseSequence`
+        base_sequence: i32,
     },
     /// A record inside the batch does not parse.
     #[error("record {index} of the batch is malformed: {reason}")]
@@ -259,7 +294,7 @@ impl Batch {
         Ok(())
     }
 
-    /// What no client may send, though it is well formed: control batches, transactions, a timestamp type.
+    /// What no client may send, though it is well formed: control batches, transactions, a timestamp type, part of a producer's stamp.
     pub fn check_client(&self) -> Result<(), Malformed> {
         let attributes = self.attributes();
         let refuse = |reason| Err(Malformed::Attributes { attributes, reason });
@@ -275,7 +310,17 @@ impl Batch {
         if attributes & !layout::COMPRESSION_MASK != 0 {
             return refuse("unknown bits are set");
         }
-        Ok(())
+        self.check_producer()
+    }
+
+    /// Refuses a producer's stamp that is neither whole nor absent. Part of a stamp would pass for a batch without a producer, or start a
+    /// producer in a state that no later batch of it can follow. Clients without idempotence write -1 or 0 as epoch and sequence: Java and C
+    /// (-1, -1), Sarama (-1, 0), KafkaJS (0, 0).
+    fn check_producer(&self) -> Result<(), Malformed> {
+        let ProducerStamp { id, epoch, base_sequence } = self.stamp_fields();
+        let is_absent = id == -1 && matches!(epoch, -1 | 0) && matches!(base_sequence, -1 | 0);
+        let is_whole = id >= 0 && epoch >= 0 && base_sequence >= 0;
+        if is_absent || is_whole { Ok(()) } else { Err(Malformed::Producer { id, epoch, base_sequence }) }
     }
 
     fn checksum(&self) -> u32 {
@@ -419,12 +464,20 @@ impl Batch {
 
     /// The idempotent producer that wrote it, when one did.
     pub fn producer(&self) -> Option<ProducerStamp> {
-        let id = i64::from_be_bytes(field(&self.head, layout::PRODUCER_ID));
-        (id >= 0).then(|| ProducerStamp {
-            id,
+        Some(self.stamp_fields()).filter(|stamp| stamp.id >= 0)
+    }
+
+    fn stamp_fields(&self) -> ProducerStamp {
+        ProducerStamp {
+            id: i64::from_be_bytes(field(&self.head, layout::PRODUCER_ID)),
             epoch: i16::from_be_bytes(field(&self.head, layout::PRODUCER_EPOCH)),
             base_sequence: i32::from_be_bytes(field(&self.head, layout::BASE_SEQUENCE)),
-        })
+        }
+    }
+
+    /// What tells this batch from another one with the same producer and sequence.
+    pub fn fingerprint(&self) -> Fingerprint {
+        Fingerprint { crc: self.crc(), compression: self.compression(), timestamp_type: self.timestamp_type() }
     }
 }
 

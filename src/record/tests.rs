@@ -321,6 +321,29 @@ fn recompression_changes_the_codec_and_nothing_else() {
     assert_eq!(batch.recompress(Compression::Zstd).unwrap().timestamp_type(), TimestampType::LogAppendTime);
 }
 
+#[test]
+fn producer_stamp_is_whole_or_absent() {
+    let stamped = |id: i64, epoch: i16, base_sequence: i32| {
+        let mut batch = build(Compression::None, &golden_records(), None);
+        batch.set_producer(Some(ProducerStamp { id, epoch, base_sequence }));
+        Batch::parse(batch.to_bytes()).unwrap().check_client()
+    };
+    for epoch in [i16::MIN, -2, -1, 0, 1, i16::MAX] {
+        for base_sequence in [i32::MIN, -2, -1, 0, 1, i32::MAX] {
+            for id in [0, 7, i64::MAX] {
+                let possible = epoch >= 0 && base_sequence >= 0;
+                assert_eq!(stamped(id, epoch, base_sequence).is_ok(), possible, "{id} {epoch} {base_sequence}");
+            }
+            let absent = matches!(epoch, -1 | 0) && matches!(base_sequence, -1 | 0);
+            assert_eq!(stamped(-1, epoch, base_sequence).is_ok(), absent, "-1 {epoch} {base_sequence}");
+            for id in [i64::MIN, -2] {
+                let refused = Err(Malformed::Producer { id, epoch, base_sequence });
+                assert_eq!(stamped(id, epoch, base_sequence), refused);
+            }
+        }
+    }
+}
+
 /// A producer may write any largest timestamp: one of 1970 had the record deleted, one of the far future found it always.
 #[test]
 fn the_largest_timestamp_becomes_that_of_the_records() {

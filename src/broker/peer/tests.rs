@@ -149,7 +149,7 @@ async fn append(partition: &Partition, value: &[u8]) -> tokio::sync::oneshot::Re
     let mut builder = BatchBuilder::new(Compression::None);
     builder.push(1, None, Some(value), &[]).unwrap();
     let permit = Arc::new(Semaphore::new(1)).acquire_owned().await.unwrap();
-    partition.append(builder.finish(None).unwrap(), Acks::All, permit).await
+    partition.append(builder.finish(None).unwrap(), None, Acks::All, permit).await
 }
 
 async fn acked(answer: tokio::sync::oneshot::Receiver<AppendResult>) {

@@ -29,8 +29,8 @@ const MOST_FOOTER_BYTES: u64 = 64 << 20;
 const OTHERS: &[(&[u8], &str)] = &[
     (b"STRLOIX1", "an index"),
     (b"STRLTIX1", "a time index"),
-    (b"STRLSNP1", "a snapshot"),
-    (b"STRLCKP1", "a checkpoint"),
+    (b"STRLSNP2", "a snapshot"),
+    (b"STRLCKP2", "a checkpoint"),
     (b"STRLJRN1", "a file of the journal"),
     (b"STMR", "a manifest"),
     (b"STMP", "a page of a manifest"),

@@ -6,7 +6,10 @@ use std::{
 };
 
 use super::*;
-use crate::log::disk::Dice;
+use crate::{log::disk::Dice, record::ProducerStamp};
+
+/// `producer.id.expiration.ms` of every replica here.
+const EXPIRATION: Duration = Duration::from_millis(40);
 
 /// What one replica must hold.
 #[derive(Default)]
@@ -19,7 +22,6 @@ struct Model {
     local_start: u64,
     log_start: u64,
     answers: Answers,
-    next_sequence: BTreeMap<i64, i32>,
     /// A cut to here was begun and did not return.
     cut_begun: Option<u64>,
     /// What a cut took that did not return: a loss of power may bring it back until something else is written.
@@ -85,20 +87,25 @@ impl Model {
         self.truncate(end);
         (self.acked, self.local_start, self.sure) = (replica.persisted_end().get().max(least), start, true);
         self.log_start = self.log_start.max(replica.log_start().get());
-        let mut producers = ProducerTable::new();
-        self.batches.iter().for_each(|batch| producers.note(batch));
-        assert_eq!(*replica.producers(), producers, "seed {seed}: producers at {end}");
+        assert_eq!(*replica.producers(), self.producers(), "seed {seed}: producers at {end}");
         for batch in self.batches.iter().filter(|batch| batch.base_offset().get() >= start.max(self.log_start)) {
             assert_eq!(replica.epochs().at(batch.base_offset()), batch.leader_epoch(), "seed {seed}: epochs");
         }
-        self.next_sequence.clear();
-        for batch in &self.batches {
-            if let Some(stamp) = batch.producer() {
-                let next = stamp.base_sequence + i32::try_from(batch.count()).unwrap();
-                self.next_sequence.insert(stamp.id, next);
-            }
-        }
     }
+
+    /// The table of everything appended, by the definition: no snapshot, no restart.
+    fn producers(&self) -> ProducerTable {
+        let mut producers = ProducerTable::new();
+        for batch in &self.batches {
+            note(&mut producers, batch);
+        }
+        producers
+    }
+}
+
+fn note(producers: &mut ProducerTable, batch: &Batch) {
+    producers.note(batch);
+    producers.forget_expired(i64::try_from(EXPIRATION.as_millis()).ok());
 }
 
 struct World {
@@ -174,7 +181,12 @@ impl World {
                 Err(error) => panic!("seed {}: {error}", self.seed),
             };
             model.gone_maybe = false;
+            replica.set_producer_expiration(Some(EXPIRATION));
             model.check(&replica, self.lossless, self.seed);
+            // Where the configuration comes late, the rule is applied to what was kept meanwhile.
+            if self.dice.roll(4) == 0 {
+                replica.set_producer_expiration(None);
+            }
             replica.set_journaled(number % 3 != 2);
             replicas.insert(*number, replica);
             true
@@ -196,6 +208,7 @@ impl World {
             let start = self.dice.roll(3) * 100;
             if let Ok(mut replica) = log.open_replica(partition(number), at(start)) {
                 replica.set_journaled(number % 3 != 2);
+                replica.set_producer_expiration(Some(EXPIRATION));
                 replicas.insert(number, replica);
                 let model = Model { start, acked: start, local_start: start, log_start: start, ..Model::default() };
                 self.models.insert(number, model);
@@ -216,8 +229,6 @@ impl World {
                 if replica.append(&batches).is_ok() {
                     model.batches.extend(batches);
                     model.undone.clear();
-                } else {
-                    model.next_sequence.clear();
                 }
             }
             40..58 => replica.persist(model.answers.done()),
@@ -237,7 +248,6 @@ impl World {
                     model.undone.clear();
                     model.hear();
                     model.truncate(end.get());
-                    model.next_sequence.clear();
                 } else {
                     // It takes no writes any more; what it has is as it was, or cut.
                     assert!(replica.failed().is_some(), "seed {}", self.seed);
@@ -284,23 +294,29 @@ impl World {
     }
 }
 
-fn some_batches(dice: &mut Dice, model: &mut Model, epoch: u32, clock: &mut i64) -> Vec<Batch> {
+fn some_batches(dice: &mut Dice, model: &Model, epoch: u32, clock: &mut i64) -> Vec<Batch> {
     let mut base = model.end();
-    let mut batches = Vec::new();
+    let (mut batches, mut table) = (Vec::new(), model.producers());
     for _ in 0..=dice.roll(4) {
         let count = u32::try_from(1 + dice.roll(5)).unwrap();
         let bytes = if dice.roll(40) == 0 { 30_000 } else { 61 + usize::try_from(dice.roll(3000)).unwrap() };
         let producer = i64::try_from(dice.roll(4)).unwrap();
-        *clock += 1;
+        *clock += if dice.roll(12) == 0 { i64::try_from(dice.roll(90)).unwrap() } else { 1 };
+        // Some batches are older than what lies before them.
+        let timestamp = *clock - i64::try_from(dice.roll(3) * dice.roll(30)).unwrap();
         let stamp = if producer == 0 {
             (-1, -1, -1)
         } else {
-            let next = model.next_sequence.entry(producer).or_insert(0);
-            let sequence = *next;
-            *next += i32::try_from(count).unwrap();
-            (producer, 1, sequence)
+            // The leader takes the next number of a producer that it knows, and 0 of one that it forgot.
+            let none = ProducerStamp { id: producer, epoch: 1, base_sequence: -1 };
+            match table.check(none, count, None) {
+                Verdict::OutOfOrder { expected } => (producer, 1, expected),
+                _ => (producer, 1, 0),
+            }
         };
-        batches.push(produced(base, count, epoch, *clock, bytes, stamp));
+        let batch = produced(base, count, epoch, timestamp, bytes, stamp);
+        note(&mut table, &batch);
+        batches.push(batch);
         base += u64::from(count);
     }
     batches

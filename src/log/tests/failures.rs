@@ -109,7 +109,7 @@ fn a_stop_that_fails_half_way_forgets_no_producer() {
         assert_eq!(replica.local_start(), at(2));
         let retry = crate::record::ProducerStamp { id: 9, epoch: 0, base_sequence: 0 };
         let known = Verdict::Duplicate { base: at(0), end: at(2) };
-        assert_eq!(replica.producers().check(retry, 2), known, "after {operations} operations");
+        assert_eq!(replica.producers().check(retry, 2, None), known, "after {operations} operations");
     }
 }
 

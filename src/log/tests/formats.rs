@@ -36,15 +36,25 @@ fn epochs_that_no_batch_can_carry_or_that_do_not_grow_are_refused() {
 
 /// Producers with one batch each: id, count, base.
 fn producers(entries: &[(i64, u32, u64)]) -> Option<ProducerTable> {
+    let entries: Vec<_> = entries.iter().map(|(id, count, base)| (*id, 0, *count, *base, 0)).collect();
+    timed_producers(0, &entries)
+}
+
+/// A table at this partition time; of each producer its id, the partition time of its last batch, that batch's count, base and form.
+fn timed_producers(time_ms: i64, entries: &[(i64, i64, u32, u64, u8)]) -> Option<ProducerTable> {
     let mut out = BytesMut::new();
+    out.put_i64(time_ms);
     out.put_u32(u32::try_from(entries.len()).unwrap());
-    for (id, count, base) in entries {
+    for (id, last_ms, count, base, form) in entries {
         out.put_i64(*id);
         out.put_i16(0);
+        out.put_i64(*last_ms);
         out.put_u8(1);
         out.put_i32(0);
         out.put_u32(*count);
         out.put_u64(*base);
+        out.put_u32(0);
+        out.put_u8(*form);
     }
     ProducerTable::from_bytes(&out)
 }
@@ -64,6 +74,21 @@ fn producers_whose_batches_cannot_be_are_refused() {
         &[(2, 1, 0), (1, 1, 0)],
     ] {
         assert_eq!(producers(bad), None, "{bad:?}");
+    }
+    assert_eq!(producers(&[(1, 1, 5), (2, 1, 5)]), None, "two batches at one offset");
+}
+
+/// Which producers a table forgets next follows from its times: two replicas that read them differently would answer a retry differently.
+#[test]
+fn producers_whose_times_or_forms_cannot_be_are_refused() {
+    assert!(timed_producers(9, &[(1, 9, 1, 7, 0b1100), (2, 5, 1, 3, 0b0000)]).is_some());
+    for bad in [
+        [(1, 10, 1, 7, 0), (2, 5, 1, 3, 0)],
+        [(1, 5, 1, 7, 0), (2, 9, 1, 3, 0)],
+        [(1, 9, 1, 7, 0b0101), (2, 5, 1, 3, 0)],
+        [(1, 9, 1, 7, 0b1_0000), (2, 5, 1, 3, 0)],
+    ] {
+        assert_eq!(timed_producers(9, &bad), None, "{bad:?}");
     }
 }
 

@@ -7,6 +7,7 @@ mod directory;
 mod failures;
 mod formats;
 mod lost;
+mod producers;
 mod reading;
 mod start;
 mod uptimes;

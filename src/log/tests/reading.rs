@@ -89,7 +89,7 @@ fn a_retry_is_recognised_after_a_restart_and_after_a_cut() {
     }
     let check = |replica: &Replica, base: u64| {
         let stamp = crate::record::ProducerStamp { id: 9, epoch: 0, base_sequence: sequence(base) };
-        replica.producers().check(stamp, 2)
+        replica.producers().check(stamp, 2, None)
     };
     assert_eq!(check(&replica, end - 2), Verdict::Duplicate { base: at(end - 2), end: at(end) });
     assert_eq!(check(&replica, 4), Verdict::OutOfOrder { expected: sequence(end) }, "older than the window");
@@ -129,7 +129,7 @@ fn a_snapshot_of_what_was_cut_is_not_taken_for_one_of_what_came_after() {
         // The segment from 4 on begins with a snapshot, where it kept its own.
         replica.truncate(at(4)).unwrap();
         let stamp = |id, base_sequence| crate::record::ProducerStamp { id, epoch: 0, base_sequence };
-        let check = |stamp| replica.producers().check(stamp, 2);
+        let check = |stamp| replica.producers().check(stamp, 2, None);
         assert_eq!(check(stamp(1, 2)), Verdict::New, "seed {seed}: it was cut");
         assert_eq!(check(stamp(2, 0)), Verdict::Duplicate { base: at(2), end: at(4) }, "seed {seed}");
     }

@@ -12,7 +12,7 @@ use crate::{
         Standing,
         leader::{Acked, Admission, Held, Refused},
     },
-    record::Batch,
+    record::{Batch, Fingerprint},
 };
 
 /// Why a write failed.
@@ -59,6 +59,8 @@ pub type AppendResult = Result<Acked, AppendError>;
 /// One write on its way.
 pub(in crate::partition) struct Append {
     pub(in crate::partition) batch: Batch,
+    /// Of the batch that the client sent; `None` where it sent records.
+    pub(in crate::partition) sent: Option<Fingerprint>,
     pub(in crate::partition) acks: Acks,
     /// Memory that the batch may take, given back when the write is answered, or is safe here and nobody waits for the answer any more.
     pub(in crate::partition) permit: OwnedSemaphorePermit,
@@ -90,7 +92,7 @@ impl Writer {
 impl Actor {
     /// Admits one write into the group, or answers it.
     pub(super) fn append(&mut self, append: Append, now_ms: i64) {
-        let Append { mut batch, acks, permit, answer } = append;
+        let Append { mut batch, sent, acks, permit, answer } = append;
         let Part::Leading(leader) = &self.part else {
             let Standing { leader, epoch, .. } = self.standing;
             let _gone = answer.send(Err(AppendError::NotLeader { leader, epoch }));
@@ -116,7 +118,7 @@ impl Actor {
             held: Held::Memory,
             duplicate: false,
         };
-        let admission = leader.admit(&batch, acks, &self.replica.producers());
+        let admission = leader.admit(&batch, sent, acks, &self.replica.producers());
         match admission {
             Ok(Admission::Append(base)) => {
                 if self.config.timestamp_type == TimestampType::LogAppendTime {

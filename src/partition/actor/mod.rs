@@ -147,6 +147,7 @@ impl Actor {
         let active = parts.replica.active();
         let mut replica = parts.replica;
         replica.set_journaled(config.durability == Durability::Persisted);
+        replica.set_producer_expiration(config.producer_expiration);
         // A crash between the commit and this broker's disk leaves the disk behind.
         replica.advance_log_start(parts.log_start.min(parts.committed_end));
         // A replica that began where the bucket ends knows no earlier start; what lies before can be read all the same.
@@ -325,6 +326,7 @@ impl Actor {
 
     fn configure(&mut self, config: Arc<TopicConfig>) {
         self.replica.set_journaled(config.durability == Durability::Persisted);
+        self.replica.set_producer_expiration(config.producer_expiration);
         if let Part::Leading(leader) = &mut self.part {
             leader.configure(rule(&config, self.lag_ms));
         }

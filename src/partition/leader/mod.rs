@@ -13,13 +13,13 @@
 pub mod insync;
 pub mod join;
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 
 use self::insync::{Ends, InSync, Rule, Start};
 use crate::{
     log::{ProducerTable, Verdict},
     model::{Acks, Durability, LeaderEpoch, Offset},
-    record::{Batch, ProducerStamp},
+    record::{Batch, Fingerprint, ProducerStamp},
 };
 
 /// What an acknowledgement says about where the records are.
@@ -75,6 +75,19 @@ pub enum Refused {
         /// The sequence that was due.
         expected: i32,
     },
+    /// Another batch has the producer's sequence: a different producer uses the same id, or one producer made two batches for one sequence.
+    #[error(
+        "producer {producer} sent sequence {sent}, and another batch with that sequence is stored at offset {base}: this batch is not a retry \
+         of that one and was not appended"
+    )]
+    SequenceConflict {
+        /// The producer's id.
+        producer: i64,
+        /// The sequence that came.
+        sent: i32,
+        /// Where the other batch is.
+        base: Offset,
+    },
     /// A newer epoch of the same producer has written.
     #[error("producer {producer} epoch {epoch} is fenced: epoch {current} has written since")]
     Fenced {
@@ -119,8 +132,9 @@ pub struct Leader<W> {
     for_leader: VecDeque<Waiting<W>>,
     for_all: VecDeque<Waiting<W>>,
     for_tier: VecDeque<Waiting<W>>,
-    /// Producers that have batches in the group that is being admitted: their table is not up to date yet.
-    in_group: Vec<(ProducerStamp, i32)>,
+    /// Producers that have batches in the group that is being admitted: their table is not up to date yet. By id, with the epoch and sequence
+    /// to come.
+    in_group: BTreeMap<i64, (i16, i32)>,
     next_base: Offset,
 }
 
@@ -136,7 +150,7 @@ impl<W> Leader<W> {
             for_leader: VecDeque::new(),
             for_all: VecDeque::new(),
             for_tier: VecDeque::new(),
-            in_group: Vec::new(),
+            in_group: BTreeMap::new(),
             next_base: own.written,
         }
     }
@@ -171,15 +185,22 @@ impl<W> Leader<W> {
         self.in_sync.configure(rule);
     }
 
-    /// Decides about one write. Admitted writes form a group until [`Self::appended`] or [`Self::not_appended`] ends it.
-    pub fn admit(&mut self, batch: &Batch, acks: Acks, producers: &ProducerTable) -> Result<Admission, Refused> {
+    /// Decides about one write. Admitted writes form a group until [`Self::appended`] or [`Self::not_appended`] ends it. `sent` is the
+    /// fingerprint of the batch that the client sent, if the request held one.
+    pub fn admit(
+        &mut self,
+        batch: &Batch,
+        sent: Option<Fingerprint>,
+        acks: Acks,
+        producers: &ProducerTable,
+    ) -> Result<Admission, Refused> {
         let strict = matches!(acks, Acks::All | Acks::Tiered);
         if strict && let Err(in_sync) = self.in_sync.has_minimum() {
             return Err(Refused::NotEnoughReplicas { in_sync, needed: self.in_sync.rule().min_insync });
         }
         let count = batch.count();
         if let Some(stamp) = batch.producer() {
-            match self.check(stamp, count, producers)? {
+            match self.check(stamp, count, sent, producers)? {
                 Admission::Append(_) => self.note(stamp, count),
                 duplicate @ Admission::Duplicate(..) => return Ok(duplicate),
             }
@@ -193,25 +214,27 @@ impl<W> Leader<W> {
     /// and the table does not know that group yet.
     pub fn must_flush_before(&self, batch: &Batch) -> bool {
         let Some(stamp) = batch.producer() else { return false };
-        let in_group = self.in_group.iter().find(|(known, _)| known.id == stamp.id);
-        in_group.is_some_and(|(known, next)| known.epoch != stamp.epoch || *next != stamp.base_sequence)
+        self.in_group.get(&stamp.id).is_some_and(|next| *next != (stamp.epoch, stamp.base_sequence))
     }
 
-    fn check(&self, stamp: ProducerStamp, count: u32, producers: &ProducerTable) -> Result<Admission, Refused> {
-        if self.in_group.iter().any(|(known, _)| known.id == stamp.id) {
-            assert!(
-                self.in_group.iter().any(|(known, next)| {
-                    known.id == stamp.id && known.epoch == stamp.epoch && *next == stamp.base_sequence
-                }),
-                "the actor flushes before a batch that continues nothing"
-            );
+    fn check(
+        &self,
+        stamp: ProducerStamp,
+        count: u32,
+        fingerprint: Option<Fingerprint>,
+        producers: &ProducerTable,
+    ) -> Result<Admission, Refused> {
+        if let Some(next) = self.in_group.get(&stamp.id) {
+            let continues = *next == (stamp.epoch, stamp.base_sequence);
+            assert!(continues, "the actor flushes before a batch that continues nothing");
             return Ok(Admission::Append(self.next_base));
         }
         let (producer, sent) = (stamp.id, stamp.base_sequence);
-        match producers.check(stamp, count) {
+        match producers.check(stamp, count, fingerprint) {
             Verdict::New => Ok(Admission::Append(self.next_base)),
             Verdict::Duplicate { base, end } => Ok(Admission::Duplicate(base, end)),
             Verdict::OutOfOrder { expected } => Err(Refused::OutOfOrder { producer, sent, expected }),
+            Verdict::Conflict { base } => Err(Refused::SequenceConflict { producer, sent, base }),
             Verdict::Fenced { current } => Err(Refused::Fenced { producer, epoch: stamp.epoch, current }),
             Verdict::Unknown => Err(Refused::UnknownProducer { producer, sent }),
         }
@@ -219,10 +242,7 @@ impl<W> Leader<W> {
 
     fn note(&mut self, stamp: ProducerStamp, count: u32) {
         let next = next_sequence(stamp.base_sequence, count);
-        match self.in_group.iter_mut().find(|(known, _)| known.id == stamp.id) {
-            Some(entry) => *entry = (stamp, next),
-            None => self.in_group.push((stamp, next)),
-        }
+        self.in_group.insert(stamp.id, (stamp.epoch, next));
     }
 
     /// The group admitted since the last call is in the log.

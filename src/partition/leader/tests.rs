@@ -13,9 +13,13 @@ fn at(offset: u64) -> Offset {
 }
 
 fn batch(records: u32, producer: Option<ProducerStamp>) -> Batch {
+    batch_of(b"value", records, producer)
+}
+
+fn batch_of(value: &[u8], records: u32, producer: Option<ProducerStamp>) -> Batch {
     let mut builder = BatchBuilder::new(Compression::None);
     for index in 0..records {
-        builder.push(i64::from(index), None, Some(b"value"), &[]).unwrap();
+        builder.push(i64::from(index), None, Some(value), &[]).unwrap();
     }
     builder.finish(producer).unwrap()
 }
@@ -41,7 +45,7 @@ impl Log {
         if self.leader.must_flush_before(&batch) {
             self.flush();
         }
-        let admission = self.leader.admit(&batch, acks, &self.table)?;
+        let admission = self.leader.admit(&batch, Some(batch.fingerprint()), acks, &self.table)?;
         let (base, end) = match admission {
             Admission::Append(base) => {
                 batch.stamp(base, self.leader.epoch());
@@ -129,18 +133,18 @@ fn a_tiered_write_waits_for_the_bucket() {
 fn too_few_replicas_refuse_all_but_not_one() {
     let mut leader = leader(Durability::Persisted, 2);
     let table = ProducerTable::default();
-    let refused = leader.admit(&batch(1, None), Acks::All, &table);
+    let refused = leader.admit(&batch(1, None), None, Acks::All, &table);
     assert_eq!(refused, Err(Refused::NotEnoughReplicas { in_sync: 1, needed: 2 }));
-    assert_eq!(leader.admit(&batch(1, None), Acks::Leader, &table), Ok(Admission::Append(at(0))));
+    assert_eq!(leader.admit(&batch(1, None), None, Acks::Leader, &table), Ok(Admission::Append(at(0))));
 }
 
 #[test]
 fn the_offsets_of_a_group_that_failed_are_given_again() {
     let mut leader = leader(Durability::Persisted, 1);
     let table = ProducerTable::default();
-    assert_eq!(leader.admit(&batch(3, None), Acks::All, &table), Ok(Admission::Append(at(0))));
+    assert_eq!(leader.admit(&batch(3, None), None, Acks::All, &table), Ok(Admission::Append(at(0))));
     leader.not_appended();
-    assert_eq!(leader.admit(&batch(3, None), Acks::All, &table), Ok(Admission::Append(at(0))));
+    assert_eq!(leader.admit(&batch(3, None), None, Acks::All, &table), Ok(Admission::Append(at(0))));
 }
 
 #[test]
@@ -150,7 +154,9 @@ fn a_producers_batches_may_follow_each_other_within_one_group() {
     assert_eq!(log.admit(batch(2, Some(stamp(2))), Acks::All, 2), Ok(Admission::Append(at(2))));
     // The same batch again, in the same group: the group goes to the log first, and the table knows it then.
     assert_eq!(log.admit(batch(2, Some(stamp(2))), Acks::All, 3), Ok(Admission::Duplicate(at(2), at(4))));
-    let gap = log.admit(batch(1, Some(stamp(9))), Acks::All, 4);
+    let other = log.admit(batch_of(b"other", 2, Some(stamp(2))), Acks::All, 4);
+    assert_eq!(other, Err(Refused::SequenceConflict { producer: 7, sent: 2, base: at(2) }));
+    let gap = log.admit(batch(1, Some(stamp(9))), Acks::All, 5);
     assert_eq!(gap, Err(Refused::OutOfOrder { producer: 7, sent: 9, expected: 4 }));
 }
 

@@ -242,7 +242,7 @@ fn batch(bytes: usize) -> Batch {
 
 async fn append(partition: &Partition, bytes: usize, acks: Acks) -> tokio::sync::oneshot::Receiver<AppendResult> {
     let permit = Arc::new(Semaphore::new(1)).acquire_owned().await.unwrap();
-    partition.append(batch(bytes), acks, permit).await
+    partition.append(batch(bytes), None, acks, permit).await
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -3,6 +3,7 @@
 
 mod driven;
 mod net;
+mod retries;
 
 use net::{Net, append, at, batch, broker, bytes_of, equal, in_sync, send, tick};
 

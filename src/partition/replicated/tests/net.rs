@@ -22,7 +22,7 @@ use crate::{
         insync::{Agreed, Departure, Ends, Peer, Proposal, Registration},
         join::Claim,
     },
-    record::{BatchBuilder, ProducerStamp},
+    record::{BatchBuilder, Fingerprint, ProducerStamp},
     task::patience::until,
     telemetry::Metrics,
     tier::{Cache, CacheOptions, Store, StoreOptions},
@@ -478,17 +478,29 @@ impl Agreement for Wire {
     }
 }
 
-/// A batch of one record.
+/// A batch of one record. A producer's retry has the same bytes.
 pub(super) fn batch(value: &[u8], stamp: Option<ProducerStamp>) -> Batch {
     let mut builder = BatchBuilder::new(Compression::None);
-    builder.push(crate::task::clock::wall_ms(), None, Some(value), &[]).unwrap();
+    let timestamp_ms = if stamp.is_some() { 1 } else { crate::task::clock::wall_ms() };
+    builder.push(timestamp_ms, None, Some(value), &[]).unwrap();
     builder.finish(stamp).unwrap()
 }
 
-/// Queues a write.
+/// Queues a write of a batch as a client sent it.
 pub(super) async fn send(partition: &Partition, batch: Batch, acks: Acks) -> oneshot::Receiver<AppendResult> {
+    let sent = Some(batch.fingerprint());
+    send_as(partition, batch, sent, acks).await
+}
+
+/// Queues a write of what a broker made of a request.
+pub(super) async fn send_as(
+    partition: &Partition,
+    batch: Batch,
+    sent: Option<Fingerprint>,
+    acks: Acks,
+) -> oneshot::Receiver<AppendResult> {
     let permit = Arc::new(Semaphore::new(1)).acquire_owned().await.unwrap();
-    partition.append(batch, acks, permit).await
+    partition.append(batch, sent, acks, permit).await
 }
 
 /// Tells it the time once it has taken in what it was told before, and returns when it has looked at it.

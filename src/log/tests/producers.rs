@@ -1,0 +1,172 @@
+//! Producer state: which retries are recognised, and when a producer is forgotten.
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::{
+    limits,
+    model::{Compression, TimestampType},
+    record::{BatchBuilder, Fingerprint, ProducerStamp},
+};
+
+fn stamp(id: i64, base_sequence: i32) -> ProducerStamp {
+    ProducerStamp { id, epoch: 0, base_sequence }
+}
+
+/// One record of a producer's first batch, at this offset and time.
+fn first(id: i64, base: u64, timestamp: i64) -> Batch {
+    produced(base, 1, 1, timestamp, 61, (id, 0, 0))
+}
+
+fn is_known(table: &ProducerTable, id: i64) -> bool {
+    matches!(table.check(stamp(id, 0), 1, None), Verdict::Duplicate { .. })
+}
+
+#[test]
+fn other_batch_with_the_sequence_is_no_duplicate() {
+    let batch_of = |value: &[u8]| {
+        let mut builder = BatchBuilder::new(Compression::None);
+        builder.push(7, None, Some(value), &[]).unwrap();
+        builder.finish(Some(stamp(9, 0))).unwrap()
+    };
+    let (own, other) = (batch_of(b"own"), batch_of(b"other"));
+    let stored_as = |change: &dyn Fn(&Batch) -> Batch| {
+        let (mut table, mut stored) = (ProducerTable::new(), change(&own));
+        // Neither is part of what is compared.
+        stored.stamp(at(3), LeaderEpoch(8));
+        table.note(&stored);
+        let read = ProducerTable::from_bytes(&table.to_bytes()).unwrap();
+        assert_eq!(read, table);
+        read
+    };
+    let duplicate = Verdict::Duplicate { base: at(3), end: at(4) };
+    let check = |table: &ProducerTable, sent: Option<Fingerprint>| table.check(stamp(9, 0), 1, sent);
+
+    let as_sent = stored_as(&Batch::clone);
+    assert_eq!(check(&as_sent, Some(own.fingerprint())), duplicate);
+    assert_eq!(check(&as_sent, Some(other.fingerprint())), Verdict::Conflict { base: at(3) });
+    assert_eq!(check(&as_sent, None), duplicate, "records that were decoded have no CRC");
+
+    // What the broker changed is compared by sequence and count.
+    let recompressed = stored_as(&|batch| batch.recompress(Compression::Zstd).unwrap());
+    let timed = stored_as(&|batch| {
+        let mut batch = batch.clone();
+        batch.set_append_time(99);
+        assert_eq!(batch.timestamp_type(), TimestampType::LogAppendTime);
+        batch
+    });
+    for table in [&recompressed, &timed] {
+        for sent in [Some(own.fingerprint()), Some(other.fingerprint()), None] {
+            assert_eq!(check(table, sent), duplicate);
+        }
+    }
+    let zstd = other.recompress(Compression::Zstd).unwrap();
+    assert_eq!(check(&recompressed, Some(zstd.fingerprint())), Verdict::Conflict { base: at(3) });
+}
+
+#[test]
+fn producer_is_forgotten_by_the_time_of_its_partition() {
+    let disk = SimDisk::new();
+    let log = open(&disk);
+    let mut replica = log.open_replica(partition(0), at(0)).unwrap();
+    replica.set_producer_expiration(Some(Duration::from_millis(100)));
+    write(&log, &mut replica, &[first(1, 0, 1000)]);
+    // A producer that writes old timestamps is remembered from the partition's time on.
+    write(&log, &mut replica, &[first(2, 1, 5), batch(2, 1, 1, 1100, 61)]);
+    assert!(is_known(&replica.producers(), 1) && is_known(&replica.producers(), 2));
+    // Batches without a producer move the time as well.
+    write(&log, &mut replica, &[batch(3, 1, 1, 1101, 61)]);
+    assert!(replica.producers().is_empty());
+    assert_eq!(replica.producers().check(stamp(1, 1), 1, None), Verdict::Unknown);
+    assert_eq!(replica.producers().check(stamp(1, 0), 1, None), Verdict::New);
+
+    // The time goes back with what is cut, and the producers come back.
+    replica.truncate(at(3)).unwrap();
+    assert!(is_known(&replica.producers(), 1) && is_known(&replica.producers(), 2));
+    // A shorter expiration holds at once; none forgets nobody.
+    replica.set_producer_expiration(Some(Duration::from_millis(99)));
+    assert!(replica.producers().is_empty());
+    replica.set_producer_expiration(None);
+    write(&log, &mut replica, &[first(3, 3, 1100), batch(4, 1, 1, i64::MAX, 61)]);
+    assert!(is_known(&replica.producers(), 3));
+}
+
+/// The log that began at a footer's or a leader's table forgets when the log that it copies does.
+#[test]
+fn partition_time_outlives_the_batches_that_set_it() {
+    let (disk, other_disk) = (SimDisk::new(), SimDisk::new());
+    let (log, other_log) = (open(&disk), open(&other_disk));
+    let mut replica = log.open_replica(partition(0), at(0)).unwrap();
+    replica.set_producer_expiration(Some(Duration::from_millis(100)));
+    write(&log, &mut replica, &[batch(0, 1, 1, 1000, 61), first(1, 1, 10)]);
+    replica.roll().unwrap();
+    write(&log, &mut replica, &[batch(2, 1, 1, 20, 61)]);
+    replica.evict(at(2)).unwrap();
+    let (start, epochs, producers) = replica.tables_at_start().unwrap();
+    let mut other = other_log.open_replica(partition(0), at(0)).unwrap();
+    other.reset_with(start, epochs, producers).unwrap();
+    other.set_producer_expiration(Some(Duration::from_millis(100)));
+    write(&other_log, &mut other, &[batch(2, 1, 1, 20, 61)]);
+    assert_eq!(*replica.producers(), *other.producers());
+    assert!(is_known(&other.producers(), 1));
+    for (log, replica) in [(&log, &mut replica), (&other_log, &mut other)] {
+        write(log, replica, &[batch(3, 1, 1, 1101, 61)]);
+        assert!(replica.producers().is_empty());
+    }
+}
+
+#[test]
+fn beyond_the_bound_the_oldest_producer_is_forgotten() {
+    let mut table = ProducerTable::new();
+    let bound = i64::try_from(limits::MAX_PRODUCERS).unwrap();
+    for id in 0..bound {
+        table.note(&first(id, u64::try_from(id).unwrap(), 1));
+    }
+    // Producer 0 writes again, so producer 1 is the oldest.
+    table.note(&produced(1 << 20, 1, 1, 1, 61, (0, 0, 1)));
+    assert_eq!(table.len(), limits::MAX_PRODUCERS);
+    table.note(&first(bound, 1 << 21, 1));
+    assert_eq!(table.len(), limits::MAX_PRODUCERS);
+    assert!(is_known(&table, 0) && !is_known(&table, 1) && is_known(&table, 2) && is_known(&table, bound));
+}
+
+proptest! {
+    /// A producer is known exactly while partition time is at most the expiration past that of its last batch, wherever the table was
+    /// written and read in between, and whenever the expiration became known.
+    #[test]
+    fn table_is_a_function_of_the_log(
+        writes in prop::collection::vec((0i64..6, -40i64..60), 1..60),
+        expiration in 1i64..120,
+        restarts in prop::collection::vec(any::<bool>(), 60),
+        known_from in 0usize..60,
+    ) {
+        let (mut table, mut late) = (ProducerTable::new(), ProducerTable::new());
+        let (mut time, mut clock) = (i64::MIN, 0);
+        let mut last = std::collections::BTreeMap::new();
+        for (number, (id, step)) in writes.iter().enumerate() {
+            clock += step;
+            time = time.max(clock);
+            let base = u64::try_from(number).unwrap();
+            let batch = if *id == 0 { batch(base, 1, 1, clock, 61) } else { first(*id, base, clock) };
+            table.note(&batch);
+            late.note(&batch);
+            if *id != 0 {
+                last.insert(*id, time);
+            }
+            table.forget_expired(Some(expiration));
+            if number >= known_from {
+                late.forget_expired(Some(expiration));
+            }
+            if restarts[number] {
+                table = ProducerTable::from_bytes(&table.to_bytes()).unwrap();
+                late = ProducerTable::from_bytes(&late.to_bytes()).unwrap();
+            }
+            for id in 1..6 {
+                let known = last.get(&id).is_some_and(|last| time - last <= expiration);
+                prop_assert_eq!(is_known(&table, id), known, "producer {} at {}", id, number);
+            }
+        }
+        late.forget_expired(Some(expiration));
+        prop_assert_eq!(late, table);
+    }
+}

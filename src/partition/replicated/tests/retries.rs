@@ -1,0 +1,74 @@
+//! A retry is recognised whatever the broker made of its batch, after a fail-over and after a change of the topic's configuration.
+
+use super::{net::send_as, *};
+use crate::{model::Compression, partition::leader::Refused, record::BatchBuilder};
+
+const APPEND_TIME: &[(&str, &str)] =
+    &[("remote.storage.enable", "false"), ("retention.ms", "-1"), ("message.timestamp.type", "LogAppendTime")];
+
+/// What the edge hands over for one request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Form {
+    /// The batch as it came.
+    AsSent,
+    /// The batch in the topic's codec (`compression.type`).
+    Recompressed,
+    /// A batch that the broker made of records.
+    OfRecords,
+}
+
+/// Sends the batch of one record with this sequence.
+async fn offer(to: &Partition, form: Form, value: &[u8], sequence: i32) -> AppendResult {
+    // Every request that holds records gets the time at which it came.
+    let time = if form == Form::OfRecords { crate::task::clock::wall_ms() } else { 5 };
+    let mut builder = BatchBuilder::new(Compression::Gzip);
+    builder.push(time, None, Some(value), &[]).unwrap();
+    let batch = builder.finish(Some(ProducerStamp { id: 9, epoch: 0, base_sequence: sequence })).unwrap();
+    let sent = (form != Form::OfRecords).then(|| batch.fingerprint());
+    let batch = if form == Form::Recompressed { batch.recompress(Compression::Zstd).unwrap() } else { batch };
+    send_as(to, batch, sent, Acks::All).await.await.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn retry_is_a_duplicate_after_failover_and_alter() {
+    const FORMS: [Form; 3] = [Form::AsSent, Form::Recompressed, Form::OfRecords];
+    for (before, after) in [(PLAIN, PLAIN), (PLAIN, APPEND_TIME), (APPEND_TIME, PLAIN), (APPEND_TIME, APPEND_TIME)] {
+        let net = Net::new(2, 2, 2, false).await;
+        let one = net.start(1, before, false).await;
+        // The follower has the configuration that the topic is altered to.
+        let two = net.start(2, after, false).await;
+        in_sync(&two).await;
+        for (sequence, form) in (0..).zip(FORMS) {
+            let stored = offer(&one, form, b"own", sequence).await.unwrap();
+            let again = offer(&one, form, b"own", sequence).await.unwrap();
+            assert_eq!((again.base, again.duplicate), (stored.base, true), "{form:?}, {before:?}");
+        }
+        net.elect(2, &[]).await;
+        until("it leads", || two.standing().role.leads()).await;
+        in_sync(&one).await;
+        for (sequence, stored) in (0..).zip(FORMS) {
+            let base = at(u64::try_from(sequence).unwrap());
+            // The topic may have got a codec meanwhile, or lost it.
+            let retries: &[Form] =
+                if stored == Form::OfRecords { &[stored] } else { &[Form::AsSent, Form::Recompressed] };
+            for retry in retries {
+                let again = offer(&two, *retry, b"own", sequence).await.unwrap();
+                assert_eq!(
+                    (again.base, again.duplicate),
+                    (base, true),
+                    "{stored:?}, {retry:?}, {before:?} to {after:?}"
+                );
+            }
+            let other = offer(&two, retries[0], b"other", sequence).await;
+            if stored == Form::AsSent && before == PLAIN {
+                let conflict = Refused::SequenceConflict { producer: 9, sent: sequence, base };
+                assert_eq!(other, Err(AppendError::Refused(conflict)), "{before:?} to {after:?}");
+            } else {
+                // Neither broker has what the client sent.
+                assert!(other.unwrap().duplicate, "{stored:?}, {before:?} to {after:?}");
+            }
+        }
+        net.stop(2).await;
+        net.stop(1).await;
+    }
+}
