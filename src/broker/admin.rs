@@ -4,7 +4,7 @@
 
 use std::{collections::HashMap, time::Duration};
 
-use super::{Broker, garbage};
+use super::{Broker, ProducerIdQuota, garbage};
 use crate::{
     cluster::{NewTopic, TopicInfo, TopicValue},
     model::{ConfigMap, TopicId, TopicName},
@@ -70,8 +70,8 @@ impl Broker {
         })
     }
 
-    pub(super) async fn init_producer(&self) -> Result<v1::InitProducerResponse, Fault> {
-        let producer_id = self.producer_ids.next(&self.topics).await?;
+    pub(super) async fn init_producer(&self, quota: &ProducerIdQuota) -> Result<v1::InitProducerResponse, Fault> {
+        let producer_id = self.next_producer_id(quota).await?;
         Ok(v1::InitProducerResponse { producer_id, producer_epoch: 0 })
     }
 

@@ -71,6 +71,7 @@ use self::{
 };
 pub use self::{
     fill::starts_full,
+    producer_ids::ProducerIdQuota,
     service::{peer_service, services},
 };
 use crate::{
@@ -99,6 +100,8 @@ pub struct Settings {
     pub topic_defaults: ConfigMap,
     /// Bytes of writes that may be under way.
     pub produce_memory_bytes: u64,
+    /// New producers of one connection in a minute.
+    pub producer_ids_per_minute: u32,
     /// Partitions that may have upkeep at the same moment, which bounds uploads.
     pub upkeep_workers: usize,
     /// How often retention looks at every partition that holds records.
@@ -290,8 +293,8 @@ impl Broker {
             self.agree.spawn(&self.tasks);
             self.tasks.spawn("lag", lag::run(Arc::clone(self)));
             self.tasks.spawn("doubt", doubt::run(Arc::clone(self), session.clone()));
-            self.tasks.spawn("producer ids", producer_ids::keep(Arc::clone(self)));
         }
+        self.tasks.spawn("producer ids", producer_ids::keep(Arc::clone(self)));
         self.reconcile(&state, &mut leftovers).await;
         drop(state);
         self.ready.store(true, Ordering::Release);

@@ -13,7 +13,7 @@ use futures::{
 use tokio::{sync::oneshot, time::Instant};
 use tonic::{Status, Streaming};
 
-use super::{Broker, faults};
+use super::{Broker, ProducerIdQuota, faults};
 use crate::{
     limits,
     model::{Acks, Compression, PartitionId},
@@ -67,9 +67,15 @@ impl Drop for Awaited {
 
 impl Broker {
     /// Appends and waits for the acknowledgement.
-    pub(super) async fn append(&self, request: v1::AppendRequest) -> Result<v1::AppendResponse, Fault> {
-        let queued =
-            self.queue(request).await.inspect_err(|fault| self.metrics.produce_errors.count(fault.reason.word()))?;
+    pub(super) async fn append(
+        &self,
+        request: v1::AppendRequest,
+        quota: &ProducerIdQuota,
+    ) -> Result<v1::AppendResponse, Fault> {
+        let queued = self
+            .queue(request, quota)
+            .await
+            .inspect_err(|fault| self.metrics.produce_errors.count(fault.reason.word()))?;
         self.outcome(queued).await
     }
 
@@ -77,13 +83,15 @@ impl Broker {
     pub(super) fn produce(
         self: Arc<Self>,
         requests: Streaming<v1::ProduceRequest>,
+        quota: ProducerIdQuota,
     ) -> impl Stream<Item = Result<v1::ProduceResponse, Status>> + Send + 'static {
-        let state = Pipeline { broker: self, requests, beginning: None, answers: FuturesUnordered::new(), ended: None };
+        let answers = FuturesUnordered::new();
+        let state = Pipeline { broker: self, requests, quota, beginning: None, answers, ended: None };
         stream::unfold(state, |mut pipeline| async move { Some((pipeline.next().await?, pipeline)) })
     }
 
     /// Checks a write and puts it into its partition's queue.
-    async fn queue(&self, request: v1::AppendRequest) -> Result<Queued, Fault> {
+    async fn queue(&self, request: v1::AppendRequest, quota: &ProducerIdQuota) -> Result<Queued, Fault> {
         let began = clock::monotonic();
         self.metrics.produce_requests.inc();
         let acks = acks(request.acks)?;
@@ -104,6 +112,9 @@ impl Broker {
                     return Err(faults::too_large(partition.topic(), bytes.len(), most));
                 }
                 let batch = received(bytes)?;
+                if let Some(stamp) = batch.producer() {
+                    self.check_producer_id(stamp.id, quota).await?;
+                }
                 let sent = batch.fingerprint();
                 (batch, Some(sent))
             }
@@ -208,6 +219,7 @@ type Begun = (u64, Result<Queued, Fault>);
 struct Pipeline {
     broker: Arc<Broker>,
     requests: Streaming<v1::ProduceRequest>,
+    quota: ProducerIdQuota,
     /// The request that came last, which may have to wait for memory. The next one is taken when it is queued.
     beginning: Option<BoxFuture<'static, Begun>>,
     answers: FuturesUnordered<BoxFuture<'static, v1::ProduceResponse>>,
@@ -245,10 +257,10 @@ impl Pipeline {
     }
 
     fn begin(&mut self, request: v1::ProduceRequest) {
-        let broker = Arc::clone(&self.broker);
+        let (broker, quota) = (Arc::clone(&self.broker), self.quota.clone());
         self.beginning = Some(Box::pin(async move {
             let queued = match request.append {
-                Some(append) => broker.queue(append).await,
+                Some(append) => broker.queue(append, &quota).await,
                 None => {
                     broker.metrics.produce_requests.inc();
                     Err(faults::invalid("the request holds no append"))

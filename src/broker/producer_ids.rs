@@ -1,19 +1,25 @@
-//! Ids for idempotent producers, handed out from blocks that no other broker has.
+//! Ids for idempotent producers: handed out from blocks that no other broker has, and checked when a batch names one.
 //!
-//! A broker of several takes blocks before it needs them: a producer that begins while the metadata store is away gets its id all the
-//! same.
+//! A broker takes blocks before it needs them: a producer that begins while the metadata store is away gets its id all the same. The end of
+//! the newest block is in the data directory before an id of it is handed out, and the store's counter is raised to it at a start.
 
 use std::{
     collections::VecDeque,
+    io,
     ops::Range,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
     time::Duration,
 };
 
-use tokio::sync::Notify;
+use tokio::{sync::Notify, time::Instant};
 
 use super::Broker;
-use crate::cluster::{StoreError, Topics};
+use crate::{
+    cluster::{ANONYMOUS, ProducerIdKey, StoreError, Topics},
+    log::Log,
+    proto::fault::{Fault, Reason},
+    task::{self, clock},
+};
 
 /// With fewer ids left than this, another block is taken.
 const LOW: i64 = 500;
@@ -21,24 +27,105 @@ const LOW: i64 = 500;
 /// Pause before the store is asked again.
 const AGAIN: Duration = Duration::from_secs(1);
 
+/// How long a batch waits for the cluster's key, which another broker made a moment ago.
+const KEY_WAIT: Duration = Duration::from_secs(1);
+
+/// Why no producer id can be handed out.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum ProducerIdError {
+    /// The store did not answer, or what it holds cannot be used.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The block could not be noted in the data directory.
+    #[error("the end of a block of producer ids cannot be kept in the data directory: {0}")]
+    Directory(#[from] io::Error),
+}
+
+impl From<ProducerIdError> for Fault {
+    fn from(error: ProducerIdError) -> Self {
+        let message = error.to_string();
+        match error {
+            ProducerIdError::Store(error) => error.into(),
+            ProducerIdError::Directory(error) if error.kind() == io::ErrorKind::StorageFull => {
+                Self::new(Reason::DiskFull, message)
+            }
+            ProducerIdError::Directory(_) => Self::new(Reason::StorageFailed, message),
+        }
+    }
+}
+
+/// The quota of new producers of one connection: ids that were asked for, and ids in batches that the cluster never handed out. Clones share
+/// it.
+#[derive(Clone, Debug, Default)]
+pub struct ProducerIdQuota(Arc<Mutex<Option<Bucket>>>);
+
+/// Tokens that come back evenly, as many in a minute as there are at most.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Bucket {
+    tokens: f64,
+    at: Instant,
+}
+
+impl Bucket {
+    /// Takes a token; `None` where there is none.
+    fn take(bucket: Option<Self>, per_minute: u32, now: Instant) -> Option<Self> {
+        let most = f64::from(per_minute);
+        let tokens = bucket.map_or(most, |bucket| {
+            let grown = now.saturating_duration_since(bucket.at).as_secs_f64() / 60.0 * most;
+            (bucket.tokens + grown).min(most)
+        });
+        (tokens >= 1.0).then_some(Self { tokens: tokens - 1.0, at: now })
+    }
+}
+
+impl ProducerIdQuota {
+    /// Counts one new producer.
+    fn take(&self, per_minute: u32) -> Result<(), Fault> {
+        let mut bucket = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(left) = Bucket::take(*bucket, per_minute, clock::monotonic()) else {
+            return Err(Fault::new(
+                Reason::Overloaded,
+                format!(
+                    "this connection has begun {per_minute} producers within a minute (limits.producer_ids_per_minute): keep producers, or try \
+                     again later"
+                ),
+            ));
+        };
+        *bucket = Some(left);
+        Ok(())
+    }
+}
+
 /// What is left of the blocks that were taken.
 #[derive(Default)]
 pub(super) struct ProducerIds {
+    /// The cluster's key, once it was read. It never changes.
+    key: OnceLock<ProducerIdKey>,
     blocks: Mutex<VecDeque<Range<i64>>>,
-    /// Of many who find nothing left one takes a block.
-    filling: tokio::sync::Mutex<()>,
+    /// Of many who find nothing left one takes a block. Holds the end of the newest block, once the data directory was read.
+    filling: tokio::sync::Mutex<Option<i64>>,
     low: Notify,
 }
 
 impl ProducerIds {
     /// An id that nobody was given before.
-    pub(super) async fn next(&self, topics: &Topics) -> Result<i64, StoreError> {
+    async fn next(&self, topics: &Topics, log: &Log) -> Result<i64, ProducerIdError> {
+        let key = self.key(topics).await?;
         loop {
-            if let Some(id) = self.take() {
-                return Ok(id);
+            if let Some(counter) = self.take() {
+                return Ok(key.id(counter, ANONYMOUS));
             }
-            self.fill(topics, 1).await?;
+            self.fill(topics, log, 1).await?;
         }
+    }
+
+    /// The cluster's key. Makes it where no broker has.
+    async fn key(&self, topics: &Topics) -> Result<&ProducerIdKey, StoreError> {
+        if let Some(key) = self.key.get() {
+            return Ok(key);
+        }
+        let key = topics.producer_id_key().await?;
+        Ok(self.key.get_or_init(|| key))
     }
 
     fn blocks(&self) -> MutexGuard<'_, VecDeque<Range<i64>>> {
@@ -60,12 +147,23 @@ impl ProducerIds {
     }
 
     /// Takes a block where fewer than `least` are left.
-    async fn fill(&self, topics: &Topics, least: i64) -> Result<(), StoreError> {
-        let _one_at_a_time = self.filling.lock().await;
-        if left(&self.blocks()) < least {
-            let block = topics.producer_ids().await?;
-            self.blocks().push_back(block);
+    async fn fill(&self, topics: &Topics, log: &Log, least: i64) -> Result<(), ProducerIdError> {
+        let mut noted = self.filling.lock().await;
+        if left(&self.blocks()) >= least {
+            return Ok(());
         }
+        let end = match *noted {
+            Some(end) => end,
+            None => {
+                let log = log.clone();
+                *noted.insert(task::blocking(move || log.producer_ids_end()).await?)
+            }
+        };
+        let block = topics.producer_ids(end).await?;
+        let (log, end) = (log.clone(), block.end);
+        task::blocking(move || log.note_producer_ids_end(end)).await?;
+        *noted = Some(end);
+        self.blocks().push_back(block);
         Ok(())
     }
 }
@@ -74,12 +172,49 @@ fn left(blocks: &VecDeque<Range<i64>>) -> i64 {
     blocks.iter().map(|block| block.end - block.start).sum()
 }
 
-/// Keeps a block at hand until the broker stops.
+impl Broker {
+    /// Hands out a producer id.
+    pub(super) async fn next_producer_id(&self, quota: &ProducerIdQuota) -> Result<i64, Fault> {
+        quota.take(self.settings.producer_ids_per_minute)?;
+        Ok(self.producer_ids.next(&self.topics, &self.log).await?)
+    }
+
+    /// Refuses a batch whose producer id this cluster never handed out. Nobody else is asked. While this broker has not read the cluster's
+    /// key, no id can be judged, and the batch is refused until it has.
+    pub(super) async fn check_producer_id(&self, id: i64, quota: &ProducerIdQuota) -> Result<(), Fault> {
+        let key = match self.producer_ids.key.get() {
+            Some(key) => key,
+            None => self.read_producer_id_key().await?,
+        };
+        if key.made(id, ANONYMOUS) {
+            return Ok(());
+        }
+        quota.take(self.settings.producer_ids_per_minute)?;
+        let message = format!("producer id {id} was not handed out by this cluster: ask for one with InitProducer");
+        Err(Fault::new(Reason::UnknownProducer, message).with("producer", id))
+    }
+
+    async fn read_producer_id_key(&self) -> Result<&ProducerIdKey, Fault> {
+        let read = self.view.until(|state| state.producer_id_key().is_some());
+        let _late = tokio::time::timeout(KEY_WAIT, read).await;
+        let key = self.view.state().producer_id_key().cloned().ok_or_else(|| {
+            let message = "this broker has not read the key of the cluster's producer ids yet; the batch was not appended: try again";
+            Fault::new(Reason::MetadataUnavailable, message)
+        })?;
+        Ok(self.producer_ids.key.get_or_init(|| key))
+    }
+}
+
+/// Keeps the cluster's key and a block at hand until the broker stops.
 pub(super) async fn keep(broker: Arc<Broker>) {
     let ids = &broker.producer_ids;
     let kept = async {
         loop {
-            match ids.fill(&broker.topics, LOW).await {
+            let kept = match ids.key(&broker.topics).await {
+                Ok(_) => ids.fill(&broker.topics, &broker.log, LOW).await,
+                Err(error) => Err(error.into()),
+            };
+            match kept {
                 Ok(()) => ids.low.notified().await,
                 Err(error) => {
                     tracing::debug!(%error, "no ids for producers can be taken yet");
@@ -92,5 +227,75 @@ pub(super) async fn keep(broker: Arc<Broker>) {
         biased;
         () = broker.tasks.cancelled() => {}
         () = kept => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::BTreeSet, path::Path};
+
+    use super::*;
+    use crate::{
+        cluster::{EmbeddedStore, Keys, MetaStore, ProducerIdsValue, Transaction, Value as _, View},
+        log::{Identity, Options, SimDisk},
+        model::{BrokerId, ConfigMap},
+        task::Tasks,
+    };
+
+    fn open(disk: &SimDisk) -> Log {
+        let identity = Identity { cluster: "test".to_owned(), broker: BrokerId(1) };
+        let options = Options { journal_bytes: 4 << 20, reserve_bytes: 0, ..Options::default() };
+        Log::open(Arc::new(disk.clone()), Path::new("/data"), &identity, options).unwrap()
+    }
+
+    /// More ids than a block has.
+    async fn many(ids: &ProducerIds, topics: &Topics, log: &Log) -> BTreeSet<i64> {
+        let mut given = BTreeSet::new();
+        for _ in 0..1500 {
+            assert!(given.insert(ids.next(topics, log).await.unwrap()));
+        }
+        given
+    }
+
+    #[tokio::test]
+    async fn restored_store_hands_out_no_id_twice() {
+        let (disk, tasks) = (SimDisk::new(), Tasks::new());
+        let (store, keys) = (Arc::new(EmbeddedStore::in_memory()), Keys::new("test").unwrap());
+        let shared: Arc<dyn MetaStore> = Arc::clone(&store) as _;
+        let view = View::start(Arc::clone(&shared), keys.clone(), &tasks);
+        let topics = Topics::new(shared, keys.clone(), view, ConfigMap::new());
+        let log = open(&disk);
+        let before = many(&ProducerIds::default(), &topics, &log).await;
+
+        let backup = Transaction::new().put(keys.producer_ids(), ProducerIdsValue { next: 0 }.encode());
+        store.transact(backup).await.unwrap();
+        drop(log);
+        disk.crash(1);
+        let log = open(&disk);
+        let after = many(&ProducerIds::default(), &topics, &log).await;
+        assert!(before.is_disjoint(&after));
+
+        // A block whose end is not in the directory is handed out to nobody.
+        disk.fail_writes_after(Some(0));
+        assert!(matches!(ProducerIds::default().next(&topics, &log).await, Err(ProducerIdError::Directory(_))));
+        tasks.stop().await;
+    }
+
+    #[test]
+    fn quota_grows_back_evenly_and_never_above_a_minute() {
+        let start = clock::monotonic();
+        let after = |seconds| start + Duration::from_secs(seconds);
+        let take_all = |mut bucket, now| {
+            let mut taken = 0;
+            while let Some(left) = Bucket::take(bucket, 60, now) {
+                (bucket, taken) = (Some(left), taken + 1);
+            }
+            (bucket, taken)
+        };
+        let (bucket, taken) = take_all(None, start);
+        assert_eq!(taken, 60);
+        let (bucket, taken) = take_all(bucket, after(10));
+        assert_eq!(taken, 10);
+        assert_eq!(take_all(bucket, after(3600)).1, 60);
     }
 }

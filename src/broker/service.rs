@@ -5,7 +5,7 @@ use std::{pin::Pin, sync::Arc};
 use futures::Stream;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{Broker, others::Others, peer::PeerService};
+use super::{Broker, ProducerIdQuota, others::Others, peer::PeerService};
 use crate::{
     limits,
     proto::{
@@ -42,10 +42,16 @@ fn answer<T>(result: Result<T, Fault>) -> Result<Response<T>, Status> {
     result.map(Response::new).map_err(Status::from)
 }
 
+/// The quota of the connection that a request came by. A request that came by none of the listeners has one of its own.
+fn quota<T>(request: &Request<T>) -> ProducerIdQuota {
+    request.extensions().get().cloned().unwrap_or_default()
+}
+
 #[tonic::async_trait]
 impl log_server::Log for LogService {
     async fn append(&self, request: Request<v1::AppendRequest>) -> Result<Response<v1::AppendResponse>, Status> {
-        answer(self.0.append(request.into_inner()).await)
+        let quota = quota(&request);
+        answer(self.0.append(request.into_inner(), &quota).await)
     }
 
     type ProduceStream = Answers<v1::ProduceResponse>;
@@ -54,7 +60,8 @@ impl log_server::Log for LogService {
         &self,
         request: Request<Streaming<v1::ProduceRequest>>,
     ) -> Result<Response<Self::ProduceStream>, Status> {
-        Ok(Response::new(Box::pin(Arc::clone(&self.0).produce(request.into_inner()))))
+        let quota = quota(&request);
+        Ok(Response::new(Box::pin(Arc::clone(&self.0).produce(request.into_inner(), quota))))
     }
 
     async fn read(&self, request: Request<v1::ReadRequest>) -> Result<Response<v1::ReadResponse>, Status> {
@@ -79,9 +86,9 @@ impl log_server::Log for LogService {
 
     async fn init_producer(
         &self,
-        _request: Request<v1::InitProducerRequest>,
+        request: Request<v1::InitProducerRequest>,
     ) -> Result<Response<v1::InitProducerResponse>, Status> {
-        answer(self.0.init_producer().await)
+        answer(self.0.init_producer(&quota(&request)).await)
     }
 }
 

@@ -59,6 +59,7 @@ impl Bench {
             cluster: "test".to_owned(),
             topic_defaults: ConfigMap::new(),
             produce_memory_bytes: 1 << 20,
+            producer_ids_per_minute: 1000,
             upkeep_workers: 1,
             retention_interval: Duration::from_secs(3600),
             garbage_grace: Duration::from_secs(3600),
@@ -129,7 +130,8 @@ impl Bench {
         let records = vec![v1::Record { value: Some(vec![7; bytes].into()), ..Default::default() }];
         let payload = Some(v1::append_request::Payload::Records(v1::PlainRecords { records }));
         let topic = "t".to_owned();
-        self.broker.append(v1::AppendRequest { topic, partition, timeout_ms, payload, ..Default::default() }).await
+        let request = v1::AppendRequest { topic, partition, timeout_ms, payload, ..Default::default() };
+        self.broker.append(request, &ProducerIdQuota::default()).await
     }
 
     /// How many partitions of a topic are open, and how many replicas of it are on the disk.

@@ -9,7 +9,7 @@ use std::{collections::BTreeSet, fmt, str::FromStr, sync::Arc};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use super::partition_value::PartitionValue;
+use super::{partition_value::PartitionValue, producer_ids::COUNTER_END};
 use crate::{
     limits,
     model::{BrokerId, ConfigMap, Offset, PartitionId, TopicId, TopicName},
@@ -51,6 +51,8 @@ pub enum Key {
     Deleted(TopicId),
     /// `producer-ids`
     ProducerIds,
+    /// `producer-id-key`
+    ProducerIdKey,
     /// `object-store`
     ObjectStore,
 }
@@ -83,6 +85,7 @@ impl Keys {
             Key::Tier(id) => format!("{prefix}tier/{id}"),
             Key::Deleted(id) => format!("{prefix}deleted/{id}"),
             Key::ProducerIds => format!("{prefix}producer-ids"),
+            Key::ProducerIdKey => format!("{prefix}producer-id-key"),
             Key::ObjectStore => format!("{prefix}object-store"),
         }
     }
@@ -132,6 +135,11 @@ impl Keys {
         self.path(&Key::ProducerIds)
     }
 
+    /// The path of the key of producer ids.
+    pub fn producer_id_key(&self) -> String {
+        self.path(&Key::ProducerIdKey)
+    }
+
     /// The path of which object store is the cluster's.
     pub fn object_store(&self) -> String {
         self.path(&Key::ObjectStore)
@@ -143,6 +151,7 @@ impl Keys {
         let key = match rest.split_once('/') {
             None if rest == "controller" => Key::Controller,
             None if rest == "producer-ids" => Key::ProducerIds,
+            None if rest == "producer-id-key" => Key::ProducerIdKey,
             None if rest == "object-store" => Key::ObjectStore,
             Some(("brokers", id)) => Key::Broker(BrokerId(canonical(id)?)),
             Some(("directories", id)) => Key::Directory(BrokerId(canonical(id)?)),
@@ -285,7 +294,7 @@ pub struct DeletedValue {
 /// The value of `producer-ids`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProducerIdsValue {
-    /// The first id that nobody has been given.
+    /// The first counter of an id that nobody has been given.
     pub next: i64,
 }
 
@@ -395,7 +404,8 @@ impl Value for StoreNote {}
 
 impl Value for ProducerIdsValue {
     fn contradiction(&self) -> Option<String> {
-        (self.next < 0).then(|| format!("next is {}: ids are not negative", self.next))
+        let possible = (0..=COUNTER_END).contains(&self.next);
+        (!possible).then(|| format!("next is {}: 0 to {COUNTER_END}", self.next))
     }
 }
 

@@ -37,6 +37,7 @@ mod own_store;
 mod partition_value;
 mod placement;
 pub mod planner;
+mod producer_ids;
 mod proof;
 mod session;
 mod store;
@@ -66,6 +67,7 @@ pub use orders::{
 pub use own_store::ObjectStoreKey;
 pub use partition_value::{Holds, PartitionValue};
 pub use placement::{Load, Placement};
+pub use producer_ids::{ANONYMOUS, ProducerIdKey};
 pub use proof::{Proof, Shown, Unread, prove};
 pub use session::{RegisterError, Registration, Session, Standing};
 pub use store::{

@@ -109,7 +109,10 @@ impl Values {
                 upload_grace: self.time("tier.upload_grace"),
                 check_interval: self.time("tier.check_interval"),
             },
-            limits: Limits { produce_memory_bytes: self.number("limits.produce_memory_bytes") },
+            limits: Limits {
+                produce_memory_bytes: self.number("limits.produce_memory_bytes"),
+                producer_ids_per_minute: self.number("limits.producer_ids_per_minute"),
+            },
             telemetry: Telemetry {
                 level: self.required("telemetry.level").to_owned(),
                 format: telemetry::Format::from_word(self.required("telemetry.format")).unwrap_or_default(),

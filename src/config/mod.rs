@@ -221,6 +221,8 @@ pub struct Tier {
 pub struct Limits {
     /// Bytes of batches that may wait for their acknowledgement.
     pub produce_memory_bytes: u64,
+    /// New producers of one connection in a minute.
+    pub producer_ids_per_minute: u32,
 }
 
 /// What the broker says about itself.

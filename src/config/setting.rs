@@ -334,6 +334,14 @@ pub(super) const SETTINGS: &[Setting] = &[
         "How many bytes of batches may wait for their acknowledgement; above it producers are slowed down.",
     ),
     setting(
+        "limits",
+        "producer_ids_per_minute",
+        Kind::Number { least: 1, most: 1_000_000 },
+        Some("1000"),
+        "How many idempotent producers one connection may begin in a minute. Batches with a producer id that the cluster never handed out \
+         count as well.",
+    ),
+    setting(
         "telemetry",
         "level",
         Kind::Text,

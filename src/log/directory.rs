@@ -27,6 +27,7 @@ use super::{
         entry::Kind,
         ring::{self, Ring},
     },
+    producer_block,
     recover::{Dormant, recover, set_aside},
     replica::{Replica, write_caches},
     reserve,
@@ -187,6 +188,16 @@ impl Log {
     /// known to hold it (`confirmed`). Blocks.
     pub fn note_uptime(&self, now: Uuid, confirmed: bool) -> Result<(), OpenError> {
         uptime::note(&*self.inner.core.disk, &self.inner.core.dir, now, confirmed)
+    }
+
+    /// Where the newest block of producer ids ends that this broker was given; 0 in a directory that knows of none. Blocks.
+    pub fn producer_ids_end(&self) -> io::Result<i64> {
+        producer_block::read(&*self.inner.core.disk, &self.inner.core.dir)
+    }
+
+    /// Notes the end of a block of producer ids durably: before the first id of it is given to a client. Blocks.
+    pub fn note_producer_ids_end(&self, end: i64) -> io::Result<()> {
+        producer_block::note(&*self.inner.core.disk, &self.inner.core.dir, end)
     }
 
     /// The replicas here, in order.

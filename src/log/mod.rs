@@ -6,6 +6,7 @@
 //! {data}/strandline.json                                    whose it is: format, cluster, broker, directory id
 //! {data}/lock                                               held while a process has it
 //! {data}/uptimes.json                                       which uptimes of this broker the metadata may name
+//! {data}/producer-ids.json                                  where the newest block of producer ids ends that this broker was given
 //! {data}/reserve                                            room for a start on a disk that is full
 //! {data}/checkpoint                                         what is known of every replica without reading it
 //! {data}/journal/{slot:05}.journal                          the ring
@@ -70,6 +71,7 @@ mod growth;
 mod identity;
 mod index;
 mod journal;
+mod producer_block;
 mod producers;
 mod reader;
 mod recover;

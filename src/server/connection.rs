@@ -21,9 +21,10 @@ use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
     time::Sleep,
 };
-use tonic::transport::server::{Connected, TcpConnectInfo, TcpIncoming};
+use tonic::transport::server::{Connected, TcpIncoming};
 
 use crate::{
+    broker::ProducerIdQuota,
     log::{Disk as _, RealDisk},
     task::clock,
     telemetry::{Counter, Level},
@@ -119,7 +120,8 @@ impl Door {
             Port::Http => (REQUEST_BYTES, Some(IDLE)),
         };
         let patience = Patience { left, until: Box::pin(tokio::time::sleep(GREETING)), idle };
-        Some(Connection { stream, patience: Some(patience), open: self.open.clone(), _place: place })
+        let (open, producer_ids) = (self.open.clone(), ProducerIdQuota::default());
+        Some(Connection { stream, patience: Some(patience), open, producer_ids, _place: place })
     }
 }
 
@@ -129,6 +131,7 @@ pub(super) struct Connection {
     /// For how long it may say nothing; `None` where it may for ever.
     patience: Option<Patience>,
     open: Option<Level>,
+    producer_ids: ProducerIdQuota,
     _place: OwnedSemaphorePermit,
 }
 
@@ -189,10 +192,11 @@ impl Drop for Connection {
 }
 
 impl Connected for Connection {
-    type ConnectInfo = TcpConnectInfo;
+    /// Every request that comes by the connection carries it.
+    type ConnectInfo = ProducerIdQuota;
 
-    fn connect_info(&self) -> TcpConnectInfo {
-        self.stream.connect_info()
+    fn connect_info(&self) -> ProducerIdQuota {
+        self.producer_ids.clone()
     }
 }
 

@@ -374,6 +374,7 @@ fn settings(config: &Config) -> broker::Settings {
         cluster: config.cluster.clone(),
         topic_defaults: config.topic_defaults.clone(),
         produce_memory_bytes: config.limits.produce_memory_bytes,
+        producer_ids_per_minute: config.limits.producer_ids_per_minute,
         upkeep_workers: config.tier.upload_concurrency,
         retention_interval: config.tier.check_interval,
         garbage_grace: config.tier.garbage_grace,

@@ -1,4 +1,5 @@
-//! The one source of randomness: ids that are drawn, jitter, where a producer goes next. Never for secrets.
+//! The one source of randomness: ids that are drawn, jitter, where a producer goes next, the key of producer ids. The generator of a thread
+//! is cryptographically secure (`rand::rng`); that of a simulated process is not, and keeps no secret.
 
 use rand::{
     Rng, RngExt as _,

@@ -30,6 +30,7 @@ mod patience;
 #[path = "../common/ports.rs"]
 mod ports;
 mod private;
+mod producers;
 mod protoc;
 mod proxy;
 mod python;

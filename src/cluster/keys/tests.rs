@@ -112,6 +112,7 @@ fn paths_are_as_the_design_says_and_come_back() {
         (Key::Tier(id), "/strandline/blue/tier/6f1c2a9e-0000-4000-8000-0123456789ab/12"),
         (Key::Deleted(topic()), "/strandline/blue/deleted/6f1c2a9e-0000-4000-8000-0123456789ab"),
         (Key::ProducerIds, "/strandline/blue/producer-ids"),
+        (Key::ProducerIdKey, "/strandline/blue/producer-id-key"),
         (Key::ObjectStore, "/strandline/blue/object-store"),
     ] {
         assert_eq!(keys().path(&key), path);
@@ -170,4 +171,6 @@ fn values_that_contradict_themselves_are_named() {
     let topic = r#"{"id":"6f1c2a9e-0000-4000-8000-0123456789ab","partitions":4294967295,"replication_factor":1}"#;
     assert!(TopicValue::decode("k", topic.as_bytes()).is_err());
     assert!(ProducerIdsValue::decode("k", br#"{"next":-1}"#).is_err());
+    assert!(ProducerIdsValue::decode("k", br#"{"next":274877906944}"#).is_ok());
+    assert!(ProducerIdsValue::decode("k", br#"{"next":274877906945}"#).is_err());
 }

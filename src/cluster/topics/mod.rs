@@ -30,6 +30,7 @@ use super::{
     outcome::known_outcome,
     partition_value::PartitionValue,
     placement::Placement,
+    producer_ids::{COUNTER_END, ProducerIdKey},
     store::{Compare, Entry, MetaStore, Op, Outcome, Revision, StoreError, Transaction},
     view::{Known, View, ViewState},
 };
@@ -54,7 +55,7 @@ const CHUNK: usize = 100;
 /// How often a compare-and-set is tried again when somebody else was faster.
 const ATTEMPTS: usize = 10;
 
-/// How many producer ids are taken at once.
+/// How many counters of producer ids are taken at once.
 const PRODUCER_ID_BLOCK: i64 = 1000;
 
 /// How many near names an error lists.
@@ -150,8 +151,27 @@ impl Topics {
         if self.hints.take() { UnknownTopic::of(&self.view.state(), name) } else { UnknownTopic::plain(name) }
     }
 
-    /// Takes the next block of producer ids. An unknown outcome costs a block and no more.
-    pub async fn producer_ids(&self) -> Result<Range<i64>, StoreError> {
+    /// The key of the cluster's producer ids, which the first broker that wants it makes.
+    pub async fn producer_id_key(&self) -> Result<ProducerIdKey, StoreError> {
+        if let Some(key) = self.view.state().producer_id_key() {
+            return Ok(key.clone());
+        }
+        let (path, drawn) = (self.keys.producer_id_key(), ProducerIdKey::draw());
+        let transaction =
+            Transaction::new().when(unchanged(&path, None)).put(path.as_str(), drawn.encode()).else_get(path.as_str());
+        match self.store.transact(transaction).await? {
+            Outcome::Done { .. } => Ok(drawn),
+            Outcome::Refused { mut found, .. } => {
+                let entry =
+                    found.pop().flatten().ok_or_else(|| StoreError::unavailable("the key of producer ids is gone"))?;
+                ProducerIdKey::decode(&entry.key, &entry.value).map_err(StoreError::unavailable)
+            }
+        }
+    }
+
+    /// Takes the next block of counters for producer ids, at `least` or above: a store that was restored to an older state counts on from
+    /// where this broker knows it to have been. An unknown outcome costs a block and no more.
+    pub async fn producer_ids(&self, least: i64) -> Result<Range<i64>, StoreError> {
         let key = self.keys.producer_ids();
         let mut entry = self.store.get(&key).await?.entry;
         for _ in 0..ATTEMPTS {
@@ -161,9 +181,11 @@ impl Topics {
                     ProducerIdsValue::decode(&entry.key, &entry.value).map_err(StoreError::unavailable)?.next
                 }
             };
-            let Some(end) = next.checked_add(PRODUCER_ID_BLOCK) else {
+            let next = next.max(least);
+            let end = next.saturating_add(PRODUCER_ID_BLOCK);
+            if end > COUNTER_END {
                 return Err(StoreError::unavailable("every producer id has been given"));
-            };
+            }
             let transaction = Transaction::new()
                 .when(unchanged(&key, entry.as_ref()))
                 .put(key.as_str(), ProducerIdsValue { next: end }.encode())

@@ -371,10 +371,28 @@ async fn a_sweep_never_takes_partitions_that_count_since() {
 #[tokio::test]
 async fn producer_ids_are_given_once() {
     let cluster = Cluster::of(0).await;
-    let blocks = futures::future::join_all((0..5).map(|_| cluster.topics.producer_ids())).await;
+    let blocks = futures::future::join_all((0..5).map(|_| cluster.topics.producer_ids(0))).await;
     let mut starts: Vec<_> = blocks.into_iter().map(|block| block.expect("answers")).map(|ids| ids.start).collect();
     starts.sort_unstable();
     assert_eq!(starts, [0, 1000, 2000, 3000, 4000]);
+    // A broker that was given ids above the counter of a restored store.
+    assert_eq!(cluster.topics.producer_ids(7500).await, Ok(7500..8500));
+    assert_eq!(cluster.topics.producer_ids(1000).await, Ok(8500..9500));
+    assert!(cluster.topics.producer_ids(COUNTER_END - 999).await.is_err(), "an id has room for no larger counter");
+}
+
+#[tokio::test]
+async fn key_of_producer_ids_is_made_once() {
+    let cluster = Cluster::of(0).await;
+    let keys = futures::future::join_all((0..5).map(|_| cluster.topics.producer_id_key())).await;
+    let first = keys[0].clone().expect("answers");
+    assert!(keys.iter().all(|key| key.as_ref() == Ok(&first)));
+    cluster.catch_up().await;
+    assert_eq!(cluster.view.state().producer_id_key(), Some(&first), "every broker mirrors it");
+    // Ids stay valid whatever becomes of the key.
+    cluster.put(&Key::ProducerIdKey, "rubbish").await;
+    cluster.catch_up().await;
+    assert_eq!(cluster.topics.producer_id_key().await.as_ref(), Ok(&first));
 }
 
 #[tokio::test]

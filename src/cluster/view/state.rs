@@ -11,6 +11,7 @@ use crate::{
             BrokerValue, ControllerValue, DirectoryValue, DrainValue, Key, Keys, ProducerIdsValue, TopicValue, Value,
         },
         partition_value::PartitionValue,
+        producer_ids::ProducerIdKey,
         store::{Changes, Entry, Event, Listing, Revision},
     },
     model::{BrokerId, PartitionId, TopicId, TopicName},
@@ -51,6 +52,8 @@ pub struct ViewState {
     names: BTreeMap<TopicId, TopicName>,
     /// By topic, then by number. Also those that no topic names: on their way, or left over.
     partitions: BTreeMap<TopicId, Arc<Vec<PartitionEntry>>>,
+    /// Made once in the life of a cluster. One that was read stays: a key that is deleted or damaged later makes no id invalid.
+    producer_id_key: Option<Arc<Known<ProducerIdKey>>>,
     /// Keys whose values cannot be used, and why.
     unreadable: BTreeMap<Key, String>,
 }
@@ -79,6 +82,11 @@ impl ViewState {
     /// The transaction that last wrote the controller's key.
     pub fn controller_revision(&self) -> Option<Revision> {
         self.controller.as_ref().map(|known| known.mod_revision)
+    }
+
+    /// What producer ids are checked with; `None` until a broker of the cluster has made it.
+    pub fn producer_id_key(&self) -> Option<&ProducerIdKey> {
+        self.producer_id_key.as_ref().map(|known| &known.value)
     }
 
     /// Every topic by name.
@@ -236,6 +244,7 @@ impl ViewState {
             Key::Topic(name) => read(entry).map(|known| self.put_topic(name, known)),
             Key::Partition(id) => read(entry).map(|known| self.slot(*id).partition = Some(known)),
             Key::Tier(id) => read(entry).map(|known| self.slot(*id).tier = Some(known)),
+            Key::ProducerIdKey => read(entry).map(|known| self.producer_id_key = Some(known)),
             Key::Directory(_) => read::<DirectoryValue>(entry).map(drop),
             Key::ProducerIds => read::<ProducerIdsValue>(entry).map(drop),
             Key::ObjectStore => read::<StoreNote>(entry).map(drop),
@@ -281,7 +290,7 @@ impl ViewState {
             }
             Key::Partition(id) => self.clear(*id, |entry| entry.partition = None),
             Key::Tier(id) => self.clear(*id, |entry| entry.tier = None),
-            Key::Directory(_) | Key::Deleted(_) | Key::ProducerIds | Key::ObjectStore => {}
+            Key::Directory(_) | Key::Deleted(_) | Key::ProducerIds | Key::ProducerIdKey | Key::ObjectStore => {}
         }
     }
 
@@ -321,6 +330,7 @@ impl ViewState {
             Key::Tier(id) => {
                 nth(self.partitions.get(&id.topic), id.number)?.tier.as_ref().map(|known| known.mod_revision)
             }
+            Key::ProducerIdKey => self.producer_id_key.as_ref().map(|known| known.mod_revision),
             Key::Directory(_) | Key::Deleted(_) | Key::ProducerIds | Key::ObjectStore => None,
         }
     }

@@ -228,8 +228,15 @@ fn without_the_key_of_producer_ids_producers_begin_until_the_reserve_is_used_up(
     let address = cluster.addresses()[0];
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     let _inside = runtime.enter();
-    let mut log = wire::log(address);
-    let mut begin = || runtime.block_on(log.init_producer(InitProducerRequest::default()));
+    let (mut log, mut begun) = (wire::log(address), 0);
+    let mut begin = || {
+        begun += 1;
+        // A connection's quota is smaller than the reserve.
+        if begun % 500 == 0 {
+            log = wire::log(address);
+        }
+        runtime.block_on(log.init_producer(InitProducerRequest::default()))
+    };
     let refused = (0..10_000).find_map(|_| begin().err()).expect("a reserve has an end");
     let fault = Fault::from(&refused);
     assert_eq!(fault.reason, Reason::MetadataUnavailable, "{fault:?}");
@@ -237,6 +244,36 @@ fn without_the_key_of_producer_ids_producers_begin_until_the_reserve_is_used_up(
     api.put("producer-ids", &value);
     eventually("producers begin again", || begin().ok());
     cli.ok_with(&["produce", "orders"], b"three\n");
+    assert_eq!(read(&cluster, "orders", "0").as_deref(), Some("one\ntwo\nthree\n"));
+}
+
+/// A broker that cannot tell whether an id was handed out has the producer wait. One that has read the key needs it no more.
+#[test]
+fn without_the_key_of_check_values_producers_wait_and_lose_nothing() {
+    let mut cluster = Cluster::start(1);
+    let cli = cluster.cli();
+    cli.ok(&["topic", "create", "orders"]);
+    cli.ok_with(&["produce", "orders"], b"one\n");
+    let mut api = Api::of(&cluster);
+    let value = api.spoil("producer-id-key", "1000");
+    eventually("it is named", || (unusable(&cluster) == ["producer-id-key"]).then_some(()));
+    cli.ok_with(&["produce", "orders"], b"two\n");
+    cluster.kill(1);
+    cluster.restart(1);
+    let (cli, address) = (cluster.cli(), cluster.addresses()[0]);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    let _inside = runtime.enter();
+    let mut log = wire::log(address);
+    let mut batch = wire::batch(&[b"x"]);
+    batch[43..57].fill(0);
+    wire::renew_crc(&mut batch);
+    let refused = runtime.block_on(wire::append(&mut log, wire::append_batch("orders", 0, batch.clone())));
+    let fault = refused.expect_err("nothing is known of the id");
+    assert!(fault.reason == Reason::MetadataUnavailable && fault.retryable, "{fault:?}");
+    api.put("producer-id-key", &value);
+    cli.ok_with(&["produce", "orders"], b"three\n");
+    let refused = runtime.block_on(wire::append(&mut log, wire::append_batch("orders", 0, batch)));
+    assert_eq!(refused.expect_err("it was invented").reason, Reason::UnknownProducer);
     assert_eq!(read(&cluster, "orders", "0").as_deref(), Some("one\ntwo\nthree\n"));
 }
 

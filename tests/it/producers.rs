@@ -1,0 +1,166 @@
+//! Idempotent producers as strangers and restarts try them: which retry is one, whose id counts, and when a producer is forgotten.
+
+use strandline::proto::{
+    fault::{Fault, Reason},
+    v1::{AlterTopicRequest, AppendResponse, InitProducerRequest, log_client::LogClient},
+};
+use tonic::transport::Channel;
+
+use crate::{
+    broker::{Broker, Home},
+    wire,
+};
+
+const TOPIC: &str = "orders";
+
+async fn running(config: &[(&str, &str)]) -> (Home, Broker) {
+    let mut home = Home::new();
+    let broker = tokio::task::block_in_place(|| home.start());
+    let config: Vec<_> = config.iter().chain(&[("retention.ms", "-1")]).copied().collect();
+    wire::create_topic(home.grpc(), TOPIC, 1, &config).await;
+    (home, broker)
+}
+
+async fn producer_id(log: &mut LogClient<Channel>) -> i64 {
+    log.init_producer(InitProducerRequest {}).await.expect("an id").into_inner().producer_id
+}
+
+/// A batch of one record with a producer's stamp, at a time.
+fn stamped_at(value: &[u8], (id, epoch, sequence): (i64, i16, i32), timestamp_ms: i64) -> Vec<u8> {
+    let mut batch = wire::batch(&[value]);
+    batch[27..35].copy_from_slice(&timestamp_ms.to_be_bytes());
+    batch[35..43].copy_from_slice(&timestamp_ms.to_be_bytes());
+    batch[43..51].copy_from_slice(&id.to_be_bytes());
+    batch[51..53].copy_from_slice(&epoch.to_be_bytes());
+    batch[53..57].copy_from_slice(&sequence.to_be_bytes());
+    wire::renew_crc(&mut batch);
+    batch
+}
+
+fn stamped(value: &[u8], stamp: (i64, i16, i32)) -> Vec<u8> {
+    stamped_at(value, stamp, 1_700_000_000_000)
+}
+
+async fn append(log: &mut LogClient<Channel>, batch: Vec<u8>) -> Result<AppendResponse, Fault> {
+    wire::append(log, wire::append_batch(TOPIC, 0, batch)).await
+}
+
+async fn alter(home: &Home, key: &str, value: &str) {
+    let config = [(key.to_owned(), value.to_owned())].into();
+    let request = AlterTopicRequest { name: TOPIC.to_owned(), set: config, ..Default::default() };
+    wire::admin(home.grpc()).alter_topic(request).await.expect("altered");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn stranger_with_a_producers_sequence_hides_no_record() {
+    let (home, _broker) = running(&[]).await;
+    let mut log = wire::log(home.grpc());
+    let id = producer_id(&mut log).await;
+    assert_eq!(append(&mut log, stamped(b"first", (id, 0, 0))).await.expect("stored").base_offset, 0);
+    // The stranger has read the id in a batch.
+    assert_eq!(append(&mut log, stamped(b"stranger", (id, 0, 1))).await.expect("stored").base_offset, 1);
+    let victim = append(&mut log, stamped(b"second", (id, 0, 1))).await.expect_err("it is not stored");
+    assert_eq!(victim.reason, Reason::OutOfOrderSequence, "{victim:?}");
+    assert!(victim.message.contains("stored at offset 1"), "{victim:?}");
+    let retry = append(&mut log, stamped(b"stranger", (id, 0, 1))).await.expect("a retry");
+    assert!(retry.duplicate && retry.base_offset == 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn retry_is_a_duplicate_after_alter_and_restart() {
+    let (mut home, mut broker) = running(&[]).await;
+    let id = producer_id(&mut wire::log(home.grpc())).await;
+    let changes =
+        [("compression.type", "zstd"), ("message.timestamp.type", "LogAppendTime"), ("compression.type", "producer")];
+    let changes = [("min.insync.replicas", "1")].into_iter().chain(changes);
+    for (sent, (key, value)) in (0_i32..).zip(changes) {
+        alter(&home, key, value).await;
+        let mut log = wire::log(home.grpc());
+        for sequence in 0..sent {
+            let again = append(&mut log, stamped(b"own", (id, 0, sequence))).await.expect("a retry");
+            assert!(again.duplicate && again.base_offset == i64::from(sequence), "{key}={value}: {again:?}");
+        }
+        let new = append(&mut log, stamped(b"own", (id, 0, sent))).await.expect("the next");
+        assert_eq!((new.base_offset, new.duplicate), (i64::from(sent), false));
+        tokio::task::block_in_place(|| broker.kill9());
+        broker = tokio::task::block_in_place(|| home.start());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn impossible_producer_stamp_is_refused() {
+    let (home, _broker) = running(&[]).await;
+    let mut log = wire::log(home.grpc());
+    let id = producer_id(&mut log).await;
+    for stamp in [
+        (id, -1, 0),
+        (id, 0, -1),
+        (id, -1, -1),
+        (id, -2, 0),
+        (id, 0, i32::MIN),
+        (-2, 0, 0),
+        (-2, -1, -1),
+        (-1, 1, 0),
+        (-1, 0, 1),
+    ] {
+        let refused = append(&mut log, stamped(b"x", stamp)).await.expect_err("impossible");
+        assert_eq!((refused.reason, refused.retryable), (Reason::MalformedBatch, false), "{stamp:?}: {refused:?}");
+    }
+    // As Java, Sarama and KafkaJS write them without idempotence.
+    for stamp in [(-1, -1, -1), (-1, -1, 0), (-1, 0, 0), (id, 0, 0)] {
+        append(&mut log, stamped(b"x", stamp)).await.expect("possible");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn invented_producer_ids_are_refused_and_evict_nobody() {
+    let mut home = Home::new().setting("limits.producer_ids_per_minute", 100);
+    let _broker = tokio::task::block_in_place(|| home.start());
+    wire::create_topic(home.grpc(), TOPIC, 1, &[("retention.ms", "-1")]).await;
+    let (mut honest, mut hostile) = (wire::log(home.grpc()), wire::log(home.grpc()));
+    let id = producer_id(&mut honest).await;
+    append(&mut honest, stamped(b"own", (id, 0, 0))).await.expect("stored");
+    let mut reasons = Vec::new();
+    for invented in 0..200 {
+        // Neighbours of a real id, and small numbers.
+        let invented = if invented % 2 == 0 { id ^ (invented + 1) } else { invented };
+        let refused = append(&mut hostile, stamped(b"x", (invented, 0, 0))).await.expect_err("never handed out");
+        reasons.push(refused.reason);
+        if refused.reason == Reason::Overloaded {
+            assert!(refused.message.contains("limits.producer_ids_per_minute") && refused.retryable, "{refused:?}");
+        }
+    }
+    let count = |reason| reasons.iter().filter(|found| **found == reason).count();
+    assert!(count(Reason::UnknownProducer) >= 100 && count(Reason::Overloaded) > 0, "{reasons:?}");
+    assert_eq!(count(Reason::UnknownProducer) + count(Reason::Overloaded), 200, "{reasons:?}");
+    // The quota is the connection's, and it is one for both.
+    let status = hostile.init_producer(InitProducerRequest {}).await.expect_err("the quota is used up");
+    assert_eq!(Fault::from(&status).reason, Reason::Overloaded);
+    producer_id(&mut honest).await;
+    let retry = append(&mut honest, stamped(b"own", (id, 0, 0))).await.expect("a retry");
+    assert!(retry.duplicate, "the producer is still known");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn producer_is_forgotten_by_timestamps_and_not_by_a_clock() {
+    let (mut home, mut broker) = running(&[("producer.id.expiration.ms", "1")]).await;
+    let mut log = wire::log(home.grpc());
+    let (id, other) = (producer_id(&mut log).await, producer_id(&mut log).await);
+    let start = 1_700_000_000_000;
+    append(&mut log, stamped_at(b"own", (id, 0, 0), start)).await.expect("stored");
+    // However late it comes.
+    assert!(append(&mut log, stamped_at(b"own", (id, 0, 0), start)).await.expect("a retry").duplicate);
+    append(&mut log, stamped_at(b"other", (other, 0, 0), start + 2)).await.expect("stored");
+    for restarted in [false, true] {
+        if restarted {
+            tokio::task::block_in_place(|| broker.kill9());
+            broker = tokio::task::block_in_place(|| home.start());
+            log = wire::log(home.grpc());
+        }
+        let next = append(&mut log, stamped_at(b"own", (id, 0, 1), start)).await.expect_err("forgotten");
+        assert_eq!(next.reason, Reason::UnknownProducer, "restarted: {restarted}, {next:?}");
+        let retry = append(&mut log, stamped_at(b"other", (other, 0, 0), start + 2)).await.expect("known");
+        assert!(retry.duplicate);
+    }
+    drop(broker);
+}
