@@ -5,8 +5,11 @@ use std::{env, error::Error, fs, path::PathBuf};
 
 use prost::Message as _;
 
-const FILES: [&str; 4] =
-    ["strandline/v1/types.proto", "strandline/v1/log.proto", "strandline/v1/admin.proto", "strandline/v1/peer.proto"];
+/// What clients may call, and what it needs.
+const CLIENT_FILES: [&str; 3] = ["strandline/v1/types.proto", "strandline/v1/log.proto", "strandline/v1/admin.proto"];
+
+/// What brokers call among themselves.
+const PEER_FILES: [&str; 1] = ["strandline/v1/peer.proto"];
 
 /// What the build script of `etcd-client` asks of protoc.
 const ETCD_FILES: [&str; 5] = [
@@ -19,9 +22,9 @@ const ETCD_FILES: [&str; 5] = [
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=proto");
-    let descriptors = protox::compile(FILES, ["proto"])?;
+    let descriptors = protox::compile(CLIENT_FILES.iter().chain(&PEER_FILES), ["proto"])?;
     let out = PathBuf::from(env::var("OUT_DIR")?);
-    fs::write(out.join("descriptors.bin"), descriptors.encode_to_vec())?;
+    fs::write(out.join("client-descriptors.bin"), protox::compile(CLIENT_FILES, ["proto"])?.encode_to_vec())?;
     tonic_prost_build::configure()
         .bytes(".")
         .codec_path("crate::proto::codec::Tuned")

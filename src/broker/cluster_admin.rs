@@ -39,6 +39,11 @@ impl Broker {
             };
             if let Some(known) = state.brokers().get(id) {
                 registered(&mut broker, known);
+                if *id == self.settings.id {
+                    // What the others are told may be late, and a broker alone tells nobody.
+                    broker.disk_full |= self.metrics.disk_full.get() > 0;
+                    broker.no_room |= self.health.is_full();
+                }
                 match figures.remove(id) {
                     Some(Ok(figures)) => broker.figures = Some(figures),
                     Some(Err(fault)) => broker.unanswered = Some(fault.into()),

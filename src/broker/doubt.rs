@@ -24,6 +24,7 @@ pub(super) async fn run(broker: Arc<Broker>, session: Session) {
     loop {
         let left = session.lease_left();
         let doubts = left.is_zero();
+        broker.health.set_unregistered(doubts);
         let changed = broker.doubt.send_if_modified(|known| std::mem::replace(known, doubts) != doubts);
         match (changed, doubts) {
             (true, true) => tracing::warn!(
@@ -56,6 +57,14 @@ impl Broker {
             doubts.mark_changed();
         }
         doubts
+    }
+
+    /// Why there is doubt.
+    pub(super) fn why_unregistered(&self) -> String {
+        match self.metadata_silence() {
+            Duration::ZERO => "the metadata store does not hold it".to_owned(),
+            silence => format!("the metadata store has not answered for {} s", silence.as_secs()),
+        }
     }
 
     /// Refuses what needs the metadata store while that is out of reach.

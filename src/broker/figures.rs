@@ -89,6 +89,8 @@ impl Broker {
             failed: status.failed,
             object_store: status.object_store,
             upkeep: status.upkeep,
+            impaired: status.impaired,
+            not_ready: status.not_ready,
         })
     }
 

@@ -1,4 +1,4 @@
-//! How full this broker's disk is, and when the others are told.
+//! How full this broker's disk is, and when the others are told. A broker alone has nobody to tell, and shows it.
 //!
 //! Two things are told. Above a threshold: it is to be given no new replicas. Once a record did not fit: others are to lead what is led
 //! here, where they are in sync and have room, because what this broker leads cannot be written.
@@ -11,6 +11,7 @@ use std::{sync::Arc, time::Duration};
 use super::Broker;
 use crate::{
     cluster::Session,
+    limits,
     log::{Log, Space},
     task,
 };
@@ -32,9 +33,17 @@ fn counts_as_full(was: bool, space: Space, percent: u64) -> bool {
     used > u128::from(total_bytes) * u128::from(limit)
 }
 
+/// Free bytes with which any batch fits: a refusal of before says nothing then, also where no record has come since.
+const ROOM_BYTES: u64 = limits::DISK_RESERVE_BYTES + limits::MAX_BATCH_BYTES as u64;
+
+/// Whether records do not fit: since one did not, until one did, or any would.
+const fn does_not_fit(refused: bool, space: Space) -> bool {
+    refused && space.free_bytes < ROOM_BYTES
+}
+
 /// Whether others are to lead what this broker leads: since a record did not fit, until there is as much room again as for replicas.
 fn is_without_room(was: bool, refused: bool, space: Space, percent: u64) -> bool {
-    refused || (was && counts_as_full(false, space, percent.min(100 - BACK_PERCENT)))
+    does_not_fit(refused, space) || (was && counts_as_full(false, space, percent.min(100 - BACK_PERCENT)))
 }
 
 /// Whether the disk of this log counts as full at a start. Blocks on the file system.
@@ -47,7 +56,7 @@ pub(super) async fn run(broker: Arc<Broker>, session: Session) {
     let percent = broker.settings.disk_full_percent;
     let (mut full, mut without_room, mut told) = (session.says_full(), false, true);
     for look in 1u32.. {
-        broker.metrics.disk_full.set(u64::from(full));
+        broker.metrics.disk_full.set(u64::from(full || broker.health.is_full()));
         tokio::select! {
             biased;
             () = broker.tasks.cancelled() => return,
@@ -57,17 +66,18 @@ pub(super) async fn run(broker: Arc<Broker>, session: Session) {
         let looks = look.is_multiple_of(DISK_EVERY) || refused != without_room;
         if looks && let Some(space) = space(&broker).await {
             let now = counts_as_full(full, space, percent);
-            if std::mem::replace(&mut full, now) != now {
+            if std::mem::replace(&mut full, now) != now && !broker.alone {
                 told = false;
                 report_full(now, percent);
             }
-            let now = is_without_room(without_room, refused, space, percent);
-            if std::mem::replace(&mut without_room, now) != now {
+            broker.health.set_full(does_not_fit(refused, space));
+            let now = is_without_room(without_room && !broker.alone, refused, space, percent);
+            if std::mem::replace(&mut without_room, now) != now && !broker.alone {
                 told = false;
                 report_room(now);
             }
         }
-        if !told {
+        if !told && !broker.alone {
             match session.disk_full(full).await.and(session.no_room(without_room).await) {
                 Ok(()) => told = true,
                 Err(error) => {
@@ -131,5 +141,8 @@ mod tests {
         assert!(is_without_room(true, false, room(851), 85), "one that fitted says little");
         assert!(!is_without_room(true, false, room(850), 85));
         assert!(!is_without_room(true, false, room(950), 100), "where full disks are given replicas too");
+        let space = Space { free_bytes: ROOM_BYTES, total_bytes: 4 * ROOM_BYTES };
+        assert!(!is_without_room(false, true, space, 85), "no record has come since there is room for any");
+        assert!(is_without_room(false, true, Space { free_bytes: ROOM_BYTES - 1, ..space }, 85));
     }
 }

@@ -3,11 +3,7 @@
 //! What is read costs one pass over the partitions of the mirror, and one over those that are open here, for each page; nothing
 //! while nobody asks.
 
-use std::{
-    collections::BTreeMap,
-    sync::{Arc, PoisonError},
-    time::Duration,
-};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use super::Broker;
 use crate::{
@@ -18,16 +14,9 @@ use crate::{
 };
 
 impl Broker {
-    /// All figures in Prometheus' text format.
-    pub fn render_metrics(&self) -> String {
-        // What is set for some brokers and taken from others is not seen in between.
-        let _alone = self.rendering.lock().unwrap_or_else(PoisonError::into_inner);
-        self.observe();
-        self.metrics.render()
-    }
-
-    /// Brings the figures up to date that are read rather than counted.
-    fn observe(&self) {
+    /// Brings the figures up to date that are read rather than counted. One page at a time: some are set for some brokers and then taken
+    /// from others.
+    pub fn observe(&self) {
         let open = self.hosted.open();
         let status = self.log.status();
         let metrics = &self.metrics;

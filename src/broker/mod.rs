@@ -36,6 +36,7 @@ mod fill;
 mod following;
 mod garbage;
 mod handover;
+mod health;
 mod hosted;
 mod lag;
 mod leftovers;
@@ -57,7 +58,7 @@ mod upkeep;
 use std::{
     collections::BTreeSet,
     sync::{
-        Arc, Mutex, OnceLock,
+        Arc, OnceLock,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -71,19 +72,20 @@ use self::{
 };
 pub use self::{
     fill::starts_full,
+    health::Readiness,
     producer_ids::ProducerIdQuota,
     service::{peer_service, services},
 };
 use crate::{
     client::Connect,
     cluster::{
-        Controller, Keys, MetaStore, Orders, PartitionChanges, Session, TierCommits, Topics, Unread, View, ViewState,
+        Controller, Keys, MetaStore, Orders, PartitionChanges, Session, TierCommits, Topics, Unread, View,
         planner::Limits,
     },
     limits,
     log::Log,
     model::{BrokerId, ConfigMap, Offset, PartitionId},
-    partition::{Counts, Memory, Opener, Partition, Role, Surroundings, Upkeep, UpkeepQueue},
+    partition::{Counts, Memory, Opener, Partition, Surroundings, Upkeep, UpkeepQueue},
     task::{self, Tasks, clock},
     telemetry::Metrics,
     tier::{Cache, Store},
@@ -118,6 +120,8 @@ pub struct Settings {
     pub catchup_bytes_per_second: Option<u64>,
     /// How full the disk is, in percent, when this broker is given no new replicas.
     pub disk_full_percent: u64,
+    /// How long a start may last because replicas are not in sync yet.
+    pub catch_up_timeout: Duration,
     /// How much this broker moves at the same time when it is the controller.
     pub controller: Limits,
 }
@@ -155,9 +159,6 @@ pub struct Parts {
     pub metrics: Metrics,
 }
 
-/// How long a broker that has begun may say that it is not ready because its replicas catch up.
-const CATCH_UP: Duration = Duration::from_secs(60);
-
 /// One running broker.
 pub struct Broker {
     settings: Settings,
@@ -186,9 +187,8 @@ pub struct Broker {
     upkeep_queue: UpkeepQueue,
     upkeep_failures: upkeep::Failures,
     metrics: Metrics,
-    /// One page of figures at a time.
-    rendering: Mutex<()>,
     session: OnceLock<Session>,
+    health: health::Health,
     /// Whether others may lead by now what this broker leads.
     doubt: watch::Sender<bool>,
     /// Partitions' tasks.
@@ -237,8 +237,8 @@ impl Broker {
             partitions: Tasks::new(),
             tasks: Tasks::new(),
             readers: Tasks::new(),
-            rendering: Mutex::default(),
             session: OnceLock::new(),
+            health: health::Health::default(),
             doubt: watch::Sender::new(false),
             begun: OnceLock::new(),
             ready: AtomicBool::new(false),
@@ -301,6 +301,8 @@ impl Broker {
         self.tasks.spawn("reconcile", reconcile::follow(Arc::clone(self), leftovers));
         upkeep::spawn(self);
         garbage::spawn(self);
+        self.tasks.spawn("start", health::watch_start(Arc::clone(self)));
+        self.tasks.spawn("fill", fill::run(Arc::clone(self), session.clone()));
         if !self.alone {
             let controller = Controller {
                 store: Arc::clone(&self.store),
@@ -313,7 +315,6 @@ impl Broker {
                 metrics: self.metrics.clone(),
             };
             controller.spawn(&self.tasks);
-            self.tasks.spawn("fill", fill::run(Arc::clone(self), session.clone()));
         }
     }
 
@@ -335,7 +336,7 @@ impl Broker {
 
     /// Its mirror of the metadata, for the simulator's judge.
     #[cfg(feature = "sim")]
-    pub fn mirror(&self) -> Arc<ViewState> {
+    pub fn mirror(&self) -> Arc<crate::cluster::ViewState> {
         self.view.state()
     }
 
@@ -398,42 +399,5 @@ impl Broker {
     /// Resolves when readers' streams must end.
     async fn stopping(&self) {
         self.readers.cancelled().await;
-    }
-
-    /// Why this process should be restarted, if it should.
-    pub fn health(&self) -> Result<(), String> {
-        match self.log.status().failed {
-            None => Ok(()),
-            Some(why) => Err(format!("the data directory takes no writes: {why}")),
-        }
-    }
-
-    /// Why it takes no requests, if it takes none.
-    pub fn readiness(&self) -> Result<(), String> {
-        if self.is_stopping() || self.leaving.load(Ordering::Acquire) {
-            return Err("not ready: starting or stopping".to_owned());
-        }
-        self.health()?;
-        let behind = self.behind(&self.view.state());
-        let is_fresh = self.begun.get().is_some_and(|begun| begun.elapsed() < CATCH_UP);
-        if is_fresh && behind > 0 {
-            return Err(format!("not ready: replicas of this broker that are not in sync yet: {behind}"));
-        }
-        Ok(())
-    }
-
-    /// Replicas here that are to be in sync, as far as the metadata says, and are not.
-    fn behind(&self, state: &ViewState) -> usize {
-        if self.alone {
-            return 0;
-        }
-        let open = self.hosted.open();
-        let behind = open.iter().filter(|partition| {
-            let known = state.partition(partition.id()).and_then(|entry| entry.partition.as_ref());
-            // Where nobody leads there is nobody to catch up with.
-            known.is_some_and(|known| known.value.leader.is_some())
-                && !matches!(partition.standing().role, Role::Leader { .. } | Role::Follower { in_sync: true, .. })
-        });
-        behind.count()
     }
 }

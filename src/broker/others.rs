@@ -7,7 +7,7 @@ use std::{
 };
 
 use super::{
-    Broker,
+    Broker, Readiness,
     evidence::Evidence,
     following::Following,
     peer::{self, Neighbours, PeerService, Peering, Questions, Report},
@@ -136,6 +136,10 @@ impl Broker {
         let count = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
         let led = || open.iter().filter(|partition| partition.standing().role.leads());
         let segment_bytes = open.iter().map(|partition| partition.local_bytes()).sum();
+        let (impaired, not_ready) = match self.readiness() {
+            Readiness::Ready(impaired) => (impaired, String::new()),
+            Readiness::NotReady(why) => (Vec::new(), why),
+        };
         v1::StatusResponse {
             leaders: count(led().count()),
             replicas: count(open.len()),
@@ -150,6 +154,8 @@ impl Broker {
                 .and_then(|tier| tier.store.outage())
                 .map_or_else(String::new, |o| o.to_string()),
             upkeep: self.upkeep_failures.to_string(),
+            impaired,
+            not_ready,
         }
     }
 }

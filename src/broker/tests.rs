@@ -55,6 +55,7 @@ impl Bench {
         view.reached(Revision::ZERO).await;
         let settings = Settings {
             disk_full_percent: 100,
+            catch_up_timeout: Duration::from_secs(60),
             id,
             cluster: "test".to_owned(),
             topic_defaults: ConfigMap::new(),

@@ -1,4 +1,4 @@
-//! `strandline cluster describe`: the brokers, what they carry, and what is not as it should be.
+//! `strandline cluster describe`: the brokers, what they carry, and what is not as it should be. `cluster health` is in `health`.
 
 use std::process::ExitCode;
 
@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use super::{
     Common,
     connect::{connect, explain_order},
+    health::Health,
     output::{self, Output},
     patience::Patience,
 };
@@ -20,18 +21,31 @@ const MOST_NAMED: usize = 8;
 pub(super) enum Cluster {
     /// Show brokers, racks, epochs, load (leaders, replicas, bytes on disk), free disk, upload lag and the controller
     Describe,
+    /// Print what is impaired, one line each; exit with 1 while anything is
+    Health,
 }
 
 pub(super) async fn run(common: &Common, command: Cluster) -> anyhow::Result<ExitCode> {
-    let Cluster::Describe = command;
     let client = connect(common).await?;
     let described = async { client.admin().describe_cluster().await.map_err(|error| explain_order(&error)) };
     let cluster = Patience::new(&client).over(None, described).await?;
-    match common.output {
-        Output::Json => output::json(&description(&cluster))?,
-        Output::Text => output::line(&lines(&cluster))?,
+    match command {
+        Cluster::Describe => {
+            match common.output {
+                Output::Json => output::json(&description(&cluster))?,
+                Output::Text => output::line(&lines(&cluster))?,
+            }
+            Ok(ExitCode::SUCCESS)
+        }
+        Cluster::Health => {
+            let health = Health::of(&cluster);
+            match common.output {
+                Output::Json => output::json(&health.json())?,
+                Output::Text => output::line(&health.lines())?,
+            }
+            Ok(health.exit_code())
+        }
     }
-    Ok(ExitCode::SUCCESS)
 }
 
 fn lines(cluster: &ClusterDescription) -> String {
@@ -52,7 +66,12 @@ fn lines(cluster: &ClusterDescription) -> String {
     let notes: Vec<String> = old_news(cluster)
         .into_iter()
         .chain(unavailable(cluster))
-        .chain(cluster.brokers.iter().flat_map(|broker| notes(broker, hides_replicas(cluster))))
+        .chain(
+            cluster
+                .brokers
+                .iter()
+                .flat_map(|broker| notes(broker, hides_replicas(cluster), cluster.brokers.len() == 1)),
+        )
         .chain(unreadable(cluster))
         .collect();
     if !notes.is_empty() {
@@ -97,7 +116,7 @@ fn troubles(cluster: &ClusterDescription) -> String {
     if troubles.is_empty() { String::new() } else { format!("\n{}", troubles.join(", ")) }
 }
 
-fn state(broker: &BrokerDescription) -> &'static str {
+pub(super) fn state(broker: &BrokerDescription) -> &'static str {
     match (broker.alive, broker.stopping, broker.draining_since_ms) {
         (false, ..) => "gone",
         (true, true, _) => "stopping",
@@ -132,7 +151,7 @@ fn row(broker: &BrokerDescription) -> Vec<String> {
 }
 
 /// What a person should know of a broker that the table does not say.
-fn notes(broker: &BrokerDescription, hidden: Option<&str>) -> Vec<String> {
+fn notes(broker: &BrokerDescription, hidden: Option<&str>, alone: bool) -> Vec<String> {
     let (id, mut notes) = (broker.id, Vec::new());
     if !broker.alive && broker.replicas > 0 {
         let held = output::count(broker.replicas.into(), "replica");
@@ -155,8 +174,9 @@ fn notes(broker: &BrokerDescription, hidden: Option<&str>) -> Vec<String> {
         });
     }
     if broker.alive && broker.no_room {
-        notes.push(format!("the disk of broker {id} has no room for records: others lead what they can; add space"));
-    } else if broker.alive && broker.disk_full {
+        let others = if alone { "appends are refused" } else { "others lead what they can" };
+        notes.push(format!("the disk of broker {id} has no room for records: {others}; add space"));
+    } else if broker.alive && broker.disk_full && !alone {
         notes.push(format!("the disk of broker {id} is full (broker.disk_full_percent): it is given no new replicas"));
     }
     if broker.alive && broker.in_sync < broker.replicas {
@@ -245,7 +265,7 @@ fn broker(broker: &BrokerDescription) -> Value {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::time::Duration;
 
     use super::*;
@@ -282,7 +302,7 @@ mod tests {
         }
     }
 
-    fn calm() -> ClusterDescription {
+    pub(in crate::cli) fn calm() -> ClusterDescription {
         ClusterDescription {
             name: "strandline".to_owned(),
             controller: Some(BrokerId(1)),
@@ -300,7 +320,7 @@ mod tests {
         }
     }
 
-    fn troubled() -> ClusterDescription {
+    pub(in crate::cli) fn troubled() -> ClusterDescription {
         let silent = Fault::new(Reason::NotReady, "broker 2 did not answer within 1s");
         let two = BrokerDescription { stopping: true, figures: Some(Err(silent)), in_sync: 18, ..running(2, "") };
         let draining = Some(1_790_000_000_000);
@@ -310,6 +330,8 @@ mod tests {
             failed: Some("the disk failed".to_owned()),
             object_store: Some("for 75 s: connection refused".to_owned()),
             upkeep: Some("2 partitions, orders/3 for 40 s: the upload failed: no such bucket".to_owned()),
+            impaired: vec!["disk full since 2026-11-25T14:00:00Z (75 s): appends are refused".to_owned()],
+            not_ready: None,
             ..BrokerFigures::default()
         };
         let four =
@@ -346,8 +368,8 @@ mod tests {
     #[test]
     fn a_broker_is_not_called_drained_while_values_cannot_be_read() {
         let empty = BrokerDescription { draining_since_ms: Some(1), replicas: 0, ..running(1, "") };
-        assert_eq!(notes(&empty, hides_replicas(&calm())), ["broker 1 is drained: it can be stopped for good"]);
-        let said = notes(&empty, hides_replicas(&troubled())).remove(0);
+        assert_eq!(notes(&empty, hides_replicas(&calm()), false), ["broker 1 is drained: it can be stopped for good"]);
+        let said = notes(&empty, hides_replicas(&troubled()), false).remove(0);
         assert!(said.ends_with("do not stop it for good"), "{said}");
     }
 

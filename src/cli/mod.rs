@@ -13,6 +13,7 @@ mod consume;
 mod dev;
 mod doctor;
 mod format;
+mod health;
 mod lines;
 mod output;
 mod partition;

@@ -122,7 +122,7 @@ mod tests {
         measured.transact(absent()).await.expect_err("cut off");
         measured.transact(absent()).await.expect_err("cut off");
         measured.get("/k").await.expect("answers");
-        let text = metrics.render();
+        let text = metrics.render(crate::telemetry::MetricsFormat::OpenMetrics);
         for (request, outcome) in [
             ("transact", "done"),
             ("transact", "refused"),

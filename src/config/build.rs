@@ -71,8 +71,13 @@ impl Values {
                 data_dir: self.required("broker.data_dir").into(),
                 disk_full_percent: self.number("broker.disk_full_percent"),
                 shutdown_timeout: self.time("broker.shutdown_timeout"),
+                catch_up_timeout: self.time("broker.catch_up_timeout"),
             },
-            grpc: Grpc { listen: self.listen("grpc.listen"), advertise: self.optional("grpc.advertise") },
+            grpc: Grpc {
+                listen: self.listen("grpc.listen"),
+                advertise: self.optional("grpc.advertise"),
+                reflection: self.required("grpc.reflection") == "true",
+            },
             http: Http { listen: self.listen("http.listen") },
             metadata: self.metadata(),
             replication: Replication {
@@ -112,6 +117,9 @@ impl Values {
             limits: Limits {
                 produce_memory_bytes: self.number("limits.produce_memory_bytes"),
                 producer_ids_per_minute: self.number("limits.producer_ids_per_minute"),
+                connections_per_address: self
+                    .text("limits.connections_per_address")
+                    .map(|_| self.number("limits.connections_per_address")),
             },
             telemetry: Telemetry {
                 level: self.required("telemetry.level").to_owned(),

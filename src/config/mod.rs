@@ -92,6 +92,8 @@ pub struct Broker {
     pub disk_full_percent: u64,
     /// How long a stop waits for what is under way.
     pub shutdown_timeout: Duration,
+    /// How long a start may last because replicas are not in sync yet.
+    pub catch_up_timeout: Duration,
 }
 
 /// Where clients and brokers connect.
@@ -101,6 +103,8 @@ pub struct Grpc {
     pub listen: SocketAddr,
     /// `host:port` that others reach it at; `None` is what it listens on.
     pub advertise: Option<String>,
+    /// Whether server reflection is there.
+    pub reflection: bool,
 }
 
 impl Grpc {
@@ -223,6 +227,8 @@ pub struct Limits {
     pub produce_memory_bytes: u64,
     /// New producers of one connection in a minute.
     pub producer_ids_per_minute: u32,
+    /// Connections of one address to each listener; `None` is half of the places.
+    pub connections_per_address: Option<usize>,
 }
 
 /// What the broker says about itself.

@@ -115,6 +115,13 @@ pub(super) const SETTINGS: &[Setting] = &[
         "How long a stop waits for what is under way before it gives up on it.",
     ),
     setting(
+        "broker",
+        "catch_up_timeout",
+        Kind::Time { least: 0, most: DAY },
+        Some("60s"),
+        "How long /readyz says at most that the broker is starting, because not all of its replicas have been in sync yet.",
+    ),
+    setting(
         "grpc",
         "listen",
         Kind::Listen,
@@ -127,6 +134,13 @@ pub(super) const SETTINGS: &[Setting] = &[
         Kind::HostPort,
         None,
         "The address that clients and brokers reach it at. Unset: what it listens on. Needed when it listens on 0.0.0.0.",
+    ),
+    setting(
+        "grpc",
+        "reflection",
+        Kind::Flag,
+        Some("true"),
+        "Whether tools may ask for the description of what clients can call (gRPC server reflection).",
     ),
     setting(
         "http",
@@ -340,6 +354,14 @@ pub(super) const SETTINGS: &[Setting] = &[
         Some("1000"),
         "How many idempotent producers one connection may begin in a minute. Batches with a producer id that the cluster never handed out \
          count as well.",
+    ),
+    setting(
+        "limits",
+        "connections_per_address",
+        Kind::Number { least: 1, most: 1 << 30 },
+        None,
+        "How many connections one address, or one /64 of IPv6, may have to each listener; above it those that are idle make room for new \
+         ones. Unset: half of the listener's places.",
     ),
     setting(
         "telemetry",

@@ -343,7 +343,8 @@ fn every_setting_is_declared_well() {
 #[test]
 fn an_advertised_address_takes_the_port_that_the_listener_got() {
     let bound: SocketAddr = "127.0.0.1:4242".parse().expect("valid");
-    let grpc = |advertise: Option<&str>| Grpc { listen: bound, advertise: advertise.map(str::to_owned) };
+    let grpc =
+        |advertise: Option<&str>| Grpc { listen: bound, advertise: advertise.map(str::to_owned), reflection: true };
     assert_eq!(grpc(None).advertised(bound), "127.0.0.1:4242");
     assert_eq!(grpc(Some("b:0")).advertised(bound), "b:4242");
     assert_eq!(grpc(Some("b:10")).advertised(bound), "b:10");

@@ -310,6 +310,11 @@ impl Log {
         }
     }
 
+    /// Why it takes no writes any more. Looks at nothing.
+    pub fn failure(&self) -> Option<String> {
+        self.inner.core.refusal()
+    }
+
     /// Whether the last record that was to be written did not fit. Looks at nothing.
     pub fn is_full(&self) -> bool {
         self.inner.core.disk_full.load(Ordering::Relaxed)

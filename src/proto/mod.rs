@@ -11,5 +11,5 @@ pub mod v1 {
     tonic::include_proto!("strandline.v1");
 }
 
-/// The encoded `FileDescriptorSet` of the interface, for server reflection.
-pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
+/// The encoded `FileDescriptorSet` of what clients may call, for server reflection.
+pub const CLIENT_DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/client-descriptors.bin"));

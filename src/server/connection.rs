@@ -1,33 +1,37 @@
-//! Connections, counted while they are open, and how many there may be: a broker without open files left can neither write its log nor
-//! answer anybody, so strangers may not take the last ones.
+//! The sockets of one listener and their limits: each connection has a place (`places` decides), and is closed when it has to make
+//! room for another one. A second listener has a [`ConnectionLimiter`] of its own.
+//!
+//! A connection is told to close by [`CloseSignal`]: its next read or write fails, and its task is woken for that.
 
 use std::{
     io::{self, IoSlice},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     pin::Pin,
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     task::{Context, Poll, ready},
     time::Duration,
 };
 
-use axum::serve::Listener;
-use futures::{Stream, StreamExt as _};
-use rustix::process::{Resource, getrlimit};
+use axum::serve::{IncomingStream, Listener};
+use futures::{Stream, StreamExt as _, task::AtomicWaker};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream},
-    sync::{OwnedSemaphorePermit, Semaphore},
-    time::Sleep,
+    time::{Instant, Sleep},
 };
 use tonic::transport::server::{Connected, TcpIncoming};
 
+use super::{
+    places::{Bound, Origin, Places, Pool},
+    room::Capacity,
+};
 use crate::{
     broker::ProducerIdQuota,
-    log::{Disk as _, RealDisk},
     task::clock,
-    telemetry::{Counter, Level},
+    telemetry::{Counter, Level, Metrics},
 };
 
 /// Bytes that whoever wants something sends first: the preface of HTTP/2, after which pings tell who is still there; and the shortest request
@@ -36,103 +40,258 @@ const PREFACE_BYTES: usize = 24;
 const REQUEST_BYTES: usize = 16;
 
 /// How long a connection may take for them, and how long one for pages may be idle then: HTTP/1 has no pings.
-const GREETING: Duration = Duration::from_secs(10);
-const IDLE: Duration = Duration::from_secs(60);
+const GREETING_TIMEOUT: Duration = Duration::from_secs(10);
+const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// How long accepting rests where the system has nothing for another connection.
-const REST: Duration = Duration::from_millis(100);
+const ACCEPT_DELAY: Duration = Duration::from_millis(100);
 
-/// Open files that are left for all that is neither a connection nor a segment, at least: the journal, other brokers, etcd, the bucket.
-const LEFT: u64 = 64;
-
-/// How many connections each listener takes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Room {
-    pub(super) grpc: usize,
-    pub(super) http: usize,
-}
-
-impl Room {
-    /// That of one of so many brokers in this process.
-    pub(super) fn of(brokers: usize) -> Self {
-        let files = getrlimit(Resource::Nofile).current.unwrap_or(1 << 20);
-        Self::with(files, RealDisk::default().open_files() as u64, brokers)
-    }
-
-    /// What the limit of open files leaves beside the segments of each broker.
-    fn with(files: u64, segments: u64, brokers: usize) -> Self {
-        let brokers = brokers.max(1);
-        let left = files.saturating_sub(segments * brokers as u64 + LEFT.max(files / 8));
-        let each = usize::try_from(left).unwrap_or(usize::MAX).min(Semaphore::MAX_PERMITS) / brokers;
-        let http = (each / 8).clamp(8, 256);
-        Self { grpc: each.saturating_sub(http).max(32), http }
-    }
-}
+/// How often a condition that goes on is logged.
+const REMINDER_INTERVAL: Duration = Duration::from_secs(60);
 
 /// Which listener.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Port {
     Grpc,
     Http,
 }
 
-/// A listener's door: it takes as many connections as there is room for.
+/// Counts and bounds the connections of one listener. Clones share it.
 #[derive(Clone)]
-pub(super) struct Door {
+pub(super) struct ConnectionLimiter(Arc<Limiter>);
+
+struct Limiter {
     port: Port,
-    most: usize,
-    places: Arc<Semaphore>,
-    /// Whether it was said that there is no room.
-    said: Arc<AtomicBool>,
+    capacity: Capacity,
+    per_address: usize,
+    places: Mutex<Places<Arc<CloseSignal>>>,
+    /// Refusals because of each bound.
+    full: Mutex<Reminder>,
+    crowded: Mutex<Reminder>,
+    evictions: Mutex<Reminder>,
     open: Option<Level>,
     refused: Counter,
+    evicted: Counter,
 }
 
-impl Door {
-    /// A door for so many. Who is inside counts in `open`, who was not let in `refused`.
-    pub(super) fn new(port: Port, most: usize, open: Option<Level>, refused: Counter) -> Self {
-        Self { port, most, places: Arc::new(Semaphore::new(most)), said: Arc::default(), open, refused }
+impl ConnectionLimiter {
+    /// A limiter of so many places, of which one address has at most `per_address`, or half where that is not set. `open` counts the
+    /// connections that are open.
+    pub(super) fn new(
+        port: Port,
+        capacity: Capacity,
+        per_address: Option<usize>,
+        open: Option<Level>,
+        metrics: &Metrics,
+    ) -> Self {
+        let per_address = per_address.unwrap_or(capacity.places / 2).clamp(1, capacity.places);
+        Self(Arc::new(Limiter {
+            port,
+            capacity,
+            per_address,
+            places: Mutex::new(Places::new(capacity.places, per_address)),
+            full: Mutex::default(),
+            crowded: Mutex::default(),
+            evictions: Mutex::default(),
+            open,
+            refused: metrics.connections_refused.clone(),
+            evicted: metrics.connections_evicted.clone(),
+        }))
     }
 
-    /// Takes a connection in, or ends it. Those that are inside are not asked to make room: they may have work under way.
-    fn enter(&self, stream: TcpStream) -> Option<Connection> {
-        let Ok(place) = Arc::clone(&self.places).try_acquire_owned() else {
-            self.refused.inc();
-            if !self.said.swap(true, Ordering::Relaxed) {
-                tracing::warn!(
-                    most = self.most,
-                    listener = ?self.port,
-                    "there are as many connections as the limit of open files leaves room for, and new ones are ended; see who holds them, or \
-                     raise the limit (ulimit -n, LimitNOFILE) and restart"
-                );
+    fn places(&self) -> MutexGuard<'_, Places<Arc<CloseSignal>>> {
+        self.0.places.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes a connection in. Where there is no room, one that is idle makes it; where none is, only probes are answered on this one.
+    fn admit(&self, stream: TcpStream, peer: Option<SocketAddr>) -> Connection {
+        let peer = peer.map_or(IpAddr::from(Ipv4Addr::UNSPECIFIED), |peer| peer.ip());
+        let origin = Origin::of(peer, stream.local_addr().ok().map(|own| own.ip()));
+        let signal = Arc::new(CloseSignal::default());
+        let admitted = self.places().admit(origin, Arc::clone(&signal));
+        if let Some(idle) = admitted.evicted {
+            idle.close();
+            if admitted.pool != Pool::Probe {
+                self.report_eviction();
             }
-            return None;
-        };
-        // Said again when it was half empty meanwhile.
-        if self.places.available_permits() > self.most / 2 {
-            self.said.store(false, Ordering::Relaxed);
         }
-        if let Some(open) = &self.open {
+        if let Some(bound) = admitted.bound.filter(|_| admitted.pool == Pool::Probe) {
+            self.report_refusal(bound, peer);
+        }
+        if let Some(open) = &self.0.open {
             open.inc();
         }
-        let (left, idle) = match self.port {
+        let (left, idle) = match self.0.port {
             Port::Grpc => (PREFACE_BYTES, None),
-            Port::Http => (REQUEST_BYTES, Some(IDLE)),
+            Port::Http => (REQUEST_BYTES, Some(IDLE_TIMEOUT)),
         };
-        let patience = Patience { left, until: Box::pin(tokio::time::sleep(GREETING)), idle };
-        let (open, producer_ids) = (self.open.clone(), ProducerIdQuota::default());
-        Some(Connection { stream, patience: Some(patience), open, producer_ids, _place: place })
+        let patience = Patience { left, until: Box::pin(tokio::time::sleep(GREETING_TIMEOUT)), idle };
+        let caller = Caller { limiter: self.clone(), id: admitted.id, peer, producer_ids: ProducerIdQuota::default() };
+        Connection { stream, signal, patience: Some(patience), caller }
+    }
+
+    fn report_refusal(&self, bound: Bound, peer: IpAddr) {
+        self.0.refused.inc();
+        let reminder = match bound {
+            Bound::Places => &self.0.full,
+            Bound::Address => &self.0.crowded,
+        };
+        let Some(count) = remind(reminder) else { return };
+        let (listener, places, raised_by) = (self.0.port, self.0.capacity.places, self.0.capacity.raised_by);
+        let per_address = self.0.per_address;
+        match bound {
+            Bound::Places => tracing::warn!(
+                ?listener,
+                places,
+                raised_by,
+                refused = count,
+                "every place has a call open: new connections are answered nothing but probes; see who holds them, or raise the limit"
+            ),
+            Bound::Address => tracing::warn!(
+                ?listener,
+                %peer,
+                per_address,
+                raised_by = "limits.connections_per_address",
+                refused = count,
+                "this address holds as many connections as one may, each with a call open: new ones are answered nothing but probes"
+            ),
+        }
+    }
+
+    fn report_eviction(&self) {
+        self.0.evicted.inc();
+        let Some(count) = remind(&self.0.evictions) else { return };
+        tracing::warn!(
+            listener = ?self.0.port,
+            places = self.0.capacity.places,
+            raised_by = self.0.capacity.raised_by,
+            per_address = self.0.per_address,
+            closed = count,
+            "no place was free: the connections that were idle longest are closed for new ones (limits.connections_per_address)"
+        );
+    }
+
+    /// What a call is told on a connection that has no place.
+    fn refusal(&self, bound: Bound) -> Refused {
+        let Limiter { port, capacity, per_address, .. } = &*self.0;
+        Refused(match bound {
+            Bound::Places => format!(
+                "no place for another connection: all {} of this broker's {port:?} listener have calls open; raise {}",
+                capacity.places, capacity.raised_by
+            ),
+            Bound::Address => format!(
+                "no place for another connection from this address: {per_address} have calls open; raise limits.connections_per_address"
+            ),
+        })
+    }
+}
+
+/// Why a call was not served: its connection has no place.
+#[derive(Debug)]
+pub(super) struct Refused(pub(super) String);
+
+/// Counts a condition until it is logged: at its start and at intervals.
+#[derive(Debug, Default)]
+struct Reminder {
+    last: Option<Instant>,
+    count: u64,
+}
+
+impl Reminder {
+    /// Counts one: `Some` with how many there were since the last line, when a line is due.
+    fn count(&mut self, now: Instant) -> Option<u64> {
+        self.count += 1;
+        let due = self.last.is_none_or(|last| now.duration_since(last) >= REMINDER_INTERVAL);
+        due.then(|| {
+            self.last = Some(now);
+            std::mem::take(&mut self.count)
+        })
+    }
+}
+
+fn remind(reminder: &Mutex<Reminder>) -> Option<u64> {
+    reminder.lock().unwrap_or_else(PoisonError::into_inner).count(clock::monotonic())
+}
+
+/// Tells a connection's task that the connection is to end.
+#[derive(Debug, Default)]
+struct CloseSignal {
+    closed: AtomicBool,
+    waker: AtomicWaker,
+}
+
+impl CloseSignal {
+    fn close(&self) {
+        self.closed.store(true, Ordering::Release);
+        self.waker.wake();
+    }
+
+    /// Fails once the connection is to end; wakes the task then.
+    fn check(&self, cx: &Context<'_>) -> io::Result<()> {
+        self.waker.register(cx.waker());
+        if self.closed.load(Ordering::Acquire) { Err(io::ErrorKind::ConnectionAborted.into()) } else { Ok(()) }
+    }
+}
+
+/// The connection that a request came by. Every request carries one.
+#[derive(Clone)]
+pub(super) struct Caller {
+    limiter: ConnectionLimiter,
+    id: u64,
+    peer: IpAddr,
+    producer_ids: ProducerIdQuota,
+}
+
+impl Caller {
+    /// What its connection has begun of producers.
+    pub(super) fn producer_ids(&self) -> ProducerIdQuota {
+        self.producer_ids.clone()
+    }
+
+    /// Counts a call as open until the value is dropped. One on a connection without a place is refused unless it is a probe, or there is
+    /// room by now.
+    pub(super) fn begin_call(&self, is_probe: bool) -> Result<OpenCall, Refused> {
+        let mut places = self.limiter.places();
+        let pool = places.begin_call(self.id);
+        let call = OpenCall(self.clone());
+        if pool != Some(Pool::Probe) || is_probe {
+            drop(places);
+            return Ok(call);
+        }
+        let promoted = places.promote(self.id);
+        drop(places);
+        match promoted {
+            Ok(evicted) => {
+                if let Some(idle) = evicted {
+                    idle.close();
+                    self.limiter.report_eviction();
+                }
+                Ok(call)
+            }
+            Err(bound) => {
+                tracing::debug!(peer = %self.peer, "a call is refused: its connection has no place");
+                Err(self.limiter.refusal(bound))
+            }
+        }
+    }
+}
+
+/// A call or stream that is open on its connection, which is not idle meanwhile.
+pub(super) struct OpenCall(Caller);
+
+impl Drop for OpenCall {
+    fn drop(&mut self) {
+        self.0.limiter.places().end_call(self.0.id);
     }
 }
 
 /// One connection; it counts, and has its place, until it is dropped.
 pub(super) struct Connection {
     stream: TcpStream,
+    signal: Arc<CloseSignal>,
     /// For how long it may say nothing; `None` where it may for ever.
     patience: Option<Patience>,
-    open: Option<Level>,
-    producer_ids: ProducerIdQuota,
-    _place: OwnedSemaphorePermit,
+    caller: Caller,
 }
 
 struct Patience {
@@ -143,39 +302,41 @@ struct Patience {
     idle: Option<Duration>,
 }
 
-/// The connections that come to a listener and are let in.
-pub(super) fn accept(listener: TcpListener, door: Door) -> impl Stream<Item = io::Result<Connection>> + Send + 'static {
-    TcpIncoming::from(listener).with_nodelay(Some(true)).filter_map(move |accepted| {
-        let entered = accepted.map(|stream| door.enter(stream)).transpose();
+/// The connections that come to a listener.
+pub(super) fn accept(
+    listener: TcpListener,
+    limiter: ConnectionLimiter,
+) -> impl Stream<Item = io::Result<Connection>> + Send + 'static {
+    TcpIncoming::from(listener).with_nodelay(Some(true)).then(move |accepted| {
+        let admitted = accepted.map(|stream| {
+            let peer = stream.peer_addr().ok();
+            limiter.admit(stream, peer)
+        });
         async move {
-            if let Some(Err(error)) = &entered
+            if let Err(error) = &admitted
                 && !matches!(error.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset)
             {
                 // No open files: whoever accepts again at once does nothing else.
-                tokio::time::sleep(REST).await;
+                tokio::time::sleep(ACCEPT_DELAY).await;
             }
-            entered
+            admitted
         }
     })
 }
 
 /// The same for pages.
-pub(super) struct Guarded {
+pub(super) struct LimitedListener {
     pub(super) listener: TcpListener,
-    pub(super) door: Door,
+    pub(super) limiter: ConnectionLimiter,
 }
 
-impl Listener for Guarded {
+impl Listener for LimitedListener {
     type Io = Connection;
-    type Addr = std::net::SocketAddr;
+    type Addr = SocketAddr;
 
     async fn accept(&mut self) -> (Self::Io, Self::Addr) {
-        loop {
-            let (stream, address) = Listener::accept(&mut self.listener).await;
-            if let Some(connection) = self.door.enter(stream) {
-                return (connection, address);
-            }
-        }
+        let (stream, address) = Listener::accept(&mut self.listener).await;
+        (self.limiter.admit(stream, Some(address)), address)
     }
 
     fn local_addr(&self) -> io::Result<Self::Addr> {
@@ -183,25 +344,33 @@ impl Listener for Guarded {
     }
 }
 
+impl axum::extract::connect_info::Connected<IncomingStream<'_, LimitedListener>> for Caller {
+    fn connect_info(stream: IncomingStream<'_, LimitedListener>) -> Self {
+        stream.io().caller.clone()
+    }
+}
+
+impl Connected for Connection {
+    type ConnectInfo = Caller;
+
+    fn connect_info(&self) -> Caller {
+        self.caller.clone()
+    }
+}
+
 impl Drop for Connection {
     fn drop(&mut self) {
-        if let Some(open) = &self.open {
+        let limiter = &self.caller.limiter;
+        limiter.places().remove(self.caller.id);
+        if let Some(open) = &limiter.0.open {
             open.dec();
         }
     }
 }
 
-impl Connected for Connection {
-    /// Every request that comes by the connection carries it.
-    type ConnectInfo = ProducerIdQuota;
-
-    fn connect_info(&self) -> ProducerIdQuota {
-        self.producer_ids.clone()
-    }
-}
-
 impl AsyncRead for Connection {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        self.signal.check(cx)?;
         let before = buffer.filled().len();
         let read = Pin::new(&mut self.stream).poll_read(cx, buffer);
         let Some(patience) = &mut self.patience else { return read };
@@ -221,6 +390,7 @@ impl AsyncRead for Connection {
 
 impl AsyncWrite for Connection {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.signal.check(cx)?;
         Pin::new(&mut self.stream).poll_write(cx, bytes)
     }
 
@@ -229,6 +399,7 @@ impl AsyncWrite for Connection {
         cx: &mut Context<'_>,
         slices: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
+        self.signal.check(cx)?;
         Pin::new(&mut self.stream).poll_write_vectored(cx, slices)
     }
 
@@ -237,6 +408,7 @@ impl AsyncWrite for Connection {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.signal.check(cx)?;
         Pin::new(&mut self.stream).poll_flush(cx)
     }
 
@@ -249,17 +421,14 @@ impl AsyncWrite for Connection {
 mod tests {
     use super::*;
 
-    #[test]
-    fn what_the_log_and_others_need_is_left() {
-        for (files, segments, brokers) in
-            [(256, 128, 1), (1024, 512, 1), (1024, 512, 3), (1 << 20, 8192, 1), (64, 64, 1)]
-        {
-            let Room { grpc, http } = Room::with(files, segments, brokers);
-            assert!(grpc >= 32 && http >= 8, "{files}: somebody is always served");
-            let own = segments * brokers as u64 + LEFT;
-            let taken = ((grpc + http) * brokers) as u64 + own;
-            assert!(taken <= files.max(own + 40 * brokers as u64), "{files} files for {brokers}: {grpc} and {http}");
+    #[tokio::test(start_paused = true)]
+    async fn a_condition_that_goes_on_is_logged_at_its_start_and_at_intervals() {
+        let mut reminder = Reminder::default();
+        assert_eq!(reminder.count(clock::monotonic()), Some(1));
+        for _ in 0..9 {
+            assert_eq!(reminder.count(clock::monotonic()), None);
         }
-        assert_eq!(Room::with(1024, 512, 1), Room { grpc: 336, http: 48 });
+        tokio::time::advance(REMINDER_INTERVAL).await;
+        assert_eq!(reminder.count(clock::monotonic()), Some(10));
     }
 }

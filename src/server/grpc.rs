@@ -1,7 +1,8 @@
 //! The gRPC listener: services, health, reflection, and HTTP/2 tuned for batches.
 //!
 //! What the transport itself refuses (a message above the limit, bytes that are no message, an unknown method) never
-//! reaches a service. [`explain`] gives these answers the same stable words that every other failure carries.
+//! reaches a service. [`answer`] gives these answers the same stable words that every other failure carries, and counts calls by
+//! connection.
 
 use std::{future::Future, io, sync::Arc, time::Duration};
 
@@ -14,11 +15,16 @@ use tonic_health::{
 };
 use tracing::Span;
 
-use super::connection::Connection;
+use super::{
+    calls,
+    connection::{Caller, Connection},
+};
 use crate::{
     broker::{Broker, peer_service, services},
+    limits,
     proto::{
-        DESCRIPTORS, fault,
+        CLIENT_DESCRIPTORS,
+        fault::{self, Fault, Reason},
         v1::{admin_server, log_server},
     },
 };
@@ -35,34 +41,34 @@ const CONNECTION_WINDOW: u32 = 8 << 20;
 /// Largest HTTP/2 frame.
 const FRAME: u32 = 256 << 10;
 
-/// Streams of one connection.
-const STREAMS: u32 = 10_000;
+/// The call of a health probe. It is answered on connections that have no place too; `Watch`, which never ends, is not.
+const PROBE_PATH: &str = "/grpc.health.v1.Health/Check";
 
 /// After so long without an answer to a ping a connection counts as dead.
 const PING: Duration = Duration::from_secs(20);
 
-/// Everything that a broker answers.
+/// Everything that a broker answers. Reflection shows what clients may call, and nothing of the brokers' own service.
 pub(super) fn routes(
     broker: &Arc<Broker>,
     health: tonic_health::pb::health_server::HealthServer<impl tonic_health::pb::health_server::Health>,
+    reflection: bool,
 ) -> anyhow::Result<Routes> {
     let (log, admin) = services(broker);
-    // Most tools ask for v1 first; grpcio-reflection and older ones know v1alpha alone.
-    let reflection = || {
-        tonic_reflection::server::Builder::configure()
-            .register_encoded_file_descriptor_set(DESCRIPTORS)
-            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-    };
     let mut routes = Routes::new(log);
     if let Some(peer) = peer_service(broker) {
         routes = routes.add_service(peer);
     }
-    let routes = routes
-        .add_service(admin)
-        .add_service(health)
-        .add_service(reflection().build_v1()?)
-        .add_service(reflection().build_v1alpha()?);
-    Ok(routes.into_axum_router().layer(axum::middleware::from_fn(explain)).into())
+    routes = routes.add_service(admin).add_service(health);
+    if reflection {
+        // Most tools ask for v1 first; grpcio-reflection and older ones know v1alpha alone.
+        let shown = || {
+            tonic_reflection::server::Builder::configure()
+                .register_encoded_file_descriptor_set(CLIENT_DESCRIPTORS)
+                .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        };
+        routes = routes.add_service(shown().build_v1()?).add_service(shown().build_v1alpha()?);
+    }
+    Ok(routes.into_axum_router().layer(axum::middleware::from_fn(answer)).into())
 }
 
 /// Serves until `stop` resolves; then takes nothing new and ends when what is under way has ended.
@@ -78,7 +84,7 @@ pub(super) async fn serve(
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_frame_size(FRAME)
-        .max_concurrent_streams(STREAMS)
+        .max_concurrent_streams(limits::MAX_STREAMS_PER_CONNECTION)
         .http2_keepalive_interval(Some(PING))
         .http2_keepalive_timeout(Some(PING))
         .add_routes(routes)
@@ -100,8 +106,17 @@ pub(super) async fn report(reporter: &HealthReporter, status: ServingStatus) {
     }
 }
 
-/// Gives a refusal of the transport's own a stable word, a sentence and a fitting code.
-async fn explain(request: Request, next: Next) -> Response {
+/// Serves a call, counted on its connection, and gives a refusal of the transport's own a stable word, a sentence and a fitting code.
+async fn answer(mut request: Request, next: Next) -> Response {
+    // Calls that come by no listener of ours, as in a simulation, have no connection.
+    let caller = request.extensions().get::<Caller>().cloned();
+    if let Some(caller) = &caller {
+        request.extensions_mut().insert(caller.producer_ids());
+    }
+    let call = match caller.map(|caller| caller.begin_call(request.uri().path() == PROBE_PATH)).transpose() {
+        Ok(call) => call,
+        Err(refused) => return Status::from(Fault::new(Reason::Overloaded, refused.0)).into_http(),
+    };
     let uri = request.uri().clone();
     let mut response = next.run(request).await;
     if let Some(status) = Status::from_header_map(response.headers())
@@ -110,5 +125,8 @@ async fn explain(request: Request, next: Next) -> Response {
         // A header that cannot be written leaves the answer as it was: refused, without our word.
         let _ = Status::from(fault).add_header(response.headers_mut());
     }
-    response
+    match call {
+        Some(call) => calls::until_sent(response, call),
+        None => response,
+    }
 }

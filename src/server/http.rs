@@ -1,65 +1,112 @@
-//! The HTTP listener: `/metrics`, `/healthz`, `/readyz`.
+//! The HTTP listener: `/metrics`, `/healthz`, `/readyz`. Probes wait for nothing: figures are made on a thread of their own, one page at a
+//! time, and a connection that hangs makes room (`connection`).
 
 use std::{
     future::Future,
     sync::{Arc, OnceLock},
 };
 
-use super::connection::Guarded;
-use crate::broker::Broker;
 use axum::{
     Router,
-    extract::State,
-    http::{StatusCode, header},
-    response::IntoResponse,
+    extract::{ConnectInfo, Request, State},
+    http::{HeaderMap, StatusCode, header},
+    middleware::{self, Next},
+    response::{IntoResponse, Response},
     routing::get,
 };
+use tokio::sync::Semaphore;
+
+use super::{
+    calls,
+    connection::{Caller, LimitedListener},
+};
+use crate::{
+    broker::{Broker, Readiness},
+    task,
+    telemetry::{Metrics, MetricsFormat},
+};
+
+/// Answered on connections that have no place too.
+const PROBE_PATHS: [&str; 2] = ["/healthz", "/readyz"];
 
 /// What the pages tell of: the broker, once there is one. A start that waits for others is asked how it is as well.
-#[derive(Default)]
-pub(super) struct Pages(OnceLock<Arc<Broker>>);
+pub(super) struct Pages {
+    broker: OnceLock<Arc<Broker>>,
+    metrics: Metrics,
+    /// Taken while a page of figures is made: whoever asks for many of them waits here, and takes no threads.
+    rendering: Arc<Semaphore>,
+}
 
 impl Pages {
+    /// Pages of a process whose broker is not there yet: what is counted is shown from the beginning.
+    pub(super) fn new(metrics: Metrics) -> Self {
+        Self { broker: OnceLock::new(), metrics, rendering: Arc::new(Semaphore::new(1)) }
+    }
+
     /// From now on the pages tell of this broker.
     pub(super) fn tell_of(&self, broker: &Arc<Broker>) {
-        self.0.get_or_init(|| Arc::clone(broker));
+        self.broker.get_or_init(|| Arc::clone(broker));
     }
 }
 
 /// Serves until `stop` resolves.
 pub(super) async fn serve(
     pages: Arc<Pages>,
-    listener: Guarded,
+    listener: LimitedListener,
     stop: impl Future<Output = ()> + Send + 'static,
 ) -> anyhow::Result<()> {
     let router = Router::new()
         .route("/metrics", get(metrics))
         .route("/healthz", get(healthz))
         .route("/readyz", get(readyz))
-        .with_state(pages);
-    axum::serve(listener, router).with_graceful_shutdown(stop).await?;
+        .with_state(pages)
+        .layer(middleware::from_fn(count));
+    let service = router.into_make_service_with_connect_info::<Caller>();
+    axum::serve(listener, service).with_graceful_shutdown(stop).await?;
     Ok(())
 }
 
-async fn metrics(State(pages): State<Arc<Pages>>) -> impl IntoResponse {
-    let figures = pages.0.get().map(|broker| broker.render_metrics()).unwrap_or_default();
-    ([(header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")], figures)
+/// Counts the request on its connection until its answer has been sent.
+async fn count(ConnectInfo(caller): ConnectInfo<Caller>, request: Request, next: Next) -> Response {
+    match caller.begin_call(PROBE_PATHS.contains(&request.uri().path())) {
+        Ok(call) => calls::until_sent(next.run(request).await, call),
+        Err(refused) => (StatusCode::SERVICE_UNAVAILABLE, [(header::CONNECTION, "close")], format!("{}\n", refused.0))
+            .into_response(),
+    }
+}
+
+async fn metrics(State(pages): State<Arc<Pages>>, headers: HeaderMap) -> impl IntoResponse {
+    let accepted = headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok());
+    let format = MetricsFormat::accepted(accepted);
+    let turn = Arc::clone(&pages.rendering).acquire_owned().await;
+    let (broker, metrics) = (pages.broker.get().cloned(), pages.metrics.clone());
+    let figures = task::blocking(move || {
+        // Until the page is there, also where nobody waits for it any more.
+        let _turn = turn;
+        if let Some(broker) = &broker {
+            broker.observe();
+        }
+        metrics.render(format)
+    });
+    ([(header::CONTENT_TYPE, format.content_type()), (header::VARY, "accept")], figures.await)
 }
 
 /// Whether the process is alive and its storage sound: a failure here means that restarting may help.
 async fn healthz(State(pages): State<Arc<Pages>>) -> impl IntoResponse {
-    answer(pages.0.get().map_or(Ok(()), |broker| broker.health()))
-}
-
-/// Whether it takes requests.
-async fn readyz(State(pages): State<Arc<Pages>>) -> impl IntoResponse {
-    let starting = || Err("not ready: starting".to_owned());
-    answer(pages.0.get().map_or_else(starting, |broker| broker.readiness()))
-}
-
-fn answer(state: Result<(), String>) -> (StatusCode, String) {
-    match state {
+    match pages.broker.get().map_or(Ok(()), |broker| broker.health()) {
         Ok(()) => (StatusCode::OK, "ok\n".to_owned()),
         Err(why) => (StatusCode::SERVICE_UNAVAILABLE, format!("{why}\n")),
+    }
+}
+
+/// Whether it takes requests, and what is impaired while it does.
+async fn readyz(State(pages): State<Arc<Pages>>) -> impl IntoResponse {
+    let starting = || Readiness::NotReady("starting".to_owned());
+    match pages.broker.get().map_or_else(starting, |broker| broker.readiness()) {
+        Readiness::NotReady(why) => (StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {why}\n")),
+        Readiness::Ready(impaired) if impaired.is_empty() => (StatusCode::OK, "ok\n".to_owned()),
+        Readiness::Ready(impaired) => {
+            (StatusCode::OK, impaired.iter().map(|line| format!("impaired: {line}\n")).collect())
+        }
     }
 }

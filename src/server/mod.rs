@@ -24,11 +24,14 @@
 
 mod admission;
 mod advertised;
+mod calls;
 mod connection;
 mod grpc;
 mod http;
 mod listen;
 mod node;
+mod places;
+mod room;
 mod several;
 
 use std::{
@@ -44,8 +47,9 @@ use anyhow::Context as _;
 use tokio::net::TcpListener;
 
 use self::{
-    connection::{Door, Guarded, Port, Room},
+    connection::{ConnectionLimiter, LimitedListener, Port},
     http::Pages,
+    room::Room,
 };
 pub use self::{
     node::{Node, Outside, Stores},
@@ -103,8 +107,8 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>, ready: impl
         }
     };
     let http_at = http.local_addr()?;
-    let pages: Arc<Pages> = Arc::default();
-    let listeners = Listeners::begin(Arc::clone(&pages), http, Room::of(1), &metrics);
+    let pages = Arc::new(Pages::new(metrics.clone()));
+    let listeners = Listeners::begin(Arc::clone(&pages), http, Room::of(1), &config, &metrics);
     let stop = Tasks::new();
     let starting = Node::over(&config, log.clone(), outside, addresses, metrics, &stop);
     let give_up = || {
@@ -182,28 +186,31 @@ async fn stop_opening(opening: impl Future<Output = anyhow::Result<Log>>) -> any
 struct Listeners {
     tasks: Tasks,
     room: Room,
+    connections_per_address: Option<usize>,
 }
 
 impl Listeners {
     /// The pages come first: a start that waits for others can be asked how it is.
-    fn begin(pages: Arc<Pages>, http: TcpListener, room: Room, metrics: &Metrics) -> Self {
+    fn begin(pages: Arc<Pages>, http: TcpListener, room: Room, config: &Config, metrics: &Metrics) -> Self {
         let tasks = Tasks::new();
         let stop = tasks.clone();
-        let door = Door::new(Port::Http, room.http, None, metrics.connections_refused.clone());
-        let listener = Guarded { listener: http, door };
+        let connections_per_address = config.limits.connections_per_address;
+        let limiter = ConnectionLimiter::new(Port::Http, room.http, connections_per_address, None, metrics);
+        let listener = LimitedListener { listener: http, limiter };
         tasks.spawn("http", async move {
             if let Err(error) = http::serve(pages, listener, async move { stop.cancelled().await }).await {
                 tracing::error!(%error, "the HTTP listener failed; restart the broker");
             }
         });
-        Self { tasks, room }
+        Self { tasks, room, connections_per_address }
     }
 
     fn serve(&self, node: &Node, grpc: TcpListener) {
         let (stop, routes) = (self.tasks.clone(), node.routes());
-        let Metrics { connections, connections_refused, .. } = node.metrics();
-        let door = Door::new(Port::Grpc, self.room.grpc, Some(connections.clone()), connections_refused.clone());
-        let connections = connection::accept(grpc, door);
+        let (metrics, per_address) = (node.metrics(), self.connections_per_address);
+        let open = Some(metrics.connections.clone());
+        let limiter = ConnectionLimiter::new(Port::Grpc, self.room.grpc, per_address, open, metrics);
+        let connections = connection::accept(grpc, limiter);
         self.tasks.spawn("grpc", async move {
             if let Err(error) = grpc::serve(routes, connections, async move { stop.cancelled().await }).await {
                 tracing::error!(%error, "the gRPC listener failed; restart the broker");

@@ -248,7 +248,7 @@ impl Start<'_> {
         };
         broker.begin(&session, unread).await;
         let (health, service) = grpc::health();
-        let routes = grpc::routes(&broker, service)?;
+        let routes = grpc::routes(&broker, service, config.grpc.reflection)?;
         grpc::report(&health, ServingStatus::Serving).await;
         let Self { log, tasks, metrics, .. } = self;
         Ok(Node { log, tier, broker, session, connect: outside.connect, alone, routes, health, tasks, metrics })
@@ -383,6 +383,7 @@ fn settings(config: &Config) -> broker::Settings {
         lag_time: config.replication.lag_time,
         catchup_bytes_per_second: config.replication.catchup_bytes_per_second,
         disk_full_percent: config.broker.disk_full_percent,
+        catch_up_timeout: config.broker.catch_up_timeout,
         controller: Limits {
             moves: config.controller.moves_at_once,
             replace_after_ms: config

@@ -9,8 +9,8 @@ use tokio::net::TcpListener;
 use tracing::{Instrument as _, Span};
 
 use super::{
-    Listeners, Node, Outside, Ready, Stores, admission, connection::Room, http::Pages, listen, node, open_objects,
-    outside, told_address,
+    Listeners, Node, Outside, Ready, Stores, admission, http::Pages, listen, node, open_objects, outside, room::Room,
+    told_address,
 };
 use crate::{
     client::{self, Tcp},
@@ -161,8 +161,8 @@ async fn start(config: &Config, ports: Ports, shared: &Shared, span: Span) -> an
     };
     let log = node::open_log(config, &outside, metrics.clone()).await?;
     let (within, http) = (config.broker.shutdown_timeout, ports.http.local_addr()?);
-    let pages: Arc<Pages> = Arc::default();
-    let listeners = Listeners::begin(Arc::clone(&pages), ports.http, shared.room, &metrics);
+    let pages = Arc::new(Pages::new(metrics.clone()));
+    let listeners = Listeners::begin(Arc::clone(&pages), ports.http, shared.room, config, &metrics);
     let node = match Node::over(config, log, outside, ports.addresses, metrics, &shared.stop).await {
         Ok(node) => node,
         Err(error) => {

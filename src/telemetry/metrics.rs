@@ -9,13 +9,13 @@ use prometheus_client::{
     registry::Registry,
 };
 
-use super::kinds::{
-    ByPeer, ByRole, BySource, Elections, Errors, Level, Metric, PeerLevels, PeerSeconds, RequestSeconds, Requests,
-    Seconds, Steps,
+use super::{
+    exposition::{MetricsFormat, to_prometheus},
+    kinds::{
+        ByPeer, ByRole, BySource, Elections, Errors, Level, Metric, PeerLevels, PeerSeconds, RequestSeconds, Requests,
+        Seconds, Steps,
+    },
 };
-
-/// The content type of [`Metrics::render`]: the text format that Prometheus reads.
-pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 macro_rules! metrics {
     ($($field:ident: $kind:ty = $name:literal, $help:literal;)*) => {
@@ -77,8 +77,9 @@ metrics! {
     partitions: Level = "strandline_partitions", "Partitions that this broker holds.";
     partitions_failed: Level = "strandline_partitions_failed", "Partitions that take no writes because of a fault.";
     connections: Level = "strandline_connections", "Open client connections.";
-    connections_refused: Counter = "strandline_connections_refused", "Connections that were ended because the limit of open files leaves no room for more.";
-    disk_full: Level = "strandline_disk_full", "1 while the data directory's disk is so full that this broker is given no new replicas.";
+    connections_refused: Counter = "strandline_connections_refused", "Connections that found no place, because all have calls open; only probes are answered on them.";
+    connections_evicted: Counter = "strandline_connections_evicted", "Idle connections that were closed to make room for new ones.";
+    disk_full: Level = "strandline_disk_full", "1 while the data directory's disk is fuller than broker.disk_full_percent, or records do not fit on it.";
     partitions_led: Level = "strandline_partitions_led", "Partitions that this broker leads.";
     partitions_under_replicated: Level = "strandline_partitions_under_replicated", "Partitions led here of which a replica that is to stay is not in sync.";
     partitions_below_minimum: Level = "strandline_partitions_below_minimum", "Partitions led here with fewer replicas in sync than min.insync.replicas: acks=all is refused.";
@@ -105,11 +106,14 @@ metrics! {
 }
 
 impl Metrics {
-    /// Every metric in Prometheus's text format.
-    pub fn render(&self) -> String {
+    /// Every metric, in this format.
+    pub fn render(&self, format: MetricsFormat) -> String {
         let mut out = String::new();
         encode(&mut out, &self.registry).expect("a string takes everything that is written");
-        out
+        match format {
+            MetricsFormat::OpenMetrics => out,
+            MetricsFormat::Prometheus => to_prometheus(&out),
+        }
     }
 }
 
@@ -129,7 +133,7 @@ impl fmt::Debug for Metrics {
 pub fn docs() -> String {
     let mut out = String::from(
         "# Metrics\n\n<!-- Made from src/telemetry/metrics.rs; a test compares them and says how to make it again. -->\n\n\
-         `GET /metrics` on the HTTP port answers in Prometheus's text format.\n\n\
+         `GET /metrics` on the HTTP port answers in OpenMetrics or in Prometheus's text format, as `Accept` says.\n\n\
          | name | type | labels | |\n| --- | --- | --- | --- |\n",
     );
     for (name, suffix, kind, labels, help) in DECLARED {
@@ -161,7 +165,7 @@ mod tests {
         metrics.follower_lag_records.set_all([(2, 1), (3, 5)]);
         metrics.follower_lag_records.set_all([(3, 4)]);
         metrics.follower_lag_seconds.set_all([(3, Duration::from_millis(1500))]);
-        let text = metrics.render();
+        let text = metrics.render(MetricsFormat::OpenMetrics);
         for line in [
             "# TYPE strandline_produce_bytes counter",
             "# HELP strandline_produce_bytes Bytes of acknowledged batches, as stored.",

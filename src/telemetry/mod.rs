@@ -6,16 +6,18 @@ use std::io::{self, IsTerminal as _};
 
 use tracing_subscriber::EnvFilter;
 
+mod exposition;
 mod kinds;
 mod metrics;
 
 pub use prometheus_client::metrics::counter::Counter;
 
+pub use exposition::MetricsFormat;
 pub use kinds::{
     ByPeer, ByRole, BySource, CauseLabel, Elections, Errors, Level, PeerLevels, PeerSeconds, ReasonLabel,
     RequestSeconds, Requests, RoleLabel, RuleLabel, Seconds, SourceLabel, Steps,
 };
-pub use metrics::{CONTENT_TYPE, Metrics, docs};
+pub use metrics::{Metrics, docs};
 
 /// How log lines are written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

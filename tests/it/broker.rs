@@ -222,11 +222,15 @@ impl Home {
             .expect("a string grows");
         let (of_broker, others): (Vec<_>, Vec<_>) =
             self.settings.iter().partition(|(key, _)| key.starts_with("broker."));
+        let (of_grpc, others): (Vec<_>, Vec<_>) = others.into_iter().partition(|(key, _)| key.starts_with("grpc."));
         for (key, value) in of_broker {
             writeln!(text, "{} = {value}", &key["broker.".len()..]).expect("a string grows");
         }
         let advertise = self.advertise.unwrap_or(self.grpc);
         write!(text, "[grpc]\nlisten = \"{}\"\nadvertise = \"{advertise}\"\n", self.grpc).expect("a string grows");
+        for (key, value) in of_grpc {
+            writeln!(text, "{} = {value}", &key["grpc.".len()..]).expect("a string grows");
+        }
         write!(text, "[http]\nlisten = \"{}\"\n", self.http).expect("a string grows");
         // Dotted and before every section, so that several may be of one section.
         let url = self.object_store.iter().map(|url| format!("object_store.url = {url:?}\n"));

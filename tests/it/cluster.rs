@@ -11,7 +11,7 @@ mod grows;
 mod machines;
 mod members;
 mod moves;
-mod network;
+pub(crate) mod network;
 mod outage;
 mod peers;
 mod racks;

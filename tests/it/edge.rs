@@ -162,33 +162,65 @@ async fn health_knows_the_server_and_each_service() {
     assert!(tokio::task::block_in_place(|| broker.terminate()).success());
 }
 
+/// What reflection answers to a question of one of its versions.
+macro_rules! reflect {
+    ($version:ident, $channel:expr, $question:expr) => {{
+        use tonic_reflection::pb::$version::{
+            ServerReflectionRequest, server_reflection_client::ServerReflectionClient,
+            server_reflection_request::MessageRequest, server_reflection_response::MessageResponse,
+        };
+        let (list, symbol): (bool, &str) = $question;
+        let question = if list {
+            MessageRequest::ListServices(String::new())
+        } else {
+            MessageRequest::FileContainingSymbol(symbol.to_owned())
+        };
+        let request = ServerReflectionRequest { message_request: Some(question), ..Default::default() };
+        let asked = ServerReflectionClient::new($channel).server_reflection_info(tokio_stream::once(request)).await;
+        match asked {
+            Err(status) => Err(status),
+            Ok(answers) => match answers.into_inner().next().await.expect("an answer") {
+                Err(status) => Err(status),
+                Ok(answer) => match answer.message_response {
+                    Some(MessageResponse::ListServicesResponse(list)) => {
+                        Ok(list.service.into_iter().map(|service| service.name).collect::<Vec<_>>())
+                    }
+                    Some(MessageResponse::FileDescriptorResponse(files)) => {
+                        Ok(vec![files.file_descriptor_proto.len().to_string()])
+                    }
+                    other => panic!("{other:?}"),
+                },
+            },
+        }
+    }};
+}
+
+/// It showed the service that brokers call among themselves, also on a broker that does not serve it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn reflection_answers_in_both_of_its_versions() {
-    macro_rules! services {
-        ($version:ident, $channel:expr) => {{
-            use tonic_reflection::pb::$version::{
-                ServerReflectionRequest, server_reflection_client::ServerReflectionClient,
-                server_reflection_request::MessageRequest, server_reflection_response::MessageResponse,
-            };
-            let message_request = Some(MessageRequest::ListServices(String::new()));
-            let request = ServerReflectionRequest { message_request, ..Default::default() };
-            let answers =
-                ServerReflectionClient::new($channel).server_reflection_info(tokio_stream::once(request)).await;
-            let mut answers = answers.expect("it is there").into_inner();
-            match answers.next().await.expect("an answer").expect("a good one").message_response {
-                Some(MessageResponse::ListServicesResponse(list)) => {
-                    list.service.into_iter().map(|service| service.name).collect::<Vec<_>>()
-                }
-                other => panic!("{other:?}"),
-            }
-        }};
-    }
+async fn reflection_shows_what_clients_may_call_in_both_of_its_versions() {
     let (home, _broker) = running().await;
     let channel = Channel::from_shared(format!("http://{}", home.grpc())).expect("a URI").connect_lazy();
-    for names in [services!(v1, channel.clone()), services!(v1alpha, channel.clone())] {
+    for names in [reflect!(v1, channel.clone(), (true, "")), reflect!(v1alpha, channel.clone(), (true, ""))] {
+        let names = names.expect("it is there");
         for name in ["strandline.v1.Log", "strandline.v1.Admin", "grpc.health.v1.Health"] {
             assert!(names.iter().any(|known| known == name), "{name} is not in {names:?}");
         }
+        assert!(!names.iter().any(|name| name.contains("Peer")), "{names:?}");
+    }
+    reflect!(v1, channel.clone(), (false, "strandline.v1.AppendRequest")).expect("clients send it");
+    for hidden in ["strandline.v1.Peer", "strandline.v1.ToLeader", "strandline.v1.StatusResponse"] {
+        let status = reflect!(v1, channel.clone(), (false, hidden)).expect_err(hidden);
+        assert_eq!(status.code(), Code::NotFound, "{hidden}: {status:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn reflection_can_be_switched_off() {
+    let mut home = Home::new().setting("grpc.reflection", false);
+    let _broker = tokio::task::block_in_place(|| home.start());
+    let channel = Channel::from_shared(format!("http://{}", home.grpc())).expect("a URI").connect_lazy();
+    for answer in [reflect!(v1, channel.clone(), (true, "")), reflect!(v1alpha, channel.clone(), (true, ""))] {
+        assert_eq!(answer.expect_err("it is off").code(), Code::Unimplemented);
     }
 }
 

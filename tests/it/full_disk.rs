@@ -20,7 +20,7 @@ use strandline::proto::{
 use tonic::transport::Channel;
 
 use crate::{
-    broker::{Broker, Home},
+    broker::{Broker, Home, http_get},
     damage::partition,
     patience::{becomes, eventually},
     s3::S3,
@@ -147,6 +147,45 @@ async fn holds(log: &mut LogClient<Channel>, topic: &str, count: u64) {
     for (number, record) in (0..).zip(records) {
         assert!(record.value == Some(payload(number)), "record {number}");
     }
+}
+
+/// Appends were refused, and `cluster describe`, the metric and `/readyz` all said that nothing was wrong: a broker alone did not look, and
+/// the log leaves a third of so small a disk free, so that it is below `broker.disk_full_percent`.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_disk_is_shown_wherever_an_operator_looks_until_there_is_room() {
+    let Some(full) = tokio::task::block_in_place(|| start(Home::new())) else { return };
+    let address = full.home.grpc();
+    wire::create_topic(address, "t", 1, &[("remote.storage.enable", "false"), SMALL[0]]).await;
+    let filler = full.mount.fill(50 << 20);
+    let (_, fault) = until_full(&mut wire::log(address), "t", 0).await;
+    assert_eq!(fault.reason, Reason::DiskFull);
+    tokio::task::block_in_place(|| {
+        let (http, cli) = (full.home.http(), full.home.cli());
+        let page = eventually("it says so", || {
+            let (code, page) = http_get(http, "/readyz").expect("it answers");
+            assert_eq!(code, 200, "it serves: {page}");
+            (page != "ok\n").then_some(page)
+        });
+        assert!(page.starts_with("impaired: disk full since 2") && page.lines().count() == 1, "{page}");
+        eventually("the figure says so", || (full.home.metric("strandline_disk_full") == 1.0).then_some(()));
+        let described = cli.ok(&["cluster", "describe", "--output", "json"]).json();
+        assert_eq!(described["brokers"][0]["no_room"], true, "{described}");
+        let text = cli.ok(&["cluster", "describe"]).text();
+        assert!(text.contains("the disk of broker 1 has no room for records: appends are refused"), "{text}");
+        let health = cli.run(&["cluster", "health"]);
+        assert_eq!(health.code, 1);
+        assert!(health.text().starts_with("broker 1: disk full since 2"), "{}", health.text());
+        let health = cli.run(&["cluster", "health", "--output", "json"]);
+        assert_eq!((health.code, &health.json()["healthy"]), (1, &false.into()));
+        fs::remove_file(filler).expect("it was there");
+    });
+    append_until_taken(&mut wire::log(address), "t", 1000).await;
+    tokio::task::block_in_place(|| {
+        let over = || http_get(full.home.http(), "/readyz").is_ok_and(|(_, page)| page == "ok\n");
+        eventually("it is over", || over().then_some(()));
+        assert_eq!(full.home.cli().ok(&["cluster", "health"]).text(), "ok: 1 broker\n");
+        eventually("the figure too", || (full.home.metric("strandline_disk_full") == 0.0).then_some(()));
+    });
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

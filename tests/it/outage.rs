@@ -14,7 +14,7 @@ use strandline::proto::{
 };
 
 use crate::{
-    broker::{Broker, Cli, Home},
+    broker::{Broker, Cli, Home, http_get},
     damage::{files, lines, partition},
     patience::eventually,
     s3::{Fault, Op, S3},
@@ -76,6 +76,13 @@ fn a_bucket_that_is_gone_costs_no_record_and_its_return_needs_no_restart() {
         cli.ok_with(&["produce", "t"], text.as_bytes());
     }
     reads(&cli, "t", "20000", &text.repeat(3));
+    // It serves, so it is ready, and says what is impaired.
+    let page = || http_get(home.http(), "/readyz").expect("it answers");
+    let away = || page().1.lines().any(|line| line.starts_with("impaired: object store away since "));
+    eventually("it says that the bucket is away", || away().then_some(()));
+    assert_eq!(page().0, 200);
+    let health = cli.run(&["cluster", "health"]);
+    assert!(health.code == 1 && health.text().contains("broker 1: object store away since "), "{health:?}");
     assert_eq!(mark(&cli, "t", "tiered_end"), 20_000);
     assert_eq!(mark(&cli, "t", "local_start"), 20_000, "nothing is evicted that the bucket has not");
     let local = files(&home.data_dir(), ".log").len();
@@ -85,6 +92,7 @@ fn a_bucket_that_is_gone_costs_no_record_and_its_return_needs_no_restart() {
     let (puts, objects) = (server.faults().requests(Op::Put), segments(&server.bucket()).len());
     server.faults().set_down(false);
     settled(&cli, "t", 80_000);
+    eventually("it is over", || (page() == (200, "ok\n".to_owned())).then_some(()));
     assert_eq!(home.metric("strandline_tier_lag_records"), 0.0);
     let objects = segments(&server.bucket()).len() - objects;
     let manifests = server.faults().requests(Op::Put) - puts - objects;

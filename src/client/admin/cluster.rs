@@ -104,6 +104,10 @@ pub struct BrokerFigures {
     pub object_store: Option<String>,
     /// How many partitions fail to be sealed, uploaded or trimmed, and why the one that has for longest does; not while a store does not answer.
     pub upkeep: Option<String>,
+    /// What is impaired while it serves, one line each.
+    pub impaired: Vec<String>,
+    /// Why it takes no requests, when it takes none.
+    pub not_ready: Option<String>,
 }
 
 /// What a broker that is drained has still to give away.
@@ -376,6 +380,8 @@ fn broker(state: v1::BrokerState) -> BrokerDescription {
             failed: Some(figures.failed).filter(|why| !why.is_empty()),
             object_store: Some(figures.object_store).filter(|why| !why.is_empty()),
             upkeep: Some(figures.upkeep).filter(|why| !why.is_empty()),
+            impaired: figures.impaired,
+            not_ready: Some(figures.not_ready).filter(|why| !why.is_empty()),
         })),
         (None, Some(error)) => Some(Err(Fault::from(error))),
         (None, None) => None,

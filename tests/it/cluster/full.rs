@@ -3,7 +3,7 @@
 use std::fs;
 
 use super::members::Cluster;
-use crate::{full_disk::Mount, patience::eventually};
+use crate::{broker::http_get, full_disk::Mount, patience::eventually};
 
 #[test]
 fn a_broker_with_a_full_disk_is_given_nothing_new_until_there_is_room() {
@@ -66,6 +66,13 @@ fn a_leader_whose_disk_takes_no_more_records_hands_over_and_leads_again_when_the
         described.contains("the disk of broker 1 has no room for records: others lead what they can"),
         "{described}"
     );
+    // Everywhere else too, though its disk is below `broker.disk_full_percent`; and it serves.
+    eventually("the figure says so", || (cluster.home(1).metric("strandline_disk_full") == 1.0).then_some(()));
+    let (code, page) = http_get(cluster.home(1).http(), "/readyz").expect("it answers");
+    assert!(code == 200 && page.contains("impaired: disk full since "), "{code}: {page}");
+    let health = cluster.cli_by([2]).run(&["cluster", "health"]);
+    assert_eq!(health.code, 1);
+    assert!(health.text().lines().any(|line| line.starts_with("broker 1: disk full since ")), "{}", health.text());
 
     fs::remove_file(filler).expect("it was there");
     cluster.in_sync("t", 3);

@@ -3,7 +3,10 @@
 //! All of it lies in a namespace of its own, and so do the tests that use it: [`inside`] runs the test again in there. It goes with the
 //! process. It takes the superuser and the programs `ip` and `unshare`; where they are missing the test is skipped, and says so.
 
-use std::{net::Ipv4Addr, path::Path, process::Command};
+use std::{net::Ipv4Addr, os::fd::AsFd as _, path::Path, process::Command};
+
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+use strandline::task;
 
 use crate::skipped::skipped;
 
@@ -83,6 +86,18 @@ impl Network {
     pub(crate) fn mend(&self, from: &str, to: Ipv4Addr) {
         ip(&format!("-n {from} route del blackhole {to}/32"));
     }
+}
+
+/// Does something in the network of a machine; sockets that are made meanwhile are that machine's. On a thread of its own, because a
+/// thread does not come back.
+pub(crate) fn within<T: Send + 'static>(machine: &str, act: impl FnOnce() -> T + Send + 'static) -> T {
+    let namespace = std::fs::File::open(format!("/run/netns/{machine}")).expect("the machine is there");
+    let thread = task::thread("machine", move || {
+        let network = Some(LinkNameSpaceType::Network);
+        move_into_link_name_space(namespace.as_fd(), network).expect("the superuser may");
+        act()
+    });
+    thread.join().expect("it did not fail")
 }
 
 fn ip(arguments: &str) {

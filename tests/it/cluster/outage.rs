@@ -14,7 +14,7 @@ use strandline::{
 
 use super::members::{Cluster, answers};
 use crate::{
-    broker::Home,
+    broker::{Home, http_get},
     crash::setting,
     etcd::Etcd,
     patience::{PATIENCE, eventually},
@@ -73,6 +73,15 @@ fn records_are_taken_and_read_while_etcd_is_gone() {
         is_whole(sent);
     }
     println!("outage: etcd was gone for {:?}, and each of 6 partitions took {sent} records", since.elapsed());
+    // An outage that meets all brokers takes none of them out of service.
+    let pages = || (1..=3).map(|id| http_get(cluster.home(id).http(), "/readyz").expect("it answers"));
+    let lost = |(code, page): (u16, String)| {
+        assert_eq!(code, 200, "{page}");
+        page.contains("impaired: registration lost since ") && page.contains("the metadata store has not answered for")
+    };
+    eventually("every broker says what is impaired", || pages().all(lost).then_some(()));
+    let health = cli.run(&["cluster", "health"]);
+    assert!(health.code == 1 && health.text().contains("cluster: the metadata store has not answered"), "{health:?}");
     // It describes the cluster of then, which is not to be taken for that of now.
     let is_old = || cli.ok(&["cluster", "describe"]).text().contains("the metadata store has not answered broker");
     eventually("the description says how old it is", || is_old().then_some(()));
@@ -84,11 +93,18 @@ fn records_are_taken_and_read_while_etcd_is_gone() {
     send(sent, sent + 10);
     sent += 10;
     is_whole(sent);
+    let health = cli.run(&["cluster", "health"]);
+    assert!(
+        health.code == 1 && health.text().contains(&format!("broker {victim}: gone, and holds 6 replicas")),
+        "{health:?}"
+    );
     let create = ["topic", "create", "after", "--replication-factor", "2"];
     eventually("a topic can be created", || (cli.run(&create).code == 0).then_some(()));
     cli.ok_with(&["produce", "after"], b"x\n");
     cluster.restart(victim);
     cluster.in_sync(TOPIC, 3);
+    eventually("all is well", || (cli.run(&["cluster", "health"]).code == 0).then_some(()));
+    assert_eq!(cli.ok(&["cluster", "health"]).text(), "ok: 3 brokers\n");
     is_whole(sent);
 }
 

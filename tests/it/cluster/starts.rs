@@ -55,8 +55,11 @@ fn a_broker_is_ready_when_its_replicas_are_in_sync() {
     let before = lost(&cluster);
     cluster.begin(late);
     let ready = |cluster: &Cluster| http_get(cluster.home(late).http(), "/readyz").ok();
-    let (code, page) = eventually("it has begun", || ready(&cluster).filter(|(_, page)| !page.contains("starting")));
-    assert_eq!((code, page.trim_end()), (503, "not ready: replicas of this broker that are not in sync yet: 1"));
+    let (code, page) = eventually("it has begun", || ready(&cluster).filter(|(_, page)| page.contains("replicas")));
+    assert_eq!(
+        (code, page.trim_end()),
+        (503, "not ready: starting: replicas of this broker that have not been in sync yet: 1")
+    );
     eventually("it has asked in vain", || (lost(&cluster) > before).then_some(()));
     assert_eq!(ready(&cluster).expect("it answers").0, 503, "nobody has told it what it misses");
     cluster.broker(leader).freeze(false);

@@ -1,5 +1,8 @@
 //! Bad input over every port: each gets an error that says what is wrong, and everybody else is served meanwhile.
 
+mod connections;
+mod http;
+
 use std::{
     fs,
     io::{Read as _, Write as _},

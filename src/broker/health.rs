@@ -1,0 +1,217 @@
+//! How this broker is: what probes and `cluster health` are told. A broker that serves requests is ready, whatever is impaired: an
+//! outage of the object store or of the metadata store meets all brokers, and must not take all of them out of service.
+//!
+//! A start lasts until every replica here has been in sync once, or `broker.catch_up_timeout` has passed: a rolling restart goes on then.
+
+use std::{
+    collections::BTreeSet,
+    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::Ordering},
+    time::{Duration, SystemTime},
+};
+
+use tokio::time::Instant;
+
+use super::Broker;
+use crate::{
+    cluster::ViewState,
+    model::PartitionId,
+    partition::{Partition, Role},
+    task::clock,
+};
+
+/// How often a start looks whether its replicas are in sync; more rarely where that look takes long.
+const LOOK_INTERVAL: Duration = Duration::from_millis(250);
+const LOOK_SHARE: u32 = 20;
+
+/// Whether a broker takes requests.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Readiness {
+    /// It does not, and why.
+    NotReady(String),
+    /// It does. What is impaired, one line each.
+    Ready(Vec<String>),
+}
+
+/// What is remembered between two questions.
+#[derive(Debug)]
+pub(super) struct Health {
+    start: Mutex<Start>,
+    /// Since when the registration is gone.
+    unregistered: Mutex<Option<Instant>>,
+    /// Since when records do not fit on the disk.
+    full: Mutex<Option<Instant>>,
+}
+
+/// How far the start has come.
+#[derive(Debug)]
+enum Start {
+    /// Replicas that have not been in sync yet; `None` before the first look.
+    CatchingUp(Option<BTreeSet<PartitionId>>),
+    Over,
+}
+
+impl Default for Health {
+    fn default() -> Self {
+        Self { start: Mutex::new(Start::CatchingUp(None)), unregistered: Mutex::default(), full: Mutex::default() }
+    }
+}
+
+impl Health {
+    /// Notes that records fit on the disk, or do not.
+    pub(super) fn set_full(&self, full: bool) {
+        note(&self.full, full);
+    }
+
+    /// Whether records do not fit.
+    pub(super) fn is_full(&self) -> bool {
+        lock(&self.full).is_some()
+    }
+
+    /// Notes that the registration is gone, or is there.
+    pub(super) fn set_unregistered(&self, unregistered: bool) {
+        note(&self.unregistered, unregistered);
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn note(since: &Mutex<Option<Instant>>, holds: bool) {
+    let mut since = lock(since);
+    *since = holds.then(|| since.unwrap_or_else(clock::monotonic));
+}
+
+/// Looks until every replica has been in sync once, so that this counts also where nobody asks.
+pub(super) async fn watch_start(broker: Arc<Broker>) {
+    loop {
+        let began = clock::monotonic();
+        if broker.catching_up() == 0 {
+            return;
+        }
+        let pause = LOOK_INTERVAL.max(began.elapsed() * LOOK_SHARE);
+        tokio::select! {
+            biased;
+            () = broker.tasks.cancelled() => return,
+            () = tokio::time::sleep(pause) => {}
+        }
+    }
+}
+
+impl Broker {
+    /// Why this process should be restarted, if it should.
+    pub fn health(&self) -> Result<(), String> {
+        self.log.failure().map_or(Ok(()), |why| Err(takes_no_writes(&why)))
+    }
+
+    /// Whether it takes requests, and what is impaired.
+    pub fn readiness(&self) -> Readiness {
+        let not_ready = |why: String| Readiness::NotReady(why);
+        if self.leaving.load(Ordering::Acquire) || self.readers.is_cancelled() {
+            return not_ready("stopping".to_owned());
+        }
+        if self.is_stopping() {
+            return not_ready("starting".to_owned());
+        }
+        if let (Err(why), 0) = (self.health(), self.partitions()) {
+            return not_ready(format!("serves nothing: {why}"));
+        }
+        match self.catching_up() {
+            0 => Readiness::Ready(self.impairments()),
+            behind => not_ready(format!("starting: replicas of this broker that have not been in sync yet: {behind}")),
+        }
+    }
+
+    /// What is not as it should be here, one line each.
+    fn impairments(&self) -> Vec<String> {
+        let failed = self.hosted.open().iter().filter(|partition| partition.fault().is_some()).count();
+        let upkeep = self.upkeep_failures.to_string();
+        let lines = [
+            self.health().err(),
+            (failed > 0).then(|| format!("replicas that take no writes because of a fault: {failed}")),
+            lock(&self.health.full).map(|at| {
+                format!(
+                    "disk full {}: appends are refused; add space, or lower local.retention.* or retention.*",
+                    since(at.elapsed())
+                )
+            }),
+            self.tier
+                .as_ref()
+                .and_then(|tier| tier.store.outage())
+                .map(|outage| format!("object store away {}: {}", since(outage.lasted), one_line(&outage.why))),
+            lock(&self.health.unregistered)
+                .map(|at| format!("registration lost {}: {}", since(at.elapsed()), self.why_unregistered())),
+            (!upkeep.is_empty()).then(|| format!("cannot upload or trim: {}", one_line(&upkeep))),
+        ];
+        lines.into_iter().flatten().collect()
+    }
+
+    /// Replicas here that have not been in sync yet; none once the start is over.
+    fn catching_up(&self) -> usize {
+        let mut start = lock(&self.health.start);
+        let Start::CatchingUp(pending) = &mut *start else { return 0 };
+        let Some(begun) = self.begun.get() else { return 0 };
+        let behind = if self.alone || begun.elapsed() >= self.settings.catch_up_timeout {
+            0
+        } else {
+            let state = self.view.state();
+            let all = || self.hosted.open().iter().map(|partition| partition.id()).collect();
+            let pending = pending.get_or_insert_with(all);
+            pending.retain(|id| self.hosted.by_id(*id).is_some_and(|partition| !is_in_sync(&partition)));
+            // Where nobody leads there is nobody to catch up with.
+            pending.iter().filter(|id| has_leader(&state, **id)).count()
+        };
+        if behind == 0 {
+            *start = Start::Over;
+        }
+        behind
+    }
+}
+
+fn is_in_sync(partition: &Partition) -> bool {
+    matches!(partition.standing().role, Role::Leader { .. } | Role::Follower { in_sync: true, .. })
+}
+
+fn has_leader(state: &ViewState, id: PartitionId) -> bool {
+    let known = state.partition(id).and_then(|entry| entry.partition.as_ref());
+    known.is_some_and(|known| known.value.leader.is_some())
+}
+
+fn takes_no_writes(why: &str) -> String {
+    format!("the data directory takes no writes: {}", one_line(why))
+}
+
+/// Other programs' words may have several lines.
+fn one_line(text: &str) -> String {
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+/// The moment that lies so far back, and how far that is.
+fn since(lasted: Duration) -> String {
+    let now = Duration::from_millis(u64::try_from(clock::wall_ms()).unwrap_or(0));
+    let at = SystemTime::UNIX_EPOCH + now.saturating_sub(lasted);
+    format!("since {} ({} s)", humantime::format_rfc3339_seconds(at), lasted.as_secs())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_condition_keeps_the_moment_at_which_it_began() {
+        let health = Health::default();
+        health.set_full(true);
+        let began = *lock(&health.full);
+        tokio::time::advance(Duration::from_secs(5)).await;
+        health.set_full(true);
+        assert_eq!(*lock(&health.full), began);
+        health.set_full(false);
+        assert!(!health.is_full());
+    }
+
+    #[test]
+    fn a_line_stays_one_whatever_it_quotes() {
+        assert_eq!(one_line("status 503:\n <Error>\r\n</Error>"), "status 503: <Error> </Error>");
+        assert!(since(Duration::from_secs(75)).ends_with("Z (75 s)"));
+    }
+}

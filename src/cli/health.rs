@@ -1,0 +1,126 @@
+//! `strandline cluster health`: what is impaired, of all brokers, in one line each; for scripts that go on only when nothing is.
+
+use std::process::ExitCode;
+
+use serde_json::{Value, json};
+
+use super::{cluster::state, output};
+use crate::client::{BrokerDescription, ClusterDescription};
+
+/// What is impaired of a cluster.
+pub(super) struct Health {
+    /// Of no single broker.
+    cluster: Vec<String>,
+    brokers: Vec<BrokerHealth>,
+}
+
+struct BrokerHealth {
+    id: u32,
+    state: &'static str,
+    /// Whether it takes requests; `None` where it did not answer.
+    ready: Option<bool>,
+    impaired: Vec<String>,
+}
+
+impl Health {
+    pub(super) fn of(cluster: &ClusterDescription) -> Self {
+        Self { cluster: of_cluster(cluster), brokers: cluster.brokers.iter().map(of_broker).collect() }
+    }
+
+    pub(super) fn is_healthy(&self) -> bool {
+        self.cluster.is_empty() && self.brokers.iter().all(|broker| broker.impaired.is_empty())
+    }
+
+    pub(super) fn exit_code(&self) -> ExitCode {
+        if self.is_healthy() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    }
+
+    pub(super) fn lines(&self) -> String {
+        if self.is_healthy() {
+            return format!("ok: {}", output::count(self.brokers.len() as u64, "broker"));
+        }
+        let of_cluster = self.cluster.iter().map(|line| format!("cluster: {line}"));
+        let of_brokers = self
+            .brokers
+            .iter()
+            .flat_map(|broker| broker.impaired.iter().map(move |line| format!("broker {}: {line}", broker.id)));
+        of_cluster.chain(of_brokers).collect::<Vec<_>>().join("\n")
+    }
+
+    pub(super) fn json(&self) -> Value {
+        let brokers = self.brokers.iter().map(|broker| {
+            json!({ "id": broker.id, "state": broker.state, "ready": broker.ready, "impaired": broker.impaired })
+        });
+        json!({
+            "healthy": self.is_healthy(),
+            "cluster": self.cluster,
+            "brokers": brokers.collect::<Vec<_>>(),
+        })
+    }
+}
+
+fn of_cluster(cluster: &ClusterDescription) -> Vec<String> {
+    let partitions =
+        |count: u32, what: &str| (count > 0).then(|| format!("{} {what}", output::count(count.into(), "partition")));
+    let silence = cluster.metadata_silence;
+    let silent = (!silence.is_zero()).then(|| {
+        format!("the metadata store has not answered broker {} for {} s", cluster.answered_by, silence.as_secs())
+    });
+    let counted = [
+        silent,
+        partitions(cluster.leaderless, "without a leader"),
+        partitions(cluster.below_minimum, "below min.insync.replicas"),
+        partitions(cluster.under_replicated, "under-replicated"),
+    ];
+    let unreadable =
+        cluster.unreadable.iter().map(|one| format!("the value of {} cannot be used: {}", one.key, one.why));
+    counted.into_iter().flatten().chain(unreadable).collect()
+}
+
+fn of_broker(broker: &BrokerDescription) -> BrokerHealth {
+    let (mut impaired, mut ready) = (Vec::new(), None);
+    if !broker.alive {
+        ready = Some(false);
+        if broker.replicas > 0 {
+            impaired.push(format!("gone, and holds {}", output::count(broker.replicas.into(), "replica")));
+        }
+    }
+    match &broker.figures {
+        Some(Ok(figures)) => {
+            ready = Some(figures.not_ready.is_none());
+            impaired.extend(figures.not_ready.iter().map(|why| format!("not ready: {why}")));
+            impaired.extend(figures.impaired.iter().cloned());
+        }
+        Some(Err(fault)) => impaired.push(format!("does not answer: {fault}")),
+        None => {}
+    }
+    BrokerHealth { id: broker.id.0, state: state(broker), ready, impaired }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::cluster::tests::{calm, troubled};
+
+    #[test]
+    fn health_is_one_line_for_each_impairment_and_fails_while_there_is_one() {
+        let healthy = Health::of(&calm());
+        assert!(healthy.is_healthy());
+        output::golden::lines("cluster-health.txt", &healthy.lines());
+        let troubled = Health::of(&troubled());
+        assert!(!troubled.is_healthy());
+        output::golden::lines("cluster-health-troubled.txt", &troubled.lines());
+        output::golden::json("cluster-health.json", &troubled.json());
+    }
+
+    /// A drained broker that was stopped for good is no fault.
+    #[test]
+    fn a_broker_that_is_gone_and_holds_nothing_is_no_impairment() {
+        let mut cluster = calm();
+        let gone = &mut cluster.brokers[1];
+        (gone.alive, gone.replicas, gone.figures) = (false, 0, None);
+        assert!(Health::of(&cluster).is_healthy());
+        cluster.brokers[1].replicas = 1;
+        assert!(!Health::of(&cluster).is_healthy());
+    }
+}

@@ -1,0 +1,175 @@
+//! Who gets a place, and who makes room.
+
+use std::collections::BTreeSet;
+
+use proptest::prelude::*;
+
+use super::*;
+
+fn from(number: u8) -> Origin {
+    Origin::of(IpAddr::from([10, 0, 0, number]), Some(IpAddr::from([10, 0, 0, 254])))
+}
+
+fn here() -> Origin {
+    Origin::of(IpAddr::from([127, 0, 0, 1]), None)
+}
+
+#[test]
+fn the_longest_idle_connection_makes_room() {
+    let mut places = Places::new(3, 3);
+    let ids = ["a", "b", "c"].map(|name| places.admit(from(1), name).id);
+    // `a` was used last, and `b` has a call open.
+    places.begin_call(ids[0]);
+    places.end_call(ids[0]);
+    places.begin_call(ids[1]);
+    let first = places.admit(from(2), "d");
+    assert_eq!((first.evicted, first.pool, first.bound), (Some("c"), Pool::Common, None));
+    assert_eq!(places.admit(from(2), "e").evicted, Some("a"));
+    assert_eq!(places.connections.len(), 3);
+}
+
+#[test]
+fn an_open_call_never_makes_room_and_the_newcomer_is_told_the_bound() {
+    let mut places = Places::new(4, 2);
+    for number in [1, 1, 2, 2] {
+        let id = places.admit(from(number), number).id;
+        // Two calls, of which one ends: a stream is open still.
+        places.begin_call(id);
+        places.begin_call(id);
+        places.end_call(id);
+    }
+    let third = places.admit(from(1), 1);
+    assert_eq!((third.bound, third.pool, third.evicted), (Some(Bound::Address), Pool::Probe, None));
+    let other = places.admit(from(3), 3);
+    assert_eq!((other.bound, other.pool, other.evicted), (Some(Bound::Places), Pool::Probe, None));
+    assert_eq!(places.promote(other.id), Err(Bound::Places), "there is no room yet");
+}
+
+/// Otherwise one address could push out everybody's idle connections.
+#[test]
+fn an_address_at_its_bound_makes_room_among_its_own() {
+    let mut places = Places::new(10, 2);
+    let honest = places.admit(from(9), 9).id;
+    for n in 0..50 {
+        let admitted = places.admit(from(1), 1);
+        assert_eq!((admitted.pool, admitted.evicted), (Pool::Common, (n >= 2).then_some(1)));
+    }
+    assert_eq!(places.remove(honest), Some(9));
+}
+
+#[test]
+fn loopback_counts_as_any_address_and_has_eight_places_more() {
+    let mut places = Places::new(4, 2);
+    let busy = |places: &mut Places<u32>, origin| {
+        let admitted = places.admit(origin, 0);
+        places.begin_call(admitted.id);
+        admitted
+    };
+    for _ in 0..2 {
+        assert_eq!(busy(&mut places, here()).pool, Pool::Common);
+    }
+    for _ in 0..LOOPBACK_PLACES {
+        let admitted = busy(&mut places, here());
+        assert_eq!((admitted.pool, admitted.bound), (Pool::Loopback, Some(Bound::Address)));
+    }
+    let ninth = places.admit(here(), 7);
+    assert_eq!(ninth.pool, Pool::Probe);
+    // An idle one of the eight makes room for the next.
+    let idle = places.connections.iter().find(|(_, occupant)| occupant.pool == Pool::Loopback).map(|(id, _)| *id);
+    places.end_call(idle.expect("one of eight"));
+    let tenth = places.admit(here(), 8);
+    assert_eq!((tenth.pool, tenth.evicted), (Pool::Loopback, Some(0)));
+}
+
+/// An attacker who holds calls open there as well must not keep a probe out.
+#[test]
+fn the_oldest_of_the_probes_makes_room_whatever_it_does() {
+    let mut places = Places::new(1, 1);
+    let holder = places.admit(from(1), 0).id;
+    places.begin_call(holder);
+    let mut last = None;
+    for n in 1..=20 {
+        let admitted = places.admit(from(2), n);
+        places.begin_call(admitted.id);
+        assert_eq!(admitted.pool, Pool::Probe);
+        assert_eq!(admitted.evicted, (n > PROBE_PLACES).then(|| n - PROBE_PLACES));
+        last = Some(admitted.id);
+    }
+    places.remove(holder);
+    let last = last.expect("twenty came");
+    assert_eq!(places.promote(last), Ok(None), "there is room by now");
+    assert_eq!(places.begin_call(last), Some(Pool::Common));
+}
+
+#[test]
+fn an_ipv6_network_and_a_mapped_address_are_one_origin() {
+    let of = |text: &str| Origin::of(text.parse().expect("an address"), None);
+    assert_eq!(of("2001:db8::1"), of("2001:db8::ffff:1"));
+    assert_ne!(of("2001:db8::1"), of("2001:db8:0:1::1"));
+    assert_eq!(of("::ffff:10.0.0.1"), of("10.0.0.1"));
+    assert!(of("::1").local && of("127.0.0.9").local && of("::ffff:127.0.0.1").local && !of("10.0.0.1").local);
+    let own = "10.0.0.1".parse().expect("an address");
+    assert!(Origin::of(own, Some(own)).local, "this machine by its own address");
+}
+
+#[derive(Clone, Debug)]
+enum Event {
+    Come(u8),
+    Begin(usize),
+    End(usize),
+    Promote(usize),
+    Go(usize),
+}
+
+fn event() -> impl Strategy<Value = Event> {
+    prop_oneof![
+        4 => (0..4_u8).prop_map(Event::Come),
+        3 => any::<usize>().prop_map(Event::Begin),
+        2 => any::<usize>().prop_map(Event::End),
+        1 => any::<usize>().prop_map(Event::Promote),
+        2 => any::<usize>().prop_map(Event::Go),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn bounds_and_lists_agree_with_the_connections_after_any_events(
+        places in 1..6_usize, per_address in 1..6_usize, events in prop::collection::vec(event(), 1..200)
+    ) {
+        let mut all = Places::new(places, per_address);
+        let mut ids: Vec<u64> = Vec::new();
+        let mut number = 0_u64;
+        for event in events {
+            let pick = |n: usize| (!ids.is_empty()).then(|| ids[n % ids.len()]);
+            match event {
+                Event::Come(address) => {
+                    let origin = if address == 0 { here() } else { from(address) };
+                    number += 1;
+                    let busy: BTreeSet<u64> =
+                        all.connections.values().filter(|o| o.calls > 0 && o.pool != Pool::Probe).map(|o| o.handle).collect();
+                    let admitted = all.admit(origin, number);
+                    if let Some(evicted) = admitted.evicted {
+                        prop_assert!(!busy.contains(&evicted), "one with a call open made room");
+                    }
+                    ids.push(admitted.id);
+                }
+                Event::Begin(n) => if let Some(id) = pick(n) { all.begin_call(id); },
+                Event::End(n) => if let Some(id) = pick(n) { all.end_call(id); },
+                Event::Promote(n) => if let Some(id) = pick(n) { let _bound = all.promote(id); },
+                Event::Go(n) => if let Some(id) = pick(n) { all.remove(id); },
+            }
+            let of = |pool| all.connections.values().filter(move |o| o.pool == pool);
+            prop_assert!(of(Pool::Common).count() == all.common && all.common <= places);
+            prop_assert!(of(Pool::Loopback).count() == all.loopback && all.loopback <= LOOPBACK_PLACES);
+            prop_assert!(of(Pool::Probe).count() == all.probes.len() && all.probes.len() <= PROBE_PLACES);
+            prop_assert_eq!(all.idle.len(), of(Pool::Common).filter(|o| o.calls == 0).count());
+            prop_assert_eq!(all.loopback_idle.len(), of(Pool::Loopback).filter(|o| o.calls == 0).count());
+            for (address, share) in &all.origins {
+                prop_assert!(share.connections > 0 && share.connections <= per_address);
+                prop_assert_eq!(share.connections, of(Pool::Common).filter(|o| o.origin.address == *address).count());
+                let idle = of(Pool::Common).filter(|o| o.origin.address == *address && o.calls == 0).count();
+                prop_assert_eq!(share.idle.len(), idle);
+            }
+        }
+    }
+}

@@ -1,0 +1,93 @@
+//! The two text formats in which figures are shown, and which of them a client asked for.
+
+use std::fmt::Write as _;
+
+/// A text format of figures.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MetricsFormat {
+    /// OpenMetrics 1.0.0.
+    OpenMetrics,
+    /// Prometheus's own, version 0.0.4: what whoever asks for nothing else can read.
+    Prometheus,
+}
+
+impl MetricsFormat {
+    /// The format that the values of `Accept` prefer.
+    pub fn accepted<'a>(values: impl IntoIterator<Item = &'a str>) -> Self {
+        let (mut open, mut text) = (0.0, 0.0);
+        for range in values.into_iter().flat_map(|value| value.split(',')) {
+            let mut parts = range.split(';').map(str::trim);
+            let media = parts.next().unwrap_or_default().to_ascii_lowercase();
+            let quality = parts.find_map(|part| part.strip_prefix("q=")).map_or(Ok(1.0), str::parse).unwrap_or(0.0);
+            match media.as_str() {
+                "application/openmetrics-text" => open = f64::max(open, quality),
+                "text/plain" | "text/*" | "*/*" => text = f64::max(text, quality),
+                _ => {}
+            }
+        }
+        if open > 0.0 && open >= text { Self::OpenMetrics } else { Self::Prometheus }
+    }
+
+    /// Its content type.
+    pub const fn content_type(self) -> &'static str {
+        match self {
+            Self::OpenMetrics => "application/openmetrics-text; version=1.0.0; charset=utf-8",
+            Self::Prometheus => "text/plain; version=0.0.4; charset=utf-8",
+        }
+    }
+}
+
+/// OpenMetrics as Prometheus's own format: there the name of a counter's family has the suffix of its samples, and nothing marks the end.
+pub(super) fn to_prometheus(open_metrics: &str) -> String {
+    let mut out = String::with_capacity(open_metrics.len());
+    let mut help: Option<(&str, &str)> = None;
+    for line in open_metrics.lines() {
+        if let Some(described) = line.strip_prefix("# HELP ") {
+            help = described.split_once(' ');
+        } else if let Some((name, kind)) = line.strip_prefix("# TYPE ").and_then(|typed| typed.split_once(' ')) {
+            let suffix = if kind == "counter" { "_total" } else { "" };
+            if let Some((_, text)) = help.take().filter(|(described, _)| *described == name) {
+                let _ = writeln!(out, "# HELP {name}{suffix} {text}");
+            }
+            let _ = writeln!(out, "# TYPE {name}{suffix} {kind}");
+        } else if !line.starts_with('#') {
+            let _ = writeln!(out, "{line}");
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_accept_header_chooses_the_format() {
+        let prometheus = "application/openmetrics-text;version=1.0.0;q=0.5,application/openmetrics-text;version=0.0.1;q=0.4,\
+                          text/plain;version=0.0.4;q=0.3,*/*;q=0.2";
+        for (accept, format) in [
+            (vec![], MetricsFormat::Prometheus),
+            (vec!["*/*"], MetricsFormat::Prometheus),
+            (vec!["text/plain"], MetricsFormat::Prometheus),
+            (vec![prometheus], MetricsFormat::OpenMetrics),
+            (
+                vec!["text/plain;q=0.3", "Application/OpenMetrics-Text; version=1.0.0; q=0.5"],
+                MetricsFormat::OpenMetrics,
+            ),
+            (vec!["application/openmetrics-text;q=0.2, text/plain;q=0.9"], MetricsFormat::Prometheus),
+            (vec!["application/openmetrics-text;q=0"], MetricsFormat::Prometheus),
+            (vec!["application/openmetrics-text;q=x, ;;,"], MetricsFormat::Prometheus),
+        ] {
+            assert_eq!(MetricsFormat::accepted(accept.clone()), format, "{accept:?}");
+        }
+    }
+
+    #[test]
+    fn counters_have_their_suffix_and_nothing_marks_the_end() {
+        let open = "# HELP a_b Help # here.\n# TYPE a_b counter\na_b_total{x=\"# HELP\"} 1\n\
+                    # HELP c Level.\n# TYPE c gauge\nc 2\n# EOF\n";
+        let text = "# HELP a_b_total Help # here.\n# TYPE a_b_total counter\na_b_total{x=\"# HELP\"} 1\n\
+                    # HELP c Level.\n# TYPE c gauge\nc 2\n";
+        assert_eq!(to_prometheus(open), text);
+    }
+}

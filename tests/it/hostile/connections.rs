@@ -1,0 +1,220 @@
+//! Attackers who hold connections: with nothing on them, and with a stream open on each. Those with streams sit on machines of their own
+//! (network namespaces), because each address has a share.
+
+use std::{
+    io::{Read as _, Write as _},
+    net::{SocketAddr, TcpStream},
+    sync::mpsc,
+    thread,
+    time::Duration,
+};
+
+use bytes::Bytes;
+use strandline::{
+    limits,
+    proto::{
+        fault::{Fault, Reason},
+        v1::{FetchRequest, log_client::LogClient},
+    },
+    task,
+};
+use tonic::transport::{Channel, Endpoint};
+use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
+
+use super::serves;
+use crate::{
+    broker::{Home, http_get},
+    cluster::network::{Network, inside, within},
+    patience::{PATIENCE, eventually},
+    wire,
+};
+
+/// Open files of the attacked broker: 32 places for gRPC, 8 for HTTP.
+const OPEN_FILES: u32 = 256;
+const GRPC_PLACES: usize = 32;
+
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
+
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime")
+}
+
+/// One connection with one fetch stream that is left open.
+async fn hold(address: SocketAddr) -> Result<(LogClient<Channel>, impl Sized), Fault> {
+    let endpoint = Endpoint::from_shared(format!("http://{address}")).expect("an address is a URI");
+    let mut client = LogClient::new(endpoint.connect().await.expect("the port is open"));
+    let (requests, stream) = tokio::sync::mpsc::channel::<FetchRequest>(1);
+    let requests_of = tokio_stream::wrappers::ReceiverStream::new(stream);
+    let answers = client.fetch(requests_of).await.map_err(|status| Fault::from(&status))?;
+    Ok((client, (requests, answers)))
+}
+
+/// An attacker on a machine of its own, who holds as many connections as he gets, with a stream on each, until the value goes.
+struct Attacker {
+    refusals: Vec<Fault>,
+    held: usize,
+    end: Option<mpsc::SyncSender<()>>,
+    thread: Option<thread::JoinHandle<()>>,
+}
+
+impl Attacker {
+    fn begin(machine: &str, address: SocketAddr, tries: usize) -> Self {
+        let (end, ended) = mpsc::sync_channel(1);
+        let (tell, told) = mpsc::sync_channel(1);
+        let machine = machine.to_owned();
+        let thread = task::thread("attacker", move || {
+            within(&machine, move || {
+                runtime().block_on(async {
+                    let (mut held, mut refusals) = (Vec::new(), Vec::new());
+                    for _ in 0..tries {
+                        match hold(address).await {
+                            Ok(one) => held.push(one),
+                            Err(refusal) => refusals.push(refusal),
+                        }
+                    }
+                    tell.send((held.len(), refusals)).expect("somebody asks");
+                    // The runtime goes on while this waits: pings are answered.
+                    task::blocking(move || ended.recv().is_err()).await;
+                    drop(held);
+                });
+            });
+        });
+        let (held, refusals) = told.recv_timeout(PATIENCE).expect("the attack is begun");
+        Self { refusals, held, end: Some(end), thread: Some(thread) }
+    }
+}
+
+impl Drop for Attacker {
+    fn drop(&mut self) {
+        drop(self.end.take());
+        let ended = self.thread.take().map(thread::JoinHandle::join);
+        assert!(thread::panicking() || ended.is_none_or(|ended| ended.is_ok()), "the attacker failed");
+    }
+}
+
+/// One host held every place of a broker: nobody else, no probe and no other broker was served until it went.
+#[test]
+fn connections_with_open_streams_leave_places_for_other_addresses_probes_and_loopback() {
+    let test =
+        "hostile::connections::connections_with_open_streams_leave_places_for_other_addresses_probes_and_loopback";
+    if !inside(test) {
+        return;
+    }
+    let network = Network::make();
+    let ip = network.add("b1", 1);
+    for (machine, number) in [("a1", 11), ("a2", 12)] {
+        network.add(machine, number);
+    }
+    // Clients whose machine has gone do not close their connections.
+    let mut home =
+        Home::new().in_namespace("b1", ip).open_files(OPEN_FILES).setting("broker.shutdown_timeout", "\"2s\"");
+    let broker = home.start();
+    let address = home.grpc();
+    let runtime = runtime();
+    runtime.block_on(wire::create_topic(address, "calm", 1, &[]));
+
+    // One address gets half of the places. Everybody else is served.
+    let first = Attacker::begin("a1", address, GRPC_PLACES);
+    assert_eq!(first.held, GRPC_PLACES / 2, "{:?}", first.refusals);
+    for refusal in &first.refusals {
+        assert_eq!(refusal.reason, Reason::Overloaded);
+        assert!(refusal.message.contains("raise limits.connections_per_address"), "{refusal}");
+    }
+    runtime.block_on(serves(address, "calm"));
+
+    // Two addresses get all of them: now a newcomer is refused by name.
+    let second = Attacker::begin("a2", address, GRPC_PLACES);
+    assert_eq!(second.held, GRPC_PLACES / 2, "{:?}", second.refusals);
+    let refused = runtime.block_on(async {
+        wire::append(&mut wire::log(address), wire::append_plain("calm", 0, vec![Bytes::from_static(b"x")])).await
+    });
+    let refused = refused.expect_err("there is no place");
+    assert_eq!(refused.reason, Reason::Overloaded);
+    assert!(refused.message.contains("raise the limit of open files (ulimit -n, LimitNOFILE)"), "{refused}");
+    // Probes are answered all the same, by gRPC as well, and so is this machine.
+    let healthy = runtime.block_on(async {
+        let endpoint = Endpoint::from_shared(format!("http://{address}")).expect("a URI");
+        let mut health = HealthClient::new(endpoint.connect().await.expect("the port is open"));
+        health.check(HealthCheckRequest::default()).await.expect("a probe is answered").into_inner().status
+    });
+    assert_eq!(healthy, 1);
+    assert_eq!(http_get(home.http(), "/readyz").expect("a probe is answered").0, 200);
+    within("b1", move || self::runtime().block_on(serves(address, "calm")));
+    let log = home.log();
+    for said in [
+        "raised_by=\"limits.connections_per_address\"",
+        "raised_by=\"the limit of open files (ulimit -n, LimitNOFILE)\"",
+    ] {
+        assert!(log.contains(said), "{said}: {log}");
+    }
+    assert!(home.metric("strandline_connections_refused_total") >= GRPC_PLACES as f64);
+
+    // With their streams closed they hold nothing that others need.
+    drop(second);
+    eventually("a newcomer is served", || {
+        let served = runtime.block_on(async {
+            wire::append(&mut wire::log(address), wire::append_plain("calm", 0, vec![Bytes::from_static(b"y")])).await
+        });
+        served.ok()
+    });
+    drop(first);
+    assert!(broker.terminate().success());
+}
+
+/// Idle ones were never asked to go: newcomers were hung up on until the idle ones had said nothing for ten seconds.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_connection_that_was_idle_longest_makes_room_and_one_with_a_stream_never() {
+    let mut home = Home::new().open_files(OPEN_FILES).setting("limits.connections_per_address", GRPC_PLACES);
+    let mut broker = tokio::task::block_in_place(|| home.start());
+    wire::create_topic(home.grpc(), "calm", 1, &[]).await;
+    let (mut held, (_requests, mut answers)) = {
+        let endpoint = Endpoint::from_shared(format!("http://{}", home.grpc())).expect("a URI");
+        let mut client = LogClient::new(endpoint.connect().await.expect("the port is open"));
+        let (requests, stream) = tokio::sync::mpsc::channel::<FetchRequest>(1);
+        let answers = client.fetch(tokio_stream::wrappers::ReceiverStream::new(stream)).await.expect("a stream");
+        (client, (requests, answers.into_inner()))
+    };
+    // Some say nothing, some only greet: idle both.
+    let silent: Vec<TcpStream> = (0..4 * GRPC_PLACES)
+        .map(|number| {
+            let mut stream = TcpStream::connect(home.grpc()).expect("the port is open");
+            if number % 2 == 0 {
+                stream.write_all(PREFACE).expect("it is sent");
+            }
+            stream
+        })
+        .collect();
+    // Every newcomer is served at the first try.
+    for _ in 0..4 {
+        serves(home.grpc(), "calm").await;
+    }
+    let waited = tokio::time::timeout(Duration::from_millis(100), answers.message()).await;
+    assert!(waited.is_err(), "the stream is open still: {waited:?}");
+    wire::append(&mut held, wire::append_plain("calm", 0, vec![Bytes::from_static(b"x")])).await.expect("served there");
+    tokio::task::block_in_place(|| {
+        assert!(home.metric("strandline_connections_evicted_total") >= 3.0 * GRPC_PLACES as f64);
+        assert_eq!(home.metric("strandline_connections_refused_total"), 0.0);
+        let few = || home.metric("strandline_connections") <= GRPC_PLACES as f64;
+        eventually("those that made room are gone", || few().then_some(()));
+    });
+    assert!(home.log().contains("the connections that were idle longest are closed for new ones"), "{}", home.log());
+    assert!(broker.is_running());
+    drop(silent);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_connection_announces_how_many_streams_it_takes() {
+    let mut home = Home::new();
+    let _broker = tokio::task::block_in_place(|| home.start());
+    let mut stream = TcpStream::connect(home.grpc()).expect("the port is open");
+    stream.set_read_timeout(Some(Duration::from_secs(10))).expect("a timeout can be set");
+    stream.write_all(PREFACE).expect("it is sent");
+    let mut head = [0; 9];
+    stream.read_exact(&mut head).expect("a frame");
+    assert_eq!(head[3], 4, "the first frame holds the settings");
+    let mut settings = vec![0; usize::from(u16::from_be_bytes([head[1], head[2]]))];
+    stream.read_exact(&mut settings).expect("its payload");
+    let streams = settings.chunks(6).find(|pair| pair[..2] == [0, 3]).expect("a bound of streams");
+    let bound = u32::from_be_bytes([streams[2], streams[3], streams[4], streams[5]]);
+    assert_eq!(bound, limits::MAX_STREAMS_PER_CONNECTION);
+}

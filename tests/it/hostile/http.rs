@@ -1,0 +1,105 @@
+//! Clients that hang on the HTTP port, and what is answered before the broker is ready.
+
+use std::{
+    io::{Read as _, Write as _},
+    net::{SocketAddr, TcpStream},
+    time::Duration,
+};
+
+use crate::{
+    broker::{Broker, Home, http_get},
+    etcd::Etcd,
+    patience::eventually,
+};
+
+/// The answer's head and body; `accept` is sent where it is not empty.
+fn get(address: SocketAddr, path: &str, accept: &str) -> (String, String) {
+    let mut stream = TcpStream::connect(address).expect("the port is open");
+    stream.set_read_timeout(Some(Duration::from_secs(10))).expect("a timeout can be set");
+    let accept = if accept.is_empty() { String::new() } else { format!("Accept: {accept}\r\n") };
+    let request = format!("GET {path} HTTP/1.1\r\nHost: x\r\n{accept}Connection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).expect("it is sent");
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).expect("an answer");
+    let (head, body) = answer.split_once("\r\n\r\n").expect("a head");
+    (head.to_ascii_lowercase(), body.to_owned())
+}
+
+/// 256 idle connections filled the port, and `/healthz` got no answer.
+#[test]
+fn probes_are_answered_whatever_hangs_on_the_port() {
+    let mut home = Home::new();
+    let mut broker = home.start();
+    let address = home.http();
+    let page = b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n";
+    let hang = |number: usize| {
+        let mut stream = TcpStream::connect(address).expect("the port is open");
+        let sent = match number % 5 {
+            // It says nothing, or not even half of a request,
+            0 => Ok(()),
+            1 => stream.write_all(b"GET /healthz HTTP/1.1\r\nHo"),
+            // asks and stays, announces a body that never comes,
+            2 => stream.write_all(b"GET /readyz HTTP/1.1\r\nHost: x\r\n\r\n"),
+            3 => stream.write_all(b"GET /healthz HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n"),
+            // or asks for many pages and reads none.
+            _ => stream.write_all(&page.repeat(20)),
+        };
+        // One that was closed for a later one is as good.
+        drop(sent);
+        stream
+    };
+    let mut hanging: Vec<TcpStream> = (0..400).map(hang).collect();
+    for round in 0..20 {
+        for path in ["/healthz", "/readyz"] {
+            let (code, page) =
+                http_get(address, path).unwrap_or_else(|error| panic!("{path} in round {round}: {error}"));
+            assert_eq!((code, page.as_str()), (200, "ok\n"));
+        }
+        // They go on meanwhile.
+        for stream in &mut hanging {
+            drop(stream.write_all(b"x"));
+        }
+        hanging.extend((0..10).map(hang));
+    }
+    assert!(home.metric("strandline_connections_evicted_total") > 0.0);
+    assert!(broker.is_running());
+}
+
+/// It was empty, of OpenMetrics' type and without its end: not valid; and never text, whatever was asked for.
+#[test]
+fn figures_are_right_before_the_broker_is_ready_in_both_formats() {
+    let mut etcd = Etcd::begin(1, "http", &[]);
+    etcd.kill(0);
+    let home = Home::member(1, &etcd);
+    let broker = home.spawn();
+    eventually("the port is open", || http_get(home.http(), "/healthz").ok());
+    let (code, page) = http_get(home.http(), "/readyz").expect("an answer");
+    assert_eq!((code, page.as_str()), (503, "not ready: starting\n"));
+    both_formats(home.http());
+    assert!(broker.terminate().success());
+}
+
+#[test]
+fn figures_of_a_broker_that_serves_come_in_both_formats() {
+    let mut home = Home::new();
+    let _broker: Broker = home.start();
+    both_formats(home.http());
+    let (_, text) = get(home.http(), "/metrics", "");
+    assert!(text.contains("\nstrandline_partitions 0\n"), "{text}");
+}
+
+fn both_formats(address: SocketAddr) {
+    let prometheus = "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.3,*/*;q=0.2";
+    let (head, open) = get(address, "/metrics", prometheus);
+    assert!(head.starts_with("http/1.1 200"), "{head}");
+    assert!(head.contains("content-type: application/openmetrics-text; version=1.0.0; charset=utf-8"), "{head}");
+    assert!(open.ends_with("\n# EOF\n"), "{open}");
+    assert!(open.contains("# TYPE strandline_produce_bytes counter\nstrandline_produce_bytes_total 0\n"), "{open}");
+    for accept in ["", "text/plain", "*/*"] {
+        let (head, text) = get(address, "/metrics", accept);
+        assert!(head.contains("content-type: text/plain; version=0.0.4; charset=utf-8"), "{accept}: {head}");
+        assert!(!text.contains("# EOF"), "{text}");
+        let counter = "# TYPE strandline_produce_bytes_total counter\nstrandline_produce_bytes_total 0\n";
+        assert!(text.contains(counter), "{text}");
+    }
+}
