@@ -444,4 +444,11 @@ impl admin_server::Admin for Service {
     ) -> Result<Response<v1::ElectLeaderResponse>, Status> {
         Err(no_orders())
     }
+
+    async fn rebuild_manifest(
+        &self,
+        _request: Request<v1::RebuildManifestRequest>,
+    ) -> Result<Response<v1::RebuildManifestResponse>, Status> {
+        Err(no_orders())
+    }
 }

@@ -67,8 +67,12 @@ impl Broker {
         }
     }
 
-    /// Refuses what needs the metadata store while that is out of reach.
+    /// Refuses what needs the metadata store while that is out of reach, or has gone back.
     pub(super) fn reaches_metadata(&self) -> Result<(), Fault> {
+        if let Some(regression) = self.store.regression() {
+            let fault = Fault::new(Reason::MetadataRegressed, regression.to_string());
+            return Err(fault.with("not_begun", true).with("broker", self.settings.id));
+        }
         if !self.is_in_doubt() {
             return Ok(());
         }

@@ -154,7 +154,11 @@ impl From<Malformed> for Fault {
 
 impl From<StoreError> for Fault {
     fn from(error: StoreError) -> Self {
-        Self::new(Reason::MetadataUnavailable, error.to_string())
+        let reason = match error {
+            StoreError::Regressed(_) => Reason::MetadataRegressed,
+            _ => Reason::MetadataUnavailable,
+        };
+        Self::new(reason, error.to_string())
     }
 }
 

@@ -91,6 +91,7 @@ impl Broker {
             upkeep: status.upkeep,
             impaired: status.impaired,
             not_ready: status.not_ready,
+            metadata_regressed: status.metadata_regressed,
         })
     }
 

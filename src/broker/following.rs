@@ -25,7 +25,7 @@ use crate::{
     },
     proto::v1,
     task::{Tasks, clock},
-    telemetry::{ByPeer, Counter},
+    telemetry::{ByPeer, Counter, LogThrottle},
 };
 
 /// The version of the protocol between brokers.
@@ -134,6 +134,7 @@ impl Following {
             neighbours: Arc::clone(&self.neighbours),
             peers: self.peers.clone(),
             received: self.received.of(leader.0),
+            log: Mutex::default(),
             tasks: self.tasks.clone(),
         };
         self.tasks.spawn("link", async move { link.keep().await });
@@ -185,7 +186,16 @@ struct Link {
     neighbours: Arc<Neighbours>,
     peers: Peers,
     received: Counter,
+    log: Mutex<LinkLog>,
     tasks: Tasks,
+}
+
+/// What of the links to one uptime of a broker is logged: of links that come and go without a pause, few.
+#[derive(Default)]
+struct LinkLog {
+    epoch: Revision,
+    stood: LogThrottle,
+    over: LogThrottle,
 }
 
 impl Link {
@@ -232,21 +242,37 @@ impl Link {
             _ => None,
         };
         let leader = self.leader;
+        let links = match over {
+            Over::Stopped => Some(1),
+            _ => self.log(epoch, |log| &mut log.over),
+        };
         match over {
+            _ if links.is_none() => {
+                tracing::debug!(%leader, address, why = %over, "the link to a leader's broker is over again");
+            }
             Over::Stopped => tracing::debug!(%leader, "the link to a leader's broker begins anew"),
             // One of the two may not have heard of the other yet.
             Over::Call(PeerError::Refused(fault)) if fault.retryable => {
-                tracing::info!(%leader, address, why = %fault, "the link to a leader's broker cannot stand yet");
+                tracing::info!(%leader, address, links, why = %fault, "the link to a leader's broker cannot stand yet");
             }
             _ if how.is_some() => {
-                tracing::info!(%leader, address, why = %over, "the link to a leader's broker is lost")
+                tracing::info!(%leader, address, links, why = %over, "the link to a leader's broker is lost")
             }
             // Repeats itself until one of the two is repaired.
-            _ => tracing::warn!(%leader, address, why = %over, "the link to a leader's broker cannot stand"),
+            _ => tracing::warn!(%leader, address, links, why = %over, "the link to a leader's broker cannot stand"),
         }
         if let Some(how) = how {
             self.neighbours.lost(leader, epoch, how);
         }
+    }
+
+    /// Counts what happened to a link. `Some` when it is to be logged, with how many there were since the last line.
+    fn log(&self, epoch: Revision, throttle: impl FnOnce(&mut LinkLog) -> &mut LogThrottle) -> Option<u64> {
+        let mut log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
+        if log.epoch != epoch {
+            *log = LinkLog { epoch, ..LinkLog::default() };
+        }
+        throttle(&mut log).occur(clock::monotonic())
     }
 
     /// One link, from its making to its end. `epoch` becomes that of the process that answers, when one does.
@@ -264,7 +290,9 @@ impl Link {
             }
             Err(over) => return over,
         };
-        tracing::info!(leader = %self.leader, address = to.address, "the link to a leader's broker stands");
+        if let Some(links) = self.log(*epoch, |log| &mut log.stood) {
+            tracing::info!(leader = %self.leader, address = to.address, links, "the link to a leader's broker stands");
+        }
         let find = self.neighbours.find();
         let following = session::follow(&self.asked, &find, receiver, sender, &self.received, &link);
         let ended = tokio::select! {

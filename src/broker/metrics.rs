@@ -31,6 +31,7 @@ impl Broker {
         let state = self.view.state();
         self.observe_duty(&state);
         self.observe_followers(&state, &open);
+        metrics.metadata_regressed.set(self.store.regression().is_some().into());
         metrics.metadata_revision.set(state.revision().0);
         metrics.metadata_silence_seconds.set(self.view.silence().as_secs_f64());
         let lease_left = self.session.get().map_or(Duration::ZERO, |session| session.lease_left());

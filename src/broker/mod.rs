@@ -48,6 +48,7 @@ mod others;
 mod peer;
 mod produce;
 mod producer_ids;
+mod rebuild;
 mod reconcile;
 mod service;
 #[cfg(test)]

@@ -156,6 +156,7 @@ impl Broker {
             upkeep: self.upkeep_failures.to_string(),
             impaired,
             not_ready,
+            metadata_regressed: self.store.regression().map_or_else(String::new, |regression| regression.to_string()),
         }
     }
 }

@@ -196,4 +196,12 @@ impl admin_server::Admin for AdminService {
         self.0.reaches_metadata()?;
         answer(self.0.elect_leader(request.into_inner()).await)
     }
+
+    async fn rebuild_manifest(
+        &self,
+        request: Request<v1::RebuildManifestRequest>,
+    ) -> Result<Response<v1::RebuildManifestResponse>, Status> {
+        self.0.reaches_metadata()?;
+        answer(self.0.rebuild_manifest(request.into_inner()).await)
+    }
 }

@@ -11,10 +11,11 @@ use tokio::time::Instant;
 
 use super::Broker;
 use crate::{
-    cluster::TierCommitError,
+    cluster::{StoreError, TierCommitError},
     model::{PartitionId, TopicName},
     partition::{Partition, UpkeepError},
     task::clock,
+    telemetry::LogThrottle,
 };
 
 /// How often old active segments are looked for, at most.
@@ -38,13 +39,15 @@ pub(super) fn spawn(broker: &Arc<Broker>) {
 #[derive(Default)]
 pub(super) struct Failures {
     of: Mutex<BTreeMap<PartitionId, Failing>>,
+    /// Of all partitions: the metadata store takes no commit.
+    commits: Mutex<LogThrottle>,
 }
 
 #[derive(Clone)]
 struct Failing {
-    /// How many in a row.
+    /// How many in a row; 0 after one that did what had failed.
     steps: u32,
-    said: bool,
+    log: LogThrottle,
     since: Instant,
     name: TopicName,
     /// What is wrong with this partition; `None` where a store does not answer, of which the stores' clients speak.
@@ -54,6 +57,22 @@ struct Failing {
 impl Failures {
     fn lock(&self) -> MutexGuard<'_, BTreeMap<PartitionId, Failing>> {
         self.of.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Failures {
+    /// A step of this partition did what there was to do. What is known of its failures is kept for a while, so that a partition whose
+    /// upkeep fails and works by turns does not fill the log.
+    fn recover(&self, partition: &Partition) {
+        let mut all = self.lock();
+        let Some(failing) = all.get_mut(&partition.id()) else { return };
+        (failing.steps, failing.why) = (0, None);
+        if let Some(failures) = failing.log.recover() {
+            tracing::info!(partition = %partition.id(), topic = %partition.topic(), failures, "upkeep works again");
+        }
+        if failing.log.is_quiet(clock::monotonic()) {
+            all.remove(&partition.id());
+        }
     }
 }
 
@@ -94,8 +113,8 @@ async fn work(broker: Arc<Broker>) {
             Ok(step) => {
                 broker.metrics.tier_uploads.inc_by(step.uploaded.segments);
                 broker.metrics.tier_upload_bytes.inc_by(step.uploaded.bytes);
-                if failures.lock().remove(&id).is_some_and(|failing| failing.said) {
-                    tracing::info!(partition = %id, topic = %partition.topic(), "upkeep works again");
+                if !step.only_sealed {
+                    failures.recover(&partition);
                 }
                 broker.upkeep_queue.done(id, step.more);
             }
@@ -106,11 +125,14 @@ async fn work(broker: Arc<Broker>) {
             Err(error) => {
                 let mut failing = failures.lock().get(&id).cloned().unwrap_or_else(|| Failing {
                     steps: 0,
-                    said: false,
+                    log: LogThrottle::default(),
                     since: clock::monotonic(),
                     name: partition.topic().clone(),
                     why: None,
                 });
+                if failing.steps == 0 {
+                    failing.since = clock::monotonic();
+                }
                 report(&broker, &partition, &error, &mut failing);
                 failing.steps = failing.steps.saturating_add(1);
                 failing.why = (!is_told_elsewhere(&broker, &error)).then(|| error.to_string());
@@ -124,7 +146,7 @@ async fn work(broker: Arc<Broker>) {
 
 /// Whether it is an outage that has been spoken of, or nothing but another leader's turn.
 fn is_told_elsewhere(broker: &Broker, error: &UpkeepError) -> bool {
-    is_of_another_leader(error) || error.is_outage() && broker.is_cut_off()
+    is_of_another_leader(error) || refuses_commits(error) || error.is_outage() && broker.is_cut_off()
 }
 
 /// What a change of leader interrupts, the new one does.
@@ -132,23 +154,34 @@ const fn is_of_another_leader(error: &UpkeepError) -> bool {
     matches!(error, UpkeepError::Commit(TierCommitError::Deposed { .. }))
 }
 
-/// Says a failure once aloud, and then only softly until it is over: a bucket that is gone for an hour must not fill the log. Of an outage
-/// the stores' own clients speak, once for all partitions.
+/// Logs a failure once, then as a reminder with a count: a bucket that is gone for an hour must not fill the log. An outage is logged
+/// once for all partitions: by the stores' own clients, or here where the metadata store answers and takes no commit.
 fn report(broker: &Broker, partition: &Partition, error: &UpkeepError, failing: &mut Failing) {
     broker.metrics.tier_upload_failures.inc();
-    let (id, topic) = (partition.id(), partition.topic());
-    let spoken_of = failing.said || is_told_elsewhere(broker, error);
+    let (id, topic, now) = (partition.id(), partition.topic(), clock::monotonic());
     if is_of_another_leader(error) {
         tracing::debug!(partition = %id, %topic, %error, "another broker leads; its uploads go on there");
-    } else if !spoken_of {
-        failing.said = true;
+    } else if refuses_commits(error) {
+        let commits = &broker.upkeep_failures.commits;
+        if let Some(failures) = commits.lock().unwrap_or_else(PoisonError::into_inner).occur(now) {
+            tracing::warn!(%error, failures, "upkeep of all partitions waits for the metadata store; segments stay on disk meanwhile");
+        }
+    } else if !is_told_elsewhere(broker, error)
+        && let Some(failures) = failing.log.occur(now)
+    {
         tracing::warn!(
-            partition = %id, %topic, %error,
+            partition = %id, %topic, %error, failures,
             "upkeep failed and is tried again until it works; segments stay on disk meanwhile"
         );
     } else {
         tracing::debug!(partition = %id, %topic, %error, tries = failing.steps + 1, "upkeep failed again");
     }
+}
+
+/// Whether the metadata store answers and takes no commit of any partition.
+const fn refuses_commits(error: &UpkeepError) -> bool {
+    let UpkeepError::Commit(TierCommitError::Store(error)) = error else { return false };
+    matches!(error, StoreError::NoSpace { .. } | StoreError::Regressed(_))
 }
 
 impl Broker {

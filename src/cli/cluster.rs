@@ -1,8 +1,9 @@
-//! `strandline cluster describe`: the brokers, what they carry, and what is not as it should be. `cluster health` is in `health`.
+//! `strandline cluster`: `describe` shows the brokers, what they carry, and what is not as it should be; `new-generation` follows a
+//! restored metadata store. `health` is in a file of its own.
 
-use std::process::ExitCode;
+use std::{path::PathBuf, process::ExitCode};
 
-use clap::Subcommand;
+use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
 use super::{
@@ -11,25 +12,51 @@ use super::{
     health::Health,
     output::{self, Output},
     patience::Patience,
+    serve::environment,
 };
-use crate::client::{BrokerDescription, ClusterDescription};
+use crate::{
+    client::{BrokerDescription, ClusterDescription},
+    config::Sources,
+    server::raise_generation,
+};
 
 /// How many partitions in trouble are named on a line.
 const MOST_NAMED: usize = 8;
 
-#[derive(Clone, Copy, Debug, Subcommand)]
+#[derive(Clone, Debug, Subcommand)]
 pub(super) enum Cluster {
     /// Show brokers, racks, epochs, load (leaders, replicas, bytes on disk), free disk, upload lag and the controller
     Describe,
     /// Print what is impaired, one line each; exit with 1 while anything is
     Health,
+    NewGeneration(NewGeneration),
+}
+
+/// Raise the cluster generation after etcd was restored from a backup, while no broker runs
+///
+/// It reads one broker's configuration, and raises the number in etcd above what etcd and the bucket's cluster.json have, then the bucket's.
+/// Each broker raises its data directory's when it starts. A broker that finds a higher number in its directory or in the bucket than in
+/// etcd does not start.
+#[derive(Clone, Debug, Args)]
+pub(super) struct NewGeneration {
+    /// The configuration file of one of the cluster's brokers
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+    /// Go above this number too: the highest that a broker names which does not start
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    above: u64,
 }
 
 pub(super) async fn run(common: &Common, command: Cluster) -> anyhow::Result<ExitCode> {
+    if let Cluster::NewGeneration(command) = &command {
+        return new_generation(common, command).await;
+    }
     let client = connect(common).await?;
     let described = async { client.admin().describe_cluster().await.map_err(|error| explain_order(&error)) };
     let cluster = Patience::new(&client).over(None, described).await?;
     match command {
+        // Answered above.
+        Cluster::NewGeneration(_) => Ok(ExitCode::SUCCESS),
         Cluster::Describe => {
             match common.output {
                 Output::Json => output::json(&description(&cluster))?,
@@ -46,6 +73,26 @@ pub(super) async fn run(common: &Common, command: Cluster) -> anyhow::Result<Exi
             Ok(health.exit_code())
         }
     }
+}
+
+async fn new_generation(common: &Common, command: &NewGeneration) -> anyhow::Result<ExitCode> {
+    let settings = Sources::new().read_file(&command.config)?.environment(environment()).load()?;
+    let raised = Box::pin(raise_generation(&settings.config, command.above)).await?;
+    match common.output {
+        Output::Json => output::json(&json!({
+            "generation": raised.generation,
+            "before": raised.before,
+            "bucket_before": raised.bucket,
+            "bucket_behind": raised.bucket_behind,
+        }))?,
+        Output::Text => {
+            output::line(&format!("the cluster generation is {}: start the brokers", raised.generation))?;
+            if let Some(why) = &raised.bucket_behind {
+                eprintln!("the bucket could not be told yet ({why}): the first broker that starts tells it");
+            }
+        }
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 fn lines(cluster: &ClusterDescription) -> String {
@@ -187,6 +234,12 @@ fn notes(broker: &BrokerDescription, hidden: Option<&str>, alone: bool) -> Vec<S
     }
     match &broker.figures {
         Some(Ok(figures)) => {
+            notes.extend(
+                figures
+                    .metadata_regressed
+                    .iter()
+                    .map(|why| format!("broker {id} refuses orders (METADATA_REGRESSED): {why}")),
+            );
             notes.extend(figures.failed.iter().map(|why| format!("broker {id} takes no writes: {why}")));
             notes.extend(
                 figures.object_store.iter().map(|why| format!("the object store serves broker {id} nothing, {why}")),
@@ -260,6 +313,7 @@ fn broker(broker: &BrokerDescription) -> Value {
         "failed": figures.and_then(|figures| figures.failed.clone()),
         "object_store": figures.and_then(|figures| figures.object_store.clone()),
         "upkeep": figures.and_then(|figures| figures.upkeep.clone()),
+        "metadata_regressed": figures.and_then(|figures| figures.metadata_regressed.clone()),
         "unanswered": broker.figures.as_ref().and_then(|figures| figures.as_ref().err()).map(ToString::to_string),
     })
 }
@@ -332,6 +386,7 @@ pub(super) mod tests {
             upkeep: Some("2 partitions, orders/3 for 40 s: the upload failed: no such bucket".to_owned()),
             impaired: vec!["disk full since 2026-11-25T14:00:00Z (75 s): appends are refused".to_owned()],
             not_ready: None,
+            metadata_regressed: Some("its revision fell from 9 to 6".to_owned()),
             ..BrokerFigures::default()
         };
         let four =

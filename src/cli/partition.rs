@@ -1,5 +1,6 @@
 //! `strandline partition`: reassign, status, cancel, elect. What they say is in `words`.
 
+mod rebuild;
 mod words;
 
 use std::{
@@ -37,6 +38,7 @@ pub(super) enum Partition {
     #[command(hide = true)]
     Cancel(Cancelled),
     Elect(Elect),
+    RebuildManifest(rebuild::RebuildManifest),
 }
 
 /// Move partitions to other brokers, show how far that is, or take it back
@@ -183,6 +185,7 @@ pub(super) async fn run(common: &Common, command: Partition) -> anyhow::Result<E
             Partition::Status(which) => status(&admin, which.name, output).await,
             Partition::Cancel(cancelled) => cancel(&admin, cancelled.name, output).await,
             Partition::Elect(command) => elect(&admin, &command, output).await,
+            Partition::RebuildManifest(command) => rebuild::run(&admin, &command, output).await,
         }
     };
     // Boxed: a question to a person is in it.
@@ -308,7 +311,7 @@ async fn elect(admin: &Admin, command: &Elect, output: Output) -> anyhow::Result
     };
     let prospect = prospect(topic, number, &would);
     if !command.yes {
-        agree(&prospect, would.leader)?;
+        confirm(&prospect, &format!("elect broker {} all the same?", would.leader))?;
     }
     let done = match admin.elect_unclean(topic, number, &would).await {
         Ok(done) => done,
@@ -326,11 +329,11 @@ fn last(text: &str) -> &str {
 }
 
 /// Asks the person at the terminal.
-fn agree(prospect: &str, leader: BrokerId) -> anyhow::Result<()> {
+fn confirm(prospect: &str, question: &str) -> anyhow::Result<()> {
     if !io::stdin().is_terminal() {
         bail!("{prospect}\nnothing was done: there is no terminal to ask at, so --yes must say that this is wanted");
     }
-    eprint!("{prospect}\nelect broker {leader} all the same? [y/N] ");
+    eprint!("{prospect}\n{question} [y/N] ");
     let mut answer = String::new();
     io::stdin().lock().read_line(&mut answer)?;
     if matches!(answer.trim(), "y" | "Y" | "yes") { Ok(()) } else { bail!("nothing was done") }

@@ -1,9 +1,13 @@
 //! Topics and the cluster: typed calls and typed answers.
 
 mod cluster;
+mod manifest;
 
-pub use self::cluster::{
-    BrokerDescription, BrokerFigures, ClusterDescription, Drain, Election, HeldReplica, Reassignment, UnreadableKey,
+pub use self::{
+    cluster::{
+        BrokerDescription, BrokerFigures, ClusterDescription, Drain, Election, HeldReplica, Reassignment, UnreadableKey,
+    },
+    manifest::ManifestRebuild,
 };
 
 use std::{

@@ -460,6 +460,7 @@ unimplemented_calls! {
     list_reassignments(ListReassignmentsRequest) -> ListReassignmentsResponse;
     cancel_reassignment(CancelReassignmentRequest) -> CancelReassignmentResponse;
     elect_leader(ElectLeaderRequest) -> ElectLeaderResponse;
+    rebuild_manifest(RebuildManifestRequest) -> RebuildManifestResponse;
 }
 
 impl Double {

@@ -52,8 +52,8 @@ use tonic::Status;
 pub use self::{
     admin::{
         Admin, Broker, BrokerDescription, BrokerFigures, Cluster, ClusterDescription, ConfigSource, Drain, Election,
-        HeldReplica, NewTopic, OffsetAt, PartitionDescription, Reassignment, TopicChange, TopicDescription,
-        TopicSummary, UnreadableKey,
+        HeldReplica, ManifestRebuild, NewTopic, OffsetAt, PartitionDescription, Reassignment, TopicChange,
+        TopicDescription, TopicSummary, UnreadableKey,
     },
     connection::Address,
     consumer::{ConsumedBatch, ConsumedRecord, Consumer, ConsumerOptions, OnOutOfRange},

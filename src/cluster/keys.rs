@@ -55,6 +55,8 @@ pub enum Key {
     ProducerIdKey,
     /// `object-store`
     ObjectStore,
+    /// `generation`
+    Generation,
 }
 
 impl Keys {
@@ -87,6 +89,7 @@ impl Keys {
             Key::ProducerIds => format!("{prefix}producer-ids"),
             Key::ProducerIdKey => format!("{prefix}producer-id-key"),
             Key::ObjectStore => format!("{prefix}object-store"),
+            Key::Generation => format!("{prefix}generation"),
         }
     }
 
@@ -145,6 +148,11 @@ impl Keys {
         self.path(&Key::ObjectStore)
     }
 
+    /// The path of the cluster generation.
+    pub fn generation(&self) -> String {
+        self.path(&Key::Generation)
+    }
+
     /// What a path names; `None` for one of another cluster, or of a kind that this version does not know.
     pub fn parse(&self, path: &str) -> Option<Key> {
         let rest = path.strip_prefix(&*self.prefix)?;
@@ -153,6 +161,7 @@ impl Keys {
             None if rest == "producer-ids" => Key::ProducerIds,
             None if rest == "producer-id-key" => Key::ProducerIdKey,
             None if rest == "object-store" => Key::ObjectStore,
+            None if rest == "generation" => Key::Generation,
             Some(("brokers", id)) => Key::Broker(BrokerId(canonical(id)?)),
             Some(("directories", id)) => Key::Directory(BrokerId(canonical(id)?)),
             Some(("drains", id)) => Key::Drain(BrokerId(canonical(id)?)),
@@ -266,6 +275,13 @@ pub struct ControllerValue {
     pub broker: BrokerId,
 }
 
+/// The value of `generation`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GenerationValue {
+    /// 1 in a new cluster; raised after the store was restored.
+    pub generation: u64,
+}
+
 /// The value of `topics/{name}`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TopicValue {
@@ -338,6 +354,8 @@ impl Value for DirectoryValue {}
 impl Value for DrainValue {}
 
 impl Value for ControllerValue {}
+
+impl Value for GenerationValue {}
 
 impl Value for TopicValue {
     fn contradiction(&self) -> Option<String> {

@@ -7,7 +7,9 @@ use std::{fmt, sync::Arc, time::Duration};
 
 use futures::FutureExt as _;
 
-use super::store::{Answer, LeaseId, Listing, MetaStore, Outcome, Reading, Revision, StoreError, Transaction, Watch};
+use super::store::{
+    Answer, LeaseId, Listing, MetaStore, Outcome, Reading, Regression, Revision, StoreError, Transaction, Watch,
+};
 use crate::{task::clock, telemetry::Metrics};
 
 /// A store and where its requests are counted. Cheap to clone.
@@ -53,6 +55,8 @@ fn failed(error: &StoreError) -> &'static str {
         StoreError::Unavailable { outcome_unknown: false, .. } => "unavailable",
         StoreError::Unavailable { outcome_unknown: true, .. } => "unknown",
         StoreError::Refused { .. } | StoreError::TooLarge { .. } => "denied",
+        StoreError::NoSpace { .. } => "no_space",
+        StoreError::Regressed(_) => "regressed",
         StoreError::Compacted { .. } => "compacted",
         StoreError::LeaseGone { .. } => "lease_gone",
     }
@@ -99,6 +103,10 @@ impl MetaStore for Measured {
 
     fn revoke(&self, lease: LeaseId) -> Answer<'_, ()> {
         self.measure("revoke", self.store.revoke(lease), done)
+    }
+
+    fn regression(&self) -> Option<Regression> {
+        self.store.regression()
     }
 }
 

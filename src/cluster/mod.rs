@@ -3,14 +3,15 @@
 //! # Overview
 //!
 //! `store` is the trait [`MetaStore`]: a map from paths to values with one history, in etcd's words. `embedded` is the
-//! implementation for a broker alone, `etcd` that for several; `measured` counts what is asked of either. `keys` says what is at
+//! implementation for a broker alone, `etcd` that for several; `measured` counts what is asked of either, and `monotonic` refuses a store
+//! that went back. `keys` says what is at
 //! which path. `view` mirrors the cluster's prefix into memory: every question of where something is, is answered from there.
 //! `topics` creates, alters and deletes topics; `placement` says which brokers hold a new partition; `orders` writes down what an
 //! operator wants of brokers and partitions.
 //!
 //! Among several brokers `session` keeps one registered, after `proof` has shown what it still holds. `partition_value` computes every
 //! new set and leader of a partition, `changes` writes them by compare-and-set, and `controller` carries out what the pure `planner`
-//! finds to be done. `own_store` remembers which bucket is the cluster's. `census` counts what is as it should be, and what is not.
+//! finds to be done. `generation` tells a restored store from what it was. `own_store` remembers which bucket is the cluster's. `census` counts what is as it should be, and what is not.
 //!
 //! # Invariants
 //!
@@ -29,8 +30,10 @@ mod changes;
 mod controller;
 mod embedded;
 mod etcd;
+mod generation;
 mod keys;
 mod measured;
+mod monotonic;
 mod orders;
 mod outcome;
 mod own_store;
@@ -55,11 +58,13 @@ pub use changes::{Change, Changed, PartitionChanges};
 pub use controller::Controller;
 pub use embedded::{EmbeddedStore, FILE as EMBEDDED_FILE, OpenError};
 pub use etcd::{EtcdIdentity, EtcdLogin, EtcdOptions, EtcdOptionsError, EtcdStore, EtcdTls, MemberStatus};
+pub use generation::{FIRST_GENERATION, Generations};
 pub use keys::{
-    Addresses, BrokerState, BrokerValue, ControllerValue, DeletedValue, DirectoryValue, DrainValue, InvalidClusterName,
-    InvalidValue, Key, Keys, ProducerIdsValue, TopicValue, Value,
+    Addresses, BrokerState, BrokerValue, ControllerValue, DeletedValue, DirectoryValue, DrainValue, GenerationValue,
+    InvalidClusterName, InvalidValue, Key, Keys, ProducerIdsValue, TopicValue, Value,
 };
 pub use measured::Measured;
+pub use monotonic::MonotonicStore;
 pub use orders::{
     CancelError, DrainError, Drained, ElectError, FindError, Held, Loss, Ordered, Orders, ReassignError, Successor,
     Unfit, UnknownBrokers, UnknownPartition, WriteError, successor,
@@ -71,8 +76,8 @@ pub use producer_ids::{ANONYMOUS, ProducerIdKey};
 pub use proof::{Proof, Shown, Unread, prove};
 pub use session::{RegisterError, Registration, Session, Standing};
 pub use store::{
-    Answer, Changes, Compare, Entry, Event, LeaseId, Listing, MetaStore, Op, Outcome, Reading, Revision, StoreError,
-    Transaction, Watch,
+    Answer, Changes, Compare, Entry, Event, LeaseId, Listing, MetaStore, Op, Outcome, Reading, Regression, Revision,
+    StoreError, Transaction, Watch,
 };
 pub use tier_commits::{TierCommitError, TierCommits};
 pub use topics::{

@@ -135,7 +135,7 @@ mod tests {
         let other = StoreOptions::new(&cluster.url("theirs"));
         Store::open(&other, "test").expect("good options").claim().await.expect("nobody's yet");
         let error = cluster.broker("theirs", false).claim().await.expect_err("not ours");
-        assert!(matches!(error, ClaimError::Elsewhere { .. }) && error.is_of_others(), "{error}");
+        assert!(matches!(error, ClaimError::Elsewhere { .. }) && error.ends_start(), "{error}");
         assert_eq!(cluster.note().await.place, cluster.url("ours"));
     }
 

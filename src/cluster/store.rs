@@ -337,6 +337,18 @@ pub enum StoreError {
         /// Its words.
         why: String,
     },
+    /// Its database is at its quota: it reads, and writes nothing until a person makes room. Nothing was changed.
+    #[error(
+        "the metadata store has no space left for writes ({why}): compact its history, defragment each member, then disarm the alarm \
+         (etcdctl compact, defrag, alarm disarm); what waits goes on by itself then"
+    )]
+    NoSpace {
+        /// Its words.
+        why: String,
+    },
+    /// It is not what it was: final for this process. A transaction may have been done, in a history that is not ours.
+    #[error("{0}")]
+    Regressed(Regression),
     /// The changes from this revision on are no longer kept: list again.
     #[error("changes from revision {from} on are no longer kept; the oldest is {oldest}")]
     Compacted {
@@ -365,6 +377,33 @@ pub enum StoreError {
     },
 }
 
+/// Proof that the store is not the one that this process read before, or an older copy of it.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Regression {
+    /// Its revision fell.
+    #[error(
+        "the metadata store answered with revision {answered} after revision {seen} was known: was etcd restored from a backup? Follow \
+         \"Restoring etcd\" in docs/operations.md, and restart this broker"
+    )]
+    Revision {
+        /// The newest revision that was known when the call was made.
+        seen: Revision,
+        /// The revision of the answer; of a write, one that is not newer.
+        answered: Revision,
+    },
+    /// It is another etcd cluster.
+    #[error(
+        "the metadata store answered as etcd cluster {answered:x}, and is {known:x} to this broker: name the members of one cluster in \
+         metadata.etcd. If etcd was made anew from a backup, follow \"Restoring etcd\" in docs/operations.md, and restart this broker"
+    )]
+    Cluster {
+        /// The id that answered first.
+        known: u64,
+        /// The other one.
+        answered: u64,
+    },
+}
+
 impl StoreError {
     /// An error that says that nothing was changed.
     pub fn unavailable(why: impl fmt::Display) -> Self {
@@ -378,7 +417,7 @@ impl StoreError {
 
     /// Whether the same call may succeed later. What is refused may be allowed later, when somebody sees to it.
     pub const fn retryable(&self) -> bool {
-        matches!(self, Self::Unavailable { .. } | Self::Refused { .. })
+        matches!(self, Self::Unavailable { .. } | Self::Refused { .. } | Self::NoSpace { .. })
     }
 
     /// Whether a transaction that ended so may have been done.
@@ -428,4 +467,9 @@ pub trait MetaStore: Send + Sync + fmt::Debug {
 
     /// Ends a lease and deletes its keys. No error when it has ended already.
     fn revoke(&self, lease: LeaseId) -> Answer<'_, ()>;
+
+    /// Why the store is used no more, where it was found to have gone back.
+    fn regression(&self) -> Option<Regression> {
+        None
+    }
 }

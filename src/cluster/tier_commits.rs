@@ -1,6 +1,9 @@
 //! Commits of what a partition has in the bucket: the one transaction after which local copies may go.
 
-use std::sync::Arc;
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
+};
 
 use super::{Compare, Keys, MetaStore, Outcome, PartitionValue, StoreError, Transaction, Value as _};
 use crate::{
@@ -40,12 +43,14 @@ pub enum TierCommitError {
 pub struct TierCommits {
     store: Arc<dyn MetaStore>,
     keys: Keys,
+    /// Whether the last write found no space.
+    no_space: Arc<AtomicBool>,
 }
 
 impl TierCommits {
     /// Commits under `keys` in `store`.
     pub fn new(store: Arc<dyn MetaStore>, keys: Keys) -> Self {
-        Self { store, keys }
+        Self { store, keys, no_space: Arc::default() }
     }
 
     /// What is committed for a partition, read from the store and not from a mirror: the default where nothing is yet, `None` where
@@ -59,6 +64,32 @@ impl TierCommits {
             Some(entry) => Ok(Some(TierState::decode(&key, &entry.value)?)),
             None => Ok(Some(TierState::default())),
         }
+    }
+
+    /// Refuses an upload whose commit would fail: an upload that is not committed leaves garbage in the bucket, once for each try. A store
+    /// that had no space is asked to write the partition's own state over itself.
+    ///
+    /// # Errors
+    /// When the store has gone back, or still has no space.
+    pub async fn accepts(&self, id: PartitionId) -> Result<(), TierCommitError> {
+        if let Some(regression) = self.store.regression() {
+            return Err(StoreError::Regressed(regression).into());
+        }
+        if !self.no_space.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let key = self.keys.tier(id);
+        let (same, value) = match self.store.get(&key).await?.entry {
+            Some(entry) => (Compare::ModRevision(key.clone(), entry.mod_revision), entry.value),
+            None => (Compare::Absent(key.clone()), TierState::default().encode()),
+        };
+        self.transact(Transaction::new().when(same).put(key, value)).await.map(drop)
+    }
+
+    async fn transact(&self, transaction: Transaction) -> Result<Outcome, TierCommitError> {
+        let outcome = self.store.transact(transaction).await;
+        self.no_space.store(matches!(outcome, Err(StoreError::NoSpace { .. })), Ordering::Release);
+        Ok(outcome?)
     }
 
     /// Replaces `before` (`None`, or the default: no commit yet) by `after`, if `epoch` still leads the partition. A state that is there already is a
@@ -96,7 +127,7 @@ impl TierCommits {
             .when(Compare::ModRevision(partition_key, partition.mod_revision))
             .when(unchanged)
             .put(tier_key, after.encode());
-        match self.store.transact(transaction).await? {
+        match self.transact(transaction).await? {
             Outcome::Done { .. } => Ok(()),
             Outcome::Refused { .. } => Err(TierCommitError::Changed { id }),
         }

@@ -170,6 +170,16 @@ impl Log {
         producer_block::note(&*self.inner.core.disk, &self.inner.core.dir, end)
     }
 
+    /// The highest cluster generation in which this directory took part; 0 before the first. Blocks.
+    pub fn generation(&self) -> Result<u64, OpenError> {
+        identity::generation(&*self.inner.core.disk, &self.inner.core.dir)
+    }
+
+    /// Notes durably that this directory takes part in a cluster generation. A lower one changes nothing. Blocks.
+    pub fn note_generation(&self, generation: u64) -> Result<(), OpenError> {
+        identity::note_generation(&*self.inner.core.disk, &self.inner.core.dir, generation)
+    }
+
     /// The replicas here, in order.
     pub fn partitions(&self) -> Vec<PartitionId> {
         let registry = self.inner.registry();

@@ -45,12 +45,16 @@ struct Card {
     broker: u32,
     #[serde(default)]
     directory_id: String,
+    /// The highest cluster generation in which the directory took part; 0 before the first.
+    #[serde(default)]
+    generation: u64,
 }
 
 impl Card {
     fn new(identity: &Identity, id: Uuid) -> Self {
         let Identity { cluster, broker } = identity;
-        Self { format: FORMAT, cluster: cluster.clone(), broker: broker.0, directory_id: id.to_string() }
+        let directory_id = id.to_string();
+        Self { format: FORMAT, cluster: cluster.clone(), broker: broker.0, directory_id, generation: 0 }
     }
 }
 
@@ -117,6 +121,29 @@ pub(super) fn check(disk: &dyn Disk, dir: &Path, identity: &Identity) -> Result<
         });
     }
     Uuid::try_parse(&card.directory_id).map_err(|error| damaged(format!("directory_id: {error}")))
+}
+
+/// The highest cluster generation that was noted in the directory; 0 where none was.
+pub(super) fn generation(disk: &dyn Disk, dir: &Path) -> Result<u64, OpenError> {
+    Ok(read(disk, dir)?.generation)
+}
+
+/// Notes a cluster generation durably, where that is higher than what is noted.
+pub(super) fn note_generation(disk: &dyn Disk, dir: &Path, generation: u64) -> Result<(), OpenError> {
+    let card = read(disk, dir)?;
+    if card.generation >= generation {
+        return Ok(());
+    }
+    let path = dir.join(NAME);
+    let text = serde_json::to_vec_pretty(&Card { generation, ..card }).expect("a plain struct");
+    disk.replace(&path, &text).map_err(io_error(&path, "write"))
+}
+
+/// The card of a directory that was opened.
+fn read(disk: &dyn Disk, dir: &Path) -> Result<Card, OpenError> {
+    let path = dir.join(NAME);
+    let text = disk.read(&path).map_err(io_error(&path, "read"))?;
+    serde_json::from_slice(&text).map_err(|error| OpenError::Damaged { file: path, why: error.to_string() })
 }
 
 /// What in a directory can hold data. A first start that was cut short leaves none of it: the card comes first.

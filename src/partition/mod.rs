@@ -62,6 +62,7 @@ mod memory;
 mod opener;
 mod reader;
 mod ready;
+mod rebuild;
 mod replicated;
 mod role;
 pub mod session;

@@ -13,6 +13,7 @@ use tokio::sync::oneshot;
 use super::{
     Partition,
     actor::Command,
+    rebuild::Rebuilds,
     retention::{self, Plan, Segment},
 };
 use crate::{
@@ -59,6 +60,19 @@ pub enum UpkeepError {
     /// The manifest could not be read.
     #[error("the manifest cannot be read: {0}")]
     Manifest(#[from] tier::ReadError),
+    /// The manifest is gone, and what is left in the bucket is not what was committed.
+    #[error(
+        "{object} is missing or damaged, and cannot be made again without a person: {why}; `strandline partition rebuild-manifest {partition}` \
+         shows what is left"
+    )]
+    ManifestLost {
+        /// The manifest, or a page of it.
+        object: String,
+        /// The partition, as `topic/number`.
+        partition: String,
+        /// What does not fit.
+        why: String,
+    },
     /// The metadata store did not take the commit.
     #[error("the commit failed: {0}")]
     Commit(#[from] TierCommitError),
@@ -85,6 +99,8 @@ impl UpkeepError {
 pub struct Step {
     /// There may be more to do at once.
     pub more: bool,
+    /// It sealed a segment and came to nothing else: whatever failed before was not tried.
+    pub only_sealed: bool,
     /// What was uploaded and committed.
     pub uploaded: Uploaded,
 }
@@ -102,13 +118,14 @@ pub struct Uploaded {
 #[derive(Clone)]
 pub struct Upkeep {
     commits: TierCommits,
+    pub(super) rebuilds: Rebuilds,
     retry: Duration,
 }
 
 impl Upkeep {
     /// Upkeep that commits through `commits`.
     pub fn new(commits: TierCommits) -> Self {
-        Self { commits, retry: Duration::from_millis(500) }
+        Self { commits, rebuilds: Rebuilds::default(), retry: Duration::from_millis(500) }
     }
 
     /// How long to wait before the try after `failures` failures in a row.
@@ -118,8 +135,22 @@ impl Upkeep {
         doubled.mul_f64(random::in_range(0.5..1.0))
     }
 
-    /// Plans and carries out one step.
+    /// Plans and carries out one step. A manifest that was found to be lost, by this step or by a reader, is made again first.
     pub async fn step(&self, partition: &Partition) -> Result<Step, UpkeepError> {
+        let outcome = self.planned_step(partition).await;
+        let lost = partition.tier.as_ref().and_then(|tier| Some((tier, tier.lost_manifest()?)));
+        let Some((tier, object)) = lost else { return outcome };
+        // What does not need the manifest was done.
+        self.rebuild(partition, tier, &object).await?;
+        match outcome {
+            Err(UpkeepError::Manifest(_) | UpkeepError::Upload(tier::UploadError::Manifest(_))) => {
+                Ok(Step { more: true, only_sealed: true, uploaded: Uploaded::default() })
+            }
+            other => other,
+        }
+    }
+
+    async fn planned_step(&self, partition: &Partition) -> Result<Step, UpkeepError> {
         let local = local(partition).await?;
         let plan = plan(partition, &local).await?;
         // What is committed is committed in the epoch that the plan was made in: who is deposed meanwhile is refused.
@@ -127,19 +158,24 @@ impl Upkeep {
         if plan.seal {
             partition.command(Command::Seal).await;
             // Where nothing can be written the segment stays open, and is looked at again in time.
-            return Ok(Step { more: partition.fault().is_none(), uploaded: Uploaded::default() });
+            let more = partition.fault().is_none();
+            return Ok(Step { more, only_sealed: true, uploaded: Uploaded::default() });
         }
         if let Some(start) = plan.log_start {
             self.move_log_start(partition, start, epoch).await?;
         }
         let mut uploaded = Uploaded::default();
+        if plan.upload.is_some() {
+            self.commits.accepts(partition.id).await?;
+        }
         if let (Some(bases), Some(tier)) = (&plan.upload, &partition.tier) {
             uploaded = self.upload(partition, tier, bases, &local, epoch).await?;
         }
         if let Some(below) = plan.evict_below {
             partition.command(Command::Evict(below)).await;
         }
-        Ok(Step { more: plan.upload.is_some() || plan.log_start.is_some(), uploaded })
+        let more = plan.upload.is_some() || plan.log_start.is_some();
+        Ok(Step { more, only_sealed: false, uploaded })
     }
 
     async fn move_log_start(
@@ -197,7 +233,7 @@ impl Upkeep {
         Ok(uploaded)
     }
 
-    async fn commit(
+    pub(super) async fn commit(
         &self,
         partition: &Partition,
         tier: &PartitionTier,

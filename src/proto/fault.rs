@@ -96,6 +96,8 @@ reasons! {
     ObjectStoreUnavailable = "OBJECT_STORE_UNAVAILABLE", Unavailable, true;
     /// The metadata store did not answer as it should.
     MetadataUnavailable = "METADATA_UNAVAILABLE", Unavailable, true;
+    /// The metadata store went back, or is another one: this broker needs a person, and a restart.
+    MetadataRegressed = "METADATA_REGRESSED", FailedPrecondition, false;
     /// Somebody else changed the same thing at the same time.
     Conflict = "CONFLICT", Aborted, true;
     /// The broker is stopping, or not ready yet.

@@ -18,8 +18,8 @@ use uuid::Uuid;
 
 use crate::{
     cluster::{
-        DirectoryValue, Key, Keys, MetaStore, RegisterError, Registration, Session, Shown, StoreError, TopicValue,
-        Unread, Value as _, View, prove,
+        DirectoryValue, Generations, Key, Keys, MetaStore, RegisterError, Registration, Session, Shown, StoreError,
+        TopicValue, Unread, Value as _, View, prove,
     },
     log::Log,
     model::{ConfigMap, PartitionId, TopicId},
@@ -101,6 +101,21 @@ impl Admission<'_> {
             "what the metadata store holds below {prefix} knows neither this data directory nor any topic in it: it is another cluster of the \
              same name, or etcd was restored from a backup of before. See to metadata.etcd; a broker of that cluster needs an empty data directory"
         )
+    }
+
+    /// The cluster generation by the metadata store. One that is below what this directory took part in is of an older backup.
+    pub(super) async fn generation(&self) -> anyhow::Result<u64> {
+        let generations = Generations::new(Arc::clone(self.store), self.keys.clone());
+        let generation = self.answered(async || Ok(generations.begin().await?)).await?;
+        let log = self.log.clone();
+        let noted = task::blocking(move || log.generation()).await?;
+        anyhow::ensure!(
+            generation >= noted,
+            "the metadata store is at cluster generation {generation}, and this data directory took part in generation {noted}: the metadata \
+             store is older than the directory. Restore a newer backup of etcd; or stop all brokers and run `strandline cluster \
+             new-generation --above {noted}`"
+        );
+        Ok(generation)
     }
 
     /// What the store says of directories and topics.

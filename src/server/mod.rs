@@ -26,6 +26,7 @@ mod admission;
 mod advertised;
 mod calls;
 mod connection;
+mod generation;
 mod grpc;
 mod http;
 mod listen;
@@ -52,6 +53,7 @@ use self::{
     room::Room,
 };
 pub use self::{
+    generation::{Raised, raise_generation},
     node::{Node, Outside, Stores},
     several::run_several,
 };
@@ -249,7 +251,7 @@ fn outside(config: &Config, time: &Tasks) -> Outside {
     }
 }
 
-fn open_objects(config: &Config, url: &str) -> anyhow::Result<Store> {
+pub(super) fn open_objects(config: &Config, url: &str) -> anyhow::Result<Store> {
     let from = &config.object_store;
     let options = StoreOptions {
         endpoint: from.endpoint.clone(),

@@ -19,8 +19,8 @@ use crate::{
     broker::{self, Broker, Tier},
     client::Connect,
     cluster::{
-        Addresses, BrokerState, BrokerValue, Keys, Measured, MetaStore, ObjectStoreKey, RegisterError, Registration,
-        Revision, Session, Standing, Unread, View, planner::Limits,
+        Addresses, BrokerState, BrokerValue, Keys, Measured, MetaStore, MonotonicStore, ObjectStoreKey, RegisterError,
+        Registration, Revision, Session, Standing, Unread, View, planner::Limits,
     },
     config::Config,
     log::{Disk, Identity, Log, Options, Stepper},
@@ -203,17 +203,18 @@ impl Start<'_> {
     async fn run(self, outside: Outside) -> anyhow::Result<Node> {
         let (config, alone) = (self.config, outside.alone);
         let Stores { meta, objects } = outside.stores.await?;
+        // A store that lies in the data directory cannot go back without it.
+        let meta: Arc<dyn MetaStore> = if alone { meta } else { Arc::new(MonotonicStore::new(meta)) };
         let meta: Arc<dyn MetaStore> = Arc::new(Measured::new(meta, self.metrics.clone()));
         let tier = objects.map(|store| with_cache(config, store, &self.metrics)).transpose()?;
         let keys = Keys::new(&config.cluster)?;
         let admission =
             Admission { store: &meta, keys: &keys, log: &self.log, defaults: &config.topic_defaults, stop: self.stop };
-        let noted = if alone {
-            None
-        } else {
+        if !alone {
             admission.reach().await?;
-            Some(admission.note().await?)
-        };
+        }
+        let generation = admission.generation().await?;
+        let noted = if alone { None } else { Some(admission.note().await?) };
         let incarnation = noted.as_ref().map_or_else(random::uuid, |noted| noted.incarnation);
         let view = View::counted(Arc::clone(&meta), keys.clone(), &self.tasks, self.metrics.metadata_listings.clone());
         self.waited(view.reached(Revision::ZERO)).await?;
@@ -223,8 +224,13 @@ impl Start<'_> {
             }
             let notes = ObjectStoreKey::new(Arc::clone(&meta), keys.clone(), view.clone(), alone);
             tier.store.go_by(Arc::new(notes));
+            tier.store.in_generation(generation);
             claim(&tier.store, &self.tasks).await?;
         }
+        // Only now: what does not fit together is left as it was found.
+        let log = self.log.clone();
+        let noting = task::blocking(move || log.note_generation(generation)).await;
+        noting.context("cannot note the cluster generation in the data directory")?;
         let broker = Broker::open(broker::Parts {
             settings: settings(config),
             log: self.log.clone(),
@@ -355,7 +361,7 @@ async fn claim(store: &Store, tasks: &Tasks) -> Result<(), ClaimError> {
     let asked = store.clone();
     let answer = tasks.spawn("claim", async move { asked.claim().await });
     match tokio::time::timeout(CLAIM_WAIT, answer).await {
-        Ok(Ok(Err(error))) if error.is_of_others() => Err(error),
+        Ok(Ok(Err(error))) if error.ends_start() => Err(error),
         Ok(Ok(Ok(()))) => Ok(()),
         Ok(Ok(Err(error))) => {
             tracing::warn!(%error, "the object store cannot be used yet; segments stay on disk until it can");

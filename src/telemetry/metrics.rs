@@ -101,6 +101,7 @@ metrics! {
     metadata_request_seconds: RequestSeconds = "strandline_metadata_request_seconds", "Time of a request to the metadata store until it was answered or given up.";
     metadata_revision: Level = "strandline_metadata_revision", "Revision of the metadata that this broker goes by.";
     metadata_silence_seconds: Seconds = "strandline_metadata_silence_seconds", "Time since the metadata store last let this broker's mirror know anything.";
+    metadata_regressed: Level = "strandline_metadata_regressed", "1 once the metadata store was found to have gone back, or to be another one: orders are refused until this broker is restarted.";
     metadata_listings: Counter = "strandline_metadata_listings", "Times that the whole metadata was listed: at the start, now and then, and when a watch broke.";
     lease_left_seconds: Seconds = "strandline_lease_left_seconds", "Time that the lease of this broker's registration lives if it is not renewed; 0 while there is none.";
 }

@@ -9,6 +9,7 @@ use tracing_subscriber::EnvFilter;
 mod exposition;
 mod kinds;
 mod metrics;
+mod throttle;
 
 pub use prometheus_client::metrics::counter::Counter;
 
@@ -18,6 +19,7 @@ pub use kinds::{
     RequestSeconds, Requests, RoleLabel, RuleLabel, Seconds, SourceLabel, Steps,
 };
 pub use metrics::{Metrics, docs};
+pub use throttle::{LogThrottle, REMINDER_INTERVAL};
 
 /// How log lines are written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

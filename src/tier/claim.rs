@@ -5,6 +5,8 @@
 //! Who takes a prefix reserves it in the note first. So brokers of one cluster that come at once write the same card, and it does not
 //! matter which of them is last where the store knows no conditional put.
 
+use std::sync::atomic::Ordering;
+
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use serde::{Deserialize, Serialize};
@@ -61,6 +63,19 @@ pub enum ClaimError {
         /// The store's URL.
         place: String,
     },
+    /// The metadata store is of an older cluster generation than the objects: it was restored from a backup of before.
+    #[error(
+        "the metadata store is at cluster generation {ours}, and {place}/cluster.json at {theirs}: the metadata store is older than the \
+         bucket. Restore a newer backup of etcd; or stop all brokers and run `strandline cluster new-generation`, which goes on above both"
+    )]
+    Generation {
+        /// The store's URL.
+        place: String,
+        /// The metadata store's generation.
+        ours: u64,
+        /// The bucket's.
+        theirs: u64,
+    },
     /// There is nothing that could hold the prefix.
     #[error("{place}: there is no such bucket; create it, or correct the URL")]
     NoBucket {
@@ -81,13 +96,17 @@ impl ClaimError {
         match self {
             Self::Gone { .. } | Self::Notes(_) => true,
             Self::Store(error) => error.retryable(),
-            Self::Foreign { .. } | Self::Elsewhere { .. } | Self::Unreadable { .. } | Self::NoBucket { .. } => false,
+            Self::Foreign { .. }
+            | Self::Elsewhere { .. }
+            | Self::Unreadable { .. }
+            | Self::Generation { .. }
+            | Self::NoBucket { .. } => false,
         }
     }
 
-    /// Whether the store is another one than this cluster's.
-    pub fn is_of_others(&self) -> bool {
-        matches!(self, Self::Foreign { .. } | Self::Elsewhere { .. })
+    /// Whether the store is another one than this cluster's, or of a later generation: a broker does not start with it.
+    pub fn ends_start(&self) -> bool {
+        matches!(self, Self::Foreign { .. } | Self::Elsewhere { .. } | Self::Generation { .. })
     }
 }
 
@@ -123,13 +142,17 @@ pub trait StoreNotes: Send + Sync {
     fn note(&self, mine: StoreNote) -> BoxFuture<'_, Result<StoreNote, String>>;
 }
 
-/// The content of `cluster.json`. One that a person wrote, to begin anew, needs no id and is taken at its word.
+/// The content of `cluster.json`. One that a person wrote, to begin anew, needs no id and is taken at its word. Only the generation ever
+/// changes, and only upwards.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
 pub(super) struct Card {
     format: u32,
     cluster: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     id: Option<Uuid>,
+    /// The cluster generation; 0 where a person wrote the card.
+    #[serde(default)]
+    generation: u64,
 }
 
 impl Store {
@@ -175,8 +198,10 @@ impl Store {
                 return Err(ClaimError::Elsewhere { place: mine.place, noted: noted.place, found });
             }
         }
+        let id = card.id;
+        self.agree_on_generation(card).await?;
         tracing::info!(place = self.inner.place, cluster = self.inner.cluster, "object store is ours");
-        Ok(card.id)
+        Ok(id)
     }
 
     /// Takes a prefix that nobody has, unless the cluster's is elsewhere.
@@ -198,7 +223,9 @@ impl Store {
         if reserved.place != place {
             return Err(elsewhere(reserved));
         }
-        let card = Card { format: 1, cluster: self.inner.cluster.clone(), id: Some(reserved.id) };
+        // Where nobody said which generation it is, it is a new cluster's.
+        let generation = self.inner.generation.load(Ordering::Acquire).max(1);
+        let card = Card { format: 1, cluster: self.inner.cluster.clone(), id: Some(reserved.id), generation };
         let content = Bytes::from(serde_json::to_vec(&card).expect("a plain struct"));
         // Where the store knows conditions, only one of two clusters that come at the same moment succeeds. Where
         // it does not, the last one does, and the first learns it here or at its next start.
@@ -212,6 +239,28 @@ impl Store {
         }
         let reason = "it is not there after it was written".to_owned();
         self.card().await?.ok_or_else(|| ClaimError::Unreadable { place: self.inner.place.clone(), reason })
+    }
+
+    /// Refuses a card of a later generation than the metadata's, and brings one of an earlier up to it. All brokers write the same, so it
+    /// does not matter which is last.
+    async fn agree_on_generation(&self, card: Card) -> Result<(), ClaimError> {
+        let (ours, theirs) = (self.inner.generation.load(Ordering::Acquire), card.generation);
+        if ours == 0 || ours == theirs {
+            return Ok(());
+        }
+        if ours < theirs {
+            return Err(ClaimError::Generation { place: self.inner.place.clone(), ours, theirs });
+        }
+        let content = serde_json::to_vec(&Card { generation: ours, ..card }).expect("a plain struct");
+        Ok(self.put(name::CLUSTER, content.into()).await?)
+    }
+
+    /// The cluster generation that the prefix is of; `None` where nobody has it.
+    ///
+    /// # Errors
+    /// When the store does not answer, or the prefix is another cluster's.
+    pub async fn generation(&self) -> Result<Option<u64>, ClaimError> {
+        Ok(self.card().await?.map(|card| card.generation))
     }
 
     /// Notes a store where there is something to note it in. Returns what is noted then.

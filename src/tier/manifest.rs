@@ -193,6 +193,11 @@ impl Root {
         }
     }
 
+    /// An empty manifest that takes the place of a lost one.
+    pub(super) fn rebuilt(partition: PartitionId, version: u64, epoch: LeaderEpoch, log_start: Offset) -> Self {
+        Self { version, epoch, ..Self::empty(partition, log_start) }
+    }
+
     /// Whose manifest it is.
     pub fn partition(&self) -> PartitionId {
         self.partition

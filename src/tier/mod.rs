@@ -24,6 +24,11 @@
 //! - Garbage is what the current manifest does not name and what is older than the grace. No conditional request is
 //!   needed for any of this; some stores ignore them silently.
 //!
+//! # A lost manifest
+//!
+//! Segments and their footers hold all that a manifest says. One that is gone is made again from them (`rebuild`): by the leader where the
+//! result is what was committed, else by a person.
+//!
 //! # What a crash leaves
 //!
 //! Objects that no manifest names, and perhaps a multipart upload without an end. Never a manifest that names what is not
@@ -49,6 +54,7 @@ mod open;
 mod partition;
 mod reach;
 mod read;
+mod rebuild;
 #[cfg(feature = "aws-sdk")]
 mod s3;
 mod segment;
@@ -70,6 +76,7 @@ pub use open::{Keys, OpenError, StoreOptions, Verify};
 pub use partition::{PartitionTier, Staged, Staging};
 pub use reach::Outage;
 pub use read::{Read, ReadError};
+pub use rebuild::{Survey, Verdict};
 pub use segment::{SegmentSource, SourceError};
 pub use state::TierState;
 pub use store::{Listed, Store, StoreError, TopicRecord};

@@ -44,6 +44,8 @@ struct View {
     /// What was committed last, as far as it is known here. Its version and its log start only grow.
     state: TierState,
     readers: Readers,
+    /// The manifest or page that was found to be lost.
+    lost: Option<String>,
 }
 
 /// A manifest that is in the bucket and not yet current.
@@ -104,7 +106,7 @@ impl Staging<'_> {
 impl PartitionTier {
     /// The view of partition `id` as `state` says. Asks nothing of the store.
     pub fn new(store: Store, cache: Cache, id: PartitionId, state: TierState) -> Self {
-        let view = Mutex::new(View { state, readers: Readers::default() });
+        let view = Mutex::new(View { state, readers: Readers::default(), lost: None });
         Self { inner: Arc::new(Inner { store, cache, id, view }) }
     }
 
@@ -128,6 +130,9 @@ impl PartitionTier {
         let mut view = self.view();
         let age = |state: &TierState| (state.version(), state.log_start, state.epoch);
         if age(&state) > age(&view.state) {
+            if state.manifest != view.state.manifest {
+                view.lost = None;
+            }
             view.state = state;
         }
     }
@@ -246,30 +251,84 @@ impl PartitionTier {
     /// The manifest that `state` names.
     pub(super) async fn root(&self, state: &TierState) -> Result<Arc<Root>, ReadError> {
         let Some(name) = state.manifest else { return Ok(Arc::new(Root::empty(self.inner.id, state.bucket_end()))) };
-        let object = self.object(&name.to_string());
-        let load = self.load(&object, None, |bytes| {
-            let root = Root::parse(bytes)?;
-            if root.partition() == self.inner.id && state.agrees(&root) {
-                Ok(Parsed::Root(Arc::new(root)))
-            } else {
-                Err(Invalid::Contradiction { reason: "it is not the manifest that was committed" })
-            }
-        });
-        match self.inner.cache.parsed(name.attempt, load).await? {
+        let load = async { self.load_root(state).await.map(Parsed::Root) };
+        match self.inner.cache.parsed(name.attempt, load).await.inspect_err(|error| self.note_loss(error))? {
             Parsed::Root(root) => Ok(root),
-            _ => Err(ReadError::Damaged { object, reason: "its name is that of another object".to_owned() }),
+            _ => Err(self.misnamed(&name.to_string())),
         }
     }
 
     async fn page(&self, line: &PageLine) -> Result<Arc<Page>, ReadError> {
-        let object = self.object(&line.stamp.page());
-        let load = self.load(&object, None, |bytes| {
-            Page::parse(bytes, self.inner.id, line).map(|page| Parsed::Page(Arc::new(page)))
-        });
-        match self.inner.cache.parsed(line.stamp.attempt, load).await? {
+        let load = async { self.load_page(line).await.map(Parsed::Page) };
+        match self.inner.cache.parsed(line.stamp.attempt, load).await.inspect_err(|error| self.note_loss(error))? {
             Parsed::Page(page) => Ok(page),
-            _ => Err(ReadError::Damaged { object, reason: "its name is that of another object".to_owned() }),
+            _ => Err(self.misnamed(&line.stamp.page())),
         }
+    }
+
+    /// Fetches the manifest that `state` names.
+    pub(super) async fn load_root(&self, state: &TierState) -> Result<Arc<Root>, ReadError> {
+        let Some(name) = state.manifest else { return Ok(Arc::new(Root::empty(self.inner.id, state.bucket_end()))) };
+        let parse = |bytes: &[u8]| {
+            let root = Root::parse(bytes)?;
+            if root.partition() == self.inner.id && state.agrees(&root) {
+                Ok(Arc::new(root))
+            } else {
+                Err(Invalid::Contradiction { reason: "it is not the manifest that was committed" })
+            }
+        };
+        self.load(&self.object(&name.to_string()), None, parse).await
+    }
+
+    /// Fetches a page.
+    pub(super) async fn load_page(&self, line: &PageLine) -> Result<Arc<Page>, ReadError> {
+        let parse = |bytes: &[u8]| Page::parse(bytes, self.inner.id, line).map(Arc::new);
+        self.load(&self.object(&line.stamp.page()), None, parse).await
+    }
+
+    fn misnamed(&self, name: &str) -> ReadError {
+        ReadError::Damaged { object: self.object(name), reason: "its name is that of another object".to_owned() }
+    }
+
+    /// Remembers that the manifest of the current state, or a page of it, is lost: whoever reads notices first, and upkeep mends it.
+    fn note_loss(&self, error: &ReadError) {
+        if let Some(object) = error.lost_manifest() {
+            self.view().lost = Some(object.to_owned());
+        }
+    }
+
+    /// The manifest or page that was found to be missing or damaged since the last commit.
+    pub fn lost_manifest(&self) -> Option<String> {
+        self.view().lost.clone()
+    }
+
+    /// Writes a manifest of these segments in place of one that was lost: gap-free, the first one holding `log_start`, the last one ending at
+    /// the tiered end. The segments are there already; their manifest has to be committed like any other.
+    ///
+    /// # Panics
+    /// When the segments are not such a chain: [`PartitionTier::survey`] gives one.
+    pub async fn stage_rebuilt(
+        &self,
+        segments: &[SegmentLine],
+        log_start: Offset,
+        epoch: LeaderEpoch,
+    ) -> Result<Staged, UploadError> {
+        self.inner.store.claim().await?;
+        let state = self.state();
+        if epoch < state.epoch {
+            return Err(UploadError::Deposed { epoch, current: state.epoch });
+        }
+        let begin = log_start.min(state.tiered_end);
+        let mut next = Root::rebuilt(self.inner.id, state.version() + 1, epoch, begin);
+        for line in segments {
+            if let Some(page) = next.push(*line, random::uuid()) {
+                upload::small(&self.inner.store, &self.object(&page.stamp.page()), page.bytes).await?;
+            }
+        }
+        assert_eq!(next.end(), state.tiered_end, "the tiered end never falls");
+        let mut staged = self.write(state, next).await?;
+        staged.state.log_start = log_start.max(staged.replaces.log_start);
+        Ok(staged)
     }
 
     pub(super) async fn footer(&self, line: &SegmentLine) -> Result<Arc<Footer>, ReadError> {
@@ -323,12 +382,12 @@ impl PartitionTier {
     }
 
     /// Fetches an object, or a range of it, and reads it; again when what came does not parse.
-    async fn load(
+    async fn load<T>(
         &self,
         object: &str,
         range: Option<std::ops::Range<u64>>,
-        parse: impl Fn(&[u8]) -> Result<Parsed, Invalid>,
-    ) -> Result<Parsed, ReadError> {
+        parse: impl Fn(&[u8]) -> Result<T, Invalid>,
+    ) -> Result<T, ReadError> {
         let mut tries = 0;
         loop {
             let bytes = match range.clone() {

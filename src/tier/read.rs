@@ -58,6 +58,11 @@ pub enum ReadError {
 }
 
 impl ReadError {
+    /// The manifest, or page of one, that is missing or damaged; `None` for every other failure.
+    pub fn lost_manifest(&self) -> Option<&str> {
+        super::rebuild::lost_manifest(self)
+    }
+
     /// Whether the same read may succeed later, without anybody's help.
     pub fn retryable(&self) -> bool {
         matches!(self, Self::Store(error) if error.retryable())

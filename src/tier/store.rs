@@ -10,7 +10,7 @@ use std::{
     ops::Range,
     sync::{
         Arc, OnceLock,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -56,6 +56,8 @@ pub(super) struct Inner {
     pub(super) claimed: OnceCell<Option<Uuid>>,
     /// The cluster has objects in its store, so an empty prefix is not it.
     expected: AtomicBool,
+    /// The cluster generation; 0 while it is not known.
+    pub(super) generation: AtomicU64,
     /// What remembers which store is the cluster's.
     pub(super) notes: OnceLock<Arc<dyn StoreNotes>>,
     parts: Arc<Semaphore>,
@@ -203,6 +205,7 @@ impl Store {
             folder: options.url.starts_with("file:"),
             claimed: OnceCell::new(),
             expected: AtomicBool::new(false),
+            generation: AtomicU64::new(0),
             notes: OnceLock::new(),
             parts: Arc::new(Semaphore::new(UPLOAD_PARTS)),
             reach: Reach::default(),
@@ -229,6 +232,11 @@ impl Store {
     /// From now on a claim holds only for the store that is noted there, and notes the one that it finds where none is.
     pub fn go_by(&self, notes: Arc<dyn StoreNotes>) {
         drop(self.inner.notes.set(notes));
+    }
+
+    /// From now on a claim holds only where the prefix is of no later cluster generation, and writes this one into a card of an earlier.
+    pub fn in_generation(&self, generation: u64) {
+        self.inner.generation.store(generation, Ordering::Release);
     }
 
     pub(super) fn is_expected(&self) -> bool {

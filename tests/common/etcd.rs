@@ -123,6 +123,23 @@ impl Etcd {
         (0..self.members.len()).for_each(|place| self.kill(place));
     }
 
+    /// Copies what the members hold, which are down, under a name.
+    pub(crate) fn back_up(&self, name: &str) {
+        for place in 0..self.members.len() {
+            let member = self.folder.path().join(format!("m{place}"));
+            copy_folder(&member, &self.folder.path().join(name).join(format!("m{place}")));
+        }
+    }
+
+    /// Puts such a copy in the place of what the members hold, which are down.
+    pub(crate) fn restore(&self, name: &str) {
+        for place in 0..self.members.len() {
+            let member = self.folder.path().join(format!("m{place}"));
+            std::fs::remove_dir_all(&member).expect("it was there");
+            copy_folder(&self.folder.path().join(name).join(format!("m{place}")), &member);
+        }
+    }
+
     /// Starts every member on the data that it has.
     pub(crate) fn run_all(&mut self) {
         (0..self.members.len()).for_each(|place| self.run(place));
@@ -146,6 +163,19 @@ impl Etcd {
     pub(crate) fn logs(&self) -> String {
         let log = |place| std::fs::read_to_string(self.folder.path().join(format!("m{place}.log"))).unwrap_or_default();
         (0..self.members.len()).map(log).collect::<Vec<_>>().join("\n")
+    }
+}
+
+fn copy_folder(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).expect("a folder");
+    for entry in std::fs::read_dir(from).expect("a folder") {
+        let entry = entry.expect("an entry");
+        let to = to.join(entry.file_name());
+        if entry.file_type().expect("a type").is_dir() {
+            copy_folder(&entry.path(), &to);
+        } else {
+            std::fs::copy(entry.path(), to).expect("copied");
+        }
     }
 }
 

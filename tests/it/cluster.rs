@@ -10,6 +10,7 @@ mod full;
 mod grows;
 mod machines;
 mod members;
+mod metadata;
 mod moves;
 pub(crate) mod network;
 mod outage;

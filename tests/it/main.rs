@@ -23,6 +23,7 @@ mod history;
 mod hostile;
 mod kafka_reader;
 mod lost;
+mod manifest;
 mod orders;
 mod outage;
 mod pages;

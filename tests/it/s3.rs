@@ -5,6 +5,7 @@
 
 mod faults;
 mod fs;
+mod rebuild;
 mod tier;
 mod uploads;
 

@@ -43,7 +43,7 @@ impl From<WriteError> for Fault {
         match error {
             WriteError::Unreadable { .. } => Self::new(Reason::NotPossible, message),
             WriteError::Conflict { .. } => Self::new(Reason::Conflict, message),
-            WriteError::Store { .. } => Self::new(Reason::MetadataUnavailable, message),
+            WriteError::Store { source, .. } => Self { message, ..source.into() },
         }
     }
 }

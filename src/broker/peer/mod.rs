@@ -32,7 +32,7 @@ use crate::{
         v1::{self, peer_server},
     },
     task::Tasks,
-    telemetry::ByPeer,
+    telemetry::{ByPeer, LogThrottle},
 };
 
 /// Another broker's word that a process is gone.
@@ -68,6 +68,8 @@ pub(super) struct Peering {
     sent: ByPeer,
     /// The link of each broker that follows here.
     links: Mutex<BTreeMap<BrokerId, Incoming>>,
+    /// How often the links of each broker's uptime were logged.
+    link_logs: Mutex<BTreeMap<BrokerId, (Revision, LogThrottle)>>,
     tasks: Tasks,
 }
 
@@ -83,7 +85,16 @@ impl Peering {
         tasks: Tasks,
     ) -> Arc<Self> {
         let catch_up = Arc::new(CatchUp::new(catchup_bytes_per_second));
-        Arc::new(Self { neighbours, incarnation, questions, catch_up, sent, links: Mutex::default(), tasks })
+        Arc::new(Self {
+            neighbours,
+            incarnation,
+            questions,
+            catch_up,
+            sent,
+            links: Mutex::default(),
+            link_logs: Mutex::default(),
+            tasks,
+        })
     }
 
     fn marks(&self, name: &v1::ReplicaName) -> v1::ReplicaMarks {

@@ -30,6 +30,7 @@ use crate::{
         v1::{self, to_follower, to_leader},
     },
     task::{Tasks, clock},
+    telemetry::LogThrottle,
 };
 
 /// How long whoever opened a stream may take to say who it is.
@@ -159,7 +160,9 @@ impl Peering {
             v1::Welcome { broker: self.neighbours.me().0, broker_epoch: own.0, wall_ms: Some(clock::wall_ms()) };
         let welcome = v1::ToFollower { is: Some(to_follower::Is::Welcome(welcome)) };
         let _gone = outgoing.try_send(Ok(welcome));
-        tracing::info!(follower = %peer.broker, epoch = %peer.epoch, "a broker follows here");
+        if let Some(links) = self.link_log(peer, |log| log.occur(clock::monotonic())) {
+            tracing::info!(follower = %peer.broker, epoch = %peer.epoch, links, "a broker follows here");
+        }
         let (find, sent) = (self.neighbours.find(), self.sent.of(peer.broker.0));
         let led = Led { peer, find, catch_up: Arc::clone(&self.catch_up), sent };
         let ended = tokio::select! {
@@ -171,7 +174,9 @@ impl Peering {
             } => Ended::Stopped,
             ended = session::lead(led, incoming, outgoing.clone(), link) => ended,
         };
-        tracing::info!(follower = %peer.broker, epoch = %peer.epoch, why = %ended, "a broker does not follow here any more");
+        if self.link_log(peer, LogThrottle::recover).is_some() {
+            tracing::info!(follower = %peer.broker, epoch = %peer.epoch, why = %ended, "a broker does not follow here any more");
+        }
         match ended {
             Ended::Stopped => Err(stopping()),
             Ended::Bad(fault) => Err(fault),
@@ -186,6 +191,16 @@ impl Peering {
                 Ok(())
             }
         }
+    }
+
+    /// What of a broker's links is logged: of those that come and go many times a second, few.
+    fn link_log<T>(&self, peer: Peer, act: impl FnOnce(&mut LogThrottle) -> T) -> T {
+        let mut logs = self.link_logs.lock().unwrap_or_else(PoisonError::into_inner);
+        let (epoch, log) = logs.entry(peer.broker).or_default();
+        if *epoch != peer.epoch {
+            (*epoch, *log) = (peer.epoch, LogThrottle::default());
+        }
+        act(log)
     }
 
     fn links(&self) -> MutexGuard<'_, BTreeMap<BrokerId, Incoming>> {

@@ -108,6 +108,8 @@ pub struct BrokerFigures {
     pub impaired: Vec<String>,
     /// Why it takes no requests, when it takes none.
     pub not_ready: Option<String>,
+    /// How the metadata store went back, when it did: the broker refuses orders until it is restarted.
+    pub metadata_regressed: Option<String>,
 }
 
 /// What a broker that is drained has still to give away.
@@ -382,6 +384,7 @@ fn broker(state: v1::BrokerState) -> BrokerDescription {
             upkeep: Some(figures.upkeep).filter(|why| !why.is_empty()),
             impaired: figures.impaired,
             not_ready: Some(figures.not_ready).filter(|why| !why.is_empty()),
+            metadata_regressed: Some(figures.metadata_regressed).filter(|why| !why.is_empty()),
         })),
         (None, Some(error)) => Some(Err(Fault::from(error))),
         (None, None) => None,

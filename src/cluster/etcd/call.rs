@@ -6,7 +6,7 @@ use etcd_client::Error;
 
 use super::members::{Line, Members};
 use crate::{
-    cluster::store::{LeaseId, Op, Revision, StoreError, Transaction},
+    cluster::store::{LeaseId, Op, Regression, Revision, StoreError, Transaction},
     proto::status::{Code, in_full, never_sent},
     task::clock,
 };
@@ -35,6 +35,8 @@ pub(super) enum Class {
     Unknown,
     /// It was not done, and no member would do it.
     Refused,
+    /// It was not done for want of space, and no member would do it before a person has made some.
+    NoSpace,
     /// It was not done for want of a valid token.
     Token,
     /// It was not done: etcd has no users.
@@ -57,8 +59,14 @@ pub(super) struct Refusal {
 /// Why a call failed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Failed {
-    Unavailable { why: String, unknown: bool },
+    Unavailable {
+        why: String,
+        unknown: bool,
+    },
     Refused(String),
+    NoSpace(String),
+    /// A member of another etcd cluster answered.
+    Regressed(Regression),
     LeaseGone,
     Compacted,
     TooLong(String),
@@ -79,7 +87,7 @@ const WORDS: &[(&str, Class)] = &[
     // 3.4 says this of a watch whose token has ended.
     ("etcdserver: permission denied", Class::Token),
     ("etcdserver: authentication is not enabled", Class::NoLogins),
-    ("etcdserver: mvcc: database space exceeded", Class::Refused),
+    ("etcdserver: mvcc: database space exceeded", Class::NoSpace),
     ("etcdserver: requested lease not found", Class::LeaseGone),
     ("etcdserver: mvcc: required revision has been compacted", Class::Compacted),
     // Of the transport, on our side.
@@ -161,10 +169,14 @@ impl Members {
                     Err(refusal) => refusal,
                 };
                 tracing::debug!(endpoint = member.endpoint(), ?class, why, "etcd did not do as asked");
+                if let Some(regression) = self.regression() {
+                    return Err(Failed::Regressed(regression));
+                }
                 match class {
                     Class::LeaseGone => return Err(Failed::LeaseGone),
                     Class::Compacted => return Err(Failed::Compacted),
                     Class::TooLong => return Err(Failed::TooLong(why)),
+                    Class::NoSpace => return Err(Failed::NoSpace(format!("{}: {why}", member.endpoint()))),
                     Class::NotDone | Class::Unknown | Class::Refused | Class::Token | Class::NoLogins => {}
                 }
                 said.insert(member.endpoint().to_owned(), why);
@@ -197,6 +209,8 @@ impl Failed {
         match self {
             Self::Unavailable { why, .. } | Self::TooLong(why) => StoreError::unavailable(why),
             Self::Refused(why) => StoreError::Refused { why },
+            Self::NoSpace(why) => StoreError::NoSpace { why },
+            Self::Regressed(regression) => StoreError::Regressed(regression),
             Self::Compacted => StoreError::unavailable("etcd compacted what was being read, again and again"),
             Self::LeaseGone => StoreError::unavailable("etcd speaks of a lease where none was named"),
         }
@@ -207,6 +221,8 @@ impl Failed {
         match self {
             Self::Unavailable { why, unknown } => StoreError::Unavailable { why, outcome_unknown: unknown },
             Self::Refused(why) => StoreError::Refused { why },
+            Self::NoSpace(why) => StoreError::NoSpace { why },
+            Self::Regressed(regression) => StoreError::Regressed(regression),
             Self::LeaseGone => match transaction.ops.iter().find_map(lease_of) {
                 Some(lease) => StoreError::LeaseGone { lease },
                 None => StoreError::unavailable("etcd speaks of a lease where none was named"),
@@ -222,6 +238,8 @@ impl Failed {
         match self {
             Self::LeaseGone => StoreError::LeaseGone { lease },
             Self::Refused(why) => StoreError::Refused { why },
+            Self::NoSpace(why) => StoreError::NoSpace { why },
+            Self::Regressed(regression) => StoreError::Regressed(regression),
             Self::Unavailable { why, .. } | Self::TooLong(why) => StoreError::unknown(why),
             Self::Compacted => StoreError::unknown("etcd speaks of a compaction where no revision was named"),
         }
@@ -282,7 +300,7 @@ mod tests {
                 true,
                 Class::Refused,
             ),
-            (Code::ResourceExhausted, "etcdserver: mvcc: database space exceeded", true, Class::Refused),
+            (Code::ResourceExhausted, "etcdserver: mvcc: database space exceeded", true, Class::NoSpace),
             (Code::InvalidArgument, "etcdserver: too many operations in txn request", true, Class::Refused),
             (Code::Unimplemented, "", true, Class::Refused),
             (Code::NotFound, "etcdserver: requested lease not found", true, Class::LeaseGone),

@@ -20,7 +20,7 @@ use super::{
     options::{EtcdLogin, EtcdOptions, EtcdOptionsError},
     text,
 };
-use crate::cluster::store::Revision;
+use crate::cluster::store::{Regression, Revision};
 
 /// Largest answer to a read. A page of a listing that is larger is asked for in smaller ones.
 const READ_BYTES: usize = 64 << 20;
@@ -35,6 +35,7 @@ const LOGIN_TIME: Duration = Duration::from_secs(2);
 /// All members.
 pub(super) struct Members {
     list: Vec<Member>,
+    common: Common,
     /// Who is asked first: the one that answered last.
     first: AtomicUsize,
 }
@@ -46,6 +47,8 @@ struct Common {
     cluster: Arc<OnceLock<u64>>,
     /// The newest revision that any answer named.
     newest: Arc<watch::Sender<Revision>>,
+    /// Proof that a member of another cluster answered a call.
+    foreign: Arc<OnceLock<Regression>>,
 }
 
 /// One member.
@@ -94,7 +97,12 @@ impl Members {
                 line: Mutex::new(line),
             });
         }
-        Ok(Self { list, first: AtomicUsize::new(0) })
+        Ok(Self { list, common, first: AtomicUsize::new(0) })
+    }
+
+    /// Whether a member of another cluster has answered a call.
+    pub(super) fn regression(&self) -> Option<Regression> {
+        self.common.foreign.get().cloned()
     }
 
     pub(super) fn endpoints(&self) -> Vec<&str> {
@@ -196,7 +204,7 @@ impl Member {
         let asked = self.ask(&|line: Line| async move {
             let mut response = line.0.client.maintenance_client();
             let response = response.status().await?;
-            line.revision(response.header())?;
+            line.check(response.header())?.map_err(|other| text::not_an_answer(&other.to_string()))?;
             let member = response.header().map(ResponseHeader::member_id);
             Ok(MemberStatus {
                 version: response.version().to_owned(),
@@ -246,22 +254,28 @@ impl Line {
 
     /// The store's revision at an answer, when it is one of the cluster that answered first.
     pub(super) fn revision(&self, header: Option<&ResponseHeader>) -> Result<Revision, Error> {
+        self.check(header)?.map_err(|other| {
+            let error = text::not_an_answer(&other.to_string());
+            drop(self.0.common.foreign.set(other));
+            error
+        })
+    }
+
+    /// The same, where another cluster's answer is no more than an answer.
+    fn check(&self, header: Option<&ResponseHeader>) -> Result<Result<Revision, Regression>, Error> {
         let header = header.ok_or_else(|| text::not_an_answer("no header"))?;
-        let Common { cluster, newest } = &self.0.common;
-        let (known, here) = (*cluster.get_or_init(|| header.cluster_id()), header.cluster_id());
-        if known == here {
-            let revision = text::revision(header.revision());
-            newest.send_if_modified(|newest| {
-                let is_newer = revision > *newest;
-                *newest = revision.max(*newest);
-                is_newer
-            });
-            return Ok(revision);
+        let Common { cluster, newest, .. } = &self.0.common;
+        let (known, answered) = (*cluster.get_or_init(|| header.cluster_id()), header.cluster_id());
+        if known != answered {
+            return Ok(Err(Regression::Cluster { known, answered }));
         }
-        Err(text::not_an_answer(&format!(
-            "it belongs to the etcd cluster {here:x}, and the others to {known:x}: name the members of one cluster, and \
-             restart after etcd was restored from a backup"
-        )))
+        let revision = text::revision(header.revision());
+        newest.send_if_modified(|newest| {
+            let is_newer = revision > *newest;
+            *newest = revision.max(*newest);
+            is_newer
+        });
+        Ok(Ok(revision))
     }
 
     /// The newest revision that any member has named.

@@ -122,6 +122,9 @@ impl Resuming {
             return Ok(Err(Ended::Said(response.cancel_reason().to_owned())));
         }
         if let Err(error) = self.stream.line.revision(response.header()) {
+            if let Some(regression) = self.members.regression() {
+                return Err(StoreError::Regressed(regression));
+            }
             return Ok(Err(Ended::Said(error.to_string())));
         }
         (self.quiets, self.wait) = (QUIETS, WAITS.0);

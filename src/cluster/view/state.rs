@@ -8,7 +8,8 @@ use std::{
 use crate::{
     cluster::{
         keys::{
-            BrokerValue, ControllerValue, DirectoryValue, DrainValue, Key, Keys, ProducerIdsValue, TopicValue, Value,
+            BrokerValue, ControllerValue, DirectoryValue, DrainValue, GenerationValue, Key, Keys, ProducerIdsValue,
+            TopicValue, Value,
         },
         partition_value::PartitionValue,
         producer_ids::ProducerIdKey,
@@ -48,6 +49,7 @@ pub struct ViewState {
     brokers: BTreeMap<BrokerId, Arc<Known<BrokerValue>>>,
     drains: BTreeMap<BrokerId, Arc<Known<DrainValue>>>,
     controller: Option<Arc<Known<ControllerValue>>>,
+    generation: Option<Arc<Known<GenerationValue>>>,
     topics: BTreeMap<TopicName, Arc<Known<TopicValue>>>,
     names: BTreeMap<TopicId, TopicName>,
     /// By topic, then by number. Also those that no topic names: on their way, or left over.
@@ -87,6 +89,12 @@ impl ViewState {
     /// What producer ids are checked with; `None` until a broker of the cluster has made it.
     pub fn producer_id_key(&self) -> Option<&ProducerIdKey> {
         self.producer_id_key.as_ref().map(|known| &known.value)
+    }
+
+    /// The cluster generation, where it can be read. With a key's create revision it tells every holder of that key from every other, over
+    /// restores of the store too.
+    pub fn generation(&self) -> Option<u64> {
+        self.generation.as_ref().map(|known| known.value.generation)
     }
 
     /// Every topic by name.
@@ -248,6 +256,7 @@ impl ViewState {
             Key::Directory(_) => read::<DirectoryValue>(entry).map(drop),
             Key::ProducerIds => read::<ProducerIdsValue>(entry).map(drop),
             Key::ObjectStore => read::<StoreNote>(entry).map(drop),
+            Key::Generation => read(entry).map(|known| self.generation = Some(known)),
             Key::Deleted(_) => Ok(()),
         };
         match done {
@@ -283,6 +292,7 @@ impl ViewState {
                 self.drains.remove(id);
             }
             Key::Controller => self.controller = None,
+            Key::Generation => self.generation = None,
             Key::Topic(name) => {
                 if let Some(old) = self.topics.remove(name) {
                     self.names.remove(&old.value.id);
@@ -323,6 +333,7 @@ impl ViewState {
             Key::Broker(id) => self.brokers.get(id).map(|known| known.mod_revision),
             Key::Drain(id) => self.drains.get(id).map(|known| known.mod_revision),
             Key::Controller => self.controller.as_ref().map(|known| known.mod_revision),
+            Key::Generation => self.generation.as_ref().map(|known| known.mod_revision),
             Key::Topic(name) => self.topics.get(name).map(|known| known.mod_revision),
             Key::Partition(id) => {
                 nth(self.partitions.get(&id.topic), id.number)?.partition.as_ref().map(|known| known.mod_revision)
@@ -340,6 +351,7 @@ impl ViewState {
         keys.extend(self.brokers.keys().map(|id| Key::Broker(*id)));
         keys.extend(self.drains.keys().map(|id| Key::Drain(*id)));
         keys.extend(self.controller.as_ref().map(|_| Key::Controller));
+        keys.extend(self.generation.as_ref().map(|_| Key::Generation));
         keys.extend(self.topics.keys().map(|name| Key::Topic(name.clone())));
         for (topic, entries) in &self.partitions {
             for (number, entry) in (0..).zip(entries.iter()) {

@@ -34,7 +34,12 @@ pub(super) use self::{
     leading::Append,
     news::News,
 };
-use self::{leading::Writer, news::Told, replicas::Question, segments::Seat};
+use self::{
+    leading::Writer,
+    news::Told,
+    replicas::{Proposed, Question},
+    segments::Seat,
+};
 use super::{
     Standing, Surroundings,
     follower::Follower,
@@ -138,6 +143,8 @@ pub(super) struct Actor {
     writers_gone: bool,
     /// What the metadata store has not answered yet. One question at a time.
     asked: Option<Question>,
+    /// What was proposed last, for the log.
+    proposed: Option<Box<Proposed>>,
     tasks: Tasks,
 }
 
@@ -179,6 +186,7 @@ impl Actor {
             group_writers: Vec::new(),
             writers_gone: false,
             asked: None,
+            proposed: None,
             tasks: parts.tasks,
         };
         #[cfg(feature = "sim")]

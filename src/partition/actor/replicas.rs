@@ -3,7 +3,7 @@
 use super::{Actor, Part, news::Ack};
 use crate::{
     cluster::{PartitionValue, Revision},
-    model::{LeaderEpoch, PartitionId, listed},
+    model::{BrokerId, LeaderEpoch, PartitionId, listed},
     partition::{
         leader::{
             insync::{Agreed, Ends, InSync, Observed, Peer, Proposal},
@@ -11,6 +11,8 @@ use crate::{
         },
         role::{Answered, Beginning, Joined},
     },
+    task::clock,
+    telemetry::LogThrottle,
 };
 
 /// What was asked of the metadata store and is not answered yet.
@@ -29,6 +31,22 @@ enum About {
     Outcome,
     /// What the key says, because nothing else tells how it goes on with a leadership that was given up here.
     GivenUp,
+}
+
+/// The in-sync replicas that were proposed last. While the metadata store takes no change the proposal is repeated every 250 ms.
+pub(super) struct Proposed {
+    isr: Vec<BrokerId>,
+    log: LogThrottle,
+}
+
+impl Proposed {
+    /// Counts a proposal of these replicas. `Some` when it is to be logged, with how many there were since the last line.
+    fn occur(last: &mut Option<Box<Self>>, isr: &[BrokerId]) -> Option<u64> {
+        if last.as_ref().is_none_or(|proposed| proposed.isr != isr) {
+            *last = Some(Box::new(Self { isr: isr.to_vec(), log: LogThrottle::default() }));
+        }
+        last.as_mut()?.log.occur(clock::monotonic())
+    }
 }
 
 /// How long the metadata may take to bring what ends the wait of a leader that gave up, in milliseconds.
@@ -126,11 +144,13 @@ impl Actor {
             self.asked = Some(Question { epoch, about: About::Outcome });
             self.around.agreement.read_back(self.id);
         } else if let Some(proposal) = leader.in_sync_mut().proposal() {
-            tracing::info!(
-                topic = %self.topic, partition = %self.id, %epoch, isr = %listed(&proposal.value.isr),
-                elr = %listed(&proposal.value.elr), before = %listed(&leader.in_sync().value().isr),
-                "proposes other in-sync replicas"
-            );
+            if let Some(proposals) = Proposed::occur(&mut self.proposed, &proposal.value.isr) {
+                tracing::info!(
+                    topic = %self.topic, partition = %self.id, %epoch, proposals, isr = %listed(&proposal.value.isr),
+                    elr = %listed(&proposal.value.elr), before = %listed(&leader.in_sync().value().isr),
+                    "proposes other in-sync replicas"
+                );
+            }
             #[cfg(feature = "sim")]
             let added: Vec<_> = proposal.added.iter().map(|peer| (peer.broker, peer.epoch.0)).collect();
             saw!(Proposed {

@@ -1,0 +1,110 @@
+//! A lost manifest is made again by the partition's leader, where what is left in the bucket is what was committed.
+//!
+//! Reading every footer of a long history is dear, so a try that did not succeed is repeated only after [`RETRY_INTERVAL`], or when a person
+//! orders it (`strandline partition rebuild-manifest`).
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use tokio::time::Instant;
+
+use super::{
+    Partition,
+    upkeep::{Upkeep, UpkeepError, local},
+};
+use crate::{
+    model::{LeaderEpoch, PartitionId},
+    task::clock,
+    tier::{PartitionTier, Verdict},
+};
+
+/// Pause before a manifest that could not be rebuilt is tried again.
+const RETRY_INTERVAL: Duration = Duration::from_secs(600);
+
+/// Tries that did not succeed.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Rebuilds {
+    failed: Arc<Mutex<BTreeMap<PartitionId, Failure>>>,
+}
+
+/// A try that did not succeed.
+#[derive(Clone, Debug)]
+struct Failure {
+    /// The version of the manifest that is lost.
+    version: u64,
+    at: Instant,
+    why: String,
+}
+
+impl Rebuilds {
+    /// Why the last try of this version failed, where it is too early for another.
+    fn pending(&self, id: PartitionId, version: u64, now: Instant) -> Option<String> {
+        let failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
+        let failure = failed.get(&id)?;
+        let is_recent = failure.version == version && now.duration_since(failure.at) < RETRY_INTERVAL;
+        is_recent.then(|| failure.why.clone())
+    }
+
+    fn note(&self, id: PartitionId, outcome: Option<Failure>) {
+        let mut failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
+        match outcome {
+            Some(failure) => drop(failed.insert(id, failure)),
+            None => drop(failed.remove(&id)),
+        }
+    }
+}
+
+impl Upkeep {
+    /// Makes the partition's lost manifest again. Only a settled leader does; on every other replica nothing happens.
+    pub(super) async fn rebuild(
+        &self,
+        partition: &Partition,
+        tier: &PartitionTier,
+        object: &str,
+    ) -> Result<(), UpkeepError> {
+        let Some((epoch, true)) = local(partition).await?.leads else { return Ok(()) };
+        let (version, now) = (tier.state().version(), clock::monotonic());
+        let lost = |why: String| UpkeepError::ManifestLost {
+            object: object.to_owned(),
+            partition: format!("{}/{}", partition.topic(), partition.id().number),
+            why,
+        };
+        if let Some(why) = self.rebuilds.pending(partition.id(), version, now) {
+            return Err(lost(why));
+        }
+        match self.rebuild_now(partition, tier, epoch).await? {
+            None => {
+                self.rebuilds.note(partition.id(), None);
+                Ok(())
+            }
+            Some(why) => {
+                self.rebuilds.note(partition.id(), Some(Failure { version, at: now, why: why.clone() }));
+                Err(lost(why))
+            }
+        }
+    }
+
+    /// Returns why it is left to a person; `None` once it is committed.
+    async fn rebuild_now(
+        &self,
+        partition: &Partition,
+        tier: &PartitionTier,
+        epoch: LeaderEpoch,
+    ) -> Result<Option<String>, UpkeepError> {
+        let survey = tier.survey().await?;
+        if survey.verdict != Verdict::Committed {
+            return Ok(survey.doubt());
+        }
+        let staged = tier.stage_rebuilt(&survey.chain, survey.log_start, epoch).await?;
+        self.commit(partition, tier, staged, epoch).await?;
+        tracing::warn!(
+            partition = %partition.id(), topic = %partition.topic(), segments = survey.chain.len(), bytes = survey.bytes(),
+            left_over = survey.left_over,
+            "the manifest was lost; it was made again from the segments' footers, and is what was committed"
+        );
+        Ok(None)
+    }
+}

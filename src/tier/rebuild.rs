@@ -1,0 +1,464 @@
+//! A manifest that was lost, made again from the footers of the segment objects.
+//!
+//! # Overview
+//!
+//! The committed [`TierState`] says what the lost manifest covered: log start, tiered end, bytes. [`PartitionTier::survey`] reads the footer
+//! of every segment object in the partition's folder and looks for a chain of them that covers exactly that. Objects that crashes and
+//! deposed leaders left lie in the same folder, and must not get in:
+//!
+//! - A chain has no gap and no overlap, begins at or below the log start, and ends at the tiered end.
+//! - Neighbours agree on the leader epochs of the offsets that both know of: after an unclean election two objects may hold different
+//!   records at the same offsets.
+//! - Its bytes are those that were committed.
+//!
+//! Objects with the same range, the same bytes and the same epochs are the same records; one of them is as good as another. If exactly one
+//! chain remains, it is [`Verdict::Committed`], and a broker takes it by itself. In every other case a person decides on what is left: the
+//! longest chain that ends at the tiered end.
+//!
+//! The choice is pure; only the survey asks the store.
+
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+use futures::{StreamExt as _, stream};
+
+use super::{
+    footer::{Footer, TRAILER_BYTES, Trailer, epoch_of},
+    manifest::SegmentLine,
+    name::{Stamp, partition_folder},
+    partition::PartitionTier,
+    read::ReadError,
+    state::TierState,
+    store::{Listed, StoreError},
+    upload::UploadError,
+};
+use crate::model::{LeaderEpoch, Offset};
+
+/// Footers that are read side by side.
+const READS_AT_ONCE: usize = 8;
+
+/// Bytes read off an object's end at first. Most footers are shorter.
+const TAIL_BYTES: u64 = 64 << 10;
+
+/// Most chains that are followed from one offset. With more it is not known which was committed.
+const MAX_CHAINS: usize = 32;
+
+/// A segment object, as its footer tells it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Candidate {
+    line: SegmentLine,
+    data_crc: u32,
+    /// Epoch and first offset of each leader up to its end.
+    epochs: Vec<(LeaderEpoch, Offset)>,
+}
+
+/// How sure it is that the chain is what was committed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// It covers exactly what was committed, with as many bytes, and no other chain does.
+    Committed,
+    /// It covers what was committed, but has other bytes than were committed.
+    OtherBytes,
+    /// Several chains of different records cover what was committed. This one has the newest epochs.
+    Ambiguous,
+    /// Something is missing: it begins above the log start.
+    Incomplete,
+}
+
+/// What is left of a partition's history.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Survey {
+    /// What was committed.
+    pub state: TierState,
+    /// How sure the chain is.
+    pub verdict: Verdict,
+    /// Gap-free, oldest first; it ends at the tiered end. Empty where nothing does.
+    pub chain: Vec<SegmentLine>,
+    /// The log start with this chain: the committed one, or where the chain begins if that is later.
+    pub log_start: Offset,
+    /// Ranges between the committed log start and the tiered end that no object covers.
+    pub missing: Vec<(Offset, Offset)>,
+    /// Objects that cannot be used, and why.
+    pub unusable: Vec<(String, String)>,
+    /// Objects that are not in the chain: left over, or of other records.
+    pub left_over: usize,
+}
+
+impl Survey {
+    /// Bytes of batches in the chain.
+    pub fn bytes(&self) -> u64 {
+        self.chain.iter().map(|line| line.data_bytes).sum()
+    }
+
+    /// Why it is not what was committed, for people; `None` where it is.
+    pub fn doubt(&self) -> Option<String> {
+        let (start, end) = (self.state.log_start.min(self.state.tiered_end), self.state.tiered_end);
+        match self.verdict {
+            Verdict::Committed => None,
+            Verdict::OtherBytes => Some(format!(
+                "the objects that cover {start}..{end} have {} bytes, and {} were committed",
+                self.bytes(),
+                self.state.bytes
+            )),
+            Verdict::Ambiguous => {
+                Some(format!("several chains of objects with different records cover {start}..{end}"))
+            }
+            Verdict::Incomplete if self.missing.is_empty() => {
+                Some(format!("the objects that cover {start}..{end} do not belong together"))
+            }
+            Verdict::Incomplete => {
+                let ranges = self.missing.iter().map(|(from, to)| format!("{from}..{to}")).collect::<Vec<_>>();
+                Some(format!("no object covers {} of {start}..{end}", ranges.join(" ")))
+            }
+        }
+    }
+}
+
+impl PartitionTier {
+    /// Whether the current manifest and its pages can be read now. Asks the store, whatever is cached.
+    ///
+    /// # Errors
+    /// What is missing or damaged, or that the store does not answer.
+    pub async fn check_manifest(&self) -> Result<(), ReadError> {
+        let root = self.load_root(&self.state()).await?;
+        for line in root.pages() {
+            self.load_page(line).await?;
+        }
+        Ok(())
+    }
+
+    /// Looks at every segment object of the partition, and finds the chain that was committed, or what is left of it.
+    ///
+    /// # Errors
+    /// When the store does not answer.
+    pub async fn survey(&self) -> Result<Survey, UploadError> {
+        let (store, id, state) = (self.store(), self.id(), self.state());
+        // A folder that is not mounted lists nothing.
+        store.claim().await?;
+        let folder = format!("{}/", partition_folder(id));
+        let listed = store.list(folder.trim_end_matches('/')).await?;
+        let named = listed.into_iter().filter_map(|object| {
+            let stamp = Stamp::from_segment(object.object.strip_prefix(&folder)?).ok()?;
+            Some((stamp, object))
+        });
+        let (log_start, tiered_end) = (state.log_start, state.tiered_end);
+        let wanted = named.filter(|(stamp, _)| stamp.end > log_start && stamp.end <= tiered_end);
+        let reads = wanted.map(|(stamp, object)| async move {
+            let name = object.object.clone();
+            (name, self.candidate(stamp, object).await)
+        });
+        let mut reads = stream::iter(reads).buffer_unordered(READS_AT_ONCE);
+        let (mut candidates, mut unusable) = (Vec::new(), Vec::new());
+        while let Some((name, read)) = reads.next().await {
+            match read {
+                Ok(candidate) => candidates.push(candidate),
+                Err(error @ (ReadError::Missing { .. } | ReadError::Damaged { .. })) => {
+                    unusable.push((name, error.to_string()));
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        unusable.sort();
+        Ok(choose(state, candidates, unusable))
+    }
+
+    /// Reads one object's footer.
+    async fn candidate(&self, stamp: Stamp, object: Listed) -> Result<Candidate, ReadError> {
+        let damaged = |reason: String| ReadError::Damaged { object: object.object.clone(), reason };
+        let tail = self.tail(&object, TAIL_BYTES).await?;
+        let trailer = Trailer::parse(&tail).map_err(|error| damaged(error.to_string()))?;
+        let footer_bytes = trailer.footer_bytes();
+        let tail = if footer_bytes > tail.len() as u64 { self.tail(&object, footer_bytes).await? } else { tail };
+        let start = usize::try_from(footer_bytes).ok().and_then(|bytes| tail.len().checked_sub(bytes));
+        let start = start.ok_or_else(|| damaged("it is shorter than its footer says".to_owned()))?;
+        let footer = Footer::parse(&tail).map_err(|error| damaged(error.to_string()))?;
+        let same = (footer.partition, footer.base, footer.end, footer.writer_epoch)
+            == (self.id(), stamp.base, stamp.end, stamp.epoch);
+        if !same || footer.data_bytes + footer_bytes != object.bytes {
+            return Err(damaged("its footer does not belong to an object of this name and length".to_owned()));
+        }
+        let line = SegmentLine {
+            stamp,
+            data_bytes: footer.data_bytes,
+            footer_bytes: u32::try_from(footer_bytes).map_err(|error| damaged(error.to_string()))?,
+            crc: crc32c::crc32c_append(footer.data_crc, &tail[start..]),
+            max_timestamp_ms: footer.max_timestamp_ms,
+            // The manifest alone knew when the segment was begun. It was written later than that, so nothing expires too early.
+            created_ms: object.modified_ms,
+        };
+        Ok(Candidate { line, data_crc: footer.data_crc, epochs: footer.epochs })
+    }
+
+    async fn tail(&self, object: &Listed, bytes: u64) -> Result<Bytes, StoreError> {
+        if object.bytes < TRAILER_BYTES as u64 {
+            return Ok(Bytes::new());
+        }
+        self.store().get_range(&object.object, object.bytes.saturating_sub(bytes)..object.bytes).await
+    }
+}
+
+/// The chain that was committed, or what is left.
+fn choose(state: TierState, candidates: Vec<Candidate>, unusable: Vec<(String, String)>) -> Survey {
+    let (start, end) = (state.log_start.min(state.tiered_end), state.tiered_end);
+    let all = candidates.len();
+    let missing = uncovered(start, end, &candidates);
+    let candidates = distinct(candidates, state.epoch);
+    let chains = chains(end, &candidates);
+    let whole: Vec<&Chain> = if start == end {
+        chains.get(&end).into_iter().flatten().collect()
+    } else {
+        let holds = |chain: &&Chain| chain.first.is_some_and(|first| candidates[first].line.stamp.end > start);
+        chains.range(..=start).flat_map(|(_, chains)| chains).filter(holds).collect()
+    };
+    let exact: Vec<&Chain> = whole.iter().copied().filter(|chain| chain.bytes == state.bytes).collect();
+    let crowded = chains.values().any(|chains| chains.len() >= MAX_CHAINS);
+    let (verdict, chain) = match (exact.as_slice(), whole.as_slice()) {
+        ([only], _) if !crowded => (Verdict::Committed, Some(*only)),
+        ([first, ..], _) => (Verdict::Ambiguous, Some(*first)),
+        ([], [first, ..]) => (Verdict::OtherBytes, Some(*first)),
+        ([], []) => (Verdict::Incomplete, chains.values().flatten().next()),
+    };
+    let chain: Vec<SegmentLine> = chain.map(|chain| chain.lines(&chains, &candidates)).unwrap_or_default();
+    let log_start = chain.first().map_or(end, |line| line.stamp.base).max(start);
+    let left_over = all - chain.len();
+    Survey { state, verdict, chain, log_start, missing, unusable, left_over }
+}
+
+/// A chain of segments up to the tiered end: its first one, and which of the chains from that one's end on it goes on with.
+#[derive(Clone, Copy)]
+struct Chain {
+    first: Option<usize>,
+    next: usize,
+    bytes: u64,
+}
+
+impl Chain {
+    fn lines(&self, chains: &BTreeMap<Offset, Vec<Self>>, candidates: &[Candidate]) -> Vec<SegmentLine> {
+        let (mut lines, mut at) = (Vec::new(), *self);
+        while let Some(first) = at.first {
+            lines.push(candidates[first].line);
+            at = chains[&candidates[first].line.stamp.end][at.next];
+        }
+        lines
+    }
+}
+
+/// Every chain that ends at `end`, by the offset where it begins; of those from one offset, those of newer epochs first.
+fn chains(end: Offset, candidates: &[Candidate]) -> BTreeMap<Offset, Vec<Chain>> {
+    let mut order: Vec<usize> = (0..candidates.len()).collect();
+    let key = |at: &usize| {
+        let stamp = candidates[*at].line.stamp;
+        (std::cmp::Reverse(stamp.base), std::cmp::Reverse(stamp.epoch), stamp.attempt)
+    };
+    order.sort_by_key(key);
+    let mut chains = BTreeMap::from([(end, vec![Chain { first: None, next: 0, bytes: 0 }])]);
+    for at in order {
+        let one = &candidates[at];
+        let Some(following) = chains.get(&one.line.stamp.end) else { continue };
+        let fits = |(_, chain): &(usize, &Chain)| chain.first.is_none_or(|first| agree(one, &candidates[first]));
+        let longer = following.iter().enumerate().filter(fits).map(|(next, chain)| Chain {
+            first: Some(at),
+            next,
+            bytes: chain.bytes.saturating_add(one.line.data_bytes),
+        });
+        let longer: Vec<Chain> = longer.collect();
+        let here = chains.entry(one.line.stamp.base).or_default();
+        here.extend(longer);
+        here.truncate(MAX_CHAINS);
+    }
+    chains.retain(|_, chains| !chains.is_empty());
+    chains
+}
+
+/// Objects of different records, none of an epoch above the committed one.
+fn distinct(candidates: Vec<Candidate>, committed: LeaderEpoch) -> Vec<Candidate> {
+    let mut distinct: Vec<Candidate> = Vec::with_capacity(candidates.len());
+    let mut sorted = candidates;
+    sorted.sort_by_key(|one| (one.line.stamp.base, std::cmp::Reverse(one.line.stamp.epoch), one.line.stamp.attempt));
+    for one in sorted.into_iter().filter(|one| one.line.stamp.epoch <= committed) {
+        let base = one.line.stamp.base;
+        let mut known = distinct.iter().rev().take_while(|known| known.line.stamp.base == base);
+        if !known.any(|known| is_same(known, &one)) {
+            distinct.push(one);
+        }
+    }
+    distinct
+}
+
+fn is_same(one: &Candidate, other: &Candidate) -> bool {
+    one.line.stamp.end == other.line.stamp.end
+        && (one.line.data_bytes, one.data_crc) == (other.line.data_bytes, other.data_crc)
+        && one.epochs == other.epochs
+}
+
+/// Whether both footers tell the same leader epochs for the offsets of the first object that the second one's epochs reach back to.
+fn agree(before: &Candidate, after: &Candidate) -> bool {
+    let (base, end) = (before.line.stamp.base, before.line.stamp.end);
+    let known_from = after.epochs.first().map_or(end, |(_, first)| *first).max(base);
+    if known_from >= end {
+        return true;
+    }
+    let changes = before.epochs.iter().chain(&after.epochs).map(|(_, first)| *first);
+    let mut offsets = changes.filter(|offset| (known_from..end).contains(offset)).chain([known_from]);
+    offsets.all(|offset| epoch_of(&before.epochs, offset) == epoch_of(&after.epochs, offset))
+}
+
+/// What of a range no object covers.
+fn uncovered(start: Offset, end: Offset, candidates: &[Candidate]) -> Vec<(Offset, Offset)> {
+    let mut stamps: Vec<&Stamp> = candidates.iter().map(|one| &one.line.stamp).collect();
+    stamps.sort_by_key(|stamp| stamp.base);
+    let (mut missing, mut reached) = (Vec::new(), start);
+    for stamp in stamps {
+        if stamp.base > reached {
+            missing.push((reached, stamp.base.min(end)));
+        }
+        reached = reached.max(stamp.end);
+    }
+    if reached < end {
+        missing.push((reached, end));
+    }
+    missing
+}
+
+/// The object that a read failed for, where it is a manifest or a page of one that is missing or damaged.
+pub(super) fn lost_manifest(error: &ReadError) -> Option<&str> {
+    let (ReadError::Missing { object } | ReadError::Damaged { object, .. }) = error else { return None };
+    let file = object.rsplit('/').next().unwrap_or(object);
+    let is_manifest = file.parse::<super::name::ManifestName>().is_ok() || Stamp::from_page(file).is_ok();
+    is_manifest.then_some(object)
+}
+
+#[cfg(test)]
+mod tests {
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::tier::ManifestName;
+
+    fn at(offset: u64) -> Offset {
+        Offset::new(offset).expect("small")
+    }
+
+    /// An object `base..end` of so many bytes, written in `epoch`, whose records `crc` stands for.
+    fn object(base: u64, end: u64, epoch: u32, crc: u32) -> Candidate {
+        let attempt =
+            Uuid::from_u128(u128::from(base) << 64 | u128::from(end) << 32 | u128::from(epoch) << 16 | u128::from(crc));
+        let line = SegmentLine {
+            stamp: Stamp { base: at(base), end: at(end), epoch: LeaderEpoch(epoch), attempt },
+            data_bytes: (end - base) * 10,
+            footer_bytes: 100,
+            crc,
+            max_timestamp_ms: 1,
+            created_ms: 1,
+        };
+        Candidate { line, data_crc: crc, epochs: vec![(LeaderEpoch(0), at(0))] }
+    }
+
+    fn with_epochs(mut one: Candidate, epochs: &[(u32, u64)]) -> Candidate {
+        one.epochs = epochs.iter().map(|(epoch, first)| (LeaderEpoch(*epoch), at(*first))).collect();
+        one
+    }
+
+    fn state(log_start: u64, end: u64, bytes: u64) -> TierState {
+        TierState {
+            manifest: Some(ManifestName { version: 7, epoch: LeaderEpoch(5), attempt: Uuid::from_u128(1) }),
+            tiered_end: at(end),
+            log_start: at(log_start),
+            epoch: LeaderEpoch(5),
+            bytes,
+        }
+    }
+
+    fn ranges(survey: &Survey) -> Vec<(u64, u64)> {
+        survey.chain.iter().map(|line| (line.stamp.base.get(), line.stamp.end.get())).collect()
+    }
+
+    #[test]
+    fn the_one_chain_that_matches_what_was_committed_is_taken() {
+        // 0..100 was trimmed away and is garbage; 300..400 was never committed.
+        let objects = [object(300, 400, 5, 9), object(200, 300, 5, 3), object(100, 200, 4, 2), object(0, 100, 4, 1)];
+        let survey = choose(state(150, 300, 2000), objects[1..3].to_vec(), Vec::new());
+        assert_eq!((survey.verdict, ranges(&survey)), (Verdict::Committed, vec![(100, 200), (200, 300)]));
+        assert_eq!((survey.log_start, survey.bytes(), survey.doubt()), (at(150), 2000, None));
+        let survey = choose(state(300, 300, 0), Vec::new(), Vec::new());
+        assert_eq!(
+            (survey.verdict, survey.log_start),
+            (Verdict::Committed, at(300)),
+            "an empty manifest is one as well"
+        );
+    }
+
+    #[test]
+    fn a_missing_segment_is_named_and_what_is_left_begins_behind_it() {
+        let objects = vec![object(0, 100, 4, 1), object(200, 300, 5, 3), object(300, 350, 5, 4)];
+        let survey = choose(state(0, 350, 3500), objects, Vec::new());
+        assert_eq!((survey.verdict, ranges(&survey)), (Verdict::Incomplete, vec![(200, 300), (300, 350)]));
+        assert_eq!((survey.missing.clone(), survey.log_start), (vec![(at(100), at(200))], at(200)));
+        assert!(survey.doubt().expect("something is missing").contains("100..200"), "{survey:?}");
+        // Nothing ends at the tiered end.
+        let survey = choose(state(0, 350, 3500), vec![object(0, 100, 4, 1)], Vec::new());
+        assert_eq!((survey.verdict, survey.log_start, survey.chain.len()), (Verdict::Incomplete, at(350), 0));
+    }
+
+    #[test]
+    fn two_objects_of_the_same_records_are_one_and_of_different_records_are_doubt() {
+        let (again, other) = (object(100, 200, 4, 2), object(100, 200, 3, 99));
+        let mut retried = again.clone();
+        retried.line.stamp.epoch = LeaderEpoch(3);
+        let whole = [object(0, 100, 4, 1), again];
+        let survey = choose(state(0, 200, 2000), [&whole[..], &[retried]].concat(), Vec::new());
+        assert_eq!((survey.verdict, survey.left_over), (Verdict::Committed, 1));
+        let survey = choose(state(0, 200, 2000), [&whole[..], &[other]].concat(), Vec::new());
+        assert_eq!(survey.verdict, Verdict::Ambiguous);
+        assert_eq!(survey.chain[1].stamp.epoch, LeaderEpoch(4), "the newest epoch is proposed");
+    }
+
+    /// A deposed leader's object holds other records under the same range, with as many bytes; the true one is gone.
+    #[test]
+    fn an_object_of_a_history_that_lost_is_not_taken_though_its_range_and_bytes_fit() {
+        let lost = with_epochs(object(100, 200, 3, 99), &[(0, 0), (3, 150)]);
+        let next = with_epochs(object(200, 300, 5, 3), &[(0, 0), (4, 120)]);
+        let survey = choose(state(100, 300, 2000), vec![lost, next.clone()], Vec::new());
+        assert_eq!((survey.verdict, survey.log_start), (Verdict::Incomplete, at(200)));
+        let kept = with_epochs(object(100, 200, 4, 2), &[(0, 0), (4, 120)]);
+        let survey = choose(state(100, 300, 2000), vec![kept, next], Vec::new());
+        assert_eq!(survey.verdict, Verdict::Committed);
+    }
+
+    #[test]
+    fn an_object_of_a_later_epoch_than_was_committed_is_left_out() {
+        let survey = choose(state(0, 100, 1000), vec![object(0, 100, 6, 1)], Vec::new());
+        assert_eq!((survey.verdict, survey.left_over), (Verdict::Incomplete, 1));
+    }
+
+    #[test]
+    fn bytes_that_were_not_committed_are_doubt() {
+        let survey = choose(state(0, 100, 999), vec![object(0, 100, 4, 1)], Vec::new());
+        assert_eq!((survey.verdict, survey.log_start), (Verdict::OtherBytes, at(0)));
+        assert!(survey.doubt().expect("doubt").contains("999"));
+    }
+
+    #[test]
+    fn many_pieces_in_many_ways_are_not_guessed_at() {
+        // Every neighbouring pair also lies there in one piece: the chains double with each step.
+        let mut objects = Vec::new();
+        for piece in 0..20 {
+            objects.push(object(piece * 10, piece * 10 + 10, 4, 1));
+            objects.push(object(piece * 10, piece * 10 + 20, 4, 2));
+        }
+        let survey = choose(state(0, 200, 2000), objects, Vec::new());
+        assert_eq!(survey.verdict, Verdict::Ambiguous);
+    }
+
+    #[test]
+    fn only_manifests_and_pages_are_lost_manifests() {
+        let stamp = Stamp { base: at(0), end: at(9), epoch: LeaderEpoch(1), attempt: Uuid::from_u128(7) };
+        let missing = |object: String| ReadError::Missing { object };
+        let root = format!("topics/x/0/{}", state(0, 1, 1).manifest.expect("set"));
+        assert_eq!(lost_manifest(&missing(root.clone())), Some(&*root));
+        assert!(lost_manifest(&missing(format!("topics/x/0/{}", stamp.page()))).is_some());
+        assert!(lost_manifest(&missing(format!("topics/x/0/{}", stamp.segment()))).is_none());
+        let away = StoreError::Unavailable { object: root, reason: "away".to_owned() };
+        assert!(lost_manifest(&ReadError::Store(away)).is_none());
+    }
+}

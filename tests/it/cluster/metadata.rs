@@ -1,0 +1,176 @@
+//! A real etcd that has no space, or goes back to a backup, under real brokers.
+
+use std::fs;
+
+use etcd_client::{AlarmAction, AlarmOptions, AlarmType, Client, CompactionOptions};
+use serde_json::Value;
+
+use super::members::{Cluster, answers};
+use crate::{etcd::Etcd, patience::eventually};
+
+/// A cluster of so many brokers over an etcd of one member.
+fn over_one_member(brokers: u32, flags: &[String]) -> Cluster {
+    let mut cluster = Cluster::over(Etcd::begin(1, "http", flags));
+    for id in 1..=brokers {
+        let home = cluster.new_home(id).topic_default("segment.ms", 300);
+        cluster.add(id, home);
+    }
+    cluster.ready();
+    cluster
+}
+
+fn restore(cluster: &mut Cluster, backup: &str) {
+    cluster.etcd.kill_all();
+    cluster.etcd.restore(backup);
+    cluster.etcd.run_all();
+    answers(&cluster.etcd);
+}
+
+fn back_up(cluster: &mut Cluster, backup: &str) {
+    cluster.etcd.kill_all();
+    cluster.etcd.back_up(backup);
+    cluster.etcd.run_all();
+    answers(&cluster.etcd);
+}
+
+#[test]
+fn an_etcd_that_went_back_is_noticed_and_orders_are_refused_until_brokers_are_restarted() {
+    let mut cluster = over_one_member(2, &[]);
+    let cli = cluster.cli();
+    cli.ok(&["topic", "create", "t", "--replication-factor", "2"]);
+    cluster.in_sync("t", 2);
+    back_up(&mut cluster, "before");
+    eventually("etcd takes orders again", || (cli.run(&["topic", "create", "later"]).code == 0).then_some(()));
+    restore(&mut cluster, "before");
+    for id in [1, 2] {
+        eventually("the broker notices, though nobody asks for anything", || {
+            (cluster.home(id).metric("strandline_metadata_regressed") > 0.0).then_some(())
+        });
+        assert_eq!(cluster.log(id).matches("the metadata store went back").count(), 1, "{}", cluster.log(id));
+    }
+    let refused = cli.run(&["topic", "create", "fresh"]);
+    assert!(refused.code == 1 && refused.stderr.contains("after revision"), "{refused:?}");
+    assert!(cli.ok(&["cluster", "describe"]).text().contains("broker 1 refuses orders (METADATA_REGRESSED)"));
+    // Reads and appends need no store.
+    cli.ok_with(&["produce", "t"], b"one\ntwo\n");
+    assert_eq!(cli.ok(&["consume", "t", "--from", "earliest", "--until-end"]).text(), "one\ntwo\n");
+
+    for id in [1, 2] {
+        cluster.kill(id);
+    }
+    for id in [1, 2] {
+        cluster.begin(id);
+    }
+    cluster.ready();
+    cli.ok(&["topic", "create", "fresh"]);
+    let read = eventually("what was acknowledged is there", || {
+        let read = cli.run(&["consume", "t", "--from", "earliest", "--until-end"]);
+        (read.code == 0).then(|| read.text())
+    });
+    assert_eq!(read, "one\ntwo\n");
+    assert!(cluster.home(1).metric("strandline_metadata_regressed") == 0.0);
+}
+
+fn generation(path: &std::path::Path) -> Option<u64> {
+    let text = fs::read(path).expect("the file is there");
+    serde_json::from_slice::<Value>(&text).expect("JSON")["generation"].as_u64()
+}
+
+#[test]
+fn a_generation_is_raised_by_order_and_an_etcd_of_an_older_one_starts_no_broker() {
+    let mut cluster = over_one_member(1, &[]);
+    let (card, directory) = (cluster.bucket().join("cluster.json"), cluster.home(1).data_dir().join("strandline.json"));
+    assert_eq!((generation(&card), generation(&directory)), (Some(1), Some(1)), "a new cluster's");
+    let config = cluster.home(1).write_config().display().to_string();
+    let cli = cluster.cli();
+    let refused = cli.run(&["cluster", "new-generation", "--config", &config]);
+    assert!(refused.code == 1 && refused.stderr.contains("stop all brokers first"), "{refused:?}");
+
+    cluster.stop(1);
+    back_up(&mut cluster, "first");
+    let raised = cli.ok(&["cluster", "new-generation", "--config", &config]).text();
+    assert!(raised.contains("generation is 2"), "{raised}");
+    assert_eq!((generation(&card), generation(&directory)), (Some(2), Some(1)), "the directory follows at its start");
+    cluster.restart(1);
+    assert_eq!(generation(&directory), Some(2));
+
+    cluster.stop(1);
+    restore(&mut cluster, "first");
+    let ended = |cluster: &mut Cluster| {
+        cluster.begin(1);
+        eventually("the start ends", || (!cluster.is_running(1)).then_some(()));
+        cluster.log(1)
+    };
+    let log = ended(&mut cluster);
+    assert!(log.contains("at cluster generation 1, and this data directory took part in generation 2"), "{log}");
+    // Another directory, the same bucket.
+    cluster.wipe(1);
+    let log = ended(&mut cluster);
+    assert!(log.contains("at cluster generation 1, and") && log.contains("cluster.json at 2"), "{log}");
+    let raised = cli.ok(&["cluster", "new-generation", "--config", &config]).text();
+    assert!(raised.contains("generation is 3"), "{raised}");
+    cluster.restart(1);
+    assert_eq!((generation(&card), generation(&directory)), (Some(3), Some(3)));
+}
+
+/// Fills etcd up to its quota, under the alarm.
+async fn fill(client: &mut Client) {
+    let filler = vec![b'x'; 512 << 10];
+    for number in 0..100 {
+        if let Err(error) = client.put(format!("/filler/{number}"), filler.clone(), None).await {
+            assert!(error.to_string().contains("database space exceeded"), "{error}");
+            return;
+        }
+    }
+    panic!("etcd never said that it is full");
+}
+
+/// The remedy of the message.
+async fn make_room(client: &mut Client) {
+    let options = etcd_client::DeleteOptions::new().with_prefix();
+    let deleted = client.delete("/filler/", Some(options)).await.expect("deletions go on");
+    let revision = deleted.header().expect("a header").revision();
+    client.compact(revision, Some(CompactionOptions::new().with_physical())).await.expect("compacted");
+    client.defragment().await.expect("defragmented");
+    let alarms = client.alarm(AlarmAction::Get, AlarmType::None, None).await.expect("etcd answers");
+    for alarm in alarms.alarms() {
+        let mut of_member = AlarmOptions::new();
+        of_member.with_member(alarm.member_id());
+        client.alarm(AlarmAction::Deactivate, AlarmType::Nospace, Some(of_member)).await.expect("disarmed");
+    }
+}
+
+#[test]
+fn an_etcd_without_space_is_waited_for_in_few_words_also_at_a_start() {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    let mut cluster = over_one_member(1, &["--quota-backend-bytes=8388608".to_owned()]);
+    let cli = cluster.cli();
+    cli.ok(&["topic", "create", "t"]);
+    let mut client = runtime.block_on(Client::connect([cluster.etcd.endpoint(0)], None)).expect("it connects");
+    runtime.block_on(fill(&mut client));
+    // Segments are sealed by age all the time, which succeeds; their commits do not.
+    let failures = |cluster: &Cluster| cluster.home(1).metric("strandline_tier_upload_failures_total");
+    eventually("upkeep has failed more than a few times", || {
+        cli.ok_with(&["produce", "t"], b"line\n");
+        (failures(&cluster) >= 5.0).then_some(())
+    });
+    let log = cluster.log(1);
+    assert_eq!(log.matches("waits for the metadata store; segments stay").count(), 1, "{log}");
+    assert_eq!(log.matches("upkeep works again").count() + log.matches("upkeep failed").count(), 0, "{log}");
+    let refused = cli.run(&["topic", "create", "fresh"]);
+    assert!(refused.code == 1 && refused.stderr.contains("disarm the alarm"), "{refused:?}");
+
+    let home = cluster.new_home(2);
+    cluster.add(2, home);
+    eventually("a start says the remedy", || {
+        cluster.log(2).contains("compact its history, defragment each member, then disarm the alarm").then_some(())
+    });
+    assert!(cluster.is_running(2), "and goes on waiting");
+    runtime.block_on(make_room(&mut client));
+    cluster.ready();
+    eventually("what waited is committed", || {
+        let state = &cluster.partitions("t")[0];
+        (state["tiered_end"] == state["high_watermark"]).then_some(())
+    });
+    cli.ok(&["topic", "create", "fresh"]);
+}
