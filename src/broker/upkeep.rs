@@ -16,6 +16,7 @@ use crate::{
     partition::{Partition, UpkeepError},
     task::clock,
     telemetry::LogThrottle,
+    tier::Store,
 };
 
 /// How often old active segments are looked for, at most.
@@ -33,6 +34,9 @@ pub(super) fn spawn(broker: &Arc<Broker>) {
         broker.tasks.spawn("upkeep", work(Arc::clone(broker)));
     }
     broker.tasks.spawn("upkeep clock", tick(Arc::clone(broker)));
+    if let Some(tier) = &broker.tier {
+        broker.tasks.spawn("upkeep outages", resume_after_outages(Arc::clone(broker), tier.store.clone()));
+    }
 }
 
 /// Partitions whose last steps failed. Shown, it is how many, and the one that has failed for longest; nothing while all is well.
@@ -197,6 +201,23 @@ async fn tick(broker: Arc<Broker>) {
     let mut pause = least;
     let mut retention_at = clock::monotonic();
     loop {
+        /// Steps that failed because the object store was away are tried again as soon as it is back.
+        async fn resume_after_outages(broker: Arc<Broker>, store: Store) {
+            loop {
+                tokio::select! {
+                    biased;
+                    () = broker.tasks.cancelled() => return,
+                    () = outage(&store) => broker.upkeep_queue.retry_now(),
+                }
+            }
+        }
+
+        /// Waits for one outage and its end.
+        async fn outage(store: &Store) {
+            store.until_away().await;
+            store.until_back().await;
+        }
+
         tokio::select! {
             biased;
             () = broker.tasks.cancelled() => return,

@@ -111,6 +111,17 @@ impl UpkeepQueue {
         self.inner.notify.notify_one();
     }
 
+    /// Those that wait after a failure are due now.
+    pub fn retry_now(&self) {
+        let mut state = self.lock();
+        while let Some(((_, id), ())) = state.later.pop_first() {
+            state.known.insert(id, Place::Queued);
+            state.due.push_back(id);
+        }
+        drop(state);
+        self.inner.notify.notify_one();
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.inner.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -149,5 +160,19 @@ mod tests {
         queue.push(id(1));
         assert_eq!(queue.next().await, id(1));
         assert!(clock::monotonic() - begin >= Duration::from_secs(3));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn failed_partitions_are_due_at_once_when_their_cause_is_over() {
+        let queue = UpkeepQueue::default();
+        for number in 1..=2 {
+            queue.push(id(number));
+            assert_eq!(queue.next().await, id(number));
+            queue.failed(id(number), Duration::from_secs(60));
+        }
+        let begin = clock::monotonic();
+        queue.retry_now();
+        assert_eq!((queue.next().await, queue.next().await), (id(1), id(2)));
+        assert_eq!(clock::monotonic(), begin);
     }
 }

@@ -1,7 +1,7 @@
 //! What all partitions of a broker keep of the bucket: parsed manifests, pages and footers, and aligned chunks of
 //! segment objects, in memory and then in a folder.
 //!
-//! A chunk is fetched once however many readers wait for it. It goes to the folder when it is fetched for the second time: who
+//! A chunk is fetched once however many readers wait for it, and goes on being fetched when they leave. It goes to the folder when it is fetched for the second time: who
 //! reads history once shall neither write it all to the disk that appends wait for, nor push out what others come back to. All
 //! objects here are immutable and named once, so nothing is ever stale; what turns out damaged is forgotten and fetched again.
 //! The folder begins empty at each start: its files carry a checksum, and losing them costs requests only.
@@ -24,10 +24,11 @@ use uuid::Uuid;
 
 use super::{
     files::{self, CacheFolder},
+    flights::Flights,
     footer::Footer,
     manifest::{Page, Root, SegmentLine},
     read::ReadError,
-    store::Store,
+    store::{Store, StoreError},
 };
 use crate::{
     limits,
@@ -115,7 +116,9 @@ pub struct Cache {
 
 struct Inner {
     chunks: Moka<Key, Bytes>,
+    chunk_flights: Arc<Flights<Key, Bytes>>,
     parsed: Moka<Uuid, Parsed>,
+    parsed_flights: Arc<Flights<Uuid, Parsed>>,
     disk: Option<Arc<Disk>>,
     hits: Counter,
     misses: Counter,
@@ -148,11 +151,13 @@ impl Cache {
                 .max_capacity(options.memory_bytes - parsed_bytes)
                 .weigher(|_, chunk: &Bytes| weight(chunk.len() + 128))
                 .build(),
+            chunk_flights: Arc::default(),
             parsed: Moka::builder()
                 .eviction_policy(EvictionPolicy::lru())
                 .max_capacity(parsed_bytes)
                 .weigher(|_, parsed: &Parsed| weight(parsed.bytes()))
                 .build(),
+            parsed_flights: Arc::default(),
             disk: options
                 .disk
                 .as_ref()
@@ -168,11 +173,23 @@ impl Cache {
     }
 
     /// A parsed object, by the attempt that its name ends in; loaded by the first who asks.
-    pub(super) async fn parsed<F>(&self, attempt: Uuid, load: F) -> Result<Parsed, ReadError>
+    pub(super) async fn parsed<F>(&self, store: &Store, attempt: Uuid, load: F) -> Result<Parsed, ReadError>
     where
-        F: Future<Output = Result<Parsed, ReadError>>,
+        F: Future<Output = Result<Parsed, ReadError>> + Send + 'static,
     {
-        self.inner.parsed.try_get_with(attempt, load).await.map_err(|error| ReadError::clone(&error))
+        if let Some(parsed) = self.inner.parsed.get(&attempt).await {
+            return Ok(parsed);
+        }
+        let inner = Arc::clone(&self.inner);
+        let load = || async move {
+            if let Some(parsed) = inner.parsed.get(&attempt).await {
+                return Ok(parsed);
+            }
+            let parsed = load.await?;
+            inner.parsed.insert(attempt, parsed.clone()).await;
+            Ok(parsed)
+        };
+        self.inner.parsed_flights.join(store.tasks(), attempt, load).await.0
     }
 
     /// Puts a parsed object in that was made here.
@@ -189,14 +206,38 @@ impl Cache {
         index: u64,
     ) -> Result<(Bytes, bool), ReadError> {
         let key = Key { attempt: line.stamp.attempt, index };
-        let fetch = self.inner.fetch(store, object, line, key);
-        let found = self.inner.chunks.entry(key).or_try_insert_with(fetch).await;
-        let entry = found.map_err(|error| ReadError::clone(&error))?;
-        let there = !entry.is_fresh();
-        if there {
+        if let Some(chunk) = self.inner.chunks.get(&key).await {
+            self.inner.hits.inc();
+            return Ok((chunk, true));
+        }
+        let (chunk, joined) = self.piece(store, object, *line, index, None).await;
+        let chunk = chunk?;
+        if joined {
             self.inner.hits.inc();
         }
-        Ok((entry.into_value(), there))
+        Ok((chunk, joined))
+    }
+
+    /// Fetches a chunk that is not there, or waits for whoever does.
+    fn fly<F>(
+        &self,
+        store: &Store,
+        key: Key,
+        fetch: F,
+    ) -> impl Future<Output = (Result<Bytes, ReadError>, bool)> + Send + use<F>
+    where
+        F: Future<Output = Result<Bytes, ReadError>> + Send + 'static,
+    {
+        let inner = Arc::clone(&self.inner);
+        let load = || async move {
+            if let Some(chunk) = inner.chunks.get(&key).await {
+                return Ok(chunk);
+            }
+            let chunk = fetch.await?;
+            inner.chunks.insert(key, chunk.clone()).await;
+            Ok(chunk)
+        };
+        self.inner.chunk_flights.join(store.tasks(), key, load)
     }
 
     /// Forgets chunks that turned out damaged.
@@ -246,15 +287,13 @@ impl Cache {
         for run in absent.chunk_by(is_neighbour) {
             let flight = self.flight(store, object, &line, run[0]..run[0] + run.len() as u64);
             for (place, index) in run.iter().copied().enumerate() {
-                let (cache, store, object) = (self.clone(), store.clone(), object.to_owned());
-                let (permit, flight) = (permits.split(1), (run.len() > 1).then(|| flight.clone()));
+                let (permit, flight) = (permits.split(1), (run.len() > 1).then(|| (flight.clone(), place)));
+                // It is under way before its reader comes, who then waits for it instead of fetching it again.
+                let fetched = self.piece(store, object, line, index, flight);
+                let object = object.to_owned();
                 tasks.spawn("tier read-ahead", async move {
-                    let fetched = match flight {
-                        Some(flight) => cache.piece(&store, &object, &line, index, (flight, place)).await,
-                        None => cache.chunk(&store, &object, &line, index).await.map(drop),
-                    };
                     // Whoever needs the chunk asks again and sees the error.
-                    if let Err(error) = fetched {
+                    if let (Err(error), _) = fetched.await {
                         tracing::debug!(object, index, %error, "read-ahead failed");
                     }
                     drop(permit);
@@ -268,31 +307,36 @@ impl Cache {
     fn flight(&self, store: &Store, object: &str, line: &SegmentLine, indexes: Range<u64>) -> Flight {
         let (store, object) = (store.clone(), object.to_owned());
         let range = indexes.start * CHUNK_BYTES..line.object_bytes().min(indexes.end * CHUNK_BYTES);
-        async move { store.get_range(&object, range).await.map_err(ReadError::from) }.boxed().shared()
+        let request = async move { store.unless_away(&object, store.get_range(&object, range)).await };
+        request.map(|outcome| outcome.map_err(ReadError::from)).boxed().shared()
     }
 
-    /// Takes a chunk out of a flight that brings it at this place. Where the flight fails, for its other chunks perhaps, it is
-    /// fetched alone.
-    async fn piece(
+    /// Fetches a chunk: out of a flight that brings it at this place, or alone. Where the flight fails, for its other chunks perhaps, it is
+    /// fetched alone as well.
+    fn piece(
         &self,
         store: &Store,
         object: &str,
-        line: &SegmentLine,
+        line: SegmentLine,
         index: u64,
-        (flight, place): (Flight, usize),
-    ) -> Result<(), ReadError> {
+        flight: Option<(Flight, usize)>,
+    ) -> impl Future<Output = (Result<Bytes, ReadError>, bool)> + Send + use<> {
         let key = Key { attempt: line.stamp.attempt, index };
-        let cut = async {
-            let Ok(whole) = flight.await else { return self.inner.fetch(store, object, line, key).await };
+        let (inner, its_store, object) = (Arc::clone(&self.inner), store.clone(), object.to_owned());
+        let cut = async move {
+            let whole = match flight {
+                Some((flight, place)) => flight.await.ok().map(|whole| (whole, place)),
+                None => None,
+            };
+            let Some((whole, place)) = whole else { return inner.fetch(&its_store, &object, &line, key).await };
             let chunk = usize::try_from(CHUNK_BYTES).expect("a usize holds 32 bits");
             let start = whole.len().min(place * chunk);
             // In memory of its own: a part would hold the whole.
             let chunk = Bytes::copy_from_slice(&whole[start..whole.len().min(start + chunk)]);
-            self.inner.fetched(store, key, &chunk).await;
+            inner.fetched(&its_store, key, &chunk).await;
             Ok(chunk)
         };
-        let entry = self.inner.chunks.entry(key).or_try_insert_with(cut).await;
-        entry.map(drop).map_err(|error: Arc<ReadError>| ReadError::clone(&error))
+        self.fly(store, key, cut)
     }
 }
 
@@ -308,7 +352,11 @@ impl Inner {
         let end = line.object_bytes().min(start + CHUNK_BYTES);
         let chunk = {
             let _permit = self.fetches.acquire().await.expect("never closed");
-            store.get_range(object, start..end).await?
+            // Whoever asked may have left while others were served.
+            if self.chunk_flights.is_abandoned(key) {
+                return Err(StoreError::Stopped.into());
+            }
+            store.unless_away(object, store.get_range(object, start..end)).await?
         };
         self.fetched(store, key, &chunk).await;
         Ok(chunk)

@@ -44,6 +44,7 @@ mod cache;
 mod claim;
 pub mod doctor;
 mod files;
+mod flights;
 pub mod footer;
 #[doc(hidden)]
 pub mod fuzzing;

@@ -251,16 +251,20 @@ impl PartitionTier {
     /// The manifest that `state` names.
     pub(super) async fn root(&self, state: &TierState) -> Result<Arc<Root>, ReadError> {
         let Some(name) = state.manifest else { return Ok(Arc::new(Root::empty(self.inner.id, state.bucket_end()))) };
-        let load = async { self.load_root(state).await.map(Parsed::Root) };
-        match self.inner.cache.parsed(name.attempt, load).await.inspect_err(|error| self.note_loss(error))? {
+        let (tier, wanted) = (self.clone(), state.clone());
+        let load = async move { tier.load_root(&wanted).await.map(Parsed::Root) };
+        let parsed = self.inner.cache.parsed(&self.inner.store, name.attempt, load);
+        match parsed.await.inspect_err(|error| self.note_loss(error))? {
             Parsed::Root(root) => Ok(root),
             _ => Err(self.misnamed(&name.to_string())),
         }
     }
 
     async fn page(&self, line: &PageLine) -> Result<Arc<Page>, ReadError> {
-        let load = async { self.load_page(line).await.map(Parsed::Page) };
-        match self.inner.cache.parsed(line.stamp.attempt, load).await.inspect_err(|error| self.note_loss(error))? {
+        let (tier, wanted) = (self.clone(), *line);
+        let load = async move { tier.load_page(&wanted).await.map(Parsed::Page) };
+        let parsed = self.inner.cache.parsed(&self.inner.store, line.stamp.attempt, load);
+        match parsed.await.inspect_err(|error| self.note_loss(error))? {
             Parsed::Page(page) => Ok(page),
             _ => Err(self.misnamed(&line.stamp.page())),
         }
@@ -332,21 +336,27 @@ impl PartitionTier {
     }
 
     pub(super) async fn footer(&self, line: &SegmentLine) -> Result<Arc<Footer>, ReadError> {
-        let object = self.object(&line.stamp.segment());
-        let load = self.load(&object, Some(line.data_bytes..line.object_bytes()), |bytes| {
+        let (tier, wanted) = (self.clone(), *line);
+        let load = async move { tier.load_footer(&wanted).await.map(Parsed::Footer) };
+        match self.inner.cache.parsed(&self.inner.store, line.stamp.attempt, load).await? {
+            Parsed::Footer(footer) => Ok(footer),
+            _ => Err(self.misnamed(&line.stamp.segment())),
+        }
+    }
+
+    /// Fetches the footer of a segment.
+    async fn load_footer(&self, line: &SegmentLine) -> Result<Arc<Footer>, ReadError> {
+        let parse = |bytes: &[u8]| {
             let footer = Footer::parse(bytes)?;
             let same = footer.partition == self.inner.id
                 && (footer.base, footer.end, footer.data_bytes) == (line.stamp.base, line.stamp.end, line.data_bytes);
             if same {
-                Ok(Parsed::Footer(Arc::new(footer)))
+                Ok(Arc::new(footer))
             } else {
                 Err(Invalid::Contradiction { reason: "its footer is that of another segment" })
             }
-        });
-        match self.inner.cache.parsed(line.stamp.attempt, load).await? {
-            Parsed::Footer(footer) => Ok(footer),
-            _ => Err(ReadError::Damaged { object, reason: "its name is that of another object".to_owned() }),
-        }
+        };
+        self.load(&self.object(&line.stamp.segment()), Some(line.data_bytes..line.object_bytes()), parse).await
     }
 
     /// The segment that holds `offset`, by a manifest.
@@ -388,11 +398,11 @@ impl PartitionTier {
         range: Option<std::ops::Range<u64>>,
         parse: impl Fn(&[u8]) -> Result<T, Invalid>,
     ) -> Result<T, ReadError> {
-        let mut tries = 0;
+        let (store, mut tries) = (&self.inner.store, 0);
         loop {
             let bytes = match range.clone() {
-                Some(range) => self.inner.store.get_range(object, range).await?,
-                None => self.inner.store.get(object).await?,
+                Some(range) => store.unless_away(object, store.get_range(object, range)).await?,
+                None => store.unless_away(object, store.get(object)).await?,
             };
             match parse(&bytes) {
                 Ok(parsed) => return Ok(parsed),

@@ -20,14 +20,17 @@ use bytes::Bytes;
 use futures::TryStreamExt;
 use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutPayload, path::Path};
 use serde::{Deserialize, Serialize};
-use tokio::sync::{OnceCell, Semaphore};
+use tokio::{
+    sync::{OnceCell, Semaphore},
+    time::Instant,
+};
 use uuid::Uuid;
 
 use super::{
     claim::{ClaimError, StoreNotes},
     name,
     open::{self, OpenError, StoreOptions},
-    reach::{Outage, Reach},
+    reach::{DOUBT_AFTER, Outage, PROBE_TIMEOUT, Reach},
 };
 use crate::{
     model::{ConfigMap, TopicId, TopicName},
@@ -219,9 +222,45 @@ impl Store {
         self.inner.folder
     }
 
-    /// The outage that lasts now, if the store serves nothing.
+    /// The outage that the log has named and that is not over.
     pub fn outage(&self) -> Option<Outage> {
         self.inner.reach.outage()
+    }
+
+    /// The outage as soon as it is certain: from then on reads of history fail at once, until the store answers again.
+    pub fn away(&self) -> Option<Outage> {
+        self.inner.reach.away()
+    }
+
+    /// Waits until the store is away.
+    pub async fn until_away(&self) -> Outage {
+        self.inner.reach.until_away().await
+    }
+
+    /// Sleeps for so long, or until an outage is over.
+    pub(super) async fn pause(&self, pause: Duration) {
+        self.inner.reach.pause(pause).await;
+    }
+
+    /// Waits until the store is not away.
+    pub async fn until_back(&self) {
+        self.inner.reach.until_back().await;
+    }
+
+    /// Makes a request for a reader, who is not kept waiting for a store that is away.
+    pub(super) async fn unless_away<T>(
+        &self,
+        object: &str,
+        request: impl Future<Output = Result<T, StoreError>>,
+    ) -> Result<T, StoreError> {
+        tokio::select! {
+            biased;
+            outage = self.until_away() => {
+                let reason = format!("the store has served nothing {outage}");
+                Err(StoreError::Unavailable { object: object.to_owned(), reason })
+            }
+            answer = request => answer,
+        }
     }
 
     /// From now on a prefix that nobody has is not taken: the metadata names objects, which must be in another place.
@@ -422,33 +461,76 @@ impl Store {
         let attempt = || {
             let (sent, request) = (clock::monotonic(), request());
             async move {
-                let answer = match tokio::time::timeout(options.request_timeout, request).await {
+                let mut answer = std::pin::pin!(tokio::time::timeout(options.request_timeout, request));
+                let answer = tokio::select! {
+                    biased;
+                    answer = &mut answer => answer,
+                    () = tokio::time::sleep(DOUBT_AFTER) => {
+                        self.doubt(sent, &format!("no answer for {DOUBT_AFTER:?}"));
+                        answer.await
+                    }
+                };
+                let answer = match answer {
                     Ok(answer) => answer.map_err(|error| StoreError::new(object, &error)),
                     Err(_) => {
                         let reason = format!("no answer within {:?}", options.request_timeout);
                         Err(StoreError::Unavailable { object: object.to_owned(), reason })
                     }
                 };
-                let place = self.inner.place.as_str();
-                match &answer {
-                    Err(StoreError::Unavailable { reason, .. }) => self.inner.reach.failed(place, sent, reason),
-                    Err(StoreError::Denied { reason, .. }) => {
-                        let why =
-                            format!("it does not allow this: {reason}; check the credentials and the bucket's policy");
-                        self.inner.reach.failed(place, sent, &why);
-                    }
-                    _ => self.inner.reach.answered(place),
+                match outage_reason(&answer) {
+                    Some(why) => self.doubt(sent, &why),
+                    None => self.inner.reach.answered(&self.inner.place),
                 }
                 answer
             }
         };
-        let retried = attempt.retry(self.pauses()).when(StoreError::retryable).notify(|error, pause| {
+        let inner = Arc::clone(&self.inner);
+        let pause = move |pause| {
+            let inner = Arc::clone(&inner);
+            async move { inner.reach.pause(pause).await }
+        };
+        let retried = attempt.retry(self.pauses()).sleep(pause).when(StoreError::retryable).notify(|error, pause| {
             tracing::debug!(object, %error, ?pause, "object store request failed, asking again");
         });
         tokio::select! {
             biased;
             () = self.inner.tasks.cancelled() => Err(StoreError::Stopped),
             answer = retried => answer,
+        }
+    }
+
+    /// A request failed, or has had no answer for long. Probes find out whether the store is away.
+    fn doubt(&self, sent: Instant, why: &str) {
+        if self.inner.reach.failed(&self.inner.place, sent, why) && !self.inner.tasks.is_cancelled() {
+            let store = self.clone();
+            self.inner.tasks.spawn("object store probe", async move {
+                tokio::select! {
+                    biased;
+                    () = store.inner.tasks.cancelled() => {}
+                    () = store.probe() => {}
+                }
+            });
+        }
+    }
+
+    /// Asks for a small object until the store answers.
+    async fn probe(&self) {
+        let path = self.path(name::CLUSTER);
+        while let Some(pause) = self.inner.reach.next_probe() {
+            tokio::time::sleep(pause).await;
+            let sent = clock::monotonic();
+            let request = async { self.inner.objects.get(&path).await?.bytes().await };
+            let answer = match tokio::time::timeout(PROBE_TIMEOUT, request).await {
+                Ok(answer) => answer.map_err(|error| StoreError::new(name::CLUSTER, &error)),
+                Err(_elapsed) => {
+                    let reason = format!("no answer within {PROBE_TIMEOUT:?}");
+                    Err(StoreError::Unavailable { object: name::CLUSTER.to_owned(), reason })
+                }
+            };
+            match outage_reason(&answer) {
+                Some(why) => self.inner.reach.probe_failed(&self.inner.place, sent, &why),
+                None => self.inner.reach.answered(&self.inner.place),
+            }
         }
     }
 
@@ -461,6 +543,17 @@ impl Store {
             .with_max_delay(Duration::from_secs(5))
             .with_total_delay(Some(self.inner.options.retry_for))
             .without_max_times()
+    }
+}
+
+/// Why an answer is a sign that the store serves nothing; `None` where it serves.
+fn outage_reason<T>(answer: &Result<T, StoreError>) -> Option<String> {
+    match answer {
+        Err(StoreError::Unavailable { reason, .. }) => Some(reason.clone()),
+        Err(StoreError::Denied { reason, .. }) => {
+            Some(format!("it does not allow this: {reason}; check the credentials and the bucket's policy"))
+        }
+        _ => None,
     }
 }
 

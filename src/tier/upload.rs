@@ -104,7 +104,7 @@ pub(super) async fn segment(store: &Store, source: &SegmentSource, from: From) -
         tokio::select! {
             biased;
             () = store.tasks().cancelled() => return Err(StoreError::Stopped.into()),
-            () = tokio::time::sleep(pause) => {}
+            () = store.pause(pause) => {}
         }
     }
 }
