@@ -1,38 +1,179 @@
 //! Who is woken when a mark of a partition moves.
+//!
+//! A listener is in the list only while it waits: a wake-up takes it out, and it comes back when its reader has taken the news. So one
+//! that does not read on costs the partition's task nothing, and many that do are woken by a task of their own, some at a time.
 
 use std::sync::{
-    Arc, Mutex, PoisonError, Weak,
-    atomic::{AtomicBool, Ordering},
+    Arc, Mutex, MutexGuard, PoisonError, Weak,
+    atomic::{AtomicBool, Ordering, fence},
 };
 
-use super::Ready;
+use super::{On, Ready, shared::Shared};
+use crate::task::Tasks;
+
+/// Most listeners that the caller of a wake-up marks itself.
+const INLINE_WAKES: usize = 16;
+
+/// Listeners that are woken before other tasks get their turn: an acknowledgement waits for this many readers at most.
+const WAKES_AT_ONCE: usize = 32;
+
+/// From this length on the list is searched for listeners that are gone.
+const MIN_SWEEP: usize = 64;
+
+/// One reader that waits for one mark of one partition, under the reader's own number.
+#[derive(Debug)]
+pub(super) struct Listener {
+    ready: Weak<Ready>,
+    index: usize,
+    partition: Weak<Shared>,
+    on: On,
+    /// Whether it is in the partition's list.
+    listed: AtomicBool,
+}
+
+impl Listener {
+    pub(super) fn new(ready: &Arc<Ready>, index: usize, partition: &Arc<Shared>, on: On) -> Self {
+        let (ready, partition) = (Arc::downgrade(ready), Arc::downgrade(partition));
+        Self { ready, index, partition, on, listed: AtomicBool::new(false) }
+    }
+
+    /// Puts it into the partition's list, if it is not there. The reader looks at the mark after this.
+    pub(super) fn listen(self: &Arc<Self>) {
+        if let Some(partition) = self.partition.upgrade()
+            && !self.listed.swap(true, Ordering::SeqCst)
+        {
+            partition.listeners(self.on).add(Arc::clone(self));
+        }
+    }
+
+    fn mark(&self) {
+        // Before the mark: whoever takes the mark lists it again.
+        self.listed.store(false, Ordering::SeqCst);
+        if let Some(ready) = self.ready.upgrade() {
+            ready.mark(self.index);
+        }
+    }
+
+    fn is_gone(&self) -> bool {
+        self.ready.strong_count() == 0
+    }
+}
 
 /// Readers who wait for the same mark. Without any, a moved mark costs one load.
 #[derive(Debug, Default)]
 pub(super) struct Listeners {
     some: AtomicBool,
-    list: Mutex<Vec<(Weak<Ready>, usize)>>,
+    list: Mutex<List>,
+}
+
+#[derive(Debug, Default)]
+struct List {
+    waiting: Vec<Arc<Listener>>,
+    /// The length at which those that are gone are taken out. Twice what the last sweep left: an addition costs O(1) amortised.
+    sweep_at: usize,
 }
 
 impl Listeners {
-    /// Marks `index` in `ready` at every wake-up, until that is dropped.
-    pub(super) fn add(&self, ready: &Arc<Ready>, index: usize) {
-        let mut list = self.list.lock().unwrap_or_else(PoisonError::into_inner);
-        list.retain(|(ready, _)| ready.strong_count() > 0);
-        list.push((Arc::downgrade(ready), index));
+    fn add(&self, listener: Arc<Listener>) {
+        let mut list = self.lock();
+        if list.waiting.len() >= list.sweep_at.max(MIN_SWEEP) {
+            list.waiting.retain(|listener| !listener.is_gone());
+            list.sweep_at = list.waiting.len() * 2;
+        }
+        list.waiting.push(listener);
         // Whoever moves a mark from here on sees it; who listens looks at the mark after this.
         self.some.store(true, Ordering::SeqCst);
+        drop(list);
+        fence(Ordering::SeqCst);
     }
 
-    pub(super) fn wake(&self) {
+    /// Wakes all that wait: a few at once, many in a task.
+    pub(super) fn wake(&self, tasks: &Tasks) {
         if !self.some.load(Ordering::SeqCst) {
             return;
         }
-        let list = self.list.lock().unwrap_or_else(PoisonError::into_inner);
-        for (ready, index) in list.iter() {
-            if let Some(ready) = ready.upgrade() {
-                ready.mark(*index);
+        let waiting = {
+            let mut list = self.lock();
+            self.some.store(false, Ordering::SeqCst);
+            std::mem::take(&mut list.waiting)
+        };
+        if waiting.len() <= INLINE_WAKES {
+            waiting.iter().for_each(|listener| listener.mark());
+            return;
+        }
+        tasks.spawn("wake readers", async move {
+            for some in waiting.chunks(WAKES_AT_ONCE) {
+                some.iter().for_each(|listener| listener.mark());
+                tokio::task::yield_now().await;
+            }
+        });
+    }
+
+    fn lock(&self) -> MutexGuard<'_, List> {
+        self.list.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    #[cfg(test)]
+    pub(super) fn len(&self) -> usize {
+        self.lock().waiting.len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{ConfigMap, TopicConfig};
+
+    fn shared() -> Arc<Shared> {
+        let config = TopicConfig::resolve(&ConfigMap::new(), &ConfigMap::new()).expect("defaults");
+        Arc::new(Shared::new(Arc::new(config), Tasks::new()))
+    }
+
+    fn reader(shared: &Arc<Shared>, index: usize) -> Arc<Ready> {
+        let ready = Arc::new(Ready::default());
+        shared.follow(&ready, index, On::Committed);
+        assert_eq!(ready.take(), Some(index), "it is marked once at first");
+        ready
+    }
+
+    #[tokio::test]
+    async fn marked_listener_is_in_no_list_until_its_news_is_taken() {
+        let shared = shared();
+        let ready = reader(&shared, 3);
+        let waiting = || shared.listeners(On::Committed).len();
+        assert_eq!(waiting(), 1);
+        shared.wake(On::Committed);
+        assert_eq!(waiting(), 0, "it has its mark");
+        shared.wake(On::Committed);
+        assert_eq!((ready.take(), ready.take()), (Some(3), None), "marked twice is marked once");
+        assert_eq!(waiting(), 1);
+        ready.mark(3);
+        assert_eq!((ready.take(), waiting()), (Some(3), 1), "it is never listed twice");
+    }
+
+    #[tokio::test]
+    async fn many_listeners_are_woken_and_none_is_missed() {
+        let shared = shared();
+        let readers: Vec<_> = (0..1000).map(|index| reader(&shared, index)).collect();
+        for _ in 0..3 {
+            shared.wake(On::Committed);
+            for (index, ready) in readers.iter().enumerate() {
+                ready.wait().await;
+                assert_eq!(ready.take(), Some(index));
             }
         }
+    }
+
+    #[tokio::test]
+    async fn listeners_that_are_gone_leave_a_quiet_partition_too() {
+        let shared = shared();
+        let kept = reader(&shared, 0);
+        for _ in 0..10_000 {
+            drop(reader(&shared, 1));
+        }
+        assert!(shared.listeners(On::Committed).len() <= 2 * MIN_SWEEP);
+        shared.wake(On::Committed);
+        kept.wait().await;
+        assert_eq!(kept.take(), Some(0));
     }
 }

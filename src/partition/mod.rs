@@ -188,13 +188,13 @@ impl Partition {
         // One of several may have copied what was never committed, from a leader that lost: where others have committed to, this log
         // may hold something else. Only what left the disk was committed for certain.
         let committed_end = if spec.alone { log_start.max(tiered_end) } else { replica.local_start() };
-        let shared = Arc::new(Shared::new(spec.config));
+        let tasks = parent.child();
+        let shared = Arc::new(Shared::new(spec.config, tasks.clone()));
         let tail = replica.reader();
         let reader = Reader::new(spec.id, Arc::clone(&shared), tail.clone(), spec.tier.clone());
         let (mailbox, commands) = mpsc::channel(QUEUE);
         let (orders, ordered) = mpsc::channel(QUEUE);
         let news = Arc::new(News::default());
-        let tasks = parent.child();
         let actor = Actor::new(Parts {
             broker,
             id: spec.id,

@@ -1,11 +1,13 @@
 //! Which of the partitions that somebody reads have something new. Costs per event, not per partition waited for.
 
 use std::{
-    collections::{BTreeSet, VecDeque},
-    sync::{Mutex, PoisonError},
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use tokio::sync::Notify;
+
+use super::listeners::Listener;
 
 /// The partitions, by the reader's own numbers, that changed since the reader last took them.
 #[derive(Debug, Default)]
@@ -18,12 +20,14 @@ pub struct Ready {
 struct Marked {
     order: VecDeque<usize>,
     members: BTreeSet<usize>,
+    /// What marks each number.
+    listeners: BTreeMap<usize, Vec<Arc<Listener>>>,
 }
 
 impl Ready {
     /// Marks a partition; marking it twice is marking it once.
     pub fn mark(&self, index: usize) {
-        let mut marked = self.marked.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut marked = self.lock();
         if marked.members.insert(index) {
             marked.order.push_back(index);
             drop(marked);
@@ -31,11 +35,20 @@ impl Ready {
         }
     }
 
-    /// Takes the partition that was marked first.
+    /// This listener marks its number from the next [`Self::take`] of that on.
+    pub(super) fn listen(&self, index: usize, listener: Listener) {
+        self.lock().listeners.entry(index).or_default().push(Arc::new(listener));
+    }
+
+    /// Takes the partition that was marked first. What it is marked for is to be looked at after this: what changes later marks it again.
     pub fn take(&self) -> Option<usize> {
-        let mut marked = self.marked.lock().unwrap_or_else(PoisonError::into_inner);
-        let index = marked.order.pop_front()?;
-        marked.members.remove(&index);
+        let (index, listeners) = {
+            let mut marked = self.lock();
+            let index = marked.order.pop_front()?;
+            marked.members.remove(&index);
+            (index, marked.listeners.get(&index).cloned().unwrap_or_default())
+        };
+        listeners.iter().for_each(Listener::listen);
         Some(index)
     }
 
@@ -43,11 +56,15 @@ impl Ready {
     pub async fn wait(&self) {
         loop {
             let notified = self.notify.notified();
-            if !self.marked.lock().unwrap_or_else(PoisonError::into_inner).order.is_empty() {
+            if !self.lock().order.is_empty() {
                 return;
             }
             notified.await;
         }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Marked> {
+        self.marked.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

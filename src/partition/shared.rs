@@ -12,11 +12,11 @@ use super::{
     On, Ready, Role, Standing,
     lag::{Followers, Lag},
     leader::insync::Ends,
-    listeners::Listeners,
+    listeners::{Listener, Listeners},
 };
 use crate::{
     model::{BrokerId, LeaderEpoch, Offset, TopicConfig, Watermarks},
-    task::clock,
+    task::{Tasks, clock},
 };
 
 /// The published state of one partition. Only its task writes.
@@ -46,10 +46,12 @@ pub(super) struct Shared {
     committed: Listeners,
     written: Listeners,
     progress: Listeners,
+    /// Where many listeners are woken.
+    tasks: Tasks,
 }
 
 impl Shared {
-    pub(super) fn new(config: Arc<TopicConfig>) -> Self {
+    pub(super) fn new(config: Arc<TopicConfig>, tasks: Tasks) -> Self {
         Self {
             log_start: AtomicU64::new(0),
             local_start: AtomicU64::new(0),
@@ -70,6 +72,7 @@ impl Shared {
             committed: Listeners::default(),
             written: Listeners::default(),
             progress: Listeners::default(),
+            tasks,
         }
     }
 
@@ -89,13 +92,13 @@ impl Shared {
         self.local_bytes.store(local_bytes, Ordering::Relaxed);
         let before = self.high_watermark.swap(marks.high_watermark.get(), Ordering::SeqCst);
         if before != marks.high_watermark.get() {
-            self.committed.wake();
+            self.wake(On::Committed);
         }
         if written {
-            self.written.wake();
+            self.wake(On::Written);
         }
         if written || persisted {
-            self.progress.wake();
+            self.wake(On::Progress);
         }
     }
 
@@ -223,17 +226,17 @@ impl Shared {
     }
 
     /// Marks `index` in `ready` from now on whenever that mark moves, and once at first.
-    pub(super) fn follow(&self, ready: &Arc<Ready>, index: usize, on: On) {
-        self.listeners(on).add(ready, index);
+    pub(super) fn follow(self: &Arc<Self>, ready: &Arc<Ready>, index: usize, on: On) {
+        ready.listen(index, Listener::new(ready, index, self, on));
         ready.mark(index);
     }
 
     /// Wakes who waits for this mark, though it did not move.
     pub(super) fn wake(&self, on: On) {
-        self.listeners(on).wake();
+        self.listeners(on).wake(&self.tasks);
     }
 
-    fn listeners(&self, on: On) -> &Listeners {
+    pub(super) fn listeners(&self, on: On) -> &Listeners {
         match on {
             On::Committed => &self.committed,
             On::Written => &self.written,
@@ -242,8 +245,6 @@ impl Shared {
     }
 
     fn wake_all(&self) {
-        self.committed.wake();
-        self.written.wake();
-        self.progress.wake();
+        [On::Committed, On::Written, On::Progress].into_iter().for_each(|on| self.wake(on));
     }
 }

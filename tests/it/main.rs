@@ -44,5 +44,6 @@ mod s3;
 mod skipped;
 mod source;
 mod stop;
+mod streams;
 mod waiting;
 mod wire;

@@ -39,7 +39,7 @@ fn open_waiting(log: &Log) -> Actor {
         id,
         topic: TopicName::new("t").unwrap(),
         replica: log.open_replica(id, Offset::ZERO).unwrap(),
-        shared: Arc::new(Shared::new(config)),
+        shared: Arc::new(Shared::new(config, Tasks::new())),
         news: Arc::default(),
         around: Surroundings::alone(),
         upkeep: UpkeepQueue::default(),

@@ -1,0 +1,80 @@
+//! What fetch streams in large numbers cost those who append. `make streams` runs this on a release build; it takes some minutes.
+
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use futures::{StreamExt as _, stream};
+use strandline::{
+    proto::v1::{self, log_client::LogClient},
+    task::Tasks,
+};
+use tonic::{Streaming, transport::Channel};
+
+use crate::{broker::Home, wire};
+
+/// Streams on one connection.
+const PER_CONNECTION: usize = 100;
+
+/// Acknowledgements from one partition, one after the other, with so many between them.
+async fn p99(log: &mut LogClient<Channel>, appends: usize, pause: Duration) -> Duration {
+    let mut took = Vec::new();
+    for _ in 0..appends {
+        tokio::time::sleep(pause).await;
+        let begin = Instant::now();
+        wire::append(log, wire::append_plain("t", 0, vec![Bytes::from_static(b"x")])).await.expect("acknowledged");
+        took.push(begin.elapsed());
+    }
+    took.sort_unstable();
+    took[took.len() * 99 / 100]
+}
+
+/// Opens so many streams on partition 0 at its end.
+async fn open(home: &Home, count: usize, offset: i64) -> Vec<Streaming<v1::FetchResponse>> {
+    let mut opened = Vec::new();
+    for _ in 0..count.div_ceil(PER_CONNECTION) {
+        let log = wire::log(home.grpc());
+        let left = PER_CONNECTION.min(count - opened.len());
+        let streams = (0..left).map(|_| {
+            let mut log = log.clone();
+            async move {
+                let place = v1::FetchPartition { topic: "t".to_owned(), offset, ..Default::default() };
+                let request = v1::FetchRequest { partitions: vec![place], ..Default::default() };
+                let requests = stream::iter([request]).chain(stream::pending());
+                log.fetch(requests).await.expect("a stream").into_inner()
+            }
+        });
+        opened.extend(futures::future::join_all(streams).await);
+    }
+    opened
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "10,000 streams: make streams"]
+async fn ten_thousand_streams_hold_up_no_acknowledgement() {
+    let mut home = Home::new();
+    let _broker = tokio::task::block_in_place(|| home.start());
+    wire::create_topic(home.grpc(), "t", 1, &[("durability", "replicated")]).await;
+    let mut log = wire::log(home.grpc());
+    let _warm = p99(&mut log, 500, Duration::ZERO).await;
+
+    let ten = open(&home, 10, 0).await;
+    let few = p99(&mut log, 5_000, Duration::ZERO).await;
+    drop(ten);
+    let end = wire::latest(&mut log, "t", 0).await.expect("answered");
+    let idle = open(&home, 10_000, end).await;
+    let _first = p99(&mut log, 500, Duration::from_millis(5)).await;
+    let many = p99(&mut log, 5_000, Duration::ZERO).await;
+    println!("streams that take nothing: p99 of an append with 10: {few:?}, with 10,000: {many:?}");
+    drop(idle);
+
+    let end = wire::latest(&mut log, "t", 0).await.expect("answered");
+    let tasks = Tasks::new();
+    for mut stream in open(&home, 10_000, end).await {
+        tasks.spawn("reader", async move { while let Ok(Some(_)) = stream.message().await {} });
+    }
+    let reading = p99(&mut log, 60, Duration::from_secs(1)).await;
+    println!("streams that read on: p99 of an append a second with 10,000: {reading:?}");
+    tasks.cancel();
+    assert!(many <= few * 12 / 10, "{many:?} instead of {few:?}");
+    assert!(reading < Duration::from_millis(50), "{reading:?}");
+}
