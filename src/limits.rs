@@ -45,6 +45,12 @@ pub const MAX_FETCH_PARTITIONS: usize = 10_000;
 /// Most bytes of batches in one fetch response, but for a first batch that is larger than this.
 pub const MAX_FETCH_BYTES: usize = 16 << 20;
 
+/// Longest time that an append waits for its acknowledgement, in milliseconds: what waits for it takes a place in a list.
+pub const MAX_APPEND_TIMEOUT_MS: u32 = 600_000;
+
+/// Most appends with `acks=tiered` that wait on one broker.
+pub const MAX_TIERED_APPENDS: usize = 1 << 16;
+
 /// Longest time that a fetch waits for data, in milliseconds.
 pub const MAX_FETCH_WAIT_MS: u32 = 60_000;
 

@@ -33,6 +33,7 @@ fn framed(request: &v1::ProduceRequest) -> bool {
         acks: append.acks,
         timeout_ms: append.timeout_ms,
         batch,
+        topic_id: append.topic_id.as_str().into(),
     };
     let bytes = frame.encode_to_vec();
     assert_eq!(bytes.len(), frame.encoded_len());

@@ -7,7 +7,7 @@ use tonic::Status;
 use crate::{
     cluster::{AddPartitionsError, AlterError, CreateError, DeleteError, StoreError, There, UnknownTopic},
     limits,
-    model::{BrokerId, LeaderEpoch, Offset, TopicName},
+    model::{BrokerId, LeaderEpoch, Offset, TopicId, TopicName},
     partition::{AppendError, ReadError, Refused},
     proto::fault::{self, Fault, Reason},
     record::Malformed,
@@ -48,6 +48,18 @@ fn instead(leader: Option<&Leader>) -> String {
 /// Topic or partition names that this broker cannot serve.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum LookupError {
+    /// Another topic has the name by now.
+    #[error(
+        "topic {topic:?} has id {id}, and {asked} is asked for: it was deleted and made again; read its metadata again"
+    )]
+    Replaced {
+        /// The topic.
+        topic: String,
+        /// Its id.
+        id: TopicId,
+        /// The id asked for.
+        asked: TopicId,
+    },
     /// The topic has fewer partitions.
     #[error("topic {topic:?} has no partition {partition}: it has {count}, numbered from 0")]
     UnknownPartition {
@@ -84,6 +96,10 @@ impl From<LookupError> for Fault {
     fn from(error: LookupError) -> Self {
         let message = error.to_string();
         match error {
+            LookupError::Replaced { topic, id, asked } => Self::new(Reason::TopicIdMismatch, message)
+                .with("topic", topic)
+                .with("topic_id", id)
+                .with("asked", asked),
             LookupError::UnknownPartition { topic, partition, count } => Self::new(Reason::UnknownPartition, message)
                 .with("topic", topic)
                 .with("partition", partition)
@@ -258,6 +274,17 @@ pub(super) fn unreadable(status: Status) -> Status {
 /// A request that cannot mean anything.
 pub(super) fn invalid(message: impl Into<String>) -> Fault {
     Fault::new(Reason::InvalidRequest, message)
+}
+
+/// The topic id of a request; `None` where it names none.
+pub(super) fn topic_id(text: &str) -> Result<Option<TopicId>, Fault> {
+    if text.is_empty() {
+        return Ok(None);
+    }
+    let shown: String = text.chars().take(100).collect();
+    text.parse()
+        .map(Some)
+        .map_err(|_| invalid(format!("topic_id {shown:?} is no topic id: use the one in the metadata")))
 }
 
 /// An offset of a request.

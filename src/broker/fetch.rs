@@ -6,13 +6,21 @@
 //!
 //! A reader that takes any replica is also served where this broker follows and is in sync, below the high watermark that it knows. What
 //! a partition is here is looked at after each read: who is struck out while it serves sends its readers to the leader. Only a leader says
-//! that an offset is out of range.
+//! that an offset is above the log; one that lies below the committed log start is out of range everywhere.
+//!
+//! `max_wait_ms` bounds the wait for records that do not exist yet. A single read waits for those that exist, which a disk or the object
+//! store has, within a bound of its own.
 
 mod plain;
 #[cfg(test)]
 mod tests;
 
-use std::{collections::BTreeMap, pin::Pin, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    pin::Pin,
+    sync::Arc,
+    time::Duration,
+};
 
 use futures::{FutureExt as _, Stream, StreamExt as _, stream, stream::FuturesUnordered};
 use tokio::{sync::watch, time::Instant};
@@ -21,9 +29,12 @@ use tonic::{Status, Streaming};
 use super::{Broker, faults};
 use crate::{
     limits,
-    model::{LeaderEpoch, Offset, Watermarks},
-    partition::{Fetched, Partition, ReadError, Reader, Ready, Source, Standing},
-    proto::{fault::Fault, v1},
+    model::Offset,
+    partition::{Fetched, Partition, ReadError, Reader, Ready, Source},
+    proto::{
+        fault::{Fault, Reason},
+        v1,
+    },
     task::clock,
 };
 
@@ -49,6 +60,13 @@ struct Place {
     reading: bool,
     /// Something new came during that read.
     again: bool,
+}
+
+impl Place {
+    /// Whether there are committed records at its position, as far as is known here.
+    fn has_more(&self) -> bool {
+        self.reader.as_ref().is_some_and(|reader| self.position < reader.marks().high_watermark)
+    }
 }
 
 /// How much one answer holds, and how long it may be held back.
@@ -80,6 +98,8 @@ struct Gathered {
     partitions: Vec<v1::FetchedPartition>,
     /// Which place each of `partitions` is of; failures have none.
     places: Vec<Option<usize>>,
+    /// Where in `partitions` each place is.
+    entries: BTreeMap<usize, usize>,
     bytes: usize,
     failed: bool,
     /// What comes next does not fit.
@@ -117,6 +137,13 @@ impl Session {
                 limits::MAX_FETCH_PARTITIONS
             )));
         }
+        let mut named = BTreeSet::new();
+        if let Some(twice) = wanted.iter().find(|want| !named.insert((want.topic.as_str(), want.partition))) {
+            return Err(faults::invalid(format!(
+                "topic {:?}, partition {} is named twice in one fetch: name each partition once",
+                twice.topic, twice.partition
+            )));
+        }
         let before = std::mem::take(&mut self.places);
         (self.reading, self.held) = (FuturesUnordered::new(), None);
         self.ready = Arc::default();
@@ -128,8 +155,7 @@ impl Session {
                 Some(position) => *position,
                 None => faults::offset(want.offset)?,
             };
-            let known = LeaderEpoch::from_i32(want.leader_epoch).unwrap_or_default();
-            match self.broker.readable(&want.topic, want.partition, any_replica, known) {
+            match self.broker.readable(&want, any_replica) {
                 Ok(partition) => {
                     let reader = partition.reader().clone();
                     reader.follow(&self.ready, self.places.len());
@@ -189,7 +215,9 @@ impl Session {
         let elsewhere = match outcome {
             // What was read is committed all the same, and is read again where it is served.
             Ok(_) => !standing.role.serves(self.any_replica),
-            Err(ReadError::OutOfRange { .. }) => !standing.role.leads(),
+            Err(ReadError::OutOfRange { offset, .. }) => {
+                !standing.role.leads() && offset >= place.served.committed_log_start()
+            }
             Err(_) => false,
         };
         if elsewhere {
@@ -197,13 +225,13 @@ impl Session {
             gathered.failed = true;
             let fault = self.broker.not_leader(&place.topic, place.partition, place.served.id());
             self.broker.metrics.fetch_errors.count(fault.reason.word());
-            return gathered.refuse(refusal(place.topic.clone(), place.partition, fault));
+            return gathered.entry(index, place).error = Some(fault.into());
         }
         match outcome {
             Ok(None) if again => self.ready.mark(index),
             Ok(None) => {}
             Ok(Some(fetched)) => {
-                let marks = reader.marks();
+                let high_watermark = reader.marks().high_watermark;
                 place.position = fetched.next;
                 let by_source = &self.broker.metrics.fetch_bytes;
                 let counter = match fetched.source {
@@ -216,8 +244,8 @@ impl Session {
                 let counter = if standing.role.leads() { &by_role.leader } else { &by_role.follower };
                 counter.inc_by(fetched.bytes as u64);
                 let next = fetched.next;
-                gathered.add(index, place, fetched, (marks, standing));
-                if next < marks.high_watermark {
+                gathered.add(index, place, fetched);
+                if next < high_watermark {
                     self.ready.mark(index);
                 }
             }
@@ -226,7 +254,7 @@ impl Session {
                 gathered.failed = true;
                 let fault = self.broker.read_refused(place.served.id(), error);
                 self.broker.metrics.fetch_errors.count(fault.reason.word());
-                gathered.refuse(refusal(place.topic.clone(), place.partition, fault));
+                gathered.entry(index, place).error = Some(fault.into());
             }
         }
     }
@@ -243,6 +271,42 @@ impl Session {
             match self.reading.next().now_or_never() {
                 Some(Some(outcome)) => self.absorb(outcome, gathered),
                 Some(None) | None => break,
+            }
+        }
+    }
+
+    /// Says of everything that is still being read why the answer has nothing of it.
+    fn give_up_reads(&self, gathered: &mut Gathered) {
+        let reading = self.places.iter().enumerate().filter(|(_, place)| place.reading && place.reader.is_some());
+        for (index, place) in reading {
+            let (offset, bound) = (place.position, self.broker.settings.fetch_max_wait);
+            let (reason, owner) = if offset < place.served.marks().local_start {
+                (Reason::ObjectStoreUnavailable, "the object store")
+            } else {
+                (Reason::Timeout, "this broker's disk")
+            };
+            let message = format!(
+                "{owner} has not served offset {offset} within {bound:?} (tier.fetch_max_wait); the read goes on: ask again for it"
+            );
+            self.broker.metrics.fetch_errors.count(reason.word());
+            gathered.entry(index, place).error = Some(Fault::new(reason, message).with("offset", offset).into());
+        }
+    }
+
+    /// Marks everything that has records which the answer does not have, though nothing is wrong with it; whether there is any.
+    fn mark_unread(&self, gathered: &Gathered) -> bool {
+        if gathered.bytes > 0 || gathered.failed {
+            return false;
+        }
+        let unread = self.places.iter().enumerate().filter(|(_, place)| place.has_more());
+        unread.map(|(index, _)| self.ready.mark(index)).count() > 0
+    }
+
+    /// Adds the marks of every partition that the answer has nothing else of.
+    fn complete(&self, gathered: &mut Gathered) {
+        for (index, place) in self.places.iter().enumerate() {
+            if !gathered.entries.contains_key(&index) {
+                gathered.entry(index, place);
             }
         }
     }
@@ -264,21 +328,27 @@ impl Session {
 
 impl Gathered {
     /// Adds what was read of a place to what the answer has of it.
-    fn add(&mut self, index: usize, place: &Place, fetched: Fetched, (marks, standing): (Watermarks, Standing)) {
+    fn add(&mut self, index: usize, place: &Place, fetched: Fetched) {
         self.bytes += fetched.bytes;
-        let at = self.places.iter().position(|place| *place == Some(index)).unwrap_or_else(|| {
+        self.entry(index, place).chunks.extend(fetched.chunks);
+    }
+
+    /// What the answer has of a place, with the partition's marks as they are now.
+    fn entry(&mut self, index: usize, place: &Place) -> &mut v1::FetchedPartition {
+        let at = *self.entries.entry(index).or_insert_with(|| {
             let (topic, partition) = (place.topic.clone(), place.partition);
             self.partitions.push(v1::FetchedPartition { topic, partition, ..Default::default() });
             self.places.push(Some(index));
             self.partitions.len() - 1
         });
+        let (standing, marks) = (place.served.standing(), place.served.marks());
         let entry = &mut self.partitions[at];
-        entry.chunks.extend(fetched.chunks);
         entry.log_start = marks.log_start.as_i64();
         entry.high_watermark = marks.high_watermark.as_i64();
-        entry.next_offset = fetched.next.as_i64();
+        entry.next_offset = place.position.as_i64();
         entry.from_follower = !standing.role.leads();
         entry.leader_epoch = standing.epoch.as_i32();
+        entry
     }
 
     fn refuse(&mut self, refused: v1::FetchedPartition) {
@@ -295,19 +365,38 @@ impl Broker {
     /// Reads once.
     pub(super) async fn read(self: Arc<Self>, request: v1::ReadRequest) -> Result<v1::ReadResponse, Fault> {
         let terms = Terms::new(request.min_bytes, request.max_bytes, request.max_wait_ms);
-        self.acquaint(request.partitions.iter().map(|want| want.topic.as_str())).await;
+        self.acquaint(request.partitions.iter().map(|want| (want.topic.as_str(), want.topic_id.as_str()))).await;
         let mut session = Session::new(self, terms);
         session.assign(request.partitions, true, request.any_replica)?;
-        let deadline = clock::monotonic() + terms.max_wait;
+        let began = clock::monotonic();
+        let (deadline, patience) = (began + terms.max_wait, session.broker.settings.fetch_max_wait);
         let mut gathered = Gathered::default();
+        let (mut reading_since, mut looked_again) = (None, false);
         loop {
             session.gather_now(&mut gathered);
-            if gathered.is_enough(&terms)
-                || tokio::time::timeout_at(deadline, session.wait(&mut gathered)).await.is_err()
-            {
+            if gathered.is_enough(&terms) {
+                break;
+            }
+            // What is being read exists: only a bound of its own ends the wait for it.
+            let awaits_records = gathered.bytes == 0 && !session.reading.is_empty();
+            let until = if awaits_records {
+                *reading_since.get_or_insert_with(clock::monotonic) + patience
+            } else {
+                reading_since = None;
+                deadline
+            };
+            if tokio::time::timeout_at(until, session.wait(&mut gathered)).await.is_ok() {
+                continue;
+            }
+            if awaits_records {
+                session.give_up_reads(&mut gathered);
+            }
+            // What has come since the last look is not left out.
+            if awaits_records || std::mem::replace(&mut looked_again, true) || !session.mark_unread(&gathered) {
                 break;
             }
         }
+        session.complete(&mut gathered);
         if request.plain {
             let Session { broker, places, .. } = &session;
             let mut used = 0;
@@ -372,7 +461,8 @@ impl Follow {
                 request = self.requests.message(), if !self.ended => match request {
                     Ok(Some(request)) => {
                         // What was gathered for the old assignment goes out first: its positions have moved.
-                        broker.acquaint(request.partitions.iter().map(|want| want.topic.as_str())).await;
+                        let wanted = request.partitions.iter().map(|want| (want.topic.as_str(), want.topic_id.as_str()));
+                        broker.acquaint(wanted).await;
                         if let Err(fault) = self.take(request) {
                             return Some(Err(fault.into()));
                         }

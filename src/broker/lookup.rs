@@ -4,13 +4,16 @@ use std::{sync::Arc, time::Duration};
 
 use super::{
     Broker,
-    faults::{Leader, LookupError},
-    hosted::{Found, Holding, Unusable},
+    faults::{self, Leader, LookupError},
+    hosted::{Found, Holding, Hosted, Unusable},
 };
 use crate::{
-    model::{LeaderEpoch, PartitionId, TopicName},
+    model::{LeaderEpoch, PartitionId, TopicId, TopicName},
     partition::{AppendError, Partition, ReadError, Standing},
-    proto::fault::{Fault, Reason},
+    proto::{
+        fault::{Fault, Reason},
+        v1,
+    },
 };
 
 /// How long a name that is not known here is waited for: another broker may have made the topic a moment ago.
@@ -19,31 +22,46 @@ const NEWS: Duration = Duration::from_millis(300);
 impl Broker {
     /// The partition that serves requests for this name and number: it is led here.
     pub(super) fn partition(&self, topic: &str, partition: i32) -> Result<Arc<Partition>, Fault> {
-        self.replica(topic, partition, |standing| standing.role.leads())
+        self.partition_of(topic, None, partition)
     }
 
-    /// The partition that serves a reader who knows of leader epoch `known`: it is led here or, where the reader takes any replica,
-    /// followed in sync. A replica that has not heard of that epoch may know less than the reader has seen.
-    pub(super) fn readable(
+    /// As [`Self::partition`], of the topic with this id where one is named.
+    pub(super) fn partition_of(
         &self,
         topic: &str,
+        id: Option<TopicId>,
         partition: i32,
-        any_replica: bool,
-        known: LeaderEpoch,
     ) -> Result<Arc<Partition>, Fault> {
-        self.replica(topic, partition, |standing| standing.epoch >= known && standing.role.serves(any_replica))
+        self.replica(topic, id, partition, |standing| standing.role.leads())
+    }
+
+    /// The partition that serves a reader who knows of the leader epoch that it names: it is led here or, where the reader takes any replica,
+    /// followed in sync. A replica that has not heard of that epoch may know less than the reader has seen.
+    pub(super) fn readable(&self, want: &v1::FetchPartition, any_replica: bool) -> Result<Arc<Partition>, Fault> {
+        let known = LeaderEpoch::from_i32(want.leader_epoch).unwrap_or_default();
+        let id = faults::topic_id(&want.topic_id)?;
+        self.replica(&want.topic, id, want.partition, |standing| {
+            standing.epoch >= known && standing.role.serves(any_replica)
+        })
     }
 
     /// The partition of this name and number, if its standing here is one that `serves`.
     fn replica(
         &self,
         topic: &str,
+        asked: Option<TopicId>,
         partition: i32,
         serves: impl FnOnce(Standing) -> bool,
     ) -> Result<Arc<Partition>, Fault> {
         let lookup = |error: LookupError| Err(Fault::from(error));
         let topic = topic.to_owned();
         let (id, holding) = match self.hosted.find(&topic, partition) {
+            Some(Found::Held(id, _))
+                if let Some(asked) = asked
+                    && asked != id.topic =>
+            {
+                return lookup(LookupError::Replaced { topic, id: id.topic, asked });
+            }
             Some(Found::Held(id, holding)) => (id, holding),
             Some(Found::NoPartition(count)) => {
                 return lookup(LookupError::UnknownPartition { topic, partition, count });
@@ -66,17 +84,27 @@ impl Broker {
         }
     }
 
-    /// Waits a moment for topics that are not known here, where another broker may have made them just now.
-    pub(super) async fn acquaint(&self, topics: impl Iterator<Item = &str>) {
+    /// Waits a moment for topics, by name and id, that are not known here, where another broker may have made them just now.
+    pub(super) async fn acquaint(&self, topics: impl Iterator<Item = (&str, &str)>) {
         if self.alone {
             return;
         }
-        let unknown = |name: &&str| self.hosted.find(name, 0).is_none();
-        let strangers: Vec<TopicName> = topics.filter(unknown).filter_map(|name| TopicName::new(name).ok()).collect();
+        let unknown = |(name, id): &(&str, &str)| match self.hosted.find(name, 0) {
+            Some(Found::Held(held, _)) => !id.is_empty() && id.parse::<TopicId>().is_ok_and(|id| id != held.topic),
+            Some(Found::NoPartition(_)) => false,
+            None => true,
+        };
+        let strangers: Vec<(TopicName, Option<TopicId>)> = topics
+            .filter(unknown)
+            .filter_map(|(name, id)| Some((TopicName::new(name).ok()?, id.parse::<TopicId>().ok())))
+            .collect();
         if strangers.is_empty() {
             return;
         }
-        let known = self.hosted.until(|hosted| strangers.iter().all(|name| hosted.topic(name).is_some()));
+        let is_known = |hosted: &Hosted, (name, id): &(TopicName, Option<TopicId>)| {
+            hosted.topic(name).is_some_and(|topic| id.is_none_or(|id| id == topic.id))
+        };
+        let known = self.hosted.until(|hosted| strangers.iter().all(|stranger| is_known(hosted, stranger)));
         let _late = tokio::time::timeout(NEWS, known).await;
     }
 

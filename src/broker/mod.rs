@@ -66,7 +66,7 @@ use std::{
 };
 
 use futures::{StreamExt as _, stream};
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 
 use self::{
     agree::Agree, hosted::Hosted, leftovers::Leftovers, others::Others, producer_ids::ProducerIds, unproven::Unproven,
@@ -89,7 +89,7 @@ use crate::{
     partition::{Counts, Memory, Opener, Partition, Surroundings, Upkeep, UpkeepQueue},
     task::{self, Tasks, clock},
     telemetry::Metrics,
-    tier::{Cache, Store},
+    tier::{Cache, Outage, Store},
 };
 
 /// What a broker is told about itself.
@@ -109,6 +109,8 @@ pub struct Settings {
     pub upkeep_workers: usize,
     /// How often retention looks at every partition that holds records.
     pub retention_interval: Duration,
+    /// How long a single read waits for records that exist.
+    pub fetch_max_wait: Duration,
     /// How long an object that no manifest names is kept.
     pub garbage_grace: Duration,
     /// How long a multipart upload may take before it counts as abandoned.
@@ -181,6 +183,8 @@ pub struct Broker {
     hosted: Arc<Hosted>,
     unproven: Unproven,
     produce_memory: Memory,
+    /// Places of appends that wait for the object store.
+    tiered_appends: Arc<Semaphore>,
     /// Who opens compressed batches goes through it.
     opener: Opener,
     commits: TierCommits,
@@ -226,6 +230,7 @@ impl Broker {
             topics: Topics::new(Arc::clone(&store), keys.clone(), view.clone(), settings.topic_defaults.clone()),
             producer_ids: ProducerIds::default(),
             produce_memory: Memory::new(settings.produce_memory_bytes),
+            tiered_appends: Arc::new(Semaphore::new(limits::MAX_TIERED_APPENDS)),
             opener: Opener::new(limits::OPENING_BYTES),
             upkeep: Upkeep::new(commits.clone()),
             commits,
@@ -367,6 +372,19 @@ impl Broker {
 
     fn has_object_store(&self) -> bool {
         self.tier.is_some()
+    }
+
+    /// The outage of the object store, while it is away.
+    fn store_away(&self) -> Option<Outage> {
+        self.tier.as_ref()?.store.away()
+    }
+
+    /// Waits until the object store is away.
+    async fn until_store_away(&self) -> Outage {
+        match &self.tier {
+            Some(tier) => tier.store.until_away().await,
+            None => std::future::pending().await,
+        }
     }
 
     /// Whether replicas are told their places.

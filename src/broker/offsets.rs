@@ -32,7 +32,7 @@ impl Broker {
                 limits::MAX_FETCH_PARTITIONS
             )));
         }
-        self.acquaint(request.queries.iter().map(|query| query.topic.as_str())).await;
+        self.acquaint(request.queries.iter().map(|query| (query.topic.as_str(), ""))).await;
         // For all of them together: thousands of partitions without their minimum must not be waited for one after the other.
         let settled_by = clock::monotonic() + SETTLES;
         let answers = stream::iter(request.queries).map(|query| async move {

@@ -10,14 +10,17 @@ use futures::{
     future::BoxFuture,
     stream::{self, FuturesUnordered},
 };
-use tokio::{sync::oneshot, time::Instant};
+use tokio::{
+    sync::{OwnedSemaphorePermit, oneshot},
+    time::Instant,
+};
 use tonic::{Status, Streaming};
 
 use super::{Broker, ProducerIdQuota, faults};
 use crate::{
     limits,
     model::{Acks, Compression, PartitionId},
-    partition::{Acked, AppendError, AppendResult, Held, Partition, Use},
+    partition::{Acked, AppendError, AppendResult, Held, Partition, Stored, Use},
     proto::{
         fault::{Fault, Reason},
         v1::{self, append_request::Payload, produce_response},
@@ -40,6 +43,16 @@ struct Queued {
     began: Instant,
     bytes: u64,
     records: u64,
+    /// With `acks=tiered`.
+    tiered: Option<Tiered>,
+}
+
+/// What an append keeps that waits for the object store.
+struct Tiered {
+    /// Its offsets, once it is stored here.
+    stored: Stored,
+    /// Its place among those that wait.
+    _place: OwnedSemaphorePermit,
 }
 
 /// The answer to a write. The partition hears of it when it is waited for no more, because time is up or the client has gone.
@@ -95,8 +108,10 @@ impl Broker {
         let began = clock::monotonic();
         self.metrics.produce_requests.inc();
         let acks = acks(request.acks)?;
-        self.acquaint([request.topic.as_str()].into_iter()).await;
-        let partition = self.partition(&request.topic, request.partition)?;
+        let timeout = timeout(request.timeout_ms)?;
+        let id = faults::topic_id(&request.topic_id)?;
+        self.acquaint([(request.topic.as_str(), request.topic_id.as_str())].into_iter()).await;
+        let partition = self.partition_of(&request.topic, id, request.partition)?;
         let config = partition.config();
         if acks == Acks::Tiered && !(config.tiered && self.has_object_store()) {
             return Err(faults::invalid(format!(
@@ -105,6 +120,7 @@ impl Broker {
                 partition.topic()
             )));
         }
+        let tiered = if acks == Acks::Tiered { Some(self.admit_tiered()?) } else { None };
         let most = config.max_message_bytes;
         let (batch, sent) = match request.payload {
             Some(Payload::Batch(bytes)) => {
@@ -129,14 +145,28 @@ impl Broker {
             return Err(faults::too_large(partition.topic(), batch.encoded_len(), most));
         }
         let (bytes, records) = (batch.encoded_len() as u64, u64::from(batch.count()));
-        let timeout = match request.timeout_ms {
-            0 => DEFAULT_TIMEOUT,
-            ms => Duration::from_millis(ms.into()),
-        };
-        let answer = Some(self.submit(&partition, batch, sent, acks, began + timeout).await?);
+        let stored = tiered.as_ref().map(|tiered| Arc::clone(&tiered.stored));
+        let answer = Some(self.submit(&partition, batch, sent, acks, stored, began + timeout).await?);
         let id = partition.id();
         let answer = (acks != Acks::None).then(|| Awaited { answer, partition });
-        Ok(Queued { partition: id, answer, timeout, began, bytes, records })
+        Ok(Queued { partition: id, answer, timeout, began, bytes, records, tiered })
+    }
+
+    /// Refuses an append that could only wait: the object store is away, or too many wait for it.
+    fn admit_tiered(&self) -> Result<Tiered, Fault> {
+        if let Some(outage) = self.store_away() {
+            let message = format!(
+                "the object store has served nothing {outage}; with acks=tiered nothing is appended until it does: use another \
+                 acks, or try again later"
+            );
+            return Err(Fault::new(Reason::ObjectStoreUnavailable, message));
+        }
+        let Ok(place) = Arc::clone(&self.tiered_appends).try_acquire_owned() else {
+            let most = limits::MAX_TIERED_APPENDS;
+            let message = format!("{most} appends wait for the object store already, and no more may: try again later");
+            return Err(Fault::new(Reason::Overloaded, message).with("max", most));
+        };
+        Ok(Tiered { stored: Stored::default(), _place: place })
     }
 
     /// The batch in its topic's own codec. It is opened within the memory that there is for that, and refused as soon as it
@@ -164,6 +194,7 @@ impl Broker {
         batch: Batch,
         sent: Option<Fingerprint>,
         acks: Acks,
+        stored: Option<Stored>,
         deadline: Instant,
     ) -> Result<oneshot::Receiver<AppendResult>, Fault> {
         // After that nobody waits for the answer any more: what would be written then is what the client sends again.
@@ -184,7 +215,7 @@ impl Broker {
             let message = "the time that the request has was over before its batch could be appended: it was not written; try again";
             return Err(Fault::new(Reason::Overloaded, message));
         }
-        Ok(partition.append(batch, sent, acks, permit).await)
+        Ok(partition.append_tracked(batch, sent, acks, permit, stored).await)
     }
 
     async fn outcome(&self, queued: Queued) -> Result<v1::AppendResponse, Fault> {
@@ -195,10 +226,7 @@ impl Broker {
             Ok(Ok(Ok(acked))) => Ok(response(&acked)),
             Ok(Ok(Err(error))) => Err(self.append_refused(queued.partition, error)),
             Ok(Err(_dropped)) => Err(self.append_refused(queued.partition, AppendError::Closing)),
-            Err(_elapsed) => Err(Fault::new(
-                Reason::Timeout,
-                format!("no acknowledgement within {} ms; the write may still happen", queued.timeout.as_millis()),
-            )),
+            Err(_elapsed) => Err(self.timed_out(queued.partition, queued.timeout, queued.tiered.as_ref())),
         };
         match &outcome {
             Ok(_) => {
@@ -212,6 +240,57 @@ impl Broker {
     }
 }
 
+impl Broker {
+    /// No acknowledgement came in time. What is stored here already must not look as if it were not: it would be written twice.
+    fn timed_out(&self, id: PartitionId, timeout: Duration, tiered: Option<&Tiered>) -> Fault {
+        let ms = timeout.as_millis();
+        let Some(stored) = tiered.and_then(|tiered| tiered.stored.get()) else {
+            return Fault::new(
+                Reason::Timeout,
+                format!("no acknowledgement within {ms} ms; the write may still happen"),
+            );
+        };
+        let cause = match self.store_away() {
+            Some(outage) => format!("the object store has served nothing {outage}"),
+            None => self.upkeep_failures.why(id).unwrap_or_else(|| "the upload has not finished".to_owned()),
+        };
+        let (base, end) = (stored.start, stored.end);
+        let message = format!(
+            "no acknowledgement within {ms} ms: the records are stored on brokers at offsets {base} up to, but not including, {end}, \
+             and not in the object store yet: {cause}"
+        );
+        Fault::new(Reason::Timeout, message).with("cause", cause).with("base_offset", base).with("end_offset", end)
+    }
+
+    /// Waits for the outcome of an append of a stream. One that waits for the object store says so once the store is away.
+    async fn next_step(self: Arc<Self>, correlation: u64, queued: Queued) -> Step {
+        let waits_for_store = queued.tiered.is_some();
+        let broker = Arc::clone(&self);
+        let answer = async move { Step::Answer(answered(correlation, broker.outcome(queued).await)) };
+        if !waits_for_store {
+            return answer.await;
+        }
+        let mut answer = Box::pin(answer);
+        tokio::select! {
+            biased;
+            step = &mut answer => step,
+            outage = self.until_store_away() => {
+                let message = format!("the append waits for the object store, which has served nothing {outage}");
+                let waiting = Fault::new(Reason::ObjectStoreUnavailable, message).into();
+                let result = Some(produce_response::Result::Waiting(waiting));
+                Step::Notice(v1::ProduceResponse { correlation, result }, answer)
+            }
+        }
+    }
+}
+
+/// What comes of an append of a stream.
+enum Step {
+    Answer(v1::ProduceResponse),
+    /// Why there is no answer yet; what is left to wait for.
+    Notice(v1::ProduceResponse, BoxFuture<'static, Step>),
+}
+
 /// A request of a stream by its number, and what became of it at first.
 type Begun = (u64, Result<Queued, Fault>);
 
@@ -222,7 +301,7 @@ struct Pipeline {
     quota: ProducerIdQuota,
     /// The request that came last, which may have to wait for memory. The next one is taken when it is queued.
     beginning: Option<BoxFuture<'static, Begun>>,
-    answers: FuturesUnordered<BoxFuture<'static, v1::ProduceResponse>>,
+    answers: FuturesUnordered<BoxFuture<'static, Step>>,
     /// No more requests come: the producer said so, or what it sent cannot be read. The stream ends with this.
     ended: Option<Result<(), Status>>,
 }
@@ -237,7 +316,13 @@ impl Pipeline {
             }
             tokio::select! {
                 biased;
-                Some(answer) = self.answers.next(), if !self.answers.is_empty() => return Some(Ok(answer)),
+                Some(step) = self.answers.next(), if !self.answers.is_empty() => match step {
+                    Step::Answer(answer) => return Some(Ok(answer)),
+                    Step::Notice(notice, rest) => {
+                        self.answers.push(rest);
+                        return Some(Ok(notice));
+                    }
+                },
                 // Every write that came has its answer: a stop need not wait for a producer that is quiet.
                 () = self.broker.stopping(), if is_idle => return None,
                 begun = begun(&mut self.beginning), if self.beginning.is_some() => self.await_answer(begun),
@@ -273,20 +358,23 @@ impl Pipeline {
     fn await_answer(&mut self, (correlation, queued): Begun) {
         let broker = Arc::clone(&self.broker);
         self.answers.push(Box::pin(async move {
-            let result = match queued {
-                Ok(queued) => broker.outcome(queued).await,
+            match queued {
+                Ok(queued) => broker.next_step(correlation, queued).await,
                 Err(fault) => {
                     broker.metrics.produce_errors.count(fault.reason.word());
-                    Err(fault)
+                    Step::Answer(answered(correlation, Err(fault)))
                 }
-            };
-            let result = match result {
-                Ok(appended) => produce_response::Result::Appended(appended),
-                Err(fault) => produce_response::Result::Error(fault.into()),
-            };
-            v1::ProduceResponse { correlation, result: Some(result) }
+            }
         }));
     }
+}
+
+fn answered(correlation: u64, outcome: Result<v1::AppendResponse, Fault>) -> v1::ProduceResponse {
+    let result = match outcome {
+        Ok(appended) => produce_response::Result::Appended(appended),
+        Err(fault) => produce_response::Result::Error(fault.into()),
+    };
+    v1::ProduceResponse { correlation, result: Some(result) }
 }
 
 /// Waits until the request that came last is queued, or refused.
@@ -294,6 +382,15 @@ async fn begun(beginning: &mut Option<BoxFuture<'static, Begun>>) -> Begun {
     let begun = beginning.as_mut().expect("only asked while there is one").await;
     *beginning = None;
     begun
+}
+
+/// How long an append waits for its acknowledgement.
+fn timeout(ms: u32) -> Result<Duration, Fault> {
+    if ms > limits::MAX_APPEND_TIMEOUT_MS {
+        let most = limits::MAX_APPEND_TIMEOUT_MS;
+        return Err(faults::invalid(format!("timeout_ms {ms} is more than {most}, the most that an append waits")));
+    }
+    Ok(if ms == 0 { DEFAULT_TIMEOUT } else { Duration::from_millis(ms.into()) })
 }
 
 fn acks(value: i32) -> Result<Acks, Fault> {

@@ -63,6 +63,7 @@ impl Bench {
             producer_ids_per_minute: 1000,
             upkeep_workers: 1,
             retention_interval: Duration::from_secs(3600),
+            fetch_max_wait: Duration::from_secs(5),
             garbage_grace: Duration::from_secs(3600),
             upload_grace: Duration::from_secs(3600),
             default_factor: 1,

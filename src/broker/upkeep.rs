@@ -59,6 +59,11 @@ struct Failing {
 }
 
 impl Failures {
+    /// Why the last step of this partition failed.
+    pub(super) fn why(&self, id: PartitionId) -> Option<String> {
+        self.lock().get(&id)?.why.clone()
+    }
+
     fn lock(&self) -> MutexGuard<'_, BTreeMap<PartitionId, Failing>> {
         self.of.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -196,28 +201,28 @@ impl Broker {
     }
 }
 
+/// Steps that failed because the object store was away are tried again as soon as it is back.
+async fn resume_after_outages(broker: Arc<Broker>, store: Store) {
+    loop {
+        tokio::select! {
+            biased;
+            () = broker.tasks.cancelled() => return,
+            () = outage(&store) => broker.upkeep_queue.retry_now(),
+        }
+    }
+}
+
+/// Waits for one outage and its end.
+async fn outage(store: &Store) {
+    store.until_away().await;
+    store.until_back().await;
+}
+
 async fn tick(broker: Arc<Broker>) {
     let least = SEAL_INTERVAL.min(broker.settings.retention_interval);
     let mut pause = least;
     let mut retention_at = clock::monotonic();
     loop {
-        /// Steps that failed because the object store was away are tried again as soon as it is back.
-        async fn resume_after_outages(broker: Arc<Broker>, store: Store) {
-            loop {
-                tokio::select! {
-                    biased;
-                    () = broker.tasks.cancelled() => return,
-                    () = outage(&store) => broker.upkeep_queue.retry_now(),
-                }
-            }
-        }
-
-        /// Waits for one outage and its end.
-        async fn outage(store: &Store) {
-            store.until_away().await;
-            store.until_back().await;
-        }
-
         tokio::select! {
             biased;
             () = broker.tasks.cancelled() => return,

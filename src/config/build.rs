@@ -113,6 +113,7 @@ impl Values {
                 garbage_grace: self.time("tier.garbage_grace"),
                 upload_grace: self.time("tier.upload_grace"),
                 check_interval: self.time("tier.check_interval"),
+                fetch_max_wait: self.time("tier.fetch_max_wait"),
             },
             limits: Limits {
                 produce_memory_bytes: self.number("limits.produce_memory_bytes"),

@@ -218,6 +218,8 @@ pub struct Tier {
     pub upload_grace: Duration,
     /// How often retention and uploads are looked at.
     pub check_interval: Duration,
+    /// How long a single read waits for records that exist.
+    pub fetch_max_wait: Duration,
 }
 
 /// Bounds on what is under way.

@@ -341,6 +341,14 @@ pub(super) const SETTINGS: &[Setting] = &[
         "How often retention and uploads of each partition are looked at.",
     ),
     setting(
+        "tier",
+        "fetch_max_wait",
+        Kind::Time { least: 0, most: 60 },
+        Some("5s"),
+        "How long a single read waits for records that exist and are in the object store, whatever the caller's max_wait_ms. Kafka's \
+         remote.fetch.max.wait.ms (KIP-1018). The fetch goes on behind the call, and the next one finds what it brought.",
+    ),
+    setting(
         "limits",
         "produce_memory_bytes",
         Kind::Bytes { least: MIB, most: TIB },

@@ -84,7 +84,7 @@ use self::{
     shared::Shared,
 };
 pub use self::{
-    actor::{AppendError, AppendResult},
+    actor::{AppendError, AppendResult, Stored},
     lag::Lag,
     leader::{Acked, Held, Refused},
     memory::Memory,
@@ -237,8 +237,21 @@ impl Partition {
         acks: Acks,
         permit: OwnedSemaphorePermit,
     ) -> oneshot::Receiver<AppendResult> {
+        self.append_tracked(batch, sent, acks, permit, None).await
+    }
+
+    /// As [`Self::append`]. With `acks=tiered` the offsets are put into `stored` when the write is stored here and only the bucket is
+    /// waited for.
+    pub async fn append_tracked(
+        &self,
+        batch: Batch,
+        sent: Option<Fingerprint>,
+        acks: Acks,
+        permit: OwnedSemaphorePermit,
+        stored: Option<Stored>,
+    ) -> oneshot::Receiver<AppendResult> {
         let (answer, receiver) = oneshot::channel();
-        let append = Box::new(Append { batch, sent, acks, permit, answer });
+        let append = Box::new(Append { batch, sent, acks, permit, answer, stored });
         if let Err(mpsc::error::SendError(Command::Append(append))) = self.mailbox.send(Command::Append(append)).await {
             let _gone = append.answer.send(Err(AppendError::Closing));
         }
@@ -249,6 +262,11 @@ impl Partition {
     /// waits.
     pub fn given_up(&self) {
         self.news.given_up();
+    }
+
+    /// Everything below was deleted, as the metadata store says. It holds whatever this broker is in the partition.
+    pub fn committed_log_start(&self) -> Offset {
+        self.committed().map_or(Offset::ZERO, |state| state.log_start)
     }
 
     /// Its reader.

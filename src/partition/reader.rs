@@ -222,7 +222,20 @@ impl Reader {
                 Ok(below(Fetched { chunks, bytes, next, source: Source::Bucket }, bound))
             }
             // Retention may have moved on while the bucket was asked.
-            Err(error) => self.readable(from).and(Err(bucket_error(from, &error))),
+            Err(error) => self.readable(from).and(Err(self.bucket_error(from, &error))),
+        }
+    }
+
+    fn bucket_error(&self, offset: Offset, error: &tier::ReadError) -> ReadError {
+        match error {
+            // The tier's state is newer than the marks: the log start has moved, and nothing is wrong with the store.
+            tier::ReadError::OutOfRange { start, .. } if offset < *start => {
+                ReadError::OutOfRange { offset, start: *start, end: self.shared.marks().high_watermark.max(*start) }
+            }
+            tier::ReadError::Damaged { .. } | tier::ReadError::Missing { .. } => {
+                ReadError::Damaged { offset, why: error.to_string() }
+            }
+            _ => ReadError::ObjectStore { why: error.to_string() },
         }
     }
 
@@ -263,7 +276,7 @@ impl Reader {
             let from = from.max(marks.log_start);
             if let Some(tier) = self.tier.as_ref().filter(|_| from < marks.tiered_end) {
                 let found =
-                    tier.batch_for_time(timestamp_ms, from).await.map_err(|error| bucket_error(from, &error))?;
+                    tier.batch_for_time(timestamp_ms, from).await.map_err(|error| self.bucket_error(from, &error))?;
                 if found.is_some() {
                     return Ok(found);
                 }
@@ -308,14 +321,6 @@ fn below(fetched: Fetched, bound: Offset) -> Option<Fetched> {
         kept.chunks.push(batch.to_bytes());
     }
     (kept.bytes > 0).then_some(kept)
-}
-
-fn bucket_error(offset: Offset, error: &tier::ReadError) -> ReadError {
-    if matches!(error, tier::ReadError::Damaged { .. } | tier::ReadError::Missing { .. }) {
-        ReadError::Damaged { offset, why: error.to_string() }
-    } else {
-        ReadError::ObjectStore { why: error.to_string() }
-    }
 }
 
 #[cfg(test)]

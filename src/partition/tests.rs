@@ -206,6 +206,26 @@ async fn a_reader_crosses_bucket_disk_and_memory() {
     }
 }
 
+/// A follower hears of a new log start by the metadata before its own task acts by it: the object store was blamed meanwhile.
+#[tokio::test(flavor = "multi_thread")]
+async fn read_below_a_log_start_that_has_just_moved_is_out_of_range() {
+    let dir = tempfile::tempdir().unwrap();
+    let bench = Bench::new(dir.path(), true).await;
+    let partition = bench.open(&[("segment.bytes", "16384"), ("local.retention.bytes", "0")]).await;
+    for _ in 0..30 {
+        append(&partition, &[7; 4000], Acks::All).await.unwrap();
+    }
+    bench.settle(&partition).await;
+    let tier = bench.tier.as_ref().unwrap();
+    let start = Offset::new(7).unwrap();
+    tier.adopt(TierState { log_start: start, ..tier.state() });
+    assert_eq!(partition.marks().log_start, Offset::ZERO, "the task does not know yet");
+    let offset = Offset::new(3).unwrap();
+    let end = partition.marks().high_watermark;
+    let refused = partition.reader().read(offset, 1 << 20).await.unwrap_err();
+    assert_eq!(refused, ReadError::OutOfRange { offset, start, end });
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_tiered_write_is_answered_by_the_bucket_without_waiting_for_a_full_segment() {
     let dir = tempfile::tempdir().unwrap();

@@ -46,6 +46,8 @@ reasons! {
     InvalidRequest = "INVALID_REQUEST", InvalidArgument, false;
     /// No topic has this name.
     UnknownTopic = "UNKNOWN_TOPIC", NotFound, false;
+    /// The topic of this name has another id: it was deleted and made again.
+    TopicIdMismatch = "TOPIC_ID_MISMATCH", FailedPrecondition, false;
     /// The topic has no partition of this number.
     UnknownPartition = "UNKNOWN_PARTITION", NotFound, false;
     /// A topic of this name exists.

@@ -21,6 +21,7 @@ const PARTITION: u32 = 2;
 const ACKS: u32 = 3;
 const TIMEOUT_MS: u32 = 4;
 const BATCH: u32 = 5;
+const TOPIC_ID: u32 = 7;
 
 /// One `ProduceRequest` to be sent. It is never received.
 #[derive(Clone, Debug)]
@@ -37,6 +38,8 @@ pub struct ProduceFrame {
     pub timeout_ms: u32,
     /// What is appended.
     pub batch: Batch,
+    /// The topic's id; empty for whichever topic has the name.
+    pub topic_id: Arc<str>,
 }
 
 impl ProduceFrame {
@@ -49,6 +52,7 @@ impl ProduceFrame {
             + encoding::key_len(BATCH)
             + encoding::encoded_len_varint(wide(bytes))
             + bytes
+            + if self.topic_id.is_empty() { 0 } else { text_len(TOPIC_ID, &self.topic_id) }
     }
 }
 
@@ -67,6 +71,11 @@ impl Message for ProduceFrame {
         encoding::encode_varint(wide(self.batch.encoded_len()), buf);
         buf.put_slice(self.batch.head());
         buf.put_slice(self.batch.records_bytes());
+        if !self.topic_id.is_empty() {
+            encoding::encode_key(TOPIC_ID, WireType::LengthDelimited, buf);
+            encoding::encode_varint(wide(self.topic_id.len()), buf);
+            buf.put_slice(self.topic_id.as_bytes());
+        }
     }
 
     fn encoded_len(&self) -> usize {
@@ -106,7 +115,8 @@ mod tests {
 
     #[test]
     fn a_frame_is_the_generated_message_on_the_wire() {
-        for (correlation, topic, partition, size) in [(0, "t", 0, 0), (1 << 40, "a.longer-topic_name", 99_999, 300_000)]
+        for (correlation, topic, id, partition, size) in
+            [(0, "t", "", 0, 0), (1 << 40, "a.longer-topic_name", "0b5d", 99_999, 300_000)]
         {
             let mut builder = BatchBuilder::new(Compression::None);
             builder.push(1, Some(b"key"), Some(&vec![7; size]), &[]).expect("fits");
@@ -117,9 +127,11 @@ mod tests {
                 acks: v1::Acks::All.into(),
                 timeout_ms: 30_000,
                 payload: Some(v1::append_request::Payload::Batch(batch.to_bytes())),
+                topic_id: id.to_owned(),
             };
             let acks = v1::Acks::All.into();
-            let frame = ProduceFrame { correlation, topic: topic.into(), partition, acks, timeout_ms: 30_000, batch };
+            let (topic, topic_id) = (topic.into(), id.into());
+            let frame = ProduceFrame { correlation, topic, partition, acks, timeout_ms: 30_000, batch, topic_id };
             let bytes = frame.encode_to_vec();
             assert_eq!(bytes.len(), frame.encoded_len());
             let read = v1::ProduceRequest::decode(&bytes[..]).expect("the same message");

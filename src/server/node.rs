@@ -383,6 +383,7 @@ fn settings(config: &Config) -> broker::Settings {
         producer_ids_per_minute: config.limits.producer_ids_per_minute,
         upkeep_workers: config.tier.upload_concurrency,
         retention_interval: config.tier.check_interval,
+        fetch_max_wait: config.tier.fetch_max_wait,
         garbage_grace: config.tier.garbage_grace,
         upload_grace: config.tier.upload_grace,
         default_factor: config.replication.default_factor,

@@ -229,7 +229,7 @@ impl Cache {
         F: Future<Output = Result<Bytes, ReadError>> + Send + 'static,
     {
         let inner = Arc::clone(&self.inner);
-        let load = || async move {
+        let load = move || async move {
             if let Some(chunk) = inner.chunks.get(&key).await {
                 return Ok(chunk);
             }

@@ -265,6 +265,7 @@ fn settle(load: &Load, pending: &mut HashMap<u64, Vec<Attempt>>, answer: Produce
             let refused = matches!(fault.reason, Reason::Overloaded | Reason::DiskFull);
             load.conclude(attempts, |_| if refused { Outcome::Refused } else { Outcome::Unknown });
         }
+        Answer::Waiting(why) => panic!("nothing here waits for the bucket: {why:?}"),
     }
 }
 

@@ -4,16 +4,24 @@ use std::{
     fs,
     io::Write as _,
     process::{Command, Stdio},
+    time::Duration,
 };
 
 use strandline::{
+    client::{Client, ConsumeError, ConsumerOptions, Options},
     cluster::{DeletedValue, EmbeddedStore, Key, Keys, MetaStore, Transaction, Value},
     model::{LeaderEpoch, Offset, TopicId},
+    proto::fault::Reason,
     task::clock,
     tier::name::Stamp,
 };
 
-use crate::{broker::Home, damage::files, patience::eventually, skipped::skipped};
+use crate::{
+    broker::Home,
+    damage::{files, lines},
+    patience::eventually,
+    skipped::skipped,
+};
 
 /// A little longer than marks outlive their topics.
 const LONG_MS: i64 = 31 * 24 * 3600 * 1000;
@@ -136,4 +144,37 @@ fn the_mark_of_a_deleted_topic_goes_last_and_nothing_goes_without_one() {
     assert_eq!(mark(&home, id), None);
     assert_eq!(mark(&home, held).expect("something is left").gone_since_ms, None, "the count starts again");
     assert!(left.iter().all(|path| path.exists()), "{left:?}");
+}
+
+/// Found by a user of another system: a consumer that was away meanwhile went on at its old offset in the new topic, and skipped its first
+/// records without a word.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn consumer_of_a_topic_made_again_ends_and_skips_nothing() {
+    let mut home = Home::new();
+    let _broker = tokio::task::block_in_place(|| home.start());
+    let cli = home.cli();
+    let make = |records| {
+        tokio::task::block_in_place(|| {
+            cli.ok(&["topic", "create", "t"]);
+            cli.ok_with(&["produce", "t"], lines(records).as_bytes());
+        });
+    };
+    make(10);
+    let client = Client::connect(&home.grpc().to_string(), Options::default()).await.expect("the broker is there");
+    let mut consumer = client.consumer(ConsumerOptions::default());
+    consumer.assign_at("t", 0, Offset::ZERO).await.expect("it is there");
+    for _ in 0..10 {
+        consumer.next().await.expect("a record");
+    }
+    tokio::task::block_in_place(|| cli.ok(&["topic", "delete", "t"]));
+    make(30);
+    let next = tokio::time::timeout(Duration::from_secs(20), consumer.next()).await.expect("it ends");
+    let Err(ConsumeError::Refused { fault, .. }) = next else { panic!("{next:?}") };
+    // Whoever looked between the two orders found no topic at all.
+    assert!(matches!(fault.reason, Reason::TopicIdMismatch | Reason::UnknownTopic), "{fault:?}");
+    // Begun anew, it reads the new topic from the beginning.
+    consumer.assign_at("t", 0, Offset::ZERO).await.expect("it is there");
+    for offset in 0..30 {
+        assert_eq!(consumer.next().await.expect("a record").offset.get(), offset);
+    }
 }

@@ -16,7 +16,7 @@ use strandline::proto::{
 use crate::{
     broker::{Broker, Cli, Home, http_get},
     damage::{files, lines, partition},
-    patience::eventually,
+    patience::{becomes, eventually},
     s3::{Fault, Op, S3},
     wire,
 };
@@ -114,7 +114,8 @@ fn a_reader_of_what_only_the_bucket_has_says_that_it_waits_and_gives_up() {
     let _broker = home.start();
     let output = home.cli().run(&["consume", "t", "--until-end", "--timeout", "8"]);
     assert_eq!(output.code, 1, "{output:?}");
-    for said in ["still trying: ", "giving up in", "error: given up after 8 s without a record", "--timeout"] {
+    let why = "the store has served nothing for";
+    for said in ["still trying: ", why, "giving up in", "error: given up after 8 s without a record", "--timeout"] {
         assert!(output.stderr.contains(said), "{said:?}: {output:?}");
     }
 }
@@ -199,12 +200,24 @@ async fn streams_that_wait_for_the_bucket_leave_room_for_others() {
     tokio::time::timeout(SOON, other).await.expect("there is room").expect("acknowledged");
     for answers in &mut streams {
         for _ in 0..8 {
-            let answer = tokio::time::timeout(SOON, answers.message()).await.expect("in time").expect("an answer");
-            let Some(v1::produce_response::Result::Error(error)) = answer.and_then(|answer| answer.result) else {
-                panic!("the bucket is away")
-            };
-            let reason = Refusal::from(error).reason;
-            assert!(matches!(reason, Reason::Timeout | Reason::Overloaded), "{reason:?}");
+            let reason = final_answer(answers, SOON).await.expect_err("the bucket is away").reason;
+            assert!(matches!(reason, Reason::Timeout | Reason::ObjectStoreUnavailable), "{reason:?}");
+        }
+    }
+}
+
+/// The final answer to an append of a stream; notices are passed over.
+async fn final_answer(
+    answers: &mut tonic::Streaming<v1::ProduceResponse>,
+    within: Duration,
+) -> Result<v1::AppendResponse, Refusal> {
+    use v1::produce_response::Result as Answer;
+    loop {
+        let answer = tokio::time::timeout(within, answers.message()).await.expect("in time").expect("an answer");
+        match answer.and_then(|answer| answer.result).expect("the stream goes on") {
+            Answer::Appended(appended) => return Ok(appended),
+            Answer::Error(error) => return Err(error.into()),
+            Answer::Waiting(_) => {}
         }
     }
 }
@@ -252,11 +265,16 @@ async fn acks_tiered_waits_for_the_bucket_and_not_for_the_segment_to_fill() {
     server.faults().set_down(true);
     let fault = wire::append(&mut log, tiered(b"two", 1_000)).await.expect_err("it is not in the bucket");
     assert_eq!(fault.reason, Reason::Timeout, "{fault:?}");
+    assert_eq!((fault.number("base_offset"), fault.number("end_offset")), (Some(1), Some(2)), "{fault:?}");
+    assert!(fault.metadata["cause"].contains("connection refused"), "{fault:?}");
     let there = wire::read_range(&mut log, "t", 0, 1, 2).await.expect("it is written all the same");
     assert_eq!(there[0].value.as_deref(), Some(&b"two"[..]));
     server.faults().set_down(false);
-    let third = wire::append(&mut log, tiered(b"three", 40_000)).await.expect("the bucket works again");
-    assert_eq!(third.base_offset, 2);
+    let third = becomes("the bucket works again", || {
+        let (mut log, append) = (log.clone(), tiered(b"three", 40_000));
+        async move { wire::append(&mut log, append).await.ok() }
+    });
+    assert_eq!(third.await.base_offset, 2);
     assert_eq!(tokio::task::block_in_place(|| mark(&home.cli(), "t", "tiered_end")), 3);
 }
 
@@ -372,4 +390,164 @@ async fn an_empty_bucket_at_a_restart_is_not_taken_for_a_new_one() {
         reads(&cli, "t", "earliest", &format!("{text}x\nx\n"));
         eventually("it works again", || (!cli.ok(&["cluster", "describe"]).text().contains(told)).then_some(()));
     });
+}
+
+/// Makes topic `t` of so many records, which are in the bucket alone, and starts the broker again: its caches are empty.
+fn history(with: impl FnOnce(Home) -> Home, records: usize) -> (S3, Home, Broker) {
+    let (server, mut home, broker) = start(with);
+    create(&home.cli(), "t", EAGER);
+    home.cli().ok_with(&["produce", "t"], lines(records).as_bytes());
+    settled(&home.cli(), "t", i64::try_from(records).expect("few"));
+    assert!(broker.terminate().success(), "{}", home.log());
+    let broker = home.start();
+    (server, home, broker)
+}
+
+/// One read of topic `t` from an offset, which waits for no record that does not exist.
+async fn read_once(
+    log: &mut v1::log_client::LogClient<tonic::transport::Channel>,
+    offset: i64,
+) -> v1::FetchedPartition {
+    let place = v1::FetchPartition { topic: "t".to_owned(), offset, ..Default::default() };
+    let request = v1::ReadRequest { partitions: vec![place], plain: true, ..Default::default() };
+    let mut answer = log.read(request).await.expect("an answer").into_inner();
+    assert_eq!(answer.partitions.len(), 1, "each partition is answered");
+    answer.partitions.remove(0)
+}
+
+/// `max_wait_ms` ended reads of the bucket too, and dropped what they had fetched: 433 reads of 433 were empty, as at the end of the log.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn short_reads_of_history_are_served_by_a_slow_bucket() {
+    const RECORDS: i64 = 20_000;
+    for cache in ["128MiB", "0"] {
+        let (server, home, _broker) = tokio::task::block_in_place(|| {
+            history(
+                |home| home.setting("cache.memory_bytes", format!("\"{cache}\"")).setting("cache.disk_bytes", "\"0\""),
+                20_000,
+            )
+        });
+        server.faults().inject(Op::Get, Fault::Delay(Duration::from_millis(400)), usize::MAX);
+        let mut log = wire::log(home.grpc());
+        let mut next = 0;
+        for _ in 0..10 {
+            let read = read_once(&mut log, next).await;
+            assert!(read.error.is_none() && !read.records.is_empty(), "{cache}: at {next}: {:?}", read.error);
+            assert_eq!((read.log_start, read.high_watermark), (0, RECORDS));
+            next = read.next_offset;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn read_that_the_bucket_does_not_serve_in_time_says_so_and_is_kept() {
+    let (server, home, _broker) =
+        tokio::task::block_in_place(|| history(|home| home.setting("tier.fetch_max_wait", "\"1s\""), 2_000));
+    // Three requests one after the other: manifest, footer, chunk.
+    server.faults().inject(Op::Get, Fault::Delay(Duration::from_millis(900)), 3);
+    let mut log = wire::log(home.grpc());
+    let mut refused = 0;
+    let read = loop {
+        let read = read_once(&mut log, 0).await;
+        let Some(error) = read.error else { break read };
+        let refusal = Refusal::from(error);
+        assert!(refusal.reason == Reason::ObjectStoreUnavailable && refusal.retryable, "{refusal:?}");
+        assert!(refusal.message.contains("tier.fetch_max_wait"), "{refusal}");
+        assert_eq!((read.high_watermark, read.next_offset), (2_000, 0), "it is not the end");
+        refused += 1;
+    };
+    assert!(!read.records.is_empty() && (1..=3).contains(&refused), "{refused}");
+    let end = read_once(&mut log, 2_000).await;
+    assert!(end.error.is_none() && end.next_offset == end.high_watermark, "the end looks like the end: {end:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn reads_of_history_fail_at_once_while_the_bucket_is_away_and_are_served_when_it_is_back() {
+    let (server, home, _broker) = tokio::task::block_in_place(|| history(|home| home, 2_000));
+    server.faults().set_down(true);
+    let mut log = wire::log(home.grpc());
+    let begin = std::time::Instant::now();
+    for tries in 0..20 {
+        let read = read_once(&mut log, 0).await;
+        let refusal = Refusal::from(read.error.expect("the bucket is away"));
+        assert!(refusal.reason == Reason::ObjectStoreUnavailable && refusal.retryable, "{tries}: {refusal:?}");
+        assert!(refusal.message.contains("connection refused"), "{refusal}");
+        assert_eq!(read.high_watermark, 2_000);
+    }
+    // Nineteen of them at once, and the first when it was certain.
+    assert!(begin.elapsed() < Duration::from_secs(3), "{:?}", begin.elapsed());
+    let place = v1::FetchPartition { topic: "t".to_owned(), ..Default::default() };
+    let request = v1::FetchRequest { partitions: vec![place], ..Default::default() };
+    let requests = futures::stream::iter([request]).chain(futures::stream::pending());
+    let mut stream = log.fetch(requests).await.expect("a stream").into_inner();
+    let said = tokio::time::timeout(Duration::from_secs(3), stream.message()).await.expect("soon").expect("an answer");
+    let said = said.expect("it goes on").partitions.remove(0);
+    assert_eq!(said.error.map(|error| error.reason).as_deref(), Some("OBJECT_STORE_UNAVAILABLE"));
+
+    server.faults().set_down(false);
+    let begin = std::time::Instant::now();
+    let read = becomes("it is back", || {
+        let mut log = log.clone();
+        async move { Some(read_once(&mut log, 0).await).filter(|read| read.error.is_none()) }
+    });
+    assert!(!read.await.records.is_empty());
+    assert!(begin.elapsed() < Duration::from_secs(5), "{:?}", begin.elapsed());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn appends_to_a_bucket_that_is_away_are_told_so_and_later_ones_are_not_begun() {
+    let (server, home, _broker) = tokio::task::block_in_place(|| start(|home| home));
+    wire::create_topic(home.grpc(), "t", 1, &[("segment.ms", "86400000")]).await;
+    let mut log = wire::log(home.grpc());
+    wire::append(&mut log, tiered(30_000)).await.expect("the bucket is there");
+    server.faults().set_down(true);
+    let first = v1::ProduceRequest { correlation: 7, append: Some(tiered(6_000)) };
+    let requests = futures::stream::iter([first]).chain(futures::stream::pending());
+    let mut answers = log.produce(requests).await.expect("a stream").into_inner();
+    let notice =
+        tokio::time::timeout(Duration::from_secs(4), answers.message()).await.expect("soon").expect("a notice");
+    let notice = notice.expect("it goes on");
+    let Some(v1::produce_response::Result::Waiting(why)) = notice.result else { panic!("{notice:?}") };
+    assert_eq!((notice.correlation, why.reason.as_str()), (7, "OBJECT_STORE_UNAVAILABLE"));
+    assert!(why.message.contains("connection refused"), "{why:?}");
+
+    let refusal = wire::append(&mut log, tiered(30_000)).await.expect_err("it could only wait");
+    assert!(refusal.reason == Reason::ObjectStoreUnavailable && refusal.retryable, "{refusal:?}");
+    assert_eq!(wire::latest(&mut log, "t", 0).await.expect("answered"), 2, "it was not appended");
+
+    let refusal = final_answer(&mut answers, Duration::from_secs(20)).await.expect_err("its time is up");
+    assert_eq!(refusal.reason, Reason::Timeout, "{refusal:?}");
+    assert_eq!((refusal.number("base_offset"), refusal.number("end_offset")), (Some(1), Some(2)), "{refusal:?}");
+    assert!(refusal.metadata["cause"].contains("connection refused"), "{refusal:?}");
+    let output = tokio::task::block_in_place(|| {
+        home.cli().run_with(&["produce", "t", "--acks", "tiered", "--timeout", "4"], b"x\n")
+    });
+    assert!(output.code == 1 && output.stderr.contains("connection refused"), "{output:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn appends_that_wait_for_the_bucket_hold_no_produce_memory() {
+    let (server, home, _broker) =
+        tokio::task::block_in_place(|| start(|home| home.setting("limits.produce_memory_bytes", 1 << 20)));
+    tokio::task::block_in_place(|| create(&home.cli(), "t", &["segment.bytes=1073741824"]));
+    // Nothing is known to be wrong: the bucket takes its time.
+    server.faults().inject(Op::Put, Fault::Delay(Duration::from_secs(20)), usize::MAX);
+    let mut log = wire::log(home.grpc());
+    let append = |correlation| {
+        let append = wire::append_plain("t", 0, vec![Bytes::from(vec![7; 300_000])]);
+        let append = v1::AppendRequest { acks: Acks::Tiered.into(), timeout_ms: 30_000, ..append };
+        v1::ProduceRequest { correlation, append: Some(append) }
+    };
+    let requests = futures::stream::iter((0..20).map(append)).chain(futures::stream::pending());
+    let _answers = log.produce(requests).await.expect("a stream").into_inner();
+    becomes("all are stored, six times what the memory holds", || {
+        let mut log = log.clone();
+        async move { (wire::latest(&mut log, "t", 0).await.ok()? == 20).then_some(()) }
+    })
+    .await;
+    let began = std::time::Instant::now();
+    let other = wire::append_plain("t", 0, vec![Bytes::from(vec![7; 900_000])]);
+    wire::append(&mut log, other).await.expect("there is room");
+    assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+    let refusal = wire::append(&mut log, tiered(600_001)).await.expect_err("no append waits for so long");
+    assert!(refusal.reason == Reason::InvalidRequest && refusal.message.contains("600000"), "{refusal:?}");
 }

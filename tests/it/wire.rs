@@ -76,6 +76,7 @@ fn request(topic: &str, partition: i32, payload: Payload) -> AppendRequest {
         acks: Acks::All.into(),
         timeout_ms: 10_000,
         payload: Some(payload),
+        ..Default::default()
     }
 }
 
@@ -105,7 +106,7 @@ pub(crate) async fn read_range(
     let mut deadline = clock::monotonic() + Duration::from_secs(30);
     while next < end && clock::monotonic() < deadline {
         let request = ReadRequest {
-            partitions: vec![FetchPartition { topic: topic.to_owned(), partition, offset: next, leader_epoch: 0 }],
+            partitions: vec![FetchPartition { topic: topic.to_owned(), partition, offset: next, ..Default::default() }],
             max_wait_ms: 200,
             plain: true,
             ..Default::default()

@@ -30,7 +30,7 @@ use super::{
 };
 use crate::{
     limits,
-    model::Offset,
+    model::{Offset, TopicId},
     proto::{
         fault::{Fault, Reason},
         v1,
@@ -44,7 +44,7 @@ const DAMAGE_TRIES: u32 = 3;
 /// What the handle asks of the task.
 #[derive(Debug)]
 pub(super) enum Command {
-    Assign { topic: Arc<str>, partition: u32, generation: u64, position: Offset },
+    Assign { topic: Arc<str>, topic_id: TopicId, partition: u32, generation: u64, position: Offset },
     Unassign { topic: Arc<str>, partition: u32 },
 }
 
@@ -149,10 +149,10 @@ impl Driver {
 
     fn on_command(&mut self, command: Command) {
         match command {
-            Command::Assign { topic, partition, generation, position } => {
+            Command::Assign { topic, topic_id, partition, generation, position } => {
                 let now = clock::monotonic();
                 let before = self.drop_partition(&topic, partition);
-                let fresh = Partition::new(generation, position, now, before.as_ref());
+                let fresh = Partition::new(generation, topic_id, position, now, before.as_ref());
                 self.topics.entry(topic).or_default().insert(partition, fresh);
                 self.arrange_soon(now);
             }
@@ -269,7 +269,8 @@ impl Driver {
             let state = self.state(topic, *partition).expect("it was found");
             let (offset, leader_epoch) = state.carried(number, source, now);
             let partition = i32::try_from(*partition).expect("partitions are few");
-            v1::FetchPartition { topic: topic.to_string(), partition, offset, leader_epoch }
+            let (topic, topic_id) = (topic.to_string(), state.topic.to_string());
+            v1::FetchPartition { topic, partition, offset, leader_epoch, topic_id }
         });
         let wanted = wanted.collect();
         let request = v1::FetchRequest {
@@ -358,7 +359,7 @@ impl Driver {
         let high_watermark = Offset::from_i64(fetched.high_watermark).unwrap_or_default();
         if !batches.is_empty() {
             state.pauses = None;
-            state.damaged = 0;
+            (state.damaged, state.mismatched) = (0, false);
             state.near.heard(clock::monotonic());
             state.over(&self.troubles);
         }
@@ -414,7 +415,7 @@ impl Driver {
         if fault.reason == Reason::OffsetOutOfRange {
             return self.on_out_of_range(topic, partition, &fault);
         }
-        if fault.retryable {
+        if fault.retryable || fault.reason == Reason::TopicIdMismatch && state.doubts_mismatch() {
             tracing::debug!(topic = &**topic, partition, %fault, position = %state.position, "partition will be read again");
             let trouble = match fault.reason {
                 Reason::NotLeader | Reason::NotReady => Trouble::Leader,

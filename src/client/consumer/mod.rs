@@ -233,7 +233,7 @@ impl Consumer {
         let topic: Arc<str> = topic.into();
         self.forget_current(&topic, partition);
         self.assigned.insert((topic.clone(), partition), Assigned { generation, position });
-        let command = Command::Assign { topic, partition, generation, position };
+        let command = Command::Assign { topic, topic_id: route.id, partition, generation, position };
         self.commands.send(command).await.map_err(|_| ConsumeError::Closed)
     }
 

@@ -34,8 +34,12 @@ pub(super) struct Partition {
     /// Whether a follower serves it there.
     pub(super) follows: bool,
     pub(super) near: Nearness,
-    /// The newest leader epoch that metadata or an answer named, of the topic with this id.
-    known: Option<(TopicId, LeaderEpoch)>,
+    /// The topic that is read: its position means nothing in another one of the same name.
+    pub(super) topic: TopicId,
+    /// A broker refused that id. It may know less than this client, so it is asked twice.
+    pub(super) mismatched: bool,
+    /// The newest leader epoch that metadata or an answer named.
+    known: LeaderEpoch,
     /// It failed for good, and waits to be sought.
     pub(super) parked: bool,
     pub(super) pauses: Option<Pauses>,
@@ -48,14 +52,16 @@ pub(super) struct Partition {
 
 impl Partition {
     /// A partition to be read from `position` on. What an earlier assignment knew of its leader still holds.
-    pub(super) fn new(generation: u64, position: Offset, now: Instant, before: Option<&Self>) -> Self {
+    pub(super) fn new(generation: u64, topic: TopicId, position: Offset, now: Instant, before: Option<&Self>) -> Self {
         Self {
+            topic,
+            mismatched: false,
             generation,
             position,
             stream: None,
             follows: false,
             near: before.map_or_else(|| Nearness::new(now), |before| before.near),
-            known: before.and_then(|before| before.known),
+            known: before.filter(|before| before.topic == topic).map(|before| before.known).unwrap_or_default(),
             parked: false,
             pauses: None,
             not_before: None,
@@ -70,10 +76,15 @@ impl Partition {
         self.stream = Some(stream);
         self.follows = source.follows;
         self.near.heard(now);
-        let before = self.known.filter(|(topic, _)| *topic == source.topic).map(|(_, epoch)| epoch);
-        let epoch = before.map_or(source.epoch, |before| before.max(source.epoch));
-        self.known = Some((source.topic, epoch));
-        (self.position.as_i64(), epoch.as_i32())
+        if source.topic == self.topic {
+            self.known = self.known.max(source.epoch);
+        }
+        (self.position.as_i64(), self.known.as_i32())
+    }
+
+    /// Whether the refusal of its topic id may be a broker's that lags: the first one, before the metadata was refreshed.
+    pub(super) fn doubts_mismatch(&mut self) -> bool {
+        !std::mem::replace(&mut self.mismatched, true)
     }
 
     /// Whether it may be read, and no stream carries it.
@@ -90,18 +101,14 @@ impl Partition {
     /// Takes note of who answered; whether that was in an epoch of which nothing was known.
     pub(super) fn answered(&mut self, fetched: &v1::FetchedPartition) -> bool {
         self.follows = fetched.from_follower;
-        match (&mut self.known, LeaderEpoch::from_i32(fetched.leader_epoch)) {
-            (Some((_, known)), Some(epoch)) if epoch > *known => {
-                *known = epoch;
-                true
-            }
-            _ => false,
-        }
+        let epoch = LeaderEpoch::from_i32(fetched.leader_epoch).filter(|epoch| *epoch > self.known);
+        self.known = epoch.unwrap_or(self.known);
+        epoch.is_some()
     }
 
     /// The newest leader epoch that is known of it.
     pub(super) fn epoch(&self) -> LeaderEpoch {
-        self.known.map(|(_, epoch)| epoch).unwrap_or_default()
+        self.known
     }
 
     /// A stream that stays open proves that its leader is there again; when to look next, if it is too early to tell.

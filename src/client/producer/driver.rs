@@ -102,6 +102,14 @@ struct LaneState {
     trouble: String,
     /// Whether that is what the client shows.
     in_trouble: bool,
+    /// Why acknowledgements take longer, by the broker's word.
+    notice: Option<String>,
+    /// The id of the topic that is written to; `None` before the first batch.
+    topic_id: Option<Arc<str>>,
+    /// A batch was acknowledged under that id.
+    proven: bool,
+    /// A broker refused that id. It may know less than this client, so it is asked twice.
+    mismatched: bool,
 }
 
 pub(super) struct Driver {
@@ -250,6 +258,10 @@ impl Driver {
                 doubted: clock::monotonic(),
                 trouble: "none".to_owned(),
                 in_trouble: false,
+                notice: None,
+                topic_id: None,
+                proven: false,
+                mismatched: false,
             });
         }
     }
@@ -314,6 +326,7 @@ impl Driver {
             return false;
         }
         state.stream = Some(number);
+        let topic_id = state.topic_id(&self.shared.client);
         if state.flight.under_way() == 0 {
             state.heard = clock::monotonic();
         }
@@ -329,6 +342,7 @@ impl Driver {
                     acks: wire_acks(options.acks).into(),
                     timeout_ms: u32::try_from(options.delivery_timeout.as_millis()).unwrap_or(u32::MAX).min(30_000),
                     batch,
+                    topic_id,
                 };
                 if stream.under_way == 0 {
                     stream.heard = clock::monotonic();
@@ -377,21 +391,24 @@ impl Driver {
         if index >= self.lanes.len() {
             return;
         }
+        if let Some(v1::produce_response::Result::Waiting(why)) = answer.result {
+            return self.on_notice(number, index, why.message);
+        }
         if let Some(stream) = self.streams.get_mut(&number) {
             stream.under_way = stream.under_way.saturating_sub(1);
             stream.heard = clock::monotonic();
         }
         let (appended, result) = match answer.result {
             Some(v1::produce_response::Result::Appended(appended)) => (Some(appended), Ok(())),
-            Some(v1::produce_response::Result::Error(error)) => (None, Err(Fault::from(error))),
-            None => (None, Err(Fault::new(Reason::Internal, "the broker sent an empty answer"))),
+            Some(v1::produce_response::Result::Error(error)) => (None, Err(self.lanes[index].judge(error.into()))),
+            _ => (None, Err(Fault::new(Reason::Internal, "the broker sent an empty answer"))),
         };
         let fault = result.clone().err();
         let state = &mut self.lanes[index];
         state.heard = clock::monotonic();
         match state.flight.answered(number, answer.correlation, result) {
             Verdict::Done(done) => {
-                state.pauses = None;
+                (state.pauses, state.proven) = (None, true);
                 let partition = state.lane.partition;
                 self.acknowledge(partition, done, &appended.unwrap_or_default());
                 self.over(index);
@@ -460,8 +477,7 @@ impl Driver {
             && deadline <= now
         {
             // A broker that has not answered for so long will not: its stream ends here, for all that use it.
-            let who = self.streams.get(&stream).map_or("the leader", |stream| stream.address.as_str());
-            let fault = Fault::new(Reason::Timeout, format!("{who} has not answered in the delivery timeout"));
+            let fault = Fault::new(Reason::Timeout, self.silence(index, stream));
             self.on_ended(stream, true, &fault);
         }
         let state = &mut self.lanes[index];
@@ -568,7 +584,7 @@ impl Driver {
 
 /// Whether the partition may be led elsewhere now.
 fn moved(reason: Reason) -> bool {
-    matches!(reason, Reason::NotLeader | Reason::NotReady | Reason::StorageFailed)
+    matches!(reason, Reason::NotLeader | Reason::NotReady | Reason::StorageFailed | Reason::TopicIdMismatch)
 }
 
 fn wire_acks(acks: Acks) -> v1::Acks {

@@ -397,6 +397,8 @@ fn outcome_unknown(reason: Reason) -> bool {
             | Reason::DiskFull
             | Reason::UnknownTopic
             | Reason::UnknownPartition
+            | Reason::TopicIdMismatch
+            | Reason::ObjectStoreUnavailable
     )
 }
 

@@ -1,6 +1,9 @@
 //! Leading: writes are admitted, appended as groups, handed to the journal, and answered.
 
-use std::sync::Arc;
+use std::{
+    ops::Range,
+    sync::{Arc, OnceLock},
+};
 
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
@@ -65,15 +68,29 @@ pub(in crate::partition) struct Append {
     /// Memory that the batch may take, given back when the write is answered, or is safe here and nobody waits for the answer any more.
     pub(in crate::partition) permit: OwnedSemaphorePermit,
     pub(in crate::partition) answer: oneshot::Sender<AppendResult>,
+    /// With `acks=tiered`: where the caller finds that the write is stored here, while it waits for the bucket.
+    pub(in crate::partition) stored: Option<Stored>,
 }
+
+/// The offsets of a write that is stored on this broker and waits for the bucket.
+pub type Stored = Arc<OnceLock<Range<Offset>>>;
 
 /// A writer who waits: the answer's way, and the memory that is given back with it.
 pub(super) struct Writer {
     answer: oneshot::Sender<AppendResult>,
-    _permit: OwnedSemaphorePermit,
+    permit: Option<OwnedSemaphorePermit>,
+    stored: Option<Stored>,
 }
 
 impl Writer {
+    /// Its write is stored here, and waits for the bucket: other writes may have its memory.
+    fn on_stored(&mut self, acked: &Acked) {
+        self.permit = None;
+        if let Some(stored) = &self.stored {
+            let _known = stored.set(acked.base..acked.end);
+        }
+    }
+
     /// Tells it. Whoever does not listen any more has still written.
     pub(super) fn answer(self, result: AppendResult) {
         let _gone = self.answer.send(result);
@@ -92,7 +109,7 @@ impl Writer {
 impl Actor {
     /// Admits one write into the group, or answers it.
     pub(super) fn append(&mut self, append: Append, now_ms: i64) {
-        let Append { mut batch, sent, acks, permit, answer } = append;
+        let Append { mut batch, sent, acks, permit, answer, stored } = append;
         let Part::Leading(leader) = &self.part else {
             let Standing { leader, epoch, .. } = self.standing;
             let _gone = answer.send(Err(AppendError::NotLeader { leader, epoch }));
@@ -107,7 +124,7 @@ impl Actor {
         if leader.must_flush_before(&batch) || self.group_bytes + batch.encoded_len() > most {
             self.complete(now_ms);
         }
-        let writer = Writer { answer, _permit: permit };
+        let writer = Writer { answer, permit: Some(permit), stored };
         let Part::Leading(leader) = &mut self.part else { unreachable!("appending changes no role") };
         let epoch = leader.epoch();
         let mut acked = Acked {
@@ -271,6 +288,7 @@ impl Actor {
                 });
                 writer.answer(Ok(acked));
             };
+            leader.take_stored(Writer::on_stored);
             leader.due(due);
             // What others have to hold may take for ever, and who asks again brings its batch again.
             self.writers_gone = self.writers_gone && leader.forget(Writer::is_gone);

@@ -28,7 +28,7 @@ use std::{
 
 use tokio::sync::{mpsc, oneshot};
 
-pub use self::leading::{AppendError, AppendResult};
+pub use self::leading::{AppendError, AppendResult, Stored};
 pub(super) use self::{
     assigned::{JoinOrder, Order, Placed},
     leading::Append,

@@ -67,7 +67,7 @@ fn write(actor: &mut Actor) -> Receiver<AppendResult> {
     let permit = Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
     let (answer, receiver) = oneshot::channel();
     let batch = builder.finish(None).unwrap();
-    actor.append(Append { batch, sent: None, acks: Acks::All, permit, answer }, 1000);
+    actor.append(Append { batch, sent: None, acks: Acks::All, permit, answer, stored: None }, 1000);
     actor.complete(1000);
     receiver
 }

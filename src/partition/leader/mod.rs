@@ -131,6 +131,8 @@ pub struct Leader<W> {
     /// Writers by what they wait for, in the order in which they came: that of their ends, but for duplicates.
     for_leader: VecDeque<Waiting<W>>,
     for_all: VecDeque<Waiting<W>>,
+    /// Writers that wait for the bucket, in two steps: until the write is safe on this broker, and then for the bucket alone.
+    for_tier_here: VecDeque<Waiting<W>>,
     for_tier: VecDeque<Waiting<W>>,
     /// Producers that have batches in the group that is being admitted: their table is not up to date yet. By id, with the epoch and sequence
     /// to come.
@@ -149,6 +151,7 @@ impl<W> Leader<W> {
             tiered_end,
             for_leader: VecDeque::new(),
             for_all: VecDeque::new(),
+            for_tier_here: VecDeque::new(),
             for_tier: VecDeque::new(),
             in_group: BTreeMap::new(),
             next_base: own.written,
@@ -177,7 +180,7 @@ impl<W> Leader<W> {
 
     /// Whether somebody waits for the bucket.
     pub fn awaits_tier(&self) -> bool {
-        !self.for_tier.is_empty()
+        !(self.for_tier_here.is_empty() && self.for_tier.is_empty())
     }
 
     /// Takes a changed topic configuration.
@@ -264,7 +267,7 @@ impl<W> Leader<W> {
         match acks {
             Acks::None | Acks::Leader => self.for_leader.push_back(waiting),
             Acks::All => self.for_all.push_back(waiting),
-            Acks::Tiered => self.for_tier.push_back(waiting),
+            Acks::Tiered => self.for_tier_here.push_back(waiting),
         }
     }
 
@@ -284,8 +287,19 @@ impl<W> Leader<W> {
         self.tiered_end = self.tiered_end.max(end);
     }
 
+    /// Calls `stored` for each writer that waits for the bucket and whose write has just become as safe on this broker as the topic's
+    /// durability asks. What was taken for the write can be given back: only the bucket is waited for.
+    pub fn take_stored(&mut self, mut stored: impl FnMut(&mut W, &Acked)) {
+        let own = self.in_sync.own_end();
+        while let Some(mut waiting) = self.for_tier_here.pop_front_if(|waiting| waiting.acked.end <= own) {
+            stored(&mut waiting.writer, &waiting.acked);
+            self.for_tier.push_back(waiting);
+        }
+    }
+
     /// Takes out the writers whose rule holds now, with their answers.
     pub fn due(&mut self, mut answer: impl FnMut(W, Acked)) {
+        self.take_stored(|_, _| {});
         let replicas = u32::try_from(self.in_sync.value().isr.len()).unwrap_or(u32::MAX);
         let held = |replicas| match self.in_sync.rule().durability {
             Durability::Persisted => Held::Synced(replicas),
@@ -310,7 +324,7 @@ impl<W> Leader<W> {
     pub fn forget(&mut self, is_gone: impl Fn(&W) -> bool) -> bool {
         let own = self.in_sync.own_end();
         let mut left = false;
-        for queue in [&mut self.for_all, &mut self.for_tier] {
+        for queue in [&mut self.for_all, &mut self.for_tier_here, &mut self.for_tier] {
             queue.retain(|waiting| {
                 let gone = is_gone(&waiting.writer);
                 let safe = waiting.acked.end <= own;
@@ -323,7 +337,7 @@ impl<W> Leader<W> {
 
     /// Takes out every writer: none of them can be answered any more.
     pub fn abandon(&mut self) -> impl Iterator<Item = W> + '_ {
-        let queues = [&mut self.for_leader, &mut self.for_all, &mut self.for_tier];
+        let queues = [&mut self.for_leader, &mut self.for_all, &mut self.for_tier_here, &mut self.for_tier];
         queues.into_iter().flat_map(|queue| queue.drain(..)).map(|waiting| waiting.writer)
     }
 }

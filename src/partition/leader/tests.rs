@@ -119,6 +119,28 @@ fn a_writer_who_has_gone_is_dropped_once_the_write_is_safe_here() {
 }
 
 #[test]
+fn tiered_write_is_stored_here_before_it_waits_for_the_bucket_alone() {
+    let mut log = Log::new(Durability::Persisted);
+    for writer in 1..=3 {
+        log.admit(batch(2, None), Acks::Tiered, writer).unwrap();
+    }
+    log.flush();
+    let stored = |log: &mut Log| {
+        let mut stored = Vec::new();
+        log.leader.take_stored(|writer, acked| stored.push((*writer, acked.base, acked.end)));
+        stored
+    };
+    assert_eq!(stored(&mut log), [], "nothing is durable yet");
+    log.leader.persisted(at(4));
+    assert_eq!(stored(&mut log), [(1, at(0), at(2)), (2, at(2), at(4))]);
+    assert_eq!(stored(&mut log), [], "each once");
+    log.leader.persisted(at(6));
+    log.leader.tiered(at(6));
+    assert_eq!(log.due().len(), 3, "also one that nobody was told of before");
+    assert!(!log.leader.awaits_tier());
+}
+
+#[test]
 fn a_tiered_write_waits_for_the_bucket() {
     let mut log = Log::new(Durability::Persisted);
     log.admit(batch(1, None), Acks::Tiered, 1).unwrap();

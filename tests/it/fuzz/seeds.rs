@@ -269,6 +269,7 @@ fn produce(seeds: &mut Vec<Seed>) {
             acks: v1::Acks::All.into(),
             timeout_ms: 30_000,
             payload: Some(Payload::Batch(batch(0, 1).to_bytes())),
+            topic_id: "0b5d3c1e-4f0a-4c39-9d53-6f1f3c8f2a11".to_owned(),
         }),
     };
     seeds.push(("produce", "batch".to_owned(), request.encode_to_vec()));

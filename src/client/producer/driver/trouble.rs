@@ -1,10 +1,13 @@
 //! What keeps a producer's batches back, and saying so: pauses after failures, and silence.
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use tokio::time::Instant;
 
-use super::{super::super::connection::Address, Driver, LaneState};
+use super::{
+    super::super::{Client, connection::Address},
+    Driver, LaneState,
+};
 use crate::{
     model::Acks,
     proto::fault::{Fault, Reason},
@@ -44,8 +47,33 @@ impl Driver {
         self.troubles.enter(work(index), said, until);
     }
 
+    /// A broker says why an acknowledgement takes longer.
+    pub(super) fn on_notice(&mut self, stream: u64, index: usize, why: String) {
+        let now = clock::monotonic();
+        if let Some(stream) = self.streams.get_mut(&stream) {
+            stream.heard = now;
+        }
+        let state = &mut self.lanes[index];
+        if state.stream != Some(stream) || state.flight.under_way() == 0 {
+            return;
+        }
+        state.heard = now;
+        state.notice = Some(why.clone());
+        self.trouble(index, why);
+        self.set_next_timer(index);
+    }
+
+    /// Why a lane's batches have had no answer on this stream for the whole delivery timeout.
+    pub(super) fn silence(&self, index: usize, stream: u64) -> String {
+        let who = || self.streams.get(&stream).map_or("the leader", |stream| stream.address.as_str());
+        let notice = self.lanes[index].notice.clone();
+        notice.unwrap_or_else(|| format!("{} has not answered in the delivery timeout", who()))
+    }
+
     /// Nothing stands in the lane's way any more.
     pub(super) fn over(&mut self, index: usize) {
+        let state = &mut self.lanes[index];
+        (state.notice, state.mismatched) = (None, false);
         if std::mem::take(&mut self.lanes[index].in_trouble) {
             self.troubles.leave(work(index));
         }
@@ -139,6 +167,31 @@ impl Driver {
 }
 
 impl LaneState {
+    /// The id of the topic that this lane writes to: the one that had the name when its first batch was sent.
+    pub(super) fn topic_id(&mut self, client: &Client) -> Arc<str> {
+        if self.topic_id.is_none()
+            && let Some(Ok(route)) = client.routing().topic(&self.lane.topic)
+        {
+            self.topic_id = Some(route.id.to_string().into());
+        }
+        self.topic_id.clone().unwrap_or_default()
+    }
+
+    /// A refusal as this lane takes it: of a topic id it is final the second time, when the metadata was refreshed. What is sent after
+    /// that goes to the topic that has the name then.
+    pub(super) fn judge(&mut self, fault: Fault) -> Fault {
+        if fault.reason != Reason::TopicIdMismatch {
+            return fault;
+        }
+        let again = !self.mismatched;
+        // Before anything was acknowledged the id comes from metadata that may be older than the topic.
+        if !again || !self.proven {
+            (self.topic_id, self.proven) = (None, false);
+        }
+        self.mismatched = again;
+        Fault { retryable: again, ..fault }
+    }
+
     /// Whether its leader owes it answers, and has given none for long.
     fn is_silent(&self, now: Instant) -> bool {
         self.flight.under_way() > 0 && self.heard + QUIET <= now
