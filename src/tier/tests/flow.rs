@@ -36,7 +36,10 @@ async fn what_is_installed_reads_back_bit_exact_across_segments() {
     assert_eq!(read.next, at(303));
     let footer = tier.last_footer().await.unwrap().unwrap();
     assert_eq!(footer.epochs, [(LeaderEpoch(2), at(600))]);
-    assert_eq!(footer.producers, producers().to_bytes());
+    // Its producer state begins with the partition's time, which is the largest timestamp of its batches.
+    let mut expected = producers().to_bytes().to_vec();
+    expected[..8].copy_from_slice(&8990_i64.to_be_bytes());
+    assert_eq!(footer.producers, expected);
     assert!(matches!(tier.read(at(900), 1).await, Err(ReadError::OutOfRange { .. })));
 }
 
