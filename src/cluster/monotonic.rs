@@ -375,7 +375,7 @@ mod tests {
     #[tokio::test]
     async fn a_watch_that_lags_is_no_proof_and_its_events_count_as_known() {
         let (restorable, store, older) = restored(3).await;
-        let mut watch = store.watch("/", Revision(1)).await.expect("it begins");
+        let mut watch = store.watch("/", Revision(2)).await.expect("it begins");
         put(&restorable.now(), 2).await.expect("another broker's");
         while watch_next(&mut watch).await.revision < Revision(6) {}
         assert_eq!(store.regression(), None);
