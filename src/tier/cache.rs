@@ -143,7 +143,8 @@ impl Cache {
     /// When the folder cannot be made.
     pub fn open(options: &CacheOptions, metrics: &Metrics) -> io::Result<Self> {
         let parsed_bytes = options.memory_bytes / PARSED_SHARE;
-        let ahead = options.read_ahead_bytes / CHUNK_BYTES;
+        // Without memory a chunk would be gone before its reader comes, and be fetched twice.
+        let ahead = if options.memory_bytes == 0 { 0 } else { options.read_ahead_bytes / CHUNK_BYTES };
         let inner = Inner {
             // Not by frequency: what was fetched ahead is new, and must be there when its reader comes.
             chunks: Moka::builder()
