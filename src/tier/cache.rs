@@ -75,7 +75,7 @@ impl Default for CacheOptions {
 }
 
 /// One chunk of one segment object.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 struct Key {
     attempt: Uuid,
     index: u64,

@@ -2,8 +2,7 @@
 //! caller finds it, however short the callers' own time limits are.
 
 use std::{
-    collections::HashMap,
-    hash::Hash,
+    collections::BTreeMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
@@ -17,7 +16,7 @@ type Outcome<V> = Option<Result<V, ReadError>>;
 /// Requests under way, by what they fetch.
 #[derive(Debug)]
 pub(super) struct Flights<K, V> {
-    under_way: Mutex<HashMap<K, Arc<watch::Sender<Outcome<V>>>>>,
+    under_way: Mutex<BTreeMap<K, Arc<watch::Sender<Outcome<V>>>>>,
 }
 
 impl<K, V> Default for Flights<K, V> {
@@ -28,7 +27,7 @@ impl<K, V> Default for Flights<K, V> {
 
 impl<K, V> Flights<K, V>
 where
-    K: Copy + Eq + Hash + Send + 'static,
+    K: Copy + Ord + Send + 'static,
     V: Clone + Send + Sync + 'static,
 {
     /// Waits for the request for `key`, which `load` begins unless it is under way. Also returns whether it was.
@@ -100,7 +99,7 @@ where
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<K, Arc<watch::Sender<Outcome<V>>>>> {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<K, Arc<watch::Sender<Outcome<V>>>>> {
         self.under_way.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -166,7 +166,7 @@ async fn consumer_of_a_topic_made_again_ends_and_skips_nothing() {
     for _ in 0..10 {
         consumer.next().await.expect("a record");
     }
-    tokio::task::block_in_place(|| cli.ok(&["topic", "delete", "t"]));
+    tokio::task::block_in_place(|| cli.ok(&["topic", "delete", "t", "--yes"]));
     make(30);
     let next = tokio::time::timeout(Duration::from_secs(20), consumer.next()).await.expect("it ends");
     let Err(ConsumeError::Refused { fault, .. }) = next else { panic!("{next:?}") };

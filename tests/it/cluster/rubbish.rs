@@ -267,8 +267,11 @@ fn without_the_key_of_check_values_producers_wait_and_lose_nothing() {
     let mut batch = wire::batch(&[b"x"]);
     batch[43..57].fill(0);
     wire::renew_crc(&mut batch);
-    let refused = runtime.block_on(wire::append(&mut log, wire::append_batch("orders", 0, batch.clone())));
-    let fault = refused.expect_err("nothing is known of the id");
+    // The broker that started leads the partition a moment later.
+    let fault = eventually("the id is refused", || {
+        let refused = runtime.block_on(wire::append(&mut log, wire::append_batch("orders", 0, batch.clone())));
+        Some(refused.expect_err("nothing is known of the id")).filter(|fault| fault.reason != Reason::NotLeader)
+    });
     assert!(fault.reason == Reason::MetadataUnavailable && fault.retryable, "{fault:?}");
     api.put("producer-id-key", &value);
     cli.ok_with(&["produce", "orders"], b"three\n");
