@@ -252,7 +252,7 @@ impl PartitionTier {
     pub(super) async fn root(&self, state: &TierState) -> Result<Arc<Root>, ReadError> {
         let Some(name) = state.manifest else { return Ok(Arc::new(Root::empty(self.inner.id, state.bucket_end()))) };
         let (tier, wanted) = (self.clone(), state.clone());
-        let load = async move { tier.load_root(&wanted).await.map(Parsed::Root) };
+        let load = Box::pin(async move { tier.load_root(&wanted).await.map(Parsed::Root) });
         let parsed = self.inner.cache.parsed(&self.inner.store, name.attempt, load);
         match parsed.await.inspect_err(|error| self.note_loss(error))? {
             Parsed::Root(root) => Ok(root),
@@ -262,7 +262,7 @@ impl PartitionTier {
 
     async fn page(&self, line: &PageLine) -> Result<Arc<Page>, ReadError> {
         let (tier, wanted) = (self.clone(), *line);
-        let load = async move { tier.load_page(&wanted).await.map(Parsed::Page) };
+        let load = Box::pin(async move { tier.load_page(&wanted).await.map(Parsed::Page) });
         let parsed = self.inner.cache.parsed(&self.inner.store, line.stamp.attempt, load);
         match parsed.await.inspect_err(|error| self.note_loss(error))? {
             Parsed::Page(page) => Ok(page),
@@ -337,7 +337,7 @@ impl PartitionTier {
 
     pub(super) async fn footer(&self, line: &SegmentLine) -> Result<Arc<Footer>, ReadError> {
         let (tier, wanted) = (self.clone(), *line);
-        let load = async move { tier.load_footer(&wanted).await.map(Parsed::Footer) };
+        let load = Box::pin(async move { tier.load_footer(&wanted).await.map(Parsed::Footer) });
         match self.inner.cache.parsed(&self.inner.store, line.stamp.attempt, load).await? {
             Parsed::Footer(footer) => Ok(footer),
             _ => Err(self.misnamed(&line.stamp.segment())),
