@@ -1,12 +1,12 @@
 //! What fetch streams in large numbers cost those who append. `make streams` runs this on a release build; it takes some minutes.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures::{StreamExt as _, stream};
 use strandline::{
     proto::v1::{self, log_client::LogClient},
-    task::Tasks,
+    task::{Tasks, clock},
 };
 use tonic::{Streaming, transport::Channel};
 
@@ -20,7 +20,7 @@ async fn p99(log: &mut LogClient<Channel>, appends: usize, pause: Duration) -> D
     let mut took = Vec::new();
     for _ in 0..appends {
         tokio::time::sleep(pause).await;
-        let begin = Instant::now();
+        let begin = clock::monotonic();
         wire::append(log, wire::append_plain("t", 0, vec![Bytes::from_static(b"x")])).await.expect("acknowledged");
         took.push(begin.elapsed());
     }
