@@ -5,10 +5,10 @@ use std::{env, error::Error, fs, path::PathBuf};
 
 use prost::Message as _;
 
-/// What clients may call, and what it needs.
+/// Files of the services that clients may call, and their imports.
 const CLIENT_FILES: [&str; 3] = ["strandline/v1/types.proto", "strandline/v1/log.proto", "strandline/v1/admin.proto"];
 
-/// What brokers call among themselves.
+/// Files of the services between brokers.
 const PEER_FILES: [&str; 1] = ["strandline/v1/peer.proto"];
 
 /// What the build script of `etcd-client` asks of protoc.

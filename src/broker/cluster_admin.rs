@@ -40,7 +40,7 @@ impl Broker {
             if let Some(known) = state.brokers().get(id) {
                 registered(&mut broker, known);
                 if *id == self.settings.id {
-                    // What the others are told may be late, and a broker alone tells nobody.
+                    // Peers learn it late, and a standalone broker has none.
                     broker.disk_full |= self.metrics.disk_full.get() > 0;
                     broker.no_room |= self.health.is_full();
                 }

@@ -94,7 +94,7 @@ impl Broker {
     }
 }
 
-/// Who sets each key of a topic's effective configuration.
+/// The source of each key of a topic's effective configuration.
 fn sources(defaults: &ConfigMap, own: &ConfigMap) -> HashMap<String, i32> {
     let source = |key: &str| match (own.contains_key(key), defaults.contains_key(key)) {
         (true, _) => v1::ConfigSource::Topic,

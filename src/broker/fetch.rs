@@ -63,7 +63,7 @@ struct Place {
 }
 
 impl Place {
-    /// Whether there are committed records at its position, as far as is known here.
+    /// True if this broker knows of committed records at its position.
     fn has_more(&self) -> bool {
         self.reader.as_ref().is_some_and(|reader| self.position < reader.marks().high_watermark)
     }
@@ -98,7 +98,7 @@ struct Gathered {
     partitions: Vec<v1::FetchedPartition>,
     /// Which place each of `partitions` is of; failures have none.
     places: Vec<Option<usize>>,
-    /// Where in `partitions` each place is.
+    /// Index in `partitions` of each place.
     entries: BTreeMap<usize, usize>,
     bytes: usize,
     failed: bool,

@@ -28,7 +28,7 @@ const LOOK_SHARE: u32 = 20;
 pub enum Readiness {
     /// It does not, and why.
     NotReady(String),
-    /// It does. What is impaired, one line each.
+    /// It does. Impairments, one line each.
     Ready(Vec<String>),
 }
 

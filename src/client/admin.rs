@@ -142,7 +142,7 @@ pub struct TopicDescription {
     pub summary: TopicSummary,
     /// Every configuration key with its effective value.
     pub effective_config: ConfigMap,
-    /// Who sets each of these keys.
+    /// The source of each of these keys.
     pub config_source: BTreeMap<String, ConfigSource>,
     /// Its partitions, by number.
     pub partitions: Vec<PartitionDescription>,

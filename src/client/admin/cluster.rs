@@ -104,7 +104,7 @@ pub struct BrokerFigures {
     pub object_store: Option<String>,
     /// How many partitions fail to be sealed, uploaded or trimmed, and why the one that has for longest does; not while a store does not answer.
     pub upkeep: Option<String>,
-    /// What is impaired while it serves, one line each.
+    /// Impairments of a broker that serves, one line each.
     pub impaired: Vec<String>,
     /// Why it takes no requests, when it takes none.
     pub not_ready: Option<String>,
