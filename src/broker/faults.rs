@@ -134,6 +134,13 @@ impl From<AppendError> for Fault {
                 Refused::Fenced { producer, current, .. } => {
                     Self::new(Reason::ProducerFenced, message).with("producer", producer).with("current", current)
                 }
+                Refused::Timestamp { timestamp_ms, now_ms, setting, limit_ms, .. } => {
+                    Self::new(Reason::InvalidTimestamp, message)
+                        .with("timestamp", timestamp_ms)
+                        .with("now", now_ms)
+                        .with("setting", setting)
+                        .with("max", limit_ms)
+                }
                 Refused::UnknownProducer { producer, sent } => {
                     Self::new(Reason::UnknownProducer, message).with("producer", producer).with("sent", sent)
                 }

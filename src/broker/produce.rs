@@ -20,12 +20,12 @@ use super::{Broker, ProducerIdQuota, faults};
 use crate::{
     limits,
     model::{Acks, Compression, PartitionId},
-    partition::{Acked, AppendError, AppendResult, Held, Partition, Stored, Use},
+    partition::{Acked, AppendError, AppendResult, BatchOrigin, Held, Partition, Stored, Use},
     proto::{
         fault::{Fault, Reason},
         v1::{self, append_request::Payload, produce_response},
     },
-    record::{Batch, BatchBuilder, Fingerprint, HEADER_BYTES, Header, Malformed, Unbuildable},
+    record::{Batch, BatchBuilder, HEADER_BYTES, Header, Malformed, TimestampRange, Unbuildable},
     task::clock,
 };
 
@@ -122,31 +122,35 @@ impl Broker {
         }
         let tiered = if acks == Acks::Tiered { Some(self.admit_tiered()?) } else { None };
         let most = config.max_message_bytes;
-        let (batch, sent) = match request.payload {
+        let (batch, sent, timestamps) = match request.payload {
             Some(Payload::Batch(bytes)) => {
                 if bytes.len() > most {
                     return Err(faults::too_large(partition.topic(), bytes.len(), most));
                 }
-                let batch = received(bytes)?;
+                let (batch, timestamps) = received(bytes)?;
                 if let Some(stamp) = batch.producer() {
                     self.check_producer_id(stamp.id, quota).await?;
                 }
                 let sent = batch.fingerprint();
-                (batch, Some(sent))
+                (batch, Some(sent), timestamps)
             }
-            Some(Payload::Records(records)) => (plain(&records, config.compression.unwrap_or_default())?, None),
+            Some(Payload::Records(records)) => {
+                let (batch, timestamps) = plain(&records, config.compression.unwrap_or_default())?;
+                (batch, None, timestamps)
+            }
             None => return Err(faults::invalid("the request holds neither a batch nor records")),
         };
-        let batch = match config.compression {
+        let (batch, timestamps) = match config.compression {
             Some(codec) if codec != batch.compression() => self.recompressed(&batch, codec, &partition, most).await?,
-            _ => batch,
+            _ => (batch, timestamps),
         };
         if batch.encoded_len() > most {
             return Err(faults::too_large(partition.topic(), batch.encoded_len(), most));
         }
         let (bytes, records) = (batch.encoded_len() as u64, u64::from(batch.count()));
         let stored = tiered.as_ref().map(|tiered| Arc::clone(&tiered.stored));
-        let answer = Some(self.submit(&partition, batch, sent, acks, stored, began + timeout).await?);
+        let origin = BatchOrigin { fingerprint: sent, timestamps };
+        let answer = Some(self.submit(&partition, batch, origin, acks, stored, began + timeout).await?);
         let id = partition.id();
         let answer = (acks != Acks::None).then(|| Awaited { answer, partition });
         Ok(Queued { partition: id, answer, timeout, began, bytes, records, tiered })
@@ -177,7 +181,7 @@ impl Broker {
         codec: Compression,
         partition: &Partition,
         most: usize,
-    ) -> Result<Batch, Fault> {
+    ) -> Result<(Batch, TimestampRange), Fault> {
         // Without a codec the stored batch is as large as its records are.
         let plain = most.saturating_sub(HEADER_BYTES);
         let bound = limits::MAX_RECOMPRESSED_BYTES.min(if codec == Compression::None { plain } else { usize::MAX });
@@ -192,7 +196,7 @@ impl Broker {
         &self,
         partition: &Partition,
         batch: Batch,
-        sent: Option<Fingerprint>,
+        origin: BatchOrigin,
         acks: Acks,
         stored: Option<Stored>,
         deadline: Instant,
@@ -215,7 +219,7 @@ impl Broker {
             let message = "the time that the request has was over before its batch could be appended: it was not written; try again";
             return Err(Fault::new(Reason::Overloaded, message));
         }
-        Ok(partition.append_tracked(batch, sent, acks, permit, stored).await)
+        Ok(partition.append_tracked(batch, origin, acks, permit, stored).await)
     }
 
     async fn outcome(&self, queued: Queued) -> Result<v1::AppendResponse, Fault> {
@@ -406,20 +410,20 @@ fn acks(value: i32) -> Result<Acks, Fault> {
 /// A batch as a client made it. Plain records are walked too: a consumer of somebody else would stumble over their framing,
 /// and retention and search by time over a header that says another time than they do. What is compressed is its reader's to
 /// open.
-fn received(bytes: bytes::Bytes) -> Result<Batch, Fault> {
+fn received(bytes: bytes::Bytes) -> Result<(Batch, TimestampRange), Fault> {
     let mut batch = Batch::parse(bytes)?;
     batch.check_client()?;
-    batch.correct_max_timestamp()?;
-    Ok(batch)
+    let timestamps = batch.correct_max_timestamp()?;
+    Ok((batch, timestamps))
 }
 
 /// A batch of records that came plain.
-fn plain(records: &v1::PlainRecords, codec: Compression) -> Result<Batch, Fault> {
+fn plain(records: &v1::PlainRecords, codec: Compression) -> Result<(Batch, TimestampRange), Fault> {
     if records.records.is_empty() {
         return Err(faults::invalid("the request holds no record"));
     }
     let now_ms = clock::wall_ms();
-    let mut builder = BatchBuilder::new(codec);
+    let (mut builder, mut timestamps) = (BatchBuilder::new(codec), TimestampRange::EMPTY);
     for record in &records.records {
         let headers: Vec<Header> = record
             .headers
@@ -427,9 +431,10 @@ fn plain(records: &v1::PlainRecords, codec: Compression) -> Result<Batch, Fault>
             .map(|header| Header { key: header.key.clone(), value: header.value.clone() })
             .collect();
         let timestamp_ms = record.timestamp_ms.unwrap_or(now_ms);
+        timestamps.note(timestamp_ms);
         builder.push(timestamp_ms, record.key.as_deref(), record.value.as_deref(), &headers).map_err(unbuildable)?;
     }
-    builder.finish(None).map_err(unbuildable)
+    Ok((builder.finish(None).map_err(unbuildable)?, timestamps))
 }
 
 fn unbuildable(error: Unbuildable) -> Fault {

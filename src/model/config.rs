@@ -155,6 +155,18 @@ pub const TOPIC_CONFIG_KEYS: &[ConfigKey] = &[
         doc: "The largest batch, in bytes as it is stored, that a producer may append.",
     },
     ConfigKey {
+        name: "message.timestamp.after.max.ms",
+        default: "3600000",
+        allowed: "a number of milliseconds up to 2305843009213693951, or -1 for no limit",
+        doc: "How far a record's timestamp may lie after the broker's clock; a batch beyond that is refused (`INVALID_TIMESTAMP`). A topic without this limit forgets idempotent producers by number alone. Without effect where the broker sets the timestamps.",
+    },
+    ConfigKey {
+        name: "message.timestamp.before.max.ms",
+        default: "-1",
+        allowed: "a number of milliseconds up to 2305843009213693951, or -1 for no limit",
+        doc: "How far a record's timestamp may lie before the broker's clock; a batch beyond that is refused (`INVALID_TIMESTAMP`). Without effect where the broker sets the timestamps.",
+    },
+    ConfigKey {
         name: "message.timestamp.type",
         default: "CreateTime",
         allowed: "CreateTime or LogAppendTime",
@@ -170,7 +182,7 @@ pub const TOPIC_CONFIG_KEYS: &[ConfigKey] = &[
         name: "producer.id.expiration.ms",
         default: "86400000",
         allowed: "a number of milliseconds from 1 to 2305843009213693951",
-        doc: "How long a partition remembers an idempotent producer that writes nothing more, by the largest timestamp in the partition and not by a clock.",
+        doc: "How long a partition remembers an idempotent producer that writes nothing more, by the largest timestamp in the partition and not by a clock. Without effect where `message.timestamp.after.max.ms` is -1.",
     },
     ConfigKey {
         name: "remote.storage.enable",
@@ -265,8 +277,13 @@ pub struct TopicConfig {
     pub max_message_bytes: usize,
     /// `min.insync.replicas`
     pub min_insync_replicas: usize,
-    /// `producer.id.expiration.ms`; `None` where producers are forgotten by number alone.
+    /// `producer.id.expiration.ms`; `None` where producers are forgotten by number alone, because any record may move the partition's
+    /// time: `message.timestamp.after.max.ms` sets no limit.
     pub producer_expiration: Option<Duration>,
+    /// `message.timestamp.before.max.ms`
+    pub timestamp_before: Option<Duration>,
+    /// `message.timestamp.after.max.ms`
+    pub timestamp_after: Option<Duration>,
     /// `message.timestamp.type`
     pub timestamp_type: TimestampType,
     /// `compression.type`; `None` is `producer`.
@@ -293,6 +310,8 @@ impl TopicConfig {
         let retention_bytes = values.limit("retention.bytes")?;
         let local_ms = values.local_limit("local.retention.ms", retention.map(millis))?;
         let local_retention_bytes = values.local_limit("local.retention.bytes", retention_bytes)?;
+        let timestamp_after = values.limit("message.timestamp.after.max.ms")?.map(Duration::from_millis);
+        let expiration = Duration::from_millis(values.number("producer.id.expiration.ms", 1, MAX_MS)?);
         let _only_delete: &str = values.one_of("cleanup.policy", |word| (word == "delete").then_some("delete"))?;
         Ok(Self {
             retention,
@@ -305,7 +324,9 @@ impl TopicConfig {
             max_message_bytes: usize::try_from(values.number("max.message.bytes", 1024, 67_108_864)?)
                 .expect("below 2^32"),
             min_insync_replicas: usize::try_from(values.number("min.insync.replicas", 1, 32)?).expect("below 2^32"),
-            producer_expiration: Some(Duration::from_millis(values.number("producer.id.expiration.ms", 1, MAX_MS)?)),
+            producer_expiration: timestamp_after.map(|_| expiration),
+            timestamp_before: values.limit("message.timestamp.before.max.ms")?.map(Duration::from_millis),
+            timestamp_after,
             timestamp_type: values.one_of("message.timestamp.type", TimestampType::from_word)?,
             compression: values.one_of("compression.type", |word| match word {
                 "producer" => Some(None),
@@ -477,6 +498,18 @@ mod tests {
         for key in TOPIC_CONFIG_KEYS.iter().filter(|key| key.allowed.contains("milliseconds")) {
             let above = resolve(&[(key.name, "9223372036854775806")]).expect_err(key.name).to_string();
             assert!(above.contains(&most), "{above}");
+        }
+    }
+
+    #[test]
+    fn topic_that_takes_any_timestamp_forgets_producers_by_number_alone() {
+        let expiration = |pairs: &[(&str, &str)]| resolve(pairs).expect("valid").producer_expiration;
+        assert_eq!(expiration(&[]), Some(Duration::from_secs(86_400)));
+        let bound = [("message.timestamp.after.max.ms", "0"), ("producer.id.expiration.ms", "5")];
+        assert_eq!(expiration(&bound), Some(Duration::from_millis(5)));
+        for none in ["-1", "9223372036854775807"] {
+            let lifted = [("message.timestamp.after.max.ms", none), ("producer.id.expiration.ms", "5")];
+            assert_eq!(expiration(&lifted), None, "{none}");
         }
     }
 

@@ -84,7 +84,7 @@ use self::{
     shared::Shared,
 };
 pub use self::{
-    actor::{AppendError, AppendResult, Stored},
+    actor::{AppendError, AppendResult, BatchOrigin, Stored},
     lag::Lag,
     leader::{Acked, Held, Refused},
     memory::Memory,
@@ -237,21 +237,22 @@ impl Partition {
         acks: Acks,
         permit: OwnedSemaphorePermit,
     ) -> oneshot::Receiver<AppendResult> {
-        self.append_tracked(batch, sent, acks, permit, None).await
+        let origin = BatchOrigin { fingerprint: sent, timestamps: batch.timestamp_range() };
+        self.append_tracked(batch, origin, acks, permit, None).await
     }
 
-    /// As [`Self::append`]. With `acks=tiered` the offsets are put into `stored` when the write is stored here and only the bucket is
+    /// As [`Self::append`], with all that is known of what the client sent. With `acks=tiered` the offsets are put into `stored` when the write is stored here and only the bucket is
     /// waited for.
     pub async fn append_tracked(
         &self,
         batch: Batch,
-        sent: Option<Fingerprint>,
+        origin: BatchOrigin,
         acks: Acks,
         permit: OwnedSemaphorePermit,
         stored: Option<Stored>,
     ) -> oneshot::Receiver<AppendResult> {
         let (answer, receiver) = oneshot::channel();
-        let append = Box::new(Append { batch, sent, acks, permit, answer, stored });
+        let append = Box::new(Append { batch, origin, acks, permit, answer, stored });
         if let Err(mpsc::error::SendError(Command::Append(append))) = self.mailbox.send(Command::Append(append)).await {
             let _gone = append.answer.send(Err(AppendError::Closing));
         }

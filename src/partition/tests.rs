@@ -338,7 +338,9 @@ async fn a_time_is_found_to_the_record_in_every_tier() {
 async fn a_time_that_only_a_header_claims_is_not_found() {
     let dir = tempfile::tempdir().unwrap();
     let bench = Bench::new(dir.path(), true).await;
-    let partition = bench.open(&[("segment.bytes", "16384"), ("retention.ms", "-1")]).await;
+    let partition = bench
+        .open(&[("segment.bytes", "16384"), ("retention.ms", "-1"), ("message.timestamp.after.max.ms", "-1")])
+        .await;
     let opener = Opener::new(64 << 20);
     // The second and the third batch claim the end of time, and what is in the third nobody can decode.
     for (time, claim, garbage) in [(1000, 1000, false), (2000, 1 << 62, false), (0, 1 << 62, true), (3000, 3000, false)]

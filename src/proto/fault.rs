@@ -68,6 +68,8 @@ reasons! {
     OffsetOutOfRange = "OFFSET_OUT_OF_RANGE", OutOfRange, false;
     /// The batch is larger than `max.message.bytes`.
     RecordTooLarge = "RECORD_TOO_LARGE", InvalidArgument, false;
+    /// A record's timestamp is further from the broker's clock than the topic allows.
+    InvalidTimestamp = "INVALID_TIMESTAMP", InvalidArgument, false;
     /// The bytes are no batch, or a damaged one.
     MalformedBatch = "MALFORMED_BATCH", InvalidArgument, false;
     /// The request is larger than any message may be.

@@ -53,6 +53,28 @@ impl Fingerprint {
     }
 }
 
+/// The timestamps of a batch's records, in milliseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TimestampRange {
+    /// The smallest of those that are one: a record without a timestamp has -1. `i64::MAX` where no record has one.
+    pub min: i64,
+    /// The largest, that of a record without one included.
+    pub max: i64,
+}
+
+impl TimestampRange {
+    /// That of no records.
+    pub const EMPTY: Self = Self { min: i64::MAX, max: i64::MIN };
+
+    /// Takes in the timestamp of one more record.
+    pub fn note(&mut self, timestamp_ms: i64) {
+        if timestamp_ms != layout::NO_TIMESTAMP {
+            self.min = self.min.min(timestamp_ms);
+        }
+        self.max = self.max.max(timestamp_ms);
+    }
+}
+
 /// Why bytes are no batch.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Malformed {
@@ -227,18 +249,18 @@ impl Batch {
     /// When it cannot be decompressed or its records are malformed, or when it is larger than any batch may be in the new
     /// codec.
     pub fn recompress(&self, codec: Compression) -> Result<Self, Malformed> {
-        self.recompress_within(codec, limits::MAX_DECOMPRESSED_BYTES)
+        Ok(self.recompress_within(codec, limits::MAX_DECOMPRESSED_BYTES)?.0)
     }
 
-    /// As [`Batch::recompress`], of records that have at most `most` bytes without compression.
+    /// As [`Batch::recompress`], of records that have at most `most` bytes without compression; with the timestamps that were found.
     ///
     /// # Errors
     /// As there; [`Malformed::Grows`] when they have more.
-    pub fn recompress_within(&self, codec: Compression, most: usize) -> Result<Self, Malformed> {
+    pub fn recompress_within(&self, codec: Compression, most: usize) -> Result<(Self, TimestampRange), Malformed> {
         if codec == self.compression() {
-            return Ok(self.clone());
+            return Ok((self.clone(), self.timestamp_range()));
         }
-        let (plain, largest) = self.plain_records_of_times(most)?;
+        let (plain, range) = self.plain_records_of_times(most)?;
         let records = match codec {
             Compression::None => plain,
             codec => compression::compress(codec, &plain),
@@ -251,8 +273,8 @@ impl Batch {
         let mut head = self.head;
         let attributes = self.attributes() & !layout::COMPRESSION_MASK | codec as u16;
         set(&mut head, layout::ATTRIBUTES, attributes.to_be_bytes());
-        set(&mut head, layout::MAX_TIMESTAMP, largest.to_be_bytes());
-        Ok(Self::seal(head, records))
+        set(&mut head, layout::MAX_TIMESTAMP, range.max.to_be_bytes());
+        Ok((Self::seal(head, records), range))
     }
 
     /// Names another producer as the writer, or none, and renews the CRC. For the producing client alone: a batch that
@@ -343,20 +365,28 @@ impl Batch {
 
     /// Makes `maxTimestamp` what retention and search by time take it for: the largest timestamp of the records, where they
     /// are plain, which checks them as [`Batch::verify_records`] does in the same walk. Of compressed ones only the first
-    /// timestamp is known, and the largest is not below it.
+    /// timestamp is known, and the largest is not below it. Returns what is known of the timestamps.
     ///
     /// # Errors
     /// As [`Batch::verify_records`].
-    pub fn correct_max_timestamp(&mut self) -> Result<(), Malformed> {
-        let max = match self.compression() {
-            Compression::None => self.records()?.largest_timestamp()?,
-            _ => self.max_timestamp().max(self.base_timestamp()),
+    pub fn correct_max_timestamp(&mut self) -> Result<TimestampRange, Malformed> {
+        let range = match self.compression() {
+            Compression::None => self.records()?.timestamp_range()?,
+            _ => self.timestamp_range(),
         };
-        if max != self.max_timestamp() {
-            set(&mut self.head, layout::MAX_TIMESTAMP, max.to_be_bytes());
+        if range.max != self.max_timestamp() {
+            set(&mut self.head, layout::MAX_TIMESTAMP, range.max.to_be_bytes());
             self.renew_checksum();
         }
-        Ok(())
+        Ok(range)
+    }
+
+    /// What the header says of the timestamps: that of the first record, and the largest, which is not below it.
+    pub fn timestamp_range(&self) -> TimestampRange {
+        let mut range = TimestampRange::EMPTY;
+        range.note(self.base_timestamp());
+        range.note(self.max_timestamp().max(self.base_timestamp()));
+        range
     }
 
     /// Clears a producer's claim that the broker set the timestamps, which only the broker may make.

@@ -26,6 +26,9 @@ pub(crate) const PRODUCER_EPOCH: usize = 51;
 pub(crate) const BASE_SEQUENCE: usize = 53;
 pub(crate) const RECORDS_COUNT: usize = 57;
 
+/// The timestamp of a record without one.
+pub(crate) const NO_TIMESTAMP: i64 = -1;
+
 /// Attribute bits 0 to 2.
 pub(crate) const COMPRESSION_MASK: u16 = 0b111;
 /// Attribute bit 3: timestamps were set by the broker.

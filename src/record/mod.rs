@@ -47,7 +47,7 @@ mod records;
 mod tests;
 mod varint;
 
-pub use batch::{Batch, Fingerprint, Malformed, ProducerStamp};
+pub use batch::{Batch, Fingerprint, Malformed, ProducerStamp, TimestampRange};
 pub use builder::{BatchBuilder, Unbuildable};
 pub use chunks::Chunks;
 pub use compression::decompress;

@@ -12,7 +12,7 @@ use std::ops::Range;
 use bytes::Bytes;
 
 use super::{
-    batch::{Batch, Malformed},
+    batch::{Batch, Malformed, TimestampRange},
     compression, varint,
 };
 use crate::{
@@ -90,13 +90,13 @@ impl Batch {
     /// # Errors
     /// As [`Batch::records`] and its iterator.
     pub fn verify_records(&self) -> Result<(), Malformed> {
-        self.records()?.largest_timestamp().map(drop)
+        self.records()?.timestamp_range().map(drop)
     }
 
-    /// The framed records without compression, checked, and the largest of their timestamps.
-    pub(super) fn plain_records_of_times(&self, most: usize) -> Result<(Bytes, i64), Malformed> {
+    /// The framed records without compression, checked, and their timestamps.
+    pub(super) fn plain_records_of_times(&self, most: usize) -> Result<(Bytes, TimestampRange), Malformed> {
         let records = self.records_within(most)?;
-        Ok((records.bytes.clone(), records.largest_timestamp()?))
+        Ok((records.bytes.clone(), records.timestamp_range()?))
     }
 
     /// How many bytes the records have without compression, as far as can be told without decompressing them: what the
@@ -128,13 +128,13 @@ struct Shape {
 }
 
 impl Records {
-    /// Walks all that is left, without building any, for the largest timestamp.
-    pub(super) fn largest_timestamp(mut self) -> Result<i64, Malformed> {
-        let mut largest = i64::MIN;
+    /// Walks all that is left, without building any, for the timestamps.
+    pub(super) fn timestamp_range(mut self) -> Result<TimestampRange, Malformed> {
+        let mut range = TimestampRange::EMPTY;
         while let Some(shape) = self.advance() {
-            largest = largest.max(self.timestamp(&shape?));
+            range.note(self.timestamp(&shape?));
         }
-        Ok(largest)
+        Ok(range)
     }
 
     fn timestamp(&self, shape: &Shape) -> i64 {

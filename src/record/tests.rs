@@ -360,7 +360,8 @@ fn the_largest_timestamp_becomes_that_of_the_records() {
             for other in CODECS.into_iter().filter(|other| *other != codec) {
                 assert_eq!(batch.recompress(other).unwrap().max_timestamp(), 9, "{codec} to {other}, {claim}");
             }
-            batch.correct_max_timestamp().unwrap();
+            let found = batch.correct_max_timestamp().unwrap();
+            assert_eq!(found, batch.timestamp_range(), "{codec}, {claim}");
             let batch = Batch::parse(batch.to_bytes()).unwrap();
             match codec {
                 Compression::None => assert_eq!(batch, honest),
@@ -369,6 +370,21 @@ fn the_largest_timestamp_becomes_that_of_the_records() {
             }
         }
     }
+}
+
+#[test]
+fn timestamps_of_all_records_are_found_where_the_broker_sees_them() {
+    let records = [5, -1, 9, 3].map(|timestamp_ms| Record { timestamp_ms, ..Record::default() });
+    for codec in CODECS {
+        let mut batch = build(codec, &records, None);
+        let other = if codec == Compression::None { Compression::Zstd } else { Compression::None };
+        let (_, found) = batch.recompress_within(other, usize::MAX).unwrap();
+        assert_eq!(found, TimestampRange { min: 3, max: 9 }, "{codec}");
+        let known = if codec == Compression::None { 3 } else { 5 };
+        assert_eq!(batch.correct_max_timestamp().unwrap(), TimestampRange { min: known, max: 9 }, "{codec}");
+    }
+    let without = build(Compression::None, &[Record { timestamp_ms: -1, ..Record::default() }], None);
+    assert_eq!(without.timestamp_range(), TimestampRange { min: i64::MAX, max: -1 });
 }
 
 #[test]

@@ -142,6 +142,28 @@ async fn invented_producer_ids_are_refused_and_evict_nobody() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn record_from_the_future_makes_a_partition_forget_nobody() {
+    const FUTURE: i64 = 1 << 62;
+    for lifted in [false, true] {
+        let bound = if lifted { "-1" } else { "3600000" };
+        let (mut home, mut broker) =
+            running(&[("producer.id.expiration.ms", "1"), ("message.timestamp.after.max.ms", bound)]).await;
+        let mut log = wire::log(home.grpc());
+        let (id, other) = (producer_id(&mut log).await, producer_id(&mut log).await);
+        append(&mut log, stamped(b"own", (id, 0, 0))).await.expect("stored");
+        let future = append(&mut log, stamped_at(b"other", (other, 0, 0), FUTURE)).await;
+        assert_eq!(future.map_err(|fault| fault.reason).is_ok(), lifted);
+        for sequence in 1..3 {
+            let next = append(&mut log, stamped(b"own", (id, 0, sequence))).await.expect("it is known");
+            assert!(!next.duplicate);
+            tokio::task::block_in_place(|| broker.kill9());
+            broker = tokio::task::block_in_place(|| home.start());
+            log = wire::log(home.grpc());
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn producer_is_forgotten_by_timestamps_and_not_by_a_clock() {
     let (mut home, mut broker) = running(&[("producer.id.expiration.ms", "1")]).await;
     let mut log = wire::log(home.grpc());

@@ -3,10 +3,26 @@
 
 use std::path::Path;
 
+use bytes::Bytes;
+use strandline::{
+    model::Compression,
+    proto::{
+        fault::{Fault, Reason},
+        v1::{
+            Acks, AlterTopicRequest, AppendRequest, AppendResponse, PlainRecords, Record, append_request::Payload,
+            log_client::LogClient,
+        },
+    },
+    record::BatchBuilder,
+    task::clock,
+};
+use tonic::transport::Channel;
+
 use crate::{
     broker::{Broker, Home},
     damage::{files, lines, partition},
     patience::eventually,
+    wire,
 };
 
 const LIMIT: u64 = 300_000;
@@ -81,4 +97,110 @@ fn a_topic_that_is_not_uploaded_keeps_its_limit_and_gives_the_disk_back() {
 #[test]
 fn a_broker_without_an_object_store_keeps_the_limit_and_gives_the_disk_back() {
     runs(Home::new().without_object_store());
+}
+
+/// A timestamp that a clock never shows.
+const FUTURE: i64 = 1 << 62;
+
+fn build(timestamps: &[i64], codec: Compression) -> Bytes {
+    let mut builder = BatchBuilder::new(codec);
+    timestamps.iter().for_each(|ms| builder.push(*ms, None, Some(b"v"), &[]).expect("it fits"));
+    builder.finish(None).expect("a batch").to_bytes()
+}
+
+/// The batch with another largest timestamp in its header.
+fn with_max(batch: Bytes, timestamp_ms: i64) -> Bytes {
+    let mut batch = Vec::from(batch);
+    batch[35..43].copy_from_slice(&timestamp_ms.to_be_bytes());
+    wire::renew_crc(&mut batch);
+    batch.into()
+}
+
+/// Appends records with these timestamps to topic `t`, as they are or in a batch.
+async fn append_at(
+    log: &mut LogClient<Channel>,
+    timestamps: &[i64],
+    codec: Option<Compression>,
+) -> Result<AppendResponse, Fault> {
+    let payload = match codec {
+        None => Payload::Records(PlainRecords {
+            records: timestamps.iter().map(|ms| Record { timestamp_ms: Some(*ms), ..Record::default() }).collect(),
+        }),
+        Some(codec) => Payload::Batch(build(timestamps, codec)),
+    };
+    append_payload(log, payload).await
+}
+
+async fn append_payload(log: &mut LogClient<Channel>, payload: Payload) -> Result<AppendResponse, Fault> {
+    let (topic, acks) = ("t".to_owned(), Acks::All.into());
+    wire::append(log, AppendRequest { topic, acks, payload: Some(payload), ..Default::default() }).await
+}
+
+async fn alter(home: &Home, key: &str, value: &str) {
+    let set = [(key.to_owned(), value.to_owned())].into();
+    let request = AlterTopicRequest { name: "t".to_owned(), set, ..Default::default() };
+    wire::admin(home.grpc()).alter_topic(request).await.expect("altered");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn timestamps_beyond_the_topics_limits_are_refused_in_every_form() {
+    let mut home = Home::new();
+    let _broker = tokio::task::block_in_place(|| home.start());
+    wire::create_topic(home.grpc(), "t", 1, &[("message.timestamp.before.max.ms", "86400000")]).await;
+    let mut log = wire::log(home.grpc());
+    let now = clock::wall_ms();
+    let forms = [None, Some(Compression::None), Some(Compression::Gzip)];
+    for form in forms {
+        for (wrong, setting, limit) in [
+            (FUTURE, "message.timestamp.after.max.ms", "3600000"),
+            (now + 3_700_000, "message.timestamp.after.max.ms", "3600000"),
+            (now - 90_000_000, "message.timestamp.before.max.ms", "86400000"),
+        ] {
+            let fault = append_at(&mut log, &[wrong, now], form).await.expect_err("out of bounds");
+            assert_eq!((fault.reason, fault.retryable), (Reason::InvalidTimestamp, false), "{fault:?}");
+            let details = ["timestamp", "setting", "max"].map(|name| fault.metadata[name].clone());
+            assert_eq!(details, [wrong.to_string(), setting.to_owned(), limit.to_owned()], "{form:?}");
+            assert!(details.iter().all(|detail| fault.message.contains(detail)), "{fault}");
+        }
+    }
+    // A header that hides what the first record says.
+    for codec in [Compression::None, Compression::Gzip] {
+        let batch = with_max(build(&[FUTURE], codec), now);
+        let fault = append_payload(&mut log, Payload::Batch(batch)).await.expect_err("out of bounds");
+        assert_eq!(fault.reason, Reason::InvalidTimestamp);
+    }
+    assert_eq!(wire::latest(&mut log, "t", 0).await.expect("known"), 0, "nothing was stored");
+
+    // Without a timestamp, and within the limits.
+    for form in forms {
+        append_at(&mut log, &[-1, now, now + 3_500_000, now - 80_000_000], form).await.expect("stored");
+    }
+    for (key, value) in [("message.timestamp.after.max.ms", "-1"), ("message.timestamp.before.max.ms", "-1")] {
+        alter(&home, key, value).await;
+    }
+    append_at(&mut log, &[FUTURE, 0], None).await.expect("stored");
+    for (key, value) in [("message.timestamp.after.max.ms", "0"), ("message.timestamp.type", "LogAppendTime")] {
+        alter(&home, key, value).await;
+    }
+    append_at(&mut log, &[FUTURE], None).await.expect("the broker sets the timestamp");
+}
+
+/// Of a compressed batch that is stored as it came only the header counts; one that is opened anyway is checked whole.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn compressed_batch_cannot_move_the_partitions_time_past_the_limit() {
+    let mut home = Home::new();
+    let _broker = tokio::task::block_in_place(|| home.start());
+    wire::create_topic(home.grpc(), "t", 1, &[]).await;
+    let mut log = wire::log(home.grpc());
+    let now = clock::wall_ms();
+    let batch = with_max(build(&[now, FUTURE], Compression::Gzip), now);
+    append_payload(&mut log, Payload::Batch(batch.clone())).await.expect("the header is within the limits");
+    let segment = files(&home.data_dir(), ".log").remove(0);
+    let found = home.cli().ok(&["segment", "dump", segment.to_str().expect("a path"), "--output", "json"]);
+    let found: serde_json::Value = serde_json::from_str(found.text().lines().next().expect("a line")).expect("JSON");
+    assert_eq!(found["max_timestamp"], now, "{found}");
+    alter(&home, "compression.type", "zstd").await;
+    let fault = append_payload(&mut log, Payload::Batch(batch)).await.expect_err("the broker opens it");
+    assert_eq!(fault.reason, Reason::InvalidTimestamp);
+    assert_eq!(fault.metadata["timestamp"], FUTURE.to_string());
 }

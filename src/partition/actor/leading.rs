@@ -7,7 +7,7 @@ use std::{
 
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
-use super::{Actor, GROUP_BYTES, Part};
+use super::{Actor, GROUP_BYTES, Part, timestamps};
 use crate::{
     log::{self, PersistError},
     model::{Acks, BrokerId, LeaderEpoch, Offset, TimestampType},
@@ -15,7 +15,7 @@ use crate::{
         Standing,
         leader::{Acked, Admission, Held, Refused},
     },
-    record::{Batch, Fingerprint},
+    record::{Batch, Fingerprint, TimestampRange},
 };
 
 /// Why a write failed.
@@ -59,11 +59,19 @@ pub enum AppendError {
 /// What a writer gets.
 pub type AppendResult = Result<Acked, AppendError>;
 
+/// What a client sent, of which the broker made the batch that it appends.
+#[derive(Clone, Copy, Debug)]
+pub struct BatchOrigin {
+    /// Of the batch that the client sent; `None` where it sent records.
+    pub fingerprint: Option<Fingerprint>,
+    /// What is known of the records' timestamps: those of all where the broker has seen the records, else what the header says.
+    pub timestamps: TimestampRange,
+}
+
 /// One write on its way.
 pub(in crate::partition) struct Append {
     pub(in crate::partition) batch: Batch,
-    /// Of the batch that the client sent; `None` where it sent records.
-    pub(in crate::partition) sent: Option<Fingerprint>,
+    pub(in crate::partition) origin: BatchOrigin,
     pub(in crate::partition) acks: Acks,
     /// Memory that the batch may take, given back when the write is answered, or is safe here and nobody waits for the answer any more.
     pub(in crate::partition) permit: OwnedSemaphorePermit,
@@ -109,7 +117,7 @@ impl Writer {
 impl Actor {
     /// Admits one write into the group, or answers it.
     pub(super) fn append(&mut self, append: Append, now_ms: i64) {
-        let Append { mut batch, sent, acks, permit, answer, stored } = append;
+        let Append { mut batch, origin, acks, permit, answer, stored } = append;
         let Part::Leading(leader) = &self.part else {
             let Standing { leader, epoch, .. } = self.standing;
             let _gone = answer.send(Err(AppendError::NotLeader { leader, epoch }));
@@ -135,7 +143,8 @@ impl Actor {
             held: Held::Memory,
             duplicate: false,
         };
-        let admission = leader.admit(&batch, sent, acks, &self.replica.producers());
+        let refusal = timestamps::check(&self.config, origin.timestamps, now_ms).err();
+        let admission = leader.admit(&batch, origin.fingerprint, acks, &self.replica.producers(), refusal);
         match admission {
             Ok(Admission::Append(base)) => {
                 if self.config.timestamp_type == TimestampType::LogAppendTime {

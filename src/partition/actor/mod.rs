@@ -20,6 +20,7 @@ mod leading;
 mod news;
 mod replicas;
 mod segments;
+mod timestamps;
 
 use std::{
     io,
@@ -28,7 +29,7 @@ use std::{
 
 use tokio::sync::{mpsc, oneshot};
 
-pub use self::leading::{AppendError, AppendResult, Stored};
+pub use self::leading::{AppendError, AppendResult, BatchOrigin, Stored};
 pub(super) use self::{
     assigned::{JoinOrder, Order, Placed},
     leading::Append,

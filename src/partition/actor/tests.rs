@@ -9,7 +9,7 @@ use crate::{
     cluster::{PartitionValue, Revision},
     log::{Identity, Log, Options, SimDisk},
     model::{Compression, ConfigMap, LeaderEpoch, TopicId},
-    partition::Held,
+    partition::{BatchOrigin, Held},
     record::BatchBuilder,
 };
 
@@ -67,7 +67,8 @@ fn write(actor: &mut Actor) -> Receiver<AppendResult> {
     let permit = Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
     let (answer, receiver) = oneshot::channel();
     let batch = builder.finish(None).unwrap();
-    actor.append(Append { batch, sent: None, acks: Acks::All, permit, answer, stored: None }, 1000);
+    let origin = BatchOrigin { fingerprint: None, timestamps: batch.timestamp_range() };
+    actor.append(Append { batch, origin, acks: Acks::All, permit, answer, stored: None }, 1000);
     actor.complete(1000);
     receiver
 }

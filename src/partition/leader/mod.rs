@@ -98,6 +98,23 @@ pub enum Refused {
         /// The epoch that counts.
         current: i16,
     },
+    /// A record's timestamp is further from this broker's clock than the topic allows.
+    #[error(
+        "the timestamp {timestamp_ms} lies {} ms {side} this broker's clock, and {setting} of the topic is {limit_ms}: set the clock \
+         of the producer, or raise {setting} for the topic", timestamp_ms.abs_diff(*now_ms)
+    )]
+    Timestamp {
+        /// The timestamp.
+        timestamp_ms: i64,
+        /// The broker's clock.
+        now_ms: i64,
+        /// `before` or `after`.
+        side: &'static str,
+        /// The setting that refuses it.
+        setting: &'static str,
+        /// Its value.
+        limit_ms: u64,
+    },
     /// The partition has no state of this producer, and the batch is not its first.
     #[error("producer {producer} is not known to this partition and its batch begins at sequence {sent}, not 0")]
     UnknownProducer {
@@ -189,24 +206,31 @@ impl<W> Leader<W> {
     }
 
     /// Decides about one write. Admitted writes form a group until [`Self::appended`] or [`Self::not_appended`] ends it. `sent` is the
-    /// fingerprint of the batch that the client sent, if the request held one.
+    /// fingerprint of the batch that the client sent, if the request held one. `refusal` says why the batch must not be appended; a retry
+    /// of one that is in the log is answered all the same.
     pub fn admit(
         &mut self,
         batch: &Batch,
         sent: Option<Fingerprint>,
         acks: Acks,
         producers: &ProducerTable,
+        refusal: Option<Refused>,
     ) -> Result<Admission, Refused> {
         let strict = matches!(acks, Acks::All | Acks::Tiered);
         if strict && let Err(in_sync) = self.in_sync.has_minimum() {
             return Err(Refused::NotEnoughReplicas { in_sync, needed: self.in_sync.rule().min_insync });
         }
-        let count = batch.count();
-        if let Some(stamp) = batch.producer() {
-            match self.check(stamp, count, sent, producers)? {
-                Admission::Append(_) => self.note(stamp, count),
-                duplicate @ Admission::Duplicate(..) => return Ok(duplicate),
-            }
+        let (count, stamp) = (batch.count(), batch.producer());
+        if let Some(stamp) = stamp
+            && let duplicate @ Admission::Duplicate(..) = self.check(stamp, count, sent, producers)?
+        {
+            return Ok(duplicate);
+        }
+        if let Some(refused) = refusal {
+            return Err(refused);
+        }
+        if let Some(stamp) = stamp {
+            self.note(stamp, count);
         }
         let base = self.next_base;
         self.next_base = base.plus(u64::from(count));

@@ -45,7 +45,7 @@ impl Log {
         if self.leader.must_flush_before(&batch) {
             self.flush();
         }
-        let admission = self.leader.admit(&batch, Some(batch.fingerprint()), acks, &self.table)?;
+        let admission = self.leader.admit(&batch, Some(batch.fingerprint()), acks, &self.table, None)?;
         let (base, end) = match admission {
             Admission::Append(base) => {
                 batch.stamp(base, self.leader.epoch());
@@ -155,18 +155,33 @@ fn a_tiered_write_waits_for_the_bucket() {
 fn too_few_replicas_refuse_all_but_not_one() {
     let mut leader = leader(Durability::Persisted, 2);
     let table = ProducerTable::default();
-    let refused = leader.admit(&batch(1, None), None, Acks::All, &table);
+    let refused = leader.admit(&batch(1, None), None, Acks::All, &table, None);
     assert_eq!(refused, Err(Refused::NotEnoughReplicas { in_sync: 1, needed: 2 }));
-    assert_eq!(leader.admit(&batch(1, None), None, Acks::Leader, &table), Ok(Admission::Append(at(0))));
+    assert_eq!(leader.admit(&batch(1, None), None, Acks::Leader, &table, None), Ok(Admission::Append(at(0))));
+}
+
+#[test]
+fn refused_batch_takes_no_offset_and_its_stored_retry_is_answered() {
+    let mut log = Log::new(Durability::Persisted);
+    log.admit(batch(1, Some(stamp(0))), Acks::All, 1).unwrap();
+    log.flush();
+    let refused = Refused::OutOfOrder { producer: 1, sent: 2, expected: 3 };
+    let mut admit = |batch: Batch| {
+        log.leader.admit(&batch, Some(batch.fingerprint()), Acks::All, &log.table, Some(refused.clone()))
+    };
+    assert_eq!(admit(batch(1, Some(stamp(1)))), Err(refused.clone()));
+    assert_eq!(admit(batch(1, None)), Err(refused.clone()));
+    assert_eq!(admit(batch(1, Some(stamp(0)))), Ok(Admission::Duplicate(at(0), at(1))));
+    assert_eq!(log.admit(batch(1, Some(stamp(1))), Acks::All, 2), Ok(Admission::Append(at(1))));
 }
 
 #[test]
 fn the_offsets_of_a_group_that_failed_are_given_again() {
     let mut leader = leader(Durability::Persisted, 1);
     let table = ProducerTable::default();
-    assert_eq!(leader.admit(&batch(3, None), None, Acks::All, &table), Ok(Admission::Append(at(0))));
+    assert_eq!(leader.admit(&batch(3, None), None, Acks::All, &table, None), Ok(Admission::Append(at(0))));
     leader.not_appended();
-    assert_eq!(leader.admit(&batch(3, None), None, Acks::All, &table), Ok(Admission::Append(at(0))));
+    assert_eq!(leader.admit(&batch(3, None), None, Acks::All, &table, None), Ok(Admission::Append(at(0))));
 }
 
 #[test]

@@ -1,0 +1,98 @@
+//! Bounds on the timestamps of records that producers set (KIP-937). A pure function of configuration, timestamps and time.
+
+use std::time::Duration;
+
+use crate::{
+    model::{TimestampType, TopicConfig},
+    partition::leader::Refused,
+    record::TimestampRange,
+};
+
+/// Refuses timestamps that lie further from `now_ms` than the topic allows.
+///
+/// # Errors
+/// [`Refused::Timestamp`] with the first timestamp that is out of bounds.
+pub(super) fn check(config: &TopicConfig, range: TimestampRange, now_ms: i64) -> Result<(), Refused> {
+    if config.timestamp_type == TimestampType::LogAppendTime {
+        return Ok(());
+    }
+    let exceeds = |limit: Option<Duration>, timestamp_ms: i64| {
+        limit
+            .map(|limit| u64::try_from(limit.as_millis()).unwrap_or(u64::MAX))
+            .filter(|limit_ms| timestamp_ms.abs_diff(now_ms) > *limit_ms)
+    };
+    let refuse = |timestamp_ms, side, setting, limit_ms| {
+        Err(Refused::Timestamp { timestamp_ms, now_ms, side, setting, limit_ms })
+    };
+    if range.max > now_ms
+        && let Some(limit_ms) = exceeds(config.timestamp_after, range.max)
+    {
+        return refuse(range.max, "after", "message.timestamp.after.max.ms", limit_ms);
+    }
+    if range.min < now_ms
+        && let Some(limit_ms) = exceeds(config.timestamp_before, range.min)
+    {
+        return refuse(range.min, "before", "message.timestamp.before.max.ms", limit_ms);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::ConfigMap;
+
+    const NOW_MS: i64 = 1_700_000_000_000;
+    const AFTER: &str = "message.timestamp.after.max.ms";
+    const BEFORE: &str = "message.timestamp.before.max.ms";
+
+    fn config(pairs: &[(&str, &str)]) -> TopicConfig {
+        let set = pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
+        TopicConfig::resolve(&ConfigMap::new(), &set).unwrap()
+    }
+
+    fn range(timestamps: &[i64]) -> TimestampRange {
+        let mut range = TimestampRange::EMPTY;
+        timestamps.iter().for_each(|timestamp_ms| range.note(*timestamp_ms));
+        range
+    }
+
+    /// The timestamp, the setting and the limit of a refusal.
+    fn refused(pairs: &[(&str, &str)], timestamps: &[i64]) -> Option<(i64, &'static str, u64)> {
+        match check(&config(pairs), range(timestamps), NOW_MS) {
+            Ok(()) => None,
+            Err(Refused::Timestamp { timestamp_ms, setting, limit_ms, .. }) => Some((timestamp_ms, setting, limit_ms)),
+            Err(other) => panic!("{other}"),
+        }
+    }
+
+    #[test]
+    fn default_bounds_refuse_only_more_than_an_hour_ahead() {
+        let hour = 3_600_000;
+        for possible in [i64::MIN, -2, -1, 0, NOW_MS, NOW_MS + hour] {
+            assert_eq!(refused(&[], &[possible]), None, "{possible}");
+        }
+        for ahead in [NOW_MS + hour + 1, 1 << 62, i64::MAX] {
+            assert_eq!(refused(&[], &[0, ahead, 1]), Some((ahead, AFTER, 3_600_000)));
+        }
+        let error = check(&config(&[]), range(&[NOW_MS + hour + 1]), NOW_MS).unwrap_err().to_string();
+        assert!(error.contains("1700003600001 lies 3600001 ms after") && error.contains(AFTER), "{error}");
+    }
+
+    #[test]
+    fn bounds_hold_for_each_record_and_not_for_one_without_timestamp() {
+        let bounds = [(BEFORE, "10"), (AFTER, "0")];
+        for possible in [&[-1][..], &[-1, NOW_MS], &[NOW_MS - 10, NOW_MS, -1]] {
+            assert_eq!(refused(&bounds, possible), None, "{possible:?}");
+        }
+        assert_eq!(refused(&bounds, &[NOW_MS, NOW_MS - 11, -1]), Some((NOW_MS - 11, BEFORE, 10)));
+        assert_eq!(refused(&bounds, &[i64::MIN, -1]), Some((i64::MIN, BEFORE, 10)));
+        assert_eq!(refused(&bounds, &[NOW_MS + 1, -1]), Some((NOW_MS + 1, AFTER, 0)));
+    }
+
+    #[test]
+    fn no_bound_holds_where_it_is_lifted_or_the_broker_sets_the_timestamps() {
+        assert_eq!(refused(&[(AFTER, "-1")], &[i64::MIN, i64::MAX]), None);
+        assert_eq!(refused(&[("message.timestamp.type", "LogAppendTime"), (BEFORE, "0")], &[0, i64::MAX]), None);
+    }
+}
