@@ -17,9 +17,6 @@ pub const MAX_DECOMPRESSED_BYTES: usize = 256 << 20;
 /// sets `compression.type`: what the largest batch could hold plain.
 pub const MAX_RECOMPRESSED_BYTES: usize = MAX_BATCH_BYTES;
 
-/// Memory of a broker for opening compressed batches, all of them at a time together: one of the largest that can be read.
-pub const OPENING_BYTES: u64 = 2 * MAX_DECOMPRESSED_BYTES as u64;
-
 /// Most headers on one record.
 pub const MAX_RECORD_HEADERS: usize = 10_000;
 

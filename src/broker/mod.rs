@@ -103,6 +103,8 @@ pub struct Settings {
     pub topic_defaults: ConfigMap,
     /// Bytes of writes that may be under way.
     pub produce_memory_bytes: u64,
+    /// Bytes that opened batches may take.
+    pub decompression_memory_bytes: u64,
     /// New producers of one connection in a minute.
     pub producer_ids_per_minute: u32,
     /// Partitions that may have upkeep at the same moment, which bounds uploads.
@@ -231,7 +233,7 @@ impl Broker {
             producer_ids: ProducerIds::default(),
             produce_memory: Memory::new(settings.produce_memory_bytes),
             tiered_appends: Arc::new(Semaphore::new(limits::MAX_TIERED_APPENDS)),
-            opener: Opener::new(limits::OPENING_BYTES),
+            opener: Opener::new(settings.decompression_memory_bytes),
             upkeep: Upkeep::new(commits.clone()),
             commits,
             agree: Agree::new(settings.id, keys.clone(), changes.clone(), Arc::clone(&hosted)),

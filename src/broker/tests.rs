@@ -60,6 +60,7 @@ impl Bench {
             cluster: "test".to_owned(),
             topic_defaults: ConfigMap::new(),
             produce_memory_bytes: 1 << 20,
+            decompression_memory_bytes: 64 << 20,
             producer_ids_per_minute: 1000,
             upkeep_workers: 1,
             retention_interval: Duration::from_secs(3600),

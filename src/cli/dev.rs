@@ -18,7 +18,7 @@ use clap::Args;
 
 use super::serve::{Overrides, environment, keep_files_private, say, serve, stop_signal};
 use crate::{
-    config::{Config, Settings, Sources},
+    config::{Config, Settings, Sources, default_memory_bytes},
     log,
     server::{self, Ready},
     telemetry,
@@ -103,7 +103,8 @@ impl Dev {
             let mut sources = base(data_dir)
                 .with_default("replication.default_factor", self.brokers.min(3).to_string())
                 // They share one disk: where one has no room none has, and topics can be made all the same.
-                .with_default("broker.disk_full_percent", "100");
+                .with_default("broker.disk_full_percent", "100")
+                .with_default("limits.memory_bytes", default_memory_bytes(self.brokers.into()).to_string());
             if self.brokers >= 3 {
                 sources = sources.with_default("topic_defaults.min.insync.replicas", "2");
             }

@@ -5,7 +5,7 @@ use std::{net::SocketAddr, time::Duration};
 use super::{
     Broker, Cache, Config, ConfigError, ConfigErrors, Controller, Grpc, Http, Limits, Log, Metadata, ObjectStore,
     Replication, Settings, Source, Telemetry, Tier,
-    setting::TOPIC_DEFAULTS,
+    setting::{MEMORY, TOPIC_DEFAULTS},
     sources::Values,
     value::{bytes, duration, host_port, masked, urls, web_url},
 };
@@ -25,6 +25,7 @@ impl Settings {
     /// Builds and checks. Every error is told at once.
     pub(super) fn build(mut values: Values) -> Result<Self, ConfigErrors> {
         let mut errors = std::mem::take(&mut values.errors);
+        values.share_memory(&mut errors);
         // What could not be read has its default here: that is checked too, and never used.
         let config = values.config();
         values.check(&config, &mut errors);
@@ -116,7 +117,9 @@ impl Values {
                 fetch_max_wait: self.time("tier.fetch_max_wait"),
             },
             limits: Limits {
+                memory_bytes: self.number(MEMORY),
                 produce_memory_bytes: self.number("limits.produce_memory_bytes"),
+                decompression_memory_bytes: self.number("limits.decompression_memory_bytes"),
                 producer_ids_per_minute: self.number("limits.producer_ids_per_minute"),
                 connections_per_address: self
                     .text("limits.connections_per_address")

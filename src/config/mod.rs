@@ -29,12 +29,14 @@ use crate::{
 mod build;
 mod error;
 mod etcd;
+mod memory;
 mod print;
 mod setting;
 mod sources;
 mod value;
 
 pub use error::{ConfigError, ConfigErrors, Source};
+pub use memory::default_memory_bytes;
 pub use print::docs;
 pub use sources::Sources;
 
@@ -225,8 +227,12 @@ pub struct Tier {
 /// Bounds on what is under way.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Limits {
+    /// What clients can make the broker hold, all in all.
+    pub memory_bytes: u64,
     /// Bytes of batches that may wait for their acknowledgement.
     pub produce_memory_bytes: u64,
+    /// Bytes that opened batches may take.
+    pub decompression_memory_bytes: u64,
     /// New producers of one connection in a minute.
     pub producer_ids_per_minute: u32,
     /// Connections of one address to each listener; `None` is half of the places.

@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 
 use super::{
     Settings, Source,
+    memory::default_share,
     setting::{Kind, SECTIONS, SETTINGS, Setting, TOPIC_DEFAULTS, variable},
     value::{masked, urls},
 };
@@ -92,7 +93,10 @@ pub fn docs() -> String {
 }
 
 fn row(setting: &Setting) -> String {
-    let default = setting.default.map_or("unset".to_owned(), |default| format!("`{default}`"));
+    let default = match setting.default {
+        Some(default) => format!("`{default}`"),
+        None => default_share(&setting.key()).unwrap_or_else(|| "unset".to_owned()),
+    };
     let doc = format!("{} Takes {}.", setting.doc, setting.kind.allowed());
     format!("| `{}` | {default} | `{}` | {} |", setting.name, setting.variable(), doc.replace('|', "\\|"))
 }

@@ -1,5 +1,7 @@
 //! Every setting, declared once: reading, checking, printing and `docs/configuration.md` are made from this list.
 
+use super::value::size;
+
 /// What values a setting takes, and how they are written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
@@ -40,7 +42,6 @@ pub(super) struct Setting {
     pub(super) doc: &'static str,
 }
 
-const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
 const TIB: u64 = 1 << 40;
 const HOUR: u64 = 3600;
@@ -61,6 +62,30 @@ pub(super) const SECTIONS: &[(&str, &str)] = &[
     ("tier", "Moving segments to the object store."),
     ("limits", "Bounds on what is under way."),
     ("telemetry", "What the broker says about itself."),
+];
+
+/// The whole of which [`MEMORY_SHARES`] are parts.
+pub(super) const MEMORY: &str = "limits.memory_bytes";
+
+/// What [`MEMORY`] is where nothing sets it, in words.
+pub(super) const MEMORY_DEFAULT: &str = "a quarter of the memory of the machine or cgroup, at least 512MiB";
+
+/// A setting whose default is a part of [`MEMORY`].
+#[derive(Debug)]
+pub(super) struct Share {
+    pub(super) key: &'static str,
+    /// The part, in sixteenths.
+    pub(super) sixteenths: u64,
+    /// The default is no larger than this: more memory would not make it faster.
+    pub(super) most: Option<u64>,
+}
+
+/// Everything that clients can make a broker hold. The parts make up the whole.
+pub(super) const MEMORY_SHARES: &[Share] = &[
+    Share { key: "limits.produce_memory_bytes", sixteenths: 4, most: Some(256 * MIB) },
+    Share { key: "limits.decompression_memory_bytes", sixteenths: 2, most: Some(512 * MIB) },
+    Share { key: "log.tail_memory_bytes", sixteenths: 2, most: Some(128 * MIB) },
+    Share { key: "cache.memory_bytes", sixteenths: 1, most: Some(128 * MIB) },
 ];
 
 /// The section that takes any topic configuration.
@@ -291,14 +316,14 @@ pub(super) const SETTINGS: &[Setting] = &[
         "log",
         "tail_memory_bytes",
         Kind::Bytes { least: MIB, most: TIB },
-        Some("128MiB"),
+        None,
         "How much of the newest batches of all partitions is kept in memory for readers at the tail.",
     ),
     setting(
         "cache",
         "memory_bytes",
         Kind::Bytes { least: 0, most: TIB },
-        Some("128MiB"),
+        None,
         "How much of what was read from the object store is kept in memory.",
     ),
     setting(
@@ -350,10 +375,26 @@ pub(super) const SETTINGS: &[Setting] = &[
     ),
     setting(
         "limits",
+        "memory_bytes",
+        Kind::Bytes { least: 64 * MIB, most: 1024 * TIB },
+        None,
+        "How much memory clients can make the broker hold, all in all. Its parts are the settings whose default is a share of it. Where some \
+         of them are set, the defaults of the others are shares of what is left.",
+    ),
+    setting(
+        "limits",
         "produce_memory_bytes",
         Kind::Bytes { least: MIB, most: TIB },
-        Some("256MiB"),
+        None,
         "How many bytes of batches may wait for their acknowledgement; above it producers are slowed down.",
+    ),
+    setting(
+        "limits",
+        "decompression_memory_bytes",
+        Kind::Bytes { least: MIB, most: TIB },
+        None,
+        "How much memory opened batches may take, all together: for reads that ask for records, and for topics that set compression.type. \
+         A batch takes up to three times the size of its records; a larger one is refused.",
     ),
     setting(
         "limits",
@@ -435,15 +476,6 @@ impl Kind {
     pub(super) const fn quoted(self) -> bool {
         !matches!(self, Self::Number { .. } | Self::Flag | Self::Urls)
     }
-}
-
-fn size(bytes: u64) -> String {
-    for (unit, name) in [(TIB, "TiB"), (1 << 30, "GiB"), (MIB, "MiB"), (KIB, "KiB")] {
-        if bytes >= unit && bytes.is_multiple_of(unit) {
-            return format!("{}{name}", bytes / unit);
-        }
-    }
-    bytes.to_string()
 }
 
 fn time(seconds: u64) -> String {

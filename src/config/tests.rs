@@ -333,7 +333,10 @@ fn every_setting_is_declared_well() {
             setting.key()
         );
         assert!(
-            setting.doc.ends_with('.') && (setting.default.is_some() || setting.doc.contains("Unset: ")),
+            setting.doc.ends_with('.')
+                && (setting.default.is_some()
+                    || memory::default_share(&setting.key()).is_some()
+                    || setting.doc.contains("Unset: ")),
             "{}",
             setting.key()
         );
@@ -375,4 +378,37 @@ fn the_documentation_is_what_the_settings_say() {
         "docs/configuration.md differs from src/config/setting.rs: make it again with \
          `strandline config print --docs > docs/configuration.md`"
     );
+}
+
+#[test]
+fn shares_of_the_memory_follow_from_it() {
+    let shares = |text: &str| {
+        let config = load(text).expect("valid").config;
+        let mib = [
+            config.limits.produce_memory_bytes,
+            config.limits.decompression_memory_bytes,
+            config.log.tail_memory_bytes,
+            config.cache.memory_bytes,
+        ];
+        mib.map(|bytes| bytes >> 20)
+    };
+    assert_eq!(shares("[limits]\nmemory_bytes = \"512MiB\""), [128, 64, 64, 32]);
+    assert_eq!(shares("[limits]\nmemory_bytes = \"1TiB\""), [256, 512, 128, 128], "more would help nobody");
+    let lowered = "[limits]\nmemory_bytes = \"512MiB\"\nproduce_memory_bytes = \"1MiB\"";
+    assert_eq!(shares(lowered), [1, 64, 64, 32], "the others stay");
+    let raised = "[limits]\nmemory_bytes = \"512MiB\"\nproduce_memory_bytes = \"512MiB\"\n[cache]\nmemory_bytes = 0";
+    assert_eq!(shares(raised), [512, 0, 0, 0], "the others share what is left");
+    assert!(load("").expect("valid").config.limits.memory_bytes >= 512 << 20);
+}
+
+#[test]
+fn parts_above_the_whole_memory_are_an_error_with_both_numbers() {
+    let said = error(
+        "[log]\ntail_memory_bytes = \"300MiB\"\n[cache]\nmemory_bytes = \"300MiB\"\n[limits]\nmemory_bytes = \"512MiB\"",
+    );
+    for word in
+        ["s.toml:2:1", "600MiB", "512MiB", "log.tail_memory_bytes 300MiB", "cache.memory_bytes", "limits.memory_bytes"]
+    {
+        assert!(said.contains(word), "{word}: {said}");
+    }
 }

@@ -40,6 +40,17 @@ pub(super) fn bytes(text: &str) -> Option<u64> {
     number.parse::<u64>().ok()?.checked_mul(1 << shift)
 }
 
+/// A number of bytes with the largest unit that it is a whole number of.
+pub(super) fn size(bytes: u64) -> String {
+    for (shift, name) in [(40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")] {
+        let unit = 1 << shift;
+        if bytes >= unit && bytes.is_multiple_of(unit) {
+            return format!("{}{name}", bytes / unit);
+        }
+    }
+    bytes.to_string()
+}
+
 /// A time with its unit.
 pub(super) fn duration(text: &str) -> Option<Duration> {
     humantime::parse_duration(text).ok()

@@ -28,6 +28,16 @@ impl Memory {
         permit.expect("the semaphore is never closed")
     }
 
+    /// Takes room for `bytes` where there is some and nobody waits for it.
+    pub fn try_take(&self, bytes: usize) -> Option<OwnedSemaphorePermit> {
+        Arc::clone(&self.semaphore).try_acquire_many_owned(u32::try_from(Self::units(bytes)).ok()?.min(self.units)).ok()
+    }
+
+    /// How many permits stand for `bytes`.
+    pub fn units(bytes: usize) -> usize {
+        bytes.div_ceil(UNIT).max(1)
+    }
+
     /// The bound.
     pub fn bytes(&self) -> usize {
         self.units as usize * UNIT

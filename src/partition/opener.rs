@@ -20,6 +20,9 @@ use crate::{
 /// Up to so many bytes are opened where the caller runs: handing over to another thread would cost more.
 const INLINE_BYTES: usize = 64 << 10;
 
+/// The setting that bounds the memory.
+const SETTING: &str = "limits.decompression_memory_bytes";
+
 /// What opened records are for, which says how much memory that takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Use {
@@ -56,7 +59,7 @@ impl Opener {
     /// is its caller's to account for: it must not hold what it decompressed.
     ///
     /// # Errors
-    /// What `work` answers; [`Malformed::Grows`] also where `most` is more than all memory here could hold.
+    /// What `work` answers; [`Malformed::NoMemory`] where all memory here is less than the records need and `most` allows.
     pub async fn open<T, F>(&self, batch: &Batch, most: usize, purpose: Use, work: F) -> Result<T, Malformed>
     where
         F: Fn(&Batch, usize) -> Result<T, Malformed> + Clone + Send + 'static,
@@ -65,10 +68,19 @@ impl Opener {
         if batch.compression() == Compression::None && purpose == Use::Read {
             return work(batch, most);
         }
-        let most = most.min(self.memory.bytes() / purpose.cost());
+        let (allowed, held) = (most, self.memory.bytes() / purpose.cost());
+        let most = allowed.min(held);
+        let codec = batch.compression();
+        let too_large = move || {
+            if held < allowed {
+                Malformed::NoMemory { codec, most, setting: SETTING }
+            } else {
+                Malformed::Grows { codec, most }
+            }
+        };
         let guess = batch.plain_guess();
         if guess > most {
-            return Err(Malformed::Grows { codec: batch.compression(), most });
+            return Err(too_large());
         }
         let mut room = guess.max(INLINE_BYTES).min(most);
         loop {
@@ -82,6 +94,7 @@ impl Opener {
             };
             match opened {
                 Err(Malformed::Grows { .. }) if room < most => room = room.saturating_mul(4).min(most),
+                Err(Malformed::Grows { .. }) => return Err(too_large()),
                 opened => return opened,
             }
         }
@@ -147,7 +160,10 @@ mod tests {
         // What could never be held is refused, and waits for nothing.
         let (large, _) = zeros(Compression::Lz4, 3 << 20);
         let refused = opener.open(&large, usize::MAX, Use::Rewrite, work).await;
-        assert!(matches!(refused, Err(Malformed::Grows { .. })), "{refused:?}");
+        let refused = refused.expect_err("three times 3 MiB are more than 8 MiB");
+        let most = BOUND / Use::Rewrite.cost();
+        assert_eq!(refused, Malformed::NoMemory { codec: Compression::Lz4, most, setting: SETTING });
+        assert!(refused.to_string().contains(SETTING) && refused.to_string().contains(&most.to_string()), "{refused}");
     }
 
     #[tokio::test]

@@ -169,6 +169,19 @@ pub enum Malformed {
         /// Most bytes that its records may have.
         most: usize,
     },
+    /// Compressed bytes that grow beyond the memory that there is for opening batches.
+    #[error(
+        "batch cannot be decompressed ({codec}): its records have more than {most} bytes, all that {setting} has room for; raise it, or \
+         send fewer records in a batch"
+    )]
+    NoMemory {
+        /// The codec.
+        codec: Compression,
+        /// Most bytes that its records may have.
+        most: usize,
+        /// The setting that raises that.
+        setting: &'static str,
+    },
     /// Compressed bytes that their codec refuses.
     #[error("batch cannot be decompressed ({codec}): {reason}")]
     Compression {

@@ -341,7 +341,7 @@ fn with_cache(config: &Config, store: Store, metrics: &Metrics) -> anyhow::Resul
         memory_bytes: config.cache.memory_bytes,
         disk: on_disk.then_some((cache_dir.clone(), config.cache.disk_bytes)),
         data_dir: config.cache.dir.is_none().then(|| config.broker.data_dir.clone()),
-        read_ahead_bytes: READ_AHEAD_BYTES,
+        read_ahead_bytes: READ_AHEAD_BYTES.min(config.cache.memory_bytes),
     };
     let cache = Cache::open(&options, metrics)
         .with_context(|| format!("cannot use the cache directory {}", cache_dir.display()))?;
@@ -380,6 +380,7 @@ fn settings(config: &Config) -> broker::Settings {
         cluster: config.cluster.clone(),
         topic_defaults: config.topic_defaults.clone(),
         produce_memory_bytes: config.limits.produce_memory_bytes,
+        decompression_memory_bytes: config.limits.decompression_memory_bytes,
         producer_ids_per_minute: config.limits.producer_ids_per_minute,
         upkeep_workers: config.tier.upload_concurrency,
         retention_interval: config.tier.check_interval,

@@ -70,6 +70,7 @@ impl Machine {
             .flag("broker.rack", format!("r{rack}"))
             .flag("broker.data_dir", "/data")
             .flag("cache.disk_bytes", "0")
+            .flag("limits.memory_bytes", "2GiB")
             .flag("tier.check_interval", "1s")
             .flag("tier.garbage_grace", format!("{}s", GRACE.as_secs()))
             .flag("metadata.session_timeout", "2s")

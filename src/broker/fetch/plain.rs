@@ -32,6 +32,11 @@ pub(super) async fn decode(
     let mut bytes = Bytes::from(std::mem::take(&mut fetched.chunks).concat());
     while !bytes.is_empty() {
         let batch = Batch::split_from(&mut bytes)?;
+        if *used >= PLAIN_BYTES {
+            // Nothing more has room: what follows need not be opened to see that.
+            fetched.next_offset = from.max(batch.base_offset()).as_i64();
+            return Ok(());
+        }
         let (before, first) = (*used, fetched.records.is_empty());
         let work = move |batch: &Batch, most: usize| take_records(batch, most, from, before, first);
         match opener.open(&batch, limits::MAX_DECOMPRESSED_BYTES, Use::Read, work).await {
@@ -68,14 +73,14 @@ fn take_records(batch: &Batch, most: usize, from: Offset, used: usize, first: bo
     let mut taken = Taken { records: Vec::new(), used, left: None };
     for entry in batch.records_within(most)? {
         let (offset, record) = entry?;
-        if offset < from || taken.left.is_some() {
+        if offset < from {
             continue;
         }
         let size = plain_bytes(&record);
         let room = if first && taken.records.is_empty() { MAX_PLAIN_BYTES } else { PLAIN_BYTES };
         if taken.used + size > room {
             taken.left = Some((offset, size));
-            continue;
+            break;
         }
         taken.used += size;
         let headers = record.headers.into_iter().map(|h| v1::Header { key: h.key, value: h.value.map(keep) }).collect();
