@@ -44,9 +44,12 @@ class Member:
         self.directory = cluster.directory / f"broker{number}"
         self.directory.mkdir(parents=True, exist_ok=True)
         self.grpc, self.http = free_port(), free_port()
+        # A binary of an earlier commit, for a comparison, has no listener for brokers.
+        has_peer = "[peer]" in run([cluster.lab.bin, "config", "print"], 10, environment())
+        peer = ["[peer]", f'listen = "127.0.0.1:{free_port()}"'] if has_peer else []
         store = [f'url = "file://{cluster.bucket}"'] if cluster.bucket else []
         lines = ['cluster = "bench"', "[broker]", f"id = {number}", f'rack = "zone-{number}"', f'data_dir = "{self.directory}/data"', "[grpc]",
-                 f'listen = "127.0.0.1:{self.grpc}"', "[http]", f'listen = "127.0.0.1:{self.http}"', "[metadata]",
+                 f'listen = "127.0.0.1:{self.grpc}"', "[http]", f'listen = "127.0.0.1:{self.http}"', *peer, "[metadata]",
                  f"etcd = {json.dumps(cluster.etcd.endpoints)}", "[object_store]" if store else "", *store, *cluster.settings]
         self.config = self.directory / "strandline.toml"
         self.config.write_text("\n".join(lines) + "\n")

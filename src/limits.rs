@@ -23,6 +23,12 @@ pub const MAX_RECORD_HEADERS: usize = 10_000;
 /// Largest gRPC message in either direction: a batch of the largest size with its envelope.
 pub const MAX_MESSAGE_BYTES: usize = MAX_BATCH_BYTES + (1 << 20);
 
+/// Largest gRPC message to the brokers' own service. None carries records: the largest tells how far replicas are, 64 Ki of them at most.
+pub const MAX_PEER_REQUEST_BYTES: usize = 4 << 20;
+
+/// Most calls and streams that may be open on one connection of another broker: one link, or the questions that share a connection.
+pub const MAX_STREAMS_PER_PEER: u32 = 100;
+
 /// Bytes of a broker's disk that appends leave free. The commit after which segments can go, the checkpoint and the
 /// indexes need room themselves: a log that took the last byte could never give one back.
 pub const DISK_RESERVE_BYTES: u64 = 32 << 20;

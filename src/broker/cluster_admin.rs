@@ -291,8 +291,8 @@ impl Broker {
 fn registered(broker: &mut v1::BrokerState, known: &Known<BrokerValue>) {
     let value = &known.value;
     broker.alive = true;
-    broker.address.clone_from(&value.addresses.grpc);
-    broker.http_address = value.addresses.http.clone().unwrap_or_default();
+    broker.address = value.listeners.client().to_owned();
+    broker.http_address = value.listeners.http().unwrap_or_default().to_owned();
     broker.rack = value.rack.clone().unwrap_or_default();
     broker.broker_epoch = known.create_revision.0;
     broker.version.clone_from(&value.version);

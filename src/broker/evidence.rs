@@ -190,7 +190,7 @@ impl Broker {
         let me = self.settings.id;
         let state = self.view.state();
         let controller = state.controller().filter(|controller| *controller != broker);
-        let address = controller.and_then(|id| Some(state.brokers().get(&id)?.value.addresses.grpc.clone()));
+        let address = controller.and_then(|id| Some(state.brokers().get(&id)?.value.listeners.peer()?.to_owned()));
         let rank = state.brokers().keys().filter(|id| **id != broker && **id < me).count();
         drop(state);
         let report = Report { reporter: me, broker, epoch, seen: seen.words().to_owned() };
@@ -306,7 +306,8 @@ async fn probe(peers: &Peers, registered: &BrokerValue) -> Seen {
 }
 
 async fn probe_once(peers: &Peers, registered: &BrokerValue) -> Seen {
-    match peers.who_is(&registered.addresses.grpc, PROBE).await {
+    let Some(address) = registered.listeners.peer() else { return Seen::Unclear };
+    match peers.who_is(address, PROBE).await {
         Ok(there) if there.incarnation != registered.incarnation => Seen::Replaced,
         Ok(_) | Err(PeerError::Refused(_)) => Seen::There,
         Err(PeerError::Lost { how: How::Refused, .. }) => Seen::Refused,

@@ -97,7 +97,7 @@ impl Broker {
 
     fn way_to(&self, broker: BrokerId) -> Result<(&Peers, String), Fault> {
         let state = self.view.state();
-        let address = state.brokers().get(&broker).map(|known| known.value.addresses.grpc.clone());
+        let address = state.brokers().get(&broker).and_then(|known| known.value.listeners.peer().map(str::to_owned));
         let way = self.others.as_ref().map(Others::peers).zip(address);
         way.ok_or_else(|| Fault::new(Reason::NotReady, format!("broker {broker} is not alive")))
     }

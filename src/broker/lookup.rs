@@ -113,7 +113,7 @@ impl Broker {
         let state = self.view.state();
         let value = &state.partition(id)?.partition.as_ref()?.value;
         let broker = value.leader?;
-        let address = state.brokers().get(&broker).map(|known| known.value.addresses.grpc.clone());
+        let address = state.brokers().get(&broker).map(|known| known.value.listeners.client().to_owned());
         Some(Leader { broker, epoch: value.leader_epoch, address })
     }
 

@@ -16,7 +16,7 @@ impl Broker {
             state.brokers().iter().partition(|(_, known)| known.value.state == BrokerState::Running);
         let brokers = stay.into_iter().chain(go).map(|(id, known)| v1::Broker {
             id: id.0,
-            address: known.value.addresses.grpc.clone(),
+            address: known.value.listeners.client().to_owned(),
             rack: known.value.rack.clone().unwrap_or_default(),
         });
         let topics = if request.all_topics {

@@ -80,7 +80,8 @@ impl Others {
     /// Takes the brokers that are registered.
     pub(super) fn know(&self, state: &ViewState) {
         let known = state.brokers().iter();
-        let known = known.map(|(id, known)| (*id, (known.value.addresses.grpc.clone(), known.create_revision)));
+        let known = known
+            .filter_map(|(id, known)| Some((*id, (known.value.listeners.peer()?.to_owned(), known.create_revision))));
         self.following.brokers(known.collect::<BTreeMap<_, _>>());
     }
 

@@ -9,7 +9,7 @@ use crate::{
         peers::{How, Peers},
     },
     cluster::{
-        Addresses, BrokerValue, DeletedValue, EmbeddedStore, Key, NewTopic, PartitionValue, Registration, Revision,
+        BrokerValue, DeletedValue, EmbeddedStore, Endpoints, Key, NewTopic, PartitionValue, Registration, Revision,
         Shown, TopicValue, Transaction, Value as _,
         faulty::{self, Faulty},
         prove,
@@ -222,8 +222,8 @@ async fn who_is_asked_for_anothers_partition_says_who_leads_it() {
     let other = BrokerId(2);
     let registered = bench.store.get(&bench.keys.broker(BrokerId(1))).await.unwrap().entry.unwrap().value;
     let registered = BrokerValue::decode("brokers/1", &registered).unwrap();
-    let addresses = Addresses { grpc: "broker-2:9460".to_owned(), http: None };
-    let theirs = BrokerValue { addresses, incarnation: "q".to_owned(), ..registered };
+    let listeners = Endpoints::new("broker-2:9460".to_owned());
+    let theirs = BrokerValue { listeners, incarnation: "q".to_owned(), ..registered };
     let replicas = vec![BrokerId(1), other];
     let (isr, leader_epoch) = (replicas.clone(), LeaderEpoch(before.leader_epoch.0 + 1));
     let led = PartitionValue { replicas, isr, leader: Some(other), leader_epoch, ..before };

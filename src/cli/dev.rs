@@ -32,8 +32,8 @@ const PORTS: u16 = 2;
 
 /// Run a broker with everything embedded: metadata in a file, a directory as object store; or a cluster of several
 ///
-/// With --brokers N, N brokers run in this process, each with a data directory of its own and the next two ports. A topic then has
-/// up to three replicas unless told otherwise. With three brokers or more two replicas must be in sync, so a topic with
+/// With --brokers N, N brokers run in this process, each with a data directory of its own and the next two ports, and on a free
+/// loopback port for the others. A topic then has up to three replicas unless told otherwise. With three brokers or more two replicas must be in sync, so a topic with
 /// --replication-factor 1 needs --config min.insync.replicas=1 too. No broker is passed over for a full disk
 /// (broker.disk_full_percent is 100). It is for trying a cluster out: the brokers share this machine's fate.
 #[derive(Clone, Debug, Args)]
@@ -104,7 +104,9 @@ impl Dev {
                 .with_default("replication.default_factor", self.brokers.min(3).to_string())
                 // They share one disk: where one has no room none has, and topics can be made all the same.
                 .with_default("broker.disk_full_percent", "100")
-                .with_default("limits.memory_bytes", default_memory_bytes(self.brokers.into()).to_string());
+                .with_default("limits.memory_bytes", default_memory_bytes(self.brokers.into()).to_string())
+                // Nobody outside this process connects there.
+                .with_default("peer.listen", "127.0.0.1:0");
             if self.brokers >= 3 {
                 sources = sources.with_default("topic_defaults.min.insync.replicas", "2");
             }
@@ -283,6 +285,7 @@ mod tests {
                 "3 /d/3 127.0.0.1:9464 127.0.0.1:9465",
             ]
         );
+        assert!(configs.iter().all(|config| config.peer.listen.to_string() == "127.0.0.1:0"), "any free one");
         assert_eq!(configs[0].replication.default_factor, 3);
         assert_eq!(configs[0].topic_defaults.get("min.insync.replicas").map(String::as_str), Some("2"));
         assert_eq!(configs[0].object_store, configs[2].object_store);

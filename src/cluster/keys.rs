@@ -9,7 +9,7 @@ use std::{collections::BTreeSet, fmt, str::FromStr, sync::Arc};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use super::{partition_value::PartitionValue, producer_ids::COUNTER_END};
+use super::{endpoints::Endpoints, partition_value::PartitionValue, producer_ids::COUNTER_END};
 use crate::{
     limits,
     model::{BrokerId, ConfigMap, Offset, PartitionId, TopicId, TopicName},
@@ -188,21 +188,11 @@ fn partition(text: &str) -> Option<PartitionId> {
     Some(PartitionId::new(canonical(topic)?, number))
 }
 
-/// Where a broker is reached.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Addresses {
-    /// `host:port` of its gRPC listener as clients and brokers reach it.
-    pub grpc: String,
-    /// `host:port` of its HTTP listener.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub http: Option<String>,
-}
-
 /// The value of `brokers/{id}`: a broker that is alive. The key's create revision is the broker epoch.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BrokerValue {
     /// Where it is reached.
-    pub addresses: Addresses,
+    pub listeners: Endpoints,
     /// Its rack or zone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rack: Option<String>,
@@ -226,10 +216,10 @@ pub struct BrokerValue {
 
 #[cfg(test)]
 impl BrokerValue {
-    /// A running broker at this address.
-    pub(crate) fn running_at(grpc: String) -> Self {
+    /// A running broker that clients and brokers reach at this address.
+    pub(crate) fn running_at(address: String) -> Self {
         Self {
-            addresses: Addresses { grpc, http: None },
+            listeners: Endpoints::new(address.clone()).with_peer(address),
             rack: None,
             directory_id: "d".to_owned(),
             incarnation: "p".to_owned(),
@@ -347,7 +337,11 @@ pub trait Value: Serialize + DeserializeOwned {
     }
 }
 
-impl Value for BrokerValue {}
+impl Value for BrokerValue {
+    fn contradiction(&self) -> Option<String> {
+        self.listeners.client().is_empty().then(|| "listeners has no gRPC address for clients".to_owned())
+    }
+}
 
 impl Value for DirectoryValue {}
 

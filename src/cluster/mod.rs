@@ -5,7 +5,7 @@
 //! `store` is the trait [`MetaStore`]: a map from paths to values with one history, in etcd's words. `embedded` is the
 //! implementation for a broker alone, `etcd` that for several; `measured` counts what is asked of either, and `monotonic` refuses a store
 //! that went back. `keys` says what is at
-//! which path. `view` mirrors the cluster's prefix into memory: every question of where something is, is answered from there.
+//! which path, `endpoints` where a broker is reached. `view` mirrors the cluster's prefix into memory: every question of where something is, is answered from there.
 //! `topics` creates, alters and deletes topics; `placement` says which brokers hold a new partition; `orders` writes down what an
 //! operator wants of brokers and partitions.
 //!
@@ -29,6 +29,7 @@ mod census;
 mod changes;
 mod controller;
 mod embedded;
+mod endpoints;
 mod etcd;
 mod generation;
 mod keys;
@@ -57,10 +58,11 @@ pub use census::{Carried, Census, Duty};
 pub use changes::{Change, Changed, PartitionChanges};
 pub use controller::Controller;
 pub use embedded::{EmbeddedStore, FILE as EMBEDDED_FILE, OpenError};
+pub use endpoints::{Endpoint, Endpoints, Protocol};
 pub use etcd::{EtcdIdentity, EtcdLogin, EtcdOptions, EtcdOptionsError, EtcdStore, EtcdTls, MemberStatus};
 pub use generation::{FIRST_GENERATION, Generations};
 pub use keys::{
-    Addresses, BrokerState, BrokerValue, ControllerValue, DeletedValue, DirectoryValue, DrainValue, GenerationValue,
+    BrokerState, BrokerValue, ControllerValue, DeletedValue, DirectoryValue, DrainValue, GenerationValue,
     InvalidClusterName, InvalidValue, Key, Keys, ProducerIdsValue, TopicValue, Value,
 };
 pub use measured::Measured;

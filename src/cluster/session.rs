@@ -124,11 +124,11 @@ impl Registration {
             match BrokerValue::decode(&entry.key, &entry.value) {
                 Ok(other) if other.directory_id != self.value.directory_id => {
                     if clock::monotonic() > until {
-                        return Err(RegisterError::Taken { id: self.id, address: other.addresses.grpc });
+                        return Err(RegisterError::Taken { id: self.id, address: other.listeners.client().to_owned() });
                     }
                     if !std::mem::replace(&mut said, true) {
                         tracing::warn!(
-                            broker = %self.id, address = other.addresses.grpc,
+                            broker = %self.id, address = other.listeners.client(),
                             "the number is registered with another data directory; waiting in case that broker is gone"
                         );
                     }
@@ -202,7 +202,8 @@ impl Registration {
             let other = registered.as_ref().and_then(|entry| BrokerValue::decode(&entry.key, &entry.value).ok());
             let ours = recorded.as_ref().filter(|entry| entry.value == self.directory().encode());
             if recorded.as_ref().map(|entry| entry.mod_revision) != judged && ours.is_none() {
-                let address = other.map_or_else(|| "an unknown address".to_owned(), |other| other.addresses.grpc);
+                let address =
+                    other.map_or_else(|| "an unknown address".to_owned(), |other| other.listeners.client().to_owned());
                 return Ok(Begun::Superseded { address });
             }
             if let (Some(entry), Some(record)) = (&registered, ours)

@@ -4,7 +4,7 @@ use std::{net::SocketAddr, time::Duration};
 
 use super::{
     Broker, Cache, Config, ConfigError, ConfigErrors, Controller, Grpc, Http, Limits, Log, Metadata, ObjectStore,
-    Replication, Settings, Source, Telemetry, Tier,
+    PeerListener, Replication, Settings, Source, Telemetry, Tier,
     setting::{MEMORY, TOPIC_DEFAULTS},
     sources::Values,
     value::{bytes, duration, host_port, masked, urls, web_url},
@@ -13,6 +13,9 @@ use crate::{
     model::{BrokerId, ConfigMap, InvalidConfig, TopicConfig},
     telemetry,
 };
+
+/// The port for other brokers, where nothing else is said.
+const PEER_PORT: u16 = 9470;
 
 /// Shortest time of a call to etcd: in a shorter one a busy member is taken for a dead one.
 const SHORTEST_CALL: Duration = Duration::from_millis(100);
@@ -78,6 +81,13 @@ impl Values {
                 listen: self.listen("grpc.listen"),
                 advertise: self.optional("grpc.advertise"),
                 reflection: self.required("grpc.reflection") == "true",
+            },
+            peer: PeerListener {
+                listen: match self.text("peer.listen") {
+                    Some(_) => self.listen("peer.listen"),
+                    None => SocketAddr::new(self.listen("grpc.listen").ip(), PEER_PORT),
+                },
+                advertise: self.optional("peer.advertise"),
             },
             http: Http { listen: self.listen("http.listen") },
             metadata: self.metadata(),
@@ -175,12 +185,25 @@ impl Values {
     }
 
     fn check_addresses(&self, config: &Config, errors: &mut Vec<ConfigError>) {
-        let (grpc, http) = (config.grpc.listen, config.http.listen);
-        let meet = grpc.ip() == http.ip() || grpc.ip().is_unspecified() || http.ip().is_unspecified();
-        if meet && grpc.port() == http.port() && grpc.port() != 0 {
-            let why = format!("grpc.listen {grpc} and http.listen {http} are the same port: choose two");
-            let key = if self.source("http.listen") == Source::Default { "grpc.listen" } else { "http.listen" };
-            errors.push(self.wrong(key, why));
+        let (grpc, http, peer) = (config.grpc.listen, config.http.listen, config.peer.listen);
+        let mut pairs = vec![(("grpc.listen", grpc), ("http.listen", http))];
+        if !config.metadata.etcd.is_empty() {
+            pairs.extend([
+                (("grpc.listen", grpc), ("peer.listen", peer)),
+                (("http.listen", http), ("peer.listen", peer)),
+            ]);
+        }
+        for ((one, at), (other, other_at)) in pairs {
+            let meet = at.ip() == other_at.ip() || at.ip().is_unspecified() || other_at.ip().is_unspecified();
+            if meet && at.port() == other_at.port() && at.port() != 0 {
+                let why = format!("{one} {at} and {other} {other_at} are the same port: choose two");
+                let key = if self.source(other) == Source::Default { one } else { other };
+                errors.push(self.wrong(key, why));
+            }
+        }
+        if let Some(advertise) = config.peer.advertise.as_ref().filter(|advertise| is_everywhere(advertise)) {
+            let why = format!("peer.advertise {advertise} is no address that brokers can connect to: name a host");
+            errors.push(self.wrong("peer.advertise", why));
         }
         match &config.grpc.advertise {
             None if grpc.ip().is_unspecified() => {
@@ -190,7 +213,7 @@ impl Values {
                 );
                 errors.push(self.wrong("grpc.listen", why));
             }
-            Some(advertise) if host_port(advertise).is_some_and(|(host, _)| matches!(host, "0.0.0.0" | "[::]")) => {
+            Some(advertise) if is_everywhere(advertise) => {
                 let why = format!("grpc.advertise {advertise} is no address that clients can connect to: name a host");
                 errors.push(self.wrong("grpc.advertise", why));
             }
@@ -279,4 +302,9 @@ impl Values {
             }
         }
     }
+}
+
+/// Whether the host stands for every address of a machine.
+fn is_everywhere(advertise: &str) -> bool {
+    host_port(advertise).is_some_and(|(host, _)| matches!(host, "0.0.0.0" | "[::]"))
 }

@@ -57,6 +57,8 @@ pub struct Config {
     pub broker: Broker,
     /// `[grpc]`
     pub grpc: Grpc,
+    /// `[peer]`
+    pub peer: PeerListener,
     /// `[http]`
     pub http: Http,
     /// `[metadata]`
@@ -98,12 +100,12 @@ pub struct Broker {
     pub catch_up_timeout: Duration,
 }
 
-/// Where clients and brokers connect.
+/// Where clients connect.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Grpc {
     /// What it listens on. Port 0 takes any free one.
     pub listen: SocketAddr,
-    /// `host:port` that others reach it at; `None` is what it listens on.
+    /// `host:port` that clients reach it at; `None` is what it listens on.
     pub advertise: Option<String>,
     /// Whether server reflection is there.
     pub reflection: bool,
@@ -118,6 +120,32 @@ impl Grpc {
                 Some(host) => format!("{host}:{}", bound.port()),
                 None => advertise.clone(),
             },
+        }
+    }
+}
+
+/// Where other brokers connect.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PeerListener {
+    /// What it listens on. Port 0 takes any free one.
+    pub listen: SocketAddr,
+    /// `host:port` that other brokers reach it at; `None` is the host of the clients' address.
+    pub advertise: Option<String>,
+}
+
+impl PeerListener {
+    /// The address to tell other brokers, given what the listener was bound to, and what clients are told.
+    pub fn advertised(&self, bound: SocketAddr, grpc: &Grpc) -> String {
+        if let Some(advertise) = &self.advertise {
+            return advertise.clone();
+        }
+        let everywhere = bound.ip().is_unspecified();
+        // Of a listener whose port the system chose nobody outside can know: it is as local as its address.
+        let clients = grpc.advertise.as_deref().filter(|_| everywhere || self.listen.port() != 0);
+        match clients.and_then(value::host_port) {
+            Some((host, _)) => format!("{host}:{}", bound.port()),
+            None if everywhere => SocketAddr::new(grpc.listen.ip(), bound.port()).to_string(),
+            None => bound.to_string(),
         }
     }
 }

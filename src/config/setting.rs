@@ -51,7 +51,8 @@ const DAY: u64 = 86_400;
 pub(super) const SECTIONS: &[(&str, &str)] = &[
     ("", "The cluster."),
     ("broker", "This broker."),
-    ("grpc", "Where clients and brokers connect."),
+    ("grpc", "Where clients connect."),
+    ("peer", "Where the other brokers of the cluster connect. A broker alone opens no such port."),
     ("http", "Metrics and health."),
     ("metadata", "Where brokers agree."),
     ("object_store", "Where history goes. Credentials come from the vendor's usual environment, never from this file."),
@@ -158,7 +159,7 @@ pub(super) const SETTINGS: &[Setting] = &[
         "advertise",
         Kind::HostPort,
         None,
-        "The address that clients and brokers reach it at. Unset: what it listens on. Needed when it listens on 0.0.0.0.",
+        "The address that clients reach it at. Unset: what it listens on. Needed when it listens on 0.0.0.0.",
     ),
     setting(
         "grpc",
@@ -166,6 +167,22 @@ pub(super) const SETTINGS: &[Setting] = &[
         Kind::Flag,
         Some("true"),
         "Whether tools may ask for the description of what clients can call (gRPC server reflection).",
+    ),
+    setting(
+        "peer",
+        "listen",
+        Kind::Listen,
+        None,
+        "The address that it listens on for other brokers; no client needs to reach it. Unset: the IP address of grpc.listen, and port \
+         9470. Port 0 takes any free one.",
+    ),
+    setting(
+        "peer",
+        "advertise",
+        Kind::HostPort,
+        None,
+        "The address that other brokers reach it at. Unset: the host of grpc.advertise, or, where that is unset, the address that it \
+         listens on; with the port of peer.listen.",
     ),
     setting(
         "http",
@@ -409,8 +426,8 @@ pub(super) const SETTINGS: &[Setting] = &[
         "connections_per_address",
         Kind::Number { least: 1, most: 1 << 30 },
         None,
-        "How many connections one address, or one /64 of IPv6, may have to each listener; above it those that are idle make room for new \
-         ones. Unset: half of the listener's places.",
+        "How many connections one address, or one /64 of IPv6, may have to the gRPC listener, and to the HTTP listener; above it those that \
+         are idle make room for new ones. Unset: half of the listener's places.",
     ),
     setting(
         "telemetry",

@@ -211,6 +211,15 @@ fn what_does_not_go_together_is_refused_before_anything_is_touched() {
             "s.toml:4:1: grpc.listen 127.0.0.1:5 and http.listen 127.0.0.1:5 are the same port",
         ),
         ("[grpc]\nlisten = \"127.0.0.1:9461\"", "s.toml:2:1: "),
+        (
+            "[grpc]\nlisten = \"127.0.0.1:9470\"\n[metadata]\netcd = [\"http://a:1\"]",
+            "s.toml:2:1: grpc.listen 127.0.0.1:9470 and peer.listen 127.0.0.1:9470 are the same port",
+        ),
+        (
+            "[peer]\nlisten = \"0.0.0.0:9461\"\n[metadata]\netcd = [\"http://a:1\"]",
+            "s.toml:2:1: http.listen 127.0.0.1:9461 and peer.listen 0.0.0.0:9461 are the same port",
+        ),
+        ("[peer]\nadvertise = \"0.0.0.0:9470\"", "s.toml:2:1: peer.advertise 0.0.0.0:9470"),
         ("[grpc]\nlisten = \"0.0.0.0:9460\"", "set grpc.advertise"),
         ("[grpc]\nlisten = \"0.0.0.0:9460\"\nadvertise = \"0.0.0.0:9460\"", "name a host"),
         (
@@ -351,6 +360,25 @@ fn an_advertised_address_takes_the_port_that_the_listener_got() {
     assert_eq!(grpc(None).advertised(bound), "127.0.0.1:4242");
     assert_eq!(grpc(Some("b:0")).advertised(bound), "b:4242");
     assert_eq!(grpc(Some("b:10")).advertised(bound), "b:10");
+}
+
+#[test]
+fn other_brokers_are_told_the_host_that_clients_are_told_unless_something_else_is_set() {
+    for (text, bound, told) in [
+        ("", "127.0.0.1:9470", "127.0.0.1:9470"),
+        ("[grpc]\nlisten = \"10.0.0.1:1\"", "10.0.0.1:9470", "10.0.0.1:9470"),
+        ("[grpc]\nlisten = \"0.0.0.0:1\"\nadvertise = \"b7.example:2\"", "0.0.0.0:9470", "b7.example:9470"),
+        ("[grpc]\nadvertise = \"[::1]:2\"\n[peer]\nlisten = \"[::]:5\"", "[::]:5", "[::1]:5"),
+        ("[grpc]\nlisten = \"10.0.0.1:1\"\n[peer]\nlisten = \"0.0.0.0:5\"", "0.0.0.0:5", "10.0.0.1:5"),
+        ("[peer]\nlisten = \"10.0.0.2:5\"", "10.0.0.2:5", "10.0.0.2:5"),
+        ("[grpc]\nadvertise = \"b:2\"\n[peer]\nlisten = \"127.0.0.1:0\"", "127.0.0.1:4242", "127.0.0.1:4242"),
+        ("[peer]\nadvertise = \"p:6\"", "127.0.0.1:9470", "p:6"),
+    ] {
+        let config = load(text).expect("valid").config;
+        let bound: SocketAddr = bound.parse().expect("valid");
+        assert!(config.peer.listen.port() == 0 || config.peer.listen == bound, "{text}: {}", config.peer.listen);
+        assert_eq!(config.peer.advertised(bound, &config.grpc), told, "{text}");
+    }
 }
 
 #[test]

@@ -7,7 +7,7 @@ use crate::task::Tasks;
 /// How long a name may take.
 const LOOKUP_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Looks `address` up in the background, and warns where its name does not resolve: clients that come by another address are sent there.
+/// Looks `address` up in the background, and warns where its name does not resolve: whoever comes by another address is sent there.
 /// `setting` is the one that it comes from.
 pub(super) fn check(address: &str, setting: &'static str, tasks: &Tasks) {
     let (address, stop) = (address.to_owned(), tasks.clone());
@@ -21,8 +21,8 @@ pub(super) fn check(address: &str, setting: &'static str, tasks: &Tasks) {
             tracing::warn!(
                 address,
                 problem,
-                "clients are told to connect to an address that this machine cannot resolve: correct {setting}, or leave it out where clients \
-                 reach the address of the listener"
+                "others are told to connect to an address that this machine cannot resolve: correct {setting}, or leave it out where they reach \
+                 the address of the listener"
             );
         }
     });

@@ -54,6 +54,7 @@ const REMINDER_INTERVAL: Duration = Duration::from_secs(60);
 pub(super) enum Port {
     Grpc,
     Http,
+    Peer,
 }
 
 /// Counts and bounds the connections of one listener. Clones share it.
@@ -64,6 +65,8 @@ struct Limiter {
     port: Port,
     capacity: Capacity,
     per_address: usize,
+    /// What raises the bound of an address.
+    address_raised_by: &'static str,
     places: Mutex<Places<Arc<CloseSignal>>>,
     /// Refusals because of each bound.
     full: Mutex<Reminder>,
@@ -85,10 +88,15 @@ impl ConnectionLimiter {
         metrics: &Metrics,
     ) -> Self {
         let per_address = per_address.unwrap_or(capacity.places / 2).clamp(1, capacity.places);
+        let address_raised_by = match port {
+            Port::Grpc | Port::Http => "limits.connections_per_address",
+            Port::Peer => capacity.raised_by,
+        };
         Self(Arc::new(Limiter {
             port,
             capacity,
             per_address,
+            address_raised_by,
             places: Mutex::new(Places::new(capacity.places, per_address)),
             full: Mutex::default(),
             crowded: Mutex::default(),
@@ -122,7 +130,7 @@ impl ConnectionLimiter {
             open.inc();
         }
         let (left, idle) = match self.0.port {
-            Port::Grpc => (PREFACE_BYTES, None),
+            Port::Grpc | Port::Peer => (PREFACE_BYTES, None),
             Port::Http => (REQUEST_BYTES, Some(IDLE_TIMEOUT)),
         };
         let patience = Patience { left, until: Box::pin(tokio::time::sleep(GREETING_TIMEOUT)), idle };
@@ -138,7 +146,7 @@ impl ConnectionLimiter {
         };
         let Some(count) = remind(reminder) else { return };
         let (listener, places, raised_by) = (self.0.port, self.0.capacity.places, self.0.capacity.raised_by);
-        let per_address = self.0.per_address;
+        let (per_address, address_raised_by) = (self.0.per_address, self.0.address_raised_by);
         match bound {
             Bound::Places => tracing::warn!(
                 ?listener,
@@ -151,7 +159,7 @@ impl ConnectionLimiter {
                 ?listener,
                 %peer,
                 per_address,
-                raised_by = "limits.connections_per_address",
+                raised_by = address_raised_by,
                 refused = count,
                 "this address holds as many connections as one may, each with a call open: new ones are answered nothing but probes"
             ),
@@ -166,21 +174,22 @@ impl ConnectionLimiter {
             places = self.0.capacity.places,
             raised_by = self.0.capacity.raised_by,
             per_address = self.0.per_address,
+            address_raised_by = self.0.address_raised_by,
             closed = count,
-            "no place was free: the connections that were idle longest are closed for new ones (limits.connections_per_address)"
+            "no place was free: the connections that were idle longest are closed for new ones"
         );
     }
 
     /// What a call is told on a connection that has no place.
     fn refusal(&self, bound: Bound) -> Refused {
-        let Limiter { port, capacity, per_address, .. } = &*self.0;
+        let Limiter { port, capacity, per_address, address_raised_by, .. } = &*self.0;
         Refused(match bound {
             Bound::Places => format!(
                 "no place for another connection: all {} of this broker's {port:?} listener have calls open; raise {}",
                 capacity.places, capacity.raised_by
             ),
             Bound::Address => format!(
-                "no place for another connection from this address: {per_address} have calls open; raise limits.connections_per_address"
+                "no place for another connection from this address: {per_address} have calls open; raise {address_raised_by}"
             ),
         })
     }

@@ -79,7 +79,7 @@ async fn without_brokers(meta: &dyn MetaStore, keys: &Keys, within: Duration) ->
     let until = clock::monotonic() + within;
     loop {
         let listing = meta.list(&format!("{}brokers/", keys.prefix())).await?;
-        let address = |value: BrokerValue| value.addresses.grpc;
+        let address = |value: BrokerValue| value.listeners.client().to_owned();
         let named = listing
             .entries
             .iter()

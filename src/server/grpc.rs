@@ -1,4 +1,4 @@
-//! The gRPC listener: services, health, reflection, and HTTP/2 tuned for batches.
+//! The gRPC listeners, for clients and for other brokers: services, health, reflection, and HTTP/2 tuned for batches.
 //!
 //! What the transport itself refuses (a message above the limit, bytes that are no message, an unknown method) never
 //! reaches a service. [`answer`] gives these answers the same stable words that every other failure carries, and counts calls by
@@ -21,7 +21,6 @@ use super::{
 };
 use crate::{
     broker::{Broker, peer_service, services},
-    limits,
     proto::{
         CLIENT_DESCRIPTORS,
         fault::{self, Fault, Reason},
@@ -41,24 +40,21 @@ const CONNECTION_WINDOW: u32 = 8 << 20;
 /// Largest HTTP/2 frame.
 const FRAME: u32 = 256 << 10;
 
-/// The call of a health probe. It is answered on connections that have no place too; `Watch`, which never ends, is not.
-const PROBE_PATH: &str = "/grpc.health.v1.Health/Check";
+/// The calls of probes, by clients and by other brokers. They are answered on connections that have no place too; `Watch`, which never
+/// ends, is not.
+const PROBE_PATHS: [&str; 2] = ["/grpc.health.v1.Health/Check", "/strandline.v1.Peer/WhoIs"];
 
 /// After so long without an answer to a ping a connection counts as dead.
 const PING: Duration = Duration::from_secs(20);
 
-/// Everything that a broker answers. Reflection shows what clients may call, and nothing of the brokers' own service.
+/// Everything that a broker answers to clients, which reflection shows. The brokers' own service is at another listener.
 pub(super) fn routes(
     broker: &Arc<Broker>,
     health: tonic_health::pb::health_server::HealthServer<impl tonic_health::pb::health_server::Health>,
     reflection: bool,
 ) -> anyhow::Result<Routes> {
     let (log, admin) = services(broker);
-    let mut routes = Routes::new(log);
-    if let Some(peer) = peer_service(broker) {
-        routes = routes.add_service(peer);
-    }
-    routes = routes.add_service(admin).add_service(health);
+    let mut routes = Routes::new(log).add_service(admin).add_service(health);
     if reflection {
         // Most tools ask for v1 first; grpcio-reflection and older ones know v1alpha alone.
         let shown = || {
@@ -68,13 +64,23 @@ pub(super) fn routes(
         };
         routes = routes.add_service(shown().build_v1()?).add_service(shown().build_v1alpha()?);
     }
-    Ok(routes.into_axum_router().layer(axum::middleware::from_fn(answer)).into())
+    Ok(layered(routes))
+}
+
+/// What a broker answers to other brokers; `None` for a broker alone.
+pub(super) fn peer_routes(broker: &Arc<Broker>) -> Option<Routes> {
+    peer_service(broker).map(|peer| layered(Routes::new(peer)))
+}
+
+fn layered(routes: Routes) -> Routes {
+    routes.into_axum_router().layer(axum::middleware::from_fn(answer)).into()
 }
 
 /// Serves until `stop` resolves; then takes nothing new and ends when what is under way has ended.
 pub(super) async fn serve(
     routes: Routes,
     connections: impl Stream<Item = io::Result<Connection>> + Send + 'static,
+    streams_per_connection: u32,
     stop: impl Future<Output = ()> + Send,
 ) -> anyhow::Result<()> {
     // Whose requests they are, where several brokers share the process.
@@ -84,7 +90,7 @@ pub(super) async fn serve(
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_frame_size(FRAME)
-        .max_concurrent_streams(limits::MAX_STREAMS_PER_CONNECTION)
+        .max_concurrent_streams(streams_per_connection)
         .http2_keepalive_interval(Some(PING))
         .http2_keepalive_timeout(Some(PING))
         .add_routes(routes)
@@ -113,7 +119,7 @@ async fn answer(mut request: Request, next: Next) -> Response {
     if let Some(caller) = &caller {
         request.extensions_mut().insert(caller.producer_ids());
     }
-    let call = match caller.map(|caller| caller.begin_call(request.uri().path() == PROBE_PATH)).transpose() {
+    let call = match caller.map(|caller| caller.begin_call(PROBE_PATHS.contains(&request.uri().path()))).transpose() {
         Ok(call) => call,
         Err(refused) => return Status::from(Fault::new(Reason::Overloaded, refused.0)).into_http(),
     };

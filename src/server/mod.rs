@@ -46,6 +46,7 @@ use std::{
 
 use anyhow::Context as _;
 use tokio::net::TcpListener;
+use tonic::service::Routes;
 
 use self::{
     connection::{ConnectionLimiter, LimitedListener, Port},
@@ -59,8 +60,9 @@ pub use self::{
 };
 use crate::{
     client::{self, Tcp},
-    cluster::{Addresses, EmbeddedStore, EtcdStore, MetaStore},
+    cluster::{EmbeddedStore, Endpoints, EtcdStore, MetaStore},
     config::Config,
+    limits,
     log::{Log, RealDisk},
     task::{self, Tasks, clock},
     telemetry::Metrics,
@@ -92,8 +94,10 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>, ready: impl
     let began = clock::monotonic();
     let grpc = listen::listen(config.grpc.listen, "gRPC", "--listen").await?;
     let http = listen::listen(config.http.listen, "HTTP", "--http").await?;
-    let told = told_address(&config, &grpc)?;
-    let addresses = Addresses { grpc: told.clone(), http: Some(http.local_addr()?.to_string()) };
+    let alone = config.metadata.etcd.is_empty();
+    let peer = if alone { None } else { Some(listen_for_peers(&config).await?) };
+    let endpoints = endpoints(&config, &grpc, &http, peer.as_ref())?;
+    let told = endpoints.client().to_owned();
     config.prepare_data_dir()?;
 
     let metrics = Metrics::new();
@@ -110,9 +114,9 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>, ready: impl
     };
     let http_at = http.local_addr()?;
     let pages = Arc::new(Pages::new(metrics.clone()));
-    let listeners = Listeners::begin(Arc::clone(&pages), http, Room::of(1), &config, &metrics);
+    let listeners = Listeners::begin(Arc::clone(&pages), http, Room::of(1, alone), &config, &metrics);
     let stop = Tasks::new();
-    let starting = Node::over(&config, log.clone(), outside, addresses, metrics, &stop);
+    let starting = Node::over(&config, log.clone(), outside, endpoints, metrics, &stop);
     let give_up = || {
         stop.cancel();
         log.expect_close();
@@ -133,8 +137,11 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>, ready: impl
         partitions: node.broker().partitions(),
         took: began.elapsed(),
     };
-    listeners.serve(&node, grpc);
+    listeners.serve(&node, grpc, peer);
     advertised::check(&told, "grpc.advertise", &time);
+    if let Some(advertise) = config.peer.advertise.as_ref().filter(|_| !alone) {
+        advertised::check(advertise, "peer.advertise", &time);
+    }
     let mut outcome = Ok(());
     if !asked {
         ready(&state);
@@ -184,7 +191,7 @@ async fn stop_opening(opening: impl Future<Output = anyhow::Result<Log>>) -> any
     Ok(())
 }
 
-/// The two listeners while they serve.
+/// The listeners while they serve.
 struct Listeners {
     tasks: Tasks,
     room: Room,
@@ -207,15 +214,31 @@ impl Listeners {
         Self { tasks, room, connections_per_address }
     }
 
-    fn serve(&self, node: &Node, grpc: TcpListener) {
-        let (stop, routes) = (self.tasks.clone(), node.routes());
+    fn serve(&self, node: &Node, grpc: TcpListener, peer: Option<TcpListener>) {
         let (metrics, per_address) = (node.metrics(), self.connections_per_address);
         let open = Some(metrics.connections.clone());
         let limiter = ConnectionLimiter::new(Port::Grpc, self.room.grpc, per_address, open, metrics);
-        let connections = connection::accept(grpc, limiter);
-        self.tasks.spawn("grpc", async move {
-            if let Err(error) = grpc::serve(routes, connections, async move { stop.cancelled().await }).await {
-                tracing::error!(%error, "the gRPC listener failed; restart the broker");
+        self.carry("grpc", node.routes(), grpc, limiter, limits::MAX_STREAMS_PER_CONNECTION);
+        if let (Some(peer), Some(routes), Some(capacity)) = (peer, node.peer_routes(), self.room.peer) {
+            // The bound by address is the clients': brokers may share one.
+            let limiter = ConnectionLimiter::new(Port::Peer, capacity, None, None, metrics);
+            self.carry("peer", routes, peer, limiter, limits::MAX_STREAMS_PER_PEER);
+        }
+    }
+
+    fn carry(
+        &self,
+        name: &'static str,
+        routes: Routes,
+        listener: TcpListener,
+        limiter: ConnectionLimiter,
+        streams_per_connection: u32,
+    ) {
+        let (stop, connections) = (self.tasks.clone(), connection::accept(listener, limiter));
+        self.tasks.spawn(name, async move {
+            let stopped = async move { stop.cancelled().await };
+            if let Err(error) = grpc::serve(routes, connections, streams_per_connection, stopped).await {
+                tracing::error!(%error, listener = name, "a gRPC listener failed; restart the broker");
             }
         });
     }
@@ -262,10 +285,24 @@ pub(super) fn open_objects(config: &Config, url: &str) -> anyhow::Result<Store> 
     Ok(Store::open(&options, &config.cluster)?)
 }
 
-/// The address that clients are told: the one configured, or, where a port was left to the system, the real one.
-fn told_address(config: &Config, grpc: &TcpListener) -> anyhow::Result<String> {
-    if config.grpc.listen.port() == 0 {
-        return Ok(grpc.local_addr()?.to_string());
-    }
-    Ok(config.grpc.advertise.clone().unwrap_or_else(|| config.grpc.listen.to_string()))
+async fn listen_for_peers(config: &Config) -> anyhow::Result<TcpListener> {
+    Ok(listen::listen(config.peer.listen, "other brokers", "peer.listen").await?)
+}
+
+/// What others are told of the listeners: the addresses configured, or, where a port was left to the system, the real ones.
+fn endpoints(
+    config: &Config,
+    grpc: &TcpListener,
+    http: &TcpListener,
+    peer: Option<&TcpListener>,
+) -> anyhow::Result<Endpoints> {
+    let client = match &config.grpc.advertise {
+        Some(advertise) if config.grpc.listen.port() != 0 => advertise.clone(),
+        _ => grpc.local_addr()?.to_string(),
+    };
+    let endpoints = Endpoints::new(client).with_http(http.local_addr()?.to_string());
+    Ok(match peer {
+        Some(peer) => endpoints.with_peer(config.peer.advertised(peer.local_addr()?, &config.grpc)),
+        None => endpoints,
+    })
 }

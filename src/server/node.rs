@@ -19,7 +19,7 @@ use crate::{
     broker::{self, Broker, Tier},
     client::Connect,
     cluster::{
-        Addresses, BrokerState, BrokerValue, Keys, Measured, MetaStore, MonotonicStore, ObjectStoreKey, RegisterError,
+        BrokerState, BrokerValue, Endpoints, Keys, Measured, MetaStore, MonotonicStore, ObjectStoreKey, RegisterError,
         Registration, Revision, Session, Standing, Unread, View, planner::Limits,
     },
     config::Config,
@@ -69,13 +69,14 @@ pub struct Node {
     connect: Arc<dyn Connect>,
     alone: bool,
     routes: Routes,
+    peer_routes: Option<Routes>,
     health: HealthReporter,
     tasks: Tasks,
     metrics: Metrics,
 }
 
 impl Node {
-    /// Opens the data directory and the replicas in it, registers the broker under these addresses, and takes part. From then on its
+    /// Opens the data directory and the replicas in it, registers the broker with these endpoints, and takes part. From then on its
     /// routes answer. A metadata store that does not answer is waited for. `opened` hears of the log first: whoever does its steps begins
     /// with them then, for replicas may be closed again before the node is there.
     ///
@@ -84,13 +85,13 @@ impl Node {
     pub async fn open(
         config: &Config,
         outside: Outside,
-        addresses: Addresses,
+        endpoints: Endpoints,
         opened: impl FnOnce(&Log),
     ) -> anyhow::Result<Self> {
         let metrics = Metrics::new();
         let log = open_log(config, &outside, metrics.clone()).await?;
         opened(&log);
-        Self::over(config, log, outside, addresses, metrics, &Tasks::new()).await
+        Self::over(config, log, outside, endpoints, metrics, &Tasks::new()).await
     }
 
     /// As [`Node::open`], over a log that is open. It is closed when this fails. While the start waits for others, the end of `stop`
@@ -99,12 +100,12 @@ impl Node {
         config: &Config,
         log: Log,
         outside: Outside,
-        addresses: Addresses,
+        endpoints: Endpoints,
         metrics: Metrics,
         stop: &Tasks,
     ) -> anyhow::Result<Self> {
         let tasks = Tasks::new();
-        let start = Start { config, log: log.clone(), addresses, metrics, tasks: tasks.clone(), stop };
+        let start = Start { config, log: log.clone(), endpoints, metrics, tasks: tasks.clone(), stop };
         let opened = start.run(outside).await;
         if opened.is_err() {
             tasks.stop().await;
@@ -114,9 +115,14 @@ impl Node {
         opened
     }
 
-    /// Its gRPC services, for whatever carries calls to them. Clones share the broker.
+    /// Its gRPC services for clients, for whatever carries calls to them. Clones share the broker.
     pub fn routes(&self) -> Routes {
         self.routes.clone()
+    }
+
+    /// Those for other brokers; `None` for a broker alone.
+    pub fn peer_routes(&self) -> Option<Routes> {
+        self.peer_routes.clone()
     }
 
     /// The broker itself.
@@ -191,7 +197,7 @@ impl Node {
 struct Start<'a> {
     config: &'a Config,
     log: Log,
-    addresses: Addresses,
+    endpoints: Endpoints,
     metrics: Metrics,
     /// The node's own.
     tasks: Tasks,
@@ -255,9 +261,11 @@ impl Start<'_> {
         broker.begin(&session, unread).await;
         let (health, service) = grpc::health();
         let routes = grpc::routes(&broker, service, config.grpc.reflection)?;
+        let peer_routes = grpc::peer_routes(&broker);
         grpc::report(&health, ServingStatus::Serving).await;
         let Self { log, tasks, metrics, .. } = self;
-        Ok(Node { log, tier, broker, session, connect: outside.connect, alone, routes, health, tasks, metrics })
+        let connect = outside.connect;
+        Ok(Node { log, tier, broker, session, connect, alone, routes, peer_routes, health, tasks, metrics })
     }
 
     /// Registers the broker, and waits until its mirror shows that: what was given up before is in it as well then. Returns as well what is
@@ -278,7 +286,7 @@ impl Start<'_> {
             keys: admission.keys.clone(),
             id: self.config.broker.id,
             value: BrokerValue {
-                addresses: self.addresses.clone(),
+                listeners: self.endpoints.clone(),
                 rack: self.config.broker.rack.clone(),
                 directory_id: self.log.directory_id().to_string(),
                 incarnation: incarnation.to_string(),

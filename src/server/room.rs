@@ -12,9 +12,12 @@ const MIN_OTHER_FILES: u64 = 64;
 /// Places of each listener beyond the common ones.
 const RESERVE: u64 = (LOOPBACK_PLACES + PROBE_PLACES) as u64;
 
-/// Bounds of the HTTP listener's places, and the least of the gRPC listener's.
+/// Bounds of the places of the HTTP listener and of the peer listener, and the least of the gRPC listener's. Another broker takes two
+/// connections, and one more for each probe.
 const MIN_HTTP: usize = 8;
 const MAX_HTTP: usize = 256;
+const MIN_PEER: usize = 32;
+const MAX_PEER: usize = 1024;
 const MIN_GRPC: usize = 32;
 
 /// Most places that a listener counts: more than any system has open files.
@@ -33,23 +36,27 @@ pub(super) struct Capacity {
 pub(super) struct Room {
     pub(super) grpc: Capacity,
     pub(super) http: Capacity,
+    /// Of a broker of several.
+    pub(super) peer: Option<Capacity>,
 }
 
 impl Room {
-    /// The room of one of so many brokers in this process.
-    pub(super) fn of(brokers: usize) -> Self {
+    /// The room of one of so many brokers in this process, each of which is alone or has others to connect to it.
+    pub(super) fn of(brokers: usize, alone: bool) -> Self {
         let files = getrlimit(Resource::Nofile).current.unwrap_or(1 << 20);
-        Self::with(files, RealDisk::default().open_files() as u64, brokers)
+        Self::with(files, RealDisk::default().open_files() as u64, brokers, alone)
     }
 
-    /// What the limit of open files leaves beside the segments of each broker and the reserves of its two listeners.
-    fn with(files: u64, segments: u64, brokers: usize) -> Self {
-        let brokers = brokers.max(1) as u64;
-        let taken = (segments + 2 * RESERVE) * brokers + MIN_OTHER_FILES.max(files / 8);
+    /// What the limit of open files leaves beside the segments of each broker and the reserves of its listeners.
+    fn with(files: u64, segments: u64, brokers: usize, alone: bool) -> Self {
+        let (brokers, listeners) = (brokers.max(1) as u64, if alone { 2 } else { 3 });
+        let taken = (segments + listeners * RESERVE) * brokers + MIN_OTHER_FILES.max(files / 8);
         let each = usize::try_from((files.saturating_sub(taken) / brokers).min(MAX_PLACES)).unwrap_or(usize::MAX);
         let http = (each / 8).clamp(MIN_HTTP, MAX_HTTP);
+        let peer = (!alone).then(|| (each / 8).clamp(MIN_PEER, MAX_PEER));
+        let grpc = each.saturating_sub(http + peer.unwrap_or(0)).max(MIN_GRPC);
         let bound = |places| Capacity { places, raised_by: "the limit of open files (ulimit -n, LimitNOFILE)" };
-        Self { grpc: bound(each.saturating_sub(http).max(MIN_GRPC)), http: bound(http) }
+        Self { grpc: bound(grpc), http: bound(http), peer: peer.map(bound) }
     }
 }
 
@@ -59,21 +66,34 @@ mod tests {
 
     #[test]
     fn what_the_log_and_others_need_is_left() {
-        for (files, segments, brokers) in
-            [(256, 128, 1), (1024, 512, 1), (1024, 512, 3), (1 << 20, 8192, 1), (64, 64, 1)]
-        {
-            let Room { grpc, http } = Room::with(files, segments, brokers);
-            let (grpc, http) = (grpc.places, http.places);
+        for (files, segments, brokers, alone) in [
+            (256, 128, 1, true),
+            (1024, 512, 1, true),
+            (1024, 512, 1, false),
+            (1024, 512, 3, false),
+            (1 << 20, 8192, 1, true),
+            (1 << 20, 8192, 32, false),
+            (64, 64, 1, true),
+            (64, 64, 1, false),
+        ] {
+            let Room { grpc, http, peer } = Room::with(files, segments, brokers, alone);
+            let (grpc, http, peer) = (grpc.places, http.places, peer.map_or(0, |peer| peer.places));
             assert!(grpc >= MIN_GRPC && http >= MIN_HTTP, "{files}: somebody is always served");
+            let (min_peer, listeners) = if alone { (0, 2) } else { (MIN_PEER, 3) };
+            assert_eq!(peer == 0, alone);
             let brokers = brokers as u64;
-            let own = (segments + 2 * RESERVE) * brokers + MIN_OTHER_FILES;
-            let taken = (grpc + http) as u64 * brokers + own;
-            let least = own + (MIN_GRPC + MIN_HTTP) as u64 * brokers;
-            assert!(taken <= files.max(least), "{files} files for {brokers}: {grpc} and {http}");
+            let own = (segments + listeners * RESERVE) * brokers + MIN_OTHER_FILES;
+            let taken = (grpc + http + peer) as u64 * brokers + own;
+            let least = own + (MIN_GRPC + MIN_HTTP + min_peer) as u64 * brokers;
+            assert!(taken <= files.max(least), "{files} files for {brokers}: {grpc}, {http} and {peer}");
         }
-        let Room { grpc, http } = Room::with(1024, 512, 1);
-        assert_eq!((grpc.places, http.places), (315, 45));
-        let Room { grpc, http } = Room::with(256, 128, 1);
-        assert_eq!((grpc.places, http.places), (32, 8));
+        let places = |files, segments, alone| {
+            let Room { grpc, http, peer } = Room::with(files, segments, 1, alone);
+            (grpc.places, http.places, peer.map(|peer| peer.places))
+        };
+        assert_eq!(places(1024, 512, true), (315, 45, None));
+        assert_eq!(places(1024, 512, false), (262, 43, Some(43)));
+        assert_eq!(places(1 << 20, 8192, false), (907_996, 256, Some(1024)));
+        assert_eq!(places(256, 128, true), (32, 8, None));
     }
 }

@@ -9,12 +9,12 @@ use tokio::net::TcpListener;
 use tracing::{Instrument as _, Span};
 
 use super::{
-    Listeners, Node, Outside, Ready, Stores, admission, http::Pages, listen, node, open_objects, outside, room::Room,
-    told_address,
+    Listeners, Node, Outside, Ready, Stores, admission, endpoints, http::Pages, listen, listen_for_peers, node,
+    open_objects, outside, room::Room,
 };
 use crate::{
     client::{self, Tcp},
-    cluster::{Addresses, EmbeddedStore, MetaStore},
+    cluster::{EmbeddedStore, Endpoints, MetaStore},
     config::Config,
     log::RealDisk,
     task::{Tasks, clock},
@@ -28,7 +28,8 @@ const MEETING: Duration = Duration::from_secs(10);
 struct Ports {
     grpc: TcpListener,
     http: TcpListener,
-    addresses: Addresses,
+    peer: TcpListener,
+    endpoints: Endpoints,
 }
 
 /// One broker that serves.
@@ -69,7 +70,8 @@ pub async fn run_several(
     for config in &configs {
         config.prepare_data_dir()?;
     }
-    let mut shared = Shared { meta: None, time: Tasks::new(), stop: Tasks::new(), room: Room::of(configs.len()) };
+    let mut shared =
+        Shared { meta: None, time: Tasks::new(), stop: Tasks::new(), room: Room::of(configs.len(), false) };
     if let Some(folder) = &metadata {
         let store = EmbeddedStore::open(folder).await?;
         store.keep_time(&shared.time);
@@ -108,8 +110,9 @@ pub async fn run_several(
 async fn take(config: &Config) -> anyhow::Result<Ports> {
     let grpc = listen::listen(config.grpc.listen, "gRPC", "--listen").await?;
     let http = listen::listen(config.http.listen, "HTTP", "--http").await?;
-    let addresses = Addresses { grpc: told_address(config, &grpc)?, http: Some(http.local_addr()?.to_string()) };
-    Ok(Ports { grpc, http, addresses })
+    let peer = listen_for_peers(config).await?;
+    let endpoints = endpoints(config, &grpc, &http, Some(&peer))?;
+    Ok(Ports { grpc, http, peer, endpoints })
 }
 
 /// Starts all of them at the same time: those that started, why another one did not, and whether all were told to stop meanwhile.
@@ -163,7 +166,7 @@ async fn start(config: &Config, ports: Ports, shared: &Shared, span: Span) -> an
     let (within, http) = (config.broker.shutdown_timeout, ports.http.local_addr()?);
     let pages = Arc::new(Pages::new(metrics.clone()));
     let listeners = Listeners::begin(Arc::clone(&pages), ports.http, shared.room, config, &metrics);
-    let node = match Node::over(config, log, outside, ports.addresses, metrics, &shared.stop).await {
+    let node = match Node::over(config, log, outside, ports.endpoints, metrics, &shared.stop).await {
         Ok(node) => node,
         Err(error) => {
             listeners.stop(within).await;
@@ -179,7 +182,7 @@ async fn start(config: &Config, ports: Ports, shared: &Shared, span: Span) -> an
         partitions: node.broker().partitions(),
         took: began.elapsed(),
     };
-    listeners.serve(&node, ports.grpc);
+    listeners.serve(&node, ports.grpc, Some(ports.peer));
     Ok(Member { node, listeners, state, span, within })
 }
 

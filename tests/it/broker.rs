@@ -38,7 +38,9 @@ pub(crate) struct Home {
     namespace: Option<String>,
     grpc: SocketAddr,
     http: SocketAddr,
+    peer: SocketAddr,
     advertise: Option<SocketAddr>,
+    peer_advertise: Option<SocketAddr>,
     topic_defaults: Vec<(String, String)>,
     object_store: Option<String>,
     settings: Vec<(&'static str, String)>,
@@ -62,7 +64,9 @@ impl Home {
             namespace: None,
             grpc: free_address(),
             http: free_address(),
+            peer: free_address(),
             advertise: None,
+            peer_advertise: None,
             topic_defaults: Vec::new(),
             object_store,
             settings: Vec::new(),
@@ -115,7 +119,7 @@ impl Home {
     /// Lives in a network namespace, at the address that it has there.
     pub(crate) fn in_namespace(self, namespace: &str, ip: Ipv4Addr) -> Self {
         let at = |port| SocketAddr::from((ip, port));
-        Self { namespace: Some(namespace.to_owned()), grpc: at(9460), http: at(9461), ..self }
+        Self { namespace: Some(namespace.to_owned()), grpc: at(9460), http: at(9461), peer: at(9470), ..self }
     }
 
     /// Takes this folder for the object store.
@@ -163,6 +167,12 @@ impl Home {
         self
     }
 
+    /// Tells other brokers this address instead of the listener's.
+    pub(crate) fn peer_advertise(mut self, address: SocketAddr) -> Self {
+        self.peer_advertise = Some(address);
+        self
+    }
+
     /// The folder.
     pub(crate) fn path(&self) -> &Path {
         self.folder.path()
@@ -199,6 +209,11 @@ impl Home {
         self.grpc
     }
 
+    /// The address of the listener for other brokers.
+    pub(crate) fn peer(&self) -> SocketAddr {
+        self.peer
+    }
+
     /// The HTTP listener's address.
     pub(crate) fn http(&self) -> SocketAddr {
         self.http
@@ -232,6 +247,10 @@ impl Home {
             writeln!(text, "{} = {value}", &key["grpc.".len()..]).expect("a string grows");
         }
         write!(text, "[http]\nlisten = \"{}\"\n", self.http).expect("a string grows");
+        write!(text, "[peer]\nlisten = \"{}\"\n", self.peer).expect("a string grows");
+        if let Some(advertise) = self.peer_advertise {
+            writeln!(text, "advertise = \"{advertise}\"").expect("a string grows");
+        }
         // Dotted and before every section, so that several may be of one section.
         let url = self.object_store.iter().map(|url| format!("object_store.url = {url:?}\n"));
         let settings = others.iter().map(|(key, value)| format!("{key} = {value}\n"));
@@ -256,7 +275,7 @@ impl Home {
                 Ok(()) => return broker,
                 Err(_) if self.log().contains("port ") && self.log().contains("in use") => {
                     drop(broker);
-                    (self.grpc, self.http) = (free_address(), free_address());
+                    (self.grpc, self.http, self.peer) = (free_address(), free_address(), free_address());
                 }
                 Err(why) => panic!("the broker did not become ready: {why}\n{}", self.log()),
             }

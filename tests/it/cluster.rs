@@ -9,7 +9,7 @@ mod figures;
 mod full;
 mod grows;
 mod machines;
-mod members;
+pub(crate) mod members;
 mod metadata;
 mod moves;
 pub(crate) mod network;

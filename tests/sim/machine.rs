@@ -10,7 +10,7 @@ use std::{
 };
 
 use strandline::{
-    cluster::{Addresses, MetaStore, ViewState},
+    cluster::{Endpoints, MetaStore, ViewState},
     config::{Config, Sources},
     log::{Disk as _, Log, SimDisk, Stepper},
     model::BrokerId,
@@ -20,7 +20,12 @@ use strandline::{
 };
 use tokio::{sync::Notify, time::Instant};
 
-use crate::{meta::SimMeta, net::Net, objects::Objects, trace::Trace};
+use crate::{
+    meta::SimMeta,
+    net::{self, Net},
+    objects::Objects,
+    trace::Trace,
+};
 
 /// How long nothing is synced behind the journal at most.
 const SYNC_EVERY: Duration = Duration::from_millis(50);
@@ -137,13 +142,13 @@ impl Machine {
             alone: self.alone,
             stepper: Some(Stepper::new(move || wake.notify_one())),
         };
-        let addresses = Addresses { grpc: self.address.clone(), http: None };
+        let endpoints = Endpoints::new(self.address.clone()).with_peer(net::peer_address(&self.address));
         let step = |log: &Log| {
             let steps = steps(log.clone(), woken, Arc::clone(&self.slow_us));
             process.enter(|| Tasks::new().spawn("log steps", steps));
         };
-        let node = Node::open(&self.config, outside, addresses, step).await?;
-        process.enter(|| self.shared.net.listen(&self.address, node.routes()));
+        let node = Node::open(&self.config, outside, endpoints, step).await?;
+        process.enter(|| self.shared.net.listen(&self.address, node.routes(), node.peer_routes()));
         Ok(node)
     }
 

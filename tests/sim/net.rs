@@ -44,6 +44,7 @@ pub(crate) struct Net {
 
 #[derive(Default)]
 struct State {
+    /// The listeners of each machine, by the address for clients.
     listening: BTreeMap<String, Listener>,
     /// Without power: not even a refusal comes from there.
     dark: BTreeSet<String>,
@@ -58,6 +59,8 @@ struct State {
 #[derive(Clone)]
 struct Listener {
     routes: Routes,
+    /// For other brokers.
+    peer_routes: Option<Routes>,
     /// Of the broker's process.
     tasks: Tasks,
 }
@@ -82,9 +85,9 @@ impl Cable {
 }
 
 impl Net {
-    /// From now on calls to `address` reach these services. Called inside the broker's process.
-    pub(crate) fn listen(&self, address: &str, routes: Routes) {
-        let listener = Listener { routes, tasks: Tasks::new() };
+    /// From now on calls to `address`, and to [`peer_address`], reach these services. Called inside the broker's process.
+    pub(crate) fn listen(&self, address: &str, routes: Routes, peer_routes: Option<Routes>) {
+        let listener = Listener { routes, peer_routes, tasks: Tasks::new() };
         let mut state = self.state();
         state.dark.remove(address);
         state.listening.insert(address.to_owned(), listener);
@@ -211,6 +214,20 @@ impl Net {
     }
 }
 
+/// The port of the listeners for clients, and of those for brokers.
+const CLIENT_PORT: &str = ":9460";
+const PEER_PORT: &str = ":9470";
+
+/// Where other brokers reach the machine that clients reach at `address`.
+pub(crate) fn peer_address(address: &str) -> String {
+    address.replace(CLIENT_PORT, PEER_PORT)
+}
+
+/// Which machine an address is of, and whether it is the one for brokers. Links are between machines.
+fn machine(address: &str) -> (String, bool) {
+    (address.replace(PEER_PORT, CLIENT_PORT), address.ends_with(PEER_PORT))
+}
+
 fn pair(one: &str, other: &str) -> (String, String) {
     let (one, other) = if one < other { (one, other) } else { (other, one) };
     (one.to_owned(), other.to_owned())
@@ -225,7 +242,7 @@ pub(crate) struct Socket {
 
 impl Connect for Socket {
     fn connect(&self, to: &Address) -> BoxFuture<'_, Result<Wire, ConnectError>> {
-        let to = to.as_str().to_owned();
+        let (to, is_peer) = machine(to.as_str());
         Box::pin(async move {
             let no_answer = |problem: &str| ConnectError::NoAnswer { tried: vec![(to.clone(), problem.to_owned())] };
             let shaken = async {
@@ -238,7 +255,7 @@ impl Connect for Socket {
             if !self.net.state().listening.contains_key(&to) {
                 return Err(no_answer("connection refused"));
             }
-            Ok(Wire::new(End { from: self.clone(), to }))
+            Ok(Wire::new(End { from: self.clone(), to, is_peer }))
         })
     }
 }
@@ -247,11 +264,14 @@ impl Connect for Socket {
 struct End {
     from: Socket,
     to: String,
+    /// Whether it goes to the machine's listener for brokers.
+    is_peer: bool,
 }
 
 impl Call for End {
     fn call(&self, request: http::Request<Body>) -> BoxFuture<'static, Answered> {
-        let (Socket { net, name }, to, here) = (self.from.clone(), self.to.clone(), Tasks::new());
+        let (Socket { net, name }, to, is_peer, here) =
+            (self.from.clone(), self.to.clone(), self.is_peer, Tasks::new());
         Box::pin(async move {
             let cable = net.cable(&name, &to);
             tokio::select! {
@@ -260,20 +280,26 @@ impl Call for End {
                 () = net.delay(&name, &to) => {}
             }
             let listener = net.state().listening.get(&to).cloned();
-            let Some(mut listener) = listener else { return Err(Unsent::new("connection refused").into()) };
+            let routes = |listener: Listener| {
+                let routes = if is_peer { listener.peer_routes } else { Some(listener.routes) };
+                routes.map(|routes| (routes, listener.tasks))
+            };
+            let Some((mut routes, tasks)) = listener.and_then(routes) else {
+                return Err(Unsent::new("connection refused").into());
+            };
             let (head, body) = request.into_parts();
             let (there, back) = ((name.clone(), to.clone()), (to.clone(), name.clone()));
             let (pipe, request_body) = pipe(&cable);
             here.spawn("request", net.clone().pump(body, there, cable.clone(), pipe));
             let request = http::Request::from_parts(head, request_body);
             let (mut answer, answered) = oneshot::channel();
-            let (tasks, reply) = (listener.tasks.clone(), cable.clone());
+            let reply = cable.clone();
             tasks.spawn("call", async move {
                 let response = tokio::select! {
                     biased;
                     () = reply.up.cancelled() => return,
                     () = answer.closed() => return,
-                    response = listener.routes.call(request) => response.unwrap(),
+                    response = routes.call(request) => response.unwrap(),
                 };
                 tokio::select! {
                     biased;

@@ -130,7 +130,7 @@ pub struct PeerService(Arc<Peering>);
 /// The service, with its message limits.
 pub(super) fn service(peering: &Arc<Peering>) -> peer_server::PeerServer<PeerService> {
     peer_server::PeerServer::new(PeerService(Arc::clone(peering)))
-        .max_decoding_message_size(limits::MAX_MESSAGE_BYTES)
+        .max_decoding_message_size(limits::MAX_PEER_REQUEST_BYTES)
         .max_encoding_message_size(limits::MAX_MESSAGE_BYTES)
 }
 

@@ -22,7 +22,7 @@ fn golden<T: Value + PartialEq + fmt::Debug>(value: &T, json: &str) {
 fn values_are_written_as_the_format_says() {
     golden(
         &BrokerValue {
-            addresses: Addresses { grpc: "a:9460".into(), http: Some("a:9461".into()) },
+            listeners: Endpoints::new("a:9460".into()).with_http("a:9461".into()).with_peer("b:9470".into()),
             rack: Some("z1".into()),
             directory_id: "d".into(),
             incarnation: "p".into(),
@@ -31,7 +31,11 @@ fn values_are_written_as_the_format_says() {
             no_room: false,
             version: "0.1.0".into(),
         },
-        r#"{"addresses":{"grpc":"a:9460","http":"a:9461"},"rack":"z1","directory_id":"d","incarnation":"p","state":"stopping","version":"0.1.0"}"#,
+        concat!(
+            r#"{"listeners":{"client":{"protocol":"grpc","address":"a:9460"},"http":{"protocol":"http","address":"a:9461"},"#,
+            r#""peer":{"protocol":"grpc","address":"b:9470"}},"#,
+            r#""rack":"z1","directory_id":"d","incarnation":"p","state":"stopping","version":"0.1.0"}"#,
+        ),
     );
     golden(
         &DirectoryValue { directory_id: "d".into(), incarnation: "p".into() },
@@ -163,6 +167,17 @@ fn values_that_contradict_themselves_are_named() {
     ] {
         let error = partition(json);
         assert!(error.contains("the/key") && error.contains(why), "{error}");
+    }
+    let broker = |json: &str| BrokerValue::decode("k", json.as_bytes());
+    let listener = |name: &str, protocol: &str| {
+        format!(
+            r#"{{"listeners":{{"{name}":{{"protocol":"{protocol}","address":"a:1"}}}},"directory_id":"d","version":"0"}}"#
+        )
+    };
+    assert_eq!(broker(&listener("client", "grpc")).expect("whole").listeners.client(), "a:1");
+    for json in [listener("peer", "grpc"), listener("client", "of-a-newer-version")] {
+        let error = broker(&json).expect_err(&json).to_string();
+        assert!(error.contains("no gRPC address for clients"), "{error}");
     }
     let tier = |json: &str| TierState::decode("k", json.as_bytes());
     assert!(tier(r#"{"manifest":null,"tiered_end":9223372036854775808,"log_start":0,"epoch":0}"#).is_err());

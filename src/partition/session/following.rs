@@ -28,6 +28,9 @@ const PAUSE: Duration = Duration::from_millis(20);
 /// The longest such pause.
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
+/// Places that one message tells of: it stays far below `limits::MAX_PEER_REQUEST_BYTES`.
+const PROGRESS_PLACES: usize = 64 << 10;
+
 /// How long the end of a link waits for the other side's last word, or for it to hear ours.
 const LAST_WORD: Duration = Duration::from_millis(500);
 
@@ -299,7 +302,10 @@ impl Following<'_> {
     /// One message for all places that moved.
     fn gather_progress(&mut self) {
         let mut moved = Vec::new();
-        while let Some(index) = self.ready.take() {
+        // What is left is gathered when this has gone out.
+        while moved.len() < PROGRESS_PLACES
+            && let Some(index) = self.ready.take()
+        {
             let Some(place) = &mut self.slots[index].place else { continue };
             if !place.joined {
                 continue;

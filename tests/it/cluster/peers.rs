@@ -9,7 +9,7 @@ use std::{net::SocketAddr, time::Duration};
 
 use strandline::{
     cluster::{
-        Addresses, BrokerState, BrokerValue, Compare, EtcdOptions, EtcdStore, Keys, MetaStore as _, Outcome,
+        BrokerState, BrokerValue, Compare, Endpoints, EtcdOptions, EtcdStore, Keys, MetaStore as _, Outcome,
         PartitionValue, TopicValue, Transaction, Value as _,
     },
     model::{BrokerId, LeaderEpoch, PartitionId, TopicName},
@@ -43,7 +43,7 @@ impl Meta {
     /// Registers the stranger, as a broker at this address; its broker epoch.
     async fn register(&self, address: SocketAddr) -> u64 {
         let value = BrokerValue {
-            addresses: Addresses { grpc: address.to_string(), http: None },
+            listeners: Endpoints::new(address.to_string()).with_peer(address.to_string()),
             rack: None,
             directory_id: "a stranger's".to_owned(),
             incarnation: "a stranger's".to_owned(),
@@ -116,8 +116,8 @@ async fn what_is_damaged_on_its_way_to_a_follower_is_sent_again() {
     let bucket = tempfile::tempdir().expect("a folder");
     for id in 1..=2 {
         let proxy = Proxy::bind().await;
-        let home = Home::member(id, &cluster.etcd).bucket_of(bucket.path()).advertise(proxy.address());
-        links.push(proxy.carry_to(home.grpc()));
+        let home = Home::member(id, &cluster.etcd).bucket_of(bucket.path()).peer_advertise(proxy.address());
+        links.push(proxy.carry_to(home.peer()));
         cluster.add(id, home);
     }
     let expected = tokio::task::block_in_place(|| {

@@ -233,8 +233,11 @@ fn json(seeds: &mut Vec<Seed>) {
         ),
         (
             "broker",
-            r#"{"addresses":{"grpc":"a:9460","http":"a:9461"},"rack":"z","directory_id":"d","version":"0.1.0"}"#
-                .to_owned(),
+            concat!(
+                r#"{"listeners":{"client":{"protocol":"grpc","address":"a:9460"},"peer":{"protocol":"grpc","address":"a:9470"}},"#,
+                r#""rack":"z","directory_id":"d","version":"0.1.0"}"#
+            )
+            .to_owned(),
         ),
         ("controller", r#"{"broker":1}"#.to_owned()),
         ("deleted", r#"{"name":"t"}"#.to_owned()),

@@ -40,7 +40,7 @@ fn runtime() -> tokio::runtime::Runtime {
 }
 
 /// One connection with one fetch stream that is left open.
-async fn hold(address: SocketAddr) -> Result<(LogClient<Channel>, impl Sized), Fault> {
+pub(super) async fn hold(address: SocketAddr) -> Result<(LogClient<Channel>, impl Sized), Fault> {
     let endpoint = Endpoint::from_shared(format!("http://{address}")).expect("an address is a URI");
     let mut client = LogClient::new(endpoint.connect().await.expect("the port is open"));
     let (requests, stream) = tokio::sync::mpsc::channel::<FetchRequest>(1);

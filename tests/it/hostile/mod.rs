@@ -2,6 +2,7 @@
 
 mod connections;
 mod http;
+mod peers;
 
 use std::{
     fs,

@@ -9,12 +9,13 @@ use strandline::{
 };
 use tokio::{sync::mpsc, task::block_in_place};
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Status, Streaming};
+use tonic::{Code, Status, Streaming};
 
 use super::{Meta, STRANGER, broker_epoch, peer, still_serves};
 use crate::{
     cluster::members::Cluster,
     patience::{PATIENCE, becomes, eventually},
+    wire,
 };
 
 /// A stream to a broker, as a follower's broker opens one.
@@ -104,7 +105,7 @@ impl Calm {
 
     /// Where the leader listens.
     fn address(&self) -> SocketAddr {
-        self.cluster.home(self.leader).grpc()
+        self.cluster.home(self.leader).peer()
     }
 
     fn serves(&self) {
@@ -126,7 +127,7 @@ impl Calm {
     /// Nobody says hello in the name of the true follower, or of nobody.
     async fn refuses_hellos(&self) {
         let (leader, follower) = (self.leader, self.follower);
-        let epoch = broker_epoch(self.cluster.home(follower).grpc()).await;
+        let epoch = broker_epoch(self.cluster.home(follower).peer()).await;
         let true_one = self.hello(follower, epoch);
         let is_hello = |hello| Some(to_leader::Is::Hello(hello));
         let leave = v1::Leave { place: 0, known_epoch: 99, stopping: true };
@@ -143,6 +144,15 @@ impl Calm {
             let said = Follows::begin(self.address(), first).await.refused().await;
             assert!(said.contains(words), "{words}: {said}");
         }
+    }
+
+    /// Each port answers whom it is for, and nobody else.
+    async fn keeps_brokers_and_clients_apart(&self) {
+        let home = self.cluster.home(self.leader);
+        let asked = peer(home.grpc()).await.who_is(v1::WhoIsRequest {}).await;
+        assert_eq!(asked.expect_err("a port for clients").code(), Code::Unimplemented);
+        let told = wire::admin(home.peer()).get_metadata(v1::GetMetadataRequest::default()).await;
+        assert_eq!(told.expect_err("a port for brokers").code(), Code::Unimplemented);
     }
 
     /// A broker that is registered lies about partitions.
@@ -197,6 +207,7 @@ impl Calm {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stranger_that_follows_is_refused_in_words_and_the_true_follower_goes_on() {
     let calm = Calm::begin().await;
+    calm.keeps_brokers_and_clients_apart().await;
     calm.refuses_hellos().await;
     calm.serves();
 

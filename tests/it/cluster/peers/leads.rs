@@ -256,10 +256,10 @@ async fn a_stranger_that_leads_is_copied_from_only_where_all_fits() {
     follower.says("seconds_ahead=60").await;
 
     follower.refuses_batches(&mut led).await;
-    assert_eq!(log_end(follower.home.grpc(), id).await, 5, "nothing of it was appended");
+    assert_eq!(log_end(follower.home.peer(), id).await, 5, "nothing of it was appended");
     block_in_place(|| still_serves(&cli, "calm"));
     follower.takes_what_fits(&mut led).await;
-    assert_eq!(log_end(follower.home.grpc(), id).await, 6);
+    assert_eq!(log_end(follower.home.peer(), id).await, 6);
     block_in_place(|| still_serves(&cli, "calm"));
     drop(led);
     tasks.stop().await;
