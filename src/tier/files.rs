@@ -1,16 +1,30 @@
-//! The tier's own use of the file system: the chunk cache's folder, and a folder as object store. All of it blocks; callers come
-//! from `task::blocking`. Segments are read through the log.
+//! The tier's own use of the file system: the chunk cache's folder, and the files of a folder as object store. All of it blocks;
+//! callers come from `task::blocking`. Segments are read through the log. Large files go to the disk in small pieces with pauses
+//! ([`PieceWriter`]): acknowledgements wait for the same device.
 
 use std::{
+    ffi::OsString,
     fs,
-    io::{self, Read as _, Write as _},
-    path::Path,
+    io::{self, Read as _},
+    os::unix::fs::FileExt as _,
+    path::{Path, PathBuf},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
 };
 
 use bytes::Bytes;
 use rustix::fs::OFlags;
 
-use crate::log::PrivateDir;
+use crate::log::{PrivateDir, write_out};
+
+/// Bytes that the disk is given at once: an append that comes meanwhile waits for no more.
+pub(super) const PIECE_BYTES: usize = 256 << 10;
+
+/// How long the appends go first after each piece.
+const PIECE_PAUSE: Duration = Duration::from_millis(1);
 
 /// Ending of a file of the cache, and of one that is being written.
 pub(super) const CHUNK: &str = ".chunk";
@@ -21,9 +35,130 @@ pub(super) fn create_folder(path: &Path) -> io::Result<()> {
     fs::create_dir_all(path)
 }
 
+/// Writes files in pieces, one piece at a time over all files that share it, and waits until the disk has each.
+#[derive(Debug, Default)]
+pub(super) struct PieceWriter {
+    turn: Mutex<()>,
+}
+
+impl PieceWriter {
+    /// Writes all parts one after the other from `at`. Nothing is durable before a sync.
+    pub(super) fn write_at<'a>(
+        &self,
+        file: &fs::File,
+        at: u64,
+        parts: impl IntoIterator<Item = &'a [u8]>,
+    ) -> io::Result<()> {
+        let (mut parts, mut part, mut at) = (parts.into_iter(), [].as_slice(), at);
+        loop {
+            let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+            let (start, mut left) = (at, PIECE_BYTES);
+            while left > 0 {
+                if part.is_empty() {
+                    match parts.next() {
+                        Some(next) => part = next,
+                        None => break,
+                    }
+                }
+                let (now, later) = part.split_at(part.len().min(left));
+                file.write_all_at(now, at)?;
+                (part, left, at) = (later, left - now.len(), at + now.len() as u64);
+            }
+            if at == start {
+                return Ok(());
+            }
+            write_out(file, start..at)?;
+            std::thread::sleep(PIECE_PAUSE);
+        }
+    }
+}
+
+/// A file that is written beside its place, under a name that a folder as object store does not list, and moved there when it is whole.
+/// Dropped before that it is removed.
+#[derive(Debug)]
+pub(super) struct StagedFile {
+    file: fs::File,
+    path: PathBuf,
+    target: PathBuf,
+    published: AtomicBool,
+}
+
+impl StagedFile {
+    /// Makes the file, and the folders above it, which are durable then.
+    pub(super) fn create(target: &Path) -> io::Result<Self> {
+        let mut attempt = 1;
+        loop {
+            let mut path = OsString::from(target);
+            path.push(format!("#{attempt}"));
+            match fs::OpenOptions::new().write(true).create_new(true).open(&path) {
+                Ok(file) => {
+                    let published = AtomicBool::new(false);
+                    return Ok(Self { file, path: path.into(), target: target.to_owned(), published });
+                }
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => attempt += 1,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => make_durable_folder(folder_of(target))?,
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Writes all parts one after the other from `at`.
+    pub(super) fn write_at<'a>(
+        &self,
+        writer: &PieceWriter,
+        at: u64,
+        parts: impl IntoIterator<Item = &'a [u8]>,
+    ) -> io::Result<()> {
+        writer.write_at(&self.file, at, parts)
+    }
+
+    /// Moves the file to its place, where it replaces what is there. Content and name are durable when this returns.
+    pub(super) fn publish(&self) -> io::Result<()> {
+        self.file.sync_all()?;
+        fs::rename(&self.path, &self.target)?;
+        self.published.store(true, Ordering::Release);
+        sync_folder(folder_of(&self.target))
+    }
+}
+
+impl Drop for StagedFile {
+    fn drop(&mut self) {
+        if !self.published.load(Ordering::Acquire)
+            && let Err(error) = fs::remove_file(&self.path)
+        {
+            tracing::debug!(path = %self.path.display(), %error, "an unfinished object was not removed");
+        }
+    }
+}
+
+fn folder_of(path: &Path) -> &Path {
+    path.parent().unwrap_or(Path::new("/"))
+}
+
+fn sync_folder(folder: &Path) -> io::Result<()> {
+    fs::File::open(folder)?.sync_all()
+}
+
+/// Makes a folder and those above it, each durable in the one above.
+fn make_durable_folder(folder: &Path) -> io::Result<()> {
+    match fs::create_dir(folder) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound && folder.parent().is_some() => {
+            make_durable_folder(folder_of(folder))?;
+            return make_durable_folder(folder);
+        }
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+        // Whoever made it may not have synced it yet.
+        _ => {}
+    }
+    sync_folder(folder_of(folder))
+}
+
 /// The chunk cache's folder.
 #[derive(Debug)]
-pub(super) struct CacheFolder(PrivateDir);
+pub(super) struct CacheFolder {
+    dir: PrivateDir,
+    writer: PieceWriter,
+}
 
 impl CacheFolder {
     /// Makes the folder, or deletes the chunks in it; other files stay. `data_dir` is the data directory, where the folder lies in it:
@@ -39,29 +174,27 @@ impl CacheFolder {
         for entry in folder.list(Path::new(""))?.into_iter().filter(|entry| !entry.is_dir && is_ours(&entry.name)) {
             folder.remove(Path::new(&entry.name))?;
         }
-        Ok(Self(folder))
+        Ok(Self { dir: folder, writer: PieceWriter::default() })
     }
 
     /// Bytes that can still be written in its file system.
     pub(super) fn free_bytes(&self) -> io::Result<u64> {
-        self.0.free_bytes()
+        self.dir.free_bytes()
     }
 
     /// Writes a file under a name that nobody reads yet, then gives it its name.
     pub(super) fn write_whole(&self, name: &str, parts: &[&[u8]]) -> io::Result<()> {
         let unfinished = format!("{name}{UNFINISHED}");
-        let mut file = self.0.open_file(Path::new(&unfinished), OFlags::WRONLY | OFlags::CREATE)?;
+        let file = self.dir.open_file(Path::new(&unfinished), OFlags::WRONLY | OFlags::CREATE)?;
         file.set_len(0)?;
-        for part in parts {
-            file.write_all(part)?;
-        }
+        self.writer.write_at(&file, 0, parts.iter().copied())?;
         drop(file);
-        self.0.rename(Path::new(&unfinished), &self.0, Path::new(name))
+        self.dir.rename(Path::new(&unfinished), &self.dir, Path::new(name))
     }
 
     /// A whole file.
     pub(super) fn read_whole(&self, name: &str) -> io::Result<Bytes> {
-        let mut file = self.0.open_file(Path::new(name), OFlags::RDONLY)?;
+        let mut file = self.dir.open_file(Path::new(name), OFlags::RDONLY)?;
         let mut bytes = Vec::with_capacity(usize::try_from(file.metadata()?.len()).unwrap_or(0));
         file.read_to_end(&mut bytes)?;
         Ok(Bytes::from(bytes))
@@ -69,7 +202,7 @@ impl CacheFolder {
 
     /// Deletes a file, if it is there.
     pub(super) fn delete(&self, name: &str) -> io::Result<()> {
-        match self.0.remove(Path::new(name)) {
+        match self.dir.remove(Path::new(name)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
             _ => Ok(()),
         }
@@ -96,6 +229,25 @@ mod tests {
         assert_eq!(folder.read_whole("3.chunk").unwrap().as_ref(), b"ab");
         folder.delete("3.chunk").unwrap();
         folder.delete("3.chunk").unwrap();
+    }
+
+    #[test]
+    fn pieces_hold_the_parts_in_order_from_any_position() {
+        let parent = tempfile::tempdir().unwrap();
+        let target = parent.path().join("a/b/object");
+        let staged = StagedFile::create(&target).unwrap();
+        let other = StagedFile::create(&target).unwrap();
+        let content: Vec<u8> = (0..3 * PIECE_BYTES + 77).map(|i| u8::try_from(i % 251).unwrap()).collect();
+        let (first, rest) = content.split_at(PIECE_BYTES + 5);
+        // The later one first, as parts of an upload may come; one part crosses pieces, another is empty.
+        staged.write_at(&PieceWriter::default(), first.len() as u64, [&rest[..3], &[], &rest[3..]]).unwrap();
+        staged.write_at(&PieceWriter::default(), 0, first.chunks(1000)).unwrap();
+        assert!(!target.exists());
+        staged.publish().unwrap();
+        drop((staged, other));
+        assert!(fs::read(&target).unwrap() == content);
+        let left: Vec<_> = fs::read_dir(target.parent().unwrap()).unwrap().map(|e| e.unwrap().file_name()).collect();
+        assert_eq!(left, ["object"], "unfinished files are removed");
     }
 
     #[test]

@@ -45,6 +45,7 @@ mod claim;
 pub mod doctor;
 mod files;
 mod flights;
+mod folder;
 pub mod footer;
 #[doc(hidden)]
 pub mod fuzzing;

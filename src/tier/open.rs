@@ -7,6 +7,8 @@ use object_store::{
     gcp::GoogleCloudStorageBuilder, local::LocalFileSystem, memory::InMemory, path::Path,
 };
 
+use super::folder::Folder;
+
 /// How an upload is checked before anything relies on it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Verify {
@@ -197,13 +199,13 @@ fn with_bucket(endpoint: &str, bucket: &str) -> String {
 
 /// A directory as object store. It is made if need be, and what is written is synced before it counts: after the commit the
 /// local copy may go.
-fn directory(path: &str) -> Result<LocalFileSystem, String> {
+fn directory(path: &str) -> Result<Folder, String> {
     if !path.starts_with('/') {
         return Err("a file URL needs an absolute path: file:///dir".to_owned());
     }
     super::files::create_folder(std::path::Path::new(path)).map_err(|error| format!("folder {path}: {error}"))?;
     let store = LocalFileSystem::new_with_prefix(path).map_err(|error| super::store::reason(&error))?;
-    Ok(store.with_fsync(true))
+    Ok(Folder::new(store.with_fsync(true)))
 }
 
 /// Retries are ours, so that they can be stopped and are counted once. One quick second try stays inside a multipart

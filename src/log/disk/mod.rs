@@ -7,6 +7,7 @@
 mod private;
 mod real;
 mod sim;
+mod writeback;
 
 use std::{
     io::{self, IoSlice},
@@ -19,6 +20,7 @@ pub use real::RealDisk;
 #[cfg(test)]
 pub(super) use sim::Dice;
 pub use sim::{SimDisk, Stamp};
+pub use writeback::write_out;
 
 /// Size and alignment of everything that is written to the journal, in bytes.
 pub const BLOCK: usize = 4096;

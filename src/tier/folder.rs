@@ -1,0 +1,197 @@
+//! A folder of this machine as object store, whose disk may be the one that acknowledgements wait for.
+//!
+//! Large objects are written in small pieces with pauses, one piece at a time over all uploads: in one go, the sync of 64 MiB stood in
+//! front of the journal's next write. Everything else is `object_store`'s. An object is durable, with its name, when its put returns.
+
+use std::{fmt, io, ops::Range, sync::Arc};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use futures::stream::BoxStream;
+use object_store::{
+    CopyOptions, Error, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore, PutMode,
+    PutMultipartOptions, PutOptions, PutPayload, PutResult, RenameOptions, Result, UploadPart, local::LocalFileSystem,
+    path::Path,
+};
+
+use super::files::{PIECE_BYTES, PieceWriter, StagedFile};
+use crate::task;
+
+/// A folder as object store.
+#[derive(Debug)]
+pub(super) struct Folder {
+    files: LocalFileSystem,
+    writer: Arc<PieceWriter>,
+}
+
+impl Folder {
+    /// What `files` syncs it syncs itself.
+    pub(super) fn new(files: LocalFileSystem) -> Self {
+        Self { files, writer: Arc::default() }
+    }
+
+    async fn upload(&self, location: &Path) -> Result<Upload> {
+        let target = self.files.path_to_filesystem(location)?;
+        let staged = task::blocking(move || StagedFile::create(&target)).await.map_err(refused)?;
+        Ok(Upload { staged: Some(Arc::new(staged)), writer: Arc::clone(&self.writer), at: 0 })
+    }
+}
+
+impl fmt::Display for Folder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.files.fmt(f)
+    }
+}
+
+#[async_trait]
+impl ObjectStore for Folder {
+    async fn put_opts(&self, location: &Path, payload: PutPayload, options: PutOptions) -> Result<PutResult> {
+        let is_plain = matches!(options.mode, PutMode::Overwrite) && options.attributes.is_empty();
+        if payload.content_length() <= PIECE_BYTES || !is_plain {
+            return self.files.put_opts(location, payload, options).await;
+        }
+        let mut upload = self.upload(location).await?;
+        upload.put_part(payload).await?;
+        upload.complete().await
+    }
+
+    async fn put_multipart_opts(
+        &self,
+        location: &Path,
+        options: PutMultipartOptions,
+    ) -> Result<Box<dyn MultipartUpload>> {
+        if !options.attributes.is_empty() {
+            return self.files.put_multipart_opts(location, options).await;
+        }
+        Ok(Box::new(self.upload(location).await?))
+    }
+
+    async fn get_opts(&self, location: &Path, options: GetOptions) -> Result<GetResult> {
+        self.files.get_opts(location, options).await
+    }
+
+    async fn get_ranges(&self, location: &Path, ranges: &[Range<u64>]) -> Result<Vec<Bytes>> {
+        self.files.get_ranges(location, ranges).await
+    }
+
+    fn delete_stream(&self, locations: BoxStream<'static, Result<Path>>) -> BoxStream<'static, Result<Path>> {
+        self.files.delete_stream(locations)
+    }
+
+    fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
+        self.files.list(prefix)
+    }
+
+    fn list_with_offset(&self, prefix: Option<&Path>, offset: &Path) -> BoxStream<'static, Result<ObjectMeta>> {
+        self.files.list_with_offset(prefix, offset)
+    }
+
+    async fn list_with_delimiter(&self, prefix: Option<&Path>) -> Result<ListResult> {
+        self.files.list_with_delimiter(prefix).await
+    }
+
+    async fn copy_opts(&self, from: &Path, to: &Path, options: CopyOptions) -> Result<()> {
+        self.files.copy_opts(from, to, options).await
+    }
+
+    async fn rename_opts(&self, from: &Path, to: &Path, options: RenameOptions) -> Result<()> {
+        self.files.rename_opts(from, to, options).await
+    }
+}
+
+/// One object on its way to the disk.
+#[derive(Debug)]
+struct Upload {
+    /// `None` after its end.
+    staged: Option<Arc<StagedFile>>,
+    writer: Arc<PieceWriter>,
+    /// Where the next part goes.
+    at: u64,
+}
+
+#[async_trait]
+impl MultipartUpload for Upload {
+    fn put_part(&mut self, part: PutPayload) -> UploadPart {
+        let (staged, writer, at) = (self.staged.clone(), Arc::clone(&self.writer), self.at);
+        self.at += part.content_length() as u64;
+        Box::pin(async move {
+            let staged = staged.ok_or_else(ended)?;
+            let written = move || staged.write_at(&writer, at, part.iter().map(Bytes::as_ref));
+            task::blocking(written).await.map_err(refused)
+        })
+    }
+
+    async fn complete(&mut self) -> Result<PutResult> {
+        let staged = self.staged.take().ok_or_else(ended)?;
+        task::blocking(move || staged.publish()).await.map_err(refused)?;
+        Ok(PutResult { e_tag: None, version: None, extensions: Default::default() })
+    }
+
+    async fn abort(&mut self) -> Result<()> {
+        let staged = self.staged.take();
+        // The last that holds it removes it.
+        task::blocking(move || drop(staged)).await;
+        Ok(())
+    }
+}
+
+fn refused(error: io::Error) -> Error {
+    Error::Generic { store: "folder", source: error.into() }
+}
+
+fn ended() -> Error {
+    refused(io::Error::other("this upload has ended"))
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::TryStreamExt as _;
+    use object_store::ObjectStoreExt as _;
+
+    use super::*;
+
+    fn content(bytes: usize) -> Vec<u8> {
+        (0..bytes).map(|i| u8::try_from(i % 253).unwrap()).collect()
+    }
+
+    async fn names(folder: &Folder) -> Vec<String> {
+        let listed: Vec<_> = folder.list(None).try_collect().await.unwrap();
+        listed.into_iter().map(|object| object.location.to_string()).collect()
+    }
+
+    #[tokio::test]
+    async fn large_objects_are_whole_or_absent() {
+        let parent = tempfile::tempdir().unwrap();
+        let folder = Folder::new(LocalFileSystem::new_with_prefix(parent.path()).unwrap().with_fsync(true));
+        let large = content(5 * PIECE_BYTES + 1);
+        let path = Path::from("topics/a/large");
+        folder.put(&path, large.clone().into()).await.unwrap();
+        assert!(folder.get(&path).await.unwrap().bytes().await.unwrap() == large);
+        // Replaced while somebody else's upload is under way, which is given up.
+        let mut other = folder.put_multipart(&path).await.unwrap();
+        other.put_part(content(PIECE_BYTES).into()).await.unwrap();
+        let mut parts = folder.put_multipart(&path).await.unwrap();
+        let (first, second) = large.split_at(2 * PIECE_BYTES + 3);
+        let (first, second) = (parts.put_part(first.to_vec().into()), parts.put_part(second.to_vec().into()));
+        let (second, first) = tokio::join!(second, first);
+        first.and(second).unwrap();
+        assert_eq!(names(&folder).await, ["topics/a/large"], "what is not whole is not listed");
+        parts.complete().await.unwrap();
+        assert!(parts.put_part(content(1).into()).await.is_err() && parts.complete().await.is_err());
+        other.abort().await.unwrap();
+        assert!(folder.get_range(&path, 7..large.len() as u64).await.unwrap() == large[7..]);
+        let left: Vec<_> = std::fs::read_dir(parent.path().join("topics/a")).unwrap().collect();
+        assert_eq!(left.len(), 1, "{left:?}");
+    }
+
+    #[tokio::test]
+    async fn a_large_object_that_must_be_new_replaces_nothing() {
+        let parent = tempfile::tempdir().unwrap();
+        let folder = Folder::new(LocalFileSystem::new_with_prefix(parent.path()).unwrap());
+        let path = Path::from("object");
+        folder.put(&path, "small".into()).await.unwrap();
+        let refused = folder.put_opts(&path, content(2 * PIECE_BYTES).into(), PutMode::Create.into()).await;
+        assert!(matches!(refused, Err(Error::AlreadyExists { .. })), "{refused:?}");
+        assert_eq!(folder.get(&path).await.unwrap().bytes().await.unwrap(), "small");
+    }
+}
