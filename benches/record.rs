@@ -68,6 +68,7 @@ pub(crate) fn record(c: &mut Criterion) {
         group.bench_function(format!("decompress/{codec}"), |b| {
             b.iter(|| decompress(codec, black_box(stored.records_bytes()), 1 << 20));
         });
+        group.bench_function(format!("first records/{codec}"), |b| b.iter(|| black_box(&stored).check_first_records()));
     }
     group.finish();
 }

@@ -408,11 +408,12 @@ fn acks(value: i32) -> Result<Acks, Fault> {
 }
 
 /// A batch as a client made it. Plain records are walked too: a consumer of somebody else would stumble over their framing,
-/// and retention and search by time over a header that says another time than they do. What is compressed is its reader's to
-/// open.
+/// and retention and search by time over a header that says another time than they do. Of what is compressed only the beginning is
+/// decoded: the rest is its reader's to open.
 fn received(bytes: bytes::Bytes) -> Result<(Batch, TimestampRange), Fault> {
     let mut batch = Batch::parse(bytes)?;
     batch.check_client()?;
+    batch.check_first_records()?;
     let timestamps = batch.correct_max_timestamp()?;
     Ok((batch, timestamps))
 }

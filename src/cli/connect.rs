@@ -74,6 +74,9 @@ pub(super) async fn explain_read(admin: &Admin, topic: &str, error: ConsumeError
              including, {end}; begin with --from earliest or --from latest, or read the partitions that hold {offset} \
              with --partition"
         ),
+        error @ ConsumeError::Undecodable { .. } => {
+            anyhow!("{error}; begin there with --from, or skip such batches with --skip-corrupt")
+        }
         error => anyhow!("{error}"),
     }
 }

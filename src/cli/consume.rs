@@ -3,7 +3,7 @@
 use std::{
     cell::Cell,
     collections::BTreeMap,
-    io::{self, BufWriter, Write as _},
+    io::{self, BufWriter, IsTerminal as _, Write as _},
     process::ExitCode,
     time::Duration,
 };
@@ -14,7 +14,7 @@ use clap::Args;
 use super::{
     Common,
     connect::{METADATA_AGE, connect, explain, explain_read},
-    format::Format,
+    format::{Format, Printer},
     output::Output,
     patience::{Expected, Patience},
     place::Place,
@@ -22,7 +22,7 @@ use super::{
     serve::stop_signal,
 };
 use crate::{
-    client::{Admin, Client, ConsumeError, ConsumedRecord, Consumer, OffsetAt},
+    client::{Admin, Client, ConsumeError, ConsumedRecord, Consumer, ConsumerOptions, OffsetAt, OnUndecodable},
     model::Offset,
 };
 
@@ -33,7 +33,7 @@ const BUFFER_BYTES: usize = 64 << 10;
 ///
 /// It waits for more unless told where to end. Without --partition it also reads partitions that the topic is given
 /// meanwhile, from their beginning and within 5 seconds. What keeps it from reading is said on standard error while it tries
-/// again.
+/// again. Where standard output is a terminal, control characters of records are printed as escapes such as \x1b.
 #[derive(Debug, Args)]
 pub(super) struct Consume {
     /// The topic
@@ -53,6 +53,9 @@ pub(super) struct Consume {
     /// End after so many records
     #[arg(long, value_name = "N")]
     max: Option<u64>,
+    /// Skip records that nobody can decode instead of ending with an error; each such batch is reported on standard error
+    #[arg(long)]
+    skip_corrupt: bool,
     #[command(flatten)]
     rack: Rack,
     /// How a record is printed: value, or json with --output json, if left out
@@ -66,7 +69,7 @@ struct Plan {
     bounds: Bounds,
     /// How many partitions the topic had.
     partitions: u32,
-    format: Format,
+    printer: Printer,
 }
 
 pub(super) async fn run(common: &Common, command: Consume) -> anyhow::Result<ExitCode> {
@@ -91,6 +94,10 @@ async fn consume(common: &Common, command: &Consume, client: &Client, patience: 
     let mut out = BufWriter::with_capacity(BUFFER_BYTES, io::stdout().lock());
     patience.over(expected(), print(command, client, &mut plan, &pieces, &mut out)).await?;
     out.flush()?;
+    let skipped = plan.consumer.skipped_records();
+    if skipped > 0 {
+        eprintln!("skipped {skipped} records that cannot be decoded");
+    }
     Ok(ExitCode::SUCCESS)
 }
 
@@ -98,7 +105,8 @@ async fn consume(common: &Common, command: &Consume, client: &Client, patience: 
 async fn plan(common: &Common, command: &Consume, client: &Client, pieces: &Cell<u64>) -> anyhow::Result<Plan> {
     let admin = client.admin();
     let mut bounds = Bounds::default();
-    let mut consumer = client.consumer(command.rack.options(client).await);
+    let on_undecodable = if command.skip_corrupt { OnUndecodable::Skip } else { OnUndecodable::Fail };
+    let mut consumer = client.consumer(ConsumerOptions { on_undecodable, ..command.rack.options(client).await });
     let (wanted, partitions) = partitions(client, command).await?;
     let mut starts = Vec::new();
     for partition in wanted {
@@ -134,7 +142,8 @@ async fn plan(common: &Common, command: &Consume, client: &Client, pieces: &Cell
         Output::Json => Format::Json,
         Output::Text => Format::Value,
     });
-    Ok(Plan { consumer, bounds, partitions, format })
+    let printer = Printer { format, escapes: io::stdout().is_terminal() };
+    Ok(Plan { consumer, bounds, partitions, printer })
 }
 
 /// The partitions to read, and how many there are.
@@ -195,6 +204,12 @@ impl Bounds {
         }
         (offset < end, self.ends.is_empty())
     }
+
+    /// Passes over records up to `next`; whether these were the last of all.
+    fn skip(&mut self, partition: u32, next: Offset, bounded: bool) -> bool {
+        self.ends.retain(|number, end| *number != partition || *end > next);
+        bounded && self.ends.is_empty()
+    }
 }
 
 async fn print(
@@ -224,6 +239,15 @@ async fn print(
         };
         let record = match next {
             Ok(record) => record,
+            Err(error @ ConsumeError::Undecodable { partition, next, skipped: true, .. }) => {
+                out.flush()?;
+                eprintln!("{error}");
+                pieces.set(pieces.get() + 1);
+                if plan.bounds.skip(partition, next, command.until_end) {
+                    return Ok(());
+                }
+                continue;
+            }
             Err(error) => {
                 out.flush()?;
                 return Err(explain_read(&client.admin(), &command.topic, error).await);
@@ -232,7 +256,7 @@ async fn print(
         pieces.set(pieces.get() + 1);
         let (wanted, last) = plan.bounds.admit(record.partition, record.offset, command.until_end);
         if wanted {
-            plan.format.write(&record, out)?;
+            plan.printer.write(&record, out)?;
             left -= 1;
         }
         if last || left == 0 {
@@ -268,5 +292,15 @@ mod tests {
         assert_eq!(bounds.admit(0, at(1), true), (true, false));
         assert_eq!(bounds.admit(0, at(2), true), (false, false), "written after the start");
         assert_eq!(bounds.admit(1, at(0), true), (true, true));
+    }
+
+    #[test]
+    fn reading_ends_where_the_last_batch_before_the_end_was_skipped() {
+        let at = |n| Offset::new(n).expect("small");
+        let mut bounds = Bounds { ends: BTreeMap::from([(0, at(4)), (1, at(1))]) };
+        assert!(!bounds.skip(0, at(3), true));
+        assert!(!bounds.skip(0, at(5), true), "partition 1 has a record to come");
+        assert!(bounds.skip(1, at(1), true));
+        assert!(!Bounds::default().skip(0, at(5), false), "reading goes on for ever");
     }
 }

@@ -17,20 +17,70 @@ pub(super) enum Format {
     Json,
 }
 
-impl Format {
+/// Prints records in one form.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Printer {
+    pub(super) format: Format,
+    /// Control characters are printed as escapes: a record must not move the cursor of whoever reads it, or say what a terminal types.
+    pub(super) escapes: bool,
+}
+
+impl Printer {
     pub(super) fn write(self, consumed: &ConsumedRecord, out: &mut impl Write) -> io::Result<()> {
         let record = &consumed.record;
-        match self {
-            Self::Value => out.write_all(record.value.as_deref().unwrap_or_default())?,
-            Self::KeyValue => {
-                out.write_all(record.key.as_deref().unwrap_or_default())?;
+        match self.format {
+            Format::Value => self.bytes(record.value.as_deref(), out)?,
+            Format::KeyValue => {
+                self.bytes(record.key.as_deref(), out)?;
                 out.write_all(b"\t")?;
-                out.write_all(record.value.as_deref().unwrap_or_default())?;
+                self.bytes(record.value.as_deref(), out)?;
             }
-            Self::Json => serde_json::to_writer(&mut *out, &object(consumed))?,
+            Format::Json if self.escapes => {
+                out.write_all(json_for_terminal(&object(consumed)).as_bytes())?;
+            }
+            Format::Json => serde_json::to_writer(&mut *out, &object(consumed))?,
         }
         out.write_all(b"\n")
     }
+
+    fn bytes(self, bytes: Option<&[u8]>, out: &mut impl Write) -> io::Result<()> {
+        let bytes = bytes.unwrap_or_default();
+        if !self.escapes {
+            return out.write_all(bytes);
+        }
+        for chunk in bytes.utf8_chunks() {
+            escape(chunk.valid(), out, |character, out| match u32::from(character) {
+                byte @ ..=0xff => write!(out, "\\x{byte:02x}"),
+                wide => write!(out, "\\u{{{wide:x}}}"),
+            })?;
+            for byte in chunk.invalid() {
+                write!(out, "\\x{byte:02x}")?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The value in JSON, with the control characters escaped that JSON itself allows: those from U+007F on.
+pub(super) fn json_for_terminal(value: &Value) -> String {
+    let mut line = Vec::new();
+    // Outside of strings there are none.
+    escape(&value.to_string(), &mut line, |character, line| write!(line, "\\u{:04x}", u32::from(character)))
+        .expect("memory can be written");
+    String::from_utf8(line).expect("it was text before")
+}
+
+/// Writes `text` with every control character but tab and line end as `write_escape` writes it.
+fn escape<W: Write>(text: &str, out: &mut W, write_escape: impl Fn(char, &mut W) -> io::Result<()>) -> io::Result<()> {
+    let mut rest = text;
+    while let Some(at) = rest.find(|character: char| character.is_control() && !matches!(character, '\t' | '\n')) {
+        let (before, from) = rest.split_at(at);
+        out.write_all(before.as_bytes())?;
+        let mut characters = from.chars();
+        write_escape(characters.next().expect("it was found"), out)?;
+        rest = characters.as_str();
+    }
+    out.write_all(rest.as_bytes())
 }
 
 fn object(consumed: &ConsumedRecord) -> Value {
@@ -74,8 +124,36 @@ mod tests {
         let consumed =
             ConsumedRecord { topic: "t".into(), partition: 2, offset: Offset::new(7).expect("small"), record };
         let mut out = Vec::new();
-        format.write(&consumed, &mut out).expect("memory can be written");
+        Printer { format, escapes: false }.write(&consumed, &mut out).expect("memory can be written");
+        let mut escaped = Vec::new();
+        Printer { format, escapes: true }.write(&consumed, &mut escaped).expect("memory can be written");
+        let escaped = String::from_utf8(escaped).expect("what is escaped is text");
+        assert!(!escaped.trim_end_matches('\n').contains(|c: char| c.is_control() && c != '\t'), "{escaped:?}");
         out
+    }
+
+    #[test]
+    fn control_characters_are_escaped_for_a_terminal_and_json_stays_the_same_value() {
+        let value = Bytes::from_static("a\tb\x1b[2J\r\x07é\u{9b}31m\x7f".as_bytes());
+        let record = Record { value: Some([&value[..], b"\xff\x9b"].concat().into()), ..Record::default() };
+        let consumed = ConsumedRecord { topic: "t".into(), partition: 0, offset: Offset::ZERO, record };
+        let printed = |format, escapes| {
+            let mut out = Vec::new();
+            Printer { format, escapes }.write(&consumed, &mut out).expect("memory can be written");
+            out
+        };
+        let text = String::from_utf8(printed(Format::Value, true)).expect("text");
+        assert_eq!(text, "a\tb\\x1b[2J\\x0d\\x07é\\x9b31m\\x7f\\xff\\x9b\n");
+        let record = Record { value: Some(value), ..Record::default() };
+        let consumed = ConsumedRecord { record, ..consumed.clone() };
+        let lines = [true, false].map(|escapes| {
+            let mut out = Vec::new();
+            Printer { format: Format::Json, escapes }.write(&consumed, &mut out).expect("memory can be written");
+            out
+        });
+        assert_ne!(lines[0], lines[1]);
+        let [escaped, plain] = lines.map(|line| serde_json::from_slice::<Value>(&line).expect("JSON"));
+        assert_eq!(escaped, plain);
     }
 
     #[test]

@@ -132,9 +132,14 @@ fn print_record(offset: Offset, record: &Record, output: Output, out: &mut impl 
         let value = json!({
             "offset": offset, "timestamp": record.timestamp_ms, "key": key, "value": value, "headers": headers,
         });
-        return writeln!(out, "{value}");
+        return writeln!(out, "{}", format::json_for_terminal(&value));
     }
-    let headers = if headers.is_empty() { String::new() } else { format!(" headers {}", json!(headers)) };
+    let [key, value] = [key, value].map(|text| format::json_for_terminal(&text));
+    let headers = if headers.is_empty() {
+        String::new()
+    } else {
+        format!(" headers {}", format::json_for_terminal(&json!(headers)))
+    };
     writeln!(out, "  offset {offset} timestamp {} key {key} value {value}{headers}", record.timestamp_ms)
 }
 

@@ -237,6 +237,27 @@ pub enum ConsumeError {
         /// What is wrong with it.
         source: Malformed,
     },
+    /// A batch is stored, and nobody can decode it: its producer wrote it so.
+    #[error(
+        "{topic}/{partition}: the batch at offset {batch} cannot be decoded from offset {offset} on: {source}; {}",
+        Further { skipped: *.skipped, next: *.next }
+    )]
+    Undecodable {
+        /// The topic.
+        topic: String,
+        /// The partition.
+        partition: u32,
+        /// First offset of the batch.
+        batch: Offset,
+        /// The position: first offset that cannot be decoded.
+        offset: Offset,
+        /// First offset behind the batch.
+        next: Offset,
+        /// The consumer goes on there, as its options say. Else it stays at `offset`.
+        skipped: bool,
+        /// What is wrong with it.
+        source: Malformed,
+    },
     /// The broker left out records.
     #[error("{topic}/{partition}: the broker sent offset {found} where {expected} was due")]
     Gap {
@@ -271,6 +292,23 @@ impl ConsumeError {
             Self::Lookup(error) => error.retryable(),
             Self::Refused { fault, .. } => fault.retryable,
             _ => false,
+        }
+    }
+}
+
+/// Where a consumer reads on behind a batch that cannot be decoded.
+struct Further {
+    skipped: bool,
+    next: Offset,
+}
+
+impl fmt::Display for Further {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { skipped, next } = self;
+        if *skipped {
+            write!(f, "skipped up to offset {next}")
+        } else {
+            write!(f, "the next batch is at offset {next}")
         }
     }
 }

@@ -56,7 +56,7 @@ pub use self::{
         TopicDescription, TopicSummary, UnreadableKey,
     },
     connection::Address,
-    consumer::{ConsumedBatch, ConsumedRecord, Consumer, ConsumerOptions, OnOutOfRange},
+    consumer::{ConsumedBatch, ConsumedRecord, Consumer, ConsumerOptions, OnOutOfRange, OnUndecodable},
     error::{CallError, ConnectError, ConsumeError, SendError},
     options::{DEFAULT_PORT, Options},
     producer::{Ack, Delivery, Held, NewRecord, Producer, ProducerOptions},

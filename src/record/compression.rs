@@ -15,8 +15,14 @@ use std::io::{Read, Write};
 
 use bytes::Bytes;
 
-use super::{batch::Malformed, lz4};
+use super::{batch::Malformed, lz4, snappy};
 use crate::model::Compression;
+
+/// Starts a gzip member.
+const GZIP_MAGIC: &[u8] = b"\x1f\x8b";
+
+/// The most that DEFLATE gets from one byte (zlib's technical details), rounded up.
+const GZIP_BEST_RATIO: usize = 1033;
 
 /// Starts a snappy-java stream; two big-endian `i32` follow, its version and the oldest version that can read it.
 const XERIAL_MAGIC: &[u8; 8] = b"\x82SNAPPY\0";
@@ -88,8 +94,11 @@ fn compress_snappy(plain: &[u8]) -> Vec<u8> {
 pub(super) fn claimed(codec: Compression, stored: &[u8]) -> Option<usize> {
     match codec {
         Compression::None => Some(stored.len()),
-        // The last member's length, modulo 2^32.
+        // The last member's length, modulo 2^32. Without the magic the last bytes are no length.
         Compression::Gzip => {
+            if !stored.starts_with(GZIP_MAGIC) {
+                return None;
+            }
             let length = u32::from_le_bytes(*stored.last_chunk::<4>()?);
             usize::try_from(length).ok()
         }
@@ -124,6 +133,15 @@ pub(super) enum Refused {
     Codec(String),
 }
 
+impl Refused {
+    fn of(self, codec: Compression, most: usize) -> Malformed {
+        match self {
+            Self::Grows => Malformed::Grows { codec, most },
+            Self::Codec(reason) => Malformed::Compression { codec, reason },
+        }
+    }
+}
+
 impl<T: Into<String>> From<T> for Refused {
     fn from(reason: T) -> Self {
         Self::Codec(reason.into())
@@ -146,15 +164,92 @@ pub fn decompress(codec: Compression, stored: &[u8], most: usize) -> Result<Byte
         Compression::Lz4 => lz4::decompress(stored, most),
         Compression::Zstd => decompress_zstd(stored, most),
     };
-    let mut plain = plain.map_err(|refused| match refused {
-        Refused::Grows => Malformed::Grows { codec, most },
-        Refused::Codec(reason) => Malformed::Compression { codec, reason },
-    })?;
+    let mut plain = plain.map_err(|refused| refused.of(codec, most))?;
     // Records are slices of this and may live long: do not let them hold much more than themselves.
     if plain.capacity() / 2 > plain.len() {
         plain.shrink_to_fit();
     }
     Ok(Bytes::from(plain))
+}
+
+/// The first plain bytes of compressed records.
+pub(super) struct Prefix {
+    pub(super) bytes: Vec<u8>,
+    /// Nothing follows: the codec took all of the stored bytes.
+    pub(super) is_whole: bool,
+}
+
+/// Decompresses the first `most` bytes of `stored`, or fewer, at a cost that `most` bounds. Blocks that a codec only decodes as a whole
+/// are left out where they are larger.
+///
+/// # Errors
+/// When the codec refuses what it had to read for that.
+pub(super) fn prefix(codec: Compression, stored: &[u8], most: usize) -> Result<Prefix, Malformed> {
+    let claimed = claimed(codec, stored).filter(|_| codec != Compression::Gzip);
+    // Few compressed bytes may be few plain ones, which are decoded at once.
+    if codec != Compression::Gzip && stored.len() <= most && claimed.is_none_or(|claimed| claimed <= most) {
+        match decompress(codec, stored, most) {
+            Ok(plain) => return Ok(Prefix { bytes: plain.into(), is_whole: true }),
+            Err(Malformed::Grows { .. }) if claimed.is_none() => {}
+            Err(error) => return Err(error),
+        }
+    }
+    let prefix = match codec {
+        Compression::None => Ok(stored[..stored.len().min(most)].to_vec()),
+        Compression::Gzip => return gzip_prefix(stored, most).map_err(|refused| refused.of(codec, most)),
+        Compression::Snappy => snappy_prefix(stored, most),
+        Compression::Lz4 => lz4::prefix(stored, most),
+        Compression::Zstd => check_zstd_frames(stored).map(|()| Vec::new()),
+    };
+    prefix.map(|bytes| Prefix { bytes, is_whole: false }).map_err(|refused| refused.of(codec, most))
+}
+
+fn gzip_prefix(stored: &[u8], most: usize) -> Result<Prefix, Refused> {
+    if !stored.starts_with(GZIP_MAGIC) {
+        return Err("the bytes do not start with gzip's magic 1f 8b".into());
+    }
+    let mut bytes = Vec::with_capacity(most);
+    let bound = u64::try_from(most).unwrap_or(u64::MAX).saturating_add(1);
+    let decoder = flate2::bufread::MultiGzDecoder::new(stored);
+    decoder.take(bound).read_to_end(&mut bytes).map_err(|error| error.to_string())?;
+    let is_whole = bytes.len() <= most;
+    bytes.truncate(most);
+    Ok(Prefix { bytes, is_whole })
+}
+
+/// Walks the frames' blocks without decoding them.
+fn check_zstd_frames(mut stored: &[u8]) -> Result<(), Refused> {
+    while !stored.is_empty() {
+        let length = zstd::zstd_safe::find_frame_compressed_size(stored).map_err(zstd::zstd_safe::get_error_name)?;
+        stored = stored.get(length..).ok_or("a frame passes the end")?;
+    }
+    Ok(())
+}
+
+/// The first bytes of the first block.
+fn snappy_prefix(stored: &[u8], most: usize) -> Result<Vec<u8>, Refused> {
+    let block = match stored.strip_prefix(XERIAL_MAGIC) {
+        None => stored,
+        Some(rest) => {
+            let rest = rest.get(XERIAL_HEADER_BYTES - XERIAL_MAGIC.len()..).ok_or("the stream's header is cut")?;
+            let (length, after) = rest.split_first_chunk::<4>().ok_or("a block's length is cut")?;
+            let length = usize::try_from(i32::from_be_bytes(*length)).map_err(|_| "a block's length is negative")?;
+            after.get(..length).ok_or("a block passes the end")?
+        }
+    };
+    Ok(snappy::block_prefix(block, most)?)
+}
+
+/// The most plain bytes that a right codec can make of `stored`, where anything bounds them.
+pub(super) fn largest_plain(codec: Compression, stored: &[u8]) -> Option<usize> {
+    match codec {
+        Compression::None => Some(stored.len()),
+        Compression::Gzip => Some(stored.len().saturating_mul(GZIP_BEST_RATIO)),
+        Compression::Lz4 => claimed(codec, stored).or(Some(stored.len().saturating_mul(lz4::BEST_RATIO))),
+        Compression::Snappy => claimed(codec, stored),
+        // The first frame's word; another may follow.
+        Compression::Zstd => None,
+    }
 }
 
 /// Reads all of `decoder`; the buffer starts at `hint` bytes and grows with what comes out.

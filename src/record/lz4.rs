@@ -29,7 +29,10 @@ const PLAIN_BLOCK: u32 = 1 << 31;
 const WINDOW_BYTES: usize = 64 << 10;
 
 /// The most that LZ4 gets from one byte of a block.
-const BEST_RATIO: usize = 255;
+pub(super) const BEST_RATIO: usize = 255;
+
+/// A match is at least so long.
+const LEAST_MATCH: usize = 4;
 
 type Checked<T> = Result<T, Refused>;
 
@@ -62,6 +65,67 @@ pub(super) fn decompress(stored: &[u8], most: usize) -> Checked<Vec<u8>> {
     } else {
         Err(format!("the frame is followed by {} B that are no part of it", input.len()).into())
     }
+}
+
+/// The first `most` plain bytes of the first block, or fewer where it has fewer.
+pub(super) fn prefix(mut stored: &[u8], most: usize) -> Checked<Vec<u8>> {
+    let frame = Frame::read(&mut stored)?;
+    let length = u32::from_le_bytes(take(&mut stored, "the frame has no end mark")?);
+    let bytes = frame.block_length(length)?;
+    let block = stored.get(..bytes).ok_or("a block passes the end")?;
+    if length & PLAIN_BLOCK != 0 {
+        return Ok(block[..block.len().min(most)].to_vec());
+    }
+    Ok(block_prefix(block, most)?)
+}
+
+/// Decodes sequences (lz4_Block_format.md) until there are `most` bytes.
+fn block_prefix(mut block: &[u8], most: usize) -> Result<Vec<u8>, &'static str> {
+    const CUT: &str = "a block's sequence is cut";
+    let mut plain = Vec::with_capacity(most);
+    loop {
+        let (&token, rest) = block.split_first().ok_or(CUT)?;
+        block = rest;
+        let literals = sequence_length(token >> 4, &mut block).ok_or(CUT)?;
+        let (literals, rest) = block.split_at_checked(literals).ok_or(CUT)?;
+        block = rest;
+        plain.extend_from_slice(&literals[..literals.len().min(most - plain.len())]);
+        // The last sequence has no match.
+        if plain.len() == most || block.is_empty() {
+            return Ok(plain);
+        }
+        let (distance, rest) = block.split_first_chunk::<2>().ok_or(CUT)?;
+        block = rest;
+        let length = sequence_length(token & 0xf, &mut block).ok_or(CUT)?.saturating_add(LEAST_MATCH);
+        copy_match(&mut plain, u16::from_le_bytes(*distance).into(), length, most)?;
+        if plain.len() == most {
+            return Ok(plain);
+        }
+    }
+}
+
+/// A length of four bits, which goes on in bytes where all four are set.
+fn sequence_length(bits: u8, block: &mut &[u8]) -> Option<usize> {
+    let mut length = usize::from(bits);
+    while length >= 15 {
+        let (&more, rest) = block.split_first()?;
+        *block = rest;
+        length = length.checked_add(more.into())?;
+        if more < u8::MAX {
+            break;
+        }
+    }
+    Some(length)
+}
+
+/// Repeats what lies `distance` bytes back, up to `most` bytes in all.
+pub(super) fn copy_match(plain: &mut Vec<u8>, distance: usize, length: usize, most: usize) -> Result<(), &'static str> {
+    let start =
+        plain.len().checked_sub(distance).filter(|_| distance > 0).ok_or("a match reaches before the beginning")?;
+    for at in start..start + length.min(most - plain.len()) {
+        plain.push(plain[at]);
+    }
+    Ok(())
 }
 
 struct Frame {
@@ -102,12 +166,18 @@ impl Frame {
         Ok(Self { flags, content_size, block_bytes })
     }
 
-    /// Decodes the block whose length field was `length` to the end of `plain`.
-    fn block(&self, length: u32, input: &mut &[u8], plain: &mut Vec<u8>, most: usize) -> Checked<()> {
+    /// The stored bytes of the block whose length field was `length`.
+    fn block_length(&self, length: u32) -> Checked<usize> {
         let bytes = (length & !PLAIN_BLOCK) as usize;
         if bytes > self.block_bytes {
             return Err(format!("a block of {bytes} bytes is above the frame's {}", self.block_bytes).into());
         }
+        Ok(bytes)
+    }
+
+    /// Decodes the block whose length field was `length` to the end of `plain`.
+    fn block(&self, length: u32, input: &mut &[u8], plain: &mut Vec<u8>, most: usize) -> Checked<()> {
+        let bytes = self.block_length(length)?;
         let (block, rest) = input.split_at_checked(bytes).ok_or("a block passes the end")?;
         *input = rest;
         if self.flags & BLOCK_CHECKSUMS != 0 {

@@ -18,7 +18,7 @@
 //!
 //! ```text
 //! producer   BatchBuilder::push … finish ──► Batch ──► wire, disk, replicas, bucket
-//! edge       Batch::parse or split_from, check_client, correct_max_timestamp; recompress where the topic sets compression.type
+//! edge       Batch::parse or split_from, check_client, check_first_records, correct_max_timestamp; recompress where the topic sets compression.type
 //! leader     Batch::stamp
 //! consumer   Batch::records ──► Record …                    slices of the batch, or of what it decompressed to
 //! ```
@@ -26,7 +26,8 @@
 //! # Invariants
 //!
 //! - A [`Batch`] only exists checked: length, magic, CRC-32C of byte 21 to the end, counts. Its *records* are checked only
-//!   by [`Batch::records`] and [`Batch::verify_records`]: a producer may have put anything behind a right CRC.
+//!   by [`Batch::records`] and [`Batch::verify_records`]: a producer may have put anything behind a right CRC. The first of
+//!   them are checked at the append ([`Batch::check_first_records`]), so that a faulty producer hears of it.
 //! - Nothing allocates by a length that was not compared with the bytes that are there.
 //! - Decompression stops at `limits::MAX_DECOMPRESSED_BYTES`. Whoever decompresses strangers' batches at the same time
 //!   must count that much for each.
@@ -43,6 +44,7 @@ mod compression;
 mod layout;
 mod lz4;
 mod records;
+mod snappy;
 #[cfg(test)]
 mod tests;
 mod varint;

@@ -20,6 +20,12 @@ use crate::{
     model::{Compression, Offset, TimestampType},
 };
 
+/// Plain bytes of compressed records that the append checks. A batch that has no more is checked whole.
+const CHECKED_BYTES: usize = 4 << 10;
+
+/// Fewest bytes of a record: its length, attributes, timestamp, offset, key length, value length and header count.
+const LEAST_RECORD_BYTES: usize = 7;
+
 /// How often smaller compressed records usually are, where nothing says.
 const USUAL_RATIO: usize = 4;
 
@@ -93,6 +99,38 @@ impl Batch {
         self.records()?.timestamp_range().map(drop)
     }
 
+    /// Refuses compressed records that nobody can decode, as far as their first 4 KiB tell: the codec's framing, the records that lie in
+    /// them, and a count that the bytes cannot hold. Of zstd frames of more than that only the framing is checked: zstd decodes whole
+    /// blocks of up to 128 KiB. Records without compression are checked by [`Batch::correct_max_timestamp`].
+    ///
+    /// # Errors
+    /// [`Malformed::Compression`] or [`Malformed::Record`].
+    pub fn check_first_records(&self) -> Result<(), Malformed> {
+        let (codec, stored) = (self.compression(), self.records_bytes());
+        if codec == Compression::None {
+            return Ok(());
+        }
+        let prefix = compression::prefix(codec, stored, CHECKED_BYTES)?;
+        let least = self.count() as usize * LEAST_RECORD_BYTES;
+        if let Some(most) = compression::largest_plain(codec, stored).filter(|most| *most < least) {
+            let reason = format!("recordsCount promises {} records, which {most} bytes cannot hold", self.count());
+            return Err(Malformed::Compression { codec, reason });
+        }
+        let mut walk = Walk { all: &prefix.bytes, at: 0, end: prefix.bytes.len() };
+        for index in 0..self.count() {
+            let record = if prefix.is_whole { walk.record(index).map(|_| true) } else { walk.cut_record(index) };
+            match record {
+                Ok(true) => {}
+                Ok(false) => return Ok(()),
+                Err(reason) => return Err(Malformed::Record { index, reason }),
+            }
+        }
+        if prefix.is_whole && walk.at < walk.end {
+            return Err(Malformed::Record { index: self.count() - 1, reason: TRAILING });
+        }
+        Ok(())
+    }
+
     /// The framed records without compression, checked, and their timestamps.
     pub(super) fn plain_records_of_times(&self, most: usize) -> Result<(Bytes, TimestampRange), Malformed> {
         let records = self.records_within(most)?;
@@ -117,6 +155,8 @@ impl Batch {
         }
     }
 }
+
+const TRAILING: &str = "bytes follow the last record";
 
 /// Where the parts of one record are in the plain bytes.
 struct Shape {
@@ -150,7 +190,7 @@ impl Records {
         let mut walk = Walk { all: &self.bytes, at: self.at, end: self.bytes.len() };
         let mut shape = walk.record(index);
         if index + 1 == self.count && shape.is_ok() && walk.at < walk.end {
-            shape = Err("bytes follow the last record");
+            shape = Err(TRAILING);
         }
         match shape {
             Ok(shape) => {
@@ -208,13 +248,19 @@ struct Walk<'a> {
 
 type Checked<T> = Result<T, &'static str>;
 
+const LENGTH_VARINT: &str = "its length is no varint";
+const LENGTH_NEGATIVE: &str = "its length is negative";
+const KEY_LENGTH: &str = "its key's length is not possible";
+
+/// Most bytes of a record from its length to its key's length: three varints of 5 bytes, a varlong of 10, and the attributes.
+const MOST_HEAD_BYTES: usize = 3 * 5 + 10 + 1;
+
 impl Walk<'_> {
     fn record(&mut self, index: u32) -> Checked<Shape> {
         if self.at == self.end {
             return Err("the bytes end before it; recordsCount promises more records");
         }
-        let length = self.int("its length is no varint")?;
-        let length = usize::try_from(length).map_err(|_| "its length is negative")?;
+        let length = usize::try_from(self.int(LENGTH_VARINT)?).map_err(|_| LENGTH_NEGATIVE)?;
         if length > self.end - self.at {
             return Err("its length passes the batch's end");
         }
@@ -223,14 +269,40 @@ impl Walk<'_> {
         body.fields(index)
     }
 
-    fn fields(&mut self, index: u32) -> Checked<Shape> {
+    /// As [`Walk::record`], where the bytes may end inside of it: false, and all that is there was checked but the record's last fields.
+    fn cut_record(&mut self, index: u32) -> Checked<bool> {
+        if self.end - self.at < MOST_HEAD_BYTES {
+            return Ok(false);
+        }
+        let mut head = Walk { all: self.all, at: self.at, end: self.end };
+        let length = usize::try_from(head.int(LENGTH_VARINT)?).map_err(|_| LENGTH_NEGATIVE)?;
+        if length <= self.end - head.at {
+            return self.record(index).map(|_| true);
+        }
+        let start = head.at;
+        head.time_and_offset(index)?;
+        match head.int(KEY_LENGTH)? {
+            ..-1 => Err(KEY_LENGTH),
+            key if usize::try_from(key).is_ok_and(|key| key > length - (head.at - start)) => Err(KEY_LENGTH),
+            _ => Ok(false),
+        }
+    }
+
+    /// The fields before the key; gives the timestamp's delta.
+    fn time_and_offset(&mut self, index: u32) -> Checked<i64> {
         // The attributes byte has no meaning yet; Kafka ignores it too.
         self.take(1).ok_or("its length leaves no room for its fields")?;
         let timestamp_delta = self.long("its timestamp is no varint")?;
-        if i64::from(self.int("its offset is no varint")?) != i64::from(index) {
-            return Err("its offset does not follow the one before");
+        if i64::from(self.int("its offset is no varint")?) == i64::from(index) {
+            Ok(timestamp_delta)
+        } else {
+            Err("its offset does not follow the one before")
         }
-        let key = self.nullable("its key's length is not possible")?;
+    }
+
+    fn fields(&mut self, index: u32) -> Checked<Shape> {
+        let timestamp_delta = self.time_and_offset(index)?;
+        let key = self.nullable(KEY_LENGTH)?;
         let value = self.nullable("its value's length is not possible")?;
         let header_count = self.int("its header count is no varint")?;
         let header_count = usize::try_from(header_count).map_err(|_| "its header count is negative")?;

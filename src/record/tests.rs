@@ -1,6 +1,8 @@
 //! What a batch promises, tried from outside: round trips, golden bytes, every bit flip, every cut, hostile numbers,
 //! bombs.
 
+mod first_records;
+
 use bytes::{Bytes, BytesMut};
 use proptest::prelude::*;
 
@@ -541,6 +543,9 @@ fn an_lz4_frame_that_lies_about_its_content_is_refused() {
 fn walk(bytes: Vec<u8>) {
     let Ok(batch) = Batch::parse(bytes.into()) else { return };
     assert_eq!(decode(&batch).map(|_| ()), batch.verify_records());
+    if let Err(error) = batch.check_first_records() {
+        assert!(batch.verify_records().is_err(), "refused, and can be decoded: {error}");
+    }
 }
 
 fn any_bytes() -> impl Strategy<Value = Option<Bytes>> {
@@ -568,6 +573,7 @@ proptest! {
         prop_assert_eq!(batch.producer(), producer);
         prop_assert_eq!(batch.max_timestamp(), records.iter().map(|record| record.timestamp_ms).max().unwrap());
         prop_assert_eq!(batch.verify_records(), Ok(()));
+        prop_assert_eq!(batch.check_first_records(), Ok(()));
         let expected: Vec<_> = (0..).map(|at| batch.base_offset().plus(at)).zip(records).collect();
         prop_assert_eq!(decode(&batch).unwrap(), expected);
     }

@@ -45,5 +45,6 @@ mod skipped;
 mod source;
 mod stop;
 mod streams;
+mod undecodable;
 mod waiting;
 mod wire;

@@ -34,7 +34,7 @@ mod position;
 mod stream;
 mod streams;
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, ops::Range, sync::Arc, time::Duration};
 
 use tokio::sync::mpsc;
 
@@ -58,6 +58,16 @@ pub enum OnOutOfRange {
     Latest,
 }
 
+/// What a consumer does at records that are stored and that nobody can decode.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnUndecodable {
+    /// Stops there, with an error that says where reading can go on.
+    #[default]
+    Fail,
+    /// Reports each such batch once as [`ConsumeError::Undecodable`], with `skipped` set, and goes on behind it with the next call.
+    Skip,
+}
+
 /// What a consumer may be told.
 #[derive(Clone, Debug)]
 pub struct ConsumerOptions {
@@ -71,6 +81,8 @@ pub struct ConsumerOptions {
     pub queue: usize,
     /// What to do at a position that is not in the log. Fail.
     pub on_out_of_range: OnOutOfRange,
+    /// What to do at records that cannot be decoded. Fail.
+    pub on_undecodable: OnUndecodable,
     /// The rack in which it runs, as brokers call theirs (`broker.rack`): it is served by in-sync replicas there where it can be,
     /// which costs no traffic between racks. Records come a moment later than from the leader: when its follower has heard that
     /// they are committed. None: leaders alone serve it.
@@ -93,6 +105,7 @@ impl Default for ConsumerOptions {
             max_wait: Duration::from_millis(500),
             queue: 4,
             on_out_of_range: OnOutOfRange::Fail,
+            on_undecodable: OnUndecodable::Fail,
             rack: None,
         }
     }
@@ -170,6 +183,8 @@ struct Current {
     partition: u32,
     records: Records,
     position: Offset,
+    /// The batch's offsets.
+    base: Offset,
     end: Offset,
 }
 
@@ -195,6 +210,8 @@ pub struct Consumer {
     items: mpsc::Receiver<Item>,
     assigned: BTreeMap<(Arc<str>, u32), Assigned>,
     current: Option<Current>,
+    on_undecodable: OnUndecodable,
+    skipped_records: u64,
     next_generation: u64,
     tasks: Tasks,
 }
@@ -204,9 +221,20 @@ impl Consumer {
         let (commands, received) = mpsc::channel(16);
         let (output, items) = mpsc::channel(options.queue.max(1));
         let tasks = Tasks::new();
+        let on_undecodable = options.on_undecodable;
         let driver = Driver::new(client.clone(), options, tasks.clone(), output);
         tasks.spawn("consumer", driver.run(received));
-        Self { client, commands, items, assigned: BTreeMap::new(), current: None, next_generation: 0, tasks }
+        Self {
+            client,
+            commands,
+            items,
+            assigned: BTreeMap::new(),
+            current: None,
+            on_undecodable,
+            skipped_records: 0,
+            next_generation: 0,
+            tasks,
+        }
     }
 
     /// Adds a partition, read from `start` on. One that is assigned already moves there.
@@ -288,7 +316,8 @@ impl Consumer {
     ///
     /// # Errors
     /// When a partition cannot be read on. It is left at its position until it is assigned or sought anew; the others
-    /// go on with the next call.
+    /// go on with the next call. With [`OnUndecodable::Skip`] a batch that cannot be decoded is such an error too, and the partition
+    /// goes on behind it.
     pub async fn next(&mut self) -> Result<ConsumedRecord, ConsumeError> {
         loop {
             if let Some(record) = self.next_of_current()? {
@@ -326,6 +355,11 @@ impl Consumer {
         Ok(batch)
     }
 
+    /// How many records were skipped because nobody can decode them ([`OnUndecodable::Skip`]).
+    pub fn skipped_records(&self) -> u64 {
+        self.skipped_records
+    }
+
     /// Ends the consumer's task.
     pub async fn close(self) {
         self.tasks.stop().await;
@@ -334,13 +368,42 @@ impl Consumer {
     /// Hands out the records of a batch from here on.
     fn begin(&mut self, batch: ConsumedBatch) -> Result<(), ConsumeError> {
         let ConsumedBatch { topic, partition, batch, from: position, .. } = batch;
-        let records = batch.records().map_err(|source| self.halt(&topic, partition, position, source))?;
-        self.current = Some(Current { topic, partition, records, position, end: batch.end_offset() });
+        let (base, end) = (batch.base_offset(), batch.end_offset());
+        let records =
+            batch.records().map_err(|source| self.undecodable(&topic, partition, base, position..end, source))?;
+        self.current = Some(Current { topic, partition, records, position, base, end });
         Ok(())
     }
 
-    /// Reads a partition no further than to a record that cannot be decoded: it stands there until it is assigned or sought anew.
-    fn halt(&mut self, topic: &Arc<str>, partition: u32, position: Offset, source: Malformed) -> ConsumeError {
+    /// Skips what cannot be decoded, or stops the partition there.
+    fn undecodable(
+        &mut self,
+        topic: &Arc<str>,
+        partition: u32,
+        batch: Offset,
+        lost: Range<Offset>,
+        source: Malformed,
+    ) -> ConsumeError {
+        let skipped = self.on_undecodable == OnUndecodable::Skip;
+        if skipped {
+            self.skipped_records += lost.end.since(lost.start);
+            self.set_position(topic, partition, lost.end);
+        } else {
+            self.halt(topic, partition, lost.start);
+        }
+        ConsumeError::Undecodable {
+            topic: topic.to_string(),
+            partition,
+            batch,
+            offset: lost.start,
+            next: lost.end,
+            skipped,
+            source,
+        }
+    }
+
+    /// Reads a partition no further: it stands there until it is assigned or sought anew.
+    fn halt(&mut self, topic: &Arc<str>, partition: u32, position: Offset) {
         if let Some(assigned) = self.assigned.get_mut(&(topic.clone(), partition)) {
             // What is on the way is of an assignment before.
             *assigned = Assigned { generation: self.next_generation, position };
@@ -348,7 +411,6 @@ impl Consumer {
         }
         // Where there is no room for it, what is read on is passed over.
         let _unread = self.commands.try_send(Command::Unassign { topic: topic.clone(), partition });
-        damaged(topic, partition, position, source)
     }
 
     fn next_of_current(&mut self) -> Result<Option<ConsumedRecord>, ConsumeError> {
@@ -357,9 +419,10 @@ impl Consumer {
             let (offset, record) = match record {
                 Ok(record) => record,
                 Err(source) => {
-                    let (topic, partition, position) = (current.topic.clone(), current.partition, current.position);
+                    let (topic, partition, base) = (current.topic.clone(), current.partition, current.base);
+                    let lost = current.position..current.end;
                     self.current = None;
-                    return Err(self.halt(&topic, partition, position, source));
+                    return Err(self.undecodable(&topic, partition, base, lost, source));
                 }
             };
             if offset >= current.position {
@@ -428,8 +491,4 @@ impl Drop for Consumer {
 
 fn not_assigned(topic: &str, partition: u32) -> ConsumeError {
     ConsumeError::NotAssigned { topic: topic.to_owned(), partition }
-}
-
-fn damaged(topic: &str, partition: u32, offset: Offset, source: Malformed) -> ConsumeError {
-    ConsumeError::Damaged { topic: topic.to_owned(), partition, offset, source }
 }

@@ -1,7 +1,11 @@
 //! What a consumer reads: no partition is left out, and none is read on past what cannot be decoded.
 
 use super::*;
-use crate::{client::Consumer, limits, proto::fault::Reason};
+use crate::{
+    client::{Consumer, OnUndecodable},
+    limits,
+    proto::fault::Reason,
+};
 
 const SOON: Duration = Duration::from_secs(20);
 
@@ -48,7 +52,11 @@ async fn records_behind_what_cannot_be_decoded_are_not_handed_out() {
     consumer.assign_at("t", 0, at(0)).await.expect("assigned");
     assert_eq!(next(&mut consumer).await, Ok((0, at(0))));
     let error = next(&mut consumer).await.expect_err("it cannot be decoded");
-    assert!(matches!(error, ConsumeError::Damaged { offset, .. } if offset == at(1)), "{error}");
+    let ConsumeError::Undecodable { batch, offset, next: behind, skipped: false, .. } = error else {
+        panic!("{error}")
+    };
+    assert_eq!((batch, offset, behind), (at(1), at(1), at(2)));
+    assert!(error.to_string().ends_with("the next batch is at offset 2"), "{error}");
     assert_eq!(consumer.position("t", 0), Ok(at(1)));
     // What comes after it was on its way, and more is written.
     write(&double, 0, &["4"]).await;
@@ -56,6 +64,28 @@ async fn records_behind_what_cannot_be_decoded_are_not_handed_out() {
     assert!(more.is_err(), "{more:?}");
     consumer.seek("t", 0, at(2)).await.expect("assigned");
     assert_eq!(next(&mut consumer).await, Ok((0, at(2))));
+}
+
+#[tokio::test]
+async fn a_batch_that_cannot_be_decoded_is_skipped_and_counted_where_the_options_say_so() {
+    let (double, client) = filled(4).await;
+    double.garble(0, 1);
+    double.garble(0, 3);
+    let options = ConsumerOptions { on_undecodable: OnUndecodable::Skip, ..ConsumerOptions::default() };
+    let mut consumer = client.consumer(options);
+    consumer.assign_at("t", 0, at(0)).await.expect("assigned");
+    assert_eq!(next(&mut consumer).await, Ok((0, at(0))));
+    for (bad, good) in [(1, 2), (3, 4)] {
+        let error = next(&mut consumer).await.expect_err("it is reported");
+        let ConsumeError::Undecodable { offset, next: behind, skipped: true, .. } = error else { panic!("{error}") };
+        assert_eq!((offset, behind), (at(bad), at(good)));
+        assert_eq!(consumer.position("t", 0), Ok(at(good)));
+        if bad == 3 {
+            write(&double, 0, &["4"]).await;
+        }
+        assert_eq!(next(&mut consumer).await, Ok((0, at(good))));
+    }
+    assert_eq!(consumer.skipped_records(), 2);
 }
 
 #[tokio::test]

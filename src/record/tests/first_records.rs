@@ -1,0 +1,93 @@
+//! What the append decodes of compressed records: nothing that is right is refused, and the prefix is what decompression begins with.
+
+use super::*;
+
+/// Framed records, as a batch holds them without compression.
+fn framed(values: &[Vec<u8>]) -> Bytes {
+    let records: Vec<_> =
+        values.iter().map(|value| Record { value: Some(value.clone().into()), ..Record::default() }).collect();
+    build(Compression::None, &records, None).records_bytes().clone()
+}
+
+/// What librdkafka, snappy-java, zstd-jni and Java's gzip write, and what else their formats allow.
+fn other_writers(plain: &[u8]) -> Vec<(Compression, Vec<u8>)> {
+    use lz4_flex::frame::{BlockMode, BlockSize, FrameEncoder, FrameInfo};
+    let mut streams: Vec<_> =
+        CODECS.map(|codec| (codec, crate::record::compression::compress(codec, plain).to_vec())).into();
+    streams.push((Compression::Snappy, snap::raw::Encoder::new().compress_vec(plain).unwrap()));
+    let (one, other) = plain.split_at(plain.len() / 3);
+    let members = [one, other].map(|part| crate::record::compression::compress(Compression::Gzip, part));
+    streams.push((Compression::Gzip, members.concat()));
+    for (mode, size) in [(BlockMode::Linked, BlockSize::Max64KB), (BlockMode::Independent, BlockSize::Max4MB)] {
+        let frame = FrameInfo::new().block_mode(mode).block_size(size).block_checksums(true).content_checksum(true);
+        let mut encoder = FrameEncoder::with_frame_info(frame, Vec::new());
+        std::io::Write::write_all(&mut encoder, plain).unwrap();
+        streams.push((Compression::Lz4, encoder.finish().unwrap()));
+    }
+    streams.push((Compression::Zstd, zstd::stream::encode_all(plain, 3).unwrap()));
+    streams
+}
+
+#[test]
+fn first_records_of_right_batches_pass_at_every_size_and_from_every_writer() {
+    for bytes in [0, 1, 60, 4_000, 4_096, 5_000, 70_000, 300_000] {
+        for values in [vec![b"strandline ".repeat(bytes / 11 + 1)], vec![b"line".to_vec(); bytes / 11 + 1]] {
+            let plain = framed(&values);
+            for (codec, stored) in other_writers(&plain) {
+                let batch = forge(codec, i32::try_from(values.len()).unwrap(), &stored);
+                assert_eq!(batch.verify_records(), Ok(()), "{codec}, {bytes} bytes in {} records", values.len());
+                assert_eq!(batch.check_first_records(), Ok(()), "{codec}, {bytes} bytes in {} records", values.len());
+            }
+        }
+    }
+}
+
+#[test]
+fn first_records_that_nobody_can_decode_are_refused() {
+    let noise = vec![0xa5; 200];
+    let large = framed(&vec![b"a line of a log".to_vec(); 20_000]);
+    let mut misplaced = large.to_vec();
+    // The offset of the first record: after its length, attributes and timestamp.
+    misplaced[3] = 2;
+    for codec in CODECS.into_iter().filter(|codec| *codec != Compression::None) {
+        let refused = |count, stored: &[u8], what: &str| {
+            let error = forge(codec, count, stored).check_first_records().expect_err(what);
+            assert!(forge(codec, count, stored).verify_records().is_err(), "{codec}, {what}");
+            error
+        };
+        let error = refused(1, &noise, "noise").to_string();
+        assert!(error.contains("cannot be decompressed") && !error.contains("fewer records"), "{codec}: {error}");
+        let one = crate::record::compression::compress(codec, &framed(&[b"one".to_vec()]));
+        refused(1_000_000, &one, "a count of 10^6");
+        refused(2, &one, "a count of 2");
+        let trailing =
+            crate::record::compression::compress(codec, &[&framed(&[b"one".to_vec()])[..], b"more"].concat());
+        assert!(matches!(refused(1, &trailing, "trailing bytes"), Malformed::Record { index: 0, .. }), "{codec}");
+        if codec != Compression::Zstd {
+            let stored = crate::record::compression::compress(codec, &misplaced);
+            assert!(
+                matches!(refused(20_000, &stored, "a wrong offset"), Malformed::Record { index: 0, .. }),
+                "{codec}"
+            );
+        }
+        let cut = crate::record::compression::compress(codec, &large);
+        if matches!(codec, Compression::Zstd) {
+            refused(20_000, &cut[..cut.len() - 1], "a cut frame");
+        }
+    }
+}
+
+proptest! {
+    #[test]
+    fn a_prefix_is_what_decompression_begins_with(
+        words in proptest::collection::vec(proptest::sample::select(&["log", "line ", "\0\0\0", "0123456789abcdef", "é"][..]), 0..4_000),
+        most in 1..5_000_usize,
+    ) {
+        let plain = words.concat().into_bytes();
+        for (codec, stored) in other_writers(&plain) {
+            let prefix = crate::record::compression::prefix(codec, &stored, most).unwrap();
+            prop_assert!(plain.starts_with(&prefix.bytes), "{codec}");
+            prop_assert!(prefix.bytes.len() <= most && (!prefix.is_whole || prefix.bytes == plain), "{codec}");
+        }
+    }
+}

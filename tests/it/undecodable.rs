@@ -1,0 +1,93 @@
+//! Batches that nobody can decode: refused at the append as far as their beginning tells, and where one is stored all the same, consumers
+//! stop there, or skip it where their user said so.
+
+use std::io::Write as _;
+
+use flate2::{Compression, write::GzEncoder};
+use strandline::proto::fault::Reason;
+
+use crate::{broker::Home, wire};
+
+/// A batch of so many records by its header, with these bytes as its gzip records.
+fn forged(count: i32, stored: &[u8]) -> Vec<u8> {
+    let mut batch = wire::batch(&[b"x"])[..61].to_vec();
+    batch[8..12].copy_from_slice(&i32::try_from(49 + stored.len()).expect("small").to_be_bytes());
+    batch[22] = 1;
+    batch[23..27].copy_from_slice(&(count - 1).to_be_bytes());
+    batch[57..61].copy_from_slice(&count.to_be_bytes());
+    batch.extend_from_slice(stored);
+    wire::renew_crc(&mut batch);
+    batch
+}
+
+fn gzip(plain: &[u8]) -> Vec<u8> {
+    let mut encoder = GzEncoder::new(Vec::new(), Compression::default());
+    encoder.write_all(plain).expect("memory can be written");
+    encoder.finish().expect("memory can be written")
+}
+
+/// Framed records as a batch holds them: so many, the last one broken where that is asked for.
+fn framed(count: usize, breaks_last: bool) -> Vec<u8> {
+    let values = vec![&b"0123456789abcdef"[..]; count];
+    let mut records = wire::batch(&values)[61..].to_vec();
+    if breaks_last {
+        // The last record's header count.
+        *records.last_mut().expect("records") = 0x55;
+    }
+    records
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn batches_whose_beginning_cannot_be_decoded_are_refused_and_nothing_is_stored() {
+    let mut home = Home::new();
+    let _broker = tokio::task::block_in_place(|| home.start());
+    wire::create_topic(home.grpc(), "orders", 1, &[]).await;
+    let mut log = wire::log(home.grpc());
+    let noise: Vec<u8> = (0..200_u32).map(|n| n.wrapping_mul(2_654_435_761).to_be_bytes()[0]).collect();
+    for (what, count, stored) in [
+        ("one record, and a header that says 10^6", 1_000_000, gzip(&framed(1, false))),
+        ("noise", 1, noise),
+        ("a broken record", 3, gzip(&framed(3, true))),
+    ] {
+        let refused = wire::append(&mut log, wire::append_batch("orders", 0, forged(count, &stored))).await;
+        let refused = refused.expect_err(what);
+        assert_eq!((refused.reason, refused.retryable), (Reason::MalformedBatch, false), "{what}: {refused:?}");
+        assert!(!refused.message.contains("fewer records"), "{what}: {refused:?}");
+    }
+    let stored = wire::append(&mut log, wire::append_batch("orders", 0, forged(3, &gzip(&framed(3, false))))).await;
+    assert_eq!(stored.expect("a right one").base_offset, 0);
+}
+
+/// What is broken lies behind what the append looks at.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn consume_stops_at_a_stored_batch_that_cannot_be_decoded_and_skips_it_only_when_told() {
+    let mut home = Home::new();
+    let _broker = tokio::task::block_in_place(|| home.start());
+    wire::create_topic(home.grpc(), "orders", 1, &[]).await;
+    let mut log = wire::log(home.grpc());
+    for batch in [
+        wire::batch(&[b"before"]),
+        forged(1_000, &gzip(&framed(1_000, true))),
+        wire::batch(&[b"after"]),
+        forged(1_000, &gzip(&framed(1_000, true))),
+    ] {
+        wire::append(&mut log, wire::append_batch("orders", 0, batch)).await.expect("stored");
+    }
+    let cli = home.cli();
+    let consume = |more: &[&str]| {
+        tokio::task::block_in_place(|| cli.run(&[&["consume", "orders", "--until-end"], more].concat()))
+    };
+    let stopped = consume(&[]);
+    assert_eq!(stopped.code, 1, "{stopped:?}");
+    assert_eq!(stopped.text().lines().count(), 1 + 999, "what could be decoded is printed");
+    for words in ["batch at offset 1 ", "from offset 1000 on", "the next batch is at offset 1001", "--skip-corrupt"] {
+        assert!(stopped.stderr.contains(words), "{words}: {}", stopped.stderr);
+    }
+    assert_eq!(consume(&["--from", "1001", "--max", "1"]).text(), "after\n");
+    let skipped = consume(&["--skip-corrupt"]);
+    assert_eq!(skipped.code, 0, "{skipped:?}");
+    assert_eq!(skipped.text().lines().count(), 1 + 999 + 1 + 999, "it ends where the log did");
+    for words in ["skipped up to offset 1001", "skipped up to offset 2002", "skipped 2 records"] {
+        assert!(skipped.stderr.contains(words), "{words}: {}", skipped.stderr);
+    }
+}
