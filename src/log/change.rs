@@ -104,6 +104,7 @@ impl Replica {
         // What was read of its index is of the longer file.
         drop(open.index.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take());
         open.file.truncate(last.bytes)?;
+        file.written_out.fetch_min(last.bytes, Ordering::AcqRel);
         file.dirty.store(true, Ordering::Release);
         self.shared.state().names_changed = true;
         self.shared.sync().map_err(io::Error::other)

@@ -29,6 +29,9 @@ const GRANT: u64 = 4 << 20;
 /// Bytes of one replica that are worth a sync of their own.
 const WORTH_A_SYNC: u64 = 512 << 10;
 
+/// A segment sync is due for this share of the journal's ring: few files of it are kept for what is not synced.
+const RING_SHARE: u64 = 8;
+
 /// What a user may choose about a data directory.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -44,8 +47,9 @@ pub struct Options {
     pub journal_most: usize,
     /// Bytes of the last batches of all partitions that are kept in memory.
     pub tail_bytes: usize,
-    /// Unsynced bytes of all segments together after which they are synced behind. Few, so that a journal's write never waits long
-    /// until the device is through with them.
+    /// Unsynced bytes of all segments together after which they are synced behind; an eighth of the journal's ring where that is less.
+    /// Many, because each sync is a commit of the file system, which the journal's write waits for. The bytes themselves are written out
+    /// long before.
     pub sync_bytes: u64,
     /// How long a segment stays unsynced at most, about.
     pub sync_after: std::time::Duration,
@@ -98,7 +102,7 @@ impl Default for Options {
             round_bytes: 4 << 20,
             journal_most: 8 << 20,
             tail_bytes: 128 << 20,
-            sync_bytes: 1 << 20,
+            sync_bytes: 64 << 20,
             sync_after: std::time::Duration::from_secs(10),
             reserve_bytes: limits::DISK_RESERVE_BYTES,
             metrics: Metrics::new(),
@@ -136,6 +140,8 @@ pub(super) struct Core {
 #[derive(Default)]
 pub(super) struct Work {
     pub(super) dirty: Vec<Arc<Shared>>,
+    /// Replicas with a piece to be written out.
+    pub(super) pieces: Vec<Arc<Shared>>,
     pub(super) dirty_bytes: u64,
     pub(super) since: Option<tokio::time::Instant>,
     /// When the last pass of syncs began.
@@ -164,7 +170,7 @@ impl Core {
     /// sync costs by the file; never so long that the journal's ring runs short for it.
     pub(super) fn sync_is_due(&self, work: &Work) -> bool {
         let of_all = (work.dirty.len() as u64 * WORTH_A_SYNC).min(self.options.journal_bytes / 4);
-        work.dirty_bytes >= self.options.sync_bytes.max(of_all)
+        work.dirty_bytes >= self.options.sync_bytes.min(self.options.journal_bytes / RING_SHARE).max(of_all)
     }
 
     pub(super) fn checkpoint_error(&self) -> MutexGuard<'_, Option<(Instant, io::Error)>> {

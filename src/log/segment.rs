@@ -3,7 +3,7 @@
 use std::{
     io,
     path::{Path, PathBuf},
-    sync::atomic::AtomicBool,
+    sync::atomic::{AtomicBool, AtomicU64},
 };
 
 use bytes::{Buf, BufMut, Bytes};
@@ -90,11 +90,18 @@ pub(super) struct SegmentFile {
     pub(super) path: PathBuf,
     /// Whether bytes were written since it was last synced.
     pub(super) dirty: AtomicBool,
+    /// Bytes from its start that were written out, unsynced perhaps. Write-out advances it, a cut lowers it.
+    pub(super) written_out: AtomicU64,
 }
 
 impl SegmentFile {
     pub(super) fn new(serial: u64, dir: &Path, base: Offset) -> Self {
-        Self { serial, path: dir.join(name(base, "log")), dirty: AtomicBool::new(false) }
+        Self {
+            serial,
+            path: dir.join(name(base, "log")),
+            dirty: AtomicBool::new(false),
+            written_out: AtomicU64::new(0),
+        }
     }
 }
 

@@ -6,13 +6,14 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 
 use super::{
     checkpoint::ReplicaRecord,
     core::Core,
+    disk::PIECE_BYTES,
     epochs::EpochHistory,
     error::PersistError,
     index::Index,
@@ -37,6 +38,8 @@ pub(super) struct Shared {
     pub(super) taken: AtomicBool,
     /// Whether it is on the list of what is to be synced.
     pub(super) dirty: AtomicBool,
+    /// Bytes appended since it was last written out.
+    pub(super) gathered: AtomicU64,
     /// Held while its files are being synced.
     pub(super) syncing: Mutex<()>,
     pub(super) state: Mutex<State>,
@@ -126,9 +129,11 @@ impl State {
 impl Shared {
     /// A replica of which this is known.
     pub(super) fn new(core: &Arc<Core>, dir: PathBuf, record: ReplicaRecord) -> Arc<Self> {
-        let segments = record.segments.iter().map(|info| Segment {
-            info: *info,
-            file: Arc::new(SegmentFile::new(core.files.serial(), &dir, info.base)),
+        let segments = record.segments.iter().map(|info| {
+            let file = SegmentFile::new(core.files.serial(), &dir, info.base);
+            // Whoever made the record has synced it, or syncs all of it next.
+            file.written_out.store(info.bytes, Ordering::Relaxed);
+            Segment { info: *info, file: Arc::new(file) }
         });
         let segments: Vec<_> = segments.collect();
         let (epochs, producers) = (Arc::new(record.epochs), Arc::new(record.producers));
@@ -141,6 +146,7 @@ impl Shared {
             failed: OnceLock::new(),
             taken: AtomicBool::new(false),
             dirty: AtomicBool::new(false),
+            gathered: AtomicU64::new(0),
             syncing: Mutex::new(()),
             state: Mutex::new(State {
                 log_start: record.log_start,
@@ -176,10 +182,15 @@ impl Shared {
         drop(self.failed.set(reason));
     }
 
-    /// Puts the replica on the list of what is to be synced.
+    /// Puts the replica on the list of what is to be synced, and of what is to be written out where there is a piece of it.
     pub(super) fn touch(self: &Arc<Self>, bytes: u64) {
         let listed = self.dirty.swap(true, Ordering::AcqRel);
+        let gathered = self.gathered.fetch_add(bytes, Ordering::AcqRel);
+        let is_piece = gathered < PIECE_BYTES as u64 && gathered + bytes >= PIECE_BYTES as u64;
         let mut work = self.core.work();
+        if is_piece {
+            work.pieces.push(self.clone());
+        }
         let was_due = self.core.sync_is_due(&work);
         if !listed {
             work.dirty.push(self.clone());
@@ -191,7 +202,8 @@ impl Shared {
         work.dirty_bytes += bytes;
         let due = self.core.sync_is_due(&work);
         drop(work);
-        if first || (due && !was_due) {
+        // By hand a step is a whole pass, which a piece alone is not worth.
+        if first || (is_piece && !self.core.options.manual) || (due && !was_due) {
             self.core.wake_syncer();
         }
     }

@@ -1,5 +1,8 @@
 //! Syncing segments behind the journal: by bytes, by time, and when the journal's ring runs short. One thread.
 //!
+//! What is appended is written out before its sync, in pieces and without a flush: the sync finds little to write, and the journal's
+//! next write never stands behind many megabytes.
+//!
 //! A pass takes every replica that was written to, notes what it held, syncs its files, and only then moves its recovery
 //! point. When files of the ring hold nothing but what is synced, a checkpoint is written, and then they are given up: in
 //! this order, so that replay never misses what it needs.
@@ -17,7 +20,7 @@ use super::{
     checkpoint::{Checkpoint, Standing},
     core::{Core, SyncJob},
     directory::Inner,
-    disk::Mode,
+    disk::{BLOCK, Mode},
     error::{PersistError, is_full},
     journal::Item,
     reserve,
@@ -41,6 +44,8 @@ const RETRY: Duration = Duration::from_millis(200);
 impl Shared {
     /// Syncs everything appended so far and moves the recovery point there. An error is final for this replica.
     pub(super) fn sync(&self) -> Result<(), PersistError> {
+        // Outside of the lock below: it takes its time.
+        self.write_out();
         if let Some(reason) = self.failed.get() {
             return Err(PersistError::Failed { reason: reason.clone() });
         }
@@ -88,6 +93,37 @@ impl Shared {
         Ok(())
     }
 
+    /// Writes out what was appended since the last time, but for the page that the next append writes to. Waits for the device. An error
+    /// is final for this replica.
+    fn write_out(&self) {
+        self.gathered.store(0, Ordering::Release);
+        let mut ranges = Vec::new();
+        {
+            let state = self.state();
+            let active = state.segments.len() - 1;
+            for (number, segment) in state.segments.iter().enumerate().rev() {
+                let bytes = segment.info.bytes;
+                let end = if number == active { bytes - bytes % BLOCK as u64 } else { bytes };
+                let start = segment.file.written_out.load(Ordering::Acquire);
+                if start < end {
+                    ranges.push((segment.file.clone(), start..end));
+                } else if number < active {
+                    // What lies before was written out when this was.
+                    break;
+                }
+            }
+        }
+        for (file, range) in ranges.into_iter().rev() {
+            file.written_out.store(range.end, Ordering::Release);
+            match self.core.disk.write_out(&file.path, range) {
+                // Evicted or cut meanwhile.
+                Err(error) if error.kind() == io::ErrorKind::NotFound && !self.holds(file.serial) => {}
+                Err(error) => self.fail(format!("a segment could not be written out: {error}")),
+                Ok(()) => {}
+            }
+        }
+    }
+
     fn holds(&self, serial: u64) -> bool {
         self.state().segments.iter().any(|segment| segment.file.serial == serial)
     }
@@ -105,6 +141,7 @@ impl Inner {
     /// One pass: what is too large for the journal, then all that was written to, then the ring.
     /// False when the ring could not be recycled.
     pub(super) fn sync_step(&self) -> bool {
+        self.write_out_pieces();
         self.sync_jobs();
         let (dirty, urgent) = {
             let mut work = self.core.work();
@@ -156,9 +193,16 @@ impl Inner {
                 // One thread, so that the answers keep their order.
                 if thread == 0 {
                     self.sync_jobs();
+                    self.write_out_pieces();
                 }
             }
         });
+    }
+
+    /// Writes out every replica with a piece.
+    pub(super) fn write_out_pieces(&self) {
+        let pieces = std::mem::take(&mut self.core.work().pieces);
+        pieces.iter().for_each(|replica| replica.write_out());
     }
 
     fn sync_jobs(&self) {
@@ -230,8 +274,13 @@ impl Inner {
 /// The syncing thread: waits for something to do, and does it.
 pub(super) fn run(inner: &Arc<Inner>) {
     loop {
-        if !wait(&inner.core) {
-            return;
+        match wait(&inner.core) {
+            Due::Pass => {}
+            Due::Pieces => {
+                inner.write_out_pieces();
+                continue;
+            }
+            Due::End => return,
         }
         if !inner.sync_step() {
             // A full disk, most likely: it is tried again soon, and not in a tight loop.
@@ -243,15 +292,25 @@ pub(super) fn run(inner: &Arc<Inner>) {
     }
 }
 
-/// Waits until a pass is due. False when the log stops.
-fn wait(core: &Core) -> bool {
+/// What the syncing thread does next.
+enum Due {
+    /// A pass of syncs.
+    Pass,
+    /// Write-out of the pieces that are there.
+    Pieces,
+    /// Nothing more: the log stops.
+    End,
+}
+
+/// Waits until something is due.
+fn wait(core: &Core) -> Due {
     let mut work = core.work();
     loop {
         if work.stopping {
-            return false;
+            return Due::End;
         }
         if work.urgent || !work.jobs.is_empty() {
-            return true;
+            return Due::Pass;
         }
         let now = clock::monotonic();
         let after =
@@ -264,7 +323,8 @@ fn wait(core: &Core) -> bool {
             None => None,
         };
         work = match left {
-            Some(left) if left.is_zero() => return true,
+            Some(left) if left.is_zero() => return Due::Pass,
+            _ if !work.pieces.is_empty() => return Due::Pieces,
             Some(left) => core.wake.wait_timeout(work, left).unwrap_or_else(PoisonError::into_inner).0,
             None => core.wake.wait(work).unwrap_or_else(PoisonError::into_inner),
         };

@@ -18,10 +18,7 @@ use std::{
 use bytes::Bytes;
 use rustix::fs::OFlags;
 
-use crate::log::{PrivateDir, write_out};
-
-/// Bytes that the disk is given at once: an append that comes meanwhile waits for no more.
-pub(super) const PIECE_BYTES: usize = 256 << 10;
+use crate::log::{PrivateDir, disk::PIECE_BYTES, write_out};
 
 /// How long the appends go first after each piece.
 const PIECE_PAUSE: Duration = Duration::from_millis(1);

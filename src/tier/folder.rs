@@ -14,8 +14,8 @@ use object_store::{
     path::Path,
 };
 
-use super::files::{PIECE_BYTES, PieceWriter, StagedFile};
-use crate::task;
+use super::files::{PieceWriter, StagedFile};
+use crate::{log::disk::PIECE_BYTES, task};
 
 /// A folder as object store.
 #[derive(Debug)]

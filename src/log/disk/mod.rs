@@ -11,6 +11,7 @@ mod writeback;
 
 use std::{
     io::{self, IoSlice},
+    ops::Range,
     path::Path,
     sync::Arc,
 };
@@ -24,6 +25,9 @@ pub use writeback::write_out;
 
 /// Size and alignment of everything that is written to the journal, in bytes.
 pub const BLOCK: usize = 4096;
+
+/// Bytes that go to the device at once where nobody waits for them: the journal's next write waits for no more.
+pub const PIECE_BYTES: usize = 256 << 10;
 
 /// A file system.
 pub trait Disk: Send + Sync + 'static {
@@ -60,6 +64,10 @@ pub trait Disk: Send + Sync + 'static {
 
     /// Bytes that the file system of `dir` has for this process: what is used and what is free.
     fn total_bytes(&self, dir: &Path) -> io::Result<u64>;
+
+    /// Writes out what was written there to a file, in pieces of [`PIECE_BYTES`], so that a later sync finds less to do. Nothing is durable
+    /// before that sync. An error is final, as that of a sync is.
+    fn write_out(&self, path: &Path, range: Range<u64>) -> io::Result<()>;
 
     /// How many files may be held open at once by the log.
     fn open_files(&self) -> usize;

@@ -3,6 +3,7 @@
 use std::{
     fs,
     io::{self, IoSlice, Write as _},
+    ops::Range,
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
     sync::{
@@ -17,7 +18,7 @@ use rustix::{
     process::{Resource, getrlimit},
 };
 
-use super::{Disk, Entry, File, Mode, PrivateDir};
+use super::{Disk, Entry, File, Mode, PrivateDir, writeback};
 
 /// The machine's file system.
 ///
@@ -143,6 +144,12 @@ impl Disk for RealDisk {
         // What is kept for the superuser is neither used nor free, as `df` sees it.
         let blocks = stat.f_blocks.saturating_sub(stat.f_bfree).saturating_add(stat.f_bavail);
         Ok(blocks.saturating_mul(stat.f_frsize))
+    }
+
+    fn write_out(&self, path: &Path, range: Range<u64>) -> io::Result<()> {
+        let (root, name) = self.root_of_file(path)?;
+        // Through a handle of its own: the wait tells it of errors that the sync's handle must hear of as well.
+        writeback::write_out(&root.open_file(&name, OFlags::RDONLY)?, range)
     }
 
     fn open_files(&self) -> usize {

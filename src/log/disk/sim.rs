@@ -50,6 +50,8 @@ struct Content {
     undo: Vec<(usize, Vec<u8>)>,
     /// Grows with each change of bytes that were there.
     rewrites: u64,
+    /// What was written out, for tests.
+    write_outs: Vec<Range<u64>>,
 }
 
 struct Change {
@@ -199,6 +201,13 @@ impl SimDisk {
         let machine = self.machine();
         let here = machine.durable_names.iter().filter(|(path, _)| path.parent() == Some(dir));
         here.filter_map(|(path, id)| Some((path.clone(), machine.files.get(id)?.durable()))).collect()
+    }
+
+    /// The ranges of a file that were written out.
+    #[cfg(test)]
+    pub(in crate::log) fn write_outs(&self, path: &Path) -> Vec<Range<u64>> {
+        let machine = self.machine();
+        machine.names.get(path).map(|id| machine.files[id].write_outs.clone()).unwrap_or_default()
     }
 
     /// Every file and its length.
@@ -474,6 +483,16 @@ impl Disk for SimDisk {
 
     fn total_bytes(&self, _dir: &Path) -> io::Result<u64> {
         Ok(self.machine().capacity.unwrap_or(u64::MAX))
+    }
+
+    fn write_out(&self, path: &Path, range: Range<u64>) -> io::Result<()> {
+        // Nothing is safe before a sync, and everything may survive without one: to a crash this makes no difference.
+        let mut machine = self.machine();
+        let id = *machine.names.get(path).ok_or(io::ErrorKind::NotFound)?;
+        if cfg!(test) {
+            machine.files.entry(id).or_default().write_outs.push(range);
+        }
+        Ok(())
     }
 
     fn open_files(&self) -> usize {

@@ -11,6 +11,7 @@ mod producers;
 mod reading;
 mod start;
 mod uptimes;
+mod write_out;
 
 use std::{
     path::Path,

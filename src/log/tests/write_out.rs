@@ -1,0 +1,61 @@
+//! Segments go to the disk as they grow, long before their sync.
+
+use super::*;
+use crate::log::{
+    core::{Options, Work},
+    disk::PIECE_BYTES,
+    shared::replica_dir,
+};
+
+const LARGE: usize = 100_000;
+
+/// What was written out of a segment, each time.
+fn write_outs(disk: &SimDisk, base: u64) -> Vec<(u64, u64)> {
+    let path = replica_dir(Path::new("/data"), partition(0)).join(format!("{base:020}.log"));
+    disk.write_outs(&path).into_iter().map(|range| (range.start, range.end)).collect()
+}
+
+/// Appends so many large batches of one record, and does what the syncing thread would before any sync.
+fn append(log: &Log, replica: &mut Replica, batches: u64) {
+    for _ in 0..batches {
+        let base = replica.log_end().get();
+        replica.append(&[batch(base, 1, 1, 0, LARGE)]).unwrap();
+    }
+    log.inner.write_out_pieces();
+}
+
+#[test]
+fn segment_is_written_out_in_pieces_before_its_sync() {
+    let disk = SimDisk::new();
+    let log = open(&disk);
+    let mut replica = log.open_replica(partition(0), at(0)).unwrap();
+    append(&log, &mut replica, 2);
+    assert!(write_outs(&disk, 0).is_empty(), "less than a piece waits for more");
+    append(&log, &mut replica, 1);
+    let first = 300_000 / 4096 * 4096;
+    assert!(first > PIECE_BYTES as u64);
+    assert_eq!(write_outs(&disk, 0), [(0, first)], "the page that is being written to stays");
+    append(&log, &mut replica, 2);
+    replica.roll().unwrap();
+    append(&log, &mut replica, 1);
+    assert_eq!(write_outs(&disk, 0), [(0, first), (first, 500_000)], "a sealed segment is written out to its end");
+    assert_eq!(write_outs(&disk, 5), [(0, LARGE as u64 / 4096 * 4096)]);
+    let durable = disk.durable(&replica_dir(Path::new("/data"), partition(0)));
+    assert!(durable.iter().all(|(_, bytes)| bytes.is_empty()), "written out is not synced");
+    log.sync_step();
+    assert_eq!(write_outs(&disk, 5).len(), 1, "a sync writes out what is left, here less than a page");
+    // What was cut and is written again is written out again.
+    replica.truncate(at(5)).unwrap();
+    append(&log, &mut replica, 3);
+    assert_eq!(write_outs(&disk, 5).last(), Some(&(0, first)));
+}
+
+#[test]
+fn segments_are_synced_by_a_share_of_the_ring() {
+    for (journal_bytes, due) in [(512 << 20, 64 << 20), (16 << 20, 2 << 20), (1 << 30, 64 << 20)] {
+        let options = Options { journal_bytes, manual: true, reserve_bytes: 0, ..Options::default() };
+        let log = Log::open(Arc::new(SimDisk::new()), Path::new("/data"), &identity(), options).unwrap();
+        let work = |dirty_bytes| Work { dirty_bytes, ..Work::default() };
+        assert!(!log.inner.core.sync_is_due(&work(due - 1)) && log.inner.core.sync_is_due(&work(due)));
+    }
+}
