@@ -141,6 +141,12 @@ impl Broker {
                 .map(|outage| format!("object store away {}: {}", since(outage.lasted), one_line(&outage.why))),
             lock(&self.health.unregistered)
                 .map(|at| format!("registration lost {}: {}", since(at.elapsed()), self.why_unregistered())),
+            self.store.regression().map(|why| {
+                format!(
+                    "the metadata store went back: {}; follow `Restoring etcd`, and restart this broker",
+                    one_line(&why.to_string())
+                )
+            }),
             (!upkeep.is_empty()).then(|| format!("cannot upload or trim: {}", one_line(&upkeep))),
         ];
         lines.into_iter().flatten().collect()
