@@ -171,7 +171,11 @@ impl From<ReadError> for Fault {
 
 impl From<Malformed> for Fault {
     fn from(error: Malformed) -> Self {
-        Self::new(Reason::MalformedBatch, error.to_string())
+        let reason = match error {
+            Malformed::NoMemory { .. } => Reason::RecordTooLarge,
+            _ => Reason::MalformedBatch,
+        };
+        Self::new(reason, error.to_string())
     }
 }
 

@@ -431,8 +431,9 @@ fn plain(records: &v1::PlainRecords, codec: Compression) -> Result<(Batch, Times
             .iter()
             .map(|header| Header { key: header.key.clone(), value: header.value.clone() })
             .collect();
+        // The broker's own clock is in no need of a check.
+        record.timestamp_ms.into_iter().for_each(|timestamp_ms| timestamps.note(timestamp_ms));
         let timestamp_ms = record.timestamp_ms.unwrap_or(now_ms);
-        timestamps.note(timestamp_ms);
         builder.push(timestamp_ms, record.key.as_deref(), record.value.as_deref(), &headers).map_err(unbuildable)?;
     }
     Ok((builder.finish(None).map_err(unbuildable)?, timestamps))

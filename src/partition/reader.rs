@@ -259,6 +259,8 @@ impl Reader {
             match opener.open(&batch, limits::MAX_DECOMPRESSED_BYTES, Use::Read, find).await {
                 Ok(Some((offset, timestamp_ms))) => return Ok(Some((offset, timestamp_ms, epoch))),
                 Ok(None) => {}
+                // Others can decode it, and its records may be that young.
+                Err(Malformed::NoMemory { .. }) => return Ok(Some((from.max(batch.base_offset()), -1, epoch))),
                 // What nobody can decode holds no record that anybody could read.
                 Err(error) => {
                     tracing::debug!(partition = %self.id, offset = %batch.base_offset(), %error, "passed over")

@@ -375,6 +375,9 @@ async fn a_time_that_only_a_header_claims_is_not_found() {
             let answer = partition.reader().offset_for_time(time, &opener).await.unwrap();
             assert_eq!(answer.map(|(offset, time, _)| (offset.get(), time)), found, "{time}, tiered: {tiered}");
         }
+        // Where this broker has no memory to look into a batch, no record of that time is passed over.
+        let answer = partition.reader().offset_for_time(1001, &Opener::new(4 << 10)).await.unwrap();
+        assert_eq!(answer.map(|(offset, time, _)| (offset.get(), time)), Some((1, -1)), "tiered: {tiered}");
     }
 }
 

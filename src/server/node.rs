@@ -349,7 +349,7 @@ fn with_cache(config: &Config, store: Store, metrics: &Metrics) -> anyhow::Resul
         memory_bytes: config.cache.memory_bytes,
         disk: on_disk.then_some((cache_dir.clone(), config.cache.disk_bytes)),
         data_dir: config.cache.dir.is_none().then(|| config.broker.data_dir.clone()),
-        read_ahead_bytes: READ_AHEAD_BYTES.min(config.cache.memory_bytes),
+        read_ahead_bytes: READ_AHEAD_BYTES.min(config.cache.memory_bytes / 4),
     };
     let cache = Cache::open(&options, metrics)
         .with_context(|| format!("cannot use the cache directory {}", cache_dir.display()))?;

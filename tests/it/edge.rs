@@ -230,7 +230,10 @@ async fn a_batch_that_cannot_be_decoded_is_the_failure_of_its_partition_alone() 
     let (home, _broker) = running().await;
     let mut log = wire::log(home.grpc());
     let good = |partition| wire::append_batch("edge", partition, wire::batch(&[b"good"]));
-    let bad = wire::append_batch("edge", 0, wire::frame(b"certainly no zstd frame", 3, 4));
+    // What is broken is the last record, which lies behind what the append decodes.
+    let mut records = wire::batch(&[&[b'x'; 4096], b"two", b"three"])[61..].to_vec();
+    *records.last_mut().expect("records") = 0x55;
+    let bad = wire::append_batch("edge", 0, wire::frame(&gzip(&records), 3, 1));
     for request in [good(0), bad, good(0), good(1)] {
         wire::append(&mut log, request).await.expect("stored unread");
     }
@@ -265,7 +268,13 @@ async fn bombs_into_a_topic_with_a_codec_of_its_own_are_refused_and_cost_no_memo
         wire::create_topic(home.grpc(), topic, 1, &[("compression.type", codec), ("retention.ms", "-1")]).await;
     }
     // Compressed in two members, so that the last one's word about its length says nothing of the first.
-    let bomb = [gzip_of_zeros(249 << 20), gzip_of_zeros(1 << 20)].concat();
+    let mut record = Vec::new();
+    let value_bytes = 249 << 20;
+    wire::varint(&mut record, value_bytes + 20);
+    record.extend_from_slice(&[0; 3]);
+    wire::varint(&mut record, -1);
+    wire::varint(&mut record, value_bytes);
+    let bomb = [gzip(&record), gzip_of_zeros(249 << 20), gzip_of_zeros(1 << 20)].concat();
     let bomb = wire::frame(&bomb, 1, 1);
     assert!(bomb.len() < 300_000, "{}", bomb.len());
     let before = resident_bytes(broker.pid());

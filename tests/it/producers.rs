@@ -152,7 +152,7 @@ async fn record_from_the_future_makes_a_partition_forget_nobody() {
         let (id, other) = (producer_id(&mut log).await, producer_id(&mut log).await);
         append(&mut log, stamped(b"own", (id, 0, 0))).await.expect("stored");
         let future = append(&mut log, stamped_at(b"other", (other, 0, 0), FUTURE)).await;
-        assert_eq!(future.map_err(|fault| fault.reason).is_ok(), lifted);
+        assert_eq!(future.err().map(|fault| fault.reason), (!lifted).then_some(Reason::InvalidTimestamp));
         for sequence in 1..3 {
             let next = append(&mut log, stamped(b"own", (id, 0, sequence))).await.expect("it is known");
             assert!(!next.duplicate);

@@ -8,17 +8,8 @@ use strandline::proto::fault::Reason;
 
 use crate::{broker::Home, wire};
 
-/// A batch of so many records by its header, with these bytes as its gzip records.
-fn forged(count: i32, stored: &[u8]) -> Vec<u8> {
-    let mut batch = wire::batch(&[b"x"])[..61].to_vec();
-    batch[8..12].copy_from_slice(&i32::try_from(49 + stored.len()).expect("small").to_be_bytes());
-    batch[22] = 1;
-    batch[23..27].copy_from_slice(&(count - 1).to_be_bytes());
-    batch[57..61].copy_from_slice(&count.to_be_bytes());
-    batch.extend_from_slice(stored);
-    wire::renew_crc(&mut batch);
-    batch
-}
+/// The attributes of a batch of gzip records.
+const GZIP: i16 = 1;
 
 fn gzip(plain: &[u8]) -> Vec<u8> {
     let mut encoder = GzEncoder::new(Vec::new(), Compression::default());
@@ -49,12 +40,13 @@ async fn batches_whose_beginning_cannot_be_decoded_are_refused_and_nothing_is_st
         ("noise", 1, noise),
         ("a broken record", 3, gzip(&framed(3, true))),
     ] {
-        let refused = wire::append(&mut log, wire::append_batch("orders", 0, forged(count, &stored))).await;
+        let refused = wire::append(&mut log, wire::append_batch("orders", 0, wire::frame(&stored, count, GZIP))).await;
         let refused = refused.expect_err(what);
         assert_eq!((refused.reason, refused.retryable), (Reason::MalformedBatch, false), "{what}: {refused:?}");
         assert!(!refused.message.contains("fewer records"), "{what}: {refused:?}");
     }
-    let stored = wire::append(&mut log, wire::append_batch("orders", 0, forged(3, &gzip(&framed(3, false))))).await;
+    let stored =
+        wire::append(&mut log, wire::append_batch("orders", 0, wire::frame(&gzip(&framed(3, false)), 3, GZIP))).await;
     assert_eq!(stored.expect("a right one").base_offset, 0);
 }
 
@@ -67,9 +59,9 @@ async fn consume_stops_at_a_stored_batch_that_cannot_be_decoded_and_skips_it_onl
     let mut log = wire::log(home.grpc());
     for batch in [
         wire::batch(&[b"before"]),
-        forged(1_000, &gzip(&framed(1_000, true))),
+        wire::frame(&gzip(&framed(1_000, true)), 1_000, GZIP),
         wire::batch(&[b"after"]),
-        forged(1_000, &gzip(&framed(1_000, true))),
+        wire::frame(&gzip(&framed(1_000, true)), 1_000, GZIP),
     ] {
         wire::append(&mut log, wire::append_batch("orders", 0, batch)).await.expect("stored");
     }

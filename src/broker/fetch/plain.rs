@@ -32,10 +32,11 @@ pub(super) async fn decode(
     let mut bytes = Bytes::from(std::mem::take(&mut fetched.chunks).concat());
     while !bytes.is_empty() {
         let batch = Batch::split_from(&mut bytes)?;
-        if *used >= PLAIN_BYTES {
+        let is_first = fetched.records.is_empty();
+        if *used >= PLAIN_BYTES && !(is_first && batch.compression() == Compression::None) {
             // Nothing more has room: what follows need not be opened to see that.
             fetched.next_offset = from.max(batch.base_offset()).as_i64();
-            return Ok(());
+            return if is_first { Err(full(fetched)) } else { Ok(()) };
         }
         let (before, first) = (*used, fetched.records.is_empty());
         let work = move |batch: &Batch, most: usize| take_records(batch, most, from, before, first);
@@ -102,6 +103,15 @@ fn plain_bytes(record: &Record) -> usize {
     length(&record.key) + length(&record.value) + headers.sum::<usize>() + 64
 }
 
+/// The records of other partitions have taken all the room, and this one's are compressed.
+fn full(fetched: &v1::FetchedPartition) -> Fault {
+    let message = format!(
+        "the response is full before the records of topic {}, partition {}: read it again, alone or before the others",
+        fetched.topic, fetched.partition
+    );
+    Fault::new(Reason::Overloaded, message)
+}
+
 /// A record that no answer has room for must be read as a batch.
 fn too_large_for_plain(fetched: &v1::FetchedPartition, size: usize) -> Fault {
     let message = format!("the record at offset {} has {size} bytes: read it as a batch", fetched.next_offset);
@@ -111,6 +121,13 @@ fn too_large_for_plain(fetched: &v1::FetchedPartition, size: usize) -> Fault {
 /// A batch is stored with its records unread: what is wrong with them is its reader's to find.
 fn undecodable(fetched: &v1::FetchedPartition, batch: &Batch, error: &Malformed) -> Fault {
     let (base, end) = (batch.base_offset(), batch.end_offset());
+    if let Malformed::NoMemory { most, setting, .. } = error {
+        let message = format!(
+            "topic {}, partition {}: the batch at offset {base} has more than {most} bytes of records: read it as a batch, or raise {setting}",
+            fetched.topic, fetched.partition
+        );
+        return Fault::new(Reason::RecordTooLarge, message).with("offset", base);
+    }
     let message = format!(
         "topic {}, partition {}: the records of the batch at offset {base} cannot be decoded: {error}; read it as a batch, \
          or go on behind it at offset {end}",
