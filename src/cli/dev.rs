@@ -33,9 +33,9 @@ const PORTS: u16 = 2;
 /// Run a broker with everything embedded: metadata in a file, a directory as object store; or a cluster of several
 ///
 /// With --brokers N, N brokers run in this process, each with a data directory of its own and the next two ports, and on a free
-/// loopback port for the others. A topic then has up to three replicas unless told otherwise. With three brokers or more two replicas must be in sync, so a topic with
-/// --replication-factor 1 needs --config min.insync.replicas=1 too. No broker is passed over for a full disk
-/// (broker.disk_full_percent is 100). It is for trying a cluster out: the brokers share this machine's fate.
+/// loopback port for the others. A topic then has up to three replicas unless told otherwise. With three brokers or more two
+/// replicas must be in sync, so a topic with --replication-factor 1 needs --config min.insync.replicas=1 too. No broker is passed
+/// over for a full disk (broker.disk_full_percent is 100). It is for trying a cluster out: the brokers share this machine's fate.
 #[derive(Clone, Debug, Args)]
 pub(super) struct Dev {
     /// Where everything is kept
@@ -119,7 +119,11 @@ impl Dev {
             if let Some(etcd) = &self.etcd {
                 sources = sources.flag("metadata.etcd", etcd);
             }
-            Ok(self.overrides.clone().apply(sources).load()?.config)
+            let settings = self.overrides.clone().apply(sources).load()?;
+            if self.brokers > 1 {
+                own_port_each(&settings)?;
+            }
+            Ok(settings.config)
         });
         configs.collect()
     }
@@ -128,6 +132,25 @@ impl Dev {
 /// What is so for one broker and for several.
 fn base(data_dir: &Path) -> Sources {
     Sources::new().with_default("object_store.url", format!("file://{}", data_dir.join("bucket").display()))
+}
+
+/// Refuses an address with a port that every broker would listen on or tell others.
+fn own_port_each(settings: &Settings) -> anyhow::Result<()> {
+    let Config { grpc, peer, .. } = &settings.config;
+    for (key, address) in [
+        ("grpc.advertise", grpc.advertise.clone()),
+        ("peer.listen", Some(peer.listen.to_string())),
+        ("peer.advertise", peer.advertise.clone()),
+    ] {
+        if let Some(address) = address.filter(|address| !address.ends_with(":0")) {
+            bail!(
+                "{}: {key} {address} is the port of one broker, and there are several: leave it out, or end it with :0 for \
+                 the port of each",
+                settings.source(key)
+            );
+        }
+    }
+    Ok(())
 }
 
 /// The addresses of so many listeners, of which the first is given.
@@ -294,6 +317,21 @@ mod tests {
         assert_eq!(two[1].broker.rack.as_deref(), Some("a"));
         let etcd = dev(&["--etcd", "http://127.0.0.1:1,http://127.0.0.1:2"]).together(Path::new("/d")).expect("valid");
         assert_eq!((etcd.len(), etcd[0].metadata.etcd.len()), (1, 2));
+    }
+
+    /// Every broker took `peer.listen`, which the second could not bind, and `peer.advertise`, so that nobody reached another one.
+    #[test]
+    fn address_of_one_broker_is_refused_for_several() {
+        for (key, host) in [("grpc.advertise", "h"), ("peer.advertise", "h"), ("peer.listen", "127.0.0.1")] {
+            let together = |brokers: &str, port: u16| {
+                let set = format!("{key}={host}:{port}");
+                dev(&["--brokers", brokers, "--etcd", "http://a:1", "--set", &set]).together(Path::new("/d"))
+            };
+            let error = together("2", 9480).expect_err(key).to_string();
+            assert!(error.contains(&format!("command line ({key}): {key} {host}:9480")), "{error}");
+            together("2", 0).expect("each broker has its own port");
+            together("1", 9480).expect("there is one broker");
+        }
     }
 
     #[test]

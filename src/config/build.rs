@@ -35,6 +35,11 @@ impl Settings {
         if errors.is_empty() { Ok(Self { config, values }) } else { Err(ConfigErrors(errors)) }
     }
 
+    /// Where a setting's value comes from.
+    pub fn source(&self, key: &str) -> Source {
+        self.values.source(key)
+    }
+
     pub(super) const fn values(&self) -> &Values {
         &self.values
     }

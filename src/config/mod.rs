@@ -114,13 +114,15 @@ pub struct Grpc {
 impl Grpc {
     /// The address to tell others, given what the listener was bound to: port 0 becomes the port that it got.
     pub fn advertised(&self, bound: SocketAddr) -> String {
-        match &self.advertise {
-            None => bound.to_string(),
-            Some(advertise) => match advertise.strip_suffix(":0") {
-                Some(host) => format!("{host}:{}", bound.port()),
-                None => advertise.clone(),
-            },
-        }
+        self.advertise.as_ref().map_or_else(|| bound.to_string(), |advertise| with_port_of(advertise, bound))
+    }
+}
+
+/// An advertised address, in which port 0 stands for the port that the listener got.
+fn with_port_of(advertise: &str, bound: SocketAddr) -> String {
+    match value::host_port(advertise) {
+        Some((host, 0)) => format!("{host}:{}", bound.port()),
+        _ => advertise.to_owned(),
     }
 }
 
@@ -137,7 +139,7 @@ impl PeerListener {
     /// The address to tell other brokers, given what the listener was bound to, and what clients are told.
     pub fn advertised(&self, bound: SocketAddr, grpc: &Grpc) -> String {
         if let Some(advertise) = &self.advertise {
-            return advertise.clone();
+            return with_port_of(advertise, bound);
         }
         let everywhere = bound.ip().is_unspecified();
         // Of a listener whose port the system chose nobody outside can know: it is as local as its address.

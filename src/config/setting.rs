@@ -159,7 +159,8 @@ pub(super) const SETTINGS: &[Setting] = &[
         "advertise",
         Kind::HostPort,
         None,
-        "The address that clients reach it at. Unset: what it listens on. Needed when it listens on 0.0.0.0.",
+        "The address that clients reach it at. Unset: what it listens on. Needed when it listens on 0.0.0.0. Port 0 is the \
+         port that it listens on.",
     ),
     setting(
         "grpc",
@@ -182,7 +183,7 @@ pub(super) const SETTINGS: &[Setting] = &[
         Kind::HostPort,
         None,
         "The address that other brokers reach it at. Unset: the host of grpc.advertise, or, where that is unset, the address that it \
-         listens on; with the port of peer.listen.",
+         listens on; with the port of peer.listen. Port 0 is the port that it listens on.",
     ),
     setting(
         "http",

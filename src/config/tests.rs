@@ -353,16 +353,6 @@ fn every_setting_is_declared_well() {
 }
 
 #[test]
-fn an_advertised_address_takes_the_port_that_the_listener_got() {
-    let bound: SocketAddr = "127.0.0.1:4242".parse().expect("valid");
-    let grpc =
-        |advertise: Option<&str>| Grpc { listen: bound, advertise: advertise.map(str::to_owned), reflection: true };
-    assert_eq!(grpc(None).advertised(bound), "127.0.0.1:4242");
-    assert_eq!(grpc(Some("b:0")).advertised(bound), "b:4242");
-    assert_eq!(grpc(Some("b:10")).advertised(bound), "b:10");
-}
-
-#[test]
 fn other_brokers_are_told_the_host_that_clients_are_told_unless_something_else_is_set() {
     for (text, bound, told) in [
         ("", "127.0.0.1:9470", "127.0.0.1:9470"),
@@ -373,6 +363,7 @@ fn other_brokers_are_told_the_host_that_clients_are_told_unless_something_else_i
         ("[peer]\nlisten = \"10.0.0.2:5\"", "10.0.0.2:5", "10.0.0.2:5"),
         ("[grpc]\nadvertise = \"b:2\"\n[peer]\nlisten = \"127.0.0.1:0\"", "127.0.0.1:4242", "127.0.0.1:4242"),
         ("[peer]\nadvertise = \"p:6\"", "127.0.0.1:9470", "p:6"),
+        ("[peer]\nadvertise = \"p:0\"", "127.0.0.1:9470", "p:9470"),
     ] {
         let config = load(text).expect("valid").config;
         let bound: SocketAddr = bound.parse().expect("valid");

@@ -7,9 +7,8 @@ use crate::task::Tasks;
 /// How long a name may take.
 const LOOKUP_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Looks `address` up in the background, and warns where its name does not resolve: whoever comes by another address is sent there.
-/// `setting` is the one that it comes from.
-pub(super) fn check(address: &str, setting: &'static str, tasks: &Tasks) {
+/// Looks `address` up in the background, and warns with `remedy` where its name does not resolve: others are sent there.
+pub(super) fn check(address: &str, remedy: &'static str, tasks: &Tasks) {
     let (address, stop) = (address.to_owned(), tasks.clone());
     tasks.spawn("advertised address", async move {
         let found = tokio::select! {
@@ -21,8 +20,7 @@ pub(super) fn check(address: &str, setting: &'static str, tasks: &Tasks) {
             tracing::warn!(
                 address,
                 problem,
-                "others are told to connect to an address that this machine cannot resolve: correct {setting}, or leave it out where they reach \
-                 the address of the listener"
+                "others are told to connect to an address that this machine cannot resolve: {remedy}"
             );
         }
     });

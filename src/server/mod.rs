@@ -97,7 +97,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>, ready: impl
     let alone = config.metadata.etcd.is_empty();
     let peer = if alone { None } else { Some(listen_for_peers(&config).await?) };
     let endpoints = endpoints(&config, &grpc, &http, peer.as_ref())?;
-    let told = endpoints.client().to_owned();
+    let (told, peers_told) = (endpoints.client().to_owned(), endpoints.peer().map(str::to_owned));
     config.prepare_data_dir()?;
 
     let metrics = Metrics::new();
@@ -138,9 +138,10 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>, ready: impl
         took: began.elapsed(),
     };
     listeners.serve(&node, grpc, peer);
-    advertised::check(&told, "grpc.advertise", &time);
-    if let Some(advertise) = config.peer.advertise.as_ref().filter(|_| !alone) {
-        advertised::check(advertise, "peer.advertise", &time);
+    advertised::check(&told, "correct grpc.advertise, or leave it out where clients reach grpc.listen", &time);
+    if let Some(peers_told) = peers_told.filter(|_| config.peer.advertise.is_some()) {
+        let remedy = "correct peer.advertise, or leave it out where other brokers reach the host that clients are told";
+        advertised::check(&peers_told, remedy, &time);
     }
     let mut outcome = Ok(());
     if !asked {
@@ -220,8 +221,8 @@ impl Listeners {
         let limiter = ConnectionLimiter::new(Port::Grpc, self.room.grpc, per_address, open, metrics);
         self.carry("grpc", node.routes(), grpc, limiter, limits::MAX_STREAMS_PER_CONNECTION);
         if let (Some(peer), Some(routes), Some(capacity)) = (peer, node.peer_routes(), self.room.peer) {
-            // The bound by address is the clients': brokers may share one.
-            let limiter = ConnectionLimiter::new(Port::Peer, capacity, None, None, metrics);
+            // No bound by address: brokers on one host, in one /64 or behind one NAT share an address.
+            let limiter = ConnectionLimiter::new(Port::Peer, capacity, Some(capacity.places), None, metrics);
             self.carry("peer", routes, peer, limiter, limits::MAX_STREAMS_PER_PEER);
         }
     }
@@ -296,13 +297,42 @@ fn endpoints(
     http: &TcpListener,
     peer: Option<&TcpListener>,
 ) -> anyhow::Result<Endpoints> {
-    let client = match &config.grpc.advertise {
-        Some(advertise) if config.grpc.listen.port() != 0 => advertise.clone(),
-        _ => grpc.local_addr()?.to_string(),
-    };
-    let endpoints = Endpoints::new(client).with_http(http.local_addr()?.to_string());
+    let endpoints =
+        Endpoints::new(config.grpc.advertised(grpc.local_addr()?)).with_http(http.local_addr()?.to_string());
     Ok(match peer {
         Some(peer) => endpoints.with_peer(config.peer.advertised(peer.local_addr()?, &config.grpc)),
         None => endpoints,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::config::Sources;
+
+    /// Port 0 was advertised as it stands where the listener's own port was set, and clients were told the listener's address where it was 0.
+    #[tokio::test]
+    async fn endpoints_with_port_0_tell_the_bound_ports() {
+        let any = || async { TcpListener::bind("127.0.0.1:0").await.expect("a free port") };
+        let (grpc, http, peer) = (any().await, any().await, any().await);
+        let port = |listener: &TcpListener| listener.local_addr().expect("it is bound").port();
+        for (text, client, others) in [
+            ("", format!("127.0.0.1:{}", port(&grpc)), format!("127.0.0.1:{}", port(&peer))),
+            (
+                "[grpc]\nlisten = \"0.0.0.0:0\"\nadvertise = \"b:0\"",
+                format!("b:{}", port(&grpc)),
+                format!("b:{}", port(&peer)),
+            ),
+            ("[grpc]\nadvertise = \"b:0\"", format!("b:{}", port(&grpc)), format!("b:{}", port(&peer))),
+            ("[grpc]\nlisten = \"0.0.0.0:0\"\nadvertise = \"b:7\"", "b:7".to_owned(), format!("b:{}", port(&peer))),
+            ("[peer]\nadvertise = \"p:0\"", format!("127.0.0.1:{}", port(&grpc)), format!("p:{}", port(&peer))),
+            ("[peer]\nadvertise = \"[::1]:0\"", format!("127.0.0.1:{}", port(&grpc)), format!("[::1]:{}", port(&peer))),
+        ] {
+            let config = Sources::new().file(Path::new("s.toml"), text).load().expect("valid").config;
+            let told = endpoints(&config, &grpc, &http, Some(&peer)).expect("all are bound");
+            assert_eq!((told.client(), told.peer()), (client.as_str(), Some(others.as_str())), "{text}");
+        }
+    }
 }

@@ -12,13 +12,26 @@ const MIN_OTHER_FILES: u64 = 64;
 /// Places of each listener beyond the common ones.
 const RESERVE: u64 = (LOOPBACK_PLACES + PROBE_PLACES) as u64;
 
-/// Bounds of the places of the HTTP listener and of the peer listener, and the least of the gRPC listener's. Another broker takes two
-/// connections, and one more for each probe.
-const MIN_HTTP: usize = 8;
+/// Most places of the HTTP listener and of the peer listener.
 const MAX_HTTP: usize = 256;
-const MIN_PEER: usize = 32;
 const MAX_PEER: usize = 1024;
-const MIN_GRPC: usize = 32;
+
+/// Fewest places of each listener.
+#[derive(Clone, Copy, Debug)]
+struct Minimum {
+    grpc: usize,
+    http: usize,
+    peer: usize,
+}
+
+const MIN_PLACES: Minimum = Minimum { grpc: 32, http: 8, peer: 32 };
+
+/// The same for a broker of several below [`FEW_FILES`]: with the reserves of three listeners, these fit beside its log from 256 files on.
+const MIN_PLACES_FEW_FILES: Minimum = Minimum { grpc: 16, http: 4, peer: 8 };
+const FEW_FILES: u64 = 512;
+
+/// Places of the peer listener for each broker of this process, at least. Another broker takes two connections, and one more for each probe.
+const MIN_PEER_PER_BROKER: usize = 4;
 
 /// Most places that a listener counts: more than any system has open files.
 const MAX_PLACES: u64 = 1 << 30;
@@ -52,11 +65,19 @@ impl Room {
         let (brokers, listeners) = (brokers.max(1) as u64, if alone { 2 } else { 3 });
         let taken = (segments + listeners * RESERVE) * brokers + MIN_OTHER_FILES.max(files / 8);
         let each = usize::try_from((files.saturating_sub(taken) / brokers).min(MAX_PLACES)).unwrap_or(usize::MAX);
-        let http = (each / 8).clamp(MIN_HTTP, MAX_HTTP);
-        let peer = (!alone).then(|| (each / 8).clamp(MIN_PEER, MAX_PEER));
-        let grpc = each.saturating_sub(http + peer.unwrap_or(0)).max(MIN_GRPC);
+        let min = Minimum::of(files, alone);
+        let http = (each / 8).clamp(min.http, MAX_HTTP);
+        let min_peer = min.peer.max(MIN_PEER_PER_BROKER * usize::try_from(brokers).unwrap_or(MAX_PEER));
+        let peer = (!alone).then(|| (each / 8).min(MAX_PEER).max(min_peer));
+        let grpc = each.saturating_sub(http + peer.unwrap_or(0)).max(min.grpc);
         let bound = |places| Capacity { places, raised_by: "the limit of open files (ulimit -n, LimitNOFILE)" };
         Self { grpc: bound(grpc), http: bound(http), peer: peer.map(bound) }
+    }
+}
+
+impl Minimum {
+    const fn of(files: u64, alone: bool) -> Self {
+        if files < FEW_FILES && !alone { MIN_PLACES_FEW_FILES } else { MIN_PLACES }
     }
 }
 
@@ -68,24 +89,32 @@ mod tests {
     fn what_the_log_and_others_need_is_left() {
         for (files, segments, brokers, alone) in [
             (256, 128, 1, true),
+            (256, 128, 1, false),
+            (511, 255, 1, false),
+            (512, 256, 1, false),
             (1024, 512, 1, true),
             (1024, 512, 1, false),
             (1024, 512, 3, false),
             (1 << 20, 8192, 1, true),
             (1 << 20, 8192, 32, false),
+            (65_536, 8192, 32, false),
             (64, 64, 1, true),
             (64, 64, 1, false),
         ] {
             let Room { grpc, http, peer } = Room::with(files, segments, brokers, alone);
             let (grpc, http, peer) = (grpc.places, http.places, peer.map_or(0, |peer| peer.places));
-            assert!(grpc >= MIN_GRPC && http >= MIN_HTTP, "{files}: somebody is always served");
-            let (min_peer, listeners) = if alone { (0, 2) } else { (MIN_PEER, 3) };
+            let min = Minimum::of(files, alone);
+            assert!(grpc >= min.grpc && http >= min.http, "{files}: somebody is always served");
+            let (min_peer, listeners) = if alone { (0, 2) } else { (min.peer.max(4 * brokers), 3) };
             assert_eq!(peer == 0, alone);
+            assert!(alone || peer >= 2 * (brokers - 1), "{brokers} brokers: two connections of each other one");
             let brokers = brokers as u64;
             let own = (segments + listeners * RESERVE) * brokers + MIN_OTHER_FILES;
             let taken = (grpc + http + peer) as u64 * brokers + own;
-            let least = own + (MIN_GRPC + MIN_HTTP + min_peer) as u64 * brokers;
-            assert!(taken <= files.max(least), "{files} files for {brokers}: {grpc}, {http} and {peer}");
+            let least = own + (min.grpc + min.http + min_peer) as u64 * brokers;
+            // A broker of its own fits from 256 files on; what `dev --brokers` starts shares the limit.
+            let bound = if brokers == 1 && files >= 256 { files } else { files.max(least) };
+            assert!(taken <= bound, "{files} files for {brokers}: {grpc}, {http} and {peer}");
         }
         let places = |files, segments, alone| {
             let Room { grpc, http, peer } = Room::with(files, segments, 1, alone);
@@ -95,5 +124,13 @@ mod tests {
         assert_eq!(places(1024, 512, false), (262, 43, Some(43)));
         assert_eq!(places(1 << 20, 8192, false), (907_996, 256, Some(1024)));
         assert_eq!(places(256, 128, true), (32, 8, None));
+        assert_eq!(places(256, 128, false), (16, 4, Some(8)));
+    }
+
+    /// Half of the places were one address's, and 32 the fewest: of 32 brokers on one machine seven links were refused for ever.
+    #[test]
+    fn many_brokers_in_one_process_have_peer_places_for_each_other() {
+        let peer = Room::with(65_536, 8192, 32, false).peer.expect("they are several").places;
+        assert!(peer >= 62, "two connections of 31 others each: {peer}");
     }
 }

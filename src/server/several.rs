@@ -63,10 +63,7 @@ pub async fn run_several(
     shutdown: impl Future<Output = ()>,
     ready: impl FnOnce(&[Ready]),
 ) -> anyhow::Result<()> {
-    let mut ports = Vec::with_capacity(configs.len());
-    for config in &configs {
-        ports.push(take(config).await?);
-    }
+    let ports = take_ports(&configs).await?;
     for config in &configs {
         config.prepare_data_dir()?;
     }
@@ -106,13 +103,21 @@ pub async fn run_several(
     outcome.and(stopped.map(|_| ()))
 }
 
-/// Takes a broker's ports: the likeliest mistake, found before any data is touched.
-async fn take(config: &Config) -> anyhow::Result<Ports> {
-    let grpc = listen::listen(config.grpc.listen, "gRPC", "--listen").await?;
-    let http = listen::listen(config.http.listen, "HTTP", "--http").await?;
-    let peer = listen_for_peers(config).await?;
-    let endpoints = endpoints(config, &grpc, &http, Some(&peer))?;
-    Ok(Ports { grpc, http, peer, endpoints })
+/// Takes the brokers' ports: the likeliest mistake, found before any data is touched.
+async fn take_ports(configs: &[Config]) -> anyhow::Result<Vec<Ports>> {
+    let mut fixed = Vec::with_capacity(configs.len());
+    for config in configs {
+        let grpc = listen::listen(config.grpc.listen, "gRPC", "--listen").await?;
+        fixed.push((grpc, listen::listen(config.http.listen, "HTTP", "--http").await?));
+    }
+    // The system chooses these: after the fixed ones, so that it gives none of those away.
+    let mut ports = Vec::with_capacity(configs.len());
+    for (config, (grpc, http)) in configs.iter().zip(fixed) {
+        let peer = listen_for_peers(config).await?;
+        let endpoints = endpoints(config, &grpc, &http, Some(&peer))?;
+        ports.push(Ports { grpc, http, peer, endpoints });
+    }
+    Ok(ports)
 }
 
 /// Starts all of them at the same time: those that started, why another one did not, and whether all were told to stop meanwhile.

@@ -35,7 +35,7 @@ const GRPC_PLACES: usize = 32;
 
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
 
-fn runtime() -> tokio::runtime::Runtime {
+pub(super) fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime")
 }
 
@@ -50,15 +50,15 @@ pub(super) async fn hold(address: SocketAddr) -> Result<(LogClient<Channel>, imp
 }
 
 /// An attacker on a machine of its own, who holds as many connections as he gets, with a stream on each, until the value goes.
-struct Attacker {
-    refusals: Vec<Fault>,
-    held: usize,
+pub(super) struct Attacker {
+    pub(super) refusals: Vec<Fault>,
+    pub(super) held: usize,
     end: Option<mpsc::SyncSender<()>>,
     thread: Option<thread::JoinHandle<()>>,
 }
 
 impl Attacker {
-    fn begin(machine: &str, address: SocketAddr, tries: usize) -> Self {
+    pub(super) fn begin(machine: &str, address: SocketAddr, tries: usize) -> Self {
         let (end, ended) = mpsc::sync_channel(1);
         let (tell, told) = mpsc::sync_channel(1);
         let machine = machine.to_owned();
