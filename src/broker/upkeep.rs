@@ -233,9 +233,8 @@ async fn tick(broker: Arc<Broker>) {
         if retention {
             retention_at = began + broker.settings.retention_interval;
         }
-        let now_ms = clock::wall_ms();
         for partition in broker.hosted.open() {
-            if partition.seal_is_due(now_ms) || (retention && partition.holds_any()) {
+            if partition.seal_is_due(began) || (retention && partition.holds_any()) {
                 broker.upkeep_queue.push(partition.id());
             }
         }

@@ -10,7 +10,7 @@ use super::{
 };
 use crate::model::{Offset, PartitionId, TopicId};
 
-const MAGIC: &[u8; 8] = b"STRLCKP2";
+const MAGIC: &[u8; 8] = b"STRLCKP3";
 pub(super) const NAME: &str = "checkpoint";
 
 /// All that a data directory knew at one moment.

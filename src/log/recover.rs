@@ -200,7 +200,11 @@ impl Recovery<'_> {
         let file = self.core.disk.open(&self.dir.join(name(info.base, "log")), Mode::Read)?;
         let ReplicaRecord { epochs, producers, .. } = &mut self.record;
         let epoch = epochs.last().map(|(epoch, _)| epoch);
+        // Appends that no checkpoint knows. A replay of the journal writes only what is missing, so the file's time is that of the last
+        // append, or a later one.
+        let modified_ms = file.modified_ms()?.min(clock::wall_ms());
         let end = segment::scan(&*file, len, info.bytes, info.end, epoch, |_, batch| {
+            info.note_write(modified_ms);
             note(epochs, producers, batch);
             info.note(batch);
         })?;
@@ -249,9 +253,9 @@ pub(super) fn tables_at(
     let holding = segments.iter().rposition(|info| info.base <= to).unwrap_or(0);
     let bases: Vec<Offset> = segments[..=holding].iter().map(|info| info.base).collect();
     let (start, mut tables) = Snapshot::read_last(&*core.disk, dir, &bases)?;
-    let mut last = SegmentInfo::empty(segments[holding].base, segments[holding].created_ms);
+    let mut last = segments[holding].emptied();
     for info in &segments[start..=holding] {
-        last = SegmentInfo::empty(info.base, info.created_ms);
+        last = info.emptied();
         if info.bytes == 0 || last.base >= to {
             continue;
         }

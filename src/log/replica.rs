@@ -276,6 +276,7 @@ impl Replica {
         let mut state = self.shared.state();
         let State { segments, epochs, producers, index, .. } = &mut *state;
         let info = &mut segments.last_mut().expect("a log has an active segment").info;
+        info.note_write(clock::wall_ms());
         for batch in batches {
             if let Some(index) = index {
                 index.note(batch.base_offset(), info.bytes, info.max_timestamp);
@@ -332,14 +333,11 @@ impl Replica {
         }
     }
 
-    /// Whether the active segment should be sealed before `next_bytes` more are appended: it would grow beyond `segment_bytes`, or
-    /// its first record is older than `segment_age`. An empty segment never is.
-    pub fn should_roll(&self, segment_bytes: u64, segment_age: Duration, now_ms: i64, next_bytes: usize) -> bool {
-        let info = self.active();
-        let age = u64::try_from(now_ms.saturating_sub(info.created_ms)).unwrap_or(0);
-        let bytes = info.bytes + next_bytes as u64;
-        info.bytes > 0
-            && (bytes > segment_bytes.min(MAX_SEGMENT_BYTES) || u128::from(age) >= segment_age.as_millis().max(1))
+    /// Whether the active segment would grow beyond `segment_bytes` with `next_bytes` more, and so should be sealed before. An empty segment
+    /// never is.
+    pub fn is_full(&self, segment_bytes: u64, next_bytes: usize) -> bool {
+        let bytes = self.active().bytes;
+        bytes > 0 && bytes + next_bytes as u64 > segment_bytes.min(MAX_SEGMENT_BYTES)
     }
 
     /// Seals the active segment: the next append begins a new one. Nothing happens where it is empty.

@@ -29,13 +29,38 @@ pub struct SegmentInfo {
     pub first_epoch: Option<LeaderEpoch>,
     /// Epoch of its last batch; `None` when empty.
     pub last_epoch: Option<LeaderEpoch>,
-    /// When it was made, in milliseconds since 1970 by this machine's clock.
+    /// When it took its first batch, in milliseconds since 1970 by this machine's clock; while it is empty, when it was made.
     pub created_ms: i64,
+    /// When it took its last batch. Only appends advance it: neither a restart nor what the records say.
+    pub written_ms: i64,
 }
 
 impl SegmentInfo {
-    pub(super) fn empty(base: Offset, created_ms: i64) -> Self {
-        Self { base, end: base, bytes: 0, max_timestamp: i64::MIN, first_epoch: None, last_epoch: None, created_ms }
+    pub(super) fn empty(base: Offset, now_ms: i64) -> Self {
+        let (created_ms, written_ms) = (now_ms, now_ms);
+        Self {
+            base,
+            end: base,
+            bytes: 0,
+            max_timestamp: i64::MIN,
+            first_epoch: None,
+            last_epoch: None,
+            created_ms,
+            written_ms,
+        }
+    }
+
+    /// The same segment before its first batch.
+    pub(super) fn emptied(&self) -> Self {
+        Self { written_ms: self.written_ms, ..Self::empty(self.base, self.created_ms) }
+    }
+
+    /// Batches were written to it at this time; they are not noted yet.
+    pub(super) fn note_write(&mut self, now_ms: i64) {
+        if self.bytes == 0 {
+            self.created_ms = now_ms;
+        }
+        self.written_ms = now_ms;
     }
 
     pub(super) fn note(&mut self, batch: &Batch) {
@@ -55,6 +80,7 @@ impl SegmentInfo {
         out.put_i32(epoch(self.first_epoch));
         out.put_i32(epoch(self.last_epoch));
         out.put_i64(self.created_ms);
+        out.put_i64(self.written_ms);
     }
 
     /// What [`Self::encode`] wrote; `None` for a range or a length that no segment has.
@@ -67,6 +93,7 @@ impl SegmentInfo {
             first_epoch: LeaderEpoch::from_i32(from.try_get_i32().ok()?),
             last_epoch: LeaderEpoch::from_i32(from.try_get_i32().ok()?),
             created_ms: from.try_get_i64().ok()?,
+            written_ms: from.try_get_i64().ok()?,
         };
         let empty = info.bytes == 0;
         // Positions are 32 bits wide.

@@ -146,7 +146,7 @@ pub const TOPIC_CONFIG_KEYS: &[ConfigKey] = &[
         name: "local.retention.ms",
         default: "86400000",
         allowed: "a number of milliseconds up to 2305843009213693951, -1 for no limit, or -2 for the value of retention.ms",
-        doc: "How long records stay on local disk once they are in the bucket.",
+        doc: "How long records stay on local disk once they are in the bucket, from when their segment was last written on, whatever their timestamps say.",
     },
     ConfigKey {
         name: "max.message.bytes",

@@ -73,11 +73,14 @@ mod upkeep;
 mod upkeep_queue;
 
 use std::{
-    sync::{Arc, Mutex, PoisonError, atomic::Ordering},
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
-use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
+use tokio::{
+    sync::{OwnedSemaphorePermit, mpsc, oneshot},
+    time::Instant,
+};
 
 use self::{
     actor::{Actor, Append, Command, News, Order, Parts},
@@ -316,10 +319,8 @@ impl Partition {
     }
 
     /// Whether its segments may need attention now: one is old enough to seal.
-    pub fn seal_is_due(&self, now_ms: i64) -> bool {
-        let since = self.shared.active_since_ms.load(Ordering::Relaxed);
-        let age = u128::from(u64::try_from(now_ms).unwrap_or(0).saturating_sub(since));
-        since != 0 && age >= self.shared.config().segment_age.as_millis()
+    pub fn seal_is_due(&self, now: Instant) -> bool {
+        self.shared.active_age(now).is_some_and(|age| age >= self.shared.config().segment_age)
     }
 
     /// Whether retention may find anything: records in either tier, or the files of some that were deleted.

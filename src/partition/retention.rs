@@ -7,7 +7,7 @@
 //! A plan that was carried out leaves nothing to plan: what lies below the log start counts for nothing any more, and so
 //! cannot push out what lies above it.
 
-use std::ops::Range;
+use std::{ops::Range, time::Duration};
 
 use crate::model::{Offset, TopicConfig};
 
@@ -28,6 +28,8 @@ pub struct Segment {
     pub bytes: u64,
     /// The youngest timestamp in it; where its records have none, the time at which it was written.
     pub youngest_ms: i64,
+    /// When its last batch was written, by the clock of the broker that wrote it, whatever its records say.
+    pub written_ms: i64,
 }
 
 /// Everything that the decision looks at.
@@ -47,8 +49,8 @@ pub struct Input<'a> {
     pub local: &'a [Segment],
     /// The active segment.
     pub active: Segment,
-    /// When the active segment took its first batch; `None` while it is empty.
-    pub active_since_ms: Option<i64>,
+    /// How long ago the active segment took its first batch, by the monotonic clock; `None` while it is empty.
+    pub active_age: Option<Duration>,
     /// The first segments in the bucket, in order, from `log_start`. Those after them matter only by their bytes: what
     /// they would add to this plan, a later one finds. Empty as well where the bucket cannot be asked: then nothing that
     /// lies behind its segments is deleted.
@@ -86,8 +88,8 @@ pub fn plan(input: &Input<'_>) -> Plan {
 }
 
 fn seal(input: &Input<'_>) -> bool {
-    let Some(since_ms) = input.active_since_ms else { return false };
-    let old_enough = age_ms(input.now_ms, since_ms) >= millis(input.config.segment_age);
+    let Some(age) = input.active_age else { return false };
+    let old_enough = age >= input.config.segment_age;
     let expired = input.config.retention.is_some_and(|limit| expired(input, input.active.youngest_ms, limit));
     old_enough || expired || (input.hurry && input.uploads)
 }
@@ -149,7 +151,7 @@ fn evict_below(input: &Input<'_>, kept_from: Offset) -> Option<Offset> {
     let mut below = None;
     for segment in input.local {
         let deleted = segment.end <= kept_from;
-        let too_old = input.config.local_retention.is_some_and(|limit| expired(input, segment.youngest_ms, limit));
+        let too_old = input.config.local_retention.is_some_and(|limit| expired(input, segment.written_ms, limit));
         let too_much = input.config.local_retention_bytes.is_some_and(|limit| local - segment.bytes >= limit);
         if !(deleted || (segment.end <= input.tiered_end && (too_old || too_much))) {
             break;
@@ -160,17 +162,13 @@ fn evict_below(input: &Input<'_>, kept_from: Offset) -> Option<Offset> {
     below
 }
 
-fn expired(input: &Input<'_>, youngest_ms: i64, limit: std::time::Duration) -> bool {
-    age_ms(input.now_ms, youngest_ms) > millis(limit)
+fn expired(input: &Input<'_>, since_ms: i64, limit: Duration) -> bool {
+    age_ms(input.now_ms, since_ms) > u64::try_from(limit.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// How old something is; 0 where the clock went back.
 fn age_ms(now_ms: i64, then_ms: i64) -> u64 {
     u64::try_from(now_ms.saturating_sub(then_ms)).unwrap_or(0)
-}
-
-fn millis(time: std::time::Duration) -> u64 {
-    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]
@@ -185,7 +183,7 @@ mod tests {
     }
 
     fn segment(base: u64, end: u64, bytes: u64, youngest_ms: i64) -> Segment {
-        Segment { base: at(base), end: at(end), bytes, youngest_ms }
+        Segment { base: at(base), end: at(end), bytes, youngest_ms, written_ms: youngest_ms }
     }
 
     fn config(pairs: &[(&str, &str)]) -> TopicConfig {
@@ -203,7 +201,7 @@ mod tests {
             high_watermark: end,
             local,
             active: segment(end.get(), end.get(), 0, 10_000),
-            active_since_ms: None,
+            active_age: None,
             tiered,
             tiered_bytes: tiered.iter().map(|segment| segment.bytes).sum(),
             uploads: config.tiered,
@@ -311,7 +309,7 @@ mod tests {
         let config = config(&[("retention.ms", "1000")]);
         let mut input = input(&config, &[], &[]);
         input.active = segment(0, 5, 10, 8_000);
-        input.active_since_ms = Some(8_000);
+        input.active_age = Some(Duration::from_secs(2));
         assert!(plan(&input).seal);
     }
 
@@ -333,11 +331,36 @@ mod tests {
         assert_eq!((plan.evict_below, plan.upload), (Some(at(10)), Some(at(10)..at(20))));
     }
 
+    /// One record from the future kept the disk full, and an old one emptied it at once.
+    #[test]
+    fn local_retention_counts_from_writing_whatever_records_say() {
+        let config = config(&[("local.retention.ms", "1000"), ("retention.ms", "-1")]);
+        for youngest_ms in [0, 9_900, 1 << 62, i64::MAX] {
+            let written = |written_ms| Segment { written_ms, ..segment(0, 10, 1, youngest_ms) };
+            let below = |local: Segment| plan(&input(&config, &[local], &[local])).evict_below;
+            assert_eq!(below(written(8_999)), Some(at(10)), "{youngest_ms}");
+            assert_eq!(below(written(9_000)), None, "{youngest_ms}");
+        }
+    }
+
+    #[test]
+    fn open_segment_is_sealed_by_its_age_and_not_by_the_wall_clock() {
+        let config = config(&[("segment.ms", "1000"), ("retention.ms", "-1")]);
+        for now_ms in [i64::MIN, 0, 10_000, i64::MAX] {
+            let seals = |age_ms| {
+                let mut input = input(&config, &[], &[]);
+                (input.now_ms, input.active_age) = (now_ms, Some(Duration::from_millis(age_ms)));
+                plan(&input).seal
+            };
+            assert!(!seals(999) && seals(1000), "{now_ms}");
+        }
+    }
+
     #[test]
     fn a_waiting_producer_hurries_the_seal() {
         let config = config(&[]);
         let mut input = input(&config, &[], &[]);
-        input.active_since_ms = Some(9_999);
+        input.active_age = Some(Duration::from_millis(1));
         assert!(!plan(&input).seal);
         input.hurry = true;
         assert!(plan(&input).seal);
@@ -365,7 +388,7 @@ mod tests {
                 high_watermark: self.high_watermark,
                 local: &self.local,
                 active: self.active,
-                active_since_ms: None,
+                active_age: None,
                 tiered: &self.tiered,
                 tiered_bytes: self.tiered.iter().map(|segment| segment.bytes).sum(),
                 uploads: false,

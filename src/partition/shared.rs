@@ -1,8 +1,11 @@
 //! What the partition's task publishes for everybody else: marks, standing, configuration, fault. Read without asking the task.
 
-use std::sync::{
-    Arc, Mutex, MutexGuard, PoisonError,
-    atomic::{AtomicBool, AtomicU64, Ordering},
+use std::{
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering},
+    },
+    time::Duration,
 };
 
 use arc_swap::ArcSwap;
@@ -29,8 +32,9 @@ pub(super) struct Shared {
     persisted_end: AtomicU64,
     log_end: AtomicU64,
     local_bytes: AtomicU64,
-    /// When the active segment took its first batch, in ms; 0 while it is empty.
-    pub(super) active_since_ms: AtomicU64,
+    opened: Instant,
+    /// When the active segment took its first batch, in ms from `opened` on; `i64::MAX` while it is empty.
+    active_since_ms: AtomicI64,
     closed: AtomicBool,
     /// Whether a member of the ISR is behind, so that the clock is to be asked.
     behind: AtomicBool,
@@ -60,7 +64,8 @@ impl Shared {
             persisted_end: AtomicU64::new(0),
             log_end: AtomicU64::new(0),
             local_bytes: AtomicU64::new(0),
-            active_since_ms: AtomicU64::new(0),
+            opened: clock::monotonic(),
+            active_since_ms: AtomicI64::new(i64::MAX),
             closed: AtomicBool::new(false),
             behind: AtomicBool::new(false),
             standing: ArcSwap::from_pointee(Standing::UNKNOWN),
@@ -116,6 +121,23 @@ impl Shared {
 
     pub(super) fn local_bytes(&self) -> u64 {
         self.local_bytes.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn set_active_since(&self, since: Option<Instant>) {
+        let ms = |time: Duration| i64::try_from(time.as_millis()).unwrap_or(i64::MAX - 1);
+        let since = since.map_or(i64::MAX, |since| match since.checked_duration_since(self.opened) {
+            Some(after) => ms(after),
+            None => -ms(self.opened.duration_since(since)),
+        });
+        self.active_since_ms.store(since, Ordering::Relaxed);
+    }
+
+    /// How long ago the active segment took its first batch; `None` while it is empty.
+    pub(super) fn active_age(&self, now: Instant) -> Option<Duration> {
+        let since = self.active_since_ms.load(Ordering::Relaxed);
+        let now = i64::try_from(now.saturating_duration_since(self.opened).as_millis()).unwrap_or(i64::MAX);
+        let age = u64::try_from(now.saturating_sub(since)).unwrap_or(0);
+        (since != i64::MAX).then(|| Duration::from_millis(age))
     }
 
     /// How far the log reaches.

@@ -287,6 +287,37 @@ async fn records_without_a_timestamp_are_as_old_as_their_segment_in_the_bucket_t
     tokio::time::timeout(Duration::from_secs(10), all_go).await.expect("all are a millisecond old before long");
 }
 
+/// A record of 2100 kept the disk's copy for ever, and one of 1970 gave it up at once.
+#[tokio::test(flavor = "multi_thread")]
+async fn local_copies_age_from_writing_whatever_their_records_say() {
+    for timestamp_ms in [1, 1 << 62] {
+        let dir = tempfile::tempdir().unwrap();
+        let bench = Bench::new(dir.path(), true).await;
+        let config = |local_ms| {
+            [
+                ("segment.bytes", "16384"),
+                ("retention.ms", "-1"),
+                ("message.timestamp.after.max.ms", "-1"),
+                ("local.retention.ms", local_ms),
+            ]
+        };
+        let partition = bench.open(&config("3600000")).await;
+        for n in 0..20u8 {
+            append_batch(&partition, batch_of(timestamp_ms, &[n; 4000]), Acks::All).await.unwrap();
+        }
+        bench.settle(&partition).await;
+        let marks = partition.marks();
+        assert!(marks.tiered_end > Offset::ZERO && marks.local_start == Offset::ZERO, "{timestamp_ms}: {marks:?}");
+        partition.configure(resolve(&config("1"))).await;
+        let all_go = async {
+            while partition.marks().local_start < marks.tiered_end {
+                bench.settle(&partition).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(10), all_go).await.expect("all are a millisecond old before long");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn durability_changes_on_a_live_topic() {
     let dir = tempfile::tempdir().unwrap();

@@ -34,7 +34,8 @@ const COMMIT_WITHIN: Duration = Duration::from_secs(1);
 pub(super) struct Local {
     pub(super) sealed: Vec<SegmentInfo>,
     pub(super) active: SegmentInfo,
-    pub(super) active_since_ms: Option<i64>,
+    /// How long ago the active segment took its first batch; `None` while it is empty.
+    pub(super) active_age: Option<Duration>,
     pub(super) awaits_tier: bool,
     /// The epoch in which it leads, and whether it is settled; `None` while it does not lead.
     pub(super) leads: Option<(LeaderEpoch, bool)>,
@@ -315,6 +316,7 @@ async fn plan(partition: &Partition, local: &Local) -> Result<Plan, UpkeepError>
             end: segment.stamp.end,
             bytes: segment.data_bytes,
             youngest_ms: youngest(segment.max_timestamp_ms, segment.created_ms),
+            written_ms: segment.created_ms,
         })
         .collect();
     let sealed: Vec<Segment> = local.sealed.iter().map(segment).collect();
@@ -326,7 +328,7 @@ async fn plan(partition: &Partition, local: &Local) -> Result<Plan, UpkeepError>
         high_watermark: marks.high_watermark,
         local: &sealed,
         active: segment(&local.active),
-        active_since_ms: local.active_since_ms,
+        active_age: local.active_age,
         tiered: &tiered,
         tiered_bytes: partition.tiered_bytes(),
         uploads: config.tiered && partition.tier.is_some() && local.leads.is_some_and(|(_, settled)| settled),
@@ -341,15 +343,15 @@ fn wants_tiered(config: &crate::model::TopicConfig) -> bool {
 }
 
 fn segment(info: &SegmentInfo) -> Segment {
-    let youngest_ms = youngest(info.max_timestamp, info.created_ms);
-    Segment { base: info.base, end: info.end, bytes: info.bytes, youngest_ms }
+    let youngest_ms = youngest(info.max_timestamp, info.written_ms);
+    Segment { base: info.base, end: info.end, bytes: info.bytes, youngest_ms, written_ms: info.written_ms }
 }
 
 /// What a segment's age counts from, on the disk and in the bucket. One of which nothing is known is as young as can be.
-fn youngest(max_timestamp: i64, created_ms: i64) -> i64 {
-    match (max_timestamp, created_ms) {
+fn youngest(max_timestamp: i64, written_ms: i64) -> i64 {
+    match (max_timestamp, written_ms) {
         (0.., _) => max_timestamp,
-        (_, 1..) => created_ms,
+        (_, 1..) => written_ms,
         _ => i64::MAX,
     }
 }

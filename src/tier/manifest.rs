@@ -57,7 +57,7 @@ pub struct SegmentLine {
     pub crc: u32,
     /// Largest timestamp of its records, in milliseconds.
     pub max_timestamp_ms: i64,
-    /// When it was begun, in milliseconds: its age where its records have no timestamps. 0 where nobody has said.
+    /// When its last batch was written to a disk, in milliseconds: its age where its records have no timestamps. 0 where nobody has said.
     pub created_ms: i64,
 }
 

@@ -49,9 +49,9 @@ impl SegmentSource {
         self.segment.info.bytes
     }
 
-    /// When it was begun, in milliseconds.
-    pub(super) fn created_ms(&self) -> i64 {
-        self.segment.info.created_ms
+    /// When its last batch was written, in milliseconds.
+    pub(super) fn written_ms(&self) -> i64 {
+        self.segment.info.written_ms
     }
 
     /// Where it lies, for messages.

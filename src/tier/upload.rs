@@ -220,7 +220,7 @@ impl<'a> Attempt<'a> {
             footer_bytes: u32::try_from(encoded.len()).expect("a footer is far below 4 GiB"),
             crc: crc32c::crc32c_append(footer.data_crc, &encoded),
             max_timestamp_ms: footer.max_timestamp_ms,
-            created_ms: self.source.created_ms(),
+            created_ms: self.source.written_ms(),
         };
         parts.extend([encoded]);
         line

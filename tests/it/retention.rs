@@ -1,7 +1,7 @@
 //! Retention of a log that is not uploaded: the newest data stays, the disk is given back, and neither a kill nor a restart
 //! changes what can be read.
 
-use std::path::Path;
+use std::{path::Path, time::Duration};
 
 use bytes::Bytes;
 use strandline::{
@@ -97,6 +97,32 @@ fn a_topic_that_is_not_uploaded_keeps_its_limit_and_gives_the_disk_back() {
 #[test]
 fn a_broker_without_an_object_store_keeps_the_limit_and_gives_the_disk_back() {
     runs(Home::new().without_object_store());
+}
+
+/// What no checkpoint knows of a segment is taken from its file: neither the restart nor the records' time counts.
+#[test]
+fn local_copy_is_as_old_as_its_file_after_a_kill() {
+    const DAY: Duration = Duration::from_secs(86_400);
+    let mut home = Home::new();
+    let broker = home.start();
+    let cli = home.cli();
+    let config = ["segment.bytes=65536", "retention.ms=-1", "local.retention.ms=86400000"];
+    cli.ok(&[&["topic", "create", "t"][..], &config.map(|set| ["--config", set]).concat()].concat());
+    cli.ok_with(&["produce", "t"], lines(20_000).as_bytes());
+    let tiered = eventually("segments are in the bucket", || {
+        let tiered = partition(&cli, "t")["tiered_end"].as_u64()?;
+        (tiered > 0).then_some(tiered)
+    });
+    assert_eq!(partition(&cli, "t")["local_start"], 0);
+    broker.kill9();
+    for path in files(&home.data_dir(), ".log") {
+        let file = std::fs::File::options().write(true).open(path).expect("a segment");
+        let modified = file.metadata().and_then(|metadata| metadata.modified()).expect("a time");
+        file.set_modified(modified - 2 * DAY).expect("the time is set");
+    }
+    let _broker = home.start();
+    let cli = home.cli();
+    eventually("the disk is given back", || (partition(&cli, "t")["local_start"].as_u64()? >= tiered).then_some(()));
 }
 
 /// A timestamp that a clock never shows.

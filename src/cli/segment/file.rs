@@ -30,7 +30,7 @@ const OTHERS: &[(&[u8], &str)] = &[
     (b"STRLOIX1", "an index"),
     (b"STRLTIX1", "a time index"),
     (b"STRLSNP2", "a snapshot"),
-    (b"STRLCKP2", "a checkpoint"),
+    (b"STRLCKP3", "a checkpoint"),
     (b"STRLJRN1", "a file of the journal"),
     (b"STMR", "a manifest"),
     (b"STMP", "a page of a manifest"),

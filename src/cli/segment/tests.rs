@@ -147,7 +147,7 @@ fn a_file_that_is_no_segment_is_not_called_damaged() {
     for (name, bytes, says) in [
         ("README.md", &b"# Strandline\n"[..], "is no segment file"),
         ("long.txt", &[b'x'; 500], "is no segment file"),
-        ("checkpoint", b"STRLCKP2 and more", "is a checkpoint, no segment file"),
+        ("checkpoint", b"STRLCKP3 and more", "is a checkpoint, no segment file"),
         ("00000000000000000000.index", b"STRLOIX1", "is an index, no segment file"),
     ] {
         let error = dumped_as(name, bytes).1.expect_err("refused");

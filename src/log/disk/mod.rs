@@ -134,6 +134,9 @@ pub trait File: Send + Sync {
     /// Its length in bytes.
     fn size(&self) -> io::Result<u64>;
 
+    /// When its bytes were last changed, in milliseconds since 1970 by the machine's clock.
+    fn modified_ms(&self) -> io::Result<i64>;
+
     /// Fills `buffer` from `at`; fewer bytes only at the end of the file.
     fn read_at(&self, buffer: &mut [u8], at: u64) -> io::Result<usize>;
 

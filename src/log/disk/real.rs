@@ -4,7 +4,7 @@ use std::{
     fs,
     io::{self, IoSlice, Write as _},
     ops::Range,
-    os::unix::fs::FileExt,
+    os::unix::fs::{FileExt, MetadataExt},
     path::{Path, PathBuf},
     sync::{
         Arc, PoisonError, RwLock,
@@ -167,6 +167,11 @@ struct RealFile {
 impl File for RealFile {
     fn size(&self) -> io::Result<u64> {
         Ok(self.file.metadata()?.len())
+    }
+
+    fn modified_ms(&self) -> io::Result<i64> {
+        let metadata = self.file.metadata()?;
+        Ok(metadata.mtime().saturating_mul(1000).saturating_add(metadata.mtime_nsec() / 1_000_000))
     }
 
     fn read_at(&self, buffer: &mut [u8], at: u64) -> io::Result<usize> {

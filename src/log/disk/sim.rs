@@ -15,6 +15,7 @@ use std::{
 };
 
 use super::{Disk, Entry, File, Mode};
+use crate::task::clock;
 
 const SECTOR: usize = 512;
 const PAGE: usize = 4096;
@@ -52,6 +53,7 @@ struct Content {
     rewrites: u64,
     /// What was written out, for tests.
     write_outs: Vec<Range<u64>>,
+    modified_ms: i64,
 }
 
 struct Change {
@@ -528,6 +530,10 @@ impl File for SimFile {
         Ok(self.disk.machine().content(self.id, self.boot)?.bytes.len() as u64)
     }
 
+    fn modified_ms(&self) -> io::Result<i64> {
+        Ok(self.disk.machine().content(self.id, self.boot)?.modified_ms)
+    }
+
     fn read_at(&self, buffer: &mut [u8], at: u64) -> io::Result<usize> {
         let mut machine = self.disk.machine();
         let bytes = &machine.content(self.id, self.boot)?.bytes;
@@ -540,6 +546,7 @@ impl File for SimFile {
     fn write_at(&self, slices: &[IoSlice<'_>], at: u64) -> io::Result<()> {
         let mut machine = self.disk.machine();
         machine.change()?;
+        machine.content(self.id, self.boot)?.modified_ms = clock::wall_ms();
         let mut at = usize::try_from(at).map_err(|_| io::ErrorKind::FileTooLarge)?;
         for slice in slices {
             // What fitted before the disk was full stays, as it does on a real one.
@@ -565,6 +572,7 @@ impl File for SimFile {
         let content = machine.content(self.id, self.boot)?;
         content.keep(len..content.bytes.len());
         content.bytes.truncate(len);
+        content.modified_ms = clock::wall_ms();
         Ok(())
     }
 

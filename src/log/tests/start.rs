@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::*;
+use crate::task::clock;
 
 /// Three sealed segments of three batches each, of two epochs and two producers, and the tables where each of them ends.
 fn three(log: &Log) -> (Replica, Vec<(EpochHistory, ProducerTable)>) {
@@ -204,4 +205,67 @@ fn a_reset_that_a_crash_cut_short_never_begins_with_other_tables() {
         }
     }
     assert_eq!(ends, BTreeSet::from([(at(0), false), (at(6), false), (at(6), true)]));
+}
+
+/// Waits until the wall clock shows a later time.
+fn later() -> i64 {
+    let before = clock::wall_ms();
+    while clock::wall_ms() <= before {
+        std::hint::spin_loop();
+    }
+    clock::wall_ms()
+}
+
+/// A restart made each segment as young as the restart where it was known by its records alone.
+#[test]
+fn written_time_of_a_segment_outlives_a_stop_and_a_crash() {
+    let times = |replica: &Replica| {
+        let segments = replica.sealed().into_iter().chain([replica.active()]);
+        segments.map(|info| (info.created_ms, info.written_ms)).collect::<Vec<_>>()
+    };
+    for clean in [true, false] {
+        let disk = SimDisk::new();
+        let log = open(&disk);
+        let mut replica = log.open_replica(partition(0), at(0)).unwrap();
+        let made = replica.active().written_ms;
+        let began = later();
+        write(&log, &mut replica, &[batch(0, 1, 1, 1 << 62, 1000)]);
+        later();
+        write(&log, &mut replica, &[batch(1, 1, 1, 1 << 62, 1000)]);
+        replica.roll().unwrap();
+        let sealed = later();
+        write(&log, &mut replica, &[batch(2, 1, 1, 5, 1000)]);
+        let before = times(&replica);
+        assert!(made < began && began <= before[0].0 && before[0].0 < before[0].1 && before[0].1 < sealed);
+        let stopped = later();
+        drop(replica);
+        if clean {
+            log.close().unwrap();
+            drop(log);
+        } else {
+            disk.crash(1);
+        }
+        let replica = open(&disk).open_replica(partition(0), at(0)).unwrap();
+        let after = times(&replica);
+        assert_eq!(after.len(), 2);
+        if clean {
+            assert_eq!(after, before);
+        }
+        assert!(after[0].1 <= sealed && after[1].1 <= stopped, "{after:?} were {before:?}");
+    }
+}
+
+#[test]
+fn written_time_outlives_a_cut() {
+    let disk = SimDisk::new();
+    let log = open(&disk);
+    let mut replica = log.open_replica(partition(0), at(0)).unwrap();
+    write(&log, &mut replica, &[batch(0, 1, 1, 5, 1000)]);
+    write(&log, &mut replica, &[batch(1, 1, 1, 5, 1000)]);
+    let before = replica.active();
+    later();
+    replica.truncate(at(1)).unwrap();
+    let after = replica.active();
+    assert_eq!((after.created_ms, after.written_ms), (before.created_ms, before.written_ms));
+    assert_eq!(after.end, at(1));
 }

@@ -14,7 +14,6 @@ use crate::{
         role::{Answered, FromLink, Joined},
     },
     record::Batch,
-    task::clock,
 };
 
 impl Actor {
@@ -155,7 +154,6 @@ impl Actor {
 
     /// Appends what was found to fit.
     fn copy(&mut self, mut batches: &[Batch]) {
-        let now_ms = clock::wall_ms();
         let most = usize::try_from(self.config.segment_bytes).map_or(GROUP_BYTES, |bytes| bytes.min(GROUP_BYTES));
         while !batches.is_empty() {
             let (mut count, mut bytes) = (0, 0);
@@ -167,7 +165,7 @@ impl Actor {
             }
             let (group, rest) = batches.split_at(count);
             batches = rest;
-            match self.write(group, bytes, now_ms) {
+            match self.write(group, bytes) {
                 Ok(()) => {}
                 Err(AppendError::StorageFailed { why }) => return self.fail(&why),
                 Err(error) => {

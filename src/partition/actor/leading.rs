@@ -16,6 +16,7 @@ use crate::{
         leader::{Acked, Admission, Held, Refused},
     },
     record::{Batch, Fingerprint, TimestampRange},
+    task::clock,
 };
 
 /// Why a write failed.
@@ -130,7 +131,7 @@ impl Actor {
         // A group lies in one segment, so it must not be larger than one may be.
         let most = usize::try_from(self.config.segment_bytes).map_or(GROUP_BYTES, |bytes| bytes.min(GROUP_BYTES));
         if leader.must_flush_before(&batch) || self.group_bytes + batch.encoded_len() > most {
-            self.complete(now_ms);
+            self.complete();
         }
         let writer = Writer { answer, permit: Some(permit), stored };
         let Part::Leading(leader) = &mut self.part else { unreachable!("appending changes no role") };
@@ -171,12 +172,12 @@ impl Actor {
     }
 
     /// Appends the group. Whatever happens, the group is empty afterwards and its writers wait or are answered.
-    pub(super) fn flush(&mut self, now_ms: i64) {
+    pub(super) fn flush(&mut self) {
         if self.group.is_empty() {
             return;
         }
         let group = std::mem::take(&mut self.group);
-        let written = self.write(&group, self.group_bytes, now_ms);
+        let written = self.write(&group, self.group_bytes);
         self.group = group;
         if let Err(AppendError::StorageFailed { why }) = &written {
             self.fail(why);
@@ -205,16 +206,16 @@ impl Actor {
     }
 
     /// Appends batches that make `bytes` together, in a new segment when the active one is full or old.
-    pub(super) fn write(&mut self, batches: &[Batch], bytes: usize, now_ms: i64) -> Result<(), AppendError> {
-        if self.replica.should_roll(self.config.segment_bytes, self.config.segment_age, now_ms, bytes) {
+    pub(super) fn write(&mut self, batches: &[Batch], bytes: usize) -> Result<(), AppendError> {
+        let now = clock::monotonic();
+        let is_old = self.active_since.is_some_and(|since| now.duration_since(since) >= self.config.segment_age);
+        if is_old || self.replica.is_full(self.config.segment_bytes, bytes) {
             self.seal()?;
         }
         self.replica.append(batches).map_err(append_error)?;
         #[cfg(feature = "sim")]
         batches.iter().for_each(|batch| self.tell_appended(batch));
-        if self.active_since_ms.is_none() {
-            self.active_since_ms = Some(now_ms);
-        }
+        self.active_since.get_or_insert(now);
         Ok(())
     }
 

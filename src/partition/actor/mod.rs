@@ -22,12 +22,12 @@ mod replicas;
 mod segments;
 mod timestamps;
 
-use std::{
-    io,
-    sync::{Arc, atomic::Ordering},
-};
+use std::{io, sync::Arc};
 
-use tokio::sync::{mpsc, oneshot};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::Instant,
+};
 
 pub use self::leading::{AppendError, AppendResult, BatchOrigin, Stored};
 pub(super) use self::{
@@ -134,7 +134,8 @@ pub(super) struct Actor {
     tiered_end: Offset,
     /// What is known as committed while nobody leads: what was when somebody did.
     committed_end: Offset,
-    active_since_ms: Option<i64>,
+    /// When the active segment took its first batch; `None` while it is empty.
+    active_since: Option<Instant>,
     /// Everything below is with the journal, or durable. Never above the log end.
     handed_end: Offset,
     group: Vec<Batch>,
@@ -179,7 +180,7 @@ impl Actor {
             log_start,
             tiered_end: parts.tiered_end,
             committed_end: parts.committed_end,
-            active_since_ms: (active.end > active.base).then_some(active.created_ms),
+            active_since: segments::active_since(&active),
             handed_end: replica.persisted_end(),
             replica: Seat::new(replica),
             group: Vec::new(),
@@ -285,18 +286,18 @@ impl Actor {
                 Command::Append(append) => self.append(*append, now_ms),
                 other => {
                     // It may take its time: writers that came before do not wait for it.
-                    self.complete(now_ms);
+                    self.complete();
                     self.administer(other).await;
                     now_ms = clock::wall_ms();
                 }
             }
         }
-        self.complete(now_ms);
+        self.complete();
     }
 
     /// Appends the group, hands it on, and answers whoever is due.
-    fn complete(&mut self, now_ms: i64) {
-        self.flush(now_ms);
+    fn complete(&mut self) {
+        self.flush();
         self.hand_to_journal();
         self.publish();
         self.answer();
@@ -316,7 +317,7 @@ impl Actor {
                 let _gone = answer.send(Local {
                     sealed: self.replica.sealed(),
                     active: self.replica.active(),
-                    active_since_ms: self.active_since_ms,
+                    active_age: self.active_since.map(|since| since.elapsed()),
                     awaits_tier: matches!(&self.part, Part::Leading(leader) if leader.awaits_tier()),
                     leads: match &self.part {
                         Part::Leading(leader) => Some((leader.epoch(), leader.in_sync().is_settled())),
@@ -373,8 +374,7 @@ impl Actor {
             self.upkeep.push(self.id);
         }
         self.shared.publish(marks, self.replica.bytes());
-        let since = self.active_since_ms.map_or(0, |ms| u64::try_from(ms).unwrap_or(1).max(1));
-        self.shared.active_since_ms.store(since, Ordering::Relaxed);
+        self.shared.set_active_since(self.active_since);
         let behind = matches!(&self.part, Part::Leading(leader) if leader.in_sync().is_behind());
         let has_given_up = self.has_given_up();
         self.shared.set_behind(behind || has_given_up);

@@ -6,16 +6,19 @@
 use std::{
     io,
     ops::{Deref, DerefMut},
+    time::Duration,
 };
+
+use tokio::time::Instant;
 
 use super::{
     Actor,
     leading::{AppendError, append_error},
 };
 use crate::{
-    log::{ChangeError, Replica, SegmentExport},
+    log::{ChangeError, Replica, SegmentExport, SegmentInfo},
     model::Offset,
-    task,
+    task::{self, clock},
 };
 
 /// Where the task keeps its replica. It is empty only while [`Seat::lend`] is under way.
@@ -55,18 +58,26 @@ impl DerefMut for Seat {
     }
 }
 
+/// When a segment took its first batch, by the monotonic clock; `None` while it is empty. Only at an opening and after a cut is the wall clock
+/// asked how long ago that was: where the clock went back meanwhile, the age counts from now.
+pub(super) fn active_since(info: &SegmentInfo) -> Option<Instant> {
+    let age = u64::try_from(clock::wall_ms().saturating_sub(info.created_ms)).unwrap_or(0);
+    let now = clock::monotonic();
+    (info.bytes > 0).then(|| now.checked_sub(Duration::from_millis(age)).unwrap_or(now))
+}
+
 impl Actor {
     /// Begins a new segment. What is written stays where it is.
     pub(super) fn seal(&mut self) -> Result<(), AppendError> {
         self.replica.roll().map_err(append_error)?;
-        self.active_since_ms = None;
+        self.active_since = None;
         self.upkeep.push(self.id);
         Ok(())
     }
 
     /// Seals what upkeep found old enough. Where that fails upkeep asks again.
     pub(super) fn seal_now(&mut self) {
-        if self.active_since_ms.is_some()
+        if self.active_since.is_some()
             && let Err(error) = self.seal()
         {
             tracing::warn!(topic = %self.topic, partition = %self.id, %error, "could not seal the segment; it is tried again");
@@ -86,12 +97,15 @@ impl Actor {
     ) -> bool {
         // Whoever reads it as a leader's log is told before that it is none any more, and readers of an end that falls.
         self.publish();
+        let active = self.replica.active();
         match self.replica.lend(change).await {
             Ok(()) => {
                 // What is left was synced with the cut, but an answer to a hand-over from before speaks of it no more.
                 self.handed_end = self.replica.persisted_end();
-                let active = self.replica.active();
-                self.active_since_ms = (active.end > active.base).then_some(active.created_ms);
+                let left = self.replica.active();
+                if left.base != active.base || left.bytes == 0 {
+                    self.active_since = active_since(&left);
+                }
                 self.publish();
                 true
             }

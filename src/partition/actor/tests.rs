@@ -69,7 +69,7 @@ fn write(actor: &mut Actor) -> Receiver<AppendResult> {
     let batch = builder.finish(None).unwrap();
     let origin = BatchOrigin { fingerprint: None, timestamps: batch.timestamp_range() };
     actor.append(Append { batch, origin, acks: Acks::All, permit, answer, stored: None }, 1000);
-    actor.complete(1000);
+    actor.complete();
     receiver
 }
 
@@ -181,4 +181,22 @@ fn what_was_persisted_before_a_cut_is_not_believed_after_it() {
     assert!(log.journal_step());
     hear(&mut actor);
     assert_eq!(written.try_recv().unwrap().unwrap().end.get(), 2);
+}
+
+/// After the wall clock went back a day nothing was sealed by age for a day.
+#[tokio::test(start_paused = true)]
+async fn open_segment_ages_by_the_monotonic_clock() {
+    let log = open_log();
+    let mut actor = open(&log);
+    let is_due = |actor: &Actor| {
+        let age = actor.shared.active_age(clock::monotonic());
+        age.is_some_and(|age| age >= actor.config.segment_age)
+    };
+    assert!(actor.shared.active_age(clock::monotonic()).is_none(), "it is empty");
+    drop(write(&mut actor));
+    assert!(!is_due(&actor));
+    tokio::time::advance(actor.config.segment_age).await;
+    assert!(is_due(&actor));
+    drop(write(&mut actor));
+    assert_eq!((actor.replica.sealed().len(), is_due(&actor)), (1, false), "the next append began another one");
 }
