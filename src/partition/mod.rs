@@ -313,6 +313,11 @@ impl Partition {
         self.tier.as_ref().map_or(0, PartitionTier::bytes)
     }
 
+    /// Segments with timestamps that are still to come, as the last plan found them; 0 while this broker does not lead.
+    pub fn future_segments(&self) -> u64 {
+        self.shared.future_segments()
+    }
+
     /// Why it takes no writes, when it takes none.
     pub fn fault(&self) -> Option<Arc<str>> {
         self.shared.fault()

@@ -26,10 +26,23 @@ pub struct Segment {
     pub end: Offset,
     /// Its bytes.
     pub bytes: u64,
-    /// The youngest timestamp in it; where its records have none, the time at which it was written.
-    pub youngest_ms: i64,
-    /// When its last batch was written, by the clock of the broker that wrote it, whatever its records say.
+    /// The largest timestamp of its records; negative where they have none.
+    pub max_timestamp_ms: i64,
+    /// When its last batch was written, by the clock of the broker that wrote it, whatever its records say; `i64::MAX` where that is not
+    /// known.
     pub written_ms: i64,
+}
+
+impl Segment {
+    /// What `retention.ms` counts from: the largest timestamp of its records, unless they have none or it lies in the future.
+    fn counts_from(&self, now_ms: i64) -> i64 {
+        if (0..=now_ms).contains(&self.max_timestamp_ms) { self.max_timestamp_ms } else { self.written_ms }
+    }
+
+    /// Whether a record in it has a timestamp that is still to come.
+    pub fn is_in_future(&self, now_ms: i64) -> bool {
+        self.max_timestamp_ms > now_ms
+    }
 }
 
 /// Everything that the decision looks at.
@@ -90,7 +103,8 @@ pub fn plan(input: &Input<'_>) -> Plan {
 fn seal(input: &Input<'_>) -> bool {
     let Some(age) = input.active_age else { return false };
     let old_enough = age >= input.config.segment_age;
-    let expired = input.config.retention.is_some_and(|limit| expired(input, input.active.youngest_ms, limit));
+    let expired =
+        input.config.retention.is_some_and(|limit| expired(input, input.active.counts_from(input.now_ms), limit));
     old_enough || expired || (input.hurry && input.uploads)
 }
 
@@ -101,6 +115,13 @@ fn only_local<'a>(input: &Input<'a>) -> impl Iterator<Item = Segment> + use<'a> 
     let held_from = tiered_end.max(input.log_start);
     let held = input.local.iter().filter(move |segment| segment.end > held_from);
     held.map(move |segment| Segment { bytes: if segment.base < tiered_end { 0 } else { segment.bytes }, ..*segment })
+}
+
+/// How many segments hold records with timestamps that are still to come.
+pub fn in_future(input: &Input<'_>) -> u64 {
+    let tiered = input.tiered.iter().filter(|segment| segment.end > input.log_start).copied();
+    let all = tiered.chain(only_local(input)).chain([input.active]);
+    all.filter(|segment| segment.is_in_future(input.now_ms)).count() as u64
 }
 
 /// The oldest segments of the log: those in the bucket, then, where these are all, those that only the disk has.
@@ -117,7 +138,8 @@ fn log_start(input: &Input<'_>) -> Option<Offset> {
     let mut total = tiered_bytes.saturating_add(local_bytes).saturating_add(input.active.bytes);
     let mut start = None;
     for segment in oldest(input) {
-        let too_old = input.config.retention.is_some_and(|limit| expired(input, segment.youngest_ms, limit));
+        let too_old =
+            input.config.retention.is_some_and(|limit| expired(input, segment.counts_from(input.now_ms), limit));
         let too_much = input.config.retention_bytes.is_some_and(|limit| total.saturating_sub(segment.bytes) >= limit);
         if !(too_old || too_much) || segment.end > input.high_watermark {
             break;
@@ -182,8 +204,9 @@ mod tests {
         Offset::new(offset).unwrap()
     }
 
+    /// Written when its youngest record was made.
     fn segment(base: u64, end: u64, bytes: u64, youngest_ms: i64) -> Segment {
-        Segment { base: at(base), end: at(end), bytes, youngest_ms, written_ms: youngest_ms }
+        Segment { base: at(base), end: at(end), bytes, max_timestamp_ms: youngest_ms, written_ms: youngest_ms }
     }
 
     fn config(pairs: &[(&str, &str)]) -> TopicConfig {
@@ -304,6 +327,45 @@ mod tests {
         assert_eq!(plan(&input(&config, &local, &[])).log_start, Some(at(10)));
     }
 
+    /// One record of 2100 kept all that followed it, in both tiers.
+    #[test]
+    fn timestamp_in_the_future_neither_holds_back_nor_expires() {
+        let config = config(&[("retention.ms", "1000")]);
+        for max_timestamp_ms in [-1, 10_001, 1 << 62, i64::MAX] {
+            let odd = |base, end, written_ms| Segment { max_timestamp_ms, written_ms, ..segment(base, end, 1, 0) };
+            let start = |written_ms| {
+                let both = [odd(0, 10, written_ms), segment(10, 20, 1, 8_000)];
+                let in_bucket = plan(&input(&config, &both, &both)).log_start;
+                let mut on_disk = input(&config, &both, &[]);
+                on_disk.uploads = false;
+                assert_eq!(plan(&on_disk).log_start, in_bucket);
+                in_bucket
+            };
+            assert_eq!(start(8_999), Some(at(20)), "{max_timestamp_ms}");
+            for young in [9_000, 10_000, 20_000, i64::MAX] {
+                assert_eq!(start(young), None, "{max_timestamp_ms} written at {young}");
+            }
+            let mut open = input(&config, &[], &[]);
+            (open.active, open.active_age) = (odd(0, 5, 8_999), Some(Duration::from_millis(1)));
+            assert!(plan(&open).seal, "{max_timestamp_ms}");
+            open.active.written_ms = 9_000;
+            assert!(!plan(&open).seal, "{max_timestamp_ms}");
+        }
+    }
+
+    #[test]
+    fn segments_with_timestamps_in_the_future_are_counted_once() {
+        let config = config(&[]);
+        let (old, future) = (|base, end| segment(base, end, 1, 10_000), |base, end| segment(base, end, 1, 10_001));
+        let both = [old(0, 10), future(10, 20), old(20, 30)];
+        let mut input = input(&config, &both, &both[..2]);
+        assert_eq!(in_future(&input), 1);
+        input.active = future(30, 40);
+        assert_eq!(in_future(&input), 2);
+        input.log_start = at(20);
+        assert_eq!(in_future(&input), 1);
+    }
+
     #[test]
     fn an_expired_active_segment_is_sealed_so_that_it_can_go() {
         let config = config(&[("retention.ms", "1000")]);
@@ -335,11 +397,11 @@ mod tests {
     #[test]
     fn local_retention_counts_from_writing_whatever_records_say() {
         let config = config(&[("local.retention.ms", "1000"), ("retention.ms", "-1")]);
-        for youngest_ms in [0, 9_900, 1 << 62, i64::MAX] {
-            let written = |written_ms| Segment { written_ms, ..segment(0, 10, 1, youngest_ms) };
+        for max_timestamp_ms in [-1, 0, 9_900, 1 << 62, i64::MAX] {
+            let written = |written_ms| Segment { written_ms, ..segment(0, 10, 1, max_timestamp_ms) };
             let below = |local: Segment| plan(&input(&config, &[local], &[local])).evict_below;
-            assert_eq!(below(written(8_999)), Some(at(10)), "{youngest_ms}");
-            assert_eq!(below(written(9_000)), None, "{youngest_ms}");
+            assert_eq!(below(written(8_999)), Some(at(10)), "{max_timestamp_ms}");
+            assert_eq!(below(written(9_000)), None, "{max_timestamp_ms}");
         }
     }
 
@@ -418,6 +480,11 @@ mod tests {
         }
     }
 
+    /// Largest timestamps: none, past ones, and some that are still to come.
+    fn times() -> impl Strategy<Value = i64> {
+        prop_oneof![8 => 0i64..20_000, 1 => Just(-1), 1 => 20_001i64..=i64::MAX]
+    }
+
     fn limit() -> impl Strategy<Value = Option<u64>> {
         prop_oneof![Just(None), (0u64..1500).prop_map(Some)]
     }
@@ -425,8 +492,8 @@ mod tests {
     prop_compose! {
         /// One log in two tiers, whose segments need not be cut at the same offsets.
         fn worlds()(
-            local in prop::collection::vec((1u64..20, 0u64..200, 0i64..20_000), 0..12),
-            tiered in prop::collection::vec((1u64..20, 0u64..200, 0i64..20_000), 0..12),
+            local in prop::collection::vec((1u64..20, 0u64..200, times(), 0i64..20_000), 0..12),
+            tiered in prop::collection::vec((1u64..20, 0u64..200, times(), 0i64..20_000), 0..12),
             evicted in 0usize..4,
             start in 0u64..60,
             committed in 0u64..300,
@@ -434,11 +501,11 @@ mod tests {
             bytes in (limit(), limit()),
             times in (any::<Option<u16>>(), any::<Option<u16>>()),
         ) -> World {
-            let chain = |sizes: &[(u64, u64, i64)]| {
+            let chain = |sizes: &[(u64, u64, i64, i64)]| {
                 let mut next = 0;
-                let segments = sizes.iter().map(|&(records, bytes, youngest)| {
+                let segments = sizes.iter().map(|&(records, bytes, youngest, written_ms)| {
                     next += records;
-                    segment(next - records, next, bytes, youngest)
+                    Segment { written_ms, ..segment(next - records, next, bytes, youngest) }
                 });
                 segments.collect::<Vec<_>>()
             };

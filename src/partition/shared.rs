@@ -35,6 +35,8 @@ pub(super) struct Shared {
     opened: Instant,
     /// When the active segment took its first batch, in ms from `opened` on; `i64::MAX` while it is empty.
     active_since_ms: AtomicI64,
+    /// Segments with timestamps that are still to come, as the last plan of its leader found them.
+    future_segments: AtomicU64,
     closed: AtomicBool,
     /// Whether a member of the ISR is behind, so that the clock is to be asked.
     behind: AtomicBool,
@@ -66,6 +68,7 @@ impl Shared {
             local_bytes: AtomicU64::new(0),
             opened: clock::monotonic(),
             active_since_ms: AtomicI64::new(i64::MAX),
+            future_segments: AtomicU64::new(0),
             closed: AtomicBool::new(false),
             behind: AtomicBool::new(false),
             standing: ArcSwap::from_pointee(Standing::UNKNOWN),
@@ -138,6 +141,14 @@ impl Shared {
         let now = i64::try_from(now.saturating_duration_since(self.opened).as_millis()).unwrap_or(i64::MAX);
         let age = u64::try_from(now.saturating_sub(since)).unwrap_or(0);
         (since != i64::MAX).then(|| Duration::from_millis(age))
+    }
+
+    pub(super) fn set_future_segments(&self, count: u64) {
+        self.future_segments.store(count, Ordering::Relaxed);
+    }
+
+    pub(super) fn future_segments(&self) -> u64 {
+        self.future_segments.load(Ordering::Relaxed)
     }
 
     /// How far the log reaches.

@@ -4,6 +4,10 @@
 //! files. A crash between any two leaves an object that nobody names, or files below the log start, and the next try begins
 //! anew: every step is planned from what is there.
 //!
+//! The log start moves in the metadata store first, which asks nothing of the bucket; then what lies below it leaves the disk, and the
+//! manifest follows. Uploads come last, and a step that cannot upload ends: so a bucket that is away keeps nothing on the disk that
+//! nobody may read.
+//!
 //! Only the leader uploads and moves the log start. A follower seals by age, and lets go what its leader committed to the bucket.
 
 use std::{ops::Range, time::Duration};
@@ -21,7 +25,7 @@ use crate::{
     log::SegmentInfo,
     model::{LeaderEpoch, Offset, Watermarks},
     task::{clock, random},
-    tier::{self, PartitionTier, SegmentSource, Staged, Staging, TierState},
+    tier::{self, PartitionTier, ReadError, SegmentSource, Staged, Staging, TierState},
 };
 
 /// How many segments of the bucket one plan looks at.
@@ -29,6 +33,9 @@ const TIERED_PER_PLAN: usize = 256;
 
 /// How long what has been uploaded waits for what is uploaded after it, to be committed with it: `acks=tiered` waits for the commit.
 const COMMIT_WITHIN: Duration = Duration::from_secs(1);
+
+/// How long an upload is tried on while the store is away, before the partition is planned again.
+const RETRY_WITHIN: Duration = Duration::from_secs(2);
 
 /// What the partition's task says of its segments.
 pub(super) struct Local {
@@ -82,7 +89,7 @@ pub enum UpkeepError {
 impl UpkeepError {
     /// Whether the object store or the metadata store does not answer. That is said where it is noticed, once for all partitions.
     pub fn is_outage(&self) -> bool {
-        use tier::{ClaimError, ReadError, StoreError, UploadError};
+        use tier::{ClaimError, StoreError, UploadError};
         let away = |error: &StoreError| matches!(error, StoreError::Unavailable { .. } | StoreError::Denied { .. });
         match self {
             Self::Upload(UploadError::Store(error) | UploadError::Claim(ClaimError::Store(error))) => away(error),
@@ -153,7 +160,7 @@ impl Upkeep {
 
     async fn planned_step(&self, partition: &Partition) -> Result<Step, UpkeepError> {
         let local = local(partition).await?;
-        let plan = plan(partition, &local).await?;
+        let Planned { plan, removed_bytes, manifest } = plan(partition, &local).await;
         // What is committed is committed in the epoch that the plan was made in: who is deposed meanwhile is refused.
         let epoch = local.leads.map(|(epoch, _)| epoch).unwrap_or_default();
         if plan.seal {
@@ -162,32 +169,47 @@ impl Upkeep {
             let more = partition.fault().is_none();
             return Ok(Step { more, only_sealed: true, uploaded: Uploaded::default() });
         }
-        if let Some(start) = plan.log_start {
-            self.move_log_start(partition, start, epoch).await?;
-        }
-        let mut uploaded = Uploaded::default();
-        if plan.upload.is_some() {
-            self.commits.accepts(partition.id).await?;
-        }
-        if let (Some(bases), Some(tier)) = (&plan.upload, &partition.tier) {
-            uploaded = self.upload(partition, tier, bases, &local, epoch).await?;
-        }
+        let moved = match plan.log_start {
+            Some(start) => self.move_log_start(partition, start, removed_bytes, epoch).await,
+            None => Ok(()),
+        };
         if let Some(below) = plan.evict_below {
+            let marks = partition.marks();
+            // Where the log start could not move, what lies below the committed one goes all the same.
+            let below = if moved.is_ok() { below } else { below.min(marks.tiered_end.max(marks.log_start)) };
             partition.command(Command::Evict(below)).await;
         }
-        let more = plan.upload.is_some() || plan.log_start.is_some();
-        Ok(Step { more, only_sealed: false, uploaded })
+        moved?;
+        if plan.log_start.is_some() {
+            return Ok(Step { more: true, only_sealed: false, uploaded: Uploaded::default() });
+        }
+        let lags = manifest?;
+        match (&plan.upload, &partition.tier) {
+            (Some(bases), Some(tier)) => {
+                self.commits.accepts(partition.id).await?;
+                let uploaded = self.upload(partition, tier, bases, &local, epoch).await?;
+                Ok(Step { more: true, only_sealed: false, uploaded })
+            }
+            (None, Some(tier)) if lags => {
+                let staged = tier.stage_trim(epoch).await?;
+                self.commit(partition, tier, staged, epoch).await?;
+                Ok(Step { more: true, only_sealed: false, uploaded: Uploaded::default() })
+            }
+            _ => Ok(Step { more: false, only_sealed: false, uploaded: Uploaded::default() }),
+        }
     }
 
+    /// Moves it in the metadata store. `removed_bytes` are those of the bucket's segments that lie wholly below it.
     async fn move_log_start(
         &self,
         partition: &Partition,
         start: Offset,
+        removed_bytes: u64,
         epoch: LeaderEpoch,
     ) -> Result<(), UpkeepError> {
         match &partition.tier {
             Some(tier) => {
-                let staged = tier.stage_trim(start, epoch).await?;
+                let staged = tier.stage_log_start(start, removed_bytes, epoch)?;
                 self.commit(partition, tier, staged, epoch).await?;
             }
             None => {
@@ -210,24 +232,11 @@ impl Upkeep {
         local: &Local,
         epoch: LeaderEpoch,
     ) -> Result<Uploaded, UpkeepError> {
-        let began = clock::monotonic();
-        let mut staging = tier.staging(epoch).await?;
-        let mut uploaded = Uploaded::default();
-        for info in local.sealed.iter().filter(|info| bases.contains(&info.base)) {
-            if uploaded.segments > 0 && began.elapsed() > COMMIT_WITHIN {
-                break;
-            }
-            match add(partition, &mut staging, info).await {
-                Err(error) if uploaded.segments > 0 => {
-                    tracing::debug!(partition = %partition.id, base = %info.base, %error, "committing what is there already");
-                    break;
-                }
-                added => added?,
-            }
-            uploaded.segments += 1;
-            uploaded.bytes += info.bytes;
-        }
-        let staged = staging.finish().await?;
+        let (staged, uploaded) = tokio::select! {
+            biased;
+            staged = stage(partition, tier, bases, local, epoch) => staged?,
+            error = tier.until_away_for(RETRY_WITHIN) => return Err(UpkeepError::Upload(error.into())),
+        };
         let end = staged.state().tiered_end;
         self.commit(partition, tier, staged, epoch).await?;
         tracing::debug!(partition = %partition.id, base = %bases.start, %end, uploaded.segments, "segments are in the bucket");
@@ -277,6 +286,34 @@ impl Upkeep {
     }
 }
 
+/// Uploads the segments that begin in `bases`, for one commit.
+async fn stage(
+    partition: &Partition,
+    tier: &PartitionTier,
+    bases: &Range<Offset>,
+    local: &Local,
+    epoch: LeaderEpoch,
+) -> Result<(Staged, Uploaded), UpkeepError> {
+    let began = clock::monotonic();
+    let mut staging = tier.staging(epoch).await?;
+    let mut uploaded = Uploaded::default();
+    for info in local.sealed.iter().filter(|info| bases.contains(&info.base)) {
+        if uploaded.segments > 0 && began.elapsed() > COMMIT_WITHIN {
+            break;
+        }
+        match add(partition, &mut staging, info).await {
+            Err(error) if uploaded.segments > 0 => {
+                tracing::debug!(partition = %partition.id, base = %info.base, %error, "committing what is there already");
+                break;
+            }
+            added => added?,
+        }
+        uploaded.segments += 1;
+        uploaded.bytes += info.bytes;
+    }
+    Ok((staging.finish().await?, uploaded))
+}
+
 pub(super) async fn local(partition: &Partition) -> Result<Local, UpkeepError> {
     let (answer, local) = oneshot::channel();
     partition.command(Command::Local(answer)).await;
@@ -300,29 +337,31 @@ async fn source(partition: &Partition, info: &SegmentInfo) -> Result<SegmentSour
     Ok(SegmentSource::new(export))
 }
 
-async fn plan(partition: &Partition, local: &Local) -> Result<Plan, UpkeepError> {
+/// A plan, and what the manifest says that belongs to it.
+struct Planned {
+    plan: Plan,
+    /// Bytes of the bucket's segments that lie wholly below the new log start.
+    removed_bytes: u64,
+    /// Whether the manifest has still to follow the log start; or why it could not be read, and the plan was made without it.
+    manifest: Result<bool, UpkeepError>,
+}
+
+async fn plan(partition: &Partition, local: &Local) -> Planned {
     let marks: Watermarks = partition.marks();
     let config = partition.config();
-    let tiered = match &partition.tier {
-        Some(tier) if local.leads.is_some() && wants_tiered(&config) => {
-            tier.segments(marks.log_start, TIERED_PER_PLAN).await?
-        }
-        _ => Vec::new(),
+    let now_ms = clock::wall_ms();
+    let read = match &partition.tier {
+        Some(tier) if local.leads.is_some() && wants_tiered(&config) => tiered(tier, marks.log_start, now_ms).await,
+        _ => Ok((Vec::new(), false)),
     };
-    let tiered: Vec<Segment> = tiered
-        .iter()
-        .map(|segment| Segment {
-            base: segment.stamp.base,
-            end: segment.stamp.end,
-            bytes: segment.data_bytes,
-            youngest_ms: youngest(segment.max_timestamp_ms, segment.created_ms),
-            written_ms: segment.created_ms,
-        })
-        .collect();
+    let (tiered, manifest) = match read {
+        Ok((segments, lags)) => (segments, Ok(lags)),
+        Err(error) => (Vec::new(), Err(error.into())),
+    };
     let sealed: Vec<Segment> = local.sealed.iter().map(segment).collect();
-    Ok(retention::plan(&retention::Input {
+    let input = retention::Input {
         config: &config,
-        now_ms: clock::wall_ms(),
+        now_ms,
         log_start: marks.log_start,
         tiered_end: marks.tiered_end,
         high_watermark: marks.high_watermark,
@@ -334,7 +373,36 @@ async fn plan(partition: &Partition, local: &Local) -> Result<Plan, UpkeepError>
         uploads: config.tiered && partition.tier.is_some() && local.leads.is_some_and(|(_, settled)| settled),
         leads: local.leads.is_some(),
         hurry: local.awaits_tier,
-    }))
+    };
+    partition.shared.set_future_segments(if input.leads { retention::in_future(&input) } else { 0 });
+    let plan = retention::plan(&input);
+    let removed = tiered.iter().filter(|segment| plan.log_start.is_some_and(|start| segment.end <= start));
+    Planned { removed_bytes: removed.map(|segment| segment.bytes).sum(), plan, manifest }
+}
+
+/// The bucket's first segments from `log_start` on, and whether the manifest lists others before them.
+async fn tiered(tier: &PartitionTier, log_start: Offset, now_ms: i64) -> Result<(Vec<Segment>, bool), ReadError> {
+    let lags = tier.manifest_lags().await?;
+    let lines = tier.segments(log_start, TIERED_PER_PLAN).await?;
+    let mut segments: Vec<Segment> = lines
+        .iter()
+        .map(|line| Segment {
+            base: line.stamp.base,
+            end: line.stamp.end,
+            bytes: line.data_bytes,
+            max_timestamp_ms: line.max_timestamp_ms,
+            written_ms: if line.created_ms > 0 { line.created_ms } else { i64::MAX },
+        })
+        .collect();
+    // Where the manifest does not say when a segment was made, its object does. Only the first is asked for: retention stops there
+    // until that one goes.
+    if let (Some(first), Some(line)) = (segments.first_mut(), lines.first())
+        && first.written_ms == i64::MAX
+        && !(0..=now_ms).contains(&first.max_timestamp_ms)
+    {
+        first.written_ms = tier.modified_ms(line).await?;
+    }
+    Ok((segments, lags))
 }
 
 /// Whether the plan depends on what the bucket holds: without limits on the whole log it does not.
@@ -343,15 +411,11 @@ fn wants_tiered(config: &crate::model::TopicConfig) -> bool {
 }
 
 fn segment(info: &SegmentInfo) -> Segment {
-    let youngest_ms = youngest(info.max_timestamp, info.written_ms);
-    Segment { base: info.base, end: info.end, bytes: info.bytes, youngest_ms, written_ms: info.written_ms }
-}
-
-/// What a segment's age counts from, on the disk and in the bucket. One of which nothing is known is as young as can be.
-fn youngest(max_timestamp: i64, written_ms: i64) -> i64 {
-    match (max_timestamp, written_ms) {
-        (0.., _) => max_timestamp,
-        (_, 1..) => written_ms,
-        _ => i64::MAX,
+    Segment {
+        base: info.base,
+        end: info.end,
+        bytes: info.bytes,
+        max_timestamp_ms: info.max_timestamp,
+        written_ms: info.written_ms,
     }
 }

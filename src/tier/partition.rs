@@ -1,10 +1,13 @@
 //! One partition's history in the bucket: what is there, how to add to it, how to drop its front, how to read it.
 //!
 //! It knows neither the metadata store nor the log. Who drives it goes: [`PartitionTier::staging`] and what it takes (or
-//! [`PartitionTier::stage_trim`]), then a compare-and-set of [`Staged::state`] over the state that it was staged from, then
+//! [`PartitionTier::stage_log_start`], [`PartitionTier::stage_trim`]), then a compare-and-set of [`Staged::state`] over the state that it was staged from, then
 //! [`PartitionTier::install`]. Between the first and the last step nothing that a reader sees has changed.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
 
 use super::{
     ahead::Readers,
@@ -15,7 +18,7 @@ use super::{
     read::ReadError,
     segment::{From, SegmentSource},
     state::TierState,
-    store::Store,
+    store::{Store, StoreError},
     upload::{self, UploadError},
     wire::Invalid,
 };
@@ -142,7 +145,21 @@ impl PartitionTier {
     /// One at a time for each partition; the state must be committed soon, well within the garbage collection's grace.
     pub async fn staging(&self, epoch: LeaderEpoch) -> Result<Staging<'_>, UploadError> {
         let (state, root) = self.begin(epoch).await?;
-        Ok(Staging { tier: self, next: root.next_version(epoch), replaces: state })
+        let next = self.following(&state, &root, epoch).await?;
+        Ok(Staging { tier: self, next, replaces: state })
+    }
+
+    /// The manifest after `root`, without what lies wholly below the log start.
+    async fn following(&self, state: &TierState, root: &Root, epoch: LeaderEpoch) -> Result<Root, ReadError> {
+        if !state.is_ahead_of(root) {
+            return Ok(root.next_version(epoch));
+        }
+        let cut_at = state.log_start.min(state.tiered_end);
+        let cut = match root.page_to_cut(cut_at) {
+            Some(line) => Some(self.page(&line).await?),
+            None => None,
+        };
+        Ok(root.trim(cut_at, cut.as_deref(), epoch))
     }
 
     /// Uploads one segment and writes the manifest that names it: a [`PartitionTier::staging`] of nothing else.
@@ -152,29 +169,62 @@ impl PartitionTier {
         staging.finish().await
     }
 
-    /// Writes the manifest of a log that starts at `log_start`. What lies wholly below it becomes garbage with the
-    /// commit. A log start above the tiered end empties the manifest; the tiered end stays, and the next segment begins behind
-    /// the gap. Where the manifest lists nothing already, the bucket is not asked: a log that is not uploaded can be cut
-    /// while the bucket is away.
-    pub async fn stage_trim(&self, log_start: Offset, epoch: LeaderEpoch) -> Result<Staged, UploadError> {
-        let known = self.state();
-        if log_start > known.tiered_end && known.bytes == 0 {
-            if epoch < known.epoch {
-                return Err(UploadError::Deposed { epoch, current: known.epoch });
-            }
-            let log_start = log_start.max(known.log_start);
-            return Ok(Staged { state: TierState { log_start, epoch, ..known.clone() }, replaces: known });
+    /// The state of a log that starts at `log_start`, with the manifest that there is. Asks nothing of the store: a log can be cut while the
+    /// store is away. `removed_bytes` are those of the segments that reach above the log start until now, and not above the new one.
+    ///
+    /// # Errors
+    /// When a newer leader has committed.
+    pub fn stage_log_start(
+        &self,
+        log_start: Offset,
+        removed_bytes: u64,
+        epoch: LeaderEpoch,
+    ) -> Result<Staged, UploadError> {
+        let replaces = self.state();
+        if epoch < replaces.epoch {
+            return Err(UploadError::Deposed { epoch, current: replaces.epoch });
         }
+        let log_start = log_start.max(replaces.log_start);
+        let left = if log_start < replaces.tiered_end { replaces.bytes.saturating_sub(removed_bytes) } else { 0 };
+        Ok(Staged { state: TierState { log_start, epoch, bytes: left, ..replaces.clone() }, replaces })
+    }
+
+    /// Writes the manifest without what lies wholly below the log start, which becomes garbage with the commit. The tiered end stays also
+    /// where the log start lies above it: the next segment begins behind the gap.
+    pub async fn stage_trim(&self, epoch: LeaderEpoch) -> Result<Staged, UploadError> {
         let (state, root) = self.begin(epoch).await?;
-        let log_start = log_start.max(state.log_start);
-        let cut_at = log_start.min(root.end()).max(root.log_start());
-        let cut = match root.page_to_cut(cut_at) {
-            Some(line) => Some(self.page(&line).await?),
-            None => None,
-        };
-        let mut staged = self.write(state, root.trim(cut_at, cut.as_deref(), epoch)).await?;
+        let (log_start, next) = (state.log_start, self.following(&state, &root, epoch).await?);
+        let mut staged = self.write(state, next).await?;
         staged.state.log_start = log_start;
         Ok(staged)
+    }
+
+    /// Whether the manifest lists segments that lie wholly below the log start, or counts them.
+    pub async fn manifest_lags(&self) -> Result<bool, ReadError> {
+        let state = self.state();
+        Ok(state.is_ahead_of(&*self.root(&state).await?))
+    }
+
+    /// When the object of a segment was written, by the store's clock, in milliseconds since 1970.
+    pub async fn modified_ms(&self, line: &SegmentLine) -> Result<i64, ReadError> {
+        let (store, object) = (&self.inner.store, self.object(&line.stamp.segment()));
+        Ok(store.unless_away(&object, store.modified_ms(&object)).await?)
+    }
+
+    /// Waits until the store has been away for so long.
+    pub async fn until_away_for(&self, time: Duration) -> StoreError {
+        let store = &self.inner.store;
+        loop {
+            let outage = store.until_away().await;
+            tokio::select! {
+                biased;
+                () = store.until_back() => {}
+                () = tokio::time::sleep(time) => {
+                    let reason = format!("the store has served nothing {outage}");
+                    return StoreError::Unavailable { object: partition_folder(self.inner.id), reason };
+                }
+            }
+        }
     }
 
     async fn begin(&self, epoch: LeaderEpoch) -> Result<(TierState, Arc<Root>), UploadError> {

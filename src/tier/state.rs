@@ -15,12 +15,12 @@ pub struct TierState {
     pub manifest: Option<ManifestName>,
     /// First offset not committed to the bucket. Never falls.
     pub tiered_end: Offset,
-    /// First offset that can be read. Never falls. Above the tiered end where retention deleted what was not uploaded: then
-    /// the manifest is empty.
+    /// First offset that can be read. Never falls. It moves here first, and the manifest follows: what that lists below is read by nobody.
+    /// Above the tiered end where retention deleted what was not uploaded.
     pub log_start: Offset,
     /// The leader epoch that committed it.
     pub epoch: LeaderEpoch,
-    /// Bytes of batches in the bucket that the manifest lists.
+    /// Bytes of batches in the bucket, in segments that reach above the log start.
     #[serde(default)]
     pub bytes: u64,
 }
@@ -46,12 +46,21 @@ impl TierState {
         }
     }
 
-    /// Whether `root` is the manifest that this state names. The log start may have gone on beyond an empty one.
+    /// Whether `root` is the manifest that this state names. The log start may have gone on since it was written.
     pub(super) fn agrees(&self, root: &Root) -> bool {
         self.manifest.is_some_and(|name| {
-            let log_start = self.log_start.min(self.tiered_end);
-            Self::of(root, name) == Self { log_start, epoch: name.epoch, ..self.clone() }
-                && name.version == root.version()
+            let of_root = (root.version(), root.epoch(), root.end());
+            let says_as_much = if self.is_ahead_of(root) {
+                root.bytes() >= self.bytes
+            } else {
+                root.log_start() == self.log_start.min(self.tiered_end) && root.bytes() == self.bytes
+            };
+            of_root == (name.version, name.epoch, self.tiered_end) && says_as_much
         })
+    }
+
+    /// Whether the log start has moved past that of `root`.
+    pub(super) fn is_ahead_of(&self, root: &Root) -> bool {
+        root.log_start() < self.log_start.min(self.tiered_end)
     }
 }

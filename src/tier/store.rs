@@ -365,6 +365,13 @@ impl Store {
         self.retry(object, || async { Ok(self.inner.objects.head(&path).await?.size) }).await
     }
 
+    /// When an object was written, by the store's clock, in milliseconds since 1970.
+    pub(super) async fn modified_ms(&self, object: &str) -> Result<i64, StoreError> {
+        let path = self.path(object);
+        let modified = self.retry(object, || async { Ok(self.inner.objects.head(&path).await?.last_modified) }).await?;
+        Ok(modified.timestamp_millis())
+    }
+
     /// What time it is at the store, in milliseconds since 1970: when it says that an object was written which was written just now. Ages
     /// of objects are told by this clock alone. By a broker's own, which may be hours ahead, what another one has just uploaded would
     /// be old.
@@ -374,10 +381,7 @@ impl Store {
     pub async fn clock_ms(&self) -> Result<i64, ClaimError> {
         self.claim().await?;
         self.put(name::CLOCK, Bytes::from_static(b"{}")).await?;
-        let path = self.path(name::CLOCK);
-        let written =
-            self.retry(name::CLOCK, || async { Ok(self.inner.objects.head(&path).await?.last_modified) }).await?;
-        Ok(written.timestamp_millis())
+        Ok(self.modified_ms(name::CLOCK).await?)
     }
 
     /// Writes a small object, whatever is there.

@@ -24,7 +24,10 @@ use super::{
     segment::{Batches, From, SegmentSource, SourceError},
     store::{Store, StoreError},
 };
-use crate::{model::LeaderEpoch, task::random};
+use crate::{
+    model::LeaderEpoch,
+    task::{clock, random},
+};
 
 /// Bytes of each part but the last. All are of one size because some stores insist on it.
 const PART_BYTES: usize = 8 << 20;
@@ -89,6 +92,7 @@ pub(super) async fn segment(store: &Store, source: &SegmentSource, from: From) -
     let mut last_try: Option<SegmentLine> = None;
     let mut attempt = Attempt::new(store, source, from);
     let mut pauses = backon::BackoffBuilder::build(store.pauses());
+    let (began, retry_for) = (clock::monotonic(), store.options().retry_for);
     loop {
         let tried = tokio::select! {
             biased;
@@ -99,7 +103,9 @@ pub(super) async fn segment(store: &Store, source: &SegmentSource, from: From) -
             Ok(line) => return Ok(line),
             Err(error) => error,
         };
-        let Some(pause) = pauses.next().filter(|_| error.retryable()) else { return Err(error) };
+        // Each request was repeated for as long already. The caller tries again later, with what is to be uploaded by then.
+        let may_retry = error.retryable() && began.elapsed() < retry_for;
+        let Some(pause) = pauses.next().filter(|_| may_retry) else { return Err(error) };
         tracing::debug!(path = %source.path().display(), %error, ?pause, "segment upload failed, trying again");
         tokio::select! {
             biased;

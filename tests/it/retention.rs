@@ -22,6 +22,7 @@ use crate::{
     broker::{Broker, Home},
     damage::{files, lines, partition},
     patience::eventually,
+    s3::S3,
     wire,
 };
 
@@ -229,4 +230,69 @@ async fn compressed_batch_cannot_move_the_partitions_time_past_the_limit() {
     let fault = append_payload(&mut log, Payload::Batch(batch)).await.expect_err("the broker opens it");
     assert_eq!(fault.reason, Reason::InvalidTimestamp);
     assert_eq!(fault.metadata["timestamp"], FUTURE.to_string());
+}
+
+/// An upload that was begun before a limit was passed was tried again and again, and the partition was not looked at meanwhile. Where the
+/// bucket held something, the log start waited for the manifest.
+#[test]
+fn bucket_that_is_away_keeps_nothing_that_nobody_may_read() {
+    let server = S3::begin();
+    let mut home = Home::new().object_store(&server);
+    let _broker = home.start();
+    let cli = home.cli();
+    let limit = format!("retention.bytes={LIMIT}");
+    let create = ["topic", "create", "t", "--config", "segment.bytes=65536", "--config", "retention.ms=-1"];
+    cli.ok(&[&create[..], &["--config", &limit]].concat());
+    let mut text = lines(5_000);
+    cli.ok_with(&["produce", "t"], text.as_bytes());
+    let mark = |name: &str| partition(&cli, "t")[name].as_i64().expect("a number");
+    let tiered = eventually("segments are in the bucket", || Some(mark("tiered_end")).filter(|end| *end > 0));
+    assert_eq!(mark("log_start"), 0);
+    server.faults().set_down(true);
+    let more = lines(45_000);
+    cli.ok_with(&["produce", "t"], &more.as_bytes()[text.len()..]);
+    text = more;
+    given_back(&home);
+    assert!(mark("log_start") > tiered && mark("tiered_end") == tiered, "the bucket took nothing meanwhile");
+    server.faults().set_down(false);
+    eventually("uploads go on", || (mark("tiered_end") > mark("log_start")).then_some(()));
+    let (from, read) = eventually("nothing moves", || {
+        let start = mark("log_start");
+        let read = cli.ok(&["consume", "t", "--from", "earliest", "--until-end"]).text();
+        (mark("log_start") == start).then_some((start, read))
+    });
+    assert!(text.ends_with(&read) && i64::try_from(read.lines().count()) == Ok(mark("log_end") - from));
+}
+
+/// One record of the far future kept itself and all that followed, on the disk and in the bucket.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn record_from_the_future_does_not_stop_retention() {
+    let mut home = Home::new();
+    let _broker = tokio::task::block_in_place(|| home.start());
+    let config = [("message.timestamp.after.max.ms", "-1"), ("retention.ms", "-1"), ("segment.ms", "200")];
+    wire::create_topic(home.grpc(), "t", 1, &config).await;
+    let mut log = wire::log(home.grpc());
+    for timestamp_ms in [FUTURE, clock::wall_ms(), i64::MAX] {
+        append_at(&mut log, &[timestamp_ms], None).await.expect("stored");
+    }
+    let cli = home.cli();
+    let settled = |name: &str| {
+        let what = format!("{name} reaches the end");
+        tokio::task::block_in_place(|| eventually(&what, || (partition(&cli, "t")[name] == 3).then_some(())));
+    };
+    settled("tiered_end");
+    assert_eq!(partition(&cli, "t")["local_start"], 0);
+    tokio::task::block_in_place(|| {
+        eventually("the metric counts them", || {
+            (home.metric("strandline_segments_with_future_timestamps") >= 1.0).then_some(())
+        });
+        let text = cli.ok(&["cluster", "describe"]).text();
+        assert!(text.contains("broker 1 holds timestamps in the future: ") && text.contains("most in t/0"), "{text}");
+    });
+    alter(&home, "local.retention.ms", "1").await;
+    settled("local_start");
+    assert_eq!(partition(&cli, "t")["log_start"], 0);
+    // The bucket alone has them now.
+    alter(&home, "retention.ms", "1").await;
+    settled("log_start");
 }

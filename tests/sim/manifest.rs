@@ -51,11 +51,13 @@ pub(crate) fn named_by(objects: &Objects, id: PartitionId, state: &TierState) ->
         }
         next = line.stamp.end;
     }
-    let counts = named.segments.iter().filter(|(_, line)| line.stamp.end > root.log_start());
+    // The log start moves in the metadata first, and the manifest follows.
+    let log_start = state.log_start.min(state.tiered_end);
+    let counts = named.segments.iter().filter(|(_, line)| line.stamp.end > log_start);
     let bytes: u64 = counts.map(|(_, line)| line.data_bytes).sum();
-    let says = (id, state.version(), state.tiered_end, state.log_start.min(state.tiered_end), state.bytes);
-    let is = (root.partition(), root.version(), next, root.log_start(), bytes);
-    if says != is || root.end() != next || root.epoch() != manifest.epoch {
+    let says = (id, state.version(), state.tiered_end, log_start, state.bytes);
+    let is = (root.partition(), root.version(), next, root.log_start().max(log_start), bytes);
+    if says != is || root.log_start() > log_start || root.end() != next || root.epoch() != manifest.epoch {
         return Err(format!("{object} is of {is:?} and ends at {}, and the metadata says {says:?}", root.end()));
     }
     Ok(named)

@@ -220,7 +220,7 @@ async fn a_time_finds_the_first_batch_that_claims_it() {
         assert_eq!(batch.base_offset(), at(expected), "from {from}");
     }
     assert_eq!(tier.batch_for_time(0, at(900)).await.unwrap(), None);
-    tier.install(tier.stage_trim(at(451), LeaderEpoch(2)).await.unwrap());
+    trim(&tier, at(451)).await;
     let batch = tier.batch_for_time(0, at(0)).await.unwrap().unwrap();
     assert_eq!(batch.base_offset(), at(450), "nothing below the batch of the log start");
 }
@@ -239,11 +239,65 @@ async fn what_time_it_is_at_the_store_the_store_says() {
     assert!(later >= now);
 }
 
+/// Bytes of the segments that a log start at `to` leaves behind.
+async fn bytes_below(tier: &PartitionTier, to: Offset) -> u64 {
+    let segments = tier.segments(tier.state().log_start, usize::MAX).await.unwrap();
+    segments.iter().filter(|line| line.stamp.end <= to).map(|line| line.data_bytes).sum()
+}
+
+/// Moves the log start as upkeep does: in the state, and then in the manifest.
+async fn trim(tier: &PartitionTier, to: Offset) {
+    let removed = bytes_below(tier, to).await;
+    tier.install(tier.stage_log_start(to, removed, LeaderEpoch(2)).unwrap());
+    if tier.manifest_lags().await.unwrap() {
+        tier.install(tier.stage_trim(LeaderEpoch(2)).await.unwrap());
+    }
+    assert!(!tier.manifest_lags().await.unwrap());
+}
+
+#[tokio::test]
+async fn log_start_moves_without_the_store_and_the_next_manifest_follows() {
+    let (tier, segments, all) = three(&StoreOptions::new("memory://"), 100).await;
+    let store = tier.store().clone();
+    let before = tier.state();
+    let lines = tier.segments(at(0), 9).await.unwrap();
+    let removed = bytes_below(&tier, at(450)).await;
+    assert_eq!(removed, lines[0].data_bytes);
+    let moved = tier.stage_log_start(at(450), removed, LeaderEpoch(2)).unwrap();
+    assert_eq!(moved.replaces(), &before);
+    tier.install(moved);
+    let state = tier.state();
+    assert_eq!((state.log_start, state.manifest, state.bytes), (at(450), before.manifest, before.bytes - removed));
+    // Whoever reads the manifest anew takes it for the committed one, and reads nothing below the log start.
+    let fresh = tier_over(store.clone(), state);
+    assert!(fresh.manifest_lags().await.unwrap());
+    assert_eq!(fresh.segments(at(0), 9).await.unwrap(), lines[1..]);
+    assert!(matches!(fresh.read(at(449), 1).await, Err(ReadError::OutOfRange { .. })));
+    let kept = read_all(&fresh, 450, 900, 1 << 20).await;
+    assert!(all.ends_with(&kept));
+    let live = |_| std::future::ready(Live::Current(fresh.state()));
+    let later = crate::task::clock::wall_ms() + 3_700_000;
+    let collected = collect_garbage(&store, live, Duration::from_secs(3600), later).await.unwrap();
+    assert_eq!((collected.deleted, collected.skipped.len()), (2, 0), "the two manifests before it");
+    // The next upload's manifest leaves out what lies below, also where all of the bucket does.
+    for (to, base, left) in [(450, 900, 3), (920, 915, 1)] {
+        let removed = bytes_below(&fresh, at(to)).await;
+        fresh.install(fresh.stage_log_start(at(to), removed, LeaderEpoch(2)).unwrap());
+        assert!(fresh.manifest_lags().await.unwrap());
+        fresh.install(fresh.stage(&segments.source(base, 5, 10, 2).0, LeaderEpoch(2)).await.unwrap());
+        assert!(!fresh.manifest_lags().await.unwrap());
+        let again = tier_over(store.clone(), fresh.state());
+        let found = again.segments(at(0), 9).await.unwrap();
+        assert_eq!((found.len(), again.state().log_start), (left, at(to)), "{found:?}");
+        assert_eq!(found.iter().map(|line| line.data_bytes).sum::<u64>(), again.state().bytes);
+    }
+}
+
 #[tokio::test]
 async fn trimming_moves_the_log_start_and_leaves_garbage_that_is_collected() {
     let (tier, segments, all) = three(&StoreOptions::new("memory://"), 100).await;
     let store = tier.store().clone();
-    tier.install(tier.stage_trim(at(450), LeaderEpoch(2)).await.unwrap());
+    trim(&tier, at(450)).await;
     let state = tier.state();
     assert_eq!((state.log_start, state.tiered_end), (at(450), at(900)));
     assert!(matches!(tier.read(at(449), 1).await, Err(ReadError::OutOfRange { .. })));
@@ -265,13 +319,14 @@ async fn trimming_moves_the_log_start_and_leaves_garbage_that_is_collected() {
     assert_eq!(read_all(&fresh, 450, 900, 1 << 20).await, kept, "what is named stays");
 
     // Beyond the end: the manifest is empty, and the tiered end says what was uploaded and no more.
-    tier.install(tier.stage_trim(at(903), LeaderEpoch(2)).await.unwrap());
+    trim(&tier, at(903)).await;
     let emptied = tier.state();
     assert_eq!((emptied.log_start, emptied.tiered_end, tier.bytes()), (at(903), at(900), 0));
     assert!(matches!(tier.read(at(903), 1).await, Err(ReadError::OutOfRange { .. })));
     assert_eq!(tier_over(store.clone(), emptied.clone()).segments(at(0), 9).await.unwrap(), [], "it is read again");
     // From then on the bucket is not needed to move the log start.
-    tier.install(tier.stage_trim(at(905), LeaderEpoch(2)).await.unwrap());
+    tier.install(tier.stage_log_start(at(905), 0, LeaderEpoch(2)).unwrap());
+    assert!(!tier.manifest_lags().await.unwrap());
     assert_eq!((tier.state().log_start, tier.state().manifest), (at(905), emptied.manifest));
     let (inside, _) = segments.source(900, 5, 10, 2);
     tier.install(tier.stage(&inside, LeaderEpoch(2)).await.unwrap());
@@ -372,7 +427,8 @@ async fn an_older_leader_cannot_stage() {
     let (tier, segments, _all) = three(&StoreOptions::new("memory://"), 10).await;
     let (source, _) = segments.source(900, 1, 10, 1);
     assert!(matches!(tier.stage(&source, LeaderEpoch(1)).await, Err(UploadError::Deposed { .. })));
-    assert!(matches!(tier.stage_trim(at(1), LeaderEpoch(1)).await, Err(UploadError::Deposed { .. })));
+    assert!(matches!(tier.stage_trim(LeaderEpoch(1)).await, Err(UploadError::Deposed { .. })));
+    assert!(matches!(tier.stage_log_start(at(1), 0, LeaderEpoch(1)), Err(UploadError::Deposed { .. })));
 }
 
 #[tokio::test]

@@ -123,7 +123,7 @@ async fn one_request_segments_survive_every_fault_of_an_upload() {
         let options = s3.options(&format!("single-{number}"));
         let tier = tier(&options, TierState::default());
         // Claims the prefix, so that the faults meet the upload.
-        drop(tier.stage_trim(at(0), EPOCH).await.unwrap());
+        drop(tier.stage_trim(EPOCH).await.unwrap());
         let before = s3.faults().hits();
         s3.faults().inject(op, fault, 2);
         let staged = tier.stage(&source, EPOCH).await.unwrap_or_else(|error| panic!("{op:?} {fault:?}: {error}"));
