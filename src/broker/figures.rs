@@ -92,6 +92,7 @@ impl Broker {
             impaired: status.impaired,
             not_ready: status.not_ready,
             metadata_regressed: status.metadata_regressed,
+            future_timestamps: status.future_timestamps,
         })
     }
 

@@ -25,6 +25,7 @@ impl Broker {
         metrics.tier_lag_records.set(open.iter().map(|partition| self.tier_lag(partition)).sum());
         metrics.disk_used_bytes.set(open.iter().map(|partition| partition.local_bytes()).sum());
         metrics.tiered_bytes.set(open.iter().map(|partition| partition.tiered_bytes()).sum());
+        metrics.future_segments.set(open.iter().map(|partition| partition.future_segments()).sum());
         metrics.disk_free_bytes.set(status.free_bytes);
         metrics.tail_memory_bytes.set(status.tail_bytes as u64);
         metrics.produce_memory_bytes.set(self.produce_memory.taken() as u64);

@@ -157,7 +157,23 @@ impl Broker {
             upkeep: self.upkeep_failures.to_string(),
             impaired,
             not_ready,
+            future_timestamps: future_timestamps(&open),
             metadata_regressed: self.store.regression().map_or_else(String::new, |regression| regression.to_string()),
         }
     }
+}
+
+/// How many segments hold timestamps that are still to come, and of which partitions; empty where none does.
+fn future_timestamps(open: &[Arc<crate::partition::Partition>]) -> String {
+    let with: Vec<_> = open.iter().filter(|partition| partition.future_segments() > 0).collect();
+    let Some(most) = with.iter().max_by_key(|partition| partition.future_segments()) else { return String::new() };
+    let segments: u64 = with.iter().map(|partition| partition.future_segments()).sum();
+    let ending = |count: usize| if count == 1 { "" } else { "s" };
+    let (s, partitions) = (ending(usize::try_from(segments).unwrap_or(2)), with.len());
+    format!(
+        "{segments} segment{s} of {partitions} partition{}, most in {}/{}",
+        ending(partitions),
+        most.topic(),
+        most.id().number
+    )
 }

@@ -245,6 +245,12 @@ fn notes(broker: &BrokerDescription, hidden: Option<&str>, alone: bool) -> Vec<S
                 figures.object_store.iter().map(|why| format!("the object store serves broker {id} nothing, {why}")),
             );
             notes.extend(figures.upkeep.iter().map(|why| format!("broker {id} cannot upload or trim: {why}")));
+            notes.extend(
+                figures
+                    .future_timestamps
+                    .iter()
+                    .map(|segments| format!("broker {id} holds timestamps in the future: {segments}")),
+            );
         }
         Some(Err(fault)) => notes.push(format!("the figures of broker {id} are not known: {fault}")),
         None => {}
@@ -313,6 +319,7 @@ fn broker(broker: &BrokerDescription) -> Value {
         "failed": figures.and_then(|figures| figures.failed.clone()),
         "object_store": figures.and_then(|figures| figures.object_store.clone()),
         "upkeep": figures.and_then(|figures| figures.upkeep.clone()),
+        "future_timestamps": figures.and_then(|figures| figures.future_timestamps.clone()),
         "metadata_regressed": figures.and_then(|figures| figures.metadata_regressed.clone()),
         "unanswered": broker.figures.as_ref().and_then(|figures| figures.as_ref().err()).map(ToString::to_string),
     })
@@ -386,6 +393,7 @@ pub(super) mod tests {
             upkeep: Some("2 partitions, orders/3 for 40 s: the upload failed: no such bucket".to_owned()),
             impaired: vec!["disk full since 2026-11-25T14:00:00Z (75 s): appends are refused".to_owned()],
             not_ready: None,
+            future_timestamps: Some("3 segments of 2 partitions, most in orders/3".to_owned()),
             metadata_regressed: Some("its revision fell from 9 to 6".to_owned()),
             ..BrokerFigures::default()
         };

@@ -64,6 +64,7 @@ metrics! {
     tail_memory_bytes: Level = "strandline_tail_memory_bytes", "Bytes of the newest batches kept in memory.";
     tiered_bytes: Level = "strandline_tiered_bytes", "Bytes of batches in the object store.";
     tier_lag_records: Level = "strandline_tier_lag_records", "Records of tiered topics that are not yet in the object store.";
+    future_segments: Level = "strandline_segments_with_future_timestamps", "Segments of partitions led here that hold timestamps still to come; their age counts from their writing.";
     tier_uploads: Counter = "strandline_tier_uploads", "Segments uploaded and committed.";
     tier_upload_bytes: Counter = "strandline_tier_upload_bytes", "Bytes of segments uploaded and committed.";
     tier_upload_failures: Counter = "strandline_tier_upload_failures", "Uploads that failed; each is tried again.";

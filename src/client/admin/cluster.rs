@@ -110,6 +110,8 @@ pub struct BrokerFigures {
     pub not_ready: Option<String>,
     /// How the metadata store went back, when it did: the broker refuses orders until it is restarted.
     pub metadata_regressed: Option<String>,
+    /// How many segments of partitions that it leads hold timestamps that are still to come, and of which partitions.
+    pub future_timestamps: Option<String>,
 }
 
 /// What a broker that is drained has still to give away.
@@ -384,6 +386,7 @@ fn broker(state: v1::BrokerState) -> BrokerDescription {
             upkeep: Some(figures.upkeep).filter(|why| !why.is_empty()),
             impaired: figures.impaired,
             not_ready: Some(figures.not_ready).filter(|why| !why.is_empty()),
+            future_timestamps: Some(figures.future_timestamps).filter(|text| !text.is_empty()),
             metadata_regressed: Some(figures.metadata_regressed).filter(|why| !why.is_empty()),
         })),
         (None, Some(error)) => Some(Err(Fault::from(error))),
