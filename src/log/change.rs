@@ -245,14 +245,19 @@ impl Replica {
         let mut bytes = 0;
         self.removed.clear();
         for segment in &removed {
-            if self.removed.len() < MOST_REMOVED {
-                self.removed.extend(shared.core.disk.open(&segment.file.path, Mode::Read));
-            }
-            shared.core.files.forget(segment.file.serial);
+            // In the table, so that whoever reads it shares the handle; out of it below, when its name is gone and nobody can open it again.
+            let opened = shared.core.files.get(segment.file.serial, &segment.file.path, Mode::Read);
             bytes += segment.info.bytes;
             if let Err(error) = remove_segment(&shared.core, &shared.dir, segment.info.base) {
                 // It is removed at the next start that looks at the files.
                 tracing::warn!(partition = %shared.id, base = %segment.info.base, %error, "a segment was not removed");
+                shared.core.files.forget(segment.file.serial);
+                continue;
+            }
+            drop(opened);
+            let removed = shared.core.files.take(segment.file.serial);
+            if self.removed.len() < MOST_REMOVED {
+                self.removed.extend(removed);
             }
         }
         if let Err(error) = remove_caches_below(&shared.core, &shared.dir, start) {
@@ -269,7 +274,7 @@ impl Replica {
 
     /// The files that the last [`Self::evict`] removed, still open, if they are few.
     pub fn take_removed(&mut self) -> Removed {
-        Removed { _files: std::mem::take(&mut self.removed) }
+        Removed { files: std::mem::take(&mut self.removed) }
     }
 
     /// Makes the snapshot durable at what will be the local start, and returns that: nothing below it can be read again. Where

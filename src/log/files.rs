@@ -77,6 +77,11 @@ impl Files {
     }
 
     pub(super) fn forget(&self, serial: u64) {
-        self.lock().files.remove(&serial);
+        self.take(serial);
+    }
+
+    /// Takes a file out of the table. Whoever uses it holds it as well.
+    pub(super) fn take(&self, serial: u64) -> Option<Arc<OpenFile>> {
+        self.lock().files.remove(&serial).map(|(file, _)| file)
     }
 }

@@ -93,7 +93,7 @@ mod tests;
 
 pub use self::core::{Options, Stepper};
 pub use directory::Log;
-pub use disk::{Disk, Mode, PrivateDir, RealDisk, SimDisk, Stamp, write_out};
+pub use disk::{Disk, Mode, PrivateDir, RealDisk, SimDisk, Stamp, give_back, write_out};
 pub use epochs::EpochHistory;
 pub use error::{AppendError, ChangeError, OpenError, PersistError, ReadError, ReplicaError};
 pub use export::SegmentExport;

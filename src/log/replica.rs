@@ -9,7 +9,7 @@ use std::{
 
 use super::{
     core::SyncJob,
-    disk::{File, Mode},
+    disk::Mode,
     epochs::EpochHistory,
     error::{AppendError, PersistError, is_full},
     files::OpenFile,
@@ -42,14 +42,26 @@ pub struct Replica {
     /// Whether what is appended will be handed to the journal.
     journaled: bool,
     /// Removed and still open.
-    pub(super) removed: Vec<Arc<dyn File>>,
+    pub(super) removed: Vec<Arc<OpenFile>>,
 }
 
-/// Files without a name, still open. The file system takes them back when this is dropped, which takes it a while for large ones:
-/// do it where one may block.
+/// Files without a name, still open. Their room is given back when this is dropped, in steps: do it where one may block.
 #[must_use]
 pub struct Removed {
-    pub(super) _files: Vec<Arc<dyn File>>,
+    pub(super) files: Vec<Arc<OpenFile>>,
+}
+
+impl Drop for Removed {
+    fn drop(&mut self) {
+        // A file that somebody still reads goes with its last reader.
+        for mut file in self.files.drain(..).filter_map(Arc::into_inner) {
+            if Arc::get_mut(&mut file.file).is_some()
+                && let Err(error) = file.file.give_back()
+            {
+                tracing::debug!(%error, "the room of a removed segment is given back at once");
+            }
+        }
+    }
 }
 
 #[derive(Default)]

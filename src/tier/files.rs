@@ -18,7 +18,7 @@ use std::{
 use bytes::Bytes;
 use rustix::fs::OFlags;
 
-use crate::log::{PrivateDir, disk::PIECE_BYTES, write_out};
+use crate::log::{PrivateDir, disk::PIECE_BYTES, give_back, write_out};
 
 /// How long the appends go first after each piece.
 const PIECE_PAUSE: Duration = Duration::from_millis(1);
@@ -124,6 +124,24 @@ impl Drop for StagedFile {
             && let Err(error) = fs::remove_file(&self.path)
         {
             tracing::debug!(path = %self.path.display(), %error, "an unfinished object was not removed");
+        }
+    }
+}
+
+/// A file that is about to be removed.
+#[derive(Debug)]
+pub(super) struct LeavingFile(fs::File);
+
+impl LeavingFile {
+    /// `None` where there is none, or none that this process may write to.
+    pub(super) fn open(path: &Path) -> Option<Self> {
+        fs::OpenOptions::new().write(true).open(path).ok().map(Self)
+    }
+
+    /// Gives back its room in steps, once its name is gone.
+    pub(super) fn give_back(self) {
+        if let Err(error) = give_back(&self.0) {
+            tracing::debug!(%error, "the room of an object is given back at once");
         }
     }
 }

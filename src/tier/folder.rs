@@ -7,15 +7,18 @@ use std::{fmt, io, ops::Range, sync::Arc};
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use futures::stream::BoxStream;
+use futures::{StreamExt as _, stream::BoxStream};
 use object_store::{
-    CopyOptions, Error, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore, PutMode,
-    PutMultipartOptions, PutOptions, PutPayload, PutResult, RenameOptions, Result, UploadPart, local::LocalFileSystem,
-    path::Path,
+    CopyOptions, Error, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore,
+    ObjectStoreExt as _, PutMode, PutMultipartOptions, PutOptions, PutPayload, PutResult, RenameOptions, Result,
+    UploadPart, local::LocalFileSystem, path::Path,
 };
 
-use super::files::{PieceWriter, StagedFile};
+use super::files::{LeavingFile, PieceWriter, StagedFile};
 use crate::{log::disk::PIECE_BYTES, task};
+
+/// Most objects that are deleted at the same time.
+const DELETIONS: usize = 4;
 
 /// A folder as object store.
 #[derive(Debug)]
@@ -75,7 +78,19 @@ impl ObjectStore for Folder {
     }
 
     fn delete_stream(&self, locations: BoxStream<'static, Result<Path>>) -> BoxStream<'static, Result<Path>> {
-        self.files.delete_stream(locations)
+        let files = self.files.clone();
+        let delete = move |location: Result<Path>| {
+            let files = files.clone();
+            async move {
+                let location = location?;
+                let path = files.path_to_filesystem(&location)?;
+                let leaving = task::blocking(move || LeavingFile::open(&path)).await;
+                files.delete(&location).await?;
+                task::blocking(move || leaving.map(LeavingFile::give_back)).await;
+                Ok(location)
+            }
+        };
+        locations.map(delete).buffered(DELETIONS).boxed()
     }
 
     fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
@@ -146,7 +161,6 @@ fn ended() -> Error {
 #[cfg(test)]
 mod tests {
     use futures::TryStreamExt as _;
-    use object_store::ObjectStoreExt as _;
 
     use super::*;
 
@@ -182,6 +196,21 @@ mod tests {
         assert!(folder.get_range(&path, 7..large.len() as u64).await.unwrap() == large[7..]);
         let left: Vec<_> = std::fs::read_dir(parent.path().join("topics/a")).unwrap().collect();
         assert_eq!(left.len(), 1, "{left:?}");
+    }
+
+    #[tokio::test]
+    async fn a_deleted_object_leaves_what_has_its_content_under_another_name() {
+        let parent = tempfile::tempdir().unwrap();
+        let folder = Folder::new(LocalFileSystem::new_with_prefix(parent.path()).unwrap());
+        let (path, copy, missing) = (Path::from("object"), Path::from("copy"), Path::from("missing"));
+        folder.put(&path, content(9 << 20).into()).await.unwrap();
+        folder.copy(&path, &copy).await.unwrap();
+        folder.delete(&path).await.unwrap();
+        assert_eq!(names(&folder).await, ["copy"]);
+        assert_eq!(folder.head(&copy).await.unwrap().size, 9 << 20);
+        assert!(matches!(folder.delete(&missing).await, Err(Error::NotFound { .. })));
+        folder.delete(&copy).await.unwrap();
+        assert!(names(&folder).await.is_empty());
     }
 
     #[tokio::test]

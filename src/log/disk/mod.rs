@@ -21,7 +21,7 @@ pub use real::RealDisk;
 #[cfg(test)]
 pub(super) use sim::Dice;
 pub use sim::{SimDisk, Stamp};
-pub use writeback::write_out;
+pub use writeback::{give_back, write_out};
 
 /// Size and alignment of everything that is written to the journal, in bytes.
 pub const BLOCK: usize = 4096;
@@ -149,6 +149,9 @@ pub trait File: Send + Sync {
 
     /// Cuts or extends (with zeros) the file.
     fn truncate(&self, len: u64) -> io::Result<()>;
+
+    /// Gives back the room of a file that was removed and that nobody reads any more, slowly. Blocks.
+    fn give_back(&self) -> io::Result<()>;
 
     /// Makes content and length durable.
     fn sync(&self) -> io::Result<()>;

@@ -227,6 +227,10 @@ impl File for RealFile {
         self.file.set_len(len)
     }
 
+    fn give_back(&self) -> io::Result<()> {
+        writeback::give_back(&self.file)
+    }
+
     fn sync(&self) -> io::Result<()> {
         self.file.sync_data()
     }

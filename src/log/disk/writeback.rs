@@ -1,9 +1,15 @@
-//! Writing out what lies in the page cache, without a flush of the device.
+//! What is large goes to the device, and away from it, in pieces: writing out what lies in the page cache, without a flush, and giving
+//! back the room of removed files.
 //!
 //! A sync of many megabytes stands in front of the journal's next write for as long as the device takes for all of them. Bytes that were
 //! written out before, a little at a time, leave it little to do. Nothing is durable before the sync that follows.
 
-use std::{fs, io, ops::Range, os::fd::AsRawFd as _};
+use std::{
+    fs, io,
+    ops::Range,
+    os::{fd::AsRawFd as _, unix::fs::MetadataExt as _},
+    time::Duration,
+};
 
 use super::PIECE_BYTES;
 
@@ -22,6 +28,23 @@ pub fn write_out(file: &fs::File, range: Range<u64>) -> io::Result<()> {
                 Err(error) => return Err(error),
             }
         }
+    }
+    Ok(())
+}
+
+/// Bytes of a file without a name that are given back at once, and how long others go first after each step.
+const STEP_BYTES: u64 = 4 << 20;
+const STEP_PAUSE: Duration = Duration::from_millis(5);
+
+/// Gives back the room of a file that was removed and that nobody reads, in steps: at once the file system would keep the journal's write
+/// waiting. A file that has another name, which some backups give it, is left as it is.
+pub fn give_back(file: &fs::File) -> io::Result<()> {
+    let metadata = file.metadata()?;
+    let mut left = if metadata.nlink() == 0 { metadata.len() } else { 0 };
+    while left > STEP_BYTES {
+        left -= STEP_BYTES;
+        file.set_len(left)?;
+        std::thread::sleep(STEP_PAUSE);
     }
     Ok(())
 }
@@ -58,6 +81,21 @@ mod tests {
         }
         assert_eq!(file.metadata().unwrap().len(), 100_000);
         assert!(write_out(&file, u64::MAX - 1..u64::MAX).is_err());
+    }
+
+    #[test]
+    fn room_of_a_file_is_given_back_when_its_last_name_is_gone() {
+        let folder = tempfile::tempdir().unwrap();
+        let (name, link) = (folder.path().join("name"), folder.path().join("link"));
+        let file = fs::File::create_new(&name).unwrap();
+        file.set_len(2 * STEP_BYTES + 1).unwrap();
+        fs::hard_link(&name, &link).unwrap();
+        fs::remove_file(&name).unwrap();
+        give_back(&file).unwrap();
+        assert_eq!(fs::metadata(&link).unwrap().len(), 2 * STEP_BYTES + 1, "a backup keeps its content");
+        fs::remove_file(&link).unwrap();
+        give_back(&file).unwrap();
+        assert_eq!(file.metadata().unwrap().len(), 1);
     }
 
     #[test]

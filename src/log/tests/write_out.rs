@@ -59,3 +59,23 @@ fn segments_are_synced_by_a_share_of_the_ring() {
         assert!(!log.inner.core.sync_is_due(&work(due - 1)) && log.inner.core.sync_is_due(&work(due)));
     }
 }
+
+#[test]
+fn evicted_segment_keeps_its_content_for_who_reads_it() {
+    const BATCHES: u64 = 6;
+    let folder = tempfile::tempdir().unwrap();
+    let log = Log::open(Arc::new(RealDisk::default()), folder.path(), &identity(), small()).unwrap();
+    let mut replica = log.open_replica(partition(0), at(0)).unwrap();
+    for base in 0..BATCHES {
+        replica.append(&[batch(base, 1, 1, 0, 1 << 20)]).unwrap();
+    }
+    replica.roll().unwrap();
+    replica.append(&[batch(BATCHES, 1, 1, 0, 100)]).unwrap();
+    let export = replica.export(at(0)).unwrap();
+    assert_eq!(replica.evict(at(BATCHES)).unwrap(), export.info.bytes);
+    drop(replica.take_removed());
+    assert!(!export.path.exists());
+    let mut last = vec![0; 1 << 20];
+    let read = export.read_at(&mut last, (BATCHES - 1) << 20).unwrap();
+    assert!(read == last.len() && last[100..].iter().any(|byte| *byte != 0), "{read} bytes of the last batch");
+}
