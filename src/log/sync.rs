@@ -115,11 +115,8 @@ impl Shared {
         }
         for (file, range) in ranges.into_iter().rev() {
             file.written_out.store(range.end, Ordering::Release);
-            match self.core.disk.write_out(&file.path, range) {
-                // Evicted or cut meanwhile.
-                Err(error) if error.kind() == io::ErrorKind::NotFound && !self.holds(file.serial) => {}
-                Err(error) => self.fail(format!("a segment could not be written out: {error}")),
-                Ok(()) => {}
+            if let Err(error) = self.core.disk.write_out(&file.path, range) {
+                self.fail(format!("a segment could not be written out: {error}"));
             }
         }
     }

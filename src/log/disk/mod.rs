@@ -66,7 +66,7 @@ pub trait Disk: Send + Sync + 'static {
     fn total_bytes(&self, dir: &Path) -> io::Result<u64>;
 
     /// Writes out what was written there to a file, in pieces of [`PIECE_BYTES`], so that a later sync finds less to do. Nothing is durable
-    /// before that sync. An error is final, as that of a sync is.
+    /// before that sync. An error is final, as that of a sync is; a file that cannot be opened is left to the sync.
     fn write_out(&self, path: &Path, range: Range<u64>) -> io::Result<()>;
 
     /// How many files may be held open at once by the log.

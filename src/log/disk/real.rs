@@ -148,8 +148,14 @@ impl Disk for RealDisk {
 
     fn write_out(&self, path: &Path, range: Range<u64>) -> io::Result<()> {
         let (root, name) = self.root_of_file(path)?;
-        // Through a handle of its own: the wait tells it of errors that the sync's handle must hear of as well.
-        writeback::write_out(&root.open_file(&name, OFlags::RDONLY)?, range)
+        // Through a handle of its own: the wait reports errors to it that the sync's handle must report as well.
+        match root.open_file(&name, OFlags::RDONLY) {
+            Ok(file) => writeback::write_out(&file, range),
+            Err(error) => {
+                tracing::debug!(path = %path.display(), %error, "write-out is left to the sync");
+                Ok(())
+            }
+        }
     }
 
     fn open_files(&self) -> usize {

@@ -71,6 +71,7 @@ mod tests {
     use std::io::Write as _;
 
     use super::*;
+    use crate::log::{Disk as _, RealDisk};
 
     #[test]
     fn write_out_keeps_content_and_takes_empty_and_absent_ranges() {
@@ -96,6 +97,14 @@ mod tests {
         fs::remove_file(&link).unwrap();
         give_back(&file).unwrap();
         assert_eq!(file.metadata().unwrap().len(), 1);
+    }
+
+    #[test]
+    fn write_out_of_a_file_that_cannot_be_opened_is_left_to_the_sync() {
+        let folder = tempfile::tempdir().unwrap();
+        let disk = RealDisk::default();
+        disk.create_dir_all(folder.path()).unwrap();
+        disk.write_out(&folder.path().join("absent"), 0..4096).unwrap();
     }
 
     #[test]
