@@ -8,7 +8,7 @@
 //! dying takes connections until its last moment, and on a busy machine every answer is late):
 //!
 //! - leaders here drop the broker from their in-sync replicas at once (`Departure::Gone`), so that `acks=all` does not wait for its lease;
-//! - the controller is told. It probes for itself, and takes the registration away, by comparing the broker epoch; it then elects
+//! - the controller is told. It probes for itself, whoever told it, and takes the registration away, by comparing the broker epoch; it then elects
 //!   others. Is the controller itself the suspect, the brokers with the lowest numbers do the same, each a little later than the
 //!   one before.
 //!
@@ -30,6 +30,7 @@ use std::{
 };
 
 use futures::{StreamExt as _, stream};
+use tokio::sync::Semaphore;
 
 use self::trust::Trust;
 use super::{
@@ -43,6 +44,7 @@ use crate::{
     partition::leader::insync::{Departure, Peer},
     proto::v1,
     task::{Tasks, clock},
+    telemetry::LogThrottle,
 };
 
 /// How long a probe waits for an answer.
@@ -63,6 +65,9 @@ const REPORT: Duration = Duration::from_secs(3);
 /// How often, and after which pause, somebody is looked for who takes a report.
 const REPORTS: u32 = 10;
 const REPORT_AGAIN: Duration = Duration::from_millis(200);
+
+/// Reports by others that are looked into at the same time.
+const REPORT_PROBES: usize = 4;
 
 /// How often a registration is tried to be taken away. Done twice it does no more than once.
 const REVOKES: u32 = 3;
@@ -108,6 +113,10 @@ pub(super) struct Evidence {
     /// Looks that are under way: a broker has many links, and all of them break at once.
     looks: Mutex<BTreeSet<(BrokerId, Revision)>>,
     trust: Mutex<Trust>,
+    /// Bounds the probes that reports begin.
+    turns: Semaphore,
+    /// Reports about brokers that were there.
+    false_reports: Mutex<LogThrottle>,
 }
 
 impl LinkLost for Evidence {
@@ -137,6 +146,8 @@ impl Evidence {
             tasks,
             looks: Mutex::default(),
             trust: Mutex::default(),
+            turns: Semaphore::new(REPORT_PROBES),
+            false_reports: Mutex::default(),
         })
     }
 
@@ -195,7 +206,8 @@ impl Broker {
         drop(state);
         let report = Report { reporter: me, broker, epoch, seen: seen.words().to_owned() };
         match (controller, address) {
-            (Some(controller), _) if controller == me => self.judge(report, evidence).await.is_ok(),
+            // Its own look was the probe.
+            (Some(controller), _) if controller == me => self.take_away(report, evidence).await.is_ok(),
             (Some(_), Some(address)) => {
                 let request = v1::ReportGoneRequest {
                     cluster: self.settings.cluster.clone(),
@@ -223,11 +235,31 @@ impl Broker {
         }
     }
 
-    /// The controller's look at a report. True when it took the registration away.
+    /// The controller's look at a report that came by the network: whoever it names as its reporter, this broker probes. True when it took the
+    /// registration away.
     ///
     /// # Errors
     /// When the store did not do it: whoever reported is to report again.
     pub(super) async fn judge(&self, report: Report, evidence: &Evidence) -> Result<bool, StoreError> {
+        let Report { reporter, broker, epoch, ref seen } = report;
+        if self.view.state().controller() != Some(self.settings.id) {
+            return Ok(false);
+        }
+        let _turn = evidence.turns.acquire().await.expect("it is never closed");
+        let Some(known) = registered(&self.view.state(), broker, epoch) else { return Ok(false) };
+        if !probe(&evidence.peers, &known.value).await.is_gone() {
+            let reports =
+                evidence.false_reports.lock().unwrap_or_else(PoisonError::into_inner).occur(clock::monotonic());
+            if let Some(reports) = reports {
+                tracing::info!(%broker, %reporter, seen, reports, "a broker was reported as gone, and is there for its controller");
+            }
+            return Ok(false);
+        }
+        self.take_away(report, evidence).await
+    }
+
+    /// Takes the registration of a process away that this broker has seen to be gone, if it is the controller. True when that was done.
+    async fn take_away(&self, report: Report, evidence: &Evidence) -> Result<bool, StoreError> {
         let Report { reporter, broker, epoch, seen } = report;
         if self.view.state().controller() != Some(self.settings.id) {
             return Ok(false);
@@ -238,11 +270,6 @@ impl Broker {
         }
         if !evidence.trust().believes(broker, &known.value.incarnation, clock::monotonic()) {
             tracing::info!(%broker, %reporter, seen, "evidence against a broker that was not dead the last time counts for nothing");
-            return Ok(false);
-        }
-        // Its own report was made by such a look.
-        if reporter != self.settings.id && !probe(&evidence.peers, &known.value).await.is_gone() {
-            tracing::info!(%broker, %reporter, seen, "a broker was reported as gone, and is there for its controller");
             return Ok(false);
         }
         let revoked = self.revoke(broker, epoch).await.inspect_err(|error| {

@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use super::peer::{self, LinkLost, Neighbour, Neighbours};
+use super::peer::{self, LinkLost, LookUp, Neighbour, Neighbours, Unconfirmed};
 use crate::{
     client::{
         Connect,
@@ -72,8 +72,8 @@ enum Over {
     Other { answers: u32 },
     #[error("it has not said hello")]
     NoWelcome,
-    #[error("it runs in an older uptime ({answers}) than the one that is registered ({known})")]
-    Older { answers: Revision, known: Revision },
+    #[error(transparent)]
+    Unconfirmed(#[from] Unconfirmed),
     #[error("it sent what cannot be: {0}")]
     Bad(String),
 }
@@ -95,9 +95,10 @@ impl Following {
         &self.peers
     }
 
-    /// Says how this broker's partitions are found, and who is told of lost links. Once, before the first of them is assigned.
-    pub(super) fn hosts(&self, find: Find, lost: Arc<dyn LinkLost>) {
-        self.neighbours.serve(find, lost);
+    /// Says how this broker's partitions are found, who is told of lost links, and how registrations are looked up. Once, before the first
+    /// of them is assigned.
+    pub(super) fn hosts(&self, find: Find, lost: Arc<dyn LinkLost>, look_up: LookUp) {
+        self.neighbours.serve(find, lost, look_up);
     }
 
     /// Takes every broker that is registered, with its address for brokers and its broker epoch, at every change.
@@ -252,6 +253,9 @@ impl Link {
             }
             Over::Stopped => tracing::debug!(%leader, "the link to a leader's broker begins anew"),
             // One of the two may not have heard of the other yet.
+            Over::Unconfirmed(Unconfirmed::Unsure { .. }) => {
+                tracing::info!(%leader, address, links, why = %over, "the link to a leader's broker cannot stand yet");
+            }
             Over::Call(PeerError::Refused(fault)) if fault.retryable => {
                 tracing::info!(%leader, address, links, why = %fault, "the link to a leader's broker cannot stand yet");
             }
@@ -334,9 +338,7 @@ impl Link {
             return Err(Over::Other { answers: welcome.broker });
         }
         let epoch = Revision(welcome.broker_epoch);
-        if epoch < to.epoch {
-            return Err(Over::Older { answers: epoch, known: to.epoch });
-        }
+        self.neighbours.confirm(self.leader, epoch).await?;
         peer::compare_clocks(self.leader, welcome.wall_ms);
         Ok((stream, epoch))
     }

@@ -25,6 +25,7 @@
 
 mod admin;
 mod agree;
+mod claims;
 mod cluster_admin;
 mod describe;
 mod doubt;
@@ -69,7 +70,8 @@ use futures::{StreamExt as _, stream};
 use tokio::sync::{Semaphore, watch};
 
 use self::{
-    agree::Agree, hosted::Hosted, leftovers::Leftovers, others::Others, producer_ids::ProducerIds, unproven::Unproven,
+    agree::Agree, claims::Claims, hosted::Hosted, leftovers::Leftovers, others::Others, producer_ids::ProducerIds,
+    unproven::Unproven,
 };
 pub use self::{
     fill::starts_full,
@@ -224,6 +226,7 @@ impl Broker {
             incarnation: incarnation.clone(),
             catchup_bytes_per_second: settings.catchup_bytes_per_second,
             metrics: metrics.clone(),
+            claims: Arc::new(Claims::new(Arc::clone(&store), keys.clone())),
         };
         let broker = Arc::new_cyclic(|broker| Self {
             incarnation,

@@ -8,15 +8,16 @@ use std::{
 
 use super::{
     Broker, Readiness,
+    claims::Claims,
     evidence::Evidence,
     following::Following,
-    peer::{self, Neighbours, PeerService, Peering, Questions, Report},
+    peer::{self, LookUp, Neighbours, PeerService, Peering, Questions, Report},
 };
 use crate::{
     client::{Connect, peers::Peers},
     cluster::{Session, Standing, ViewState},
     model::BrokerId,
-    partition::Links,
+    partition::{Links, session::Find},
     proto::v1::{self, peer_server::PeerServer},
     task::Tasks,
     telemetry::Metrics,
@@ -37,20 +38,28 @@ pub(super) struct Known {
     pub(super) incarnation: String,
     pub(super) catchup_bytes_per_second: Option<u64>,
     pub(super) metrics: Metrics,
+    /// Looks up what the others claim.
+    pub(super) claims: Arc<Claims>,
 }
 
 impl Others {
     /// Of a broker that is being made. Nothing is done before it is registered.
     pub(super) fn new(known: Known, connect: Arc<dyn Connect>, broker: &Weak<Broker>) -> Self {
-        let Known { id, cluster, incarnation, catchup_bytes_per_second, metrics } = known;
+        let Known { id, cluster, incarnation, catchup_bytes_per_second, metrics, claims } = known;
         let tasks = Tasks::new();
         let neighbours = Neighbours::new(id, cluster);
         let following =
             Following::new(Arc::clone(&neighbours), connect, metrics.replication_received_bytes, tasks.clone());
         let evidence = Evidence::new(Weak::clone(broker), following.peers().clone(), tasks.clone());
         let holder = Weak::clone(broker);
-        following.hosts(Arc::new(move |id| holder.upgrade()?.hosted.by_id(id)), Arc::clone(&evidence) as _);
-        let questions = questions(broker, evidence);
+        let find: Find = Arc::new(move |id| holder.upgrade()?.hosted.by_id(id));
+        let asked = Arc::clone(&claims);
+        let look_up: LookUp = Arc::new(move |broker| {
+            let claims = Arc::clone(&asked);
+            Box::pin(async move { claims.broker_epoch(broker).await })
+        });
+        following.hosts(find, Arc::clone(&evidence) as _, look_up);
+        let questions = questions(broker, evidence, claims);
         let peering = Peering::new(
             neighbours,
             incarnation,
@@ -113,11 +122,15 @@ impl Others {
     }
 }
 
-fn questions(broker: &Weak<Broker>, evidence: Arc<Evidence>) -> Questions {
+fn questions(broker: &Weak<Broker>, evidence: Arc<Evidence>, claims: Arc<Claims>) -> Questions {
     let (asked, looked, reported) = (Weak::clone(broker), Weak::clone(broker), Weak::clone(broker));
     Questions {
         unusable: Box::new(move |id| looked.upgrade()?.unusable(id)),
         status: Box::new(move || asked.upgrade().map_or_else(v1::StatusResponse::default, |broker| broker.status())),
+        stored_epoch: Arc::new(move |id| {
+            let claims = Arc::clone(&claims);
+            Box::pin(async move { claims.leader_epoch(id).await })
+        }),
         report: Box::new(move |report: Report| {
             let (broker, evidence) = (reported.upgrade(), Arc::clone(&evidence));
             Box::pin(async move {

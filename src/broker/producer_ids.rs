@@ -61,14 +61,14 @@ pub struct ProducerIdQuota(Arc<Mutex<Option<Bucket>>>);
 
 /// Tokens that come back evenly, as many in a minute as there are at most.
 #[derive(Clone, Copy, Debug, PartialEq)]
-struct Bucket {
+pub(super) struct Bucket {
     tokens: f64,
     at: Instant,
 }
 
 impl Bucket {
     /// Takes a token; `None` where there is none.
-    fn take(bucket: Option<Self>, per_minute: u32, now: Instant) -> Option<Self> {
+    pub(super) fn take(bucket: Option<Self>, per_minute: u32, now: Instant) -> Option<Self> {
         let most = f64::from(per_minute);
         let tokens = bucket.map_or(most, |bucket| {
             let grown = now.saturating_duration_since(bucket.at).as_secs_f64() / 60.0 * most;

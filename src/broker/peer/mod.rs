@@ -20,13 +20,13 @@ use tonic::{Request, Response, Status, Streaming};
 use self::replicate::{Answers, Incoming};
 pub(super) use self::{
     clocks::compare_clocks,
-    neighbours::{LinkLost, Neighbour, Neighbours},
+    neighbours::{LinkLost, LookUp, Neighbour, Neighbours, Unconfirmed},
 };
 use crate::{
     cluster::Revision,
     limits,
     model::{BrokerId, LeaderEpoch, PartitionId},
-    partition::session::CatchUp,
+    partition::session::{CatchUp, StoredEpoch},
     proto::{
         fault::{Fault, Reason},
         v1::{self, peer_server},
@@ -35,10 +35,10 @@ use crate::{
     telemetry::{ByPeer, LogThrottle},
 };
 
-/// Another broker's word that a process is gone.
+/// Somebody's word that a process is gone.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Report {
-    /// Who says so.
+    /// Who says so, as far as whoever calls may be believed: for the log, and nothing else.
     pub(super) reporter: BrokerId,
     /// Whose process.
     pub(super) broker: BrokerId,
@@ -54,6 +54,8 @@ pub(super) struct Questions {
     pub(super) status: Box<dyn Fn() -> v1::StatusResponse + Send + Sync>,
     /// Why a replica here cannot be used; `None` where there is none, or it can be.
     pub(super) unusable: Box<dyn Fn(PartitionId) -> Option<String> + Send + Sync>,
+    /// The leader epoch of a partition, by the metadata store.
+    pub(super) stored_epoch: StoredEpoch,
     /// Looks into a report. True when the registration was taken away; a fault when that is to be tried again.
     pub(super) report: Box<dyn Fn(Report) -> BoxFuture<'static, Result<bool, Fault>> + Send + Sync>,
 }

@@ -6,6 +6,7 @@ use std::{
     sync::{Arc, OnceLock},
 };
 
+use futures::future::BoxFuture;
 use tokio::sync::watch;
 
 use crate::{
@@ -13,6 +14,7 @@ use crate::{
     cluster::Revision,
     model::{BrokerId, PartitionId},
     partition::{Partition, session::Find},
+    proto::fault::{Fault, Reason},
     task::Tasks,
 };
 
@@ -38,6 +40,55 @@ pub(in crate::broker) struct Neighbours {
     around: watch::Sender<Around>,
     find: OnceLock<Find>,
     lost: OnceLock<Arc<dyn LinkLost>>,
+    look_up: OnceLock<LookUp>,
+}
+
+/// Asks the metadata store in which uptime a broker is registered, at a bounded rate; a fault where that cannot be said now.
+pub(in crate::broker) type LookUp =
+    Arc<dyn Fn(BrokerId) -> BoxFuture<'static, Result<Option<Revision>, Fault>> + Send + Sync>;
+
+/// Why a broker that says in which uptime it runs is not spoken with.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub(in crate::broker) enum Unconfirmed {
+    /// It has registered again since.
+    #[error("broker {broker} runs in its uptime {claimed}, and has registered as {known} since")]
+    Older {
+        /// Which.
+        broker: BrokerId,
+        /// What it says.
+        claimed: Revision,
+        /// What it is registered as.
+        known: Revision,
+    },
+    /// The metadata store has no such registration.
+    #[error("broker {broker} is not registered in the uptime {claimed} that it names")]
+    Unknown {
+        /// Which.
+        broker: BrokerId,
+        /// What it says.
+        claimed: Revision,
+    },
+    /// It may be: the mirror does not have it, and the store could not be asked.
+    #[error("broker {broker} is not registered in the uptime {claimed} as far as is known here: {why}")]
+    Unsure {
+        /// Which.
+        broker: BrokerId,
+        /// What it says.
+        claimed: Revision,
+        /// Why nobody knows.
+        why: String,
+    },
+}
+
+impl From<Unconfirmed> for Fault {
+    fn from(error: Unconfirmed) -> Self {
+        let reason = match error {
+            Unconfirmed::Older { .. } => Reason::InvalidRequest,
+            // It may be about to register.
+            Unconfirmed::Unknown { .. } | Unconfirmed::Unsure { .. } => Reason::NotReady,
+        };
+        Self::new(reason, error.to_string())
+    }
 }
 
 #[derive(Clone, Default)]
@@ -52,12 +103,13 @@ impl Neighbours {
     /// Of this broker. It knows of nobody before it is told.
     pub(in crate::broker) fn new(me: BrokerId, cluster: String) -> Arc<Self> {
         let around = watch::Sender::default();
-        Arc::new(Self { me, cluster, around, find: OnceLock::new(), lost: OnceLock::new() })
+        let (find, lost, look_up) = (OnceLock::new(), OnceLock::new(), OnceLock::new());
+        Arc::new(Self { me, cluster, around, find, lost, look_up })
     }
 
-    /// Says how its partitions are found, and who is told of lost links. Once.
-    pub(in crate::broker) fn serve(&self, find: Find, lost: Arc<dyn LinkLost>) {
-        let first = self.find.set(find).is_ok() && self.lost.set(lost).is_ok();
+    /// Says how its partitions are found, who is told of lost links, and how registrations are looked up. Once.
+    pub(in crate::broker) fn serve(&self, find: Find, lost: Arc<dyn LinkLost>, look_up: LookUp) {
+        let first = self.find.set(find).is_ok() && self.lost.set(lost).is_ok() && self.look_up.set(look_up).is_ok();
         assert!(first, "a broker begins to serve once");
     }
 
@@ -103,6 +155,22 @@ impl Neighbours {
     /// What is known of a broker.
     pub(super) fn get(&self, broker: BrokerId) -> Option<Neighbour> {
         self.around.borrow().known.get(&broker).cloned()
+    }
+
+    /// Whether a broker is registered in the uptime that it names. Where the mirror is older than the claim, the metadata store is asked.
+    pub(in crate::broker) async fn confirm(&self, broker: BrokerId, claimed: Revision) -> Result<(), Unconfirmed> {
+        match self.get(broker).map(|known| known.epoch) {
+            Some(known) if known == claimed => return Ok(()),
+            Some(known) if known > claimed => return Err(Unconfirmed::Older { broker, claimed, known }),
+            Some(_) | None => {}
+        }
+        let unsure = |why: String| Unconfirmed::Unsure { broker, claimed, why };
+        let look_up = self.look_up.get().ok_or_else(|| unsure("this broker is starting".to_owned()))?;
+        match look_up(broker).await.map_err(|fault| unsure(fault.message))? {
+            Some(known) if known == claimed => Ok(()),
+            Some(known) if known > claimed => Err(Unconfirmed::Older { broker, claimed, known }),
+            Some(_) | None => Err(Unconfirmed::Unknown { broker, claimed }),
+        }
     }
 
     /// The partition of this broker with that id.

@@ -1,7 +1,8 @@
 //! The stream over which another broker follows: who it is, and that there is one of it.
 //!
-//! A broker has one link here. The next one that it makes ends the one before, and begins when every partition knows of that end: what is
-//! late of an old link never undoes a join on the new one.
+//! A broker has one link here. One of a newer uptime ends the one before. One of the same uptime does that only where the one before
+//! answers no ping: nobody proves who he is, and whoever comes second may be a stranger. The next link begins when every partition knows
+//! of the end of the one before: what is late of an old link never undoes a join on the new one.
 
 use std::{
     collections::BTreeMap,
@@ -23,7 +24,7 @@ use crate::{
     model::BrokerId,
     partition::{
         leader::insync::Peer,
-        session::{self, Ended, Led},
+        session::{self, Ended, Led, LinkProbe},
     },
     proto::{
         fault::{Fault, Reason},
@@ -39,6 +40,9 @@ const HELLO: Duration = Duration::from_secs(5);
 /// How long a follower's broker may take to take the reason for which its stream ends.
 const LAST_WORD: Duration = Duration::from_millis(500);
 
+/// How long a link may take to answer a ping when another one of the same uptime comes.
+const PING_TIMEOUT: Duration = Duration::from_secs(1);
+
 /// Messages that wait for the connection: batching is the session's.
 const QUEUE: usize = 1;
 
@@ -47,6 +51,7 @@ pub(super) type Answers = Pin<Box<dyn Stream<Item = Result<v1::ToFollower, Statu
 /// One broker's link.
 pub(super) struct Incoming {
     epoch: Revision,
+    probe: Arc<LinkProbe>,
     /// Ends it.
     link: Tasks,
     /// Closed when it has ended, and every partition knows.
@@ -79,12 +84,14 @@ impl Peering {
             Ok(Err(status)) => return Err(Fault::from(&status)),
             Err(_) => return Err(invalid(format!("no Hello came in {HELLO:?}"))),
         };
-        let (peer, own) = self.admit(&hello)?;
+        let (peer, own) = self.admit(&hello).await?;
         compare_clocks(peer.broker, hello.wall_ms);
         let link = self.tasks.child();
         let (ends, ended) = watch::channel(());
-        self.replace(peer, Incoming { epoch: peer.epoch, link: link.clone(), ended }).await?;
-        let served = self.follow(peer, own, incoming, outgoing, &link).await;
+        let probe = Arc::new(LinkProbe::default());
+        let to_be = Incoming { epoch: peer.epoch, probe: Arc::clone(&probe), link: link.clone(), ended };
+        self.take_place(peer, to_be).await?;
+        let served = self.follow(peer, own, probe, incoming, outgoing, &link).await;
         drop(ends);
         let mut links = self.links();
         if links.get(&peer.broker).is_some_and(|known| known.ended.has_changed().is_err()) {
@@ -94,7 +101,7 @@ impl Peering {
     }
 
     /// Who says hello, and this broker's own broker epoch.
-    fn admit(&self, hello: &v1::Hello) -> Result<(Peer, Revision), Fault> {
+    async fn admit(&self, hello: &v1::Hello) -> Result<(Peer, Revision), Fault> {
         let (me, broker) = (self.neighbours.me(), BrokerId(hello.broker));
         if hello.version != VERSION {
             return Err(invalid(format!("version {} of the protocol is not spoken here, {VERSION} is", hello.version)));
@@ -106,19 +113,12 @@ impl Peering {
         if broker == me {
             return Err(invalid(format!("broker {broker} calls itself: two processes run under one number")));
         }
-        let not_yet = |message: String| Err(Fault::new(Reason::NotReady, message));
         let Some(own) = self.neighbours.own() else {
-            return not_yet(format!("broker {me} is not registered yet"));
+            return Err(Fault::new(Reason::NotReady, format!("broker {me} is not registered yet")));
         };
-        // The view may lag behind whoever calls, and never runs ahead of the store.
-        match self.neighbours.get(broker).map(|known| known.epoch.0) {
-            None => not_yet(format!("broker {broker} is not registered, as far as is known here")),
-            Some(known) if known > hello.broker_epoch => Err(invalid(format!(
-                "broker {broker} calls in its uptime {}, and has registered as {known} since",
-                hello.broker_epoch
-            ))),
-            Some(_) => Ok((Peer { broker, epoch: Revision(hello.broker_epoch) }, own)),
-        }
+        let epoch = Revision(hello.broker_epoch);
+        self.neighbours.confirm(broker, epoch).await?;
+        Ok((Peer { broker, epoch }, own))
     }
 
     pub(super) fn is_of_this_cluster(&self, cluster: &str) -> Result<(), Fault> {
@@ -131,15 +131,36 @@ impl Peering {
     }
 
     /// Takes the place of the broker's earlier link, once that has ended.
-    async fn replace(&self, peer: Peer, link: Incoming) -> Result<(), Fault> {
-        let before = {
-            let mut links = self.links();
-            let newer = links.get(&peer.broker).map(|known| known.epoch).filter(|known| *known > peer.epoch);
-            if let Some(newer) = newer {
-                let message = format!("broker {} follows here in a newer uptime, {newer}", peer.broker);
-                return Err(invalid(message));
+    async fn take_place(&self, peer: Peer, link: Incoming) -> Result<(), Fault> {
+        let mut silent: Option<Arc<LinkProbe>> = None;
+        let before = loop {
+            let (probe, mut ended) = {
+                let mut links = self.links();
+                match links.get(&peer.broker) {
+                    Some(known) if known.epoch > peer.epoch => {
+                        let message = format!("broker {} follows here in a newer uptime, {}", peer.broker, known.epoch);
+                        return Err(invalid(message));
+                    }
+                    Some(known)
+                        if known.epoch == peer.epoch
+                            && !silent.as_ref().is_some_and(|silent| Arc::ptr_eq(silent, &known.probe)) =>
+                    {
+                        (Arc::clone(&known.probe), known.ended.clone())
+                    }
+                    _ => break links.insert(peer.broker, link),
+                }
+            };
+            tokio::select! {
+                biased;
+                // It never changes.
+                _closed = ended.changed() => {}
+                () = probe.answered() => {
+                    let message = format!("broker {} follows here over another link, which answers", peer.broker);
+                    return Err(Fault::new(Reason::NotReady, message));
+                }
+                () = tokio::time::sleep(PING_TIMEOUT) => {}
             }
-            links.insert(peer.broker, link)
+            silent = Some(probe);
         };
         if let Some(mut before) = before {
             before.link.cancel();
@@ -152,6 +173,7 @@ impl Peering {
         &self,
         peer: Peer,
         own: Revision,
+        probe: Arc<LinkProbe>,
         incoming: Streaming<v1::ToLeader>,
         outgoing: &session::Outgoing,
         link: &Tasks,
@@ -164,7 +186,8 @@ impl Peering {
             tracing::info!(follower = %peer.broker, epoch = %peer.epoch, links, "a broker follows here");
         }
         let (find, sent) = (self.neighbours.find(), self.sent.of(peer.broker.0));
-        let led = Led { peer, find, catch_up: Arc::clone(&self.catch_up), sent };
+        let stored_epoch = Arc::clone(&self.questions.stored_epoch);
+        let led = Led { peer, find, catch_up: Arc::clone(&self.catch_up), probe, stored_epoch, sent };
         let ended = tokio::select! {
             biased;
             // Pending for ever once it has cancelled the link.

@@ -19,7 +19,7 @@ use crate::{
     broker::following::Following,
     client::{
         Tcp,
-        peers::{How, PeerError, Peers},
+        peers::{How, PeerError, Peers, Replicating},
     },
     cluster::{PartitionValue, Revision},
     log::{Identity, Log, Options, SimDisk},
@@ -44,6 +44,8 @@ struct Node {
     log: Log,
     partitions: Partitions,
     following: Arc<Following>,
+    /// Who is registered, by the metadata store.
+    stored: Arc<Mutex<BTreeMap<BrokerId, Revision>>>,
     lost: mpsc::Receiver<(BrokerId, Revision, How)>,
     tasks: Tasks,
 }
@@ -82,11 +84,18 @@ impl Node {
         let (noted, lost) = mpsc::channel(64);
         let held = Arc::clone(&partitions);
         let find: Find = Arc::new(move |id| held.lock().unwrap().get(&id).cloned());
-        following.hosts(find, Arc::new(Noted(noted)));
+        let stored: Arc<Mutex<BTreeMap<BrokerId, Revision>>> = Arc::default();
+        let asked = Arc::clone(&stored);
+        let look_up: LookUp = Arc::new(move |broker| {
+            let epoch = asked.lock().unwrap().get(&broker).copied();
+            Box::pin(async move { Ok(epoch) })
+        });
+        following.hosts(find, Arc::new(Noted(noted)), look_up);
         following.registered(Some(epoch_of(id)));
         let questions = Questions {
             unusable: Box::new(|id| (id.number == 1).then(|| "it is damaged".to_owned())),
             status: Box::new(|| v1::StatusResponse { leaders: 5, ..v1::StatusResponse::default() }),
+            stored_epoch: Arc::new(|_| Box::pin(async { None })),
             report: Box::new(|report| Box::pin(async move { Ok(report.broker == BrokerId(9)) })),
         };
         let peering =
@@ -101,7 +110,7 @@ impl Node {
                 result = server.serve_with_incoming(TcpIncoming::from(listener)) => result.unwrap(),
             }
         });
-        Self { id, address, log, partitions, following, lost, tasks }
+        Self { id, address, log, partitions, following, stored, lost, tasks }
     }
 
     fn know(&self, others: &[&Node]) {
@@ -207,6 +216,14 @@ async fn what_one_broker_is_sent_the_other_has_when_it_is_acknowledged() {
     two.stop().await;
 }
 
+/// Answers the next ping of a stream.
+async fn answer_ping(stream: &mut Replicating) {
+    let message = stream.receiver.message().await.unwrap().unwrap();
+    let Some(v1::to_follower::Is::Ping(ping)) = message.is else { panic!("{message:?}") };
+    let pong = v1::to_leader::Is::Pong(v1::Pong { number: ping.number });
+    stream.sender.send(v1::ToLeader { is: Some(pong) }).await.unwrap();
+}
+
 /// Each of what a broker is not, or is not any more.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stream_of_somebody_else_is_refused_with_the_reason() {
@@ -219,6 +236,7 @@ async fn a_stream_of_somebody_else_is_refused_with_the_reason() {
         (v1::Hello { broker: 7, ..good.clone() }, "broker 7 is not registered"),
         (v1::Hello { broker: 1, ..good.clone() }, "calls itself"),
         (v1::Hello { broker_epoch: 19, ..good.clone() }, "in its uptime 19, and has registered as 20 since"),
+        (v1::Hello { broker_epoch: 1 << 63, ..good.clone() }, "is not registered in the uptime 9223372036854775808"),
         (v1::Hello { to: 5, ..good.clone() }, "this is broker 1, and broker 5 was called"),
         (v1::Hello { version: 2, ..good.clone() }, "version 2"),
     ];
@@ -234,13 +252,27 @@ async fn a_stream_of_somebody_else_is_refused_with_the_reason() {
     let Some(v1::to_follower::Is::Welcome(welcome)) = welcome.is else { panic!("{welcome:?}") };
     assert_eq!((welcome.broker, welcome.broker_epoch), (1, 10));
     assert!(welcome.wall_ms.is_some_and(|theirs| theirs.abs_diff(crate::task::clock::wall_ms()) < 60_000));
-    // The next link of the same broker takes its place, and a newer uptime ends that one.
-    let mut next = peers.replicate(&one.address, good).await.unwrap();
-    assert!(next.receiver.message().await.unwrap().is_some());
-    let status = stream.receiver.message().await.expect_err("replaced");
+    // The next link of the same uptime has the first one asked. It answers, and stays.
+    let (next, ()) = tokio::join!(peers.replicate(&one.address, good.clone()), answer_ping(&mut stream));
+    let status = next.unwrap().receiver.message().await.expect_err("there is one already");
+    assert!(status.message().contains("over another link, which answers"), "{status:?}");
+    // It does not answer, and goes.
+    let mut next = peers.replicate(&one.address, good.clone()).await.unwrap();
+    assert!(matches!(next.receiver.message().await.unwrap().unwrap().is, Some(v1::to_follower::Is::Welcome(_))));
+    let status = loop {
+        match stream.receiver.message().await {
+            Ok(Some(v1::ToFollower { is: Some(v1::to_follower::Is::Ping(_)) })) => {}
+            other => break other.expect_err("replaced"),
+        }
+    };
     assert!(status.message().contains("another one takes its place"), "{status:?}");
-    one.following.brokers([(two.id, (two.address.clone(), Revision(21)))].into());
+    // A newer uptime, of which only the store knows yet, takes the place at once.
+    one.stored.lock().unwrap().insert(two.id, Revision(21));
+    let mut newest = peers.replicate(&one.address, v1::Hello { broker_epoch: 21, ..good }).await.unwrap();
+    assert!(newest.receiver.message().await.unwrap().is_some());
     assert!(next.receiver.message().await.is_err());
+    one.following.brokers([(two.id, (two.address.clone(), Revision(22)))].into());
+    assert!(newest.receiver.message().await.is_err());
     one.stop().await;
     two.stop().await;
 }

@@ -58,6 +58,7 @@ where
         next_place: 0,
         ready: Arc::default(),
         messages: VecDeque::new(),
+        ping: None,
         later: BTreeSet::new(),
         waiting: BTreeMap::new(),
         pauses: BTreeMap::new(),
@@ -113,6 +114,8 @@ struct Following<'a> {
     ready: Arc<Ready>,
     /// What goes out before any progress: joins and leaves.
     messages: VecDeque<v1::ToLeader>,
+    /// The newest ping that is not answered.
+    ping: Option<u64>,
     /// Who is told that the link stands, and when.
     later: BTreeSet<(Instant, PartitionId)>,
     /// The same by partition.
@@ -141,7 +144,7 @@ impl Following<'_> {
             tokio::select! {
                 biased;
                 () = tasks.cancelled() => return Ended::Stopped,
-                permit = outgoing.reserve(), if !self.messages.is_empty() => match (permit, self.messages.pop_front()) {
+                permit = outgoing.reserve(), if self.has_message() => match (permit, self.message()) {
                     (Ok(permit), Some(message)) => permit.send(message),
                     _ => return refused(incoming).await,
                 },
@@ -159,6 +162,15 @@ impl Following<'_> {
                 () = due => self.remind(),
             }
         }
+    }
+
+    fn has_message(&self) -> bool {
+        self.ping.is_some() || !self.messages.is_empty()
+    }
+
+    /// The next message: who is asked whether it is there answers first.
+    fn message(&mut self) -> Option<v1::ToLeader> {
+        self.ping.take().map(frames::pong).or_else(|| self.messages.pop_front())
     }
 
     /// Sends what those who leave have to say, and waits until the other side has heard it: it ends the stream then.
@@ -332,6 +344,7 @@ impl Following<'_> {
                     }
                 }
             }
+            FromLeader::Ping(number) => self.ping = Some(number),
             FromLeader::Batches(pieces) => {
                 for piece in pieces {
                     if let Some(index) = self.places.get(&piece.place).copied()

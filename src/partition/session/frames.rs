@@ -81,6 +81,8 @@ pub(super) enum FromFollower {
     Leave { place: u32, known: Option<LeaderEpoch>, stopping: bool },
     /// What it has of these places.
     Progress(Vec<(u32, Ends)>),
+    /// It is there.
+    Pong(u64),
 }
 
 /// How a partition is joined.
@@ -99,6 +101,8 @@ pub(super) enum FromLeader {
     Answer { place: u32, answered: Result<Answered, BadFrame> },
     /// What follows.
     Batches(Vec<v1::Piece>),
+    /// The leader's broker wants to know whether this one is there.
+    Ping(u64),
 }
 
 /// Batches of one place.
@@ -147,6 +151,7 @@ impl TryFrom<v1::ToLeader> for FromFollower {
                 let all = all.map(|(place, (written, persisted))| Ok((place, ends(written, persisted)?)));
                 Ok(Self::Progress(all.collect::<Result<_, BadFrame>>()?))
             }
+            Some(to_leader::Is::Pong(pong)) => Ok(Self::Pong(pong.number)),
             Some(to_leader::Is::Hello(_)) | None => Err(BadFrame::Kind),
         }
     }
@@ -179,6 +184,7 @@ impl TryFrom<v1::ToFollower> for FromLeader {
                 Ok(Self::Answer { place: answer.place, answered: answered(answer) })
             }
             Some(to_follower::Is::Batches(batches)) => Ok(Self::Batches(batches.pieces)),
+            Some(to_follower::Is::Ping(ping)) => Ok(Self::Ping(ping.number)),
             Some(to_follower::Is::Welcome(_)) | None => Err(BadFrame::Kind),
         }
     }
@@ -242,6 +248,15 @@ pub(super) fn join(place: u32, join: &JoinFrame) -> v1::ToLeader {
 /// A leave on the wire.
 pub(super) fn leave(place: u32, known: LeaderEpoch, stopping: bool) -> v1::ToLeader {
     v1::ToLeader { is: Some(to_leader::Is::Leave(v1::Leave { place, known_epoch: known.as_i32(), stopping })) }
+}
+
+/// A ping on the wire, and its answer.
+pub(super) fn ping(number: u64) -> v1::ToFollower {
+    v1::ToFollower { is: Some(to_follower::Is::Ping(v1::Ping { number })) }
+}
+
+pub(super) fn pong(number: u64) -> v1::ToLeader {
+    v1::ToLeader { is: Some(to_leader::Is::Pong(v1::Pong { number })) }
 }
 
 /// What the follower has, on the wire.

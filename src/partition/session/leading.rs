@@ -14,14 +14,15 @@ use futures::{
 use tokio::time::Instant;
 
 use super::{
-    CatchUp, Ended, Find, Outgoing,
+    CatchUp, Ended, Find, LinkProbe, Outgoing, StoredEpoch,
     frames::{self, BadFrame, FromFollower, JoinFrame},
     place::{Asks, Place, Slot, Told, not_here, unreadable},
+    probe::NeverAsked,
 };
 use crate::{
     model::{LeaderEpoch, PartitionId},
     partition::{
-        Fetched, Joined, On, ReadError, Ready,
+        Fetched, Joined, On, Partition, ReadError, Ready,
         leader::insync::{Departure, Ends, Peer},
     },
     proto::{
@@ -62,6 +63,10 @@ pub struct Led {
     pub find: Find,
     /// What replicas that catch up may take.
     pub catch_up: Arc<CatchUp>,
+    /// Asks the follower whether it is there.
+    pub probe: Arc<LinkProbe>,
+    /// Looks up what the follower says of newer leader epochs.
+    pub stored_epoch: StoredEpoch,
     /// Counts the bytes of batches that go out.
     pub sent: Counter,
 }
@@ -129,6 +134,7 @@ impl Leading {
     where
         S: Stream<Item = Result<v1::ToLeader, Status>> + Unpin + Send,
     {
+        let mut pings = self.led.probe.pings();
         loop {
             self.fill();
             let (written, committed) = (Arc::clone(&self.written), Arc::clone(&self.committed));
@@ -149,6 +155,7 @@ impl Leading {
                     Ok(permit) => permit.send(Ok(self.message())),
                     Err(_) => return Ended::Closed,
                 },
+                Ok(()) = pings.changed() => self.answers.push_front(frames::ping(*pings.borrow_and_update())),
                 Some((index, told)) = self.asking.next(), if !self.asking.is_empty() => self.told(index, told),
                 Some(read) = self.reading.next(), if !self.reading.is_empty() => self.absorb(read),
                 () = written.wait(), if may_read => {}
@@ -319,6 +326,10 @@ impl Leading {
                 self.answers.push_back(frames::refused(place, LeaderEpoch::default(), bad.into()));
             }
             FromFollower::Leave { place, known, stopping } => self.leave(place, known, stopping),
+            FromFollower::Pong(number) => self.led.probe.on_pong(number).map_err(|NeverAsked| {
+                let value = number.try_into().unwrap_or(i64::MAX);
+                BadFrame::Number { field: "a ping that was never sent", value }
+            })?,
             FromFollower::Progress(all) => {
                 for (place, ends) in all {
                     self.acknowledged(place, ends);
@@ -440,9 +451,11 @@ impl Leading {
             return self.end_place(index);
         };
         let peer = self.led.peer;
-        let asking: Asking = if let Some(known) = slot.asks.deposed.take() {
+        let own = partition.epoch();
+        let asking: Asking = if slot.asks.deposed.take().is_some_and(|claimed| claimed > own) {
+            let stored = (self.led.stored_epoch)(partition.id());
             Box::pin(async move {
-                partition.deposed(known).await;
+                depose(&partition, stored).await;
                 (index, Told::Noted)
             })
         } else if let Some(why) = slot.asks.left.take() {
@@ -501,20 +514,29 @@ impl Leading {
         self.asking.clear();
         let peer = self.led.peer;
         let followed = |slot: &Slot| slot.number.is_some() || slot.asking || slot.asks.left.is_some();
+        let stored_epoch = &self.led.stored_epoch;
         let departures = self.slots.iter_mut().filter(|slot| followed(slot)).filter_map(|slot| {
-            let (partition, deposed) = (slot.partition.upgrade()?, slot.asks.deposed.take());
+            let (partition, claimed) = (slot.partition.upgrade()?, slot.asks.deposed.take());
+            let stored = claimed.filter(|claimed| *claimed > partition.epoch()).map(|_| stored_epoch(partition.id()));
             let why = if slot.stops { Departure::Stopping } else { Departure::LinkLost };
             Some(async move {
-                if let Some(known) = deposed {
-                    partition.deposed(known).await;
-                }
                 partition.left(peer, why).await;
+                if let Some(stored) = stored {
+                    depose(&partition, stored).await;
+                }
             })
         });
         let told = stream::iter(departures).for_each_concurrent(DEPARTURES, |departure| departure);
         if tokio::time::timeout(DEPARTURE_WAIT, told).await.is_err() {
             tracing::warn!(follower = %peer.broker, "some partitions took no note of a lost link: their tasks are busy");
         }
+    }
+}
+
+/// Has a partition lead no more if the metadata store says that another epoch has begun.
+async fn depose(partition: &Partition, stored: impl Future<Output = Option<LeaderEpoch>>) {
+    if let Some(newer) = stored.await.filter(|stored| *stored > partition.epoch()) {
+        partition.deposed(newer).await;
     }
 }
 

@@ -27,6 +27,8 @@
 //!   read.
 //! - No place waits for another: windows bound what each has under way to what the follower's partition can queue; joins and
 //!   departures wait for a partition's task beside the loop; reads from a disk run side by side.
+//! - Nobody proves who he is: a follower's word that another broker leads by now has the metadata store asked, and only what that says
+//!   deposes.
 //! - What comes is input. What is wrong with one place ends that place; the follower joins again with growing pauses. Only
 //!   what names no place, or lies about its windows, ends the link.
 //!
@@ -42,12 +44,14 @@ mod following;
 mod frames;
 mod leading;
 mod place;
+mod probe;
 #[cfg(test)]
 mod tests;
 mod window;
 
 use std::{fmt, sync::Arc};
 
+use futures::future::BoxFuture;
 use tokio::sync::mpsc;
 
 pub use self::{
@@ -55,10 +59,11 @@ pub use self::{
     catch_up::CatchUp,
     following::follow,
     leading::{Led, lead},
+    probe::LinkProbe,
 };
 use super::Partition;
 use crate::{
-    model::PartitionId,
+    model::{LeaderEpoch, PartitionId},
     proto::{fault::Fault, status::Status, v1},
 };
 
@@ -75,6 +80,9 @@ impl fmt::Display for Ended {
 
 /// Finds a partition of this broker, whatever its role.
 pub type Find = Arc<dyn Fn(PartitionId) -> Option<Arc<Partition>> + Send + Sync>;
+
+/// The leader epoch of a partition by the metadata store; `None` where that cannot be said now.
+pub type StoredEpoch = Arc<dyn Fn(PartitionId) -> BoxFuture<'static, Option<LeaderEpoch>> + Send + Sync>;
 
 /// Where the leader's side puts its messages: what carries them sends one after the other, and ends with the first error.
 pub type Outgoing = mpsc::Sender<Result<v1::ToFollower, Status>>;

@@ -27,6 +27,7 @@ pub(super) struct Slot {
 /// What a partition is to be told, in this order.
 #[derive(Default)]
 pub(super) struct Asks {
+    /// A newer leader epoch, as the follower says.
     pub(super) deposed: Option<LeaderEpoch>,
     pub(super) left: Option<Departure>,
     pub(super) join: Option<(u32, JoinFrame)>,

@@ -35,6 +35,8 @@ use crate::{
     telemetry::Counter,
 };
 
+mod claims;
+
 const EPOCH: LeaderEpoch = LeaderEpoch(3);
 const LEADER: BrokerId = BrokerId(1);
 const FOLLOWER: Peer = Peer { broker: BrokerId(2), epoch: Revision(20) };
@@ -45,6 +47,10 @@ struct Side {
     log: Log,
     partitions: Arc<Mutex<BTreeMap<PartitionId, Arc<Partition>>>>,
     asked: Arc<Asked>,
+    /// Asks the followers of its links.
+    probe: Arc<LinkProbe>,
+    /// The leader epoch of every partition by the metadata store.
+    stored: Arc<Mutex<Option<LeaderEpoch>>>,
     tasks: Tasks,
 }
 
@@ -87,7 +93,8 @@ impl Side {
         let identity = Identity { cluster: "test".to_owned(), broker: me };
         let options = Options { journal_bytes: 8 << 20, ..Options::default() };
         let log = Log::open(Arc::new(SimDisk::new()), Path::new("/data"), &identity, options).unwrap();
-        Self { me, log, partitions: Arc::default(), asked: Arc::default(), tasks: Tasks::new() }
+        let (asked, probe) = (Arc::default(), Arc::default());
+        Self { me, log, partitions: Arc::default(), asked, probe, stored: Arc::default(), tasks: Tasks::new() }
     }
 
     /// A partition whose leader is broker 1.
@@ -133,11 +140,21 @@ impl Side {
     /// Likewise, with a pace for those that catch up.
     fn lead_at(&self, catch_up: CatchUp) -> Stranger<v1::ToLeader, v1::ToFollower> {
         let ((to, incoming), (outgoing, from)) = (mpsc::channel(1), mpsc::channel(1));
-        let led = Led { peer: FOLLOWER, find: self.find(), catch_up: Arc::new(catch_up), sent: Counter::default() };
+        let led = self.led(catch_up);
         let tasks = self.tasks.clone();
         let ended =
             self.tasks.spawn("lead", async move { lead(led, ReceiverStream::new(incoming), outgoing, &tasks).await });
         Stranger { to, from: ReceiverStream::new(from).boxed(), ended }
+    }
+
+    fn led(&self, catch_up: CatchUp) -> Led {
+        let (catch_up, probe, sent) = (Arc::new(catch_up), Arc::clone(&self.probe), Counter::default());
+        let stored = Arc::clone(&self.stored);
+        let stored_epoch: StoredEpoch = Arc::new(move |_| {
+            let stored = *stored.lock().unwrap();
+            Box::pin(async move { stored })
+        });
+        Led { peer: FOLLOWER, find: self.find(), catch_up, probe, stored_epoch, sent }
     }
 
     /// Its side as the follower's, likewise.
@@ -220,8 +237,7 @@ impl Stranger<v1::ToFollower, v1::ToLeader> {
 fn connect(leader: &Side, follower: &Side) -> Tasks {
     let tasks = Tasks::new();
     let ((to_leader, at_leader), (to_follower, at_follower)) = (mpsc::channel(1), mpsc::channel(1));
-    let led =
-        Led { peer: FOLLOWER, find: leader.find(), catch_up: Arc::new(CatchUp::new(None)), sent: Counter::default() };
+    let led = leader.led(CatchUp::new(None));
     let link = tasks.clone();
     tasks.spawn("lead", async move {
         let incoming = ReceiverStream::new(at_leader).map(Ok);
@@ -513,28 +529,6 @@ async fn whoever_has_left_acknowledges_nothing_more() {
     assert!(leave.stopping);
     assert!(link.from.next().await.is_none(), "and nothing after it");
     drop(link);
-    side.tasks.stop().await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_leader_that_is_one_no_more_ends_its_places() {
-    let side = Side::new(LEADER);
-    let partition = side.open(0, &[LEADER]).await;
-    let mut link = side.lead();
-    link.join(1, id(0), EPOCH).await;
-    assert_eq!(link.answer().await.is, Some(answer::Is::At(0)));
-    let next = LeaderEpoch(EPOCH.0 + 1);
-    side.assign(0, value(next, FOLLOWER.broker, &[LEADER]), Revision(2)).await;
-    let Some(answer::Is::Refused(error)) = link.answer().await.is else { panic!("the place was to end") };
-    assert!(error.message.contains("does not lead"), "{}", error.message);
-    // And with an epoch of which it has not heard yet it waits a while.
-    side.assign(0, value(LeaderEpoch(next.0 + 1), LEADER, &[LEADER]), Revision(3)).await;
-    link.join(2, id(0), LeaderEpoch(next.0 + 2)).await;
-    side.assign(0, value(LeaderEpoch(next.0 + 2), LEADER, &[LEADER]), Revision(4)).await;
-    assert_eq!(link.answer().await.is, Some(answer::Is::At(0)));
-    // A follower that knows better deposes it.
-    link.say(frames::leave(2, LeaderEpoch(next.0 + 3), false)).await;
-    until("it leads no more", || !partition.standing().role.leads()).await;
     side.tasks.stop().await;
 }
 

@@ -13,6 +13,7 @@ use tonic::{Code, Status, Streaming};
 
 use super::{Meta, STRANGER, broker_epoch, peer, still_serves};
 use crate::{
+    broker::Home,
     cluster::members::Cluster,
     patience::{PATIENCE, becomes, eventually},
     wire,
@@ -84,8 +85,10 @@ struct Calm {
 
 impl Calm {
     async fn begin() -> Self {
+        // Longer than a frozen broker stays frozen.
+        let settings = |home: Home| home.setting("metadata.session_timeout", "\"15s\"");
         let (cluster, leader) = block_in_place(|| {
-            let cluster = Cluster::start(2);
+            let cluster = Cluster::with(2, settings);
             let create = ["topic", "create", "calm", "--replication-factor", "2", "--config", "min.insync.replicas=2"];
             cluster.cli().ok(&create);
             cluster.in_sync("calm", 2);
@@ -138,6 +141,7 @@ impl Calm {
             (is_hello(self.hello(leader, epoch)), "calls itself"),
             (is_hello(self.hello(STRANGER, 5)), "broker 9 is not registered"),
             (is_hello(self.hello(follower, epoch - 1)), "has registered as"),
+            (is_hello(self.hello(follower, 1 << 63)), "is not registered in the uptime 9223372036854775808"),
             (Some(to_leader::Is::Leave(leave)), "begins with Hello"),
             (None, "begins with Hello"),
         ] {
@@ -243,4 +247,82 @@ async fn a_stranger_that_follows_is_refused_in_words_and_the_true_follower_goes_
     block_in_place(|| cli.ok(&["partition", "reassign", "cancel", "calm/0"]));
     let read = block_in_place(|| cli.ok(&["consume", "calm", "--from", "earliest", "--until-end"]));
     assert_eq!(read.text(), "still here\n".repeat(2));
+}
+
+/// Two strangers in the followers' names once had a leader acknowledge what nobody but they had, or took the followers' links and
+/// acknowledged nothing: an uptime of 2^63 was taken for the newest, and whoever came last for the true one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stranger_in_a_followers_name_takes_no_link_that_answers() {
+    let calm = Calm::begin().await;
+    let epoch = broker_epoch(calm.cluster.home(calm.follower).peer()).await;
+    let hello = |epoch| Some(to_leader::Is::Hello(calm.hello(calm.follower, epoch)));
+    for round in 0..10 {
+        let mut second = Follows::begin(calm.address(), hello(epoch)).await;
+        // What is written while the two are told apart is acknowledged by the true one.
+        calm.serves();
+        let said = second.refused().await;
+        assert!(said.contains("over another link, which answers"), "{round}: {said}");
+        let said = Follows::begin(calm.address(), hello(1 << 63)).await.refused().await;
+        assert!(said.contains("is not registered in the uptime"), "{round}: {said}");
+    }
+    let value = calm.meta.value(calm.id).await;
+    assert_eq!(value.isr.len(), 2, "the true follower was in sync all the time: {value:?}");
+
+    // One that cannot answer loses its link, and takes it back from whoever answers nothing.
+    calm.cluster.broker(calm.follower).freeze(true);
+    let mut silent = Follows::begin(calm.address(), hello(epoch)).await;
+    silent.welcomed().await;
+    calm.cluster.broker(calm.follower).freeze(false);
+    let said = silent.refused().await;
+    assert!(said.contains("another one takes its place"), "{said}");
+    calm.serves();
+    let now = calm.meta.value(calm.id).await;
+    assert_eq!((now.leader, now.leader_epoch), (value.leader, value.leader_epoch));
+}
+
+/// One stranger deposed a leader 26 times in 12 s, and had live registrations taken away by reports in the controller's own name.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn claims_that_the_metadata_store_does_not_confirm_cost_nobody_anything() {
+    let calm = Calm::begin().await;
+    let before = calm.meta.value(calm.id).await;
+    let stranger = calm.meta.register("127.0.0.1:9".parse().expect("an address")).await;
+    let hello = Some(to_leader::Is::Hello(calm.hello(STRANGER, stranger)));
+    let mut link = becomes("the leader knows the stranger", async || {
+        let mut link = Follows::begin(calm.address(), hello.clone()).await;
+        link.next().await.is_ok().then_some(link)
+    })
+    .await;
+    for place in 0..100 {
+        link.say(Some(to_leader::Is::Join(calm.join(place, calm.epoch, 0)))).await;
+        link.say(Some(to_leader::Is::Leave(v1::Leave { place, known_epoch: i32::MAX, stopping: false }))).await;
+        if place % 10 == 0 {
+            calm.serves();
+        }
+    }
+    // What comes after them is answered, so all of them were looked at.
+    link.say(Some(to_leader::Is::Join(v1::Join { partition: 7, ..calm.join(100, calm.epoch, 0) }))).await;
+    while link.answer().await.place != 100 {}
+    calm.serves();
+    let log = calm.cluster.log(calm.leader);
+    assert!(!log.contains("another broker leads by now"), "it was deposed: {log}");
+    let now = calm.meta.value(calm.id).await;
+    assert_eq!((now.leader, now.leader_epoch, &now.isr), (before.leader, before.leader_epoch, &before.isr));
+
+    // Whoever is the controller, in its own name, of either broker.
+    for (asked, broker) in [(1, 2), (2, 1)] {
+        let epoch = broker_epoch(calm.cluster.home(broker).peer()).await;
+        for _ in 0..20 {
+            let report = v1::ReportGoneRequest {
+                cluster: "it".to_owned(),
+                reporter: asked,
+                broker,
+                broker_epoch: epoch,
+                seen: "connections are refused".to_owned(),
+            };
+            let told = peer(calm.cluster.home(asked).peer()).await.report_gone(report).await.expect("it answers");
+            assert!(!told.into_inner().revoked, "broker {broker} is there");
+        }
+        assert_eq!(broker_epoch(calm.cluster.home(broker).peer()).await, epoch);
+    }
+    calm.serves();
 }

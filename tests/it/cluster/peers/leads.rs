@@ -167,7 +167,8 @@ impl Follower {
         for (first, words) in [
             (nothing, "it has not said hello"),
             (welcome(4, registered), "broker 4 answers there"),
-            (welcome(STRANGER, registered - 1), "it runs in an older uptime"),
+            (welcome(STRANGER, registered - 1), "and has registered as"),
+            (welcome(STRANGER, 1 << 63), "is not registered in the uptime 9223372036854775808"),
         ] {
             let led = called(streams).await;
             assert_eq!((led.hello.broker, led.hello.to, led.hello.cluster.as_str()), (1, STRANGER, "it"));

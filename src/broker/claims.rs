@@ -1,0 +1,126 @@
+//! What others claim of registrations and leader epochs, looked up in the metadata store at a bounded rate.
+//!
+//! Brokers do not prove who they are. So what a message claims is a reason to look, and never more: this broker gives something up when the
+//! store says so. Where the rate is exceeded or the store does not answer, the claim counts for nothing, and the mirror tells what is true
+//! a moment later.
+
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use super::producer_ids::Bucket;
+use crate::{
+    cluster::{Keys, MetaStore, PartitionValue, Revision, Value as _},
+    model::{BrokerId, LeaderEpoch, PartitionId},
+    proto::fault::{Fault, Reason},
+    task::clock,
+};
+
+/// Look-ups of one kind in a minute.
+const LOOKUPS_PER_MINUTE: u32 = 600;
+
+/// How long the store may take: whoever claims something waits no longer for an answer.
+const LOOKUP_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// The store's word on what others claim.
+pub(super) struct Claims {
+    store: Arc<dyn MetaStore>,
+    keys: Keys,
+    registrations: Rate,
+    partitions: Rate,
+}
+
+/// Bounds look-ups.
+#[derive(Default)]
+struct Rate(Mutex<Option<Bucket>>);
+
+impl Rate {
+    fn take(&self) -> bool {
+        let mut bucket = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let left = Bucket::take(*bucket, LOOKUPS_PER_MINUTE, clock::monotonic());
+        *bucket = left.or(*bucket);
+        left.is_some()
+    }
+}
+
+impl Claims {
+    pub(super) fn new(store: Arc<dyn MetaStore>, keys: Keys) -> Self {
+        Self { store, keys, registrations: Rate::default(), partitions: Rate::default() }
+    }
+
+    /// In which uptime a broker is registered; `None` when it is not.
+    ///
+    /// # Errors
+    /// When that cannot be said now.
+    pub(super) async fn broker_epoch(&self, broker: BrokerId) -> Result<Option<Revision>, Fault> {
+        if !self.registrations.take() {
+            return Err(not_now("too many registrations are looked up"));
+        }
+        let key = self.keys.broker(broker);
+        match tokio::time::timeout(LOOKUP_TIMEOUT, self.store.get(&key)).await {
+            Ok(Ok(reading)) => Ok(reading.entry.map(|entry| entry.create_revision)),
+            Ok(Err(error)) => Err(not_now(&format!("the metadata store was asked and failed: {error}"))),
+            Err(_) => Err(not_now(&format!("the metadata store did not answer in {LOOKUP_TIMEOUT:?}"))),
+        }
+    }
+
+    /// The leader epoch of a partition; `None` where that cannot be said now.
+    pub(super) async fn leader_epoch(&self, id: PartitionId) -> Option<LeaderEpoch> {
+        if !self.partitions.take() {
+            return None;
+        }
+        let key = self.keys.partition(id);
+        let reading = tokio::time::timeout(LOOKUP_TIMEOUT, self.store.get(&key)).await.ok()?.ok()?;
+        let entry = reading.entry?;
+        PartitionValue::decode(&entry.key, &entry.value).ok().map(|value| value.leader_epoch)
+    }
+}
+
+fn not_now(why: &str) -> Fault {
+    Fault::new(Reason::NotReady, why)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        cluster::{BrokerValue, EmbeddedStore, Transaction},
+        model::TopicId,
+    };
+
+    #[tokio::test(start_paused = true)]
+    async fn registrations_are_looked_up_at_a_bounded_rate() {
+        let store = EmbeddedStore::in_memory();
+        let keys = Keys::new("it").unwrap();
+        let put = Transaction::new().put(keys.broker(BrokerId(2)), BrokerValue::running_at("a:1".to_owned()).encode());
+        store.transact(put).await.unwrap();
+        let created = store.get(&keys.broker(BrokerId(2))).await.unwrap().entry.unwrap().create_revision;
+        let claims = Claims::new(Arc::new(store), keys);
+        assert_eq!(claims.broker_epoch(BrokerId(2)).await.unwrap(), Some(created));
+        assert_eq!(claims.broker_epoch(BrokerId(3)).await.unwrap(), None);
+        for _ in 2..LOOKUPS_PER_MINUTE {
+            claims.broker_epoch(BrokerId(3)).await.unwrap();
+        }
+        assert_eq!(claims.broker_epoch(BrokerId(2)).await.unwrap_err().reason, Reason::NotReady);
+        tokio::time::advance(Duration::from_secs(1)).await;
+        assert_eq!(claims.broker_epoch(BrokerId(2)).await.unwrap(), Some(created), "tokens come back");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn leader_epochs_are_looked_up_at_a_bounded_rate() {
+        let store = EmbeddedStore::in_memory();
+        let keys = Keys::new("it").unwrap();
+        let id = |number| PartitionId::new(TopicId::from_bytes([7; 16]), number);
+        let value = PartitionValue::new(vec![BrokerId(1)], LeaderEpoch(5));
+        store.transact(Transaction::new().put(keys.partition(id(0)), value.encode())).await.unwrap();
+        let claims = Claims::new(Arc::new(store), keys);
+        assert_eq!(claims.leader_epoch(id(0)).await, Some(LeaderEpoch(5)));
+        for _ in 1..LOOKUPS_PER_MINUTE {
+            assert_eq!(claims.leader_epoch(id(1)).await, None, "there is none");
+        }
+        assert_eq!(claims.leader_epoch(id(0)).await, None, "not now");
+        tokio::time::advance(Duration::from_secs(1)).await;
+        assert_eq!(claims.leader_epoch(id(0)).await, Some(LeaderEpoch(5)));
+    }
+}

@@ -1,0 +1,49 @@
+//! What a follower says of other leaders, and whether it is there.
+
+use super::*;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_leader_that_is_one_no_more_ends_its_places() {
+    let side = Side::new(LEADER);
+    let partition = side.open(0, &[LEADER]).await;
+    let mut link = side.lead();
+    link.join(1, id(0), EPOCH).await;
+    assert_eq!(link.answer().await.is, Some(answer::Is::At(0)));
+    let next = LeaderEpoch(EPOCH.0 + 1);
+    side.assign(0, value(next, FOLLOWER.broker, &[LEADER]), Revision(2)).await;
+    let Some(answer::Is::Refused(error)) = link.answer().await.is else { panic!("the place was to end") };
+    assert!(error.message.contains("does not lead"), "{}", error.message);
+    // And with an epoch of which it has not heard yet it waits a while.
+    side.assign(0, value(LeaderEpoch(next.0 + 1), LEADER, &[LEADER]), Revision(3)).await;
+    link.join(2, id(0), LeaderEpoch(next.0 + 2)).await;
+    side.assign(0, value(LeaderEpoch(next.0 + 2), LEADER, &[LEADER]), Revision(4)).await;
+    assert_eq!(link.answer().await.is, Some(answer::Is::At(0)));
+    // A follower says that it knows better. Only the store deposes.
+    for (number, stored) in (2..).zip([None, Some(LeaderEpoch(next.0 + 2)), Some(LeaderEpoch(next.0 + 3))]) {
+        *side.stored.lock().unwrap() = stored;
+        link.say(frames::leave(number, LeaderEpoch(i32::MAX.cast_unsigned()), false)).await;
+        if stored == Some(LeaderEpoch(next.0 + 3)) {
+            until("it leads no more", || !partition.standing().role.leads()).await;
+        } else {
+            link.join(number + 1, id(0), LeaderEpoch(next.0 + 2)).await;
+            assert_eq!(link.answer().await.is, Some(answer::Is::At(0)), "it leads: the store says {stored:?}");
+        }
+    }
+    side.tasks.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_follower_answers_pings_and_its_leader_believes_no_others() {
+    let (leader, follower) = (Side::new(LEADER), Side::new(FOLLOWER.broker));
+    let link = connect(&leader, &follower);
+    for _ in 0..3 {
+        tokio::time::timeout(Duration::from_secs(20), leader.probe.answered()).await.expect("it is there");
+    }
+    link.stop().await;
+    let stranger = leader.lead();
+    stranger.say(frames::pong(99)).await;
+    let Ended::Bad(fault) = stranger.ended.await.unwrap() else { panic!("it was never asked") };
+    assert!(fault.message.contains("a ping that was never sent"), "{fault}");
+    leader.tasks.stop().await;
+    follower.tasks.stop().await;
+}
