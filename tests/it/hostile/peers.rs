@@ -1,9 +1,12 @@
 //! Attackers between brokers.
 
+use std::net::TcpStream;
+
 use strandline::proto::fault::Reason;
 
 use super::connections::{Attacker, hold, runtime};
 use crate::{
+    broker::Home,
     cluster::{
         members::Cluster,
         network::{Network, inside},
@@ -15,6 +18,15 @@ use crate::{
 /// Open files of each broker: 16 places for clients, 8 for brokers.
 const OPEN_FILES: u32 = 256;
 const GRPC_PLACES: usize = 16;
+
+#[test]
+fn a_broker_alone_opens_no_port_for_brokers() {
+    let mut home = Home::new();
+    let broker = home.start();
+    TcpStream::connect(home.grpc()).expect("it serves clients");
+    assert!(TcpStream::connect(home.peer()).is_err(), "there are no others");
+    assert!(broker.terminate().success(), "{}", home.log());
+}
 
 /// Brokers came through the clients' port once: while one host held all connections of a leader, a follower that was restarted found no
 /// place there.
