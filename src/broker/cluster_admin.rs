@@ -299,6 +299,7 @@ fn registered(broker: &mut v1::BrokerState, known: &Known<BrokerValue>) {
     broker.stopping = value.state == cluster::BrokerState::Stopping;
     broker.disk_full = value.disk_full;
     broker.no_room = value.no_room;
+    broker.max_replicas = value.max_replicas.unwrap_or_default();
 }
 
 fn elected(ordered: &Ordered) -> v1::ElectLeaderResponse {

@@ -5,7 +5,9 @@ mod orders;
 use tonic::Status;
 
 use crate::{
-    cluster::{AddPartitionsError, AlterError, CreateError, DeleteError, StoreError, There, UnknownTopic},
+    cluster::{
+        AddPartitionsError, AlterError, CreateError, DeleteError, ReplicaBound, StoreError, There, UnknownTopic,
+    },
     limits,
     model::{BrokerId, LeaderEpoch, Offset, TopicId, TopicName},
     partition::{AppendError, ReadError, Refused},
@@ -205,6 +207,7 @@ impl From<CreateError> for Fault {
                 Self::new(Reason::InvalidRequest, message)
             }
             CreateError::Brokers { asked, there } => too_few_brokers(message, asked, there),
+            CreateError::Bound(bound) => above_bound(message, bound),
             CreateError::Config(_) => Self::new(Reason::InvalidTopic, message),
             CreateError::Conflict { .. } => Self::new(Reason::Conflict, message),
             CreateError::Store(error) => error.into(),
@@ -220,6 +223,7 @@ impl From<AlterError> for Fault {
             AlterError::Config(_) | AlterError::Both { .. } => Self::new(Reason::InvalidTopic, message),
             AlterError::Replicas { .. } => Self::new(Reason::InvalidRequest, message),
             AlterError::Brokers { asked, there } => too_few_brokers(message, asked, there),
+            AlterError::Bound(bound) => above_bound(message, bound),
             AlterError::Conflict { .. } => Self::new(Reason::Conflict, message),
             AlterError::Store(error) => error.into(),
         }
@@ -235,6 +239,7 @@ impl From<AddPartitionsError> for Fault {
                 Self::new(Reason::InvalidRequest, message)
             }
             AddPartitionsError::Brokers { asked, there } => too_few_brokers(message, asked, there),
+            AddPartitionsError::Bound(bound) => above_bound(message, bound),
             AddPartitionsError::Conflict { .. } => Self::new(Reason::Conflict, message),
             AddPartitionsError::Store(error) => error.into(),
         }
@@ -255,6 +260,15 @@ impl From<DeleteError> for Fault {
 /// More replicas than brokers that take any.
 fn too_few_brokers(message: String, asked: u32, there: There) -> Fault {
     Fault::new(Reason::InvalidRequest, message).with("replication_factor", asked).with("brokers", there.takers())
+}
+
+/// More replicas on a broker than it takes.
+fn above_bound(message: String, bound: ReplicaBound) -> Fault {
+    Fault::new(Reason::NotPossible, message)
+        .with("broker", bound.broker)
+        .with("replicas", bound.replicas)
+        .with("max", bound.max)
+        .with("setting", "broker.max_replicas")
 }
 
 /// A batch above the topic's limit.

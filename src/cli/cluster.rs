@@ -226,6 +226,12 @@ fn notes(broker: &BrokerDescription, hidden: Option<&str>, alone: bool) -> Vec<S
     } else if broker.alive && broker.disk_full && !alone {
         notes.push(format!("the disk of broker {id} is full (broker.disk_full_percent): it is given no new replicas"));
     }
+    if broker.alive && broker.max_replicas.is_some_and(|max| broker.replicas >= max) {
+        notes.push(format!(
+            "broker {id} holds {}, as many as it takes (broker.max_replicas): it is given no more",
+            output::count(broker.replicas.into(), "replica")
+        ));
+    }
     if broker.alive && broker.in_sync < broker.replicas {
         notes.push(format!(
             "broker {id} is behind with {}",
@@ -310,6 +316,7 @@ fn broker(broker: &BrokerDescription) -> Value {
         "stuck": broker.stuck,
         "disk_full": broker.disk_full,
         "no_room": broker.no_room,
+        "max_replicas": broker.max_replicas,
         "leaders": broker.leaders,
         "replicas": broker.replicas,
         "in_sync": broker.in_sync,
@@ -354,6 +361,7 @@ pub(super) mod tests {
             stopping: false,
             disk_full: false,
             no_room: false,
+            max_replicas: Some(10_000),
             draining_since_ms: None,
             stuck: 0,
             leaders: 7,
@@ -397,8 +405,13 @@ pub(super) mod tests {
             metadata_regressed: Some("its revision fell from 9 to 6".to_owned()),
             ..BrokerFigures::default()
         };
-        let four =
-            BrokerDescription { figures: Some(Ok(failed)), disk_full: true, no_room: true, ..running(4, "zone-a") };
+        let four = BrokerDescription {
+            figures: Some(Ok(failed)),
+            disk_full: true,
+            no_room: true,
+            max_replicas: Some(20),
+            ..running(4, "zone-a")
+        };
         let five = BrokerDescription {
             alive: false,
             address: String::new(),

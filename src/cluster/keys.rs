@@ -210,6 +210,9 @@ pub struct BrokerValue {
     /// Whether its disk took no more records: others are to lead what they can.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub no_room: bool,
+    /// Most replicas that are placed on it (`broker.max_replicas`); `None`: no bound is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_replicas: Option<u32>,
     /// The version of its program.
     pub version: String,
 }
@@ -226,6 +229,7 @@ impl BrokerValue {
             state: BrokerState::Running,
             disk_full: false,
             no_room: false,
+            max_replicas: None,
             version: "0".to_owned(),
         }
     }

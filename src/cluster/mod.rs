@@ -73,7 +73,7 @@ pub use orders::{
 };
 pub use own_store::ObjectStoreKey;
 pub use partition_value::{Holds, PartitionValue};
-pub use placement::{Load, Placement};
+pub use placement::{Load, Placement, ReplicaBound};
 pub use producer_ids::{ANONYMOUS, ProducerIdKey};
 pub use proof::{Proof, Shown, Unread, prove};
 pub use session::{RegisterError, Registration, Session, Standing};

@@ -4,7 +4,8 @@
 //! spread over racks first, then over the brokers that carry least, and no two meet on one broker. Ties are broken by a hash of
 //! partition and broker, so that the partitions of a lost broker do not all fall to the same two others.
 //!
-//! Creation uses it, and the controller for replacing replicas: [`Placement::choose_up_to`] takes those that stay.
+//! Creation uses it, and the controller for replacing replicas: [`Placement::choose_up_to`] takes those that stay. Both pass over a
+//! broker that carries as many replicas as it takes (`broker.max_replicas`).
 
 use std::collections::BTreeMap;
 
@@ -25,13 +26,36 @@ pub struct Load {
     pub replicas: usize,
 }
 
+/// A broker would carry more replicas than it takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "broker {broker} would hold {replicas} replicas, and takes {max} at most (broker.max_replicas): ask for fewer, add brokers, or raise \
+     the setting there"
+)]
+pub struct ReplicaBound {
+    /// Which broker.
+    pub broker: BrokerId,
+    /// How many it would carry.
+    pub replicas: usize,
+    /// How many it takes.
+    pub max: usize,
+}
+
 #[derive(Clone, Debug)]
 struct Candidate {
     /// `None` is a rack of its own: a broker without one shares nothing that is known of.
     rack: Option<String>,
     load: Load,
-    /// Whether it may be given more.
+    /// Whether it may be given more, as long as it carries fewer than `max`.
     takes: bool,
+    /// Most replicas that it carries; `usize::MAX` is no bound.
+    max: usize,
+}
+
+impl Candidate {
+    const fn has_room(&self) -> bool {
+        self.takes && self.load.replicas < self.max
+    }
 }
 
 /// The live brokers with what they carry; grows as partitions are placed.
@@ -47,11 +71,14 @@ impl Placement {
     }
 
     /// The live brokers of a view, carrying what its topics say. Those that are being stopped or drained, or whose disks are full, are
-    /// given nothing.
+    /// given nothing; the others no more than they take.
     pub fn of(state: &ViewState) -> Self {
         let mut placement = Self::new();
         for (id, broker) in state.brokers() {
             placement.add(*id, broker.value.rack.clone(), Load::default());
+            if let Some(max) = broker.value.max_replicas {
+                placement.bound(*id, usize::try_from(max).unwrap_or(usize::MAX));
+            }
             if is_leaving(state, *id, &broker.value) || broker.value.disk_full {
                 placement.exclude(*id);
             }
@@ -68,7 +95,14 @@ impl Placement {
 
     /// Adds a live broker.
     pub fn add(&mut self, id: BrokerId, rack: Option<String>, load: Load) {
-        self.brokers.insert(id, Candidate { rack, load, takes: true });
+        self.brokers.insert(id, Candidate { rack, load, takes: true, max: usize::MAX });
+    }
+
+    /// From now on a broker is given nothing more once it carries this many replicas.
+    pub fn bound(&mut self, id: BrokerId, max: usize) {
+        if let Some(candidate) = self.brokers.get_mut(&id) {
+            candidate.max = max;
+        }
     }
 
     /// From now on a broker is given nothing more. What it carries counts as before.
@@ -78,9 +112,39 @@ impl Placement {
         }
     }
 
-    /// The brokers that may be given more, with what they carry.
-    pub fn takers(&self) -> impl Iterator<Item = (BrokerId, Load)> + '_ {
+    /// The brokers that are neither being emptied nor full of records, with what they carry.
+    pub fn steady(&self) -> impl Iterator<Item = (BrokerId, Load)> + '_ {
         self.brokers.iter().filter(|(_, candidate)| candidate.takes).map(|(id, candidate)| (*id, candidate.load))
+    }
+
+    /// Whether a broker may be given one more.
+    pub fn has_room(&self, id: BrokerId) -> bool {
+        self.brokers.get(&id).is_some_and(Candidate::has_room)
+    }
+
+    /// Whether a live broker carries fewer replicas than it takes; an order may send some also to one with a full disk.
+    pub fn is_below_bound(&self, id: BrokerId) -> bool {
+        self.brokers.get(&id).is_some_and(|candidate| candidate.load.replicas < candidate.max)
+    }
+
+    /// The result of placing within the bounds. Where that gives nothing, and without bounds it would, the error names the broker
+    /// that is furthest above its bound then; `None` where there are too few brokers in any case.
+    pub fn within_bounds<T>(&mut self, place: impl Fn(&mut Self) -> Option<T>) -> Result<T, Option<ReplicaBound>> {
+        let mut free = self.clone();
+        if let Some(placed) = place(self) {
+            return Ok(placed);
+        }
+        let bounds: BTreeMap<BrokerId, usize> =
+            free.brokers.iter_mut().map(|(id, known)| (*id, std::mem::replace(&mut known.max, usize::MAX))).collect();
+        if place(&mut free).is_none() {
+            return Err(None);
+        }
+        let above = free.brokers.iter().map(|(id, known)| ReplicaBound {
+            broker: *id,
+            replicas: known.load.replicas,
+            max: bounds[id],
+        });
+        Err(above.filter(|it| it.replicas > it.max).max_by_key(|it| it.replicas - it.max))
     }
 
     /// What each broker carries.
@@ -94,7 +158,7 @@ impl Placement {
         let load = |(id, candidate): &(&BrokerId, &Candidate)| {
             (candidate.load.leaders, candidate.load.replicas, mix(partition, **id))
         };
-        let (leader, _) = self.brokers.iter().filter(|(_, candidate)| candidate.takes).min_by_key(load)?;
+        let (leader, _) = self.brokers.iter().filter(|(_, candidate)| candidate.has_room()).min_by_key(load)?;
         let chosen = self.choose(partition, vec![*leader], replicas)?;
         self.carry(&chosen);
         Some(chosen)
@@ -114,7 +178,7 @@ impl Placement {
             let next = self
                 .brokers
                 .iter()
-                .filter(|(id, candidate)| candidate.takes && !chosen.contains(id))
+                .filter(|(id, candidate)| candidate.has_room() && !chosen.contains(id))
                 .min_by_key(|(id, candidate)| {
                     let Load { replicas, leaders } = candidate.load;
                     (self.same_rack(&chosen, candidate), replicas, leaders, mix(partition, **id))
@@ -134,10 +198,13 @@ impl Placement {
 
     /// Counts replicas that these are about to carry as well.
     pub fn carry_more(&mut self, brokers: &[BrokerId]) {
-        for id in brokers {
-            if let Some(candidate) = self.brokers.get_mut(id) {
-                candidate.load.replicas += 1;
-            }
+        brokers.iter().for_each(|id| self.carry_many(*id, 1));
+    }
+
+    /// Counts replicas that a broker is about to carry as well.
+    pub fn carry_many(&mut self, id: BrokerId, replicas: usize) {
+        if let Some(candidate) = self.brokers.get_mut(&id) {
+            candidate.load.replicas += replicas;
         }
     }
 
@@ -217,6 +284,25 @@ mod tests {
         }
 
         #[test]
+        fn bounds_are_kept_and_used_up(
+            bounds in prop::collection::vec(0_usize..12, 1..8),
+            wanted in 1_usize..4,
+            partitions in 1_u32..60,
+        ) {
+            let mut placement = brokers(&vec![None; bounds.len()]);
+            for (id, max) in (1..).zip(&bounds) {
+                placement.bound(BrokerId(id), *max);
+            }
+            for number in 0..partitions {
+                let room = placement.steady().filter(|(id, _)| placement.has_room(*id)).count();
+                prop_assert_eq!(placement.place(partition(number), wanted).is_some(), room >= wanted);
+            }
+            for (load, max) in placement.loads().values().zip(bounds) {
+                prop_assert!(load.replicas <= max);
+            }
+        }
+
+        #[test]
         fn without_racks_load_is_even(count in 1_usize..12, wanted in 1_usize..6, partitions in 1_u32..100) {
             prop_assume!(wanted <= count);
             let mut placement = brokers(&vec![None; count]);
@@ -236,6 +322,26 @@ mod tests {
             prop_assert_eq!(&chosen[..2], &stay[..]);
             prop_assert_eq!(chosen.iter().collect::<BTreeSet<_>>().len(), 4);
         }
+    }
+
+    #[test]
+    fn placing_above_every_bound_names_the_broker_and_both_numbers() {
+        let mut placement = brokers(&[None, None]);
+        placement.bound(BrokerId(1), 10);
+        placement.bound(BrokerId(2), 30);
+        let many = |count: u32| {
+            move |placement: &mut Placement| {
+                (0..count).map(|number| placement.place(partition(number), 1)).collect::<Option<Vec<_>>>()
+            }
+        };
+        let placed = placement.clone().within_bounds(many(40)).expect("as many as both take");
+        assert_eq!(placed.iter().filter(|replicas| **replicas == [BrokerId(2)]).count(), 30);
+        let bound = ReplicaBound { broker: BrokerId(1), replicas: 21, max: 10 };
+        assert_eq!(placement.clone().within_bounds(many(41)), Err(Some(bound)));
+        let text = bound.to_string();
+        assert!(["broker 1", "21", "10", "broker.max_replicas"].iter().all(|part| text.contains(part)), "{text}");
+        let three = |placement: &mut Placement| placement.place(partition(0), 3);
+        assert_eq!(placement.within_bounds(three), Err(None), "there are two brokers");
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::{net::SocketAddr, time::Duration};
 use super::{
     Broker, Cache, Config, ConfigError, ConfigErrors, Controller, Grpc, Http, Limits, Log, Metadata, ObjectStore,
     PeerListener, Replication, Settings, Source, Telemetry, Tier,
-    setting::{MEMORY, TOPIC_DEFAULTS},
+    setting::{MEMORY, REPLICAS, TOPIC_DEFAULTS},
     sources::Values,
     value::{bytes, duration, host_port, masked, urls, web_url},
 };
@@ -79,6 +79,7 @@ impl Values {
                 rack: self.optional("broker.rack"),
                 data_dir: self.required("broker.data_dir").into(),
                 disk_full_percent: self.number("broker.disk_full_percent"),
+                max_replicas: self.number(REPLICAS),
                 shutdown_timeout: self.time("broker.shutdown_timeout"),
                 catch_up_timeout: self.time("broker.catch_up_timeout"),
             },

@@ -7,13 +7,20 @@ use std::{
 
 use super::{
     ConfigError, Source,
-    setting::{MEMORY, MEMORY_DEFAULT, MEMORY_SHARES},
+    setting::{MEMORY, MEMORY_DEFAULT, MEMORY_SHARES, REPLICAS},
     sources::{Given, Values},
     value::{bytes, size},
 };
 
 /// Least default of the whole.
 const MIN_MEMORY_BYTES: u64 = 512 << 20;
+
+/// Memory that there is to be for one replica. An idle one takes 10 to 16 KiB; the rest is for those that are written to, and for the
+/// metadata of all of them while it is read.
+const REPLICA_BYTES: u64 = 32 << 10;
+
+/// Least default of the bound of replicas.
+const MIN_REPLICAS: u64 = 4000;
 
 /// Where Linux shows the limits of cgroups: version 2, version 2 beside version 1, and version 1.
 const UNIFIED: [&str; 2] = ["sys/fs/cgroup", "sys/fs/cgroup/unified"];
@@ -24,6 +31,7 @@ impl Values {
     pub(super) fn share_memory(&mut self, errors: &mut Vec<ConfigError>) {
         let whole = self.bytes_of(MEMORY).unwrap_or_else(|| default_memory_bytes(1));
         self.default_bytes(MEMORY, whole);
+        self.default_text(REPLICAS, default_replicas(whole).to_string());
         let set: Vec<_> =
             MEMORY_SHARES.iter().filter_map(|share| Some((share.key, self.bytes_of(share.key)?))).collect();
         let taken = set.iter().fold(0_u64, |sum, (_, bytes)| sum.saturating_add(*bytes));
@@ -53,8 +61,17 @@ impl Values {
     }
 
     fn default_bytes(&mut self, key: &str, bytes: u64) {
-        self.set.entry(key.to_owned()).or_insert_with(|| Given { text: size(bytes), source: Source::Default });
+        self.default_text(key, size(bytes));
     }
+
+    fn default_text(&mut self, key: &str, text: String) {
+        self.set.entry(key.to_owned()).or_insert(Given { text, source: Source::Default });
+    }
+}
+
+/// How many replicas a broker takes whose clients may have it hold so much. Replicas are given as much again.
+fn default_replicas(whole: u64) -> u64 {
+    (whole / REPLICA_BYTES).clamp(MIN_REPLICAS, 10_000_000)
 }
 
 /// The default of the whole for each of so many brokers on this machine.
@@ -67,6 +84,9 @@ pub fn default_memory_bytes(brokers: u64) -> u64 {
 pub(super) fn default_share(key: &str) -> Option<String> {
     if key == MEMORY {
         return Some(MEMORY_DEFAULT.to_owned());
+    }
+    if key == REPLICAS {
+        return Some(format!("one for each {} of `{MEMORY}`, at least {MIN_REPLICAS}", size(REPLICA_BYTES)));
     }
     let share = MEMORY_SHARES.iter().find(|share| share.key == key)?;
     let part = match share.sixteenths {

@@ -94,6 +94,8 @@ pub struct Broker {
     pub data_dir: PathBuf,
     /// How full its disk is, in percent, when it is given no new replicas; 100 is never.
     pub disk_full_percent: u64,
+    /// Most replicas that are placed on it.
+    pub max_replicas: u32,
     /// How long a stop waits for what is under way.
     pub shutdown_timeout: Duration,
     /// How long a start may last because replicas are not in sync yet.

@@ -71,6 +71,9 @@ pub(super) const MEMORY: &str = "limits.memory_bytes";
 /// What [`MEMORY`] is where nothing sets it, in words.
 pub(super) const MEMORY_DEFAULT: &str = "a quarter of the memory of the machine or cgroup, at least 512MiB";
 
+/// How many replicas a broker takes; by default as many as there is memory for beside [`MEMORY`].
+pub(super) const REPLICAS: &str = "broker.max_replicas";
+
 /// A setting whose default is a part of [`MEMORY`].
 #[derive(Debug)]
 pub(super) struct Share {
@@ -132,6 +135,13 @@ pub(super) const SETTINGS: &[Setting] = &[
         Kind::Number { least: 1, most: 100 },
         Some("85"),
         "How full the disk of data_dir is, in percent, when the broker is given no new replicas any more; again below five percent less. 100 is never.",
+    ),
+    setting(
+        "broker",
+        "max_replicas",
+        Kind::Number { least: 1, most: 10_000_000 },
+        None,
+        "How many replicas of partitions are placed on this broker at most. Each takes memory, also while nobody uses it.",
     ),
     setting(
         "broker",

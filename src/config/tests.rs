@@ -421,6 +421,16 @@ fn shares_of_the_memory_follow_from_it() {
 }
 
 #[test]
+fn max_replicas_follows_from_the_memory_unless_set() {
+    let bound = |text: &str| load(text).expect("valid").config.broker.max_replicas;
+    assert_eq!(bound("[limits]\nmemory_bytes = \"2GiB\""), 65_536);
+    assert_eq!(bound("[limits]\nmemory_bytes = \"64MiB\""), 4000, "some thousands in any case");
+    assert_eq!(bound("[limits]\nmemory_bytes = \"1024TiB\""), 10_000_000);
+    assert_eq!(bound("[broker]\nmax_replicas = 7\n[limits]\nmemory_bytes = \"2GiB\""), 7);
+    assert!(load("").expect("valid").print().contains("\nmax_replicas = "));
+}
+
+#[test]
 fn parts_above_the_whole_memory_are_an_error_with_both_numbers() {
     let said = error(
         "[log]\ntail_memory_bytes = \"300MiB\"\n[cache]\nmemory_bytes = \"300MiB\"\n[limits]\nmemory_bytes = \"512MiB\"",

@@ -293,6 +293,7 @@ impl Start<'_> {
                 state: BrokerState::Running,
                 disk_full,
                 no_room: false,
+                max_replicas: Some(self.config.broker.max_replicas),
                 version: env!("CARGO_PKG_VERSION").to_owned(),
             },
             time: self.config.metadata.session_timeout,

@@ -109,6 +109,67 @@ fn a_broker_alone_takes_orders_and_says_which_make_no_sense() {
     broker.terminate();
 }
 
+/// 100,000 partitions once took 6 GB of a broker before it made the first directory, and as much again at each start.
+#[test]
+fn a_broker_alone_refuses_more_partitions_than_it_takes() {
+    let mut home = Home::new().setting("limits.memory_bytes", "\"64MiB\"");
+    let broker = home.start();
+    let cli = home.cli();
+    let bound = ["broker 1", "4000", "broker.max_replicas"];
+    let says = |complaint: &str, would: &str| {
+        assert!(bound.iter().chain([&would]).all(|part| complaint.contains(part)), "{would}: {complaint}");
+    };
+    says(&refused(&cli, "topic create many --partitions 100000"), "100000");
+    assert!(!said(&cli, "topic list").contains("many"));
+    said(&cli, "topic create orders --partitions 2");
+    says(&refused(&cli, "topic add-partitions orders --to 4001"), "4001");
+    let one = asked(&cli, "cluster describe")["brokers"][0].clone();
+    assert_eq!((&one["replicas"], &one["max_replicas"]), (&json!(2), &json!(4000)));
+    broker.terminate();
+
+    // A lowered bound closes nothing, and takes no more.
+    home = home.setting("broker.max_replicas", 1);
+    let broker = home.start();
+    let complaint = refused(&home.cli(), "topic create more");
+    assert!(complaint.contains("would hold 3") && complaint.contains("takes 1 at most"), "{complaint}");
+    home.cli().ok_with(&["produce", "orders"], b"one\n");
+    let text = said(&home.cli(), "cluster describe");
+    assert!(text.contains("broker 1 holds 2 replicas, as many as it takes (broker.max_replicas)"), "{text}");
+    broker.terminate();
+}
+
+#[test]
+fn a_cluster_places_no_more_replicas_than_its_brokers_take() {
+    let home = Home::cluster(3);
+    let broker =
+        home.start_dev_cluster_with(3, &["--set", "broker.max_replicas=5", "--set", "controller.balance=false"]);
+    let cli = home.cli();
+    // The first is ready before the others.
+    eventually("all are there", || {
+        (asked(&cli, "cluster describe")["brokers"].as_array().map(Vec::len) == Some(3)).then_some(())
+    });
+    let single = "--replication-factor 1 --config min.insync.replicas=1";
+    let complaint = refused(&cli, &format!("topic create many --partitions 16 {single}"));
+    assert!(complaint.contains("would hold 6") && complaint.contains("takes 5 at most"), "{complaint}");
+    said(&cli, &format!("topic create orders --partitions 6 {single}"));
+    for line in [
+        "topic add-partitions orders --to 16",
+        "topic alter orders --replication-factor 3",
+        "partition reassign orders --replicas 1",
+    ] {
+        let complaint = refused(&cli, line);
+        assert!(complaint.contains("takes 5 at most (broker.max_replicas)"), "{line}: {complaint}");
+    }
+    said(&cli, "topic alter orders --replication-factor 2");
+    let held = eventually("there are two of each", || {
+        let brokers = asked(&cli, "cluster describe")["brokers"].clone();
+        let held: Vec<u64> = brokers.as_array()?.iter().filter_map(|broker| broker["replicas"].as_u64()).collect();
+        (held.iter().sum::<u64>() == 12).then_some(held)
+    });
+    assert!(held.iter().all(|replicas| *replicas <= 5), "{held:?}");
+    broker.terminate();
+}
+
 /// Partition 0 of a topic.
 fn partition(cli: &Cli, topic: &str) -> Value {
     asked(cli, &format!("topic describe {topic}"))["partitions"][0].clone()

@@ -70,6 +70,7 @@ impl From<ReassignError> for Fault {
             ReassignError::Gone { ids, .. } | ReassignError::Draining { ids } | ReassignError::Full { ids, .. } => {
                 Self::new(Reason::NotPossible, message).with("brokers", list(&ids))
             }
+            ReassignError::Bound(bound) => super::above_bound(message, bound),
             ReassignError::Write(error) => error.into(),
         }
     }

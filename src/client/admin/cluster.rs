@@ -75,6 +75,8 @@ pub struct BrokerDescription {
     pub disk_full: bool,
     /// Its disk took no more records: others lead what they can.
     pub no_room: bool,
+    /// Most replicas that are placed on it (`broker.max_replicas`).
+    pub max_replicas: Option<u32>,
     /// Since when it is to be emptied, in milliseconds since 1970.
     pub draining_since_ms: Option<i64>,
     /// While it is to be emptied: replicas that cannot move, because too few other brokers take any.
@@ -403,6 +405,7 @@ fn broker(state: v1::BrokerState) -> BrokerDescription {
         stopping: state.stopping,
         disk_full: state.disk_full,
         no_room: state.no_room,
+        max_replicas: Some(state.max_replicas).filter(|max| *max > 0),
         stuck: state.stuck,
         draining_since_ms: state.draining_since_ms,
         leaders: state.leaders,

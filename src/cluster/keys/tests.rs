@@ -29,12 +29,13 @@ fn values_are_written_as_the_format_says() {
             state: BrokerState::Stopping,
             disk_full: false,
             no_room: false,
+            max_replicas: Some(4000),
             version: "0.1.0".into(),
         },
         concat!(
             r#"{"listeners":{"client":{"protocol":"grpc","address":"a:9460"},"http":{"protocol":"http","address":"a:9461"},"#,
             r#""peer":{"protocol":"grpc","address":"b:9470"}},"#,
-            r#""rack":"z1","directory_id":"d","incarnation":"p","state":"stopping","version":"0.1.0"}"#,
+            r#""rack":"z1","directory_id":"d","incarnation":"p","state":"stopping","max_replicas":4000,"version":"0.1.0"}"#,
         ),
     );
     golden(

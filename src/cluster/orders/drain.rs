@@ -99,7 +99,7 @@ impl Orders {
 fn left(state: &ViewState, broker: BrokerId) -> Drained {
     let mut placement = Placement::of(state);
     placement.exclude(broker);
-    let takers = placement.takers().count();
+    let takers = placement.steady().filter(|(id, _)| placement.has_room(*id)).count();
     let mut drained = Drained { changed: false, since_ms: 0, leaders: 0, replicas: 0, stuck: Vec::new(), takers };
     for id in state.partitions_on(broker) {
         let Some(known) = state.partition(id).and_then(|entry| entry.partition.as_ref()) else { continue };
@@ -112,8 +112,11 @@ fn left(state: &ViewState, broker: BrokerId) -> Drained {
         }
         let stays = |id: &BrokerId| *id != broker && !state.drains().contains_key(id) && !value.removing.contains(id);
         let stay: Vec<BrokerId> = value.replicas.iter().copied().filter(stays).collect();
-        if placement.choose(id, stay, value.replicas.len() - value.removing.len()).is_none() {
-            drained.stuck.push(id);
+        let kept = stay.len();
+        match placement.choose(id, stay, value.replicas.len() - value.removing.len()) {
+            // Each has room for a replica, and not for all.
+            Some(chosen) => placement.carry_more(&chosen[kept..]),
+            None => drained.stuck.push(id),
         }
     }
     drained

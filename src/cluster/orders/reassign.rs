@@ -1,10 +1,10 @@
 //! Moving partitions where an operator wants them.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::{Brokers, Chosen, FindError, Ordered, Orders, UnknownBrokers, WriteError, known};
 use crate::{
-    cluster::{partition_value::PartitionValue, view::ViewState},
+    cluster::{partition_value::PartitionValue, placement::ReplicaBound, view::ViewState},
     model::{BrokerId, PartitionId, TopicName},
 };
 
@@ -68,6 +68,9 @@ pub enum ReassignError {
         /// The partition, as `topic/number`.
         partition: String,
     },
+    /// A broker would hold more replicas than it takes.
+    #[error(transparent)]
+    Bound(#[from] ReplicaBound),
     /// The values could not be written.
     #[error(transparent)]
     Write(#[from] WriteError),
@@ -94,6 +97,7 @@ impl Orders {
     ) -> Result<Vec<Ordered>, ReassignError> {
         let (topic, ids) = self.find(topic, partition)?;
         admit(&self.view.state(), &topic, replicas)?;
+        check_bounds(&self.view.state(), &ids, replicas)?;
         let target = |id: PartitionId| {
             let mut target = replicas.to_vec();
             if partition.is_none() {
@@ -163,6 +167,32 @@ fn admit(state: &ViewState, topic: &Chosen, replicas: &[BrokerId]) -> Result<(),
     }
     let draining: Vec<BrokerId> = replicas.iter().copied().filter(|id| state.drains().contains_key(id)).collect();
     if draining.is_empty() { Ok(()) } else { Err(ReassignError::Draining { ids: draining }) }
+}
+
+/// Whether brokers take what is ordered to them, with what they hold and what was ordered before. A replica that goes is there until the
+/// move ends, so it counts.
+fn check_bounds(state: &ViewState, ids: &[PartitionId], replicas: &[BrokerId]) -> Result<(), ReplicaBound> {
+    let ids: BTreeSet<PartitionId> = ids.iter().copied().collect();
+    let mut held: BTreeMap<BrokerId, (usize, bool)> = replicas.iter().map(|id| (*id, (0, false))).collect();
+    for topic in state.topics().values() {
+        for (number, entry) in state.partitions_of(&topic.value) {
+            let Some(known) = &entry.partition else { continue };
+            let is_ordered = ids.contains(&PartitionId::new(topic.value.id, number));
+            let target = if is_ordered { replicas } else { &known.value.ordered };
+            for (broker, (count, gains)) in &mut held {
+                let has = known.value.replicas.contains(broker);
+                *count += usize::from(has || target.contains(broker));
+                *gains |= is_ordered && !has;
+            }
+        }
+    }
+    for (broker, (replicas, gains)) in held {
+        let max = state.brokers().get(&broker).and_then(|known| known.value.max_replicas);
+        if let Some(max) = max.and_then(|max| usize::try_from(max).ok()).filter(|max| gains && replicas > *max) {
+            return Err(ReplicaBound { broker, replicas, max });
+        }
+    }
+    Ok(())
 }
 
 /// The value with a move to `target` ordered; `None` when that is what it has, or is on its way to. What copies nothing is done at once,

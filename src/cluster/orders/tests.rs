@@ -7,6 +7,7 @@ use crate::{
         embedded::EmbeddedStore,
         faulty::{Fault, Faulty},
         keys::{BrokerState, BrokerValue, DrainValue, Key, Value},
+        placement::ReplicaBound,
         store::{Outcome, Transaction},
     },
     model::{LeaderEpoch, Offset, TopicId},
@@ -147,6 +148,35 @@ async fn a_broker_with_a_full_disk_is_sent_nothing_and_keeps_what_it_has() {
     assert_eq!(full, ReassignError::Full { ids: ids(&[3]), partition: format!("{TOPIC}/0") });
     assert!(full.to_string().contains("the disk of broker 3 is full (broker.disk_full_percent)"), "{full}");
     cluster.orders.reassign(&name(), Some(1), &ids(&[3, 1])).await.expect("it holds that one");
+}
+
+#[tokio::test]
+async fn a_broker_that_holds_as_many_as_it_takes_is_sent_nothing() {
+    let values =
+        vec![value(&[1, 2], Some(1), &[1, 2]), value(&[2, 3], Some(2), &[2, 3]), value(&[1, 2], Some(1), &[1, 2])];
+    let cluster = Cluster::of(3, 2, values).await;
+    let bounded = BrokerValue { max_replicas: Some(2), ..registered(3, BrokerState::Running) };
+    cluster.put(&Key::Broker(BrokerId(3)), &bounded).await;
+    let reassign = async |partition, to: &[u32]| cluster.orders.reassign(&name(), partition, &ids(to)).await;
+    let all = reassign(None, &[1, 3]).await.expect_err("three on a broker that takes two");
+    assert_eq!(all, ReassignError::Bound(ReplicaBound { broker: BrokerId(3), replicas: 3, max: 2 }));
+    assert!(cluster.orders.moving(None, None).expect("listed").is_empty(), "nothing is ordered");
+
+    let first = reassign(Some(0), &[1, 3]).await.expect("a second one fits");
+    cluster.orders.seen(&first).await;
+    let second = reassign(Some(2), &[1, 3]).await;
+    assert!(matches!(second, Err(ReassignError::Bound(_))), "what waits for its turn counts: {second:?}");
+    reassign(Some(1), &[3, 2]).await.expect("it holds that one");
+}
+
+#[tokio::test]
+async fn a_drain_says_what_the_others_have_no_room_for() {
+    let values = (0..5).map(|_| value(&[1], Some(1), &[1])).collect();
+    let cluster = Cluster::of(2, 1, values).await;
+    let bounded = BrokerValue { max_replicas: Some(3), ..registered(2, BrokerState::Running) };
+    cluster.put(&Key::Broker(BrokerId(2)), &bounded).await;
+    let drained = cluster.orders.drain(BrokerId(1), 0).await.expect("ordered");
+    assert_eq!((drained.replicas, drained.stuck.len(), drained.takers), (5, 2, 1));
 }
 
 #[tokio::test]

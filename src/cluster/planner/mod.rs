@@ -23,6 +23,7 @@
 //! - A step keeps the in-sync replicas that are alive; only the end of a move takes out one, and only one that the move takes away.
 //! - Steps end: carried out, with replicas that catch up, they lead to a state that needs none.
 //! - No move waits for a broker that is gone for good.
+//! - No step gives a replica to a broker that holds as many as it takes.
 
 mod lead;
 mod moves;
@@ -145,9 +146,9 @@ pub struct Step {
 pub enum Waiting {
     /// Nobody who may lead is there.
     ForLeader,
-    /// There are too few brokers for its replicas.
+    /// There are too few brokers for its replicas, or they hold as many as they take.
     ForBrokers,
-    /// A broker that it was ordered to is not there.
+    /// A broker that it was ordered to is not there, or holds as many replicas as it takes.
     ForOrdered,
 }
 

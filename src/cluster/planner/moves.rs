@@ -97,7 +97,7 @@ pub(super) fn begin(input: &Input<'_>, subjects: &[Subject<'_>], plan: &mut Plan
     moved.append(&mut begin_ordered(input, subjects, &mut room, &mut placement, plan));
     for subject in subjects.iter().filter(|subject| !subject.is_moving() && subject.value.leader.is_some()) {
         // What an operator wants of it comes first, if it can.
-        if startable(input, subject).is_some() {
+        if startable(input, subject, &placement).is_some() {
             continue;
         }
         let Some((target, why)) = wanted(input, subject, &placement, plan) else { continue };
@@ -152,7 +152,7 @@ fn begin_ordered(
 ) -> BTreeSet<PartitionId> {
     let mut moved = BTreeSet::new();
     for subject in subjects.iter().filter(|subject| subject.value.is_ordered() && !subject.is_moving()) {
-        match startable(input, subject) {
+        match startable(input, subject, placement) {
             Some(value) if room.take(&value.adding) => {
                 placement.carry_more(&value.adding);
                 moved.insert(subject.id);
@@ -167,11 +167,12 @@ fn begin_ordered(
     moved
 }
 
-/// The value with the ordered move begun; `None` where none was ordered, or whoever is to copy is not there, or nobody to copy from.
-fn startable(input: &Input<'_>, subject: &Subject<'_>) -> Option<PartitionValue> {
+/// The value with the ordered move begun; `None` where none was ordered, or whoever is to copy is not there or holds as much as it takes,
+/// or nobody to copy from.
+fn startable(input: &Input<'_>, subject: &Subject<'_>, placement: &Placement) -> Option<PartitionValue> {
     subject.value.leader?;
     let value = subject.value.begin_ordered().filter(|_| !subject.is_moving())?;
-    value.adding.iter().all(|id| input.is_live(*id)).then_some(value)
+    value.adding.iter().all(|id| input.is_live(*id) && placement.is_below_bound(*id)).then_some(value)
 }
 
 /// The replicas that a partition should have, when they are others than it has. With too few brokers some of those that should go stay.
@@ -260,11 +261,12 @@ fn fewer(input: &Input<'_>, subject: &Subject<'_>, factor: usize) -> Option<Vec<
 /// up for it.
 fn balance(input: &Input<'_>, subjects: &[Subject<'_>], placement: &Placement) -> Option<Step> {
     let mut brokers: Vec<(usize, BrokerId)> =
-        placement.takers().map(|(id, Load { replicas, .. })| (replicas, id)).collect();
+        placement.steady().map(|(id, Load { replicas, .. })| (replicas, id)).collect();
     brokers.sort_unstable();
     let uneven = |most: usize, least: usize| most > least + UNEVEN && most * 100 > least * (100 + UNEVEN_PERCENT);
     brokers.iter().rev().find_map(|(most, from)| {
         let takers = brokers.iter().take_while(|(least, _)| uneven(*most, *least));
+        let takers = takers.filter(|(_, to)| placement.has_room(*to));
         takers.into_iter().find_map(|(_, to)| subjects.iter().find_map(|subject| hand_on(input, subject, *from, *to)))
     })
 }

@@ -93,6 +93,14 @@ impl World {
         self.say(number, |value| value.disk_full = true);
     }
 
+    fn bound(&mut self, number: u32, max: u32) {
+        self.say(number, |value| value.max_replicas = Some(max));
+    }
+
+    fn held(&self, number: u32) -> usize {
+        self.view().partitions_on(BrokerId(number)).len()
+    }
+
     fn say(&mut self, number: u32, change: impl FnOnce(&mut BrokerValue)) {
         let path = self.keys.broker(BrokerId(number));
         let mut value = BrokerValue::decode(&path, &self.entries[&path].0).unwrap();
@@ -431,6 +439,51 @@ fn a_new_broker_gets_its_share_within_the_racks() {
     assert_eq!(world.plan().steps, [], "a full disk takes nothing");
 }
 
+#[test]
+fn a_broker_at_its_bound_is_passed_over_by_every_rule() {
+    // Lost replicas, as far as there is room.
+    let values = (0..4).map(|_| value(&[1, 2, 3], Some(1), &[1, 2, 3])).collect();
+    let mut world = World::of(&["", "", "", ""], 3, 2, values);
+    world.bound(4, 3);
+    world.go(3, 30 * 60 * 1000);
+    world.replicate(2);
+    world.settle(2);
+    assert_eq!(world.held(4), 3);
+    assert_eq!(world.plan().waiting, [(id(3), Waiting::ForBrokers)]);
+    world.bound(4, 4);
+    world.settle(2);
+    assert_eq!((world.held(4), world.plan().waiting), (4, vec![]), "a raised bound is enough");
+
+    // A raised factor, and a drain.
+    let mut world = World::of(&["", ""], 1, 1, (0..4).map(|_| value(&[1], Some(1), &[1])).collect());
+    world.limits.balance = false;
+    world.bound(2, 3);
+    world.topic(2, 1, 4);
+    world.settle(1);
+    assert_eq!(world.held(2), 3);
+    let mut world = World::of(&["", ""], 1, 1, (0..4).map(|_| value(&[1], Some(1), &[1])).collect());
+    world.bound(2, 1);
+    world.drain(1);
+    world.settle(1);
+    assert_eq!((world.held(1), world.held(2)), (3, 1));
+
+    // An order waits for room; one that needs none does not.
+    let ordered = |_| value(&[1], Some(1), &[1]).order_move(&ids(&[2]));
+    let mut world = World::of(&["", ""], 1, 1, (0..2).map(ordered).collect());
+    world.limits.balance = false;
+    world.bound(2, 1);
+    world.settle(1);
+    assert_eq!((world.held(2), world.plan().waiting), (1, vec![(id(1), Waiting::ForOrdered)]));
+
+    // Balance: the broker that holds least takes none, and a full one gives.
+    let mut world = World::of(&["", "", ""], 1, 1, (0..12).map(|_| value(&[1], Some(1), &[1])).collect());
+    world.bound(1, 12);
+    world.bound(2, 0);
+    world.settle(1);
+    assert_eq!((world.held(1) + world.held(3), world.held(2)), (12, 0));
+    assert!(world.held(3) >= 5, "{}", world.held(3));
+}
+
 prop_compose! {
     fn worlds()(
         racks in prop::collection::vec(prop::sample::select(vec!["", "a", "b", "c"]), 3..7),
@@ -440,6 +493,7 @@ prop_compose! {
         gone in prop::collection::vec((1_u32..7, prop::bool::ANY), 0..3),
         stops in prop::collection::vec(1_u32..7, 0..2),
         drains in prop::collection::vec(1_u32..7, 0..2),
+        bounds in prop::collection::vec((1_u32..7, 0_u32..8), 0..4),
     ) -> (World, usize) {
         let count = u32::try_from(racks.len()).unwrap();
         let values = partitions.into_iter().map(|(replicas, bits)| {
@@ -460,6 +514,9 @@ prop_compose! {
             world.stop(number);
         }
         drains.into_iter().for_each(|number| world.drain(number));
+        for (number, max) in bounds.into_iter().filter(|(number, _)| world.is_live(BrokerId(*number))).collect::<Vec<_>>() {
+            world.bound(number, max);
+        }
         (world, min_insync)
     }
 }
@@ -482,6 +539,11 @@ proptest! {
                 }
             }
             world.carry_out(&plan);
+            for (broker, known) in before.view().brokers() {
+                let (held, holds) = (before.held(broker.0), world.held(broker.0));
+                let max = known.value.max_replicas.map_or(usize::MAX, |max| max as usize);
+                prop_assert!(holds <= held.max(max), "broker {} held {} and holds {} of {}", broker, held, holds, max);
+            }
             world.replicate(min_insync);
             if world.revision == before.revision {
                 // Where nothing moves any more, every partition that somebody may lead is led by who stays, if anybody in sync does.

@@ -5,10 +5,11 @@ use crate::{
     cluster::{
         keys::{DeletedValue, TopicValue, Value as _},
         outcome::known_outcome,
+        placement::{Placement, ReplicaBound},
         store::{Compare, Op, Outcome, StoreError, Transaction},
     },
     limits,
-    model::{ConfigMap, InvalidConfig, PartitionId, TopicConfig, TopicId, TopicName},
+    model::{BrokerId, ConfigMap, InvalidConfig, PartitionId, TopicConfig, TopicId, TopicName},
 };
 
 /// Why a topic was not changed.
@@ -40,6 +41,9 @@ pub enum AlterError {
         /// Brokers that there are.
         there: There,
     },
+    /// More replicas on a broker than it takes.
+    #[error(transparent)]
+    Bound(#[from] ReplicaBound),
     /// Others kept changing it.
     #[error("topic {:?} is being changed by others at the same time: try again", name.as_str())]
     Conflict {
@@ -81,6 +85,9 @@ pub enum AddPartitionsError {
         /// Brokers that there are.
         there: There,
     },
+    /// More replicas on a broker than it takes.
+    #[error(transparent)]
+    Bound(#[from] ReplicaBound),
     /// Others kept changing it.
     #[error("topic {:?} is being changed by others at the same time: try again", name.as_str())]
     Conflict {
@@ -153,7 +160,7 @@ impl Topics {
             value.config.extend(TopicConfig::normal(set.clone()));
             value.config.retain(|key, _| !unset.contains(key));
             if let Some(asked) = replication_factor {
-                self.affordable(asked, value.replication_factor)?;
+                self.affordable(asked, &value)?;
                 value.replication_factor = asked;
             }
             checked(&self.defaults, &value.config, value.replication_factor)?;
@@ -168,16 +175,35 @@ impl Topics {
         Err(AlterError::Conflict { name: name.clone() })
     }
 
-    /// Whether there are brokers for a replication factor. One that falls or stays needs none.
-    fn affordable(&self, asked: u32, has: u32) -> Result<(), AlterError> {
+    /// Whether there are brokers, with room, for a replication factor. One that falls or stays needs none.
+    fn affordable(&self, asked: u32, topic: &TopicValue) -> Result<(), AlterError> {
         if asked == 0 || asked > limits::MAX_REPLICAS {
             return Err(AlterError::Replicas { asked });
         }
-        let there = There::of(&self.view.state());
-        if asked > has && usize::try_from(asked).is_ok_and(|asked| asked > there.takers()) {
+        if asked <= topic.replication_factor {
+            return Ok(());
+        }
+        let (state, replicas) = (self.view.state(), usize::try_from(asked).unwrap_or(usize::MAX));
+        let there = There::of(&state);
+        if replicas > there.takers() {
             return Err(AlterError::Brokers { asked, there });
         }
-        Ok(())
+        let place = |placement: &mut Placement| {
+            for (number, entry) in state.partitions_of(topic) {
+                let Some(known) = &entry.partition else { continue };
+                let stays = |id: &BrokerId| !known.value.removing.contains(id);
+                let stay: Vec<BrokerId> = known.value.replicas.iter().copied().filter(stays).collect();
+                let kept = stay.len();
+                let chosen = placement.choose(PartitionId::new(topic.id, number), stay, replicas)?;
+                placement.carry_more(&chosen[kept..]);
+            }
+            Some(())
+        };
+        // The controller places them, and keeps the bounds again. With too few brokers it does what it can.
+        match self.claims.place(&self.view, place) {
+            Err(Some(bound)) => Err(bound.into()),
+            Ok(_) | Err(None) => Ok(()),
+        }
     }
 
     /// Lets a topic grow to this many partitions.
@@ -197,10 +223,13 @@ impl Topics {
                 return Err(AddPartitionsError::NotMore { name: name.clone(), has: value.partitions, to });
             }
             let ids = (value.partitions..to).map(|number| PartitionId::new(value.id, number));
-            let Some(puts) = self.first_values(ids, value.replication_factor) else {
-                let there = There::of(&self.view.state());
-                return Err(AddPartitionsError::Brokers { asked: value.replication_factor, there });
-            };
+            let (puts, claim) = self.first_values(ids, value.replication_factor).map_err(|bound| match bound {
+                Some(bound) => bound.into(),
+                None => {
+                    let there = There::of(&self.view.state());
+                    AddPartitionsError::Brokers { asked: value.replication_factor, there }
+                }
+            })?;
             // While the topic is unchanged nobody counts these partitions, so what lies there may be overwritten.
             let same = Compare::ModRevision(entry.key.clone(), entry.mod_revision);
             if !self.in_chunks(std::slice::from_ref(&same), puts).await? {
@@ -210,6 +239,7 @@ impl Topics {
             let value = TopicValue { partitions: to, ..value };
             let transaction = Transaction::new().when(same).when(Compare::Exists(first)).put(entry.key, value.encode());
             if let Outcome::Done { revision } = known_outcome(&*self.store, &transaction).await? {
+                claim.made(revision);
                 return Ok(TopicInfo { name: name.clone(), value, revision });
             }
             tried = Some(value);

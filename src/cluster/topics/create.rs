@@ -7,7 +7,7 @@ use crate::{
     cluster::{
         keys::{TopicValue, Value as _},
         outcome::known_outcome,
-        placement::is_leaving,
+        placement::{ReplicaBound, is_leaving},
         store::{Compare, Op, Outcome, Revision, StoreError, Transaction},
         view::ViewState,
     },
@@ -60,6 +60,9 @@ pub enum CreateError {
         /// Brokers that there are.
         there: There,
     },
+    /// More replicas on a broker than it takes.
+    #[error(transparent)]
+    Bound(#[from] ReplicaBound),
     /// The cluster is full.
     #[error("the cluster has {} topics, which is the most that it takes: delete some", limits::MAX_TOPICS)]
     TooManyTopics,
@@ -144,14 +147,15 @@ impl Topics {
         let NewTopic { name, partitions, replication_factor, config, validate_only } = new;
         let id = TopicId::new(random::uuid());
         let value = TopicValue { id, partitions, replication_factor, config: TopicConfig::normal(config) };
+        let ids = (0..partitions).map(|number| PartitionId::new(id, number));
+        let placed = self.first_values(ids, replication_factor);
+        let (mut puts, claim) = placed.map_err(|bound| match bound {
+            Some(bound) => bound.into(),
+            None => CreateError::Brokers { asked: replication_factor, there: There::of(&self.view.state()) },
+        })?;
         if validate_only {
             return Ok(TopicInfo { name, value, revision: Revision::ZERO });
         }
-        let ids = (0..partitions).map(|number| PartitionId::new(id, number));
-        let Some(mut puts) = self.first_values(ids, replication_factor) else {
-            let there = There::of(&self.view.state());
-            return Err(CreateError::Brokers { asked: replication_factor, there });
-        };
         let rest = puts.split_off(1);
         let begun = self.put_new(&name, rest).await?;
         let key = self.keys.topic(&name);
@@ -177,6 +181,7 @@ impl Topics {
                 entry.mod_revision
             }
         };
+        claim.made(revision);
         Ok(TopicInfo { name, value, revision })
     }
 

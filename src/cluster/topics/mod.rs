@@ -10,6 +10,7 @@
 //! # Invariants
 //!
 //! - Partition 0's key and the topic's come and go in one transaction.
+//! - No replica is placed on a broker that holds as many as it takes, with what this broker is placing at the same time.
 //! - Nobody acts on a partition that its topic does not count. So what is half made may be written again or taken away.
 //!
 //! # What a crash leaves
@@ -29,21 +30,23 @@ use super::{
     keys::{Keys, ProducerIdsValue, TopicValue, Value},
     outcome::known_outcome,
     partition_value::PartitionValue,
-    placement::Placement,
+    placement::{Placement, ReplicaBound},
     producer_ids::{COUNTER_END, ProducerIdKey},
     store::{Compare, Entry, MetaStore, Op, Outcome, Revision, StoreError, Transaction},
     view::{Known, View, ViewState},
 };
 use crate::{
-    model::{ConfigMap, InvalidConfig, LeaderEpoch, PartitionId, TopicConfig, TopicName, near},
+    model::{BrokerId, ConfigMap, InvalidConfig, LeaderEpoch, PartitionId, TopicConfig, TopicName, near},
     task::clock,
 };
 
 mod change;
+mod claims;
 mod create;
 mod marks;
 mod sweep;
 
+use self::claims::{Claim, Claims};
 pub use change::{AddPartitionsError, AlterError, DeleteError};
 pub use create::{CreateError, NewTopic, There};
 pub use marks::Mark;
@@ -73,6 +76,7 @@ pub struct Topics {
     view: View,
     defaults: Arc<ConfigMap>,
     hints: Arc<Hints>,
+    claims: Claims,
 }
 
 /// A topic as the store has it.
@@ -137,7 +141,7 @@ impl Hints {
 impl Topics {
     /// Administration of a cluster's topics. `defaults` are the broker's `[topic_defaults]`.
     pub fn new(store: Arc<dyn MetaStore>, keys: Keys, view: View, defaults: ConfigMap) -> Self {
-        Self { store, keys, view, defaults: Arc::new(defaults), hints: Arc::default() }
+        Self { store, keys, view, defaults: Arc::new(defaults), hints: Arc::default(), claims: Claims::default() }
     }
 
     /// The topic of this name, from the view.
@@ -217,16 +221,23 @@ impl Topics {
         Ok(true)
     }
 
-    /// First values for new partitions. `None` when fewer brokers are alive than there are to be replicas.
-    fn first_values(&self, ids: impl Iterator<Item = PartitionId>, replicas: u32) -> Option<Vec<Op>> {
-        let mut placement = Placement::of(&self.view.state());
-        let replicas = usize::try_from(replicas).ok()?;
-        ids.map(|id| {
-            let replicas = placement.place(id, replicas)?;
+    /// First values for new partitions, and the claim on room for them. The error is `None` when fewer brokers are alive than there are
+    /// to be replicas.
+    fn first_values(
+        &self,
+        ids: impl Iterator<Item = PartitionId> + Clone,
+        replicas: u32,
+    ) -> Result<(Vec<Op>, Claim), Option<ReplicaBound>> {
+        let replicas = usize::try_from(replicas).map_err(|_| None)?;
+        let place = |placement: &mut Placement| {
+            ids.clone().map(|id| placement.place(id, replicas)).collect::<Option<Vec<Vec<BrokerId>>>>()
+        };
+        let (placed, claim) = self.claims.place(&self.view, place)?;
+        let puts = ids.zip(placed).map(|(id, replicas)| {
             let value = PartitionValue::new(replicas, LeaderEpoch(0));
-            Some(Op::Put { key: self.keys.partition(id), value: value.encode(), lease: None })
-        })
-        .collect()
+            Op::Put { key: self.keys.partition(id), value: value.encode(), lease: None }
+        });
+        Ok((puts.collect(), claim))
     }
 }
 

@@ -48,6 +48,12 @@ impl Cluster {
         cluster
     }
 
+    /// Registers a broker that takes so many replicas.
+    async fn bound(&self, broker: u32, max: u32) {
+        let value = BrokerValue { max_replicas: Some(max), ..BrokerValue::running_at(format!("b{broker}:9460")) };
+        self.put(&Key::Broker(BrokerId(broker)), value.encode()).await;
+    }
+
     /// Until the view has seen everything.
     async fn catch_up(&self) {
         let revision = self.store.get("").await.expect("answers").revision;
@@ -127,6 +133,58 @@ async fn what_cannot_be_made_is_refused_with_the_numbers_and_makes_nothing() {
     let validated = cluster.topics.create(NewTopic { validate_only: true, ..new("a", 1, 1) }).await.expect("valid");
     assert_eq!(validated.revision, Revision::ZERO);
     assert_eq!((cluster.paths("topics/").await.len(), cluster.paths("partitions/").await.len()), (0, 0));
+}
+
+/// A topic of 100,000 partitions once took 6 GB of a broker alone, and as much again at each start.
+#[tokio::test]
+async fn more_replicas_than_a_broker_takes_are_refused_with_both_numbers() {
+    let cluster = Cluster::of(1).await;
+    cluster.bound(1, 500).await;
+    let bound = ReplicaBound { broker: BrokerId(1), replicas: 100_000, max: 500 };
+    let error = cluster.create("a", 100_000, 1).await.expect_err("more than it takes");
+    assert_eq!(error, CreateError::Bound(bound));
+    let text = error.to_string();
+    assert!(["100000", "500", "broker.max_replicas"].iter().all(|part| text.contains(part)), "{text}");
+    let checked = cluster.topics.create(NewTopic { validate_only: true, ..new("a", 501, 1) }).await;
+    assert_eq!(checked, Err(CreateError::Bound(ReplicaBound { replicas: 501, ..bound })));
+    assert_eq!((cluster.paths("topics/").await.len(), cluster.paths("partitions/").await.len()), (0, 0));
+
+    cluster.create("a", 400, 1).await.expect("made");
+    let grown = cluster.topics.add_partitions(&name("a"), 501).await;
+    assert_eq!(grown, Err(AddPartitionsError::Bound(ReplicaBound { replicas: 501, ..bound })));
+    cluster.topics.add_partitions(&name("a"), 500).await.expect("as many as it takes");
+    cluster.catch_up().await;
+    let one = cluster.create("b", 1, 1).await;
+    assert_eq!(one, Err(CreateError::Bound(ReplicaBound { replicas: 501, ..bound })));
+    cluster.topics.delete(&name("a")).await.expect("deleted");
+    cluster.catch_up().await;
+    cluster.create("b", 1, 1).await.expect("there is room again");
+}
+
+#[tokio::test]
+async fn a_factor_that_brokers_have_no_room_for_is_refused() {
+    let cluster = Cluster::of(3).await;
+    cluster.create("a", 12, 1).await.expect("made");
+    for broker in 1..=3 {
+        cluster.bound(broker, 9).await;
+    }
+    let raise = async |factor| cluster.topics.alter(&name("a"), ConfigMap::new(), vec![], Some(factor)).await;
+    assert!(matches!(raise(3).await, Err(AlterError::Bound(ReplicaBound { replicas: 12, max: 9, .. }))));
+    raise(2).await.expect("some eight on each");
+}
+
+/// Many creations side by side each saw the view from before all of them.
+#[tokio::test]
+async fn creations_side_by_side_keep_the_bound_together() {
+    let cluster = Cluster::of(1).await;
+    cluster.bound(1, 1000).await;
+    let names: Vec<String> = (0..20).map(|number| format!("t{number}")).collect();
+    let made = futures::future::join_all(names.iter().map(|name| cluster.topics.create(new(name, 300, 1)))).await;
+    assert_eq!(made.iter().filter(|made| made.is_ok()).count(), 3, "{made:?}");
+    cluster.catch_up().await;
+    assert_eq!(cluster.paths("partitions/").await.len(), 900, "the others wrote nothing");
+    cluster.create("small", 100, 1).await.expect("what was refused claims no room");
+    assert!(matches!(cluster.create("more", 1, 1).await, Err(CreateError::Bound(_))));
 }
 
 #[tokio::test]
@@ -301,7 +359,7 @@ async fn what_a_crash_left_of_a_creation_is_swept_and_whole_topics_are_not() {
     cluster.create("whole", 3, 1).await.expect("made");
     let half = TopicId::new(random::uuid());
     let ids = (1..150).map(|number| PartitionId::new(half, number));
-    let puts = cluster.topics.first_values(ids, 1).expect("enough brokers");
+    let (puts, _claim) = cluster.topics.first_values(ids, 1).expect("enough brokers");
     assert_eq!(cluster.topics.in_chunks(&[], puts).await, Ok(true));
     assert_eq!(cluster.sweep().await, [half]);
     assert_eq!(cluster.paths("partitions/").await.len(), 3);

@@ -50,6 +50,7 @@ impl Meta {
             state: BrokerState::Running,
             disk_full: false,
             no_room: false,
+            max_replicas: None,
             version: "0".to_owned(),
         };
         let put = Transaction::new().put(self.keys.broker(BrokerId(STRANGER)), value.encode());
