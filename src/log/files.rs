@@ -1,7 +1,6 @@
 //! The open files of all segments, bounded: an idle replica holds no handle.
 
 use std::{
-    collections::BTreeMap,
     io,
     path::Path,
     sync::{
@@ -9,6 +8,8 @@ use std::{
         atomic::{AtomicU64, Ordering},
     },
 };
+
+use lru::LruCache;
 
 use super::{
     disk::{Disk, File, Mode},
@@ -19,14 +20,9 @@ use super::{
 pub(super) struct Files {
     disk: Arc<dyn Disk>,
     capacity: usize,
-    open: Mutex<Open>,
+    /// By serial, in the order of their last use: a use and an eviction cost the same however many there are.
+    open: Mutex<LruCache<u64, Arc<OpenFile>>>,
     serial: AtomicU64,
-}
-
-#[derive(Default)]
-struct Open {
-    files: BTreeMap<u64, (Arc<OpenFile>, u64)>,
-    tick: u64,
 }
 
 /// One open segment.
@@ -39,7 +35,7 @@ pub(super) struct OpenFile {
 impl Files {
     pub(super) fn new(disk: Arc<dyn Disk>) -> Self {
         let capacity = disk.open_files();
-        Self { disk, capacity, open: Mutex::default(), serial: AtomicU64::new(0) }
+        Self { disk, capacity, open: Mutex::new(LruCache::unbounded()), serial: AtomicU64::new(0) }
     }
 
     /// A number for one file that is, or will be: a file made again at the same path has another.
@@ -47,41 +43,68 @@ impl Files {
         self.serial.fetch_add(1, Ordering::Relaxed)
     }
 
-    fn lock(&self) -> MutexGuard<'_, Open> {
+    fn lock(&self) -> MutexGuard<'_, LruCache<u64, Arc<OpenFile>>> {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn get(&self, serial: u64, path: &Path, mode: Mode) -> io::Result<Arc<OpenFile>> {
-        {
-            let mut open = self.lock();
-            open.tick += 1;
-            let tick = open.tick;
-            if let Some((file, used)) = open.files.get_mut(&serial) {
-                *used = tick;
-                return Ok(file.clone());
-            }
+        if let Some(file) = self.lock().get(&serial) {
+            return Ok(file.clone());
         }
         // Always for writing where it exists, since the next user may write; never made by a reader.
         if mode == Mode::Read {
             self.disk.open(path, Mode::Read)?;
         }
-        let file = Arc::new(OpenFile { file: self.disk.open(path, Mode::Write)?, index: Mutex::new(None) });
+        let opened = Arc::new(OpenFile { file: self.disk.open(path, Mode::Write)?, index: Mutex::new(None) });
         let mut open = self.lock();
-        if open.files.len() >= self.capacity {
-            let oldest = open.files.iter().min_by_key(|(_, (_, used))| *used).map(|(serial, _)| *serial);
-            oldest.and_then(|serial| open.files.remove(&serial));
-        }
-        let tick = open.tick;
         // Two threads may have opened it at once: they share the first.
-        Ok(open.files.entry(serial).or_insert((file, tick)).0.clone())
+        let file = open.get_or_insert(serial, || opened).clone();
+        let evicted = if open.len() > self.capacity { open.pop_lru() } else { None };
+        drop(open);
+        // Closing a file may take a while, so nobody waits for it behind the lock.
+        drop(evicted);
+        Ok(file)
     }
 
     pub(super) fn forget(&self, serial: u64) {
-        self.take(serial);
+        drop(self.take(serial));
     }
 
     /// Takes a file out of the table. Whoever uses it holds it as well.
     pub(super) fn take(&self, serial: u64) -> Option<Arc<OpenFile>> {
-        self.lock().files.remove(&serial).map(|(file, _)| file)
+        self.lock().pop(&serial)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::disk::SimDisk, *};
+
+    fn path(serial: u64) -> std::path::PathBuf {
+        format!("/d/{serial}").into()
+    }
+
+    #[test]
+    fn the_file_used_longest_ago_is_closed_first() {
+        let disk = SimDisk::new();
+        disk.create_dir_all(Path::new("/d")).expect("the disk works");
+        let files = Files::new(Arc::new(disk));
+        let most = u64::try_from(files.capacity).expect("few");
+        let serials: Vec<u64> = (0..=most).map(|_| files.serial()).collect();
+        let get = |serial: u64| files.get(serial, &path(serial), Mode::Write).expect("it opens");
+        let first = get(serials[0]);
+        for serial in &serials[1..serials.len() - 1] {
+            get(*serial);
+            assert!(Arc::ptr_eq(&get(serials[0]), &first), "in use: it stays open");
+        }
+        let second = get(serials[1]);
+        get(serials[0]);
+        get(*serials.last().expect("some"));
+        assert_eq!(files.lock().len(), files.capacity);
+        assert!(!files.lock().contains(&serials[2]), "of the others, the one that was used longest ago");
+        assert!(Arc::ptr_eq(&get(serials[1]), &second));
+        files.forget(serials[0]);
+        assert!(!Arc::ptr_eq(&get(serials[0]), &first), "forgotten: it is opened again");
+        assert!(files.get(files.serial(), Path::new("/d/none"), Mode::Read).is_err(), "no reader makes a file");
     }
 }
