@@ -25,6 +25,9 @@ const ANSWER: Duration = Duration::from_secs(2);
 /// How many are looked at together.
 const TOGETHER: usize = 64;
 
+/// Replicas that are deleted side by side: each waits for the journal twice.
+const DELETIONS: usize = 16;
+
 /// Those that are to be looked at.
 #[derive(Debug, Default)]
 pub(super) struct Leftovers {
@@ -89,7 +92,8 @@ impl Leftovers {
 
     /// Sees to the replicas on the disk that no topic has: those of a topic that was deleted go, others are named.
     pub(super) async fn see_to_strays(&mut self, broker: &Broker, state: &ViewState) {
-        let topics: BTreeSet<TopicId> = on_disk(broker).map(|id| id.topic).collect();
+        let topics: BTreeSet<TopicId> =
+            broker.log.partitions().into_iter().chain(broker.log.unclaimed()).map(|id| id.topic).collect();
         for topic in topics.into_iter().filter(|topic| state.name(*topic).is_none()) {
             if self.see_to_topic(broker, topic).await {
                 tracing::info!(%topic, "deleted what a stop had left of a deleted topic");
@@ -97,14 +101,27 @@ impl Leftovers {
         }
     }
 
+    /// Sees to what the disk holds of topics whose deletion left a mark just now.
+    pub(super) async fn see_to_deleted(&mut self, broker: &Broker, topics: Vec<TopicId>) {
+        for topic in topics {
+            let held = held_of(broker, topic);
+            if !held.is_empty() && self.delete_held(broker, topic, held).await {
+                tracing::info!(%topic, "a topic that this broker did not serve was deleted; its files here were deleted");
+            }
+        }
+    }
+
     /// Deletes what the disk holds of a topic that is gone, when its deletion left a mark; says so when it is kept.
     pub(super) async fn see_to_topic(&mut self, broker: &Broker, topic: TopicId) -> bool {
-        let held: Vec<_> = on_disk(broker).filter(|id| id.topic == topic).collect();
+        let held = held_of(broker, topic);
+        self.delete_held(broker, topic, held).await
+    }
+
+    async fn delete_held(&mut self, broker: &Broker, topic: TopicId, held: Vec<PartitionId>) -> bool {
         match tokio::time::timeout(ANSWER, broker.topics.was_deleted(topic)).await {
             Ok(Ok(true)) => {
-                for id in held {
-                    broker.delete_replica(id).await;
-                }
+                let deletions = stream::iter(held);
+                deletions.for_each_concurrent(DELETIONS, |id| broker.delete_replica(id)).await;
                 return true;
             }
             Ok(Ok(false)) if held.is_empty() => {}
@@ -121,9 +138,10 @@ impl Leftovers {
     }
 }
 
-/// All that the data directory has files of.
-fn on_disk(broker: &Broker) -> impl Iterator<Item = PartitionId> {
-    broker.log.partitions().into_iter().chain(broker.log.unclaimed())
+/// All of a topic that the data directory has files of.
+fn held_of(broker: &Broker, topic: TopicId) -> Vec<PartitionId> {
+    let unclaimed = broker.log.unclaimed().into_iter().filter(|id| id.topic == topic);
+    broker.log.partitions_of(topic).into_iter().chain(unclaimed).collect()
 }
 
 impl Broker {

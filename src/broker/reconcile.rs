@@ -24,7 +24,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    sync::{Arc, OnceLock},
+    sync::Arc,
 };
 
 use futures::{StreamExt as _, stream};
@@ -103,7 +103,7 @@ impl Broker {
         });
         let (ids, acted) = self.hold_topics(topics, state, leftovers).await;
         let mut ids: BTreeSet<PartitionId> = ids.into_iter().collect();
-        let mut brokers = Vec::new();
+        let (mut brokers, mut gone) = (Vec::new(), Vec::new());
         for key in keys {
             match key {
                 Key::Partition(id) => {
@@ -111,9 +111,12 @@ impl Broker {
                 }
                 Key::Tier(id) => self.adopt(*id, state).await,
                 Key::Broker(id) => brokers.push(*id),
+                // What this broker never held, because it could not read its configuration, goes too.
+                Key::Deleted(id) if state.name(*id).is_none() => gone.push(*id),
                 _ => {}
             }
         }
+        leftovers.see_to_deleted(self, gone).await;
         if !brokers.is_empty() {
             self.know_brokers(state);
             self.tell_leaders(&brokers, state).await;
@@ -193,10 +196,7 @@ impl Broker {
 
     /// Brings partitions in line with what the metadata says of them.
     async fn hold(&self, ids: Vec<PartitionId>, state: &ViewState, leftovers: &mut Leftovers) {
-        // Most changes are of replicas that are open: then nobody asks for it.
-        let on_disk: OnceLock<BTreeSet<PartitionId>> = OnceLock::new();
-        let is_on_disk =
-            |id: &PartitionId| on_disk.get_or_init(|| self.log.partitions().into_iter().collect()).contains(id);
+        let is_on_disk = |id: &PartitionId| self.log.holds(*id);
         let (mut opened, mut told, mut readable) = (Vec::new(), Vec::new(), Vec::new());
         for id in ids {
             // Of a topic that is not acted by, nothing is done.
@@ -246,7 +246,7 @@ impl Broker {
         match self.hosted.held(id).as_deref() {
             Some(Holding::Open(_)) => Some(true),
             Some(Holding::Unusable(_)) => Some(false),
-            Some(Holding::Elsewhere) | None => (!self.log.partitions().contains(&id)).then_some(false),
+            Some(Holding::Elsewhere) | None => (!self.log.holds(id)).then_some(false),
         }
     }
 
@@ -302,13 +302,8 @@ impl Broker {
     }
 
     /// Opens replicas, side by side.
-    async fn open_all(&self, mut specs: Vec<Spec>) {
-        let mut chunks = Vec::new();
-        while !specs.is_empty() {
-            let rest = specs.split_off(specs.len().min(OPENED_TOGETHER));
-            chunks.push(std::mem::replace(&mut specs, rest));
-        }
-        let opened = stream::iter(chunks).map(|specs| self.open_some(specs)).buffer_unordered(OPENINGS);
+    async fn open_all(&self, specs: Vec<Spec>) {
+        let opened = stream::iter(chunks(specs)).map(|specs| self.open_some(specs)).buffer_unordered(OPENINGS);
         opened
             .for_each(|held| {
                 for (id, topic, opened) in held {
@@ -470,11 +465,34 @@ impl Broker {
     }
 }
 
+/// Replicas in parts that are opened together. Each part has memory of its own: one that was split off kept room for all that came after
+/// it, which was quadratic in their number.
+fn chunks<T>(all: Vec<T>) -> impl Iterator<Item = Vec<T>> {
+    let mut rest = all.into_iter();
+    std::iter::from_fn(move || {
+        let chunk: Vec<T> = rest.by_ref().take(OPENED_TOGETHER).collect();
+        (!chunk.is_empty()).then_some(chunk)
+    })
+}
+
 /// What the metadata says of a broker.
 fn registration(state: &ViewState, broker: BrokerId) -> Registration {
     match state.brokers().get(&broker).map(|known| (known.value.state, known.create_revision)) {
         Some((BrokerState::Running, epoch)) => Registration::Running(epoch),
         Some((BrokerState::Stopping, _)) => Registration::Stopping,
         None => Registration::None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn chunks_of_replicas_keep_no_room_for_others() {
+        let chunks: Vec<Vec<u64>> = chunks((0..10_000).collect()).collect();
+        assert!(chunks.iter().flatten().copied().eq(0..10_000), "all of them, in order");
+        let kept: usize = chunks.iter().map(Vec::capacity).sum();
+        assert!(kept <= 2 * 10_000, "room for {kept} numbers is kept for 10,000");
     }
 }

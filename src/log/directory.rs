@@ -39,7 +39,7 @@ use super::{
 };
 use crate::{
     limits,
-    model::{Offset, PartitionId},
+    model::{Offset, PartitionId, TopicId},
     task::{self, clock},
 };
 
@@ -186,6 +186,21 @@ impl Log {
         let mut ids: Vec<_> = registry.open.keys().chain(registry.dormant.keys()).copied().collect();
         ids.sort_unstable();
         ids
+    }
+
+    /// The replicas of a topic here, in order.
+    pub fn partitions_of(&self, topic: TopicId) -> Vec<PartitionId> {
+        let (registry, all) = (self.inner.registry(), PartitionId::new(topic, 0)..=PartitionId::new(topic, u32::MAX));
+        let open = registry.open.range(all.clone()).map(|(id, _)| *id);
+        let mut ids: Vec<_> = open.chain(registry.dormant.range(all).map(|(id, _)| *id)).collect();
+        ids.sort_unstable();
+        ids
+    }
+
+    /// Whether a replica is here.
+    pub fn holds(&self, id: PartitionId) -> bool {
+        let registry = self.inner.registry();
+        registry.open.contains_key(&id) || registry.dormant.contains_key(&id)
     }
 
     /// What the disk has segments of beside these: of deletions that failed or were cut short. In order.

@@ -3,6 +3,7 @@
 use std::{
     fs,
     io::Write as _,
+    path::{Path, PathBuf},
     process::{Command, Stdio},
     time::Duration,
 };
@@ -144,6 +145,65 @@ fn the_mark_of_a_deleted_topic_goes_last_and_nothing_goes_without_one() {
     assert_eq!(mark(&home, id), None);
     assert_eq!(mark(&home, held).expect("something is left").gone_since_ms, None, "the count starts again");
     assert!(left.iter().all(|path| path.exists()), "{left:?}");
+}
+
+/// The folder of a topic in the data directory.
+fn local_folder(home: &Home, topic: &str) -> PathBuf {
+    let described = home.cli().ok(&["topic", "describe", topic, "--output", "json"]).json();
+    home.data_dir().join(described["id"].as_str().expect("an id"))
+}
+
+#[test]
+fn a_topic_whose_partitions_cannot_be_opened_is_deleted() {
+    let mut home = Home::new();
+    let broker = home.start();
+    home.cli().ok(&["topic", "create", "broken", "--partitions", "2"]);
+    let keyed: String = (0..60).map(|number| format!("k{number}:v\n")).collect();
+    home.cli().ok_with(&["produce", "broken", "--key-separator", ":"], keyed.as_bytes());
+    let folder = local_folder(&home, "broken");
+    assert!(broker.terminate().success(), "{}", home.log());
+    // The journal of the next start does not hold the records.
+    assert!(home.start().terminate().success(), "{}", home.log());
+    let segments = files(&folder, ".log");
+    assert_eq!(segments.len(), 2, "{segments:?}");
+    fs::write(&segments[0], "").expect("it is cut");
+    fs::remove_file(&segments[1]).expect("it is removed");
+    // Segments are read after an unclean stop only.
+    home.start().kill9();
+
+    let broker = home.start();
+    let refused = home.log().matches("the partition cannot be opened on this broker").count();
+    assert_eq!(refused, 2, "{}", home.log());
+    home.cli().ok(&["topic", "delete", "broken", "--yes"]);
+    eventually("its files are gone", || files_or_none(&folder).is_empty().then_some(()));
+    home.cli().ok(&["topic", "create", "broken"]);
+    home.cli().ok_with(&["produce", "broken"], b"anew\n");
+    assert_eq!(home.cli().ok(&["consume", "broken", "--from", "earliest", "--until-end"]).text(), "anew\n");
+    assert!(broker.terminate().success(), "{}", home.log());
+}
+
+/// What it holds of a topic that it does not serve once stayed on its disk until the next start.
+#[test]
+fn a_topic_whose_configuration_cannot_be_read_is_deleted_with_its_files() {
+    let mut home = Home::new();
+    let broker = home.start();
+    home.cli().ok(&["topic", "create", "odd", "--config", "local.retention.ms=3600000"]);
+    home.cli().ok_with(&["produce", "odd"], b"one\n");
+    let folder = local_folder(&home, "odd");
+    assert!(broker.terminate().success(), "{}", home.log());
+
+    home = home.topic_default("retention.ms", 60_000);
+    let broker = home.start();
+    assert!(home.log().contains("the topic's stored configuration is not valid"), "{}", home.log());
+    assert!(!files_or_none(&folder).is_empty());
+    home.cli().ok(&["topic", "delete", "odd", "--yes"]);
+    eventually("its files are gone", || files_or_none(&folder).is_empty().then_some(()));
+    assert!(broker.terminate().success(), "{}", home.log());
+}
+
+/// The files below a folder, which may be gone.
+fn files_or_none(folder: &Path) -> Vec<PathBuf> {
+    if folder.exists() { files(folder, "") } else { Vec::new() }
 }
 
 /// Found by a user of another system: a consumer that was away meanwhile went on at its old offset in the new topic, and skipped its first
