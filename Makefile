@@ -38,7 +38,7 @@ STATES ?= 2000000
 # Which searches of `make model`, which tests of `make sim`: a part of their name.
 ONLY ?=
 
-.PHONY: build release test check fmt clippy client docs deny crash-test failover outage chaos sim sim-fixed sim-new mutants model bench streams fuzz fuzz-seeds golden protos etcd-protos kafka-reader real-s3 write-docs help
+.PHONY: build release test check fmt clippy client docs deny hostile crash-test failover outage chaos sim sim-fixed sim-new mutants model bench streams fuzz fuzz-seeds golden protos etcd-protos kafka-reader real-s3 write-docs help
 
 help: ## These lines.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -132,6 +132,9 @@ model: ## Replication in every order of events, up to STATES (2000000) states fo
 
 bench: ## The benchmarks of record, log and tier paths.
 	$(CARGO) bench --locked --bench paths
+
+hostile: ## Every attack of tests/it/hostile in full, against an optimised broker with 512 MiB and 1,000 partitions.
+	STRANDLINE_HOSTILE_FULL=1 $(CARGO) test --locked --release --test it -- --nocapture --test-threads 1 hostile::
 
 streams: ## What 10,000 fetch streams cost those who append: p99 beside ten streams.
 	$(CARGO) test --locked --release --test it ten_thousand_streams -- --ignored --nocapture

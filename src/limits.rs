@@ -29,6 +29,12 @@ pub const MAX_PEER_REQUEST_BYTES: usize = 4 << 20;
 /// Most calls and streams that may be open on one connection of another broker: one link, or the questions that share a connection.
 pub const MAX_STREAMS_PER_PEER: u32 = 100;
 
+/// Largest request that holds no records.
+pub const MAX_REQUEST_BYTES: usize = 4 << 20;
+
+/// Most repeated parts of one request: records, headers, partitions, names.
+pub const MAX_REQUEST_PARTS: usize = 100_000;
+
 /// Bytes of a broker's disk that appends leave free. The commit after which segments can go, the checkpoint and the
 /// indexes need room themselves: a log that took the last byte could never give one back.
 pub const DISK_RESERVE_BYTES: u64 = 32 << 20;
@@ -44,6 +50,9 @@ pub const MAX_REPLICAS: u32 = 32;
 
 /// Most partitions that one fetch may name.
 pub const MAX_FETCH_PARTITIONS: usize = 10_000;
+
+/// Most topics that one request for metadata may name.
+pub const MAX_METADATA_TOPICS: usize = 10_000;
 
 /// Most bytes of batches in one fetch response, but for a first batch that is larger than this.
 pub const MAX_FETCH_BYTES: usize = 16 << 20;

@@ -11,7 +11,8 @@
 //! `max_wait_ms` bounds the wait for records that do not exist yet. A single read waits for those that exist, which a disk or the object
 //! store has, within a bound of its own.
 
-mod plain;
+mod memory;
+pub(super) mod plain;
 #[cfg(test)]
 mod tests;
 
@@ -26,7 +27,8 @@ use futures::{FutureExt as _, Stream, StreamExt as _, stream, stream::FuturesUno
 use tokio::{sync::watch, time::Instant};
 use tonic::{Status, Streaming};
 
-use super::{Broker, faults};
+use self::memory::{Granted, MIN_READ_BYTES, SMALL_RESPONSE_BYTES, no_response_memory};
+use super::{Broker, CallMemory, faults};
 use crate::{
     limits,
     model::Offset,
@@ -115,6 +117,11 @@ struct Session {
     /// What was read and did not fit into the last answer: the first of the next one, so that nothing small can keep it out for ever.
     held: Option<ReadOutcome>,
     terms: Terms,
+    memory: CallMemory,
+    /// Memory for the response that is being made.
+    grant: Option<Granted>,
+    /// The largest batch that is expected: what one is by default, or what was found.
+    max_batch_bytes: usize,
     /// Followers in sync may serve it.
     any_replica: bool,
     /// Failures that are told with the next answer.
@@ -122,9 +129,21 @@ struct Session {
 }
 
 impl Session {
-    fn new(broker: Arc<Broker>, terms: Terms) -> Self {
+    fn new(broker: Arc<Broker>, terms: Terms, memory: CallMemory) -> Self {
         let (ready, reading) = (Arc::default(), FuturesUnordered::new());
-        Self { broker, places: Vec::new(), ready, reading, held: None, terms, any_replica: false, refused: Vec::new() }
+        Self {
+            broker,
+            places: Vec::new(),
+            ready,
+            reading,
+            held: None,
+            terms,
+            memory,
+            grant: None,
+            max_batch_bytes: 0,
+            any_replica: false,
+            refused: Vec::new(),
+        }
     }
 
     /// Reads these partitions from now on, and no others. One that was being read goes on where it is, unless `restart`.
@@ -150,6 +169,7 @@ impl Session {
         let goes_on = before.iter().filter(|place| !restart && place.reader.is_some());
         let positions: BTreeMap<(&str, i32), Offset> =
             goes_on.map(|place| ((place.topic.as_str(), place.partition), place.position)).collect();
+        self.max_batch_bytes = 0;
         for want in wanted {
             let from = match positions.get(&(want.topic.as_str(), want.partition)) {
                 Some(position) => *position,
@@ -157,6 +177,8 @@ impl Session {
             };
             match self.broker.readable(&want, any_replica) {
                 Ok(partition) => {
+                    let max_batch_bytes = partition.config().max_message_bytes.min(MIN_READ_BYTES);
+                    self.max_batch_bytes = self.max_batch_bytes.max(max_batch_bytes);
                     let reader = partition.reader().clone();
                     reader.follow(&self.ready, self.places.len());
                     self.places.push(Place {
@@ -181,7 +203,8 @@ impl Session {
 
     /// Begins reads of what is ready.
     fn begin_reads(&mut self, max_bytes: usize) {
-        while self.reading.len() < READS
+        while self.grant.is_some()
+            && self.reading.len() < READS
             && let Some(index) = self.ready.take()
         {
             let place = &mut self.places[index];
@@ -205,6 +228,19 @@ impl Session {
             // No message takes both.
             gathered.full = true;
             self.held = Some((index, outcome));
+            return;
+        }
+        if let Ok(Some(fetched)) = &outcome
+            && !self.has_memory_for(fetched.bytes, gathered)
+        {
+            // It is read again when there is as much.
+            self.max_batch_bytes = self.max_batch_bytes.max(fetched.bytes);
+            self.places[index].reading = false;
+            self.ready.mark(index);
+            gathered.full = gathered.bytes > 0;
+            if gathered.bytes == 0 {
+                self.grant = None;
+            }
             return;
         }
         let place = &mut self.places[index];
@@ -266,12 +302,17 @@ impl Session {
         if let Some(held) = self.held.take() {
             self.absorb(held, gathered);
         }
-        while gathered.bytes < self.terms.max_bytes && !gathered.full {
-            self.begin_reads(self.terms.max_bytes - gathered.bytes);
+        let Some(max_bytes) = self.grant.as_ref().map(|granted| granted.max_bytes) else { return };
+        while gathered.bytes < max_bytes && !gathered.full && self.grant.is_some() {
+            self.begin_reads(self.read_bytes(max_bytes - gathered.bytes));
             match self.reading.next().now_or_never() {
                 Some(Some(outcome)) => self.absorb(outcome, gathered),
                 Some(None) | None => break,
             }
+        }
+        if gathered.bytes == 0 && self.reading.is_empty() {
+            // There was nothing: what waits for records holds no memory.
+            self.grant = None;
         }
     }
 
@@ -356,25 +397,32 @@ impl Gathered {
         self.places.push(None);
     }
 
-    fn is_enough(&self, terms: &Terms) -> bool {
-        self.failed || self.full || self.bytes >= terms.min_bytes
+    fn is_enough(&self, min_bytes: usize) -> bool {
+        self.failed || self.full || self.bytes >= min_bytes
     }
 }
 
 impl Broker {
     /// Reads once.
-    pub(super) async fn read(self: Arc<Self>, request: v1::ReadRequest) -> Result<v1::ReadResponse, Fault> {
+    pub(super) async fn read(
+        self: Arc<Self>,
+        request: v1::ReadRequest,
+        memory: CallMemory,
+    ) -> Result<v1::ReadResponse, Fault> {
         let terms = Terms::new(request.min_bytes, request.max_bytes, request.max_wait_ms);
         self.acquaint(request.partitions.iter().map(|want| (want.topic.as_str(), want.topic_id.as_str()))).await;
-        let mut session = Session::new(self, terms);
+        let mut session = Session::new(self, terms, memory);
         session.assign(request.partitions, true, request.any_replica)?;
         let began = clock::monotonic();
         let (deadline, patience) = (began + terms.max_wait, session.broker.settings.fetch_max_wait);
         let mut gathered = Gathered::default();
         let (mut reading_since, mut looked_again) = (None, false);
         loop {
+            if session.needs_memory() && tokio::time::timeout(patience, session.reserve(request.plain)).await.is_err() {
+                return Err(no_response_memory());
+            }
             session.gather_now(&mut gathered);
-            if gathered.is_enough(&terms) {
+            if gathered.is_enough(session.min_bytes()) {
                 break;
             }
             // What is being read exists: only a bound of its own ends the wait for it.
@@ -398,16 +446,21 @@ impl Broker {
         }
         session.complete(&mut gathered);
         if request.plain {
-            let Session { broker, places, .. } = &session;
+            let Session { broker, places, grant, memory, .. } = &session;
+            let is_small = grant.as_ref().is_some_and(|granted| granted.max_bytes <= SMALL_RESPONSE_BYTES);
+            let room = if is_small { plain::PLAIN_BYTES / 16 } else { plain::PLAIN_BYTES };
             let mut used = 0;
             for (fetched, place) in gathered.partitions.iter_mut().zip(gathered.places) {
                 let Some(place) = place.map(|index| &places[index]) else { continue };
-                if let Err(fault) = plain::decode(&broker.opener, fetched, place.from, &mut used).await {
+                let decoder = plain::Decoder { opener: &broker.opener, undecodable: &broker.undecodable, memory, room };
+                if let Err(fault) = decoder.decode(fetched, (place.served.id(), place.from), &mut used).await {
                     broker.metrics.fetch_errors.count(fault.reason.word());
                     fetched.error = Some(fault.into());
                 }
             }
         }
+        let records = if request.plain { plain::PLAIN_BYTES } else { 0 };
+        session.on_made(gathered.bytes + records, gathered.partitions.len());
         Ok(v1::ReadResponse { partitions: gathered.partitions, in_doubt: session.broker.is_in_doubt() })
     }
 
@@ -415,9 +468,10 @@ impl Broker {
     pub(super) fn fetch(
         self: Arc<Self>,
         requests: Streaming<v1::FetchRequest>,
+        memory: CallMemory,
     ) -> impl Stream<Item = Result<v1::FetchResponse, Status>> + Send + 'static {
         let doubts = self.doubts();
-        let session = Session::new(self, Terms::new(0, 0, 0));
+        let session = Session::new(self, Terms::new(0, 0, 0), memory);
         let follow = Follow { session, requests, doubts, begun: false, ended: false };
         stream::unfold(follow, |mut follow| async move { Some((follow.next().await?, follow)) })
     }
@@ -439,9 +493,18 @@ impl Follow {
         let mut gathered = Gathered::default();
         let mut deadline: Option<Instant> = None;
         loop {
+            if self.session.needs_memory() {
+                // The next response waits until enough of the last ones has been sent.
+                let broker = Arc::clone(&self.session.broker);
+                tokio::select! {
+                    biased;
+                    () = broker.stopping() => return None,
+                    () = self.session.reserve(false) => {}
+                }
+            }
             self.session.gather_now(&mut gathered);
             let terms = self.session.terms;
-            if gathered.is_enough(&terms) {
+            if gathered.is_enough(self.session.min_bytes()) {
                 break;
             }
             if gathered.bytes > 0 && deadline.is_none() {
@@ -479,12 +542,14 @@ impl Follow {
                 () = hold => break,
             }
         }
+        self.session.on_made(gathered.bytes, gathered.partitions.len());
         self.session.broker.metrics.fetch_requests.inc();
         let in_doubt = *self.doubts.borrow_and_update();
         Some(Ok(v1::FetchResponse { partitions: gathered.partitions, in_doubt }))
     }
 
     fn take(&mut self, request: v1::FetchRequest) -> Result<(), Fault> {
+        let _request = self.session.memory.take_request();
         if !self.begun {
             self.session.terms = Terms::new(request.min_bytes, request.max_bytes, request.max_wait_ms);
             self.begun = true;

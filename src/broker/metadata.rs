@@ -1,15 +1,23 @@
 //! What a client needs to route: brokers, topics, leaders.
 
-use super::Broker;
+use super::{Broker, faults};
 use crate::{
     cluster::{BrokerState, TopicValue, ViewState},
+    limits,
     model::{BrokerId, TopicConfig, TopicName},
     proto::{fault::Fault, v1},
 };
 
 impl Broker {
     /// Brokers, and the topics asked for.
-    pub(super) fn metadata(&self, request: &v1::GetMetadataRequest) -> v1::GetMetadataResponse {
+    pub(super) fn metadata(&self, request: &v1::GetMetadataRequest) -> Result<v1::GetMetadataResponse, Fault> {
+        if request.topics.len() > limits::MAX_METADATA_TOPICS {
+            return Err(faults::invalid(format!(
+                "{} topics in one request; at most {} are allowed: send several requests, or ask for all topics",
+                request.topics.len(),
+                limits::MAX_METADATA_TOPICS
+            )));
+        }
         let state = self.view.state();
         // Clients ask the first ones first: who stops is better left alone.
         let (stay, go): (Vec<_>, Vec<_>) =
@@ -24,13 +32,13 @@ impl Broker {
         } else {
             request.topics.iter().map(|topic| self.routes(&state, topic)).collect()
         };
-        v1::GetMetadataResponse {
+        Ok(v1::GetMetadataResponse {
             cluster: self.settings.cluster.clone(),
             brokers: brokers.collect(),
             topics,
             controller: state.controller().map(|id| id.0),
             in_doubt: self.is_in_doubt(),
-        }
+        })
     }
 
     fn routes(&self, state: &ViewState, topic: &str) -> v1::TopicMetadata {

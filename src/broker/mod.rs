@@ -25,6 +25,7 @@
 
 mod admin;
 mod agree;
+mod budget;
 mod claims;
 mod cluster_admin;
 mod describe;
@@ -70,10 +71,11 @@ use futures::{StreamExt as _, stream};
 use tokio::sync::{Semaphore, watch};
 
 use self::{
-    agree::Agree, claims::Claims, hosted::Hosted, leftovers::Leftovers, others::Others, producer_ids::ProducerIds,
-    unproven::Unproven,
+    agree::Agree, claims::Claims, fetch::plain::UndecodableBatches, hosted::Hosted, leftovers::Leftovers,
+    others::Others, producer_ids::ProducerIds, unproven::Unproven,
 };
 pub use self::{
+    budget::{Budgets, CallMemory, ConnectionMemory, Grant, IncompleteGuard, RequestParts, SMALL_BYTES},
     fill::starts_full,
     health::Readiness,
     producer_ids::ProducerIdQuota,
@@ -105,6 +107,10 @@ pub struct Settings {
     pub topic_defaults: ConfigMap,
     /// Bytes of writes that may be under way.
     pub produce_memory_bytes: u64,
+    /// Bytes that requests may take until their batches wait for an acknowledgement.
+    pub request_memory_bytes: u64,
+    /// Bytes that responses may take until they have been sent.
+    pub response_memory_bytes: u64,
     /// Bytes that opened batches may take.
     pub decompression_memory_bytes: u64,
     /// New producers of one connection in a minute.
@@ -186,6 +192,8 @@ pub struct Broker {
     tier: Option<Tier>,
     hosted: Arc<Hosted>,
     unproven: Unproven,
+    budgets: Budgets,
+    undecodable: UndecodableBatches,
     produce_memory: Memory,
     /// Places of appends that wait for the object store.
     tiered_appends: Arc<Semaphore>,
@@ -214,6 +222,16 @@ pub struct Broker {
 }
 
 impl Broker {
+    /// What requests and responses take their memory from.
+    pub fn budgets(&self) -> &Budgets {
+        &self.budgets
+    }
+
+    /// The memory of a call that came by no connection.
+    fn call_memory(&self) -> CallMemory {
+        CallMemory::new(self.budgets.clone(), self.budgets.connection())
+    }
+
     /// Opens every replica that the metadata gives this broker and its disk holds. Nothing is done with them yet.
     pub async fn open(parts: Parts) -> Arc<Self> {
         let Parts { settings, log, store, keys, view, tier, connect, alone, incarnation, metrics } = parts;
@@ -234,6 +252,8 @@ impl Broker {
             orders: Orders::new(Arc::clone(&store), keys.clone(), view.clone(), settings.topic_defaults.clone()),
             topics: Topics::new(Arc::clone(&store), keys.clone(), view.clone(), settings.topic_defaults.clone()),
             producer_ids: ProducerIds::default(),
+            budgets: Budgets::new(settings.request_memory_bytes, settings.response_memory_bytes),
+            undecodable: UndecodableBatches::default(),
             produce_memory: Memory::new(settings.produce_memory_bytes),
             tiered_appends: Arc::new(Semaphore::new(limits::MAX_TIERED_APPENDS)),
             opener: Opener::new(settings.decompression_memory_bytes),

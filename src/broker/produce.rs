@@ -16,7 +16,7 @@ use tokio::{
 };
 use tonic::{Status, Streaming};
 
-use super::{Broker, ProducerIdQuota, faults};
+use super::{Broker, CallMemory, ProducerIdQuota, faults};
 use crate::{
     limits,
     model::{Acks, Compression, PartitionId},
@@ -84,9 +84,10 @@ impl Broker {
         &self,
         request: v1::AppendRequest,
         quota: &ProducerIdQuota,
+        memory: &CallMemory,
     ) -> Result<v1::AppendResponse, Fault> {
         let queued = self
-            .queue(request, quota)
+            .queue(request, quota, memory)
             .await
             .inspect_err(|fault| self.metrics.produce_errors.count(fault.reason.word()))?;
         self.outcome(queued).await
@@ -97,14 +98,22 @@ impl Broker {
         self: Arc<Self>,
         requests: Streaming<v1::ProduceRequest>,
         quota: ProducerIdQuota,
+        memory: CallMemory,
     ) -> impl Stream<Item = Result<v1::ProduceResponse, Status>> + Send + 'static {
         let answers = FuturesUnordered::new();
-        let state = Pipeline { broker: self, requests, quota, beginning: None, answers, ended: None };
+        let state = Pipeline { broker: self, requests, quota, memory, beginning: None, answers, ended: None };
         stream::unfold(state, |mut pipeline| async move { Some((pipeline.next().await?, pipeline)) })
     }
 
     /// Checks a write and puts it into its partition's queue.
-    async fn queue(&self, request: v1::AppendRequest, quota: &ProducerIdQuota) -> Result<Queued, Fault> {
+    async fn queue(
+        &self,
+        request: v1::AppendRequest,
+        quota: &ProducerIdQuota,
+        memory: &CallMemory,
+    ) -> Result<Queued, Fault> {
+        // Given back when the batch has produce memory.
+        let _request = memory.take_request();
         let began = clock::monotonic();
         self.metrics.produce_requests.inc();
         let acks = acks(request.acks)?;
@@ -141,7 +150,10 @@ impl Broker {
             None => return Err(faults::invalid("the request holds neither a batch nor records")),
         };
         let (batch, timestamps) = match config.compression {
-            Some(codec) if codec != batch.compression() => self.recompressed(&batch, codec, &partition, most).await?,
+            Some(codec) if codec != batch.compression() => {
+                let _turn = memory.decompression_turn().await;
+                self.recompressed(&batch, codec, &partition, most).await?
+            }
             _ => (batch, timestamps),
         };
         if batch.encoded_len() > most {
@@ -303,6 +315,7 @@ struct Pipeline {
     broker: Arc<Broker>,
     requests: Streaming<v1::ProduceRequest>,
     quota: ProducerIdQuota,
+    memory: CallMemory,
     /// The request that came last, which may have to wait for memory. The next one is taken when it is queued.
     beginning: Option<BoxFuture<'static, Begun>>,
     answers: FuturesUnordered<BoxFuture<'static, Step>>,
@@ -346,10 +359,10 @@ impl Pipeline {
     }
 
     fn begin(&mut self, request: v1::ProduceRequest) {
-        let (broker, quota) = (Arc::clone(&self.broker), self.quota.clone());
+        let (broker, quota, memory) = (Arc::clone(&self.broker), self.quota.clone(), self.memory.clone());
         self.beginning = Some(Box::pin(async move {
             let queued = match request.append {
-                Some(append) => broker.queue(append, &quota).await,
+                Some(append) => broker.queue(append, &quota, &memory).await,
                 None => {
                     broker.metrics.produce_requests.inc();
                     Err(faults::invalid("the request holds no append"))

@@ -5,7 +5,7 @@ use std::{pin::Pin, sync::Arc};
 use futures::Stream;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{Broker, ProducerIdQuota, others::Others, peer::PeerService};
+use super::{Broker, CallMemory, ProducerIdQuota, others::Others, peer::PeerService};
 use crate::{
     limits,
     proto::{
@@ -47,11 +47,18 @@ fn quota<T>(request: &Request<T>) -> ProducerIdQuota {
     request.extensions().get().cloned().unwrap_or_default()
 }
 
+impl LogService {
+    /// What a call takes of the memory of requests and responses.
+    fn memory<T>(&self, request: &Request<T>) -> CallMemory {
+        request.extensions().get().cloned().unwrap_or_else(|| self.0.call_memory())
+    }
+}
+
 #[tonic::async_trait]
 impl log_server::Log for LogService {
     async fn append(&self, request: Request<v1::AppendRequest>) -> Result<Response<v1::AppendResponse>, Status> {
-        let quota = quota(&request);
-        answer(self.0.append(request.into_inner(), &quota).await)
+        let (quota, memory) = (quota(&request), self.memory(&request));
+        answer(self.0.append(request.into_inner(), &quota, &memory).await)
     }
 
     type ProduceStream = Answers<v1::ProduceResponse>;
@@ -60,12 +67,13 @@ impl log_server::Log for LogService {
         &self,
         request: Request<Streaming<v1::ProduceRequest>>,
     ) -> Result<Response<Self::ProduceStream>, Status> {
-        let quota = quota(&request);
-        Ok(Response::new(Box::pin(Arc::clone(&self.0).produce(request.into_inner(), quota))))
+        let (quota, memory) = (quota(&request), self.memory(&request));
+        Ok(Response::new(Box::pin(Arc::clone(&self.0).produce(request.into_inner(), quota, memory))))
     }
 
     async fn read(&self, request: Request<v1::ReadRequest>) -> Result<Response<v1::ReadResponse>, Status> {
-        answer(Arc::clone(&self.0).read(request.into_inner()).await)
+        let memory = self.memory(&request);
+        answer(Arc::clone(&self.0).read(request.into_inner(), memory).await)
     }
 
     type FetchStream = Answers<v1::FetchResponse>;
@@ -74,7 +82,8 @@ impl log_server::Log for LogService {
         &self,
         request: Request<Streaming<v1::FetchRequest>>,
     ) -> Result<Response<Self::FetchStream>, Status> {
-        Ok(Response::new(Box::pin(Arc::clone(&self.0).fetch(request.into_inner()))))
+        let memory = self.memory(&request);
+        Ok(Response::new(Box::pin(Arc::clone(&self.0).fetch(request.into_inner(), memory))))
     }
 
     async fn list_offsets(
@@ -98,7 +107,7 @@ impl admin_server::Admin for AdminService {
         &self,
         request: Request<v1::GetMetadataRequest>,
     ) -> Result<Response<v1::GetMetadataResponse>, Status> {
-        answer(Ok(self.0.metadata(&request.into_inner())))
+        answer(self.0.metadata(&request.into_inner()))
     }
 
     async fn create_topic(

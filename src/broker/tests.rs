@@ -60,6 +60,8 @@ impl Bench {
             cluster: "test".to_owned(),
             topic_defaults: ConfigMap::new(),
             produce_memory_bytes: 1 << 20,
+            request_memory_bytes: 64 << 20,
+            response_memory_bytes: 64 << 20,
             decompression_memory_bytes: 64 << 20,
             producer_ids_per_minute: 1000,
             upkeep_workers: 1,
@@ -134,7 +136,7 @@ impl Bench {
         let payload = Some(v1::append_request::Payload::Records(v1::PlainRecords { records }));
         let topic = "t".to_owned();
         let request = v1::AppendRequest { topic, partition, timeout_ms, payload, ..Default::default() };
-        self.broker.append(request, &ProducerIdQuota::default()).await
+        self.broker.append(request, &ProducerIdQuota::default(), &self.broker.call_memory()).await
     }
 
     /// How many partitions of a topic are open, and how many replicas of it are on the disk.

@@ -135,6 +135,8 @@ impl Values {
             limits: Limits {
                 memory_bytes: self.number(MEMORY),
                 produce_memory_bytes: self.number("limits.produce_memory_bytes"),
+                request_memory_bytes: self.number("limits.request_memory_bytes"),
+                response_memory_bytes: self.number("limits.response_memory_bytes"),
                 decompression_memory_bytes: self.number("limits.decompression_memory_bytes"),
                 producer_ids_per_minute: self.number("limits.producer_ids_per_minute"),
                 connections_per_address: self

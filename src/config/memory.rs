@@ -167,6 +167,6 @@ mod tests {
 
     #[test]
     fn the_shares_make_up_the_whole() {
-        assert!(MEMORY_SHARES.iter().map(|share| share.sixteenths).sum::<u64>() <= 16);
+        assert_eq!(MEMORY_SHARES.iter().map(|share| share.sixteenths).sum::<u64>(), 16);
     }
 }

@@ -263,6 +263,10 @@ pub struct Limits {
     pub memory_bytes: u64,
     /// Bytes of batches that may wait for their acknowledgement.
     pub produce_memory_bytes: u64,
+    /// Bytes that requests may take until their batches wait for an acknowledgement.
+    pub request_memory_bytes: u64,
+    /// Bytes that responses may take until they have been sent.
+    pub response_memory_bytes: u64,
     /// Bytes that opened batches may take.
     pub decompression_memory_bytes: u64,
     /// New producers of one connection in a minute.

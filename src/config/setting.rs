@@ -87,6 +87,8 @@ pub(super) struct Share {
 /// Everything that clients can make a broker hold. The parts make up the whole.
 pub(super) const MEMORY_SHARES: &[Share] = &[
     Share { key: "limits.produce_memory_bytes", sixteenths: 4, most: Some(256 * MIB) },
+    Share { key: "limits.request_memory_bytes", sixteenths: 3, most: None },
+    Share { key: "limits.response_memory_bytes", sixteenths: 4, most: None },
     Share { key: "limits.decompression_memory_bytes", sixteenths: 2, most: Some(512 * MIB) },
     Share { key: "log.tail_memory_bytes", sixteenths: 2, most: Some(128 * MIB) },
     Share { key: "cache.memory_bytes", sixteenths: 1, most: Some(128 * MIB) },
@@ -415,6 +417,22 @@ pub(super) const SETTINGS: &[Setting] = &[
         Kind::Bytes { least: MIB, most: TIB },
         None,
         "How many bytes of batches may wait for their acknowledgement; above it producers are slowed down.",
+    ),
+    setting(
+        "limits",
+        "request_memory_bytes",
+        Kind::Bytes { least: MIB, most: TIB },
+        None,
+        "How much memory requests may take until their batches wait for an acknowledgement. One connection gets a quarter of it. Where it is \
+         used up, nothing is read from those who send, and requests that do not come end with OVERLOADED.",
+    ),
+    setting(
+        "limits",
+        "response_memory_bytes",
+        Kind::Bytes { least: MIB, most: TIB },
+        None,
+        "How much memory responses with records may take until they have been sent. One connection gets a quarter of it. Where it is used up, \
+         responses are small, and wait.",
     ),
     setting(
         "limits",

@@ -405,18 +405,24 @@ fn shares_of_the_memory_follow_from_it() {
         let config = load(text).expect("valid").config;
         let mib = [
             config.limits.produce_memory_bytes,
+            config.limits.request_memory_bytes,
+            config.limits.response_memory_bytes,
             config.limits.decompression_memory_bytes,
             config.log.tail_memory_bytes,
             config.cache.memory_bytes,
         ];
         mib.map(|bytes| bytes >> 20)
     };
-    assert_eq!(shares("[limits]\nmemory_bytes = \"512MiB\""), [128, 64, 64, 32]);
-    assert_eq!(shares("[limits]\nmemory_bytes = \"1TiB\""), [256, 512, 128, 128], "more would help nobody");
+    assert_eq!(shares("[limits]\nmemory_bytes = \"512MiB\""), [128, 96, 128, 64, 64, 32]);
+    assert_eq!(
+        shares("[limits]\nmemory_bytes = \"1TiB\""),
+        [256, 3 << 16, 1 << 18, 512, 128, 128],
+        "more would help nobody"
+    );
     let lowered = "[limits]\nmemory_bytes = \"512MiB\"\nproduce_memory_bytes = \"1MiB\"";
-    assert_eq!(shares(lowered), [1, 64, 64, 32], "the others stay");
+    assert_eq!(shares(lowered), [1, 96, 128, 64, 64, 32], "the others stay");
     let raised = "[limits]\nmemory_bytes = \"512MiB\"\nproduce_memory_bytes = \"512MiB\"\n[cache]\nmemory_bytes = 0";
-    assert_eq!(shares(raised), [512, 0, 0, 0], "the others share what is left");
+    assert_eq!(shares(raised), [512, 0, 0, 0, 0, 0], "the others share what is left");
     assert!(load("").expect("valid").config.limits.memory_bytes >= 512 << 20);
 }
 

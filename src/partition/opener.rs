@@ -10,6 +10,10 @@
 //!                          └ it grows ─► give back ─ take × 4 ─► … up to the bound: refused
 //! ```
 
+use std::{num::NonZero, sync::Arc, thread};
+
+use tokio::sync::Semaphore;
+
 use super::Memory;
 use crate::{
     model::Compression,
@@ -46,12 +50,15 @@ impl Use {
 #[derive(Clone, Debug)]
 pub struct Opener {
     memory: Memory,
+    /// Batches that are opened at the same time on other threads: one processor is left to everything else.
+    turns: Arc<Semaphore>,
 }
 
 impl Opener {
     /// At most `bytes` of memory at any time.
     pub fn new(bytes: u64) -> Self {
-        Self { memory: Memory::new(bytes) }
+        let processors = thread::available_parallelism().map_or(1, NonZero::get);
+        Self { memory: Memory::new(bytes), turns: Arc::new(Semaphore::new(processors.saturating_sub(1).max(1))) }
     }
 
     /// Does `work` with a batch. `work` is given how many bytes the records may have without compression, answers
@@ -89,8 +96,9 @@ impl Opener {
                 work(batch, room)
             } else {
                 let (batch, work) = (batch.clone(), work.clone());
-                // The permit goes along: whoever waits may stop waiting, and the work goes on.
-                task::blocking(move || (work(&batch, room), permit).0).await
+                let turn = Arc::clone(&self.turns).acquire_owned().await.expect("the semaphore is never closed");
+                // The permits go along: whoever waits may stop waiting, and the work goes on.
+                task::blocking(move || (work(&batch, room), permit, turn).0).await
             };
             match opened {
                 Err(Malformed::Grows { .. }) if room < most => room = room.saturating_mul(4).min(most),

@@ -52,6 +52,11 @@ impl Ready {
         Some(index)
     }
 
+    /// Whether some partition is marked.
+    pub fn is_marked(&self) -> bool {
+        !self.lock().order.is_empty()
+    }
+
     /// Waits until some partition is marked.
     pub async fn wait(&self) {
         loop {

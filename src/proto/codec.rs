@@ -3,11 +3,17 @@
 use std::marker::PhantomData;
 
 use prost::Message;
-use tonic::codec::{BufferSettings, Codec};
-use tonic_prost::{ProstDecoder, ProstEncoder};
+use tonic::{
+    Status,
+    codec::{BufferSettings, Codec, EncodeBuf, Encoder},
+};
+use tonic_prost::ProstDecoder;
 
-/// Bytes that the codec reads and hands to HTTP/2 at a time.
-const BUFFER_BYTES: usize = 1 << 20;
+/// Bytes that the codec hands to HTTP/2 at a time.
+const YIELD_BYTES: usize = 1 << 20;
+
+/// Room that a stream begins with, before it is known what comes. It grows to what a message needs.
+const FIRST_BYTES: usize = 64 << 10;
 
 /// Prost messages through large buffers.
 #[derive(Clone, Copy, Debug)]
@@ -26,14 +32,34 @@ where
 {
     type Encode = T;
     type Decode = U;
-    type Encoder = ProstEncoder<T>;
+    type Encoder = SizedEncoder<T>;
     type Decoder = ProstDecoder<U>;
 
     fn encoder(&mut self) -> Self::Encoder {
-        ProstEncoder::new(BufferSettings::new(BUFFER_BYTES, BUFFER_BYTES))
+        SizedEncoder(PhantomData)
     }
 
     fn decoder(&mut self) -> Self::Decoder {
-        ProstDecoder::new(BufferSettings::new(BUFFER_BYTES, BUFFER_BYTES))
+        ProstDecoder::new(BufferSettings::new(FIRST_BYTES, YIELD_BYTES))
+    }
+}
+
+/// Makes room for a whole message before it writes it: a buffer that doubles until a message fits takes up to twice its size, and copies
+/// what was written each time.
+#[derive(Clone, Copy, Debug)]
+pub struct SizedEncoder<T>(PhantomData<T>);
+
+impl<T: Message> Encoder for SizedEncoder<T> {
+    type Item = T;
+    type Error = Status;
+
+    fn encode(&mut self, message: T, buf: &mut EncodeBuf<'_>) -> Result<(), Status> {
+        buf.reserve(message.encoded_len());
+        message.encode_raw(buf);
+        Ok(())
+    }
+
+    fn buffer_settings(&self) -> BufferSettings {
+        BufferSettings::new(FIRST_BYTES, YIELD_BYTES)
     }
 }

@@ -3,6 +3,8 @@
 pub mod codec;
 pub mod fault;
 pub mod frame;
+#[cfg(feature = "server")]
+pub mod parts;
 pub mod status;
 
 /// The generated messages, clients and (with `server`) service traits of `proto/strandline/v1`.

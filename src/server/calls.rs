@@ -11,17 +11,27 @@ use axum::{
     response::Response,
 };
 use http_body::{Frame, SizeHint};
+use tokio::sync::OwnedSemaphorePermit;
 
 use super::connection::OpenCall;
+use crate::broker::CallMemory;
+
+/// What a response holds until it has been sent.
+pub(super) struct HeldMemory {
+    pub(super) memory: CallMemory,
+    /// Its turn among the calls that are answered from metadata.
+    pub(super) turn: Option<OwnedSemaphorePermit>,
+}
 
 /// Keeps the call open until the response has been sent.
-pub(super) fn until_sent(response: Response, call: OpenCall) -> Response {
-    response.map(|body| Body::new(CountedBody { body, _call: call }))
+pub(super) fn until_sent(response: Response, call: Option<OpenCall>, held: Option<HeldMemory>) -> Response {
+    response.map(|body| Body::new(CountedBody { body, _call: call, held }))
 }
 
 struct CountedBody {
     body: Body,
-    _call: OpenCall,
+    _call: Option<OpenCall>,
+    held: Option<HeldMemory>,
 }
 
 impl HttpBody for CountedBody {
@@ -32,7 +42,20 @@ impl HttpBody for CountedBody {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Self::Data>, Self::Error>>> {
-        Pin::new(&mut self.body).poll_frame(cx)
+        // HTTP/2 asks for more when it has sent most of what it was given.
+        if let Some(held) = &self.held {
+            held.memory.on_body_polled();
+        }
+        let frame = Pin::new(&mut self.body).poll_frame(cx);
+        if let Some(held) = &mut self.held
+            && let Poll::Ready(frame) = &frame
+        {
+            held.memory.on_body_handed();
+            if frame.is_none() {
+                held.turn = None;
+            }
+        }
+        frame
     }
 
     fn is_end_stream(&self) -> bool {

@@ -8,7 +8,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr},
     pin::Pin,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     task::{Context, Poll, ready},
@@ -29,7 +29,7 @@ use super::{
     room::Capacity,
 };
 use crate::{
-    broker::ProducerIdQuota,
+    broker::{Budgets, ConnectionMemory, ProducerIdQuota},
     task::clock,
     telemetry::{Counter, Level, Metrics},
 };
@@ -134,7 +134,8 @@ impl ConnectionLimiter {
             Port::Http => (REQUEST_BYTES, Some(IDLE_TIMEOUT)),
         };
         let patience = Patience { left, until: Box::pin(tokio::time::sleep(GREETING_TIMEOUT)), idle };
-        let caller = Caller { limiter: self.clone(), id: admitted.id, peer, producer_ids: ProducerIdQuota::default() };
+        let (producer_ids, memory) = (ProducerIdQuota::default(), Arc::default());
+        let caller = Caller { limiter: self.clone(), id: admitted.id, peer, producer_ids, memory };
         Connection { stream, signal, patience: Some(patience), caller }
     }
 
@@ -249,9 +250,15 @@ pub(super) struct Caller {
     id: u64,
     peer: IpAddr,
     producer_ids: ProducerIdQuota,
+    memory: Arc<OnceLock<ConnectionMemory>>,
 }
 
 impl Caller {
+    /// Its connection's part of these budgets.
+    pub(super) fn memory(&self, budgets: &Budgets) -> ConnectionMemory {
+        self.memory.get_or_init(|| budgets.connection()).clone()
+    }
+
     /// What its connection has begun of producers.
     pub(super) fn producer_ids(&self) -> ProducerIdQuota {
         self.producer_ids.clone()

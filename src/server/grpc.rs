@@ -6,7 +6,12 @@
 
 use std::{future::Future, io, sync::Arc, time::Duration};
 
-use axum::{extract::Request, middleware::Next, response::Response};
+use axum::{
+    body::Body,
+    extract::{Request, State},
+    middleware::Next,
+    response::Response,
+};
 use futures::Stream;
 use tonic::{Status, service::Routes, transport::Server};
 use tonic_health::{
@@ -16,14 +21,16 @@ use tonic_health::{
 use tracing::Span;
 
 use super::{
-    calls,
+    calls::{self, HeldMemory},
     connection::{Caller, Connection},
+    request_body::RequestBody,
 };
 use crate::{
-    broker::{Broker, peer_service, services},
+    broker::{Broker, Budgets, CallMemory, peer_service, services},
     proto::{
         CLIENT_DESCRIPTORS,
         fault::{self, Fault, Reason},
+        parts::RequestSchemas,
         v1::{admin_server, log_server},
     },
 };
@@ -31,11 +38,13 @@ use crate::{
 /// Whom health is told of: the whole server, which has no name, and each service.
 const HEALTH_NAMES: [&str; 3] = ["", log_server::SERVICE_NAME, admin_server::SERVICE_NAME];
 
-/// Bytes that one stream may have on its way to us. Throughput over a distance is bounded by this per round trip.
-const STREAM_WINDOW: u32 = 4 << 20;
+/// Most and least bytes that all streams of one connection may have on their way to us: what nobody reads of that is in memory, for each
+/// connection. One stream may have half of it; throughput over a distance is bounded by that per round trip.
+const MAX_CONNECTION_WINDOW: u64 = 8 << 20;
+const MIN_CONNECTION_WINDOW: u64 = 256 << 10;
 
-/// Bytes that all streams of one connection may have on their way to us.
-const CONNECTION_WINDOW: u32 = 8 << 20;
+/// The part of all memory that the window of one connection is, as a divisor.
+const WINDOW_SHARE: u64 = 512;
 
 /// Largest HTTP/2 frame.
 const FRAME: u32 = 256 << 10;
@@ -44,8 +53,18 @@ const FRAME: u32 = 256 << 10;
 /// ends, is not.
 const PROBE_PATHS: [&str; 2] = ["/grpc.health.v1.Health/Check", "/strandline.v1.Peer/WhoIs"];
 
+/// Calls whose answers grow with the metadata.
+const METADATA_PATHS: [&str; 2] = ["/strandline.v1.Admin/", "/strandline.v1.Log/ListOffsets"];
+
 /// After so long without an answer to a ping a connection counts as dead.
 const PING: Duration = Duration::from_secs(20);
+
+/// What calls take their memory from, and how their parts are counted.
+#[derive(Clone)]
+struct Memory {
+    budgets: Budgets,
+    schemas: Arc<RequestSchemas>,
+}
 
 /// Everything that a broker answers to clients, which reflection shows. The brokers' own service is at another listener.
 pub(super) fn routes(
@@ -64,21 +83,24 @@ pub(super) fn routes(
         };
         routes = routes.add_service(shown().build_v1()?).add_service(shown().build_v1alpha()?);
     }
-    Ok(layered(routes))
+    let memory = Memory { budgets: broker.budgets().clone(), schemas: Arc::new(RequestSchemas::of_clients()) };
+    Ok(layered(routes, Some(memory)))
 }
 
-/// What a broker answers to other brokers; `None` for a broker alone.
+/// What a broker answers to other brokers; `None` for a broker alone. Other brokers are as many as there are: their calls take nothing from
+/// the clients' memory.
 pub(super) fn peer_routes(broker: &Arc<Broker>) -> Option<Routes> {
-    peer_service(broker).map(|peer| layered(Routes::new(peer)))
+    peer_service(broker).map(|peer| layered(Routes::new(peer), None))
 }
 
-fn layered(routes: Routes) -> Routes {
-    routes.into_axum_router().layer(axum::middleware::from_fn(answer)).into()
+fn layered(routes: Routes, memory: Option<Memory>) -> Routes {
+    routes.into_axum_router().layer(axum::middleware::from_fn_with_state(memory, answer)).into()
 }
 
 /// Serves until `stop` resolves; then takes nothing new and ends when what is under way has ended.
 pub(super) async fn serve(
     routes: Routes,
+    memory_bytes: u64,
     connections: impl Stream<Item = io::Result<Connection>> + Send + 'static,
     streams_per_connection: u32,
     stop: impl Future<Output = ()> + Send,
@@ -86,9 +108,10 @@ pub(super) async fn serve(
     // Whose requests they are, where several brokers share the process.
     let span = Span::current();
     let builder = if span.is_none() { Server::builder() } else { Server::builder().trace_fn(move |_| span.clone()) };
+    let window = connection_window(memory_bytes);
     builder
-        .initial_stream_window_size(STREAM_WINDOW)
-        .initial_connection_window_size(CONNECTION_WINDOW)
+        .initial_stream_window_size(window / 2)
+        .initial_connection_window_size(window)
         .max_frame_size(FRAME)
         .max_concurrent_streams(streams_per_connection)
         .http2_keepalive_interval(Some(PING))
@@ -97,6 +120,11 @@ pub(super) async fn serve(
         .serve_with_incoming_shutdown(connections, stop)
         .await?;
     Ok(())
+}
+
+fn connection_window(memory_bytes: u64) -> u32 {
+    let window = (memory_bytes / WINDOW_SHARE).clamp(MIN_CONNECTION_WINDOW, MAX_CONNECTION_WINDOW);
+    u32::try_from(window).expect("the largest is 8 MiB")
 }
 
 /// The health service, and the hand that sets it.
@@ -113,17 +141,29 @@ pub(super) async fn report(reporter: &HealthReporter, status: ServingStatus) {
 }
 
 /// Serves a call, counted on its connection, and gives a refusal of the transport's own a stable word, a sentence and a fitting code.
-async fn answer(mut request: Request, next: Next) -> Response {
+async fn answer(State(memory): State<Option<Memory>>, mut request: Request, next: Next) -> Response {
     // Calls that come by no listener of ours, as in a simulation, have no connection.
     let caller = request.extensions().get::<Caller>().cloned();
     if let Some(caller) = &caller {
         request.extensions_mut().insert(caller.producer_ids());
     }
+    let connection = |memory: &Memory| {
+        caller.as_ref().map_or_else(|| memory.budgets.connection(), |caller| caller.memory(&memory.budgets))
+    };
+    let memory = memory.map(|memory| (CallMemory::new(memory.budgets.clone(), connection(&memory)), memory.schemas));
     let call = match caller.map(|caller| caller.begin_call(PROBE_PATHS.contains(&request.uri().path()))).transpose() {
         Ok(call) => call,
         Err(refused) => return Status::from(Fault::new(Reason::Overloaded, refused.0)).into_http(),
     };
     let uri = request.uri().clone();
+    let mut held = None;
+    if let Some((memory, schemas)) = memory {
+        let is_metadata = METADATA_PATHS.iter().any(|paths| uri.path().starts_with(paths));
+        let turn = if is_metadata { Some(memory.metadata_turn().await) } else { None };
+        request.extensions_mut().insert(memory.clone());
+        request = request.map(|body| Body::new(RequestBody::new(body, uri.path(), memory.clone(), &schemas)));
+        held = Some(HeldMemory { memory, turn });
+    }
     let mut response = next.run(request).await;
     if let Some(status) = Status::from_header_map(response.headers())
         && let Some(fault) = fault::of_transport(&status, uri.path())
@@ -131,8 +171,15 @@ async fn answer(mut request: Request, next: Next) -> Response {
         // A header that cannot be written leaves the answer as it was: refused, without our word.
         let _ = Status::from(fault).add_header(response.headers_mut());
     }
-    match call {
-        Some(call) => calls::until_sent(response, call),
-        None => response,
+    calls::until_sent(response, call, held)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn windows_are_smaller_where_there_is_little_memory() {
+        assert_eq!([64, 512, 4096, 1 << 20].map(|mib| connection_window(mib << 20) >> 10), [256, 1024, 8192, 8192]);
     }
 }

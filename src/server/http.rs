@@ -69,7 +69,7 @@ pub(super) async fn serve(
 /// Counts the request on its connection until its answer has been sent.
 async fn count(ConnectInfo(caller): ConnectInfo<Caller>, request: Request, next: Next) -> Response {
     match caller.begin_call(PROBE_PATHS.contains(&request.uri().path())) {
-        Ok(call) => calls::until_sent(next.run(request).await, call),
+        Ok(call) => calls::until_sent(next.run(request).await, Some(call), None),
         Err(refused) => (StatusCode::SERVICE_UNAVAILABLE, [(header::CONNECTION, "close")], format!("{}\n", refused.0))
             .into_response(),
     }

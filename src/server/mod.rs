@@ -32,6 +32,7 @@ mod http;
 mod listen;
 mod node;
 mod places;
+mod request_body;
 mod room;
 mod several;
 
@@ -197,6 +198,8 @@ struct Listeners {
     tasks: Tasks,
     room: Room,
     connections_per_address: Option<usize>,
+    /// What clients can make the broker hold.
+    memory_bytes: u64,
 }
 
 impl Listeners {
@@ -212,7 +215,7 @@ impl Listeners {
                 tracing::error!(%error, "the HTTP listener failed; restart the broker");
             }
         });
-        Self { tasks, room, connections_per_address }
+        Self { tasks, room, connections_per_address, memory_bytes: config.limits.memory_bytes }
     }
 
     fn serve(&self, node: &Node, grpc: TcpListener, peer: Option<TcpListener>) {
@@ -235,10 +238,11 @@ impl Listeners {
         limiter: ConnectionLimiter,
         streams_per_connection: u32,
     ) {
+        let memory_bytes = self.memory_bytes;
         let (stop, connections) = (self.tasks.clone(), connection::accept(listener, limiter));
         self.tasks.spawn(name, async move {
             let stopped = async move { stop.cancelled().await };
-            if let Err(error) = grpc::serve(routes, connections, streams_per_connection, stopped).await {
+            if let Err(error) = grpc::serve(routes, memory_bytes, connections, streams_per_connection, stopped).await {
                 tracing::error!(%error, listener = name, "a gRPC listener failed; restart the broker");
             }
         });

@@ -389,6 +389,8 @@ fn settings(config: &Config) -> broker::Settings {
         cluster: config.cluster.clone(),
         topic_defaults: config.topic_defaults.clone(),
         produce_memory_bytes: config.limits.produce_memory_bytes,
+        request_memory_bytes: config.limits.request_memory_bytes,
+        response_memory_bytes: config.limits.response_memory_bytes,
         decompression_memory_bytes: config.limits.decompression_memory_bytes,
         producer_ids_per_minute: config.limits.producer_ids_per_minute,
         upkeep_workers: config.tier.upload_concurrency,

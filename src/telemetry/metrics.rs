@@ -52,6 +52,8 @@ metrics! {
     produce_errors: Errors = "strandline_produce_errors", "Batches that were refused or failed.";
     produce_ack_seconds: Histogram = "strandline_produce_ack_seconds", "Time from a batch's arrival to its acknowledgement.";
     produce_memory_bytes: Level = "strandline_produce_memory_bytes", "Bytes of batches that wait for their acknowledgement.";
+    request_memory_bytes: Level = "strandline_request_memory_bytes", "Bytes that requests take which are being read, or wait for produce memory.";
+    response_memory_bytes: Level = "strandline_response_memory_bytes", "Bytes of responses that are being made or sent.";
     fetch_requests: Counter = "strandline_fetch_requests", "Fetch answers sent.";
     fetch_bytes: BySource = "strandline_fetch_bytes", "Bytes of batches sent to consumers, by where they were read.";
     fetch_role_bytes: ByRole = "strandline_fetch_role_bytes", "The same bytes, by what this broker was in the partition: consumers that name a rack are served by followers too.";

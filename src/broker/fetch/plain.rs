@@ -1,10 +1,16 @@
 //! Plain answers: batches replaced by their records, for callers that decode none themselves.
 
+use std::{
+    collections::VecDeque,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
 use bytes::Bytes;
 
 use crate::{
+    broker::CallMemory,
     limits,
-    model::{Compression, Offset},
+    model::{Compression, Offset, PartitionId},
     partition::{Opener, Use},
     proto::{
         fault::{Fault, Reason},
@@ -15,70 +21,136 @@ use crate::{
 
 /// Bytes of records from which on a plain answer takes no more. What is compressed may be a thousand times larger than it
 /// was: an answer must stay one that can be sent, and held until it is.
-const PLAIN_BYTES: usize = limits::MAX_FETCH_BYTES;
+pub(super) const PLAIN_BYTES: usize = limits::MAX_FETCH_BYTES;
 
-/// Most bytes of records in one plain answer: each partition's first record is taken up to here.
+/// Most bytes of records in one plain answer: a first record is taken up to here.
 const MAX_PLAIN_BYTES: usize = limits::MAX_MESSAGE_BYTES - (4 << 20);
 
-/// Replaces the batches of an answer by their records from offset `from` on, as many as there is room for; `used` is what all
-/// partitions together have taken. An error says why there is none: where some come before what is wrong, the next read
-/// meets it first.
-pub(super) async fn decode(
-    opener: &Opener,
-    fetched: &mut v1::FetchedPartition,
-    from: Offset,
-    used: &mut usize,
-) -> Result<(), Fault> {
-    let mut bytes = Bytes::from(std::mem::take(&mut fetched.chunks).concat());
-    while !bytes.is_empty() {
-        let batch = Batch::split_from(&mut bytes)?;
-        let is_first = fetched.records.is_empty();
-        if *used >= PLAIN_BYTES && !(is_first && batch.compression() == Compression::None) {
-            // Nothing more has room: what follows need not be opened to see that.
-            fetched.next_offset = from.max(batch.base_offset()).as_i64();
-            return if is_first { Err(full(fetched)) } else { Ok(()) };
-        }
-        let (before, first) = (*used, fetched.records.is_empty());
-        let work = move |batch: &Batch, most: usize| take_records(batch, most, from, before, first);
-        match opener.open(&batch, limits::MAX_DECOMPRESSED_BYTES, Use::Read, work).await {
-            Ok(taken) => {
-                *used = taken.used;
-                fetched.records.extend(taken.records);
-                let Some((offset, size)) = taken.left else { continue };
-                fetched.next_offset = offset.as_i64();
-                let too_large = fetched.records.is_empty() && size > MAX_PLAIN_BYTES;
-                return if too_large { Err(too_large_for_plain(fetched, size)) } else { Ok(()) };
-            }
-            Err(error) => {
-                fetched.next_offset = from.max(batch.base_offset()).as_i64();
-                return if fetched.records.is_empty() { Err(undecodable(fetched, &batch, &error)) } else { Ok(()) };
-            }
-        }
+/// How many batches are remembered that cannot be decoded.
+const REMEMBERED: usize = 256;
+
+/// Batches that cannot be decoded, so that nobody decompresses one again and again: the newest found.
+#[derive(Debug, Default)]
+pub(in crate::broker) struct UndecodableBatches(Mutex<VecDeque<(BatchName, Malformed)>>);
+
+/// Offsets are unique in a partition, and the checksum tells what was cut from what took its place.
+type BatchName = (PartitionId, Offset, u32);
+
+impl UndecodableBatches {
+    fn lock(&self) -> MutexGuard<'_, VecDeque<(BatchName, Malformed)>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
-    Ok(())
+
+    fn find(&self, name: BatchName) -> Option<Malformed> {
+        self.lock().iter().find(|(known, _)| *known == name).map(|(_, error)| error.clone())
+    }
+
+    fn remember(&self, name: BatchName, error: Malformed) {
+        let mut batches = self.lock();
+        if batches.len() >= REMEMBERED {
+            batches.pop_front();
+        }
+        batches.push_back((name, error));
+    }
+}
+
+/// Decodes the batches of one response.
+pub(super) struct Decoder<'a> {
+    pub(super) opener: &'a Opener,
+    pub(super) undecodable: &'a UndecodableBatches,
+    pub(super) memory: &'a CallMemory,
+    /// Bytes of records from which on the response takes no more.
+    pub(super) room: usize,
+}
+
+impl Decoder<'_> {
+    /// Replaces the batches of an answer by their records from an offset on, as many as there is room for; `used` is what all
+    /// partitions together have taken. An error says why there is none: where some come before what is wrong, the next read
+    /// meets it first.
+    pub(super) async fn decode(
+        &self,
+        fetched: &mut v1::FetchedPartition,
+        (id, from): (PartitionId, Offset),
+        used: &mut usize,
+    ) -> Result<(), Fault> {
+        let mut bytes = Bytes::from(std::mem::take(&mut fetched.chunks).concat());
+        while !bytes.is_empty() {
+            let batch = Batch::split_from(&mut bytes)?;
+            let first = fetched.records.is_empty();
+            if *used >= self.room && !(first && batch.compression() == Compression::None) {
+                // Nothing more has room: what follows need not be opened to see that.
+                fetched.next_offset = from.max(batch.base_offset()).as_i64();
+                return if first { Err(full(fetched)) } else { Ok(()) };
+            }
+            let mut opened = self.open((id, &batch), from, *used, self.room).await;
+            if let Ok(Taken { records, left: Some((_, size)), .. }) = &opened
+                && first
+                && records.is_empty()
+                && *size <= MAX_PLAIN_BYTES
+            {
+                // The first record comes whatever its size, for as much memory.
+                let size = *size;
+                self.memory.reserve_more(2 * size)?;
+                opened = self.open((id, &batch), from, 0, size).await;
+            }
+            match opened {
+                Ok(taken) => {
+                    *used += taken.used;
+                    fetched.records.extend(taken.records);
+                    let Some((offset, size)) = taken.left else { continue };
+                    fetched.next_offset = offset.as_i64();
+                    let too_large = fetched.records.is_empty() && size > MAX_PLAIN_BYTES;
+                    return if too_large { Err(too_large_for_plain(fetched, size)) } else { Ok(()) };
+                }
+                Err(error) => {
+                    fetched.next_offset = from.max(batch.base_offset()).as_i64();
+                    return if fetched.records.is_empty() { Err(undecodable(fetched, &batch, &error)) } else { Ok(()) };
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Opens a batch, one of the connection's at a time.
+    async fn open(
+        &self,
+        (id, batch): (PartitionId, &Batch),
+        from: Offset,
+        used: usize,
+        room: usize,
+    ) -> Result<Taken, Malformed> {
+        let name = (id, batch.base_offset(), batch.crc());
+        if let Some(error) = self.undecodable.find(name) {
+            return Err(error);
+        }
+        let work = move |batch: &Batch, most: usize| take_records(batch, most, from, room.saturating_sub(used));
+        let is_compressed = batch.compression() != Compression::None;
+        let _turn = if is_compressed { Some(self.memory.decompression_turn().await) } else { None };
+        let opened = self.opener.open(batch, limits::MAX_DECOMPRESSED_BYTES, Use::Read, work).await;
+        opened.inspect_err(|error| self.undecodable.remember(name, error.clone()))
+    }
 }
 
 /// What was taken of a batch.
 struct Taken {
     records: Vec<v1::Record>,
-    /// Bytes of the whole answer.
+    /// Bytes of the records.
     used: usize,
     /// The first record that has no room any more, and its size.
     left: Option<(Offset, usize)>,
 }
 
-fn take_records(batch: &Batch, most: usize, from: Offset, used: usize, first: bool) -> Result<Taken, Malformed> {
+fn take_records(batch: &Batch, most: usize, from: Offset, room: usize) -> Result<Taken, Malformed> {
     // A slice would hold all that was decompressed until the answer is sent.
     let copies = batch.compression() != Compression::None;
     let keep = |bytes: Bytes| if copies { Bytes::copy_from_slice(&bytes) } else { bytes };
-    let mut taken = Taken { records: Vec::new(), used, left: None };
+    let mut taken = Taken { records: Vec::new(), used: 0, left: None };
     for entry in batch.records_within(most)? {
         let (offset, record) = entry?;
         if offset < from {
             continue;
         }
         let size = plain_bytes(&record);
-        let room = if first && taken.records.is_empty() { MAX_PLAIN_BYTES } else { PLAIN_BYTES };
         if taken.used + size > room {
             taken.left = Some((offset, size));
             break;

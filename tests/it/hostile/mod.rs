@@ -2,6 +2,7 @@
 
 mod connections;
 mod http;
+mod memory;
 mod peers;
 
 use std::{

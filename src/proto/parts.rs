@@ -1,0 +1,286 @@
+//! Counts the repeated parts of a message while its bytes pass, before anything is made of them: a record of two bytes becomes a struct
+//! of a hundred.
+//!
+//! The counter knows messages by their descriptors, and reads no more than keys and lengths. Bytes that are no message are left to the
+//! decoder, which refuses them.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use prost::Message as _;
+use prost_types::{
+    DescriptorProto, FileDescriptorSet,
+    field_descriptor_proto::{Label, Type},
+};
+
+use super::CLIENT_DESCRIPTORS;
+
+/// Deepest nesting that is followed. Requests have four levels.
+const MAX_DEPTH: usize = 16;
+
+/// Which parts the requests of each call have.
+#[derive(Debug)]
+pub struct RequestSchemas {
+    messages: Arc<Vec<Fields>>,
+    /// The request of each call, `/package.Service/Method`.
+    requests: BTreeMap<String, usize>,
+}
+
+/// The fields that matter of a message, by number.
+type Fields = BTreeMap<u32, Field>;
+
+#[derive(Clone, Copy, Debug)]
+struct Field {
+    repeated: bool,
+    /// The message that it holds; `None` for bytes, text and numbers.
+    message: Option<usize>,
+    /// Each of its bytes may be an element: packed numbers.
+    packed: bool,
+}
+
+impl RequestSchemas {
+    /// The requests of everything that clients may call.
+    pub fn of_clients() -> Self {
+        let files = FileDescriptorSet::decode(CLIENT_DESCRIPTORS).expect("written by the build script");
+        let mut named = BTreeMap::new();
+        for file in &files.file {
+            for message in &file.message_type {
+                collect(&format!(".{}", file.package()), message, &mut named);
+            }
+        }
+        let numbers: BTreeMap<&str, usize> = named.keys().enumerate().map(|(n, name)| (name.as_str(), n)).collect();
+        let messages = named.values().map(|message| fields(message, &numbers)).collect();
+        let mut requests = BTreeMap::new();
+        for file in &files.file {
+            for service in &file.service {
+                for method in &service.method {
+                    let path = format!("/{}.{}/{}", file.package(), service.name(), method.name());
+                    requests.extend(numbers.get(method.input_type()).map(|message| (path, *message)));
+                }
+            }
+        }
+        Self { messages: Arc::new(messages), requests }
+    }
+
+    /// A counter for one request of the call at `path`; `None` where the call is not known.
+    pub fn counter(&self, path: &str) -> Option<PartCounter> {
+        let root = *self.requests.get(path)?;
+        Some(PartCounter {
+            messages: Arc::clone(&self.messages),
+            root,
+            levels: Vec::new(),
+            at: 0,
+            token: Token::Key,
+            value: 0,
+            shift: 0,
+        })
+    }
+}
+
+fn collect(scope: &str, message: &DescriptorProto, named: &mut BTreeMap<String, DescriptorProto>) {
+    let name = format!("{scope}.{}", message.name());
+    for nested in &message.nested_type {
+        collect(&name, nested, named);
+    }
+    named.insert(name, message.clone());
+}
+
+fn fields(message: &DescriptorProto, numbers: &BTreeMap<&str, usize>) -> Fields {
+    let field = |field: &prost_types::FieldDescriptorProto| {
+        let repeated = field.label() == Label::Repeated;
+        let message = if field.r#type() == Type::Message { numbers.get(field.type_name()).copied() } else { None };
+        let packed = repeated && !matches!(field.r#type(), Type::Message | Type::String | Type::Bytes);
+        (repeated || message.is_some())
+            .then(|| (u32::try_from(field.number()).unwrap_or_default(), Field { repeated, message, packed }))
+    };
+    message.field.iter().filter_map(field).collect()
+}
+
+/// What comes next.
+#[derive(Clone, Copy, Debug)]
+enum Token {
+    Key,
+    Length {
+        field: u32,
+    },
+    Number,
+    /// So many bytes that say nothing.
+    Skip(usize),
+    /// No message: the rest is the decoder's.
+    Opaque,
+}
+
+/// Counts the parts of one message after the other.
+#[derive(Debug)]
+pub struct PartCounter {
+    messages: Arc<Vec<Fields>>,
+    root: usize,
+    /// The messages that are open inside the request: which, and where each ends.
+    levels: Vec<(usize, usize)>,
+    /// Bytes of the request that have passed.
+    at: usize,
+    token: Token,
+    /// The number that is being read, and its bits so far.
+    value: u64,
+    shift: u32,
+}
+
+impl PartCounter {
+    /// The next request begins.
+    pub fn begin(&mut self) {
+        self.levels.clear();
+        (self.at, self.token, self.value, self.shift) = (0, Token::Key, 0, 0);
+    }
+
+    /// How many parts begin in the next bytes of the request.
+    pub fn count(&mut self, bytes: &[u8]) -> usize {
+        let (mut parts, mut rest) = (0, bytes);
+        while let Some(first) = rest.first() {
+            match self.token {
+                Token::Opaque => return parts,
+                Token::Skip(left) => {
+                    let passed = left.min(rest.len());
+                    rest = &rest[passed..];
+                    self.at += passed;
+                    self.token = if passed == left { Token::Key } else { Token::Skip(left - passed) };
+                }
+                Token::Key | Token::Length { .. } | Token::Number => {
+                    rest = &rest[1..];
+                    self.at += 1;
+                    if let Some(value) = self.varint(*first) {
+                        parts += self.on_number(value);
+                    }
+                }
+            }
+            if matches!(self.token, Token::Key) && self.shift == 0 {
+                while self.levels.last().is_some_and(|(_, end)| self.at >= *end) {
+                    self.levels.pop();
+                }
+            }
+        }
+        parts
+    }
+
+    /// Takes one byte of a variable-length number; the number, when it is complete.
+    fn varint(&mut self, byte: u8) -> Option<u64> {
+        self.value |= u64::from(byte & 0x7f) << self.shift;
+        self.shift += 7;
+        if byte & 0x80 == 0 {
+            self.shift = 0;
+            return Some(std::mem::take(&mut self.value));
+        }
+        if self.shift >= 64 {
+            self.token = Token::Opaque;
+        }
+        None
+    }
+
+    fn field(&self, number: u32) -> Option<Field> {
+        let message = self.levels.last().map_or(self.root, |(message, _)| *message);
+        self.messages[message].get(&number).copied()
+    }
+
+    fn on_number(&mut self, value: u64) -> usize {
+        match self.token {
+            Token::Key => {
+                let field = u32::try_from(value >> 3).unwrap_or_default();
+                self.token = match value & 7 {
+                    0 => Token::Number,
+                    1 => Token::Skip(8),
+                    2 => Token::Length { field },
+                    // Groups: what is in them is passed over field by field.
+                    3 | 4 => Token::Key,
+                    5 => Token::Skip(4),
+                    _ => Token::Opaque,
+                };
+                // Packed numbers may come one by one as well.
+                usize::from(value & 7 != 2 && self.field(field).is_some_and(|field| field.repeated))
+            }
+            Token::Length { field } => {
+                let field = self.field(field);
+                let length = usize::try_from(value).unwrap_or(usize::MAX);
+                self.token = Token::Skip(length);
+                if length == 0 {
+                    self.token = Token::Key;
+                } else if let Some(message) = field.and_then(|field| field.message) {
+                    self.token = if self.levels.len() < MAX_DEPTH { Token::Key } else { Token::Opaque };
+                    self.levels.push((message, self.at.saturating_add(length)));
+                }
+                match field {
+                    Some(field) if field.packed => length,
+                    Some(field) => usize::from(field.repeated),
+                    None => 0,
+                }
+            }
+            _ => {
+                self.token = Token::Key;
+                0
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+
+    use super::*;
+    use crate::proto::v1::{self, append_request::Payload};
+
+    /// The parts of a request, whole and in pieces of every small size.
+    fn parts(path: &str, request: &impl prost::Message) -> usize {
+        let (schemas, bytes) = (RequestSchemas::of_clients(), request.encode_to_vec());
+        let mut counter = schemas.counter(path).expect("a call");
+        let whole = counter.count(&bytes);
+        for size in [1, 2, 3, 7] {
+            counter.begin();
+            let pieces: usize = bytes.chunks(size).map(|piece| counter.count(piece)).sum();
+            assert_eq!(pieces, whole, "in pieces of {size}");
+        }
+        whole
+    }
+
+    const APPEND: &str = "/strandline.v1.Log/Append";
+
+    fn append(payload: Payload) -> v1::AppendRequest {
+        v1::AppendRequest { topic: "t".repeat(200), timeout_ms: 30_000, payload: Some(payload), ..Default::default() }
+    }
+
+    #[test]
+    fn records_headers_partitions_and_names_are_counted() {
+        let header = v1::Header { key: "k".to_owned(), value: Some(Bytes::from_static(b"v")) };
+        let record =
+            v1::Record { headers: vec![header; 3], value: Some(Bytes::from(vec![9; 300])), ..Default::default() };
+        let records = vec![record, v1::Record::default(), v1::Record::default()];
+        assert_eq!(parts(APPEND, &append(Payload::Records(v1::PlainRecords { records }))), 6);
+        let partitions = vec![v1::FetchPartition { topic: "t".to_owned(), offset: -1, ..Default::default() }; 40];
+        assert_eq!(parts("/strandline.v1.Log/Read", &v1::ReadRequest { partitions, ..Default::default() }), 40);
+        let topics = vec![String::new(); 1000];
+        let names = v1::GetMetadataRequest { topics, ..Default::default() };
+        assert_eq!(parts("/strandline.v1.Admin/GetMetadata", &names), 1000);
+        let config = (0..20).map(|n| (n.to_string(), "v".to_owned())).collect();
+        let create = v1::CreateTopicRequest { name: "t".to_owned(), config, ..Default::default() };
+        assert_eq!(parts("/strandline.v1.Admin/CreateTopic", &create), 20);
+    }
+
+    #[test]
+    fn a_batch_is_no_part_whatever_it_looks_like() {
+        let batch = vec![0x0a; 100_000];
+        let inner = append(Payload::Batch(batch.into()));
+        assert_eq!(parts(APPEND, &inner), 0);
+        let request = v1::ProduceRequest { correlation: u64::MAX, append: Some(inner) };
+        assert_eq!(parts("/strandline.v1.Log/Produce", &request), 0);
+    }
+
+    #[test]
+    fn bytes_that_are_no_message_end_the_count() {
+        let schemas = RequestSchemas::of_clients();
+        assert!(schemas.counter("/strandline.v1.Peer/Replicate").is_none());
+        let mut counter = schemas.counter(APPEND).expect("a call");
+        for bytes in
+            [&[0xff; 64][..], &[0x0f, 1, 2], &[0x32, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 1, 0x0a, 0]]
+        {
+            counter.begin();
+            assert!(counter.count(bytes) <= 1);
+        }
+    }
+}

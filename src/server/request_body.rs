@@ -1,0 +1,388 @@
+//! The body of a request on its way to the codec: memory is taken for each message before it is read, its size and parts are bounded, and
+//! it is passed on unchanged.
+//!
+//! ```text
+//! HTTP/2 ─► length ─► too large? ─► take memory ─► frames as they come, parts counted ─► codec
+//!                                        └ none free: nothing is read, the window stops the sender
+//! ```
+//!
+//! The codec makes room for a message when it sees its length. It sees the length of a large one when [`SMALL_BYTES`] of it are there, so
+//! a length alone costs nothing. One message at a time is passed on, so the handler knows which memory belongs to what it was given.
+
+use std::{
+    collections::VecDeque,
+    future::Future,
+    pin::Pin,
+    task::{Context, Poll, ready},
+};
+
+use axum::{
+    BoxError,
+    body::{Body, Bytes, HttpBody},
+};
+use bytes::{Buf as _, BytesMut};
+use http_body::Frame;
+use tokio::time::Instant;
+use tonic::Status;
+
+use crate::{
+    broker::{CallMemory, Grant, IncompleteGuard, RequestParts, SMALL_BYTES},
+    limits,
+    proto::{
+        fault::{Fault, Reason},
+        parts::{PartCounter, RequestSchemas},
+    },
+    task::clock,
+};
+
+/// Bytes before each message: whether it is compressed, and its length.
+const PREFIX_BYTES: usize = 5;
+
+/// Calls whose requests hold records.
+const RECORD_CALLS: [&str; 2] = ["/strandline.v1.Log/Append", "/strandline.v1.Log/Produce"];
+
+type Waiting = Pin<Box<dyn Future<Output = Result<Grant, Fault>> + Send>>;
+
+/// A body that takes memory before it reads.
+pub(super) struct RequestBody {
+    inner: Body,
+    memory: CallMemory,
+    max_bytes: usize,
+    counter: Option<PartCounter>,
+    /// Came, and was not looked at.
+    rest: Bytes,
+    message: Option<Message>,
+    /// To be passed on.
+    out: VecDeque<Bytes>,
+    failed: bool,
+}
+
+/// The message that is being read.
+struct Message {
+    bytes: usize,
+    /// Bytes that have not come, with those of the prefix.
+    left: usize,
+    state: State,
+    /// What of it came and was not passed on.
+    held: BytesMut,
+    grant: Option<Grant>,
+    parts: RequestParts,
+    /// Since when it has the memory that it has.
+    since: Instant,
+    incomplete: Option<IncompleteGuard>,
+}
+
+enum State {
+    /// Waits for memory: for its beginning, or for all of it.
+    Waiting(Waiting),
+    /// Has memory for its beginning, and is held until that is there.
+    Beginning,
+    /// Has memory for all of it.
+    Admitted,
+}
+
+impl Message {
+    /// Bytes for which it has memory.
+    fn charged(&self) -> usize {
+        if matches!(self.state, State::Admitted) { self.bytes } else { self.bytes.min(SMALL_BYTES) }
+    }
+}
+
+impl RequestBody {
+    /// The body of a call at `path`.
+    pub(super) fn new(inner: Body, path: &str, memory: CallMemory, schemas: &RequestSchemas) -> Self {
+        let holds_records = RECORD_CALLS.contains(&path);
+        let max_bytes = if holds_records { limits::MAX_MESSAGE_BYTES } else { limits::MAX_REQUEST_BYTES };
+        let counter = schemas.counter(path);
+        Self {
+            inner,
+            memory,
+            max_bytes,
+            counter,
+            rest: Bytes::new(),
+            message: None,
+            out: VecDeque::new(),
+            failed: false,
+        }
+    }
+
+    /// Begins the next message, whose prefix is there.
+    fn begin(&mut self) -> Result<(), Fault> {
+        let bytes = (&self.rest[1..PREFIX_BYTES]).get_u32() as usize;
+        if bytes > self.max_bytes {
+            return Err(too_large(bytes, self.max_bytes));
+        }
+        if let Some(counter) = &mut self.counter {
+            counter.begin();
+        }
+        let grant = self.memory.try_request(bytes.min(SMALL_BYTES));
+        let state = match grant {
+            None => State::Waiting(Box::pin(self.memory.clone().request(bytes.min(SMALL_BYTES)))),
+            Some(_) if bytes > SMALL_BYTES => State::Beginning,
+            Some(_) => State::Admitted,
+        };
+        self.message = Some(Message {
+            bytes,
+            left: PREFIX_BYTES + bytes,
+            state,
+            held: BytesMut::new(),
+            grant,
+            parts: RequestParts::default(),
+            since: clock::monotonic(),
+            incomplete: None,
+        });
+        Ok(())
+    }
+
+    /// Takes what came of the message, as far as there is memory for it.
+    fn advance(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Fault>> {
+        let Some(message) = &mut self.message else { return Poll::Ready(Ok(())) };
+        if let State::Waiting(waiting) = &mut message.state {
+            let Poll::Ready(granted) = waiting.as_mut().poll(cx) else {
+                // While it waits for all of its memory, it gives way to those that need what it has.
+                if message.grant.is_some() {
+                    note_incomplete(&self.memory, message, cx)?;
+                }
+                return Poll::Pending;
+            };
+            let first = message.grant.replace(granted?).is_none();
+            message.state = if first && message.bytes > SMALL_BYTES { State::Beginning } else { State::Admitted };
+            (message.since, message.incomplete) = (clock::monotonic(), None);
+        }
+        let piece = self.rest.split_to(message.left.min(self.rest.len()));
+        if !piece.is_empty() {
+            let prefix = PREFIX_BYTES.saturating_sub(PREFIX_BYTES + message.bytes - message.left);
+            message.left -= piece.len();
+            if let Some(counter) = &mut self.counter {
+                let parts = counter.count(&piece[prefix.min(piece.len())..]);
+                if parts > 0 {
+                    self.memory.add_parts(&mut message.parts, parts)?;
+                }
+            }
+            if matches!(message.state, State::Admitted) {
+                self.out.push_back(piece);
+            } else if message.held.is_empty() && piece.len() > SMALL_BYTES {
+                // All that is wanted of its beginning came at once.
+                self.out.push_back(piece);
+            } else {
+                message.held.extend_from_slice(&piece);
+            }
+        }
+        let begun = self.out.back().map_or(message.held.len(), Bytes::len) > SMALL_BYTES;
+        if matches!(message.state, State::Beginning) && begun {
+            match self.memory.try_request(message.bytes) {
+                Some(grant) => {
+                    message.grant = Some(grant);
+                    message.state = State::Admitted;
+                    (message.since, message.incomplete) = (clock::monotonic(), None);
+                }
+                None => message.state = State::Waiting(Box::pin(self.memory.clone().request(message.bytes))),
+            }
+        }
+        if matches!(message.state, State::Admitted) && !message.held.is_empty() {
+            self.out.push_front(message.held.split().freeze());
+        }
+        if message.left == 0 && matches!(message.state, State::Admitted) {
+            let mut message = self.message.take().expect("it is being read");
+            let grant = message.grant.take().expect("it was admitted");
+            self.memory.deliver(grant, &mut message.parts);
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        loop {
+            let is_admitted = self.message.as_ref().is_none_or(|message| matches!(message.state, State::Admitted));
+            if is_admitted && let Some(piece) = self.out.pop_front() {
+                return Poll::Ready(Some(Ok(Frame::data(piece))));
+            }
+            if self.message.is_none() && self.rest.len() >= PREFIX_BYTES {
+                self.begin().map_err(status)?;
+            }
+            let is_waiting = self.message.as_ref().is_some_and(|message| matches!(message.state, State::Waiting(_)));
+            if is_waiting || self.message.is_some() && !self.rest.is_empty() {
+                ready!(self.advance(cx)).map_err(status)?;
+                continue;
+            }
+            let Poll::Ready(frame) = Pin::new(&mut self.inner).poll_frame(cx) else {
+                if let Some(message) = &mut self.message {
+                    note_incomplete(&self.memory, message, cx).map_err(status)?;
+                }
+                return Poll::Pending;
+            };
+            match frame {
+                Some(Ok(frame)) => match frame.into_data() {
+                    // A prefix in two frames.
+                    Ok(data) if !self.rest.is_empty() => self.rest = [&self.rest[..], &data].concat().into(),
+                    Ok(data) => self.rest = data,
+                    Err(trailers) => return Poll::Ready(Some(Ok(trailers))),
+                },
+                Some(Err(error)) => return Poll::Ready(Some(Err(error.into()))),
+                // What is not whole is the codec's to refuse.
+                None if !self.rest.is_empty() => {
+                    return Poll::Ready(Some(Ok(Frame::data(std::mem::take(&mut self.rest)))));
+                }
+                None => match self.message.take() {
+                    Some(mut message) if !message.held.is_empty() => {
+                        return Poll::Ready(Some(Ok(Frame::data(message.held.split().freeze()))));
+                    }
+                    _ => return Poll::Ready(None),
+                },
+            }
+        }
+    }
+}
+
+fn note_incomplete(memory: &CallMemory, message: &mut Message, cx: &Context<'_>) -> Result<(), Fault> {
+    let (charged, since) = (message.charged(), message.since);
+    message.incomplete.get_or_insert_with(|| memory.incomplete(charged, since)).check(cx.waker())
+}
+
+fn too_large(bytes: usize, most: usize) -> Fault {
+    let message = format!(
+        "the request has {bytes} bytes, and {most} is the most that a request of this call may have: send less at once"
+    );
+    Fault::new(Reason::MessageTooLarge, message).with("bytes", bytes).with("max", most)
+}
+
+fn status(fault: Fault) -> BoxError {
+    Status::from(fault).into()
+}
+
+impl HttpBody for RequestBody {
+    type Data = Bytes;
+    type Error = BoxError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Self::Data>, Self::Error>>> {
+        if self.failed {
+            return Poll::Ready(None);
+        }
+        let frame = ready!(self.poll_next(cx));
+        if matches!(frame, Some(Err(_))) {
+            // What was taken is given back at once.
+            self.failed = true;
+            (self.message, self.rest, self.out) = (None, Bytes::new(), VecDeque::new());
+        }
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.failed
+            || self.message.is_none() && self.rest.is_empty() && self.out.is_empty() && self.inner.is_end_stream()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::{StreamExt as _, future::poll_fn};
+
+    use super::*;
+    use crate::broker::Budgets;
+
+    const APPEND: &str = RECORD_CALLS[0];
+    const READ: &str = "/strandline.v1.Log/Read";
+
+    fn framed(message: &[u8]) -> Vec<u8> {
+        let len = u32::try_from(message.len()).expect("small");
+        [&[0], &len.to_be_bytes()[..], message].concat()
+    }
+
+    /// A body of these pieces; with `open`, it never ends.
+    fn body(pieces: Vec<Vec<u8>>, open: bool, path: &str, memory: &CallMemory) -> RequestBody {
+        let pieces = futures::stream::iter(pieces.into_iter().map(|piece| Ok::<_, BoxError>(Bytes::from(piece))));
+        let inner =
+            if open { Body::from_stream(pieces.chain(futures::stream::pending())) } else { Body::from_stream(pieces) };
+        RequestBody::new(inner, path, memory.clone(), &RequestSchemas::of_clients())
+    }
+
+    async fn frame(body: &mut RequestBody) -> Option<Result<Bytes, Fault>> {
+        let frame = poll_fn(|cx| Pin::new(&mut *body).poll_frame(cx)).await?;
+        let refused = |error: BoxError| Fault::from(&*error.downcast::<Status>().expect("a status"));
+        Some(frame.map(|frame| frame.into_data().expect("data")).map_err(refused))
+    }
+
+    fn memory(budgets: &Budgets) -> CallMemory {
+        CallMemory::new(budgets.clone(), budgets.connection())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn messages_pass_unchanged_however_they_are_cut() {
+        let budgets = Budgets::new(64 << 20, 1 << 20);
+        let batch = |bytes: usize| [&[0x2a][..], &prost_len(bytes), &vec![7; bytes]].concat();
+        let sent =
+            [framed(&[]), framed(&batch(10)), framed(&batch(300_000)), framed(&batch(70_000)), framed(&[])].concat();
+        for size in [1, 3, 5, 4096, 100_000, usize::MAX] {
+            let memory = memory(&budgets);
+            let mut body =
+                body(sent.chunks(size.min(sent.len())).map(<[u8]>::to_vec).collect(), false, APPEND, &memory);
+            let mut came = Vec::new();
+            while let Some(piece) = frame(&mut body).await {
+                came.extend_from_slice(&piece.expect("nothing is wrong with it"));
+            }
+            assert!(came == sent, "in pieces of {size}");
+            assert!(budgets.taken().0 > 370_000, "what was read stays charged until its handler takes it");
+            drop((body, memory));
+            assert_eq!(budgets.taken().0, 0);
+        }
+    }
+
+    fn prost_len(bytes: usize) -> Vec<u8> {
+        let mut len = Vec::new();
+        prost::encoding::encode_varint(bytes as u64, &mut len);
+        len
+    }
+
+    /// 60 MiB announced on each of many streams took 6 GB; five bytes that announce 65 MiB on 10,000 streams took 1.8 GB.
+    #[tokio::test(start_paused = true)]
+    async fn announced_bytes_are_charged_by_what_came_and_give_way() {
+        let budgets = Budgets::new(96 << 20, 1 << 20);
+        let announced = [&[0][..], &(60_u32 << 20).to_be_bytes()].concat();
+        let mut bodies: Vec<_> =
+            (0..400).map(|_| body(vec![announced.clone()], true, APPEND, &memory(&budgets))).collect();
+        for body in &mut bodies {
+            let pending = poll_fn(|cx| Poll::Ready(Pin::new(&mut *body).poll_frame(cx).is_pending())).await;
+            assert!(pending, "nothing is passed on");
+        }
+        assert!(budgets.taken().0 <= 96 << 20, "{:?}", budgets.taken());
+        let memory = memory(&budgets);
+        let mut honest = body(vec![framed(&[0x2a, 1, 7])], false, APPEND, &memory);
+        let mut ended = tokio::task::JoinSet::new();
+        ended.spawn(async move {
+            let all = bodies.iter_mut().map(|body| Box::pin(frame(body)));
+            futures::future::select_all(all).await.0
+        });
+        assert_eq!(frame(&mut honest).await, Some(Ok(framed(&[0x2a, 1, 7]).into())), "it has its place");
+        let ended =
+            ended.join_next().await.expect("it reads").expect("no panic").expect("an answer").expect_err("it gave way");
+        assert_eq!((ended.reason, ended.retryable), (Reason::Overloaded, true));
+        assert!(ended.message.contains("limits.request_memory_bytes"), "{ended}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn requests_without_records_are_small_and_have_few_parts() {
+        let budgets = Budgets::new(512 << 20, 1 << 20);
+        let large = [&[0][..], &(5_u32 << 20).to_be_bytes()].concat();
+        let refused = frame(&mut body(vec![large.clone()], true, READ, &memory(&budgets))).await;
+        let refused = refused.expect("an answer").expect_err("too large");
+        assert_eq!(refused.reason, Reason::MessageTooLarge);
+        assert!(refused.message.contains("5242880") && refused.message.contains("4194304"), "{refused}");
+        // Empty records of two bytes each: 33 million of them took 4.7 GB.
+        let records = [0x0a, 0].repeat(limits::MAX_REQUEST_PARTS + 1);
+        let message = [&[0x32][..], &prost_len(records.len()), &records].concat();
+        let memory = memory(&budgets);
+        let mut many = body(framed(&message).chunks(1 << 14).map(<[u8]>::to_vec).collect(), false, APPEND, &memory);
+        let refused = loop {
+            match frame(&mut many).await {
+                Some(Ok(_)) => {}
+                Some(Err(fault)) => break fault,
+                None => panic!("it was taken"),
+            }
+        };
+        assert_eq!(refused.reason, Reason::InvalidRequest);
+        assert!(refused.message.contains(&limits::MAX_REQUEST_PARTS.to_string()), "{refused}");
+        assert_eq!(budgets.taken().0, 0, "all is given back");
+    }
+}
