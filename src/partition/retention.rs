@@ -117,10 +117,12 @@ fn only_local<'a>(input: &Input<'a>) -> impl Iterator<Item = Segment> + use<'a> 
     held.map(move |segment| Segment { bytes: if segment.base < tiered_end { 0 } else { segment.bytes }, ..*segment })
 }
 
-/// How many segments hold records with timestamps that are still to come.
+/// How many of the segments given hold records with timestamps that are still to come. One that is given in both tiers counts once.
 pub fn in_future(input: &Input<'_>) -> u64 {
-    let tiered = input.tiered.iter().filter(|segment| segment.end > input.log_start).copied();
-    let all = tiered.chain(only_local(input)).chain([input.active]);
+    let tiered = input.tiered.iter().filter(|segment| segment.end > input.log_start);
+    let given_end = input.tiered.last().map_or(input.log_start, |last| last.end.max(input.log_start));
+    let local = input.local.iter().filter(|segment| segment.end > given_end);
+    let all = tiered.chain(local).chain([&input.active]);
     all.filter(|segment| segment.is_in_future(input.now_ms)).count() as u64
 }
 
@@ -360,6 +362,8 @@ mod tests {
         let both = [old(0, 10), future(10, 20), old(20, 30)];
         let mut input = input(&config, &both, &both[..2]);
         assert_eq!(in_future(&input), 1);
+        input.tiered = &[];
+        assert_eq!(in_future(&input), 1, "the bucket was not asked");
         input.active = future(30, 40);
         assert_eq!(in_future(&input), 2);
         input.log_start = at(20);
