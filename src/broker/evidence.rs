@@ -201,14 +201,17 @@ impl Broker {
         let me = self.settings.id;
         let state = self.view.state();
         let controller = state.controller().filter(|controller| *controller != broker);
-        let address = controller.and_then(|id| Some(state.brokers().get(&id)?.value.listeners.peer()?.to_owned()));
+        let known = controller.and_then(|id| state.brokers().get(&id));
+        let address = known.map(|known| known.value.listeners.peer().map(str::to_owned));
         let rank = state.brokers().keys().filter(|id| **id != broker && **id < me).count();
         drop(state);
         let report = Report { reporter: me, broker, epoch, seen: seen.words().to_owned() };
         match (controller, address) {
             // Its own look was the probe.
             (Some(controller), _) if controller == me => self.take_away(report, evidence).await.is_ok(),
-            (Some(_), Some(address)) => {
+            // The controller alone may look, and is registered without an address: the lease will end.
+            (Some(_), Some(None)) => false,
+            (Some(_), Some(Some(address))) => {
                 let request = v1::ReportGoneRequest {
                     cluster: self.settings.cluster.clone(),
                     reporter: me.0,

@@ -98,9 +98,13 @@ impl Broker {
 
     fn way_to(&self, broker: BrokerId) -> Result<(&Peers, String), Fault> {
         let state = self.view.state();
-        let address = state.brokers().get(&broker).and_then(|known| known.value.listeners.peer().map(str::to_owned));
+        let known = state.brokers().get(&broker);
+        let address = known.and_then(|known| known.value.listeners.peer().map(str::to_owned));
         let way = self.others.as_ref().map(Others::peers).zip(address);
-        way.ok_or_else(|| Fault::new(Reason::NotReady, format!("broker {broker} is not alive")))
+        way.ok_or_else(|| {
+            let why = if known.is_some() { "registered without an address for other brokers" } else { "not alive" };
+            Fault::new(Reason::NotReady, format!("broker {broker} is {why}"))
+        })
     }
 }
 

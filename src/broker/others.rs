@@ -3,7 +3,7 @@
 
 use std::{
     collections::BTreeMap,
-    sync::{Arc, Weak},
+    sync::{Arc, Mutex, PoisonError, Weak},
 };
 
 use super::{
@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     client::{Connect, peers::Peers},
-    cluster::{Session, Standing, ViewState},
+    cluster::{Revision, Session, Standing, ViewState},
     model::BrokerId,
     partition::{Links, session::Find},
     proto::v1::{self, peer_server::PeerServer},
@@ -27,6 +27,8 @@ use crate::{
 pub(super) struct Others {
     following: Arc<Following>,
     peering: Arc<Peering>,
+    /// The registrations without an address for other brokers, each of which was logged.
+    unreachable: Mutex<BTreeMap<BrokerId, Revision>>,
     /// Links and probes. They end after the partitions, which say good-bye over them.
     tasks: Tasks,
 }
@@ -68,7 +70,7 @@ impl Others {
             metrics.replication_sent_bytes,
             tasks.clone(),
         );
-        Self { following, peering, tasks }
+        Self { following, peering, unreachable: Mutex::default(), tasks }
     }
 
     /// The way for partitions.
@@ -92,6 +94,16 @@ impl Others {
         let known = known
             .filter_map(|(id, known)| Some((*id, (known.value.listeners.peer()?.to_owned(), known.create_revision))));
         self.following.brokers(known.collect::<BTreeMap<_, _>>());
+        let without = state.brokers().iter().filter(|(_, known)| known.value.listeners.peer().is_none());
+        let without: BTreeMap<_, _> = without.map(|(id, known)| (*id, known.create_revision)).collect();
+        let mut logged = self.unreachable.lock().unwrap_or_else(PoisonError::into_inner);
+        for (broker, _) in without.iter().filter(|(id, epoch)| logged.get(id) != Some(*epoch)) {
+            tracing::warn!(
+                %broker,
+                "a broker is registered without an address for other brokers that this version knows: no replica there is in sync"
+            );
+        }
+        *logged = without;
     }
 
     /// Follows this broker's own registration.

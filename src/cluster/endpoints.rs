@@ -4,10 +4,18 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-/// The listeners of a broker by their names, as others reach them.
+/// The listeners of a broker by their names, as others reach them. Entries that this version cannot read are dropped: newer versions may
+/// add listeners and protocols.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(transparent)]
+#[serde(from = "BTreeMap<String, serde_json::Value>")]
 pub struct Endpoints(BTreeMap<String, Endpoint>);
+
+impl From<BTreeMap<String, serde_json::Value>> for Endpoints {
+    fn from(listeners: BTreeMap<String, serde_json::Value>) -> Self {
+        let known = listeners.into_iter().filter_map(|(name, value)| Some((name, serde_json::from_value(value).ok()?)));
+        Self(known.collect())
+    }
+}
 
 /// How one listener is reached.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -26,9 +34,6 @@ pub enum Protocol {
     Grpc,
     /// HTTP/1 without TLS.
     Http,
-    /// A protocol of a newer version: this one does not connect there.
-    #[serde(other)]
-    Unknown,
 }
 
 impl Endpoints {

@@ -114,28 +114,29 @@ pub struct Registration {
 }
 
 impl Registration {
-    /// Takes away an earlier registration of the same data directory. One of another directory is waited for as long as a lease
-    /// lives: its process may be dead and its disk replaced.
+    /// Takes away an earlier registration of the same data directory. One of another directory, or of a format that this version does not
+    /// read, is waited for as long as a lease lives: its process may be dead and its disk replaced.
     pub async fn clear(&self) -> Result<(), RegisterError> {
         let key = self.keys.broker(self.id);
         let until = clock::monotonic() + self.time + Duration::from_secs(1);
         let mut said = false;
         while let Some(entry) = self.store.get(&key).await?.entry {
-            match BrokerValue::decode(&entry.key, &entry.value) {
-                Ok(other) if other.directory_id != self.value.directory_id => {
-                    if clock::monotonic() > until {
-                        return Err(RegisterError::Taken { id: self.id, address: other.listeners.client().to_owned() });
-                    }
-                    if !std::mem::replace(&mut said, true) {
-                        tracing::warn!(
-                            broker = %self.id, address = other.listeners.client(),
-                            "the number is registered with another data directory; waiting in case that broker is gone"
-                        );
-                    }
-                    tokio::time::sleep(AGAIN).await;
-                }
-                _ => self.take_away(&entry).await?,
+            let other = BrokerValue::decode(&entry.key, &entry.value);
+            if other.as_ref().is_ok_and(|other| other.directory_id == self.value.directory_id) {
+                self.take_away(&entry).await?;
+                continue;
             }
+            let address = client_address(other.ok().as_ref());
+            if clock::monotonic() > until {
+                return Err(RegisterError::Taken { id: self.id, address });
+            }
+            if !std::mem::replace(&mut said, true) {
+                tracing::warn!(
+                    broker = %self.id, address,
+                    "the number is registered with another data directory; waiting in case that broker is gone"
+                );
+            }
+            tokio::time::sleep(AGAIN).await;
         }
         Ok(())
     }
@@ -202,9 +203,7 @@ impl Registration {
             let other = registered.as_ref().and_then(|entry| BrokerValue::decode(&entry.key, &entry.value).ok());
             let ours = recorded.as_ref().filter(|entry| entry.value == self.directory().encode());
             if recorded.as_ref().map(|entry| entry.mod_revision) != judged && ours.is_none() {
-                let address =
-                    other.map_or_else(|| "an unknown address".to_owned(), |other| other.listeners.client().to_owned());
-                return Ok(Begun::Superseded { address });
+                return Ok(Begun::Superseded { address: client_address(other.as_ref()) });
             }
             if let (Some(entry), Some(record)) = (&registered, ours)
                 && entry.lease == Some(lease)
@@ -225,6 +224,11 @@ impl Registration {
         self.store.transact(Transaction::new().when(same).delete(entry.key.as_str())).await?;
         Ok(())
     }
+}
+
+/// Where clients reach a broker whose registration could be read.
+fn client_address(value: Option<&BrokerValue>) -> String {
+    value.map_or_else(|| "an unknown address".to_owned(), |value| value.listeners.client().to_owned())
 }
 
 enum Begun {

@@ -1,12 +1,15 @@
 //! From the values that won to a [`Config`], and the checks of what must go together.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{
+    net::{IpAddr, SocketAddr},
+    time::Duration,
+};
 
 use super::{
     Broker, Cache, Config, ConfigError, ConfigErrors, Controller, Grpc, Http, Limits, Log, Metadata, ObjectStore,
     PeerListener, Replication, Settings, Source, Telemetry, Tier,
     setting::{MEMORY, REPLICAS, TOPIC_DEFAULTS},
-    sources::Values,
+    sources::{Given, Values},
     value::{bytes, duration, host_port, masked, urls, web_url},
 };
 use crate::{
@@ -15,7 +18,7 @@ use crate::{
 };
 
 /// The port for other brokers, where nothing else is said.
-const PEER_PORT: u16 = 9470;
+pub(super) const PEER_PORT: u16 = 9470;
 
 /// Shortest time of a call to etcd: in a shorter one a busy member is taken for a dead one.
 const SHORTEST_CALL: Duration = Duration::from_millis(100);
@@ -29,6 +32,7 @@ impl Settings {
     pub(super) fn build(mut values: Values) -> Result<Self, ConfigErrors> {
         let mut errors = std::mem::take(&mut values.errors);
         values.share_memory(&mut errors);
+        values.default_peer_listen();
         // What could not be read has its default here: that is checked too, and never used.
         let config = values.config();
         values.check(&config, &mut errors);
@@ -71,6 +75,14 @@ impl Values {
         self.required(key).parse().expect("values were checked when they were given")
     }
 
+    /// Gives `peer.listen` the default that it has here.
+    fn default_peer_listen(&mut self) {
+        let mut listen = self.listen("grpc.listen");
+        listen.set_port(PEER_PORT);
+        let default = || Given { text: listen.to_string(), source: Source::Default };
+        self.set.entry("peer.listen".to_owned()).or_insert_with(default);
+    }
+
     fn config(&self) -> Config {
         Config {
             cluster: self.required("cluster").to_owned(),
@@ -88,13 +100,7 @@ impl Values {
                 advertise: self.optional("grpc.advertise"),
                 reflection: self.required("grpc.reflection") == "true",
             },
-            peer: PeerListener {
-                listen: match self.text("peer.listen") {
-                    Some(_) => self.listen("peer.listen"),
-                    None => SocketAddr::new(self.listen("grpc.listen").ip(), PEER_PORT),
-                },
-                advertise: self.optional("peer.advertise"),
-            },
+            peer: PeerListener { listen: self.listen("peer.listen"), advertise: self.optional("peer.advertise") },
             http: Http { listen: self.listen("http.listen") },
             metadata: self.metadata(),
             replication: Replication {
@@ -213,6 +219,9 @@ impl Values {
             let why = format!("peer.advertise {advertise} is no address that brokers can connect to: name a host");
             errors.push(self.wrong("peer.advertise", why));
         }
+        if config.peer.advertise.is_none() && !config.metadata.etcd.is_empty() {
+            self.check_default_peer_address(config, errors);
+        }
         match &config.grpc.advertise {
             None if grpc.ip().is_unspecified() => {
                 let why = format!(
@@ -227,6 +236,30 @@ impl Values {
             }
             _ => {}
         }
+    }
+
+    /// Other brokers are told an address that nobody set: the peer listener must be reachable there.
+    fn check_default_peer_address(&self, config: &Config, errors: &mut Vec<ConfigError>) {
+        let listen = config.peer.listen;
+        let told = config.peer.advertised(listen, &config.grpc);
+        let Some((host, _)) = host_port(&told) else { return };
+        let ip = told.parse::<SocketAddr>().ok().map(|address| address.ip());
+        let is_loopback = ip.map_or(host == "localhost", |ip| ip.is_loopback());
+        let is_missed = match (listen.ip(), ip) {
+            (IpAddr::V4(_), Some(IpAddr::V6(_))) => true,
+            // `[::]` takes IPv4 as well.
+            (IpAddr::V6(own), Some(IpAddr::V4(_))) => !own.is_unspecified(),
+            _ => false,
+        };
+        let what = match listen.ip() {
+            own if own.is_loopback() && !is_loopback => "loopback",
+            IpAddr::V4(_) if is_missed => "IPv4",
+            IpAddr::V6(_) if is_missed => "IPv6",
+            _ => return,
+        };
+        let why = format!("peer.listen {listen} is {what}, and brokers would be told {told}: set peer.advertise");
+        let is_default = self.source("peer.listen") == Source::Default;
+        errors.push(self.wrong(if is_default { "grpc.listen" } else { "peer.listen" }, why));
     }
 
     fn check_metadata(&self, metadata: &Metadata, errors: &mut Vec<ConfigError>) {

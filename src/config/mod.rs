@@ -148,7 +148,12 @@ impl PeerListener {
         let clients = grpc.advertise.as_deref().filter(|_| everywhere || self.listen.port() != 0);
         match clients.and_then(value::host_port) {
             Some((host, _)) => format!("{host}:{}", bound.port()),
-            None if everywhere => SocketAddr::new(grpc.listen.ip(), bound.port()).to_string(),
+            None if everywhere => {
+                // A copy keeps the scope of an IPv6 address.
+                let mut address = grpc.listen;
+                address.set_port(bound.port());
+                address.to_string()
+            }
             None => bound.to_string(),
         }
     }

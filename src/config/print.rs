@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 
 use super::{
     Settings, Source,
+    build::PEER_PORT,
     memory::default_share,
     setting::{Kind, SECTIONS, SETTINGS, Setting, TOPIC_DEFAULTS, variable},
     value::{masked, urls},
@@ -95,10 +96,18 @@ pub fn docs() -> String {
 fn row(setting: &Setting) -> String {
     let default = match setting.default {
         Some(default) => format!("`{default}`"),
-        None => default_share(&setting.key()).unwrap_or_else(|| "unset".to_owned()),
+        None => default_words(&setting.key()).unwrap_or_else(|| "unset".to_owned()),
     };
     let doc = format!("{} Takes {}.", setting.doc, setting.kind.allowed());
     format!("| `{}` | {default} | `{}` | {} |", setting.name, setting.variable(), doc.replace('|', "\\|"))
+}
+
+/// A default that depends on other settings or on the machine, in words.
+pub(super) fn default_words(key: &str) -> Option<String> {
+    match key {
+        "peer.listen" => Some(format!("the IP address of `grpc.listen`, port {PEER_PORT}")),
+        key => default_share(key),
+    }
 }
 
 const HEAD: &str = "\

@@ -186,8 +186,7 @@ pub(super) const SETTINGS: &[Setting] = &[
         "listen",
         Kind::Listen,
         None,
-        "The address that it listens on for other brokers; no client needs to reach it. Unset: the IP address of grpc.listen, and port \
-         9470. Port 0 takes any free one.",
+        "The address that it listens on for other brokers; no client needs to reach it. Port 0 takes any free one.",
     ),
     setting(
         "peer",

@@ -220,6 +220,22 @@ fn what_does_not_go_together_is_refused_before_anything_is_touched() {
             "s.toml:2:1: http.listen 127.0.0.1:9461 and peer.listen 0.0.0.0:9461 are the same port",
         ),
         ("[peer]\nadvertise = \"0.0.0.0:9470\"", "s.toml:2:1: peer.advertise 0.0.0.0:9470"),
+        (
+            "[grpc]\nadvertise = \"b:1\"\n[peer]\nlisten = \"127.0.0.1:5\"\n[metadata]\netcd = [\"http://a:1\"]",
+            "s.toml:4:1: peer.listen 127.0.0.1:5 is loopback, and brokers would be told b:5: set peer.advertise",
+        ),
+        (
+            "[grpc]\nlisten = \"127.0.0.1:1\"\nadvertise = \"10.0.0.1:1\"\n[metadata]\netcd = [\"http://a:1\"]",
+            "s.toml:2:1: peer.listen 127.0.0.1:9470 is loopback, and brokers would be told 10.0.0.1:9470: set peer.advertise",
+        ),
+        (
+            "[grpc]\nlisten = \"[fd00::1]:1\"\n[peer]\nlisten = \"0.0.0.0:5\"\n[metadata]\netcd = [\"http://a:1\"]",
+            "s.toml:4:1: peer.listen 0.0.0.0:5 is IPv4, and brokers would be told [fd00::1]:5: set peer.advertise",
+        ),
+        (
+            "[grpc]\nadvertise = \"10.0.0.1:1\"\n[peer]\nlisten = \"[fd00::1]:5\"\n[metadata]\netcd = [\"http://a:1\"]",
+            "s.toml:4:1: peer.listen [fd00::1]:5 is IPv6, and brokers would be told 10.0.0.1:5: set peer.advertise",
+        ),
         ("[grpc]\nlisten = \"0.0.0.0:9460\"", "set grpc.advertise"),
         ("[grpc]\nlisten = \"0.0.0.0:9460\"\nadvertise = \"0.0.0.0:9460\"", "name a host"),
         (
@@ -241,6 +257,14 @@ fn what_does_not_go_together_is_refused_before_anything_is_touched() {
         assert!(error(text).contains(part), "{}\n{part}", error(text));
     }
     load("[grpc]\nlisten = \"127.0.0.1:0\"\n[http]\nlisten = \"127.0.0.1:0\"").expect("port 0 is any free one, twice");
+    for text in [
+        "[grpc]\nadvertise = \"localhost:1\"\n",
+        "[grpc]\nadvertise = \"b:1\"\n[peer]\nadvertise = \"b:9470\"\n",
+        "[grpc]\nadvertise = \"b:1\"\n[peer]\nlisten = \"127.0.0.1:0\"\n",
+        "[grpc]\nadvertise = \"10.0.0.1:1\"\n[peer]\nlisten = \"[::]:5\"\n",
+    ] {
+        load(&format!("{text}[metadata]\netcd = [\"http://a:1\"]")).expect(text);
+    }
     load("[topic_defaults]\n\"retention.ms\" = -1\n\"local.retention.ms\" = -1").expect("both are raised");
 }
 
@@ -344,7 +368,7 @@ fn every_setting_is_declared_well() {
         assert!(
             setting.doc.ends_with('.')
                 && (setting.default.is_some()
-                    || memory::default_share(&setting.key()).is_some()
+                    || print::default_words(&setting.key()).is_some()
                     || setting.doc.contains("Unset: ")),
             "{}",
             setting.key()
@@ -361,6 +385,8 @@ fn other_brokers_are_told_the_host_that_clients_are_told_unless_something_else_i
         ("[grpc]\nadvertise = \"[::1]:2\"\n[peer]\nlisten = \"[::]:5\"", "[::]:5", "[::1]:5"),
         ("[grpc]\nlisten = \"10.0.0.1:1\"\n[peer]\nlisten = \"0.0.0.0:5\"", "0.0.0.0:5", "10.0.0.1:5"),
         ("[peer]\nlisten = \"10.0.0.2:5\"", "10.0.0.2:5", "10.0.0.2:5"),
+        ("[grpc]\nlisten = \"[fe80::1%2]:1\"", "[fe80::1%2]:9470", "[fe80::1%2]:9470"),
+        ("[grpc]\nlisten = \"[fe80::1%2]:1\"\n[peer]\nlisten = \"[::]:5\"", "[::]:5", "[fe80::1%2]:5"),
         ("[grpc]\nadvertise = \"b:2\"\n[peer]\nlisten = \"127.0.0.1:0\"", "127.0.0.1:4242", "127.0.0.1:4242"),
         ("[peer]\nadvertise = \"p:6\"", "127.0.0.1:9470", "p:6"),
         ("[peer]\nadvertise = \"p:0\"", "127.0.0.1:9470", "p:9470"),

@@ -259,6 +259,11 @@ impl Caller {
         self.memory.get_or_init(|| budgets.connection()).clone()
     }
 
+    /// Which listener it came to.
+    pub(super) fn port(&self) -> Port {
+        self.limiter.0.port
+    }
+
     /// What its connection has begun of producers.
     pub(super) fn producer_ids(&self) -> ProducerIdQuota {
         self.producer_ids.clone()

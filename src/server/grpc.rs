@@ -22,7 +22,7 @@ use tracing::Span;
 
 use super::{
     calls::{self, HeldMemory},
-    connection::{Caller, Connection},
+    connection::{Caller, Connection, Port},
     request_body::RequestBody,
 };
 use crate::{
@@ -31,7 +31,7 @@ use crate::{
         CLIENT_DESCRIPTORS,
         fault::{self, Fault, Reason},
         parts::RequestSchemas,
-        v1::{admin_server, log_server},
+        v1::{admin_server, log_server, peer_server},
     },
 };
 
@@ -151,6 +151,7 @@ async fn answer(State(memory): State<Option<Memory>>, mut request: Request, next
         caller.as_ref().map_or_else(|| memory.budgets.connection(), |caller| caller.memory(&memory.budgets))
     };
     let memory = memory.map(|memory| (CallMemory::new(memory.budgets.clone(), connection(&memory)), memory.schemas));
+    let port = caller.as_ref().map(Caller::port);
     let call = match caller.map(|caller| caller.begin_call(PROBE_PATHS.contains(&request.uri().path()))).transpose() {
         Ok(call) => call,
         Err(refused) => return Status::from(Fault::new(Reason::Overloaded, refused.0)).into_http(),
@@ -166,12 +167,27 @@ async fn answer(State(memory): State<Option<Memory>>, mut request: Request, next
     }
     let mut response = next.run(request).await;
     if let Some(status) = Status::from_header_map(response.headers())
-        && let Some(fault) = fault::of_transport(&status, uri.path())
+        && let Some(mut fault) = fault::of_transport(&status, uri.path())
     {
+        if fault.reason == Reason::UnknownMethod
+            && let Some(message) = port.and_then(|port| misdirected(port, uri.path()))
+        {
+            message.clone_into(&mut fault.message);
+        }
         // A header that cannot be written leaves the answer as it was: refused, without our word.
         let _ = Status::from(fault).add_header(response.headers_mut());
     }
     calls::until_sent(response, call, held)
+}
+
+/// What a call of `path` is told that came to the wrong listener.
+fn misdirected(port: Port, path: &str) -> Option<&'static str> {
+    let is_peer = path.split('/').nth(1) == Some(peer_server::SERVICE_NAME);
+    match port {
+        Port::Peer if !is_peer => Some("this port is for other brokers (peer.listen): clients connect to grpc.listen"),
+        Port::Grpc if is_peer => Some("this port is for clients (grpc.listen): other brokers connect to peer.listen"),
+        Port::Grpc | Port::Peer | Port::Http => None,
+    }
 }
 
 #[cfg(test)]

@@ -176,6 +176,11 @@ fn values_that_contradict_themselves_are_named() {
         )
     };
     assert_eq!(broker(&listener("client", "grpc")).expect("whole").listeners.client(), "a:1");
+    for newer in [r#"{"protocol":{"name":"x"}}"#, r#"{"protocol":"grpc"}"#, r#"{"protocol":"x","address":"a:2"}"#, "7"]
+    {
+        let json = listener("client", "grpc").replace(r#""client":"#, &format!(r#""tls":{newer},"client":"#));
+        assert_eq!(broker(&json).expect(newer).listeners.client(), "a:1");
+    }
     for json in [listener("peer", "grpc"), listener("client", "of-a-newer-version")] {
         let error = broker(&json).expect_err(&json).to_string();
         assert!(error.contains("no gRPC address for clients"), "{error}");

@@ -141,6 +141,26 @@ async fn a_number_that_another_directory_has_is_waited_for_as_long_as_its_lease_
     world.tasks.stop().await;
 }
 
+/// It was deleted at once, and two brokers ran under one number.
+#[tokio::test(start_paused = true)]
+async fn registration_of_unknown_format_is_waited_for_and_kept() {
+    let world = World::new();
+    let lease = world.store.grant(TIME * 9).await.expect("answers");
+    let other = Transaction::new().put_leased(KEY, &br#"{"client_address":"a:1","directory_id":"d"}"#[..], lease);
+    world.store.transact(other).await.expect("answers");
+    let (before, began) = (world.registered().await, clock::monotonic());
+    let error = world.register("d", "q").await.expect_err("its process may live");
+    assert_eq!(error, RegisterError::Taken { id: BrokerId(1), address: "an unknown address".to_owned() });
+    assert!(began.elapsed() > TIME && world.registered().await == before);
+    let (session, revoked) = tokio::join!(world.register("d", "q"), async {
+        tokio::time::sleep(TIME / 2).await;
+        world.store.revoke(lease).await
+    });
+    revoked.expect("answers");
+    assert_eq!(world.registered().await, session.expect("its lease has ended").epoch());
+    world.tasks.stop().await;
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_process_that_slept_finds_that_another_one_took_its_place() {
     let (world, tasks) = (World::new(), Tasks::new());

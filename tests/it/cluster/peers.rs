@@ -42,8 +42,12 @@ impl Meta {
 
     /// Registers the stranger, as a broker at this address; its broker epoch.
     async fn register(&self, address: SocketAddr) -> u64 {
+        self.register_at(Endpoints::new(address.to_string()).with_peer(address.to_string())).await
+    }
+
+    async fn register_at(&self, listeners: Endpoints) -> u64 {
         let value = BrokerValue {
-            listeners: Endpoints::new(address.to_string()).with_peer(address.to_string()),
+            listeners,
             rack: None,
             directory_id: "a stranger's".to_owned(),
             incarnation: "a stranger's".to_owned(),

@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 
 use strandline::{
+    cluster::Endpoints,
     model::{BrokerId, PartitionId},
     proto::v1::{self, answer, to_follower, to_leader},
     task::clock,
@@ -153,10 +154,34 @@ impl Calm {
     /// Each port answers whom it is for, and nobody else.
     async fn keeps_brokers_and_clients_apart(&self) {
         let home = self.cluster.home(self.leader);
-        let asked = peer(home.grpc()).await.who_is(v1::WhoIsRequest {}).await;
-        assert_eq!(asked.expect_err("a port for clients").code(), Code::Unimplemented);
+        let asked = peer(home.grpc()).await.who_is(v1::WhoIsRequest {}).await.expect_err("a port for clients");
         let told = wire::admin(home.peer()).get_metadata(v1::GetMetadataRequest::default()).await;
-        assert_eq!(told.expect_err("a port for brokers").code(), Code::Unimplemented);
+        for (refused, words) in [
+            (asked, "this port is for clients (grpc.listen): other brokers connect to peer.listen"),
+            (
+                told.expect_err("a port for brokers"),
+                "this port is for other brokers (peer.listen): clients connect to grpc.listen",
+            ),
+        ] {
+            assert_eq!((refused.code(), refused.message()), (Code::Unimplemented, words));
+        }
+    }
+
+    /// A broker of another version may be registered without a listener for brokers.
+    async fn says_who_cannot_be_reached(&self) {
+        self.meta.register_at(Endpoints::new("127.0.0.1:9".to_owned())).await;
+        let words = "broker 9 is registered without an address for other brokers";
+        let cli = self.cluster.cli();
+        block_in_place(|| {
+            eventually("the description says so", || {
+                let described = cli.run(&["cluster", "describe"]);
+                (described.code == 0 && described.text().contains(words)).then_some(())
+            });
+        });
+        let log = self.cluster.log(self.leader);
+        let lines =
+            log.lines().filter(|line| line.contains("broker=9") && line.contains("registered without an address"));
+        assert_eq!(lines.count(), 1, "{log}");
     }
 
     /// A broker that is registered lies about partitions.
@@ -213,6 +238,7 @@ async fn a_stranger_that_follows_is_refused_in_words_and_the_true_follower_goes_
     let calm = Calm::begin().await;
     calm.keeps_brokers_and_clients_apart().await;
     calm.refuses_hellos().await;
+    calm.says_who_cannot_be_reached().await;
     calm.serves();
 
     // From here on it is registered.
