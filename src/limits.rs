@@ -23,11 +23,16 @@ pub const MAX_RECORD_HEADERS: usize = 10_000;
 /// Largest gRPC message in either direction: a batch of the largest size with its envelope.
 pub const MAX_MESSAGE_BYTES: usize = MAX_BATCH_BYTES + (1 << 20);
 
-/// Largest gRPC message to the brokers' own service. None carries records: the largest tells how far replicas are, 64 Ki of them at most.
-pub const MAX_PEER_REQUEST_BYTES: usize = 4 << 20;
+/// Largest gRPC message to the brokers' own service. None carries records: the largest name replicas, [`MAX_PEER_REPLICAS`] at most. So a
+/// connection holds 1 MiB of requests at most, in [`MAX_STREAMS_PER_PEER`] pieces, before anybody has said who it is.
+pub const MAX_PEER_REQUEST_BYTES: usize = 64 << 10;
 
-/// Most calls and streams that may be open on one connection of another broker: one link, or the questions that share a connection.
-pub const MAX_STREAMS_PER_PEER: u32 = 100;
+/// Most replicas that one message to the brokers' own service names: a question for marks, and what a follower has.
+pub const MAX_PEER_REPLICAS: usize = 1_024;
+
+/// Most calls and streams that may be open on one connection of another broker: one link, or the questions that share a connection. What
+/// is more waits for its turn there.
+pub const MAX_STREAMS_PER_PEER: u32 = 16;
 
 /// Largest request that holds no records.
 pub const MAX_REQUEST_BYTES: usize = 4 << 20;

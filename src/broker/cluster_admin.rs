@@ -293,6 +293,7 @@ fn registered(broker: &mut v1::BrokerState, known: &Known<BrokerValue>) {
     broker.alive = true;
     broker.address = value.listeners.client().to_owned();
     broker.http_address = value.listeners.http().unwrap_or_default().to_owned();
+    broker.peer_address = value.listeners.peer().unwrap_or_default().to_owned();
     broker.rack = value.rack.clone().unwrap_or_default();
     broker.broker_epoch = known.create_revision.0;
     broker.version.clone_from(&value.version);

@@ -55,7 +55,7 @@ impl Broker {
         }
         let (peers, address) = self.way_to(broker)?;
         let mut answer = BTreeMap::new();
-        for ids in ids.chunks(limits::MAX_FETCH_PARTITIONS) {
+        for ids in ids.chunks(limits::MAX_PEER_REPLICAS) {
             let names = ids
                 .iter()
                 .map(|id| v1::ReplicaName { topic_id: id.topic.to_string(), partition: id.number.cast_signed() });

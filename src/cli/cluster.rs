@@ -200,6 +200,10 @@ fn row(broker: &BrokerDescription) -> Vec<String> {
 /// What a person should know of a broker that the table does not say.
 fn notes(broker: &BrokerDescription, hidden: Option<&str>, alone: bool) -> Vec<String> {
     let (id, mut notes) = (broker.id, Vec::new());
+    let host = |address: &str| address.rsplit_once(':').map(|(host, _)| host.to_owned());
+    if !broker.peer_address.is_empty() && host(&broker.peer_address) != host(&broker.address) {
+        notes.push(format!("other brokers reach broker {id} at {}", broker.peer_address));
+    }
     if !broker.alive && broker.replicas > 0 {
         let held = output::count(broker.replicas.into(), "replica");
         notes.push(format!(
@@ -309,6 +313,7 @@ fn broker(broker: &BrokerDescription) -> Value {
         "alive": broker.alive,
         "address": text(&broker.address),
         "http_address": text(&broker.http_address),
+        "peer_address": text(&broker.peer_address),
         "rack": text(&broker.rack),
         "broker_epoch": broker.alive.then_some(broker.broker_epoch),
         "version": text(&broker.version),
@@ -355,6 +360,7 @@ pub(super) mod tests {
             alive: true,
             address: format!("127.0.0.1:946{}", (id - 1) * 2),
             http_address: format!("127.0.0.1:946{}", (id - 1) * 2 + 1),
+            peer_address: format!("127.0.0.1:947{}", id - 1),
             rack: rack.to_owned(),
             broker_epoch: 40 + u64::from(id),
             version: "0.1.0".to_owned(),
@@ -395,6 +401,7 @@ pub(super) mod tests {
         let draining = Some(1_790_000_000_000);
         let three =
             BrokerDescription { draining_since_ms: draining, stuck: 4, disk_full: true, ..running(3, "zone-c") };
+        let three = BrokerDescription { peer_address: "10.0.0.3:9470".to_owned(), ..three };
         let failed = BrokerFigures {
             failed: Some("the disk failed".to_owned()),
             object_store: Some("for 75 s: connection refused".to_owned()),
@@ -416,6 +423,7 @@ pub(super) mod tests {
             alive: false,
             address: String::new(),
             http_address: String::new(),
+            peer_address: String::new(),
             version: String::new(),
             broker_epoch: 0,
             leaders: 1,

@@ -3,15 +3,16 @@
 //! # Overview
 //!
 //! `store` is the trait [`MetaStore`]: a map from paths to values with one history, in etcd's words. `embedded` is the
-//! implementation for a broker alone, `etcd` that for several; `measured` counts what is asked of either, and `monotonic` refuses a store
-//! that went back. `keys` says what is at
-//! which path, `endpoints` where a broker is reached. `view` mirrors the cluster's prefix into memory: every question of where something is, is answered from there.
-//! `topics` creates, alters and deletes topics; `placement` says which brokers hold a new partition; `orders` writes down what an
-//! operator wants of brokers and partitions.
+//! implementation for a broker alone, `etcd` that for several; `measured` counts what is asked of either, and
+//! `monotonic` refuses a store that went back. `keys` says what is at which path, `endpoints` where a broker is
+//! reached. `view` mirrors the cluster's prefix into memory: every question of where something is, is answered from
+//! there. `topics` creates, alters and deletes topics; `placement` says which brokers hold a new partition; `orders`
+//! writes down what an operator wants of brokers and partitions.
 //!
-//! Among several brokers `session` keeps one registered, after `proof` has shown what it still holds. `partition_value` computes every
-//! new set and leader of a partition, `changes` writes them by compare-and-set, and `controller` carries out what the pure `planner`
-//! finds to be done. `generation` tells a restored store from what it was. `own_store` remembers which bucket is the cluster's. `census` counts what is as it should be, and what is not.
+//! Among several brokers `session` keeps one registered, after `proof` has shown what it still holds. `partition_value`
+//! computes every new set and leader of a partition, `changes` writes them by compare-and-set, and `controller` carries
+//! out what the pure `planner` finds to be done. `generation` tells a restored store from what it was. `own_store`
+//! remembers which bucket is the cluster's. `census` counts what is as it should be, and what is not.
 //!
 //! # Invariants
 //!

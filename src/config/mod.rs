@@ -276,7 +276,7 @@ pub struct Limits {
     pub decompression_memory_bytes: u64,
     /// New producers of one connection in a minute.
     pub producer_ids_per_minute: u32,
-    /// Connections of one address to each listener; `None` is half of the places.
+    /// Connections of one address to the listener for clients and to that for pages; `None` is half of the places.
     pub connections_per_address: Option<usize>,
 }
 

@@ -27,6 +27,7 @@ use super::{
 };
 use crate::{
     broker::{Broker, Budgets, CallMemory, peer_service, services},
+    limits,
     proto::{
         CLIENT_DESCRIPTORS,
         fault::{self, Fault, Reason},
@@ -46,8 +47,39 @@ const MIN_CONNECTION_WINDOW: u64 = 256 << 10;
 /// The part of all memory that the window of one connection is, as a divisor.
 const WINDOW_SHARE: u64 = 512;
 
-/// Largest HTTP/2 frame.
-const FRAME: u32 = 256 << 10;
+/// What one connection may send to a listener before that is read.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Window {
+    /// Calls and streams that are open.
+    streams: u32,
+    /// Bytes that one stream may have on its way to us. Throughput over a distance is bounded by this per round trip.
+    stream_bytes: u32,
+    /// The same of all streams of a connection.
+    connection_bytes: u32,
+    /// Largest HTTP/2 frame.
+    frame_bytes: u32,
+}
+
+impl Window {
+    /// Other brokers send questions and what they have. The batches of a link come from here, and its other end sets their window.
+    pub(super) const OF_BROKERS: Self = Self {
+        streams: limits::MAX_STREAMS_PER_PEER,
+        stream_bytes: 256 << 10,
+        connection_bytes: 256 << 10,
+        frame_bytes: 16 << 10,
+    };
+
+    /// Clients send batches.
+    pub(super) fn of_clients(memory_bytes: u64) -> Self {
+        let connection_bytes = connection_window(memory_bytes);
+        Self {
+            streams: limits::MAX_STREAMS_PER_CONNECTION,
+            stream_bytes: connection_bytes / 2,
+            connection_bytes,
+            frame_bytes: 256 << 10,
+        }
+    }
+}
 
 /// The calls of probes, by clients and by other brokers. They are answered on connections that have no place too; `Watch`, which never
 /// ends, is not.
@@ -100,20 +132,18 @@ fn layered(routes: Routes, memory: Option<Memory>) -> Routes {
 /// Serves until `stop` resolves; then takes nothing new and ends when what is under way has ended.
 pub(super) async fn serve(
     routes: Routes,
-    memory_bytes: u64,
     connections: impl Stream<Item = io::Result<Connection>> + Send + 'static,
-    streams_per_connection: u32,
+    window: Window,
     stop: impl Future<Output = ()> + Send,
 ) -> anyhow::Result<()> {
     // Whose requests they are, where several brokers share the process.
     let span = Span::current();
     let builder = if span.is_none() { Server::builder() } else { Server::builder().trace_fn(move |_| span.clone()) };
-    let window = connection_window(memory_bytes);
     builder
-        .initial_stream_window_size(window / 2)
-        .initial_connection_window_size(window)
-        .max_frame_size(FRAME)
-        .max_concurrent_streams(streams_per_connection)
+        .initial_stream_window_size(window.stream_bytes)
+        .initial_connection_window_size(window.connection_bytes)
+        .max_frame_size(window.frame_bytes)
+        .max_concurrent_streams(window.streams)
         .http2_keepalive_interval(Some(PING))
         .http2_keepalive_timeout(Some(PING))
         .add_routes(routes)

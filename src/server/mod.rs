@@ -63,7 +63,6 @@ use crate::{
     client::{self, Tcp},
     cluster::{EmbeddedStore, Endpoints, EtcdStore, MetaStore},
     config::Config,
-    limits,
     log::{Log, RealDisk},
     task::{self, Tasks, clock},
     telemetry::Metrics,
@@ -222,11 +221,11 @@ impl Listeners {
         let (metrics, per_address) = (node.metrics(), self.connections_per_address);
         let open = Some(metrics.connections.clone());
         let limiter = ConnectionLimiter::new(Port::Grpc, self.room.grpc, per_address, open, metrics);
-        self.carry("grpc", node.routes(), grpc, limiter, limits::MAX_STREAMS_PER_CONNECTION);
+        self.carry("grpc", node.routes(), grpc, limiter, grpc::Window::of_clients(self.memory_bytes));
         if let (Some(peer), Some(routes), Some(capacity)) = (peer, node.peer_routes(), self.room.peer) {
             // No bound by address: brokers on one host, in one /64 or behind one NAT share an address.
             let limiter = ConnectionLimiter::new(Port::Peer, capacity, Some(capacity.places), None, metrics);
-            self.carry("peer", routes, peer, limiter, limits::MAX_STREAMS_PER_PEER);
+            self.carry("peer", routes, peer, limiter, grpc::Window::OF_BROKERS);
         }
     }
 
@@ -236,13 +235,12 @@ impl Listeners {
         routes: Routes,
         listener: TcpListener,
         limiter: ConnectionLimiter,
-        streams_per_connection: u32,
+        window: grpc::Window,
     ) {
-        let memory_bytes = self.memory_bytes;
         let (stop, connections) = (self.tasks.clone(), connection::accept(listener, limiter));
         self.tasks.spawn(name, async move {
             let stopped = async move { stop.cancelled().await };
-            if let Err(error) = grpc::serve(routes, memory_bytes, connections, streams_per_connection, stopped).await {
+            if let Err(error) = grpc::serve(routes, connections, window, stopped).await {
                 tracing::error!(%error, listener = name, "a gRPC listener failed; restart the broker");
             }
         });

@@ -172,11 +172,11 @@ impl peer_server::Peer for PeerService {
 
     async fn marks(&self, request: Request<v1::MarksRequest>) -> Result<Response<v1::MarksResponse>, Status> {
         let replicas = request.into_inner().replicas;
-        if replicas.len() > limits::MAX_FETCH_PARTITIONS {
+        if replicas.len() > limits::MAX_PEER_REPLICAS {
             let message = format!(
                 "{} replicas in one question; at most {} are allowed",
                 replicas.len(),
-                limits::MAX_FETCH_PARTITIONS
+                limits::MAX_PEER_REPLICAS
             );
             return Err(Fault::new(Reason::InvalidRequest, message).into());
         }

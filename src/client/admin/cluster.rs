@@ -63,6 +63,8 @@ pub struct BrokerDescription {
     pub address: String,
     /// `host:port` of its HTTP listener.
     pub http_address: String,
+    /// `host:port` at which other brokers reach it; empty for a standalone broker.
+    pub peer_address: String,
     /// Where it stands.
     pub rack: String,
     /// Its uptime: the revision at which it registered.
@@ -399,6 +401,7 @@ fn broker(state: v1::BrokerState) -> BrokerDescription {
         alive: state.alive,
         address: state.address,
         http_address: state.http_address,
+        peer_address: state.peer_address,
         rack: state.rack,
         broker_epoch: state.broker_epoch,
         version: state.version,

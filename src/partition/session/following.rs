@@ -15,6 +15,7 @@ use super::{
     frames::{self, BadFrame, FromLeader, JoinFrame, Piece},
 };
 use crate::{
+    limits,
     model::{LeaderEpoch, Offset, PartitionId},
     partition::{Answered, FromLink, Joined, On, Overrun, Partition, Ready, leader::insync::Ends},
     proto::{status::Status, v1},
@@ -27,9 +28,6 @@ const PAUSE: Duration = Duration::from_millis(20);
 
 /// The longest such pause.
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
-
-/// Places that one message tells of: it stays far below `limits::MAX_PEER_REQUEST_BYTES`.
-const PROGRESS_PLACES: usize = 64 << 10;
 
 /// How long the end of a link waits for the other side's last word, or for it to hear ours.
 const LAST_WORD: Duration = Duration::from_millis(500);
@@ -149,7 +147,7 @@ impl Following<'_> {
                     _ => return refused(incoming).await,
                 },
                 () = self.asked.changed() => {}
-                () = ready.wait(), if self.messages.is_empty() => self.gather_progress(),
+                () = ready.wait(), if self.messages.is_empty() => self.gather_progress(limits::MAX_PEER_REPLICAS),
                 message = incoming.next() => match message {
                     Some(Ok(message)) => {
                         if let Err(bad) = self.received(message) {
@@ -311,11 +309,11 @@ impl Following<'_> {
         Some(place)
     }
 
-    /// One message for all places that moved.
-    fn gather_progress(&mut self) {
+    /// One message for places that moved, so many at most.
+    fn gather_progress(&mut self, max_places: usize) {
         let mut moved = Vec::new();
         // What is left is gathered when this has gone out.
-        while moved.len() < PROGRESS_PLACES
+        while moved.len() < max_places
             && let Some(index) = self.ready.take()
         {
             let Some(place) = &mut self.slots[index].place else { continue };
@@ -431,4 +429,76 @@ enum Untaken {
 
 fn not_asked(field: &'static str, got: Offset, expected: Offset) -> BadFrame {
     BadFrame::NotAsked { field, got: got.as_i64(), expected: expected.as_i64() }
+}
+
+#[cfg(test)]
+mod tests {
+    use prost::Message as _;
+
+    use super::*;
+    use crate::{model::BrokerId, partition::session::tests::Side, proto::v1::to_leader};
+
+    #[test]
+    fn largest_progress_fits_into_one_request() {
+        let end = Offset::from_i64(i64::MAX).expect("an offset");
+        let ends = Ends { written: end, persisted: end };
+        let message = frames::progress(std::iter::repeat_n((u32::MAX, ends), limits::MAX_PEER_REPLICAS));
+        assert!(message.encoded_len() < limits::MAX_PEER_REQUEST_BYTES, "{}", message.encoded_len());
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn progress_beyond_one_message_stays_marked() {
+        const PLACES: usize = 5;
+        let side = Side::new(BrokerId(2));
+        let (find, received) = (side.find(), Counter::default());
+        side.asked.begin();
+        for number in 0..PLACES {
+            side.open(u32::try_from(number).expect("few"), &[BrokerId(1)]).await;
+        }
+        let mut following = Following {
+            asked: &side.asked,
+            find: &find,
+            received: &received,
+            slots: Vec::new(),
+            slot_of: BTreeMap::new(),
+            places: BTreeMap::new(),
+            next_place: 0,
+            ready: Arc::default(),
+            messages: VecDeque::new(),
+            ping: None,
+            later: BTreeSet::new(),
+            waiting: BTreeMap::new(),
+            pauses: BTreeMap::new(),
+        };
+        let joins = async {
+            loop {
+                while let Some((partition, todo)) = side.asked.take() {
+                    following.carry_out(partition, todo);
+                }
+                if following.places.len() == PLACES {
+                    break;
+                }
+                side.asked.changed().await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(20), joins).await.expect("every partition joins");
+        following.messages.clear();
+        while following.ready.take().is_some() {}
+        for index in 0..PLACES {
+            following.slots[index].place.as_mut().expect("it joined").joined = true;
+            following.ready.mark(index);
+        }
+        let mut told = BTreeSet::new();
+        for places in [2, 2, 1] {
+            following.gather_progress(2);
+            let Some(v1::ToLeader { is: Some(to_leader::Is::Progress(progress)) }) = following.messages.pop_front()
+            else {
+                panic!("progress was due");
+            };
+            assert_eq!((progress.place.len(), following.messages.len()), (places, 0));
+            told.extend(progress.place);
+        }
+        assert_eq!(told.len(), PLACES);
+        side.tasks.stop().await;
+    }
 }

@@ -42,16 +42,16 @@ const LEADER: BrokerId = BrokerId(1);
 const FOLLOWER: Peer = Peer { broker: BrokerId(2), epoch: Revision(20) };
 
 /// A broker's partitions and one link of it.
-struct Side {
+pub(super) struct Side {
     me: BrokerId,
     log: Log,
     partitions: Arc<Mutex<BTreeMap<PartitionId, Arc<Partition>>>>,
-    asked: Arc<Asked>,
+    pub(super) asked: Arc<Asked>,
     /// Asks the followers of its links.
     probe: Arc<LinkProbe>,
     /// The leader epoch of every partition by the metadata store.
     stored: Arc<Mutex<Option<LeaderEpoch>>>,
-    tasks: Tasks,
+    pub(super) tasks: Tasks,
 }
 
 /// The links of a broker that has one.
@@ -89,7 +89,7 @@ fn value(epoch: LeaderEpoch, leader: BrokerId, isr: &[BrokerId]) -> PartitionVal
 }
 
 impl Side {
-    fn new(me: BrokerId) -> Self {
+    pub(super) fn new(me: BrokerId) -> Self {
         let identity = Identity { cluster: "test".to_owned(), broker: me };
         let options = Options { journal_bytes: 8 << 20, ..Options::default() };
         let log = Log::open(Arc::new(SimDisk::new()), Path::new("/data"), &identity, options).unwrap();
@@ -98,7 +98,7 @@ impl Side {
     }
 
     /// A partition whose leader is broker 1.
-    async fn open(&self, number: u32, isr: &[BrokerId]) -> Arc<Partition> {
+    pub(super) async fn open(&self, number: u32, isr: &[BrokerId]) -> Arc<Partition> {
         let config = TopicConfig::resolve(&ConfigMap::new(), &ConfigMap::new()).unwrap();
         let spec = Spec {
             id: id(number),
@@ -127,7 +127,7 @@ impl Side {
         (self.find())(id(number)).unwrap().assign(assignment).await;
     }
 
-    fn find(&self) -> Find {
+    pub(super) fn find(&self) -> Find {
         let partitions = Arc::clone(&self.partitions);
         Arc::new(move |id| partitions.lock().unwrap().get(&id).cloned())
     }
