@@ -64,6 +64,11 @@ impl Meta {
         }
     }
 
+    async fn unregister(&self) {
+        let delete = Transaction::new().delete(self.keys.broker(BrokerId(STRANGER)));
+        self.store.transact(delete).await.expect("etcd answers");
+    }
+
     async fn first_partition(&self, topic: &str) -> PartitionId {
         let key = self.keys.topic(&TopicName::new(topic).expect("a name"));
         let entry = self.store.get(&key).await.expect("etcd answers").entry.expect("the topic is there");
