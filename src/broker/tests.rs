@@ -14,7 +14,7 @@ use crate::{
         faulty::{self, Faulty},
         prove,
     },
-    log::{Identity, Options, RealDisk},
+    log::{Identity, OpenError, Options, RealDisk},
     model::{LeaderEpoch, TopicId, TopicName},
     proto::{
         fault::{Fault, Reason},
@@ -45,7 +45,17 @@ impl Bench {
         let id = BrokerId(1);
         let identity = Identity { cluster: "test".to_owned(), broker: id };
         let options = Options { journal_bytes: 8 << 20, ..Options::default() };
-        let log = Log::open(Arc::new(RealDisk::default()), dir, &identity, options).unwrap();
+        let open = || Log::open(Arc::new(RealDisk::default()), dir, &identity, options.clone());
+        // A task that was cancelled at the stop before may hold the directory for a moment more.
+        let mut log = open();
+        for _ in 0..500 {
+            if !matches!(log, Err(OpenError::InUse { .. })) {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+            log = open();
+        }
+        let log = log.unwrap();
         let (keys, tasks) = (Keys::new("test").unwrap(), Tasks::new());
         let directory_id = log.directory_id().to_string();
         let value = BrokerValue { directory_id, ..BrokerValue::running_at("127.0.0.1:1".to_owned()) };
