@@ -116,13 +116,14 @@ impl Broker {
                 _ => {}
             }
         }
-        leftovers.see_to_deleted(self, gone).await;
         if !brokers.is_empty() {
             self.know_brokers(state);
             self.tell_leaders(&brokers, state).await;
         }
         self.hold(ids.into_iter().collect(), state, leftovers).await;
         self.hosted.acted(acted);
+        // Last: it may take long, and who leads is more urgent.
+        leftovers.see_to_deleted(self, gone).await;
     }
 
     /// Takes over what is new of topics. Returns their partitions, which are to be looked at one by one, and the revision that

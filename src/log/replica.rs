@@ -172,6 +172,13 @@ impl Replica {
         state.segments[..state.segments.len() - 1].iter().map(|segment| segment.info).collect()
     }
 
+    /// Takes segments that were written in the future for written now: the clock was ahead then, and their age counts from when that is seen.
+    pub fn correct_written_times(&self, now_ms: i64) {
+        for segment in &mut self.shared.state().segments {
+            segment.info.written_ms = segment.info.written_ms.min(now_ms);
+        }
+    }
+
     /// The segment that is being written.
     pub fn active(&self) -> SegmentInfo {
         self.shared.state().active().info

@@ -60,7 +60,8 @@ impl SegmentInfo {
         if self.bytes == 0 {
             self.created_ms = now_ms;
         }
-        self.written_ms = now_ms;
+        // A clock that went back makes nothing older that is there.
+        self.written_ms = if self.bytes == 0 { now_ms } else { self.written_ms.max(now_ms) };
     }
 
     pub(super) fn note(&mut self, batch: &Batch) {

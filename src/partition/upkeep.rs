@@ -159,16 +159,22 @@ impl Upkeep {
     }
 
     async fn planned_step(&self, partition: &Partition) -> Result<Step, UpkeepError> {
-        let local = local(partition).await?;
-        let Planned { plan, removed_bytes, manifest } = plan(partition, &local).await;
+        let mut local = local(partition).await?;
+        let mut planned = plan(partition, &local).await;
+        let sealed = planned.plan.seal;
+        if sealed {
+            partition.command(Command::Seal).await;
+            if partition.fault().is_some() {
+                // Where nothing can be written the segment stays open, and is looked at again in time.
+                return Ok(Step { more: false, only_sealed: true, uploaded: Uploaded::default() });
+            }
+            // Under load the next segment may be due already: what is sealed goes on all the same.
+            local = self::local(partition).await?;
+            planned = plan(partition, &local).await;
+        }
+        let Planned { plan, removed_bytes, manifest } = planned;
         // What is committed is committed in the epoch that the plan was made in: who is deposed meanwhile is refused.
         let epoch = local.leads.map(|(epoch, _)| epoch).unwrap_or_default();
-        if plan.seal {
-            partition.command(Command::Seal).await;
-            // Where nothing can be written the segment stays open, and is looked at again in time.
-            let more = partition.fault().is_none();
-            return Ok(Step { more, only_sealed: true, uploaded: Uploaded::default() });
-        }
         let moved = match plan.log_start {
             Some(start) => self.move_log_start(partition, start, removed_bytes, epoch).await,
             None => Ok(()),
@@ -191,11 +197,15 @@ impl Upkeep {
                 Ok(Step { more: true, only_sealed: false, uploaded })
             }
             (None, Some(tier)) if lags => {
-                let staged = tier.stage_trim(epoch).await?;
+                let staged = tokio::select! {
+                    biased;
+                    staged = tier.stage_trim(epoch) => staged?,
+                    error = tier.until_away_for(RETRY_WITHIN) => return Err(UpkeepError::Upload(error.into())),
+                };
                 self.commit(partition, tier, staged, epoch).await?;
                 Ok(Step { more: true, only_sealed: false, uploaded: Uploaded::default() })
             }
-            _ => Ok(Step { more: false, only_sealed: false, uploaded: Uploaded::default() }),
+            _ => Ok(Step { more: sealed, only_sealed: sealed, uploaded: Uploaded::default() }),
         }
     }
 
@@ -391,16 +401,21 @@ async fn tiered(tier: &PartitionTier, log_start: Offset, now_ms: i64) -> Result<
             end: line.stamp.end,
             bytes: line.data_bytes,
             max_timestamp_ms: line.max_timestamp_ms,
-            written_ms: if line.created_ms > 0 { line.created_ms } else { i64::MAX },
+            written_ms: if (1..=now_ms).contains(&line.created_ms) { line.created_ms } else { i64::MAX },
         })
         .collect();
-    // Where the manifest does not say when a segment was made, its object does. Only the first is asked for: retention stops there
-    // until that one goes.
+    // Where the manifest does not say when a segment was made, or says that it will be, its object does. Only the first is asked for:
+    // retention stops there until that one goes.
     if let (Some(first), Some(line)) = (segments.first_mut(), lines.first())
         && first.written_ms == i64::MAX
         && !(0..=now_ms).contains(&first.max_timestamp_ms)
     {
-        first.written_ms = tier.modified_ms(line).await?;
+        match tier.modified_ms(line).await {
+            Ok(modified_ms) => first.written_ms = modified_ms,
+            Err(ReadError::Store(error @ tier::StoreError::Unavailable { .. })) => return Err(ReadError::Store(error)),
+            // Its age is not known: it stays, and uploads go on.
+            Err(error) => tracing::debug!(partition = %tier.id(), %error, "the time of an object is not known"),
+        }
     }
     Ok((segments, lags))
 }

@@ -269,3 +269,21 @@ fn written_time_outlives_a_cut() {
     assert_eq!((after.created_ms, after.written_ms), (before.created_ms, before.written_ms));
     assert_eq!(after.end, at(1));
 }
+
+/// A broker whose clock stood years ahead for an hour kept what it wrote then for these years.
+#[test]
+fn written_time_in_the_future_is_taken_for_now_and_never_goes_back_by_itself() {
+    let disk = SimDisk::new();
+    let log = open(&disk);
+    let mut replica = log.open_replica(partition(0), at(0)).unwrap();
+    write(&log, &mut replica, &[batch(0, 1, 1, 5, 1000)]);
+    replica.roll().unwrap();
+    write(&log, &mut replica, &[batch(1, 1, 1, 5, 1000)]);
+    let written = |replica: &Replica| [replica.sealed()[0].written_ms, replica.active().written_ms];
+    let before = written(&replica);
+    replica.correct_written_times(before[1] + 1);
+    assert_eq!(written(&replica), before, "none lies in the future");
+    let now_ms = before[0] - 1_000_000;
+    replica.correct_written_times(now_ms);
+    assert_eq!(written(&replica), [now_ms; 2]);
+}

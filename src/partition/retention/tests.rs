@@ -1,0 +1,412 @@
+//! What retention seals, uploads, evicts and deletes, case by case and for any input.
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::model::ConfigMap;
+
+fn at(offset: u64) -> Offset {
+    Offset::new(offset).unwrap()
+}
+
+/// Written when its youngest record was made.
+fn segment(base: u64, end: u64, bytes: u64, youngest_ms: i64) -> Segment {
+    Segment { base: at(base), end: at(end), bytes, max_timestamp_ms: youngest_ms, written_ms: youngest_ms }
+}
+
+fn config(pairs: &[(&str, &str)]) -> TopicConfig {
+    let set = pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
+    TopicConfig::resolve(&ConfigMap::new(), &set).unwrap()
+}
+
+fn input<'a>(config: &'a TopicConfig, local: &'a [Segment], tiered: &'a [Segment]) -> Input<'a> {
+    let end = local.last().map_or(at(0), |last| last.end);
+    Input {
+        config,
+        now_ms: 10_000,
+        log_start: at(0),
+        tiered_end: tiered.last().map_or(at(0), |last| last.end),
+        high_watermark: end,
+        local,
+        active: segment(end.get(), end.get(), 0, 10_000),
+        active_age: None,
+        tiered,
+        tiered_bytes: tiered.iter().map(|segment| segment.bytes).sum(),
+        uploads: config.tiered,
+        leads: true,
+        hurry: false,
+    }
+}
+
+#[test]
+fn nothing_to_do_is_an_empty_plan() {
+    let config = config(&[]);
+    assert_eq!(plan(&input(&config, &[], &[])), Plan::default());
+}
+
+#[test]
+fn size_retention_keeps_at_least_the_limit() {
+    let config = config(&[("retention.bytes", "150"), ("remote.storage.enable", "false")]);
+    let local = [segment(0, 10, 100, 9_000), segment(10, 20, 100, 9_000), segment(20, 30, 100, 9_000)];
+    assert_eq!(plan(&input(&config, &local, &[])).log_start, Some(at(10)));
+}
+
+/// What lay below the log start once counted again, and so the next plan gave up the rest of the log.
+#[test]
+fn what_was_given_up_does_not_push_out_what_is_kept() {
+    let config = config(&[("retention.bytes", "50000"), ("remote.storage.enable", "false")]);
+    let local: Vec<Segment> = (0..10).map(|n| segment(n * 60, n * 60 + 60, 15_000, 9_000)).collect();
+    let mut input = input(&config, &local, &[]);
+    let first = plan(&input);
+    assert_eq!((first.log_start, first.evict_below), (Some(at(360)), Some(at(360))));
+    input.log_start = at(360);
+    assert_eq!(plan(&input), Plan { evict_below: Some(at(360)), ..Plan::default() }, "a crash left the files");
+    input.local = &local[6..];
+    assert_eq!(plan(&input), Plan::default());
+}
+
+#[test]
+fn the_active_segment_counts_for_the_size_and_never_goes() {
+    let config = config(&[("retention.bytes", "100"), ("remote.storage.enable", "false")]);
+    let local = [segment(0, 10, 100, 9_000)];
+    let mut input = input(&config, &local, &[]);
+    input.active = segment(10, 20, 99, 9_000);
+    assert_eq!(plan(&input).log_start, None);
+    input.active.bytes = 100;
+    assert_eq!(plan(&input).log_start, Some(at(10)));
+}
+
+#[test]
+fn only_what_lies_wholly_below_the_log_start_leaves_the_disk() {
+    let config = config(&[]);
+    let local = [segment(0, 10, 100, 9_000), segment(10, 20, 100, 9_000)];
+    let mut input = input(&config, &local, &[]);
+    input.uploads = false;
+    for (log_start, below) in [(9, None), (10, Some(at(10))), (15, Some(at(10))), (20, Some(at(20)))] {
+        input.log_start = at(log_start);
+        assert_eq!(plan(&input).evict_below, below, "log start {log_start}");
+    }
+}
+
+/// The bucket's segments cannot be told apart where it cannot be asked: what lies behind them must not go first.
+#[test]
+fn nothing_behind_a_bucket_that_cannot_be_asked_is_deleted() {
+    let config = config(&[("retention.bytes", "0"), ("retention.ms", "1")]);
+    let local = [segment(10, 20, 100, 0)];
+    let mut input = input(&config, &local, &[]);
+    (input.tiered_end, input.uploads) = (at(10), false);
+    assert_eq!(plan(&input).log_start, None);
+}
+
+#[test]
+fn a_segment_that_reaches_into_the_bucket_or_below_the_log_start_is_uploaded() {
+    let config = config(&[("retention.ms", "-1")]);
+    let (local, tiered) = ([segment(0, 10, 1, 0), segment(10, 20, 1, 0)], [segment(0, 15, 1, 0)]);
+    assert_eq!(plan(&input(&config, &local, &tiered)).upload, Some(at(10)..at(20)));
+    let mut cut = input(&config, &local, &[]);
+    cut.log_start = at(5);
+    assert_eq!(plan(&cut).upload, Some(at(0)..at(20)));
+}
+
+#[test]
+fn small_segments_are_committed_together_and_large_ones_by_themselves() {
+    let config = config(&[("retention.ms", "-1")]);
+    let upload = |bytes: &[u64], high_watermark| {
+        let local: Vec<_> = (0..).zip(bytes).map(|(n, bytes)| segment(n * 10, n * 10 + 10, *bytes, 0)).collect();
+        let mut input = input(&config, &local, &[]);
+        input.high_watermark = at(high_watermark);
+        plan(&input).upload
+    };
+    let mib = 1 << 20;
+    assert_eq!(upload(&[1; 100], 1000), Some(at(0)..at(640)), "so many");
+    assert_eq!(upload(&[10 * mib; 10], 100), Some(at(0)..at(60)), "so many bytes");
+    assert_eq!(upload(&[1, 64 * mib, 1], 30), Some(at(0)..at(10)));
+    assert_eq!(upload(&[100 * mib, 1], 20), Some(at(0)..at(10)), "one that is larger goes by itself");
+    assert_eq!(upload(&[1; 3], 25), Some(at(0)..at(20)), "only what is committed");
+}
+
+#[test]
+fn time_retention_counts_from_the_youngest_record_and_stops_at_the_first_that_stays() {
+    let config = config(&[("retention.ms", "1000"), ("remote.storage.enable", "false")]);
+    let local = [segment(0, 10, 1, 8_000), segment(10, 20, 1, 9_500), segment(20, 30, 1, 8_000)];
+    assert_eq!(plan(&input(&config, &local, &[])).log_start, Some(at(10)));
+}
+
+/// One record of 2100 kept all that followed it, in both tiers.
+#[test]
+fn timestamp_in_the_future_neither_holds_back_nor_expires() {
+    let config = config(&[("retention.ms", "1000")]);
+    for max_timestamp_ms in [-1, 10_001, 1 << 62, i64::MAX] {
+        let odd = |base, end, written_ms| Segment { max_timestamp_ms, written_ms, ..segment(base, end, 1, 0) };
+        let start = |written_ms| {
+            let both = [odd(0, 10, written_ms), segment(10, 20, 1, 8_000)];
+            let in_bucket = plan(&input(&config, &both, &both)).log_start;
+            let mut on_disk = input(&config, &both, &[]);
+            on_disk.uploads = false;
+            assert_eq!(plan(&on_disk).log_start, in_bucket);
+            in_bucket
+        };
+        assert_eq!(start(8_999), Some(at(20)), "{max_timestamp_ms}");
+        for young in [9_000, 10_000, 20_000, i64::MAX] {
+            assert_eq!(start(young), None, "{max_timestamp_ms} written at {young}");
+        }
+        let mut open = input(&config, &[], &[]);
+        (open.active, open.active_age) = (odd(0, 5, 8_999), Some(Duration::from_millis(1)));
+        assert!(plan(&open).seal, "{max_timestamp_ms}");
+        open.active.written_ms = 9_000;
+        assert!(!plan(&open).seal, "{max_timestamp_ms}");
+    }
+}
+
+#[test]
+fn segments_with_timestamps_in_the_future_are_counted_once() {
+    let config = config(&[]);
+    let (old, future) = (|base, end| segment(base, end, 1, 10_000), |base, end| segment(base, end, 1, 10_001));
+    let both = [old(0, 10), future(10, 20), old(20, 30)];
+    let mut input = input(&config, &both, &both[..2]);
+    assert_eq!(in_future(&input), 1);
+    input.tiered = &[];
+    assert_eq!(in_future(&input), 1, "the bucket was not asked");
+    input.active = future(30, 40);
+    assert_eq!(in_future(&input), 2);
+    input.log_start = at(20);
+    assert_eq!(in_future(&input), 1);
+}
+
+#[test]
+fn an_expired_active_segment_is_sealed_so_that_it_can_go() {
+    let config = config(&[("retention.ms", "1000")]);
+    let mut input = input(&config, &[], &[]);
+    input.active = segment(0, 5, 10, 8_000);
+    input.active_age = Some(Duration::from_secs(2));
+    assert!(plan(&input).seal);
+}
+
+#[test]
+fn uncommitted_segments_are_neither_uploaded_nor_deleted() {
+    let config = config(&[("retention.ms", "1")]);
+    let local = [segment(0, 10, 1, 0)];
+    let mut input = input(&config, &local, &[]);
+    input.high_watermark = at(9);
+    assert_eq!(plan(&input), Plan::default());
+}
+
+#[test]
+fn only_what_the_bucket_has_is_evicted() {
+    let config = config(&[("local.retention.ms", "1")]);
+    let local = [segment(0, 10, 1, 0), segment(10, 20, 1, 0)];
+    let tiered = [segment(0, 10, 1, 0)];
+    let plan = plan(&input(&config, &local, &tiered));
+    assert_eq!((plan.evict_below, plan.upload), (Some(at(10)), Some(at(10)..at(20))));
+}
+
+/// One record from the future kept the disk full, and an old one emptied it at once.
+#[test]
+fn local_retention_counts_from_writing_whatever_records_say() {
+    let config = config(&[("local.retention.ms", "1000"), ("retention.ms", "-1")]);
+    for max_timestamp_ms in [-1, 0, 9_900, 1 << 62, i64::MAX] {
+        let written = |written_ms| Segment { written_ms, ..segment(0, 10, 1, max_timestamp_ms) };
+        let below = |local: Segment| plan(&input(&config, &[local], &[local])).evict_below;
+        assert_eq!(below(written(8_999)), Some(at(10)), "{max_timestamp_ms}");
+        assert_eq!(below(written(9_000)), None, "{max_timestamp_ms}");
+    }
+}
+
+#[test]
+fn open_segment_is_sealed_by_its_age_and_not_by_the_wall_clock() {
+    let config = config(&[("segment.ms", "1000"), ("retention.ms", "-1")]);
+    for now_ms in [i64::MIN, 0, 10_000, i64::MAX] {
+        let seals = |age_ms| {
+            let mut input = input(&config, &[], &[]);
+            (input.now_ms, input.active_age) = (now_ms, Some(Duration::from_millis(age_ms)));
+            plan(&input).seal
+        };
+        assert!(!seals(999) && seals(1000), "{now_ms}");
+    }
+}
+
+#[test]
+fn a_waiting_producer_hurries_the_seal() {
+    let config = config(&[]);
+    let mut input = input(&config, &[], &[]);
+    input.active_age = Some(Duration::from_millis(1));
+    assert!(!plan(&input).seal);
+    input.hurry = true;
+    assert!(plan(&input).seal);
+}
+
+/// A log as plans find it, and what carrying them out makes of it.
+#[derive(Clone, Debug)]
+struct World {
+    config: TopicConfig,
+    log_start: Offset,
+    high_watermark: Offset,
+    local: Vec<Segment>,
+    tiered: Vec<Segment>,
+    tiered_end: Offset,
+    active: Segment,
+}
+
+impl World {
+    fn plan(&self) -> Plan {
+        plan(&Input {
+            config: &self.config,
+            now_ms: 20_000,
+            log_start: self.log_start,
+            tiered_end: self.tiered_end,
+            high_watermark: self.high_watermark,
+            local: &self.local,
+            active: self.active,
+            active_age: None,
+            tiered: &self.tiered,
+            tiered_bytes: self.tiered.iter().map(|segment| segment.bytes).sum(),
+            uploads: false,
+            leads: true,
+            hurry: false,
+        })
+    }
+
+    fn carry_out(&mut self, plan: &Plan) {
+        if let Some(start) = plan.log_start {
+            assert!(start > self.log_start && start <= self.high_watermark, "{start} in {self:?}");
+            self.log_start = start;
+            self.tiered.retain(|segment| segment.end > start);
+        }
+        if let Some(below) = plan.evict_below {
+            assert!(below <= self.log_start.max(self.tiered_end), "{below} in {self:?}");
+            self.local.retain(|segment| segment.end > below);
+        }
+    }
+
+    /// Bytes that can be read, at least: of a segment that lies in both tiers or partly below the log start, none.
+    fn readable(&self) -> u64 {
+        let whole = |segment: &&Segment| segment.base >= self.log_start;
+        let tiered: u64 = self.tiered.iter().filter(whole).map(|segment| segment.bytes).sum();
+        let local = self.local.iter().filter(|segment| segment.base >= self.tiered_end);
+        tiered + local.filter(whole).map(|segment| segment.bytes).sum::<u64>() + self.active.bytes
+    }
+}
+
+/// Largest timestamps: none, past ones, and some that are still to come.
+fn times() -> impl Strategy<Value = i64> {
+    prop_oneof![8 => 0i64..20_000, 1 => Just(-1), 1 => 20_001i64..=i64::MAX]
+}
+
+fn limit() -> impl Strategy<Value = Option<u64>> {
+    prop_oneof![Just(None), (0u64..1500).prop_map(Some)]
+}
+
+prop_compose! {
+    /// One log in two tiers, whose segments need not be cut at the same offsets.
+    fn worlds()(
+        local in prop::collection::vec((1u64..20, 0u64..200, times(), 0i64..20_000), 0..12),
+        tiered in prop::collection::vec((1u64..20, 0u64..200, times(), 0i64..20_000), 0..12),
+        evicted in 0usize..4,
+        start in 0u64..60,
+        committed in 0u64..300,
+        active in 0u64..200,
+        bytes in (limit(), limit()),
+        times in (any::<Option<u16>>(), any::<Option<u16>>()),
+    ) -> World {
+        let chain = |sizes: &[(u64, u64, i64, i64)]| {
+            let mut next = 0;
+            let segments = sizes.iter().map(|&(records, bytes, youngest, written_ms)| {
+                next += records;
+                Segment { written_ms, ..segment(next - records, next, bytes, youngest) }
+            });
+            segments.collect::<Vec<_>>()
+        };
+        let (mut local, mut tiered) = (chain(&local), chain(&tiered));
+        let end = local.last().map_or(0, |last| last.end.get());
+        tiered.retain(|segment| segment.end.get() <= end);
+        let tiered_end = tiered.last().map_or(at(0), |last| last.end);
+        local.drain(..evicted.min(local.iter().filter(|segment| segment.end <= tiered_end).count()));
+        let high_watermark = at(committed.min(end)).max(tiered_end);
+        let log_start = at(start).min(high_watermark);
+        tiered.retain(|segment| segment.end > log_start);
+        let time = |ms: Option<u16>| ms.map(|ms| std::time::Duration::from_millis(ms.into()));
+        let config = TopicConfig {
+            retention: time(times.0),
+            retention_bytes: bytes.0,
+            local_retention: time(times.1),
+            local_retention_bytes: bytes.1,
+            ..TopicConfig::default()
+        };
+        let active = segment(end, end + active, active, 20_000);
+        World { config, log_start, high_watermark, local, tiered, tiered_end, active }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(2000))]
+
+    /// One plan carried out is all there is to do, and no local file lies wholly below the log start.
+    #[test]
+    fn a_plan_that_was_carried_out_leaves_nothing_to_plan(world in worlds()) {
+        let mut after = world.clone();
+        after.carry_out(&world.plan());
+        prop_assert_eq!(after.plan(), Plan::default());
+        prop_assert!(after.local.iter().all(|segment| segment.end > after.log_start));
+    }
+
+    /// By size alone: what can still be read is as much as the limit, or all that could be read before. And the oldest
+    /// whole segment is needed for that.
+    #[test]
+    fn size_retention_keeps_the_newest_and_no_more_than_it_must(world in worlds()) {
+        let mut world = world;
+        world.config.retention = None;
+        let before = world.readable();
+        let mut after = world.clone();
+        after.carry_out(&world.plan());
+        let limit = world.config.retention_bytes.unwrap_or(u64::MAX);
+        prop_assert!(after.readable() >= limit.min(before), "{} of {before} in {after:?}", after.readable());
+        let first = after.tiered.first().or(after.local.iter().find(|one| one.base >= after.tiered_end));
+        if let Some(first) = first.filter(|first| first.base >= after.log_start && first.end <= after.high_watermark) {
+            prop_assert!(after.readable() - first.bytes < limit, "{first:?} is too much in {after:?}");
+        }
+    }
+}
+
+proptest! {
+    /// Whatever the figures: the log start never passes the high watermark and never falls, and nothing that can be read
+    /// leaves the disk without being in the bucket.
+    #[test]
+    fn plans_are_safe(
+        sizes in prop::collection::vec((1u64..20, 0u64..200, 0i64..20_000), 0..12),
+        tiered_count in 0usize..12,
+        committed in 0u64..300,
+        limits in (any::<Option<u16>>(), any::<Option<u16>>(), any::<Option<u16>>(), any::<Option<u16>>()),
+    ) {
+        let mut next = 0;
+        let all: Vec<Segment> = sizes.iter().map(|&(records, bytes, youngest)| {
+            let base = next;
+            next += records;
+            segment(base, next, bytes, youngest)
+        }).collect();
+        let tiered = &all[..tiered_count.min(all.len())];
+        let tiered_end = tiered.last().map_or(0, |last| last.end.get());
+        let time = |ms: Option<u16>| ms.map(|ms| std::time::Duration::from_millis(ms.into()));
+        let config = TopicConfig {
+            retention: time(limits.0),
+            retention_bytes: limits.1.map(u64::from),
+            local_retention: time(limits.2),
+            local_retention_bytes: limits.3.map(u64::from),
+            ..TopicConfig::default()
+        };
+        let mut input = input(&config, &all, tiered);
+        input.high_watermark = at(committed.max(tiered_end));
+        let plan = plan(&input);
+        if let Some(start) = plan.log_start {
+            prop_assert!(start > input.log_start && start <= input.high_watermark);
+        }
+        if let Some(below) = plan.evict_below {
+            prop_assert!(below <= input.tiered_end.max(plan.log_start.unwrap_or(input.log_start)));
+        }
+        if let Some(upload) = plan.upload {
+            let chosen: Vec<_> = all.iter().filter(|segment| upload.contains(&segment.base)).collect();
+            prop_assert_eq!(chosen.first().map(|first| first.base), Some(upload.start));
+            prop_assert_eq!(chosen.last().map(|last| last.end), Some(upload.end));
+            prop_assert!(upload.end <= input.high_watermark && upload.start >= input.tiered_end);
+        }
+    }
+}

@@ -1,0 +1,79 @@
+//! Look-ups by time.
+
+use super::*;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_time_is_found_to_the_record_in_every_tier() {
+    let dir = tempfile::tempdir().unwrap();
+    let bench = Bench::new(dir.path(), true).await;
+    let partition = bench.open(&[("segment.bytes", "16384"), ("retention.ms", "-1")]).await;
+    for group in 0..6i64 {
+        let mut builder = BatchBuilder::new(Compression::None);
+        for n in 0..4 {
+            builder.push(1000 + group * 40 + n * 10, None, Some(&[0; 2000]), &[]).unwrap();
+        }
+        let permit = Arc::new(Semaphore::new(1)).acquire_owned().await.unwrap();
+        let answer = partition.append(builder.finish(None).unwrap(), None, Acks::All, permit).await;
+        answer.await.unwrap().unwrap();
+    }
+    let opener = Opener::new(64 << 20);
+    for tiered in [false, true] {
+        if tiered {
+            bench.settle(&partition).await;
+            assert!(partition.marks().tiered_end > Offset::ZERO);
+        }
+        for (time, offset) in [(0, 0), (1000, 0), (1001, 1), (1115, 12), (1230, 23)] {
+            let found = partition.reader().offset_for_time(time, &opener).await.unwrap().expect("a record that young");
+            assert_eq!((found.0.get(), found.1), (offset, 1000 + i64::try_from(offset).unwrap() * 10), "{time}");
+        }
+        assert_eq!(partition.reader().offset_for_time(1231, &opener).await.unwrap(), None);
+    }
+}
+
+/// The header of a compressed batch is its producer's word. A search by time answered a lie of 2^62 for a record of 1970.
+#[tokio::test]
+async fn a_time_that_only_a_header_claims_is_not_found() {
+    let dir = tempfile::tempdir().unwrap();
+    let bench = Bench::new(dir.path(), true).await;
+    let partition = bench
+        .open(&[("segment.bytes", "16384"), ("retention.ms", "-1"), ("message.timestamp.after.max.ms", "-1")])
+        .await;
+    let opener = Opener::new(64 << 20);
+    // The second and the third batch claim the end of time, and what is in the third nobody can decode.
+    for (time, claim, garbage) in [(1000, 1000, false), (2000, 1 << 62, false), (0, 1 << 62, true), (3000, 3000, false)]
+    {
+        let mut builder = BatchBuilder::new(Compression::Gzip);
+        let mut state = 1_u64;
+        let noise: Vec<u8> = std::iter::repeat_with(|| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            state.to_be_bytes()[0]
+        })
+        .take(9000)
+        .collect();
+        builder.push(time, None, Some(&noise), &[]).unwrap();
+        let batch = builder.finish(None).unwrap();
+        let mut bytes = bytes::BytesMut::from(&batch.to_bytes()[..]);
+        bytes[35..43].copy_from_slice(&i64::to_be_bytes(claim));
+        if garbage {
+            bytes[70..90].fill(7);
+        }
+        let crc = crc32c::crc32c(&bytes[21..]);
+        bytes[17..21].copy_from_slice(&crc.to_be_bytes());
+        let permit = Arc::new(Semaphore::new(1)).acquire_owned().await.unwrap();
+        let answer = partition.append(Batch::parse(bytes.freeze()).unwrap(), None, Acks::All, permit).await;
+        answer.await.unwrap().unwrap();
+    }
+    for tiered in [false, true] {
+        if tiered {
+            bench.settle(&partition).await;
+            assert!(partition.marks().tiered_end > Offset::ZERO);
+        }
+        for (time, found) in [(0, Some((0, 1000))), (1001, Some((1, 2000))), (2001, Some((3, 3000))), (3001, None)] {
+            let answer = partition.reader().offset_for_time(time, &opener).await.unwrap();
+            assert_eq!(answer.map(|(offset, time, _)| (offset.get(), time)), found, "{time}, tiered: {tiered}");
+        }
+        // Where this broker has no memory to look into a batch, no record of that time is passed over.
+        let answer = partition.reader().offset_for_time(1001, &Opener::new(4 << 10)).await.unwrap();
+        assert_eq!(answer.map(|(offset, time, _)| (offset.get(), time)), Some((1, -1)), "tiered: {tiered}");
+    }
+}
