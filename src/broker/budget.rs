@@ -6,6 +6,9 @@
 //! part of a pool first, then from the pool, each in turn: at most so much waits in the queue of a pool for one connection as it may hold.
 //! Everything is taken at once, for as many bytes as are announced: what holds a part of what it needs never waits for the rest.
 //!
+//! The parts of a request have pools of their own. They are taken at once as well, when the whole request is there. Requests take from
+//! small pools, large pools and those of parts in this order, so none waits for another that waits for it.
+//!
 //! # Invariants
 //!
 //! - A request whose bytes do not come holds nothing that others wait for: where a pool is used up, requests that are incomplete for longer
@@ -28,7 +31,6 @@ use tokio::{
 };
 
 use crate::{
-    limits,
     partition::Memory,
     proto::fault::{Fault, Reason},
     task::clock,
@@ -40,8 +42,8 @@ pub const SMALL_BYTES: usize = 64 << 10;
 /// Memory that one repeated part of a request takes at most when it has become a struct, in a list that grows.
 const PART_BYTES: usize = 256;
 
-/// Parts for which memory is taken together.
-const PARTS_TOGETHER: usize = 32;
+/// What of the memory of requests is for their parts, as a divisor.
+const PARTS_SHARE: u64 = 4;
 
 /// How long a request waits for memory.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
@@ -73,6 +75,7 @@ pub struct Budgets(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     requests: Pools,
+    parts: Pools,
     responses: Pools,
     request_bytes: u64,
     response_bytes: u64,
@@ -93,6 +96,13 @@ impl Pools {
 
     const fn of(&self, bytes: usize) -> &Memory {
         if bytes <= SMALL_BYTES { &self.small } else { &self.large }
+    }
+
+    /// Takes from a connection's part and from the whole, where both have as much.
+    fn try_take(own: &Self, all: &Self, bytes: usize) -> Option<Grant> {
+        let own = own.of(bytes).try_take(bytes)?;
+        let all = all.of(bytes).try_take(bytes)?;
+        Some(Grant { permits: vec![own, all] })
     }
 }
 
@@ -118,6 +128,7 @@ pub struct ConnectionMemory(Arc<Account>);
 #[derive(Debug)]
 struct Account {
     requests: Pools,
+    parts: Pools,
     responses: Pools,
     /// Taken while a batch of this connection is decompressed.
     decompression: Arc<Semaphore>,
@@ -144,7 +155,8 @@ impl Budgets {
     /// Budgets of so many bytes.
     pub fn new(request_bytes: u64, response_bytes: u64) -> Self {
         Self(Arc::new(Inner {
-            requests: Pools::new(request_bytes),
+            requests: Pools::new(request_bytes - request_bytes / PARTS_SHARE),
+            parts: Pools::new(request_bytes / PARTS_SHARE),
             responses: Pools::new(response_bytes),
             request_bytes,
             response_bytes,
@@ -155,8 +167,10 @@ impl Budgets {
     /// The part of a new connection.
     pub fn connection(&self) -> ConnectionMemory {
         let part = |bytes: u64| Pools::new(bytes / CONNECTION_SHARE);
+        let parts_bytes = self.0.request_bytes / PARTS_SHARE;
         ConnectionMemory(Arc::new(Account {
-            requests: part(self.0.request_bytes),
+            requests: part(self.0.request_bytes - parts_bytes),
+            parts: part(parts_bytes),
             responses: part(self.0.response_bytes),
             decompression: Arc::new(Semaphore::new(1)),
             metadata_calls: Arc::new(Semaphore::new(METADATA_CALLS)),
@@ -166,7 +180,7 @@ impl Budgets {
     /// Bytes that requests and responses have taken.
     pub fn taken(&self) -> (usize, usize) {
         let taken = |pools: &Pools| pools.small.taken() + pools.large.taken();
-        (taken(&self.0.requests), taken(&self.0.responses))
+        (taken(&self.0.requests) + taken(&self.0.parts), taken(&self.0.responses))
     }
 
     fn incomplete(&self) -> MutexGuard<'_, Incomplete> {
@@ -230,9 +244,7 @@ impl CallMemory {
 
     /// Takes memory for a request of which nothing but its length is there. Most get it at once.
     pub fn try_request(&self, bytes: usize) -> Option<Grant> {
-        let own = self.connection.0.requests.of(bytes).try_take(bytes)?;
-        let all = self.budgets.0.requests.of(bytes).try_take(bytes)?;
-        Some(Grant { permits: vec![own, all] })
+        Pools::try_take(&self.connection.0.requests, &self.budgets.0.requests, bytes)
     }
 
     /// Waits for it. Its connection reads nothing of the request meanwhile, so HTTP/2's window stops its sender.
@@ -259,52 +271,33 @@ impl CallMemory {
         }
     }
 
-    /// Takes memory for parts of a request, whose bytes are there already.
+    /// Takes memory for the parts of a request that is there. Most get it at once.
+    pub fn try_parts(&self, parts: usize) -> Option<Grant> {
+        Pools::try_take(&self.connection.0.parts, &self.budgets.0.parts, parts * PART_BYTES)
+    }
+
+    /// Waits for it. The last bytes of the request are held back meanwhile, so nothing is made of it.
     ///
     /// # Errors
-    /// Where there are more than a request may have, or there is no memory for them.
-    pub fn add_parts(&self, parts: &mut RequestParts, more: usize) -> Result<(), Fault> {
-        parts.count += more;
-        if parts.count > limits::MAX_REQUEST_PARTS {
-            let (count, most) = (parts.count, limits::MAX_REQUEST_PARTS);
-            let message = format!(
-                "the request has {count} parts or more (records, headers, partitions, names), and {most} is the most that one may have: \
-                 send several requests"
-            );
-            return Err(Fault::new(Reason::InvalidRequest, message).with("max", most));
-        }
-        while parts.count > parts.charged {
-            let bytes = PARTS_TOGETHER * PART_BYTES;
-            let taken =
-                (self.connection.0.requests.large.try_take(bytes), self.budgets.0.requests.large.try_take(bytes));
-            let (Some(own), Some(all)) = taken else {
-                let bytes = parts.count * PART_BYTES;
-                return Err(self.budgets.no_request_memory(bytes, "there is no memory for the request's parts"));
-            };
-            parts.charged += PARTS_TOGETHER;
-            parts.permits = match parts.permits.take() {
-                None => Some((own, all)),
-                Some((mut before_own, mut before_all)) => {
-                    before_own.merge(own);
-                    before_all.merge(all);
-                    Some((before_own, before_all))
-                }
-            };
-        }
-        Ok(())
+    /// `OVERLOADED` where none came free in time.
+    pub async fn parts(self, parts: usize) -> Result<Grant, Fault> {
+        let bytes = parts * PART_BYTES;
+        let (own, all) = (&self.connection.0.parts, &self.budgets.0.parts);
+        let taken = async {
+            let own = own.of(bytes).take(bytes).await;
+            Grant { permits: vec![own, all.of(bytes).take(bytes).await] }
+        };
+        let in_time = tokio::time::timeout(REQUEST_TIMEOUT, taken).await;
+        in_time.map_err(|_| self.budgets.no_request_memory(bytes, "no memory for the request's parts came free"))
     }
 
     /// A request was read whole.
-    pub fn deliver(&self, mut grant: Grant, parts: &mut RequestParts) {
-        if let Some((own, all)) = parts.permits.take() {
-            grant.permits.extend([own, all]);
-        }
-        *parts = RequestParts::default();
-        self.call().requests.push(grant);
+    pub fn deliver(&self, grants: impl IntoIterator<Item = Grant>) {
+        self.call().requests.extend(grants);
     }
 
     /// What the request has taken that was read. It is given back with the value.
-    pub(super) fn take_request(&self) -> Vec<Grant> {
+    pub fn take_request(&self) -> Vec<Grant> {
         std::mem::take(&mut self.call().requests)
     }
 
@@ -387,14 +380,6 @@ impl CallMemory {
     }
 }
 
-/// Parts of the request that is being read.
-#[derive(Debug, Default)]
-pub struct RequestParts {
-    count: usize,
-    charged: usize,
-    permits: Option<(OwnedSemaphorePermit, OwnedSemaphorePermit)>,
-}
-
 /// Memory for one response.
 #[derive(Debug)]
 pub(super) struct ResponseGrant(Grant);
@@ -430,6 +415,7 @@ impl Drop for IncompleteGuard {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::limits;
 
     const MIB: usize = 1 << 20;
 
@@ -441,10 +427,10 @@ mod tests {
     async fn one_connection_gets_a_part_and_others_the_rest() {
         let budgets = Budgets::new(64 * MIB as u64, 64 * MIB as u64);
         let first = call(&budgets);
-        let mut held: Vec<_> = (0..12).map(|_| first.try_request(MIB).expect("its part")).collect();
+        let mut held: Vec<_> = (0..9).map(|_| first.try_request(MIB).expect("its part")).collect();
         assert!(first.try_request(MIB).is_none(), "a quarter of the pool of large requests");
         let other = call(&budgets);
-        held.extend((0..12).map(|_| other.try_request(MIB).expect("its own part")));
+        held.extend((0..9).map(|_| other.try_request(MIB).expect("its own part")));
         let refused = first.clone().request(MIB).await.expect_err("its own requests hold its part");
         assert_eq!(refused.reason, Reason::Overloaded);
         for word in ["1048576", "67108864", "limits.request_memory_bytes"] {
@@ -458,7 +444,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn requests_that_do_not_come_make_room_for_others() {
         let budgets = Budgets::new(64 * MIB as u64, MIB as u64);
-        for bytes in [SMALL_BYTES, 12 * MIB] {
+        for bytes in [SMALL_BYTES, 9 * MIB] {
             let full: Vec<_> = std::iter::from_fn(|| {
                 let call = call(&budgets);
                 let grant = call.try_request(bytes)?;
@@ -482,17 +468,24 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn parts_are_bounded_and_charged() {
+    async fn parts_have_memory_of_their_own() {
         let budgets = Budgets::new(512 * MIB as u64, MIB as u64);
         let call = call(&budgets);
-        let mut parts = RequestParts::default();
-        call.add_parts(&mut parts, limits::MAX_REQUEST_PARTS).expect("as many as there may be");
-        assert!(budgets.taken().0 >= limits::MAX_REQUEST_PARTS * PART_BYTES);
-        let refused = call.add_parts(&mut parts, 1).expect_err("one too many");
-        assert!(refused.message.contains(&limits::MAX_REQUEST_PARTS.to_string()), "{refused}");
-        let grant = call.try_request(1).expect("room");
-        call.deliver(grant, &mut parts);
+        let message = call.clone().request(512 * MIB).await.expect("it comes alone");
+        let parts = call.try_parts(limits::MAX_REQUEST_PARTS).expect("as many as there may be");
+        assert!(call.try_parts(limits::MAX_REQUEST_PARTS).is_none(), "one at a time of one connection");
+        let (waiting, small) = (call.clone().parts(limits::MAX_REQUEST_PARTS), call.try_parts(1));
+        assert!(small.is_some(), "few parts do not wait for many");
+        drop(small);
+        let with_parts = budgets.taken().0;
+        call.deliver([message]);
         drop(call.take_request());
+        assert!(with_parts > budgets.taken().0);
+        assert_eq!(budgets.taken().0, limits::MAX_REQUEST_PARTS * PART_BYTES);
+        let refused = call.clone().parts(limits::MAX_REQUEST_PARTS).await.expect_err("they are held for too long");
+        assert_eq!(refused.reason, Reason::Overloaded);
+        drop(parts);
+        drop(waiting.await.expect("there is room"));
         assert_eq!(budgets.taken(), (0, 0));
     }
 

@@ -2,12 +2,12 @@
 //! it is passed on unchanged.
 //!
 //! ```text
-//! HTTP/2 ─► length ─► too large? ─► take memory ─► frames as they come, parts counted ─► codec
-//!                                        └ none free: nothing is read, the window stops the sender
+//! HTTP/2 ─► length ─► too large? ─► take memory ─► frames as they come, parts counted ─► take memory for parts ─► last frame ─► codec
+//!                                        └ none free: nothing is read, the window stops the sender ┘
 //! ```
 //!
 //! The codec makes room for a message when it sees its length. It sees the length of a large one when [`SMALL_BYTES`] of it are there, so
-//! a length alone costs nothing. One message at a time is passed on, so the handler knows which memory belongs to what it was given.
+//! a length alone costs nothing. It makes structs of the parts when the last byte is there, so their memory is taken before that passes. One message at a time is passed on, so the handler knows which memory belongs to what it was given.
 
 use std::{
     collections::VecDeque,
@@ -26,7 +26,7 @@ use tokio::time::Instant;
 use tonic::Status;
 
 use crate::{
-    broker::{CallMemory, Grant, IncompleteGuard, RequestParts, SMALL_BYTES},
+    broker::{CallMemory, Grant, IncompleteGuard, SMALL_BYTES},
     limits,
     proto::{
         fault::{Fault, Reason},
@@ -41,6 +41,14 @@ const PREFIX_BYTES: usize = 5;
 /// Calls whose requests hold records.
 const RECORD_CALLS: [&str; 2] = ["/strandline.v1.Log/Append", "/strandline.v1.Log/Produce"];
 
+/// Calls and services whose requests are streams of messages.
+const STREAM_PATHS: [&str; 3] = ["/strandline.v1.Log/Produce", "/strandline.v1.Log/Fetch", "/grpc.reflection."];
+
+/// True if a call at `path` sends one message after the other.
+pub(super) fn is_stream(path: &str) -> bool {
+    STREAM_PATHS.iter().any(|stream| path.starts_with(stream))
+}
+
 type Waiting = Pin<Box<dyn Future<Output = Result<Grant, Fault>> + Send>>;
 
 /// A body that takes memory before it reads.
@@ -48,6 +56,7 @@ pub(super) struct RequestBody {
     inner: Body,
     memory: CallMemory,
     max_bytes: usize,
+    is_stream: bool,
     counter: Option<PartCounter>,
     /// Came, and was not looked at.
     rest: Bytes,
@@ -66,7 +75,7 @@ struct Message {
     /// What of it came and was not passed on.
     held: BytesMut,
     grant: Option<Grant>,
-    parts: RequestParts,
+    parts: usize,
     /// Since when it has the memory that it has.
     since: Instant,
     incomplete: Option<IncompleteGuard>,
@@ -79,6 +88,8 @@ enum State {
     Beginning,
     /// Has memory for all of it.
     Admitted,
+    /// Is there, and waits for memory for its parts: its last bytes are held.
+    WaitingForParts(Waiting),
 }
 
 impl Message {
@@ -98,6 +109,7 @@ impl RequestBody {
             inner,
             memory,
             max_bytes,
+            is_stream: is_stream(path),
             counter,
             rest: Bytes::new(),
             message: None,
@@ -127,7 +139,7 @@ impl RequestBody {
             state,
             held: BytesMut::new(),
             grant,
-            parts: RequestParts::default(),
+            parts: 0,
             since: clock::monotonic(),
             incomplete: None,
         });
@@ -137,6 +149,11 @@ impl RequestBody {
     /// Takes what came of the message, as far as there is memory for it.
     fn advance(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Fault>> {
         let Some(message) = &mut self.message else { return Poll::Ready(Ok(())) };
+        if let State::WaitingForParts(waiting) = &mut message.state {
+            let parts = ready!(waiting.as_mut().poll(cx))?;
+            self.finish(Some(parts));
+            return Poll::Ready(Ok(()));
+        }
         if let State::Waiting(waiting) = &mut message.state {
             let Poll::Ready(granted) = waiting.as_mut().poll(cx) else {
                 // While it waits for all of its memory, it gives way to those that need what it has.
@@ -154,9 +171,9 @@ impl RequestBody {
             let prefix = PREFIX_BYTES.saturating_sub(PREFIX_BYTES + message.bytes - message.left);
             message.left -= piece.len();
             if let Some(counter) = &mut self.counter {
-                let parts = counter.count(&piece[prefix.min(piece.len())..]);
-                if parts > 0 {
-                    self.memory.add_parts(&mut message.parts, parts)?;
+                message.parts += counter.count(&piece[prefix.min(piece.len())..]);
+                if message.parts > limits::MAX_REQUEST_PARTS {
+                    return Poll::Ready(Err(too_many_parts(message.parts)));
                 }
             }
             if matches!(message.state, State::Admitted) {
@@ -183,11 +200,21 @@ impl RequestBody {
             self.out.push_front(message.held.split().freeze());
         }
         if message.left == 0 && matches!(message.state, State::Admitted) {
-            let mut message = self.message.take().expect("it is being read");
-            let grant = message.grant.take().expect("it was admitted");
-            self.memory.deliver(grant, &mut message.parts);
+            let parts = message.parts;
+            let granted = if parts == 0 { None } else { self.memory.try_parts(parts) };
+            if parts > 0 && granted.is_none() {
+                message.state = State::WaitingForParts(Box::pin(self.memory.clone().parts(parts)));
+            } else {
+                self.finish(granted);
+            }
         }
         Poll::Ready(Ok(()))
+    }
+
+    /// The message is there, with memory for all that is made of it.
+    fn finish(&mut self, parts: Option<Grant>) {
+        let message = self.message.take().expect("it is being read");
+        self.memory.deliver(message.grant.into_iter().chain(parts));
     }
 
     fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
@@ -196,10 +223,17 @@ impl RequestBody {
             if is_admitted && let Some(piece) = self.out.pop_front() {
                 return Poll::Ready(Some(Ok(Frame::data(piece))));
             }
+            if self.is_stream && self.message.is_none() {
+                // More is asked for by a handler that has the last message: it took the memory, or does not need it.
+                drop(self.memory.take_request());
+            }
             if self.message.is_none() && self.rest.len() >= PREFIX_BYTES {
                 self.begin().map_err(status)?;
             }
-            let is_waiting = self.message.as_ref().is_some_and(|message| matches!(message.state, State::Waiting(_)));
+            let is_waiting = self
+                .message
+                .as_ref()
+                .is_some_and(|message| matches!(message.state, State::Waiting(_) | State::WaitingForParts(_)));
             if is_waiting || self.message.is_some() && !self.rest.is_empty() {
                 ready!(self.advance(cx)).map_err(status)?;
                 continue;
@@ -245,6 +279,15 @@ fn too_large(bytes: usize, most: usize) -> Fault {
     Fault::new(Reason::MessageTooLarge, message).with("bytes", bytes).with("max", most)
 }
 
+fn too_many_parts(count: usize) -> Fault {
+    let most = limits::MAX_REQUEST_PARTS;
+    let message = format!(
+        "the request has {count} parts or more (records, headers, partitions, names), and {most} is the most that one may have: send \
+         several requests"
+    );
+    Fault::new(Reason::InvalidRequest, message).with("max", most)
+}
+
 fn status(fault: Fault) -> BoxError {
     Status::from(fault).into()
 }
@@ -279,8 +322,13 @@ impl HttpBody for RequestBody {
 mod tests {
     use futures::{StreamExt as _, future::poll_fn};
 
+    use prost::Message as _;
+
     use super::*;
-    use crate::broker::Budgets;
+    use crate::{
+        broker::Budgets,
+        proto::v1::{self, append_request::Payload},
+    };
 
     const APPEND: &str = RECORD_CALLS[0];
     const READ: &str = "/strandline.v1.Log/Read";
@@ -384,5 +432,122 @@ mod tests {
         assert_eq!(refused.reason, Reason::InvalidRequest);
         assert!(refused.message.contains(&limits::MAX_REQUEST_PARTS.to_string()), "{refused}");
         assert_eq!(budgets.taken().0, 0, "all is given back");
+    }
+
+    /// `limits.request_memory_bytes` where `limits.memory_bytes` is 512 and 64 MiB.
+    const REQUEST_BYTES: [u64; 2] = [96 << 20, 12 << 20];
+    const FETCH: &str = STREAM_PATHS[1];
+
+    fn pieces(message: &impl prost::Message) -> Vec<Vec<u8>> {
+        framed(&message.encode_to_vec()).chunks(1 << 14).map(<[u8]>::to_vec).collect()
+    }
+
+    fn append(records: usize, bytes: usize) -> v1::AppendRequest {
+        let record = v1::Record { value: Some(vec![7; bytes].into()), ..Default::default() };
+        let records = v1::PlainRecords { records: vec![record; records] };
+        v1::AppendRequest { payload: Some(Payload::Records(records)), ..Default::default() }
+    }
+
+    fn fetch(partitions: usize) -> v1::FetchRequest {
+        let place = v1::FetchPartition { topic: "orders".to_owned(), ..Default::default() };
+        v1::FetchRequest { partitions: vec![place; partitions], ..Default::default() }
+    }
+
+    /// Reads a body to its end: its bytes.
+    async fn read(mut body: RequestBody) -> Result<usize, Fault> {
+        let mut bytes = 0;
+        while let Some(piece) = frame(&mut body).await {
+            bytes += piece?.len();
+        }
+        Ok(bytes)
+    }
+
+    /// Parts came from the pool that the message needed: such appends were refused whenever they were sent.
+    #[tokio::test(start_paused = true)]
+    async fn requests_with_many_parts_are_accepted() {
+        let large = [(APPEND, pieces(&append(30 << 10, 1 << 10))), (APPEND, pieces(&append(100_000, 3)))];
+        for bytes in REQUEST_BYTES {
+            let budgets = Budgets::new(bytes, 1 << 20);
+            let connection = budgets.connection();
+            let mut reads = tokio::task::JoinSet::new();
+            for (path, sent) in large.iter().cloned().chain([(FETCH, pieces(&fetch(10_000)))]) {
+                for _ in 0..3 {
+                    let memory = CallMemory::new(budgets.clone(), connection.clone());
+                    let (body, sent_bytes) = (body(sent.clone(), false, path, &memory), sent.concat().len());
+                    reads.spawn(async move {
+                        assert_eq!(read(body).await, Ok(sent_bytes));
+                        memory.take_request();
+                    });
+                }
+            }
+            while let Some(read) = reads.join_next().await {
+                read.expect("all are accepted, also side by side on one connection");
+            }
+            assert_eq!(budgets.taken().0, 0);
+        }
+    }
+
+    /// One large request that waited made every small one with a part fail.
+    #[tokio::test(start_paused = true)]
+    async fn small_requests_pass_while_large_ones_wait() {
+        for bytes in REQUEST_BYTES {
+            let budgets = Budgets::new(bytes, 1 << 20);
+            let connection = budgets.connection();
+            let call = || CallMemory::new(budgets.clone(), connection.clone());
+            let held = (call().try_request(65 << 20), call().try_parts(limits::MAX_REQUEST_PARTS));
+            assert!(held.0.is_some() && held.1.is_some());
+            let large = body(pieces(&append(30 << 10, 1 << 10)), false, APPEND, &call());
+            // It is small, and has more parts than are free.
+            let many = body(pieces(&fetch(5000)), false, FETCH, &call());
+            let mut waiting = [Box::pin(read(large)), Box::pin(read(many))];
+            for request in &mut waiting {
+                assert!(futures::poll!(request).is_pending(), "it waits");
+            }
+            let began = clock::monotonic();
+            read(body(pieces(&append(1, 100)), false, APPEND, &call())).await.expect("a small append passes");
+            read(body(pieces(&fetch(3)), false, FETCH, &call())).await.expect("a small fetch passes");
+            assert_eq!(clock::monotonic(), began, "they do not wait");
+            drop(held);
+            let served = futures::future::join_all(waiting).await;
+            assert!(served.iter().all(Result::is_ok), "there is room: {served:?}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn last_bytes_wait_for_memory_for_parts() {
+        let budgets = Budgets::new(REQUEST_BYTES[0], 1 << 20);
+        let holder = memory(&budgets);
+        let held = holder.try_parts(limits::MAX_REQUEST_PARTS).expect("room");
+        let sent = pieces(&append(100_000, 3));
+        let mut refused = body(sent.clone(), false, APPEND, &memory(&budgets));
+        let (mut passed, began) = (0, clock::monotonic());
+        let fault = loop {
+            match frame(&mut refused).await.expect("no end") {
+                Ok(piece) => passed += piece.len(),
+                Err(fault) => break fault,
+            }
+        };
+        assert_eq!((fault.reason, fault.retryable), (Reason::Overloaded, true));
+        assert_eq!(passed, sent[..sent.len() - 1].concat().len());
+        assert!(clock::monotonic() - began >= std::time::Duration::from_secs(10));
+        drop(held);
+        assert_eq!(budgets.taken().0, 0);
+    }
+
+    /// A stream whose handler takes nothing added the memory of each message for ever.
+    #[tokio::test(start_paused = true)]
+    async fn streams_hold_memory_for_one_message() {
+        let budgets = Budgets::new(REQUEST_BYTES[0], 1 << 20);
+        let sent = vec![framed(&fetch(30).encode_to_vec()); 5];
+        let memory = memory(&budgets);
+        let mut stream = body(sent, true, FETCH, &memory);
+        let mut most = 0;
+        for _ in 0..5 {
+            frame(&mut stream).await.expect("a message").expect("it is accepted");
+            most = most.max(budgets.taken().0);
+            assert_eq!(budgets.taken().0, most, "as after the first");
+        }
+        let pending = poll_fn(|cx| Poll::Ready(Pin::new(&mut stream).poll_frame(cx).is_pending())).await;
+        assert!(pending && budgets.taken().0 == 0, "all are handled");
     }
 }
