@@ -73,7 +73,12 @@ impl log_server::Log for LogService {
 
     async fn read(&self, request: Request<v1::ReadRequest>) -> Result<Response<v1::ReadResponse>, Status> {
         let memory = self.memory(&request);
-        answer(Arc::clone(&self.0).read(request.into_inner(), memory).await)
+        let request = request.into_inner();
+        // A read may wait for a minute, and holds no more of its request than the partitions' names. Longer lists are refused.
+        if request.partitions.len() <= limits::MAX_FETCH_PARTITIONS {
+            drop(memory.take_request());
+        }
+        answer(Arc::clone(&self.0).read(request, memory).await)
     }
 
     type FetchStream = Answers<v1::FetchResponse>;

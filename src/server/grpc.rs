@@ -23,7 +23,7 @@ use tracing::Span;
 use super::{
     calls::{self, HeldMemory},
     connection::{Caller, Connection, Port},
-    request_body::RequestBody,
+    request_body::{self, RequestBody},
 };
 use crate::{
     broker::{Broker, Budgets, CallMemory, peer_service, services},
@@ -196,6 +196,12 @@ async fn answer(State(memory): State<Option<Memory>>, mut request: Request, next
         held = Some(HeldMemory { memory, turn });
     }
     let mut response = next.run(request).await;
+    // Nothing of a request is left when its answer is there, however long that takes to be read.
+    if let Some(held) = &held
+        && !request_body::is_stream(uri.path())
+    {
+        drop(held.memory.take_request());
+    }
     if let Some(status) = Status::from_header_map(response.headers())
         && let Some(mut fault) = fault::of_transport(&status, uri.path())
     {
@@ -227,5 +233,30 @@ mod tests {
     #[test]
     fn windows_are_smaller_where_there_is_little_memory() {
         assert_eq!([64, 512, 4096, 1 << 20].map(|mib| connection_window(mib << 20) >> 10), [256, 1024, 8192, 8192]);
+    }
+
+    /// Calls whose answers nobody read held the memory of their requests, and four connections all of it.
+    #[tokio::test]
+    async fn request_memory_is_given_back_before_the_answer_is_read() {
+        let budgets = Budgets::new(1 << 20, 1 << 20);
+        let memory = Memory { budgets: budgets.clone(), schemas: Arc::new(RequestSchemas::of_clients()) };
+        let handler = {
+            let budgets = budgets.clone();
+            move |body: Body| async move {
+                axum::body::to_bytes(body, usize::MAX).await.expect("one message");
+                assert!(budgets.taken().0 > 0, "it is charged while it is handled");
+                "answer"
+            }
+        };
+        let path = "/strandline.v1.Admin/GetMetadata";
+        let mut service = axum::Router::new()
+            .route(path, axum::routing::post(handler))
+            .layer(axum::middleware::from_fn_with_state(Some(memory), answer));
+        // One topic without a name.
+        let request = Request::post(path).body(Body::from(vec![0, 0, 0, 0, 2, 0x0a, 0])).expect("a request");
+        let response = tonic::codegen::Service::call(&mut service, request).await.expect("it never fails");
+        assert!(response.status().is_success());
+        assert_eq!(budgets.taken().0, 0);
+        drop(response);
     }
 }
