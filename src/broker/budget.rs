@@ -320,14 +320,14 @@ impl CallMemory {
             && let Some(own) = own.large.try_take(bytes)
             && let Some(all) = all.large.try_take(bytes)
         {
-            return (ResponseGrant(Grant { permits: vec![own, all] }), bytes);
+            return (ResponseGrant { grant: Grant { permits: vec![own, all] }, is_small: false }, bytes);
         }
         // What is larger than one connection may have of small ones waits for the large ones.
         let is_small = least <= own.small.bytes();
         let (own, all) = if is_small { (&own.small, &all.small) } else { (&own.large, &all.large) };
         let own = own.take(least).await;
         let all = all.take(least).await;
-        (ResponseGrant(Grant { permits: vec![own, all] }), least)
+        (ResponseGrant { grant: Grant { permits: vec![own, all] }, is_small }, least)
     }
 
     /// Takes more for a response that is being made, and charges it with that.
@@ -349,9 +349,16 @@ impl CallMemory {
     }
 
     /// A response of so many bytes was made of what was taken for it. It is charged until it has been sent.
-    pub(super) fn made(&self, ResponseGrant(mut grant): ResponseGrant, bytes: usize) {
-        grant.shrink(bytes);
-        self.call().made.push(grant);
+    pub(super) fn made(&self, mut response: ResponseGrant, bytes: usize) {
+        response.shrink(bytes);
+        self.call().made.push(response.grant);
+    }
+
+    /// Takes again what a response gave back, up to `bytes`; whether there was as much.
+    pub(super) fn grow(&self, response: &mut ResponseGrant, bytes: usize) -> bool {
+        let (own, all) = (&self.connection.0.responses, &self.budgets.0.responses);
+        let pools = if response.is_small { [&own.small, &all.small] } else { [&own.large, &all.large] };
+        pools.into_iter().zip(&mut response.grant.permits).all(|(pool, permit)| pool.try_grow(permit, bytes))
     }
 
     /// More of the response's body is asked for: what was handed over before has been sent.
@@ -382,7 +389,18 @@ impl CallMemory {
 
 /// Memory for one response.
 #[derive(Debug)]
-pub(super) struct ResponseGrant(Grant);
+pub(super) struct ResponseGrant {
+    grant: Grant,
+    /// Taken from the pools of small responses.
+    is_small: bool,
+}
+
+impl ResponseGrant {
+    /// Gives back what is above `bytes`.
+    pub(super) fn shrink(&mut self, bytes: usize) {
+        self.grant.shrink(bytes);
+    }
+}
 
 /// A request that is incomplete.
 #[derive(Debug)]

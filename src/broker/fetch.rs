@@ -27,7 +27,10 @@ use futures::{FutureExt as _, Stream, StreamExt as _, stream, stream::FuturesUno
 use tokio::{sync::watch, time::Instant};
 use tonic::{Status, Streaming};
 
-use self::memory::{Granted, MIN_READ_BYTES, SMALL_RESPONSE_BYTES, no_response_memory};
+use self::{
+    memory::{Granted, MIN_READ_BYTES, no_response_memory},
+    plain::RecordTooLarge,
+};
 use super::{Broker, CallMemory, faults};
 use crate::{
     limits,
@@ -120,8 +123,12 @@ struct Session {
     memory: CallMemory,
     /// Memory for the response that is being made.
     grant: Option<Granted>,
-    /// The largest batch that is expected: what one is by default, or what was found.
+    /// The largest batch that is expected.
+    expected_batch_bytes: usize,
+    /// The largest batch that was found, where there was not enough memory for it.
     max_batch_bytes: usize,
+    /// A first plain record for which memory is taken beside that for others.
+    record_bytes: usize,
     /// Followers in sync may serve it.
     any_replica: bool,
     /// Failures that are told with the next answer.
@@ -140,7 +147,9 @@ impl Session {
             terms,
             memory,
             grant: None,
+            expected_batch_bytes: 0,
             max_batch_bytes: 0,
+            record_bytes: 0,
             any_replica: false,
             refused: Vec::new(),
         }
@@ -169,7 +178,7 @@ impl Session {
         let goes_on = before.iter().filter(|place| !restart && place.reader.is_some());
         let positions: BTreeMap<(&str, i32), Offset> =
             goes_on.map(|place| ((place.topic.as_str(), place.partition), place.position)).collect();
-        self.max_batch_bytes = 0;
+        (self.expected_batch_bytes, self.max_batch_bytes) = (0, 0);
         for want in wanted {
             let from = match positions.get(&(want.topic.as_str(), want.partition)) {
                 Some(position) => *position,
@@ -178,7 +187,7 @@ impl Session {
             match self.broker.readable(&want, any_replica) {
                 Ok(partition) => {
                     let max_batch_bytes = partition.config().max_message_bytes.min(MIN_READ_BYTES);
-                    self.max_batch_bytes = self.max_batch_bytes.max(max_batch_bytes);
+                    self.expected_batch_bytes = self.expected_batch_bytes.max(max_batch_bytes);
                     let reader = partition.reader().clone();
                     reader.follow(&self.ready, self.places.len());
                     self.places.push(Place {
@@ -203,8 +212,7 @@ impl Session {
 
     /// Begins reads of what is ready.
     fn begin_reads(&mut self, max_bytes: usize) {
-        while self.grant.is_some()
-            && self.reading.len() < READS
+        while self.may_begin_read()
             && let Some(index) = self.ready.take()
         {
             let place = &mut self.places[index];
@@ -302,6 +310,7 @@ impl Session {
         if let Some(held) = self.held.take() {
             self.absorb(held, gathered);
         }
+        self.restore(gathered);
         let Some(max_bytes) = self.grant.as_ref().map(|granted| granted.max_bytes) else { return };
         while gathered.bytes < max_bytes && !gathered.full && self.grant.is_some() {
             self.begin_reads(self.read_bytes(max_bytes - gathered.bytes));
@@ -352,10 +361,46 @@ impl Session {
         }
     }
 
+    /// Gathers what one read answers.
+    async fn gather(&mut self, plain: bool, deadline: Instant) -> Result<Gathered, Fault> {
+        let patience = self.broker.settings.fetch_max_wait;
+        let mut gathered = Gathered::default();
+        let (mut reading_since, mut looked_again) = (None, false);
+        loop {
+            if self.needs_memory() && tokio::time::timeout(patience, self.reserve(plain)).await.is_err() {
+                return Err(no_response_memory());
+            }
+            self.gather_now(&mut gathered);
+            if gathered.is_enough(self.min_bytes()) {
+                break;
+            }
+            // What is being read exists: only a bound of its own ends the wait for it.
+            let awaits_records = gathered.bytes == 0 && !self.reading.is_empty();
+            let until = if awaits_records {
+                *reading_since.get_or_insert_with(clock::monotonic) + patience
+            } else {
+                reading_since = None;
+                deadline
+            };
+            if tokio::time::timeout_at(until, self.wait(&mut gathered)).await.is_ok() {
+                continue;
+            }
+            if awaits_records {
+                self.give_up_reads(&mut gathered);
+            }
+            // What has come since the last look is not left out.
+            if awaits_records || std::mem::replace(&mut looked_again, true) || !self.mark_unread(&gathered) {
+                break;
+            }
+        }
+        self.complete(&mut gathered);
+        Ok(gathered)
+    }
+
     /// Waits for one more outcome, or for something to become ready.
     async fn wait(&mut self, gathered: &mut Gathered) {
-        let ready = Arc::clone(&self.ready);
-        let more = self.reading.len() < READS;
+        self.release_unused(gathered);
+        let (ready, more) = (Arc::clone(&self.ready), self.awaits_marks());
         let outcome = tokio::select! {
             biased;
             Some(outcome) = self.reading.next(), if !self.reading.is_empty() => Some(outcome),
@@ -413,55 +458,19 @@ impl Broker {
         self.acquaint(request.partitions.iter().map(|want| (want.topic.as_str(), want.topic_id.as_str()))).await;
         let mut session = Session::new(self, terms, memory);
         session.assign(request.partitions, true, request.any_replica)?;
-        let began = clock::monotonic();
-        let (deadline, patience) = (began + terms.max_wait, session.broker.settings.fetch_max_wait);
-        let mut gathered = Gathered::default();
-        let (mut reading_since, mut looked_again) = (None, false);
+        let deadline = clock::monotonic() + terms.max_wait;
         loop {
-            if session.needs_memory() && tokio::time::timeout(patience, session.reserve(request.plain)).await.is_err() {
-                return Err(no_response_memory());
-            }
-            session.gather_now(&mut gathered);
-            if gathered.is_enough(session.min_bytes()) {
-                break;
-            }
-            // What is being read exists: only a bound of its own ends the wait for it.
-            let awaits_records = gathered.bytes == 0 && !session.reading.is_empty();
-            let until = if awaits_records {
-                *reading_since.get_or_insert_with(clock::monotonic) + patience
-            } else {
-                reading_since = None;
-                deadline
-            };
-            if tokio::time::timeout_at(until, session.wait(&mut gathered)).await.is_ok() {
-                continue;
-            }
-            if awaits_records {
-                session.give_up_reads(&mut gathered);
-            }
-            // What has come since the last look is not left out.
-            if awaits_records || std::mem::replace(&mut looked_again, true) || !session.mark_unread(&gathered) {
-                break;
-            }
-        }
-        session.complete(&mut gathered);
-        if request.plain {
-            let Session { broker, places, grant, memory, .. } = &session;
-            let is_small = grant.as_ref().is_some_and(|granted| granted.max_bytes <= SMALL_RESPONSE_BYTES);
-            let room = if is_small { plain::PLAIN_BYTES / 16 } else { plain::PLAIN_BYTES };
-            let mut used = 0;
-            for (fetched, place) in gathered.partitions.iter_mut().zip(gathered.places) {
-                let Some(place) = place.map(|index| &places[index]) else { continue };
-                let decoder = plain::Decoder { opener: &broker.opener, undecodable: &broker.undecodable, memory, room };
-                if let Err(fault) = decoder.decode(fetched, (place.served.id(), place.from), &mut used).await {
-                    broker.metrics.fetch_errors.count(fault.reason.word());
-                    fetched.error = Some(fault.into());
+            let mut gathered = session.gather(request.plain, deadline).await?;
+            let decoded = if request.plain { session.decode(&mut gathered).await } else { Ok(0) };
+            match decoded {
+                Ok(record_bytes) => {
+                    session.on_made(gathered.bytes + record_bytes, gathered.partitions.len());
+                    let in_doubt = session.broker.is_in_doubt();
+                    return Ok(v1::ReadResponse { partitions: gathered.partitions, in_doubt });
                 }
+                Err(RecordTooLarge { bytes }) => session.read_again(bytes, gathered),
             }
         }
-        let records = if request.plain { plain::PLAIN_BYTES } else { 0 };
-        session.on_made(gathered.bytes + records, gathered.partitions.len());
-        Ok(v1::ReadResponse { partitions: gathered.partitions, in_doubt: session.broker.is_in_doubt() })
     }
 
     /// Reads on and on.

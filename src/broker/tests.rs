@@ -115,7 +115,11 @@ impl Bench {
     }
 
     pub(super) async fn create(&self, name: &TopicName, partitions: u32) -> TopicId {
-        let (replication_factor, config) = (1, ConfigMap::new());
+        self.create_with(name, partitions, ConfigMap::new()).await
+    }
+
+    pub(super) async fn create_with(&self, name: &TopicName, partitions: u32, config: ConfigMap) -> TopicId {
+        let replication_factor = 1;
         let new = NewTopic { name: name.clone(), partitions, replication_factor, config, validate_only: false };
         let made = self.broker.topics.create(new).await.unwrap();
         self.broker

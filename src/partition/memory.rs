@@ -33,6 +33,14 @@ impl Memory {
         Arc::clone(&self.semaphore).try_acquire_many_owned(u32::try_from(Self::units(bytes)).ok()?.min(self.units)).ok()
     }
 
+    /// Takes what a permit of this bound lacks for `bytes`, where there is as much and nobody waits; whether it has them now.
+    pub fn try_grow(&self, permit: &mut OwnedSemaphorePermit, bytes: usize) -> bool {
+        let lacking = Self::units(bytes).min(self.units as usize).saturating_sub(permit.num_permits());
+        let Ok(lacking) = u32::try_from(lacking) else { return false };
+        let more = Arc::clone(&self.semaphore).try_acquire_many_owned(lacking);
+        more.map(|more| permit.merge(more)).is_ok()
+    }
+
     /// How many permits stand for `bytes`.
     pub fn units(bytes: usize) -> usize {
         bytes.div_ceil(UNIT).max(1)

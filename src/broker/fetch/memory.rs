@@ -1,5 +1,7 @@
 //! Memory of a reader's responses: taken before anything is read for one, and given back when it has been sent.
 
+use futures::stream::FuturesUnordered;
+
 use super::{Gathered, READS, Session, plain};
 use crate::{
     broker::budget::ResponseGrant,
@@ -17,10 +19,19 @@ const PARTITION_BYTES: usize = 512;
 
 /// Memory that was taken for a response.
 pub(super) struct Granted {
-    pub(super) grant: ResponseGrant,
-    pub(super) bytes: usize,
+    grant: ResponseGrant,
+    /// For batches, and for the message that is made of them.
+    bytes: usize,
+    /// For plain records, and for the message that is made of them.
+    pub(super) records: usize,
     /// Most bytes of batches in it.
     pub(super) max_bytes: usize,
+    /// There is little memory: one read at a time.
+    is_small: bool,
+    /// `bytes` and `records` as they were before the response was held back.
+    released: Option<(usize, usize)>,
+    /// The memory that was given back is used up: nothing more is read.
+    is_used_up: bool,
 }
 
 impl Session {
@@ -30,16 +41,88 @@ impl Session {
     }
 
     /// Takes memory for a response before anything is read for it: for what is read, and for the message that is made of it. Records take
-    /// as much again. A response is small where others hold too much.
+    /// as much again. A response is small where others hold too much: what one batch needs is known when there was not enough for it.
     pub(super) async fn reserve(&mut self, plain: bool) {
         let max_bytes = self.terms.max_bytes;
         let reads = self.places.len().clamp(1, READS);
-        let records = if plain { 2 * plain::PLAIN_BYTES } else { 0 };
-        let wanted = max_bytes + reads * self.read_bytes(max_bytes).max(self.max_batch_bytes) + records;
-        let small = 2 * SMALL_RESPONSE_BYTES.max(self.max_batch_bytes) + records / 16;
-        let (grant, bytes) = self.memory.response(wanted, small).await;
-        let max_bytes = if bytes == wanted { max_bytes } else { max_bytes.min(SMALL_RESPONSE_BYTES) };
-        self.grant = Some(Granted { grant, bytes, max_bytes });
+        let records = |room: usize| if plain { 2 * (room + self.record_bytes) } else { 0 };
+        let batch_bytes = self.expected_batch_bytes.max(self.max_batch_bytes);
+        let bytes = max_bytes + reads * self.read_bytes(max_bytes).max(batch_bytes);
+        let (bytes, small) = (bytes.max(2 * self.max_batch_bytes), 2 * SMALL_RESPONSE_BYTES.max(self.max_batch_bytes));
+        let wanted = bytes + records(plain::PLAIN_BYTES);
+        let (grant, granted) = self.memory.response(wanted, small + records(plain::SMALL_PLAIN_BYTES)).await;
+        let (released, is_used_up, is_small) = (None, false, granted != wanted);
+        self.grant = Some(if is_small {
+            let (records, max_bytes) = (records(plain::SMALL_PLAIN_BYTES), max_bytes.min(SMALL_RESPONSE_BYTES));
+            Granted { grant, bytes: small, records, max_bytes, is_small, released, is_used_up }
+        } else {
+            Granted { grant, bytes, records: records(plain::PLAIN_BYTES), max_bytes, is_small, released, is_used_up }
+        });
+    }
+
+    /// Whether one more read may begin.
+    pub(super) fn may_begin_read(&self) -> bool {
+        let Some(Granted { is_small, released: None, .. }) = self.grant else { return false };
+        self.reading.len() < if is_small { 1 } else { READS }
+    }
+
+    /// Whether what becomes ready is looked at before the reads that are under way have ended.
+    pub(super) fn awaits_marks(&self) -> bool {
+        match self.grant {
+            Some(Granted { is_used_up: true, .. }) => false,
+            Some(Granted { is_small: true, .. }) => self.reading.is_empty(),
+            _ => self.reading.len() < READS,
+        }
+    }
+
+    /// The response is held back: gives back what neither its batches nor the reads under way need.
+    pub(super) fn release_unused(&mut self, gathered: &Gathered) {
+        let Some(granted) = &self.grant else { return };
+        if self.ready.is_marked() {
+            return;
+        }
+        let read_bytes = self.read_bytes(granted.max_bytes).max(self.max_batch_bytes);
+        let bytes = granted.bytes.min(2 * (gathered.bytes + self.reading.len() * read_bytes));
+        let records = granted.records.min(2 * (plain::SMALL_PLAIN_BYTES + self.record_bytes));
+        let before = (granted.bytes, granted.records);
+        if before != (bytes, records)
+            && let Some(granted) = &mut self.grant
+        {
+            granted.released.get_or_insert(before);
+            granted.grant.shrink(bytes + records);
+            (granted.bytes, granted.records) = (bytes, records);
+        }
+    }
+
+    /// Takes again what was given back, where more is to be read. Where there is not as much, the response has all that it will have.
+    pub(super) fn restore(&mut self, gathered: &mut Gathered) {
+        if self.ready.is_marked() && !self.restore_now() {
+            gathered.full |= gathered.bytes > 0;
+        }
+    }
+
+    /// Takes again what was given back; whether the response has it.
+    pub(super) fn restore_now(&mut self) -> bool {
+        let Some(granted) = &mut self.grant else { return true };
+        let Some((bytes, records)) = granted.released else { return true };
+        granted.is_used_up = !self.memory.grow(&mut granted.grant, bytes + records);
+        if !granted.is_used_up {
+            (granted.bytes, granted.records, granted.released) = (bytes, records, None);
+        }
+        !granted.is_used_up
+    }
+
+    /// Reads again from where the request began, with memory for a first record of so many bytes.
+    pub(super) fn read_again(&mut self, record_bytes: usize, gathered: Gathered) {
+        self.record_bytes = record_bytes;
+        (self.grant, self.held, self.reading) = (None, None, FuturesUnordered::new());
+        let refused = gathered.partitions.into_iter().zip(gathered.places).filter(|(_, place)| place.is_none());
+        self.refused.extend(refused.map(|(refused, _)| refused));
+        for (index, place) in self.places.iter_mut().enumerate() {
+            place.reader = Some(place.served.reader().clone());
+            (place.position, place.reading, place.again) = (place.from, false, false);
+            self.ready.mark(index);
+        }
     }
 
     /// Whether there is memory for what was read. A batch may be larger than all that was expected.

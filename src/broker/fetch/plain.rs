@@ -7,6 +7,7 @@ use std::{
 
 use bytes::Bytes;
 
+use super::{Gathered, Session};
 use crate::{
     broker::CallMemory,
     limits,
@@ -22,6 +23,9 @@ use crate::{
 /// Bytes of records from which on a plain answer takes no more. What is compressed may be a thousand times larger than it
 /// was: an answer must stay one that can be sent, and held until it is.
 pub(super) const PLAIN_BYTES: usize = limits::MAX_FETCH_BYTES;
+
+/// The same where there is little memory.
+pub(super) const SMALL_PLAIN_BYTES: usize = PLAIN_BYTES / 16;
 
 /// Most bytes of records in one plain answer: a first record is taken up to here.
 const MAX_PLAIN_BYTES: usize = limits::MAX_MESSAGE_BYTES - (4 << 20);
@@ -54,25 +58,77 @@ impl UndecodableBatches {
     }
 }
 
+/// A first record needs more memory than was taken for one.
+pub(super) struct RecordTooLarge {
+    pub(super) bytes: usize,
+}
+
+impl Session {
+    /// Replaces the batches of an answer by their records, and returns the bytes of the records.
+    ///
+    /// # Errors
+    /// Where the answer is to be read again with more memory.
+    pub(super) async fn decode(&mut self, gathered: &mut Gathered) -> Result<usize, RecordTooLarge> {
+        self.restore_now();
+        let mut decoder = Decoder {
+            opener: &self.broker.opener,
+            undecodable: &self.broker.undecodable,
+            memory: &self.memory,
+            room: self.grant.as_ref().map_or(PLAIN_BYTES, |granted| granted.records / 2 - self.record_bytes),
+            record_bytes: self.record_bytes,
+            has_record: false,
+        };
+        let mut used = 0;
+        for (fetched, place) in gathered.partitions.iter_mut().zip(&gathered.places) {
+            let Some(place) = place.map(|index| &self.places[index]) else { continue };
+            match decoder.decode(fetched, (place.served.id(), place.from), &mut used).await {
+                Ok(()) => {}
+                Err(Undecoded::TooLarge(record)) => return Err(record),
+                Err(Undecoded::Refused(fault)) => {
+                    self.broker.metrics.fetch_errors.count(fault.reason.word());
+                    fetched.error = Some(fault.into());
+                }
+            }
+        }
+        Ok(used)
+    }
+}
+
+/// Why an answer has no records of a partition.
+enum Undecoded {
+    Refused(Fault),
+    TooLarge(RecordTooLarge),
+}
+
+impl<E: Into<Fault>> From<E> for Undecoded {
+    fn from(error: E) -> Self {
+        Self::Refused(error.into())
+    }
+}
+
 /// Decodes the batches of one response.
-pub(super) struct Decoder<'a> {
-    pub(super) opener: &'a Opener,
-    pub(super) undecodable: &'a UndecodableBatches,
-    pub(super) memory: &'a CallMemory,
+struct Decoder<'a> {
+    opener: &'a Opener,
+    undecodable: &'a UndecodableBatches,
+    memory: &'a CallMemory,
     /// Bytes of records from which on the response takes no more.
-    pub(super) room: usize,
+    room: usize,
+    /// Memory was taken for one first record of so many bytes.
+    record_bytes: usize,
+    /// That record was found.
+    has_record: bool,
 }
 
 impl Decoder<'_> {
     /// Replaces the batches of an answer by their records from an offset on, as many as there is room for; `used` is what all
     /// partitions together have taken. An error says why there is none: where some come before what is wrong, the next read
     /// meets it first.
-    pub(super) async fn decode(
-        &self,
+    async fn decode(
+        &mut self,
         fetched: &mut v1::FetchedPartition,
         (id, from): (PartitionId, Offset),
         used: &mut usize,
-    ) -> Result<(), Fault> {
+    ) -> Result<(), Undecoded> {
         let mut bytes = Bytes::from(std::mem::take(&mut fetched.chunks).concat());
         while !bytes.is_empty() {
             let batch = Batch::split_from(&mut bytes)?;
@@ -80,7 +136,7 @@ impl Decoder<'_> {
             if *used >= self.room && !(first && batch.compression() == Compression::None) {
                 // Nothing more has room: what follows need not be opened to see that.
                 fetched.next_offset = from.max(batch.base_offset()).as_i64();
-                return if first { Err(full(fetched)) } else { Ok(()) };
+                return if first { Err(full(fetched).into()) } else { Ok(()) };
             }
             let mut opened = self.open((id, &batch), from, *used, self.room).await;
             if let Ok(Taken { records, left: Some((_, size)), .. }) = &opened
@@ -90,7 +146,7 @@ impl Decoder<'_> {
             {
                 // The first record comes whatever its size, for as much memory.
                 let size = *size;
-                self.memory.reserve_more(2 * size)?;
+                self.reserve_record(size)?;
                 opened = self.open((id, &batch), from, 0, size).await;
             }
             match opened {
@@ -100,15 +156,28 @@ impl Decoder<'_> {
                     let Some((offset, size)) = taken.left else { continue };
                     fetched.next_offset = offset.as_i64();
                     let too_large = fetched.records.is_empty() && size > MAX_PLAIN_BYTES;
-                    return if too_large { Err(too_large_for_plain(fetched, size)) } else { Ok(()) };
+                    return if too_large { Err(too_large_for_plain(fetched, size).into()) } else { Ok(()) };
                 }
                 Err(error) => {
                     fetched.next_offset = from.max(batch.base_offset()).as_i64();
-                    return if fetched.records.is_empty() { Err(undecodable(fetched, &batch, &error)) } else { Ok(()) };
+                    let first = fetched.records.is_empty();
+                    return if first { Err(undecodable(fetched, &batch, &error).into()) } else { Ok(()) };
                 }
             }
         }
         Ok(())
+    }
+
+    /// Memory for a first record above the room.
+    fn reserve_record(&mut self, bytes: usize) -> Result<(), Undecoded> {
+        if bytes <= self.record_bytes && !std::mem::replace(&mut self.has_record, true) {
+            return Ok(());
+        }
+        match self.memory.reserve_more(2 * bytes) {
+            // A record that is larger than all before gets its memory in turn; the response has the others' already.
+            Err(_) if bytes > self.record_bytes => Err(Undecoded::TooLarge(RecordTooLarge { bytes })),
+            reserved => Ok(reserved?),
+        }
     }
 
     /// Opens a batch, one of the connection's at a time.

@@ -1,7 +1,12 @@
 //! What answers are made of.
 
+use bytes::Bytes;
+
 use super::{super::tests::Bench, *};
-use crate::{broker::ProducerIdQuota, model::TopicName};
+use crate::{
+    broker::{Budgets, ProducerIdQuota},
+    model::TopicName,
+};
 
 /// Found by review: a batch as large as a message was read again and again, and each time something small had come first.
 #[tokio::test]
@@ -107,5 +112,116 @@ async fn topic_made_again_is_refused_to_whoever_names_the_old_id() {
     };
     assert_eq!(append(old.to_string()).await.map_err(|fault| fault.reason), Err(Reason::TopicIdMismatch));
     assert_eq!(append(new.to_string()).await.map(|appended| appended.base_offset), Ok(1));
+    bench.stop().await;
+}
+
+fn plain_read() -> v1::ReadRequest {
+    let place = v1::FetchPartition { topic: "t".to_owned(), ..Default::default() };
+    v1::ReadRequest { partitions: vec![place], plain: true, ..Default::default() }
+}
+
+/// A record above 16 MiB needed more than its own response had left of the connection's part, and was refused on every retry.
+#[tokio::test]
+async fn plain_record_above_the_connections_part_is_read() {
+    const BYTES: usize = 17 << 20;
+    let dir = tempfile::tempdir().unwrap();
+    let bench = Bench::start(dir.path(), true).await;
+    let name = TopicName::new("t").unwrap();
+    let settings = [("max.message.bytes", "67108864"), ("compression.type", "zstd")];
+    let config = settings.into_iter().map(|(name, value)| (name.to_owned(), value.to_owned())).collect();
+    bench.create_with(&name, 1, config).await;
+    bench.append(0, BYTES, 0).await.unwrap();
+    for response_bytes in [16 << 20, 128 << 20] {
+        let budgets = Budgets::new(1 << 20, response_bytes);
+        let memory = CallMemory::new(budgets.clone(), budgets.connection());
+        let answer = Arc::clone(&bench.broker).read(plain_read(), memory).await.unwrap();
+        let fetched = &answer.partitions[0];
+        assert_eq!(fetched.error, None);
+        assert_eq!(fetched.records[0].value.as_ref().map(Bytes::len), Some(BYTES));
+        assert_eq!(budgets.taken().1, 0, "the call is over");
+    }
+    bench.stop().await;
+}
+
+/// It kept 32 MiB.
+#[tokio::test]
+async fn plain_response_is_charged_what_it_has() {
+    let dir = tempfile::tempdir().unwrap();
+    let bench = Bench::start(dir.path(), true).await;
+    bench.create(&TopicName::new("t").unwrap(), 1).await;
+    bench.append(0, 100, 0).await.unwrap();
+    let budgets = Budgets::new(1 << 20, 128 << 20);
+    let memory = CallMemory::new(budgets.clone(), budgets.connection());
+    Arc::clone(&bench.broker).read(plain_read(), memory.clone()).await.unwrap();
+    let taken = budgets.taken().1;
+    assert!((1..=16 << 10).contains(&taken), "{taken}");
+    drop(memory);
+    assert_eq!(budgets.taken().1, 0);
+    bench.stop().await;
+}
+
+/// A consumer of eight partitions held 9 MiB while `min_bytes` held its response back.
+#[tokio::test]
+async fn response_that_is_held_back_keeps_what_it_needs() {
+    let dir = tempfile::tempdir().unwrap();
+    let bench = Bench::start(dir.path(), true).await;
+    bench.create(&TopicName::new("t").unwrap(), 8).await;
+    bench.append(0, 100, 0).await.unwrap();
+    let budgets = Budgets::new(1 << 20, 128 << 20);
+    let connection = budgets.connection();
+    let memory = CallMemory::new(budgets.clone(), connection.clone());
+    let mut session = Session::new(Arc::clone(&bench.broker), Terms::new(1 << 20, 0, 0), memory);
+    let want = |partition| v1::FetchPartition { topic: "t".to_owned(), partition, ..Default::default() };
+    session.assign((0..8).map(want).collect(), true, false).unwrap();
+    let mut gathered = Gathered::default();
+    session.reserve(false).await;
+    assert_eq!(budgets.taken().1, 9 << 20);
+    while gathered.bytes == 0 || !session.reading.is_empty() || session.ready.is_marked() {
+        session.gather_now(&mut gathered);
+        tokio::task::yield_now().await;
+    }
+    assert!(session.wait(&mut gathered).now_or_never().is_none());
+    let taken = budgets.taken().1;
+    assert!((1..=4 << 10).contains(&taken), "{taken}");
+
+    // More comes: the memory is taken again, or the response goes out.
+    bench.append(1, 100, 0).await.unwrap();
+    session.wait(&mut gathered).await;
+    session.gather_now(&mut gathered);
+    assert_eq!((budgets.taken().1, gathered.full), (9 << 20, false));
+    while !session.reading.is_empty() || session.ready.is_marked() {
+        session.gather_now(&mut gathered);
+        tokio::task::yield_now().await;
+    }
+    assert!(session.wait(&mut gathered).now_or_never().is_none());
+    let others = CallMemory::new(budgets.clone(), connection);
+    let _held = others.response(24 << 20, 1 << 20).await;
+    let _small = others.response(16 << 20, 1 << 20).await;
+    bench.append(2, 100, 0).await.unwrap();
+    session.wait(&mut gathered).await;
+    session.gather_now(&mut gathered);
+    assert!(gathered.full && gathered.is_enough(session.min_bytes()));
+    bench.stop().await;
+}
+
+/// Where large responses hold their pool, the small pool took 26 readers at a time.
+#[tokio::test]
+async fn small_responses_take_little_until_a_larger_batch_is_met() {
+    let dir = tempfile::tempdir().unwrap();
+    let bench = Bench::start(dir.path(), true).await;
+    bench.create(&TopicName::new("t").unwrap(), 1).await;
+    bench.append(0, 200 << 10, 0).await.unwrap();
+    let budgets = Budgets::new(1 << 20, 128 << 20);
+    let memory = CallMemory::new(budgets.clone(), budgets.connection());
+    let _others = memory.response(24 << 20, 0).await;
+    let before = budgets.taken().1;
+    let mut session = Session::new(Arc::clone(&bench.broker), Terms::new(1, 0, 0), memory);
+    session.assign(plain_read().partitions, true, false).unwrap();
+    session.reserve(false).await;
+    assert_eq!(budgets.taken().1 - before, 2 * (64 << 10));
+    let deadline = clock::monotonic() + Duration::from_secs(10);
+    let gathered = session.gather(false, deadline).await.unwrap();
+    assert!(gathered.bytes > 200 << 10, "{} bytes", gathered.bytes);
+    assert!(budgets.taken().1 - before < 1 << 20);
     bench.stop().await;
 }
