@@ -7,7 +7,7 @@ use std::{
 
 use super::{
     ConfigError, Source,
-    setting::{MEMORY, MEMORY_DEFAULT, MEMORY_SHARES, REPLICAS},
+    setting::{Kind, MEMORY, MEMORY_DEFAULT, MEMORY_SHARES, REPLICAS, Setting},
     sources::{Given, Values},
     value::{bytes, size},
 };
@@ -43,17 +43,34 @@ impl Values {
                 size(taken),
                 size(whole)
             );
-            let place = set.first().map_or(Source::Default, |(key, _)| self.set[*key].source.clone());
-            errors.push(ConfigError::Wrong { place, why });
+            errors.push(ConfigError::Wrong { place: self.place_of(&set), why });
         }
+        let mut is_told = taken > whole;
         let left = whole.saturating_sub(taken);
         let unset = MEMORY_SHARES.iter().filter(|share| set.iter().all(|(key, _)| *key != share.key));
         let parts: u64 = unset.clone().map(|share| share.sixteenths).sum();
         for share in unset {
             let part = (whole / 16 * share.sixteenths).min(left / parts * share.sixteenths);
             // In whole KiB, which is what permits are counted in.
-            self.default_bytes(share.key, part.min(share.most.unwrap_or(u64::MAX)) >> 10 << 10);
+            let part = part.min(share.most.unwrap_or(u64::MAX)) >> 10 << 10;
+            if let Some(Kind::Bytes { least, .. }) = Setting::find(share.key).map(|setting| setting.kind)
+                && part < least
+                && !std::mem::replace(&mut is_told, true)
+            {
+                let (key, left, least) = (share.key, size(left), size(least));
+                let why = format!(
+                    "what is set leaves {left} of {MEMORY}, which is {}, and {key} would be less than {least}: lower what is set, or raise {MEMORY}",
+                    size(whole)
+                );
+                errors.push(ConfigError::Wrong { place: self.place_of(&set), why });
+            }
+            self.default_bytes(share.key, part);
         }
+    }
+
+    /// Where the first of the shares is set.
+    fn place_of(&self, set: &[(&str, u64)]) -> Source {
+        set.first().map_or(Source::Default, |(key, _)| self.set[*key].source.clone())
     }
 
     fn bytes_of(&self, key: &str) -> Option<u64> {
