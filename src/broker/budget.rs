@@ -42,7 +42,7 @@ pub const SMALL_BYTES: usize = 64 << 10;
 /// Memory that one repeated part of a request takes at most when it has become a struct, in a list that grows.
 const PART_BYTES: usize = 256;
 
-/// What of the memory of requests is for their parts, as a divisor.
+/// The share of request memory for the parts of requests, as a divisor.
 const PARTS_SHARE: u64 = 4;
 
 /// How long a request waits for memory.
@@ -54,7 +54,7 @@ const SMALL_GRACE: Duration = Duration::from_millis(10);
 /// Least pace at which a large request must come while others wait: the largest has less time than others wait.
 const MIN_BYTES_PER_SECOND: usize = 8 << 20;
 
-/// What of a pool one connection may hold, as a divisor.
+/// The share of a pool that one connection may hold, as a divisor.
 const CONNECTION_SHARE: u64 = 4;
 
 /// Calls of one connection whose answers are made of metadata and have not been sent yet.
@@ -214,7 +214,7 @@ impl Budgets {
     }
 }
 
-/// What one call takes. Clones share it.
+/// The memory of one call. Clones share it.
 #[derive(Clone, Debug)]
 pub struct CallMemory {
     budgets: Budgets,
@@ -296,7 +296,7 @@ impl CallMemory {
         self.call().requests.extend(grants);
     }
 
-    /// What the request has taken that was read. It is given back with the value.
+    /// Takes over the memory of the request that was read last. Dropping the value gives it back.
     pub fn take_request(&self) -> Vec<Grant> {
         std::mem::take(&mut self.call().requests)
     }
@@ -322,7 +322,7 @@ impl CallMemory {
         {
             return (ResponseGrant { grant: Grant { permits: vec![own, all] }, is_small: false }, bytes);
         }
-        // What is larger than one connection may have of small ones waits for the large ones.
+        // A response larger than the small part of one connection waits for the large pool.
         let is_small = least <= own.small.bytes();
         let (own, all) = if is_small { (&own.small, &all.small) } else { (&own.large, &all.large) };
         let own = own.take(least).await;
@@ -367,7 +367,7 @@ impl CallMemory {
         drop(sent);
     }
 
-    /// What was made so far goes to the connection.
+    /// Hands the response made so far to the connection.
     pub fn on_body_handed(&self) {
         let mut call = self.call();
         let made = std::mem::take(&mut call.made);

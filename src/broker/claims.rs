@@ -1,4 +1,4 @@
-//! What others claim of registrations and leader epochs, looked up in the metadata store at a bounded rate.
+//! Looks claims of other brokers about registrations and leader epochs up in the metadata store, at a bounded rate.
 //!
 //! Brokers do not prove who they are. So what a message claims is a reason to look, and never more: this broker gives something up when the
 //! store says so. Where the rate is exceeded or the store does not answer, the claim counts for nothing, and the mirror tells what is true

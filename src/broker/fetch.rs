@@ -374,7 +374,7 @@ impl Session {
             if gathered.is_enough(self.min_bytes()) {
                 break;
             }
-            // What is being read exists: only a bound of its own ends the wait for it.
+            // Records that are being read exist: only a bound of its own ends the wait for them.
             let awaits_records = gathered.bytes == 0 && !self.reading.is_empty();
             let until = if awaits_records {
                 *reading_since.get_or_insert_with(clock::monotonic) + patience
@@ -388,7 +388,7 @@ impl Session {
             if awaits_records {
                 self.give_up_reads(&mut gathered);
             }
-            // What has come since the last look is not left out.
+            // Records that came since the last look are not left out.
             if awaits_records || std::mem::replace(&mut looked_again, true) || !self.mark_unread(&gathered) {
                 break;
             }

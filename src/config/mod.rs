@@ -102,7 +102,7 @@ pub struct Broker {
     pub catch_up_timeout: Duration,
 }
 
-/// Where clients connect.
+/// The listener for clients.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Grpc {
     /// What it listens on. Port 0 takes any free one.

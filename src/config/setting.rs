@@ -51,8 +51,8 @@ const DAY: u64 = 86_400;
 pub(super) const SECTIONS: &[(&str, &str)] = &[
     ("", "The cluster."),
     ("broker", "This broker."),
-    ("grpc", "Where clients connect."),
-    ("peer", "Where the other brokers of the cluster connect. A broker alone opens no such port."),
+    ("grpc", "The listener for clients."),
+    ("peer", "The listener for the other brokers of the cluster. A broker alone opens none."),
     ("http", "Metrics and health."),
     ("metadata", "Where brokers agree."),
     ("object_store", "Where history goes. Credentials come from the vendor's usual environment, never from this file."),

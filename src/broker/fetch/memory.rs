@@ -14,7 +14,7 @@ pub(super) const MIN_READ_BYTES: usize = 1 << 20;
 /// Most bytes of batches in a response for which there is little memory.
 pub(super) const SMALL_RESPONSE_BYTES: usize = 64 << 10;
 
-/// What the response's own message takes for each partition, at most, beside its batches.
+/// Most bytes that the response's own message takes for each partition, beside its batches.
 const PARTITION_BYTES: usize = 512;
 
 /// Memory that was taken for a response.
