@@ -246,14 +246,15 @@ fn bucket_that_is_away_keeps_nothing_that_nobody_may_read() {
     let mut text = lines(5_000);
     cli.ok_with(&["produce", "t"], text.as_bytes());
     let mark = |name: &str| partition(&cli, "t")[name].as_i64().expect("a number");
-    let tiered = eventually("segments are in the bucket", || Some(mark("tiered_end")).filter(|end| *end > 0));
+    eventually("segments are in the bucket", || (mark("tiered_end") > 0).then_some(()));
     assert_eq!(mark("log_start"), 0);
     server.faults().set_down(true);
     let more = lines(45_000);
     cli.ok_with(&["produce", "t"], &more.as_bytes()[text.len()..]);
     text = more;
     given_back(&home);
-    assert!(mark("log_start") > tiered && mark("tiered_end") == tiered, "the bucket took nothing meanwhile");
+    let tiered = mark("tiered_end");
+    assert!(mark("log_start") > tiered, "retention waits for no upload");
     server.faults().set_down(false);
     eventually("uploads go on", || (mark("tiered_end") > mark("log_start")).then_some(()));
     let (from, read) = eventually("nothing moves", || {
