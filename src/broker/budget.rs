@@ -13,25 +13,26 @@
 //!
 //! - A request whose bytes do not come holds nothing that others wait for: where a pool is used up, requests that are incomplete for longer
 //!   than [`SMALL_GRACE`] or [`grace`] end with `OVERLOADED`, the oldest first.
+//! - A connection whose client does not read, and holds memory that others wait for, is closed after [`UNREAD_GRACE`] and the time that its bytes take.
 //! - A request is charged until its batch has produce memory, a response until the connection took its bytes.
 
+mod connections;
+mod incomplete;
+
 use std::{
-    collections::BTreeMap,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
-use futures::task::AtomicWaker;
-use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore},
-    time::Instant,
-};
+use tokio::{sync::OwnedSemaphorePermit, time::Instant};
 
+pub use self::connections::ConnectionMemory;
+use self::{
+    connections::{Account, Connections, Holds, SEARCH_INTERVAL, UNREAD_GRACE, UnreadResponse},
+    incomplete::{IncompleteRequest, IncompleteRequests},
+};
 use crate::{
-    partition::Memory,
+    partition::{Memory, Opener},
     proto::fault::{Fault, Reason},
     task::clock,
 };
@@ -51,7 +52,10 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a small request may be incomplete while others wait.
 const SMALL_GRACE: Duration = Duration::from_millis(10);
 
-/// Least pace at which a large request must come while others wait: the largest has less time than others wait.
+/// How long a larger one may be incomplete, beside the time that its bytes take.
+const LARGE_GRACE: Duration = Duration::from_secs(1);
+
+/// Least pace at which a large request must come, and a response be read, while others wait: the largest has less time than others wait.
 const MIN_BYTES_PER_SECOND: usize = 8 << 20;
 
 /// The share of a pool that one connection may hold, as a divisor.
@@ -65,7 +69,7 @@ fn grace(bytes: usize) -> Duration {
     if bytes <= SMALL_BYTES {
         return SMALL_GRACE;
     }
-    Duration::from_secs(1 + (bytes / MIN_BYTES_PER_SECOND) as u64)
+    LARGE_GRACE + Duration::from_secs((bytes / MIN_BYTES_PER_SECOND) as u64)
 }
 
 /// The budgets of a broker. Clones share them.
@@ -79,7 +83,8 @@ struct Inner {
     responses: Pools,
     request_bytes: u64,
     response_bytes: u64,
-    incomplete: Mutex<Incomplete>,
+    incomplete: IncompleteRequests,
+    connections: Arc<Connections>,
 }
 
 #[derive(Clone, Debug)]
@@ -106,35 +111,6 @@ impl Pools {
     }
 }
 
-/// Requests of which a part is there and the rest has not come, oldest first.
-#[derive(Debug, Default)]
-struct Incomplete {
-    next: u64,
-    requests: BTreeMap<u64, Arc<IncompleteRequest>>,
-}
-
-#[derive(Debug)]
-struct IncompleteRequest {
-    bytes: usize,
-    since: Instant,
-    ended: AtomicBool,
-    waker: AtomicWaker,
-}
-
-/// Memory that one connection holds. Clones share it.
-#[derive(Clone, Debug)]
-pub struct ConnectionMemory(Arc<Account>);
-
-#[derive(Debug)]
-struct Account {
-    requests: Pools,
-    parts: Pools,
-    responses: Pools,
-    /// Taken while a batch of this connection is decompressed.
-    decompression: Arc<Semaphore>,
-    metadata_calls: Arc<Semaphore>,
-}
-
 /// Memory taken of a connection's part and of the budget.
 #[derive(Debug)]
 pub struct Grant {
@@ -142,6 +118,10 @@ pub struct Grant {
 }
 
 impl Grant {
+    fn bytes(&self) -> usize {
+        self.permits.first().map_or(0, Memory::bytes_of)
+    }
+
     /// Gives back what is above `bytes`.
     fn shrink(&mut self, bytes: usize) {
         for permit in &mut self.permits {
@@ -160,21 +140,16 @@ impl Budgets {
             responses: Pools::new(response_bytes),
             request_bytes,
             response_bytes,
-            incomplete: Mutex::default(),
+            incomplete: IncompleteRequests::default(),
+            connections: Arc::default(),
         }))
     }
 
-    /// The part of a new connection.
-    pub fn connection(&self) -> ConnectionMemory {
-        let part = |bytes: u64| Pools::new(bytes / CONNECTION_SHARE);
+    /// The part of a new connection, which `close` ends.
+    pub fn connection(&self, close: impl Fn() + Send + Sync + 'static) -> ConnectionMemory {
         let parts_bytes = self.0.request_bytes / PARTS_SHARE;
-        ConnectionMemory(Arc::new(Account {
-            requests: part(self.0.request_bytes - parts_bytes),
-            parts: part(parts_bytes),
-            responses: part(self.0.response_bytes),
-            decompression: Arc::new(Semaphore::new(1)),
-            metadata_calls: Arc::new(Semaphore::new(METADATA_CALLS)),
-        }))
+        let shares = [self.0.request_bytes - parts_bytes, parts_bytes, self.0.response_bytes];
+        self.0.connections.open(shares.map(|bytes| Pools::new(bytes / CONNECTION_SHARE)), close)
     }
 
     /// Bytes that requests and responses have taken.
@@ -183,25 +158,20 @@ impl Budgets {
         (taken(&self.0.requests) + taken(&self.0.parts), taken(&self.0.responses))
     }
 
-    fn incomplete(&self) -> MutexGuard<'_, Incomplete> {
-        self.0.incomplete.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Ends requests that do not come, until so many bytes of the pool that a request of this size uses will be free.
-    fn end_incomplete(&self, bytes: usize, now: Instant) {
-        let mut freed = 0;
-        for request in self.incomplete().requests.values() {
-            let same_pool = (request.bytes <= SMALL_BYTES) == (bytes <= SMALL_BYTES);
-            if !same_pool || now.saturating_duration_since(request.since) < grace(request.bytes) {
-                continue;
+    /// Takes `bytes` of a pool. While it waits, connections are closed that hold more of it and whose clients do not read.
+    async fn take(
+        &self,
+        pool: &Memory,
+        bytes: usize,
+        holds: Holds,
+        held: impl Fn(&Account) -> usize,
+    ) -> OwnedSemaphorePermit {
+        let mut taken = std::pin::pin!(pool.take(bytes));
+        loop {
+            if let Ok(taken) = tokio::time::timeout(SEARCH_INTERVAL, &mut taken).await {
+                return taken;
             }
-            if !request.ended.swap(true, Ordering::AcqRel) {
-                request.waker.wake();
-            }
-            freed += request.bytes;
-            if freed >= bytes {
-                return;
-            }
+            self.0.connections.close_unread(holds, &held);
         }
     }
 
@@ -230,6 +200,7 @@ struct Call {
     made: Vec<Grant>,
     /// Those that were handed over; they have been sent when more is asked for.
     handed: Vec<Grant>,
+    unread: Option<UnreadResponse>,
 }
 
 impl CallMemory {
@@ -267,7 +238,8 @@ impl CallMemory {
             if now >= deadline {
                 return Err(self.budgets.no_request_memory(bytes, "no memory for the request came free"));
             }
-            self.budgets.end_incomplete(bytes, now);
+            self.budgets.0.incomplete.end(bytes, now);
+            self.budgets.0.connections.close_unread(Holds::Requests, |account| account.requests.of(bytes).taken());
         }
     }
 
@@ -285,10 +257,17 @@ impl CallMemory {
         let (own, all) = (&self.connection.0.parts, &self.budgets.0.parts);
         let taken = async {
             let own = own.of(bytes).take(bytes).await;
-            Grant { permits: vec![own, all.of(bytes).take(bytes).await] }
+            let held = |account: &Account| account.parts.of(bytes).taken();
+            Grant { permits: vec![own, self.budgets.take(all.of(bytes), bytes, Holds::Requests, held).await] }
         };
         let in_time = tokio::time::timeout(REQUEST_TIMEOUT, taken).await;
         in_time.map_err(|_| self.budgets.no_request_memory(bytes, "no memory for the request's parts came free"))
+    }
+
+    /// Waits for memory for a batch. What a call holds of it that does not run is as much as it holds of its request.
+    pub(super) async fn produce(&self, pool: &Memory, bytes: usize) -> OwnedSemaphorePermit {
+        let held = |account: &Account| account.requests.small.taken() + account.requests.large.taken();
+        self.budgets.take(pool, bytes, Holds::Requests, held).await
     }
 
     /// A request was read whole.
@@ -303,14 +282,10 @@ impl CallMemory {
 
     /// Notes that a request is incomplete, for as long as the value lives.
     pub fn incomplete(&self, bytes: usize, since: Instant) -> IncompleteGuard {
-        let request =
-            Arc::new(IncompleteRequest { bytes, since, ended: AtomicBool::new(false), waker: AtomicWaker::new() });
-        let mut incomplete = self.budgets.incomplete();
-        let id = incomplete.next;
-        incomplete.next += 1;
-        incomplete.requests.insert(id, Arc::clone(&request));
-        drop(incomplete);
-        IncompleteGuard { budgets: self.budgets.clone(), id, request }
+        IncompleteGuard {
+            budgets: self.budgets.clone(),
+            request: self.budgets.0.incomplete.add(bytes, since, &self.connection.0),
+        }
     }
 
     /// Memory for a response of up to `bytes`, or of up to `least` where others hold too much for that: the bytes that were granted.
@@ -324,9 +299,10 @@ impl CallMemory {
         }
         // A response larger than the small part of one connection waits for the large pool.
         let is_small = least <= own.small.bytes();
-        let (own, all) = if is_small { (&own.small, &all.small) } else { (&own.large, &all.large) };
-        let own = own.take(least).await;
-        let all = all.take(least).await;
+        let pool = |pools: &Pools| if is_small { pools.small.clone() } else { pools.large.clone() };
+        let own = pool(own).take(least).await;
+        let held = |account: &Account| pool(&account.responses).taken();
+        let all = self.budgets.take(&pool(all), least, Holds::Responses, held).await;
         (ResponseGrant { grant: Grant { permits: vec![own, all] }, is_small }, least)
     }
 
@@ -337,6 +313,7 @@ impl CallMemory {
     pub(super) fn reserve_more(&self, bytes: usize) -> Result<(), Fault> {
         let taken = (self.connection.0.responses.large.try_take(bytes), self.budgets.0.responses.large.try_take(bytes));
         let (Some(own), Some(all)) = taken else {
+            self.budgets.0.connections.close_unread(Holds::Responses, |account| account.responses.large.taken());
             let most = self.budgets.0.response_bytes;
             let message = format!(
                 "no memory for the response: it needs {bytes} bytes, and responses may take {most} (limits.response_memory_bytes), of which \
@@ -363,7 +340,9 @@ impl CallMemory {
 
     /// More of the response's body is asked for: what was handed over before has been sent.
     pub fn on_body_polled(&self) {
-        let sent = std::mem::take(&mut self.call().handed);
+        let mut call = self.call();
+        let sent = (std::mem::take(&mut call.handed), call.unread.take());
+        drop(call);
         drop(sent);
     }
 
@@ -372,12 +351,20 @@ impl CallMemory {
         let mut call = self.call();
         let made = std::mem::take(&mut call.made);
         call.handed.extend(made);
+        drop(call);
+        self.on_response_begun();
     }
 
-    /// The turn of this connection to decompress: one batch at a time.
-    pub(super) async fn decompression_turn(&self) -> OwnedSemaphorePermit {
-        let turn = Arc::clone(&self.connection.0.decompression).acquire_owned().await;
-        turn.expect("the semaphore is never closed")
+    /// The client is to read: until more is asked for, the call can give back nothing.
+    pub fn on_response_begun(&self) {
+        let mut call = self.call();
+        let bytes = call.made.iter().chain(&call.handed).map(Grant::bytes).sum();
+        call.unread.get_or_insert_with(|| UnreadResponse::new(&self.connection.0, bytes));
+    }
+
+    /// Opens the batches of this connection one at a time.
+    pub(super) fn opener(&self, opener: &Opener) -> Opener {
+        opener.for_caller(Arc::clone(&self.connection.0.decompression))
     }
 
     /// The turn of a call whose answer is made of metadata, until that was sent.
@@ -406,15 +393,13 @@ impl ResponseGrant {
 #[derive(Debug)]
 pub struct IncompleteGuard {
     budgets: Budgets,
-    id: u64,
     request: Arc<IncompleteRequest>,
 }
 
 impl IncompleteGuard {
     /// Why the request ends, where others need its memory; wakes the task when that becomes so.
     pub fn check(&self, waker: &std::task::Waker) -> Result<(), Fault> {
-        self.request.waker.register(waker);
-        if !self.request.ended.load(Ordering::Acquire) {
+        if !self.request.is_ended(waker) {
             return Ok(());
         }
         Err(self.budgets.no_request_memory(
@@ -426,7 +411,7 @@ impl IncompleteGuard {
 
 impl Drop for IncompleteGuard {
     fn drop(&mut self) {
-        self.budgets.incomplete().requests.remove(&self.id);
+        self.budgets.0.incomplete.remove(&self.request);
     }
 }
 
@@ -438,7 +423,7 @@ mod tests {
     const MIB: usize = 1 << 20;
 
     fn call(budgets: &Budgets) -> CallMemory {
-        CallMemory::new(budgets.clone(), budgets.connection())
+        CallMemory::new(budgets.clone(), budgets.connection(|| {}))
     }
 
     #[tokio::test(start_paused = true)]
@@ -478,7 +463,7 @@ mod tests {
                 Err(fault) => std::task::Poll::Ready(fault),
             })
             .await;
-            let ended = |(guard, _): &(IncompleteGuard, Grant)| guard.request.ended.load(Ordering::Acquire);
+            let ended = |(guard, _): &(IncompleteGuard, Grant)| guard.request.is_ended(std::task::Waker::noop());
             assert_eq!(full.iter().filter(|request| ended(request)).count(), 1, "no more than needed");
             drop(full);
             waits.join_next().await.expect("it waits").expect("no panic").expect("there is room");
@@ -524,5 +509,63 @@ mod tests {
         assert_eq!(bytes, MIB, "its part is used up: small responses go on");
         call.on_body_polled();
         assert_eq!(budgets.taken().1, 41 * MIB, "it was sent");
+    }
+
+    /// Four connections that read nothing held all memory of responses for ever.
+    #[tokio::test(start_paused = true)]
+    async fn connections_that_read_nothing_are_closed_when_others_wait() {
+        let budgets = Budgets::new(64 * MIB as u64, 64 * MIB as u64);
+        let closed = Arc::new(Mutex::new(Vec::new()));
+        let connection = |number: usize| {
+            let closed = Arc::clone(&closed);
+            budgets.connection(move || closed.lock().unwrap().push(number))
+        };
+        let mut calls = Vec::new();
+        for (number, bytes) in [12 * MIB, 11 * MIB, 10 * MIB, 12 * MIB].into_iter().enumerate() {
+            let call = CallMemory::new(budgets.clone(), connection(number));
+            let (grant, _) = call.response(bytes, MIB).await;
+            call.made(grant, bytes);
+            call.on_body_handed();
+            calls.push(Some(call));
+        }
+        // The first one reads on, and has nothing.
+        calls[0].as_ref().unwrap().on_body_polled();
+        let held = calls[0].as_ref().unwrap().response(12 * MIB, MIB).await;
+        tokio::time::advance(UNREAD_GRACE * 10).await;
+        assert!(closed.lock().unwrap().is_empty(), "nobody needs their memory");
+
+        let honest = CallMemory::new(budgets.clone(), connection(4));
+        let ((_grant, bytes), ()) = tokio::join!(honest.response(12 * MIB, 12 * MIB), async {
+            while closed.lock().unwrap().is_empty() {
+                tokio::time::sleep(SEARCH_INTERVAL).await;
+            }
+            calls[3] = None;
+        });
+        assert_eq!(bytes, 12 * MIB);
+        let closed: std::collections::BTreeSet<_> = closed.lock().unwrap().iter().copied().collect();
+        assert_eq!(closed, [1, 2, 3].into(), "those that do not read");
+        drop(held);
+    }
+
+    /// A response that was handed over a moment ago is being read.
+    #[tokio::test(start_paused = true)]
+    async fn clients_have_time_to_read() {
+        let budgets = Budgets::new(64 * MIB as u64, 4 * MIB as u64);
+        let reading = CallMemory::new(budgets.clone(), budgets.connection(|| panic!("it is read")));
+        let all: Vec<_> = std::iter::from_fn(|| {
+            let call = call(&budgets);
+            let taken = Pools::try_take(&call.connection.0.responses, &budgets.0.responses, SMALL_BYTES + 1)?;
+            Some((call, taken))
+        })
+        .collect();
+        assert!(!all.is_empty());
+        let waiting = call(&budgets);
+        let mut waits = std::pin::pin!(waiting.response(2 * MIB, 2 * MIB));
+        for _ in 0..20 {
+            reading.on_body_polled();
+            reading.on_body_handed();
+            let waited = tokio::time::timeout(UNREAD_GRACE / 2, &mut waits).await;
+            assert!(waited.is_err(), "others hold it");
+        }
     }
 }

@@ -229,7 +229,7 @@ impl Broker {
 
     /// The memory of a call that came by no connection.
     fn call_memory(&self) -> CallMemory {
-        CallMemory::new(self.budgets.clone(), self.budgets.connection())
+        CallMemory::new(self.budgets.clone(), self.budgets.connection(|| {}))
     }
 
     /// Opens every replica that the metadata gives this broker and its disk holds. Nothing is done with them yet.

@@ -5,10 +5,10 @@ use std::{sync::Arc, time::Duration};
 use futures::{StreamExt as _, stream};
 use tokio::time::Instant;
 
-use super::{Broker, faults};
+use super::{Broker, CallMemory, faults};
 use crate::{
     limits,
-    partition::{On, Partition, Ready, Role},
+    partition::{On, Opener, Partition, Ready, Role},
     proto::{
         fault::{Fault, Reason},
         v1::{self, offset_query::At},
@@ -24,7 +24,11 @@ const SETTLES: Duration = Duration::from_secs(1);
 
 impl Broker {
     /// Answers the queries in their order.
-    pub(super) async fn list_offsets(&self, request: v1::ListOffsetsRequest) -> Result<v1::ListOffsetsResponse, Fault> {
+    pub(super) async fn list_offsets(
+        &self,
+        request: v1::ListOffsetsRequest,
+        memory: &CallMemory,
+    ) -> Result<v1::ListOffsetsResponse, Fault> {
         if request.queries.len() > limits::MAX_FETCH_PARTITIONS {
             return Err(faults::invalid(format!(
                 "{} queries in one request; at most {} are allowed",
@@ -35,8 +39,9 @@ impl Broker {
         self.acquaint(request.queries.iter().map(|query| (query.topic.as_str(), ""))).await;
         // For all of them together: thousands of partitions without their minimum must not be waited for one after the other.
         let settled_by = clock::monotonic() + SETTLES;
+        let opener = &memory.opener(&self.opener);
         let answers = stream::iter(request.queries).map(|query| async move {
-            self.find_offset(&query, settled_by).await.unwrap_or_else(|fault| v1::OffsetAnswer {
+            self.find_offset(&query, settled_by, opener).await.unwrap_or_else(|fault| v1::OffsetAnswer {
                 error: Some(fault.into()),
                 offset: -1,
                 timestamp_ms: -1,
@@ -49,7 +54,12 @@ impl Broker {
         Ok(v1::ListOffsetsResponse { answers, in_doubt: doubted || self.is_in_doubt() })
     }
 
-    async fn find_offset(&self, query: &v1::OffsetQuery, settled_by: Instant) -> Result<v1::OffsetAnswer, Fault> {
+    async fn find_offset(
+        &self,
+        query: &v1::OffsetQuery,
+        settled_by: Instant,
+        opener: &Opener,
+    ) -> Result<v1::OffsetAnswer, Fault> {
         let partition = self.partition(&query.topic, query.partition)?;
         if !matches!(query.at, Some(At::Earliest(_)) | None) && !settled(&partition, settled_by).await {
             let message = "a new leader of the partition does not know yet what is committed: try again";
@@ -63,11 +73,9 @@ impl Broker {
                 saw!(Latest { partition: partition.id(), epoch, offset: marks.high_watermark });
                 (marks.high_watermark, -1, epoch)
             }
-            Some(At::TimestampMs(time)) => partition.reader().offset_for_time(time, &self.opener).await?.unwrap_or((
-                marks.high_watermark,
-                -1,
-                epoch,
-            )),
+            Some(At::TimestampMs(time)) => {
+                partition.reader().offset_for_time(time, opener).await?.unwrap_or((marks.high_watermark, -1, epoch))
+            }
             None => return Err(faults::invalid("the query says neither earliest nor latest nor a timestamp")),
         };
         Ok(v1::OffsetAnswer { error: None, offset: offset.as_i64(), timestamp_ms, leader_epoch: epoch.as_i32() })

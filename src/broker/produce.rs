@@ -20,7 +20,7 @@ use super::{Broker, CallMemory, ProducerIdQuota, faults};
 use crate::{
     limits,
     model::{Acks, Compression, PartitionId},
-    partition::{Acked, AppendError, AppendResult, BatchOrigin, Held, Partition, Stored, Use},
+    partition::{Acked, AppendError, AppendResult, BatchOrigin, Held, Opener, Partition, Stored, Use},
     proto::{
         fault::{Fault, Reason},
         v1::{self, append_request::Payload, produce_response},
@@ -151,8 +151,8 @@ impl Broker {
         };
         let (batch, timestamps) = match config.compression {
             Some(codec) if codec != batch.compression() => {
-                let _turn = memory.decompression_turn().await;
-                self.recompressed(&batch, codec, &partition, most).await?
+                let opener = memory.opener(&self.opener);
+                recompressed(&opener, &batch, codec, &partition, most).await?
             }
             _ => (batch, timestamps),
         };
@@ -162,7 +162,8 @@ impl Broker {
         let (bytes, records) = (batch.encoded_len() as u64, u64::from(batch.count()));
         let stored = tiered.as_ref().map(|tiered| Arc::clone(&tiered.stored));
         let origin = BatchOrigin { fingerprint: sent, timestamps };
-        let answer = Some(self.submit(&partition, batch, origin, acks, stored, began + timeout).await?);
+        let permit = self.produce_permit(&partition, batch.encoded_len(), began + timeout, memory).await?;
+        let answer = Some(partition.append_tracked(batch, origin, acks, permit, stored).await);
         let id = partition.id();
         let answer = (acks != Acks::None).then(|| Awaited { answer, partition });
         Ok(Queued { partition: id, answer, timeout, began, bytes, records, tiered })
@@ -185,40 +186,20 @@ impl Broker {
         Ok(Tiered { stored: Stored::default(), _place: place })
     }
 
-    /// The batch in its topic's own codec. It is opened within the memory that there is for that, and refused as soon as it
-    /// is seen to be larger than the topic takes.
-    async fn recompressed(
-        &self,
-        batch: &Batch,
-        codec: Compression,
-        partition: &Partition,
-        most: usize,
-    ) -> Result<(Batch, TimestampRange), Fault> {
-        // Without a codec the stored batch is as large as its records are.
-        let plain = most.saturating_sub(HEADER_BYTES);
-        let bound = limits::MAX_RECOMPRESSED_BYTES.min(if codec == Compression::None { plain } else { usize::MAX });
-        let work = move |batch: &Batch, most: usize| batch.recompress_within(codec, most);
-        match self.opener.open(batch, bound, Use::Rewrite, work).await {
-            Err(Malformed::Grows { .. }) if bound == plain => Err(faults::grows(partition.topic(), most)),
-            outcome => Ok(outcome?),
-        }
-    }
-
-    async fn submit(
+    /// Takes memory for a batch until its deadline.
+    async fn produce_permit(
         &self,
         partition: &Partition,
-        batch: Batch,
-        origin: BatchOrigin,
-        acks: Acks,
-        stored: Option<Stored>,
+        bytes: usize,
         deadline: Instant,
-    ) -> Result<oneshot::Receiver<AppendResult>, Fault> {
+        memory: &CallMemory,
+    ) -> Result<OwnedSemaphorePermit, Fault> {
         // After that nobody waits for the answer any more: what would be written then is what the client sends again.
         let over = || clock::monotonic() >= deadline;
         let permit = tokio::select! {
             biased;
             () = self.stopping() => return Err(self.stopping_refusal(partition)),
-            permit = self.produce_memory.take(batch.encoded_len()) => permit,
+            permit = memory.produce(&self.produce_memory, bytes) => permit,
             () = tokio::time::sleep_until(deadline) => {
                 return Err(Fault::new(
                     Reason::Overloaded,
@@ -231,7 +212,7 @@ impl Broker {
             let message = "the time that the request has was over before its batch could be appended: it was not written; try again";
             return Err(Fault::new(Reason::Overloaded, message));
         }
-        Ok(partition.append_tracked(batch, origin, acks, permit, stored).await)
+        Ok(permit)
     }
 
     async fn outcome(&self, queued: Queued) -> Result<v1::AppendResponse, Fault> {
@@ -429,6 +410,25 @@ fn received(bytes: bytes::Bytes) -> Result<(Batch, TimestampRange), Fault> {
     batch.check_first_records()?;
     let timestamps = batch.correct_max_timestamp()?;
     Ok((batch, timestamps))
+}
+
+/// The batch in its topic's own codec. It is opened within the memory that there is for that, and refused as soon as it
+/// is seen to be larger than the topic takes.
+async fn recompressed(
+    opener: &Opener,
+    batch: &Batch,
+    codec: Compression,
+    partition: &Partition,
+    most: usize,
+) -> Result<(Batch, TimestampRange), Fault> {
+    // Without a codec the stored batch is as large as its records are.
+    let plain = most.saturating_sub(HEADER_BYTES);
+    let bound = limits::MAX_RECOMPRESSED_BYTES.min(if codec == Compression::None { plain } else { usize::MAX });
+    let work = move |batch: &Batch, most: usize| batch.recompress_within(codec, most);
+    match opener.open(batch, bound, Use::Rewrite, work).await {
+        Err(Malformed::Grows { .. }) if bound == plain => Err(faults::grows(partition.topic(), most)),
+        outcome => Ok(outcome?),
+    }
 }
 
 /// A batch of records that came plain.

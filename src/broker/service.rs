@@ -95,7 +95,8 @@ impl log_server::Log for LogService {
         &self,
         request: Request<v1::ListOffsetsRequest>,
     ) -> Result<Response<v1::ListOffsetsResponse>, Status> {
-        answer(self.0.list_offsets(request.into_inner()).await)
+        let memory = self.memory(&request);
+        answer(self.0.list_offsets(request.into_inner(), &memory).await)
     }
 
     async fn init_producer(

@@ -46,6 +46,11 @@ impl Memory {
         bytes.div_ceil(UNIT).max(1)
     }
 
+    /// Bytes that a permit stands for.
+    pub fn bytes_of(permit: &OwnedSemaphorePermit) -> usize {
+        permit.num_permits() * UNIT
+    }
+
     /// The bound.
     pub fn bytes(&self) -> usize {
         self.units as usize * UNIT

@@ -52,13 +52,24 @@ pub struct Opener {
     memory: Memory,
     /// Batches that are opened at the same time on other threads: one processor is left to everything else.
     turns: Arc<Semaphore>,
+    /// The same of one caller: a turn to open a compressed batch.
+    caller: Option<Arc<Semaphore>>,
 }
 
 impl Opener {
     /// At most `bytes` of memory at any time.
     pub fn new(bytes: u64) -> Self {
         let processors = thread::available_parallelism().map_or(1, NonZero::get);
-        Self { memory: Memory::new(bytes), turns: Arc::new(Semaphore::new(processors.saturating_sub(1).max(1))) }
+        Self {
+            memory: Memory::new(bytes),
+            turns: Arc::new(Semaphore::new(processors.saturating_sub(1).max(1))),
+            caller: None,
+        }
+    }
+
+    /// The same memory for a caller who has these turns.
+    pub fn for_caller(&self, turns: Arc<Semaphore>) -> Self {
+        Self { caller: Some(turns), ..self.clone() }
     }
 
     /// Does `work` with a batch. `work` is given how many bytes the records may have without compression, answers
@@ -75,6 +86,10 @@ impl Opener {
         if batch.compression() == Compression::None && purpose == Use::Read {
             return work(batch, most);
         }
+        let _turn = match &self.caller {
+            Some(turns) => Some(Arc::clone(turns).acquire_owned().await.expect("the semaphore is never closed")),
+            None => None,
+        };
         let (allowed, held) = (most, self.memory.bytes() / purpose.cost());
         let most = allowed.min(held);
         let codec = batch.compression();

@@ -25,6 +25,9 @@ pub(super) struct HeldMemory {
 
 /// Keeps the call open until the response has been sent.
 pub(super) fn until_sent(response: Response, call: Option<OpenCall>, held: Option<HeldMemory>) -> Response {
+    if let Some(held) = &held {
+        held.memory.on_response_begun();
+    }
     response.map(|body| Body::new(CountedBody { body, _call: call, held }))
 }
 

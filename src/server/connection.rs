@@ -22,7 +22,7 @@ use tokio::{
     net::{TcpListener, TcpStream},
     time::{Instant, Sleep},
 };
-use tonic::transport::server::{Connected, TcpIncoming};
+use tonic::transport::server::TcpIncoming;
 
 use super::{
     places::{Bound, Origin, Places, Pool},
@@ -72,9 +72,11 @@ struct Limiter {
     full: Mutex<Reminder>,
     crowded: Mutex<Reminder>,
     evictions: Mutex<Reminder>,
+    unread: Mutex<Reminder>,
     open: Option<Level>,
     refused: Counter,
     evicted: Counter,
+    unread_closed: Counter,
 }
 
 impl ConnectionLimiter {
@@ -101,9 +103,11 @@ impl ConnectionLimiter {
             full: Mutex::default(),
             crowded: Mutex::default(),
             evictions: Mutex::default(),
+            unread: Mutex::default(),
             open,
             refused: metrics.connections_refused.clone(),
             evicted: metrics.connections_evicted.clone(),
+            unread_closed: metrics.connections_closed_unread.clone(),
         }))
     }
 
@@ -135,7 +139,8 @@ impl ConnectionLimiter {
         };
         let patience = Patience { left, until: Box::pin(tokio::time::sleep(GREETING_TIMEOUT)), idle };
         let (producer_ids, memory) = (ProducerIdQuota::default(), Arc::default());
-        let caller = Caller { limiter: self.clone(), id: admitted.id, peer, producer_ids, memory };
+        let caller =
+            Caller { limiter: self.clone(), signal: Arc::clone(&signal), id: admitted.id, peer, producer_ids, memory };
         Connection { stream, signal, patience: Some(patience), caller }
     }
 
@@ -178,6 +183,21 @@ impl ConnectionLimiter {
             address_raised_by = self.0.address_raised_by,
             closed = count,
             "no place was free: the connections that were idle longest are closed for new ones"
+        );
+    }
+
+    /// Closes a connection whose client leaves unread what it was sent, while others wait for the memory.
+    fn close_unread(&self, signal: &CloseSignal) {
+        if !signal.close() {
+            return;
+        }
+        self.0.unread_closed.inc();
+        let Some(count) = remind(&self.0.unread) else { return };
+        tracing::warn!(
+            listener = ?self.0.port,
+            closed = count,
+            raised_by = "limits.memory_bytes",
+            "clients do not read what they were sent, and others wait for the memory: their connections are closed"
         );
     }
 
@@ -231,9 +251,11 @@ struct CloseSignal {
 }
 
 impl CloseSignal {
-    fn close(&self) {
-        self.closed.store(true, Ordering::Release);
+    /// True the first time.
+    fn close(&self) -> bool {
+        let first = !self.closed.swap(true, Ordering::AcqRel);
         self.waker.wake();
+        first
     }
 
     /// Fails once the connection is to end; wakes the task then.
@@ -247,6 +269,7 @@ impl CloseSignal {
 #[derive(Clone)]
 pub(super) struct Caller {
     limiter: ConnectionLimiter,
+    signal: Arc<CloseSignal>,
     id: u64,
     peer: IpAddr,
     producer_ids: ProducerIdQuota,
@@ -256,7 +279,11 @@ pub(super) struct Caller {
 impl Caller {
     /// Its connection's part of these budgets.
     pub(super) fn memory(&self, budgets: &Budgets) -> ConnectionMemory {
-        self.memory.get_or_init(|| budgets.connection()).clone()
+        let open = || {
+            let (signal, limiter) = (Arc::clone(&self.signal), self.limiter.clone());
+            budgets.connection(move || limiter.close_unread(&signal))
+        };
+        self.memory.get_or_init(open).clone()
     }
 
     /// Which listener it came to.
@@ -371,10 +398,9 @@ impl axum::extract::connect_info::Connected<IncomingStream<'_, LimitedListener>>
     }
 }
 
-impl Connected for Connection {
-    type ConnectInfo = Caller;
-
-    fn connect_info(&self) -> Caller {
+impl Connection {
+    /// What each request that comes by it carries.
+    pub(super) fn caller(&self) -> Caller {
         self.caller.clone()
     }
 }

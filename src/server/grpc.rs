@@ -4,21 +4,23 @@
 //! reaches a service. [`answer`] gives these answers the same stable words that every other failure carries, and counts calls by
 //! connection.
 
-use std::{future::Future, io, sync::Arc, time::Duration};
+use std::{future::Future, io, pin::pin, sync::Arc, time::Duration};
 
 use axum::{
+    Router,
     body::Body,
     extract::{Request, State},
     middleware::Next,
     response::Response,
 };
-use futures::Stream;
-use tonic::{Status, service::Routes, transport::Server};
+use futures::{Stream, StreamExt as _};
+use hyper::{body::Incoming, server::conn::http2, service::service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tonic::{Status, codegen::Service as _, service::Routes};
 use tonic_health::{
     ServingStatus,
     server::{HealthReporter, health_reporter},
 };
-use tracing::Span;
 
 use super::{
     calls::{self, HeldMemory},
@@ -34,6 +36,7 @@ use crate::{
         parts::RequestSchemas,
         v1::{admin_server, log_server, peer_server},
     },
+    task::Tasks,
 };
 
 /// Whom health is told of: the whole server, which has no name, and each service.
@@ -46,6 +49,10 @@ const MIN_CONNECTION_WINDOW: u64 = 256 << 10;
 
 /// The part of all memory that the window of one connection is, as a divisor.
 const WINDOW_SHARE: u64 = 512;
+
+/// Bytes of a stream's responses that HTTP/2 keeps beside what is charged to the call: with less than this it asks for more, whatever the
+/// client has read.
+const SEND_BUFFER_BYTES: usize = 16 << 10;
 
 /// What one connection may send to a listener before that is read.
 #[derive(Clone, Copy, Debug)]
@@ -78,6 +85,21 @@ impl Window {
             connection_bytes,
             frame_bytes: 256 << 10,
         }
+    }
+
+    /// HTTP/2 with these bounds.
+    fn http2(self, tasks: &Tasks) -> http2::Builder<CallExecutor> {
+        let mut http2 = http2::Builder::new(CallExecutor(tasks.clone()));
+        http2
+            .timer(TokioTimer::new())
+            .initial_stream_window_size(self.stream_bytes)
+            .initial_connection_window_size(self.connection_bytes)
+            .max_frame_size(self.frame_bytes)
+            .max_concurrent_streams(self.streams)
+            .max_send_buf_size(SEND_BUFFER_BYTES)
+            .keep_alive_interval(Some(PING))
+            .keep_alive_timeout(PING);
+        http2
     }
 }
 
@@ -129,27 +151,62 @@ fn layered(routes: Routes, memory: Option<Memory>) -> Routes {
     routes.into_axum_router().layer(axum::middleware::from_fn_with_state(memory, answer)).into()
 }
 
-/// Serves until `stop` resolves; then takes nothing new and ends when what is under way has ended.
+/// Serves until the tasks are stopped; then takes nothing new, and each connection ends when what is under way on it has ended.
 pub(super) async fn serve(
     routes: Routes,
-    connections: impl Stream<Item = io::Result<Connection>> + Send + 'static,
+    connections: impl Stream<Item = io::Result<Connection>> + Send,
     window: Window,
-    stop: impl Future<Output = ()> + Send,
-) -> anyhow::Result<()> {
-    // Whose requests they are, where several brokers share the process.
-    let span = Span::current();
-    let builder = if span.is_none() { Server::builder() } else { Server::builder().trace_fn(move |_| span.clone()) };
-    builder
-        .initial_stream_window_size(window.stream_bytes)
-        .initial_connection_window_size(window.connection_bytes)
-        .max_frame_size(window.frame_bytes)
-        .max_concurrent_streams(window.streams)
-        .http2_keepalive_interval(Some(PING))
-        .http2_keepalive_timeout(Some(PING))
-        .add_routes(routes)
-        .serve_with_incoming_shutdown(connections, stop)
-        .await?;
-    Ok(())
+    tasks: Tasks,
+) {
+    let (http2, routes) = (window.http2(&tasks), routes.into_axum_router());
+    let mut connections = pin!(connections);
+    loop {
+        let connection = tokio::select! {
+            biased;
+            () = tasks.cancelled() => return,
+            connection = connections.next() => connection,
+        };
+        match connection {
+            None => return,
+            // It broke before it was here.
+            Some(Err(error)) => tracing::debug!(%error, "a connection was not accepted"),
+            Some(Ok(connection)) => {
+                tasks.spawn("connection", serve_connection(http2.clone(), connection, routes.clone(), tasks.clone()));
+            }
+        }
+    }
+}
+
+async fn serve_connection(http2: http2::Builder<CallExecutor>, connection: Connection, routes: Router, tasks: Tasks) {
+    let caller = connection.caller();
+    let service = service_fn(move |mut request: hyper::Request<Incoming>| {
+        request.extensions_mut().insert(caller.clone());
+        routes.clone().call(request)
+    });
+    let mut served = pin!(http2.serve_connection(TokioIo::new(connection), service));
+    let ended = tokio::select! {
+        ended = &mut served => ended,
+        () = tasks.cancelled() => {
+            served.as_mut().graceful_shutdown();
+            served.await
+        }
+    };
+    if let Err(error) = ended {
+        tracing::debug!(%error, "a connection ended with an error");
+    }
+}
+
+/// Runs the calls of connections as tasks.
+#[derive(Clone)]
+struct CallExecutor(Tasks);
+
+impl<F> hyper::rt::Executor<F> for CallExecutor
+where
+    F: Future<Output: Send> + Send + 'static,
+{
+    fn execute(&self, call: F) {
+        drop(self.0.spawn("call", call));
+    }
 }
 
 fn connection_window(memory_bytes: u64) -> u32 {
@@ -178,7 +235,7 @@ async fn answer(State(memory): State<Option<Memory>>, mut request: Request, next
         request.extensions_mut().insert(caller.producer_ids());
     }
     let connection = |memory: &Memory| {
-        caller.as_ref().map_or_else(|| memory.budgets.connection(), |caller| caller.memory(&memory.budgets))
+        caller.as_ref().map_or_else(|| memory.budgets.connection(|| {}), |caller| caller.memory(&memory.budgets))
     };
     let memory = memory.map(|memory| (CallMemory::new(memory.budgets.clone(), connection(&memory)), memory.schemas));
     let port = caller.as_ref().map(Caller::port);
@@ -254,7 +311,7 @@ mod tests {
             .layer(axum::middleware::from_fn_with_state(Some(memory), answer));
         // One topic without a name.
         let request = Request::post(path).body(Body::from(vec![0, 0, 0, 0, 2, 0x0a, 0])).expect("a request");
-        let response = tonic::codegen::Service::call(&mut service, request).await.expect("it never fails");
+        let response = service.call(request).await.expect("it never fails");
         assert!(response.status().is_success());
         assert_eq!(budgets.taken().0, 0);
         drop(response);

@@ -237,13 +237,8 @@ impl Listeners {
         limiter: ConnectionLimiter,
         window: grpc::Window,
     ) {
-        let (stop, connections) = (self.tasks.clone(), connection::accept(listener, limiter));
-        self.tasks.spawn(name, async move {
-            let stopped = async move { stop.cancelled().await };
-            if let Err(error) = grpc::serve(routes, connections, window, stopped).await {
-                tracing::error!(%error, listener = name, "a gRPC listener failed; restart the broker");
-            }
-        });
+        let connections = connection::accept(listener, limiter);
+        self.tasks.spawn(name, grpc::serve(routes, connections, window, self.tasks.clone()));
     }
 
     /// Ends the connections; those that have not ended in time are cut.

@@ -353,7 +353,7 @@ mod tests {
     }
 
     fn memory(budgets: &Budgets) -> CallMemory {
-        CallMemory::new(budgets.clone(), budgets.connection())
+        CallMemory::new(budgets.clone(), budgets.connection(|| {}))
     }
 
     #[tokio::test(start_paused = true)]
@@ -468,7 +468,7 @@ mod tests {
         let large = [(APPEND, pieces(&append(30 << 10, 1 << 10))), (APPEND, pieces(&append(100_000, 3)))];
         for bytes in REQUEST_BYTES {
             let budgets = Budgets::new(bytes, 1 << 20);
-            let connection = budgets.connection();
+            let connection = budgets.connection(|| {});
             let mut reads = tokio::task::JoinSet::new();
             for (path, sent) in large.iter().cloned().chain([(FETCH, pieces(&fetch(10_000)))]) {
                 for _ in 0..3 {
@@ -492,7 +492,7 @@ mod tests {
     async fn small_requests_pass_while_large_ones_wait() {
         for bytes in REQUEST_BYTES {
             let budgets = Budgets::new(bytes, 1 << 20);
-            let connection = budgets.connection();
+            let connection = budgets.connection(|| {});
             let call = || CallMemory::new(budgets.clone(), connection.clone());
             let held = (call().try_request(65 << 20), call().try_parts(limits::MAX_REQUEST_PARTS));
             assert!(held.0.is_some() && held.1.is_some());

@@ -82,6 +82,7 @@ metrics! {
     connections: Level = "strandline_connections", "Open client connections.";
     connections_refused: Counter = "strandline_connections_refused", "Connections that found no place, because all have calls open; only probes are answered on them.";
     connections_evicted: Counter = "strandline_connections_evicted", "Idle connections that were closed to make room for new ones.";
+    connections_closed_unread: Counter = "strandline_connections_closed_unread", "Connections that were closed because their clients left responses unread while others waited for the memory.";
     disk_full: Level = "strandline_disk_full", "1 while the data directory's disk is fuller than broker.disk_full_percent, or records do not fit on it.";
     partitions_led: Level = "strandline_partitions_led", "Partitions that this broker leads.";
     partitions_under_replicated: Level = "strandline_partitions_under_replicated", "Partitions led here of which a replica that is to stay is not in sync.";

@@ -71,7 +71,7 @@ impl Session {
     pub(super) async fn decode(&mut self, gathered: &mut Gathered) -> Result<usize, RecordTooLarge> {
         self.restore_now();
         let mut decoder = Decoder {
-            opener: &self.broker.opener,
+            opener: self.memory.opener(&self.broker.opener),
             undecodable: &self.broker.undecodable,
             memory: &self.memory,
             room: self.grant.as_ref().map_or(PLAIN_BYTES, |granted| granted.records / 2 - self.record_bytes),
@@ -108,7 +108,7 @@ impl<E: Into<Fault>> From<E> for Undecoded {
 
 /// Decodes the batches of one response.
 struct Decoder<'a> {
-    opener: &'a Opener,
+    opener: Opener,
     undecodable: &'a UndecodableBatches,
     memory: &'a CallMemory,
     /// Bytes of records from which on the response takes no more.
@@ -193,8 +193,6 @@ impl Decoder<'_> {
             return Err(error);
         }
         let work = move |batch: &Batch, most: usize| take_records(batch, most, from, room.saturating_sub(used));
-        let is_compressed = batch.compression() != Compression::None;
-        let _turn = if is_compressed { Some(self.memory.decompression_turn().await) } else { None };
         let opened = self.opener.open(batch, limits::MAX_DECOMPRESSED_BYTES, Use::Read, work).await;
         opened.inspect_err(|error| self.undecodable.remember(name, error.clone()))
     }

@@ -133,7 +133,7 @@ async fn plain_record_above_the_connections_part_is_read() {
     bench.append(0, BYTES, 0).await.unwrap();
     for response_bytes in [16 << 20, 128 << 20] {
         let budgets = Budgets::new(1 << 20, response_bytes);
-        let memory = CallMemory::new(budgets.clone(), budgets.connection());
+        let memory = CallMemory::new(budgets.clone(), budgets.connection(|| {}));
         let answer = Arc::clone(&bench.broker).read(plain_read(), memory).await.unwrap();
         let fetched = &answer.partitions[0];
         assert_eq!(fetched.error, None);
@@ -151,7 +151,7 @@ async fn plain_response_is_charged_what_it_has() {
     bench.create(&TopicName::new("t").unwrap(), 1).await;
     bench.append(0, 100, 0).await.unwrap();
     let budgets = Budgets::new(1 << 20, 128 << 20);
-    let memory = CallMemory::new(budgets.clone(), budgets.connection());
+    let memory = CallMemory::new(budgets.clone(), budgets.connection(|| {}));
     Arc::clone(&bench.broker).read(plain_read(), memory.clone()).await.unwrap();
     let taken = budgets.taken().1;
     assert!((1..=16 << 10).contains(&taken), "{taken}");
@@ -168,7 +168,7 @@ async fn response_that_is_held_back_keeps_what_it_needs() {
     bench.create(&TopicName::new("t").unwrap(), 8).await;
     bench.append(0, 100, 0).await.unwrap();
     let budgets = Budgets::new(1 << 20, 128 << 20);
-    let connection = budgets.connection();
+    let connection = budgets.connection(|| {});
     let memory = CallMemory::new(budgets.clone(), connection.clone());
     let mut session = Session::new(Arc::clone(&bench.broker), Terms::new(1 << 20, 0, 0), memory);
     let want = |partition| v1::FetchPartition { topic: "t".to_owned(), partition, ..Default::default() };
@@ -212,7 +212,7 @@ async fn small_responses_take_little_until_a_larger_batch_is_met() {
     bench.create(&TopicName::new("t").unwrap(), 1).await;
     bench.append(0, 200 << 10, 0).await.unwrap();
     let budgets = Budgets::new(1 << 20, 128 << 20);
-    let memory = CallMemory::new(budgets.clone(), budgets.connection());
+    let memory = CallMemory::new(budgets.clone(), budgets.connection(|| {}));
     let _others = memory.response(24 << 20, 0).await;
     let before = budgets.taken().1;
     let mut session = Session::new(Arc::clone(&bench.broker), Terms::new(1, 0, 0), memory);

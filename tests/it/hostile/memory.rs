@@ -25,8 +25,8 @@ use strandline::{
     proto::{
         fault::{Fault, Reason},
         v1::{
-            Acks, AppendRequest, FetchPartition, FetchRequest, GetMetadataRequest, PlainRecords, ReadRequest, Record,
-            append_request::Payload,
+            Acks, AppendRequest, FetchPartition, FetchRequest, GetMetadataRequest, PlainRecords, ProduceRequest,
+            ReadRequest, Record, append_request::Payload,
         },
     },
     task::clock,
@@ -137,8 +137,8 @@ fn resident_bytes(pid: u32) -> u64 {
 
 /// A broker under attack, an honest client, and what the memory came to.
 struct Target {
-    home: Home,
     broker: Broker,
+    home: Home,
     scale: Scale,
 }
 
@@ -147,9 +147,10 @@ impl Target {
         let mut home = Home::new().setting("limits.memory_bytes", MEMORY).topic_default("max.message.bytes", 1 << 26);
         let broker = tokio::task::block_in_place(|| home.start());
         wire::create_topic(home.grpc(), "honest", 1, &[]).await;
-        wire::create_topic(home.grpc(), "bombs", 1, &[]).await;
+        wire::create_topic(home.grpc(), "bombs", 1, &[("retention.ms", "-1")]).await;
         wire::create_topic(home.grpc(), "empty", 1, &[]).await;
-        wire::create_topic(home.grpc(), "t", scale.partitions, &[]).await;
+        // The batches of these tests are old.
+        wire::create_topic(home.grpc(), "t", scale.partitions, &[("retention.ms", "-1")]).await;
         Self { home, broker, scale }
     }
 
@@ -365,6 +366,71 @@ async fn memory_stays_bounded_whatever_clients_announce_or_leave_unread() {
         eventually("memory goes back to the system", || (resident_bytes(pid) < most).then_some(()));
     });
     eprintln!("{} MiB in the end", resident_bytes(pid) >> 20);
+}
+
+/// Four connections that read nothing held all memory of responses, and four that held their answers back all that batches wait in: nobody
+/// else was answered for as long as they stayed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn clients_that_read_nothing_give_way_to_those_that_do() {
+    let target = Target::start(Scale { is_full: false, ..Scale::of_environment() }).await;
+    let mut log = wire::log(target.address());
+    for _ in 0..20 {
+        let batch = wire::batch(&[&vec![7; 1 << 20]]);
+        wire::append(&mut log, wire::append_batch("t", 0, batch)).await.expect("it takes records");
+    }
+    let place = FetchPartition { topic: "t".to_owned(), ..Default::default() };
+    let fetch = FetchRequest { partitions: vec![place.clone()], max_bytes: 16 << 20, ..Default::default() };
+    let read = ReadRequest { partitions: vec![place.clone()], max_bytes: 16 << 20, plain: true, ..Default::default() };
+    let append = |correlation| {
+        let append = wire::append_batch("t", 1, wire::batch(&[&vec![7; 4 << 20]]));
+        framed(&ProduceRequest { correlation, append: Some(append) }.encode_to_vec())
+    };
+    let produce: Vec<_> = (0..8).map(append).collect();
+    let (fetch, read) = (framed(&fetch.encode_to_vec()), framed(&read.encode_to_vec()));
+    let calls =
+        [("/strandline.v1.Log/Fetch", vec![fetch]), ("/strandline.v1.Log/Produce", produce), (READ, vec![read])];
+    let mut attackers = JoinSet::new();
+    for number in 0..12 {
+        let window = if number % 2 == 0 { 0 } else { 65_535 };
+        let endpoint = Endpoint::from_shared(format!("http://{}", target.address())).expect("an address is a URI");
+        let (endpoint, calls) = (endpoint.initial_stream_window_size(window), calls.clone());
+        attackers.spawn(async move {
+            loop {
+                let Ok(channel) = endpoint.connect().await else { continue };
+                let (mut alive, mut streams) = (Vec::new(), JoinSet::new());
+                for (path, pieces) in calls.clone().into_iter().cycle().take(60) {
+                    let (sender, gone) = oneshot::channel();
+                    alive.push(sender);
+                    let (channel, body) = (channel.clone(), open(pieces.clone(), gone));
+                    streams.spawn(async move { (call(channel, path, body).await, future::pending::<()>().await) });
+                }
+                // It is back when its connection was closed.
+                while call(channel.clone(), READ, whole(&[])).await.is_some() {
+                    tokio::time::sleep(Duration::from_millis(500)).await;
+                }
+            }
+        });
+    }
+    let held = |home: &Home| home.metric("strandline_response_memory_bytes");
+    tokio::task::block_in_place(|| eventually("they hold much", || (held(&target.home) > 60e6).then_some(())));
+
+    let end = clock::monotonic() + Duration::from_secs(20);
+    let (mut reads, mut appends, mut slowest) = (0, 0, Duration::ZERO);
+    let request = FetchRequest { partitions: vec![place], max_bytes: 4 << 20, ..Default::default() };
+    while clock::monotonic() < end {
+        let began = clock::monotonic();
+        let streamed = log.fetch(stream::iter([request.clone()])).await.expect("a stream");
+        let mut answers = streamed.into_inner();
+        while answers.message().await.expect("not broken").expect("no end").partitions[0].chunks.is_empty() {}
+        drop(answers);
+        (reads, slowest) = (reads + 1, slowest.max(began.elapsed()));
+        let batch = wire::append_batch("t", 2, wire::batch(&[&vec![7; 1 << 20]]));
+        appends += usize::from(wire::append(&mut log, batch).await.is_ok());
+    }
+    eprintln!("{reads} reads and {appends} appends in 20 s, the slowest read took {slowest:?}");
+    assert!(reads > 2 && appends > 2, "{reads} reads and {appends} appends");
+    assert!(target.home.metric("strandline_connections_closed_unread_total") > 0.0);
+    attackers.shutdown().await;
 }
 
 /// A message that has `inner` at the end of the messages that these fields nest.

@@ -1,0 +1,96 @@
+//! Requests of which a part is there and the rest has not come: they give way to others that wait for memory.
+
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    task::Waker,
+};
+
+use futures::task::AtomicWaker;
+use tokio::time::Instant;
+
+use super::{LARGE_GRACE, SMALL_BYTES, SMALL_GRACE, UNREAD_GRACE, connections::Account, grace};
+
+/// All of a broker's.
+#[derive(Debug, Default)]
+pub(super) struct IncompleteRequests(Mutex<State>);
+
+/// By the pool that they use, oldest first.
+#[derive(Debug, Default)]
+struct State {
+    next: u64,
+    small: BTreeMap<u64, Arc<IncompleteRequest>>,
+    large: BTreeMap<u64, Arc<IncompleteRequest>>,
+}
+
+impl State {
+    const fn of(&mut self, bytes: usize) -> &mut BTreeMap<u64, Arc<IncompleteRequest>> {
+        if bytes <= SMALL_BYTES { &mut self.small } else { &mut self.large }
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct IncompleteRequest {
+    number: u64,
+    /// Bytes that it has taken.
+    pub(super) bytes: usize,
+    since: Instant,
+    ended: AtomicBool,
+    waker: AtomicWaker,
+    account: Arc<Account>,
+}
+
+impl IncompleteRequest {
+    /// Whether it is to end; wakes the task when that becomes so.
+    pub(super) fn is_ended(&self, waker: &Waker) -> bool {
+        self.waker.register(waker);
+        self.ended.load(Ordering::Acquire)
+    }
+}
+
+impl IncompleteRequests {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes a request of a connection that has so many bytes since then.
+    pub(super) fn add(&self, bytes: usize, since: Instant, account: &Arc<Account>) -> Arc<IncompleteRequest> {
+        let mut state = self.state();
+        let number = state.next;
+        state.next += 1;
+        let (ended, waker, account) = (AtomicBool::new(false), AtomicWaker::new(), Arc::clone(account));
+        let request = Arc::new(IncompleteRequest { number, bytes, since, ended, waker, account });
+        state.of(bytes).insert(number, Arc::clone(&request));
+        request
+    }
+
+    pub(super) fn remove(&self, request: &IncompleteRequest) {
+        self.state().of(request.bytes).remove(&request.number);
+    }
+
+    /// Ends requests that do not come, until so many bytes of the pool that a request of this size uses will be free.
+    pub(super) fn end(&self, bytes: usize, now: Instant) {
+        let mut freed = 0;
+        // Those that come after one that is so young are younger.
+        let least = if bytes <= SMALL_BYTES { SMALL_GRACE } else { LARGE_GRACE };
+        for request in self.state().of(bytes).values() {
+            let age = now.saturating_duration_since(request.since);
+            if age < least || freed >= bytes {
+                return;
+            }
+            if age < grace(request.bytes) {
+                continue;
+            }
+            if !request.ended.swap(true, Ordering::AcqRel) {
+                request.waker.wake();
+            } else if age >= grace(request.bytes) + UNREAD_GRACE {
+                // Its call does not run: the client does not read its answers.
+                request.account.close();
+            }
+            freed += request.bytes;
+        }
+    }
+}
