@@ -21,6 +21,7 @@
 //! - A process that was declared gone and comes back was not dead, so something between lies. Evidence against that broker then
 //!   counts for nothing, for a minute at first and twice as long each time.
 
+mod shared_checks;
 mod trust;
 
 use std::{
@@ -29,10 +30,7 @@ use std::{
     time::Duration,
 };
 
-use futures::{StreamExt as _, stream};
-use tokio::sync::Semaphore;
-
-use self::trust::Trust;
+use self::{shared_checks::SharedChecks, trust::Trust};
 use super::{
     Broker,
     peer::{LinkLost, Report},
@@ -46,6 +44,7 @@ use crate::{
     task::{Tasks, clock},
     telemetry::LogThrottle,
 };
+use futures::{StreamExt as _, stream};
 
 /// How long a probe waits for an answer.
 const PROBE: Duration = Duration::from_millis(200);
@@ -66,7 +65,7 @@ const REPORT: Duration = Duration::from_secs(3);
 const REPORTS: u32 = 10;
 const REPORT_AGAIN: Duration = Duration::from_millis(200);
 
-/// Reports by others that are looked into at the same time.
+/// Brokers that are looked at, because others reported them, at the same time.
 const REPORT_PROBES: usize = 4;
 
 /// How often a registration is tried to be taken away. Done twice it does no more than once.
@@ -113,8 +112,8 @@ pub(super) struct Evidence {
     /// Looks that are under way: a broker has many links, and all of them break at once.
     looks: Mutex<BTreeSet<(BrokerId, Revision)>>,
     trust: Mutex<Trust>,
-    /// Bounds the probes that reports begin.
-    turns: Semaphore,
+    /// Reports by others that are being looked into.
+    reports: SharedChecks<(BrokerId, Revision), Result<bool, StoreError>>,
     /// Reports about brokers that were there.
     false_reports: Mutex<LogThrottle>,
 }
@@ -146,7 +145,7 @@ impl Evidence {
             tasks,
             looks: Mutex::default(),
             trust: Mutex::default(),
-            turns: Semaphore::new(REPORT_PROBES),
+            reports: SharedChecks::new(REPORT_PROBES),
             false_reports: Mutex::default(),
         })
     }
@@ -238,27 +237,34 @@ impl Broker {
         }
     }
 
-    /// The controller's look at a report that came by the network: whoever it names as its reporter, this broker probes. True when it took the
+    /// The controller's look at a report that came by the network: whoever it names as its reporter, this broker probes. Reports about the same
+    /// registration that wait share one probe, so reports about one live broker do not hold up those about others. True when it took the
     /// registration away.
     ///
     /// # Errors
     /// When the store did not do it: whoever reported is to report again.
     pub(super) async fn judge(&self, report: Report, evidence: &Evidence) -> Result<bool, StoreError> {
-        let Report { reporter, broker, epoch, ref seen } = report;
+        let Report { reporter, broker, epoch, .. } = report;
         if self.view.state().controller() != Some(self.settings.id) {
             return Ok(false);
         }
-        let _turn = evidence.turns.acquire().await.expect("it is never closed");
-        let Some(known) = registered(&self.view.state(), broker, epoch) else { return Ok(false) };
-        if !probe(&evidence.peers, &known.value).await.is_gone() {
+        if registered(&self.view.state(), broker, epoch).is_none() {
+            return Ok(false);
+        }
+        let look = async move || {
+            let Some(known) = registered(&self.view.state(), broker, epoch) else { return Ok(false) };
+            if probe(&evidence.peers, &known.value).await.is_gone() {
+                return self.take_away(report, evidence).await;
+            }
             let reports =
                 evidence.false_reports.lock().unwrap_or_else(PoisonError::into_inner).occur(clock::monotonic());
             if let Some(reports) = reports {
+                let seen = report.seen;
                 tracing::info!(%broker, %reporter, seen, reports, "a broker was reported as gone, and is there for its controller");
             }
-            return Ok(false);
-        }
-        self.take_away(report, evidence).await
+            Ok(false)
+        };
+        evidence.reports.run((broker, epoch), look).await
     }
 
     /// Takes the registration of a process away that this broker has seen to be gone, if it is the controller. True when that was done.
