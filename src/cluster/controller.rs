@@ -318,8 +318,9 @@ fn report(plan: &Plan, view: &ViewState, waiting: &mut BTreeSet<PartitionId>) {
             ),
             planner::Waiting::ForOrdered => tracing::warn!(
                 topic = %named(view, *id), partition = %id,
-                "a broker that the partition was ordered to is not alive, or holds as many replicas as it takes (broker.max_replicas): the move \
-                 waits for it; start it or raise the setting, or cancel the order with `strandline partition reassign cancel`"
+                "a broker that the partition was ordered to is not alive, is registered without an address for other brokers, or holds as many \
+                 replicas as it takes (broker.max_replicas): the move waits for it; start it or raise the setting, or cancel the order with \
+                 `strandline partition reassign cancel`"
             ),
             planner::Waiting::ForBrokers => tracing::warn!(
                 topic = %named(view, *id), partition = %id,

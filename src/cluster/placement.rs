@@ -70,8 +70,8 @@ impl Placement {
         Self::default()
     }
 
-    /// The live brokers of a view, carrying what its topics say. Those that are being stopped or drained, or whose disks are full, are
-    /// given nothing; the others no more than they take.
+    /// The live brokers of a view, carrying what its topics say. Those that are being stopped or drained, whose disks are full, or that
+    /// other brokers cannot reach are given nothing; the others no more than they take.
     pub fn of(state: &ViewState) -> Self {
         let mut placement = Self::new();
         for (id, broker) in state.brokers() {
@@ -79,7 +79,7 @@ impl Placement {
             if let Some(max) = broker.value.max_replicas {
                 placement.bound(*id, usize::try_from(max).unwrap_or(usize::MAX));
             }
-            if is_leaving(state, *id, &broker.value) || broker.value.disk_full {
+            if is_leaving(state, *id, &broker.value) || broker.value.disk_full || is_unreachable(state, &broker.value) {
                 placement.exclude(*id);
             }
         }
@@ -112,7 +112,7 @@ impl Placement {
         }
     }
 
-    /// The brokers that are neither being emptied nor full of records, with what they carry.
+    /// The brokers that may be given more as far as their state goes, whatever they carry, with what that is.
     pub fn steady(&self) -> impl Iterator<Item = (BrokerId, Load)> + '_ {
         self.brokers.iter().filter(|(_, candidate)| candidate.takes).map(|(id, candidate)| (*id, candidate.load))
     }
@@ -222,6 +222,11 @@ impl Placement {
 /// Whether a live broker is being stopped or drained.
 pub(super) fn is_leaving(state: &ViewState, id: BrokerId, value: &BrokerValue) -> bool {
     value.state == BrokerState::Stopping || state.drains().contains_key(&id)
+}
+
+/// Whether other brokers cannot reach a live broker, because its registration names no address for them: no replica there is ever in sync.
+pub(super) fn is_unreachable(state: &ViewState, value: &BrokerValue) -> bool {
+    value.listeners.peer().is_none() && state.brokers().len() > 1
 }
 
 /// A number that is the same for the same pair everywhere, and as good as random over pairs (SplitMix64's finish).

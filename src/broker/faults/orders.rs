@@ -67,7 +67,10 @@ impl From<ReassignError> for Fault {
             ReassignError::Factor { factor, asked, .. } => {
                 Self::new(Reason::InvalidRequest, message).with("replication_factor", factor).with("brokers", asked)
             }
-            ReassignError::Gone { ids, .. } | ReassignError::Draining { ids } | ReassignError::Full { ids, .. } => {
+            ReassignError::Gone { ids, .. }
+            | ReassignError::Draining { ids }
+            | ReassignError::Full { ids, .. }
+            | ReassignError::Unreachable { ids, .. } => {
                 Self::new(Reason::NotPossible, message).with("brokers", list(&ids))
             }
             ReassignError::Bound(bound) => super::above_bound(message, bound),

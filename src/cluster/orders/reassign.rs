@@ -4,7 +4,12 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::{Brokers, Chosen, FindError, Ordered, Orders, UnknownBrokers, WriteError, known};
 use crate::{
-    cluster::{partition_value::PartitionValue, placement::ReplicaBound, view::ViewState},
+    cluster::{
+        keys::BrokerValue,
+        partition_value::PartitionValue,
+        placement::{ReplicaBound, is_unreachable},
+        view::ViewState,
+    },
     model::{BrokerId, PartitionId, TopicName},
 };
 
@@ -68,6 +73,18 @@ pub enum ReassignError {
         /// The partition, as `topic/number`.
         partition: String,
     },
+    /// A broker that others cannot reach would never be in sync.
+    #[error(
+        "other brokers cannot reach {}, registered without an address for them, so no replica of partition {partition} goes there: leave \
+         that out, or run the same version everywhere",
+        Brokers(ids)
+    )]
+    Unreachable {
+        /// Which.
+        ids: Vec<BrokerId>,
+        /// The partition, as `topic/number`.
+        partition: String,
+    },
     /// A broker would hold more replicas than it takes.
     #[error(transparent)]
     Bound(#[from] ReplicaBound),
@@ -112,11 +129,16 @@ impl Orders {
             if !gone.is_empty() {
                 return Err(ReassignError::Gone { ids: gone, partition: self.spoken(id) });
             }
-            let is_full = |id: &BrokerId| state.brokers().get(id).is_some_and(|known| known.value.disk_full);
-            let full: Vec<BrokerId> =
-                target.iter().copied().filter(|id| is_full(id) && !value.replicas.contains(id)).collect();
-            if !full.is_empty() {
-                return Err(ReassignError::Full { ids: full, partition: self.spoken(id) });
+            let new = |refused: &dyn Fn(&BrokerValue) -> bool| {
+                let refused = |id: &BrokerId| state.brokers().get(id).is_some_and(|known| refused(&known.value));
+                let new = target.iter().copied().filter(|id| refused(id) && !value.replicas.contains(id));
+                Some(new.collect::<Vec<_>>()).filter(|ids| !ids.is_empty())
+            };
+            if let Some(ids) = new(&|broker| broker.disk_full) {
+                return Err(ReassignError::Full { ids, partition: self.spoken(id) });
+            }
+            if let Some(ids) = new(&|broker| is_unreachable(&state, broker)) {
+                return Err(ReassignError::Unreachable { ids, partition: self.spoken(id) });
             }
             Ok(moved(value, &target))
         })

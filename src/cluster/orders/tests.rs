@@ -5,6 +5,7 @@ use crate::{
     cluster::{
         census::{Carried, Duty},
         embedded::EmbeddedStore,
+        endpoints::Endpoints,
         faulty::{Fault, Faulty},
         keys::{BrokerState, BrokerValue, DrainValue, Key, Value},
         placement::ReplicaBound,
@@ -148,6 +149,19 @@ async fn a_broker_with_a_full_disk_is_sent_nothing_and_keeps_what_it_has() {
     assert_eq!(full, ReassignError::Full { ids: ids(&[3]), partition: format!("{TOPIC}/0") });
     assert!(full.to_string().contains("the disk of broker 3 is full (broker.disk_full_percent)"), "{full}");
     cluster.orders.reassign(&name(), Some(1), &ids(&[3, 1])).await.expect("it holds that one");
+}
+
+#[tokio::test]
+async fn unreachable_broker_is_sent_nothing_and_keeps_what_it_has() {
+    let cluster = Cluster::of(3, 2, vec![value(&[1, 2], Some(1), &[1, 2]), value(&[3, 2], Some(3), &[3, 2])]).await;
+    let listeners = Endpoints::new("b3:9460".to_owned());
+    let hidden = BrokerValue { listeners, ..registered(3, BrokerState::Running) };
+    cluster.put(&Key::Broker(BrokerId(3)), &hidden).await;
+    let refused = cluster.orders.reassign(&name(), Some(0), &ids(&[3, 2])).await.expect_err("never in sync there");
+    assert_eq!(refused, ReassignError::Unreachable { ids: ids(&[3]), partition: format!("{TOPIC}/0") });
+    cluster.orders.reassign(&name(), Some(1), &ids(&[3, 1])).await.expect("it holds that one");
+    let drained = cluster.orders.drain(BrokerId(2), 0).await.expect("ordered");
+    assert_eq!((drained.stuck.len(), drained.takers), (1, 1), "broker 1 takes the replica of partition 1 alone");
 }
 
 #[tokio::test]

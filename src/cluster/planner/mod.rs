@@ -23,7 +23,7 @@
 //! - A step keeps the in-sync replicas that are alive; only the end of a move takes out one, and only one that the move takes away.
 //! - Steps end: carried out, with replicas that catch up, they lead to a state that needs none.
 //! - No move waits for a broker that is gone for good.
-//! - No step gives a replica to a broker that holds as many as it takes.
+//! - No step gives a replica to a broker that holds as many as it takes, or that other brokers cannot reach.
 
 mod lead;
 mod moves;
@@ -35,6 +35,7 @@ use super::{
     changes::Change,
     keys::{BrokerState, TopicValue},
     partition_value::PartitionValue,
+    placement::is_unreachable,
     store::Revision,
     view::ViewState,
 };
@@ -146,9 +147,9 @@ pub struct Step {
 pub enum Waiting {
     /// Nobody who may lead is there.
     ForLeader,
-    /// There are too few brokers for its replicas, or they hold as many as they take.
+    /// There are too few brokers that take its replicas.
     ForBrokers,
-    /// A broker that it was ordered to is not there, or holds as many replicas as it takes.
+    /// A broker that it was ordered to is not there, cannot be reached by other brokers, or holds as many replicas as it takes.
     ForOrdered,
 }
 
@@ -218,6 +219,11 @@ impl Input<'_> {
 
     fn is_draining(&self, id: BrokerId) -> bool {
         self.view.drains().contains_key(&id)
+    }
+
+    /// Whether it is there and other brokers can reach it.
+    fn is_reachable(&self, id: BrokerId) -> bool {
+        self.view.brokers().get(&id).is_some_and(|known| !is_unreachable(self.view, &known.value))
     }
 
     /// Whether its disk took no more records.

@@ -167,12 +167,12 @@ fn begin_ordered(
     moved
 }
 
-/// The value with the ordered move begun; `None` where none was ordered, or whoever is to copy is not there or holds as much as it takes,
-/// or nobody to copy from.
+/// The value with the ordered move begun; `None` where none was ordered, or whoever is to copy is not there, cannot be reached or holds as
+/// much as it takes, or nobody to copy from.
 fn startable(input: &Input<'_>, subject: &Subject<'_>, placement: &Placement) -> Option<PartitionValue> {
     subject.value.leader?;
     let value = subject.value.begin_ordered().filter(|_| !subject.is_moving())?;
-    value.adding.iter().all(|id| input.is_live(*id) && placement.is_below_bound(*id)).then_some(value)
+    value.adding.iter().all(|id| input.is_reachable(*id) && placement.is_below_bound(*id)).then_some(value)
 }
 
 /// The replicas that a partition should have, when they are others than it has. With too few brokers some of those that should go stay.

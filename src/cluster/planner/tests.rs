@@ -8,6 +8,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::{
     cluster::{
+        endpoints::Endpoints,
         keys::{BrokerValue, DrainValue, Key, Keys, Value},
         store::{Entry, Listing},
     },
@@ -15,6 +16,7 @@ use crate::{
 };
 
 mod gone;
+mod unreachable;
 
 /// A cluster that steps are carried out in.
 #[derive(Clone, Debug)]
@@ -95,6 +97,11 @@ impl World {
 
     fn bound(&mut self, number: u32, max: u32) {
         self.say(number, |value| value.max_replicas = Some(max));
+    }
+
+    /// It is registered without an address for other brokers.
+    fn hide(&mut self, number: u32) {
+        self.say(number, |value| value.listeners = Endpoints::new("a:1".to_owned()));
     }
 
     fn held(&self, number: u32) -> usize {

@@ -7,7 +7,7 @@ use crate::{
     cluster::{
         keys::{TopicValue, Value as _},
         outcome::known_outcome,
-        placement::{ReplicaBound, is_leaving},
+        placement::{ReplicaBound, is_leaving, is_unreachable},
         store::{Compare, Op, Outcome, Revision, StoreError, Transaction},
         view::ViewState,
     },
@@ -89,24 +89,28 @@ pub struct There {
     pub leaving: usize,
     /// Of the others, those whose disks are full: they take none either.
     pub full: usize,
+    /// Of the rest, those that registered no address for other brokers: they take none either.
+    pub unreachable: usize,
 }
 
 impl There {
     /// Those of a view.
     pub fn of(state: &ViewState) -> Self {
-        let mut there = Self { live: 0, leaving: 0, full: 0 };
+        let mut there = Self { live: 0, leaving: 0, full: 0, unreachable: 0 };
         for (id, known) in state.brokers() {
             let leaving = is_leaving(state, *id, &known.value);
             there.live += 1;
             there.leaving += usize::from(leaving);
-            there.full += usize::from(!leaving && known.value.disk_full);
+            let full = !leaving && known.value.disk_full;
+            there.full += usize::from(full);
+            there.unreachable += usize::from(!leaving && !full && is_unreachable(state, &known.value));
         }
         there
     }
 
     /// Those that take replicas.
     pub const fn takers(self) -> usize {
-        self.live - self.leaving - self.full
+        self.live - self.leaving - self.full - self.unreachable
     }
 }
 
@@ -114,15 +118,17 @@ impl fmt::Display for There {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let are = |count: usize| if count == 1 { "1 is".to_owned() } else { format!("{count} are") };
         write!(f, "{} alive", are(self.live))?;
-        match self.leaving {
-            0 => {}
-            leaving => write!(f, ", of which {} being stopped or drained", are(leaving))?,
+        let mut some = Vec::new();
+        if self.leaving > 0 {
+            some.push(format!("{} being stopped or drained", are(self.leaving)));
         }
-        match (self.full, self.leaving) {
-            (0, _) => Ok(()),
-            (full, 0) => write!(f, ", of which {full} with full disks (broker.disk_full_percent)"),
-            (full, _) => write!(f, " and {full} with full disks (broker.disk_full_percent)"),
+        if self.full > 0 {
+            some.push(format!("{} with full disks (broker.disk_full_percent)", self.full));
         }
+        if self.unreachable > 0 {
+            some.push(format!("{} registered without an address for other brokers", are(self.unreachable)));
+        }
+        if some.is_empty() { Ok(()) } else { write!(f, ", of which {}", some.join(" and ")) }
     }
 }
 

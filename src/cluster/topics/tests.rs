@@ -6,6 +6,7 @@ use super::*;
 use crate::{
     cluster::{
         embedded::EmbeddedStore,
+        endpoints::Endpoints,
         faulty::{Fault, Faulty},
         keys::{BrokerValue, Key},
         view::PartitionEntry,
@@ -121,7 +122,7 @@ async fn a_topic_is_made_whole_with_leaders_at_epoch_zero() {
 async fn what_cannot_be_made_is_refused_with_the_numbers_and_makes_nothing() {
     let cluster = Cluster::of(2).await;
     let error = cluster.create("a", 1, 3).await.expect_err("three replicas on two brokers");
-    assert_eq!(error, CreateError::Brokers { asked: 3, there: There { live: 2, leaving: 0, full: 0 } });
+    assert_eq!(error, CreateError::Brokers { asked: 3, there: There { live: 2, leaving: 0, full: 0, unreachable: 0 } });
     assert!(error.to_string().contains('3') && error.to_string().contains('2'), "{error}");
     assert_eq!(cluster.create("a", 0, 1).await, Err(CreateError::Partitions { asked: 0 }));
     let asked = limits::MAX_PARTITIONS + 1;
@@ -159,6 +160,27 @@ async fn more_replicas_than_a_broker_takes_are_refused_with_both_numbers() {
     cluster.topics.delete(&name("a")).await.expect("deleted");
     cluster.catch_up().await;
     cluster.create("b", 1, 1).await.expect("there is room again");
+}
+
+/// Their replicas were never in sync, and `acks=all` waited for ever where two of three were such.
+#[tokio::test]
+async fn brokers_without_address_for_others_are_given_no_replicas() {
+    let cluster = Cluster::of(3).await;
+    let hidden =
+        BrokerValue { listeners: Endpoints::new("b3:9460".to_owned()), ..BrokerValue::running_at(String::new()) };
+    cluster.put(&Key::Broker(BrokerId(3)), hidden.encode()).await;
+    cluster.create("a", 12, 2).await.expect("made");
+    assert!(cluster.view.state().partitions_on(BrokerId(3)).is_empty());
+    let error = cluster.create("b", 1, 3).await.expect_err("two brokers take replicas");
+    let there = There { live: 3, leaving: 0, full: 0, unreachable: 1 };
+    assert_eq!(error, CreateError::Brokers { asked: 3, there });
+    let text = error.to_string();
+    assert!(text.contains("3 are alive, of which 1 is registered without an address for other brokers"), "{text}");
+
+    let alone = Cluster::of(1).await;
+    let hidden = BrokerValue { listeners: Endpoints::new("b1:9460".to_owned()), ..hidden };
+    alone.put(&Key::Broker(BrokerId(1)), hidden.encode()).await;
+    alone.create("a", 1, 1).await.expect("a broker alone needs no such address");
 }
 
 #[tokio::test]
@@ -255,7 +277,7 @@ async fn a_topic_grows_and_keeps_what_it_had() {
     cluster.store.transact(Transaction::new().delete(cluster.keys.broker(BrokerId(3)))).await.expect("answers");
     cluster.catch_up().await;
     let poor = cluster.topics.add_partitions(&name("a"), 151).await;
-    let there = There { live: 2, leaving: 0, full: 0 };
+    let there = There { live: 2, leaving: 0, full: 0, unreachable: 0 };
     assert_eq!(poor, Err(AddPartitionsError::Brokers { asked: 3, there }), "three replicas on two brokers");
 }
 

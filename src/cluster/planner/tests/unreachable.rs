@@ -1,0 +1,39 @@
+//! Brokers that registered no address for other brokers: a replica there is never in sync.
+
+use super::*;
+
+#[test]
+fn unreachable_broker_is_passed_over_by_every_rule() {
+    // Lost replicas.
+    let values = (0..4).map(|_| value(&[1, 2, 3], Some(1), &[1, 2, 3])).collect();
+    let mut world = World::of(&["", "", "", ""], 3, 2, values);
+    world.hide(4);
+    world.go(3, 30 * 60 * 1000);
+    world.replicate(2);
+    world.settle(2);
+    assert_eq!((world.held(4), world.plan().waiting.len()), (0, 4));
+
+    // A raised factor, a drain, balance.
+    let alone = || (0..4).map(|_| value(&[1], Some(1), &[1])).collect();
+    let mut world = World::of(&["", ""], 1, 1, alone());
+    world.hide(2);
+    world.topic(2, 1, 4);
+    world.settle(1);
+    assert_eq!(world.held(2), 0);
+    world.topic(1, 1, 4);
+    world.drain(1);
+    world.settle(1);
+    assert_eq!((world.held(1), world.held(2)), (4, 0));
+    let mut world = World::of(&["", ""], 1, 1, alone());
+    world.hide(2);
+    assert_eq!(world.plan().steps, []);
+
+    // An order waits until the broker can be reached.
+    let mut world = World::of(&["", ""], 1, 1, vec![value(&[1], Some(1), &[1]).order_move(&ids(&[2]))]);
+    world.hide(2);
+    world.settle(1);
+    assert_eq!((world.held(2), world.plan().waiting), (0, vec![(id(0), Waiting::ForOrdered)]));
+    world.come(2, "");
+    world.settle(1);
+    assert_eq!((world.held(2), world.plan().waiting), (1, vec![]));
+}
