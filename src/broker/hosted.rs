@@ -3,11 +3,14 @@
 //! A partition has a cell of its own: that it is opened, or let go, costs no copy of what is held beside it. What this broker is in a
 //! partition is said by the partition itself.
 
+mod parts;
+
 use std::{collections::BTreeMap, sync::Arc};
 
 use arc_swap::ArcSwap;
 use tokio::sync::watch;
 
+use self::parts::Parts;
 use crate::{
     cluster::Revision,
     model::{LeaderEpoch, PartitionId, TopicConfig, TopicId, TopicName},
@@ -81,16 +84,16 @@ impl HostedTopic {
     }
 }
 
-/// All of them. Readers see whole snapshots.
+/// All of them. Readers see each topic whole.
 pub(super) struct Hosted {
-    topics: ArcSwap<BTreeMap<TopicName, HostedTopic>>,
-    ids: ArcSwap<BTreeMap<TopicId, TopicName>>,
+    topics: Parts<TopicName, HostedTopic>,
+    ids: Parts<TopicId, TopicName>,
     changed: watch::Sender<()>,
 }
 
 impl Default for Hosted {
     fn default() -> Self {
-        Self { topics: ArcSwap::default(), ids: ArcSwap::default(), changed: watch::Sender::new(()) }
+        Self { topics: Parts::default(), ids: Parts::default(), changed: watch::Sender::new(()) }
     }
 }
 
@@ -105,7 +108,7 @@ pub(super) enum Found {
 impl Hosted {
     /// What there is for this name and number; `None` when no topic has the name.
     pub(super) fn find(&self, topic: &str, partition: i32) -> Option<Found> {
-        let topics = self.topics.load();
+        let topics = self.topics.of_name(topic);
         let hosted = topics.get(topic)?;
         let number = u32::try_from(partition).ok();
         let held = number.and_then(|number| Some((PartitionId::new(hosted.id, number), hosted.holding(number)?)));
@@ -114,12 +117,12 @@ impl Hosted {
 
     /// What is held of a topic.
     pub(super) fn topic(&self, name: &TopicName) -> Option<HostedTopic> {
-        self.topics.load().get(name).cloned()
+        self.topics.of(name).get(name).cloned()
     }
 
     /// Every topic's name.
     pub(super) fn names(&self) -> Vec<TopicName> {
-        self.topics.load().keys().cloned().collect()
+        self.topics.all().flat_map(|part| part.keys().cloned().collect::<Vec<_>>()).collect()
     }
 
     /// The replica of this partition, whatever it does.
@@ -132,17 +135,16 @@ impl Hosted {
 
     /// What is held of this partition.
     pub(super) fn held(&self, id: PartitionId) -> Option<Arc<Holding>> {
-        let ids = self.ids.load();
+        let ids = self.ids.of(&id.topic);
         let name = ids.get(&id.topic)?;
-        let topics = self.topics.load();
-        topics.get(name).filter(|topic| topic.id == id.topic)?.holding(id.number)
+        self.topics.of(name).get(name).filter(|topic| topic.id == id.topic)?.holding(id.number)
     }
 
     /// The configuration by which this partition is held.
     pub(super) fn config(&self, id: PartitionId) -> Option<Arc<TopicConfig>> {
-        let ids = self.ids.load();
-        let topics = self.topics.load();
-        Some(Arc::clone(&topics.get(ids.get(&id.topic)?)?.config))
+        let ids = self.ids.of(&id.topic);
+        let name = ids.get(&id.topic)?;
+        Some(Arc::clone(&self.topics.of(name).get(name)?.config))
     }
 
     /// Waits until `holds` is true of what is held.
@@ -157,34 +159,45 @@ impl Hosted {
 
     /// Every replica.
     pub(super) fn open(&self) -> Vec<Arc<Partition>> {
-        let topics = self.topics.load();
-        let holdings = topics.values().flat_map(HostedTopic::holdings);
-        holdings
-            .filter_map(|holding| match &*holding {
-                Holding::Open(partition) => Some(Arc::clone(partition)),
-                _ => None,
-            })
-            .collect()
+        let mut open = Vec::new();
+        for part in self.topics.all() {
+            for holding in part.values().flat_map(HostedTopic::holdings) {
+                if let Holding::Open(partition) = &*holding {
+                    open.push(Arc::clone(partition));
+                }
+            }
+        }
+        open
     }
 
     /// Takes topics in, or takes over what is new of them. Only the task that follows the metadata changes the set, so no
     /// change is lost.
     pub(super) fn put(&self, some: impl IntoIterator<Item = (TopicName, HostedTopic)>) {
-        self.update(|topics| topics.extend(some));
+        let mut ids = BTreeMap::new();
+        let topics = some.into_iter().map(|(name, topic)| {
+            // A topic that was made again under its name has another id.
+            ids.extend(self.topic(&name).map(|before| (before.id, None)));
+            ids.insert(topic.id, Some(name.clone()));
+            (name, Some(topic))
+        });
+        self.topics.apply(topics);
+        self.ids.apply(ids);
     }
 
     /// Lets a topic go.
     pub(super) fn remove(&self, name: &TopicName) {
-        self.update(|topics| {
-            topics.remove(name);
-        });
+        if let Some(topic) = self.topic(name) {
+            self.ids.apply([(topic.id, None)]);
+            self.topics.apply([(name.clone(), None)]);
+        }
     }
 
     /// From now on this is held of a partition.
     pub(super) fn set(&self, id: PartitionId, holding: Holding) {
-        let ids = self.ids.load();
-        let topics = self.topics.load();
-        let hosted = ids.get(&id.topic).and_then(|name| topics.get(name)).filter(|topic| topic.id == id.topic);
+        let ids = self.ids.of(&id.topic);
+        let Some(name) = ids.get(&id.topic) else { return };
+        let topics = self.topics.of(name);
+        let hosted = topics.get(name).filter(|topic| topic.id == id.topic);
         if let Some(cell) = hosted.and_then(|topic| topic.cells.get(id.number as usize)) {
             cell.store(Arc::new(holding));
         }
@@ -192,27 +205,16 @@ impl Hosted {
 
     /// Everything that was put or set is so, and these topics are acted by at these revisions.
     pub(super) fn acted(&self, revisions: BTreeMap<TopicName, Revision>) {
-        if !revisions.is_empty() {
-            self.update(|topics| {
-                for (name, revision) in revisions {
-                    if let Some(topic) = topics.get_mut(&name) {
-                        topic.revision = revision;
-                    }
-                }
-            });
-        }
+        let acted = revisions.into_iter().filter_map(|(name, revision)| {
+            let topic = HostedTopic { revision, ..self.topic(&name)? };
+            Some((name, Some(topic)))
+        });
+        self.topics.apply(acted);
         self.tell();
     }
 
     /// Tells those who wait that something has changed.
     pub(super) fn tell(&self) {
         self.changed.send_replace(());
-    }
-
-    fn update(&self, change: impl FnOnce(&mut BTreeMap<TopicName, HostedTopic>)) {
-        let mut topics = BTreeMap::clone(&self.topics.load());
-        change(&mut topics);
-        self.ids.store(Arc::new(topics.iter().map(|(name, topic)| (topic.id, name.clone())).collect()));
-        self.topics.store(Arc::new(topics));
     }
 }
