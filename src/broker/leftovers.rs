@@ -25,8 +25,10 @@ const ANSWER: Duration = Duration::from_secs(2);
 /// How many are looked at together.
 const TOGETHER: usize = 64;
 
-/// Replicas that are deleted side by side: each waits for the journal twice.
-const DELETIONS: usize = 16;
+/// Replicas that are deleted together, with two rounds of the journal and one sync of their topic's folder, and how many such parts are
+/// deleted side by side.
+const DELETED_TOGETHER: usize = 256;
+const DELETIONS: usize = 2;
 
 /// Those that are to be looked at.
 #[derive(Debug, Default)]
@@ -72,6 +74,7 @@ impl Leftovers {
             (id, answer)
         });
         let answers: Vec<_> = asked.buffer_unordered(TOGETHER).collect().await;
+        let mut moved = Vec::new();
         for (id, answer) in answers {
             let value = match answer {
                 Ok(Ok(found)) => found.map(|(value, _)| value),
@@ -84,9 +87,12 @@ impl Leftovers {
             // One that came back meanwhile is open, or will be: the mirror brings it.
             let is_others = value.is_some_and(|value| !value.replicas.contains(&broker.settings.id));
             if is_others && broker.hosted.by_id(id).is_none() {
-                broker.delete_replica(id).await;
-                tracing::info!(partition = %id, "the replica moved to other brokers; its files here were deleted");
+                moved.push(id);
             }
+        }
+        broker.delete_replicas(moved.clone()).await;
+        for id in moved {
+            tracing::info!(partition = %id, "the replica moved to other brokers; its files here were deleted");
         }
     }
 
@@ -120,8 +126,8 @@ impl Leftovers {
     async fn delete_held(&mut self, broker: &Broker, topic: TopicId, held: Vec<PartitionId>) -> bool {
         match tokio::time::timeout(ANSWER, broker.topics.was_deleted(topic)).await {
             Ok(Ok(true)) => {
-                let deletions = stream::iter(held);
-                deletions.for_each_concurrent(DELETIONS, |id| broker.delete_replica(id)).await;
+                let parts = stream::iter(held.chunks(DELETED_TOGETHER));
+                parts.for_each_concurrent(DELETIONS, |ids| broker.delete_replicas(ids.to_vec())).await;
                 return true;
             }
             Ok(Ok(false)) if held.is_empty() => {}
@@ -145,10 +151,19 @@ fn held_of(broker: &Broker, topic: TopicId) -> Vec<PartitionId> {
 }
 
 impl Broker {
-    async fn delete_replica(&self, id: PartitionId) {
+    async fn delete_replicas(&self, ids: Vec<PartitionId>) {
+        if ids.is_empty() {
+            return;
+        }
         let log = self.log.clone();
-        let delete = move || log.delete_replica(id).and_then(|()| log.delete_unclaimed(id));
-        if let Err(error) = task::blocking(delete).await {
+        let delete = move || {
+            let mut failures = log.delete_replicas(&ids);
+            let failed = |id: &PartitionId| failures.iter().any(|(failed, _)| failed == id);
+            let unclaimed: Vec<_> = ids.iter().copied().filter(|id| !failed(id)).collect();
+            failures.extend(log.delete_unclaimed(&unclaimed));
+            failures
+        };
+        for (id, error) in task::blocking(delete).await {
             tracing::warn!(partition = %id, %error, "could not delete all of the partition's files; what is left is looked at again at the next start");
         }
     }

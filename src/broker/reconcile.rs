@@ -145,7 +145,7 @@ impl Broker {
                 topics.push((name.clone(), topic));
             }
         }
-        // All at once: each change copies the table of topics.
+        // All at once: each change copies a part of the table of topics.
         if !topics.is_empty() {
             self.hosted.put(topics);
         }
@@ -454,11 +454,12 @@ impl Broker {
     /// Ends what is held of a topic that the metadata does not name any more, and deletes it where that was meant.
     async fn let_go(&self, name: &TopicName, hosted: &HostedTopic, leftovers: &mut Leftovers) {
         self.hosted.remove(name);
-        for holding in hosted.holdings() {
+        let stop = async |holding: Arc<Holding>| {
             if let Holding::Open(partition) = &*holding {
                 partition.stop().await;
             }
-        }
+        };
+        stream::iter(hosted.holdings()).for_each_concurrent(TOLD_TOGETHER, stop).await;
         if leftovers.see_to_topic(self, hosted.id).await {
             tracing::info!(topic = %name, id = %hosted.id, "the topic is deleted from this broker");
         }

@@ -222,23 +222,42 @@ impl Core {
 
     /// Puts an entry into the journal and waits until it is durable: one sync.
     pub(super) fn commit(&self, replica: &Arc<Shared>, head: EntryHead) -> Result<(), ChangeError> {
-        let (sender, receiver) = std::sync::mpsc::sync_channel(1);
-        let done: Done = Box::new(move |result| drop(sender.send(result)));
-        self.journal.submit(Item { head, batches: Vec::new(), bytes: 0, replica: replica.clone(), done: Some(done) });
-        if self.options.manual
-            && let Some(inner) = self.owner.get().and_then(Weak::upgrade)
-        {
+        self.commit_all([(replica, head)]).pop().expect("one outcome of one entry")
+    }
+
+    /// Puts entries into the journal and waits until all are durable, or failed. The journal takes many in one round.
+    pub(super) fn commit_all<'a>(
+        &self,
+        entries: impl IntoIterator<Item = (&'a Arc<Shared>, EntryHead)>,
+    ) -> Vec<Result<(), ChangeError>> {
+        let submit = |(replica, head): (&Arc<Shared>, EntryHead)| {
+            let (sender, receiver) = std::sync::mpsc::sync_channel(1);
+            let done: Done = Box::new(move |result| drop(sender.send(result)));
+            let replica = replica.clone();
+            self.journal.submit(Item { head, batches: Vec::new(), bytes: 0, replica, done: Some(done) });
+            receiver
+        };
+        let receivers: Vec<_> = entries.into_iter().map(submit).collect();
+        let failed = |reason: &str| Err(ChangeError::Failed { reason: reason.to_owned() });
+        let inner = self.owner.get().and_then(Weak::upgrade).filter(|_| self.options.manual);
+        let has_room = inner.is_none_or(|inner| {
             while self.journal.pending() {
                 if !inner.journal_step() {
-                    return Err(ChangeError::Failed { reason: "the journal has no room".to_owned() });
+                    return false;
                 }
             }
-        }
-        match receiver.recv() {
-            Ok(Ok(_)) | Ok(Err(PersistError::Cut)) => Ok(()),
-            Ok(Err(error)) => Err(ChangeError::Failed { reason: error.to_string() }),
-            Err(_) => Err(ChangeError::Failed { reason: "the log is closed".to_owned() }),
-        }
+            true
+        });
+        let outcome = |receiver: std::sync::mpsc::Receiver<_>| {
+            let received = if has_room { receiver.recv().ok() } else { receiver.try_recv().ok() };
+            match received {
+                Some(Ok(_) | Err(PersistError::Cut)) => Ok(()),
+                Some(Err(error)) => failed(&error.to_string()),
+                None if !has_room => failed("the journal has no room"),
+                None => failed("the log is closed"),
+            }
+        };
+        receivers.into_iter().map(outcome).collect()
     }
 
     /// Whether so many bytes may be appended and the reserve stays free. Without the reserve a log that filled its disk could

@@ -56,7 +56,7 @@ pub(super) struct Inner {
     pub(super) growing: Growing,
     registry: Mutex<Registry>,
     /// What is on the disk of replicas that are not known (any more).
-    unclaimed: Unclaimed,
+    pub(super) unclaimed: Unclaimed,
     opened_clean: bool,
     _lock: Box<dyn Send + Sync>,
 }
@@ -238,54 +238,6 @@ impl Log {
             return Err(ReplicaError::Open { id });
         }
         Ok(Replica::new(shared))
-    }
-
-    /// Deletes a replica and its files, or what an earlier try of this process left of them; nothing happens where it is not known. Its [`Replica`] was dropped before. Waits for two
-    /// rounds of the journal; it does not come back once this returned.
-    pub fn delete_replica(&self, id: PartitionId) -> Result<(), ReplicaError> {
-        let inner = &self.inner;
-        let known = {
-            let mut registry = inner.registry();
-            if registry.open.get(&id).is_some_and(|open| open.taken.load(Ordering::Acquire)) {
-                return Err(ReplicaError::Open { id });
-            }
-            match (registry.open.remove(&id), registry.dormant.remove(&id)) {
-                (Some(open), _) => Some(open),
-                (None, Some(dormant)) => {
-                    Some(Shared::new(&inner.core, replica_dir(&inner.core.dir, id), dormant.record))
-                }
-                (None, None) => None,
-            }
-        };
-        let Some(shared) = known else {
-            return inner.unclaimed.go_on(&*inner.core.disk, id);
-        };
-        drop(shared.failed.set("the replica was deleted".to_owned()));
-        shared.core.tail.truncate(&shared.tail, Offset::ZERO);
-        saw!(Changing { partition: id, to: Offset::ZERO, emptied: true });
-        let generation = inner.core.next_generation();
-        shared.state().generation = generation;
-        let failed = |error: super::error::ChangeError| ReplicaError::Failed { reason: error.to_string() };
-        let head = |kind| shared.head(kind, generation, Offset::ZERO, Offset::ZERO);
-        inner.core.commit(&shared, head(Kind::Delete)).map_err(failed)?;
-        for segment in &shared.state().segments {
-            inner.core.files.forget(segment.file.serial);
-        }
-        inner.unclaimed.begin(id);
-        inner.unclaimed.remove(&*inner.core.disk, id)?;
-        inner.core.commit(&shared, head(Kind::Settled)).map_err(failed)?;
-        saw!(Settled { partition: id });
-        Ok(())
-    }
-
-    /// Deletes what is on the disk of a replica that is not known: only the metadata's word that nobody needs it is a licence. Nothing
-    /// happens where the replica is known.
-    pub fn delete_unclaimed(&self, id: PartitionId) -> Result<(), ReplicaError> {
-        let is_known = {
-            let registry = self.inner.registry();
-            registry.open.contains_key(&id) || registry.dormant.contains_key(&id)
-        };
-        if is_known { Ok(()) } else { self.inner.unclaimed.remove(&*self.inner.core.disk, id) }
     }
 
     /// Says that the log is to be closed when those who write to it have stopped. They wait for the journal, and it waits until a file of

@@ -59,6 +59,7 @@
 mod change;
 mod checkpoint;
 mod core;
+mod delete;
 mod directory;
 pub mod disk;
 mod epochs;

@@ -140,6 +140,7 @@ fn merge(
 ) -> io::Result<BTreeMap<PartitionId, Dormant>> {
     let mut known: BTreeMap<PartitionId, ReplicaRecord> =
         records.into_iter().map(|record| (record.id, record)).collect();
+    let mut deleted = Vec::new();
     for (id, story) in &journaled.replicas {
         let older = |generation: u64| known.get(id).is_none_or(|record| record.generation < generation);
         if story.deleted.is_some_and(older) {
@@ -152,7 +153,7 @@ fn merge(
             known.insert(*id, record);
         }
         if story.unsettled.is_some_and(|head| matches!(head.kind, Kind::Delete)) && !known.contains_key(id) {
-            remove_replica(disk, &replica_dir(dir, *id))?;
+            deleted.push(replica_dir(dir, *id));
         }
         if let Some(reset) = story.unsettled.filter(|head| head.kind == Kind::Reset) {
             let left = known.get(id).map_or(Offset::ZERO, |record| record.segments[0].base);
@@ -160,6 +161,7 @@ fn merge(
             reset_again(disk, &replica_dir(dir, *id), reset.base)?;
         }
     }
+    remove_replicas(disk, deleted.iter().map(PathBuf::as_path)).into_iter().collect::<io::Result<()>>()?;
     if journaled.unknown_loss.is_some() {
         // The round may have held a replica's creation: what lies there is not passed over in silence.
         for record in without_checkpoint(disk, dir)? {
@@ -287,20 +289,36 @@ fn remove_files(disk: &dyn Disk, dir: &Path) -> io::Result<()> {
     }
 }
 
-/// Removes a replica's directory, and its topic's when that was the last, durably.
-pub(super) fn remove_replica(disk: &dyn Disk, dir: &Path) -> io::Result<()> {
-    remove_files(disk, dir)?;
-    let topic: PathBuf = dir.parent().unwrap_or(dir).to_owned();
-    match disk.remove_dir(dir) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
+/// Removes the directories of replicas, and those of topics that are empty then, durably: one sync for each topic. The outcome of each.
+pub(super) fn remove_replicas<'a>(disk: &dyn Disk, dirs: impl Iterator<Item = &'a Path>) -> Vec<io::Result<()>> {
+    let (mut outcomes, mut topics) = (Vec::new(), BTreeMap::<&Path, Vec<usize>>::new());
+    for dir in dirs {
+        topics.entry(dir.parent().unwrap_or(dir)).or_default().push(outcomes.len());
+        outcomes.push(remove_files(disk, dir).and_then(|()| unless_absent(disk.remove_dir(dir))));
     }
-    match disk.sync_dir(&topic) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
+    for (topic, places) in topics {
+        if let Err(error) = sync_removed(disk, topic) {
+            for place in places.into_iter().filter(|place| outcomes[*place].is_ok()).collect::<Vec<_>>() {
+                outcomes[place] = Err(io::Error::new(error.kind(), error.to_string()));
+            }
+        }
     }
-    if disk.remove_dir(&topic).is_ok() {
-        disk.sync_dir(topic.parent().unwrap_or(&topic))?;
+    outcomes
+}
+
+/// Makes it durable that directories of a topic are gone, and removes the topic's own when it is empty.
+fn sync_removed(disk: &dyn Disk, topic: &Path) -> io::Result<()> {
+    unless_absent(disk.sync_dir(topic))?;
+    if disk.remove_dir(topic).is_ok() {
+        disk.sync_dir(topic.parent().unwrap_or(topic))?;
     }
     Ok(())
+}
+
+/// What is not there need not be removed.
+fn unless_absent(result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        result => result,
+    }
 }

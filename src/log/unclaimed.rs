@@ -12,7 +12,7 @@ use super::{
     recover::Dormant,
     segment::base_of,
     shared::replica_dir,
-    startup::remove_replica,
+    startup::remove_replicas,
 };
 use crate::model::{PartitionId, TopicId};
 
@@ -68,21 +68,27 @@ impl Unclaimed {
         self.lock().remove(&id);
     }
 
-    /// Goes on with a deletion that failed.
-    pub(super) fn go_on(&self, disk: &dyn Disk, id: PartitionId) -> Result<(), ReplicaError> {
-        let begun = self.lock().get(&id) == Some(&Stray::Deleted);
-        if begun { self.remove(disk, id) } else { Ok(()) }
+    /// Whether the replica's deletion has begun and left something.
+    pub(super) fn has_begun(&self, id: PartitionId) -> bool {
+        self.lock().get(&id) == Some(&Stray::Deleted)
     }
 
-    /// Removes what there is of a replica.
-    pub(super) fn remove(&self, disk: &dyn Disk, id: PartitionId) -> Result<(), ReplicaError> {
-        if !self.lock().contains_key(&id) {
-            return Ok(());
+    /// Removes what there is of replicas. Returns those of which something is left, and why.
+    pub(super) fn remove(&self, disk: &dyn Disk, ids: &[PartitionId]) -> Vec<(PartitionId, ReplicaError)> {
+        let there: Vec<_> = {
+            let known = self.lock();
+            let there = ids.iter().filter(|id| known.contains_key(id));
+            there.map(|id| (*id, replica_dir(&self.dir, *id))).collect()
+        };
+        let outcomes = remove_replicas(disk, there.iter().map(|(_, dir)| dir.as_path()));
+        let mut left = Vec::new();
+        for ((id, path), outcome) in there.into_iter().zip(outcomes) {
+            match outcome {
+                Ok(()) => self.forget(id),
+                Err(source) => left.push((id, ReplicaError::Io { id, path, source })),
+            }
         }
-        let path = replica_dir(&self.dir, id);
-        remove_replica(disk, &path).map_err(|source| ReplicaError::Io { id, path, source })?;
-        self.forget(id);
-        Ok(())
+        left
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<PartitionId, Stray>> {

@@ -198,7 +198,7 @@ fn what_a_failed_deletion_leaves_is_known_at_the_next_start_and_can_be_deleted()
                 found += 1;
             }
             log.delete_replica(partition(0)).unwrap();
-            log.delete_unclaimed(partition(0)).unwrap();
+            assert!(log.delete_unclaimed(&[partition(0)]).is_empty());
             assert!(log.partitions().is_empty() && log.unclaimed().is_empty(), "after {operations} operations");
             assert!(bases(&disk).is_empty(), "after {operations} operations: {:?}", bases(&disk));
         }
@@ -230,9 +230,52 @@ fn what_a_start_finds_is_kept_where_its_partition_begins_anew() {
         let is_aside = |path: &std::path::Path| path.to_string_lossy().contains(".log.aside-");
         let aside = disk.files().into_iter().filter(|(path, _)| is_aside(path)).count();
         assert_eq!((aside, log.unclaimed().len()), (before.len(), 0));
-        log.delete_unclaimed(partition(0)).unwrap();
+        assert!(log.delete_unclaimed(&[partition(0)]).is_empty());
         assert_eq!(bases(&disk), [0], "it is known, and in use");
         true
     });
     assert!(found.count() > 2, "no deletion left anything behind");
+}
+
+/// A topic of 100,000 partitions took two rounds of the journal and one sync of its folder for each of them.
+#[test]
+fn replicas_deleted_together_share_rounds_and_syncs() {
+    let (disk, options) = (SimDisk::new(), small());
+    let rounds = options.metrics.journal_rounds.clone();
+    let log = Log::open(Arc::new(disk.clone()), Path::new("/data"), &identity(), options).unwrap();
+    let ids: Vec<_> = (0..100).map(partition).collect();
+    ids.iter().for_each(|id| drop(log.open_replica(*id, at(0)).unwrap()));
+    settle(&log);
+    let held = log.open_replica(partition(7), at(0)).unwrap();
+    let (before, operations) = (rounds.get(), disk.operations());
+    let failures = log.delete_replicas(&ids);
+    assert!(matches!(failures[..], [(id, ReplicaError::Open { .. })] if id == held.id()), "{failures:?}");
+    assert_eq!((rounds.get() - before, log.partitions()), (2, vec![held.id()]));
+    let operations = disk.operations() - operations;
+    assert!(operations < 2 * 100 + 20, "{operations} for a file and a folder of each");
+}
+
+/// The power may go at any moment of a deletion of many: each of them is known afterwards, or nothing of it is left once it was deleted
+/// a second time.
+#[test]
+fn deletion_of_many_that_was_cut_short_can_be_finished() {
+    for operations in 0..40 {
+        let disk = SimDisk::new();
+        let log = open(&disk);
+        let ids: Vec<_> = (0..5).map(partition).collect();
+        for id in &ids {
+            let mut replica = log.open_replica(*id, at(0)).unwrap();
+            write(&log, &mut replica, &[batch(0, 2, 1, 1, 500)]);
+        }
+        disk.fail_writes_after(Some(operations));
+        let failures = log.delete_replicas(&ids);
+        drop(log);
+        disk.crash(operations);
+        let log = open(&disk);
+        let known = log.partitions();
+        let failed = |id: &PartitionId| failures.iter().any(|(failed, _)| failed == id);
+        assert!(known.iter().all(failed), "after {operations} operations: {known:?} came back");
+        assert!(log.delete_replicas(&ids).is_empty() && log.delete_unclaimed(&ids).is_empty());
+        assert!(log.partitions().is_empty() && bases(&disk).is_empty(), "after {operations} operations");
+    }
 }
