@@ -91,7 +91,7 @@ impl Peers {
         let to = Address::parse(address).map_err(PeerError::Address)?;
         let wire = self.pool.fresh(&to).await.map_err(|error| unmade(&to, &error))?;
         let (sender, messages) = mpsc::channel(QUEUE);
-        let hello = v1::ToLeader { is: Some(v1::to_leader::Is::Hello(hello)) };
+        let hello = v1::ToLeader { is: Some(v1::to_leader::Is::Hello(hello)), ..Default::default() };
         sender.try_send(hello).expect("the queue is new and has room for one");
         let mut client = client(wire);
         let call = client.replicate(ReceiverStream::new(messages));

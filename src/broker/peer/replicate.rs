@@ -79,7 +79,7 @@ impl Peering {
             first = tokio::time::timeout(HELLO, incoming.message()) => first,
         };
         let hello = match first {
-            Ok(Ok(Some(v1::ToLeader { is: Some(to_leader::Is::Hello(hello)) }))) => hello,
+            Ok(Ok(Some(v1::ToLeader { is: Some(to_leader::Is::Hello(hello)), .. }))) => hello,
             Ok(Ok(_)) => return Err(invalid("a replication stream begins with Hello".to_owned())),
             Ok(Err(status)) => return Err(Fault::from(&status)),
             Err(_) => return Err(invalid(format!("no Hello came in {HELLO:?}"))),
@@ -180,7 +180,7 @@ impl Peering {
     ) -> Result<(), Fault> {
         let welcome =
             v1::Welcome { broker: self.neighbours.me().0, broker_epoch: own.0, wall_ms: Some(clock::wall_ms()) };
-        let welcome = v1::ToFollower { is: Some(to_follower::Is::Welcome(welcome)) };
+        let welcome = v1::ToFollower { is: Some(to_follower::Is::Welcome(welcome)), ..Default::default() };
         let _gone = outgoing.try_send(Ok(welcome));
         if let Some(links) = self.link_log(peer, |log| log.occur(clock::monotonic())) {
             tracing::info!(follower = %peer.broker, epoch = %peer.epoch, links, "a broker follows here");

@@ -221,7 +221,7 @@ async fn answer_ping(stream: &mut Replicating) {
     let message = stream.receiver.message().await.unwrap().unwrap();
     let Some(v1::to_follower::Is::Ping(ping)) = message.is else { panic!("{message:?}") };
     let pong = v1::to_leader::Is::Pong(v1::Pong { number: ping.number });
-    stream.sender.send(v1::ToLeader { is: Some(pong) }).await.unwrap();
+    stream.sender.send(v1::ToLeader { is: Some(pong), ..Default::default() }).await.unwrap();
 }
 
 /// Each of what a broker is not, or is not any more.
@@ -261,7 +261,7 @@ async fn a_stream_of_somebody_else_is_refused_with_the_reason() {
     assert!(matches!(next.receiver.message().await.unwrap().unwrap().is, Some(v1::to_follower::Is::Welcome(_))));
     let status = loop {
         match stream.receiver.message().await {
-            Ok(Some(v1::ToFollower { is: Some(v1::to_follower::Is::Ping(_)) })) => {}
+            Ok(Some(v1::ToFollower { is: Some(v1::to_follower::Is::Ping(_)), .. })) => {}
             other => break other.expect_err("replaced"),
         }
     };

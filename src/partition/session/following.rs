@@ -12,7 +12,7 @@ use tokio::{sync::mpsc, time::Instant};
 use super::{
     Ended, Find,
     asked::{Asked, Ticket, Todo},
-    frames::{self, BadFrame, FromLeader, JoinFrame, Piece},
+    frames::{self, BadFrame, FromLeader, JoinFrame, Padded as _, Piece},
 };
 use crate::{
     limits,
@@ -143,7 +143,7 @@ impl Following<'_> {
                 biased;
                 () = tasks.cancelled() => return Ended::Stopped,
                 permit = outgoing.reserve(), if self.has_message() => match (permit, self.message()) {
-                    (Ok(permit), Some(message)) => permit.send(message),
+                    (Ok(permit), Some(message)) => permit.send(message.padded()),
                     _ => return refused(incoming).await,
                 },
                 () = self.asked.changed() => {}
@@ -180,7 +180,7 @@ impl Following<'_> {
             self.carry_out(partition, Todo { leave: todo.leave, ..Todo::default() });
         }
         for message in self.messages.drain(..) {
-            if outgoing.send(message).await.is_err() {
+            if outgoing.send(message.padded()).await.is_err() {
                 return;
             }
         }
@@ -491,7 +491,7 @@ mod tests {
         let mut told = BTreeSet::new();
         for places in [2, 2, 1] {
             following.gather_progress(2);
-            let Some(v1::ToLeader { is: Some(to_leader::Is::Progress(progress)) }) = following.messages.pop_front()
+            let Some(v1::ToLeader { is: Some(to_leader::Is::Progress(progress)), .. }) = following.messages.pop_front()
             else {
                 panic!("progress was due");
             };

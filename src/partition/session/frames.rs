@@ -4,6 +4,9 @@
 //! cannot be is refused with its name and value. What is wrong with one place is that place's affair; only a message that names none ends
 //! the link.
 
+use bytes::Bytes;
+use prost::Message;
+
 use crate::{
     model::{LeaderEpoch, Offset, PartitionId},
     partition::{
@@ -242,21 +245,21 @@ pub(super) fn join(place: u32, join: &JoinFrame) -> v1::ToLeader {
         persisted: join.ends.persisted.as_i64(),
         added_after: join.claim.added,
     });
-    v1::ToLeader { is: Some(is) }
+    to_leader(is)
 }
 
 /// A leave on the wire.
 pub(super) fn leave(place: u32, known: LeaderEpoch, stopping: bool) -> v1::ToLeader {
-    v1::ToLeader { is: Some(to_leader::Is::Leave(v1::Leave { place, known_epoch: known.as_i32(), stopping })) }
+    to_leader(to_leader::Is::Leave(v1::Leave { place, known_epoch: known.as_i32(), stopping }))
 }
 
 /// A ping on the wire, and its answer.
 pub(super) fn ping(number: u64) -> v1::ToFollower {
-    v1::ToFollower { is: Some(to_follower::Is::Ping(v1::Ping { number })) }
+    to_follower(to_follower::Is::Ping(v1::Ping { number }))
 }
 
 pub(super) fn pong(number: u64) -> v1::ToLeader {
-    v1::ToLeader { is: Some(to_leader::Is::Pong(v1::Pong { number })) }
+    to_leader(to_leader::Is::Pong(v1::Pong { number }))
 }
 
 /// What the follower has, on the wire.
@@ -267,7 +270,7 @@ pub(super) fn progress(all: impl IntoIterator<Item = (u32, Ends)>) -> v1::ToLead
         progress.written.push(ends.written.as_i64());
         progress.persisted.push(ends.persisted.as_i64());
     }
-    v1::ToLeader { is: Some(to_leader::Is::Progress(progress)) }
+    to_leader(to_leader::Is::Progress(progress))
 }
 
 /// An answer on the wire.
@@ -291,7 +294,7 @@ pub(super) fn answer(place: u32, answered: Answered) -> v1::ToFollower {
         high_watermark: answered.high_watermark.as_i64(),
         is: Some(is),
     };
-    v1::ToFollower { is: Some(to_follower::Is::Answer(answer)) }
+    to_follower(to_follower::Is::Answer(answer))
 }
 
 fn epoch_start(epoch: LeaderEpoch, start: Offset) -> v1::EpochStart {
@@ -306,20 +309,54 @@ pub(super) fn refused(place: u32, epoch: LeaderEpoch, fault: Fault) -> v1::ToFol
         high_watermark: 0,
         is: Some(answer::Is::Refused(fault.into())),
     };
-    v1::ToFollower { is: Some(to_follower::Is::Answer(answer)) }
+    to_follower(to_follower::Is::Answer(answer))
 }
 
 /// Pieces on the wire.
 pub(super) fn batches(pieces: Vec<v1::Piece>) -> v1::ToFollower {
-    v1::ToFollower { is: Some(to_follower::Is::Batches(v1::Batches { pieces })) }
+    to_follower(to_follower::Is::Batches(v1::Batches { pieces }))
+}
+
+fn to_leader(is: to_leader::Is) -> v1::ToLeader {
+    v1::ToLeader { is: Some(is), padding: Bytes::new() }
+}
+
+fn to_follower(is: to_follower::Is) -> v1::ToFollower {
+    v1::ToFollower { is: Some(is), padding: Bytes::new() }
+}
+
+/// Size from which on the transport counts a message by its bytes alone. Of smaller ones that wait to be read, it ends the connection after
+/// some hundred, whatever the window says (`ENHANCE_YOUR_CALM`, h2 from 0.4.16 on); a link that begins has one for each partition.
+const MIN_MESSAGE_BYTES: usize = 256;
+
+/// A message to be sent, as large as the transport wants it.
+pub(super) trait Padded: Message {
+    /// The message with zeros where it is too small.
+    fn padded(self) -> Self;
+}
+
+impl Padded for v1::ToLeader {
+    fn padded(self) -> Self {
+        Self { padding: padding(self.encoded_len()), ..self }
+    }
+}
+
+impl Padded for v1::ToFollower {
+    fn padded(self) -> Self {
+        Self { padding: padding(self.encoded_len()), ..self }
+    }
+}
+
+fn padding(bytes: usize) -> Bytes {
+    Bytes::from_static(&[0; MIN_MESSAGE_BYTES][..MIN_MESSAGE_BYTES.saturating_sub(bytes)])
 }
 
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
-    use prost::Message as _;
 
     use super::*;
+    use crate::model::TopicId;
 
     /// Numbers of which some cannot be.
     fn numbers() -> impl Strategy<Value = i64> {
@@ -345,10 +382,26 @@ mod tests {
         )
     }
 
+    /// A follower of 3,000 partitions sent as many joins at once, each of 90 bytes, and the leader's transport ended the connection, again and
+    /// again.
+    #[test]
+    fn messages_are_no_smaller_than_the_transport_wants() {
+        let join = v1::Join { place: 1, topic_id: TopicId::from_bytes([7; 16]).to_string(), ..v1::Join::default() };
+        for is in [to_leader::Is::Join(join), to_leader::Is::Pong(v1::Pong::default())] {
+            let message = to_leader(is).padded();
+            let bytes = message.encoded_len();
+            assert!((MIN_MESSAGE_BYTES..MIN_MESSAGE_BYTES + 8).contains(&bytes), "{bytes}");
+        }
+        let mark = v1::Piece { place: 1, high_watermark: 5, ..v1::Piece::default() };
+        assert!(batches(vec![mark.clone()]).padded().encoded_len() >= MIN_MESSAGE_BYTES);
+        let many = batches(vec![mark; 100]);
+        assert_eq!(many.clone().padded(), many, "a large one stays as it is");
+    }
+
     proptest! {
         #[test]
         fn what_is_understood_is_written_again_as_it_came(answer in answers()) {
-            let message = v1::ToFollower { is: Some(to_follower::Is::Answer(answer)) };
+            let message = to_follower(to_follower::Is::Answer(answer));
             let Ok(FromLeader::Answer { place, answered }) = message.clone().try_into() else { panic!("an answer") };
             if let Ok(answered) = answered {
                 prop_assert_eq!(super::answer(place, answered), message);

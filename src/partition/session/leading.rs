@@ -15,7 +15,7 @@ use tokio::time::Instant;
 
 use super::{
     CatchUp, Ended, Find, LinkProbe, Outgoing, StoredEpoch,
-    frames::{self, BadFrame, FromFollower, JoinFrame},
+    frames::{self, BadFrame, FromFollower, JoinFrame, Padded as _},
     place::{Asks, Place, Slot, Told, not_here, unreadable},
     probe::NeverAsked,
 };
@@ -152,7 +152,7 @@ impl Leading {
                     None => return Ended::Closed,
                 },
                 permit = outgoing.reserve(), if self.has_message() => match permit {
-                    Ok(permit) => permit.send(Ok(self.message())),
+                    Ok(permit) => permit.send(Ok(self.message().padded())),
                     Err(_) => return Ended::Closed,
                 },
                 Ok(()) = pings.changed() => self.answers.push_front(frames::ping(*pings.borrow_and_update())),

@@ -222,7 +222,7 @@ impl Stranger<v1::ToFollower, v1::ToLeader> {
 
     async fn answer(&self, place: u32, is: answer::Is) {
         let answer = v1::Answer { place, leader_epoch: EPOCH.as_i32(), high_watermark: 0, is: Some(is) };
-        self.say(v1::ToFollower { is: Some(to_follower::Is::Answer(answer)) }).await;
+        self.say(v1::ToFollower { is: Some(to_follower::Is::Answer(answer)), ..Default::default() }).await;
     }
 
     async fn progress(&mut self) -> v1::Progress {
@@ -371,7 +371,7 @@ async fn a_follower_that_sends_what_cannot_be_is_told_what() {
         let side = Side::new(LEADER);
         side.open(0, &[LEADER]).await;
         let mut link = side.lead();
-        link.say(v1::ToLeader { is: Some(message) }).await;
+        link.say(v1::ToLeader { is: Some(message), ..Default::default() }).await;
         let answer = link.answer().await;
         let Some(answer::Is::Refused(error)) = answer.is else { panic!("{words}: {answer:?}") };
         assert!(error.message.contains(words), "{words}: {}", error.message);
@@ -402,7 +402,7 @@ async fn a_follower_that_sends_what_cannot_be_is_told_what() {
         let mut link = side.lead();
         link.join(1, id(0), EPOCH).await;
         link.answer().await;
-        link.say(v1::ToLeader { is }).await;
+        link.say(v1::ToLeader { is, ..Default::default() }).await;
         let ended = link.ended.await.unwrap();
         let Ended::Bad(fault) = ended else { panic!("{words}: {ended:?}") };
         assert!(fault.message.contains(words), "{words}: {fault}");
@@ -495,7 +495,7 @@ async fn answers_that_nobody_asked_for_change_nothing() {
     let again = link.asked().await;
     assert!(again.place > join.place, "a leader may end what it began");
     // Only what names no place ends the link.
-    link.say(v1::ToFollower { is: None }).await;
+    link.say(v1::ToFollower::default()).await;
     assert!(matches!(link.ended.await.unwrap(), Ended::Bad(_)));
     side.tasks.stop().await;
 }

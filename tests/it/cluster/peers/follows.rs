@@ -29,13 +29,13 @@ struct Follows {
 impl Follows {
     async fn begin(address: SocketAddr, first: Option<to_leader::Is>) -> Self {
         let (sender, messages) = mpsc::channel(16);
-        sender.send(v1::ToLeader { is: first }).await.expect("there is room");
+        sender.send(v1::ToLeader { is: first, ..Default::default() }).await.expect("there is room");
         let stream = peer(address).await.replicate(ReceiverStream::new(messages)).await.expect("a stream");
         Self { sender, receiver: stream.into_inner() }
     }
 
     async fn say(&self, is: Option<to_leader::Is>) {
-        self.sender.send(v1::ToLeader { is }).await.expect("the stream is open");
+        self.sender.send(v1::ToLeader { is, ..Default::default() }).await.expect("the stream is open");
     }
 
     async fn next(&mut self) -> Result<v1::ToFollower, Status> {

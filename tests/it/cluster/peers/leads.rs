@@ -38,7 +38,7 @@ struct Led {
 impl Led {
     async fn say(&self, is: to_follower::Is) {
         // Who has hung up meanwhile does not hear it.
-        let _gone = self.outgoing.send(Ok(v1::ToFollower { is: Some(is) })).await;
+        let _gone = self.outgoing.send(Ok(v1::ToFollower { is: Some(is), ..Default::default() })).await;
     }
 
     async fn next(&mut self) -> to_leader::Is {
@@ -85,7 +85,7 @@ impl peer_server::Peer for Stranger {
         let streams = self.0.clone();
         // The answer begins before the first message comes.
         self.1.spawn("stream", async move {
-            if let Ok(Some(v1::ToLeader { is: Some(to_leader::Is::Hello(hello)) })) = incoming.message().await {
+            if let Ok(Some(v1::ToLeader { is: Some(to_leader::Is::Hello(hello)), .. })) = incoming.message().await {
                 let _over = streams.send(Led { hello, incoming, outgoing }).await;
             }
         });
