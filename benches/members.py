@@ -56,7 +56,7 @@ class Member:
         self.process = None
 
     def start(self):
-        self.process = Process([self.cluster.lab.bin, "broker", "--config", self.config], self.directory / "broker.log", environment())
+        self.process = Process([self.cluster.lab.bin, "broker", "--config", self.config], self.directory / "broker.log", environment(**self.cluster.env))
 
     def wait(self):
         self.process.wait_for(lambda: is_ready(self.http), 120, f"broker {self.number}")
@@ -66,9 +66,13 @@ class Member:
 
     def stop(self):
         """Asks it to stop, as an operator does: it hands over what it leads and ends by itself."""
-        self.process.end(signal.SIGTERM, 60)
+        self.process.end(signal.SIGTERM, 600)
         if self.process.child.returncode:
             raise ValueError(f"broker {self.number} ended with {self.process.child.returncode} when it was to stop")
+
+    @property
+    def pid(self):
+        return self.process.pid
 
     def wipe(self):
         shutil.rmtree(self.directory / "data")
@@ -77,8 +81,8 @@ class Member:
 class Cluster:
     """Brokers over an etcd of three. `bucket` is a folder, where one is wanted."""
 
-    def __init__(self, lab, name, brokers=3, bucket=False, settings=()):
-        self.lab, self.directory, self.settings = lab, lab.root / name, list(settings)
+    def __init__(self, lab, name, brokers=3, bucket=False, settings=(), env=None):
+        self.lab, self.directory, self.settings, self.env = lab, lab.root / name, list(settings), env or {}
         self.directory.mkdir(parents=True)
         self.bucket = self.directory / "bucket" if bucket else None
         if bucket:

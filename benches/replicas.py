@@ -1,0 +1,188 @@
+"""What replicas cost, phase by phase, for the sections `replicas` of benches/report and benches/cluster."""
+import pathlib, re, time
+
+from measure import Broker, Figure, cpu_of, get, rss_mb, say
+
+COUNTS = (1000, 10_000, 30_000, 100_000)
+TOPIC = "t"
+
+# What the issue of many partitions asks of 100,000: memory of a broker, and time until its replicas are open.
+MOST_MB, MOST_SECONDS = 2**31 / 1e6, 60
+
+PHASES = {
+    "created": "metadata taken in, when `topic create` returns",
+    "opened": "all replicas open, since the creation began",
+    "in sync": "all replicas in sync, since the creation began",
+    "idle": "CPU of a broker, % of a core",
+    "written": "one record of 1 KiB to each partition",
+    "stopped": "clean stop",
+    "restarted": "all replicas open after a clean stop",
+    "restarted, in sync": "all replicas in sync after it",
+    "killed": "all replicas open after kill -9",
+    "killed, in sync": "all replicas in sync after it",
+    "deleted": "all files removed, since `topic delete` began",
+}
+
+
+def metric(port, name):
+    """The sum of a metric's values; 0 while nobody answers."""
+    return sum(float(value) for value in re.findall(rf"^{name}(?:\{{[^}}]*\}})? (\S+)", get(port, "/metrics")[1], re.M))
+
+
+class Peak:
+    """The most memory that a process held since this was made, in MB."""
+
+    def __init__(self, pid):
+        self.pid = pid
+        pathlib.Path(f"/proc/{pid}/clear_refs").write_text("5")
+
+    def mb(self):
+        return int(re.search(r"VmHWM:\s+(\d+)", pathlib.Path(f"/proc/{self.pid}/status").read_text())[1]) * 1024 / 1e6
+
+
+class Phases:
+    """One run over all phases. `brokers` have `pid`, `http`, `directory`, `stop`, `kill` and `start`; `cli` runs a command, `produce` the
+    benchmark."""
+
+    def __init__(self, lab, count, factor, brokers, cli, produce):
+        self.lab, self.count, self.factor, self.brokers, self.cli, self.produce = lab, count, factor, brokers, cli, produce
+        self.cells, self.figures = {}, {}
+
+    def run(self):
+        empty = max(rss_mb(broker.pid) for broker in self.brokers)
+        say(f"  {self.count} partitions; a broker without any takes {empty:.0f} MB")
+        with self.phase() as done:
+            self.cli("topic", "create", TOPIC, "--partitions", self.count, "--replication-factor", self.factor, *self.config(), timeout=600)
+            done("created")
+            self.until(lambda: all(self.held(broker) == self.count for broker in self.brokers))
+            done("opened")
+            if self.factor > 1:
+                self.until(self.is_in_sync)
+                done("in sync")
+        watch = 10 if self.lab.o.short else 30
+        time.sleep(watch)  # new files are synced at leisure
+        with self.phase() as done:
+            before = sum(cpu_of(broker.pid) for broker in self.brokers)
+            time.sleep(watch)
+            done("idle", (sum(cpu_of(broker.pid) for broker in self.brokers) - before) / watch / len(self.brokers) * 100, "%")
+        with self.phase() as done:
+            self.produce("--topic", TOPIC, "--records", self.count, "--record-size", 1024, "--batch-size", 1024, "--linger-ms", 0)
+            done("written")
+        time.sleep(watch)
+        victim = self.brokers[0]
+        began = time.monotonic()
+        victim.stop()
+        self.figure("stopped", time.monotonic() - began, "s")
+        self.come_back(victim, "restarted")
+        time.sleep(watch)
+        victim.kill()
+        self.come_back(victim, "killed")
+        with self.phase() as done:
+            self.cli("topic", "delete", TOPIC, "--yes", timeout=600)
+            self.until(lambda: all(self.held(broker) == 0 and not replicas(broker.directory) for broker in self.brokers))
+            done("deleted")
+        return self
+
+    def config(self):
+        return ["--config", "min.insync.replicas=2"] if self.factor > 1 else ["--config", "remote.storage.enable=false"]
+
+    def come_back(self, victim, phase):
+        began = time.monotonic()
+        victim.start()
+        with Phase(self, [victim], began) as done:
+            self.until(lambda: self.held(victim) == self.count)
+            done(phase)
+            if self.factor > 1:
+                self.until(self.is_in_sync)
+                done(f"{phase}, in sync")
+
+    def phase(self):
+        return Phase(self, self.brokers, time.monotonic())
+
+    def figure(self, name, value, unit, rss=None, peak=None):
+        self.figures[name] = dict(value=value, unit=unit, rss=rss, peak=peak)
+        memory = f", {rss:.0f} MB (peak {peak:.0f})" if rss else ""
+        self.cells[name] = f"{value:.2g} {unit}{memory}" if value < 10 else f"{value:.0f} {unit}{memory}"
+        say(f"    {name}: {self.cells[name]}")
+
+    def held(self, broker):
+        return metric(broker.http, "strandline_partitions")
+
+    def is_in_sync(self):
+        led = sum(metric(broker.http, "strandline_partitions_led") for broker in self.brokers)
+        return led == self.count and not any(metric(broker.http, "strandline_partitions_under_replicated") for broker in self.brokers)
+
+    def until(self, holds, seconds=900):
+        end = time.monotonic() + seconds
+        while not holds():
+            if time.monotonic() > end:
+                raise ValueError(f"not reached after {seconds} s: {[self.held(broker) for broker in self.brokers]} of {self.count} replicas are open")
+            time.sleep(0.1)
+
+
+class Phase:
+    """Time since it began, memory now and at most, of the broker that holds most."""
+
+    def __init__(self, phases, brokers, began):
+        self.phases, self.brokers, self.began = phases, brokers, began
+
+    def __enter__(self):
+        self.peaks = [Peak(broker.pid) for broker in self.brokers]
+        return self.done
+
+    def done(self, name, value=None, unit="s"):
+        value = time.monotonic() - self.began if value is None else value
+        self.phases.figure(name, value, unit, max(rss_mb(broker.pid) for broker in self.brokers), max(peak.mb() for peak in self.peaks))
+
+    def __exit__(self, *_):
+        pass
+
+
+class Alone:
+    """One broker with embedded metadata that may be stopped, killed and started again."""
+
+    def __init__(self, lab, directory):
+        self.lab, self.directory, self.process = lab, directory, None
+        self.start()
+
+    def start(self):
+        self.process = Broker(self.lab, self.directory, env=bound(), seconds=600)
+
+    def stop(self):
+        self.process.end(seconds=600)
+
+    def kill(self):
+        self.process.end(9)
+
+    pid = property(lambda self: self.process.pid)
+    http = property(lambda self: self.process.http)
+
+
+def bound():
+    """More replicas than the default bound of a small machine."""
+    return dict(STRANDLINE_BROKER_MAX_REPLICAS=str(2 * max(COUNTS)))
+
+
+def counts(lab):
+    return lab.o.counts or (COUNTS[:2] if lab.o.short else COUNTS)
+
+
+def replicas(directory):
+    """The folders of replicas in a data directory."""
+    topics = [path for path in (pathlib.Path(directory) / "data").iterdir() if path.is_dir() and len(path.name) == 36]
+    return [path for topic in topics for path in topic.iterdir()]
+
+
+def tabulate(table, runs):
+    """One column for each run; the aims of the largest."""
+    names = [name for name in PHASES if any(name in run.cells for run in runs)]
+    lines = ["| phase | " + " | ".join(f"{run.count:,}" for run in runs) + " |", "| --- " * (len(runs) + 1) + "|"]
+    lines += [f"| {name}: {PHASES[name]} | " + " | ".join(run.cells.get(name, "") for run in runs) + " |" for name in names]
+    table.note = "\n".join(lines)
+    for run in runs:
+        if run.count == max(COUNTS):
+            for name in ("opened", "restarted", "killed"):
+                if name in run.figures:
+                    table.bound(f"{run.count:,}: {PHASES[name]}", Figure([run.figures[name]["value"]], "s"), MOST_SECONDS)
+            peak = max(figure["peak"] or 0 for figure in run.figures.values())
+            table.bound(f"{run.count:,}: most memory of a broker in any phase", Figure([peak], "MB"), MOST_MB)
