@@ -13,7 +13,8 @@
 //!
 //! - A request whose bytes do not come holds nothing that others wait for: where a pool is used up, requests that are incomplete for longer
 //!   than [`SMALL_GRACE`] or [`grace`] end with `OVERLOADED`, the oldest first.
-//! - A connection whose client does not read, and holds memory that others wait for, is closed after [`UNREAD_GRACE`] and the time that its bytes take.
+//! - A connection whose client does not read, and holds memory that others wait for, is closed
+//!   (`connections`).
 //! - A request is charged until its batch has produce memory, a response until the connection took its bytes.
 
 mod connections;
@@ -28,7 +29,7 @@ use tokio::{sync::OwnedSemaphorePermit, time::Instant};
 
 pub use self::connections::ConnectionMemory;
 use self::{
-    connections::{Account, Connections, Holds, SEARCH_INTERVAL, UNREAD_GRACE, UnreadResponse},
+    connections::{Connections, MemoryKind, SEARCH_INTERVAL, UnreadResponse},
     incomplete::{IncompleteRequest, IncompleteRequests},
 };
 use crate::{
@@ -55,7 +56,7 @@ const SMALL_GRACE: Duration = Duration::from_millis(10);
 /// How long a larger one may be incomplete, beside the time that its bytes take.
 const LARGE_GRACE: Duration = Duration::from_secs(1);
 
-/// Least pace at which a large request must come, and a response be read, while others wait: the largest has less time than others wait.
+/// Least pace at which a large request must come while others wait: the largest has less time than others wait.
 const MIN_BYTES_PER_SECOND: usize = 8 << 20;
 
 /// The share of a pool that one connection may hold, as a divisor.
@@ -159,19 +160,13 @@ impl Budgets {
     }
 
     /// Takes `bytes` of a pool. While it waits, connections are closed that hold more of it and whose clients do not read.
-    async fn take(
-        &self,
-        pool: &Memory,
-        bytes: usize,
-        holds: Holds,
-        held: impl Fn(&Account) -> usize,
-    ) -> OwnedSemaphorePermit {
+    async fn take(&self, pool: &Memory, bytes: usize, kind: MemoryKind) -> OwnedSemaphorePermit {
         let mut taken = std::pin::pin!(pool.take(bytes));
         loop {
             if let Ok(taken) = tokio::time::timeout(SEARCH_INTERVAL, &mut taken).await {
                 return taken;
             }
-            self.0.connections.close_unread(holds, &held);
+            self.0.connections.close_unread(kind);
         }
     }
 
@@ -239,7 +234,7 @@ impl CallMemory {
                 return Err(self.budgets.no_request_memory(bytes, "no memory for the request came free"));
             }
             self.budgets.0.incomplete.end(bytes, now);
-            self.budgets.0.connections.close_unread(Holds::Requests, |account| account.requests.of(bytes).taken());
+            self.budgets.0.connections.close_unread(MemoryKind::Requests);
         }
     }
 
@@ -257,17 +252,10 @@ impl CallMemory {
         let (own, all) = (&self.connection.0.parts, &self.budgets.0.parts);
         let taken = async {
             let own = own.of(bytes).take(bytes).await;
-            let held = |account: &Account| account.parts.of(bytes).taken();
-            Grant { permits: vec![own, self.budgets.take(all.of(bytes), bytes, Holds::Requests, held).await] }
+            Grant { permits: vec![own, self.budgets.take(all.of(bytes), bytes, MemoryKind::Requests).await] }
         };
         let in_time = tokio::time::timeout(REQUEST_TIMEOUT, taken).await;
         in_time.map_err(|_| self.budgets.no_request_memory(bytes, "no memory for the request's parts came free"))
-    }
-
-    /// Waits for memory for a batch. What a call holds of it that does not run is as much as it holds of its request.
-    pub(super) async fn produce(&self, pool: &Memory, bytes: usize) -> OwnedSemaphorePermit {
-        let held = |account: &Account| account.requests.small.taken() + account.requests.large.taken();
-        self.budgets.take(pool, bytes, Holds::Requests, held).await
     }
 
     /// A request was read whole.
@@ -299,10 +287,9 @@ impl CallMemory {
         }
         // A response larger than the small part of one connection waits for the large pool.
         let is_small = least <= own.small.bytes();
-        let pool = |pools: &Pools| if is_small { pools.small.clone() } else { pools.large.clone() };
-        let own = pool(own).take(least).await;
-        let held = |account: &Account| pool(&account.responses).taken();
-        let all = self.budgets.take(&pool(all), least, Holds::Responses, held).await;
+        let (own, all) = if is_small { (&own.small, &all.small) } else { (&own.large, &all.large) };
+        let own = own.take(least).await;
+        let all = self.budgets.take(all, least, MemoryKind::Responses).await;
         (ResponseGrant { grant: Grant { permits: vec![own, all] }, is_small }, least)
     }
 
@@ -310,10 +297,10 @@ impl CallMemory {
     ///
     /// # Errors
     /// `OVERLOADED` where there is not as much.
-    pub(super) fn reserve_more(&self, bytes: usize) -> Result<(), Fault> {
+    pub(crate) fn reserve_more(&self, bytes: usize) -> Result<(), Fault> {
         let taken = (self.connection.0.responses.large.try_take(bytes), self.budgets.0.responses.large.try_take(bytes));
         let (Some(own), Some(all)) = taken else {
-            self.budgets.0.connections.close_unread(Holds::Responses, |account| account.responses.large.taken());
+            self.budgets.0.connections.close_unread(MemoryKind::Responses);
             let most = self.budgets.0.response_bytes;
             let message = format!(
                 "no memory for the response: it needs {bytes} bytes, and responses may take {most} (limits.response_memory_bytes), of which \
@@ -344,6 +331,13 @@ impl CallMemory {
         let sent = (std::mem::take(&mut call.handed), call.unread.take());
         drop(call);
         drop(sent);
+    }
+
+    /// The client took a piece of what was handed over.
+    pub fn on_piece_taken(&self) {
+        if let Some(unread) = &self.call().unread {
+            unread.renew();
+        }
     }
 
     /// Hands the response made so far to the connection.
@@ -417,7 +411,7 @@ impl Drop for IncompleteGuard {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{connections::UNREAD_TIMEOUT, *};
     use crate::limits;
 
     const MIB: usize = 1 << 20;
@@ -531,7 +525,7 @@ mod tests {
         // The first one reads on, and has nothing.
         calls[0].as_ref().unwrap().on_body_polled();
         let held = calls[0].as_ref().unwrap().response(12 * MIB, MIB).await;
-        tokio::time::advance(UNREAD_GRACE * 10).await;
+        tokio::time::advance(UNREAD_TIMEOUT * 10).await;
         assert!(closed.lock().unwrap().is_empty(), "nobody needs their memory");
 
         let honest = CallMemory::new(budgets.clone(), connection(4));
@@ -564,7 +558,7 @@ mod tests {
         for _ in 0..20 {
             reading.on_body_polled();
             reading.on_body_handed();
-            let waited = tokio::time::timeout(UNREAD_GRACE / 2, &mut waits).await;
+            let waited = tokio::time::timeout(UNREAD_TIMEOUT / 2, &mut waits).await;
             assert!(waited.is_err(), "others hold it");
         }
     }

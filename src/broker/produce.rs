@@ -6,7 +6,7 @@
 use std::{sync::Arc, time::Duration};
 
 use futures::{
-    Stream, StreamExt as _,
+    FutureExt as _, Stream, StreamExt as _,
     future::BoxFuture,
     stream::{self, FuturesUnordered},
 };
@@ -14,6 +14,7 @@ use tokio::{
     sync::{OwnedSemaphorePermit, oneshot},
     time::Instant,
 };
+use tokio_util::task::AbortOnDropHandle;
 use tonic::{Status, Streaming};
 
 use super::{Broker, CallMemory, ProducerIdQuota, faults};
@@ -162,7 +163,7 @@ impl Broker {
         let (bytes, records) = (batch.encoded_len() as u64, u64::from(batch.count()));
         let stored = tiered.as_ref().map(|tiered| Arc::clone(&tiered.stored));
         let origin = BatchOrigin { fingerprint: sent, timestamps };
-        let permit = self.produce_permit(&partition, batch.encoded_len(), began + timeout, memory).await?;
+        let permit = self.produce_permit(&partition, batch.encoded_len(), began + timeout).await?;
         let answer = Some(partition.append_tracked(batch, origin, acks, permit, stored).await);
         let id = partition.id();
         let answer = (acks != Acks::None).then(|| Awaited { answer, partition });
@@ -192,14 +193,13 @@ impl Broker {
         partition: &Partition,
         bytes: usize,
         deadline: Instant,
-        memory: &CallMemory,
     ) -> Result<OwnedSemaphorePermit, Fault> {
         // After that nobody waits for the answer any more: what would be written then is what the client sends again.
         let over = || clock::monotonic() >= deadline;
         let permit = tokio::select! {
             biased;
             () = self.stopping() => return Err(self.stopping_refusal(partition)),
-            permit = memory.produce(&self.produce_memory, bytes) => permit,
+            permit = self.produce_memory.take(bytes) => permit,
             () = tokio::time::sleep_until(deadline) => {
                 return Err(Fault::new(
                     Reason::Overloaded,
@@ -298,7 +298,7 @@ struct Pipeline {
     quota: ProducerIdQuota,
     memory: CallMemory,
     /// The request that came last, which may have to wait for memory. The next one is taken when it is queued.
-    beginning: Option<BoxFuture<'static, Begun>>,
+    beginning: Option<AbortOnDropHandle<Begun>>,
     answers: FuturesUnordered<BoxFuture<'static, Step>>,
     /// No more requests come: the producer said so, or what it sent cannot be read. The stream ends with this.
     ended: Option<Result<(), Status>>,
@@ -341,7 +341,7 @@ impl Pipeline {
 
     fn begin(&mut self, request: v1::ProduceRequest) {
         let (broker, quota, memory) = (Arc::clone(&self.broker), self.quota.clone(), self.memory.clone());
-        self.beginning = Some(Box::pin(async move {
+        let mut beginning = Box::pin(async move {
             let queued = match request.append {
                 Some(append) => broker.queue(append, &quota, &memory).await,
                 None => {
@@ -350,7 +350,12 @@ impl Pipeline {
                 }
             };
             (request.correlation, queued)
-        }));
+        });
+        match (&mut beginning).now_or_never() {
+            Some(begun) => self.await_answer(begun),
+            // It waits for memory among others. Nothing of the stream runs while its client reads no answers, so this is a task of its own.
+            None => self.beginning = Some(AbortOnDropHandle::new(self.broker.tasks.spawn("append", beginning))),
+        }
     }
 
     fn await_answer(&mut self, (correlation, queued): Begun) {
@@ -376,10 +381,10 @@ fn answered(correlation: u64, outcome: Result<v1::AppendResponse, Fault>) -> v1:
 }
 
 /// Waits until the request that came last is queued, or refused.
-async fn begun(beginning: &mut Option<BoxFuture<'static, Begun>>) -> Begun {
+async fn begun(beginning: &mut Option<AbortOnDropHandle<Begun>>) -> Begun {
     let begun = beginning.as_mut().expect("only asked while there is one").await;
     *beginning = None;
-    begun
+    begun.expect("the task is not aborted while it is awaited")
 }
 
 /// How long an append waits for its acknowledgement.

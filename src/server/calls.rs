@@ -3,7 +3,7 @@
 
 use std::{
     pin::Pin,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
 };
 
 use axum::{
@@ -28,13 +28,25 @@ pub(super) fn until_sent(response: Response, call: Option<OpenCall>, held: Optio
     if let Some(held) = &held {
         held.memory.on_response_begun();
     }
-    response.map(|body| Body::new(CountedBody { body, _call: call, held }))
+    response.map(|body| Body::new(CountedBody { body, rest: Bytes::new(), _call: call, held }))
 }
+
+/// HTTP/2 takes a whole frame of a body when it takes a byte of it, and asks for the next one then. Smaller ones keep what it holds of a
+/// stream beside what is charged small.
+const PIECE_BYTES: usize = 32 << 10;
 
 struct CountedBody {
     body: Body,
+    /// What was not handed over of the last frame.
+    rest: Bytes,
     _call: Option<OpenCall>,
     held: Option<HeldMemory>,
+}
+
+impl CountedBody {
+    fn next_piece(&mut self) -> Frame<Bytes> {
+        Frame::data(self.rest.split_to(self.rest.len().min(PIECE_BYTES)))
+    }
 }
 
 impl HttpBody for CountedBody {
@@ -45,27 +57,72 @@ impl HttpBody for CountedBody {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Self::Data>, Self::Error>>> {
+        if !self.rest.is_empty() {
+            if let Some(held) = &self.held {
+                held.memory.on_piece_taken();
+            }
+            return Poll::Ready(Some(Ok(self.next_piece())));
+        }
         // HTTP/2 asks for more when it has sent most of what it was given.
         if let Some(held) = &self.held {
             held.memory.on_body_polled();
         }
-        let frame = Pin::new(&mut self.body).poll_frame(cx);
-        if let Some(held) = &mut self.held
-            && let Poll::Ready(frame) = &frame
-        {
+        let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
+        if let Some(held) = &mut self.held {
             held.memory.on_body_handed();
             if frame.is_none() {
                 held.turn = None;
             }
         }
-        frame
+        Poll::Ready(match frame {
+            Some(Ok(frame)) => Some(Ok(match frame.into_data() {
+                Ok(data) => {
+                    self.rest = data;
+                    self.next_piece()
+                }
+                Err(trailers) => trailers,
+            })),
+            ended => ended,
+        })
     }
 
     fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
+        self.rest.is_empty() && self.body.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
+        let (body, rest) = (self.body.size_hint(), self.rest.len() as u64);
+        let mut hint = SizeHint::new();
+        hint.set_lower(body.lower() + rest);
+        if let Some(upper) = body.upper() {
+            hint.set_upper(upper + rest);
+        }
+        hint
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{future::poll_fn, pin::pin};
+
+    use super::*;
+    use crate::broker::Budgets;
+
+    /// HTTP/2 asked for the next frame when a byte of the last one had been sent: a response was given back before it was read.
+    #[tokio::test]
+    async fn frame_goes_out_in_pieces_and_is_given_back_after_the_last() {
+        let budgets = Budgets::new(1 << 20, 1 << 20);
+        let memory = CallMemory::new(budgets.clone(), budgets.connection(|| {}));
+        let frames = [3 * PIECE_BYTES - 1, 10].map(|bytes| Ok::<_, axum::Error>(Bytes::from(vec![7; bytes])));
+        let body = Body::from_stream(futures::stream::iter(frames));
+        let held = HeldMemory { memory: memory.clone(), turn: None };
+        memory.reserve_more(100_000).expect("there is as much");
+        let mut body = pin!(until_sent(Response::new(body), None, Some(held)).into_body());
+        for (bytes, taken) in [(PIECE_BYTES, true), (PIECE_BYTES, true), (PIECE_BYTES - 1, true), (10, false)] {
+            let piece = poll_fn(|cx| body.as_mut().poll_frame(cx)).await.expect("no end").expect("no error");
+            assert_eq!(piece.into_data().expect("data").len(), bytes);
+            assert_eq!((budgets.taken().1 > 0, body.is_end_stream()), (taken, false));
+        }
+        assert!(poll_fn(|cx| body.as_mut().poll_frame(cx)).await.is_none());
     }
 }

@@ -50,8 +50,7 @@ const MIN_CONNECTION_WINDOW: u64 = 256 << 10;
 /// The part of all memory that the window of one connection is, as a divisor.
 const WINDOW_SHARE: u64 = 512;
 
-/// Bytes of a stream's responses that HTTP/2 keeps beside what is charged to the call: with less than this it asks for more, whatever the
-/// client has read.
+/// Bytes of a stream's responses that HTTP/2 keeps: with less than this HTTP/2 asks a call for more, whatever the client has read.
 const SEND_BUFFER_BYTES: usize = 16 << 10;
 
 /// What one connection may send to a listener before that is read.
@@ -168,7 +167,6 @@ pub(super) async fn serve(
         };
         match connection {
             None => return,
-            // It broke before it was here.
             Some(Err(error)) => tracing::debug!(%error, "a connection was not accepted"),
             Some(Ok(connection)) => {
                 tasks.spawn("connection", serve_connection(http2.clone(), connection, routes.clone(), tasks.clone()));
@@ -185,6 +183,7 @@ async fn serve_connection(http2: http2::Builder<CallExecutor>, connection: Conne
     });
     let mut served = pin!(http2.serve_connection(TokioIo::new(connection), service));
     let ended = tokio::select! {
+        biased;
         ended = &mut served => ended,
         () = tasks.cancelled() => {
             served.as_mut().graceful_shutdown();

@@ -12,12 +12,18 @@ use std::{
 
 use tokio::{sync::Semaphore, time::Instant};
 
-use super::{METADATA_CALLS, MIN_BYTES_PER_SECOND, Pools};
+use super::{METADATA_CALLS, Pools};
 use crate::task::clock;
 
-/// How long a response may stay unread while others wait for memory, beside the time that its bytes take. Consumers that pause for longer are
-/// honest, and connect again.
-pub(super) const UNREAD_GRACE: Duration = Duration::from_secs(5);
+/// How long a client may take nothing of what it was sent, while others wait for memory. Consumers that pause for longer are honest, and
+/// connect again.
+pub(super) const UNREAD_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Least pace of a client that takes its responses in small pieces, while others wait.
+const MIN_BYTES_PER_SECOND: usize = 256 << 10;
+
+/// How much longer a call may stay unread where others wait for memory of the other kind, of which it holds little or nothing.
+const OTHER_KIND_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Least time between two searches for connections to close, however many calls wait.
 pub(super) const SEARCH_INTERVAL: Duration = Duration::from_millis(100);
@@ -62,12 +68,14 @@ struct Unread {
 struct UnreadCall {
     /// Its client may read until then, while others wait.
     until: Instant,
-    holds: Holds,
+    /// The client must have read all until then.
+    deadline: Instant,
+    kind: MemoryKind,
 }
 
-/// What an unread call holds. A consumer that pauses is not closed because others wait to append.
+/// Which memory a call holds while it is unread. A consumer that pauses is not closed because others wait to append.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Holds {
+pub(super) enum MemoryKind {
     /// Of calls whose answers take none of the memory of responses.
     Requests,
     Responses,
@@ -78,12 +86,27 @@ impl Account {
         self.unread.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether the client of a call that holds this has read nothing for too long.
-    fn is_unread(&self, holds: Holds, now: Instant) -> bool {
-        self.unread().calls.values().any(|call| call.holds == holds && call.until <= now)
+    /// Whether a client has read nothing for too long while others wait for memory of this kind.
+    fn is_unread(&self, kind: MemoryKind, now: Instant) -> bool {
+        self.unread().calls.values().any(|call| {
+            let patience = if call.kind == kind { Duration::ZERO } else { OTHER_KIND_TIMEOUT };
+            call.until.min(call.deadline) + patience <= now
+        })
     }
 
-    /// Ends the connection.
+    /// Whether a call of the connection does not run because its client reads nothing.
+    pub(super) fn is_stalled(&self, now: Instant) -> bool {
+        self.is_unread(MemoryKind::Requests, now) || self.is_unread(MemoryKind::Responses, now)
+    }
+
+    fn holds(&self, kind: MemoryKind) -> bool {
+        let is_taken = |pools: &Pools| pools.small.taken() + pools.large.taken() > 0;
+        match kind {
+            MemoryKind::Requests => is_taken(&self.requests) || is_taken(&self.parts),
+            MemoryKind::Responses => is_taken(&self.responses),
+        }
+    }
+
     pub(super) fn close(&self) {
         (self.close)();
     }
@@ -99,14 +122,22 @@ pub(super) struct UnreadResponse {
 impl UnreadResponse {
     /// A response of so many bytes.
     pub(super) fn new(account: &Arc<Account>, bytes: usize) -> Self {
-        let until = clock::monotonic() + UNREAD_GRACE + Duration::from_secs((bytes / MIN_BYTES_PER_SECOND) as u64);
+        let kind = if bytes > 0 { MemoryKind::Responses } else { MemoryKind::Requests };
+        let until = clock::monotonic() + UNREAD_TIMEOUT;
+        let deadline = until + Duration::from_secs((bytes / MIN_BYTES_PER_SECOND) as u64);
         let mut unread = account.unread();
         let number = unread.next;
         unread.next += 1;
-        let holds = if bytes > 0 { Holds::Responses } else { Holds::Requests };
-        unread.calls.insert(number, UnreadCall { until, holds });
+        unread.calls.insert(number, UnreadCall { until, deadline, kind });
         drop(unread);
         Self { account: Arc::clone(account), number }
+    }
+
+    /// The client took a piece of it.
+    pub(super) fn renew(&self) {
+        if let Some(call) = self.account.unread().calls.get_mut(&self.number) {
+            call.until = clock::monotonic() + UNREAD_TIMEOUT;
+        }
     }
 }
 
@@ -116,14 +147,15 @@ impl Drop for UnreadResponse {
     }
 }
 
-/// The connections of a broker.
+/// Every open connection, to search for those that others wait for.
 #[derive(Debug, Default)]
 pub(super) struct Connections(Mutex<State>);
 
 #[derive(Debug, Default)]
 struct State {
     next: u64,
-    searched: Option<Instant>,
+    /// When it was last searched, by kind.
+    searched: [Option<Instant>; 2],
     open: BTreeMap<u64, Weak<Account>>,
 }
 
@@ -156,19 +188,20 @@ impl Connections {
         ConnectionMemory(account)
     }
 
-    /// Closes the connections whose clients do not read and that hold something of what is waited for.
-    pub(super) fn close_unread(&self, holds: Holds, held: impl Fn(&Account) -> usize) {
+    /// Closes the connections that hold memory of this kind and whose clients do not read.
+    pub(super) fn close_unread(&self, kind: MemoryKind) {
         let now = clock::monotonic();
         let mut state = self.state();
-        if state.searched.is_some_and(|searched| now.saturating_duration_since(searched) < SEARCH_INTERVAL) {
+        let searched = &mut state.searched[kind as usize];
+        if searched.is_some_and(|searched| now.saturating_duration_since(searched) < SEARCH_INTERVAL) {
             return;
         }
-        state.searched = Some(now);
+        *searched = Some(now);
         let open: Vec<_> = state.open.values().filter_map(Weak::upgrade).collect();
         // An account that is dropped takes this lock.
         drop(state);
-        for account in open.iter().filter(|account| held(account) > 0 && account.is_unread(holds, now)) {
-            account.close();
-        }
+        open.iter()
+            .filter(|account| account.holds(kind) && account.is_unread(kind, now))
+            .for_each(|account| account.close());
     }
 }

@@ -12,7 +12,7 @@ use std::{
 use futures::task::AtomicWaker;
 use tokio::time::Instant;
 
-use super::{LARGE_GRACE, SMALL_BYTES, SMALL_GRACE, UNREAD_GRACE, connections::Account, grace};
+use super::{LARGE_GRACE, SMALL_BYTES, SMALL_GRACE, connections::Account, grace};
 
 /// All of a broker's.
 #[derive(Debug, Default)]
@@ -22,12 +22,12 @@ pub(super) struct IncompleteRequests(Mutex<State>);
 #[derive(Debug, Default)]
 struct State {
     next: u64,
-    small: BTreeMap<u64, Arc<IncompleteRequest>>,
-    large: BTreeMap<u64, Arc<IncompleteRequest>>,
+    small: BTreeMap<(Instant, u64), Arc<IncompleteRequest>>,
+    large: BTreeMap<(Instant, u64), Arc<IncompleteRequest>>,
 }
 
 impl State {
-    const fn of(&mut self, bytes: usize) -> &mut BTreeMap<u64, Arc<IncompleteRequest>> {
+    const fn of(&mut self, bytes: usize) -> &mut BTreeMap<(Instant, u64), Arc<IncompleteRequest>> {
         if bytes <= SMALL_BYTES { &mut self.small } else { &mut self.large }
     }
 }
@@ -63,22 +63,21 @@ impl IncompleteRequests {
         state.next += 1;
         let (ended, waker, account) = (AtomicBool::new(false), AtomicWaker::new(), Arc::clone(account));
         let request = Arc::new(IncompleteRequest { number, bytes, since, ended, waker, account });
-        state.of(bytes).insert(number, Arc::clone(&request));
+        state.of(bytes).insert((since, number), Arc::clone(&request));
         request
     }
 
     pub(super) fn remove(&self, request: &IncompleteRequest) {
-        self.state().of(request.bytes).remove(&request.number);
+        self.state().of(request.bytes).remove(&(request.since, request.number));
     }
 
     /// Ends requests that do not come, until so many bytes of the pool that a request of this size uses will be free.
     pub(super) fn end(&self, bytes: usize, now: Instant) {
         let mut freed = 0;
-        // Those that come after one that is so young are younger.
-        let least = if bytes <= SMALL_BYTES { SMALL_GRACE } else { LARGE_GRACE };
+        let min_age = if bytes <= SMALL_BYTES { SMALL_GRACE } else { LARGE_GRACE };
         for request in self.state().of(bytes).values() {
             let age = now.saturating_duration_since(request.since);
-            if age < least || freed >= bytes {
+            if age < min_age || freed >= bytes {
                 return;
             }
             if age < grace(request.bytes) {
@@ -86,8 +85,8 @@ impl IncompleteRequests {
             }
             if !request.ended.swap(true, Ordering::AcqRel) {
                 request.waker.wake();
-            } else if age >= grace(request.bytes) + UNREAD_GRACE {
-                // Its call does not run: the client does not read its answers.
+            } else if request.account.is_stalled(now) {
+                // Its call does not run, and cannot give the memory back.
                 request.account.close();
             }
             freed += request.bytes;

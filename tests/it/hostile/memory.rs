@@ -70,9 +70,12 @@ impl Scale {
     }
 }
 
+fn endpoint(address: SocketAddr) -> Endpoint {
+    Endpoint::from_shared(format!("http://{address}")).expect("an address is a URI")
+}
+
 async fn connect(address: SocketAddr) -> Channel {
-    let endpoint = Endpoint::from_shared(format!("http://{address}")).expect("an address is a URI");
-    endpoint.connect().await.expect("the port is open")
+    endpoint(address).connect().await.expect("the port is open")
 }
 
 /// Sends a call with these bytes as its body; the answer's head.
@@ -275,6 +278,11 @@ async fn memory_stays_bounded_whatever_clients_announce_or_leave_unread() {
         };
         let name = if plain { "plain reads that nobody reads" } else { "reads that nobody reads" };
         target.withstands(name, target.on_streams(100, attack).await).await;
+        // HTTP/2 took a whole response where the client took a byte of it.
+        let by_bytes = endpoint(target.address()).initial_stream_window_size(1).initial_connection_window_size(1 << 30);
+        let channel = by_bytes.connect().await.expect("the port is open");
+        let attacks = (0..900).map(|_| attack(channel.clone())).collect();
+        target.withstands(&format!("{name} but for a byte, 900 streams"), attacks).await;
     }
 
     // Batches of 100 KB whose records have 60 MiB: readers of an empty topic waited 1.6 s.
@@ -392,8 +400,7 @@ async fn clients_that_read_nothing_give_way_to_those_that_do() {
     let mut attackers = JoinSet::new();
     for number in 0..12 {
         let window = if number % 2 == 0 { 0 } else { 65_535 };
-        let endpoint = Endpoint::from_shared(format!("http://{}", target.address())).expect("an address is a URI");
-        let (endpoint, calls) = (endpoint.initial_stream_window_size(window), calls.clone());
+        let (endpoint, calls) = (endpoint(target.address()).initial_stream_window_size(window), calls.clone());
         attackers.spawn(async move {
             loop {
                 let Ok(channel) = endpoint.connect().await else { continue };
