@@ -26,9 +26,9 @@ const ANSWER: Duration = Duration::from_secs(2);
 const TOGETHER: usize = 64;
 
 /// Replicas that are deleted together, with two rounds of the journal and one sync of their topic's folder, and how many such parts are
-/// deleted side by side.
-const DELETED_TOGETHER: usize = 256;
-const DELETIONS: usize = 2;
+/// deleted side by side: a file system that discards what it frees has each removed file wait for the device.
+const DELETED_TOGETHER: usize = 64;
+const DELETIONS: usize = 16;
 
 /// Those that are to be looked at.
 #[derive(Debug, Default)]
