@@ -282,7 +282,7 @@ impl Topics {
     async fn delete_rest(&self, name: &TopicName, value: &TopicValue) {
         let ids = (0..value.partitions).map(|number| PartitionId::new(value.id, number));
         let ops = ids.flat_map(|id| [self.keys.partition(id), self.keys.tier(id)]).map(|key| Op::Delete { key });
-        if let Err(error) = self.in_chunks(&[], ops.collect()).await {
+        if let Err(error) = self.in_chunks(&[], ops).await {
             tracing::info!(topic = %name, id = %value.id, %error, "the rest of a deleted topic is left to the sweep");
         }
     }

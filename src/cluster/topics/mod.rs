@@ -211,14 +211,22 @@ impl Topics {
 
     /// Does many operations in transactions of at most `CHUNK`, each only under these conditions. False when one of
     /// them was refused: those before it are done. An operation that is done twice must do no harm.
-    async fn in_chunks(&self, conditions: &[Compare], ops: Vec<Op>) -> Result<bool, StoreError> {
-        for chunk in ops.chunks(CHUNK) {
-            let transaction = Transaction { compares: conditions.to_vec(), ops: chunk.to_vec(), else_get: Vec::new() };
+    async fn in_chunks(
+        &self,
+        conditions: &[Compare],
+        ops: impl IntoIterator<Item = Op, IntoIter: Send>,
+    ) -> Result<bool, StoreError> {
+        let mut ops = ops.into_iter();
+        loop {
+            let chunk: Vec<Op> = ops.by_ref().take(CHUNK).collect();
+            if chunk.is_empty() {
+                return Ok(true);
+            }
+            let transaction = Transaction { compares: conditions.to_vec(), ops: chunk, else_get: Vec::new() };
             if let Outcome::Refused { .. } = known_outcome(&*self.store, &transaction).await? {
                 return Ok(false);
             }
         }
-        Ok(true)
     }
 
     /// First values for new partitions, and the claim on room for them. The error is `None` when fewer brokers are alive than there are
