@@ -15,9 +15,9 @@ use super::{
 /// Least default of the whole.
 const MIN_MEMORY_BYTES: u64 = 512 << 20;
 
-/// Memory that there is to be for one replica. An idle one takes 10 to 16 KiB; the rest is for those that are written to, and for the
-/// metadata of all of them while it is read.
-const REPLICA_BYTES: u64 = 32 << 10;
+/// Memory that one replica takes: as many as this bound allows take as much again as the whole. An idle one takes 16 KiB, one that was written
+/// to 20 KiB (docs/performance.md, `replicas`).
+const REPLICA_BYTES: u64 = 16 << 10;
 
 /// Least default of the bound of replicas.
 const MIN_REPLICAS: u64 = 4000;

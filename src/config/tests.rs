@@ -461,7 +461,7 @@ fn shares_of_the_memory_follow_from_it() {
 #[test]
 fn max_replicas_follows_from_the_memory_unless_set() {
     let bound = |text: &str| load(text).expect("valid").config.broker.max_replicas;
-    assert_eq!(bound("[limits]\nmemory_bytes = \"2GiB\""), 65_536);
+    assert_eq!(bound("[limits]\nmemory_bytes = \"2GiB\""), 131_072);
     assert_eq!(bound("[limits]\nmemory_bytes = \"64MiB\""), 4000, "some thousands in any case");
     assert_eq!(bound("[limits]\nmemory_bytes = \"1024TiB\""), 10_000_000);
     assert_eq!(bound("[broker]\nmax_replicas = 7\n[limits]\nmemory_bytes = \"2GiB\""), 7);
