@@ -19,9 +19,6 @@ const MIN_MEMORY_BYTES: u64 = 512 << 20;
 /// to 20 KiB (docs/performance.md, `replicas`).
 const REPLICA_BYTES: u64 = 16 << 10;
 
-/// Least default of the bound of replicas.
-const MIN_REPLICAS: u64 = 4000;
-
 /// Where Linux shows the limits of cgroups: version 2, version 2 beside version 1, and version 1.
 const UNIFIED: [&str; 2] = ["sys/fs/cgroup", "sys/fs/cgroup/unified"];
 const LEGACY: &str = "sys/fs/cgroup/memory";
@@ -88,7 +85,7 @@ impl Values {
 
 /// How many replicas a broker takes whose clients may have it hold so much. Replicas are given as much again.
 fn default_replicas(whole: u64) -> u64 {
-    (whole / REPLICA_BYTES).clamp(MIN_REPLICAS, 10_000_000)
+    (whole / REPLICA_BYTES).min(10_000_000)
 }
 
 /// The default of the whole for each of so many brokers on this machine.
@@ -103,7 +100,7 @@ pub(super) fn default_share(key: &str) -> Option<String> {
         return Some(MEMORY_DEFAULT.to_owned());
     }
     if key == REPLICAS {
-        return Some(format!("one for each {} of `{MEMORY}`, at least {MIN_REPLICAS}", size(REPLICA_BYTES)));
+        return Some(format!("one for each {} of `{MEMORY}`", size(REPLICA_BYTES)));
     }
     let share = MEMORY_SHARES.iter().find(|share| share.key == key)?;
     let part = match share.sixteenths {

@@ -462,7 +462,7 @@ fn shares_of_the_memory_follow_from_it() {
 fn max_replicas_follows_from_the_memory_unless_set() {
     let bound = |text: &str| load(text).expect("valid").config.broker.max_replicas;
     assert_eq!(bound("[limits]\nmemory_bytes = \"2GiB\""), 131_072);
-    assert_eq!(bound("[limits]\nmemory_bytes = \"64MiB\""), 4000, "some thousands in any case");
+    assert_eq!(bound("[limits]\nmemory_bytes = \"64MiB\""), 4096, "the least");
     assert_eq!(bound("[limits]\nmemory_bytes = \"1024TiB\""), 10_000_000);
     assert_eq!(bound("[broker]\nmax_replicas = 7\n[limits]\nmemory_bytes = \"2GiB\""), 7);
     assert!(load("").expect("valid").print().contains("\nmax_replicas = "));
