@@ -24,6 +24,12 @@ use crate::{
 /// Up to so many bytes are opened where the caller runs: handing over to another thread would cost more.
 const INLINE_BYTES: usize = 64 << 10;
 
+/// Batches that may grow to so many bytes at most have memory and turns of their own: they do not wait for larger ones.
+const SMALL_BYTES: usize = 1 << 20;
+
+/// The part of the memory for small batches, as a divisor.
+const SMALL_SHARE: u64 = 8;
+
 /// The setting that bounds the memory.
 const SETTING: &str = "limits.decompression_memory_bytes";
 
@@ -46,12 +52,26 @@ impl Use {
     }
 }
 
-/// Opens batches within a bound on the memory that this takes. Clones share it.
+/// What batches of one size are opened with.
 #[derive(Clone, Debug)]
-pub struct Opener {
+struct Lane {
     memory: Memory,
     /// Batches that are opened at the same time on other threads: one processor is left to everything else.
     turns: Arc<Semaphore>,
+}
+
+impl Lane {
+    fn new(bytes: u64) -> Self {
+        let processors = thread::available_parallelism().map_or(1, NonZero::get);
+        Self { memory: Memory::new(bytes), turns: Arc::new(Semaphore::new(processors.saturating_sub(1).max(1))) }
+    }
+}
+
+/// Opens batches within a bound on the memory that this takes. Clones share it.
+#[derive(Clone, Debug)]
+pub struct Opener {
+    small: Lane,
+    large: Lane,
     /// The same of one caller: a turn to open a compressed batch.
     caller: Option<Arc<Semaphore>>,
 }
@@ -59,12 +79,8 @@ pub struct Opener {
 impl Opener {
     /// At most `bytes` of memory at any time.
     pub fn new(bytes: u64) -> Self {
-        let processors = thread::available_parallelism().map_or(1, NonZero::get);
-        Self {
-            memory: Memory::new(bytes),
-            turns: Arc::new(Semaphore::new(processors.saturating_sub(1).max(1))),
-            caller: None,
-        }
+        let small = bytes / SMALL_SHARE;
+        Self { small: Lane::new(small), large: Lane::new(bytes - small), caller: None }
     }
 
     /// The same memory for a caller who has these turns.
@@ -90,7 +106,7 @@ impl Opener {
             Some(turns) => Some(Arc::clone(turns).acquire_owned().await.expect("the semaphore is never closed")),
             None => None,
         };
-        let (allowed, held) = (most, self.memory.bytes() / purpose.cost());
+        let (allowed, held) = (most, self.large.memory.bytes() / purpose.cost());
         let most = allowed.min(held);
         let codec = batch.compression();
         let too_large = move || {
@@ -106,12 +122,15 @@ impl Opener {
         }
         let mut room = guess.max(INLINE_BYTES).min(most);
         loop {
-            let permit = self.memory.take(room * purpose.cost()).await;
+            let bytes = room * purpose.cost();
+            let is_small = room <= SMALL_BYTES && bytes <= self.small.memory.bytes();
+            let lane = if is_small { &self.small } else { &self.large };
+            let permit = lane.memory.take(bytes).await;
             let opened = if room <= INLINE_BYTES {
                 work(batch, room)
             } else {
                 let (batch, work) = (batch.clone(), work.clone());
-                let turn = Arc::clone(&self.turns).acquire_owned().await.expect("the semaphore is never closed");
+                let turn = Arc::clone(&lane.turns).acquire_owned().await.expect("the semaphore is never closed");
                 // The permits go along: whoever waits may stop waiting, and the work goes on.
                 task::blocking(move || (work(&batch, room), permit, turn).0).await
             };
@@ -166,7 +185,7 @@ mod tests {
         let (now, peak) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
         let (batch, _) = zeros(Compression::Lz4, 2 << 20);
         let work = {
-            let (now, peak, memory) = (Arc::clone(&now), Arc::clone(&peak), opener.memory.clone());
+            let (now, peak, memory) = (Arc::clone(&now), Arc::clone(&peak), opener.large.memory.clone());
             move |batch: &Batch, room: usize| {
                 let here = now.fetch_add(room * Use::Rewrite.cost(), Ordering::SeqCst) + room * Use::Rewrite.cost();
                 peak.fetch_max(here.max(memory.taken()), Ordering::SeqCst);
@@ -179,12 +198,12 @@ mod tests {
         assert!(future::join_all(all).await.iter().all(Result::is_ok));
         let peak = peak.load(Ordering::SeqCst);
         assert!(peak <= BOUND && peak > BOUND / 2, "{peak} of {BOUND}");
-        assert_eq!(opener.memory.taken(), 0, "all is given back");
+        assert_eq!(opener.large.memory.taken(), 0, "all is given back");
         // What could never be held is refused, and waits for nothing.
         let (large, _) = zeros(Compression::Lz4, 3 << 20);
         let refused = opener.open(&large, usize::MAX, Use::Rewrite, work).await;
         let refused = refused.expect_err("three times 3 MiB are more than 8 MiB");
-        let most = BOUND / Use::Rewrite.cost();
+        let most = opener.large.memory.bytes() / Use::Rewrite.cost();
         assert_eq!(refused, Malformed::NoMemory { codec: Compression::Lz4, most, setting: SETTING });
         assert!(refused.to_string().contains(SETTING) && refused.to_string().contains(&most.to_string()), "{refused}");
     }
@@ -204,5 +223,18 @@ mod tests {
             assert_eq!(refused, Err(Malformed::Grows { codec, most: 4 << 20 }));
         }
         assert_eq!(calls.load(Ordering::SeqCst), 0);
+    }
+
+    /// Readers of small batches waited for every bomb that was being read.
+    #[tokio::test]
+    async fn small_batches_do_not_wait_for_large_ones() {
+        let opener = Opener::new(64 << 20);
+        let held = opener.large.memory.take(opener.large.memory.bytes()).await;
+        let turns = opener.large.turns.available_permits();
+        let turns = opener.large.turns.acquire_many(u32::try_from(turns).unwrap()).await.unwrap();
+        let (small, plain) = zeros(Compression::Gzip, 300_000);
+        let count = |batch: &Batch, most: usize| Ok(batch.records_within(most)?.count());
+        assert_eq!(opener.open(&small, plain, Use::Read, count).await, Ok(1));
+        drop((held, turns));
     }
 }
