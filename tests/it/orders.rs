@@ -115,16 +115,16 @@ fn a_broker_alone_refuses_more_partitions_than_it_takes() {
     let mut home = Home::new().setting("limits.memory_bytes", "\"64MiB\"");
     let broker = home.start();
     let cli = home.cli();
-    let bound = ["broker 1", "4000", "broker.max_replicas"];
+    let bound = ["broker 1", "4096", "broker.max_replicas"];
     let says = |complaint: &str, would: &str| {
         assert!(bound.iter().chain([&would]).all(|part| complaint.contains(part)), "{would}: {complaint}");
     };
     says(&refused(&cli, "topic create many --partitions 100000"), "100000");
     assert!(!said(&cli, "topic list").contains("many"));
     said(&cli, "topic create orders --partitions 2");
-    says(&refused(&cli, "topic add-partitions orders --to 4001"), "4001");
+    says(&refused(&cli, "topic add-partitions orders --to 4097"), "4097");
     let one = asked(&cli, "cluster describe")["brokers"][0].clone();
-    assert_eq!((&one["replicas"], &one["max_replicas"]), (&json!(2), &json!(4000)));
+    assert_eq!((&one["replicas"], &one["max_replicas"]), (&json!(2), &json!(4096)));
     broker.terminate();
 
     // A lowered bound closes nothing, and takes no more.

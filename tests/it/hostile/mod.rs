@@ -187,18 +187,20 @@ async fn hostile_records_and_bombs_behind_a_good_header_are_survived() {
         ("snappy that claims 4 GiB", wire::frame(&[0xff, 0xff, 0xff, 0xff, 0x0f, 0, 0, 0], 1, 2)),
         ("a zstd bomb", wire::frame(&bomb(), 1, 4)),
     ];
+    // How much may be opened depends on the machine's memory.
+    let is_named = |fault: &Fault| matches!(fault.reason, Reason::MalformedBatch | Reason::RecordTooLarge);
     for (name, bytes) in cases {
         for topic in ["plain", "recompressed"] {
             let append = wire::append(&mut log, wire::append_batch(topic, 0, bytes.clone())).await;
             match append {
                 // Refused at the door, which is best.
-                Err(fault) => assert_eq!(fault.reason, Reason::MalformedBatch, "{name} into {topic}: {fault}"),
+                Err(fault) => assert!(is_named(&fault), "{name} into {topic}: {fault}"),
                 // Taken unread: then reading it as records fails, and says so.
                 Ok(appended) => {
                     assert_eq!(topic, "plain", "{name}: a broker that compresses anew has read it");
                     let read = wire::read_range(&mut log, topic, 0, appended.base_offset, appended.end_offset).await;
                     let fault = read.expect_err(name);
-                    assert!(matches!(fault.reason, Reason::MalformedBatch | Reason::DataDamaged), "{name}: {fault:?}");
+                    assert!(is_named(&fault) || fault.reason == Reason::DataDamaged, "{name}: {fault:?}");
                 }
             }
         }
