@@ -47,6 +47,12 @@ const PART_BYTES: usize = 256;
 /// The share of request memory for the parts of requests, as a divisor.
 const PARTS_SHARE: u64 = 4;
 
+/// The share of request memory for what came of requests that wait for memory, as a divisor.
+const WAITING_SHARE: u64 = 16;
+
+/// Bytes of a waiting request that are not counted.
+pub const WAITING_BYTES: usize = 4 << 10;
+
 /// How long a request waits for memory.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -81,6 +87,7 @@ pub struct Budgets(Arc<Inner>);
 struct Inner {
     requests: Pools,
     parts: Pools,
+    waiting: Memory,
     responses: Pools,
     request_bytes: u64,
     response_bytes: u64,
@@ -136,8 +143,9 @@ impl Budgets {
     /// Budgets of so many bytes.
     pub fn new(request_bytes: u64, response_bytes: u64) -> Self {
         Self(Arc::new(Inner {
-            requests: Pools::new(request_bytes - request_bytes / PARTS_SHARE),
+            requests: Pools::new(request_bytes - request_bytes / PARTS_SHARE - request_bytes / WAITING_SHARE),
             parts: Pools::new(request_bytes / PARTS_SHARE),
+            waiting: Memory::new(request_bytes / WAITING_SHARE),
             responses: Pools::new(response_bytes),
             request_bytes,
             response_bytes,
@@ -148,15 +156,16 @@ impl Budgets {
 
     /// The part of a new connection, which `close` ends.
     pub fn connection(&self, close: impl Fn() + Send + Sync + 'static) -> ConnectionMemory {
-        let parts_bytes = self.0.request_bytes / PARTS_SHARE;
-        let shares = [self.0.request_bytes - parts_bytes, parts_bytes, self.0.response_bytes];
+        let Inner { request_bytes, response_bytes, .. } = *self.0;
+        let parts_bytes = request_bytes / PARTS_SHARE;
+        let shares = [request_bytes - parts_bytes - request_bytes / WAITING_SHARE, parts_bytes, response_bytes];
         self.0.connections.open(shares.map(|bytes| Pools::new(bytes / CONNECTION_SHARE)), close)
     }
 
     /// Bytes that requests and responses have taken.
     pub fn taken(&self) -> (usize, usize) {
         let taken = |pools: &Pools| pools.small.taken() + pools.large.taken();
-        (taken(&self.0.requests) + taken(&self.0.parts), taken(&self.0.responses))
+        (taken(&self.0.requests) + taken(&self.0.parts) + self.0.waiting.taken(), taken(&self.0.responses))
     }
 
     /// Takes `bytes` of a pool. While it waits, connections are closed that hold more of it and whose clients do not read.
@@ -211,6 +220,18 @@ impl CallMemory {
     /// Takes memory for a request of which nothing but its length is there. Most get it at once.
     pub fn try_request(&self, bytes: usize) -> Option<Grant> {
         Pools::try_take(&self.connection.0.requests, &self.budgets.0.requests, bytes)
+    }
+
+    /// Takes memory for what came of a request that is to wait.
+    ///
+    /// # Errors
+    /// `OVERLOADED` where others that wait hold too much.
+    pub fn try_waiting(&self, bytes: usize) -> Result<Grant, Fault> {
+        let permit = self.budgets.0.waiting.try_take(bytes);
+        permit.map(|permit| Grant { permits: vec![permit] }).ok_or_else(|| {
+            self.budgets
+                .no_request_memory(bytes, "there is no memory for the request, and too many others wait for theirs")
+        })
     }
 
     /// Waits for it. Its connection reads nothing of the request meanwhile, so HTTP/2's window stops its sender.
@@ -424,10 +445,10 @@ mod tests {
     async fn one_connection_gets_a_part_and_others_the_rest() {
         let budgets = Budgets::new(64 * MIB as u64, 64 * MIB as u64);
         let first = call(&budgets);
-        let mut held: Vec<_> = (0..9).map(|_| first.try_request(MIB).expect("its part")).collect();
+        let mut held: Vec<_> = (0..8).map(|_| first.try_request(MIB).expect("its part")).collect();
         assert!(first.try_request(MIB).is_none(), "a quarter of the pool of large requests");
         let other = call(&budgets);
-        held.extend((0..9).map(|_| other.try_request(MIB).expect("its own part")));
+        held.extend((0..8).map(|_| other.try_request(MIB).expect("its own part")));
         let refused = first.clone().request(MIB).await.expect_err("its own requests hold its part");
         assert_eq!(refused.reason, Reason::Overloaded);
         for word in ["1048576", "67108864", "limits.request_memory_bytes"] {
@@ -441,7 +462,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn requests_that_do_not_come_make_room_for_others() {
         let budgets = Budgets::new(64 * MIB as u64, MIB as u64);
-        for bytes in [SMALL_BYTES, 9 * MIB] {
+        for bytes in [SMALL_BYTES, 8 * MIB] {
             let full: Vec<_> = std::iter::from_fn(|| {
                 let call = call(&budgets);
                 let grant = call.try_request(bytes)?;

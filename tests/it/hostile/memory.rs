@@ -9,7 +9,7 @@ use std::{
     net::SocketAddr,
     path::Path,
     sync::{
-        Arc,
+        Arc, LazyLock,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
@@ -31,7 +31,11 @@ use strandline::{
     },
     task::clock,
 };
-use tokio::{sync::oneshot, task::JoinSet};
+use tokio::{
+    runtime::{Builder, Runtime},
+    sync::oneshot,
+    task::JoinSet,
+};
 use tonic::{
     body::Body,
     client::GrpcService as _,
@@ -74,8 +78,18 @@ fn endpoint(address: SocketAddr) -> Endpoint {
     Endpoint::from_shared(format!("http://{address}")).expect("an address is a URI")
 }
 
+/// The attackers have one core's time together.
+static ATTACKERS: LazyLock<Runtime> =
+    LazyLock::new(|| Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime"));
+
 async fn connect(address: SocketAddr) -> Channel {
-    endpoint(address).connect().await.expect("the port is open")
+    connect_to(endpoint(address)).await
+}
+
+/// The connection runs among the attackers.
+async fn connect_to(endpoint: Endpoint) -> Channel {
+    let connected = ATTACKERS.spawn(async move { endpoint.connect().await });
+    connected.await.expect("no panic").expect("the port is open")
 }
 
 /// Sends a call with these bytes as its body; the answer's head.
@@ -173,7 +187,7 @@ impl Target {
             }
         });
         let mut attackers = JoinSet::new();
-        attacks.into_iter().for_each(|attack| drop(attackers.spawn(attack)));
+        attacks.into_iter().for_each(|attack| drop(attackers.spawn_on(attack, ATTACKERS.handle())));
         let (mut log, mut waits) = (wire::log(self.address()), Vec::new());
         let end = clock::monotonic() + Duration::from_secs(self.scale.seconds);
         while clock::monotonic() < end {
@@ -280,7 +294,7 @@ async fn memory_stays_bounded_whatever_clients_announce_or_leave_unread() {
         target.withstands(name, target.on_streams(100, attack).await).await;
         // HTTP/2 took a whole response where the client took a byte of it.
         let by_bytes = endpoint(target.address()).initial_stream_window_size(1).initial_connection_window_size(1 << 30);
-        let channel = by_bytes.connect().await.expect("the port is open");
+        let channel = connect_to(by_bytes).await;
         let attacks = (0..900).map(|_| attack(channel.clone())).collect();
         target.withstands(&format!("{name} but for a byte, 900 streams"), attacks).await;
     }
