@@ -1,0 +1,255 @@
+use futures::{FutureExt as _, StreamExt as _, future::poll_fn};
+use prost::Message as _;
+
+use super::*;
+use crate::{
+    broker::Budgets,
+    proto::v1::{self, append_request::Payload},
+};
+
+const APPEND: &str = RECORD_CALLS[0];
+const READ: &str = "/strandline.v1.Log/Read";
+
+fn framed(message: &[u8]) -> Vec<u8> {
+    let len = u32::try_from(message.len()).expect("small");
+    [&[0], &len.to_be_bytes()[..], message].concat()
+}
+
+/// A body of these pieces; with `open`, it never ends.
+fn body(pieces: Vec<Vec<u8>>, open: bool, path: &str, memory: &CallMemory) -> RequestBody {
+    let pieces = futures::stream::iter(pieces.into_iter().map(|piece| Ok::<_, BoxError>(Bytes::from(piece))));
+    let inner =
+        if open { Body::from_stream(pieces.chain(futures::stream::pending())) } else { Body::from_stream(pieces) };
+    RequestBody::new(inner, path, memory.clone(), &RequestSchemas::of_clients())
+}
+
+async fn frame(body: &mut RequestBody) -> Option<Result<Bytes, Fault>> {
+    let frame = poll_fn(|cx| Pin::new(&mut *body).poll_frame(cx)).await?;
+    let refused = |error: BoxError| Fault::from(&*error.downcast::<Status>().expect("a status"));
+    Some(frame.map(|frame| frame.into_data().expect("data")).map_err(refused))
+}
+
+fn memory(budgets: &Budgets) -> CallMemory {
+    CallMemory::new(budgets.clone(), budgets.connection(|| {}))
+}
+
+#[tokio::test(start_paused = true)]
+async fn messages_pass_unchanged_however_they_are_cut() {
+    let budgets = Budgets::new(64 << 20, 1 << 20);
+    let batch = |bytes: usize| [&[0x2a][..], &prost_len(bytes), &vec![7; bytes]].concat();
+    let sent = [framed(&[]), framed(&batch(10)), framed(&batch(300_000)), framed(&batch(70_000)), framed(&[])].concat();
+    for size in [1, 3, 5, 4096, 100_000, usize::MAX] {
+        let memory = memory(&budgets);
+        let mut body = body(sent.chunks(size.min(sent.len())).map(<[u8]>::to_vec).collect(), false, APPEND, &memory);
+        let mut came = Vec::new();
+        while let Some(piece) = frame(&mut body).await {
+            came.extend_from_slice(&piece.expect("nothing is wrong with it"));
+        }
+        assert!(came == sent, "in pieces of {size}");
+        assert!(budgets.taken().0 > 370_000, "what was read stays charged until its handler takes it");
+        drop((body, memory));
+        assert_eq!(budgets.taken().0, 0);
+    }
+}
+
+fn prost_len(bytes: usize) -> Vec<u8> {
+    let mut len = Vec::new();
+    prost::encoding::encode_varint(bytes as u64, &mut len);
+    len
+}
+
+/// 60 MiB announced on each of many streams took 6 GB; five bytes that announce 65 MiB on 10,000 streams took 1.8 GB.
+#[tokio::test(start_paused = true)]
+async fn announced_bytes_are_charged_by_what_came_and_give_way() {
+    let budgets = Budgets::new(96 << 20, 1 << 20);
+    let announced = [&[0][..], &(60_u32 << 20).to_be_bytes()].concat();
+    let mut bodies: Vec<_> = (0..400).map(|_| body(vec![announced.clone()], true, APPEND, &memory(&budgets))).collect();
+    for body in &mut bodies {
+        let pending = poll_fn(|cx| Poll::Ready(Pin::new(&mut *body).poll_frame(cx).is_pending())).await;
+        assert!(pending, "nothing is passed on");
+    }
+    assert!(budgets.taken().0 <= 96 << 20, "{:?}", budgets.taken());
+    let memory = memory(&budgets);
+    let mut honest = body(vec![framed(&[0x2a, 1, 7])], false, APPEND, &memory);
+    let mut ended = tokio::task::JoinSet::new();
+    ended.spawn(async move {
+        let all = bodies.iter_mut().map(|body| Box::pin(frame(body)));
+        futures::future::select_all(all).await.0
+    });
+    assert_eq!(frame(&mut honest).await, Some(Ok(framed(&[0x2a, 1, 7]).into())), "it has its place");
+    let ended =
+        ended.join_next().await.expect("it reads").expect("no panic").expect("an answer").expect_err("it gave way");
+    assert_eq!((ended.reason, ended.retryable), (Reason::Overloaded, true));
+    assert!(ended.message.contains("limits.request_memory_bytes"), "{ended}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn requests_without_records_are_small_and_have_few_parts() {
+    let budgets = Budgets::new(512 << 20, 1 << 20);
+    let large = [&[0][..], &(5_u32 << 20).to_be_bytes()].concat();
+    let refused = frame(&mut body(vec![large.clone()], true, READ, &memory(&budgets))).await;
+    let refused = refused.expect("an answer").expect_err("too large");
+    assert_eq!(refused.reason, Reason::MessageTooLarge);
+    assert!(refused.message.contains("5242880") && refused.message.contains("4194304"), "{refused}");
+    // Empty records of two bytes each: 33 million of them took 4.7 GB.
+    let records = [0x0a, 0].repeat(limits::MAX_REQUEST_PARTS + 1);
+    let message = [&[0x32][..], &prost_len(records.len()), &records].concat();
+    let memory = memory(&budgets);
+    let mut many = body(framed(&message).chunks(1 << 14).map(<[u8]>::to_vec).collect(), false, APPEND, &memory);
+    let refused = loop {
+        match frame(&mut many).await {
+            Some(Ok(_)) => {}
+            Some(Err(fault)) => break fault,
+            None => panic!("it was taken"),
+        }
+    };
+    assert_eq!(refused.reason, Reason::InvalidRequest);
+    assert!(refused.message.contains(&limits::MAX_REQUEST_PARTS.to_string()), "{refused}");
+    assert_eq!(budgets.taken().0, 0, "all is given back");
+}
+
+/// `limits.request_memory_bytes` where `limits.memory_bytes` is 512 and 64 MiB.
+const REQUEST_BYTES: [u64; 2] = [96 << 20, 12 << 20];
+const FETCH: &str = STREAM_PATHS[1];
+
+fn pieces(message: &impl prost::Message) -> Vec<Vec<u8>> {
+    framed(&message.encode_to_vec()).chunks(1 << 14).map(<[u8]>::to_vec).collect()
+}
+
+fn append(records: usize, bytes: usize) -> v1::AppendRequest {
+    let record = v1::Record { value: Some(vec![7; bytes].into()), ..Default::default() };
+    let records = v1::PlainRecords { records: vec![record; records] };
+    v1::AppendRequest { payload: Some(Payload::Records(records)), ..Default::default() }
+}
+
+fn fetch(partitions: usize) -> v1::FetchRequest {
+    let place = v1::FetchPartition { topic: "orders".to_owned(), ..Default::default() };
+    v1::FetchRequest { partitions: vec![place; partitions], ..Default::default() }
+}
+
+/// Reads a body to its end: its bytes.
+async fn read(mut body: RequestBody) -> Result<usize, Fault> {
+    let mut bytes = 0;
+    while let Some(piece) = frame(&mut body).await {
+        bytes += piece?.len();
+    }
+    Ok(bytes)
+}
+
+/// Parts came from the pool that the message needed: such appends were refused whenever they were sent.
+#[tokio::test(start_paused = true)]
+async fn requests_with_many_parts_are_accepted() {
+    let large = [(APPEND, pieces(&append(30 << 10, 1 << 10))), (APPEND, pieces(&append(100_000, 3)))];
+    for bytes in REQUEST_BYTES {
+        let budgets = Budgets::new(bytes, 1 << 20);
+        let connection = budgets.connection(|| {});
+        let mut reads = tokio::task::JoinSet::new();
+        for (path, sent) in large.iter().cloned().chain([(FETCH, pieces(&fetch(10_000)))]) {
+            for _ in 0..3 {
+                let memory = CallMemory::new(budgets.clone(), connection.clone());
+                let (body, sent_bytes) = (body(sent.clone(), false, path, &memory), sent.concat().len());
+                reads.spawn(async move {
+                    assert_eq!(read(body).await, Ok(sent_bytes));
+                    memory.take_request();
+                });
+            }
+        }
+        while let Some(read) = reads.join_next().await {
+            read.expect("all are accepted, also side by side on one connection");
+        }
+        assert_eq!(budgets.taken().0, 0);
+    }
+}
+
+/// One large request that waited made every small one with a part fail.
+#[tokio::test(start_paused = true)]
+async fn small_requests_pass_while_large_ones_wait() {
+    for bytes in REQUEST_BYTES {
+        let budgets = Budgets::new(bytes, 1 << 20);
+        let connection = budgets.connection(|| {});
+        let call = || CallMemory::new(budgets.clone(), connection.clone());
+        let held = (call().try_request(65 << 20), call().try_parts(limits::MAX_REQUEST_PARTS));
+        assert!(held.0.is_some() && held.1.is_some());
+        let large = body(pieces(&append(30 << 10, 1 << 10)), false, APPEND, &call());
+        // It is small, and has more parts than are free.
+        let many = body(pieces(&fetch(5000)), false, FETCH, &call());
+        let mut waiting = [Box::pin(read(large)), Box::pin(read(many))];
+        for request in &mut waiting {
+            assert!(futures::poll!(request).is_pending(), "it waits");
+        }
+        let began = clock::monotonic();
+        read(body(pieces(&append(1, 100)), false, APPEND, &call())).await.expect("a small append passes");
+        read(body(pieces(&fetch(3)), false, FETCH, &call())).await.expect("a small fetch passes");
+        assert_eq!(clock::monotonic(), began, "they do not wait");
+        drop(held);
+        let served = futures::future::join_all(waiting).await;
+        assert!(served.iter().all(Result::is_ok), "there is room: {served:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn last_bytes_wait_for_memory_for_parts() {
+    let budgets = Budgets::new(REQUEST_BYTES[0], 1 << 20);
+    let holder = memory(&budgets);
+    let held = holder.try_parts(limits::MAX_REQUEST_PARTS).expect("room");
+    let sent = pieces(&append(100_000, 3));
+    let mut refused = body(sent.clone(), false, APPEND, &memory(&budgets));
+    let (mut passed, began) = (0, clock::monotonic());
+    let fault = loop {
+        match frame(&mut refused).await.expect("no end") {
+            Ok(piece) => passed += piece.len(),
+            Err(fault) => break fault,
+        }
+    };
+    assert_eq!((fault.reason, fault.retryable), (Reason::Overloaded, true));
+    assert_eq!(passed, sent[..sent.len() - 1].concat().len());
+    assert!(clock::monotonic() - began >= std::time::Duration::from_secs(10));
+    drop(held);
+    assert_eq!(budgets.taken().0, 0);
+}
+
+/// A stream whose handler takes nothing added the memory of each message for ever.
+#[tokio::test(start_paused = true)]
+async fn streams_hold_memory_for_one_message() {
+    let budgets = Budgets::new(REQUEST_BYTES[0], 1 << 20);
+    let sent = vec![framed(&fetch(30).encode_to_vec()); 5];
+    let memory = memory(&budgets);
+    let mut stream = body(sent, true, FETCH, &memory);
+    let mut most = 0;
+    for _ in 0..5 {
+        frame(&mut stream).await.expect("a message").expect("it is accepted");
+        most = most.max(budgets.taken().0);
+        assert_eq!(budgets.taken().0, most, "as after the first");
+    }
+    let pending = poll_fn(|cx| Poll::Ready(Pin::new(&mut stream).poll_frame(cx).is_pending())).await;
+    assert!(pending && budgets.taken().0 == 0, "all are handled");
+}
+
+/// What came first of a request was read to see its length, and 10,000 requests that waited then held 600 MB.
+#[tokio::test(start_paused = true)]
+async fn requests_that_wait_hold_little() {
+    let budgets = Budgets::new(REQUEST_BYTES[1], 1 << 20);
+    let calls: Vec<_> = (0..8).map(|_| memory(&budgets)).collect();
+    let full: Vec<_> = calls.iter().flat_map(|call| std::iter::from_fn(|| call.try_request(SMALL_BYTES))).collect();
+    let before = budgets.taken().0;
+    let message = framed(&append(1, 60_000).encode_to_vec());
+    let mut waiting: Vec<_> =
+        (0..100).map(|_| Box::pin(read(body(vec![message.clone()], false, APPEND, &memory(&budgets))))).collect();
+    for request in &mut waiting {
+        assert!(futures::poll!(request).is_pending(), "it waits");
+    }
+    assert!((budgets.taken().0 - before) as u64 <= REQUEST_BYTES[1] / 16, "{:?}", budgets.taken());
+    let mut small = Box::pin(read(body(pieces(&append(1, 100)), false, APPEND, &memory(&budgets))));
+    assert!(futures::poll!(&mut small).is_pending(), "it waits too");
+    tokio::time::sleep(REFUSAL_DELAY).await;
+    let refused = waiting.iter_mut().filter_map(|request| request.as_mut().now_or_never());
+    assert!(
+        refused
+            .map(|outcome| outcome.expect_err("refused").reason)
+            .filter(|reason| *reason == Reason::Overloaded)
+            .count()
+            > 80
+    );
+    drop(full);
+    small.await.expect("a small one waits for memory however many do");
+}
