@@ -1,3 +1,5 @@
+//! Bodies of requests: unchanged however they are cut, bounded, and charged while they wait.
+
 use futures::{FutureExt as _, StreamExt as _, future::poll_fn};
 use prost::Message as _;
 
