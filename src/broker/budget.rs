@@ -56,9 +56,6 @@ pub const WAITING_BYTES: usize = 4 << 10;
 /// How long a request waits for memory.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How often a request that has waited for a while looks for others that do not come.
-const MAX_CHECK_INTERVAL: Duration = Duration::from_millis(500);
-
 /// How long a small request may be incomplete while others wait.
 const SMALL_GRACE: Duration = Duration::from_millis(10);
 
@@ -249,13 +246,10 @@ impl CallMemory {
             return Err(self.budgets.no_request_memory(bytes, message));
         };
         let mut all = std::pin::pin!(self.budgets.0.requests.of(bytes).take(bytes));
-        let mut interval = SMALL_GRACE;
         loop {
-            if let Ok(all) = tokio::time::timeout(interval, &mut all).await {
+            if let Ok(all) = tokio::time::timeout(SMALL_GRACE, &mut all).await {
                 return Ok(Grant { permits: vec![own, all] });
             }
-            // Thousands may wait.
-            interval = (2 * interval).min(MAX_CHECK_INTERVAL);
             let now = clock::monotonic();
             if now >= deadline {
                 return Err(self.budgets.no_request_memory(bytes, "no memory for the request came free"));

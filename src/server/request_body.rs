@@ -37,7 +37,7 @@ use crate::{
 };
 
 /// How long a request is held before it is refused because too many wait: whoever sends it again at once costs little so.
-const REFUSAL_DELAY: Duration = Duration::from_secs(5);
+const REFUSAL_DELAY: Duration = Duration::from_secs(1);
 
 /// Bytes before each message: whether it is compressed, and its length.
 const PREFIX_BYTES: usize = 5;
