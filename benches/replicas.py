@@ -6,7 +6,7 @@ from measure import Broker, Figure, cpu_of, get, rss_mb, say
 COUNTS = (1000, 10_000, 30_000, 100_000)
 TOPIC = "t"
 
-# What the issue of many partitions asks of 100,000: memory of a broker, and time until its replicas are open.
+# Aims for 100,000 partitions: memory of a broker, and time until its replicas are open.
 MOST_MB, MOST_SECONDS = 2**31 / 1e6, 60
 
 PHASES = {

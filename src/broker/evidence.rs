@@ -237,7 +237,7 @@ impl Broker {
         }
     }
 
-    /// The controller's look at a report that came by the network: whoever it names as its reporter, this broker probes. Reports about the same
+    /// The controller's look at a report that came by the network: this broker probes, no matter which reporter it names. Reports about the same
     /// registration that wait share one probe, so reports about one live broker do not hold up those about others. True when it took the
     /// registration away.
     ///

@@ -224,7 +224,7 @@ pub(super) fn is_leaving(state: &ViewState, id: BrokerId, value: &BrokerValue) -
     value.state == BrokerState::Stopping || state.drains().contains_key(&id)
 }
 
-/// Whether other brokers cannot reach a live broker, because its registration names no address for them: no replica there is ever in sync.
+/// True if other brokers cannot reach a live broker, because its registration names no address for them: no replica there is ever in sync.
 pub(super) fn is_unreachable(state: &ViewState, value: &BrokerValue) -> bool {
     value.listeners.peer().is_none() && state.brokers().len() > 1
 }

@@ -65,7 +65,7 @@ impl Values {
         }
     }
 
-    /// Where the first of the shares is set.
+    /// The place where the first of the shares is set.
     fn place_of(&self, set: &[(&str, u64)]) -> Source {
         set.first().map_or(Source::Default, |(key, _)| self.set[*key].source.clone())
     }

@@ -9,7 +9,7 @@ use std::sync::{Arc, atomic::Ordering};
 use super::{Log, directory::Inner, error::ReplicaError, journal::entry::Kind, shared::Shared, shared::replica_dir};
 use crate::model::{Offset, PartitionId};
 
-/// What could not be deleted, and why.
+/// Replicas that could not be deleted, and the reason.
 type Failures = Vec<(PartitionId, ReplicaError)>;
 
 impl Log {

@@ -24,7 +24,7 @@ use crate::{
 /// Up to so many bytes are opened where the caller runs: handing over to another thread would cost more.
 const INLINE_BYTES: usize = 64 << 10;
 
-/// Batches that may grow to so many bytes at most have memory and turns of their own: they do not wait for larger ones.
+/// Largest plain size of a small batch. Small batches have memory and turns of their own: they do not wait for larger ones.
 const SMALL_BYTES: usize = 1 << 20;
 
 /// The part of the memory for small batches, as a divisor.

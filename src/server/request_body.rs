@@ -36,7 +36,7 @@ use crate::{
     task::clock,
 };
 
-/// How long a request is held before it is refused because too many wait: whoever sends it again at once costs little so.
+/// How long a request is held before it is refused because too many wait: a client that sends it again at once costs little then.
 const REFUSAL_DELAY: Duration = Duration::from_secs(1);
 
 /// Bytes before each message: whether it is compressed, and its length.

@@ -86,7 +86,7 @@ impl Account {
         self.unread.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether a client has read nothing for too long while others wait for memory of this kind.
+    /// True if a client has read nothing for too long while others wait for memory of this kind.
     fn is_unread(&self, kind: MemoryKind, now: Instant) -> bool {
         self.unread().calls.values().any(|call| {
             let patience = if call.kind == kind { Duration::ZERO } else { OTHER_KIND_TIMEOUT };
@@ -94,7 +94,7 @@ impl Account {
         })
     }
 
-    /// Whether a call of the connection does not run because its client reads nothing.
+    /// True if a call of the connection does not run because its client reads nothing.
     pub(super) fn is_stalled(&self, now: Instant) -> bool {
         self.is_unread(MemoryKind::Requests, now) || self.is_unread(MemoryKind::Responses, now)
     }
@@ -120,7 +120,7 @@ pub(super) struct UnreadResponse {
 }
 
 impl UnreadResponse {
-    /// A response of so many bytes.
+    /// A response of `bytes`.
     pub(super) fn new(account: &Arc<Account>, bytes: usize) -> Self {
         let kind = if bytes > 0 { MemoryKind::Responses } else { MemoryKind::Requests };
         let until = clock::monotonic() + UNREAD_TIMEOUT;

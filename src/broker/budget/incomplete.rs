@@ -44,7 +44,7 @@ pub(super) struct IncompleteRequest {
 }
 
 impl IncompleteRequest {
-    /// Whether it is to end; wakes the task when that becomes so.
+    /// True if the request is to end; the task is woken when that becomes so.
     pub(super) fn is_ended(&self, waker: &Waker) -> bool {
         self.waker.register(waker);
         self.ended.load(Ordering::Acquire)
@@ -56,7 +56,7 @@ impl IncompleteRequests {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Notes a request of a connection that has so many bytes since then.
+    /// A request of a connection is incomplete, and has held `bytes` since then.
     pub(super) fn add(&self, bytes: usize, since: Instant, account: &Arc<Account>) -> Arc<IncompleteRequest> {
         let mut state = self.state();
         let number = state.next;
@@ -71,7 +71,7 @@ impl IncompleteRequests {
         self.state().of(request.bytes).remove(&(request.since, request.number));
     }
 
-    /// Ends requests that do not come, until so many bytes of the pool that a request of this size uses will be free.
+    /// Requests that do not come end, until `bytes` of the pool that a request of this size uses will be free.
     pub(super) fn end(&self, bytes: usize, now: Instant) {
         let mut freed = 0;
         let min_age = if bytes <= SMALL_BYTES { SMALL_GRACE } else { LARGE_GRACE };

@@ -26,7 +26,7 @@ struct Check<T> {
 }
 
 impl<K: Ord, T: Clone> SharedChecks<K, T> {
-    /// At most so many checks at the same time.
+    /// At most `max` checks at the same time.
     pub(super) fn new(max: usize) -> Self {
         Self { turns: Semaphore::new(max), checks: Mutex::default() }
     }

@@ -60,13 +60,13 @@ impl Session {
         });
     }
 
-    /// Whether one more read may begin.
+    /// True if one more read may begin.
     pub(super) fn may_begin_read(&self) -> bool {
         let Some(Granted { is_small, released: None, .. }) = self.grant else { return false };
         self.reading.len() < if is_small { 1 } else { READS }
     }
 
-    /// Whether what becomes ready is looked at before the reads that are under way have ended.
+    /// True if partitions that become ready are looked at before the reads that are under way have ended.
     pub(super) fn awaits_marks(&self) -> bool {
         match self.grant {
             Some(Granted { is_used_up: true, .. }) => false,
@@ -112,7 +112,7 @@ impl Session {
         !granted.is_used_up
     }
 
-    /// Reads again from where the request began, with memory for a first record of so many bytes.
+    /// Reads again from where the request began, with memory for a first record of `record_bytes`.
     pub(super) fn read_again(&mut self, record_bytes: usize, gathered: Gathered) {
         self.record_bytes = record_bytes;
         (self.grant, self.held, self.reading) = (None, None, FuturesUnordered::new());

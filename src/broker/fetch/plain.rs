@@ -67,7 +67,7 @@ impl Session {
     /// Replaces the batches of an answer by their records, and returns the bytes of the records.
     ///
     /// # Errors
-    /// Where the answer is to be read again with more memory.
+    /// `RecordTooLarge` where the answer is to be read again with more memory.
     pub(super) async fn decode(&mut self, gathered: &mut Gathered) -> Result<usize, RecordTooLarge> {
         self.restore_now();
         let mut decoder = Decoder {
@@ -113,7 +113,7 @@ struct Decoder<'a> {
     memory: &'a CallMemory,
     /// Bytes of records from which on the response takes no more.
     room: usize,
-    /// Memory was taken for one first record of so many bytes.
+    /// Bytes of one first record for which memory was taken.
     record_bytes: usize,
     /// That record was found.
     has_record: bool,

@@ -204,7 +204,7 @@ async fn response_that_is_held_back_keeps_what_it_needs() {
     bench.stop().await;
 }
 
-/// Where large responses hold their pool, the small pool took 26 readers at a time.
+/// The small pool took 26 readers at a time where large responses held their pool.
 #[tokio::test]
 async fn small_responses_take_little_until_a_larger_batch_is_met() {
     let dir = tempfile::tempdir().unwrap();

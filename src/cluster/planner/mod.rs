@@ -221,7 +221,7 @@ impl Input<'_> {
         self.view.drains().contains_key(&id)
     }
 
-    /// Whether it is there and other brokers can reach it.
+    /// True if the broker is there and other brokers can reach it.
     fn is_reachable(&self, id: BrokerId) -> bool {
         self.view.brokers().get(&id).is_some_and(|known| !is_unreachable(self.view, &known.value))
     }

@@ -167,7 +167,7 @@ fn begin_ordered(
     moved
 }
 
-/// The value with the ordered move begun; `None` where none was ordered, or whoever is to copy is not there, cannot be reached or holds as
+/// The value with the ordered move begun; `None` where none was ordered, or the broker that is to copy is not there, cannot be reached or holds as
 /// much as it takes, or nobody to copy from.
 fn startable(input: &Input<'_>, subject: &Subject<'_>, placement: &Placement) -> Option<PartitionValue> {
     subject.value.leader?;
