@@ -252,18 +252,24 @@ impl Session {
             return;
         }
         let place = &mut self.places[index];
-        place.reading = false;
-        let again = std::mem::take(&mut place.again);
-        let Some(reader) = &place.reader else { return };
         let standing = place.served.standing();
-        let elsewhere = match outcome {
+        let elsewhere = match &outcome {
             // What was read is committed all the same, and is read again where it is served.
             Ok(_) => !standing.role.serves(self.any_replica),
             Err(ReadError::OutOfRange { offset, .. }) => {
-                !standing.role.leads() && offset >= place.served.committed_log_start()
+                !standing.role.leads() && *offset >= place.served.committed_log_start()
             }
             Err(_) => false,
         };
+        if (elsewhere || outcome.is_err()) && gathered.has_records(index) {
+            // The records before the error are an answer of their own.
+            gathered.full = true;
+            self.held = Some((index, outcome));
+            return;
+        }
+        place.reading = false;
+        let again = std::mem::take(&mut place.again);
+        let Some(reader) = &place.reader else { return };
         if elsewhere {
             place.reader = None;
             gathered.failed = true;
@@ -435,6 +441,10 @@ impl Gathered {
         entry.from_follower = !standing.role.leads();
         entry.leader_epoch = standing.epoch.as_i32();
         entry
+    }
+
+    fn has_records(&self, index: usize) -> bool {
+        self.entries.get(&index).is_some_and(|at| !self.partitions[*at].chunks.is_empty())
     }
 
     fn refuse(&mut self, refused: v1::FetchedPartition) {

@@ -96,7 +96,8 @@ fn what_lies_before_a_flipped_bit_is_consumed_and_the_damaged_batch_is_named() {
     let read = home.cli().run(&["consume", "kept", "--from", "earliest", "--until-end"]);
     let served = lines(usize::try_from(base).expect("small"));
     assert_eq!(read.code, 1, "{}", read.stderr);
-    assert!(read.stdout == served.as_bytes(), "{} of {} bytes", read.stdout.len(), served.len());
+    let printed = read.stdout.len();
+    assert!(read.stdout == served.as_bytes(), "{printed} of {} bytes: {}", served.len(), read.stderr);
     assert!(read.stderr.contains(&format!("the data at offset {base} is damaged")), "{}", read.stderr);
 }
 

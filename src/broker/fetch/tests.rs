@@ -44,6 +44,31 @@ async fn what_does_not_fit_into_one_answer_begins_the_next() {
     bench.stop().await;
 }
 
+/// An answer with both lost its records at clients that looked at the error first: they could never read what lies before damage.
+#[tokio::test]
+async fn records_before_an_error_are_an_answer_of_their_own() {
+    let dir = tempfile::tempdir().unwrap();
+    let bench = Bench::start(dir.path(), true).await;
+    bench.create(&TopicName::new("t").unwrap(), 1).await;
+    bench.append(0, 100, 0).await.unwrap();
+    let mut session = Session::new(Arc::clone(&bench.broker), Terms::new(1, 0, 0), bench.broker.call_memory());
+    let want = v1::FetchPartition { topic: "t".to_owned(), ..Default::default() };
+    session.assign(vec![want], true, false).unwrap();
+    let read = session.places[0].reader.clone().unwrap().read(Offset::ZERO, 1 << 20).await;
+    let damaged = ReadError::Damaged { offset: Offset::new(1).unwrap(), why: "a bit flipped".to_owned() };
+    let mut answers = [Gathered::default(), Gathered::default()];
+    session.absorb((0, read), &mut answers[0]);
+    session.absorb((0, Err(damaged)), &mut answers[0]);
+    assert!(answers[0].is_enough(usize::MAX), "it goes out");
+    session.gather_now(&mut answers[1]);
+    let has = |gathered: &Gathered| {
+        let [fetched] = &gathered.partitions[..] else { panic!("one partition: {:?}", gathered.partitions) };
+        (fetched.chunks.is_empty(), fetched.next_offset, fetched.error.as_ref().map(|error| error.reason.clone()))
+    };
+    assert_eq!(answers.each_ref().map(has), [(false, 1, None), (true, 1, Some("DATA_DAMAGED".to_owned()))]);
+    bench.stop().await;
+}
+
 /// A set of 6 MB that named one partition 10,000 times held up appends for 15 s.
 #[tokio::test]
 async fn fetch_set_names_each_partition_once() {
