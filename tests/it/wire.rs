@@ -45,17 +45,19 @@ pub(crate) async fn create_topic(address: SocketAddr, name: &str, partitions: u3
     admin(address).create_topic(request).await.expect("the topic is created");
 }
 
-/// Where the leader of a partition is, by the first of these brokers that answers.
+/// Where the leader of a partition is, by the broker that knows the newest one: a broker that was cut off names an older one for a moment.
 pub(crate) async fn leader(brokers: &[SocketAddr], topic: &str, partition: i32) -> Option<SocketAddr> {
+    let mut newest = None;
     for address in brokers {
         let request = GetMetadataRequest { topics: vec![topic.to_owned()], all_topics: false };
         let Ok(answer) = admin(*address).get_metadata(request).await else { continue };
         let answer = answer.into_inner();
         let mut partitions = answer.topics.iter().flat_map(|topic| &topic.partitions);
-        let leader = partitions.find(|one| one.partition == partition)?.leader?;
-        return answer.brokers.iter().find(|broker| broker.id == leader)?.address.parse().ok();
+        let Some(known) = partitions.find(|one| one.partition == partition) else { continue };
+        let leader = answer.brokers.iter().find(|broker| Some(broker.id) == known.leader);
+        newest = newest.max(Some((known.leader_epoch, leader.and_then(|broker| broker.address.parse().ok()))));
     }
-    None
+    newest?.1
 }
 
 /// An append of plain records.
