@@ -133,8 +133,8 @@ model: ## Replication in every order of events, up to STATES (2000000) states fo
 bench: ## The benchmarks of record, log and tier paths.
 	$(CARGO) bench --locked --bench paths
 
-hostile: ## Every attack of tests/it/hostile in full, against an optimised broker with 512 MiB and 1,000 partitions.
-	STRANDLINE_HOSTILE_FULL=1 $(CARGO) test --locked --release --test it -- --nocapture --test-threads 1 hostile::
+hostile: ## Every attack of tests/it/hostile in full, against an optimised broker with 512 MiB and 1,000 partitions; ONLY=text picks attacks on memory by their words.
+	STRANDLINE_HOSTILE_FULL=1 STRANDLINE_HOSTILE_ONLY="$(ONLY)" $(CARGO) test --locked --release --test it -- --nocapture --test-threads 1 hostile::
 
 streams: ## What 10,000 fetch streams cost those who append: p99 beside ten streams.
 	$(CARGO) test --locked --release --test it ten_thousand_streams -- --ignored --nocapture

@@ -2,8 +2,9 @@
 //!
 //! # Overview
 //!
-//! Each budget has two pools. Small messages have one of their own, so that large ones never hold them up. A connection takes from its own
-//! part of a pool first, then from the pool, each in turn: at most so much waits in the queue of a pool for one connection as it may hold.
+//! Each budget has two pools. Small messages have one of their own, so that large ones never hold them up. Small requests that came whole
+//! have a third one: no client can hold it by sending nothing. A connection takes from its own part of a pool first, then from the pool,
+//! each in turn: at most so much waits in the queue of a pool for one connection as it may hold.
 //! Everything is taken at once, for as many bytes as are announced: what holds a part of what it needs never waits for the rest.
 //!
 //! The parts of a request have pools of their own. They are taken at once as well, when the whole request is there. Requests take from
@@ -19,6 +20,7 @@
 
 mod connections;
 mod incomplete;
+mod queue;
 
 use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -31,6 +33,7 @@ pub use self::connections::ConnectionMemory;
 use self::{
     connections::{Connections, MemoryKind, SEARCH_INTERVAL, UnreadResponse},
     incomplete::{IncompleteRequest, IncompleteRequests},
+    queue::{QueuedRequest, RequestQueue},
 };
 use crate::{
     partition::{Memory, Opener},
@@ -49,6 +52,9 @@ const PARTS_SHARE: u64 = 4;
 
 /// The share of request memory for what came of requests that wait for memory, as a divisor.
 const WAITING_SHARE: u64 = 16;
+
+/// The share of request memory for small requests that came whole, as a divisor.
+const WHOLE_SHARE: u64 = 16;
 
 /// Bytes of a waiting request that are not counted.
 pub const WAITING_BYTES: usize = 4 << 10;
@@ -71,6 +77,11 @@ const CONNECTION_SHARE: u64 = 4;
 /// Calls of one connection whose answers are made of metadata and have not been sent yet.
 const METADATA_CALLS: usize = 16;
 
+/// What of so many bytes for requests is for messages that are read.
+fn message_bytes(request_bytes: u64) -> u64 {
+    request_bytes - request_bytes / PARTS_SHARE - request_bytes / WAITING_SHARE - request_bytes / WHOLE_SHARE
+}
+
 /// How long an incomplete request of so many bytes is left alone while others wait.
 fn grace(bytes: usize) -> Duration {
     if bytes <= SMALL_BYTES {
@@ -86,8 +97,12 @@ pub struct Budgets(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     requests: Pools,
+    /// Small requests that came whole.
+    whole: Memory,
     parts: Pools,
     waiting: Memory,
+    /// Who waits for the pools of requests.
+    queues: [RequestQueue; 2],
     responses: Pools,
     request_bytes: u64,
     response_bytes: u64,
@@ -143,9 +158,11 @@ impl Budgets {
     /// Budgets of so many bytes.
     pub fn new(request_bytes: u64, response_bytes: u64) -> Self {
         Self(Arc::new(Inner {
-            requests: Pools::new(request_bytes - request_bytes / PARTS_SHARE - request_bytes / WAITING_SHARE),
+            requests: Pools::new(message_bytes(request_bytes)),
+            whole: Memory::new(request_bytes / WHOLE_SHARE),
             parts: Pools::new(request_bytes / PARTS_SHARE),
             waiting: Memory::new(request_bytes / WAITING_SHARE),
+            queues: Default::default(),
             responses: Pools::new(response_bytes),
             request_bytes,
             response_bytes,
@@ -157,15 +174,16 @@ impl Budgets {
     /// The part of a new connection, which `close` ends.
     pub fn connection(&self, close: impl Fn() + Send + Sync + 'static) -> ConnectionMemory {
         let Inner { request_bytes, response_bytes, .. } = *self.0;
-        let parts_bytes = request_bytes / PARTS_SHARE;
-        let shares = [request_bytes - parts_bytes - request_bytes / WAITING_SHARE, parts_bytes, response_bytes];
-        self.0.connections.open(shares.map(|bytes| Pools::new(bytes / CONNECTION_SHARE)), close)
+        let shares = [message_bytes(request_bytes), request_bytes / PARTS_SHARE, response_bytes];
+        let whole = Memory::new(request_bytes / WHOLE_SHARE / CONNECTION_SHARE);
+        self.0.connections.open(shares.map(|bytes| Pools::new(bytes / CONNECTION_SHARE)), whole, close)
     }
 
     /// Bytes that requests and responses have taken.
     pub fn taken(&self) -> (usize, usize) {
         let taken = |pools: &Pools| pools.small.taken() + pools.large.taken();
-        (taken(&self.0.requests) + taken(&self.0.parts) + self.0.waiting.taken(), taken(&self.0.responses))
+        let requests = taken(&self.0.requests) + self.0.whole.taken() + self.0.waiting.taken();
+        (requests + taken(&self.0.parts), taken(&self.0.responses))
     }
 
     /// Takes `bytes` of a pool. While it waits, connections are closed that hold more of it and whose clients do not read.
@@ -222,6 +240,15 @@ impl CallMemory {
         Pools::try_take(&self.connection.0.requests, &self.budgets.0.requests, bytes)
     }
 
+    /// Takes memory for a small request that is there. Most get it at once.
+    pub fn try_whole_request(&self, bytes: usize) -> Option<Grant> {
+        let taken = || {
+            let own = self.connection.0.whole.try_take(bytes)?;
+            Some(Grant { permits: vec![own, self.budgets.0.whole.try_take(bytes)?] })
+        };
+        taken().or_else(|| self.try_request(bytes))
+    }
+
     /// Takes memory for what came of a request that is to wait.
     ///
     /// # Errors
@@ -245,17 +272,20 @@ impl CallMemory {
             let message = "other requests of this connection hold the memory that one connection may take";
             return Err(self.budgets.no_request_memory(bytes, message));
         };
+        let queued = QueuedRequest::new(&self.budgets.0.queues[usize::from(bytes > SMALL_BYTES)], bytes);
         let mut all = std::pin::pin!(self.budgets.0.requests.of(bytes).take(bytes));
         loop {
-            if let Ok(all) = tokio::time::timeout(SMALL_GRACE, &mut all).await {
+            if let Ok(all) = tokio::time::timeout(queued.interval(), &mut all).await {
                 return Ok(Grant { permits: vec![own, all] });
             }
             let now = clock::monotonic();
             if now >= deadline {
                 return Err(self.budgets.no_request_memory(bytes, "no memory for the request came free"));
             }
-            self.budgets.0.incomplete.end(bytes, now);
-            self.budgets.0.connections.close_unread(MemoryKind::Requests);
+            if let Some(wanted) = queued.wanted(now) {
+                self.budgets.0.incomplete.end(bytes, wanted, now);
+                self.budgets.0.connections.close_unread(MemoryKind::Requests);
+            }
         }
     }
 
@@ -431,156 +461,4 @@ impl Drop for IncompleteGuard {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::{connections::UNREAD_TIMEOUT, *};
-    use crate::limits;
-
-    const MIB: usize = 1 << 20;
-
-    fn call(budgets: &Budgets) -> CallMemory {
-        CallMemory::new(budgets.clone(), budgets.connection(|| {}))
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn one_connection_gets_a_part_and_others_the_rest() {
-        let budgets = Budgets::new(64 * MIB as u64, 64 * MIB as u64);
-        let first = call(&budgets);
-        let mut held: Vec<_> = (0..8).map(|_| first.try_request(MIB).expect("its part")).collect();
-        assert!(first.try_request(MIB).is_none(), "a quarter of the pool of large requests");
-        let other = call(&budgets);
-        held.extend((0..8).map(|_| other.try_request(MIB).expect("its own part")));
-        let refused = first.clone().request(MIB).await.expect_err("its own requests hold its part");
-        assert_eq!(refused.reason, Reason::Overloaded);
-        for word in ["1048576", "67108864", "limits.request_memory_bytes"] {
-            assert!(refused.message.contains(word), "{word}: {refused}");
-        }
-        drop(held);
-        assert_eq!(budgets.taken(), (0, 0));
-        first.request(MIB).await.expect("there is room again");
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn requests_that_do_not_come_make_room_for_others() {
-        let budgets = Budgets::new(64 * MIB as u64, MIB as u64);
-        for bytes in [SMALL_BYTES, 8 * MIB] {
-            let full: Vec<_> = std::iter::from_fn(|| {
-                let call = call(&budgets);
-                let grant = call.try_request(bytes)?;
-                Some((call.incomplete(bytes, clock::monotonic()), grant))
-            })
-            .collect();
-            assert!(full.len() >= 4);
-            let mut waits = tokio::task::JoinSet::new();
-            waits.spawn(call(&budgets).request(1000.max(bytes / 2)));
-            let oldest = &full[0].0;
-            std::future::poll_fn(|cx| match oldest.check(cx.waker()) {
-                Ok(()) => std::task::Poll::Pending,
-                Err(fault) => std::task::Poll::Ready(fault),
-            })
-            .await;
-            let ended = |(guard, _): &(IncompleteGuard, Grant)| guard.request.is_ended(std::task::Waker::noop());
-            assert_eq!(full.iter().filter(|request| ended(request)).count(), 1, "no more than needed");
-            drop(full);
-            waits.join_next().await.expect("it waits").expect("no panic").expect("there is room");
-        }
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn parts_have_memory_of_their_own() {
-        let budgets = Budgets::new(512 * MIB as u64, MIB as u64);
-        let call = call(&budgets);
-        let message = call.clone().request(512 * MIB).await.expect("it comes alone");
-        let parts = call.try_parts(limits::MAX_REQUEST_PARTS).expect("as many as there may be");
-        assert!(call.try_parts(limits::MAX_REQUEST_PARTS).is_none(), "one at a time of one connection");
-        let (waiting, small) = (call.clone().parts(limits::MAX_REQUEST_PARTS), call.try_parts(1));
-        assert!(small.is_some(), "few parts do not wait for many");
-        drop(small);
-        let with_parts = budgets.taken().0;
-        call.deliver([message]);
-        drop(call.take_request());
-        assert!(with_parts > budgets.taken().0);
-        assert_eq!(budgets.taken().0, limits::MAX_REQUEST_PARTS * PART_BYTES);
-        let refused = call.clone().parts(limits::MAX_REQUEST_PARTS).await.expect_err("they are held for too long");
-        assert_eq!(refused.reason, Reason::Overloaded);
-        drop(parts);
-        drop(waiting.await.expect("there is room"));
-        assert_eq!(budgets.taken(), (0, 0));
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_response_is_charged_until_it_was_sent() {
-        let budgets = Budgets::new(MIB as u64, 256 * MIB as u64);
-        let call = call(&budgets);
-        let (grant, bytes) = call.response(32 * MIB, MIB).await;
-        assert_eq!(bytes, 32 * MIB);
-        call.made(grant, MIB);
-        assert_eq!(budgets.taken().1, MIB);
-        call.on_body_polled();
-        call.on_body_handed();
-        assert_eq!(budgets.taken().1, MIB, "it is on its way");
-        let (_held, bytes) = call.response(40 * MIB, MIB).await;
-        assert_eq!(bytes, 40 * MIB);
-        let (_small, bytes) = call.response(40 * MIB, MIB).await;
-        assert_eq!(bytes, MIB, "its part is used up: small responses go on");
-        call.on_body_polled();
-        assert_eq!(budgets.taken().1, 41 * MIB, "it was sent");
-    }
-
-    /// Four connections that read nothing held all memory of responses for ever.
-    #[tokio::test(start_paused = true)]
-    async fn connections_that_read_nothing_are_closed_when_others_wait() {
-        let budgets = Budgets::new(64 * MIB as u64, 64 * MIB as u64);
-        let closed = Arc::new(Mutex::new(Vec::new()));
-        let connection = |number: usize| {
-            let closed = Arc::clone(&closed);
-            budgets.connection(move || closed.lock().unwrap().push(number))
-        };
-        let mut calls = Vec::new();
-        for (number, bytes) in [12 * MIB, 11 * MIB, 10 * MIB, 12 * MIB].into_iter().enumerate() {
-            let call = CallMemory::new(budgets.clone(), connection(number));
-            let (grant, _) = call.response(bytes, MIB).await;
-            call.made(grant, bytes);
-            call.on_body_handed();
-            calls.push(Some(call));
-        }
-        // The first one reads on, and has nothing.
-        calls[0].as_ref().unwrap().on_body_polled();
-        let held = calls[0].as_ref().unwrap().response(12 * MIB, MIB).await;
-        tokio::time::advance(UNREAD_TIMEOUT * 10).await;
-        assert!(closed.lock().unwrap().is_empty(), "nobody needs their memory");
-
-        let honest = CallMemory::new(budgets.clone(), connection(4));
-        let ((_grant, bytes), ()) = tokio::join!(honest.response(12 * MIB, 12 * MIB), async {
-            while closed.lock().unwrap().is_empty() {
-                tokio::time::sleep(SEARCH_INTERVAL).await;
-            }
-            calls[3] = None;
-        });
-        assert_eq!(bytes, 12 * MIB);
-        let closed: std::collections::BTreeSet<_> = closed.lock().unwrap().iter().copied().collect();
-        assert_eq!(closed, [1, 2, 3].into(), "those that do not read");
-        drop(held);
-    }
-
-    /// A response that was handed over a moment ago is being read.
-    #[tokio::test(start_paused = true)]
-    async fn clients_have_time_to_read() {
-        let budgets = Budgets::new(64 * MIB as u64, 4 * MIB as u64);
-        let reading = CallMemory::new(budgets.clone(), budgets.connection(|| panic!("it is read")));
-        let all: Vec<_> = std::iter::from_fn(|| {
-            let call = call(&budgets);
-            let taken = Pools::try_take(&call.connection.0.responses, &budgets.0.responses, SMALL_BYTES + 1)?;
-            Some((call, taken))
-        })
-        .collect();
-        assert!(!all.is_empty());
-        let waiting = call(&budgets);
-        let mut waits = std::pin::pin!(waiting.response(2 * MIB, 2 * MIB));
-        for _ in 0..20 {
-            reading.on_body_polled();
-            reading.on_body_handed();
-            let waited = tokio::time::timeout(UNREAD_TIMEOUT / 2, &mut waits).await;
-            assert!(waited.is_err(), "others hold it");
-        }
-    }
-}
+mod tests;

@@ -184,6 +184,8 @@ impl PartCounter {
             Token::Key => {
                 let field = u32::try_from(value >> 3).unwrap_or_default();
                 self.token = match value & 7 {
+                    // No field has this number.
+                    _ if field == 0 => Token::Opaque,
                     0 => Token::Number,
                     1 => Token::Skip(8),
                     2 => Token::Length { field },
@@ -282,5 +284,8 @@ mod tests {
             counter.begin();
             assert!(counter.count(bytes) <= 1);
         }
+        // No field has the number 0.
+        let mut counter = schemas.counter("/strandline.v1.Admin/GetMetadata").expect("a call");
+        assert_eq!(counter.count(&[0x0a, 0, 0, 0, 0x0a, 0]), 1);
     }
 }

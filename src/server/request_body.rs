@@ -133,7 +133,13 @@ impl RequestBody {
         if let Some(counter) = &mut self.counter {
             counter.begin();
         }
-        let (grant, mut waiting) = (self.memory.try_request(bytes.min(SMALL_BYTES)), None);
+        let is_whole = bytes <= SMALL_BYTES && self.rest.len() >= PREFIX_BYTES + bytes;
+        let grant = if is_whole {
+            self.memory.try_whole_request(bytes)
+        } else {
+            self.memory.try_request(bytes.min(SMALL_BYTES))
+        };
+        let mut waiting = None;
         let state = match grant {
             None => {
                 let granted = self.memory.clone().request(bytes.min(SMALL_BYTES));

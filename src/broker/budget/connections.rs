@@ -13,7 +13,7 @@ use std::{
 use tokio::{sync::Semaphore, time::Instant};
 
 use super::{METADATA_CALLS, Pools};
-use crate::task::clock;
+use crate::{partition::Memory, task::clock};
 
 /// How long a client may take nothing of what it was sent, while others wait for memory. Consumers that pause for longer are honest, and
 /// connect again.
@@ -36,6 +36,7 @@ pub(super) struct Account {
     id: u64,
     connections: Arc<Connections>,
     pub(super) requests: Pools,
+    pub(super) whole: Memory,
     pub(super) parts: Pools,
     pub(super) responses: Pools,
     /// Taken while a batch of this connection is decompressed.
@@ -102,7 +103,7 @@ impl Account {
     fn holds(&self, kind: MemoryKind) -> bool {
         let is_taken = |pools: &Pools| pools.small.taken() + pools.large.taken() > 0;
         match kind {
-            MemoryKind::Requests => is_taken(&self.requests) || is_taken(&self.parts),
+            MemoryKind::Requests => is_taken(&self.requests) || self.whole.taken() > 0 || is_taken(&self.parts),
             MemoryKind::Responses => is_taken(&self.responses),
         }
     }
@@ -168,6 +169,7 @@ impl Connections {
     pub(super) fn open(
         self: &Arc<Self>,
         [requests, parts, responses]: [Pools; 3],
+        whole: Memory,
         close: impl Fn() + Send + Sync + 'static,
     ) -> ConnectionMemory {
         let mut state = self.state();
@@ -177,6 +179,7 @@ impl Connections {
             id,
             connections: Arc::clone(self),
             requests,
+            whole,
             parts,
             responses,
             decompression: Arc::new(Semaphore::new(1)),

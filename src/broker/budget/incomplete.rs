@@ -71,13 +71,13 @@ impl IncompleteRequests {
         self.state().of(request.bytes).remove(&(request.since, request.number));
     }
 
-    /// Requests that do not come end, until `bytes` of the pool that a request of this size uses will be free.
-    pub(super) fn end(&self, bytes: usize, now: Instant) {
+    /// Requests that do not come end, until `wanted` bytes of the pool that a request of `bytes` uses will be free.
+    pub(super) fn end(&self, bytes: usize, wanted: usize, now: Instant) {
         let mut freed = 0;
         let min_age = if bytes <= SMALL_BYTES { SMALL_GRACE } else { LARGE_GRACE };
         for request in self.state().of(bytes).values() {
             let age = now.saturating_duration_since(request.since);
-            if age < min_age || freed >= bytes {
+            if age < min_age || freed >= wanted {
                 return;
             }
             if age < grace(request.bytes) {

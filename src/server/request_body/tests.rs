@@ -234,15 +234,20 @@ async fn requests_that_wait_hold_little() {
     let calls: Vec<_> = (0..8).map(|_| memory(&budgets)).collect();
     let full: Vec<_> = calls.iter().flat_map(|call| std::iter::from_fn(|| call.try_request(SMALL_BYTES))).collect();
     let before = budgets.taken().0;
-    let message = framed(&append(1, 60_000).encode_to_vec());
+    let mut message = framed(&append(1, 60_000).encode_to_vec());
+    message.pop();
     let mut waiting: Vec<_> =
-        (0..100).map(|_| Box::pin(read(body(vec![message.clone()], false, APPEND, &memory(&budgets))))).collect();
+        (0..100).map(|_| Box::pin(read(body(vec![message.clone()], true, APPEND, &memory(&budgets))))).collect();
     for request in &mut waiting {
         assert!(futures::poll!(request).is_pending(), "it waits");
     }
     assert!((budgets.taken().0 - before) as u64 <= REQUEST_BYTES[1] / 16, "{:?}", budgets.taken());
-    let mut small = Box::pin(read(body(pieces(&append(1, 100)), false, APPEND, &memory(&budgets))));
-    assert!(futures::poll!(&mut small).is_pending(), "it waits too");
+    let began = clock::monotonic();
+    read(body(pieces(&append(1, 100)), false, APPEND, &memory(&budgets))).await.expect("one that came whole");
+    assert_eq!(clock::monotonic(), began, "it does not wait for those that do not come");
+    let [first, last] = [&framed(&[0x2a, 1, 7])[..7], &[7]].map(<[u8]>::to_vec);
+    let mut small = Box::pin(read(body(vec![first, last], false, APPEND, &memory(&budgets))));
+    assert!(futures::poll!(&mut small).is_pending(), "one that comes in pieces waits");
     tokio::time::sleep(REFUSAL_DELAY).await;
     let refused = waiting.iter_mut().filter_map(|request| request.as_mut().now_or_never());
     assert!(

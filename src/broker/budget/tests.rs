@@ -1,0 +1,176 @@
+//! Memory of requests and responses is shared, given back, and taken from clients that do not send or read.
+
+use super::{connections::UNREAD_TIMEOUT, queue::MAX_ENDED_BYTES, *};
+use crate::limits;
+
+const MIB: usize = 1 << 20;
+
+fn call(budgets: &Budgets) -> CallMemory {
+    CallMemory::new(budgets.clone(), budgets.connection(|| {}))
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_connection_gets_a_part_and_others_the_rest() {
+    let budgets = Budgets::new(72 * MIB as u64, 64 * MIB as u64);
+    let first = call(&budgets);
+    let mut held: Vec<_> = (0..8).map(|_| first.try_request(MIB).expect("its part")).collect();
+    assert!(first.try_request(MIB).is_none(), "a quarter of the pool of large requests");
+    let other = call(&budgets);
+    held.extend((0..8).map(|_| other.try_request(MIB).expect("its own part")));
+    let refused = first.clone().request(MIB).await.expect_err("its own requests hold its part");
+    assert_eq!(refused.reason, Reason::Overloaded);
+    for word in ["1048576", "75497472", "limits.request_memory_bytes"] {
+        assert!(refused.message.contains(word), "{word}: {refused}");
+    }
+    drop(held);
+    assert_eq!(budgets.taken(), (0, 0));
+    first.request(MIB).await.expect("there is room again");
+}
+
+#[tokio::test(start_paused = true)]
+async fn requests_that_do_not_come_make_room_for_others() {
+    let budgets = Budgets::new(72 * MIB as u64, MIB as u64);
+    for bytes in [SMALL_BYTES, 8 * MIB] {
+        let full: Vec<_> = std::iter::from_fn(|| {
+            let call = call(&budgets);
+            let grant = call.try_request(bytes)?;
+            Some((call.incomplete(bytes, clock::monotonic()), grant))
+        })
+        .collect();
+        assert!(full.len() >= 4);
+        let mut waits = tokio::task::JoinSet::new();
+        waits.spawn(call(&budgets).request(1000.max(bytes / 2)));
+        let oldest = &full[0].0;
+        std::future::poll_fn(|cx| match oldest.check(cx.waker()) {
+            Ok(()) => std::task::Poll::Pending,
+            Err(fault) => std::task::Poll::Ready(fault),
+        })
+        .await;
+        let ended = |(guard, _): &(IncompleteGuard, Grant)| guard.request.is_ended(std::task::Waker::noop());
+        assert_eq!(full.iter().filter(|request| ended(request)).count(), 1, "no more than needed");
+        drop(full);
+        waits.join_next().await.expect("it waits").expect("no panic").expect("there is room");
+    }
+}
+
+/// Each of many waiting requests ended as much as it needed: clients that sent theirs again took all of the CPU.
+#[tokio::test(start_paused = true)]
+async fn incomplete_requests_end_at_a_pace_however_many_wait() {
+    let budgets = Budgets::new(96 * MIB as u64, MIB as u64);
+    let mut full: Vec<_> = std::iter::from_fn(|| {
+        let call = call(&budgets);
+        let grant = call.try_request(SMALL_BYTES)?;
+        Some((call.incomplete(SMALL_BYTES, clock::monotonic()), grant))
+    })
+    .collect();
+    let mut waits: tokio::task::JoinSet<_> = (0..200).map(|_| call(&budgets).request(SMALL_BYTES)).collect();
+    let (mut served, mut most) = (Vec::new(), 0);
+    while served.len() < 200 {
+        tokio::time::sleep(SMALL_GRACE).await;
+        let before = full.len();
+        full.retain(|(guard, _)| !guard.request.is_ended(std::task::Waker::noop()));
+        most = most.max(before - full.len());
+        tokio::task::yield_now().await;
+        served.extend(std::iter::from_fn(|| waits.try_join_next()).map(|wait| wait.expect("no panic").expect("room")));
+    }
+    assert!(most <= MAX_ENDED_BYTES / SMALL_BYTES, "{most} at once");
+}
+
+#[tokio::test(start_paused = true)]
+async fn parts_have_memory_of_their_own() {
+    let budgets = Budgets::new(512 * MIB as u64, MIB as u64);
+    let call = call(&budgets);
+    let message = call.clone().request(512 * MIB).await.expect("it comes alone");
+    let parts = call.try_parts(limits::MAX_REQUEST_PARTS).expect("as many as there may be");
+    assert!(call.try_parts(limits::MAX_REQUEST_PARTS).is_none(), "one at a time of one connection");
+    let (waiting, small) = (call.clone().parts(limits::MAX_REQUEST_PARTS), call.try_parts(1));
+    assert!(small.is_some(), "few parts do not wait for many");
+    drop(small);
+    let with_parts = budgets.taken().0;
+    call.deliver([message]);
+    drop(call.take_request());
+    assert!(with_parts > budgets.taken().0);
+    assert_eq!(budgets.taken().0, limits::MAX_REQUEST_PARTS * PART_BYTES);
+    let refused = call.clone().parts(limits::MAX_REQUEST_PARTS).await.expect_err("they are held for too long");
+    assert_eq!(refused.reason, Reason::Overloaded);
+    drop(parts);
+    drop(waiting.await.expect("there is room"));
+    assert_eq!(budgets.taken(), (0, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_response_is_charged_until_it_was_sent() {
+    let budgets = Budgets::new(MIB as u64, 256 * MIB as u64);
+    let call = call(&budgets);
+    let (grant, bytes) = call.response(32 * MIB, MIB).await;
+    assert_eq!(bytes, 32 * MIB);
+    call.made(grant, MIB);
+    assert_eq!(budgets.taken().1, MIB);
+    call.on_body_polled();
+    call.on_body_handed();
+    assert_eq!(budgets.taken().1, MIB, "it is on its way");
+    let (_held, bytes) = call.response(40 * MIB, MIB).await;
+    assert_eq!(bytes, 40 * MIB);
+    let (_small, bytes) = call.response(40 * MIB, MIB).await;
+    assert_eq!(bytes, MIB, "its part is used up: small responses go on");
+    call.on_body_polled();
+    assert_eq!(budgets.taken().1, 41 * MIB, "it was sent");
+}
+
+/// Four connections that read nothing held all memory of responses for ever.
+#[tokio::test(start_paused = true)]
+async fn connections_that_read_nothing_are_closed_when_others_wait() {
+    let budgets = Budgets::new(64 * MIB as u64, 64 * MIB as u64);
+    let closed = Arc::new(Mutex::new(Vec::new()));
+    let connection = |number: usize| {
+        let closed = Arc::clone(&closed);
+        budgets.connection(move || closed.lock().unwrap().push(number))
+    };
+    let mut calls = Vec::new();
+    for (number, bytes) in [12 * MIB, 11 * MIB, 10 * MIB, 12 * MIB].into_iter().enumerate() {
+        let call = CallMemory::new(budgets.clone(), connection(number));
+        let (grant, _) = call.response(bytes, MIB).await;
+        call.made(grant, bytes);
+        call.on_body_handed();
+        calls.push(Some(call));
+    }
+    // The first one reads on, and has nothing.
+    calls[0].as_ref().unwrap().on_body_polled();
+    let held = calls[0].as_ref().unwrap().response(12 * MIB, MIB).await;
+    tokio::time::advance(UNREAD_TIMEOUT * 10).await;
+    assert!(closed.lock().unwrap().is_empty(), "nobody needs their memory");
+
+    let honest = CallMemory::new(budgets.clone(), connection(4));
+    let ((_grant, bytes), ()) = tokio::join!(honest.response(12 * MIB, 12 * MIB), async {
+        while closed.lock().unwrap().is_empty() {
+            tokio::time::sleep(SEARCH_INTERVAL).await;
+        }
+        calls[3] = None;
+    });
+    assert_eq!(bytes, 12 * MIB);
+    let closed: std::collections::BTreeSet<_> = closed.lock().unwrap().iter().copied().collect();
+    assert_eq!(closed, [1, 2, 3].into(), "those that do not read");
+    drop(held);
+}
+
+/// A response that was handed over a moment ago is being read.
+#[tokio::test(start_paused = true)]
+async fn clients_have_time_to_read() {
+    let budgets = Budgets::new(64 * MIB as u64, 4 * MIB as u64);
+    let reading = CallMemory::new(budgets.clone(), budgets.connection(|| panic!("it is read")));
+    let all: Vec<_> = std::iter::from_fn(|| {
+        let call = call(&budgets);
+        let taken = Pools::try_take(&call.connection.0.responses, &budgets.0.responses, SMALL_BYTES + 1)?;
+        Some((call, taken))
+    })
+    .collect();
+    assert!(!all.is_empty());
+    let waiting = call(&budgets);
+    let mut waits = std::pin::pin!(waiting.response(2 * MIB, 2 * MIB));
+    for _ in 0..20 {
+        reading.on_body_polled();
+        reading.on_body_handed();
+        let waited = tokio::time::timeout(UNREAD_TIMEOUT / 2, &mut waits).await;
+        assert!(waited.is_err(), "others hold it");
+    }
+}
