@@ -41,8 +41,8 @@ use crate::{
     task::clock,
 };
 
-/// Requests and responses up to this size use the pool of small ones.
-pub const SMALL_BYTES: usize = 64 << 10;
+/// Requests and responses up to this size use the pool of small ones: a batch of 64 KiB, the most common size, and what is around it.
+pub const SMALL_BYTES: usize = 65 << 10;
 
 /// Memory that one repeated part of a request takes at most when it has become a struct, in a list that grows.
 const PART_BYTES: usize = 256;

@@ -306,10 +306,10 @@ pub(super) fn topic_id(text: &str) -> Result<Option<TopicId>, Fault> {
     if text.is_empty() {
         return Ok(None);
     }
-    let shown: String = text.chars().take(100).collect();
-    text.parse()
-        .map(Some)
-        .map_err(|_| invalid(format!("topic_id {shown:?} is no topic id: use the one in the metadata")))
+    text.parse().map(Some).map_err(|_| {
+        let shown: String = text.chars().take(100).collect();
+        invalid(format!("topic_id {shown:?} is no topic id: use the one in the metadata"))
+    })
 }
 
 /// An offset of a request.
