@@ -16,7 +16,7 @@
 //!   than [`SMALL_GRACE`] or [`grace`] end with `OVERLOADED`, the oldest first.
 //! - A connection whose client does not read, and holds memory that others wait for, is closed
 //!   (`connections`).
-//! - A request is charged until its batch has produce memory, a response until the connection took its bytes.
+//! - A request is charged until its batch has produce memory, a response above 4 KiB until the connection took its bytes.
 
 mod connections;
 mod incomplete;
@@ -58,6 +58,12 @@ const WHOLE_SHARE: u64 = 16;
 
 /// Bytes of a waiting request that are not counted.
 pub const WAITING_BYTES: usize = 4 << 10;
+
+/// Bytes of a response that are not counted.
+const UNCHARGED_BYTES: usize = 4 << 10;
+
+/// The share of response memory for what fetches and reads keep of the partitions that they name, as a divisor.
+const SESSION_SHARE: u64 = 8;
 
 /// How long a request waits for memory.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
@@ -104,6 +110,8 @@ struct Inner {
     /// Who waits for the pools of requests.
     queues: [RequestQueue; 2],
     responses: Pools,
+    /// What fetches and reads keep of the partitions that they name.
+    sessions: Memory,
     request_bytes: u64,
     response_bytes: u64,
     incomplete: IncompleteRequests,
@@ -146,7 +154,7 @@ impl Grant {
     }
 
     /// Gives back what is above `bytes`.
-    fn shrink(&mut self, bytes: usize) {
+    pub fn shrink(&mut self, bytes: usize) {
         for permit in &mut self.permits {
             let surplus = permit.num_permits().saturating_sub(Memory::units(bytes));
             drop(permit.split(surplus));
@@ -163,7 +171,8 @@ impl Budgets {
             parts: Pools::new(request_bytes / PARTS_SHARE),
             waiting: Memory::new(request_bytes / WAITING_SHARE),
             queues: Default::default(),
-            responses: Pools::new(response_bytes),
+            responses: Pools::new(response_bytes - response_bytes / SESSION_SHARE),
+            sessions: Memory::new(response_bytes / SESSION_SHARE),
             request_bytes,
             response_bytes,
             incomplete: IncompleteRequests::default(),
@@ -174,16 +183,19 @@ impl Budgets {
     /// The part of a new connection, which `close` ends.
     pub fn connection(&self, close: impl Fn() + Send + Sync + 'static) -> ConnectionMemory {
         let Inner { request_bytes, response_bytes, .. } = *self.0;
-        let shares = [message_bytes(request_bytes), request_bytes / PARTS_SHARE, response_bytes];
-        let whole = Memory::new(request_bytes / WHOLE_SHARE / CONNECTION_SHARE);
-        self.0.connections.open(shares.map(|bytes| Pools::new(bytes / CONNECTION_SHARE)), whole, close)
+        let sessions_bytes = response_bytes / SESSION_SHARE;
+        let shares = [message_bytes(request_bytes), request_bytes / PARTS_SHARE, response_bytes - sessions_bytes];
+        let [whole, sessions] =
+            [request_bytes / WHOLE_SHARE, sessions_bytes].map(|bytes| Memory::new(bytes / CONNECTION_SHARE));
+        let pools = shares.map(|bytes| Pools::new(bytes / CONNECTION_SHARE));
+        self.0.connections.open(pools, whole, sessions, close)
     }
 
     /// Bytes that requests and responses have taken.
     pub fn taken(&self) -> (usize, usize) {
         let taken = |pools: &Pools| pools.small.taken() + pools.large.taken();
         let requests = taken(&self.0.requests) + self.0.whole.taken() + self.0.waiting.taken();
-        (requests + taken(&self.0.parts), taken(&self.0.responses))
+        (requests + taken(&self.0.parts), taken(&self.0.responses) + self.0.sessions.taken())
     }
 
     /// Takes `bytes` of a pool. While it waits, connections are closed that hold more of it and whose clients do not read.
@@ -363,6 +375,22 @@ impl CallMemory {
         Ok(())
     }
 
+    /// Takes memory for what a fetch or a read keeps of the partitions that it names.
+    ///
+    /// # Errors
+    /// `OVERLOADED` where there is not as much.
+    pub(super) fn session(&self, bytes: usize) -> Result<Grant, Fault> {
+        let own = self.connection.0.sessions.try_take(bytes);
+        let taken = own.and_then(|own| Some(Grant { permits: vec![own, self.budgets.0.sessions.try_take(bytes)?] }));
+        taken.ok_or_else(|| {
+            let most = self.budgets.0.response_bytes / SESSION_SHARE;
+            let message = format!(
+                "no memory for the partitions of the request: they need {bytes} bytes, all fetches and reads together may take {most} and                  those of one connection a quarter of it (an eighth of limits.response_memory_bytes): name fewer partitions"
+            );
+            Fault::new(Reason::Overloaded, message).with("bytes", bytes).with("max", most)
+        })
+    }
+
     /// A response of so many bytes was made of what was taken for it. It is charged until it has been sent.
     pub(super) fn made(&self, mut response: ResponseGrant, bytes: usize) {
         response.shrink(bytes);
@@ -391,13 +419,25 @@ impl CallMemory {
         }
     }
 
-    /// Hands the response made so far to the connection.
-    pub fn on_body_handed(&self) {
-        let mut call = self.call();
-        let made = std::mem::take(&mut call.made);
-        call.handed.extend(made);
-        drop(call);
+    /// Hands `bytes` of a response to the connection. What was taken for the response covers most; what is made without records, as metadata
+    /// is, takes its memory here.
+    ///
+    /// # Errors
+    /// `OVERLOADED` where there is not as much.
+    pub fn on_body_handed(&self, bytes: usize) -> Result<(), Fault> {
+        let hand = || {
+            let mut call = self.call();
+            let made = std::mem::take(&mut call.made);
+            call.handed.extend(made);
+            call.handed.iter().map(Grant::bytes).sum::<usize>()
+        };
+        let charged = hand();
+        if bytes > charged + UNCHARGED_BYTES {
+            self.reserve_more(bytes - charged)?;
+            hand();
+        }
         self.on_response_begun();
+        Ok(())
     }
 
     /// The client is to read: until more is asked for, the call can give back nothing.

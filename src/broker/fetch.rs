@@ -31,7 +31,7 @@ use self::{
     memory::{Granted, MIN_READ_BYTES, no_response_memory},
     plain::RecordTooLarge,
 };
-use super::{Broker, CallMemory, faults};
+use super::{Broker, CallMemory, Grant, faults};
 use crate::{
     limits,
     model::Offset,
@@ -48,6 +48,12 @@ const READS: usize = 8;
 
 /// Bytes of one answer where the request does not say.
 const DEFAULT_BYTES: usize = 1 << 20;
+
+/// So many partitions of a fetch or read are not charged.
+const FEW_PARTITIONS: usize = 16;
+
+/// What a partition of a fetch or read takes, with its entry in an answer, beside the name of its topic.
+const PLACE_BYTES: usize = 512;
 
 type ReadOutcome = (usize, Result<Option<Fetched>, ReadError>);
 
@@ -121,6 +127,8 @@ struct Session {
     held: Option<ReadOutcome>,
     terms: Terms,
     memory: CallMemory,
+    /// Memory for the partitions, where they are many.
+    named: Option<Grant>,
     /// Memory for the response that is being made.
     grant: Option<Granted>,
     /// The largest batch that is expected.
@@ -146,6 +154,7 @@ impl Session {
             held: None,
             terms,
             memory,
+            named: None,
             grant: None,
             expected_batch_bytes: 0,
             max_batch_bytes: 0,
@@ -167,10 +176,16 @@ impl Session {
         }
         let mut named = BTreeSet::new();
         if let Some(twice) = wanted.iter().find(|want| !named.insert((want.topic.as_str(), want.partition))) {
+            let shown: String = twice.topic.chars().take(100).collect();
             return Err(faults::invalid(format!(
-                "topic {:?}, partition {} is named twice in one fetch: name each partition once",
-                twice.topic, twice.partition
+                "topic {shown:?}, partition {} is named twice in one fetch: name each partition once",
+                twice.partition
             )));
+        }
+        self.named = None;
+        if wanted.len() > FEW_PARTITIONS {
+            let names = wanted.iter().map(|want| want.topic.len()).sum::<usize>();
+            self.named = Some(self.memory.session(wanted.len() * PLACE_BYTES + 4 * names)?);
         }
         let before = std::mem::take(&mut self.places);
         (self.reading, self.held) = (FuturesUnordered::new(), None);

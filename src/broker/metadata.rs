@@ -1,5 +1,7 @@
 //! What a client needs to route: brokers, topics, leaders.
 
+use std::collections::BTreeSet;
+
 use super::{Broker, faults};
 use crate::{
     cluster::{BrokerState, TopicValue, ViewState},
@@ -16,6 +18,12 @@ impl Broker {
                 "{} topics in one request; at most {} are allowed: send several requests, or ask for all topics",
                 request.topics.len(),
                 limits::MAX_METADATA_TOPICS
+            )));
+        }
+        let mut named = BTreeSet::new();
+        if let Some(twice) = request.topics.iter().find(|topic| !named.insert(topic.as_str())) {
+            return Err(faults::invalid(format!(
+                "topic {twice:?} is named twice in one request: name each topic once"
             )));
         }
         let state = self.view.state();

@@ -33,6 +33,9 @@ use crate::{
 /// Most requests of one stream that may be under way; more wait in HTTP/2's window.
 const STREAM_REQUESTS: usize = 4096;
 
+/// Most answers that are put together before HTTP/2 is offered them. It takes what has room for a client that reads, and asks for more then.
+const ANSWERS_AT_ONCE: usize = 16;
+
 /// How long an acknowledgement is awaited where the request does not say.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -103,7 +106,12 @@ impl Broker {
     ) -> impl Stream<Item = Result<v1::ProduceResponse, Status>> + Send + 'static {
         let answers = FuturesUnordered::new();
         let state = Pipeline { broker: self, requests, quota, memory, beginning: None, answers, ended: None };
-        stream::unfold(state, |mut pipeline| async move { Some((pipeline.next().await?, pipeline)) })
+        stream::unfold((state, 0_usize), |(mut pipeline, answered)| async move {
+            if answered > 0 && answered.is_multiple_of(ANSWERS_AT_ONCE) {
+                tokio::task::yield_now().await;
+            }
+            Some((pipeline.next().await?, (pipeline, answered + 1)))
+        })
     }
 
     /// Checks a write and puts it into its partition's queue.

@@ -12,9 +12,10 @@ use axum::{
 };
 use http_body::{Frame, SizeHint};
 use tokio::sync::OwnedSemaphorePermit;
+use tonic::{Status, codegen::http::HeaderMap};
 
 use super::connection::OpenCall;
-use crate::broker::CallMemory;
+use crate::{broker::CallMemory, proto::fault::Fault};
 
 /// What a response holds until it has been sent.
 pub(super) struct HeldMemory {
@@ -34,6 +35,14 @@ pub(super) fn until_sent(response: Response, call: Option<OpenCall>, held: Optio
 /// HTTP/2 takes a whole frame of a body when it takes a byte of it, and asks for the next one then. Smaller ones keep what it holds of a
 /// stream beside what is charged small.
 const PIECE_BYTES: usize = 32 << 10;
+
+/// The end of a response that there is no memory for.
+fn trailers(fault: Fault) -> Frame<Bytes> {
+    let mut trailers = HeaderMap::new();
+    // A header that cannot be written leaves the response without an end, which clients take for a broken one.
+    let _ = Status::from(fault).add_header(&mut trailers);
+    Frame::trailers(trailers)
+}
 
 struct CountedBody {
     body: Body,
@@ -68,10 +77,14 @@ impl HttpBody for CountedBody {
             held.memory.on_body_polled();
         }
         let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
+        let bytes = frame.iter().flatten().filter_map(Frame::data_ref).map(Bytes::len).sum();
         if let Some(held) = &mut self.held {
-            held.memory.on_body_handed();
             if frame.is_none() {
                 held.turn = None;
+            }
+            if let Err(fault) = held.memory.on_body_handed(bytes) {
+                self.body = Body::empty();
+                return Poll::Ready(Some(Ok(trailers(fault))));
             }
         }
         Poll::Ready(match frame {
@@ -106,7 +119,7 @@ mod tests {
     use std::{future::poll_fn, pin::pin};
 
     use super::*;
-    use crate::broker::Budgets;
+    use crate::{broker::Budgets, proto::fault::Reason};
 
     /// HTTP/2 asked for the next frame when a byte of the last one had been sent: a response was given back before it was read.
     #[tokio::test]
@@ -124,5 +137,35 @@ mod tests {
             assert_eq!((budgets.taken().1 > 0, body.is_end_stream()), (taken, false));
         }
         assert!(poll_fn(|cx| body.as_mut().poll_frame(cx)).await.is_none());
+    }
+
+    /// Answers made of metadata were not charged: a thousand connections held sixteen each.
+    #[tokio::test]
+    async fn response_without_records_is_charged_or_ends_with_an_error() {
+        let budgets = Budgets::new(1 << 20, 1 << 20);
+        let connection = budgets.connection(|| {});
+        let mut bodies = Vec::new();
+        let refused = loop {
+            let memory = CallMemory::new(budgets.clone(), connection.clone());
+            let body = Body::from(vec![7; 50_000]);
+            let mut body =
+                Box::pin(until_sent(Response::new(body), None, Some(HeldMemory { memory, turn: None })).into_body());
+            let frame = poll_fn(|cx| body.as_mut().poll_frame(cx)).await.expect("no end").expect("no error");
+            match frame.into_trailers() {
+                Ok(trailers) => break trailers,
+                Err(_) => bodies.push(body),
+            }
+        };
+        let fault = Fault::from(&Status::from_header_map(&refused).expect("a status"));
+        assert_eq!((fault.reason, fault.retryable), (Reason::Overloaded, true));
+        assert!(fault.message.contains("limits.response_memory_bytes"), "{fault}");
+        assert!(
+            !bodies.is_empty() && budgets.taken().1 >= bodies.len() * 50_000,
+            "{} {:?}",
+            bodies.len(),
+            budgets.taken()
+        );
+        drop(bodies);
+        assert_eq!(budgets.taken().1, 0);
     }
 }

@@ -106,8 +106,8 @@ impl Window {
 /// ends, is not.
 const PROBE_PATHS: [&str; 2] = ["/grpc.health.v1.Health/Check", "/strandline.v1.Peer/WhoIs"];
 
-/// Calls whose answers grow with the metadata.
-const METADATA_PATHS: [&str; 2] = ["/strandline.v1.Admin/", "/strandline.v1.Log/ListOffsets"];
+/// Calls whose answers grow with the metadata, or are large and made of little.
+const METADATA_PATHS: [&str; 3] = ["/strandline.v1.Admin/", "/strandline.v1.Log/ListOffsets", "/grpc.reflection."];
 
 /// After so long without an answer to a ping a connection counts as dead.
 const PING: Duration = Duration::from_secs(20);

@@ -64,6 +64,10 @@ pub(super) struct RequestBody {
     counter: Option<PartCounter>,
     /// Came, and was not looked at.
     rest: Bytes,
+    /// It is a part of a frame above [`WAITING_BYTES`].
+    is_large_frame: bool,
+    /// For what came behind the message that is read: the handler of a stream may take nothing of it for long.
+    ahead: Option<Grant>,
     message: Option<Message>,
     /// To be passed on.
     out: VecDeque<Bytes>,
@@ -98,7 +102,31 @@ enum State {
     WaitingForParts(Waiting),
 }
 
+impl State {
+    /// Waits before it is refused.
+    fn refused(fault: Fault) -> Self {
+        Self::Waiting(Box::pin(async {
+            tokio::time::sleep(REFUSAL_DELAY).await;
+            Err(fault)
+        }))
+    }
+}
+
 impl Message {
+    fn new(bytes: usize, state: State) -> Self {
+        Self {
+            bytes,
+            left: PREFIX_BYTES + bytes,
+            state,
+            held: BytesMut::new(),
+            grant: None,
+            waiting: None,
+            parts: 0,
+            since: clock::monotonic(),
+            incomplete: None,
+        }
+    }
+
     /// Bytes for which it has memory.
     fn charged(&self) -> usize {
         if matches!(self.state, State::Admitted) { self.bytes } else { self.bytes.min(SMALL_BYTES) }
@@ -118,6 +146,8 @@ impl RequestBody {
             is_stream: is_stream(path),
             counter,
             rest: Bytes::new(),
+            is_large_frame: false,
+            ahead: None,
             message: None,
             out: VecDeque::new(),
             failed: false,
@@ -132,6 +162,10 @@ impl RequestBody {
         }
         if let Some(counter) = &mut self.counter {
             counter.begin();
+        }
+        if let Err(fault) = self.charge_ahead(self.rest.len().saturating_sub(PREFIX_BYTES + bytes)) {
+            self.refuse(fault);
+            return Ok(());
         }
         let is_whole = bytes <= SMALL_BYTES && self.rest.len() >= PREFIX_BYTES + bytes;
         let grant = if is_whole {
@@ -148,26 +182,44 @@ impl RequestBody {
                         waiting = grant;
                         State::Waiting(Box::pin(granted))
                     }
-                    Err(fault) => State::Waiting(Box::pin(async {
-                        tokio::time::sleep(REFUSAL_DELAY).await;
-                        Err(fault)
-                    })),
+                    Err(fault) => State::refused(fault),
                 }
             }
             Some(_) if bytes > SMALL_BYTES => State::Beginning,
             Some(_) => State::Admitted,
         };
-        self.message = Some(Message {
-            bytes,
-            left: PREFIX_BYTES + bytes,
-            state,
-            held: BytesMut::new(),
-            grant,
-            waiting,
-            parts: 0,
-            since: clock::monotonic(),
-            incomplete: None,
-        });
+        self.message = Some(Message { grant, waiting, ..Message::new(bytes, state) });
+        Ok(())
+    }
+
+    /// Takes a frame, of which a part may be of messages behind the one that is read.
+    fn take_frame(&mut self, data: Bytes) {
+        self.is_large_frame = data.len() > WAITING_BYTES;
+        (self.rest, self.ahead) = (data, None);
+        if let Some(message) = &self.message
+            && let Err(fault) = self.charge_ahead(self.rest.len().saturating_sub(message.left))
+        {
+            self.refuse(fault);
+        }
+    }
+
+    /// Refuses the message that is read, after a while. What came is dropped at once.
+    fn refuse(&mut self, fault: Fault) {
+        (self.rest, self.ahead, self.out) = (Bytes::new(), None, VecDeque::new());
+        self.message = Some(Message::new(0, State::refused(fault)));
+    }
+
+    /// Takes memory for bytes that came behind a message, or gives back what they do not need any more.
+    fn charge_ahead(&mut self, bytes: usize) -> Result<(), Fault> {
+        match &mut self.ahead {
+            Some(grant) if bytes > WAITING_BYTES => grant.shrink(bytes),
+            Some(_) => self.ahead = None,
+            None if bytes > WAITING_BYTES => {
+                let grant = self.memory.try_request(bytes);
+                self.ahead = Some(grant.map_or_else(|| self.memory.try_waiting(bytes), Ok)?);
+            }
+            None => {}
+        }
         Ok(())
     }
 
@@ -251,6 +303,11 @@ impl RequestBody {
     fn finish(&mut self, parts: Option<Grant>) {
         let message = self.message.take().expect("it is being read");
         self.memory.deliver(message.grant.into_iter().chain(parts));
+        if self.is_large_frame && self.rest.len() <= WAITING_BYTES {
+            // It would hold all of the frame.
+            self.rest = Bytes::copy_from_slice(&self.rest);
+            (self.ahead, self.is_large_frame) = (None, false);
+        }
     }
 
     fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
@@ -284,7 +341,7 @@ impl RequestBody {
                 Some(Ok(frame)) => match frame.into_data() {
                     // A prefix in two frames.
                     Ok(data) if !self.rest.is_empty() => self.rest = [&self.rest[..], &data].concat().into(),
-                    Ok(data) => self.rest = data,
+                    Ok(data) => self.take_frame(data),
                     Err(trailers) => return Poll::Ready(Some(Ok(trailers))),
                 },
                 Some(Err(error)) => return Poll::Ready(Some(Err(error.into()))),
@@ -343,7 +400,7 @@ impl HttpBody for RequestBody {
         if matches!(frame, Some(Err(_))) {
             // What was taken is given back at once.
             self.failed = true;
-            (self.message, self.rest, self.out) = (None, Bytes::new(), VecDeque::new());
+            (self.message, self.rest, self.ahead, self.out) = (None, Bytes::new(), None, VecDeque::new());
         }
         Poll::Ready(frame)
     }

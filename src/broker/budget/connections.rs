@@ -39,6 +39,7 @@ pub(super) struct Account {
     pub(super) whole: Memory,
     pub(super) parts: Pools,
     pub(super) responses: Pools,
+    pub(super) sessions: Memory,
     /// Taken while a batch of this connection is decompressed.
     pub(super) decompression: Arc<Semaphore>,
     pub(super) metadata_calls: Arc<Semaphore>,
@@ -170,6 +171,7 @@ impl Connections {
         self: &Arc<Self>,
         [requests, parts, responses]: [Pools; 3],
         whole: Memory,
+        sessions: Memory,
         close: impl Fn() + Send + Sync + 'static,
     ) -> ConnectionMemory {
         let mut state = self.state();
@@ -182,6 +184,7 @@ impl Connections {
             whole,
             parts,
             responses,
+            sessions,
             decompression: Arc::new(Semaphore::new(1)),
             metadata_calls: Arc::new(Semaphore::new(METADATA_CALLS)),
             unread: Mutex::default(),

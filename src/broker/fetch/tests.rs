@@ -4,7 +4,7 @@ use bytes::Bytes;
 
 use super::{super::tests::Bench, *};
 use crate::{
-    broker::{Budgets, ProducerIdQuota},
+    broker::{Budgets, CallMemory, ProducerIdQuota},
     model::TopicName,
 };
 
@@ -66,6 +66,34 @@ async fn records_before_an_error_are_an_answer_of_their_own() {
         (fetched.chunks.is_empty(), fetched.next_offset, fetched.error.as_ref().map(|error| error.reason.clone()))
     };
     assert_eq!(answers.each_ref().map(has), [(false, 1, None), (true, 1, Some("DATA_DAMAGED".to_owned()))]);
+    bench.stop().await;
+}
+
+/// A stream that named 10,000 partitions kept 3 MB, a thousand of them 3 GB.
+#[tokio::test]
+async fn named_partitions_take_memory_for_as_long_as_they_are_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let bench = Bench::start(dir.path(), true).await;
+    let budgets = Budgets::new(1 << 20, 64 << 20);
+    let memory = CallMemory::new(budgets.clone(), budgets.connection(|| {}));
+    let wanted = |count| {
+        (0..count)
+            .map(|partition| v1::FetchPartition { topic: "absent".to_owned(), partition, ..Default::default() })
+            .collect::<Vec<_>>()
+    };
+    let session = || Session::new(Arc::clone(&bench.broker), Terms::new(1, 0, 0), memory.clone());
+    let (mut one, mut other) = (session(), session());
+    one.assign(wanted(3000), true, false).unwrap();
+    let fault = other.assign(wanted(3000), true, false).unwrap_err();
+    assert_eq!((fault.reason, fault.retryable), (Reason::Overloaded, true));
+    assert!(fault.message.contains("limits.response_memory_bytes"), "{fault}");
+    other.assign(wanted(10), true, false).unwrap();
+    one.assign(wanted(10), true, false).unwrap();
+    assert_eq!(budgets.taken().1, 0);
+    other.assign(wanted(3000), true, false).unwrap();
+    let twice = v1::GetMetadataRequest { topics: vec!["t".to_owned(); 2], all_topics: false };
+    let fault = bench.broker.metadata(&twice).unwrap_err();
+    assert!(fault.message.contains("named twice"), "{fault}");
     bench.stop().await;
 }
 
