@@ -17,12 +17,23 @@
 use std::sync::Arc;
 
 use super::{
-    keys::{GenerationValue, Keys, Value as _},
+    keys::{GenerationValue, Keys, ProducerIdsValue, Value as _},
+    producer_ids::COUNTER_END,
     store::{Compare, Entry, MetaStore, Outcome, StoreError, Transaction},
 };
 
 /// The number of a cluster that was never restored.
 pub const FIRST_GENERATION: u64 = 1;
+
+/// Counters of producer ids that a generation may hand out: those of the next one begin behind them, so no id that was handed out after a
+/// backup comes a second time.
+const PRODUCER_IDS: i64 = 1 << 28;
+
+/// The first counter of producer ids of a generation.
+fn first_producer_id(generation: u64) -> i64 {
+    let before = i64::try_from(generation.saturating_sub(FIRST_GENERATION)).unwrap_or(i64::MAX);
+    before.saturating_mul(PRODUCER_IDS).min(COUNTER_END)
+}
 
 /// The key `generation`.
 pub struct Generations {
@@ -60,7 +71,7 @@ impl Generations {
         }
     }
 
-    /// Raises the number above what it is, and above `above`. Returns the new one.
+    /// Raises the number above what it is, and above `above`, and the counter of producer ids with it. Returns the new one.
     ///
     /// # Errors
     /// As [`Generations::current`].
@@ -68,12 +79,20 @@ impl Generations {
         loop {
             let known = self.read().await?;
             let generation = known.as_ref().map_or(0, |(_, known)| *known).max(above).saturating_add(1);
-            let key = self.keys.generation();
-            let same = match &known {
-                Some((entry, _)) => Compare::ModRevision(key.clone(), entry.mod_revision),
-                None => Compare::Absent(key.clone()),
+            let (key, ids_key) = (self.keys.generation(), self.keys.producer_ids());
+            let ids = self.store.get(&ids_key).await?.entry;
+            let next = match &ids {
+                None => 0,
+                Some(entry) => {
+                    ProducerIdsValue::decode(&entry.key, &entry.value).map_err(StoreError::unavailable)?.next
+                }
             };
-            let put = Transaction::new().when(same).put(key, GenerationValue { generation }.encode());
+            let next = next.max(first_producer_id(generation));
+            let put = Transaction::new()
+                .when(Compare::unchanged(&key, known.as_ref().map(|(entry, _)| entry)))
+                .when(Compare::unchanged(&ids_key, ids.as_ref()))
+                .put(key, GenerationValue { generation }.encode())
+                .put(ids_key, ProducerIdsValue { next }.encode());
             if let Outcome::Done { .. } = self.store.transact(put).await? {
                 return Ok(generation);
             }
@@ -102,6 +121,31 @@ mod tests {
         assert_eq!(generations.raise(0).await, Ok(2));
         assert_eq!(generations.raise(6).await, Ok(7), "the bucket was ahead");
         assert_eq!(generations.current().await, Ok(Some(7)));
+    }
+
+    /// A broker that started before another one was given a block that the other one had handed out after the backup.
+    #[tokio::test]
+    async fn producer_ids_of_a_generation_lie_behind_those_of_the_ones_before() {
+        let (store, keys) = (Arc::new(EmbeddedStore::in_memory()), Keys::new("test").expect("valid"));
+        let generations = Generations::new(Arc::clone(&store) as _, keys.clone());
+        let next = async || {
+            let entry = store.get(&keys.producer_ids()).await.expect("it answers").entry.expect("it is there");
+            ProducerIdsValue::decode(&entry.key, &entry.value).expect("valid").next
+        };
+        let backup = ProducerIdsValue { next: 3000 }.encode();
+        generations.begin().await.expect("it answers");
+        let mut least = 0;
+        // The same backup twice: the bucket knows of the first time.
+        for above in [1, 2] {
+            store.transact(Transaction::new().put(keys.producer_ids(), backup.clone())).await.expect("taken");
+            let generation = generations.raise(above).await.expect("it answers");
+            assert_eq!((generation, next().await), (above + 1, least + PRODUCER_IDS));
+            least += PRODUCER_IDS;
+        }
+        let many = ProducerIdsValue { next: least + 5 * PRODUCER_IDS }.encode();
+        store.transact(Transaction::new().put(keys.producer_ids(), many)).await.expect("taken");
+        generations.raise(0).await.expect("it answers");
+        assert_eq!(next().await, least + 5 * PRODUCER_IDS, "it never goes back");
     }
 
     #[tokio::test]

@@ -99,6 +99,14 @@ pub enum Compare {
 }
 
 impl Compare {
+    /// The key is still what was read.
+    pub fn unchanged(key: &str, entry: Option<&Entry>) -> Self {
+        match entry {
+            Some(entry) => Self::ModRevision(key.to_owned(), entry.mod_revision),
+            None => Self::Absent(key.to_owned()),
+        }
+    }
+
     /// The key that it is about.
     pub fn key(&self) -> &str {
         match self {

@@ -161,8 +161,10 @@ impl Topics {
             return Ok(key.clone());
         }
         let (path, drawn) = (self.keys.producer_id_key(), ProducerIdKey::draw());
-        let transaction =
-            Transaction::new().when(unchanged(&path, None)).put(path.as_str(), drawn.encode()).else_get(path.as_str());
+        let transaction = Transaction::new()
+            .when(Compare::unchanged(&path, None))
+            .put(path.as_str(), drawn.encode())
+            .else_get(path.as_str());
         match self.store.transact(transaction).await? {
             Outcome::Done { .. } => Ok(drawn),
             Outcome::Refused { mut found, .. } => {
@@ -191,7 +193,7 @@ impl Topics {
                 return Err(StoreError::unavailable("every producer id has been given"));
             }
             let transaction = Transaction::new()
-                .when(unchanged(&key, entry.as_ref()))
+                .when(Compare::unchanged(&key, entry.as_ref()))
                 .put(key.as_str(), ProducerIdsValue { next: end }.encode())
                 .else_get(key.as_str());
             match self.store.transact(transaction).await? {
@@ -246,14 +248,6 @@ impl Topics {
             Op::Put { key: self.keys.partition(id), value: value.encode(), lease: None }
         });
         Ok((puts.collect(), claim))
-    }
-}
-
-/// The condition that a key is still what was read.
-fn unchanged(key: &str, entry: Option<&Entry>) -> Compare {
-    match entry {
-        Some(entry) => Compare::ModRevision(key.to_owned(), entry.mod_revision),
-        None => Compare::Absent(key.to_owned()),
     }
 }
 
