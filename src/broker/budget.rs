@@ -155,10 +155,7 @@ impl Grant {
 
     /// Gives back what is above `bytes`.
     pub fn shrink(&mut self, bytes: usize) {
-        for permit in &mut self.permits {
-            let surplus = permit.num_permits().saturating_sub(Memory::units(bytes));
-            drop(permit.split(surplus));
-        }
+        self.permits.iter_mut().for_each(|permit| Memory::shrink(permit, bytes));
     }
 }
 
@@ -354,6 +351,16 @@ impl CallMemory {
         let own = own.take(least).await;
         let all = self.budgets.take(all, least, MemoryKind::Responses).await;
         (ResponseGrant { grant: Grant { permits: vec![own, all] }, is_small }, least)
+    }
+
+    /// No memory for a response came free in time.
+    pub(super) fn no_response_memory(&self) -> Fault {
+        let most = self.budgets.0.response_bytes;
+        let message = format!(
+            "no memory for the response came free in time: others that were not read yet hold it, and responses may take {most} bytes \
+             (limits.response_memory_bytes)"
+        );
+        Fault::new(Reason::Overloaded, message).with("max", most)
     }
 
     /// Takes more for a response that is being made, and charges it with that.

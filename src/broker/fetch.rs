@@ -28,7 +28,7 @@ use tokio::{sync::watch, time::Instant};
 use tonic::{Status, Streaming};
 
 use self::{
-    memory::{Granted, MIN_READ_BYTES, no_response_memory},
+    memory::{Granted, MIN_READ_BYTES},
     plain::RecordTooLarge,
 };
 use super::{Broker, CallMemory, Grant, faults};
@@ -389,7 +389,7 @@ impl Session {
         let (mut reading_since, mut looked_again) = (None, false);
         loop {
             if self.needs_memory() && tokio::time::timeout(patience, self.reserve(plain)).await.is_err() {
-                return Err(no_response_memory());
+                return Err(self.memory.no_response_memory());
             }
             self.gather_now(&mut gathered);
             if gathered.is_enough(self.min_bytes()) {

@@ -21,7 +21,7 @@ use super::{Broker, CallMemory, ProducerIdQuota, faults};
 use crate::{
     limits,
     model::{Acks, Compression, PartitionId},
-    partition::{Acked, AppendError, AppendResult, BatchOrigin, Held, Opener, Partition, Stored, Use},
+    partition::{Acked, AppendError, AppendResult, BatchOrigin, Held, Memory, Opener, Partition, Stored, Use},
     proto::{
         fault::{Fault, Reason},
         v1::{self, append_request::Payload, produce_response},
@@ -158,12 +158,17 @@ impl Broker {
             }
             None => return Err(faults::invalid("the request holds neither a batch nor records")),
         };
-        let (batch, timestamps) = match config.compression {
+        let deadline = began + timeout;
+        let (batch, timestamps, permit) = match config.compression {
             Some(codec) if codec != batch.compression() => {
+                // What it will be is known when it is made: memory for the largest is taken before.
+                let mut permit = self.produce_permit(&partition, most, deadline).await?;
                 let opener = memory.opener(&self.opener);
-                recompressed(&opener, &batch, codec, &partition, most).await?
+                let (batch, timestamps) = recompressed(&opener, &batch, codec, &partition, most).await?;
+                Memory::shrink(&mut permit, batch.encoded_len());
+                (batch, timestamps, Some(permit))
             }
-            _ => (batch, timestamps),
+            _ => (batch, timestamps, None),
         };
         if batch.encoded_len() > most {
             return Err(faults::too_large(partition.topic(), batch.encoded_len(), most));
@@ -171,22 +176,33 @@ impl Broker {
         let (bytes, records) = (batch.encoded_len() as u64, u64::from(batch.count()));
         let stored = tiered.as_ref().map(|tiered| Arc::clone(&tiered.stored));
         let origin = BatchOrigin { fingerprint: sent, timestamps };
-        let permit = self.produce_permit(&partition, batch.encoded_len(), began + timeout).await?;
+        let permit = match permit {
+            Some(permit) => permit,
+            None => self.produce_permit(&partition, batch.encoded_len(), deadline).await?,
+        };
+        if tiered.is_some() {
+            // It may have gone away while the append waited for memory.
+            self.check_store_is_there()?;
+        }
         let answer = Some(partition.append_tracked(batch, origin, acks, permit, stored).await);
         let id = partition.id();
         let answer = (acks != Acks::None).then(|| Awaited { answer, partition });
         Ok(Queued { partition: id, answer, timeout, began, bytes, records, tiered })
     }
 
+    /// Refuses an append that could only wait: the object store is away.
+    fn check_store_is_there(&self) -> Result<(), Fault> {
+        let Some(outage) = self.store_away() else { return Ok(()) };
+        let message = format!(
+            "the object store has served nothing {outage}; with acks=tiered nothing is appended until it does: use another \
+             acks, or try again later"
+        );
+        Err(Fault::new(Reason::ObjectStoreUnavailable, message))
+    }
+
     /// Refuses an append that could only wait: the object store is away, or too many wait for it.
     fn admit_tiered(&self) -> Result<Tiered, Fault> {
-        if let Some(outage) = self.store_away() {
-            let message = format!(
-                "the object store has served nothing {outage}; with acks=tiered nothing is appended until it does: use another \
-                 acks, or try again later"
-            );
-            return Err(Fault::new(Reason::ObjectStoreUnavailable, message));
-        }
+        self.check_store_is_there()?;
         let Ok(place) = Arc::clone(&self.tiered_appends).try_acquire_owned() else {
             let most = limits::MAX_TIERED_APPENDS;
             let message = format!("{most} appends wait for the object store already, and no more may: try again later");
@@ -209,11 +225,12 @@ impl Broker {
             () = self.stopping() => return Err(self.stopping_refusal(partition)),
             permit = self.produce_memory.take(bytes) => permit,
             () = tokio::time::sleep_until(deadline) => {
-                return Err(Fault::new(
-                    Reason::Overloaded,
-                    "no memory for the batch came free in the time that the request has: other writes wait for their acknowledgements and \
-                     hold it (limits.produce_memory_bytes)",
-                ));
+                let most = self.produce_memory.bytes();
+                let message = format!(
+                    "no memory for the batch of up to {bytes} bytes came free in the time that the request has: other writes wait for \
+                     their acknowledgements and hold it, and all may take {most} (limits.produce_memory_bytes)"
+                );
+                return Err(Fault::new(Reason::Overloaded, message).with("bytes", bytes).with("max", most));
             }
         };
         if over() {

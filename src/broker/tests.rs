@@ -15,11 +15,12 @@ use crate::{
         prove,
     },
     log::{Identity, OpenError, Options, RealDisk},
-    model::{LeaderEpoch, TopicId, TopicName},
+    model::{Compression, LeaderEpoch, TopicId, TopicName},
     proto::{
         fault::{Fault, Reason},
         v1,
     },
+    record::BatchBuilder,
     task::{
         patience::{becomes, until},
         random,
@@ -478,5 +479,30 @@ async fn a_topic_that_cannot_be_read_at_the_start_costs_no_membership() {
         bench.broker.hosted.by_id(id).is_some_and(|partition| partition.standing().role.leads())
     })
     .await;
+    bench.stop().await;
+}
+
+/// Thousands of small batches that became large waited for memory in their large form, uncharged.
+#[tokio::test]
+async fn batch_to_recompress_waits_for_memory_before_it_is_opened() {
+    let dir = tempfile::tempdir().unwrap();
+    let bench = Bench::start(dir.path(), true).await;
+    let config = ConfigMap::from([("compression.type".to_owned(), "zstd".to_owned())]);
+    bench.create_with(&TopicName::new("t").unwrap(), 1, config).await;
+    let append = async || {
+        let mut batch = BatchBuilder::new(Compression::None);
+        batch.push(clock::wall_ms(), None, Some(&[7; 100]), &[]).unwrap();
+        let payload = Some(v1::append_request::Payload::Batch(batch.finish(None).unwrap().to_bytes()));
+        let request = v1::AppendRequest { topic: "t".to_owned(), timeout_ms: 300, payload, ..Default::default() };
+        bench.broker.append(request, &ProducerIdQuota::default(), &bench.broker.call_memory()).await
+    };
+    let memory = &bench.broker.produce_memory;
+    let held = memory.take(memory.bytes() - (8 << 10)).await;
+    let fault = append().await.expect_err("there is memory for what came, and not for what it may become");
+    assert_eq!((fault.reason, fault.retryable), (Reason::Overloaded, true));
+    assert!(fault.message.contains("limits.produce_memory_bytes"), "{fault}");
+    drop(held);
+    append().await.expect("there is memory");
+    becomes("all of it is given back", async || (memory.taken() == 0).then_some(())).await;
     bench.stop().await;
 }

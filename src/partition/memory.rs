@@ -41,6 +41,12 @@ impl Memory {
         more.map(|more| permit.merge(more)).is_ok()
     }
 
+    /// Gives back what a permit has above `bytes`.
+    pub fn shrink(permit: &mut OwnedSemaphorePermit, bytes: usize) {
+        let surplus = permit.num_permits().saturating_sub(Self::units(bytes));
+        drop(permit.split(surplus));
+    }
+
     /// How many permits stand for `bytes`.
     pub fn units(bytes: usize) -> usize {
         bytes.div_ceil(UNIT).max(1)

@@ -3,10 +3,7 @@
 use futures::stream::FuturesUnordered;
 
 use super::{Gathered, READS, Session, plain};
-use crate::{
-    broker::budget::ResponseGrant,
-    proto::fault::{Fault, Reason},
-};
+use crate::broker::budget::ResponseGrant;
 
 /// Least bytes of a read beside others of the same response, where the response has room for so many.
 pub(super) const MIN_READ_BYTES: usize = 1 << 20;
@@ -149,9 +146,4 @@ impl Session {
     pub(super) fn min_bytes(&self) -> usize {
         self.grant.as_ref().map_or(self.terms.min_bytes, |granted| self.terms.min_bytes.min(granted.max_bytes))
     }
-}
-
-pub(super) fn no_response_memory() -> Fault {
-    let message = "no memory for the response came free in time: others that were not read yet hold it (limits.response_memory_bytes)";
-    Fault::new(Reason::Overloaded, message)
 }
