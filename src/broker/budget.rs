@@ -83,7 +83,7 @@ const CONNECTION_SHARE: u64 = 4;
 /// Calls of one connection whose answers are made of metadata and have not been sent yet.
 const METADATA_CALLS: usize = 16;
 
-/// What of so many bytes for requests is for messages that are read.
+/// Bytes for messages that are read, of `request_bytes`.
 fn message_bytes(request_bytes: u64) -> u64 {
     request_bytes - request_bytes / PARTS_SHARE - request_bytes / WAITING_SHARE - request_bytes / WHOLE_SHARE
 }
@@ -107,10 +107,10 @@ struct Inner {
     whole: Memory,
     parts: Pools,
     waiting: Memory,
-    /// Who waits for the pools of requests.
+    /// Requests that wait for the pool of small ones, and for that of large ones.
     queues: [RequestQueue; 2],
     responses: Pools,
-    /// What fetches and reads keep of the partitions that they name.
+    /// Memory for the partitions that fetches and reads name.
     sessions: Memory,
     request_bytes: u64,
     response_bytes: u64,

@@ -49,10 +49,10 @@ const READS: usize = 8;
 /// Bytes of one answer where the request does not say.
 const DEFAULT_BYTES: usize = 1 << 20;
 
-/// So many partitions of a fetch or read are not charged.
+/// Most partitions of a fetch or read that are not charged.
 const FEW_PARTITIONS: usize = 16;
 
-/// What a partition of a fetch or read takes, with its entry in an answer, beside the name of its topic.
+/// Bytes that a partition of a fetch or read takes, with its entry in an answer, beside the name of its topic.
 const PLACE_BYTES: usize = 512;
 
 type ReadOutcome = (usize, Result<Option<Fetched>, ReadError>);

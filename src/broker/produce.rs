@@ -161,7 +161,7 @@ impl Broker {
         let deadline = began + timeout;
         let (batch, timestamps, permit) = match config.compression {
             Some(codec) if codec != batch.compression() => {
-                // What it will be is known when it is made: memory for the largest is taken before.
+                // Its size is known when it is made: memory for the largest is taken before.
                 let mut permit = self.produce_permit(&partition, most, deadline).await?;
                 let opener = memory.opener(&self.opener);
                 let (batch, timestamps) = recompressed(&opener, &batch, codec, &partition, most).await?;

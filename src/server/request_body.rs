@@ -209,7 +209,7 @@ impl RequestBody {
         self.message = Some(Message::new(0, State::refused(fault)));
     }
 
-    /// Takes memory for bytes that came behind a message, or gives back what they do not need any more.
+    /// Takes memory for bytes that came behind a message, or gives back the part that they no longer need.
     fn charge_ahead(&mut self, bytes: usize) -> Result<(), Fault> {
         match &mut self.ahead {
             Some(grant) if bytes > WAITING_BYTES => grant.shrink(bytes),

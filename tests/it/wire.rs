@@ -45,7 +45,7 @@ pub(crate) async fn create_topic(address: SocketAddr, name: &str, partitions: u3
     admin(address).create_topic(request).await.expect("the topic is created");
 }
 
-/// Where the leader of a partition is, by the broker that knows the newest one: a broker that was cut off names an older one for a moment.
+/// The address of a partition's leader, by the broker that knows the newest one: a broker that was cut off names an older one for a moment.
 pub(crate) async fn leader(brokers: &[SocketAddr], topic: &str, partition: i32) -> Option<SocketAddr> {
     let mut newest = None;
     for address in brokers {

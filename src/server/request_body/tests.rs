@@ -227,7 +227,7 @@ async fn streams_hold_memory_for_one_message() {
     assert!(pending && budgets.taken().0 == 0, "all are handled");
 }
 
-/// What came first of a request was read to see its length, and 10,000 requests that waited then held 600 MB.
+/// The first bytes of a request were read to see its length, and 10,000 requests that waited then held 600 MB.
 #[tokio::test(start_paused = true)]
 async fn requests_that_wait_hold_little() {
     let budgets = Budgets::new(REQUEST_BYTES[1], 1 << 20);
@@ -263,7 +263,7 @@ async fn requests_that_wait_hold_little() {
     small.await.expect("a small one waits for memory however many do");
 }
 
-/// What came behind a message that its stream's handler was busy with was not charged: 250 KB a stream.
+/// Requests behind the one that a stream's handler was busy with were not charged: 250 KB a stream.
 #[tokio::test(start_paused = true)]
 async fn requests_sent_ahead_are_charged() {
     let budgets = Budgets::new(REQUEST_BYTES[1], 1 << 20);
