@@ -14,6 +14,7 @@ mod dev;
 mod doctor;
 mod format;
 mod health;
+mod idle;
 mod lines;
 mod output;
 mod partition;
@@ -176,7 +177,8 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
 
 /// Runs a command's future. Large ones are boxed, so that no command's size is every command's stack.
 fn block_on<F: Future<Output = anyhow::Result<ExitCode>>>(command: F) -> anyhow::Result<ExitCode> {
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let mut runtime = tokio::runtime::Builder::new_multi_thread();
+    let runtime = runtime.enable_all().on_thread_park(idle::give_memory_back).build()?;
     let result = runtime.block_on(Box::pin(command));
     // A read of standard input cannot be interrupted; nobody waits for it.
     runtime.shutdown_background();
