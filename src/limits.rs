@@ -59,6 +59,9 @@ pub const MAX_FETCH_PARTITIONS: usize = 10_000;
 /// Most topics that one request for metadata may name.
 pub const MAX_METADATA_TOPICS: usize = 10_000;
 
+/// Bytes that a search for an offset by time reads at once.
+pub const SEARCH_BYTES: usize = 1 << 20;
+
 /// Most bytes of batches in one fetch response, but for a first batch that is larger than this.
 pub const MAX_FETCH_BYTES: usize = 16 << 20;
 

@@ -118,8 +118,9 @@ struct Inner {
     connections: Arc<Connections>,
 }
 
+/// A pool for small messages, and one for all others.
 #[derive(Clone, Debug)]
-struct Pools {
+pub(super) struct Pools {
     small: Memory,
     large: Memory,
 }
@@ -130,8 +131,19 @@ impl Pools {
         Self { small: Memory::new(bytes / 4), large: Memory::new(bytes - bytes / 4) }
     }
 
-    const fn of(&self, bytes: usize) -> &Memory {
+    /// Half for small messages.
+    pub(super) fn halves(bytes: u64) -> Self {
+        Self { small: Memory::new(bytes / 2), large: Memory::new(bytes - bytes / 2) }
+    }
+
+    /// The pool for a message of so many bytes.
+    pub(super) const fn of(&self, bytes: usize) -> &Memory {
         if bytes <= SMALL_BYTES { &self.small } else { &self.large }
+    }
+
+    /// Bytes that are taken of both.
+    pub(super) fn taken(&self) -> usize {
+        self.small.taken() + self.large.taken()
     }
 
     /// Takes from a connection's part and from the whole, where both have as much.
@@ -149,7 +161,8 @@ pub struct Grant {
 }
 
 impl Grant {
-    fn bytes(&self) -> usize {
+    /// Bytes that were taken of each.
+    pub(super) fn bytes(&self) -> usize {
         self.permits.first().map_or(0, Memory::bytes_of)
     }
 
@@ -190,9 +203,8 @@ impl Budgets {
 
     /// Bytes that requests and responses have taken.
     pub fn taken(&self) -> (usize, usize) {
-        let taken = |pools: &Pools| pools.small.taken() + pools.large.taken();
-        let requests = taken(&self.0.requests) + self.0.whole.taken() + self.0.waiting.taken();
-        (requests + taken(&self.0.parts), taken(&self.0.responses) + self.0.sessions.taken())
+        let requests = self.0.requests.taken() + self.0.whole.taken() + self.0.waiting.taken();
+        (requests + self.0.parts.taken(), self.0.responses.taken() + self.0.sessions.taken())
     }
 
     /// Takes `bytes` of a pool. While it waits, connections are closed that hold more of it and whose clients do not read.
@@ -353,6 +365,14 @@ impl CallMemory {
         (ResponseGrant { grant: Grant { permits: vec![own, all] }, is_small }, least)
     }
 
+    /// Memory for reading `bytes` that are no part of a response, for as long as the value lives.
+    pub(super) async fn read(&self, bytes: usize) -> Grant {
+        let own = self.connection.0.responses.large.take(bytes).await;
+        Grant {
+            permits: vec![own, self.budgets.take(&self.budgets.0.responses.large, bytes, MemoryKind::Responses).await],
+        }
+    }
+
     /// No memory for a response came free in time.
     pub(super) fn no_response_memory(&self) -> Fault {
         let most = self.budgets.0.response_bytes;
@@ -392,7 +412,8 @@ impl CallMemory {
         taken.ok_or_else(|| {
             let most = self.budgets.0.response_bytes / SESSION_SHARE;
             let message = format!(
-                "no memory for the partitions of the request: they need {bytes} bytes, all fetches and reads together may take {most} and                  those of one connection a quarter of it (an eighth of limits.response_memory_bytes): name fewer partitions"
+                "no memory for the partitions of the request: they need {bytes} bytes, all fetches and reads together may take {most} and \
+                 those of one connection a quarter of it (an eighth of limits.response_memory_bytes): name fewer partitions"
             );
             Fault::new(Reason::Overloaded, message).with("bytes", bytes).with("max", most)
         })

@@ -8,7 +8,6 @@ use crate::{
     cluster::{
         AddPartitionsError, AlterError, CreateError, DeleteError, ReplicaBound, StoreError, There, UnknownTopic,
     },
-    limits,
     model::{BrokerId, LeaderEpoch, Offset, TopicId, TopicName},
     partition::{AppendError, ReadError, Refused},
     proto::fault::{self, Fault, Reason},
@@ -122,6 +121,10 @@ impl From<AppendError> for Fault {
         let message = error.to_string();
         match error {
             AppendError::Refused(refused) => match refused {
+                Refused::TooLarge { bytes, most, .. } => {
+                    Self::new(Reason::RecordTooLarge, message).with("bytes", bytes).with("max", most)
+                }
+                Refused::Grows { most, .. } => Self::new(Reason::RecordTooLarge, message).with("max", most),
                 Refused::NotEnoughReplicas { in_sync, needed } => {
                     Self::new(Reason::NotEnoughReplicas, message).with("in_sync", in_sync).with("needed", needed)
                 }
@@ -165,6 +168,7 @@ impl From<ReadError> for Fault {
                 .with("end", end),
             ReadError::Closed => Self::new(Reason::NotLeader, message),
             ReadError::Damaged { offset, .. } => Self::new(Reason::DataDamaged, message).with("offset", offset),
+            ReadError::BatchTooLarge { .. } => Self::new(Reason::Overloaded, message),
             ReadError::Disk { .. } => Self::new(Reason::StorageFailed, message),
             ReadError::ObjectStore { .. } => Self::new(Reason::ObjectStoreUnavailable, message),
         }
@@ -269,26 +273,6 @@ fn above_bound(message: String, bound: ReplicaBound) -> Fault {
         .with("replicas", bound.replicas)
         .with("max", bound.max)
         .with("setting", "broker.max_replicas")
-}
-
-/// A batch above the topic's limit.
-pub(super) fn too_large(topic: &TopicName, bytes: usize, most: usize) -> Fault {
-    let message = format!(
-        "the batch has {bytes} bytes, topic {topic} takes at most {most}: send smaller batches, or raise \
-         max.message.bytes (up to {})",
-        limits::MAX_BATCH_BYTES
-    );
-    Fault::new(Reason::RecordTooLarge, message).with("bytes", bytes).with("max", most)
-}
-
-/// A compressed batch that is above the topic's limit without compression, which is how the topic stores it.
-pub(super) fn grows(topic: &TopicName, most: usize) -> Fault {
-    let message = format!(
-        "the batch has more than {most} bytes without compression, as topic {topic} stores it (compression.type=\
-         uncompressed), and {most} is what it takes at most: send smaller batches, or raise max.message.bytes (up to {})",
-        limits::MAX_BATCH_BYTES
-    );
-    Fault::new(Reason::RecordTooLarge, message).with("max", most)
 }
 
 /// Why no more requests of a stream can be read, with a stable word where the transport refused one.

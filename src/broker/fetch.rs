@@ -12,7 +12,7 @@
 //! store has, within a bound of its own.
 
 mod memory;
-pub(super) mod plain;
+mod plain;
 #[cfg(test)]
 mod tests;
 
@@ -34,6 +34,7 @@ use self::{
 use super::{Broker, CallMemory, Grant, faults};
 use crate::{
     limits,
+    log::ReadLimits,
     model::Offset,
     partition::{Fetched, Partition, ReadError, Reader, Ready, Source},
     proto::{
@@ -218,7 +219,7 @@ impl Session {
                 }
                 Err(fault) => {
                     self.broker.metrics.fetch_errors.count(fault.reason.word());
-                    self.refused.push(refusal(want.topic, want.partition, fault));
+                    self.refused.push(self.broker.refused_partition(want, fault));
                 }
             }
         }
@@ -227,6 +228,7 @@ impl Session {
 
     /// Begins reads of what is ready.
     fn begin_reads(&mut self, max_bytes: usize) {
+        let max_batch_bytes = self.grant.as_ref().map_or(0, |granted| granted.batch_bytes);
         while self.may_begin_read()
             && let Some(index) = self.ready.take()
         {
@@ -237,8 +239,8 @@ impl Session {
             }
             let Some(reader) = place.reader.clone() else { continue };
             place.reading = true;
-            let position = place.position;
-            self.reading.push(Box::pin(async move { (index, reader.read(position, max_bytes).await) }));
+            let (position, limits) = (place.position, ReadLimits { max_bytes, max_batch_bytes });
+            self.reading.push(Box::pin(async move { (index, reader.read(position, limits).await) }));
         }
     }
 
@@ -253,18 +255,8 @@ impl Session {
             self.held = Some((index, outcome));
             return;
         }
-        if let Ok(Some(fetched)) = &outcome
-            && !self.has_memory_for(fetched.bytes, gathered)
-        {
-            // It is read again when there is as much.
-            self.max_batch_bytes = self.max_batch_bytes.max(fetched.bytes);
-            self.places[index].reading = false;
-            self.ready.mark(index);
-            gathered.full = gathered.bytes > 0;
-            if gathered.bytes == 0 {
-                self.grant = None;
-            }
-            return;
+        if let Some(bytes) = self.lacks_memory_for(&outcome, gathered) {
+            return self.read_later(index, bytes, gathered);
         }
         let place = &mut self.places[index];
         let standing = place.served.standing();
@@ -388,8 +380,11 @@ impl Session {
         let mut gathered = Gathered::default();
         let (mut reading_since, mut looked_again) = (None, false);
         loop {
-            if self.needs_memory() && tokio::time::timeout(patience, self.reserve(plain)).await.is_err() {
-                return Err(self.memory.no_response_memory());
+            if self.needs_memory() {
+                let reserved = tokio::time::timeout(patience, self.reserve(plain)).await;
+                reserved.map_err(|_| self.memory.no_response_memory())?;
+                // The time until then was not the disk's.
+                reading_since = None;
             }
             self.gather_now(&mut gathered);
             if gathered.is_enough(self.min_bytes()) {
@@ -590,8 +585,4 @@ impl Follow {
         }
         self.session.assign(request.partitions, request.restart, request.any_replica)
     }
-}
-
-fn refusal(topic: String, partition: i32, fault: Fault) -> v1::FetchedPartition {
-    v1::FetchedPartition { topic, partition, error: Some(fault.into()), ..Default::default() }
 }

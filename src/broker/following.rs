@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use super::peer::{self, LinkLost, LookUp, Neighbour, Neighbours, Unconfirmed};
+use super::peer::{LinkLost, LookUp, Neighbour, Neighbours, Unconfirmed};
 use crate::{
     client::{
         Connect,
@@ -339,7 +339,7 @@ impl Link {
         }
         let epoch = Revision(welcome.broker_epoch);
         self.neighbours.confirm(self.leader, epoch).await?;
-        peer::compare_clocks(self.leader, welcome.wall_ms);
+        self.neighbours.clocks.compare(self.leader, welcome.wall_ms);
         Ok((stream, epoch))
     }
 }

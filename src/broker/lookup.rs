@@ -45,6 +45,28 @@ impl Broker {
         })
     }
 
+    /// What a reader is answered of a partition that is not read here, with the marks of the replica where one is open.
+    pub(super) fn refused_partition(&self, want: v1::FetchPartition, fault: Fault) -> v1::FetchedPartition {
+        let holding = match self.hosted.find(&want.topic, want.partition) {
+            Some(Found::Held(id, holding))
+                if faults::topic_id(&want.topic_id).is_ok_and(|asked| asked.is_none_or(|asked| asked == id.topic)) =>
+            {
+                Some(holding)
+            }
+            _ => None,
+        };
+        let mut refused =
+            v1::FetchedPartition { next_offset: want.offset, error: Some(fault.into()), ..Default::default() };
+        if let Some(holding) = holding
+            && let Holding::Open(open) = &*holding
+        {
+            let marks = open.marks();
+            (refused.log_start, refused.high_watermark) = (marks.log_start.as_i64(), marks.high_watermark.as_i64());
+        }
+        (refused.topic, refused.partition) = (want.topic, want.partition);
+        refused
+    }
+
     /// The partition of this name and number, if its standing here is one that `serves`.
     fn replica(
         &self,

@@ -71,8 +71,8 @@ use futures::{StreamExt as _, stream};
 use tokio::sync::{Semaphore, watch};
 
 use self::{
-    agree::Agree, claims::Claims, fetch::plain::UndecodableBatches, hosted::Hosted, leftovers::Leftovers,
-    others::Others, producer_ids::ProducerIds, unproven::Unproven,
+    agree::Agree, budget::Pools, claims::Claims, hosted::Hosted, leftovers::Leftovers, others::Others,
+    producer_ids::ProducerIds, unproven::Unproven,
 };
 pub use self::{
     budget::{Budgets, CallMemory, ConnectionMemory, Grant, IncompleteGuard, SMALL_BYTES, WAITING_BYTES},
@@ -90,7 +90,7 @@ use crate::{
     limits,
     log::Log,
     model::{BrokerId, ConfigMap, Offset, PartitionId},
-    partition::{Counts, Memory, Opener, Partition, Surroundings, Upkeep, UpkeepQueue},
+    partition::{Counts, Opener, Partition, Surroundings, Upkeep, UpkeepQueue},
     task::{self, Tasks, clock},
     telemetry::Metrics,
     tier::{Cache, Outage, Store},
@@ -193,8 +193,7 @@ pub struct Broker {
     hosted: Arc<Hosted>,
     unproven: Unproven,
     budgets: Budgets,
-    undecodable: UndecodableBatches,
-    produce_memory: Memory,
+    produce_memory: Pools,
     /// Places of appends that wait for the object store.
     tiered_appends: Arc<Semaphore>,
     /// Who opens compressed batches goes through it.
@@ -253,8 +252,7 @@ impl Broker {
             topics: Topics::new(Arc::clone(&store), keys.clone(), view.clone(), settings.topic_defaults.clone()),
             producer_ids: ProducerIds::default(),
             budgets: Budgets::new(settings.request_memory_bytes, settings.response_memory_bytes),
-            undecodable: UndecodableBatches::default(),
-            produce_memory: Memory::new(settings.produce_memory_bytes),
+            produce_memory: Pools::halves(settings.produce_memory_bytes),
             tiered_appends: Arc::new(Semaphore::new(limits::MAX_TIERED_APPENDS)),
             opener: Opener::new(settings.decompression_memory_bytes),
             upkeep: Upkeep::new(commits.clone()),

@@ -8,7 +8,8 @@ use tokio::time::Instant;
 use super::{Broker, CallMemory, faults};
 use crate::{
     limits,
-    partition::{On, Opener, Partition, Ready, Role},
+    model::{LeaderEpoch, Offset},
+    partition::{On, Partition, ReadError, Ready, Role},
     proto::{
         fault::{Fault, Reason},
         v1::{self, offset_query::At},
@@ -21,6 +22,15 @@ const LOOKUPS: usize = 8;
 
 /// How long the latest offsets of one request are waited for where new leaders do not know them yet.
 const SETTLES: Duration = Duration::from_secs(1);
+
+/// Until when the look-ups of one request wait.
+#[derive(Clone, Copy)]
+struct Waits {
+    /// For new leaders.
+    settled: Instant,
+    /// For memory.
+    memory: Instant,
+}
 
 impl Broker {
     /// Answers the queries in their order.
@@ -38,10 +48,10 @@ impl Broker {
         }
         self.acquaint(request.queries.iter().map(|query| (query.topic.as_str(), ""))).await;
         // For all of them together: thousands of partitions without their minimum must not be waited for one after the other.
-        let settled_by = clock::monotonic() + SETTLES;
-        let opener = &memory.opener(&self.opener);
+        let now = clock::monotonic();
+        let waits = Waits { settled: now + SETTLES, memory: now + self.settings.fetch_max_wait };
         let answers = stream::iter(request.queries).map(|query| async move {
-            self.find_offset(&query, settled_by, opener).await.unwrap_or_else(|fault| v1::OffsetAnswer {
+            self.find_offset(&query, waits, memory).await.unwrap_or_else(|fault| v1::OffsetAnswer {
                 error: Some(fault.into()),
                 offset: -1,
                 timestamp_ms: -1,
@@ -57,11 +67,11 @@ impl Broker {
     async fn find_offset(
         &self,
         query: &v1::OffsetQuery,
-        settled_by: Instant,
-        opener: &Opener,
+        waits: Waits,
+        memory: &CallMemory,
     ) -> Result<v1::OffsetAnswer, Fault> {
         let partition = self.partition(&query.topic, query.partition)?;
-        if !matches!(query.at, Some(At::Earliest(_)) | None) && !settled(&partition, settled_by).await {
+        if !matches!(query.at, Some(At::Earliest(_)) | None) && !settled(&partition, waits.settled).await {
             let message = "a new leader of the partition does not know yet what is committed: try again";
             return Err(Fault::new(Reason::NotReady, message));
         }
@@ -73,12 +83,35 @@ impl Broker {
                 saw!(Latest { partition: partition.id(), epoch, offset: marks.high_watermark });
                 (marks.high_watermark, -1, epoch)
             }
-            Some(At::TimestampMs(time)) => {
-                partition.reader().offset_for_time(time, opener).await?.unwrap_or((marks.high_watermark, -1, epoch))
-            }
+            Some(At::TimestampMs(time)) => self.find_time(&partition, time, waits.memory, memory).await?.unwrap_or((
+                marks.high_watermark,
+                -1,
+                epoch,
+            )),
             None => return Err(faults::invalid("the query says neither earliest nor latest nor a timestamp")),
         };
         Ok(v1::OffsetAnswer { error: None, offset: offset.as_i64(), timestamp_ms, leader_epoch: epoch.as_i32() })
+    }
+
+    /// The first record of a time. Memory is taken for batches of the usual size at first, and for a larger one once it was met.
+    async fn find_time(
+        &self,
+        partition: &Partition,
+        time: i64,
+        deadline: Instant,
+        memory: &CallMemory,
+    ) -> Result<Option<(Offset, i64, LeaderEpoch)>, Fault> {
+        let (opener, mut batch_bytes) = (memory.opener(&self.opener), limits::SEARCH_BYTES);
+        loop {
+            // Chunks of the bucket, and the batch that is put together from them.
+            let granted = tokio::time::timeout_at(deadline, memory.read(2 * batch_bytes)).await;
+            let _granted = granted.map_err(|_| memory.no_response_memory())?;
+            match partition.reader().offset_for_time(time, batch_bytes, &opener).await {
+                // Larger than needed: batches that grow byte by byte would begin the search again and again.
+                Err(ReadError::BatchTooLarge { bytes }) => batch_bytes = bytes.next_power_of_two(),
+                found => return Ok(found?),
+            }
+        }
     }
 }
 

@@ -17,11 +17,11 @@ use tokio::{
 use tokio_util::task::AbortOnDropHandle;
 use tonic::{Status, Streaming};
 
-use super::{Broker, CallMemory, ProducerIdQuota, faults};
+use super::{Broker, CallMemory, Grant, ProducerIdQuota, faults};
 use crate::{
     limits,
     model::{Acks, Compression, PartitionId},
-    partition::{Acked, AppendError, AppendResult, BatchOrigin, Held, Memory, Opener, Partition, Stored, Use},
+    partition::{Acked, AppendError, AppendResult, BatchOrigin, Held, Memory, Opener, Partition, Refused, Stored, Use},
     proto::{
         fault::{Fault, Reason},
         v1::{self, append_request::Payload, produce_response},
@@ -32,6 +32,9 @@ use crate::{
 
 /// Most requests of one stream that may be under way; more wait in HTTP/2's window.
 const STREAM_REQUESTS: usize = 4096;
+
+/// Most bytes of a message beside its batch with which the batch is kept as it came: it shares the memory of the message.
+const MAX_SURPLUS_BYTES: usize = 4 << 10;
 
 /// Most answers that are put together before HTTP/2 is offered them. It takes what has room for a client that reads, and asks for more then.
 const ANSWERS_AT_ONCE: usize = 16;
@@ -122,7 +125,8 @@ impl Broker {
         memory: &CallMemory,
     ) -> Result<Queued, Fault> {
         // Given back when the batch has produce memory.
-        let _request = memory.take_request();
+        let held = memory.take_request();
+        let message_bytes = held.iter().map(Grant::bytes).sum::<usize>();
         let began = clock::monotonic();
         self.metrics.produce_requests.inc();
         let acks = acks(request.acks)?;
@@ -140,12 +144,18 @@ impl Broker {
         }
         let tiered = if acks == Acks::Tiered { Some(self.admit_tiered()?) } else { None };
         let most = config.max_message_bytes;
+        let too_large = |bytes| Refused::TooLarge { topic: partition.topic().clone(), bytes, most };
+        let mut refusal = None;
         let (batch, sent, timestamps) = match request.payload {
             Some(Payload::Batch(bytes)) => {
-                if bytes.len() > most {
-                    return Err(faults::too_large(partition.topic(), bytes.len(), most));
+                let (mut batch, timestamps) = received(bytes)?;
+                let bytes = batch.encoded_len();
+                if bytes > most {
+                    refusal = Some(too_large(bytes));
+                } else if message_bytes > bytes + MAX_SURPLUS_BYTES {
+                    // It would keep all of its message in memory.
+                    batch.detach();
                 }
-                let (batch, timestamps) = received(bytes)?;
                 if let Some(stamp) = batch.producer() {
                     self.check_producer_id(stamp.id, quota).await?;
                 }
@@ -160,22 +170,36 @@ impl Broker {
         };
         let deadline = began + timeout;
         let (batch, timestamps, permit) = match config.compression {
-            Some(codec) if codec != batch.compression() => {
+            Some(codec) if codec != batch.compression() && refusal.is_none() => {
+                // The connection's turn first: what waits for that holds no memory that others need.
+                let opener = memory.opener(&self.opener).in_turn().await;
                 // Its size is known when it is made: memory for the largest is taken before.
                 let mut permit = self.produce_permit(&partition, most, deadline).await?;
-                let opener = memory.opener(&self.opener);
-                let (batch, timestamps) = recompressed(&opener, &batch, codec, &partition, most).await?;
-                Memory::shrink(&mut permit, batch.encoded_len());
-                (batch, timestamps, Some(permit))
+                match recompressed(&opener, &batch, codec, &partition, most).await? {
+                    Ok((made, timestamps)) if made.encoded_len() <= most => {
+                        Memory::shrink(&mut permit, made.encoded_len());
+                        (made, timestamps, Some(permit))
+                    }
+                    outcome => {
+                        refusal = Some(outcome.map_or_else(|grows| grows, |(made, _)| too_large(made.encoded_len())));
+                        (batch, timestamps, Some(permit))
+                    }
+                }
             }
-            _ => (batch, timestamps, None),
+            _ => {
+                if batch.encoded_len() > most {
+                    refusal.get_or_insert_with(|| too_large(batch.encoded_len()));
+                }
+                (batch, timestamps, None)
+            }
         };
-        if batch.encoded_len() > most {
-            return Err(faults::too_large(partition.topic(), batch.encoded_len(), most));
+        // A retry of one that was stored before the topic's configuration changed is the partition's to find.
+        if let Some(refused) = refusal.take_if(|_| batch.producer().is_none()) {
+            return Err(AppendError::Refused(refused).into());
         }
         let (bytes, records) = (batch.encoded_len() as u64, u64::from(batch.count()));
         let stored = tiered.as_ref().map(|tiered| Arc::clone(&tiered.stored));
-        let origin = BatchOrigin { fingerprint: sent, timestamps };
+        let origin = BatchOrigin { fingerprint: sent, timestamps, refusal };
         let permit = match permit {
             Some(permit) => permit,
             None => self.produce_permit(&partition, batch.encoded_len(), deadline).await?,
@@ -218,14 +242,15 @@ impl Broker {
         bytes: usize,
         deadline: Instant,
     ) -> Result<OwnedSemaphorePermit, Fault> {
+        let memory = self.produce_memory.of(bytes);
         // After that nobody waits for the answer any more: what would be written then is what the client sends again.
         let over = || clock::monotonic() >= deadline;
         let permit = tokio::select! {
             biased;
             () = self.stopping() => return Err(self.stopping_refusal(partition)),
-            permit = self.produce_memory.take(bytes) => permit,
+            permit = memory.take(bytes) => permit,
             () = tokio::time::sleep_until(deadline) => {
-                let most = self.produce_memory.bytes();
+                let most = memory.bytes();
                 let message = format!(
                     "no memory for the batch of up to {bytes} bytes came free in the time that the request has: other writes wait for \
                      their acknowledgements and hold it, and all may take {most} (limits.produce_memory_bytes)"
@@ -284,25 +309,27 @@ impl Broker {
         Fault::new(Reason::Timeout, message).with("cause", cause).with("base_offset", base).with("end_offset", end)
     }
 
-    /// Waits for the outcome of an append of a stream. One that waits for the object store says so once the store is away.
+    /// Waits for the outcome of an append of a stream. One that waits for the object store says why, once the store is away or does not take
+    /// what its partition uploads.
     async fn next_step(self: Arc<Self>, correlation: u64, queued: Queued) -> Step {
-        let waits_for_store = queued.tiered.is_some();
+        let (waits_for_store, partition) = (queued.tiered.is_some(), queued.partition);
         let broker = Arc::clone(&self);
         let answer = async move { Step::Answer(answered(correlation, broker.outcome(queued).await)) };
         if !waits_for_store {
             return answer.await;
         }
         let mut answer = Box::pin(answer);
-        tokio::select! {
+        let message = tokio::select! {
             biased;
-            step = &mut answer => step,
+            step = &mut answer => return step,
             outage = self.until_store_away() => {
-                let message = format!("the append waits for the object store, which has served nothing {outage}");
-                let waiting = Fault::new(Reason::ObjectStoreUnavailable, message).into();
-                let result = Some(produce_response::Result::Waiting(waiting));
-                Step::Notice(v1::ProduceResponse { correlation, result }, answer)
+                format!("the append waits for the object store, which has served nothing {outage}")
             }
-        }
+            why = self.upkeep_failures.until_failing(partition) => format!("the append is not in the object store yet: {why}"),
+        };
+        let waiting = Fault::new(Reason::ObjectStoreUnavailable, message).into();
+        let result = Some(produce_response::Result::Waiting(waiting));
+        Step::Notice(v1::ProduceResponse { correlation, result }, answer)
     }
 }
 
@@ -450,14 +477,16 @@ async fn recompressed(
     codec: Compression,
     partition: &Partition,
     most: usize,
-) -> Result<(Batch, TimestampRange), Fault> {
+) -> Result<Result<(Batch, TimestampRange), Refused>, Fault> {
     // Without a codec the stored batch is as large as its records are.
     let plain = most.saturating_sub(HEADER_BYTES);
     let bound = limits::MAX_RECOMPRESSED_BYTES.min(if codec == Compression::None { plain } else { usize::MAX });
     let work = move |batch: &Batch, most: usize| batch.recompress_within(codec, most);
     match opener.open(batch, bound, Use::Rewrite, work).await {
-        Err(Malformed::Grows { .. }) if bound == plain => Err(faults::grows(partition.topic(), most)),
-        outcome => Ok(outcome?),
+        Err(Malformed::Grows { .. }) if bound == plain => {
+            Ok(Err(Refused::Grows { topic: partition.topic().clone(), most }))
+        }
+        outcome => Ok(Ok(outcome?)),
     }
 }
 

@@ -73,7 +73,7 @@ impl Bench {
             produce_memory_bytes: 1 << 20,
             request_memory_bytes: 64 << 20,
             response_memory_bytes: 64 << 20,
-            decompression_memory_bytes: 64 << 20,
+            decompression_memory_bytes: 256 << 20,
             producer_ids_per_minute: 1000,
             upkeep_workers: 1,
             retention_interval: Duration::from_secs(3600),
@@ -496,7 +496,7 @@ async fn batch_to_recompress_waits_for_memory_before_it_is_opened() {
         let request = v1::AppendRequest { topic: "t".to_owned(), timeout_ms: 300, payload, ..Default::default() };
         bench.broker.append(request, &ProducerIdQuota::default(), &bench.broker.call_memory()).await
     };
-    let memory = &bench.broker.produce_memory;
+    let memory = bench.broker.produce_memory.of(1 << 20);
     let held = memory.take(memory.bytes() - (8 << 10)).await;
     let fault = append().await.expect_err("there is memory for what came, and not for what it may become");
     assert_eq!((fault.reason, fault.retryable), (Reason::Overloaded, true));

@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use tokio::time::Instant;
+use tokio::{sync::Notify, time::Instant};
 
 use super::Broker;
 use crate::{
@@ -43,6 +43,8 @@ pub(super) fn spawn(broker: &Arc<Broker>) {
 #[derive(Default)]
 pub(super) struct Failures {
     of: Mutex<BTreeMap<PartitionId, Failing>>,
+    /// A step of some partition failed for a reason of its own.
+    failed: Notify,
     /// Of all partitions: the metadata store takes no commit.
     commits: Mutex<LogThrottle>,
 }
@@ -62,6 +64,17 @@ impl Failures {
     /// Why the last step of this partition failed.
     pub(super) fn why(&self, id: PartitionId) -> Option<String> {
         self.lock().get(&id)?.why.clone()
+    }
+
+    /// Waits until the last step of this partition has failed for a reason of its own: why.
+    pub(super) async fn until_failing(&self, id: PartitionId) -> String {
+        loop {
+            let failed = self.failed.notified();
+            if let Some(why) = self.why(id) {
+                return why;
+            }
+            failed.await;
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<PartitionId, Failing>> {
@@ -146,7 +159,11 @@ async fn work(broker: Arc<Broker>) {
                 failing.steps = failing.steps.saturating_add(1);
                 failing.why = (!is_told_elsewhere(&broker, &error)).then(|| error.to_string());
                 let tries = failing.steps;
+                let has_reason = failing.why.is_some();
                 failures.lock().insert(id, failing);
+                if has_reason {
+                    failures.failed.notify_waiters();
+                }
                 broker.upkeep_queue.failed(id, broker.upkeep.delay(tries));
             }
         }

@@ -226,6 +226,12 @@ pub enum ReadError {
         /// What is wrong.
         why: String,
     },
+    /// The batch is larger than the reader has memory for.
+    #[error("the batch has {bytes} bytes, and there is memory for fewer")]
+    BatchTooLarge {
+        /// Its bytes.
+        bytes: usize,
+    },
     /// The file system says no.
     #[error("{}: {source}", file.display())]
     Io {

@@ -102,7 +102,7 @@ pub use identity::{FORMAT, Identity, METADATA, NAME as IDENTITY};
 pub use index::IndexEntry;
 pub use journal::Done;
 pub use producers::{ProducerTable, Verdict};
-pub use reader::{Read, Reader};
+pub use reader::{Read, ReadLimits, Reader};
 pub use replica::{Held, Removed, Replica};
 pub use segment::SegmentInfo;
 pub use status::{Space, Status};

@@ -43,6 +43,22 @@ impl Read {
     }
 }
 
+/// How much one read brings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ReadLimits {
+    /// About the most bytes of batches, where the first is not larger.
+    pub max_bytes: usize,
+    /// Most bytes of a first batch above `max_bytes`. There is no memory for a larger one.
+    pub max_batch_bytes: usize,
+}
+
+impl From<usize> for ReadLimits {
+    /// So many bytes, and a first batch of any size.
+    fn from(max_bytes: usize) -> Self {
+        Self { max_bytes, max_batch_bytes: usize::MAX }
+    }
+}
+
 /// Reads one replica, beside its writer. What it reads ends at the bound that the caller gives, which is never above the
 /// log end.
 #[derive(Clone)]
@@ -99,16 +115,17 @@ impl Reader {
         self.shared.tail.read(from, bound, max_bytes)
     }
 
-    /// The batches of `from..bound` that are in the segment of `from`, about `max_bytes` of them and at least one. Blocks.
+    /// The batches of `from..bound` that are in the segment of `from`, as many as the limits allow and at least one. Blocks.
     /// Nothing is served whose checksum, place or epoch is wrong.
-    pub fn read_disk(&self, from: Offset, bound: Offset, max_bytes: usize) -> Result<Read, ReadError> {
+    pub fn read_disk(&self, from: Offset, bound: Offset, limits: impl Into<ReadLimits>) -> Result<Read, ReadError> {
+        let limits = limits.into();
         self.consistently(|| {
             if from >= bound {
                 return Ok(Read::empty(from));
             }
             let place = self.place(from)?;
             let start = self.entry(&place, |index| index.at(from))?;
-            self.read_from(&place, start, from, bound, max_bytes)
+            self.read_from(&place, start, from, bound, limits)
         })
     }
 
@@ -120,13 +137,20 @@ impl Reader {
         timestamp_ms: i64,
         bound: Offset,
     ) -> Result<Option<(Offset, i64, LeaderEpoch)>, ReadError> {
-        let found = self.batch_for_time(timestamp_ms, self.log_start(), bound)?;
+        let found = self.batch_for_time(timestamp_ms, self.log_start(), bound, usize::MAX)?;
         Ok(found.map(|batch| (batch.base_offset(), batch.max_timestamp(), batch.leader_epoch().unwrap_or_default())))
     }
 
     /// As [`Self::offset_for_time`], of the batches that reach above `from`, and the whole batch, in which the caller finds
-    /// the record. Where that batch's header lied, the caller asks again from its end. Blocks.
-    pub fn batch_for_time(&self, timestamp_ms: i64, from: Offset, bound: Offset) -> Result<Option<Batch>, ReadError> {
+    /// the record. Where that batch's header lied, the caller asks again from its end. No batch above `max_batch_bytes` is read. Blocks.
+    pub fn batch_for_time(
+        &self,
+        timestamp_ms: i64,
+        from: Offset,
+        bound: Offset,
+        max_batch_bytes: usize,
+    ) -> Result<Option<Batch>, ReadError> {
+        let limits = ReadLimits { max_bytes: limits::SEARCH_BYTES, max_batch_bytes };
         self.consistently(|| {
             let bases: Vec<Offset> = {
                 let state = self.shared.state();
@@ -142,7 +166,7 @@ impl Reader {
                 let mut at = start.offset;
                 let mut entry = start;
                 while at < place.info.end.min(bound) {
-                    let read = self.read_from(&place, entry, at, place.info.end.min(bound), 1 << 20)?;
+                    let read = self.read_from(&place, entry, at, place.info.end.min(bound), limits)?;
                     let mut bytes = read.chunks.into_iter().next().unwrap_or_default();
                     if bytes.is_empty() {
                         break;
@@ -263,7 +287,7 @@ impl Reader {
         start: IndexEntry,
         from: Offset,
         bound: Offset,
-        max_bytes: usize,
+        ReadLimits { max_bytes, max_batch_bytes }: ReadLimits,
     ) -> Result<Read, ReadError> {
         let open = self.open(place)?;
         let mut position = u64::from(start.position);
@@ -315,7 +339,11 @@ impl Reader {
             }
             // A batch longer than the buffer: its length was just read and is possible.
             position += (whole.len() - rest.len()) as u64;
-            want = if rest.len() >= HEADER_BYTES { Batch::framed_len(&rest).unwrap_or(want).max(want) } else { want };
+            let bytes = if rest.len() >= HEADER_BYTES { Batch::framed_len(&rest).unwrap_or(0) } else { 0 };
+            if bytes > max_batch_bytes {
+                return Err(ReadError::BatchTooLarge { bytes });
+            }
+            want = want.max(bytes);
         }
     }
 }
@@ -353,6 +381,5 @@ fn io_error(place: &Place, source: io::Error) -> ReadError {
 
 fn damage(place: &Place, offset: Offset, position: u64, why: String) -> ReadError {
     let file: PathBuf = place.file.path.clone();
-    tracing::error!(file = %file.display(), position, %offset, why, "a segment is damaged");
     ReadError::Damaged { offset, file, position, why }
 }

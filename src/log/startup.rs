@@ -12,7 +12,7 @@ use uuid::Uuid;
 use super::{
     checkpoint::{Checkpoint, ReplicaRecord, Standing},
     core::Options,
-    disk::Disk,
+    disk::{Disk, Mode},
     error::OpenError,
     identity::io_error,
     journal::{
@@ -281,12 +281,28 @@ fn reset_again(disk: &dyn Disk, dir: &Path, at: Offset) -> io::Result<()> {
     disk.sync_dir(dir)
 }
 
+/// Files from so many bytes on give their room back in steps.
+const LARGE_FILE_BYTES: u64 = 4 << 20;
+
 fn remove_files(disk: &dyn Disk, dir: &Path) -> io::Result<()> {
     match disk.list(dir) {
-        Ok(entries) => entries.iter().rev().try_for_each(|entry| disk.remove(&dir.join(&entry.name))),
+        Ok(entries) => entries.iter().rev().try_for_each(|entry| remove_file(disk, &dir.join(&entry.name), entry.len)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(error) => Err(error),
     }
+}
+
+/// Removes a file. The room of a large one is given back in steps.
+fn remove_file(disk: &dyn Disk, path: &Path, bytes: u64) -> io::Result<()> {
+    if bytes < LARGE_FILE_BYTES {
+        return disk.remove(path);
+    }
+    let file = disk.open(path, Mode::Write)?;
+    disk.remove(path)?;
+    if let Err(error) = file.give_back() {
+        tracing::debug!(file = %path.display(), %error, "the room of a removed file is given back at once");
+    }
+    Ok(())
 }
 
 /// Removes the directories of replicas, and those of topics that are empty then, durably: one sync for each topic. The outcome of each.

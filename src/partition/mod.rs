@@ -69,6 +69,7 @@ pub mod session;
 mod shared;
 mod surroundings;
 mod tail;
+mod undecodable;
 mod upkeep;
 mod upkeep_queue;
 
@@ -240,7 +241,7 @@ impl Partition {
         acks: Acks,
         permit: OwnedSemaphorePermit,
     ) -> oneshot::Receiver<AppendResult> {
-        let origin = BatchOrigin { fingerprint: sent, timestamps: batch.timestamp_range() };
+        let origin = BatchOrigin { fingerprint: sent, timestamps: batch.timestamp_range(), refusal: None };
         self.append_tracked(batch, origin, acks, permit, None).await
     }
 

@@ -12,11 +12,12 @@
 
 use std::{num::NonZero, sync::Arc, thread};
 
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use super::Memory;
+use super::{Memory, undecodable::UndecodableBatches};
 use crate::{
-    model::Compression,
+    limits,
+    model::{Compression, PartitionId},
     record::{Batch, Malformed},
     task,
 };
@@ -74,18 +75,52 @@ pub struct Opener {
     large: Lane,
     /// The same of one caller: a turn to open a compressed batch.
     caller: Option<Arc<Semaphore>>,
+    /// The turn that the caller has.
+    _turn: Option<Arc<OwnedSemaphorePermit>>,
+    undecodable: Arc<UndecodableBatches>,
 }
 
 impl Opener {
     /// At most `bytes` of memory at any time.
     pub fn new(bytes: u64) -> Self {
         let small = bytes / SMALL_SHARE;
-        Self { small: Lane::new(small), large: Lane::new(bytes - small), caller: None }
+        Self {
+            small: Lane::new(small),
+            large: Lane::new(bytes - small),
+            caller: None,
+            _turn: None,
+            undecodable: Arc::default(),
+        }
     }
 
     /// The same memory for a caller who has these turns.
     pub fn for_caller(&self, turns: Arc<Semaphore>) -> Self {
         Self { caller: Some(turns), ..self.clone() }
+    }
+
+    /// The same memory for a caller who has the turn, until this is dropped.
+    pub async fn in_turn(&self) -> Self {
+        let turn = match &self.caller {
+            Some(turns) => Some(Arc::clone(turns).acquire_owned().await.expect("the semaphore is never closed")),
+            None => None,
+        };
+        Self { caller: None, _turn: turn.map(Arc::new), ..self.clone() }
+    }
+
+    /// Does `work` with a stored batch, to read it, as [`Self::open`] does. One that could not be opened before is not opened again.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub async fn open_stored<T, F>(&self, id: PartitionId, batch: &Batch, work: F) -> Result<T, Malformed>
+    where
+        F: Fn(&Batch, usize) -> Result<T, Malformed> + Clone + Send + 'static,
+        T: Send + 'static,
+    {
+        if let Some(error) = self.undecodable.find(id, batch) {
+            return Err(error);
+        }
+        let opened = self.open(batch, limits::MAX_DECOMPRESSED_BYTES, Use::Read, work).await;
+        opened.inspect_err(|error| self.undecodable.remember(id, batch, error.clone()))
     }
 
     /// Does `work` with a batch. `work` is given how many bytes the records may have without compression, answers
@@ -102,10 +137,7 @@ impl Opener {
         if batch.compression() == Compression::None && purpose == Use::Read {
             return work(batch, most);
         }
-        let _turn = match &self.caller {
-            Some(turns) => Some(Arc::clone(turns).acquire_owned().await.expect("the semaphore is never closed")),
-            None => None,
-        };
+        let _in_turn = self.in_turn().await;
         let (allowed, held) = (most, self.large.memory.bytes() / purpose.cost());
         let most = allowed.min(held);
         let codec = batch.compression();

@@ -9,9 +9,9 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use super::{On, Opener, Ready, Role, Use, shared::Shared};
+use super::{On, Opener, Ready, Role, shared::Shared};
 use crate::{
-    limits, log,
+    log::{self, ReadLimits},
     model::{LeaderEpoch, Offset, PartitionId, Watermarks},
     record::{Batch, Chunks, Malformed},
     task,
@@ -72,6 +72,12 @@ pub enum ReadError {
         /// What the system said.
         why: String,
     },
+    /// The batch is larger than the reader has memory for.
+    #[error("the batch has {bytes} bytes, and there is memory for fewer")]
+    BatchTooLarge {
+        /// Its bytes.
+        bytes: usize,
+    },
     /// The object store could not be read; it is asked again when the caller does.
     #[error("reading from the object store failed: {why}")]
     ObjectStore {
@@ -110,10 +116,11 @@ impl Reader {
         self.shared.follow(ready, index, On::Committed);
     }
 
-    /// Reads committed records from `from`: at least one batch when there is one, beyond that up to `max_bytes`.
+    /// Reads committed records from `from`: at least one batch when there is one, beyond that as many as the limits allow. What is in memory
+    /// is shared and takes none: its first batch may have any size.
     /// `None` when there is nothing yet: `from` is the high watermark, or above it where that is not the last word.
-    pub async fn read(&self, from: Offset, max_bytes: usize) -> Result<Option<Fetched>, ReadError> {
-        let read = self.look(from, max_bytes).await;
+    pub async fn read(&self, from: Offset, limits: ReadLimits) -> Result<Option<Fetched>, ReadError> {
+        let read = self.look(from, limits).await;
         #[cfg(feature = "sim")]
         if let Ok(Some(fetched)) = &read {
             self.tell_served(fetched);
@@ -137,22 +144,22 @@ impl Reader {
     }
 
     /// Looks in one tier after the other.
-    async fn look(&self, from: Offset, max_bytes: usize) -> Result<Option<Fetched>, ReadError> {
+    async fn look(&self, from: Offset, limits: ReadLimits) -> Result<Option<Fetched>, ReadError> {
         for _ in 0..TRIES {
             let Some(marks) = self.readable(from)? else { return Ok(None) };
             let bound = marks.high_watermark;
-            if let Some(read) = self.log.read_memory(from, bound, max_bytes) {
+            if let Some(read) = self.log.read_memory(from, bound, limits.max_bytes) {
                 return Ok(Some(fetched(read, Source::Memory)));
             }
             // The log moves its start before the task publishes it.
             if from >= marks.local_start.max(self.log.local_start()) {
-                match self.read_disk(from, bound, max_bytes).await? {
+                match self.read_disk(from, bound, limits).await? {
                     Some(read) => return Ok(Some(read)),
                     // Evicted since the marks were read.
                     None => continue,
                 }
             }
-            return self.read_bucket(from, bound, max_bytes).await;
+            return self.read_bucket(from, bound, limits).await;
         }
         Err(ReadError::Disk { why: format!("offset {from} moved away {TRIES} times while it was looked for") })
     }
@@ -178,12 +185,13 @@ impl Reader {
         Ok((from < end).then_some(Watermarks { high_watermark: end, ..marks }))
     }
 
-    async fn read_disk(&self, from: Offset, bound: Offset, max_bytes: usize) -> Result<Option<Fetched>, ReadError> {
+    async fn read_disk(&self, from: Offset, bound: Offset, limits: ReadLimits) -> Result<Option<Fetched>, ReadError> {
         let log = self.log.clone();
-        match task::blocking(move || log.read_disk(from, bound, max_bytes)).await {
+        match task::blocking(move || log.read_disk(from, bound, limits)).await {
             Ok(read) => Ok(Some(fetched(read, Source::Disk))),
             Err(log::ReadError::OutOfRange { .. }) => Ok(None),
-            Err(error) => self.other_tier(from, bound, max_bytes, error).await.map(Some),
+            Err(log::ReadError::BatchTooLarge { bytes }) => Err(ReadError::BatchTooLarge { bytes }),
+            Err(error) => self.other_tier(from, bound, limits, error).await.map(Some),
         }
     }
 
@@ -192,17 +200,21 @@ impl Reader {
         &self,
         from: Offset,
         bound: Offset,
-        max_bytes: usize,
+        limits: ReadLimits,
         error: log::ReadError,
     ) -> Result<Fetched, ReadError> {
-        tracing::error!(
-            partition = %self.id, offset = %from, %error,
-            "the local copy cannot be read; serving from the bucket where it has these records"
-        );
-        if from < self.shared.marks().tiered_end
-            && let Ok(Some(fetched)) = self.read_bucket(from, bound, max_bytes).await
-        {
-            return Ok(fetched);
+        if let Some(count) = self.shared.count_unreadable() {
+            tracing::error!(
+                partition = %self.id, offset = %from, %error, count,
+                "the local copy cannot be read; serving from the bucket where it has these records"
+            );
+        }
+        if from < self.shared.marks().tiered_end {
+            match self.read_bucket(from, bound, limits).await {
+                Ok(Some(fetched)) => return Ok(fetched),
+                Err(too_large @ ReadError::BatchTooLarge { .. }) => return Err(too_large),
+                Ok(None) | Err(_) => {}
+            }
         }
         Err(match error {
             log::ReadError::Damaged { offset, .. } => ReadError::Damaged { offset, why: error.to_string() },
@@ -210,13 +222,13 @@ impl Reader {
         })
     }
 
-    async fn read_bucket(&self, from: Offset, bound: Offset, max_bytes: usize) -> Result<Option<Fetched>, ReadError> {
+    async fn read_bucket(&self, from: Offset, bound: Offset, limits: ReadLimits) -> Result<Option<Fetched>, ReadError> {
         let Some(tier) = &self.tier else {
             let why = format!("offset {from} is in the object store, and this broker has none configured");
             // Retention may have moved on meanwhile: then it is nowhere.
             return self.readable(from).and(Err(ReadError::ObjectStore { why }));
         };
-        match tier.read(from, max_bytes).await {
+        match tier.read(from, limits).await {
             Ok(read) => {
                 let (chunks, bytes, next) = (read.chunks, read.bytes, read.next);
                 Ok(below(Fetched { chunks, bytes, next, source: Source::Bucket }, bound))
@@ -235,6 +247,7 @@ impl Reader {
             tier::ReadError::Damaged { .. } | tier::ReadError::Missing { .. } => {
                 ReadError::Damaged { offset, why: error.to_string() }
             }
+            tier::ReadError::BatchTooLarge { bytes } => ReadError::BatchTooLarge { bytes: *bytes },
             _ => ReadError::ObjectStore { why: error.to_string() },
         }
     }
@@ -245,18 +258,22 @@ impl Reader {
     /// Headers only lead to batches: what is in them counts, because of compressed ones a producer may claim any time. After
     /// 64 batches whose claim no record bears out it gives up, and answers the offset that it came to with -1 for the
     /// timestamp: no earlier record is that young, so reading from there misses none.
+    ///
+    /// # Errors
+    /// [`ReadError::BatchTooLarge`] where it has to look into a batch above `max_batch_bytes`.
     pub async fn offset_for_time(
         &self,
         timestamp_ms: i64,
+        max_batch_bytes: usize,
         opener: &Opener,
     ) -> Result<Option<(Offset, i64, LeaderEpoch)>, ReadError> {
         let mut from = self.shared.marks().log_start;
         let mut epoch = LeaderEpoch::default();
         for _ in 0..CLAIMS {
-            let Some(batch) = self.batch_for_time(timestamp_ms, from).await? else { return Ok(None) };
+            let Some(batch) = self.batch_for_time(timestamp_ms, from, max_batch_bytes).await? else { return Ok(None) };
             epoch = batch.leader_epoch().unwrap_or_default();
             let find = move |batch: &Batch, most: usize| first_at(batch, most, timestamp_ms, from);
-            match opener.open(&batch, limits::MAX_DECOMPRESSED_BYTES, Use::Read, find).await {
+            match opener.open_stored(self.id, &batch, find).await {
                 Ok(Some((offset, timestamp_ms))) => return Ok(Some((offset, timestamp_ms, epoch))),
                 Ok(None) => {}
                 // Others can decode it, and its records may be that young.
@@ -272,22 +289,28 @@ impl Reader {
     }
 
     /// The first batch that reaches above `from` and claims a record of that time.
-    async fn batch_for_time(&self, timestamp_ms: i64, from: Offset) -> Result<Option<Batch>, ReadError> {
+    async fn batch_for_time(
+        &self,
+        timestamp_ms: i64,
+        from: Offset,
+        max_batch_bytes: usize,
+    ) -> Result<Option<Batch>, ReadError> {
         for _ in 0..TRIES {
             let marks = self.shared.marks();
             let from = from.max(marks.log_start);
             if let Some(tier) = self.tier.as_ref().filter(|_| from < marks.tiered_end) {
-                let found =
-                    tier.batch_for_time(timestamp_ms, from).await.map_err(|error| self.bucket_error(from, &error))?;
+                let found = tier.batch_for_time(timestamp_ms, from, max_batch_bytes).await;
+                let found = found.map_err(|error| self.bucket_error(from, &error))?;
                 if found.is_some() {
                     return Ok(found);
                 }
             }
             let log = self.log.clone();
             let bound = marks.high_watermark;
-            match task::blocking(move || log.batch_for_time(timestamp_ms, from, bound)).await {
+            match task::blocking(move || log.batch_for_time(timestamp_ms, from, bound, max_batch_bytes)).await {
                 // A segment left the disk while it was looked at.
                 Err(log::ReadError::OutOfRange { .. }) => {}
+                Err(log::ReadError::BatchTooLarge { bytes }) => return Err(ReadError::BatchTooLarge { bytes }),
                 found => return found.map_err(|error| ReadError::Disk { why: error.to_string() }),
             }
         }

@@ -20,6 +20,7 @@ use super::{
 use crate::{
     model::{BrokerId, LeaderEpoch, Offset, TopicConfig, Watermarks},
     task::{Tasks, clock},
+    telemetry::LogThrottle,
 };
 
 /// The published state of one partition. Only its task writes.
@@ -45,6 +46,8 @@ pub(super) struct Shared {
     stands: Notify,
     config: ArcSwap<TopicConfig>,
     fault: Mutex<Option<Arc<str>>>,
+    /// Reads that the local copy did not serve.
+    unreadable: Mutex<LogThrottle>,
     /// While it leads.
     followers: Mutex<Option<Followers>>,
     /// Whether somebody follows: else appends note nothing.
@@ -75,6 +78,7 @@ impl Shared {
             stands: Notify::new(),
             config: ArcSwap::new(config),
             fault: Mutex::new(None),
+            unreadable: Mutex::default(),
             followers: Mutex::new(None),
             followed: AtomicBool::new(false),
             committed: Listeners::default(),
@@ -82,6 +86,11 @@ impl Shared {
             progress: Listeners::default(),
             tasks,
         }
+    }
+
+    /// Counts a read that the local copy did not serve: `Some` with how many there were, where a line is due.
+    pub(super) fn count_unreadable(&self) -> Option<u64> {
+        self.unreadable.lock().unwrap_or_else(PoisonError::into_inner).occur(clock::monotonic())
     }
 
     /// Publishes the marks. The ends are stored before the high watermark, so that who sees a high watermark finds

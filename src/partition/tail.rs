@@ -82,7 +82,12 @@ impl TailReader {
         match error {
             log::ReadError::OutOfRange { start, end, .. } => ReadError::OutOfRange { offset: from, start, end },
             log::ReadError::Damaged { offset, .. } => {
-                tracing::error!(partition = %self.log.id(), %offset, %error, "the local copy cannot be sent to a follower");
+                if let Some(count) = self.shared.count_unreadable() {
+                    tracing::error!(
+                        partition = %self.log.id(), %offset, %error, count,
+                        "the local copy cannot be sent to a follower"
+                    );
+                }
                 ReadError::Damaged { offset, why: error.to_string() }
             }
             other => ReadError::Disk { why: other.to_string() },

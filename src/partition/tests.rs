@@ -126,7 +126,7 @@ async fn append_batch(partition: &Partition, batch: Batch, acks: Acks) -> Append
 async fn read_all(partition: &Partition, from: u64) -> (Vec<Vec<u8>>, Vec<Source>) {
     let (mut values, mut sources) = (Vec::new(), Vec::new());
     let mut at = Offset::new(from).unwrap();
-    while let Some(fetched) = partition.reader().read(at, 1 << 20).await.unwrap() {
+    while let Some(fetched) = partition.reader().read(at, (1 << 20).into()).await.unwrap() {
         let mut bytes = bytes::Bytes::from(fetched.chunks.concat());
         while !bytes.is_empty() {
             for entry in Batch::split_from(&mut bytes).unwrap().records().unwrap() {
@@ -156,7 +156,7 @@ async fn what_is_acknowledged_is_read_and_survives_a_reopen() {
     assert_eq!(sources, [Source::Memory]);
     partition.stop().await;
     assert_eq!(append(&partition, b"late", Acks::All).await, Err(AppendError::Closing));
-    assert_eq!(partition.reader().read(Offset::ZERO, 1).await.unwrap_err(), ReadError::Closed);
+    assert_eq!(partition.reader().read(Offset::ZERO, 1.into()).await.unwrap_err(), ReadError::Closed);
     drop(partition);
     let again = bench.open(&[]).await;
     assert_eq!(again.marks().high_watermark.get(), 10);
@@ -224,7 +224,7 @@ async fn read_below_a_log_start_that_has_just_moved_is_out_of_range() {
     assert_eq!(partition.marks().log_start, Offset::ZERO, "the task does not know yet");
     let offset = Offset::new(3).unwrap();
     let end = partition.marks().high_watermark;
-    let refused = partition.reader().read(offset, 1 << 20).await.unwrap_err();
+    let refused = partition.reader().read(offset, (1 << 20).into()).await.unwrap_err();
     assert_eq!(refused, ReadError::OutOfRange { offset, start, end });
 }
 
@@ -260,7 +260,7 @@ async fn retention_moves_the_start_in_both_tiers_and_readers_are_told() {
     bench.settle(&partition).await;
     let start = partition.marks().log_start;
     assert!(start > Offset::ZERO);
-    let error = partition.reader().read(Offset::ZERO, 1).await.unwrap_err();
+    let error = partition.reader().read(Offset::ZERO, 1.into()).await.unwrap_err();
     let end = partition.marks().high_watermark;
     assert_eq!(error, ReadError::OutOfRange { offset: Offset::ZERO, start, end });
     assert_eq!(read_all(&partition, start.get()).await.0.len() as u64, end.since(start));
@@ -385,7 +385,7 @@ async fn without_uploads_size_retention_keeps_the_limit_and_frees_the_disk() {
         let first = u8::try_from(marks.log_start.get()).unwrap();
         assert_eq!(values, (first..100).map(|n| vec![n; 4000]).collect::<Vec<_>>());
         assert_eq!(
-            partition.reader().read(Offset::ZERO, 1).await.unwrap_err(),
+            partition.reader().read(Offset::ZERO, 1.into()).await.unwrap_err(),
             ReadError::OutOfRange { offset: Offset::ZERO, start: marks.log_start, end: marks.high_watermark }
         );
 
@@ -527,7 +527,7 @@ async fn a_reader_at_the_front_is_told_the_start_while_segments_are_deleted() {
     let front = async move {
         let (mut at, mut told) = (Offset::ZERO, 0);
         loop {
-            match reader.read(at, 1).await {
+            match reader.read(at, 1.into()).await {
                 Ok(_) => {}
                 Err(ReadError::OutOfRange { offset, start, end }) => {
                     assert!(offset == at && start > at && start <= end, "{offset} {start} {end}");

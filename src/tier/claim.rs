@@ -163,7 +163,12 @@ impl Store {
     /// is still a folder, or one is made by the next write, and what lands in it is on the wrong disk.
     pub async fn claim(&self) -> Result<(), ClaimError> {
         let Some(id) = self.inner.claimed.get().filter(|_| self.inner.folder) else {
-            return self.inner.claimed.get_or_try_init(|| self.ask_claim()).await.map(drop);
+            let claimed = self.inner.claimed.get_or_try_init(|| self.ask_claim()).await.map(drop);
+            return claimed.inspect_err(|error| {
+                if error.ends_start() {
+                    self.inner.refused.send_replace(Some(error.to_string()));
+                }
+            });
         };
         match self.card().await? {
             // One that a person wrote meanwhile is taken at its word here as well.

@@ -24,7 +24,8 @@ use super::{
 };
 use crate::{
     model::{LeaderEpoch, Offset, PartitionId},
-    task::random,
+    task::{clock, random},
+    telemetry::LogThrottle,
 };
 
 /// How often an object is fetched again when what came was damaged: on its way, perhaps.
@@ -49,6 +50,8 @@ struct View {
     readers: Readers,
     /// The manifest or page that was found to be lost.
     lost: Option<String>,
+    /// Reads that met damage.
+    damage: LogThrottle,
 }
 
 /// A manifest that is in the bucket and not yet current.
@@ -109,7 +112,7 @@ impl Staging<'_> {
 impl PartitionTier {
     /// The view of partition `id` as `state` says. Asks nothing of the store.
     pub fn new(store: Store, cache: Cache, id: PartitionId, state: TierState) -> Self {
-        let view = Mutex::new(View { state, readers: Readers::default(), lost: None });
+        let view = Mutex::new(View { state, readers: Readers::default(), lost: None, damage: LogThrottle::default() });
         Self { inner: Arc::new(Inner { store, cache, id, view }) }
     }
 
@@ -288,6 +291,11 @@ impl PartitionTier {
 
     pub(super) fn with_readers<T>(&self, act: impl FnOnce(&mut Readers) -> T) -> T {
         act(&mut self.view().readers)
+    }
+
+    /// Counts a read that met damage: `Some` with how many there were, where a line is due.
+    pub(super) fn count_damage(&self) -> Option<u64> {
+        self.view().damage.occur(clock::monotonic())
     }
 
     fn view(&self) -> MutexGuard<'_, View> {

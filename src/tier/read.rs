@@ -17,13 +17,10 @@ use super::{
     partition::{DAMAGE_RETRIES, PartitionTier},
     store::StoreError,
 };
-use crate::{limits, model::Offset, record::Batch};
+use crate::{limits, log::ReadLimits, model::Offset, record::Batch};
 
 /// Chunks that one read fetches at once.
 const CHUNKS_AT_ONCE: usize = 8;
-
-/// Bytes that a search by time reads at once.
-const SEARCH_BYTES: usize = 1 << 20;
 
 /// Why nothing could be read.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -51,6 +48,12 @@ pub enum ReadError {
         object: String,
         /// What is wrong with it.
         reason: String,
+    },
+    /// The batch is larger than the reader has memory for.
+    #[error("the batch has {bytes} bytes, and there is memory for fewer")]
+    BatchTooLarge {
+        /// Its bytes.
+        bytes: usize,
     },
     /// The store could not be read.
     #[error(transparent)]
@@ -115,9 +118,8 @@ impl From<ReadError> for Failed {
 }
 
 impl PartitionTier {
-    /// Batches from the one that holds `from`, which may begin below it, up to `max_bytes` or the end of a segment. At
-    /// least one batch, however large.
-    pub async fn read(&self, from: Offset, max_bytes: usize) -> Result<Read, ReadError> {
+    /// Batches from the one that holds `from`, which may begin below it, up to the limits or the end of a segment, and at least one.
+    pub async fn read(&self, from: Offset, limits: ReadLimits) -> Result<Read, ReadError> {
         let state = self.state();
         let (offset, start, end) = (from, state.log_start, state.tiered_end);
         let outside = || ReadError::OutOfRange { offset, start, end };
@@ -128,7 +130,13 @@ impl PartitionTier {
         let line = self.segment_of(&root, from).await?.ok_or_else(outside)?;
         let footer = self.footer(&line).await?;
         let mut reader = self.with_readers(|readers| readers.arrive(from));
-        let (read, at) = self.read_segment(&line, &footer, from, max_bytes).await?;
+        let read = self.read_segment(&line, &footer, from, limits).await;
+        if let Err(ReadError::BatchTooLarge { .. }) = read {
+            // It comes again for the same batch.
+            reader.window /= 2;
+            self.with_readers(|readers| readers.leave(reader, from));
+        }
+        let (read, at) = read?;
         if at.fetched.is_some_and(|first| (line.stamp.base, first + 1) <= reader.settled) {
             reader.crowded((line.stamp.base, at.position.div_ceil(CHUNK_BYTES)));
         }
@@ -142,8 +150,14 @@ impl PartitionTier {
 
     /// The first batch above the log start that reaches above `from` and whose header claims a record of `timestamp_ms` or
     /// later; `None` when the bucket holds none. The record is in it or, by its producer's word, in none: then the caller asks
-    /// again from its end.
-    pub async fn batch_for_time(&self, timestamp_ms: i64, from: Offset) -> Result<Option<Batch>, ReadError> {
+    /// again from its end. No batch above `max_batch_bytes` is read.
+    pub async fn batch_for_time(
+        &self,
+        timestamp_ms: i64,
+        from: Offset,
+        max_batch_bytes: usize,
+    ) -> Result<Option<Batch>, ReadError> {
+        let limits = ReadLimits { max_bytes: limits::SEARCH_BYTES, max_batch_bytes };
         let state = self.state();
         let root = self.root(&state).await?;
         let mut from = from.max(state.log_start);
@@ -152,7 +166,7 @@ impl PartitionTier {
             if let Some(stretch) = footer.stretch_at_time(timestamp_ms) {
                 let mut at = stretch.offset.max(from);
                 while at < line.stamp.end {
-                    let (read, _) = self.read_segment(&line, &footer, at, SEARCH_BYTES).await?;
+                    let (read, _) = self.read_segment(&line, &footer, at, limits).await?;
                     at = read.next;
                     if let Some(batch) = first_at(&read, timestamp_ms, from) {
                         return Ok(Some(batch));
@@ -170,19 +184,26 @@ impl PartitionTier {
         line: &SegmentLine,
         footer: &Footer,
         from: Offset,
-        max_bytes: usize,
+        limits: ReadLimits,
     ) -> Result<(Read, At), ReadError> {
         let mut tries = 0;
         loop {
             let mut scan = Scan::new(self, line, footer, from);
-            match scan.run(max_bytes.min(limits::MAX_FETCH_BYTES)).await {
+            match scan.run(limits).await {
                 Ok(()) => return Ok(scan.finish()),
                 Err(Failed::Read(error)) => return Err(error),
                 Err(Failed::Damage(damage)) => {
                     self.cache().forget(line, damage.chunks).await;
                     if tries == DAMAGE_RETRIES {
                         let object = self.object(&line.stamp.segment());
-                        tracing::error!(object, reason = damage.reason, "an object in the bucket is damaged");
+                        if let Some(count) = self.count_damage() {
+                            tracing::error!(
+                                object,
+                                reason = damage.reason,
+                                count,
+                                "an object in the bucket is damaged"
+                            );
+                        }
                         return Err(ReadError::Damaged { object, reason: damage.reason });
                     }
                     tries += 1;
@@ -262,7 +283,8 @@ impl<'a> Scan<'a> {
         }
     }
 
-    async fn run(&mut self, max_bytes: usize) -> Result<(), Failed> {
+    async fn run(&mut self, ReadLimits { max_bytes, max_batch_bytes }: ReadLimits) -> Result<(), Failed> {
+        let max_bytes = max_bytes.min(limits::MAX_FETCH_BYTES);
         let head = limits::BATCH_HEADER_BYTES as u64;
         self.fetch(self.position + (max_bytes as u64).max(head)).await?;
         while self.position < self.line.data_bytes {
@@ -276,6 +298,9 @@ impl<'a> Scan<'a> {
             let end = self.position + length as u64;
             if end > self.line.data_bytes {
                 return Err(self.damage(head, "a batch reaches beyond the data"));
+            }
+            if length > max_batch_bytes.max(max_bytes) {
+                return Err(ReadError::BatchTooLarge { bytes: length }.into());
             }
             self.fetch(end).await?;
             self.take(self.position..end)?;

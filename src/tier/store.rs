@@ -21,7 +21,7 @@ use futures::TryStreamExt;
 use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutPayload, path::Path};
 use serde::{Deserialize, Serialize};
 use tokio::{
-    sync::{OnceCell, Semaphore},
+    sync::{OnceCell, Semaphore, watch},
     time::Instant,
 };
 use uuid::Uuid;
@@ -57,6 +57,8 @@ pub(super) struct Inner {
     pub(super) folder: bool,
     /// The prefix is ours, by the card with this id.
     pub(super) claimed: OnceCell<Option<Uuid>>,
+    /// Why a broker must not run with this store, once that is known.
+    pub(super) refused: watch::Sender<Option<String>>,
     /// The cluster has objects in its store, so an empty prefix is not it.
     expected: AtomicBool,
     /// The cluster generation; 0 while it is not known.
@@ -207,6 +209,7 @@ impl Store {
             options: options.clone(),
             folder: options.url.starts_with("file:"),
             claimed: OnceCell::new(),
+            refused: watch::Sender::new(None),
             expected: AtomicBool::new(false),
             generation: AtomicU64::new(0),
             notes: OnceLock::new(),
@@ -230,6 +233,13 @@ impl Store {
     /// The outage as soon as it is certain: from then on reads of history fail at once, until the store answers again.
     pub fn away(&self) -> Option<Outage> {
         self.inner.reach.away()
+    }
+
+    /// Waits until it is known that a broker must not run with this store: why.
+    pub async fn until_refused(&self) -> String {
+        let mut refused = self.inner.refused.subscribe();
+        let why = refused.wait_for(Option::is_some).await.expect("the sender is in self").clone();
+        why.expect("it was waited for")
     }
 
     /// Waits until the store is away.

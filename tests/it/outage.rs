@@ -527,6 +527,29 @@ async fn appends_to_a_bucket_that_is_away_are_told_so_and_later_ones_are_not_beg
     assert!(output.code == 1 && output.stderr.contains("served nothing"), "{output:?}");
 }
 
+/// The bucket served reads: nothing was known to be wrong, and the cause came with the timeout.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn append_to_a_bucket_that_refuses_writes_is_told_why() {
+    let (server, home, _broker) = tokio::task::block_in_place(|| start(|home| home));
+    wire::create_topic(home.grpc(), "t", 1, &[]).await;
+    let mut log = wire::log(home.grpc());
+    wire::append(&mut log, tiered(30_000)).await.expect("the bucket is there");
+    for op in [Op::Put, Op::StartUpload] {
+        server.faults().inject(op, Fault::Status(403), usize::MAX);
+    }
+    let first = v1::ProduceRequest { correlation: 7, append: Some(tiered(60_000)) };
+    let requests = futures::stream::iter([first]).chain(futures::stream::pending());
+    let mut answers = log.produce(requests).await.expect("a stream").into_inner();
+    let notice =
+        tokio::time::timeout(Duration::from_secs(4), answers.message()).await.expect("soon").expect("a notice");
+    let notice = notice.expect("it goes on");
+    let Some(v1::produce_response::Result::Waiting(why)) = notice.result else { panic!("{notice:?}") };
+    assert_eq!((notice.correlation, why.reason.as_str()), (7, "OBJECT_STORE_UNAVAILABLE"));
+    assert!(why.message.contains("the upload failed"), "{why:?}");
+    server.faults().clear();
+    final_answer(&mut answers, Duration::from_secs(60)).await.expect("it is in the bucket");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn appends_that_wait_for_the_bucket_hold_no_produce_memory() {
     let (server, home, _broker) =

@@ -26,8 +26,11 @@ async fn producer_id(log: &mut LogClient<Channel>) -> i64 {
 }
 
 /// A batch of one record with a producer's stamp, at a time.
-fn stamped_at(value: &[u8], (id, epoch, sequence): (i64, i16, i32), timestamp_ms: i64) -> Vec<u8> {
-    let mut batch = wire::batch(&[value]);
+fn stamped_at(value: &[u8], stamp: (i64, i16, i32), timestamp_ms: i64) -> Vec<u8> {
+    stamp_batch(wire::batch(&[value]), stamp, timestamp_ms)
+}
+
+fn stamp_batch(mut batch: Vec<u8>, (id, epoch, sequence): (i64, i16, i32), timestamp_ms: i64) -> Vec<u8> {
     batch[27..35].copy_from_slice(&timestamp_ms.to_be_bytes());
     batch[35..43].copy_from_slice(&timestamp_ms.to_be_bytes());
     batch[43..51].copy_from_slice(&id.to_be_bytes());
@@ -84,6 +87,33 @@ async fn retry_is_a_duplicate_after_alter_and_restart() {
         assert_eq!((new.base_offset, new.duplicate), (i64::from(sent), false));
         tokio::task::block_in_place(|| broker.kill9());
         broker = tokio::task::block_in_place(|| home.start());
+    }
+}
+
+/// A stored batch was refused when its producer, whose answer was lost, sent it again: the topic takes less by now.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn retry_of_a_batch_that_became_too_large_is_a_duplicate() {
+    let (home, _broker) = running(&[]).await;
+    let mut log = wire::log(home.grpc());
+    let id = producer_id(&mut log).await;
+    let large = |sequence| stamped(&[7; 3000], (id, 0, sequence));
+    let zipped = |sequence| {
+        let plain = wire::batch(&[&[7; 3000]]);
+        let records = zstd::bulk::compress(&plain[61..], 1).expect("it compresses");
+        stamp_batch(wire::frame(&records, 1, 4), (id, 0, sequence), 1_700_000_000_000)
+    };
+    append(&mut log, large(0)).await.expect("stored");
+    append(&mut log, zipped(1)).await.expect("stored");
+    alter(&home, "max.message.bytes", "1024").await;
+    alter(&home, "compression.type", "uncompressed").await;
+    for (sequence, retry) in [(0, large(0)), (1, zipped(1))] {
+        let again = append(&mut log, retry).await.expect("a retry");
+        assert!(again.duplicate && again.base_offset == sequence, "{again:?}");
+    }
+    for new in [large(2), zipped(2)] {
+        let refused = append(&mut log, new).await.expect_err("it is above the limit");
+        assert_eq!((refused.reason, refused.retryable), (Reason::RecordTooLarge, false), "{refused:?}");
+        assert!(refused.message.contains("max.message.bytes"), "{refused:?}");
     }
 }
 

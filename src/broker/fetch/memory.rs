@@ -3,7 +3,10 @@
 use futures::stream::FuturesUnordered;
 
 use super::{Gathered, READS, Session, plain};
-use crate::broker::budget::ResponseGrant;
+use crate::{
+    broker::budget::ResponseGrant,
+    partition::{Fetched, ReadError},
+};
 
 /// Least bytes of a read beside others of the same response, where the response has room for so many.
 pub(super) const MIN_READ_BYTES: usize = 1 << 20;
@@ -23,6 +26,8 @@ pub(super) struct Granted {
     pub(super) records: usize,
     /// Most bytes of batches in it.
     pub(super) max_bytes: usize,
+    /// Most bytes of a batch that one read may bring.
+    pub(super) batch_bytes: usize,
     /// There is little memory: one read at a time.
     is_small: bool,
     /// `bytes` and `records` as they were before the response was held back.
@@ -45,15 +50,17 @@ impl Session {
         let records = |room: usize| if plain { 2 * (room + self.record_bytes) } else { 0 };
         let batch_bytes = self.expected_batch_bytes.max(self.max_batch_bytes);
         let bytes = max_bytes + reads * self.read_bytes(max_bytes).max(batch_bytes);
-        let (bytes, small) = (bytes.max(2 * self.max_batch_bytes), 2 * SMALL_RESPONSE_BYTES.max(self.max_batch_bytes));
+        let (bytes, small) = (bytes.max(2 * self.max_batch_bytes), 2 * (SMALL_RESPONSE_BYTES + self.max_batch_bytes));
         let wanted = bytes + records(plain::PLAIN_BYTES);
         let (grant, granted) = self.memory.response(wanted, small + records(plain::SMALL_PLAIN_BYTES)).await;
         let (released, is_used_up, is_small) = (None, false, granted != wanted);
         self.grant = Some(if is_small {
             let (records, max_bytes) = (records(plain::SMALL_PLAIN_BYTES), max_bytes.min(SMALL_RESPONSE_BYTES));
-            Granted { grant, bytes: small, records, max_bytes, is_small, released, is_used_up }
+            let batch_bytes = SMALL_RESPONSE_BYTES.max(self.max_batch_bytes);
+            Granted { grant, bytes: small, records, max_bytes, batch_bytes, is_small, released, is_used_up }
         } else {
-            Granted { grant, bytes, records: records(plain::PLAIN_BYTES), max_bytes, is_small, released, is_used_up }
+            let (records, batch_bytes) = (records(plain::PLAIN_BYTES), self.read_bytes(max_bytes).max(batch_bytes));
+            Granted { grant, bytes, records, max_bytes, batch_bytes, is_small, released, is_used_up }
         });
     }
 
@@ -78,8 +85,7 @@ impl Session {
         if self.ready.is_marked() {
             return;
         }
-        let read_bytes = self.read_bytes(granted.max_bytes).max(self.max_batch_bytes);
-        let bytes = granted.bytes.min(2 * (gathered.bytes + self.reading.len() * read_bytes));
+        let bytes = granted.bytes.min(2 * (gathered.bytes + self.reading.len() * granted.batch_bytes));
         let records = granted.records.min(2 * (plain::SMALL_PLAIN_BYTES + self.record_bytes));
         let before = (granted.bytes, granted.records);
         if before != (bytes, records)
@@ -122,8 +128,38 @@ impl Session {
         }
     }
 
+    /// Bytes of the batches that a read found, or would have found, where there is no memory for them.
+    pub(super) fn lacks_memory_for(
+        &self,
+        outcome: &Result<Option<Fetched>, ReadError>,
+        gathered: &Gathered,
+    ) -> Option<usize> {
+        match outcome {
+            Ok(Some(fetched)) if !self.has_memory_for(fetched.bytes, gathered) => Some(fetched.bytes),
+            Err(ReadError::BatchTooLarge { bytes }) => Some(*bytes),
+            _ => None,
+        }
+    }
+
+    /// Reads a partition again when there is memory for a batch of so many bytes. Where the response has nothing yet, it gives back what it
+    /// took, and the reads under way begin again with it.
+    pub(super) fn read_later(&mut self, index: usize, batch_bytes: usize, gathered: &mut Gathered) {
+        self.max_batch_bytes = self.max_batch_bytes.max(batch_bytes);
+        self.places[index].reading = false;
+        self.ready.mark(index);
+        gathered.full = gathered.bytes > 0;
+        if gathered.full {
+            return;
+        }
+        (self.grant, self.reading) = (None, FuturesUnordered::new());
+        for (index, place) in self.places.iter_mut().enumerate().filter(|(_, place)| place.reading) {
+            place.reading = false;
+            self.ready.mark(index);
+        }
+    }
+
     /// Whether there is memory for what was read. A batch may be larger than all that was expected.
-    pub(super) fn has_memory_for(&self, batch_bytes: usize, gathered: &Gathered) -> bool {
+    fn has_memory_for(&self, batch_bytes: usize, gathered: &Gathered) -> bool {
         let Some(Granted { bytes, .. }) = self.grant else { return true };
         let needed = 2 * (gathered.bytes + batch_bytes);
         needed <= bytes || self.memory.reserve_more((needed - bytes).min(2 * batch_bytes)).is_ok()
@@ -136,9 +172,9 @@ impl Session {
 
     /// The response is made: its memory is given back when it has been sent.
     pub(super) fn on_made(&mut self, batch_bytes: usize, partitions: usize) {
-        if let Some(Granted { grant, max_bytes, .. }) = self.grant.take() {
-            let under_way = self.reading.len() * self.read_bytes(max_bytes);
-            self.memory.made(grant, 2 * batch_bytes + under_way + partitions * PARTITION_BYTES);
+        if let Some(granted) = self.grant.take() {
+            let under_way = self.reading.len() * granted.batch_bytes;
+            self.memory.made(granted.grant, 2 * batch_bytes + under_way + partitions * PARTITION_BYTES);
         }
     }
 

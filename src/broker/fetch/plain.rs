@@ -1,10 +1,5 @@
 //! Plain answers: batches replaced by their records, for callers that decode none themselves.
 
-use std::{
-    collections::VecDeque,
-    sync::{Mutex, MutexGuard, PoisonError},
-};
-
 use bytes::Bytes;
 
 use super::{Gathered, Session};
@@ -12,7 +7,7 @@ use crate::{
     broker::CallMemory,
     limits,
     model::{Compression, Offset, PartitionId},
-    partition::{Opener, Use},
+    partition::Opener,
     proto::{
         fault::{Fault, Reason},
         v1,
@@ -30,34 +25,6 @@ pub(super) const SMALL_PLAIN_BYTES: usize = PLAIN_BYTES / 16;
 /// Most bytes of records in one plain answer: a first record is taken up to here.
 const MAX_PLAIN_BYTES: usize = limits::MAX_MESSAGE_BYTES - (4 << 20);
 
-/// How many batches are remembered that cannot be decoded.
-const REMEMBERED: usize = 256;
-
-/// Batches that cannot be decoded, so that nobody decompresses one again and again: the newest found.
-#[derive(Debug, Default)]
-pub(in crate::broker) struct UndecodableBatches(Mutex<VecDeque<(BatchName, Malformed)>>);
-
-/// Offsets are unique in a partition, and the checksum tells what was cut from what took its place.
-type BatchName = (PartitionId, Offset, u32);
-
-impl UndecodableBatches {
-    fn lock(&self) -> MutexGuard<'_, VecDeque<(BatchName, Malformed)>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn find(&self, name: BatchName) -> Option<Malformed> {
-        self.lock().iter().find(|(known, _)| *known == name).map(|(_, error)| error.clone())
-    }
-
-    fn remember(&self, name: BatchName, error: Malformed) {
-        let mut batches = self.lock();
-        if batches.len() >= REMEMBERED {
-            batches.pop_front();
-        }
-        batches.push_back((name, error));
-    }
-}
-
 /// A first record needs more memory than was taken for one.
 pub(super) struct RecordTooLarge {
     pub(super) bytes: usize,
@@ -72,7 +39,6 @@ impl Session {
         self.restore_now();
         let mut decoder = Decoder {
             opener: self.memory.opener(&self.broker.opener),
-            undecodable: &self.broker.undecodable,
             memory: &self.memory,
             room: self.grant.as_ref().map_or(PLAIN_BYTES, |granted| granted.records / 2 - self.record_bytes),
             record_bytes: self.record_bytes,
@@ -109,7 +75,6 @@ impl<E: Into<Fault>> From<E> for Undecoded {
 /// Decodes the batches of one response.
 struct Decoder<'a> {
     opener: Opener,
-    undecodable: &'a UndecodableBatches,
     memory: &'a CallMemory,
     /// Bytes of records from which on the response takes no more.
     room: usize,
@@ -136,13 +101,13 @@ impl Decoder<'_> {
             if *used >= self.room && !(first && batch.compression() == Compression::None) {
                 // Nothing more has room: what follows need not be opened to see that.
                 fetched.next_offset = from.max(batch.base_offset()).as_i64();
-                return if first { Err(full(fetched).into()) } else { Ok(()) };
+                return if first { Err(full(fetched, self.room < PLAIN_BYTES).into()) } else { Ok(()) };
             }
             let mut opened = self.open((id, &batch), from, *used, self.room).await;
             if let Ok(Taken { records, left: Some((_, size)), .. }) = &opened
                 && first
                 && records.is_empty()
-                && *size <= MAX_PLAIN_BYTES
+                && *used + *size <= MAX_PLAIN_BYTES
             {
                 // The first record comes whatever its size, for as much memory.
                 let size = *size;
@@ -155,8 +120,12 @@ impl Decoder<'_> {
                     fetched.records.extend(taken.records);
                     let Some((offset, size)) = taken.left else { continue };
                     fetched.next_offset = offset.as_i64();
-                    let too_large = fetched.records.is_empty() && size > MAX_PLAIN_BYTES;
-                    return if too_large { Err(too_large_for_plain(fetched, size).into()) } else { Ok(()) };
+                    return match fetched.records.is_empty() {
+                        true if size > MAX_PLAIN_BYTES => Err(too_large_for_plain(fetched, size).into()),
+                        // With what others have, no message takes it.
+                        true => Err(full(fetched, self.room < PLAIN_BYTES).into()),
+                        false => Ok(()),
+                    };
                 }
                 Err(error) => {
                     fetched.next_offset = from.max(batch.base_offset()).as_i64();
@@ -188,13 +157,8 @@ impl Decoder<'_> {
         used: usize,
         room: usize,
     ) -> Result<Taken, Malformed> {
-        let name = (id, batch.base_offset(), batch.crc());
-        if let Some(error) = self.undecodable.find(name) {
-            return Err(error);
-        }
         let work = move |batch: &Batch, most: usize| take_records(batch, most, from, room.saturating_sub(used));
-        let opened = self.opener.open(batch, limits::MAX_DECOMPRESSED_BYTES, Use::Read, work).await;
-        opened.inspect_err(|error| self.undecodable.remember(name, error.clone()))
+        self.opener.open_stored(id, batch, work).await
     }
 }
 
@@ -242,13 +206,14 @@ fn plain_bytes(record: &Record) -> usize {
     length(&record.key) + length(&record.value) + headers.sum::<usize>() + 64
 }
 
-/// The records of other partitions have taken all the room, and this one's are compressed.
-fn full(fetched: &v1::FetchedPartition) -> Fault {
+/// The records of other partitions have taken all the room, and this one's are compressed. The same request meets that again, unless there
+/// was `little_room`.
+fn full(fetched: &v1::FetchedPartition, little_room: bool) -> Fault {
     let message = format!(
         "the response is full before the records of topic {}, partition {}: read it again, alone or before the others",
         fetched.topic, fetched.partition
     );
-    Fault::new(Reason::Overloaded, message)
+    Fault { retryable: little_room, ..Fault::new(Reason::Overloaded, message) }
 }
 
 /// A record that no answer has room for must be read as a batch.

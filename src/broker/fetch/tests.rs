@@ -25,7 +25,7 @@ async fn what_does_not_fit_into_one_answer_begins_the_next() {
 
     let mut gathered = Gathered::default();
     for (index, place) in [0, 1].map(|index| (index, session.places[index].reader.clone().unwrap())) {
-        let read = place.read(Offset::ZERO, MESSAGE).await;
+        let read = place.read(Offset::ZERO, MESSAGE.into()).await;
         session.absorb((index, read), &mut gathered);
     }
     assert!(answered(&gathered) == [0] && gathered.full && gathered.is_enough(terms.min_bytes));
@@ -37,7 +37,7 @@ async fn what_does_not_fit_into_one_answer_begins_the_next() {
 
     // Whoever begins anew loses nothing by what was held.
     session.assign(vec![want(0), want(1)], true, false).unwrap();
-    let read = session.places[1].reader.clone().unwrap().read(Offset::ZERO, MESSAGE).await;
+    let read = session.places[1].reader.clone().unwrap().read(Offset::ZERO, MESSAGE.into()).await;
     session.absorb((1, read), &mut Gathered { bytes: 200, ..Gathered::default() });
     session.assign(vec![want(1)], false, false).unwrap();
     assert_eq!(session.places[0].position, Offset::ZERO, "it was not given yet");
@@ -54,7 +54,7 @@ async fn records_before_an_error_are_an_answer_of_their_own() {
     let mut session = Session::new(Arc::clone(&bench.broker), Terms::new(1, 0, 0), bench.broker.call_memory());
     let want = v1::FetchPartition { topic: "t".to_owned(), ..Default::default() };
     session.assign(vec![want], true, false).unwrap();
-    let read = session.places[0].reader.clone().unwrap().read(Offset::ZERO, 1 << 20).await;
+    let read = session.places[0].reader.clone().unwrap().read(Offset::ZERO, (1 << 20).into()).await;
     let damaged = ReadError::Damaged { offset: Offset::new(1).unwrap(), why: "a bit flipped".to_owned() };
     let mut answers = [Gathered::default(), Gathered::default()];
     session.absorb((0, read), &mut answers[0]);
@@ -276,5 +276,61 @@ async fn small_responses_take_little_until_a_larger_batch_is_met() {
     let gathered = session.gather(false, deadline).await.unwrap();
     assert!(gathered.bytes > 200 << 10, "{} bytes", gathered.bytes);
     assert!(budgets.taken().1 - before < 1 << 20);
+    bench.stop().await;
+}
+
+/// The first read of a large batch was made before there was memory for it, eight at a time.
+#[tokio::test]
+async fn large_batch_on_disk_is_read_when_there_is_memory_for_it() {
+    const BYTES: usize = 5 << 20;
+    let dir = tempfile::tempdir().unwrap();
+    // What is appended later takes the place of the batches in memory.
+    let bench = Bench::start(dir.path(), true).await;
+    let config = [("max.message.bytes".to_owned(), "67108864".to_owned())].into_iter().collect();
+    bench.create_with(&TopicName::new("t").unwrap(), 2, config).await;
+    bench.append(0, BYTES, 0).await.unwrap();
+    let name = TopicName::new("t").unwrap();
+    let partition = bench.broker.partition(name.as_str(), 0).unwrap();
+    let reader = partition.reader().clone();
+    let in_memory = |from| matches!(from, Some(Fetched { source: Source::Memory, .. }));
+    while in_memory(reader.read(Offset::ZERO, 1.into()).await.unwrap()) {
+        bench.append(1, BYTES, 0).await.unwrap();
+    }
+    let budgets = Budgets::new(1 << 20, 128 << 20);
+    let memory = CallMemory::new(budgets.clone(), budgets.connection(|| {}));
+    let mut session = Session::new(Arc::clone(&bench.broker), Terms::new(1, 0, 0), memory);
+    session.assign(plain_read().partitions, true, false).unwrap();
+    session.reserve(false).await;
+    let limits = ReadLimits { max_bytes: 1 << 20, max_batch_bytes: session.grant.as_ref().unwrap().batch_bytes };
+    let refused = reader.read(Offset::ZERO, limits).await.unwrap_err();
+    assert!(matches!(refused, ReadError::BatchTooLarge { bytes } if bytes > BYTES), "{refused}");
+    let deadline = clock::monotonic() + Duration::from_secs(10);
+    let gathered = session.gather(false, deadline).await.unwrap();
+    assert!(gathered.bytes > BYTES && budgets.taken().1 > 2 * BYTES, "{} {:?}", gathered.bytes, budgets.taken());
+    bench.stop().await;
+}
+
+/// What one partition had and the first record of the next were more than a message takes: the call failed at each retry.
+#[tokio::test]
+async fn plain_response_ends_before_a_record_that_no_message_takes_with_the_others() {
+    let dir = tempfile::tempdir().unwrap();
+    let bench = Bench::start(dir.path(), true).await;
+    let settings = [("max.message.bytes", "67108864"), ("compression.type", "zstd")];
+    let config = settings.into_iter().map(|(name, value)| (name.to_owned(), value.to_owned())).collect();
+    bench.create_with(&TopicName::new("t").unwrap(), 2, config).await;
+    bench.append(0, 15 << 20, 0).await.unwrap();
+    bench.append(1, 50 << 20, 0).await.unwrap();
+    let want = |partition| v1::FetchPartition { topic: "t".to_owned(), partition, ..Default::default() };
+    let read = async |partitions| {
+        let request = v1::ReadRequest { partitions, plain: true, max_bytes: 16 << 20, ..Default::default() };
+        let budgets = Budgets::new(1 << 20, 2 << 30);
+        let memory = CallMemory::new(budgets.clone(), budgets.connection(|| {}));
+        Arc::clone(&bench.broker).read(request, memory).await.unwrap().partitions
+    };
+    let both = read(vec![want(0), want(1)]).await;
+    let bytes: usize =
+        both.iter().flat_map(|of| &of.records).filter_map(|record| record.value.as_ref()).map(Bytes::len).sum();
+    assert!(bytes > 0 && bytes < limits::MAX_MESSAGE_BYTES, "{bytes}");
+    assert_eq!(read(vec![want(1)]).await[0].records.len(), 1, "alone it comes");
     bench.stop().await;
 }

@@ -1,16 +1,25 @@
 //! Clocks of two brokers that lie far apart: said to people, and nothing else. No decision between brokers looks at a clock.
 
-use crate::{model::BrokerId, task::clock};
+use std::sync::{Mutex, PoisonError};
+
+use crate::{model::BrokerId, task::clock, telemetry::LogThrottle};
 
 /// From here on it is worth a word: far above what a link's delay makes of two clocks that agree.
 const FAR_APART_MS: u64 = 10_000;
 
-/// Says so when the clock of `broker`, read when it said hello or welcome, is far from the one here. One that says nothing of its clock
-/// is an older version's.
-pub(in crate::broker) fn compare_clocks(broker: BrokerId, theirs_ms: Option<i64>) {
-    if let Some(seconds_ahead) = theirs_ms.and_then(|theirs| apart(theirs, clock::wall_ms())) {
+/// Compares the clocks of other brokers with the one here.
+#[derive(Debug, Default)]
+pub(in crate::broker) struct ClockComparison(Mutex<LogThrottle>);
+
+impl ClockComparison {
+    /// Says so when the clock of `broker`, read when it said hello or welcome, is far from the one here. One that says nothing of its clock
+    /// is an older version's.
+    pub(in crate::broker) fn compare(&self, broker: BrokerId, theirs_ms: Option<i64>) {
+        let Some(seconds_ahead) = theirs_ms.and_then(|theirs| apart(theirs, clock::wall_ms())) else { return };
+        let mut log = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(count) = log.occur(clock::monotonic()) else { return };
         tracing::warn!(
-            %broker, seconds_ahead,
+            %broker, seconds_ahead, count,
             "this broker's clock and the one here are far apart: retention by time and the timestamps that brokers set go by the clock of \
              whoever leads, and nothing else does; set both by one source (NTP)"
         );

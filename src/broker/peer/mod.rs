@@ -17,11 +17,8 @@ use std::{
 use futures::future::BoxFuture;
 use tonic::{Request, Response, Status, Streaming};
 
+pub(super) use self::neighbours::{LinkLost, LookUp, Neighbour, Neighbours, Unconfirmed};
 use self::replicate::{Answers, Incoming};
-pub(super) use self::{
-    clocks::compare_clocks,
-    neighbours::{LinkLost, LookUp, Neighbour, Neighbours, Unconfirmed},
-};
 use crate::{
     cluster::Revision,
     limits,

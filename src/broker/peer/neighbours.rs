@@ -9,6 +9,7 @@ use std::{
 use futures::future::BoxFuture;
 use tokio::sync::watch;
 
+use super::clocks::ClockComparison;
 use crate::{
     client::peers::How,
     cluster::Revision,
@@ -41,6 +42,8 @@ pub(in crate::broker) struct Neighbours {
     find: OnceLock<Find>,
     lost: OnceLock<Arc<dyn LinkLost>>,
     look_up: OnceLock<LookUp>,
+    /// Their clocks beside the one here.
+    pub(in crate::broker) clocks: ClockComparison,
 }
 
 /// Asks the metadata store in which uptime a broker is registered, at a bounded rate; a fault where that cannot be said now.
@@ -104,7 +107,7 @@ impl Neighbours {
     pub(in crate::broker) fn new(me: BrokerId, cluster: String) -> Arc<Self> {
         let around = watch::Sender::default();
         let (find, lost, look_up) = (OnceLock::new(), OnceLock::new(), OnceLock::new());
-        Arc::new(Self { me, cluster, around, find, lost, look_up })
+        Arc::new(Self { me, cluster, around, find, lost, look_up, clocks: ClockComparison::default() })
     }
 
     /// Says how its partitions are found, who is told of lost links, and how registrations are looked up. Once.

@@ -16,7 +16,7 @@ use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
 
-use super::{Peering, clocks::compare_clocks};
+use super::Peering;
 use crate::{
     broker::following::VERSION,
     client::peers::{self, How, PeerError},
@@ -85,7 +85,7 @@ impl Peering {
             Err(_) => return Err(invalid(format!("no Hello came in {HELLO:?}"))),
         };
         let (peer, own) = self.admit(&hello).await?;
-        compare_clocks(peer.broker, hello.wall_ms);
+        self.neighbours.clocks.compare(peer.broker, hello.wall_ms);
         let link = self.tasks.child();
         let (ends, ended) = watch::channel(());
         let probe = Arc::new(LinkProbe::default());

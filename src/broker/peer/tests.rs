@@ -194,7 +194,7 @@ async fn what_one_broker_is_sent_the_other_has_when_it_is_acknowledged() {
         let reader = node.partition(2).reader().clone();
         async move {
             let (mut bytes, mut from) = (Vec::new(), Offset::ZERO);
-            while let Some(read) = reader.read(from, 8 << 20).await.unwrap() {
+            while let Some(read) = reader.read(from, (8 << 20).into()).await.unwrap() {
                 bytes.extend(read.chunks.concat());
                 from = read.next;
             }

@@ -39,6 +39,26 @@ fn memory_and_disk_give_the_same_batches_and_end_at_the_bound() {
     assert!(matches!(reader.read_disk(at(10), at(110), 1), Err(ReadError::OutOfRange { .. })));
 }
 
+/// A reader took memory for a batch when it had read it: eight of 64 MiB were in a broker before the first was charged.
+#[test]
+fn batch_above_the_limit_is_not_read() {
+    let disk = SimDisk::new();
+    let log = open(&disk);
+    let mut replica = log.open_replica(partition(0), at(0)).unwrap();
+    replica.append(&[batch(0, 1, 1, 1000, 300), batch(1, 1, 1, 1001, 50_000)]).unwrap();
+    let reader = replica.reader();
+    let read =
+        |from, max_bytes, max_batch_bytes| reader.read_disk(at(from), at(2), ReadLimits { max_bytes, max_batch_bytes });
+    assert_eq!(read(0, 1000, 1000).unwrap().next, at(1), "the small one before it");
+    let needed = batch(1, 1, 1, 1001, 50_000).encoded_len();
+    for limit in [1000, needed - 1] {
+        assert!(matches!(read(1, 1000, limit), Err(ReadError::BatchTooLarge { bytes }) if bytes == needed), "{limit}");
+    }
+    assert_eq!(read(1, 1000, needed).unwrap().next, at(2));
+    // What a search reads at once may be larger.
+    assert!(reader.batch_for_time(1001, at(0), at(2), 1).unwrap().is_some());
+}
+
 /// Found by review: of a `replicated` topic the bucket had what a loss of power took from the disk, and nobody could lead from there.
 #[test]
 fn what_leaves_for_the_bucket_is_durable_here_first() {

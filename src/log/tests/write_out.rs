@@ -79,3 +79,22 @@ fn evicted_segment_keeps_its_content_for_who_reads_it() {
     let read = export.read_at(&mut last, (BATCHES - 1) << 20).unwrap();
     assert!(read == last.len() && last[100..].iter().any(|byte| *byte != 0), "{read} bytes of the last batch");
 }
+
+/// Hundreds of files of 64 MiB went at once with their topic, and the journal waited for the device.
+#[test]
+fn large_files_of_a_deleted_replica_are_given_back_in_steps() {
+    let folder = tempfile::tempdir().unwrap();
+    let log = Log::open(Arc::new(RealDisk::default()), folder.path(), &identity(), small()).unwrap();
+    let mut replica = log.open_replica(partition(0), at(0)).unwrap();
+    for base in 0..20 {
+        replica.append(&[batch(base, 1, 1, 0, 1 << 20)]).unwrap();
+    }
+    replica.roll().unwrap();
+    let path = replica.export(at(0)).unwrap().path;
+    let held = std::fs::File::open(&path).unwrap();
+    assert!(held.metadata().unwrap().len() >= 20 << 20);
+    drop(replica);
+    assert!(log.delete_replicas(&[partition(0)]).is_empty());
+    assert!(!path.exists());
+    assert!(held.metadata().unwrap().len() <= 4 << 20, "its room was given back before its last handle went");
+}

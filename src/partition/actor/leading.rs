@@ -61,12 +61,14 @@ pub enum AppendError {
 pub type AppendResult = Result<Acked, AppendError>;
 
 /// What a client sent, of which the broker made the batch that it appends.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct BatchOrigin {
     /// Of the batch that the client sent; `None` where it sent records.
     pub fingerprint: Option<Fingerprint>,
     /// What is known of the records' timestamps: those of all where the broker has seen the records, else what the header says.
     pub timestamps: TimestampRange,
+    /// Why the batch must not be appended. A retry of one that is stored already is answered all the same.
+    pub refusal: Option<Refused>,
 }
 
 /// One write on its way.
@@ -144,7 +146,7 @@ impl Actor {
             held: Held::Memory,
             duplicate: false,
         };
-        let refusal = timestamps::check(&self.config, origin.timestamps, now_ms).err();
+        let refusal = origin.refusal.or_else(|| timestamps::check(&self.config, origin.timestamps, now_ms).err());
         let admission = leader.admit(&batch, origin.fingerprint, acks, &self.replica.producers(), refusal);
         match admission {
             Ok(Admission::Append(base)) => {

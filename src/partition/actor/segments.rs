@@ -129,6 +129,7 @@ impl Actor {
         let known = below <= free || mutant!(EvictBeforeCommit);
         assert!(known, "only what the bucket has, or nobody may read, leaves the disk");
         self.keep_log_start();
+        let has_failed = self.replica.failure().is_some();
         match self.replica.lend(move |replica| replica.evict(below)).await {
             Ok(bytes) => {
                 tracing::debug!(partition = %self.id, %below, bytes, "segments left the disk");
@@ -136,11 +137,11 @@ impl Actor {
                 let removed = self.replica.take_removed();
                 self.tasks.spawn_blocking(move || drop(removed));
             }
-            // That the disk is full was said, once for all partitions.
-            Err(error @ ChangeError::DiskFull) => {
+            // That the disk is full was said, once for all partitions, and so was why a replica takes no writes.
+            Err(error) if has_failed || error == ChangeError::DiskFull => {
                 tracing::debug!(topic = %self.topic, partition = %self.id, %error, "could not remove segments; it is tried again");
             }
-            Err(error @ ChangeError::Failed { .. }) => {
+            Err(error) => {
                 tracing::warn!(topic = %self.topic, partition = %self.id, %error, "could not remove segments; it is tried again");
             }
         }

@@ -67,7 +67,7 @@ fn write(actor: &mut Actor) -> Receiver<AppendResult> {
     let permit = Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
     let (answer, receiver) = oneshot::channel();
     let batch = builder.finish(None).unwrap();
-    let origin = BatchOrigin { fingerprint: None, timestamps: batch.timestamp_range() };
+    let origin = BatchOrigin { fingerprint: None, timestamps: batch.timestamp_range(), refusal: None };
     actor.append(Append { batch, origin, acks: Acks::All, permit, answer, stored: None }, 1000);
     actor.complete();
     receiver

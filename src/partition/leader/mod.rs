@@ -17,8 +17,9 @@ use std::collections::{BTreeMap, VecDeque};
 
 use self::insync::{Ends, InSync, Rule, Start};
 use crate::{
+    limits,
     log::{ProducerTable, Verdict},
-    model::{Acks, Durability, LeaderEpoch, Offset},
+    model::{Acks, Durability, LeaderEpoch, Offset, TopicName},
     record::{Batch, Fingerprint, ProducerStamp},
 };
 
@@ -55,6 +56,31 @@ pub struct Acked {
 /// Why a write was not admitted.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Refused {
+    /// The batch is above the topic's limit.
+    #[error(
+        "the batch has {bytes} bytes, topic {topic} takes at most {most}: send smaller batches, or raise max.message.bytes (up to {})",
+        limits::MAX_BATCH_BYTES
+    )]
+    TooLarge {
+        /// The topic.
+        topic: TopicName,
+        /// Bytes of the batch as the topic stores it.
+        bytes: usize,
+        /// `max.message.bytes`.
+        most: usize,
+    },
+    /// The compressed batch is above the topic's limit without compression, which is how the topic stores it.
+    #[error(
+        "the batch has more than {most} bytes without compression, as topic {topic} stores it (compression.type=uncompressed), and {most} is \
+         what it takes at most: send smaller batches, or raise max.message.bytes (up to {})",
+        limits::MAX_BATCH_BYTES
+    )]
+    Grows {
+        /// The topic.
+        topic: TopicName,
+        /// `max.message.bytes`.
+        most: usize,
+    },
     /// Too few replicas in sync.
     #[error(
         "replicas in sync: {in_sync}, and min.insync.replicas is {needed}: wait for replicas to come back, or lower it"

@@ -86,6 +86,7 @@ pub(super) fn unreadable(error: &ReadError) -> Fault {
         ReadError::OutOfRange { .. } => Reason::OffsetOutOfRange,
         ReadError::Closed => Reason::NotLeader,
         ReadError::Damaged { .. } => Reason::DataDamaged,
+        ReadError::BatchTooLarge { .. } => Reason::Overloaded,
         ReadError::Disk { .. } | ReadError::ObjectStore { .. } => Reason::StorageFailed,
     };
     let message = match error {

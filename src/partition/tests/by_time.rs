@@ -23,10 +23,15 @@ async fn a_time_is_found_to_the_record_in_every_tier() {
             assert!(partition.marks().tiered_end > Offset::ZERO);
         }
         for (time, offset) in [(0, 0), (1000, 0), (1001, 1), (1115, 12), (1230, 23)] {
-            let found = partition.reader().offset_for_time(time, &opener).await.unwrap().expect("a record that young");
+            let found = partition
+                .reader()
+                .offset_for_time(time, usize::MAX, &opener)
+                .await
+                .unwrap()
+                .expect("a record that young");
             assert_eq!((found.0.get(), found.1), (offset, 1000 + i64::try_from(offset).unwrap() * 10), "{time}");
         }
-        assert_eq!(partition.reader().offset_for_time(1231, &opener).await.unwrap(), None);
+        assert_eq!(partition.reader().offset_for_time(1231, usize::MAX, &opener).await.unwrap(), None);
     }
 }
 
@@ -69,11 +74,11 @@ async fn a_time_that_only_a_header_claims_is_not_found() {
             assert!(partition.marks().tiered_end > Offset::ZERO);
         }
         for (time, found) in [(0, Some((0, 1000))), (1001, Some((1, 2000))), (2001, Some((3, 3000))), (3001, None)] {
-            let answer = partition.reader().offset_for_time(time, &opener).await.unwrap();
+            let answer = partition.reader().offset_for_time(time, usize::MAX, &opener).await.unwrap();
             assert_eq!(answer.map(|(offset, time, _)| (offset.get(), time)), found, "{time}, tiered: {tiered}");
         }
         // Where this broker has no memory to look into a batch, no record of that time is passed over.
-        let answer = partition.reader().offset_for_time(1001, &Opener::new(4 << 10)).await.unwrap();
+        let answer = partition.reader().offset_for_time(1001, usize::MAX, &Opener::new(4 << 10)).await.unwrap();
         assert_eq!(answer.map(|(offset, time, _)| (offset.get(), time)), Some((1, -1)), "tiered: {tiered}");
     }
 }

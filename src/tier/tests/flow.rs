@@ -7,6 +7,7 @@ use std::{
 };
 
 use super::*;
+use crate::log::ReadLimits;
 
 /// A tier with three segments of epochs 0, 0 and 2, and all their bytes.
 async fn three(options: &StoreOptions, size: usize) -> (PartitionTier, Segments, Bytes) {
@@ -32,7 +33,7 @@ async fn what_is_installed_reads_back_bit_exact_across_segments() {
         assert_eq!(read_all(&tier, 0, 900, max).await, all, "reads of {max}");
     }
     // From the middle of a batch: the batch that holds the offset.
-    let read = tier.read(at(301), 1).await.unwrap();
+    let read = tier.read(at(301), 1.into()).await.unwrap();
     assert_eq!(read.next, at(303));
     let footer = tier.last_footer().await.unwrap().unwrap();
     assert_eq!(footer.epochs, [(LeaderEpoch(2), at(600))]);
@@ -40,7 +41,7 @@ async fn what_is_installed_reads_back_bit_exact_across_segments() {
     let mut expected = producers().to_bytes().to_vec();
     expected[..8].copy_from_slice(&8990_i64.to_be_bytes());
     assert_eq!(footer.producers, expected);
-    assert!(matches!(tier.read(at(900), 1).await, Err(ReadError::OutOfRange { .. })));
+    assert!(matches!(tier.read(at(900), 1.into()).await, Err(ReadError::OutOfRange { .. })));
 }
 
 #[tokio::test]
@@ -62,7 +63,7 @@ async fn a_staged_manifest_changes_nothing_before_it_is_installed() {
     let (source, _) = segments.source(0, 5, 10, 0);
     let staged = tier.stage(&source, LeaderEpoch(0)).await.unwrap();
     assert_eq!(tier.state(), TierState::default());
-    assert!(tier.read(at(0), 10).await.is_err());
+    assert!(tier.read(at(0), 10.into()).await.is_err());
     // The commit failed; the same segment is staged again under other names, and that one is committed.
     let again = tier.stage(&source, LeaderEpoch(0)).await.unwrap();
     assert_ne!(staged.state().manifest, again.state().manifest);
@@ -187,7 +188,7 @@ async fn a_flipped_bit_in_a_segment_object_is_found() {
         let mut next = 0;
         let error = loop {
             // A wrong length may end one read early. What was served is right, and the next read finds the damage.
-            match fresh.read(at(next), 1 << 20).await {
+            match fresh.read(at(next), (1 << 20).into()).await {
                 Ok(read) if read.next < at(6) => {
                     assert!(content.starts_with(&read.chunks[0]), "bit {bit}");
                     next = read.next.get();
@@ -203,26 +204,40 @@ async fn a_flipped_bit_in_a_segment_object_is_found() {
     }
     tier.store().delete(&object).await.unwrap();
     let fresh = tier_over(tier.store().clone(), tier.state());
-    assert!(matches!(fresh.read(at(0), 1).await, Err(ReadError::Missing { .. })));
+    assert!(matches!(fresh.read(at(0), 1.into()).await, Err(ReadError::Missing { .. })));
 }
 
 #[tokio::test]
 async fn a_time_finds_the_first_batch_that_claims_it() {
     let (tier, _segments, _all) = three(&StoreOptions::new("memory://"), 500).await;
     for (time, expected) in [(-5, 0), (0, 0), (1, 1), (3000, 300), (3001, 301), (5995, 600), (8990, 899)] {
-        let batch = tier.batch_for_time(time, at(0)).await.unwrap().unwrap();
+        let batch = tier.batch_for_time(time, at(0), usize::MAX).await.unwrap().unwrap();
         assert_eq!(batch.base_offset(), at(expected / 3 * 3), "time {time}");
         assert_eq!(batch.leader_epoch(), Some(LeaderEpoch(if expected < 600 { 0 } else { 2 })));
     }
-    assert_eq!(tier.batch_for_time(8991, at(0)).await.unwrap(), None);
+    assert_eq!(tier.batch_for_time(8991, at(0), usize::MAX).await.unwrap(), None);
     for (from, expected) in [(302, 300), (303, 303), (304, 303), (897, 897)] {
-        let batch = tier.batch_for_time(0, at(from)).await.unwrap().unwrap();
+        let batch = tier.batch_for_time(0, at(from), usize::MAX).await.unwrap().unwrap();
         assert_eq!(batch.base_offset(), at(expected), "from {from}");
     }
-    assert_eq!(tier.batch_for_time(0, at(900)).await.unwrap(), None);
+    assert_eq!(tier.batch_for_time(0, at(900), usize::MAX).await.unwrap(), None);
     trim(&tier, at(451)).await;
-    let batch = tier.batch_for_time(0, at(0)).await.unwrap().unwrap();
+    let batch = tier.batch_for_time(0, at(0), usize::MAX).await.unwrap().unwrap();
     assert_eq!(batch.base_offset(), at(450), "nothing below the batch of the log start");
+}
+
+/// A reader took memory for a batch when it had read it.
+#[tokio::test]
+async fn batch_above_the_limit_is_not_read() {
+    let (tier, _segments, _all) = three(&StoreOptions::new("memory://"), 3000).await;
+    let bytes = tier.read(at(0), 1.into()).await.unwrap().bytes;
+    let limits = |max_batch_bytes| ReadLimits { max_bytes: 1, max_batch_bytes };
+    assert!(
+        matches!(tier.read(at(0), limits(bytes - 1)).await, Err(ReadError::BatchTooLarge { bytes: needed }) if needed == bytes)
+    );
+    assert_eq!(tier.read(at(0), limits(bytes)).await.unwrap().bytes, bytes);
+    let found = tier.batch_for_time(0, at(0), 1).await;
+    assert!(found.is_ok(), "what a search reads at once may be larger: {found:?}");
 }
 
 /// A controller whose clock was hours ahead took what another broker had uploaded a second ago, and not committed yet, for garbage.
@@ -272,7 +287,7 @@ async fn log_start_moves_without_the_store_and_the_next_manifest_follows() {
     let fresh = tier_over(store.clone(), state);
     assert!(fresh.manifest_lags().await.unwrap());
     assert_eq!(fresh.segments(at(0), 9).await.unwrap(), lines[1..]);
-    assert!(matches!(fresh.read(at(449), 1).await, Err(ReadError::OutOfRange { .. })));
+    assert!(matches!(fresh.read(at(449), 1.into()).await, Err(ReadError::OutOfRange { .. })));
     let kept = read_all(&fresh, 450, 900, 1 << 20).await;
     assert!(all.ends_with(&kept));
     let live = |_| std::future::ready(Live::Current(fresh.state()));
@@ -300,7 +315,7 @@ async fn trimming_moves_the_log_start_and_leaves_garbage_that_is_collected() {
     trim(&tier, at(450)).await;
     let state = tier.state();
     assert_eq!((state.log_start, state.tiered_end), (at(450), at(900)));
-    assert!(matches!(tier.read(at(449), 1).await, Err(ReadError::OutOfRange { .. })));
+    assert!(matches!(tier.read(at(449), 1.into()).await, Err(ReadError::OutOfRange { .. })));
     let kept = read_all(&tier, 450, 900, 1 << 20).await;
     assert!(all.ends_with(&kept));
 
@@ -322,7 +337,7 @@ async fn trimming_moves_the_log_start_and_leaves_garbage_that_is_collected() {
     trim(&tier, at(903)).await;
     let emptied = tier.state();
     assert_eq!((emptied.log_start, emptied.tiered_end, tier.bytes()), (at(903), at(900), 0));
-    assert!(matches!(tier.read(at(903), 1).await, Err(ReadError::OutOfRange { .. })));
+    assert!(matches!(tier.read(at(903), 1.into()).await, Err(ReadError::OutOfRange { .. })));
     assert_eq!(tier_over(store.clone(), emptied.clone()).segments(at(0), 9).await.unwrap(), [], "it is read again");
     // From then on the bucket is not needed to move the log start.
     tier.install(tier.stage_log_start(at(905), 0, LeaderEpoch(2)).unwrap());
@@ -331,7 +346,7 @@ async fn trimming_moves_the_log_start_and_leaves_garbage_that_is_collected() {
     let (inside, _) = segments.source(900, 5, 10, 2);
     tier.install(tier.stage(&inside, LeaderEpoch(2)).await.unwrap());
     assert_eq!((tier.state().log_start, tier.state().tiered_end), (at(905), at(915)));
-    assert_eq!(tier.read(at(905), 1).await.unwrap().next, at(906));
+    assert_eq!(tier.read(at(905), 1.into()).await.unwrap().next, at(906));
 }
 
 #[tokio::test]
@@ -404,7 +419,7 @@ async fn a_segments_that_is_gone_or_another_one_takes_nothing_until_it_is_back()
         assert!(!mounted || std::fs::read_dir(&place).unwrap().next().is_none(), "nothing is written there");
         // What is there may come back: it is away, not damaged.
         let cold = tier_over(tier.store().clone(), tier.state());
-        let read = cold.read(at(0), 1).await.unwrap_err();
+        let read = cold.read(at(0), 1.into()).await.unwrap_err();
         assert!(matches!(&read, ReadError::Store(StoreError::Unavailable { .. })), "{read:?}");
     }
     std::fs::remove_dir(&place).unwrap();

@@ -106,7 +106,7 @@ fn tier_over(store: Store, state: TierState) -> PartitionTier {
 async fn read_all(tier: &PartitionTier, from: u64, end: u64, max: usize) -> Bytes {
     let (mut out, mut next) = (BytesMut::new(), at(from));
     while next < at(end) {
-        let read = tier.read(next, max).await.unwrap();
+        let read = tier.read(next, max.into()).await.unwrap();
         assert!(read.next > next, "a read goes forward");
         assert_eq!(read.bytes, read.chunks.iter().map(Bytes::len).sum::<usize>());
         read.chunks.iter().for_each(|chunk| out.extend_from_slice(chunk));

@@ -54,7 +54,7 @@ fn segments(count: u64) -> (Vec<SegmentSource>, Bytes) {
 async fn read_all(tier: &PartitionTier) -> Bytes {
     let (mut out, mut next) = (BytesMut::new(), tier.state().log_start);
     while next < tier.state().tiered_end {
-        let read = tier.read(next, 3 << 20).await.unwrap();
+        let read = tier.read(next, (3 << 20).into()).await.unwrap();
         read.chunks.iter().for_each(|chunk| out.extend_from_slice(chunk));
         next = read.next;
     }
@@ -83,7 +83,7 @@ async fn a_manifest_that_is_lost_with_its_pages_is_what_was_committed_again() {
     let reader = tier(&options, state.clone());
     let error = reader.check_manifest().await.unwrap_err();
     assert!(error.lost_manifest().is_some_and(|object| object.ends_with(".page")), "{error}");
-    reader.read(at(0), 1 << 20).await.unwrap_err();
+    reader.read(at(0), (1 << 20).into()).await.unwrap_err();
     assert!(reader.lost_manifest().is_some(), "a reader that meets it leaves word for upkeep");
 
     // And the root.

@@ -68,7 +68,7 @@ fn tier_with(options: &StoreOptions, state: TierState, cache: &CacheOptions, met
 async fn read_all(tier: &PartitionTier, end: u64) -> Result<Bytes, ReadError> {
     let (mut out, mut next) = (BytesMut::new(), tier.state().log_start);
     while next < at(end) {
-        let read = tier.read(next, 3 << 20).await?;
+        let read = tier.read(next, (3 << 20).into()).await?;
         read.chunks.iter().for_each(|chunk| out.extend_from_slice(chunk));
         next = read.next;
     }
@@ -218,7 +218,7 @@ async fn many_readers_of_one_chunk_make_one_request() {
     let fresh = tier(&options, state.clone());
     let before = s3.faults().requests(Op::Get);
     s3.faults().inject(Op::Get, Fault::Delay(Duration::from_millis(100)), 100);
-    let reads = futures::future::join_all((0..32).map(|_| fresh.read(at(0), 1 << 20))).await;
+    let reads = futures::future::join_all((0..32).map(|_| fresh.read(at(0), (1 << 20).into()))).await;
     assert!(reads.iter().all(Result::is_ok));
     assert_eq!(s3.faults().requests(Op::Get) - before, 3, "manifest, footer, chunk");
 }
@@ -236,7 +236,7 @@ async fn a_sequential_reader_is_read_ahead_of_with_few_requests() {
     // The window doubles with each read that goes on, and half of it at least is fetched behind that read: wait for that, so that
     // the reader never comes before what is fetched for it.
     for window in [0, 1, 2, 4, 8].into_iter().chain(std::iter::repeat(16)) {
-        let read = fresh.read(next, 1 << 20).await.unwrap();
+        let read = fresh.read(next, (1 << 20).into()).await.unwrap();
         read.chunks.iter().for_each(|chunk| out.extend_from_slice(chunk));
         let ahead = chunks.min(out.len().div_ceil(1 << 20) + window / 2) as u64;
         becomes("it is read ahead", || async { (metrics.cache_misses.get() >= ahead).then_some(()) }).await;

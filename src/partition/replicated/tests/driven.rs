@@ -199,7 +199,7 @@ async fn a_follower_serves_what_it_knows_as_committed_while_it_is_in_sync() {
     let (partition, _notes, _log) = open();
     let reader = partition.reader().clone();
     let serves = || (partition.standing().role.serves(false), partition.standing().role.serves(true));
-    let next = async |from| reader.read(at(from), 1 << 20).await.unwrap().map(|fetched| fetched.next);
+    let next = async |from| reader.read(at(from), (1 << 20).into()).await.unwrap().map(|fetched| fetched.next);
     assign(&partition, value(Some(2), 4), 10).await;
     told(&partition, [FromLink::Up]).await;
     assert_eq!(serves(), (false, false), "its leader has not answered");

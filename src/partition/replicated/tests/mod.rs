@@ -30,7 +30,7 @@ async fn trio() -> (Arc<Net>, [Arc<Partition>; 3]) {
 /// The offsets' values that a consumer gets from this replica.
 async fn consumed(partition: &Partition) -> Vec<Vec<u8>> {
     let (mut values, mut from) = (Vec::new(), partition.marks().log_start);
-    while let Some(fetched) = partition.reader().read(from, 1 << 20).await.unwrap() {
+    while let Some(fetched) = partition.reader().read(from, (1 << 20).into()).await.unwrap() {
         let mut bytes = bytes::Bytes::from(fetched.chunks.concat());
         while !bytes.is_empty() {
             for entry in Batch::split_from(&mut bytes).unwrap().records().unwrap() {
@@ -64,8 +64,8 @@ async fn what_all_acknowledge_is_committed_everywhere_and_read_from_any() {
     }
     assert_eq!(one.standing().role, Role::Leader { settled: true });
     // Above what a follower knows its consumer waits; the leader knows that there is no such offset.
-    assert!(two.reader().read(at(25), 100).await.unwrap().is_none());
-    assert!(matches!(one.reader().read(at(25), 100).await, Err(ReadError::OutOfRange { .. })));
+    assert!(two.reader().read(at(25), 100.into()).await.unwrap().is_none());
+    assert!(matches!(one.reader().read(at(25), 100.into()).await, Err(ReadError::OutOfRange { .. })));
     assert_eq!(net.proposals(), [], "nothing had to be agreed");
 }
 
@@ -106,7 +106,7 @@ async fn a_deposed_leader_cuts_what_nobody_copied_and_follows() {
         assert_eq!(consumed(partition).await, values(0..3));
     }
     // The reader of before the change reads on.
-    assert!(reader.read(at(1), 100).await.unwrap().is_some());
+    assert!(reader.read(at(1), 100.into()).await.unwrap().is_some());
 }
 
 /// What a deposed leader hears first of its successor may be that something is in the bucket: where its own log reaches as far, it holds other
@@ -491,7 +491,7 @@ async fn a_replica_that_starts_with_an_abandoned_tail_does_not_take_it_for_commi
     net.cut(2, 3);
     let three = net.start(3, TIERED, false).await;
     assert_eq!((three.marks().log_end, three.marks().high_watermark), (at(20), at(0)));
-    assert!(three.reader().read(at(0), 100).await.unwrap().is_none());
+    assert!(three.reader().read(at(0), 100.into()).await.unwrap().is_none());
     net.heal(2, 3);
     in_sync(&three).await;
     equal(&two, &three, 0).await;
