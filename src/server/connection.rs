@@ -15,7 +15,6 @@ use std::{
     time::Duration,
 };
 
-use axum::serve::{IncomingStream, Listener};
 use futures::{Stream, StreamExt as _, task::AtomicWaker};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
@@ -43,6 +42,10 @@ const REQUEST_BYTES: usize = 16;
 const GREETING_TIMEOUT: Duration = Duration::from_secs(10);
 const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 
+/// Bytes of `limits.memory_bytes` for each call or stream that is open: one that waits takes 7 KiB, and as much again for the partitions
+/// that it names.
+const BYTES_PER_CALL: u64 = 32 << 10;
+
 /// How long accepting rests where the system has nothing for another connection.
 const ACCEPT_DELAY: Duration = Duration::from_millis(100);
 
@@ -67,12 +70,14 @@ struct Limiter {
     per_address: usize,
     /// What raises the bound of an address.
     address_raised_by: &'static str,
+    max_calls: usize,
     places: Mutex<Places<Arc<CloseSignal>>>,
     /// Refusals because of each bound.
     full: Mutex<Reminder>,
     crowded: Mutex<Reminder>,
     evictions: Mutex<Reminder>,
     unread: Mutex<Reminder>,
+    calls: Mutex<Reminder>,
     open: Option<Level>,
     refused: Counter,
     evicted: Counter,
@@ -80,15 +85,17 @@ struct Limiter {
 }
 
 impl ConnectionLimiter {
-    /// A limiter of so many places, of which one address has at most `per_address`, or half where that is not set. `open` counts the
-    /// connections that are open.
+    /// A limiter of so many places, of which one address has at most `per_address`, or half where that is not set, for calls that
+    /// `memory_bytes` have room for. `open` counts the connections that are open.
     pub(super) fn new(
         port: Port,
         capacity: Capacity,
         per_address: Option<usize>,
+        memory_bytes: u64,
         open: Option<Level>,
         metrics: &Metrics,
     ) -> Self {
+        let max_calls = usize::try_from(memory_bytes / BYTES_PER_CALL).unwrap_or(usize::MAX);
         let per_address = per_address.unwrap_or(capacity.places / 2).clamp(1, capacity.places);
         let address_raised_by = match port {
             Port::Grpc | Port::Http => "limits.connections_per_address",
@@ -99,11 +106,13 @@ impl ConnectionLimiter {
             capacity,
             per_address,
             address_raised_by,
-            places: Mutex::new(Places::new(capacity.places, per_address)),
+            max_calls,
+            places: Mutex::new(Places::new(capacity.places, per_address, max_calls)),
             full: Mutex::default(),
             crowded: Mutex::default(),
             evictions: Mutex::default(),
             unread: Mutex::default(),
+            calls: Mutex::default(),
             open,
             refused: metrics.connections_refused.clone(),
             evicted: metrics.connections_evicted.clone(),
@@ -201,6 +210,25 @@ impl ConnectionLimiter {
         );
     }
 
+    /// Refuses a call on a connection that has several, where all connections have as many as there is memory for.
+    fn refuse_call(&self, peer: IpAddr) -> Refused {
+        let most = self.0.max_calls;
+        if let Some(count) = remind(&self.0.calls) {
+            tracing::warn!(
+                listener = ?self.0.port,
+                calls = most,
+                raised_by = "limits.memory_bytes",
+                refused = count,
+                %peer,
+                "as many calls and streams are open as there is memory for: connections that have several begin no more"
+            );
+        }
+        Refused(format!(
+            "no memory for another call: {most} calls and streams are open on this broker; end some on this connection, or raise \
+             limits.memory_bytes"
+        ))
+    }
+
     /// What a call is told on a connection that has no place.
     fn refusal(&self, bound: Bound) -> Refused {
         let Limiter { port, capacity, per_address, address_raised_by, .. } = &*self.0;
@@ -216,7 +244,7 @@ impl ConnectionLimiter {
     }
 }
 
-/// Why a call was not served: its connection has no place.
+/// Why a call was not served: its connection has no place, or there is no memory for the call.
 #[derive(Debug)]
 pub(super) struct Refused(pub(super) String);
 
@@ -297,9 +325,13 @@ impl Caller {
     }
 
     /// Counts a call as open until the value is dropped. One on a connection without a place is refused unless it is a probe, or there is
-    /// room by now.
+    /// room by now. One that there is no memory for is refused as well.
     pub(super) fn begin_call(&self, is_probe: bool) -> Result<OpenCall, Refused> {
         let mut places = self.limiter.places();
+        if !places.has_room_for_call(self.id) {
+            drop(places);
+            return Err(self.limiter.refuse_call(self.peer));
+        }
         let pool = places.begin_call(self.id);
         let call = OpenCall(self.clone());
         if pool != Some(Pool::Probe) || is_probe {
@@ -370,32 +402,6 @@ pub(super) fn accept(
             admitted
         }
     })
-}
-
-/// The same for pages.
-pub(super) struct LimitedListener {
-    pub(super) listener: TcpListener,
-    pub(super) limiter: ConnectionLimiter,
-}
-
-impl Listener for LimitedListener {
-    type Io = Connection;
-    type Addr = SocketAddr;
-
-    async fn accept(&mut self) -> (Self::Io, Self::Addr) {
-        let (stream, address) = Listener::accept(&mut self.listener).await;
-        (self.limiter.admit(stream, Some(address)), address)
-    }
-
-    fn local_addr(&self) -> io::Result<Self::Addr> {
-        self.listener.local_addr()
-    }
-}
-
-impl axum::extract::connect_info::Connected<IncomingStream<'_, LimitedListener>> for Caller {
-    fn connect_info(stream: IncomingStream<'_, LimitedListener>) -> Self {
-        stream.io().caller.clone()
-    }
 }
 
 impl Connection {

@@ -10,12 +10,17 @@ use axum::{
     Router,
     body::Body,
     extract::{Request, State},
+    http::{
+        HeaderMap, HeaderName, HeaderValue, Uri,
+        header::{CONTENT_TYPE, TE},
+    },
     middleware::Next,
     response::Response,
 };
 use futures::{Stream, StreamExt as _};
 use hyper::{body::Incoming, server::conn::http2, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::sync::OwnedSemaphorePermit;
 use tonic::{Status, codegen::Service as _, service::Routes};
 use tonic_health::{
     ServingStatus,
@@ -30,6 +35,7 @@ use super::{
 use crate::{
     broker::{Broker, Budgets, CallMemory, peer_service, services},
     limits,
+    partition::Memory,
     proto::{
         CLIENT_DESCRIPTORS,
         fault::{self, Fault, Reason},
@@ -43,56 +49,84 @@ use crate::{
 const HEALTH_NAMES: [&str; 3] = ["", log_server::SERVICE_NAME, admin_server::SERVICE_NAME];
 
 /// Most and least bytes that all streams of one connection may have on their way to us: what nobody reads of that is in memory, for each
-/// connection. One stream may have half of it; throughput over a distance is bounded by that per round trip.
+/// connection. One stream may have half of it, and the least at least: a small request fits into it.
 const MAX_CONNECTION_WINDOW: u64 = 8 << 20;
-const MIN_CONNECTION_WINDOW: u64 = 256 << 10;
+const MIN_CONNECTION_WINDOW: u32 = 80 << 10;
 
-/// The part of all memory that the window of one connection is, as a divisor.
+/// The part of all memory that the window of one connection is at most, as a divisor.
 const WINDOW_SHARE: u64 = 512;
 
 /// Bytes of a stream's responses that HTTP/2 keeps: with less than this HTTP/2 asks a call for more, whatever the client has read.
 const SEND_BUFFER_BYTES: usize = 16 << 10;
 
-/// What one connection may send to a listener before that is read.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Window {
-    /// Calls and streams that are open.
+/// The part of all memory that the windows of all connections take beside the smallest ones, as a divisor.
+const WINDOWS_SHARE: u64 = 16;
+
+/// A new connection gets at most this part of what is left for windows, as a divisor: the later ones get smaller ones.
+const LEFT_SHARE: usize = 8;
+
+/// What connections may send to a listener before that is read. Clones share the memory for it.
+#[derive(Clone, Debug)]
+pub(super) struct Windows {
+    /// Calls and streams of a connection that are open.
     streams: u32,
-    /// Bytes that one stream may have on its way to us. Throughput over a distance is bounded by this per round trip.
-    stream_bytes: u32,
-    /// The same of all streams of a connection.
-    connection_bytes: u32,
     /// Largest HTTP/2 frame.
     frame_bytes: u32,
+    /// Bytes that all streams of one connection may have on their way to us, at most.
+    connection_bytes: u32,
+    /// The part of them that one stream may have, as a divisor. Throughput over a distance is bounded by this per round trip.
+    stream_share: u32,
+    /// For what is above [`MIN_CONNECTION_WINDOW`]; `None` where connections are few.
+    memory: Option<Memory>,
 }
 
-impl Window {
-    /// Other brokers send questions and what they have. The batches of a link come from here, and its other end sets their window.
-    pub(super) const OF_BROKERS: Self = Self {
-        streams: limits::MAX_STREAMS_PER_PEER,
-        stream_bytes: 256 << 10,
-        connection_bytes: 256 << 10,
-        frame_bytes: 16 << 10,
-    };
+/// The window of a connection, for as long as that is open.
+struct Window {
+    bytes: u32,
+    _memory: Option<OwnedSemaphorePermit>,
+}
 
-    /// Clients send batches.
-    pub(super) fn of_clients(memory_bytes: u64) -> Self {
-        let connection_bytes = connection_window(memory_bytes);
+impl Windows {
+    /// Other brokers send questions and what they have. The batches of a link come from here, and its other end sets their window.
+    pub(super) const fn of_brokers() -> Self {
         Self {
-            streams: limits::MAX_STREAMS_PER_CONNECTION,
-            stream_bytes: connection_bytes / 2,
-            connection_bytes,
-            frame_bytes: 256 << 10,
+            streams: limits::MAX_STREAMS_PER_PEER,
+            frame_bytes: 16 << 10,
+            connection_bytes: 256 << 10,
+            stream_share: 1,
+            memory: None,
         }
     }
 
-    /// HTTP/2 with these bounds.
-    fn http2(self, tasks: &Tasks) -> http2::Builder<CallExecutor> {
+    /// Clients send batches.
+    pub(super) fn of_clients(memory_bytes: u64) -> Self {
+        Self {
+            streams: limits::MAX_STREAMS_PER_CONNECTION,
+            frame_bytes: 256 << 10,
+            connection_bytes: connection_window(memory_bytes),
+            stream_share: 2,
+            memory: Some(Memory::new(memory_bytes / WINDOWS_SHARE)),
+        }
+    }
+
+    /// The window of a new connection.
+    fn take(&self) -> Window {
+        let Some(memory) = &self.memory else { return Window { bytes: self.connection_bytes, _memory: None } };
+        let left = u32::try_from((memory.bytes() - memory.taken()) / LEFT_SHARE).unwrap_or(u32::MAX);
+        let more = left.min(self.connection_bytes - MIN_CONNECTION_WINDOW);
+        match memory.try_take(more as usize) {
+            Some(taken) => Window { bytes: MIN_CONNECTION_WINDOW + more, _memory: Some(taken) },
+            None => Window { bytes: MIN_CONNECTION_WINDOW, _memory: None },
+        }
+    }
+
+    /// HTTP/2 on a connection with this window.
+    fn http2(&self, window: &Window, tasks: &Tasks) -> http2::Builder<CallExecutor> {
         let mut http2 = http2::Builder::new(CallExecutor(tasks.clone()));
         http2
             .timer(TokioTimer::new())
-            .initial_stream_window_size(self.stream_bytes)
-            .initial_connection_window_size(self.connection_bytes)
+            .initial_stream_window_size((window.bytes / self.stream_share).max(MIN_CONNECTION_WINDOW))
+            .initial_connection_window_size(window.bytes)
             .max_frame_size(self.frame_bytes)
             .max_concurrent_streams(self.streams)
             .max_send_buf_size(SEND_BUFFER_BYTES)
@@ -114,7 +148,7 @@ const PING: Duration = Duration::from_secs(20);
 
 /// What calls take their memory from, and how their parts are counted.
 #[derive(Clone)]
-struct Memory {
+struct RequestMemory {
     budgets: Budgets,
     schemas: Arc<RequestSchemas>,
 }
@@ -136,7 +170,7 @@ pub(super) fn routes(
         };
         routes = routes.add_service(shown().build_v1()?).add_service(shown().build_v1alpha()?);
     }
-    let memory = Memory { budgets: broker.budgets().clone(), schemas: Arc::new(RequestSchemas::of_clients()) };
+    let memory = RequestMemory { budgets: broker.budgets().clone(), schemas: Arc::new(RequestSchemas::of_clients()) };
     Ok(layered(routes, Some(memory)))
 }
 
@@ -146,7 +180,7 @@ pub(super) fn peer_routes(broker: &Arc<Broker>) -> Option<Routes> {
     peer_service(broker).map(|peer| layered(Routes::new(peer), None))
 }
 
-fn layered(routes: Routes, memory: Option<Memory>) -> Routes {
+fn layered(routes: Routes, memory: Option<RequestMemory>) -> Routes {
     routes.into_axum_router().layer(axum::middleware::from_fn_with_state(memory, answer)).into()
 }
 
@@ -154,10 +188,10 @@ fn layered(routes: Routes, memory: Option<Memory>) -> Routes {
 pub(super) async fn serve(
     routes: Routes,
     connections: impl Stream<Item = io::Result<Connection>> + Send,
-    window: Window,
+    windows: Windows,
     tasks: Tasks,
 ) {
-    let (http2, routes) = (window.http2(&tasks), routes.into_axum_router());
+    let routes = routes.into_axum_router();
     let mut connections = pin!(connections);
     loop {
         let connection = tokio::select! {
@@ -169,15 +203,18 @@ pub(super) async fn serve(
             None => return,
             Some(Err(error)) => tracing::debug!(%error, "a connection was not accepted"),
             Some(Ok(connection)) => {
-                tasks.spawn("connection", serve_connection(http2.clone(), connection, routes.clone(), tasks.clone()));
+                tasks.spawn("connection", serve_connection(windows.clone(), connection, routes.clone(), tasks.clone()));
             }
         }
     }
 }
 
-async fn serve_connection(http2: http2::Builder<CallExecutor>, connection: Connection, routes: Router, tasks: Tasks) {
+async fn serve_connection(windows: Windows, connection: Connection, routes: Router, tasks: Tasks) {
+    let window = windows.take();
+    let http2 = windows.http2(&window, &tasks);
     let caller = connection.caller();
     let service = service_fn(move |mut request: hyper::Request<Incoming>| {
+        trim_head(&mut request);
         request.extensions_mut().insert(caller.clone());
         routes.clone().call(request)
     });
@@ -209,7 +246,7 @@ where
 }
 
 fn connection_window(memory_bytes: u64) -> u32 {
-    let window = (memory_bytes / WINDOW_SHARE).clamp(MIN_CONNECTION_WINDOW, MAX_CONNECTION_WINDOW);
+    let window = (memory_bytes / WINDOW_SHARE).clamp(MIN_CONNECTION_WINDOW.into(), MAX_CONNECTION_WINDOW);
     u32::try_from(window).expect("the largest is 8 MiB")
 }
 
@@ -226,14 +263,35 @@ pub(super) async fn report(reporter: &HealthReporter, status: ServingStatus) {
     }
 }
 
+/// The headers of a request that anything here reads, and the most bytes of one.
+const HEADERS: [HeaderName; 4] =
+    [CONTENT_TYPE, TE, HeaderName::from_static("grpc-encoding"), HeaderName::from_static("grpc-accept-encoding")];
+const MAX_HEADER_BYTES: usize = 256;
+
+/// Keeps copies of what is read of a request's head. A call holds its head for as long as it is open, and each value of it the whole frame.
+fn trim_head<B>(request: &mut hyper::Request<B>) {
+    let mut headers = HeaderMap::with_capacity(HEADERS.len());
+    for name in HEADERS {
+        if let Some(value) = request.headers().get(&name).filter(|value| value.len() <= MAX_HEADER_BYTES)
+            && let Ok(copy) = HeaderValue::from_bytes(value.as_bytes())
+        {
+            headers.insert(name, copy);
+        }
+    }
+    *request.headers_mut() = headers;
+    if let Ok(path) = Uri::try_from(request.uri().path().to_owned()) {
+        *request.uri_mut() = path;
+    }
+}
+
 /// Serves a call, counted on its connection, and gives a refusal of the transport's own a stable word, a sentence and a fitting code.
-async fn answer(State(memory): State<Option<Memory>>, mut request: Request, next: Next) -> Response {
+async fn answer(State(memory): State<Option<RequestMemory>>, mut request: Request, next: Next) -> Response {
     // Calls that come by no listener of ours, as in a simulation, have no connection.
     let caller = request.extensions().get::<Caller>().cloned();
     if let Some(caller) = &caller {
         request.extensions_mut().insert(caller.producer_ids());
     }
-    let connection = |memory: &Memory| {
+    let connection = |memory: &RequestMemory| {
         caller.as_ref().map_or_else(|| memory.budgets.connection(|| {}), |caller| caller.memory(&memory.budgets))
     };
     let memory = memory.map(|memory| (CallMemory::new(memory.budgets.clone(), connection(&memory)), memory.schemas));
@@ -288,14 +346,48 @@ mod tests {
 
     #[test]
     fn windows_are_smaller_where_there_is_little_memory() {
-        assert_eq!([64, 512, 4096, 1 << 20].map(|mib| connection_window(mib << 20) >> 10), [256, 1024, 8192, 8192]);
+        assert_eq!([64, 512, 4096, 1 << 20].map(|mib| connection_window(mib << 20) >> 10), [128, 1024, 8192, 8192]);
+    }
+
+    /// A window of 1 MiB each: a thousand connections held a gigabyte that nobody read.
+    #[test]
+    fn windows_of_many_connections_stay_within_their_memory() {
+        let memory_bytes = 512 << 20;
+        let windows = Windows::of_clients(memory_bytes);
+        let taken: Vec<Window> = (0..1000).map(|_| windows.take()).collect();
+        let bytes = |windows: &[Window]| windows.iter().map(|window| u64::from(window.bytes)).sum::<u64>();
+        assert_eq!(taken[0].bytes, connection_window(memory_bytes), "the first have large ones");
+        assert!(taken[999].bytes < 100_000, "{}", taken[999].bytes);
+        let most = memory_bytes / WINDOWS_SHARE + 1000 * u64::from(MIN_CONNECTION_WINDOW);
+        assert!(bytes(&taken) <= most, "{} of {most}", bytes(&taken));
+        drop(taken);
+        assert_eq!(windows.take().bytes, connection_window(memory_bytes), "they are given back");
+        assert_eq!(Windows::of_brokers().take().bytes, 256 << 10);
+    }
+
+    /// Streams whose requests had 12 KB of headers took 26 KiB each, and not 7.
+    #[test]
+    fn head_of_a_request_keeps_copies_of_what_is_read() {
+        let long = "a".repeat(MAX_HEADER_BYTES + 1);
+        let mut request = Request::post("/strandline.v1.Log/Append?more")
+            .header("content-type", "application/grpc")
+            .header("te", "trailers")
+            .header("grpc-encoding", "gzip")
+            .header("grpc-accept-encoding", &long)
+            .header("x-large", &long)
+            .body(Body::empty())
+            .expect("a request");
+        trim_head(&mut request);
+        let kept: Vec<_> = request.headers().keys().map(HeaderName::as_str).collect();
+        assert_eq!(kept, ["content-type", "te", "grpc-encoding"]);
+        assert_eq!(request.uri(), "/strandline.v1.Log/Append");
     }
 
     /// Calls whose answers nobody read held the memory of their requests, and four connections all of it.
     #[tokio::test]
     async fn request_memory_is_given_back_before_the_answer_is_read() {
         let budgets = Budgets::new(1 << 20, 1 << 20);
-        let memory = Memory { budgets: budgets.clone(), schemas: Arc::new(RequestSchemas::of_clients()) };
+        let memory = RequestMemory { budgets: budgets.clone(), schemas: Arc::new(RequestSchemas::of_clients()) };
         let handler = {
             let budgets = budgets.clone();
             move |body: Body| async move {

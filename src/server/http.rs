@@ -2,27 +2,32 @@
 //! time, and a connection that hangs makes room (`connection`).
 
 use std::{
-    future::Future,
+    io,
+    pin::pin,
     sync::{Arc, OnceLock},
 };
 
 use axum::{
-    Router,
-    extract::{ConnectInfo, Request, State},
+    Extension, Router,
+    extract::{Request, State},
     http::{HeaderMap, StatusCode, header},
     middleware::{self, Next},
     response::{IntoResponse, Response},
     routing::get,
 };
+use futures::{Stream, StreamExt as _};
+use hyper::{body::Incoming, server::conn::http1, service::service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::sync::Semaphore;
+use tonic::codegen::Service as _;
 
 use super::{
     calls,
-    connection::{Caller, LimitedListener},
+    connection::{Caller, Connection},
 };
 use crate::{
     broker::{Broker, Readiness},
-    task,
+    task::{self, Tasks},
     telemetry::{Metrics, MetricsFormat},
 };
 
@@ -49,25 +54,59 @@ impl Pages {
     }
 }
 
-/// Serves until `stop` resolves.
+/// Serves until the tasks are stopped; then each connection ends when its answer has been sent. It speaks HTTP/1 alone: one answer at a time
+/// is all that a connection holds.
 pub(super) async fn serve(
     pages: Arc<Pages>,
-    listener: LimitedListener,
-    stop: impl Future<Output = ()> + Send + 'static,
-) -> anyhow::Result<()> {
+    connections: impl Stream<Item = io::Result<Connection>> + Send,
+    tasks: Tasks,
+) {
     let router = Router::new()
         .route("/metrics", get(metrics))
         .route("/healthz", get(healthz))
         .route("/readyz", get(readyz))
         .with_state(pages)
         .layer(middleware::from_fn(count));
-    let service = router.into_make_service_with_connect_info::<Caller>();
-    axum::serve(listener, service).with_graceful_shutdown(stop).await?;
-    Ok(())
+    let mut connections = pin!(connections);
+    loop {
+        let connection = tokio::select! {
+            biased;
+            () = tasks.cancelled() => return,
+            connection = connections.next() => connection,
+        };
+        match connection {
+            None => return,
+            Some(Err(error)) => tracing::debug!(%error, "a connection for pages was not accepted"),
+            Some(Ok(connection)) => {
+                tasks.spawn("page connection", serve_connection(connection, router.clone(), tasks.clone()));
+            }
+        }
+    }
+}
+
+async fn serve_connection(connection: Connection, router: Router, tasks: Tasks) {
+    let caller = connection.caller();
+    let service = service_fn(move |mut request: hyper::Request<Incoming>| {
+        request.extensions_mut().insert(caller.clone());
+        router.clone().call(request)
+    });
+    let http1 = http1::Builder::new().timer(TokioTimer::new()).serve_connection(TokioIo::new(connection), service);
+    let mut served = pin!(http1);
+    let ended = tokio::select! {
+        biased;
+        ended = &mut served => ended,
+        () = tasks.cancelled() => {
+            served.as_mut().graceful_shutdown();
+            served.await
+        }
+    };
+    if let Err(error) = ended {
+        tracing::debug!(%error, "a connection for pages ended with an error");
+    }
 }
 
 /// Counts the request on its connection until its answer has been sent.
-async fn count(ConnectInfo(caller): ConnectInfo<Caller>, request: Request, next: Next) -> Response {
+async fn count(Extension(caller): Extension<Caller>, request: Request, next: Next) -> Response {
     match caller.begin_call(PROBE_PATHS.contains(&request.uri().path())) {
         Ok(call) => calls::until_sent(next.run(request).await, Some(call), None),
         Err(refused) => (StatusCode::SERVICE_UNAVAILABLE, [(header::CONNECTION, "close")], format!("{}\n", refused.0))

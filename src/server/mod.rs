@@ -50,7 +50,7 @@ use tokio::net::TcpListener;
 use tonic::service::Routes;
 
 use self::{
-    connection::{ConnectionLimiter, LimitedListener, Port},
+    connection::{ConnectionLimiter, Port},
     http::Pages,
     room::Room,
 };
@@ -104,17 +104,25 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>, ready: impl
     let time = Tasks::new();
     let outside = outside(&config, &time);
     let mut shutdown = pin!(shutdown);
-    let log = {
+    let http_at = http.local_addr()?;
+    let pages = Arc::new(Pages::new(metrics.clone()));
+    let room = Room::of(1, alone, config.limits.memory_bytes);
+    let listeners = Listeners::begin(Arc::clone(&pages), http, room, &config, &metrics);
+    let opened = {
         let mut opening = pin!(node::open_log(&config, &outside, metrics.clone()));
         tokio::select! {
             biased;
-            log = &mut opening => log?,
-            () = &mut shutdown => return stop_opening(opening).await,
+            log = &mut opening => log.map(Some),
+            () = &mut shutdown => stop_opening(opening).await.map(|()| None),
         }
     };
-    let http_at = http.local_addr()?;
-    let pages = Arc::new(Pages::new(metrics.clone()));
-    let listeners = Listeners::begin(Arc::clone(&pages), http, Room::of(1, alone), &config, &metrics);
+    let log = match opened {
+        Ok(Some(log)) => log,
+        ended => {
+            listeners.stop(config.broker.shutdown_timeout).await;
+            return ended.map(drop);
+        }
+    };
     let stop = Tasks::new();
     let starting = Node::over(&config, log.clone(), outside, endpoints, metrics, &stop);
     let give_up = || {
@@ -149,7 +157,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>, ready: impl
         tokio::select! {
             biased;
             () = &mut shutdown => {}
-            error = node.superseded() => outcome = Err(error),
+            error = node.must_stop() => outcome = Err(error),
         }
     }
     tracing::info!("stopping");
@@ -202,30 +210,24 @@ struct Listeners {
 }
 
 impl Listeners {
-    /// The pages come first: a start that waits for others can be asked how it is.
+    /// The pages come first: a start that reads a long journal, or waits for others, can be asked how it is.
     fn begin(pages: Arc<Pages>, http: TcpListener, room: Room, config: &Config, metrics: &Metrics) -> Self {
         let tasks = Tasks::new();
-        let stop = tasks.clone();
         let connections_per_address = config.limits.connections_per_address;
-        let limiter = ConnectionLimiter::new(Port::Http, room.http, connections_per_address, None, metrics);
-        let listener = LimitedListener { listener: http, limiter };
-        tasks.spawn("http", async move {
-            if let Err(error) = http::serve(pages, listener, async move { stop.cancelled().await }).await {
-                tracing::error!(%error, "the HTTP listener failed; restart the broker");
-            }
-        });
+        let limiter = ConnectionLimiter::new(Port::Http, room.http, connections_per_address, u64::MAX, None, metrics);
+        tasks.spawn("http", http::serve(pages, connection::accept(http, limiter), tasks.clone()));
         Self { tasks, room, connections_per_address, memory_bytes: config.limits.memory_bytes }
     }
 
     fn serve(&self, node: &Node, grpc: TcpListener, peer: Option<TcpListener>) {
         let (metrics, per_address) = (node.metrics(), self.connections_per_address);
         let open = Some(metrics.connections.clone());
-        let limiter = ConnectionLimiter::new(Port::Grpc, self.room.grpc, per_address, open, metrics);
-        self.carry("grpc", node.routes(), grpc, limiter, grpc::Window::of_clients(self.memory_bytes));
+        let limiter = ConnectionLimiter::new(Port::Grpc, self.room.grpc, per_address, self.memory_bytes, open, metrics);
+        self.carry("grpc", node.routes(), grpc, limiter, grpc::Windows::of_clients(self.memory_bytes));
         if let (Some(peer), Some(routes), Some(capacity)) = (peer, node.peer_routes(), self.room.peer) {
             // No bound by address: brokers on one host, in one /64 or behind one NAT share an address.
-            let limiter = ConnectionLimiter::new(Port::Peer, capacity, Some(capacity.places), None, metrics);
-            self.carry("peer", routes, peer, limiter, grpc::Window::OF_BROKERS);
+            let limiter = ConnectionLimiter::new(Port::Peer, capacity, Some(capacity.places), u64::MAX, None, metrics);
+            self.carry("peer", routes, peer, limiter, grpc::Windows::of_brokers());
         }
     }
 
@@ -235,10 +237,10 @@ impl Listeners {
         routes: Routes,
         listener: TcpListener,
         limiter: ConnectionLimiter,
-        window: grpc::Window,
+        windows: grpc::Windows,
     ) {
         let connections = connection::accept(listener, limiter);
-        self.tasks.spawn(name, grpc::serve(routes, connections, window, self.tasks.clone()));
+        self.tasks.spawn(name, grpc::serve(routes, connections, windows, self.tasks.clone()));
     }
 
     /// Ends the connections; those that have not ended in time are cut.

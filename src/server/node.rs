@@ -140,8 +140,23 @@ impl Node {
         &self.metrics
     }
 
-    /// Resolves when another process has taken this broker's place: with what to say of it.
-    pub async fn superseded(&self) -> anyhow::Error {
+    /// Resolves when this process has to stop, with the reason: another one has taken this broker's place, or the object store, which was
+    /// slow or away at the start, is not this cluster's or of a later generation.
+    pub async fn must_stop(&self) -> anyhow::Error {
+        let refused = async {
+            match &self.tier {
+                Some(tier) => tier.store.until_refused().await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            biased;
+            error = self.superseded() => error,
+            why = refused => anyhow::anyhow!("this broker cannot go on: {why}"),
+        }
+    }
+
+    async fn superseded(&self) -> anyhow::Error {
         let mut standing = self.session.standing();
         let last = standing.wait_for(|standing| matches!(standing, Standing::Superseded { .. })).await;
         match last.as_deref() {

@@ -4,6 +4,8 @@
 //!
 //! - A connection on which a call or a stream is open never makes room for another one, but in the pool of probes.
 //! - At most `places` connections are in the common pool, and at most `per_address` of them come from one origin.
+//! - At most `max_calls` calls are open, and beyond them each connection's equal share of as many, [`MIN_CALLS`] at least: nobody takes them
+//!   all.
 //! - The other two pools are beyond that: [`LOOPBACK_PLACES`] for this machine, [`PROBE_PLACES`] for connections that serve
 //!   nothing but probes. In the latter the oldest always makes room, so that a probe finds a place whatever the others do.
 
@@ -17,6 +19,9 @@ pub(super) const LOOPBACK_PLACES: usize = 8;
 
 /// Places beyond the common ones for connections of which only probes are answered.
 pub(super) const PROBE_PLACES: usize = 4;
+
+/// Calls that a connection may have open whatever others have, however many connections there are.
+const MIN_CALLS: usize = 4;
 
 /// Leading bits of an IPv6 address that count as one origin: whoever has one address has all of its /64.
 const IPV6_PREFIX: u128 = !0 << 64;
@@ -79,6 +84,9 @@ pub(super) struct Admitted<T> {
 pub(super) struct Places<T> {
     places: usize,
     per_address: usize,
+    max_calls: usize,
+    /// Open calls of all connections.
+    calls: usize,
     next: u64,
     connections: BTreeMap<u64, Occupant<T>>,
     /// How many of the common pool come from an origin, and which of them are idle.
@@ -109,10 +117,12 @@ struct Share {
 }
 
 impl<T> Places<T> {
-    pub(super) fn new(places: usize, per_address: usize) -> Self {
+    pub(super) fn new(places: usize, per_address: usize, max_calls: usize) -> Self {
         Self {
             places,
             per_address: per_address.clamp(1, places.max(1)),
+            max_calls,
+            calls: 0,
             next: 0,
             connections: BTreeMap::new(),
             origins: BTreeMap::new(),
@@ -145,10 +155,17 @@ impl<T> Places<T> {
         Admitted { id, bound, pool, evicted }
     }
 
+    /// Whether there is room for one more call on this connection.
+    pub(super) fn has_room_for_call(&self, id: u64) -> bool {
+        let calls = self.connections.get(&id).map_or(0, |occupant| occupant.calls);
+        self.calls < self.max_calls || calls < MIN_CALLS.max(self.max_calls / self.connections.len().max(1))
+    }
+
     /// A call begins. Returns the pool that the connection is in.
     pub(super) fn begin_call(&mut self, id: u64) -> Option<Pool> {
         let occupant = self.connections.get_mut(&id)?;
         occupant.calls += 1;
+        self.calls += 1;
         let (pool, first) = (occupant.pool, occupant.calls == 1);
         if first && pool != Pool::Probe {
             self.set_idle(id, false);
@@ -161,6 +178,7 @@ impl<T> Places<T> {
         let Some(occupant) = self.connections.get_mut(&id) else { return };
         let was_open = occupant.calls > 0;
         occupant.calls = occupant.calls.saturating_sub(1);
+        self.calls -= usize::from(was_open);
         if was_open && occupant.calls == 0 && occupant.pool != Pool::Probe {
             self.set_idle(id, true);
         }
@@ -184,7 +202,9 @@ impl<T> Places<T> {
     /// Takes a connection out: it has ended.
     pub(super) fn remove(&mut self, id: u64) -> Option<T> {
         self.count_out(id);
-        self.connections.remove(&id).map(|occupant| occupant.handle)
+        let occupant = self.connections.remove(&id)?;
+        self.calls -= occupant.calls;
+        Some(occupant.handle)
     }
 
     /// Whether one more from this origin fits into the common pool: `Ok` with the idle connection that has to make room.

@@ -1,5 +1,5 @@
 //! How many connections each listener takes: a broker without open files left can neither write its log nor answer anybody, so
-//! connections may not take the last ones.
+//! connections may not take the last ones. Each connection takes memory too, also while it sends nothing.
 
 use rustix::process::{Resource, getrlimit};
 
@@ -36,6 +36,10 @@ const MIN_PEER_PER_BROKER: usize = 4;
 /// Most places that a listener counts: more than any system has open files.
 const MAX_PLACES: u64 = 1 << 30;
 
+/// Bytes of `limits.memory_bytes` for each place of the gRPC listener: an idle connection takes 20 KiB, its window 80 KiB at least, and its
+/// first calls take 7 KiB each.
+const BYTES_PER_CONNECTION: u64 = 256 << 10;
+
 /// The common places of one listener, and what raises their number. A smaller bound replaces both.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Capacity {
@@ -54,10 +58,20 @@ pub(super) struct Room {
 }
 
 impl Room {
-    /// The room of one of so many brokers in this process, each of which is alone or has others to connect to it.
-    pub(super) fn of(brokers: usize, alone: bool) -> Self {
+    /// The room of one of so many brokers in this process, each of which is alone or has others to connect to it, with so much memory for
+    /// its clients.
+    pub(super) fn of(brokers: usize, alone: bool, memory_bytes: u64) -> Self {
         let files = getrlimit(Resource::Nofile).current.unwrap_or(1 << 20);
-        Self::with(files, RealDisk::default().open_files() as u64, brokers, alone)
+        Self::with(files, RealDisk::default().open_files() as u64, brokers, alone).within(memory_bytes)
+    }
+
+    /// As many connections of clients as there is memory for.
+    fn within(self, memory_bytes: u64) -> Self {
+        let places = usize::try_from(memory_bytes / BYTES_PER_CONNECTION).unwrap_or(usize::MAX);
+        if self.grpc.places <= places {
+            return self;
+        }
+        Self { grpc: Capacity { places, raised_by: "limits.memory_bytes" }, ..self }
     }
 
     /// What the limit of open files leaves beside the segments of each broker and the reserves of its listeners.
@@ -125,6 +139,15 @@ mod tests {
         assert_eq!(places(1 << 20, 8192, false), (907_996, 256, Some(1024)));
         assert_eq!(places(256, 128, true), (32, 8, None));
         assert_eq!(places(256, 128, false), (16, 4, Some(8)));
+    }
+
+    /// 20,000 connections without a call took 400 MB, and there were 900,000 places.
+    #[test]
+    fn connections_of_clients_are_bounded_by_memory() {
+        let grpc = |files, memory_bytes| Room::with(files, 128, 1, true).within(memory_bytes).grpc;
+        assert_eq!(grpc(1 << 20, 512 << 20), Capacity { places: 2048, raised_by: "limits.memory_bytes" });
+        assert_eq!(grpc(1 << 20, 64 << 20).places, 256);
+        assert_eq!(grpc(1024, 512 << 20), Room::with(1024, 128, 1, true).grpc, "files are fewer");
     }
 
     /// Half of the places were one address's, and 32 the fewest: of 32 brokers on one machine seven links were refused for ever.

@@ -67,8 +67,9 @@ pub async fn run_several(
     for config in &configs {
         config.prepare_data_dir()?;
     }
-    let mut shared =
-        Shared { meta: None, time: Tasks::new(), stop: Tasks::new(), room: Room::of(configs.len(), false) };
+    let memory_bytes = configs.iter().map(|config| config.limits.memory_bytes).min().unwrap_or_default();
+    let room = Room::of(configs.len(), false, memory_bytes);
+    let mut shared = Shared { meta: None, time: Tasks::new(), stop: Tasks::new(), room };
     if let Some(folder) = &metadata {
         let store = EmbeddedStore::open(folder).await?;
         store.keep_time(&shared.time);
@@ -89,11 +90,11 @@ pub async fn run_several(
     if outcome.is_ok() && !asked {
         let states: Vec<Ready> = members.iter().map(|member| member.state.clone()).collect();
         ready(&states);
-        let superseded = future::select_all(members.iter().map(|member| Box::pin(member.node.superseded())));
+        let must_stop = future::select_all(members.iter().map(|member| Box::pin(member.node.must_stop())));
         tokio::select! {
             biased;
             () = &mut shutdown => {}
-            (error, ..) = superseded => outcome = Err(error),
+            (error, ..) = must_stop => outcome = Err(error),
         }
     }
     tracing::info!("stopping");
@@ -167,11 +168,14 @@ async fn start(config: &Config, ports: Ports, shared: &Shared, span: Span) -> an
         None => outside(config, &shared.time),
         Some(meta) => around(config, Arc::clone(meta)),
     };
-    let log = node::open_log(config, &outside, metrics.clone()).await?;
     let (within, http) = (config.broker.shutdown_timeout, ports.http.local_addr()?);
     let pages = Arc::new(Pages::new(metrics.clone()));
     let listeners = Listeners::begin(Arc::clone(&pages), ports.http, shared.room, config, &metrics);
-    let node = match Node::over(config, log, outside, ports.endpoints, metrics, &shared.stop).await {
+    let node = async {
+        let log = node::open_log(config, &outside, metrics.clone()).await?;
+        Node::over(config, log, outside, ports.endpoints, metrics, &shared.stop).await
+    };
+    let node = match node.await {
         Ok(node) => node,
         Err(error) => {
             listeners.stop(within).await;

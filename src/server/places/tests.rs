@@ -16,7 +16,7 @@ fn here() -> Origin {
 
 #[test]
 fn the_longest_idle_connection_makes_room() {
-    let mut places = Places::new(3, 3);
+    let mut places = Places::new(3, 3, usize::MAX);
     let ids = ["a", "b", "c"].map(|name| places.admit(from(1), name).id);
     // `a` was used last, and `b` has a call open.
     places.begin_call(ids[0]);
@@ -30,7 +30,7 @@ fn the_longest_idle_connection_makes_room() {
 
 #[test]
 fn an_open_call_never_makes_room_and_the_newcomer_is_told_the_bound() {
-    let mut places = Places::new(4, 2);
+    let mut places = Places::new(4, 2, usize::MAX);
     for number in [1, 1, 2, 2] {
         let id = places.admit(from(number), number).id;
         // Two calls, of which one ends: a stream is open still.
@@ -48,7 +48,7 @@ fn an_open_call_never_makes_room_and_the_newcomer_is_told_the_bound() {
 /// Otherwise one address could push out everybody's idle connections.
 #[test]
 fn an_address_at_its_bound_makes_room_among_its_own() {
-    let mut places = Places::new(10, 2);
+    let mut places = Places::new(10, 2, usize::MAX);
     let honest = places.admit(from(9), 9).id;
     for n in 0..50 {
         let admitted = places.admit(from(1), 1);
@@ -59,7 +59,7 @@ fn an_address_at_its_bound_makes_room_among_its_own() {
 
 #[test]
 fn loopback_counts_as_any_address_and_has_eight_places_more() {
-    let mut places = Places::new(4, 2);
+    let mut places = Places::new(4, 2, usize::MAX);
     let busy = |places: &mut Places<u32>, origin| {
         let admitted = places.admit(origin, 0);
         places.begin_call(admitted.id);
@@ -84,7 +84,7 @@ fn loopback_counts_as_any_address_and_has_eight_places_more() {
 /// An attacker who holds calls open there as well must not keep a probe out.
 #[test]
 fn the_oldest_of_the_probes_makes_room_whatever_it_does() {
-    let mut places = Places::new(1, 1);
+    let mut places = Places::new(1, 1, usize::MAX);
     let holder = places.admit(from(1), 0).id;
     places.begin_call(holder);
     let mut last = None;
@@ -99,6 +99,31 @@ fn the_oldest_of_the_probes_makes_room_whatever_it_does() {
     let last = last.expect("twenty came");
     assert_eq!(places.promote(last), Ok(None), "there is room by now");
     assert_eq!(places.begin_call(last), Some(Pool::Common));
+}
+
+/// One client's streams took the memory of all.
+#[test]
+fn connection_below_its_share_begins_a_call_whatever_others_have() {
+    for (max_calls, share) in [(12, 6), (6, MIN_CALLS)] {
+        let mut places = Places::new(8, 8, max_calls);
+        let [many, few] = [1, 2].map(|number| places.admit(from(number), number).id);
+        for _ in 0..max_calls {
+            assert!(places.has_room_for_call(many));
+            places.begin_call(many);
+        }
+        assert!(!places.has_room_for_call(many));
+        for _ in 0..share {
+            assert!(places.has_room_for_call(few));
+            places.begin_call(few);
+        }
+        assert!(!places.has_room_for_call(few));
+        places.end_call(few);
+        assert!(places.has_room_for_call(few));
+        // A connection takes its calls along.
+        places.remove(many);
+        places.begin_call(few);
+        assert!(places.has_room_for_call(few));
+    }
 }
 
 #[test]
@@ -136,7 +161,7 @@ proptest! {
     fn bounds_and_lists_agree_with_the_connections_after_any_events(
         places in 1..6_usize, per_address in 1..6_usize, events in prop::collection::vec(event(), 1..200)
     ) {
-        let mut all = Places::new(places, per_address);
+        let mut all = Places::new(places, per_address, usize::MAX);
         let mut ids: Vec<u64> = Vec::new();
         let mut number = 0_u64;
         for event in events {
@@ -158,6 +183,7 @@ proptest! {
                 Event::Promote(n) => if let Some(id) = pick(n) { let _bound = all.promote(id); },
                 Event::Go(n) => if let Some(id) = pick(n) { all.remove(id); },
             }
+            prop_assert_eq!(all.calls, all.connections.values().map(|o| o.calls).sum::<usize>());
             let of = |pool| all.connections.values().filter(move |o| o.pool == pool);
             prop_assert!(of(Pool::Common).count() == all.common && all.common <= places);
             prop_assert!(of(Pool::Loopback).count() == all.loopback && all.loopback <= LOOPBACK_PLACES);

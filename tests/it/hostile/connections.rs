@@ -202,6 +202,39 @@ async fn the_connection_that_was_idle_longest_makes_room_and_one_with_a_stream_n
     drop(silent);
 }
 
+/// 100,000 streams on a hundred connections took 700 MB.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn open_calls_are_bounded_by_memory_and_every_connection_has_its_share() {
+    let mut home = Home::new().setting("limits.memory_bytes", "\"64MiB\"");
+    let _broker = tokio::task::block_in_place(|| home.start());
+    wire::create_topic(home.grpc(), "calm", 1, &[]).await;
+    let connect = async || {
+        let endpoint = Endpoint::from_shared(format!("http://{}", home.grpc())).expect("a URI");
+        LogClient::new(endpoint.connect().await.expect("the port is open"))
+    };
+    // 64 MiB have room for 2,048 calls: when they are open, each of three connections may have 682, and each of four 512.
+    let (mut streams, mut refusals) = (Vec::new(), Vec::new());
+    for _ in 0..3 {
+        let client = connect().await;
+        for _ in 0..900 {
+            match client.clone().fetch(futures::stream::pending::<FetchRequest>()).await {
+                Ok(stream) => streams.push(stream),
+                Err(status) => refusals.push(Fault::from(&status)),
+            }
+        }
+    }
+    assert_eq!(streams.len(), 900 + 900 + 682);
+    let refused = &refusals[0];
+    assert_eq!((refused.reason, refused.retryable), (Reason::Overloaded, true), "{refused}");
+    assert!(refused.message.contains("2048") && refused.message.contains("limits.memory_bytes"), "{refused}");
+    let mut honest = connect().await;
+    for _ in 0..500 {
+        streams.push(honest.fetch(futures::stream::pending::<FetchRequest>()).await.expect("its share"));
+    }
+    wire::append(&mut honest, wire::append_plain("calm", 0, vec![Bytes::from_static(b"x")])).await.expect("served");
+    assert!(home.log().contains("as many calls and streams are open as there is memory for"), "{}", home.log());
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_connection_announces_how_many_streams_it_takes() {
     let mut home = Home::new();

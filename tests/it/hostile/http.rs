@@ -25,6 +25,21 @@ fn get(address: SocketAddr, path: &str, accept: &str) -> (String, String) {
     (head.to_ascii_lowercase(), body.to_owned())
 }
 
+/// HTTP/2 was served as well, without a bound on what its streams hold.
+#[test]
+fn pages_are_served_by_http_1_alone() {
+    let mut home = Home::new();
+    let _broker = home.start();
+    let mut stream = TcpStream::connect(home.http()).expect("the port is open");
+    stream.set_read_timeout(Some(Duration::from_secs(10))).expect("a timeout can be set");
+    stream.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").expect("it is sent");
+    let mut answer = Vec::new();
+    // The connection may be reset behind the answer.
+    let _ended = stream.read_to_end(&mut answer);
+    assert!(answer.is_empty() || answer.starts_with(b"HTTP/1.1 4"), "{answer:?}");
+    assert_eq!(http_get(home.http(), "/healthz").expect("an answer").0, 200);
+}
+
 /// 256 idle connections filled the port, and `/healthz` got no answer.
 #[test]
 fn probes_are_answered_whatever_hangs_on_the_port() {

@@ -4,26 +4,16 @@
 //! The short form has fewer partitions and streams; `make hostile` runs the full one on an optimised broker, and measures what honest
 //! appends wait. `make hostile ONLY=text` picks attacks on memory by their words.
 
-use std::{
-    fs,
-    net::SocketAddr,
-    path::Path,
-    sync::{
-        Arc, LazyLock,
-        atomic::{AtomicU64, Ordering},
-    },
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use futures::{StreamExt as _, future, stream};
-use http_body::Frame;
-use http_body_util::{BodyExt as _, StreamBody};
+use futures::{future, stream};
+use http_body_util::BodyExt as _;
 use prost::Message as _;
 use strandline::{
     limits,
     proto::{
-        fault::{Fault, Reason},
+        fault::Reason,
         v1::{
             Acks, AppendRequest, FetchPartition, FetchRequest, GetMetadataRequest, PlainRecords, ProduceRequest,
             ReadRequest, Record, append_request::Payload,
@@ -31,230 +21,20 @@ use strandline::{
     },
     task::clock,
 };
-use tokio::{
-    runtime::{Builder, Runtime},
-    sync::oneshot,
-    task::JoinSet,
+use tokio::{sync::oneshot, task::JoinSet};
+use tonic::transport::Channel;
+
+use super::target::{
+    APPEND, FILLED, READ, Scale, Target, call, connect, connect_to, endpoint, framed, nested, open, place, refusal,
+    resident_bytes, unread, whole, withheld,
 };
-use tonic::{
-    body::Body,
-    client::GrpcService as _,
-    codegen::http,
-    transport::{Channel, Endpoint},
-};
-
-use crate::{
-    broker::{Broker, Home},
-    patience::eventually,
-    wire,
-};
-
-/// `limits.memory_bytes`, and what the whole process may be with it.
-const MEMORY: &str = "\"512MiB\"";
-const MAX_RESIDENT_BYTES: u64 = 700 << 20;
-
-const APPEND: &str = "/strandline.v1.Log/Append";
-const READ: &str = "/strandline.v1.Log/Read";
-
-/// How long each attack lasts, and how many streams and partitions there are.
-struct Scale {
-    is_full: bool,
-    seconds: u64,
-    streams: usize,
-    partitions: u32,
-}
-
-impl Scale {
-    fn of_environment() -> Self {
-        if std::env::var_os("STRANDLINE_HOSTILE_FULL").is_some() {
-            Self { is_full: true, seconds: 15, streams: 10_000, partitions: 1000 }
-        } else {
-            Self { is_full: false, seconds: 3, streams: 2000, partitions: 100 }
-        }
-    }
-}
-
-fn endpoint(address: SocketAddr) -> Endpoint {
-    Endpoint::from_shared(format!("http://{address}")).expect("an address is a URI")
-}
-
-/// The attackers have one core's time together.
-static ATTACKERS: LazyLock<Runtime> =
-    LazyLock::new(|| Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime"));
-
-async fn connect(address: SocketAddr) -> Channel {
-    connect_to(endpoint(address)).await
-}
-
-/// The connection runs among the attackers.
-async fn connect_to(endpoint: Endpoint) -> Channel {
-    let connected = ATTACKERS.spawn(async move { endpoint.connect().await });
-    connected.await.expect("no panic").expect("the port is open")
-}
-
-/// Sends a call with these bytes as its body; the answer's head.
-async fn call(mut channel: Channel, path: &str, body: Body) -> Option<http::Response<Body>> {
-    future::poll_fn(|cx| channel.poll_ready(cx)).await.ok()?;
-    let request = http::Request::post(format!("http://broker{path}"))
-        .header("content-type", "application/grpc")
-        .header("te", "trailers")
-        .body(body)
-        .expect("a request");
-    channel.call(request).await.ok()
-}
-
-/// The beginning of a message of so many bytes, of which so many are sent; the rest never comes.
-fn withheld(announced: usize, sent: usize, gone: oneshot::Receiver<()>) -> Body {
-    let prefix = [&[0][..], &u32::try_from(announced).expect("32 bits").to_be_bytes()].concat();
-    let chunk = Bytes::from(vec![0; 1 << 18]);
-    let mut pieces = vec![Bytes::from(prefix)];
-    let mut left = sent;
-    while left > 0 {
-        let piece = chunk.slice(..left.min(chunk.len()));
-        left -= piece.len();
-        pieces.push(piece);
-    }
-    open(pieces, gone)
-}
-
-/// These bytes, and no end until the attacker is gone.
-fn open(pieces: Vec<Bytes>, gone: oneshot::Receiver<()>) -> Body {
-    let end = stream::once(gone).filter_map(|_| future::ready(None));
-    let frames = stream::iter(pieces).chain(end).map(|piece| Ok::<_, tonic::Status>(Frame::data(piece)));
-    Body::new(StreamBody::new(frames))
-}
-
-/// A message with its prefix.
-fn framed(message: &[u8]) -> Bytes {
-    let prefix = u32::try_from(message.len()).expect("32 bits").to_be_bytes();
-    Bytes::from([&[0][..], &prefix, message].concat())
-}
-
-/// One whole message.
-fn whole(message: &[u8]) -> Body {
-    Body::new(http_body_util::Full::new(framed(message)))
-}
-
-/// What a call with this message is refused with.
-async fn refusal(address: SocketAddr, path: &str, message: &[u8]) -> Fault {
-    let response = call(connect(address).await, path, whole(message)).await.expect("an answer");
-    let mut headers = response.headers().clone();
-    if !headers.contains_key("grpc-status") {
-        let body = response.into_body().collect().await.expect("a body");
-        headers = body.trailers().cloned().expect("trailers");
-    }
-    Fault::from(&tonic::Status::from_header_map(&headers).expect("a status"))
-}
-
-fn resident_bytes(pid: u32) -> u64 {
-    let statm = fs::read_to_string(Path::new("/proc").join(pid.to_string()).join("statm")).expect("it runs");
-    let pages: u64 = statm.split(' ').nth(1).and_then(|pages| pages.parse().ok()).expect("a number");
-    pages * 4096
-}
-
-/// A broker under attack, an honest client, and what the memory came to.
-struct Target {
-    broker: Broker,
-    home: Home,
-    scale: Scale,
-}
-
-impl Target {
-    async fn start(scale: Scale) -> Self {
-        let mut home = Home::new().setting("limits.memory_bytes", MEMORY).topic_default("max.message.bytes", 1 << 26);
-        let broker = tokio::task::block_in_place(|| home.start());
-        wire::create_topic(home.grpc(), "honest", 1, &[]).await;
-        wire::create_topic(home.grpc(), "bombs", 1, &[("retention.ms", "-1")]).await;
-        wire::create_topic(home.grpc(), "empty", 1, &[]).await;
-        // The batches of these tests are old.
-        wire::create_topic(home.grpc(), "t", scale.partitions, &[("retention.ms", "-1")]).await;
-        Self { home, broker, scale }
-    }
-
-    fn address(&self) -> SocketAddr {
-        self.home.grpc()
-    }
-
-    /// Attacks for a while. Resident memory stays below the bound, and an honest client's small appends are taken all the time.
-    async fn withstands<F: Future<Output = ()> + Send + 'static>(&self, name: &str, attacks: Vec<F>) {
-        if !name.contains(&std::env::var("STRANDLINE_HOSTILE_ONLY").unwrap_or_default()) {
-            return;
-        }
-        let pid = self.broker.pid();
-        let peak = Arc::new(AtomicU64::new(0));
-        let (mut watch, seen) = (JoinSet::new(), Arc::clone(&peak));
-        watch.spawn(async move {
-            loop {
-                seen.fetch_max(resident_bytes(pid), Ordering::Relaxed);
-                tokio::time::sleep(Duration::from_millis(10)).await;
-            }
-        });
-        let mut attackers = JoinSet::new();
-        attacks.into_iter().for_each(|attack| drop(attackers.spawn_on(attack, ATTACKERS.handle())));
-        let (mut log, mut waits) = (wire::log(self.address()), Vec::new());
-        let end = clock::monotonic() + Duration::from_secs(self.scale.seconds);
-        while clock::monotonic() < end {
-            let began = clock::monotonic();
-            let append = wire::append_plain("honest", 0, vec![Bytes::from_static(b"small")]);
-            let appended = wire::append(&mut log, append).await;
-            assert!(appended.is_ok(), "{name}: an honest append: {appended:?}");
-            waits.push(began.elapsed());
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-        attackers.shutdown().await;
-        watch.shutdown().await;
-        waits.sort();
-        let (p99, most) = (waits[waits.len() * 99 / 100], waits[waits.len() - 1]);
-        let peak = peak.load(Ordering::Relaxed);
-        eprintln!(
-            "{name}: {} MiB resident at most; {} honest appends, p99 {p99:?}, slowest {most:?}",
-            peak >> 20,
-            waits.len()
-        );
-        assert!(peak < MAX_RESIDENT_BYTES, "{name}: {} MiB resident", peak >> 20);
-        assert!(!self.scale.is_full || p99 < Duration::from_millis(50), "{name}: p99 {p99:?}");
-    }
-
-    /// So many streams on as few connections as may have them, each with an attack of its own.
-    async fn on_streams<F, Fut>(&self, streams: usize, attack: F) -> Vec<Fut>
-    where
-        F: Fn(Channel) -> Fut,
-        Fut: Future<Output = ()> + Send + 'static,
-    {
-        let mut attacks = Vec::new();
-        for _ in 0..streams.div_ceil(900) {
-            let channel = connect(self.address()).await;
-            attacks.extend((0..900.min(streams - attacks.len())).map(|_| attack(channel.clone())));
-        }
-        attacks
-    }
-}
-
-/// Calls again and again, and reads no more of an answer than its head.
-async fn unread(channel: Channel, path: &str, body: impl Fn(oneshot::Receiver<()>) -> Body) {
-    loop {
-        let (alive, gone) = oneshot::channel();
-        let answer = call(channel.clone(), path, body(gone)).await;
-        if answer.as_ref().is_some_and(|answer| !answer.headers().contains_key("grpc-status")) {
-            future::pending::<()>().await;
-        }
-        drop(alive);
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-}
+use crate::{broker::Home, patience::eventually, wire};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn memory_stays_bounded_whatever_clients_announce_or_leave_unread() {
     let target = Target::start(Scale::of_environment()).await;
-    let pid = target.broker.pid();
-    let mut log = wire::log(target.address());
-    for partition in 0..8 {
-        for _ in 0..4 {
-            let batch = wire::batch(&[&vec![7; 4 << 20]]);
-            wire::append(&mut log, wire::append_batch("t", partition, batch)).await.expect("it takes records");
-        }
-    }
-    let before = resident_bytes(pid);
+    target.fill().await;
+    let before = resident_bytes(target.broker.pid());
 
     // 6 GB.
     let attack = |channel: Channel| async move {
@@ -288,10 +68,18 @@ async fn memory_stays_bounded_whatever_clients_announce_or_leave_unread() {
         target.withstands(name, target.on_streams(streams, attack).await).await;
     }
 
+    // The batch shared the memory of its message: 1.3 GB with 20 of them.
+    let append = wire::append_batch("t", 9, wire::batch(&[&vec![7; 16 << 10]])).encode_to_vec();
+    let padded = Bytes::from(nested(&append, &[99], &vec![0; 32 << 20]));
+    let attack = |channel: Channel| {
+        let padded = padded.clone();
+        async move { while call(channel.clone(), APPEND, whole(&padded)).await.is_some() {} }
+    };
+    target.withstands("small batches in large messages", target.on_streams(4, attack).await).await;
+
     // 4 GB with 100 streams.
-    let places = |partition| vec![FetchPartition { topic: "t".to_owned(), partition, ..Default::default() }];
     let fetch = Bytes::from(
-        FetchRequest { partitions: (0..8).flat_map(places).collect(), max_bytes: 16 << 20, ..Default::default() }
+        FetchRequest { partitions: (0..FILLED).map(place).collect(), max_bytes: 16 << 20, ..Default::default() }
             .encode_to_vec(),
     );
     let attack = |channel: Channel| {
@@ -301,7 +89,7 @@ async fn memory_stays_bounded_whatever_clients_announce_or_leave_unread() {
     target.withstands("fetches that nobody reads, 100 streams", target.on_streams(100, attack).await).await;
     for plain in [false, true] {
         let request = ReadRequest {
-            partitions: (0..8).flat_map(places).collect(),
+            partitions: (0..FILLED).map(place).collect(),
             max_bytes: 16 << 20,
             plain,
             ..Default::default()
@@ -321,14 +109,16 @@ async fn memory_stays_bounded_whatever_clients_announce_or_leave_unread() {
     }
 
     // Batches of 100 KB whose records have 60 MiB: readers of an empty topic waited 1.6 s.
+    let mut log = wire::log(target.address());
     let batch = wire::batch(&vec![&vec![0_u8; 1 << 20][..]; 60]);
     let bomb = wire::frame(&zstd::bulk::compress(&batch[61..], 1).expect("it compresses"), 60, 4);
     for _ in 0..4 {
         wire::append(&mut log, wire::append_batch("bombs", 0, bomb.clone())).await.expect("stored unread");
     }
-    let place = |topic: &str| vec![FetchPartition { topic: topic.to_owned(), ..Default::default() }];
-    let plain =
-        |topic| ReadRequest { partitions: place(topic), max_bytes: 16 << 20, plain: true, ..Default::default() };
+    let plain = |topic: &str| {
+        let place = FetchPartition { topic: topic.to_owned(), ..Default::default() };
+        ReadRequest { partitions: vec![place], max_bytes: 16 << 20, plain: true, ..Default::default() }
+    };
     let mut attacks = Vec::new();
     for _ in 0..8 {
         let channel = connect(target.address()).await;
@@ -398,17 +188,7 @@ async fn memory_stays_bounded_whatever_clients_announce_or_leave_unread() {
     assert!(fault.message.contains(&limits::MAX_REQUEST_BYTES.to_string()), "{fault}");
 
     // 1.9 GB stayed.
-    let home = &target.home;
-    let most = before + before / 5;
-    eprintln!("{} MiB before, {} MiB after", before >> 20, resident_bytes(pid) >> 20);
-    tokio::task::block_in_place(|| {
-        eventually("nothing is held for requests and responses any more", || {
-            let held = home.metrics(["strandline_request_memory_bytes", "strandline_response_memory_bytes"]);
-            (held == [0.0, 0.0]).then_some(())
-        });
-        eventually("memory goes back to the system", || (resident_bytes(pid) < most).then_some(()));
-    });
-    eprintln!("{} MiB in the end", resident_bytes(pid) >> 20);
+    target.gives_back(before);
 }
 
 /// Four connections that read nothing held all memory of responses, and four that held their answers back all that batches wait in: nobody
@@ -421,7 +201,7 @@ async fn clients_that_read_nothing_give_way_to_those_that_do() {
         let batch = wire::batch(&[&vec![7; 1 << 20]]);
         wire::append(&mut log, wire::append_batch("t", 0, batch)).await.expect("it takes records");
     }
-    let place = FetchPartition { topic: "t".to_owned(), ..Default::default() };
+    let place = place(0);
     let fetch = FetchRequest { partitions: vec![place.clone()], max_bytes: 16 << 20, ..Default::default() };
     let read = ReadRequest { partitions: vec![place.clone()], max_bytes: 16 << 20, plain: true, ..Default::default() };
     let append = |correlation| {
@@ -473,17 +253,4 @@ async fn clients_that_read_nothing_give_way_to_those_that_do() {
     assert!(reads > 2 && appends > 2, "{reads} reads and {appends} appends");
     assert!(target.home.metric("strandline_connections_closed_unread_total") > 0.0);
     attackers.shutdown().await;
-}
-
-/// A message that has `inner` at the end of the messages that these fields nest.
-fn nested(before: &[u8], fields: &[u32], inner: &[u8]) -> Vec<u8> {
-    let mut message = inner.to_vec();
-    for field in fields.iter().rev() {
-        let mut outer = Vec::with_capacity(message.len() + 16);
-        prost::encoding::encode_key(*field, prost::encoding::WireType::LengthDelimited, &mut outer);
-        prost::encoding::encode_varint(message.len() as u64, &mut outer);
-        outer.extend_from_slice(&message);
-        message = outer;
-    }
-    [before, &message].concat()
 }

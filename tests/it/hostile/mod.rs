@@ -1,9 +1,11 @@
 //! Bad input over every port: each gets an error that says what is wrong, and everybody else is served meanwhile.
 
 mod connections;
+mod held;
 mod http;
 mod memory;
 mod peers;
+mod target;
 
 use std::{
     fs,

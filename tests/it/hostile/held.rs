@@ -1,0 +1,123 @@
+//! Attackers that hold much of little things: connections, calls, heads of requests, metadata; and batches that are large where little was
+//! asked for. Resident memory stays bounded meanwhile, and honest clients are served.
+
+use bytes::Bytes;
+use futures::future;
+use http_body_util::BodyExt as _;
+use prost::Message as _;
+use strandline::proto::v1::{
+    FetchPartition, FetchRequest, GetMetadataRequest, ListOffsetsRequest, OffsetQuery, ReadRequest, offset_query::At,
+};
+use tokio::{sync::oneshot, task::JoinSet};
+use tonic::transport::Channel;
+
+use super::target::{
+    APPEND, FILLED, READ, Scale, Target, call, call_with, framed, open, place, resident_bytes, unread, whole, withheld,
+};
+use crate::wire;
+
+const METADATA: &str = "/strandline.v1.Admin/GetMetadata";
+
+/// Partitions of the topic `t` with one batch of 56 MiB each.
+const LARGE: [i32; 2] = [FILLED, FILLED + 1];
+
+/// Calls again and again, and reads the answers.
+async fn repeat(channel: Channel, path: &'static str, message: Bytes) {
+    while let Some(answer) = call(channel.clone(), path, whole(&message)).await {
+        let _ = answer.into_body().collect().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn memory_stays_bounded_whatever_connections_and_calls_hold() {
+    let target = Target::start(Scale::of_environment()).await;
+    target.fill().await;
+    let mut log = wire::log(target.address());
+    for partition in LARGE {
+        let batch = wire::batch(&vec![&vec![7; 1 << 20][..]; 56]);
+        wire::append(&mut log, wire::append_batch("t", partition, batch)).await.expect("it takes records");
+    }
+    let before = resident_bytes(target.broker.pid());
+    let (streams, connections) = (target.scale.streams, target.scale.streams / 10);
+
+    let attack = |_channel: Channel| future::pending();
+    target.withstands("connections without a call", target.on_connections(3 * connections, 0, attack)).await;
+    // A window of 1 MiB each.
+    let attack = |channel: Channel| async move {
+        unread(channel, APPEND, |gone| withheld(60 << 20, 4 << 20, gone)).await;
+    };
+    target.withstands("windows of many connections", target.on_connections(connections, 0, attack)).await;
+    let all = Bytes::from(GetMetadataRequest { all_topics: true, ..Default::default() }.encode_to_vec());
+    let attack = {
+        let all = all.clone();
+        move |channel: Channel| {
+            let all = all.clone();
+            async move {
+                let mut calls = JoinSet::new();
+                for _ in 0..16 {
+                    let (channel, all) = (channel.clone(), all.clone());
+                    calls.spawn(async move { unread(channel, METADATA, |_| whole(&all)).await });
+                }
+                for _ in 0..2 {
+                    let channel = channel.clone();
+                    calls
+                        .spawn(async move { unread(channel, METADATA, |gone| withheld(4 << 20, 1 << 20, gone)).await });
+                }
+                calls.join_all().await;
+            }
+        }
+    };
+    target.withstands("metadata that nobody reads", target.on_connections(connections, 0, attack)).await;
+
+    // 26 KiB each.
+    let head = "a".repeat(12_000);
+    let attack = |channel: Channel| {
+        let head = head.clone();
+        async move {
+            let (_alive, gone) = oneshot::channel();
+            let _answer = call_with(channel, APPEND, &head, withheld(1000, 10, gone)).await;
+            future::pending().await
+        }
+    };
+    target.withstands("streams with large heads", target.on_streams(streams, attack).await).await;
+    let attack = |channel: Channel| async move {
+        let (_alive, gone) = oneshot::channel();
+        let _answer = call(channel, APPEND, withheld(1000, 10, gone)).await;
+        future::pending().await
+    };
+    target.withstands("streams on many connections", target.on_streams(4 * streams, attack).await).await;
+    let attack = |channel: Channel| async move {
+        let (_alive, gone) = oneshot::channel();
+        let _answer = call(channel, "/grpc.health.v1.Health/Check", open(Vec::new(), gone)).await;
+        future::pending().await
+    };
+    target.withstands("probes without a request", target.on_streams(4 * streams, attack).await).await;
+
+    // 3 MB each.
+    let absent = |partition| FetchPartition { topic: "absent".to_owned(), partition, ..Default::default() };
+    let fetch = FetchRequest { partitions: (0..10_000).map(absent).collect(), ..Default::default() };
+    let fetch = framed(&fetch.encode_to_vec());
+    let attack = |channel: Channel| {
+        let fetch = fetch.clone();
+        async move { unread(channel, "/strandline.v1.Log/Fetch", |gone| open(vec![fetch.clone()], gone)).await }
+    };
+    target.withstands("fetches of absent partitions", target.on_streams(streams / 10, attack).await).await;
+
+    // Eight batches at a time were read before there was memory for one.
+    for (name, partitions) in [("batches of 4 MiB", (0..FILLED).collect()), ("batches of 56 MiB", LARGE.to_vec())] {
+        let places = partitions.iter().map(|partition| place(*partition)).collect();
+        let read = ReadRequest { partitions: places, max_bytes: 1, ..Default::default() };
+        let read = Bytes::from(read.encode_to_vec());
+        let query = |partition| {
+            let at = Some(At::TimestampMs(0));
+            OffsetQuery { topic: "t".to_owned(), partition, at }
+        };
+        let queries = partitions.iter().map(|partition| query(*partition)).cycle().take(64).collect();
+        let search = Bytes::from(ListOffsetsRequest { queries }.encode_to_vec());
+        let attack = |channel: Channel| repeat(channel, READ, read.clone());
+        target.withstands(&format!("{name} read small"), target.on_streams(100, attack).await).await;
+        let attack = |channel: Channel| repeat(channel, "/strandline.v1.Log/ListOffsets", search.clone());
+        target.withstands(&format!("{name} searched by time"), target.on_streams(100, attack).await).await;
+    }
+    target.gives_back(before);
+}

@@ -1,0 +1,311 @@
+//! A broker under attack: how attackers call it, and what is measured meanwhile.
+
+use std::{
+    fs,
+    net::SocketAddr,
+    path::Path,
+    sync::{
+        Arc, LazyLock,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use bytes::Bytes;
+use futures::{StreamExt as _, future, stream};
+use http_body::Frame;
+use http_body_util::{BodyExt as _, StreamBody};
+use strandline::{
+    proto::{fault::Fault, v1::FetchPartition},
+    task::clock,
+};
+use tokio::{
+    runtime::{Builder, Runtime},
+    sync::oneshot,
+    task::JoinSet,
+};
+use tonic::{
+    body::Body,
+    client::GrpcService as _,
+    codegen::http,
+    transport::{Channel, Endpoint},
+};
+
+use crate::{
+    broker::{Broker, Home},
+    patience::eventually,
+    wire,
+};
+
+/// `limits.memory_bytes`, and what the whole process may be with it.
+const MEMORY: &str = "\"512MiB\"";
+const MAX_RESIDENT_BYTES: u64 = 700 << 20;
+
+pub(super) const APPEND: &str = "/strandline.v1.Log/Append";
+pub(super) const READ: &str = "/strandline.v1.Log/Read";
+
+/// Partitions of the topic `t` that [`Target::fill`] writes to.
+pub(super) const FILLED: i32 = 8;
+
+/// How long each attack lasts, and how many streams and partitions there are.
+pub(super) struct Scale {
+    pub(super) is_full: bool,
+    pub(super) seconds: u64,
+    pub(super) streams: usize,
+    pub(super) partitions: u32,
+}
+
+impl Scale {
+    pub(super) fn of_environment() -> Self {
+        if std::env::var_os("STRANDLINE_HOSTILE_FULL").is_some() {
+            Self { is_full: true, seconds: 15, streams: 10_000, partitions: 1000 }
+        } else {
+            Self { is_full: false, seconds: 3, streams: 2000, partitions: 100 }
+        }
+    }
+}
+
+pub(super) fn endpoint(address: SocketAddr) -> Endpoint {
+    Endpoint::from_shared(format!("http://{address}")).expect("an address is a URI")
+}
+
+/// The attackers have one core's time together.
+pub(super) static ATTACKERS: LazyLock<Runtime> =
+    LazyLock::new(|| Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime"));
+
+pub(super) async fn connect(address: SocketAddr) -> Channel {
+    connect_to(endpoint(address)).await
+}
+
+/// The connection runs among the attackers.
+pub(super) async fn connect_to(endpoint: Endpoint) -> Channel {
+    let connected = ATTACKERS.spawn(async move { endpoint.connect().await });
+    connected.await.expect("no panic").expect("the port is open")
+}
+
+/// Sends a call with these bytes as its body; the answer's head.
+pub(super) async fn call(channel: Channel, path: &str, body: Body) -> Option<http::Response<Body>> {
+    call_with(channel, path, "", body).await
+}
+
+/// The same with a value in a header of its own.
+pub(super) async fn call_with(
+    mut channel: Channel,
+    path: &str,
+    header: &str,
+    body: Body,
+) -> Option<http::Response<Body>> {
+    future::poll_fn(|cx| channel.poll_ready(cx)).await.ok()?;
+    let request = http::Request::post(format!("http://broker{path}"))
+        .header("content-type", "application/grpc")
+        .header("te", "trailers")
+        .header("x-value", header)
+        .body(body)
+        .expect("a request");
+    channel.call(request).await.ok()
+}
+
+/// The beginning of a message of so many bytes, of which so many are sent; the rest never comes.
+pub(super) fn withheld(announced: usize, sent: usize, gone: oneshot::Receiver<()>) -> Body {
+    let prefix = [&[0][..], &u32::try_from(announced).expect("32 bits").to_be_bytes()].concat();
+    let chunk = Bytes::from(vec![0; 1 << 18]);
+    let mut pieces = vec![Bytes::from(prefix)];
+    let mut left = sent;
+    while left > 0 {
+        let piece = chunk.slice(..left.min(chunk.len()));
+        left -= piece.len();
+        pieces.push(piece);
+    }
+    open(pieces, gone)
+}
+
+/// These bytes, and no end until the attacker is gone.
+pub(super) fn open(pieces: Vec<Bytes>, gone: oneshot::Receiver<()>) -> Body {
+    let end = stream::once(gone).filter_map(|_| future::ready(None));
+    let frames = stream::iter(pieces).chain(end).map(|piece| Ok::<_, tonic::Status>(Frame::data(piece)));
+    Body::new(StreamBody::new(frames))
+}
+
+/// A message with its prefix.
+pub(super) fn framed(message: &[u8]) -> Bytes {
+    let prefix = u32::try_from(message.len()).expect("32 bits").to_be_bytes();
+    Bytes::from([&[0][..], &prefix, message].concat())
+}
+
+/// One whole message.
+pub(super) fn whole(message: &[u8]) -> Body {
+    Body::new(http_body_util::Full::new(framed(message)))
+}
+
+/// What a call with this message is refused with.
+pub(super) async fn refusal(address: SocketAddr, path: &str, message: &[u8]) -> Fault {
+    let response = call(connect(address).await, path, whole(message)).await.expect("an answer");
+    let mut headers = response.headers().clone();
+    if !headers.contains_key("grpc-status") {
+        let body = response.into_body().collect().await.expect("a body");
+        headers = body.trailers().cloned().expect("trailers");
+    }
+    Fault::from(&tonic::Status::from_header_map(&headers).expect("a status"))
+}
+
+pub(super) fn resident_bytes(pid: u32) -> u64 {
+    let statm = fs::read_to_string(Path::new("/proc").join(pid.to_string()).join("statm")).expect("it runs");
+    let pages: u64 = statm.split(' ').nth(1).and_then(|pages| pages.parse().ok()).expect("a number");
+    pages * 4096
+}
+
+/// A broker under attack, an honest client, and what the memory came to.
+pub(super) struct Target {
+    pub(super) broker: Broker,
+    pub(super) home: Home,
+    pub(super) scale: Scale,
+}
+
+impl Target {
+    pub(super) async fn start(scale: Scale) -> Self {
+        let mut home = Home::new().setting("limits.memory_bytes", MEMORY).topic_default("max.message.bytes", 1 << 26);
+        let broker = tokio::task::block_in_place(|| home.start());
+        wire::create_topic(home.grpc(), "honest", 1, &[]).await;
+        wire::create_topic(home.grpc(), "bombs", 1, &[("retention.ms", "-1")]).await;
+        wire::create_topic(home.grpc(), "empty", 1, &[]).await;
+        // The batches of these tests are old.
+        wire::create_topic(home.grpc(), "t", scale.partitions, &[("retention.ms", "-1")]).await;
+        Self { home, broker, scale }
+    }
+
+    pub(super) fn address(&self) -> SocketAddr {
+        self.home.grpc()
+    }
+
+    /// Attacks for a while. Resident memory stays below the bound, and an honest client's small appends are taken all the time.
+    pub(super) async fn withstands<F: Future<Output = ()> + Send + 'static>(&self, name: &str, attacks: Vec<F>) {
+        if !name.contains(&std::env::var("STRANDLINE_HOSTILE_ONLY").unwrap_or_default()) {
+            return;
+        }
+        let pid = self.broker.pid();
+        let peak = Arc::new(AtomicU64::new(0));
+        let (mut watch, seen) = (JoinSet::new(), Arc::clone(&peak));
+        watch.spawn(async move {
+            loop {
+                seen.fetch_max(resident_bytes(pid), Ordering::Relaxed);
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        });
+        let mut attackers = JoinSet::new();
+        attacks.into_iter().for_each(|attack| drop(attackers.spawn_on(attack, ATTACKERS.handle())));
+        let (mut log, mut waits) = (wire::log(self.address()), Vec::new());
+        let end = clock::monotonic() + Duration::from_secs(self.scale.seconds);
+        while clock::monotonic() < end {
+            let began = clock::monotonic();
+            let append = wire::append_plain("honest", 0, vec![Bytes::from_static(b"small")]);
+            let appended = wire::append(&mut log, append).await;
+            assert!(appended.is_ok(), "{name}: an honest append: {appended:?}");
+            waits.push(began.elapsed());
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        attackers.shutdown().await;
+        watch.shutdown().await;
+        waits.sort();
+        let (p99, most) = (waits[waits.len() * 99 / 100], waits[waits.len() - 1]);
+        let peak = peak.load(Ordering::Relaxed);
+        eprintln!(
+            "{name}: {} MiB resident at most; {} honest appends, p99 {p99:?}, slowest {most:?}",
+            peak >> 20,
+            waits.len()
+        );
+        assert!(peak < MAX_RESIDENT_BYTES, "{name}: {} MiB resident", peak >> 20);
+        assert!(!self.scale.is_full || p99 < Duration::from_millis(50), "{name}: p99 {p99:?}");
+    }
+
+    /// Records on the disk that memory does not keep: in each of the first partitions 16 MiB.
+    pub(super) async fn fill(&self) {
+        let mut log = wire::log(self.address());
+        for partition in 0..FILLED {
+            for _ in 0..4 {
+                let batch = wire::batch(&[&vec![7; 4 << 20]]);
+                wire::append(&mut log, wire::append_batch("t", partition, batch)).await.expect("it takes records");
+            }
+        }
+    }
+
+    /// What was held for clients is given back, to the system too.
+    pub(super) fn gives_back(&self, before: u64) {
+        let (home, pid) = (&self.home, self.broker.pid());
+        let most = before + before / 5;
+        eprintln!("{} MiB before, {} MiB after", before >> 20, resident_bytes(pid) >> 20);
+        tokio::task::block_in_place(|| {
+            eventually("nothing is held for requests and responses any more", || {
+                let held = home.metrics(["strandline_request_memory_bytes", "strandline_response_memory_bytes"]);
+                (held == [0.0, 0.0]).then_some(())
+            });
+            eventually("memory goes back to the system", || (resident_bytes(pid) < most).then_some(()));
+        });
+        eprintln!("{} MiB in the end", resident_bytes(pid) >> 20);
+    }
+
+    /// So many connections, each with an attack of its own.
+    pub(super) fn on_connections<F, Fut>(
+        &self,
+        connections: usize,
+        window: u32,
+        attack: F,
+    ) -> Vec<impl Future<Output = ()> + use<F, Fut>>
+    where
+        F: Fn(Channel) -> Fut + Clone,
+        Fut: Future<Output = ()> + Send + 'static,
+    {
+        let endpoint = endpoint(self.address()).initial_stream_window_size(window);
+        let attack = |_| {
+            let (endpoint, attack) = (endpoint.clone(), attack.clone());
+            async move {
+                attack(endpoint.connect().await.expect("the port is open")).await;
+            }
+        };
+        (0..connections).map(attack).collect()
+    }
+
+    /// So many streams on as few connections as may have them, each with an attack of its own.
+    pub(super) async fn on_streams<F, Fut>(&self, streams: usize, attack: F) -> Vec<Fut>
+    where
+        F: Fn(Channel) -> Fut,
+        Fut: Future<Output = ()> + Send + 'static,
+    {
+        let mut attacks = Vec::new();
+        for _ in 0..streams.div_ceil(900) {
+            let channel = connect(self.address()).await;
+            attacks.extend((0..900.min(streams - attacks.len())).map(|_| attack(channel.clone())));
+        }
+        attacks
+    }
+}
+
+/// Calls again and again, and reads no more of an answer than its head.
+pub(super) async fn unread(channel: Channel, path: &str, body: impl Fn(oneshot::Receiver<()>) -> Body) {
+    loop {
+        let (alive, gone) = oneshot::channel();
+        let answer = call(channel.clone(), path, body(gone)).await;
+        if answer.as_ref().is_some_and(|answer| !answer.headers().contains_key("grpc-status")) {
+            future::pending::<()>().await;
+        }
+        drop(alive);
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// Partition of the topic `t`, from its start.
+pub(super) fn place(partition: i32) -> FetchPartition {
+    FetchPartition { topic: "t".to_owned(), partition, ..Default::default() }
+}
+
+/// A message that has `inner` at the end of the messages that these fields nest.
+pub(super) fn nested(before: &[u8], fields: &[u32], inner: &[u8]) -> Vec<u8> {
+    let mut message = inner.to_vec();
+    for field in fields.iter().rev() {
+        let mut outer = Vec::with_capacity(message.len() + 16);
+        prost::encoding::encode_key(*field, prost::encoding::WireType::LengthDelimited, &mut outer);
+        prost::encoding::encode_varint(message.len() as u64, &mut outer);
+        outer.extend_from_slice(&message);
+        message = outer;
+    }
+    [before, &message].concat()
+}
