@@ -6,7 +6,14 @@
 
 use std::sync::{Arc, atomic::Ordering};
 
-use super::{Log, directory::Inner, error::ReplicaError, journal::entry::Kind, shared::Shared, shared::replica_dir};
+use super::{
+    Log,
+    directory::Inner,
+    error::ReplicaError,
+    journal::entry::Kind,
+    shared::{Shared, replica_dir},
+    unclaimed::RemovedFiles,
+};
 use crate::model::{Offset, PartitionId};
 
 /// Replicas that could not be deleted, and the reason.
@@ -15,7 +22,9 @@ type Failures = Vec<(PartitionId, ReplicaError)>;
 impl Log {
     /// As [`Self::delete_replicas`], for one.
     pub fn delete_replica(&self, id: PartitionId) -> Result<(), ReplicaError> {
-        self.delete_replicas(&[id]).pop().map_or(Ok(()), |(_, error)| Err(error))
+        let outcome = self.delete_replicas(&[id]).pop().map_or(Ok(()), |(_, error)| Err(error));
+        self.inner.unclaimed.take_removed().close();
+        outcome
     }
 
     /// Deletes replicas and their files, or what an earlier try of this process left of them; nothing happens where one is not known. Their
@@ -54,6 +63,12 @@ impl Log {
             saw!(Settled { partition: _shared.id });
         }
         failures
+    }
+
+    /// The large files of replicas that [`Self::delete_replicas`] deleted, still open: closed at once they keep the journal's write waiting.
+    /// Their room is free when this was dropped.
+    pub fn take_removed(&self) -> RemovedFiles {
+        self.inner.unclaimed.take_removed()
     }
 
     /// Deletes what is on the disk of replicas that are not known: only the metadata's word that nobody needs them is a licence. Nothing

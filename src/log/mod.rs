@@ -106,3 +106,4 @@ pub use reader::{Read, ReadLimits, Reader};
 pub use replica::{Held, Removed, Replica};
 pub use segment::SegmentInfo;
 pub use status::{Space, Status};
+pub use unclaimed::RemovedFiles;

@@ -12,7 +12,7 @@ use uuid::Uuid;
 use super::{
     checkpoint::{Checkpoint, ReplicaRecord, Standing},
     core::Options,
-    disk::{Disk, Mode},
+    disk::{Disk, File, Mode},
     error::OpenError,
     identity::io_error,
     journal::{
@@ -161,7 +161,8 @@ fn merge(
             reset_again(disk, &replica_dir(dir, *id), reset.base)?;
         }
     }
-    remove_replicas(disk, deleted.iter().map(PathBuf::as_path)).into_iter().collect::<io::Result<()>>()?;
+    let outcomes = remove_replicas(disk, deleted.iter().map(PathBuf::as_path), &mut drop);
+    outcomes.into_iter().collect::<io::Result<()>>()?;
     if journaled.unknown_loss.is_some() {
         // The round may have held a replica's creation: what lies there is not passed over in silence.
         for record in without_checkpoint(disk, dir)? {
@@ -281,36 +282,34 @@ fn reset_again(disk: &dyn Disk, dir: &Path, at: Offset) -> io::Result<()> {
     disk.sync_dir(dir)
 }
 
-/// Files from so many bytes on give their room back in steps.
+/// Files of so many bytes give their room back in steps where somebody sees to that.
 const LARGE_FILE_BYTES: u64 = 4 << 20;
 
-fn remove_files(disk: &dyn Disk, dir: &Path) -> io::Result<()> {
-    match disk.list(dir) {
-        Ok(entries) => entries.iter().rev().try_for_each(|entry| remove_file(disk, &dir.join(&entry.name), entry.len)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        Err(error) => Err(error),
-    }
-}
-
-/// Removes a file. The room of a large one is given back in steps.
-fn remove_file(disk: &dyn Disk, path: &Path, bytes: u64) -> io::Result<()> {
-    if bytes < LARGE_FILE_BYTES {
-        return disk.remove(path);
-    }
-    let file = disk.open(path, Mode::Write)?;
-    disk.remove(path)?;
-    if let Err(error) = file.give_back() {
-        tracing::debug!(file = %path.display(), %error, "the room of a removed file is given back at once");
+/// Removes what is in a folder. `keep` gets the large files, still open, before they are closed.
+fn remove_files(disk: &dyn Disk, dir: &Path, keep: &mut dyn FnMut(Arc<dyn File>)) -> io::Result<()> {
+    let entries = match disk.list(dir) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        listed => listed?,
+    };
+    for entry in entries.iter().rev() {
+        let path = dir.join(&entry.name);
+        let open = if entry.len >= LARGE_FILE_BYTES { disk.open(&path, Mode::Write).ok() } else { None };
+        disk.remove(&path)?;
+        open.into_iter().for_each(&mut *keep);
     }
     Ok(())
 }
 
 /// Removes the directories of replicas, and those of topics that are empty then, durably: one sync for each topic. The outcome of each.
-pub(super) fn remove_replicas<'a>(disk: &dyn Disk, dirs: impl Iterator<Item = &'a Path>) -> Vec<io::Result<()>> {
+pub(super) fn remove_replicas<'a>(
+    disk: &dyn Disk,
+    dirs: impl Iterator<Item = &'a Path>,
+    keep: &mut dyn FnMut(Arc<dyn File>),
+) -> Vec<io::Result<()>> {
     let (mut outcomes, mut topics) = (Vec::new(), BTreeMap::<&Path, Vec<usize>>::new());
     for dir in dirs {
         topics.entry(dir.parent().unwrap_or(dir)).or_default().push(outcomes.len());
-        outcomes.push(remove_files(disk, dir).and_then(|()| unless_absent(disk.remove_dir(dir))));
+        outcomes.push(remove_files(disk, dir, keep).and_then(|()| unless_absent(disk.remove_dir(dir))));
     }
     for (topic, places) in topics {
         if let Err(error) = sync_removed(disk, topic) {
