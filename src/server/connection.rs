@@ -40,7 +40,7 @@ const REQUEST_BYTES: usize = 16;
 
 /// How long a connection may take for them, and how long one for pages may be idle then: HTTP/1 has no pings.
 const GREETING_TIMEOUT: Duration = Duration::from_secs(10);
-const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
+pub(super) const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Bytes of `limits.memory_bytes` for each call or stream that is open: one that waits takes 7 KiB, and as much again for the partitions
 /// that it names.

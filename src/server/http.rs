@@ -23,7 +23,7 @@ use tonic::codegen::Service as _;
 
 use super::{
     calls,
-    connection::{Caller, Connection},
+    connection::{Caller, Connection, IDLE_TIMEOUT},
 };
 use crate::{
     broker::{Broker, Readiness},
@@ -90,8 +90,9 @@ async fn serve_connection(connection: Connection, router: Router, tasks: Tasks) 
         request.extensions_mut().insert(caller.clone());
         router.clone().call(request)
     });
-    let http1 = http1::Builder::new().timer(TokioTimer::new()).serve_connection(TokioIo::new(connection), service);
-    let mut served = pin!(http1);
+    let mut http1 = http1::Builder::new();
+    http1.timer(TokioTimer::new()).header_read_timeout(IDLE_TIMEOUT);
+    let mut served = pin!(http1.serve_connection(TokioIo::new(connection), service));
     let ended = tokio::select! {
         biased;
         ended = &mut served => ended,

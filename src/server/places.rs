@@ -87,6 +87,8 @@ pub(super) struct Places<T> {
     max_calls: usize,
     /// Open calls of all connections.
     calls: usize,
+    /// Connections with an open call.
+    active: usize,
     next: u64,
     connections: BTreeMap<u64, Occupant<T>>,
     /// How many of the common pool come from an origin, and which of them are idle.
@@ -123,6 +125,7 @@ impl<T> Places<T> {
             per_address: per_address.clamp(1, places.max(1)),
             max_calls,
             calls: 0,
+            active: 0,
             next: 0,
             connections: BTreeMap::new(),
             origins: BTreeMap::new(),
@@ -158,7 +161,8 @@ impl<T> Places<T> {
     /// Whether there is room for one more call on this connection.
     pub(super) fn has_room_for_call(&self, id: u64) -> bool {
         let calls = self.connections.get(&id).map_or(0, |occupant| occupant.calls);
-        self.calls < self.max_calls || calls < MIN_CALLS.max(self.max_calls / self.connections.len().max(1))
+        self.calls < self.max_calls
+            || calls < MIN_CALLS.max(self.max_calls / (self.active + usize::from(calls == 0)).max(1))
     }
 
     /// A call begins. Returns the pool that the connection is in.
@@ -167,6 +171,7 @@ impl<T> Places<T> {
         occupant.calls += 1;
         self.calls += 1;
         let (pool, first) = (occupant.pool, occupant.calls == 1);
+        self.active += usize::from(first);
         if first && pool != Pool::Probe {
             self.set_idle(id, false);
         }
@@ -179,6 +184,7 @@ impl<T> Places<T> {
         let was_open = occupant.calls > 0;
         occupant.calls = occupant.calls.saturating_sub(1);
         self.calls -= usize::from(was_open);
+        self.active -= usize::from(was_open && occupant.calls == 0);
         if was_open && occupant.calls == 0 && occupant.pool != Pool::Probe {
             self.set_idle(id, true);
         }
@@ -204,6 +210,7 @@ impl<T> Places<T> {
         self.count_out(id);
         let occupant = self.connections.remove(&id)?;
         self.calls -= occupant.calls;
+        self.active -= usize::from(occupant.calls > 0);
         Some(occupant.handle)
     }
 

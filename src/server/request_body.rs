@@ -302,7 +302,7 @@ impl RequestBody {
     /// The message is there, with memory for all that is made of it.
     fn finish(&mut self, parts: Option<Grant>) {
         let message = self.message.take().expect("it is being read");
-        self.memory.deliver(message.grant.into_iter().chain(parts));
+        self.memory.deliver(message.bytes, message.grant.into_iter().chain(parts));
         if self.is_large_frame && self.rest.len() <= WAITING_BYTES {
             // It would hold all of the frame.
             self.rest = Bytes::copy_from_slice(&self.rest);

@@ -183,6 +183,7 @@ proptest! {
                 Event::Promote(n) => if let Some(id) = pick(n) { let _bound = all.promote(id); },
                 Event::Go(n) => if let Some(id) = pick(n) { all.remove(id); },
             }
+            prop_assert_eq!(all.active, all.connections.values().filter(|o| o.calls > 0).count());
             prop_assert_eq!(all.calls, all.connections.values().map(|o| o.calls).sum::<usize>());
             let of = |pool| all.connections.values().filter(move |o| o.pool == pool);
             prop_assert!(of(Pool::Common).count() == all.common && all.common <= places);
