@@ -161,8 +161,7 @@ pub struct Grant {
 }
 
 impl Grant {
-    /// Bytes that were taken of each.
-    pub(super) fn bytes(&self) -> usize {
+    fn bytes(&self) -> usize {
         self.permits.first().map_or(0, Memory::bytes_of)
     }
 
@@ -235,10 +234,18 @@ pub struct CallMemory {
     call: Arc<Mutex<Call>>,
 }
 
+/// A request that was read, with its memory until this is dropped.
+#[derive(Debug, Default)]
+pub struct HeldRequest {
+    /// Bytes of its message; 0 where it came by no connection.
+    pub(super) bytes: usize,
+    grants: Vec<Grant>,
+}
+
 #[derive(Debug, Default)]
 struct Call {
-    /// Requests that were read, and that their handler has not taken.
-    requests: Vec<Grant>,
+    /// What was read, and its handler has not taken.
+    request: HeldRequest,
     /// Responses that were made and not handed to the connection yet.
     made: Vec<Grant>,
     /// Those that were handed over; they have been sent when more is asked for.
@@ -330,14 +337,16 @@ impl CallMemory {
         in_time.map_err(|_| self.budgets.no_request_memory(bytes, "no memory for the request's parts came free"))
     }
 
-    /// A request was read whole.
-    pub fn deliver(&self, grants: impl IntoIterator<Item = Grant>) {
-        self.call().requests.extend(grants);
+    /// A request of so many bytes was read whole.
+    pub fn deliver(&self, bytes: usize, grants: impl IntoIterator<Item = Grant>) {
+        let mut call = self.call();
+        call.request.bytes = bytes;
+        call.request.grants.extend(grants);
     }
 
     /// Takes over the memory of the request that was read last. Dropping the value gives it back.
-    pub fn take_request(&self) -> Vec<Grant> {
-        std::mem::take(&mut self.call().requests)
+    pub fn take_request(&self) -> HeldRequest {
+        std::mem::take(&mut self.call().request)
     }
 
     /// Notes that a request is incomplete, for as long as the value lives.
@@ -478,6 +487,11 @@ impl CallMemory {
     /// Opens the batches of this connection one at a time.
     pub(super) fn opener(&self, opener: &Opener) -> Opener {
         opener.for_caller(Arc::clone(&self.connection.0.decompression))
+    }
+
+    /// Rewrites the batches of this connection one at a time. Its readers wait for none of them.
+    pub(super) fn rewriter(&self, opener: &Opener) -> Opener {
+        opener.for_caller(Arc::clone(&self.connection.0.recompression))
     }
 
     /// The turn of a call whose answer is made of metadata, until that was sent.

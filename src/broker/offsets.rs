@@ -1,6 +1,12 @@
 //! Finding offsets: the ends of a partition, and the first record of a time.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use futures::{StreamExt as _, stream};
 use tokio::time::Instant;
@@ -23,13 +29,13 @@ const LOOKUPS: usize = 8;
 /// How long the latest offsets of one request are waited for where new leaders do not know them yet.
 const SETTLES: Duration = Duration::from_secs(1);
 
-/// Until when the look-ups of one request wait.
+/// How the look-ups of one request wait.
 #[derive(Clone, Copy)]
-struct Waits {
+struct Waits<'a> {
     /// For new leaders.
     settled: Instant,
-    /// For memory.
-    memory: Instant,
+    /// One of them waited for memory in vain: the others take what is there.
+    out_of_memory: &'a AtomicBool,
 }
 
 impl Broker {
@@ -49,7 +55,8 @@ impl Broker {
         self.acquaint(request.queries.iter().map(|query| (query.topic.as_str(), ""))).await;
         // For all of them together: thousands of partitions without their minimum must not be waited for one after the other.
         let now = clock::monotonic();
-        let waits = Waits { settled: now + SETTLES, memory: now + self.settings.fetch_max_wait };
+        let out_of_memory = AtomicBool::new(false);
+        let waits = Waits { settled: now + SETTLES, out_of_memory: &out_of_memory };
         let answers = stream::iter(request.queries).map(|query| async move {
             self.find_offset(&query, waits, memory).await.unwrap_or_else(|fault| v1::OffsetAnswer {
                 error: Some(fault.into()),
@@ -67,7 +74,7 @@ impl Broker {
     async fn find_offset(
         &self,
         query: &v1::OffsetQuery,
-        waits: Waits,
+        waits: Waits<'_>,
         memory: &CallMemory,
     ) -> Result<v1::OffsetAnswer, Fault> {
         let partition = self.partition(&query.topic, query.partition)?;
@@ -83,11 +90,9 @@ impl Broker {
                 saw!(Latest { partition: partition.id(), epoch, offset: marks.high_watermark });
                 (marks.high_watermark, -1, epoch)
             }
-            Some(At::TimestampMs(time)) => self.find_time(&partition, time, waits.memory, memory).await?.unwrap_or((
-                marks.high_watermark,
-                -1,
-                epoch,
-            )),
+            Some(At::TimestampMs(time)) => {
+                self.find_time(&partition, time, waits, memory).await?.unwrap_or((marks.high_watermark, -1, epoch))
+            }
             None => return Err(faults::invalid("the query says neither earliest nor latest nor a timestamp")),
         };
         Ok(v1::OffsetAnswer { error: None, offset: offset.as_i64(), timestamp_ms, leader_epoch: epoch.as_i32() })
@@ -98,14 +103,19 @@ impl Broker {
         &self,
         partition: &Partition,
         time: i64,
-        deadline: Instant,
+        waits: Waits<'_>,
         memory: &CallMemory,
     ) -> Result<Option<(Offset, i64, LeaderEpoch)>, Fault> {
         let (opener, mut batch_bytes) = (memory.opener(&self.opener), limits::SEARCH_BYTES);
         loop {
             // Chunks of the bucket, and the batch that is put together from them.
-            let granted = tokio::time::timeout_at(deadline, memory.read(2 * batch_bytes)).await;
-            let _granted = granted.map_err(|_| memory.no_response_memory())?;
+            let is_out = waits.out_of_memory.load(Ordering::Relaxed);
+            let patience = if is_out { Duration::ZERO } else { self.settings.fetch_max_wait };
+            let granted = tokio::time::timeout(patience, memory.read(2 * batch_bytes)).await;
+            let _granted = granted.map_err(|_| {
+                waits.out_of_memory.store(true, Ordering::Relaxed);
+                memory.no_response_memory()
+            })?;
             match partition.reader().offset_for_time(time, batch_bytes, &opener).await {
                 // Larger than needed: batches that grow byte by byte would begin the search again and again.
                 Err(ReadError::BatchTooLarge { bytes }) => batch_bytes = bytes.next_power_of_two(),

@@ -17,7 +17,7 @@ use tokio::{
 use tokio_util::task::AbortOnDropHandle;
 use tonic::{Status, Streaming};
 
-use super::{Broker, CallMemory, Grant, ProducerIdQuota, faults};
+use super::{Broker, CallMemory, ProducerIdQuota, faults};
 use crate::{
     limits,
     model::{Acks, Compression, PartitionId},
@@ -126,7 +126,6 @@ impl Broker {
     ) -> Result<Queued, Fault> {
         // Given back when the batch has produce memory.
         let held = memory.take_request();
-        let message_bytes = held.iter().map(Grant::bytes).sum::<usize>();
         let began = clock::monotonic();
         self.metrics.produce_requests.inc();
         let acks = acks(request.acks)?;
@@ -152,7 +151,8 @@ impl Broker {
                 let bytes = batch.encoded_len();
                 if bytes > most {
                     refusal = Some(too_large(bytes));
-                } else if message_bytes > bytes + MAX_SURPLUS_BYTES {
+                }
+                if held.bytes > bytes + MAX_SURPLUS_BYTES {
                     // It would keep all of its message in memory.
                     batch.detach();
                 }
@@ -172,7 +172,8 @@ impl Broker {
         let (batch, timestamps, permit) = match config.compression {
             Some(codec) if codec != batch.compression() && refusal.is_none() => {
                 // The connection's turn first: what waits for that holds no memory that others need.
-                let opener = memory.opener(&self.opener).in_turn().await;
+                let turn = tokio::time::timeout_at(deadline, memory.rewriter(&self.opener).in_turn()).await;
+                let opener = turn.map_err(|_| out_of_time())?;
                 // Its size is known when it is made: memory for the largest is taken before.
                 let mut permit = self.produce_permit(&partition, most, deadline).await?;
                 match recompressed(&opener, &batch, codec, &partition, most).await? {
@@ -182,6 +183,7 @@ impl Broker {
                     }
                     outcome => {
                         refusal = Some(outcome.map_or_else(|grows| grows, |(made, _)| too_large(made.encoded_len())));
+                        Memory::shrink(&mut permit, batch.encoded_len());
                         (batch, timestamps, Some(permit))
                     }
                 }
@@ -194,14 +196,20 @@ impl Broker {
             }
         };
         // A retry of one that was stored before the topic's configuration changed is the partition's to find.
-        if let Some(refused) = refusal.take_if(|_| batch.producer().is_none()) {
+        if let Some(refused) = refusal.take_if(|_| batch.producer().is_none() || acks == Acks::None) {
             return Err(AppendError::Refused(refused).into());
         }
         let (bytes, records) = (batch.encoded_len() as u64, u64::from(batch.count()));
         let stored = tiered.as_ref().map(|tiered| Arc::clone(&tiered.stored));
+        let is_refused = refusal.is_some();
         let origin = BatchOrigin { fingerprint: sent, timestamps, refusal };
         let permit = match permit {
             Some(permit) => permit,
+            // It is dropped when the partition has looked at it: nobody is to wait for that.
+            None if is_refused => {
+                let memory = self.produce_memory.of(batch.encoded_len());
+                memory.try_take(batch.encoded_len()).ok_or_else(|| no_produce_memory(batch.encoded_len(), memory))?
+            }
             None => self.produce_permit(&partition, batch.encoded_len(), deadline).await?,
         };
         if tiered.is_some() {
@@ -250,17 +258,11 @@ impl Broker {
             () = self.stopping() => return Err(self.stopping_refusal(partition)),
             permit = memory.take(bytes) => permit,
             () = tokio::time::sleep_until(deadline) => {
-                let most = memory.bytes();
-                let message = format!(
-                    "no memory for the batch of up to {bytes} bytes came free in the time that the request has: other writes wait for \
-                     their acknowledgements and hold it, and all may take {most} (limits.produce_memory_bytes)"
-                );
-                return Err(Fault::new(Reason::Overloaded, message).with("bytes", bytes).with("max", most));
+                return Err(no_produce_memory(bytes, memory));
             }
         };
         if over() {
-            let message = "the time that the request has was over before its batch could be appended: it was not written; try again";
-            return Err(Fault::new(Reason::Overloaded, message));
+            return Err(out_of_time());
         }
         Ok(permit)
     }
@@ -430,6 +432,21 @@ fn answered(correlation: u64, outcome: Result<v1::AppendResponse, Fault>) -> v1:
         Err(fault) => produce_response::Result::Error(fault.into()),
     };
     v1::ProduceResponse { correlation, result: Some(result) }
+}
+
+fn out_of_time() -> Fault {
+    let message =
+        "the time that the request has was over before its batch could be appended: it was not written; try again";
+    Fault::new(Reason::Overloaded, message)
+}
+
+fn no_produce_memory(bytes: usize, memory: &Memory) -> Fault {
+    let most = memory.bytes();
+    let message = format!(
+        "no memory for the batch of up to {bytes} bytes came free in the time that the request has: other writes wait for their \
+         acknowledgements and hold it, and batches of its size may take {most} together (a half of limits.produce_memory_bytes)"
+    );
+    Fault::new(Reason::Overloaded, message).with("bytes", bytes).with("max", most)
 }
 
 /// Waits until the request that came last is queued, or refused.

@@ -311,7 +311,13 @@ impl Reader {
                 // A segment left the disk while it was looked at.
                 Err(log::ReadError::OutOfRange { .. }) => {}
                 Err(log::ReadError::BatchTooLarge { bytes }) => return Err(ReadError::BatchTooLarge { bytes }),
-                found => return found.map_err(|error| ReadError::Disk { why: error.to_string() }),
+                Err(error) => {
+                    if let Some(count) = self.shared.count_unreadable() {
+                        tracing::error!(partition = %self.id, %error, count, "the local copy cannot be searched for a time");
+                    }
+                    return Err(ReadError::Disk { why: error.to_string() });
+                }
+                Ok(found) => return Ok(found),
             }
         }
         Err(ReadError::Disk { why: format!("segments left the disk {TRIES} times while a time was looked for") })

@@ -48,6 +48,8 @@ pub(super) struct Shared {
     fault: Mutex<Option<Arc<str>>>,
     /// Reads that the local copy did not serve.
     unreadable: Mutex<LogThrottle>,
+    /// Reads for followers that it did not serve.
+    unsendable: Mutex<LogThrottle>,
     /// While it leads.
     followers: Mutex<Option<Followers>>,
     /// Whether somebody follows: else appends note nothing.
@@ -79,6 +81,7 @@ impl Shared {
             config: ArcSwap::new(config),
             fault: Mutex::new(None),
             unreadable: Mutex::default(),
+            unsendable: Mutex::default(),
             followers: Mutex::new(None),
             followed: AtomicBool::new(false),
             committed: Listeners::default(),
@@ -91,6 +94,11 @@ impl Shared {
     /// Counts a read that the local copy did not serve: `Some` with how many there were, where a line is due.
     pub(super) fn count_unreadable(&self) -> Option<u64> {
         self.unreadable.lock().unwrap_or_else(PoisonError::into_inner).occur(clock::monotonic())
+    }
+
+    /// As [`Self::count_unreadable`], for followers.
+    pub(super) fn count_unsendable(&self) -> Option<u64> {
+        self.unsendable.lock().unwrap_or_else(PoisonError::into_inner).occur(clock::monotonic())
     }
 
     /// Publishes the marks. The ends are stored before the high watermark, so that who sees a high watermark finds

@@ -82,7 +82,7 @@ impl TailReader {
         match error {
             log::ReadError::OutOfRange { start, end, .. } => ReadError::OutOfRange { offset: from, start, end },
             log::ReadError::Damaged { offset, .. } => {
-                if let Some(count) = self.shared.count_unreadable() {
+                if let Some(count) = self.shared.count_unsendable() {
                     tracing::error!(
                         partition = %self.log.id(), %offset, %error, count,
                         "the local copy cannot be sent to a follower"

@@ -42,6 +42,8 @@ pub(super) struct Account {
     pub(super) sessions: Memory,
     /// Taken while a batch of this connection is decompressed.
     pub(super) decompression: Arc<Semaphore>,
+    /// Turns to open a batch that is to be written in another codec.
+    pub(super) recompression: Arc<Semaphore>,
     pub(super) metadata_calls: Arc<Semaphore>,
     unread: Mutex<Unread>,
     close: Box<dyn Fn() + Send + Sync>,
@@ -186,6 +188,7 @@ impl Connections {
             responses,
             sessions,
             decompression: Arc::new(Semaphore::new(1)),
+            recompression: Arc::new(Semaphore::new(1)),
             metadata_calls: Arc::new(Semaphore::new(METADATA_CALLS)),
             unread: Mutex::default(),
             close: Box::new(close),

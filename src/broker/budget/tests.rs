@@ -87,7 +87,7 @@ async fn parts_have_memory_of_their_own() {
     assert!(small.is_some(), "few parts do not wait for many");
     drop(small);
     let with_parts = budgets.taken().0;
-    call.deliver([message]);
+    call.deliver(0, [message]);
     drop(call.take_request());
     assert!(with_parts > budgets.taken().0);
     assert_eq!(budgets.taken().0, limits::MAX_REQUEST_PARTS * PART_BYTES);

@@ -144,7 +144,8 @@ impl Session {
     /// Reads a partition again when there is memory for a batch of so many bytes. Where the response has nothing yet, it gives back what it
     /// took, and the reads under way begin again with it.
     pub(super) fn read_later(&mut self, index: usize, batch_bytes: usize, gathered: &mut Gathered) {
-        self.max_batch_bytes = self.max_batch_bytes.max(batch_bytes);
+        // Larger than needed: batches that grow byte by byte would begin the reads again and again.
+        self.max_batch_bytes = self.max_batch_bytes.max(batch_bytes.next_power_of_two());
         self.places[index].reading = false;
         self.ready.mark(index);
         gathered.full = gathered.bytes > 0;

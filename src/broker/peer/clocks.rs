@@ -1,6 +1,9 @@
 //! Clocks of two brokers that lie far apart: said to people, and nothing else. No decision between brokers looks at a clock.
 
-use std::sync::{Mutex, PoisonError};
+use std::{
+    collections::BTreeMap,
+    sync::{Mutex, PoisonError},
+};
 
 use crate::{model::BrokerId, task::clock, telemetry::LogThrottle};
 
@@ -9,15 +12,15 @@ const FAR_APART_MS: u64 = 10_000;
 
 /// Compares the clocks of other brokers with the one here.
 #[derive(Debug, Default)]
-pub(in crate::broker) struct ClockComparison(Mutex<LogThrottle>);
+pub(in crate::broker) struct ClockComparison(Mutex<BTreeMap<BrokerId, LogThrottle>>);
 
 impl ClockComparison {
     /// Says so when the clock of `broker`, read when it said hello or welcome, is far from the one here. One that says nothing of its clock
     /// is an older version's.
     pub(in crate::broker) fn compare(&self, broker: BrokerId, theirs_ms: Option<i64>) {
         let Some(seconds_ahead) = theirs_ms.and_then(|theirs| apart(theirs, clock::wall_ms())) else { return };
-        let mut log = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(count) = log.occur(clock::monotonic()) else { return };
+        let mut logs = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(count) = logs.entry(broker).or_default().occur(clock::monotonic()) else { return };
         tracing::warn!(
             %broker, seconds_ahead, count,
             "this broker's clock and the one here are far apart: retention by time and the timestamps that brokers set go by the clock of \
