@@ -136,7 +136,7 @@ impl Pools {
         Self { small: Memory::new(bytes / 2), large: Memory::new(bytes - bytes / 2) }
     }
 
-    /// The pool for a message of so many bytes.
+    /// The pool for a message of `bytes`.
     pub(super) const fn of(&self, bytes: usize) -> &Memory {
         if bytes <= SMALL_BYTES { &self.small } else { &self.large }
     }
@@ -244,7 +244,7 @@ pub struct HeldRequest {
 
 #[derive(Debug, Default)]
 struct Call {
-    /// What was read, and its handler has not taken.
+    /// The request that was read, until its handler takes it.
     request: HeldRequest,
     /// Responses that were made and not handed to the connection yet.
     made: Vec<Grant>,
@@ -337,7 +337,7 @@ impl CallMemory {
         in_time.map_err(|_| self.budgets.no_request_memory(bytes, "no memory for the request's parts came free"))
     }
 
-    /// A request of so many bytes was read whole.
+    /// A request of `bytes` was read whole.
     pub fn deliver(&self, bytes: usize, grants: impl IntoIterator<Item = Grant>) {
         let mut call = self.call();
         call.request.bytes = bytes;

@@ -45,7 +45,7 @@ impl Broker {
         })
     }
 
-    /// What a reader is answered of a partition that is not read here, with the marks of the replica where one is open.
+    /// The entry of a response for a partition that is not read here, with the marks of the replica where one is open.
     pub(super) fn refused_partition(&self, want: v1::FetchPartition, fault: Fault) -> v1::FetchedPartition {
         let holding = match self.hosted.find(&want.topic, want.partition) {
             Some(Found::Held(id, holding))

@@ -282,7 +282,7 @@ fn reset_again(disk: &dyn Disk, dir: &Path, at: Offset) -> io::Result<()> {
     disk.sync_dir(dir)
 }
 
-/// Files of so many bytes give their room back in steps where somebody sees to that.
+/// Files of this size or more give their room back in steps, where their deletion keeps them open.
 const LARGE_FILE_BYTES: u64 = 4 << 20;
 
 /// Removes what is in a folder. `keep` gets the large files, still open, before they are closed.

@@ -26,7 +26,7 @@ impl UndecodableBatches {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What is wrong with a batch, where that is known.
+    /// The error that was met in a batch, where one is remembered.
     pub(super) fn find(&self, id: PartitionId, batch: &Batch) -> Option<Malformed> {
         let name = name(id, batch);
         self.lock().iter().find(|(known, _)| *known == name).map(|(_, error)| error.clone())

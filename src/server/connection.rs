@@ -85,7 +85,7 @@ struct Limiter {
 }
 
 impl ConnectionLimiter {
-    /// A limiter of so many places, of which one address has at most `per_address`, or half where that is not set, for calls that
+    /// A limiter with the places of `capacity`, of which one address has at most `per_address`, or half where that is not set, for calls that
     /// `memory_bytes` have room for. `open` counts the connections that are open.
     pub(super) fn new(
         port: Port,

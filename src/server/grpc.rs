@@ -65,7 +65,7 @@ const WINDOWS_SHARE: u64 = 16;
 /// A new connection gets at most this part of what is left for windows, as a divisor: the later ones get smaller ones.
 const LEFT_SHARE: usize = 8;
 
-/// What connections may send to a listener before that is read. Clones share the memory for it.
+/// The windows of a listener's connections: bytes that clients may send before they are read. Clones share the memory for them.
 #[derive(Clone, Debug)]
 pub(super) struct Windows {
     /// Calls and streams of a connection that are open.

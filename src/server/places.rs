@@ -158,7 +158,7 @@ impl<T> Places<T> {
         Admitted { id, bound, pool, evicted }
     }
 
-    /// Whether there is room for one more call on this connection.
+    /// True if this connection may begin one more call.
     pub(super) fn has_room_for_call(&self, id: u64) -> bool {
         let calls = self.connections.get(&id).map_or(0, |occupant| occupant.calls);
         self.calls < self.max_calls

@@ -58,8 +58,8 @@ pub(super) struct Room {
 }
 
 impl Room {
-    /// The room of one of so many brokers in this process, each of which is alone or has others to connect to it, with so much memory for
-    /// its clients.
+    /// The room of one of `brokers` in this process, each of which is alone or has others to connect to it, with `memory_bytes` for its
+    /// clients.
     pub(super) fn of(brokers: usize, alone: bool, memory_bytes: u64) -> Self {
         let files = getrlimit(Resource::Nofile).current.unwrap_or(1 << 20);
         Self::with(files, RealDisk::default().open_files() as u64, brokers, alone).within(memory_bytes)

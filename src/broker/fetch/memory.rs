@@ -141,7 +141,7 @@ impl Session {
         }
     }
 
-    /// Reads a partition again when there is memory for a batch of so many bytes. Where the response has nothing yet, it gives back what it
+    /// Reads a partition again when there is memory for a batch of `batch_bytes`. Where the response has nothing yet, it gives back what it
     /// took, and the reads under way begin again with it.
     pub(super) fn read_later(&mut self, index: usize, batch_bytes: usize, gathered: &mut Gathered) {
         // Larger than needed: batches that grow byte by byte would begin the reads again and again.

@@ -284,7 +284,7 @@ async fn small_responses_take_little_until_a_larger_batch_is_met() {
 async fn large_batch_on_disk_is_read_when_there_is_memory_for_it() {
     const BYTES: usize = 5 << 20;
     let dir = tempfile::tempdir().unwrap();
-    // What is appended later takes the place of the batches in memory.
+    // Later appends take the place of the batches in memory.
     let bench = Bench::start(dir.path(), true).await;
     let config = [("max.message.bytes".to_owned(), "67108864".to_owned())].into_iter().collect();
     bench.create_with(&TopicName::new("t").unwrap(), 2, config).await;
@@ -310,7 +310,7 @@ async fn large_batch_on_disk_is_read_when_there_is_memory_for_it() {
     bench.stop().await;
 }
 
-/// What one partition had and the first record of the next were more than a message takes: the call failed at each retry.
+/// The records of one partition and the first record of the next were more than a message takes: the call failed at each retry.
 #[tokio::test]
 async fn plain_response_ends_before_a_record_that_no_message_takes_with_the_others() {
     let dir = tempfile::tempdir().unwrap();

@@ -15,8 +15,8 @@ const FAR_APART_MS: u64 = 10_000;
 pub(in crate::broker) struct ClockComparison(Mutex<BTreeMap<BrokerId, LogThrottle>>);
 
 impl ClockComparison {
-    /// Says so when the clock of `broker`, read when it said hello or welcome, is far from the one here. One that says nothing of its clock
-    /// is an older version's.
+    /// A warning is logged where the clock of `broker`, as its Hello or Welcome had it, is far from the one here. Older versions send no
+    /// clock.
     pub(in crate::broker) fn compare(&self, broker: BrokerId, theirs_ms: Option<i64>) {
         let Some(seconds_ahead) = theirs_ms.and_then(|theirs| apart(theirs, clock::wall_ms())) else { return };
         let mut logs = self.0.lock().unwrap_or_else(PoisonError::into_inner);

@@ -55,7 +55,7 @@ fn batch_above_the_limit_is_not_read() {
         assert!(matches!(read(1, 1000, limit), Err(ReadError::BatchTooLarge { bytes }) if bytes == needed), "{limit}");
     }
     assert_eq!(read(1, 1000, needed).unwrap().next, at(2));
-    // What a search reads at once may be larger.
+    // A search may read more at once.
     assert!(reader.batch_for_time(1001, at(0), at(2), 1).unwrap().is_some());
 }
 

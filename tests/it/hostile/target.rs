@@ -105,7 +105,7 @@ pub(super) async fn call_with(
     channel.call(request).await.ok()
 }
 
-/// The beginning of a message of so many bytes, of which so many are sent; the rest never comes.
+/// The beginning of a message of `announced` bytes, of which `sent` come; the rest never does.
 pub(super) fn withheld(announced: usize, sent: usize, gone: oneshot::Receiver<()>) -> Body {
     let prefix = [&[0][..], &u32::try_from(announced).expect("32 bits").to_be_bytes()].concat();
     let chunk = Bytes::from(vec![0; 1 << 18]);
@@ -137,7 +137,7 @@ pub(super) fn whole(message: &[u8]) -> Body {
     Body::new(http_body_util::Full::new(framed(message)))
 }
 
-/// What a call with this message is refused with.
+/// The refusal of a call with this message.
 pub(super) async fn refusal(address: SocketAddr, path: &str, message: &[u8]) -> Fault {
     let response = call(connect(address).await, path, whole(message)).await.expect("an answer");
     let mut headers = response.headers().clone();
@@ -228,13 +228,13 @@ impl Target {
         }
     }
 
-    /// What was held for clients is given back, to the system too.
+    /// Memory that was held for clients is given back, to the system too.
     pub(super) fn gives_back(&self, before: u64) {
         let (home, pid) = (&self.home, self.broker.pid());
         let most = before + before / 5;
         eprintln!("{} MiB before, {} MiB after", before >> 20, resident_bytes(pid) >> 20);
         tokio::task::block_in_place(|| {
-            eventually("nothing is held for requests and responses any more", || {
+            eventually("requests and responses hold nothing", || {
                 let held = home.metrics(["strandline_request_memory_bytes", "strandline_response_memory_bytes"]);
                 (held == [0.0, 0.0]).then_some(())
             });
