@@ -6,7 +6,7 @@
 use std::{
     io::{self, IoSlice},
     net::{IpAddr, Ipv4Addr, SocketAddr},
-    pin::Pin,
+    pin::{Pin, pin},
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -29,7 +29,7 @@ use super::{
 };
 use crate::{
     broker::{Budgets, ConnectionMemory, ProducerIdQuota},
-    task::clock,
+    task::{Tasks, clock},
     telemetry::{Counter, Level, Metrics},
 };
 
@@ -402,6 +402,29 @@ pub(super) fn accept(
             admitted
         }
     })
+}
+
+/// Serves each connection in a task of its own until the tasks are stopped; then takes nothing new.
+pub(super) async fn serve_each<F>(
+    connections: impl Stream<Item = io::Result<Connection>> + Send,
+    tasks: &Tasks,
+    serve: impl Fn(Connection) -> F,
+) where
+    F: Future<Output = ()> + Send + 'static,
+{
+    let mut connections = pin!(connections);
+    loop {
+        let connection = tokio::select! {
+            biased;
+            () = tasks.cancelled() => return,
+            connection = connections.next() => connection,
+        };
+        match connection {
+            None => return,
+            Some(Err(error)) => tracing::debug!(%error, "a connection was not accepted"),
+            Some(Ok(connection)) => drop(tasks.spawn("connection", serve(connection))),
+        }
+    }
 }
 
 impl Connection {

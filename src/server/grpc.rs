@@ -17,7 +17,7 @@ use axum::{
     middleware::Next,
     response::Response,
 };
-use futures::{Stream, StreamExt as _};
+use futures::Stream;
 use hyper::{body::Incoming, server::conn::http2, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::sync::OwnedSemaphorePermit;
@@ -29,7 +29,7 @@ use tonic_health::{
 
 use super::{
     calls::{self, HeldMemory},
-    connection::{Caller, Connection, Port},
+    connection::{self, Caller, Connection, Port},
     request_body::{self, RequestBody},
 };
 use crate::{
@@ -192,21 +192,8 @@ pub(super) async fn serve(
     tasks: Tasks,
 ) {
     let routes = routes.into_axum_router();
-    let mut connections = pin!(connections);
-    loop {
-        let connection = tokio::select! {
-            biased;
-            () = tasks.cancelled() => return,
-            connection = connections.next() => connection,
-        };
-        match connection {
-            None => return,
-            Some(Err(error)) => tracing::debug!(%error, "a connection was not accepted"),
-            Some(Ok(connection)) => {
-                tasks.spawn("connection", serve_connection(windows.clone(), connection, routes.clone(), tasks.clone()));
-            }
-        }
-    }
+    let serve = |connection| serve_connection(windows.clone(), connection, routes.clone(), tasks.clone());
+    connection::serve_each(connections, &tasks, serve).await;
 }
 
 async fn serve_connection(windows: Windows, connection: Connection, routes: Router, tasks: Tasks) {

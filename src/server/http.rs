@@ -15,7 +15,7 @@ use axum::{
     response::{IntoResponse, Response},
     routing::get,
 };
-use futures::{Stream, StreamExt as _};
+use futures::Stream;
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::sync::Semaphore;
@@ -23,7 +23,7 @@ use tonic::codegen::Service as _;
 
 use super::{
     calls,
-    connection::{Caller, Connection, IDLE_TIMEOUT},
+    connection::{self, Caller, Connection, IDLE_TIMEOUT},
 };
 use crate::{
     broker::{Broker, Readiness},
@@ -67,21 +67,8 @@ pub(super) async fn serve(
         .route("/readyz", get(readyz))
         .with_state(pages)
         .layer(middleware::from_fn(count));
-    let mut connections = pin!(connections);
-    loop {
-        let connection = tokio::select! {
-            biased;
-            () = tasks.cancelled() => return,
-            connection = connections.next() => connection,
-        };
-        match connection {
-            None => return,
-            Some(Err(error)) => tracing::debug!(%error, "a connection for pages was not accepted"),
-            Some(Ok(connection)) => {
-                tasks.spawn("page connection", serve_connection(connection, router.clone(), tasks.clone()));
-            }
-        }
-    }
+    let serve = |connection| serve_connection(connection, router.clone(), tasks.clone());
+    connection::serve_each(connections, &tasks, serve).await;
 }
 
 async fn serve_connection(connection: Connection, router: Router, tasks: Tasks) {

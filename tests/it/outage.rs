@@ -15,6 +15,7 @@ use strandline::{
     },
     task::clock,
 };
+use tonic::transport::Channel;
 
 use crate::{
     broker::{Broker, Cli, Home, http_get},
@@ -496,14 +497,12 @@ async fn reads_of_history_fail_at_once_while_the_bucket_is_away_and_are_served_w
     assert!(begin.elapsed() < Duration::from_secs(5), "{:?}", begin.elapsed());
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn appends_to_a_bucket_that_is_away_are_told_so_and_later_ones_are_not_begun() {
-    let (server, home, _broker) = tokio::task::block_in_place(|| start(|home| home));
-    wire::create_topic(home.grpc(), "t", 1, &[("segment.ms", "86400000")]).await;
-    let mut log = wire::log(home.grpc());
-    wire::append(&mut log, tiered(30_000)).await.expect("the bucket is there");
-    server.faults().set_down(true);
-    let first = v1::ProduceRequest { correlation: 7, append: Some(tiered(6_000)) };
+/// Appends with `acks=tiered` in a stream: its answers, and the cause that the append is told to wait for.
+async fn cause_of_the_wait(
+    log: &mut v1::log_client::LogClient<Channel>,
+    timeout_ms: u32,
+) -> (tonic::Streaming<v1::ProduceResponse>, v1::Error) {
+    let first = v1::ProduceRequest { correlation: 7, append: Some(tiered(timeout_ms)) };
     let requests = futures::stream::iter([first]).chain(futures::stream::pending());
     let mut answers = log.produce(requests).await.expect("a stream").into_inner();
     let notice =
@@ -511,6 +510,17 @@ async fn appends_to_a_bucket_that_is_away_are_told_so_and_later_ones_are_not_beg
     let notice = notice.expect("it goes on");
     let Some(v1::produce_response::Result::Waiting(why)) = notice.result else { panic!("{notice:?}") };
     assert_eq!((notice.correlation, why.reason.as_str()), (7, "OBJECT_STORE_UNAVAILABLE"));
+    (answers, why)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn appends_to_a_bucket_that_is_away_are_told_so_and_later_ones_are_not_begun() {
+    let (server, home, _broker) = tokio::task::block_in_place(|| start(|home| home));
+    wire::create_topic(home.grpc(), "t", 1, &[("segment.ms", "86400000")]).await;
+    let mut log = wire::log(home.grpc());
+    wire::append(&mut log, tiered(30_000)).await.expect("the bucket is there");
+    server.faults().set_down(true);
+    let (mut answers, why) = cause_of_the_wait(&mut log, 6_000).await;
     assert!(why.message.contains("served nothing"), "{why:?}");
 
     let refusal = wire::append(&mut log, tiered(30_000)).await.expect_err("it could only wait");
@@ -537,14 +547,7 @@ async fn append_to_a_bucket_that_refuses_writes_is_told_why() {
     for op in [Op::Put, Op::StartUpload] {
         server.faults().inject(op, Fault::Status(403), usize::MAX);
     }
-    let first = v1::ProduceRequest { correlation: 7, append: Some(tiered(60_000)) };
-    let requests = futures::stream::iter([first]).chain(futures::stream::pending());
-    let mut answers = log.produce(requests).await.expect("a stream").into_inner();
-    let notice =
-        tokio::time::timeout(Duration::from_secs(4), answers.message()).await.expect("soon").expect("a notice");
-    let notice = notice.expect("it goes on");
-    let Some(v1::produce_response::Result::Waiting(why)) = notice.result else { panic!("{notice:?}") };
-    assert_eq!((notice.correlation, why.reason.as_str()), (7, "OBJECT_STORE_UNAVAILABLE"));
+    let (mut answers, why) = cause_of_the_wait(&mut log, 60_000).await;
     assert!(why.message.contains("the upload failed"), "{why:?}");
     server.faults().clear();
     final_answer(&mut answers, Duration::from_secs(60)).await.expect("it is in the bucket");
