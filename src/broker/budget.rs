@@ -27,6 +27,7 @@ use std::{
     time::Duration,
 };
 
+use smallvec::SmallVec;
 use tokio::{sync::OwnedSemaphorePermit, time::Instant};
 
 pub use self::connections::ConnectionMemory;
@@ -150,24 +151,33 @@ impl Pools {
     fn try_take(own: &Self, all: &Self, bytes: usize) -> Option<Grant> {
         let own = own.of(bytes).try_take(bytes)?;
         let all = all.of(bytes).try_take(bytes)?;
-        Some(Grant { permits: vec![own, all] })
+        Some(Grant::of_connection(own, all))
     }
 }
 
 /// Memory taken of a connection's part and of the budget.
 #[derive(Debug)]
 pub struct Grant {
-    permits: Vec<OwnedSemaphorePermit>,
+    /// Of the connection's part, where the pool has such parts.
+    own: Option<OwnedSemaphorePermit>,
+    all: OwnedSemaphorePermit,
 }
 
+/// Grants of one message: mostly one for its bytes, and one for its parts.
+type Grants = SmallVec<[Grant; 2]>;
+
 impl Grant {
+    fn of_connection(own: OwnedSemaphorePermit, all: OwnedSemaphorePermit) -> Self {
+        Self { own: Some(own), all }
+    }
+
     fn bytes(&self) -> usize {
-        self.permits.first().map_or(0, Memory::bytes_of)
+        Memory::bytes_of(&self.all)
     }
 
     /// Gives back what is above `bytes`.
     pub fn shrink(&mut self, bytes: usize) {
-        self.permits.iter_mut().for_each(|permit| Memory::shrink(permit, bytes));
+        self.own.iter_mut().chain([&mut self.all]).for_each(|permit| Memory::shrink(permit, bytes));
     }
 }
 
@@ -239,7 +249,7 @@ pub struct CallMemory {
 pub struct HeldRequest {
     /// Bytes of its message; 0 where it came by no connection.
     pub(super) bytes: usize,
-    grants: Vec<Grant>,
+    grants: Grants,
 }
 
 #[derive(Debug, Default)]
@@ -247,9 +257,9 @@ struct Call {
     /// The request that was read, until its handler takes it.
     request: HeldRequest,
     /// Responses that were made and not handed to the connection yet.
-    made: Vec<Grant>,
+    made: Grants,
     /// Those that were handed over; they have been sent when more is asked for.
-    handed: Vec<Grant>,
+    handed: Grants,
     unread: Option<UnreadResponse>,
 }
 
@@ -272,7 +282,7 @@ impl CallMemory {
     pub fn try_whole_request(&self, bytes: usize) -> Option<Grant> {
         let taken = || {
             let own = self.connection.0.whole.try_take(bytes)?;
-            Some(Grant { permits: vec![own, self.budgets.0.whole.try_take(bytes)?] })
+            Some(Grant::of_connection(own, self.budgets.0.whole.try_take(bytes)?))
         };
         taken().or_else(|| self.try_request(bytes))
     }
@@ -283,7 +293,7 @@ impl CallMemory {
     /// `OVERLOADED` where others that wait hold too much.
     pub fn try_waiting(&self, bytes: usize) -> Result<Grant, Fault> {
         let permit = self.budgets.0.waiting.try_take(bytes);
-        permit.map(|permit| Grant { permits: vec![permit] }).ok_or_else(|| {
+        permit.map(|all| Grant { own: None, all }).ok_or_else(|| {
             self.budgets
                 .no_request_memory(bytes, "there is no memory for the request, and too many others wait for theirs")
         })
@@ -304,7 +314,7 @@ impl CallMemory {
         let mut all = std::pin::pin!(self.budgets.0.requests.of(bytes).take(bytes));
         loop {
             if let Ok(all) = tokio::time::timeout(queued.interval(), &mut all).await {
-                return Ok(Grant { permits: vec![own, all] });
+                return Ok(Grant::of_connection(own, all));
             }
             let now = clock::monotonic();
             if now >= deadline {
@@ -331,7 +341,7 @@ impl CallMemory {
         let (own, all) = (&self.connection.0.parts, &self.budgets.0.parts);
         let taken = async {
             let own = own.of(bytes).take(bytes).await;
-            Grant { permits: vec![own, self.budgets.take(all.of(bytes), bytes, MemoryKind::Requests).await] }
+            Grant::of_connection(own, self.budgets.take(all.of(bytes), bytes, MemoryKind::Requests).await)
         };
         let in_time = tokio::time::timeout(REQUEST_TIMEOUT, taken).await;
         in_time.map_err(|_| self.budgets.no_request_memory(bytes, "no memory for the request's parts came free"))
@@ -364,22 +374,21 @@ impl CallMemory {
             && let Some(own) = own.large.try_take(bytes)
             && let Some(all) = all.large.try_take(bytes)
         {
-            return (ResponseGrant { grant: Grant { permits: vec![own, all] }, is_small: false }, bytes);
+            return (ResponseGrant { grant: Grant::of_connection(own, all), is_small: false }, bytes);
         }
         // A response larger than the small part of one connection waits for the large pool.
         let is_small = least <= own.small.bytes();
         let (own, all) = if is_small { (&own.small, &all.small) } else { (&own.large, &all.large) };
         let own = own.take(least).await;
         let all = self.budgets.take(all, least, MemoryKind::Responses).await;
-        (ResponseGrant { grant: Grant { permits: vec![own, all] }, is_small }, least)
+        (ResponseGrant { grant: Grant::of_connection(own, all), is_small }, least)
     }
 
     /// Memory for reading `bytes` that are no part of a response, for as long as the value lives.
     pub(super) async fn read(&self, bytes: usize) -> Grant {
         let own = self.connection.0.responses.large.take(bytes).await;
-        Grant {
-            permits: vec![own, self.budgets.take(&self.budgets.0.responses.large, bytes, MemoryKind::Responses).await],
-        }
+        let all = self.budgets.take(&self.budgets.0.responses.large, bytes, MemoryKind::Responses).await;
+        Grant::of_connection(own, all)
     }
 
     /// No memory for a response came free in time.
@@ -407,7 +416,7 @@ impl CallMemory {
             );
             return Err(Fault::new(Reason::Overloaded, message).with("bytes", bytes).with("max", most));
         };
-        self.call().made.push(Grant { permits: vec![own, all] });
+        self.call().made.push(Grant::of_connection(own, all));
         Ok(())
     }
 
@@ -417,7 +426,7 @@ impl CallMemory {
     /// `OVERLOADED` where there is not as much.
     pub(super) fn session(&self, bytes: usize) -> Result<Grant, Fault> {
         let own = self.connection.0.sessions.try_take(bytes);
-        let taken = own.and_then(|own| Some(Grant { permits: vec![own, self.budgets.0.sessions.try_take(bytes)?] }));
+        let taken = own.and_then(|own| Some(Grant::of_connection(own, self.budgets.0.sessions.try_take(bytes)?)));
         taken.ok_or_else(|| {
             let most = self.budgets.0.response_bytes / SESSION_SHARE;
             let message = format!(
@@ -437,8 +446,9 @@ impl CallMemory {
     /// Takes again what a response gave back, up to `bytes`; whether there was as much.
     pub(super) fn grow(&self, response: &mut ResponseGrant, bytes: usize) -> bool {
         let (own, all) = (&self.connection.0.responses, &self.budgets.0.responses);
-        let pools = if response.is_small { [&own.small, &all.small] } else { [&own.large, &all.large] };
-        pools.into_iter().zip(&mut response.grant.permits).all(|(pool, permit)| pool.try_grow(permit, bytes))
+        let (own, all) = if response.is_small { (&own.small, &all.small) } else { (&own.large, &all.large) };
+        let grant = &mut response.grant;
+        grant.own.as_mut().is_none_or(|permit| own.try_grow(permit, bytes)) && all.try_grow(&mut grant.all, bytes)
     }
 
     /// More of the response's body is asked for: what was handed over before has been sent.

@@ -10,6 +10,7 @@ use std::{
     time::Duration,
 };
 
+use slab::Slab;
 use tokio::{sync::Semaphore, time::Instant};
 
 use super::{METADATA_CALLS, Pools};
@@ -45,7 +46,8 @@ pub(super) struct Account {
     /// Turns to open a batch that is to be written in another codec.
     pub(super) recompression: Arc<Semaphore>,
     pub(super) metadata_calls: Arc<Semaphore>,
-    unread: Mutex<Unread>,
+    /// Calls that handed something to HTTP/2 and were not asked for more since.
+    unread: Mutex<Slab<UnreadCall>>,
     close: Box<dyn Fn() + Send + Sync>,
 }
 
@@ -59,13 +61,6 @@ impl Drop for Account {
     fn drop(&mut self) {
         self.connections.state().open.remove(&self.id);
     }
-}
-
-/// Calls that handed something to HTTP/2 and were not asked for more since.
-#[derive(Debug, Default)]
-struct Unread {
-    next: u64,
-    calls: BTreeMap<u64, UnreadCall>,
 }
 
 #[derive(Debug)]
@@ -86,13 +81,13 @@ pub(super) enum MemoryKind {
 }
 
 impl Account {
-    fn unread(&self) -> MutexGuard<'_, Unread> {
+    fn unread(&self) -> MutexGuard<'_, Slab<UnreadCall>> {
         self.unread.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// True if a client has read nothing for too long while others wait for memory of this kind.
     fn is_unread(&self, kind: MemoryKind, now: Instant) -> bool {
-        self.unread().calls.values().any(|call| {
+        self.unread().iter().any(|(_, call)| {
             let patience = if call.kind == kind { Duration::ZERO } else { OTHER_KIND_TIMEOUT };
             call.until.min(call.deadline) + patience <= now
         })
@@ -120,7 +115,8 @@ impl Account {
 #[derive(Debug)]
 pub(super) struct UnreadResponse {
     account: Arc<Account>,
-    number: u64,
+    /// Of its call in `unread`.
+    key: usize,
 }
 
 impl UnreadResponse {
@@ -129,17 +125,13 @@ impl UnreadResponse {
         let kind = if bytes > 0 { MemoryKind::Responses } else { MemoryKind::Requests };
         let until = clock::monotonic() + UNREAD_TIMEOUT;
         let deadline = until + Duration::from_secs((bytes / MIN_BYTES_PER_SECOND) as u64);
-        let mut unread = account.unread();
-        let number = unread.next;
-        unread.next += 1;
-        unread.calls.insert(number, UnreadCall { until, deadline, kind });
-        drop(unread);
-        Self { account: Arc::clone(account), number }
+        let key = account.unread().insert(UnreadCall { until, deadline, kind });
+        Self { account: Arc::clone(account), key }
     }
 
     /// The client took a piece of it.
     pub(super) fn renew(&self) {
-        if let Some(call) = self.account.unread().calls.get_mut(&self.number) {
+        if let Some(call) = self.account.unread().get_mut(self.key) {
             call.until = clock::monotonic() + UNREAD_TIMEOUT;
         }
     }
@@ -147,7 +139,7 @@ impl UnreadResponse {
 
 impl Drop for UnreadResponse {
     fn drop(&mut self) {
-        self.account.unread().calls.remove(&self.number);
+        self.account.unread().remove(self.key);
     }
 }
 
