@@ -33,7 +33,7 @@ pub(super) fn until_sent(response: Response, call: Option<OpenCall>, held: Optio
 }
 
 /// HTTP/2 takes a whole frame of a body when it takes a byte of it, and asks for the next one then. Smaller ones keep what it holds of a
-/// stream beside what is charged small.
+/// stream beside what is charged small. Responses to other brokers are not charged and go out as they are.
 const PIECE_BYTES: usize = 32 << 10;
 
 /// The end of a response that there is no memory for.
@@ -54,7 +54,8 @@ struct CountedBody {
 
 impl CountedBody {
     fn next_piece(&mut self) -> Frame<Bytes> {
-        Frame::data(self.rest.split_to(self.rest.len().min(PIECE_BYTES)))
+        let most = if self.held.is_some() { PIECE_BYTES } else { usize::MAX };
+        Frame::data(self.rest.split_to(self.rest.len().min(most)))
     }
 }
 

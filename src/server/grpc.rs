@@ -56,9 +56,6 @@ const MIN_CONNECTION_WINDOW: u32 = 80 << 10;
 /// The part of all memory that the window of one connection is at most, as a divisor.
 const WINDOW_SHARE: u64 = 512;
 
-/// Bytes of a stream's responses that HTTP/2 keeps: with less than this HTTP/2 asks a call for more, whatever the client has read.
-const SEND_BUFFER_BYTES: usize = 16 << 10;
-
 /// The part of all memory that the windows of all connections take beside the smallest ones, as a divisor.
 const WINDOWS_SHARE: u64 = 16;
 
@@ -72,6 +69,8 @@ pub(super) struct Windows {
     streams: u32,
     /// Largest HTTP/2 frame.
     frame_bytes: u32,
+    /// Bytes of a stream's responses that HTTP/2 keeps: with less than this HTTP/2 asks a call for more, whatever its caller has read.
+    send_buffer_bytes: usize,
     /// Bytes that all streams of one connection may have on their way to us, at most.
     connection_bytes: u32,
     /// The part of them that one stream may have, as a divisor. Throughput over a distance is bounded by this per round trip.
@@ -92,6 +91,8 @@ impl Windows {
         Self {
             streams: limits::MAX_STREAMS_PER_PEER,
             frame_bytes: 16 << 10,
+            // They read what they asked for: several batches go out with one write.
+            send_buffer_bytes: 256 << 10,
             connection_bytes: 256 << 10,
             stream_share: 1,
             memory: None,
@@ -103,6 +104,7 @@ impl Windows {
         Self {
             streams: limits::MAX_STREAMS_PER_CONNECTION,
             frame_bytes: 256 << 10,
+            send_buffer_bytes: 16 << 10,
             connection_bytes: connection_window(memory_bytes),
             stream_share: 2,
             memory: Some(Memory::new(memory_bytes / WINDOWS_SHARE)),
@@ -129,7 +131,7 @@ impl Windows {
             .initial_connection_window_size(window.bytes)
             .max_frame_size(self.frame_bytes)
             .max_concurrent_streams(self.streams)
-            .max_send_buf_size(SEND_BUFFER_BYTES)
+            .max_send_buf_size(self.send_buffer_bytes)
             .keep_alive_interval(Some(PING))
             .keep_alive_timeout(PING);
         http2
