@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
 };
 
@@ -130,6 +130,8 @@ pub(super) struct Core {
     pub(super) reserved: AtomicBool,
     /// Bytes that may be appended without asking the file system.
     pub(super) granted: AtomicU64,
+    /// Bytes of a segment that are written out at once.
+    pub(super) piece_bytes: AtomicUsize,
     pub(super) work: Mutex<Work>,
     pub(super) wake: Condvar,
     /// For `manual`: who does a step when something has to be waited for.
@@ -142,6 +144,8 @@ pub(super) struct Work {
     pub(super) dirty: Vec<Arc<Shared>>,
     /// Replicas with a piece to be written out.
     pub(super) pieces: Vec<Arc<Shared>>,
+    /// The journal's next round when it was last looked at, and when it was last seen to have changed.
+    pub(super) journal_use: Option<(u64, tokio::time::Instant)>,
     pub(super) dirty_bytes: u64,
     pub(super) since: Option<tokio::time::Instant>,
     /// When the last pass of syncs began.

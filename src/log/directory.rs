@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     thread::JoinHandle,
     time::Duration,
@@ -17,7 +17,7 @@ use uuid::Uuid;
 use super::{
     checkpoint::{ReplicaRecord, Standing},
     core::{Core, Options, Work},
-    disk::{Disk, Mode},
+    disk::{Disk, Mode, PIECE_BYTES},
     error::{OpenError, PersistError, ReplicaError, is_full},
     files::Files,
     growth::{self, Growing},
@@ -114,6 +114,7 @@ impl Log {
             checkpoint_error: Mutex::default(),
             reserved: AtomicBool::new(options.reserve_bytes == 0),
             granted: AtomicU64::new(0),
+            piece_bytes: AtomicUsize::new(PIECE_BYTES),
             work: Mutex::new(Work::default()),
             wake: std::sync::Condvar::new(),
             owner: std::sync::OnceLock::new(),

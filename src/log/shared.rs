@@ -186,7 +186,9 @@ impl Shared {
     pub(super) fn touch(self: &Arc<Self>, bytes: u64) {
         let listed = self.dirty.swap(true, Ordering::AcqRel);
         let gathered = self.gathered.fetch_add(bytes, Ordering::AcqRel);
-        let is_piece = gathered < PIECE_BYTES as u64 && gathered + bytes >= PIECE_BYTES as u64;
+        let (piece_bytes, after) = (self.core.piece_bytes.load(Ordering::Relaxed) as u64, gathered + bytes);
+        // Looked at again with each small piece: the size of a piece changes.
+        let is_piece = after >= piece_bytes && gathered / PIECE_BYTES as u64 != after / PIECE_BYTES as u64;
         let mut work = self.core.work();
         if is_piece {
             work.pieces.push(self.clone());

@@ -20,7 +20,7 @@ use super::{
     checkpoint::{Checkpoint, Standing},
     core::{Core, SyncJob},
     directory::Inner,
-    disk::{BLOCK, Mode},
+    disk::{BLOCK, LARGE_PIECE_BYTES, Mode, PIECE_BYTES},
     error::{PersistError, is_full},
     journal::Item,
     reserve,
@@ -37,6 +37,9 @@ const FILES_A_THREAD: usize = 16;
 
 /// How often a pass is worth it at most: under load each takes more, for the same number of commits of the file system.
 const PAUSE: Duration = Duration::from_millis(50);
+
+/// How long nothing was written to the journal when pieces become large: no acknowledgement waits for the device then.
+const JOURNAL_QUIET: Duration = Duration::from_secs(5);
 
 /// How long a failed checkpoint waits before it is tried again.
 const RETRY: Duration = Duration::from_millis(200);
@@ -115,7 +118,8 @@ impl Shared {
         }
         for (file, range) in ranges.into_iter().rev() {
             file.written_out.store(range.end, Ordering::Release);
-            if let Err(error) = self.core.disk.write_out(&file.path, range) {
+            let piece_bytes = self.core.piece_bytes.load(Ordering::Relaxed);
+            if let Err(error) = self.core.disk.write_out(&file.path, range, piece_bytes) {
                 self.fail(format!("a segment could not be written out: {error}"));
             }
         }
@@ -198,7 +202,17 @@ impl Inner {
 
     /// Writes out every replica with a piece.
     pub(super) fn write_out_pieces(&self) {
-        let pieces = std::mem::take(&mut self.core.work().pieces);
+        let (round, now) = (self.core.journal.next_round(), clock::monotonic());
+        let mut work = self.core.work();
+        let since = match work.journal_use {
+            Some((last, since)) if last == round => since,
+            _ => now,
+        };
+        work.journal_use = Some((round, since));
+        let pieces = std::mem::take(&mut work.pieces);
+        drop(work);
+        let is_quiet = now.saturating_duration_since(since) >= JOURNAL_QUIET;
+        self.core.piece_bytes.store(if is_quiet { LARGE_PIECE_BYTES } else { PIECE_BYTES }, Ordering::Relaxed);
         pieces.iter().for_each(|replica| replica.write_out());
     }
 

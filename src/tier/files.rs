@@ -64,7 +64,7 @@ impl PieceWriter {
             if at == start {
                 return Ok(());
             }
-            write_out(file, start..at)?;
+            write_out(file, start..at, PIECE_BYTES)?;
             std::thread::sleep(PIECE_PAUSE);
         }
     }

@@ -29,6 +29,9 @@ pub const BLOCK: usize = 4096;
 /// Bytes that go to the device at once where nobody waits for them: the journal's next write waits for no more.
 pub const PIECE_BYTES: usize = 256 << 10;
 
+/// The same while nothing is written to the journal: fewer calls, for as many bytes.
+pub const LARGE_PIECE_BYTES: usize = 4 << 20;
+
 /// A file system.
 pub trait Disk: Send + Sync + 'static {
     /// Takes a configured directory, which exists: its path may hold links, what is below it may not.
@@ -65,9 +68,9 @@ pub trait Disk: Send + Sync + 'static {
     /// Bytes that the file system of `dir` has for this process: what is used and what is free.
     fn total_bytes(&self, dir: &Path) -> io::Result<u64>;
 
-    /// Writes out what was written there to a file, in pieces of [`PIECE_BYTES`], so that a later sync finds less to do. Nothing is durable
-    /// before that sync. An error is final, as that of a sync is; a file that cannot be opened is left to the sync.
-    fn write_out(&self, path: &Path, range: Range<u64>) -> io::Result<()>;
+    /// Writes out what was written there to a file, in pieces, so that a later sync finds less to do. Nothing is durable before that
+    /// sync. An error is final, as that of a sync is; a file that cannot be opened is left to the sync.
+    fn write_out(&self, path: &Path, range: Range<u64>, piece_bytes: usize) -> io::Result<()>;
 
     /// How many files may be held open at once by the log.
     fn open_files(&self) -> usize;

@@ -146,11 +146,11 @@ impl Disk for RealDisk {
         Ok(blocks.saturating_mul(stat.f_frsize))
     }
 
-    fn write_out(&self, path: &Path, range: Range<u64>) -> io::Result<()> {
+    fn write_out(&self, path: &Path, range: Range<u64>, piece_bytes: usize) -> io::Result<()> {
         let (root, name) = self.root_of_file(path)?;
         // Through a handle of its own: the wait reports errors to it that the sync's handle must report as well.
         match root.open_file(&name, OFlags::RDONLY) {
-            Ok(file) => writeback::write_out(&file, range),
+            Ok(file) => writeback::write_out(&file, range, piece_bytes),
             Err(error) => {
                 tracing::debug!(path = %path.display(), %error, "write-out is left to the sync");
                 Ok(())

@@ -487,7 +487,7 @@ impl Disk for SimDisk {
         Ok(self.machine().capacity.unwrap_or(u64::MAX))
     }
 
-    fn write_out(&self, path: &Path, range: Range<u64>) -> io::Result<()> {
+    fn write_out(&self, path: &Path, range: Range<u64>, _piece_bytes: usize) -> io::Result<()> {
         // Nothing is safe before a sync, and everything may survive without one: to a crash this makes no difference.
         let mut machine = self.machine();
         let id = machine.names.get(path).copied().filter(|_| cfg!(test));

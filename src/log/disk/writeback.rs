@@ -11,15 +11,13 @@ use std::{
     time::Duration,
 };
 
-use super::PIECE_BYTES;
-
 /// Writes out a range of a file, one piece after the other, each when the device has the one before, perhaps in a cache of its own.
 ///
 /// # Errors
 /// When bytes of the file could not be written. A later sync through the same handle may not say so again.
-pub fn write_out(file: &fs::File, range: Range<u64>) -> io::Result<()> {
-    for start in range.clone().step_by(PIECE_BYTES) {
-        let piece = start..range.end.min(start.saturating_add(PIECE_BYTES as u64));
+pub fn write_out(file: &fs::File, range: Range<u64>, piece_bytes: usize) -> io::Result<()> {
+    for start in range.clone().step_by(piece_bytes) {
+        let piece = start..range.end.min(start.saturating_add(piece_bytes as u64));
         // Started and waited for in two calls: in one the system would take it for as urgent as the journal's write.
         for flags in [libc::SYNC_FILE_RANGE_WRITE, libc::SYNC_FILE_RANGE_WAIT_BEFORE] {
             match sync_file_range(file, &piece, flags) {
@@ -71,17 +69,17 @@ mod tests {
     use std::io::Write as _;
 
     use super::*;
-    use crate::log::{Disk as _, RealDisk};
+    use crate::log::{Disk as _, RealDisk, disk::PIECE_BYTES};
 
     #[test]
     fn write_out_keeps_content_and_takes_empty_and_absent_ranges() {
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(&[7; 100_000]).unwrap();
         for range in [0..100_000, 4096..8192, 5..6, 0..0, 1 << 30..(1 << 30) + 1] {
-            write_out(&file, range).unwrap();
+            write_out(&file, range, PIECE_BYTES).unwrap();
         }
         assert_eq!(file.metadata().unwrap().len(), 100_000);
-        assert!(write_out(&file, u64::MAX - 1..u64::MAX).is_err());
+        assert!(write_out(&file, u64::MAX - 1..u64::MAX, PIECE_BYTES).is_err());
     }
 
     #[test]
@@ -104,13 +102,13 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let disk = RealDisk::default();
         disk.create_dir_all(folder.path()).unwrap();
-        disk.write_out(&folder.path().join("absent"), 0..4096).unwrap();
+        disk.write_out(&folder.path().join("absent"), 0..4096, PIECE_BYTES).unwrap();
     }
 
     #[test]
     fn write_out_of_a_pipe_is_left_to_the_sync() {
         let (reader, _writer) = std::io::pipe().unwrap();
         let pipe = fs::File::from(std::os::fd::OwnedFd::from(reader));
-        write_out(&pipe, 0..4096).unwrap();
+        write_out(&pipe, 0..4096, PIECE_BYTES).unwrap();
     }
 }
