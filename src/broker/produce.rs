@@ -3,6 +3,8 @@
 //! The edge checks a batch before anything is stored, finds its partition, takes memory for it, and queues it. The answer
 //! comes from the partition's task when the request's own rule holds.
 
+mod incoming;
+
 use std::{sync::Arc, time::Duration};
 
 use futures::{
@@ -17,24 +19,21 @@ use tokio::{
 use tokio_util::task::AbortOnDropHandle;
 use tonic::{Status, Streaming};
 
+use self::incoming::Incoming;
 use super::{Broker, CallMemory, ProducerIdQuota, faults};
 use crate::{
     limits,
-    model::{Acks, Compression, PartitionId},
-    partition::{Acked, AppendError, AppendResult, BatchOrigin, Held, Memory, Opener, Partition, Refused, Stored, Use},
+    model::{Acks, PartitionId},
+    partition::{Acked, AppendError, AppendResult, BatchOrigin, Held, Partition, Stored},
     proto::{
         fault::{Fault, Reason},
-        v1::{self, append_request::Payload, produce_response},
+        v1::{self, produce_response},
     },
-    record::{Batch, BatchBuilder, HEADER_BYTES, Header, Malformed, TimestampRange, Unbuildable},
     task::clock,
 };
 
 /// Most requests of one stream that may be under way; more wait in HTTP/2's window.
 const STREAM_REQUESTS: usize = 4096;
-
-/// Most bytes of a message beside its batch with which the batch is kept as it came: it shares the memory of the message.
-const MAX_SURPLUS_BYTES: usize = 4 << 10;
 
 /// Most answers that are put together before HTTP/2 is offered them. It takes what has room for a client that reads, and asks for more then.
 const ANSWERS_AT_ONCE: usize = 16;
@@ -142,80 +141,22 @@ impl Broker {
             )));
         }
         let tiered = if acks == Acks::Tiered { Some(self.admit_tiered()?) } else { None };
-        let most = config.max_message_bytes;
-        let too_large = |bytes| Refused::TooLarge { topic: partition.topic().clone(), bytes, most };
-        let mut refusal = None;
-        let (batch, sent, timestamps) = match request.payload {
-            Some(Payload::Batch(bytes)) => {
-                let (mut batch, timestamps) = received(bytes)?;
-                let bytes = batch.encoded_len();
-                if bytes > most {
-                    refusal = Some(too_large(bytes));
-                }
-                if held.bytes > bytes + MAX_SURPLUS_BYTES {
-                    // It would keep all of its message in memory.
-                    batch.detach();
-                }
-                if let Some(stamp) = batch.producer() {
-                    self.check_producer_id(stamp.id, quota).await?;
-                }
-                let sent = batch.fingerprint();
-                (batch, Some(sent), timestamps)
-            }
-            Some(Payload::Records(records)) => {
-                let (batch, timestamps) = plain(&records, config.compression.unwrap_or_default())?;
-                (batch, None, timestamps)
-            }
-            None => return Err(faults::invalid("the request holds neither a batch nor records")),
-        };
         let deadline = began + timeout;
-        let (batch, timestamps, permit) = match config.compression {
-            Some(codec) if codec != batch.compression() && refusal.is_none() => {
-                // The connection's turn first: what waits for that holds no memory that others need.
-                let turn = tokio::time::timeout_at(deadline, memory.rewriter(&self.opener).in_turn()).await;
-                let opener = turn.map_err(|_| out_of_time())?;
-                // Its size is known when it is made: memory for the largest is taken before.
-                let mut permit = self.produce_permit(&partition, most, deadline).await?;
-                match recompressed(&opener, &batch, codec, &partition, most).await? {
-                    Ok((made, timestamps)) if made.encoded_len() <= most => {
-                        Memory::shrink(&mut permit, made.encoded_len());
-                        (made, timestamps, Some(permit))
-                    }
-                    outcome => {
-                        refusal = Some(outcome.map_or_else(|grows| grows, |(made, _)| too_large(made.encoded_len())));
-                        Memory::shrink(&mut permit, batch.encoded_len());
-                        (batch, timestamps, Some(permit))
-                    }
-                }
-            }
-            _ => {
-                if batch.encoded_len() > most {
-                    refusal.get_or_insert_with(|| too_large(batch.encoded_len()));
-                }
-                (batch, timestamps, None)
-            }
-        };
+        let mut incoming = self.read_payload(request.payload, held.bytes, &partition, &config, quota).await?;
+        self.recompress(&mut incoming, &partition, &config, memory, deadline).await?;
         // A retry of one that was stored before the topic's configuration changed is the partition's to find.
-        if let Some(refused) = refusal.take_if(|_| batch.producer().is_none() || acks == Acks::None) {
+        if let Some(refused) = incoming.refusal.take_if(|_| incoming.batch.producer().is_none() || acks == Acks::None) {
             return Err(AppendError::Refused(refused).into());
         }
+        let permit = self.produce_memory_of(&mut incoming, &partition, deadline).await?;
+        let Incoming { batch, fingerprint, timestamps, refusal, .. } = incoming;
         let (bytes, records) = (batch.encoded_len() as u64, u64::from(batch.count()));
         let stored = tiered.as_ref().map(|tiered| Arc::clone(&tiered.stored));
-        let is_refused = refusal.is_some();
-        let origin = BatchOrigin { fingerprint: sent, timestamps, refusal };
-        let permit = match permit {
-            Some(permit) => permit,
-            // It is dropped when the partition has looked at it: nobody is to wait for that.
-            None if is_refused => {
-                let memory = self.produce_memory.of(batch.encoded_len());
-                memory.try_take(batch.encoded_len()).ok_or_else(|| no_produce_memory(batch.encoded_len(), memory))?
-            }
-            None => self.produce_permit(&partition, batch.encoded_len(), deadline).await?,
-        };
         if tiered.is_some() {
             // It may have gone away while the append waited for memory.
             self.check_store_is_there()?;
         }
+        let origin = BatchOrigin { fingerprint, timestamps, refusal };
         let answer = Some(partition.append_tracked(batch, origin, acks, permit, stored).await);
         let id = partition.id();
         let answer = (acks != Acks::None).then(|| Awaited { answer, partition });
@@ -241,30 +182,6 @@ impl Broker {
             return Err(Fault::new(Reason::Overloaded, message).with("max", most));
         };
         Ok(Tiered { stored: Stored::default(), _place: place })
-    }
-
-    /// Takes memory for a batch until its deadline.
-    async fn produce_permit(
-        &self,
-        partition: &Partition,
-        bytes: usize,
-        deadline: Instant,
-    ) -> Result<OwnedSemaphorePermit, Fault> {
-        let memory = self.produce_memory.of(bytes);
-        // After that nobody waits for the answer any more: what would be written then is what the client sends again.
-        let over = || clock::monotonic() >= deadline;
-        let permit = tokio::select! {
-            biased;
-            () = self.stopping() => return Err(self.stopping_refusal(partition)),
-            permit = memory.take(bytes) => permit,
-            () = tokio::time::sleep_until(deadline) => {
-                return Err(no_produce_memory(bytes, memory));
-            }
-        };
-        if over() {
-            return Err(out_of_time());
-        }
-        Ok(permit)
     }
 
     async fn outcome(&self, queued: Queued) -> Result<v1::AppendResponse, Fault> {
@@ -434,21 +351,6 @@ fn answered(correlation: u64, outcome: Result<v1::AppendResponse, Fault>) -> v1:
     v1::ProduceResponse { correlation, result: Some(result) }
 }
 
-fn out_of_time() -> Fault {
-    let message =
-        "the time that the request has was over before its batch could be appended: it was not written; try again";
-    Fault::new(Reason::Overloaded, message)
-}
-
-fn no_produce_memory(bytes: usize, memory: &Memory) -> Fault {
-    let most = memory.bytes();
-    let message = format!(
-        "no memory for the batch of up to {bytes} bytes came free in the time that the request has: other writes wait for their \
-         acknowledgements and hold it, and batches of its size may take {most} together (a half of limits.produce_memory_bytes)"
-    );
-    Fault::new(Reason::Overloaded, message).with("bytes", bytes).with("max", most)
-}
-
 /// Waits until the request that came last is queued, or refused.
 async fn begun(beginning: &mut Option<AbortOnDropHandle<Begun>>) -> Begun {
     let begun = beginning.as_mut().expect("only asked while there is one").await;
@@ -473,63 +375,6 @@ fn acks(value: i32) -> Result<Acks, Fault> {
         Ok(v1::Acks::Tiered) => Ok(Acks::Tiered),
         Err(_) => Err(faults::invalid(format!("acks {value} does not exist"))),
     }
-}
-
-/// A batch as a client made it. Plain records are walked too: a consumer of somebody else would stumble over their framing,
-/// and retention and search by time over a header that says another time than they do. Of what is compressed only the beginning is
-/// decoded: the rest is its reader's to open.
-fn received(bytes: bytes::Bytes) -> Result<(Batch, TimestampRange), Fault> {
-    let mut batch = Batch::parse(bytes)?;
-    batch.check_client()?;
-    batch.check_first_records()?;
-    let timestamps = batch.correct_max_timestamp()?;
-    Ok((batch, timestamps))
-}
-
-/// The batch in its topic's own codec. It is opened within the memory that there is for that, and refused as soon as it
-/// is seen to be larger than the topic takes.
-async fn recompressed(
-    opener: &Opener,
-    batch: &Batch,
-    codec: Compression,
-    partition: &Partition,
-    most: usize,
-) -> Result<Result<(Batch, TimestampRange), Refused>, Fault> {
-    // Without a codec the stored batch is as large as its records are.
-    let plain = most.saturating_sub(HEADER_BYTES);
-    let bound = limits::MAX_RECOMPRESSED_BYTES.min(if codec == Compression::None { plain } else { usize::MAX });
-    let work = move |batch: &Batch, most: usize| batch.recompress_within(codec, most);
-    match opener.open(batch, bound, Use::Rewrite, work).await {
-        Err(Malformed::Grows { .. }) if bound == plain => {
-            Ok(Err(Refused::Grows { topic: partition.topic().clone(), most }))
-        }
-        outcome => Ok(Ok(outcome?)),
-    }
-}
-
-/// A batch of records that came plain.
-fn plain(records: &v1::PlainRecords, codec: Compression) -> Result<(Batch, TimestampRange), Fault> {
-    if records.records.is_empty() {
-        return Err(faults::invalid("the request holds no record"));
-    }
-    let now_ms = clock::wall_ms();
-    let (mut builder, mut timestamps) = (BatchBuilder::new(codec), TimestampRange::EMPTY);
-    for record in &records.records {
-        let headers: Vec<Header> = record
-            .headers
-            .iter()
-            .map(|header| Header { key: header.key.clone(), value: header.value.clone() })
-            .collect();
-        // The broker's own clock is in no need of a check.
-        record.timestamp_ms.into_iter().for_each(|timestamp_ms| timestamps.note(timestamp_ms));
-        let timestamp_ms = record.timestamp_ms.unwrap_or(now_ms);
-        builder.push(timestamp_ms, record.key.as_deref(), record.value.as_deref(), &headers).map_err(unbuildable)?;
-    }
-    Ok((builder.finish(None).map_err(unbuildable)?, timestamps))
-}
-
-fn unbuildable(error: Unbuildable) -> Fault {
-    faults::invalid(format!("the records make no batch: {error}"))
 }
 
 fn unacknowledged() -> v1::AppendResponse {
