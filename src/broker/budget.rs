@@ -16,7 +16,8 @@
 //!   than [`SMALL_GRACE`] or [`grace`] end with `OVERLOADED`, the oldest first.
 //! - A connection whose client does not read, and holds memory that others wait for, is closed
 //!   (`connections`).
-//! - A request is charged until its batch has produce memory, a response above 4 KiB until the connection took its bytes.
+//! - A request is charged until its batch has produce memory, a response above 4 KiB until HTTP/2 has written its last byte: who takes a byte
+//!   of it has not taken it.
 
 mod connections;
 mod incomplete;
@@ -258,8 +259,9 @@ struct Call {
     request: HeldRequest,
     /// Responses that were made and not handed to the connection yet.
     made: Grants,
-    /// Those that were handed over; they have been sent when more is asked for.
-    handed: Grants,
+    /// How many pieces of responses were handed to the connection and have not been sent.
+    handed: usize,
+    /// While there are such.
     unread: Option<UnreadResponse>,
 }
 
@@ -370,6 +372,8 @@ impl CallMemory {
     /// Memory for a response of up to `bytes`, or of up to `least` where others hold too much for that: the bytes that were granted.
     pub(super) async fn response(&self, bytes: usize, least: usize) -> (ResponseGrant, usize) {
         let (own, all) = (&self.connection.0.responses, &self.budgets.0.responses);
+        // No more than the part of one connection.
+        let bytes = bytes.min(own.large.bytes());
         if bytes > least
             && let Some(own) = own.large.try_take(bytes)
             && let Some(all) = all.large.try_take(bytes)
@@ -406,6 +410,12 @@ impl CallMemory {
     /// # Errors
     /// `OVERLOADED` where there is not as much.
     pub(crate) fn reserve_more(&self, bytes: usize) -> Result<(), Fault> {
+        let more = self.take_more(bytes)?;
+        self.call().made.push(more);
+        Ok(())
+    }
+
+    fn take_more(&self, bytes: usize) -> Result<Grant, Fault> {
         let taken = (self.connection.0.responses.large.try_take(bytes), self.budgets.0.responses.large.try_take(bytes));
         let (Some(own), Some(all)) = taken else {
             self.budgets.0.connections.close_unread(MemoryKind::Responses);
@@ -416,8 +426,7 @@ impl CallMemory {
             );
             return Err(Fault::new(Reason::Overloaded, message).with("bytes", bytes).with("max", most));
         };
-        self.call().made.push(Grant::of_connection(own, all));
-        Ok(())
+        Ok(Grant::of_connection(own, all))
     }
 
     /// Takes memory for what a fetch or a read keeps of the partitions that it names.
@@ -451,14 +460,6 @@ impl CallMemory {
         grant.own.as_mut().is_none_or(|permit| own.try_grow(permit, bytes)) && all.try_grow(&mut grant.all, bytes)
     }
 
-    /// More of the response's body is asked for: what was handed over before has been sent.
-    pub fn on_body_polled(&self) {
-        let mut call = self.call();
-        let sent = (std::mem::take(&mut call.handed), call.unread.take());
-        drop(call);
-        drop(sent);
-    }
-
     /// The client took a piece of what was handed over.
     pub fn on_piece_taken(&self) {
         if let Some(unread) = &self.call().unread {
@@ -466,32 +467,24 @@ impl CallMemory {
         }
     }
 
-    /// Hands `bytes` of a response to the connection. What was taken for the response covers most; what is made without records, as metadata
-    /// is, takes its memory here.
+    /// Hands `bytes` of a response to the connection, which has sent them when the value is dropped. What was taken for the response covers
+    /// most; what is made without records, as metadata is, takes its memory here.
     ///
     /// # Errors
     /// `OVERLOADED` where there is not as much.
-    pub fn on_body_handed(&self, bytes: usize) -> Result<(), Fault> {
-        let hand = || {
-            let mut call = self.call();
-            let made = std::mem::take(&mut call.made);
-            call.handed.extend(made);
-            call.handed.iter().map(Grant::bytes).sum::<usize>()
-        };
-        let charged = hand();
+    pub fn hand(&self, bytes: usize) -> Result<HandedResponse, Fault> {
+        let mut grants = std::mem::take(&mut self.call().made);
+        let charged = grants.iter().map(Grant::bytes).sum::<usize>();
         if bytes > charged + UNCHARGED_BYTES {
-            self.reserve_more(bytes - charged)?;
-            hand();
+            grants.push(self.take_more(bytes - charged)?);
         }
-        self.on_response_begun();
-        Ok(())
-    }
-
-    /// The client is to read: until more is asked for, the call can give back nothing.
-    pub fn on_response_begun(&self) {
+        let charged = grants.iter().map(Grant::bytes).sum();
         let mut call = self.call();
-        let bytes = call.made.iter().chain(&call.handed).map(Grant::bytes).sum();
-        call.unread.get_or_insert_with(|| UnreadResponse::new(&self.connection.0, bytes));
+        call.handed += 1;
+        // Until the client takes it, the call can give back nothing.
+        call.unread.get_or_insert_with(|| UnreadResponse::new(&self.connection.0)).hand(charged);
+        drop(call);
+        Ok(HandedResponse { call: Arc::clone(&self.call), _grants: grants })
     }
 
     /// Opens the batches of this connection one at a time.
@@ -508,6 +501,26 @@ impl CallMemory {
     pub async fn metadata_turn(&self) -> OwnedSemaphorePermit {
         let turn = Arc::clone(&self.connection.0.metadata_calls).acquire_owned().await;
         turn.expect("the semaphore is never closed")
+    }
+}
+
+/// A part of a response that HTTP/2 has: it is charged until this is dropped.
+#[derive(Debug)]
+pub struct HandedResponse {
+    call: Arc<Mutex<Call>>,
+    _grants: Grants,
+}
+
+impl Drop for HandedResponse {
+    fn drop(&mut self) {
+        let mut call = self.call.lock().unwrap_or_else(PoisonError::into_inner);
+        call.handed -= 1;
+        if call.handed > 0 {
+            return call.unread.iter().for_each(UnreadResponse::renew);
+        }
+        let unread = call.unread.take();
+        drop(call);
+        drop(unread);
     }
 }
 

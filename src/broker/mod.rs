@@ -75,7 +75,9 @@ use self::{
     producer_ids::ProducerIds, unproven::Unproven,
 };
 pub use self::{
-    budget::{Budgets, CallMemory, ConnectionMemory, Grant, IncompleteGuard, SMALL_BYTES, WAITING_BYTES},
+    budget::{
+        Budgets, CallMemory, ConnectionMemory, Grant, HandedResponse, IncompleteGuard, SMALL_BYTES, WAITING_BYTES,
+    },
     fill::starts_full,
     health::Readiness,
     producer_ids::ProducerIdQuota,

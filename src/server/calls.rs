@@ -1,8 +1,9 @@
-//! Counts open calls by connection: from the head of the request until the body of the response has ended or was dropped. That is when
-//! HTTP/2 closes the stream, so a connection without open calls is idle.
+//! Counts open calls by connection: from the head of the request until HTTP/2 has written the body of the response, or closed the stream. So
+//! a connection without open calls is idle.
 
 use std::{
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll, ready},
 };
 
@@ -15,25 +16,25 @@ use tokio::sync::OwnedSemaphorePermit;
 use tonic::{Status, codegen::http::HeaderMap};
 
 use super::connection::OpenCall;
-use crate::{broker::CallMemory, proto::fault::Fault};
+use crate::{
+    broker::{CallMemory, HandedResponse},
+    proto::fault::Fault,
+};
 
-/// What a response holds until it has been sent.
-pub(super) struct HeldMemory {
-    pub(super) memory: CallMemory,
-    /// Its turn among the calls that are answered from metadata.
-    pub(super) turn: Option<OwnedSemaphorePermit>,
+/// Keeps the call open until the response has been sent. `memory` is that of a client's call, `turn` its turn among the calls that are answered
+/// from metadata.
+pub(super) fn until_sent(
+    response: Response,
+    call: Option<OpenCall>,
+    memory: Option<CallMemory>,
+    turn: Option<OwnedSemaphorePermit>,
+) -> Response {
+    let open = Arc::new(OpenResponse { memory, _call: call, _turn: turn });
+    response.map(|body| Body::new(CountedBody { body, rest: Bytes::new(), open }))
 }
 
-/// Keeps the call open until the response has been sent.
-pub(super) fn until_sent(response: Response, call: Option<OpenCall>, held: Option<HeldMemory>) -> Response {
-    if let Some(held) = &held {
-        held.memory.on_response_begun();
-    }
-    response.map(|body| Body::new(CountedBody { body, rest: Bytes::new(), _call: call, held }))
-}
-
-/// HTTP/2 takes a whole frame of a body when it takes a byte of it, and asks for the next one then. Smaller ones keep what it holds of a
-/// stream beside what is charged small. Responses to other brokers are not charged and go out as they are.
+/// HTTP/2 takes a whole frame of a body when there is room for a byte, and asks for the next one then. Small ones tell how fast a client
+/// reads. Responses to other brokers are not charged and go out as they are.
 const PIECE_BYTES: usize = 32 << 10;
 
 /// The end of a response that there is no memory for.
@@ -44,17 +45,37 @@ fn trailers(fault: Fault) -> Frame<Bytes> {
     Frame::trailers(trailers)
 }
 
+/// A response, kept by its body and by every frame of it that has not been sent.
+struct OpenResponse {
+    memory: Option<CallMemory>,
+    _call: Option<OpenCall>,
+    _turn: Option<OwnedSemaphorePermit>,
+}
+
+/// A frame that HTTP/2 has. It drops the bytes when it has written the last of them, or closes the stream, and asks for more and takes the end
+/// of the body long before.
+struct HandedFrame {
+    data: Bytes,
+    _memory: Option<HandedResponse>,
+    _open: Arc<OpenResponse>,
+}
+
+impl AsRef<[u8]> for HandedFrame {
+    fn as_ref(&self) -> &[u8] {
+        &self.data
+    }
+}
+
 struct CountedBody {
     body: Body,
     /// What was not handed over of the last frame.
     rest: Bytes,
-    _call: Option<OpenCall>,
-    held: Option<HeldMemory>,
+    open: Arc<OpenResponse>,
 }
 
 impl CountedBody {
     fn next_piece(&mut self) -> Frame<Bytes> {
-        let most = if self.held.is_some() { PIECE_BYTES } else { usize::MAX };
+        let most = if self.open.memory.is_some() { PIECE_BYTES } else { usize::MAX };
         Frame::data(self.rest.split_to(self.rest.len().min(most)))
     }
 }
@@ -68,36 +89,26 @@ impl HttpBody for CountedBody {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Self::Data>, Self::Error>>> {
         if !self.rest.is_empty() {
-            if let Some(held) = &self.held {
-                held.memory.on_piece_taken();
+            if let Some(memory) = &self.open.memory {
+                memory.on_piece_taken();
             }
             return Poll::Ready(Some(Ok(self.next_piece())));
         }
-        // HTTP/2 asks for more when it has sent most of what it was given.
-        if let Some(held) = &self.held {
-            held.memory.on_body_polled();
-        }
-        let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
-        let bytes = frame.iter().flatten().filter_map(Frame::data_ref).map(Bytes::len).sum();
-        if let Some(held) = &mut self.held {
-            if frame.is_none() {
-                held.turn = None;
-            }
-            if let Err(fault) = held.memory.on_body_handed(bytes) {
-                self.body = Body::empty();
-                return Poll::Ready(Some(Ok(trailers(fault))));
-            }
-        }
-        Poll::Ready(match frame {
-            Some(Ok(frame)) => Some(Ok(match frame.into_data() {
-                Ok(data) => {
-                    self.rest = data;
+        let Some(frame) = ready!(Pin::new(&mut self.body).poll_frame(cx)?) else { return Poll::Ready(None) };
+        Poll::Ready(Some(Ok(match frame.into_data() {
+            Ok(data) => match self.open.memory.as_ref().map(|memory| memory.hand(data.len())).transpose() {
+                Ok(handed) => {
+                    let frame = HandedFrame { data, _memory: handed, _open: Arc::clone(&self.open) };
+                    self.rest = Bytes::from_owner(frame);
                     self.next_piece()
                 }
-                Err(trailers) => trailers,
-            })),
-            ended => ended,
-        })
+                Err(fault) => {
+                    self.body = Body::empty();
+                    trailers(fault)
+                }
+            },
+            Err(trailers) => trailers,
+        })))
     }
 
     fn is_end_stream(&self) -> bool {
@@ -117,27 +128,42 @@ impl HttpBody for CountedBody {
 
 #[cfg(test)]
 mod tests {
-    use std::{future::poll_fn, pin::pin};
+    use std::future::poll_fn;
+
+    use tokio::sync::Semaphore;
 
     use super::*;
     use crate::{broker::Budgets, proto::fault::Reason};
 
-    /// HTTP/2 asked for the next frame when a byte of the last one had been sent: a response was given back before it was read.
+    /// HTTP/2 asked for the next frame, and took the end, when a byte of the last one had been sent: responses were given back before they were
+    /// read.
     #[tokio::test]
-    async fn frame_goes_out_in_pieces_and_is_given_back_after_the_last() {
+    async fn response_is_charged_and_its_call_open_until_its_last_piece_was_sent() {
         let budgets = Budgets::new(1 << 20, 1 << 20);
         let memory = CallMemory::new(budgets.clone(), budgets.connection(|| {}));
         let frames = [3 * PIECE_BYTES - 1, 10].map(|bytes| Ok::<_, axum::Error>(Bytes::from(vec![7; bytes])));
         let body = Body::from_stream(futures::stream::iter(frames));
-        let held = HeldMemory { memory: memory.clone(), turn: None };
         memory.reserve_more(100_000).expect("there is as much");
-        let mut body = pin!(until_sent(Response::new(body), None, Some(held)).into_body());
-        for (bytes, taken) in [(PIECE_BYTES, true), (PIECE_BYTES, true), (PIECE_BYTES - 1, true), (10, false)] {
+        let turn = Arc::new(Semaphore::new(1));
+        let held = Arc::clone(&turn).try_acquire_owned().ok();
+        let mut body = Box::pin(until_sent(Response::new(body), None, Some(memory), held).into_body());
+        let mut pieces = Vec::new();
+        for bytes in [PIECE_BYTES, PIECE_BYTES, PIECE_BYTES - 1, 10] {
             let piece = poll_fn(|cx| body.as_mut().poll_frame(cx)).await.expect("no end").expect("no error");
-            assert_eq!(piece.into_data().expect("data").len(), bytes);
-            assert_eq!((budgets.taken().1 > 0, body.is_end_stream()), (taken, false));
+            pieces.push(piece.into_data().expect("data"));
+            assert_eq!(pieces.last().map(Bytes::len), Some(bytes));
+            assert!(!body.is_end_stream());
         }
         assert!(poll_fn(|cx| body.as_mut().poll_frame(cx)).await.is_none());
+        drop(body);
+        let held = |_: &[Bytes]| (budgets.taken().1 > 0, turn.available_permits());
+        assert_eq!(held(&pieces), (true, 0), "HTTP/2 has the pieces");
+        pieces.drain(..2);
+        assert_eq!(held(&pieces), (true, 0), "one of the large frame is left");
+        pieces.drain(..1);
+        assert_eq!(held(&pieces), (false, 0), "the small one is not charged");
+        drop(pieces);
+        assert_eq!(turn.available_permits(), 1);
     }
 
     /// Answers made of metadata were not charged: a thousand connections held sixteen each.
@@ -149,12 +175,11 @@ mod tests {
         let refused = loop {
             let memory = CallMemory::new(budgets.clone(), connection.clone());
             let body = Body::from(vec![7; 50_000]);
-            let mut body =
-                Box::pin(until_sent(Response::new(body), None, Some(HeldMemory { memory, turn: None })).into_body());
+            let mut body = Box::pin(until_sent(Response::new(body), None, Some(memory), None).into_body());
             let frame = poll_fn(|cx| body.as_mut().poll_frame(cx)).await.expect("no end").expect("no error");
             match frame.into_trailers() {
                 Ok(trailers) => break trailers,
-                Err(_) => bodies.push(body),
+                Err(frame) => bodies.push((body, frame)),
             }
         };
         let fault = Fault::from(&Status::from_header_map(&refused).expect("a status"));

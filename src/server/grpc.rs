@@ -28,7 +28,7 @@ use tonic_health::{
 };
 
 use super::{
-    calls::{self, HeldMemory},
+    calls,
     connection::{self, Caller, Connection, Port},
     request_body::{self, RequestBody},
 };
@@ -290,20 +290,20 @@ async fn answer(State(memory): State<Option<RequestMemory>>, mut request: Reques
         Err(refused) => return Status::from(Fault::new(Reason::Overloaded, refused.0)).into_http(),
     };
     let uri = request.uri().clone();
-    let mut held = None;
+    let (mut held, mut turn) = (None, None);
     if let Some((memory, schemas)) = memory {
         let is_metadata = METADATA_PATHS.iter().any(|paths| uri.path().starts_with(paths));
-        let turn = if is_metadata { Some(memory.metadata_turn().await) } else { None };
+        turn = if is_metadata { Some(memory.metadata_turn().await) } else { None };
         request.extensions_mut().insert(memory.clone());
         request = request.map(|body| Body::new(RequestBody::new(body, uri.path(), memory.clone(), &schemas)));
-        held = Some(HeldMemory { memory, turn });
+        held = Some(memory);
     }
     let mut response = next.run(request).await;
     // Nothing of a request is left when its answer is there, however long that takes to be read.
-    if let Some(held) = &held
+    if let Some(memory) = &held
         && !request_body::is_stream(uri.path())
     {
-        drop(held.memory.take_request());
+        drop(memory.take_request());
     }
     if let Some(status) = Status::from_header_map(response.headers())
         && let Some(mut fault) = fault::of_transport(&status, uri.path())
@@ -316,7 +316,7 @@ async fn answer(State(memory): State<Option<RequestMemory>>, mut request: Reques
         // A header that cannot be written leaves the answer as it was: refused, without our word.
         let _ = Status::from(fault).add_header(response.headers_mut());
     }
-    calls::until_sent(response, call, held)
+    calls::until_sent(response, call, held, turn)
 }
 
 /// What a call of `path` is told that came to the wrong listener.

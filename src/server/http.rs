@@ -96,7 +96,7 @@ async fn serve_connection(connection: Connection, router: Router, tasks: Tasks) 
 /// Counts the request on its connection until its answer has been sent.
 async fn count(Extension(caller): Extension<Caller>, request: Request, next: Next) -> Response {
     match caller.begin_call(PROBE_PATHS.contains(&request.uri().path())) {
-        Ok(call) => calls::until_sent(next.run(request).await, Some(call), None),
+        Ok(call) => calls::until_sent(next.run(request).await, Some(call), None, None),
         Err(refused) => (StatusCode::SERVICE_UNAVAILABLE, [(header::CONNECTION, "close")], format!("{}\n", refused.0))
             .into_response(),
     }

@@ -1,7 +1,7 @@
 //! Memory that each connection holds, and which connections are closed because their clients read nothing.
 //!
-//! HTTP/2 asks a call for more only when its client takes what it was sent. Until then nothing of the call runs: it gives back neither its
-//! responses nor the requests that it began. Where others wait for that memory, its connection is closed.
+//! HTTP/2 asks a call for more only when its client takes most of what it was sent. Until then nothing of the call runs: it gives back neither
+//! its responses nor the requests that it began. Where others wait for that memory, its connection is closed.
 
 use std::{
     collections::BTreeMap,
@@ -46,7 +46,7 @@ pub(super) struct Account {
     /// Turns to open a batch that is to be written in another codec.
     pub(super) recompression: Arc<Semaphore>,
     pub(super) metadata_calls: Arc<Semaphore>,
-    /// Calls that handed something to HTTP/2 and were not asked for more since.
+    /// Calls that handed something to HTTP/2 which has not been sent.
     unread: Mutex<Slab<UnreadCall>>,
     close: Box<dyn Fn() + Send + Sync>,
 }
@@ -111,7 +111,7 @@ impl Account {
     }
 }
 
-/// A response that was handed to HTTP/2, for as long as nothing more is asked for.
+/// What a call handed to HTTP/2, until all of it has been sent.
 #[derive(Debug)]
 pub(super) struct UnreadResponse {
     account: Arc<Account>,
@@ -120,13 +120,23 @@ pub(super) struct UnreadResponse {
 }
 
 impl UnreadResponse {
-    /// A response of `bytes`.
-    pub(super) fn new(account: &Arc<Account>, bytes: usize) -> Self {
-        let kind = if bytes > 0 { MemoryKind::Responses } else { MemoryKind::Requests };
+    /// Of a call that hands over something now.
+    pub(super) fn new(account: &Arc<Account>) -> Self {
         let until = clock::monotonic() + UNREAD_TIMEOUT;
-        let deadline = until + Duration::from_secs((bytes / MIN_BYTES_PER_SECOND) as u64);
-        let key = account.unread().insert(UnreadCall { until, deadline, kind });
+        let key = account.unread().insert(UnreadCall { until, deadline: until, kind: MemoryKind::Requests });
         Self { account: Arc::clone(account), key }
+    }
+
+    /// More was handed over, of which `bytes` are charged: HTTP/2 asks when it has room, so the client took something.
+    pub(super) fn hand(&self, bytes: usize) {
+        let until = clock::monotonic() + UNREAD_TIMEOUT;
+        if let Some(call) = self.account.unread().get_mut(self.key) {
+            call.until = until;
+            call.deadline = until + Duration::from_secs((bytes / MIN_BYTES_PER_SECOND) as u64);
+            if bytes > 0 {
+                call.kind = MemoryKind::Responses;
+            }
+        }
     }
 
     /// The client took a piece of it.

@@ -106,14 +106,13 @@ async fn a_response_is_charged_until_it_was_sent() {
     assert_eq!(bytes, 32 * MIB);
     call.made(grant, MIB);
     assert_eq!(budgets.taken().1, MIB);
-    call.on_body_polled();
-    call.on_body_handed(0).unwrap();
+    let handed = call.hand(MIB).unwrap();
     assert_eq!(budgets.taken().1, MIB, "it is on its way");
     let (_held, bytes) = call.response(40 * MIB, MIB).await;
     assert_eq!(bytes, 40 * MIB);
     let (_small, bytes) = call.response(40 * MIB, MIB).await;
     assert_eq!(bytes, MIB, "its part is used up: small responses go on");
-    call.on_body_polled();
+    drop(handed);
     assert_eq!(budgets.taken().1, 41 * MIB, "it was sent");
 }
 
@@ -131,12 +130,13 @@ async fn connections_that_read_nothing_are_closed_when_others_wait() {
         let call = CallMemory::new(budgets.clone(), connection(number));
         let (grant, _) = call.response(bytes, MIB).await;
         call.made(grant, bytes);
-        call.on_body_handed(0).unwrap();
-        calls.push(Some(call));
+        let handed = call.hand(bytes).unwrap();
+        calls.push(Some((call, handed)));
     }
     // The first one reads on, and has nothing.
-    calls[0].as_ref().unwrap().on_body_polled();
-    let held = calls[0].as_ref().unwrap().response(12 * MIB, MIB).await;
+    let (first, handed) = calls[0].take().unwrap();
+    drop(handed);
+    let held = first.response(12 * MIB, MIB).await;
     tokio::time::advance(UNREAD_TIMEOUT * 10).await;
     assert!(closed.lock().unwrap().is_empty(), "nobody needs their memory");
 
@@ -168,8 +168,7 @@ async fn clients_have_time_to_read() {
     let waiting = call(&budgets);
     let mut waits = std::pin::pin!(waiting.response(2 * MIB, 2 * MIB));
     for _ in 0..20 {
-        reading.on_body_polled();
-        reading.on_body_handed(0).unwrap();
+        let _handed = reading.hand(0).unwrap();
         let waited = tokio::time::timeout(UNREAD_TIMEOUT / 2, &mut waits).await;
         assert!(waited.is_err(), "others hold it");
     }
