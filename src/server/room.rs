@@ -4,7 +4,10 @@
 use rustix::process::{Resource, getrlimit};
 
 use super::places::{LOOPBACK_PLACES, PROBE_PLACES};
-use crate::log::{Disk as _, RealDisk};
+use crate::{
+    limits,
+    log::{Disk as _, RealDisk},
+};
 
 /// Open files that are left for all that is neither a connection nor a segment, at least: the journal, other brokers, etcd, the bucket.
 const MIN_OTHER_FILES: u64 = 64;
@@ -40,6 +43,11 @@ const MAX_PLACES: u64 = 1 << 30;
 /// first calls take 7 KiB each.
 const BYTES_PER_CONNECTION: u64 = 256 << 10;
 
+/// The part of `limits.memory_bytes` for connections of other brokers, as a divisor, and bytes of it for each place: what one that nobody knows
+/// yet sends without an end.
+const PEER_SHARE: u64 = 8;
+const BYTES_PER_PEER: u64 = limits::MAX_PEER_REQUEST_BYTES as u64 * limits::MAX_STREAMS_PER_PEER as u64 + (256 << 10);
+
 /// The common places of one listener, and what raises their number. A smaller bound replaces both.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Capacity {
@@ -62,16 +70,22 @@ impl Room {
     /// clients.
     pub(super) fn of(brokers: usize, alone: bool, memory_bytes: u64) -> Self {
         let files = getrlimit(Resource::Nofile).current.unwrap_or(1 << 20);
-        Self::with(files, RealDisk::default().open_files() as u64, brokers, alone).within(memory_bytes)
+        let room = Self::with(files, RealDisk::default().open_files() as u64, brokers, alone);
+        room.within(memory_bytes, min_peer(Minimum::of(files, alone), brokers))
     }
 
-    /// As many connections of clients as there is memory for.
-    fn within(self, memory_bytes: u64) -> Self {
-        let places = usize::try_from(memory_bytes / BYTES_PER_CONNECTION).unwrap_or(usize::MAX);
-        if self.grpc.places <= places {
-            return self;
+    /// As many connections as there is memory for, and `min_peer` of other brokers.
+    fn within(self, memory_bytes: u64, min_peer: usize) -> Self {
+        let bounded = |capacity: Capacity, places: u64| {
+            let places = usize::try_from(places).unwrap_or(usize::MAX);
+            if capacity.places <= places { capacity } else { Capacity { places, raised_by: "limits.memory_bytes" } }
+        };
+        let peers = (memory_bytes / PEER_SHARE / BYTES_PER_PEER).max(min_peer as u64);
+        Self {
+            grpc: bounded(self.grpc, memory_bytes / BYTES_PER_CONNECTION),
+            peer: self.peer.map(|peer| bounded(peer, peers)),
+            ..self
         }
-        Self { grpc: Capacity { places, raised_by: "limits.memory_bytes" }, ..self }
     }
 
     /// What the limit of open files leaves beside the segments of each broker and the reserves of its listeners.
@@ -81,12 +95,17 @@ impl Room {
         let each = usize::try_from((files.saturating_sub(taken) / brokers).min(MAX_PLACES)).unwrap_or(usize::MAX);
         let min = Minimum::of(files, alone);
         let http = (each / 8).clamp(min.http, MAX_HTTP);
-        let min_peer = min.peer.max(MIN_PEER_PER_BROKER * usize::try_from(brokers).unwrap_or(MAX_PEER));
+        let min_peer = min_peer(min, usize::try_from(brokers).unwrap_or(MAX_PEER));
         let peer = (!alone).then(|| (each / 8).min(MAX_PEER).max(min_peer));
         let grpc = each.saturating_sub(http + peer.unwrap_or(0)).max(min.grpc);
         let bound = |places| Capacity { places, raised_by: "the limit of open files (ulimit -n, LimitNOFILE)" };
         Self { grpc: bound(grpc), http: bound(http), peer: peer.map(bound) }
     }
+}
+
+/// Fewest places for other brokers, of `brokers` in this process.
+fn min_peer(min: Minimum, brokers: usize) -> usize {
+    min.peer.max(MIN_PEER_PER_BROKER * brokers)
 }
 
 impl Minimum {
@@ -144,10 +163,20 @@ mod tests {
     /// 20,000 connections without a call took 400 MB, and there were 900,000 places.
     #[test]
     fn connections_of_clients_are_bounded_by_memory() {
-        let grpc = |files, memory_bytes| Room::with(files, 128, 1, true).within(memory_bytes).grpc;
+        let grpc = |files, memory_bytes| Room::with(files, 128, 1, true).within(memory_bytes, 32).grpc;
         assert_eq!(grpc(1 << 20, 512 << 20), Capacity { places: 2048, raised_by: "limits.memory_bytes" });
         assert_eq!(grpc(1 << 20, 64 << 20).places, 256);
         assert_eq!(grpc(1024, 512 << 20), Room::with(1024, 128, 1, true).grpc, "files are fewer");
+    }
+
+    /// Before anybody has said who it is, 1,024 connections could hold 1.3 GB.
+    #[test]
+    fn connections_of_other_brokers_are_bounded_by_memory() {
+        let peer =
+            |memory_bytes| Room::with(1 << 20, 128, 1, false).within(memory_bytes, 32).peer.expect("they are several");
+        assert_eq!(peer(512 << 20), Capacity { places: 51, raised_by: "limits.memory_bytes" });
+        assert_eq!(peer(64 << 20).places, 32, "a cluster of some brokers works with little memory too");
+        assert_eq!(peer(16 << 30).places, 1024);
     }
 
     /// Half of the places were one address's, and 32 the fewest: of 32 brokers on one machine seven links were refused for ever.
