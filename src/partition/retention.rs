@@ -65,8 +65,8 @@ pub struct Input<'a> {
     /// How long ago the active segment took its first batch, by the monotonic clock; `None` while it is empty.
     pub active_age: Option<Duration>,
     /// The first segments in the bucket, in order, from `log_start`. Those after them matter only by their bytes: what
-    /// they would add to this plan, a later one finds. Empty as well where the bucket cannot be asked: then nothing that
-    /// lies behind its segments is deleted.
+    /// they would add to this plan, a later one finds. Empty as well where the bucket cannot be asked: then its segments go
+    /// together, or stay.
     pub tiered: &'a [Segment],
     /// Bytes of all segments in the bucket that reach above `log_start`.
     pub tiered_bytes: u64,
@@ -129,9 +129,34 @@ pub fn in_future(input: &Input<'_>) -> u64 {
 /// The oldest segments of the log: those in the bucket, then, where these are all, those that only the disk has.
 fn oldest<'a>(input: &Input<'a>) -> impl Iterator<Item = Segment> + use<'a> {
     let log_start = input.log_start;
-    let all_named = input.tiered.last().map_or(log_start, |last| last.end) >= input.tiered_end;
+    let unnamed = unnamed(input);
+    let all_named = input.tiered.last().map_or(log_start, |last| last.end) >= input.tiered_end || unnamed.is_some();
     let tiered = input.tiered.iter().filter(move |segment| segment.end > log_start);
-    tiered.copied().chain(only_local(input).filter(move |_| all_named))
+    tiered.copied().chain(unnamed).chain(only_local(input).filter(move |_| all_named))
+}
+
+/// All segments in the bucket as one, where it cannot be asked for them. They were written before what only the disk has, and no record in
+/// them may have been further ahead of that than the topic allows.
+fn unnamed(input: &Input<'_>) -> Option<Segment> {
+    if !input.tiered.is_empty() || input.tiered_end <= input.log_start {
+        return None;
+    }
+    let first = only_local(input).next();
+    let ahead_ms = input.config.timestamp_after.map(|ahead| i64::try_from(ahead.as_millis()).unwrap_or(i64::MAX));
+    let latest_ms = first.zip(ahead_ms).map_or(i64::MAX, |(first, ahead_ms)| first.written_ms.saturating_add(ahead_ms));
+    Some(Segment {
+        base: input.log_start,
+        end: input.tiered_end,
+        bytes: input.tiered_bytes,
+        max_timestamp_ms: latest_ms,
+        written_ms: latest_ms,
+    })
+}
+
+/// Bytes of the bucket's segments that lie wholly below `start`.
+pub fn removed_bytes(input: &Input<'_>, start: Offset) -> u64 {
+    let tiered = input.tiered.iter().copied().chain(unnamed(input));
+    tiered.filter(|segment| segment.end <= start).map(|segment| segment.bytes).sum()
 }
 
 fn log_start(input: &Input<'_>) -> Option<Offset> {

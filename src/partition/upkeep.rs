@@ -386,8 +386,8 @@ async fn plan(partition: &Partition, local: &Local) -> Planned {
     };
     partition.shared.set_future_segments(if input.leads { retention::in_future(&input) } else { 0 });
     let plan = retention::plan(&input);
-    let removed = tiered.iter().filter(|segment| plan.log_start.is_some_and(|start| segment.end <= start));
-    Planned { removed_bytes: removed.map(|segment| segment.bytes).sum(), plan, manifest }
+    let removed_bytes = plan.log_start.map_or(0, |start| retention::removed_bytes(&input, start));
+    Planned { removed_bytes, plan, manifest }
 }
 
 /// The bucket's first segments from `log_start` on, and whether the manifest lists others before them.

@@ -236,9 +236,19 @@ async fn compressed_batch_cannot_move_the_partitions_time_past_the_limit() {
 /// bucket held something, the log start waited for the manifest.
 #[test]
 fn bucket_that_is_away_keeps_nothing_that_nobody_may_read() {
+    retention_goes_on_without_the_bucket(false);
+}
+
+/// What the bucket had was known no more, and nothing was deleted until it was back.
+#[test]
+fn bucket_that_is_away_at_a_start_keeps_nothing_that_nobody_may_read() {
+    retention_goes_on_without_the_bucket(true);
+}
+
+fn retention_goes_on_without_the_bucket(after_a_start: bool) {
     let server = S3::begin();
     let mut home = Home::new().object_store(&server);
-    let _broker = home.start();
+    let mut broker = home.start();
     let cli = home.cli();
     let limit = format!("retention.bytes={LIMIT}");
     let create = ["topic", "create", "t", "--config", "segment.bytes=65536", "--config", "retention.ms=-1"];
@@ -249,6 +259,10 @@ fn bucket_that_is_away_keeps_nothing_that_nobody_may_read() {
     eventually("segments are in the bucket", || (mark("tiered_end") > 0).then_some(()));
     assert_eq!(mark("log_start"), 0);
     server.faults().set_down(true);
+    if after_a_start {
+        broker.kill9();
+        broker = home.start();
+    }
     let more = lines(45_000);
     cli.ok_with(&["produce", "t"], &more.as_bytes()[text.len()..]);
     text = more;
@@ -263,6 +277,7 @@ fn bucket_that_is_away_keeps_nothing_that_nobody_may_read() {
         (mark("log_start") == start).then_some((start, read))
     });
     assert!(text.ends_with(&read) && i64::try_from(read.lines().count()) == Ok(mark("log_end") - from));
+    drop(broker);
 }
 
 /// One record of the far future kept itself and all that followed, on the disk and in the bucket.

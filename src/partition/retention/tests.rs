@@ -51,6 +51,32 @@ fn size_retention_keeps_at_least_the_limit() {
     assert_eq!(plan(&input(&config, &local, &[])).log_start, Some(at(10)));
 }
 
+/// After a start without the bucket nothing was deleted any more, and the disk filled.
+#[test]
+fn retention_goes_on_while_the_bucket_cannot_be_asked_for_its_segments() {
+    const HOUR_MS: i64 = 3_600_000;
+    let input = |config, local, now_ms| Input {
+        now_ms,
+        log_start: at(5),
+        tiered_end: at(20),
+        tiered_bytes: 200,
+        ..input(config, local, &[])
+    };
+    let by_size = config(&[("retention.bytes", "250")]);
+    let local = [segment(20, 30, 100, 9_000), segment(30, 40, 100, 9_000), segment(40, 50, 100, 9_000)];
+    let full = input(&by_size, &local, 10_000);
+    assert_eq!((plan(&full).log_start, removed_bytes(&full, at(20))), (Some(at(20)), 200));
+    assert_eq!(removed_bytes(&full, at(19)), 0);
+    assert_eq!(plan(&input(&by_size, &local[..2], 10_000)).log_start, None, "what would remain is too little");
+
+    let by_age = config(&[("retention.ms", "60000")]);
+    let planned = |now_ms| plan(&input(&by_age, &local, now_ms)).log_start;
+    assert_eq!(planned(9_000 + HOUR_MS + 60_000), None, "one of its records may be an hour younger");
+    assert_eq!(planned(9_000 + HOUR_MS + 60_001), Some(at(50)));
+    let without_limit = config(&[("retention.ms", "60000"), ("message.timestamp.after.max.ms", "-1")]);
+    assert_eq!(plan(&input(&without_limit, &local, 9_000 + 10 * HOUR_MS)).log_start, None);
+}
+
 /// What lay below the log start once counted again, and so the next plan gave up the rest of the log.
 #[test]
 fn what_was_given_up_does_not_push_out_what_is_kept() {
@@ -88,10 +114,10 @@ fn only_what_lies_wholly_below_the_log_start_leaves_the_disk() {
     }
 }
 
-/// The bucket's segments cannot be told apart where it cannot be asked: what lies behind them must not go first.
+/// The bucket's segments cannot be told apart where it cannot be asked, and may have younger records: what lies behind them must not go first.
 #[test]
 fn nothing_behind_a_bucket_that_cannot_be_asked_is_deleted() {
-    let config = config(&[("retention.bytes", "0"), ("retention.ms", "1")]);
+    let config = config(&[("retention.ms", "1")]);
     let local = [segment(10, 20, 100, 0)];
     let mut input = input(&config, &local, &[]);
     (input.tiered_end, input.uploads) = (at(10), false);
