@@ -13,6 +13,7 @@
 
 mod memory;
 mod plain;
+mod stream;
 #[cfg(test)]
 mod tests;
 
@@ -23,13 +24,14 @@ use std::{
     time::Duration,
 };
 
-use futures::{FutureExt as _, Stream, StreamExt as _, stream, stream::FuturesUnordered};
-use tokio::{sync::watch, time::Instant};
+use futures::{FutureExt as _, Stream, StreamExt as _, stream::FuturesUnordered};
+use tokio::time::Instant;
 use tonic::{Status, Streaming};
 
 use self::{
     memory::{Granted, MIN_READ_BYTES},
     plain::RecordTooLarge,
+    stream::Follow,
 };
 use super::{Broker, CallMemory, Grant, faults};
 use crate::{
@@ -46,6 +48,10 @@ use crate::{
 
 /// Reads of one session that may be under way.
 const READS: usize = 8;
+
+/// How long an answer that has enough waits for reads that are under way: they end with the call, and what is in memory would keep what is on
+/// a disk out for ever.
+const OTHER_READS_WAIT: Duration = Duration::from_millis(100);
 
 /// Bytes of one answer where the request does not say.
 const DEFAULT_BYTES: usize = 1 << 20;
@@ -378,7 +384,7 @@ impl Session {
     async fn gather(&mut self, plain: bool, deadline: Instant) -> Result<Gathered, Fault> {
         let patience = self.broker.settings.fetch_max_wait;
         let mut gathered = Gathered::default();
-        let (mut reading_since, mut looked_again) = (None, false);
+        let (mut reading_since, mut enough_since, mut looked_again) = (None, None, false);
         loop {
             if self.needs_memory() {
                 let reserved = tokio::time::timeout(patience, self.reserve(plain)).await;
@@ -388,7 +394,12 @@ impl Session {
             }
             self.gather_now(&mut gathered);
             if gathered.is_enough(self.min_bytes()) {
-                break;
+                let until = *enough_since.get_or_insert_with(clock::monotonic) + OTHER_READS_WAIT;
+                let has_room = !gathered.failed && !gathered.full && gathered.bytes < self.terms.max_bytes;
+                if !has_room || tokio::time::timeout_at(until, self.next_read(&mut gathered)).await != Ok(true) {
+                    break;
+                }
+                continue;
             }
             // Records that are being read exist: only a bound of its own ends the wait for them.
             let awaits_records = gathered.bytes == 0 && !self.reading.is_empty();
@@ -411,6 +422,12 @@ impl Session {
         }
         self.complete(&mut gathered);
         Ok(gathered)
+    }
+
+    /// Waits for one more outcome; false where there is none to come.
+    async fn next_read(&mut self, gathered: &mut Gathered) -> bool {
+        let outcome = self.reading.next().await;
+        outcome.map(|outcome| self.absorb(outcome, gathered)).is_some()
     }
 
     /// Waits for one more outcome, or for something to become ready.
@@ -499,90 +516,7 @@ impl Broker {
         requests: Streaming<v1::FetchRequest>,
         memory: CallMemory,
     ) -> impl Stream<Item = Result<v1::FetchResponse, Status>> + Send + 'static {
-        let doubts = self.doubts();
-        let session = Session::new(self, Terms::new(0, 0, 0), memory);
-        let follow = Follow { session, requests, doubts, begun: false, ended: false };
-        stream::unfold(follow, |mut follow| async move { Some((follow.next().await?, follow)) })
-    }
-}
-
-/// One fetch stream.
-struct Follow {
-    session: Session,
-    requests: Streaming<v1::FetchRequest>,
-    /// Whether this broker may have been replaced: told as it changes, since nothing else may ever come.
-    doubts: watch::Receiver<bool>,
-    begun: bool,
-    /// The caller sends no more requests; it goes on reading what it asked for.
-    ended: bool,
-}
-
-impl Follow {
-    async fn next(&mut self) -> Option<Result<v1::FetchResponse, Status>> {
-        let mut gathered = Gathered::default();
-        let mut deadline: Option<Instant> = None;
-        loop {
-            if self.session.needs_memory() {
-                // The next response waits until enough of the last ones has been sent.
-                let broker = Arc::clone(&self.session.broker);
-                tokio::select! {
-                    biased;
-                    () = broker.stopping() => return None,
-                    () = self.session.reserve(false) => {}
-                }
-            }
-            self.session.gather_now(&mut gathered);
-            let terms = self.session.terms;
-            if gathered.is_enough(self.session.min_bytes()) {
-                break;
-            }
-            if gathered.bytes > 0 && deadline.is_none() {
-                deadline = Some(clock::monotonic() + terms.max_wait);
-            }
-            let hold = async {
-                match deadline {
-                    Some(moment) => tokio::time::sleep_until(moment).await,
-                    None => std::future::pending().await,
-                }
-            };
-            let broker = Arc::clone(&self.session.broker);
-            let session = &mut self.session;
-            tokio::select! {
-                biased;
-                () = broker.stopping() => return None,
-                request = self.requests.message(), if !self.ended => match request {
-                    Ok(Some(request)) => {
-                        // What was gathered for the old assignment goes out first: its positions have moved.
-                        let wanted = request.partitions.iter().map(|want| (want.topic.as_str(), want.topic_id.as_str()));
-                        broker.acquaint(wanted).await;
-                        if let Err(fault) = self.take(request) {
-                            return Some(Err(fault.into()));
-                        }
-                        if gathered.bytes > 0 {
-                            break;
-                        }
-                    }
-                    Ok(None) if !self.begun => return None,
-                    Ok(None) => self.ended = true,
-                    Err(status) => return Some(Err(faults::unreadable(status))),
-                },
-                Ok(()) = self.doubts.changed(), if self.begun => break,
-                () = session.wait(&mut gathered), if self.begun => {}
-                () = hold => break,
-            }
-        }
-        self.session.on_made(gathered.bytes, gathered.partitions.len());
-        self.session.broker.metrics.fetch_requests.inc();
-        let in_doubt = *self.doubts.borrow_and_update();
-        Some(Ok(v1::FetchResponse { partitions: gathered.partitions, in_doubt }))
-    }
-
-    fn take(&mut self, request: v1::FetchRequest) -> Result<(), Fault> {
-        let _request = self.session.memory.take_request();
-        if !self.begun {
-            self.session.terms = Terms::new(request.min_bytes, request.max_bytes, request.max_wait_ms);
-            self.begun = true;
-        }
-        self.session.assign(request.partitions, request.restart, request.any_replica)
+        let follow = Follow::new(self, requests, memory);
+        futures::stream::unfold(follow, |mut follow| async move { Some((follow.next().await?, follow)) })
     }
 }

@@ -42,7 +42,7 @@ impl Bench {
     }
 
     /// Starts as a broker of several does: it opens what it has, shows it, registers, and takes part.
-    async fn over(dir: &Path, alone: bool, store: EmbeddedStore) -> Self {
+    pub(super) async fn over(dir: &Path, alone: bool, store: EmbeddedStore) -> Self {
         let id = BrokerId(1);
         let identity = Identity { cluster: "test".to_owned(), broker: id };
         let options = Options { journal_bytes: 8 << 20, ..Options::default() };

@@ -5,7 +5,9 @@ use bytes::Bytes;
 use super::{super::tests::Bench, *};
 use crate::{
     broker::{Budgets, CallMemory, ProducerIdQuota},
-    model::TopicName,
+    cluster::EmbeddedStore,
+    model::{PartitionId, TopicName},
+    task::patience::until,
 };
 
 /// Found by review: a batch as large as a message was read again and again, and each time something small had come first.
@@ -109,6 +111,28 @@ async fn fetch_set_names_each_partition_once() {
     let fault = session.assign(vec![want(0), want(1), want(0)], true, false).unwrap_err();
     assert_eq!(fault.reason, Reason::InvalidRequest);
     assert!(fault.message.contains("\"t\", partition 0 is named twice"), "{fault}");
+    bench.stop().await;
+}
+
+/// The first one was ready at once and the other never: its read ended with the call, each time.
+#[tokio::test]
+async fn read_of_a_partition_in_memory_and_one_on_the_disk_has_records_of_both() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = EmbeddedStore::in_memory();
+    let bench = Bench::over(dir.path(), false, store.clone()).await;
+    let topic = bench.create(&TopicName::new("t").unwrap(), 2).await;
+    bench.append(1, 100, 0).await.unwrap();
+    bench.stop().await;
+    let bench = Bench::over(dir.path(), false, store).await;
+    let leads = |id| bench.broker.hosted.by_id(id).is_some_and(|partition| partition.standing().role.leads());
+    until("it leads both", || [0, 1].iter().all(|index| leads(PartitionId::new(topic, *index)))).await;
+    bench.append(0, 100, 0).await.unwrap();
+    let want = |partition| v1::FetchPartition { topic: "t".to_owned(), partition, ..Default::default() };
+    let request = v1::ReadRequest { partitions: vec![want(0), want(1)], ..Default::default() };
+    let read = Arc::clone(&bench.broker).read(request, bench.broker.call_memory()).await.unwrap();
+    let records: Vec<_> =
+        read.partitions.iter().map(|of| (of.partition, !of.chunks.is_empty(), of.next_offset)).collect();
+    assert_eq!(records, [(0, true, 1), (1, true, 1)]);
     bench.stop().await;
 }
 
