@@ -190,7 +190,8 @@ pub(super) fn prefix(codec: Compression, stored: &[u8], most: usize) -> Result<P
     if codec != Compression::Gzip && stored.len() <= most && claimed.is_none_or(|claimed| claimed <= most) {
         match decompress(codec, stored, most) {
             Ok(plain) => return Ok(Prefix { bytes: plain.into(), is_whole: true }),
-            Err(Malformed::Grows { .. }) if claimed.is_none() => {}
+            // It claims nothing, or another frame follows the one that does.
+            Err(Malformed::Grows { .. }) => {}
             Err(error) => return Err(error),
         }
     }

@@ -16,8 +16,10 @@ fn other_writers(plain: &[u8]) -> Vec<(Compression, Vec<u8>)> {
         CODECS.map(|codec| (codec, crate::record::compression::compress(codec, plain).to_vec())).into();
     streams.push((Compression::Snappy, snap::raw::Encoder::new().compress_vec(plain).unwrap()));
     let (one, other) = plain.split_at(plain.len() / 3);
-    let members = [one, other].map(|part| crate::record::compression::compress(Compression::Gzip, part));
-    streams.push((Compression::Gzip, members.concat()));
+    for codec in [Compression::Gzip, Compression::Zstd] {
+        let members = [one, other].map(|part| crate::record::compression::compress(codec, part));
+        streams.push((codec, members.concat()));
+    }
     for (mode, size) in [(BlockMode::Linked, BlockSize::Max64KB), (BlockMode::Independent, BlockSize::Max4MB)] {
         let frame = FrameInfo::new().block_mode(mode).block_size(size).block_checksums(true).content_checksum(true);
         let mut encoder = FrameEncoder::with_frame_info(frame, Vec::new());
