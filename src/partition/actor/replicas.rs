@@ -99,7 +99,9 @@ impl Actor {
                     producers: producers.to_bytes(),
                 })),
                 Err(error) => {
-                    tracing::warn!(topic = %self.topic, partition = %self.id, %error, "a new replica cannot begin here");
+                    if let Some(count) = self.shared.count_unsendable() {
+                        tracing::warn!(topic = %self.topic, partition = %self.id, %error, count, "a new replica cannot begin here");
+                    }
                     Joined::Refused(format!("the leader cannot read what is known where its log begins: {error}"))
                 }
             },

@@ -20,7 +20,7 @@ use crate::{
     partition::{Answered, FromLink, Joined, On, Overrun, Partition, Ready, leader::insync::Ends},
     proto::{status::Status, v1},
     task::{Tasks, clock},
-    telemetry::Counter,
+    telemetry::{Counter, LogThrottle},
 };
 
 /// How soon a partition is told to claim again; twice as late each time, until a leader has taken it.
@@ -85,6 +85,8 @@ struct Slot {
     /// It may have been deleted since.
     partition: Weak<Partition>,
     place: Option<Place>,
+    /// Of places that end because of what the leader sends, or does not.
+    ended: LogThrottle,
 }
 
 /// How it is joined.
@@ -93,8 +95,8 @@ struct Place {
     number: u32,
     ticket: Ticket,
     join: JoinFrame,
-    /// The leader said that it goes on at the claimed end.
-    joined: bool,
+    /// Since when the leader goes on at the claimed end, as it said.
+    joined: Option<Instant>,
     /// What was acknowledged.
     told: Option<Ends>,
 }
@@ -254,7 +256,7 @@ impl Following<'_> {
         let number = self.next_place;
         self.next_place = self.next_place.wrapping_add(1);
         self.places.insert(number, index);
-        self.slots[index].place = Some(Place { partition, number, ticket, join, joined: false, told: None });
+        self.slots[index].place = Some(Place { partition, number, ticket, join, joined: None, told: None });
         self.messages.push_back(frames::join(number, &join));
     }
 
@@ -263,7 +265,7 @@ impl Following<'_> {
         let partition = (self.find)(id)?;
         let index = *self.slot_of.entry(id).or_insert(self.slots.len());
         if index == self.slots.len() {
-            self.slots.push(Slot { id, partition: Weak::new(), place: None });
+            self.slots.push(Slot { id, partition: Weak::new(), place: None, ended: LogThrottle::default() });
         }
         let (slot, weak) = (&mut self.slots[index], Arc::downgrade(&partition));
         if !Weak::ptr_eq(&slot.partition, &weak) {
@@ -282,9 +284,9 @@ impl Following<'_> {
 
     /// Something is wrong with a place: it ends, and the partition joins again a little later.
     fn fail(&mut self, index: usize, why: &dyn std::fmt::Display) {
-        if let Some(place) = self.end_and_wait(index) {
+        if let Some((place, count)) = self.end_and_wait(index) {
             tracing::warn!(
-                topic = %place.partition.topic(), partition = %place.partition.id(), epoch = %place.join.epoch,
+                topic = %place.partition.topic(), partition = %place.partition.id(), epoch = %place.join.epoch, count,
                 log_end = %place.partition.ends().written, %why, "what the leader sent is refused; the partition joins again"
             );
         }
@@ -292,21 +294,28 @@ impl Following<'_> {
 
     /// The leader serves a place no more, as at each change of leader: it ends, and the partition joins again a little later.
     fn dismissed(&mut self, index: usize, why: &dyn std::fmt::Display) {
-        if let Some(place) = self.end_and_wait(index) {
+        if let Some((place, count)) = self.end_and_wait(index) {
             tracing::info!(
-                topic = %place.partition.topic(), partition = %place.partition.id(), epoch = %place.join.epoch,
+                topic = %place.partition.topic(), partition = %place.partition.id(), epoch = %place.join.epoch, count,
                 log_end = %place.partition.ends().written, %why, "the leader sends no more; the partition joins again"
             );
         }
     }
 
-    fn end_and_wait(&mut self, index: usize) -> Option<Place> {
+    /// The place that ended, where that is to be logged, and how many did since it was.
+    fn end_and_wait(&mut self, index: usize) -> Option<(Place, u64)> {
         let id = self.slots[index].id;
         let place = self.end_place(id)?;
+        // One that ended at once may do so again and again.
+        let lasted = place.joined.map(|joined| clock::monotonic().saturating_duration_since(joined));
+        if lasted.is_some_and(|lasted| lasted >= LONGEST_PAUSE) {
+            self.pauses.remove(&id);
+        }
         self.asked.give_up(id, place.ticket);
         self.messages.push_back(frames::leave(place.number, place.join.epoch, false));
         self.wait(id);
-        Some(place)
+        let count = self.slots[index].ended.occur(clock::monotonic())?;
+        Some((place, count))
     }
 
     /// One message for places that moved, so many at most.
@@ -317,7 +326,7 @@ impl Following<'_> {
             && let Some(index) = self.ready.take()
         {
             let Some(place) = &mut self.slots[index].place else { continue };
-            if !place.joined {
+            if place.joined.is_none() {
                 continue;
             }
             // Read while the join holds: whoever leaves, or joins again, changes its log only after that.
@@ -360,22 +369,19 @@ impl Following<'_> {
         let Slot { id, place: Some(place), .. } = &mut self.slots[index] else { return };
         let id = *id;
         match &answered.join {
-            Joined::Refused(why) if place.joined => {
+            Joined::Refused(why) if place.joined.is_some() => {
                 let why = why.clone();
                 return self.dismissed(index, &why);
             }
-            _ if place.joined => return self.fail(index, &"a second answer came"),
+            _ if place.joined.is_some() => return self.fail(index, &"a second answer came"),
             Joined::At(at) if *at != place.join.claim.end => {
                 let why = not_asked("an offset to go on at", *at, place.join.claim.end);
                 return self.fail(index, &why);
             }
-            Joined::At(_) => {
-                place.joined = true;
-                self.pauses.remove(&id);
-            }
+            Joined::At(_) => place.joined = Some(clock::monotonic()),
             _ => {}
         }
-        let over = !place.joined;
+        let over = place.joined.is_none();
         let answer = FromLink::Answer(answered);
         let handed = self.asked.while_joined(&place.partition, place.ticket, |to| to.from_link(answer));
         if let Some(Err(overrun)) = handed {
@@ -388,7 +394,7 @@ impl Following<'_> {
 
     fn take(&mut self, index: usize, piece: v1::Piece) -> Result<(), Untaken> {
         let Some(place) = &mut self.slots[index].place else { return Ok(()) };
-        if !place.joined {
+        if place.joined.is_none() {
             return Err(Untaken::Early);
         }
         self.received.inc_by(piece.chunks.iter().map(|chunk| chunk.len() as u64).sum());
@@ -446,19 +452,11 @@ mod tests {
         assert!(message.encoded_len() < limits::MAX_PEER_REQUEST_BYTES, "{}", message.encoded_len());
     }
 
-    #[tokio::test(flavor = "multi_thread")]
-    async fn progress_beyond_one_message_stays_marked() {
-        const PLACES: usize = 5;
-        let side = Side::new(BrokerId(2));
-        let (find, received) = (side.find(), Counter::default());
-        side.asked.begin();
-        for number in 0..PLACES {
-            side.open(u32::try_from(number).expect("few"), &[BrokerId(1)]).await;
-        }
-        let mut following = Following {
+    fn joins_nothing_yet<'a>(side: &'a Side, find: &'a Find, received: &'a Counter) -> Following<'a> {
+        Following {
             asked: &side.asked,
-            find: &find,
-            received: &received,
+            find,
+            received,
             slots: Vec::new(),
             slot_of: BTreeMap::new(),
             places: BTreeMap::new(),
@@ -469,7 +467,49 @@ mod tests {
             later: BTreeSet::new(),
             waiting: BTreeMap::new(),
             pauses: BTreeMap::new(),
-        };
+        }
+    }
+
+    /// A leader that cannot read what a follower lacks was asked fifty times a second, and each time both wrote a line.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn place_that_ends_at_once_waits_longer_each_time() {
+        let side = Side::new(BrokerId(2));
+        let (find, received) = (side.find(), Counter::default());
+        side.asked.begin();
+        side.open(0, &[BrokerId(1)]).await;
+        let mut following = joins_nothing_yet(&side, &find, &received);
+        let (mut pauses, mut lines) = (Vec::new(), 0);
+        for lasts in [false, false, false, true] {
+            let joins = async {
+                while following.places.is_empty() {
+                    following.remind();
+                    while let Some((partition, todo)) = side.asked.take() {
+                        following.carry_out(partition, todo);
+                    }
+                    tokio::time::sleep(Duration::from_millis(1)).await;
+                }
+            };
+            tokio::time::timeout(Duration::from_secs(20), joins).await.expect("it joins again");
+            let since = clock::monotonic() - if lasts { LONGEST_PAUSE } else { Duration::ZERO };
+            following.slots[0].place.as_mut().expect("it joined").joined = Some(since);
+            lines += following.end_and_wait(0).iter().count();
+            pauses.extend(following.pauses.values().copied());
+        }
+        assert_eq!(pauses, [2, 4, 8, 2].map(|times| PAUSE * times), "the next pause");
+        assert_eq!(lines, 1);
+        side.tasks.stop().await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn progress_beyond_one_message_stays_marked() {
+        const PLACES: usize = 5;
+        let side = Side::new(BrokerId(2));
+        let (find, received) = (side.find(), Counter::default());
+        side.asked.begin();
+        for number in 0..PLACES {
+            side.open(u32::try_from(number).expect("few"), &[BrokerId(1)]).await;
+        }
+        let mut following = joins_nothing_yet(&side, &find, &received);
         let joins = async {
             loop {
                 while let Some((partition, todo)) = side.asked.take() {
@@ -485,7 +525,7 @@ mod tests {
         following.messages.clear();
         while following.ready.take().is_some() {}
         for index in 0..PLACES {
-            following.slots[index].place.as_mut().expect("it joined").joined = true;
+            following.slots[index].place.as_mut().expect("it joined").joined = Some(clock::monotonic());
             following.ready.mark(index);
         }
         let mut told = BTreeSet::new();
