@@ -138,6 +138,13 @@ pub fn main() -> ExitCode {
 
 /// Refuses variables of ours that nothing reads: a command that ignored `STRANDLINE_BOOTSTRP` would go to another cluster than was meant.
 fn check_environment() -> anyhow::Result<()> {
+    for (name, value) in std::env::vars_os() {
+        let name = name.to_string_lossy();
+        anyhow::ensure!(
+            !name.starts_with("STRANDLINE_") || value.to_str().is_some(),
+            "the value of {name} is no UTF-8: {value:?}"
+        );
+    }
     Ok(Sources::check_names(serve::environment())?)
 }
 

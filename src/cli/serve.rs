@@ -33,9 +33,9 @@ impl Overrides {
     }
 }
 
-/// The environment; what is not UTF-8 cannot be a setting of ours.
+/// The environment; a name that is not UTF-8 cannot be a setting of ours, and `check_environment` refuses such a value of one.
 pub(super) fn environment() -> impl Iterator<Item = (String, String)> {
-    std::env::vars_os().filter_map(|(key, value)| Some((key.into_string().ok()?, value.into_string().ok()?)))
+    std::env::vars_os().filter_map(|(key, value)| Some((key.into_string().ok()?, value.to_string_lossy().into_owned())))
 }
 
 /// Keeps what this process makes for its user alone, the objects of a `file://` bucket too: their library opens files by itself.

@@ -351,9 +351,10 @@ pub(super) const SETTINGS: &[Setting] = &[
     setting(
         "cache",
         "memory_bytes",
-        Kind::Bytes { least: 0, most: TIB },
+        Kind::Bytes { least: 4 * MIB, most: TIB },
         None,
-        "How much of what was read from the object store is kept in memory.",
+        "How much of what was read from the object store is kept in memory. A read that needs several requests finds there what the earlier ones \
+         brought.",
     ),
     setting(
         "cache",
@@ -397,7 +398,7 @@ pub(super) const SETTINGS: &[Setting] = &[
     setting(
         "tier",
         "fetch_max_wait",
-        Kind::Time { least: 0, most: 60 },
+        Kind::Time { least: 1, most: 60 },
         Some("5s"),
         "How long a single read waits for records that exist and are in the object store, whatever the caller's max_wait_ms. Kafka's \
          remote.fetch.max.wait.ms (KIP-1018). The fetch goes on behind the call, and the next one finds what it brought.",

@@ -548,6 +548,11 @@ fn a_mistyped_variable_ends_every_command_before_it_calls_anybody() {
         );
     }
     cli.ok(&["topic", "describe", "t"]);
+    let value = std::os::unix::ffi::OsStrExt::from_bytes(b"\xff");
+    let value: &std::ffi::OsStr = value;
+    let output = cli.command(&["topic", "list"]).env("STRANDLINE_BROKER_DATA_DIR", value).output().expect("it runs");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && said.contains("STRANDLINE_BROKER_DATA_DIR is no UTF-8"), "{said}");
     // What Kubernetes sets for a service of that name is nobody's mistake.
     let output = cli.command(&["topic", "list"]).env("STRANDLINE_SERVICE_HOST", "10.0.0.1").output().expect("it runs");
     assert!(output.status.success(), "{output:?}");
