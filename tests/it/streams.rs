@@ -28,6 +28,22 @@ async fn p99(log: &mut LogClient<Channel>, appends: usize, pause: Duration) -> D
     took[took.len() * 99 / 100]
 }
 
+/// Appends until no stream gets another response, so that what follows measures streams that take nothing; the number of appends.
+async fn fill_windows(home: &Home, log: &mut LogClient<Channel>) -> usize {
+    let responses = || tokio::task::block_in_place(|| home.metric("strandline_fetch_requests_total"));
+    let (begin, mut appends, mut made) = (clock::monotonic(), 0, responses());
+    loop {
+        p99(log, 100, Duration::ZERO).await;
+        appends += 100;
+        let now = responses();
+        if now == made {
+            return appends;
+        }
+        made = now;
+        assert!(begin.elapsed() < Duration::from_secs(300), "{made} responses after {appends} appends, and still more");
+    }
+}
+
 /// Opens so many streams on partition 0 at its end.
 async fn open(home: &Home, count: usize, offset: i64) -> Vec<Streaming<v1::FetchResponse>> {
     let mut opened = Vec::new();
@@ -58,11 +74,13 @@ async fn ten_thousand_streams_hold_up_no_acknowledgement() {
     let _warm = p99(&mut log, 500, Duration::ZERO).await;
 
     let ten = open(&home, 10, 0).await;
+    fill_windows(&home, &mut log).await;
     let few = p99(&mut log, 5_000, Duration::ZERO).await;
     drop(ten);
     let end = wire::latest(&mut log, "t", 0).await.expect("answered");
     let idle = open(&home, 10_000, end).await;
-    let _first = p99(&mut log, 500, Duration::from_millis(5)).await;
+    let filled = fill_windows(&home, &mut log).await;
+    println!("the windows of 10,000 streams were full after {filled} appends");
     let many = p99(&mut log, 5_000, Duration::ZERO).await;
     println!("streams that take nothing: p99 of an append with 10: {few:?}, with 10,000: {many:?}");
     drop(idle);
