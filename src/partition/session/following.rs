@@ -23,7 +23,7 @@ use crate::{
     telemetry::{Counter, LogThrottle},
 };
 
-/// How soon a partition is told to claim again; twice as late each time, until a leader has taken it.
+/// How soon a partition is told to claim again; twice as late each time, until a leader has served it for [`LONGEST_PAUSE`].
 const PAUSE: Duration = Duration::from_millis(20);
 
 /// The longest such pause.
@@ -85,8 +85,9 @@ struct Slot {
     /// It may have been deleted since.
     partition: Weak<Partition>,
     place: Option<Place>,
-    /// Of places that end because of what the leader sends, or does not.
-    ended: LogThrottle,
+    /// Of places that end because of what the leader sent, and because it sends no more.
+    failed: LogThrottle,
+    dismissed: LogThrottle,
 }
 
 /// How it is joined.
@@ -224,6 +225,7 @@ impl Following<'_> {
         if self.waiting.contains_key(&id) {
             return;
         }
+        self.reset_pause(id);
         let pause = self.pauses.entry(id).or_insert(PAUSE);
         let due = clock::monotonic() + *pause;
         self.later.insert((due, id));
@@ -265,7 +267,13 @@ impl Following<'_> {
         let partition = (self.find)(id)?;
         let index = *self.slot_of.entry(id).or_insert(self.slots.len());
         if index == self.slots.len() {
-            self.slots.push(Slot { id, partition: Weak::new(), place: None, ended: LogThrottle::default() });
+            self.slots.push(Slot {
+                id,
+                partition: Weak::new(),
+                place: None,
+                failed: LogThrottle::default(),
+                dismissed: LogThrottle::default(),
+            });
         }
         let (slot, weak) = (&mut self.slots[index], Arc::downgrade(&partition));
         if !Weak::ptr_eq(&slot.partition, &weak) {
@@ -275,7 +283,17 @@ impl Following<'_> {
         Some((index, partition))
     }
 
+    /// One that ended at once may do so again and again: its pauses go on.
+    fn reset_pause(&mut self, id: PartitionId) {
+        let place = self.slot_of.get(&id).and_then(|index| self.slots[*index].place.as_ref());
+        let joined = place.and_then(|place| place.joined);
+        if joined.is_some_and(|joined| clock::monotonic().saturating_duration_since(joined) >= LONGEST_PAUSE) {
+            self.pauses.remove(&id);
+        }
+    }
+
     fn end_place(&mut self, id: PartitionId) -> Option<Place> {
+        self.reset_pause(id);
         let index = *self.slot_of.get(&id)?;
         let place = self.slots[index].place.take()?;
         self.places.remove(&place.number);
@@ -284,7 +302,9 @@ impl Following<'_> {
 
     /// Something is wrong with a place: it ends, and the partition joins again a little later.
     fn fail(&mut self, index: usize, why: &dyn std::fmt::Display) {
-        if let Some((place, count)) = self.end_and_wait(index) {
+        if let Some(place) = self.end_and_wait(index)
+            && let Some(count) = self.slots[index].failed.occur(clock::monotonic())
+        {
             tracing::warn!(
                 topic = %place.partition.topic(), partition = %place.partition.id(), epoch = %place.join.epoch, count,
                 log_end = %place.partition.ends().written, %why, "what the leader sent is refused; the partition joins again"
@@ -294,7 +314,9 @@ impl Following<'_> {
 
     /// The leader serves a place no more, as at each change of leader: it ends, and the partition joins again a little later.
     fn dismissed(&mut self, index: usize, why: &dyn std::fmt::Display) {
-        if let Some((place, count)) = self.end_and_wait(index) {
+        if let Some(place) = self.end_and_wait(index)
+            && let Some(count) = self.slots[index].dismissed.occur(clock::monotonic())
+        {
             tracing::info!(
                 topic = %place.partition.topic(), partition = %place.partition.id(), epoch = %place.join.epoch, count,
                 log_end = %place.partition.ends().written, %why, "the leader sends no more; the partition joins again"
@@ -302,20 +324,13 @@ impl Following<'_> {
         }
     }
 
-    /// The place that ended, where that is to be logged, and how many did since it was.
-    fn end_and_wait(&mut self, index: usize) -> Option<(Place, u64)> {
+    fn end_and_wait(&mut self, index: usize) -> Option<Place> {
         let id = self.slots[index].id;
         let place = self.end_place(id)?;
-        // One that ended at once may do so again and again.
-        let lasted = place.joined.map(|joined| clock::monotonic().saturating_duration_since(joined));
-        if lasted.is_some_and(|lasted| lasted >= LONGEST_PAUSE) {
-            self.pauses.remove(&id);
-        }
         self.asked.give_up(id, place.ticket);
         self.messages.push_back(frames::leave(place.number, place.join.epoch, false));
         self.wait(id);
-        let count = self.slots[index].ended.occur(clock::monotonic())?;
-        Some((place, count))
+        Some(place)
     }
 
     /// One message for places that moved, so many at most.
@@ -478,7 +493,7 @@ mod tests {
         side.asked.begin();
         side.open(0, &[BrokerId(1)]).await;
         let mut following = joins_nothing_yet(&side, &find, &received);
-        let (mut pauses, mut lines) = (Vec::new(), 0);
+        let mut pauses = Vec::new();
         for lasts in [false, false, false, true] {
             let joins = async {
                 while following.places.is_empty() {
@@ -492,11 +507,17 @@ mod tests {
             tokio::time::timeout(Duration::from_secs(20), joins).await.expect("it joins again");
             let since = clock::monotonic() - if lasts { LONGEST_PAUSE } else { Duration::ZERO };
             following.slots[0].place.as_mut().expect("it joined").joined = Some(since);
-            lines += following.end_and_wait(0).iter().count();
+            following.dismissed(0, &"its disk is damaged");
             pauses.extend(following.pauses.values().copied());
         }
         assert_eq!(pauses, [2, 4, 8, 2].map(|times| PAUSE * times), "the next pause");
-        assert_eq!(lines, 1);
+        let slot = &mut following.slots[0];
+        let now = clock::monotonic();
+        assert_eq!(
+            (slot.dismissed.occur(now), slot.failed.occur(now)),
+            (None, Some(1)),
+            "a fault is logged all the same"
+        );
         side.tasks.stop().await;
     }
 
