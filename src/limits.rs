@@ -68,8 +68,11 @@ pub const MAX_FETCH_BYTES: usize = 16 << 20;
 /// Longest time that an append waits for its acknowledgement, in milliseconds: what waits for it takes a place in a list.
 pub const MAX_APPEND_TIMEOUT_MS: u32 = 600_000;
 
-/// Most appends with `acks=tiered` that wait on one broker.
-pub const MAX_TIERED_APPENDS: usize = 1 << 16;
+/// Most appends with `acks=tiered` that wait on one broker. Each takes up to 2 KiB that no budget counts.
+pub const MAX_TIERED_APPENDS: usize = 1 << 14;
+
+/// Most of them of one connection.
+pub const MAX_TIERED_APPENDS_PER_CONNECTION: usize = MAX_TIERED_APPENDS / 4;
 
 /// Longest time that a fetch waits for data, in milliseconds.
 pub const MAX_FETCH_WAIT_MS: u32 = 60_000;

@@ -259,7 +259,7 @@ struct Call {
     request: HeldRequest,
     /// Responses that were made and not handed to the connection yet.
     made: Grants,
-    /// How many pieces of responses were handed to the connection and have not been sent.
+    /// How many frames of responses were handed to the connection and have not been sent.
     handed: usize,
     /// While there are such.
     unread: Option<UnreadResponse>,
@@ -372,8 +372,6 @@ impl CallMemory {
     /// Memory for a response of up to `bytes`, or of up to `least` where others hold too much for that: the bytes that were granted.
     pub(super) async fn response(&self, bytes: usize, least: usize) -> (ResponseGrant, usize) {
         let (own, all) = (&self.connection.0.responses, &self.budgets.0.responses);
-        // No more than the part of one connection.
-        let bytes = bytes.min(own.large.bytes());
         if bytes > least
             && let Some(own) = own.large.try_take(bytes)
             && let Some(all) = all.large.try_take(bytes)
@@ -497,6 +495,11 @@ impl CallMemory {
         opener.for_caller(Arc::clone(&self.connection.0.recompression))
     }
 
+    /// A place for an append with `acks=tiered` among those of its connection, where there is one.
+    pub(super) fn tiered_append(&self) -> Option<OwnedSemaphorePermit> {
+        Arc::clone(&self.connection.0.tiered_appends).try_acquire_owned().ok()
+    }
+
     /// The turn of a call whose answer is made of metadata, until that was sent.
     pub async fn metadata_turn(&self) -> OwnedSemaphorePermit {
         let turn = Arc::clone(&self.connection.0.metadata_calls).acquire_owned().await;
@@ -504,7 +507,7 @@ impl CallMemory {
     }
 }
 
-/// A part of a response that HTTP/2 has: it is charged until this is dropped.
+/// A frame of a response that HTTP/2 has: it is charged until this is dropped.
 #[derive(Debug)]
 pub struct HandedResponse {
     call: Arc<Mutex<Call>>,

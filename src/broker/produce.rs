@@ -57,8 +57,8 @@ struct Queued {
 struct Tiered {
     /// Its offsets, once it is stored here.
     stored: Stored,
-    /// Its place among those that wait.
-    _place: OwnedSemaphorePermit,
+    /// Its places among those that wait, of its connection and of all.
+    _places: [OwnedSemaphorePermit; 2],
 }
 
 /// The answer to a write. The partition hears of it when it is waited for no more, because time is up or the client has gone.
@@ -140,7 +140,7 @@ impl Broker {
                 partition.topic()
             )));
         }
-        let tiered = if acks == Acks::Tiered { Some(self.admit_tiered()?) } else { None };
+        let tiered = if acks == Acks::Tiered { Some(self.admit_tiered(memory)?) } else { None };
         let deadline = began + timeout;
         let mut incoming = self.read_payload(request.payload, held.bytes, &partition, &config, quota).await?;
         self.recompress(&mut incoming, &partition, &config, memory, deadline).await?;
@@ -174,14 +174,18 @@ impl Broker {
     }
 
     /// Refuses an append that could only wait: the object store is away, or too many wait for it.
-    fn admit_tiered(&self) -> Result<Tiered, Fault> {
+    fn admit_tiered(&self, memory: &CallMemory) -> Result<Tiered, Fault> {
         self.check_store_is_there()?;
-        let Ok(place) = Arc::clone(&self.tiered_appends).try_acquire_owned() else {
-            let most = limits::MAX_TIERED_APPENDS;
-            let message = format!("{most} appends wait for the object store already, and no more may: try again later");
-            return Err(Fault::new(Reason::Overloaded, message).with("max", most));
+        let overloaded = |whose: &str, most: usize| {
+            let message =
+                format!("{most} appends {whose}wait for the object store already, and no more may: try again later");
+            Fault::new(Reason::Overloaded, message).with("max", most)
         };
-        Ok(Tiered { stored: Stored::default(), _place: place })
+        let own = memory.tiered_append();
+        let own = own.ok_or_else(|| overloaded("of this connection ", limits::MAX_TIERED_APPENDS_PER_CONNECTION))?;
+        let all = Arc::clone(&self.tiered_appends).try_acquire_owned();
+        let all = all.map_err(|_| overloaded("", limits::MAX_TIERED_APPENDS))?;
+        Ok(Tiered { stored: Stored::default(), _places: [own, all] })
     }
 
     async fn outcome(&self, queued: Queued) -> Result<v1::AppendResponse, Fault> {

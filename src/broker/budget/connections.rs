@@ -14,7 +14,7 @@ use slab::Slab;
 use tokio::{sync::Semaphore, time::Instant};
 
 use super::{METADATA_CALLS, Pools};
-use crate::{partition::Memory, task::clock};
+use crate::{limits, partition::Memory, task::clock};
 
 /// How long a client may take nothing of what it was sent, while others wait for memory. Consumers that pause for longer are honest, and
 /// connect again.
@@ -46,6 +46,7 @@ pub(super) struct Account {
     /// Turns to open a batch that is to be written in another codec.
     pub(super) recompression: Arc<Semaphore>,
     pub(super) metadata_calls: Arc<Semaphore>,
+    pub(super) tiered_appends: Arc<Semaphore>,
     /// Calls that handed something to HTTP/2 which has not been sent.
     unread: Mutex<Slab<UnreadCall>>,
     close: Box<dyn Fn() + Send + Sync>,
@@ -192,6 +193,7 @@ impl Connections {
             decompression: Arc::new(Semaphore::new(1)),
             recompression: Arc::new(Semaphore::new(1)),
             metadata_calls: Arc::new(Semaphore::new(METADATA_CALLS)),
+            tiered_appends: Arc::new(Semaphore::new(limits::MAX_TIERED_APPENDS_PER_CONNECTION)),
             unread: Mutex::default(),
             close: Box::new(close),
         });

@@ -158,6 +158,9 @@ async fn connections_that_read_nothing_are_closed_when_others_wait() {
 async fn clients_have_time_to_read() {
     let budgets = Budgets::new(64 * MIB as u64, 4 * MIB as u64);
     let reading = CallMemory::new(budgets.clone(), budgets.connection(|| panic!("it is read")));
+    let (grant, _) = reading.response(SMALL_BYTES, SMALL_BYTES).await;
+    reading.made(grant, SMALL_BYTES);
+    let _held = reading.hand(SMALL_BYTES).unwrap();
     let all: Vec<_> = std::iter::from_fn(|| {
         let call = call(&budgets);
         let taken = Pools::try_take(&call.connection.0.responses, &budgets.0.responses, SMALL_BYTES + 1)?;
@@ -172,4 +175,15 @@ async fn clients_have_time_to_read() {
         let waited = tokio::time::timeout(UNREAD_TIMEOUT / 2, &mut waits).await;
         assert!(waited.is_err(), "others hold it");
     }
+}
+
+#[test]
+fn one_connection_leaves_places_for_the_tiered_appends_of_others() {
+    let budgets = Budgets::new(MIB as u64, MIB as u64);
+    let (one, other) = (call(&budgets), call(&budgets));
+    let mut taken: Vec<_> = std::iter::from_fn(|| one.tiered_append()).collect();
+    assert_eq!(taken.len(), limits::MAX_TIERED_APPENDS_PER_CONNECTION);
+    assert!(other.tiered_append().is_some());
+    taken.pop();
+    assert!(one.tiered_append().is_some());
 }
