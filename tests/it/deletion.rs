@@ -9,7 +9,7 @@ use std::{
 };
 
 use strandline::{
-    client::{Client, ConsumeError, ConsumerOptions, Options},
+    client::{Client, ConsumeError, ConsumerOptions, NewRecord, Options, ProducerOptions, SendError},
     cluster::{DeletedValue, EmbeddedStore, Key, Keys, MetaStore, Transaction, Value},
     model::{LeaderEpoch, Offset, TopicId},
     proto::fault::Reason,
@@ -22,6 +22,7 @@ use crate::{
     damage::{files, lines},
     patience::eventually,
     skipped::skipped,
+    wire,
 };
 
 /// A little longer than marks outlive their topics.
@@ -237,4 +238,26 @@ async fn consumer_of_a_topic_made_again_ends_and_skips_nothing() {
     for offset in 0..30 {
         assert_eq!(consumer.next().await.expect("a record").offset.get(), offset);
     }
+}
+
+/// A producer that was at work meanwhile wrote on into the new topic without a word.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn producer_to_a_topic_made_again_is_told_and_writes_nothing_unawares() {
+    let mut home = Home::new();
+    let _broker = tokio::task::block_in_place(|| home.start());
+    let cli = home.cli();
+    tokio::task::block_in_place(|| cli.ok(&["topic", "create", "t"]));
+    let client = Client::connect(&home.grpc().to_string(), Options::default()).await.expect("the broker is there");
+    let producer = client.producer(ProducerOptions::default()).await.expect("an idempotent producer");
+    let send = async || producer.send("t", NewRecord::value(b"x")).await.expect("it is taken").await;
+    assert_eq!(send().await.expect("stored").offset.map(Offset::get), Some(0));
+    tokio::task::block_in_place(|| {
+        cli.ok(&["topic", "delete", "t", "--yes"]);
+        cli.ok(&["topic", "create", "t"]);
+    });
+    let Err(SendError::Refused { fault, .. }) = send().await else { panic!("it is another topic") };
+    assert_eq!(fault.reason, Reason::TopicIdMismatch, "{fault:?}");
+    let mut log = wire::log(home.grpc());
+    assert_eq!(wire::latest(&mut log, "t", 0).await.expect("answered"), 0, "nothing was written");
+    assert_eq!(send().await.expect("stored").offset.map(Offset::get), Some(0), "now the producer knows");
 }

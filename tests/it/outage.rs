@@ -497,6 +497,23 @@ async fn reads_of_history_fail_at_once_while_the_bucket_is_away_and_are_served_w
     assert!(begin.elapsed() < Duration::from_secs(5), "{:?}", begin.elapsed());
 }
 
+/// A bucket that takes every request and answers none.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn silent_bucket_is_known_long_before_a_reads_time_is_up() {
+    let (server, home, _broker) =
+        tokio::task::block_in_place(|| history(|home| home.setting("tier.fetch_max_wait", "\"60s\""), 2_000));
+    server.faults().inject(Op::Get, Fault::Delay(Duration::from_secs(3_600)), usize::MAX);
+    let mut log = wire::log(home.grpc());
+    let begin = clock::monotonic();
+    for _ in 0..10 {
+        let refusal = Refusal::from(read_once(&mut log, 0).await.error.expect("the bucket is silent"));
+        assert_eq!(refusal.reason, Reason::ObjectStoreUnavailable, "{refusal:?}");
+        assert!(refusal.message.contains("served nothing"), "{refusal}");
+    }
+    // All but the first at once.
+    assert!(begin.elapsed() < Duration::from_secs(15), "{:?}", begin.elapsed());
+}
+
 /// Appends with `acks=tiered` in a stream: its answers, and the cause that the append is told to wait for.
 async fn cause_of_the_wait(
     log: &mut v1::log_client::LogClient<Channel>,

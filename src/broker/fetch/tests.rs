@@ -7,7 +7,7 @@ use crate::{
     broker::{Budgets, CallMemory, ProducerIdQuota},
     cluster::EmbeddedStore,
     model::{PartitionId, TopicName},
-    task::patience::until,
+    task::patience::{becomes, until},
 };
 
 /// Found by review: a batch as large as a message was read again and again, and each time something small had come first.
@@ -129,10 +129,11 @@ async fn read_of_a_partition_in_memory_and_one_on_the_disk_has_records_of_both()
     bench.append(0, 100, 0).await.unwrap();
     let want = |partition| v1::FetchPartition { topic: "t".to_owned(), partition, ..Default::default() };
     let request = v1::ReadRequest { partitions: vec![want(0), want(1)], ..Default::default() };
-    let read = Arc::clone(&bench.broker).read(request, bench.broker.call_memory()).await.unwrap();
-    let records: Vec<_> =
-        read.partitions.iter().map(|of| (of.partition, !of.chunks.is_empty(), of.next_offset)).collect();
-    assert_eq!(records, [(0, true, 1), (1, true, 1)]);
+    becomes("one response has both", async || {
+        let read = Arc::clone(&bench.broker).read(request.clone(), bench.broker.call_memory()).await.unwrap();
+        read.partitions.iter().all(|of| !of.chunks.is_empty()).then_some(())
+    })
+    .await;
     bench.stop().await;
 }
 

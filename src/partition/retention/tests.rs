@@ -116,7 +116,7 @@ fn only_what_lies_wholly_below_the_log_start_leaves_the_disk() {
 
 /// The bucket's segments cannot be told apart where it cannot be asked, and may have younger records: what lies behind them must not go first.
 #[test]
-fn nothing_behind_a_bucket_that_cannot_be_asked_is_deleted() {
+fn records_behind_a_bucket_that_cannot_be_asked_stay_where_it_may_have_younger_ones() {
     let config = config(&[("retention.ms", "1")]);
     let local = [segment(10, 20, 100, 0)];
     let mut input = input(&config, &local, &[]);

@@ -37,11 +37,10 @@ fn a_broker_without_the_partition_says_who_leads_it() {
     assert_eq!(cli.ok(&["consume", "t", "--from", "earliest", "--until-end"]).stdout, b"one\n");
 }
 
-/// Whoever watches a rolling restart by `/readyz` stops the next broker when this one is ready: by then its replicas must be in sync.
-#[test]
-fn a_broker_is_ready_when_its_replicas_are_in_sync() {
+/// A cluster of two with a topic, and its leader; the other broker is down and has missed a record.
+fn with_a_late_replica(set: impl Fn(Home) -> Home) -> (Cluster, u32, u32) {
     // A lease so long that a frozen leader stays one for as long as this takes.
-    let mut cluster = Cluster::with(2, |home| home.setting("metadata.session_timeout", "\"30s\""));
+    let mut cluster = Cluster::with(2, |home| set(home.setting("metadata.session_timeout", "\"30s\"")));
     let cli = cluster.cli();
     cli.ok(&["topic", "create", "t", "--replication-factor", "2"]);
     cluster.in_sync("t", 2);
@@ -50,6 +49,13 @@ fn a_broker_is_ready_when_its_replicas_are_in_sync() {
     cluster.kill(late);
     cluster.in_sync("t", 1);
     cli.ok_with(&["produce", "t"], b"what it misses\n");
+    (cluster, leader, late)
+}
+
+/// Whoever watches a rolling restart by `/readyz` stops the next broker when this one is ready: by then its replicas must be in sync.
+#[test]
+fn a_broker_is_ready_when_its_replicas_are_in_sync() {
+    let (mut cluster, leader, late) = with_a_late_replica(|home| home);
     cluster.broker(leader).freeze(true);
     let lost = |cluster: &Cluster| cluster.home(late).log().matches("the link to a leader's broker is lost").count();
     let before = lost(&cluster);
@@ -66,6 +72,21 @@ fn a_broker_is_ready_when_its_replicas_are_in_sync() {
     cluster.ready();
     let isr = cluster.partitions("t")[0]["isr"].as_array().map(Vec::len);
     assert_eq!(isr, Some(2), "in sync when it says so, and not later");
+}
+
+/// Rolling restarts would wait for ever where a leader hangs.
+#[test]
+fn start_is_over_after_catch_up_timeout_whatever_is_not_in_sync() {
+    let (mut cluster, leader, late) = with_a_late_replica(|home| home.setting("broker.catch_up_timeout", "\"8s\""));
+    cluster.broker(leader).freeze(true);
+    cluster.begin(late);
+    let page = |cluster: &Cluster| http_get(cluster.home(late).http(), "/readyz").ok();
+    let waits = |(code, page): &(u16, String)| *code == 503 && page.contains("in sync");
+    eventually("it waits for its replica", || page(&cluster).filter(waits));
+    eventually("its time is over", || page(&cluster).filter(|(code, _)| *code == 200));
+    // Nobody else was elected: it is the time that ended the start.
+    assert_eq!(cluster.leader("t", 0), leader);
+    cluster.broker(leader).freeze(false);
 }
 
 #[test]
