@@ -351,7 +351,7 @@ pub(super) const SETTINGS: &[Setting] = &[
     setting(
         "cache",
         "memory_bytes",
-        Kind::Bytes { least: 4 * MIB, most: TIB },
+        Kind::Bytes { least: 2 * MIB, most: TIB },
         None,
         "How much of what was read from the object store is kept in memory. A read that needs several requests finds there what the earlier ones \
          brought.",

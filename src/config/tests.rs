@@ -447,7 +447,8 @@ fn shares_of_the_memory_follow_from_it() {
     );
     let lowered = "[limits]\nmemory_bytes = \"512MiB\"\nproduce_memory_bytes = \"1MiB\"";
     assert_eq!(shares(lowered), [1, 96, 128, 64, 64, 32], "the others stay");
-    let raised = "[limits]\nmemory_bytes = \"512MiB\"\nproduce_memory_bytes = \"387MiB\"\n[cache]\nmemory_bytes = \"4MiB\"";
+    let raised =
+        "[limits]\nmemory_bytes = \"512MiB\"\nproduce_memory_bytes = \"387MiB\"\n[cache]\nmemory_bytes = \"4MiB\"";
     assert_eq!(shares(raised), [387, 33, 44, 22, 22, 4], "the others share what is left");
     let said = error("[limits]\nmemory_bytes = \"512MiB\"\nproduce_memory_bytes = \"512MiB\"");
     for word in
