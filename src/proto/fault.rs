@@ -130,16 +130,30 @@ pub struct Fault {
     pub retryable: bool,
 }
 
+/// Most bytes of a message and of a detail. They may repeat what a request had, and travel in a head, where they take several times as much.
+const MAX_MESSAGE_BYTES: usize = 4 << 10;
+const MAX_DETAIL_BYTES: usize = 1 << 10;
+
+/// The beginning of a text that is too long.
+fn cut(mut text: String, most: usize) -> String {
+    if text.len() > most {
+        text.truncate(text.floor_char_boundary(most));
+        text.push('…');
+    }
+    text
+}
+
 impl Fault {
     /// A failure for this reason.
     pub fn new(reason: Reason, message: impl Into<String>) -> Self {
-        Self { reason, message: message.into(), metadata: HashMap::new(), retryable: reason.retryable() }
+        let message = cut(message.into(), MAX_MESSAGE_BYTES);
+        Self { reason, message, metadata: HashMap::new(), retryable: reason.retryable() }
     }
 
     /// Adds a detail.
     #[must_use]
     pub fn with(mut self, name: &str, value: impl fmt::Display) -> Self {
-        self.metadata.insert(name.to_owned(), value.to_string());
+        self.metadata.insert(name.to_owned(), cut(value.to_string(), MAX_DETAIL_BYTES));
         self
     }
 
@@ -243,5 +257,26 @@ impl From<v1::Error> for Fault {
         // A reason of a newer broker keeps its retryability and its words.
         let reason = Reason::from_word(&error.reason).unwrap_or(Reason::Internal);
         Self { reason, message: error.message, metadata: error.metadata, retryable: error.retryable }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tonic::Status;
+
+    use super::*;
+
+    /// A name of 2 MB made 36 MB of heads: shown, encoded twice, and kept by HTTP/2 until its client read.
+    #[test]
+    fn texts_of_a_fault_are_bounded() {
+        let name = "é\u{7f}".repeat(1 << 20);
+        let fault = Fault::new(Reason::InvalidRequest, format!("topic {name:?} is named twice")).with("topic", &name);
+        let most = MAX_MESSAGE_BYTES + "…".len();
+        assert!(fault.message.starts_with("topic \"é") && fault.message.len() <= most, "{}", fault.message.len());
+        assert!(fault.metadata["topic"].ends_with('…') && fault.metadata["topic"].len() < MAX_MESSAGE_BYTES);
+        let head = Status::from(fault.clone()).into_http::<()>();
+        let bytes: usize = head.headers().iter().map(|(name, value)| name.as_str().len() + value.len()).sum();
+        assert!(bytes <= 32 << 10, "{bytes}");
+        assert_eq!(Fault::new(fault.reason, "short").message, "short");
     }
 }

@@ -103,7 +103,8 @@ impl Windows {
     pub(super) fn of_clients(memory_bytes: u64) -> Self {
         Self {
             streams: limits::MAX_STREAMS_PER_CONNECTION,
-            frame_bytes: 256 << 10,
+            // Frames that are not whole are in memory too, and HTTP/2 puts together five of a head before it looks how large that is.
+            frame_bytes: 32 << 10,
             send_buffer_bytes: 16 << 10,
             connection_bytes: connection_window(memory_bytes),
             stream_share: 2,

@@ -31,6 +31,9 @@ use crate::{
     telemetry::{Metrics, MetricsFormat},
 };
 
+/// Most bytes of a request's head.
+const MAX_HEAD_BYTES: usize = 16 << 10;
+
 /// Answered on connections that have no place too.
 const PROBE_PATHS: [&str; 2] = ["/healthz", "/readyz"];
 
@@ -78,7 +81,7 @@ async fn serve_connection(connection: Connection, router: Router, tasks: Tasks) 
         router.clone().call(request)
     });
     let mut http1 = http1::Builder::new();
-    http1.timer(TokioTimer::new()).header_read_timeout(IDLE_TIMEOUT);
+    http1.timer(TokioTimer::new()).header_read_timeout(IDLE_TIMEOUT).max_buf_size(MAX_HEAD_BYTES);
     let mut served = pin!(http1.serve_connection(TokioIo::new(connection), service));
     let ended = tokio::select! {
         biased;

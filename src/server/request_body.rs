@@ -42,6 +42,9 @@ const REFUSAL_DELAY: Duration = Duration::from_secs(1);
 /// Bytes before each message: whether it is compressed, and its length.
 const PREFIX_BYTES: usize = 5;
 
+/// Most bytes of a request for health or reflection.
+const MAX_NAMES_BYTES: usize = 4 << 10;
+
 /// Calls whose requests hold records.
 const RECORD_CALLS: [&str; 2] = ["/strandline.v1.Log/Append", "/strandline.v1.Log/Produce"];
 
@@ -71,6 +74,8 @@ pub(super) struct RequestBody {
     message: Option<Message>,
     /// To be passed on.
     out: VecDeque<Bytes>,
+    /// The one message of a call that is no stream is there: what comes behind it is nobody's.
+    is_over: bool,
     failed: bool,
 }
 
@@ -136,8 +141,12 @@ impl Message {
 impl RequestBody {
     /// The body of a call at `path`.
     pub(super) fn new(inner: Body, path: &str, memory: CallMemory, schemas: &RequestSchemas) -> Self {
-        let holds_records = RECORD_CALLS.contains(&path);
-        let max_bytes = if holds_records { limits::MAX_MESSAGE_BYTES } else { limits::MAX_REQUEST_BYTES };
+        let max_bytes = match path {
+            _ if RECORD_CALLS.contains(&path) => limits::MAX_MESSAGE_BYTES,
+            // Names alone. Reflection's answers hold its requests.
+            _ if path.starts_with("/grpc.") => MAX_NAMES_BYTES,
+            _ => limits::MAX_REQUEST_BYTES,
+        };
         let counter = schemas.counter(path);
         Self {
             inner,
@@ -150,6 +159,7 @@ impl RequestBody {
             ahead: None,
             message: None,
             out: VecDeque::new(),
+            is_over: false,
             failed: false,
         }
     }
@@ -303,6 +313,11 @@ impl RequestBody {
     fn finish(&mut self, parts: Option<Grant>) {
         let message = self.message.take().expect("it is being read");
         self.memory.deliver(message.bytes, message.grant.into_iter().chain(parts));
+        if !self.is_stream {
+            // The handler would begin at the end of the body, which may never come, and hold what the message took until then.
+            (self.is_over, self.rest, self.ahead) = (true, Bytes::new(), None);
+            return;
+        }
         if self.is_large_frame && self.rest.len() <= WAITING_BYTES {
             // It would hold all of the frame.
             self.rest = Bytes::copy_from_slice(&self.rest);
@@ -315,6 +330,9 @@ impl RequestBody {
             let is_admitted = self.message.as_ref().is_none_or(|message| matches!(message.state, State::Admitted));
             if is_admitted && let Some(piece) = self.out.pop_front() {
                 return Poll::Ready(Some(Ok(Frame::data(piece))));
+            }
+            if self.is_over {
+                return Poll::Ready(None);
             }
             if self.is_stream && self.message.is_none() {
                 // More is asked for by a handler that has the last message: it took the memory, or does not need it.
@@ -342,7 +360,8 @@ impl RequestBody {
                     // A prefix in two frames.
                     Ok(data) if !self.rest.is_empty() => self.rest = [&self.rest[..], &data].concat().into(),
                     Ok(data) => self.take_frame(data),
-                    Err(trailers) => return Poll::Ready(Some(Ok(trailers))),
+                    // No call has any, and the codec would keep them for as long as the call is open.
+                    Err(_trailers) => return Poll::Ready(None),
                 },
                 Some(Err(error)) => return Poll::Ready(Some(Err(error.into()))),
                 // What is not whole is the codec's to refuse.
@@ -407,6 +426,7 @@ impl HttpBody for RequestBody {
 
     fn is_end_stream(&self) -> bool {
         self.failed
+            || self.is_over && self.out.is_empty()
             || self.message.is_none() && self.rest.is_empty() && self.out.is_empty() && self.inner.is_end_stream()
     }
 }

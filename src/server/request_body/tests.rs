@@ -10,6 +10,7 @@ use crate::{
 };
 
 const APPEND: &str = RECORD_CALLS[0];
+const PRODUCE: &str = RECORD_CALLS[1];
 const READ: &str = "/strandline.v1.Log/Read";
 
 fn framed(message: &[u8]) -> Vec<u8> {
@@ -39,19 +40,31 @@ fn memory(budgets: &Budgets) -> CallMemory {
 async fn messages_pass_unchanged_however_they_are_cut() {
     let budgets = Budgets::new(64 << 20, 1 << 20);
     let batch = |bytes: usize| [&[0x2a][..], &prost_len(bytes), &vec![7; bytes]].concat();
-    let sent = [framed(&[]), framed(&batch(10)), framed(&batch(300_000)), framed(&batch(70_000)), framed(&[])].concat();
+    let messages = [vec![], batch(10), batch(300_000), batch(70_000), vec![]].map(|message| framed(&message));
     for size in [1, 3, 5, 4096, 100_000, usize::MAX] {
+        let cut = |sent: &[u8]| sent.chunks(size.min(sent.len())).map(<[u8]>::to_vec).collect();
         let memory = memory(&budgets);
-        let mut body = body(sent.chunks(size.min(sent.len())).map(<[u8]>::to_vec).collect(), false, APPEND, &memory);
-        let mut came = Vec::new();
-        while let Some(piece) = frame(&mut body).await {
-            came.extend_from_slice(&piece.expect("nothing is wrong with it"));
+        let mut stream = body(cut(&messages.concat()), false, PRODUCE, &memory);
+        assert!(all_of(&mut stream).await == messages.concat(), "in pieces of {size}");
+        for message in &messages {
+            // A call takes one message. What comes behind it, and an end that never comes, are not waited for.
+            let mut call = body(cut(&[&message[..], &framed(&batch(80_000))].concat()), true, APPEND, &memory);
+            assert!(all_of(&mut call).await == *message && call.is_end_stream(), "in pieces of {size}");
+            assert!(budgets.taken().0 > message.len() / 2, "what was read stays charged until its handler takes it");
+            drop(memory.take_request());
         }
-        assert!(came == sent, "in pieces of {size}");
-        assert!(budgets.taken().0 > 370_000, "what was read stays charged until its handler takes it");
-        drop((body, memory));
+        drop(memory);
         assert_eq!(budgets.taken().0, 0);
     }
+}
+
+/// All that is passed on.
+async fn all_of(body: &mut RequestBody) -> Vec<u8> {
+    let mut came = Vec::new();
+    while let Some(piece) = frame(body).await {
+        came.extend_from_slice(&piece.expect("nothing is wrong with it"));
+    }
+    came
 }
 
 fn prost_len(bytes: usize) -> Vec<u8> {
@@ -304,4 +317,24 @@ async fn requests_sent_ahead_are_charged() {
         frame(&mut stream).await.expect("a message").expect("it is accepted");
     }
     assert!(stream.rest.is_empty() && stream.ahead.is_none());
+}
+
+/// Trailers were kept for as long as their call was open, and a request of 4 MB for reflection was in its answer two times.
+#[tokio::test]
+async fn trailers_end_a_body_and_requests_for_names_are_small() {
+    use http_body_util::{BodyExt as _, Full};
+
+    let budgets = Budgets::new(64 << 20, 1 << 20);
+    let message = framed(&[0x2a, 1, 7]);
+    let trailers = async { Some(Ok(tonic::codegen::http::HeaderMap::new())) };
+    let inner = Body::new(Full::new(Bytes::from(message.clone())).with_trailers(trailers));
+    let mut stream = RequestBody::new(inner, PRODUCE, memory(&budgets), &RequestSchemas::of_clients());
+    assert_eq!(all_of(&mut stream).await, message);
+
+    let path = "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo";
+    for (bytes, is_taken) in [(MAX_NAMES_BYTES, true), (MAX_NAMES_BYTES + 1, false)] {
+        let taken = frame(&mut body(vec![framed(&vec![7; bytes])], true, path, &memory(&budgets))).await;
+        let reason = taken.expect("an answer").err().map(|fault| fault.reason);
+        assert_eq!(reason, (!is_taken).then_some(Reason::MessageTooLarge), "{bytes}");
+    }
 }

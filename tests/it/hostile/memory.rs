@@ -53,6 +53,15 @@ async fn memory_stays_bounded_whatever_clients_announce_or_leave_unread() {
         |channel: Channel| async move { unread(channel.clone(), APPEND, |gone| withheld(60_000, 59_999, gone)).await };
     target.withstands("60 KB but for the last byte", target.on_streams(streams, attack).await).await;
 
+    // Requests that are whole and whose bodies never end: all others were refused.
+    let append = wire::append_plain("absent", 0, vec![Bytes::from(vec![7; 60_000])]);
+    let sent = framed(&append.encode_to_vec());
+    let attack = |channel: Channel| {
+        let sent = sent.clone();
+        async move { unread(channel, APPEND, |gone| open(vec![sent.clone()], gone)).await }
+    };
+    target.withstands("60 KB without an end", target.on_streams(streams, attack).await).await;
+
     // Requests of 20 bytes whose answers have 200, and whose stream holds what was sent ahead; files of the interface.
     let nameless = ProduceRequest { append: Some(AppendRequest::default()), ..Default::default() }.encode_to_vec();
     let ahead = Bytes::from(framed(&nameless).repeat(250_000 / (nameless.len() + 5)));
