@@ -10,7 +10,7 @@ use std::{
     },
 };
 
-use tokio::time::Instant;
+use tokio::{sync::Semaphore, time::Instant};
 
 use super::{
     directory::Inner,
@@ -25,6 +25,9 @@ use crate::{limits, telemetry::Metrics};
 
 /// Bytes that may be appended before the file system is asked again how much is free.
 const GRANT: u64 = 4 << 20;
+
+/// Reads of segments at a time. One that was begun goes on when its reader has gone, with what it read.
+pub(super) const MAX_DISK_READS: usize = 32;
 
 /// Bytes of one replica that are worth a sync of their own.
 const WORTH_A_SYNC: u64 = 512 << 10;
@@ -132,6 +135,8 @@ pub(super) struct Core {
     pub(super) granted: AtomicU64,
     /// Bytes of a segment that are written out at once.
     pub(super) piece_bytes: AtomicUsize,
+    /// Reads of segments on other threads.
+    pub(super) disk_reads: Arc<Semaphore>,
     pub(super) work: Mutex<Work>,
     pub(super) wake: Condvar,
     /// For `manual`: who does a step when something has to be waited for.

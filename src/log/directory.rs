@@ -12,11 +12,12 @@ use std::{
     time::Duration,
 };
 
+use tokio::sync::Semaphore;
 use uuid::Uuid;
 
 use super::{
     checkpoint::{ReplicaRecord, Standing},
-    core::{Core, Options, Work},
+    core::{Core, MAX_DISK_READS, Options, Work},
     disk::{Disk, Mode, PIECE_BYTES},
     error::{OpenError, PersistError, ReplicaError, is_full},
     files::Files,
@@ -115,6 +116,7 @@ impl Log {
             reserved: AtomicBool::new(options.reserve_bytes == 0),
             granted: AtomicU64::new(0),
             piece_bytes: AtomicUsize::new(PIECE_BYTES),
+            disk_reads: Arc::new(Semaphore::new(MAX_DISK_READS)),
             work: Mutex::new(Work::default()),
             wake: std::sync::Condvar::new(),
             owner: std::sync::OnceLock::new(),

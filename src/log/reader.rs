@@ -8,6 +8,8 @@ use std::{
 
 use bytes::Bytes;
 
+use tokio::sync::OwnedSemaphorePermit;
+
 use super::{
     disk::{File, Mode},
     epochs::EpochHistory,
@@ -79,6 +81,12 @@ struct Place {
 impl Reader {
     pub(super) fn new(shared: Arc<Shared>) -> Self {
         Self { shared }
+    }
+
+    /// A turn to read from the disk, until it is dropped. Reads that do not wait for anybody, as recovery's, need none.
+    pub async fn disk_turn(&self) -> OwnedSemaphorePermit {
+        let turn = Arc::clone(&self.shared.core.disk_reads).acquire_owned().await;
+        turn.expect("the semaphore is never closed")
     }
 
     /// Which partition it reads.

@@ -185,9 +185,14 @@ impl Reader {
         Ok((from < end).then_some(Watermarks { high_watermark: end, ..marks }))
     }
 
+    /// Reads the log on another thread, in turn. The turn is over when the read is, whoever waits for it.
+    async fn on_disk<T: Send + 'static>(&self, read: impl FnOnce(&log::Reader) -> T + Send + 'static) -> T {
+        let (log, turn) = (self.log.clone(), self.log.disk_turn().await);
+        task::blocking(move || (read(&log), turn).0).await
+    }
+
     async fn read_disk(&self, from: Offset, bound: Offset, limits: ReadLimits) -> Result<Option<Fetched>, ReadError> {
-        let log = self.log.clone();
-        match task::blocking(move || log.read_disk(from, bound, limits)).await {
+        match self.on_disk(move |log| log.read_disk(from, bound, limits)).await {
             Ok(read) => Ok(Some(fetched(read, Source::Disk))),
             Err(log::ReadError::OutOfRange { .. }) => Ok(None),
             Err(log::ReadError::BatchTooLarge { bytes }) => Err(ReadError::BatchTooLarge { bytes }),
@@ -305,9 +310,8 @@ impl Reader {
                     return Ok(found);
                 }
             }
-            let log = self.log.clone();
             let bound = marks.high_watermark;
-            match task::blocking(move || log.batch_for_time(timestamp_ms, from, bound, max_batch_bytes)).await {
+            match self.on_disk(move |log| log.batch_for_time(timestamp_ms, from, bound, max_batch_bytes)).await {
                 // A segment left the disk while it was looked at.
                 Err(log::ReadError::OutOfRange { .. }) => {}
                 Err(log::ReadError::BatchTooLarge { bytes }) => return Err(ReadError::BatchTooLarge { bytes }),
