@@ -302,26 +302,26 @@ impl Following<'_> {
 
     /// Something is wrong with a place: it ends, and the partition joins again a little later.
     fn fail(&mut self, index: usize, why: &dyn std::fmt::Display) {
-        if let Some(place) = self.end_and_wait(index)
-            && let Some(count) = self.slots[index].failed.occur(clock::monotonic())
-        {
-            tracing::warn!(
-                topic = %place.partition.topic(), partition = %place.partition.id(), epoch = %place.join.epoch, count,
-                log_end = %place.partition.ends().written, %why, "what the leader sent is refused; the partition joins again"
-            );
-        }
+        let Some(place) = self.end_and_wait(index) else { return };
+        let Some(count) = self.slots[index].failed.occur(clock::monotonic()) else {
+            return tracing::debug!(partition = %place.partition.id(), %why, "what the leader sent is refused again");
+        };
+        tracing::warn!(
+            topic = %place.partition.topic(), partition = %place.partition.id(), epoch = %place.join.epoch, count,
+            log_end = %place.partition.ends().written, %why, "what the leader sent is refused; the partition joins again"
+        );
     }
 
     /// The leader serves a place no more, as at each change of leader: it ends, and the partition joins again a little later.
     fn dismissed(&mut self, index: usize, why: &dyn std::fmt::Display) {
-        if let Some(place) = self.end_and_wait(index)
-            && let Some(count) = self.slots[index].dismissed.occur(clock::monotonic())
-        {
-            tracing::info!(
-                topic = %place.partition.topic(), partition = %place.partition.id(), epoch = %place.join.epoch, count,
-                log_end = %place.partition.ends().written, %why, "the leader sends no more; the partition joins again"
-            );
-        }
+        let Some(place) = self.end_and_wait(index) else { return };
+        let Some(count) = self.slots[index].dismissed.occur(clock::monotonic()) else {
+            return tracing::debug!(partition = %place.partition.id(), %why, "the leader sends no more again");
+        };
+        tracing::info!(
+            topic = %place.partition.topic(), partition = %place.partition.id(), epoch = %place.join.epoch, count,
+            log_end = %place.partition.ends().written, %why, "the leader sends no more; the partition joins again"
+        );
     }
 
     fn end_and_wait(&mut self, index: usize) -> Option<Place> {
