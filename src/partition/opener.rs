@@ -185,7 +185,7 @@ mod tests {
     use futures::future;
 
     use super::*;
-    use crate::record::BatchBuilder;
+    use crate::{model::TopicId, record::BatchBuilder};
 
     /// A batch of zeros, and how many bytes its records have.
     fn zeros(codec: Compression, bytes: usize) -> (Batch, usize) {
@@ -268,5 +268,42 @@ mod tests {
         let count = |batch: &Batch, most: usize| Ok(batch.records_within(most)?.count());
         assert_eq!(opener.open(&small, plain, Use::Read, count).await, Ok(1));
         drop((held, turns));
+    }
+
+    #[tokio::test]
+    async fn caller_opens_one_batch_at_a_time_and_others_do_not_wait_for_that() {
+        let opener = Opener::new(64 << 20);
+        let [one, other] = [1, 1].map(|turns| opener.for_caller(Arc::new(Semaphore::new(turns))));
+        let (batch, plain) = zeros(Compression::Lz4, 1000);
+        let count = |batch: &Batch, most: usize| Ok(batch.records_within(most)?.count());
+        let turn = one.in_turn().await;
+        let mut waiting = std::pin::pin!(one.open(&batch, plain, Use::Read, count));
+        assert!(future::poll_fn(|cx| std::task::Poll::Ready(waiting.as_mut().poll(cx))).await.is_pending());
+        assert_eq!(other.open(&batch, plain, Use::Read, count).await, Ok(1));
+        assert_eq!(turn.open(&batch, plain, Use::Read, count).await, Ok(1), "who has the turn needs no other");
+        drop(turn);
+        assert_eq!(waiting.await, Ok(1));
+    }
+
+    /// Each read of a bomb decompressed it again.
+    #[tokio::test]
+    async fn batch_that_cannot_be_opened_is_not_opened_again() {
+        let opener = Opener::new(64 << 20);
+        let calls = Arc::new(AtomicUsize::new(0));
+        let counted = Arc::clone(&calls);
+        let work = move |_: &Batch, _: usize| {
+            counted.fetch_add(1, Ordering::SeqCst);
+            Err::<(), _>(Malformed::Record { index: 0, reason: "it is cut" })
+        };
+        let (batch, _) = zeros(Compression::Zstd, 1000);
+        let id = |index| PartitionId::new(TopicId::from_bytes([7; 16]), index);
+        for caller in [opener.clone(), opener.for_caller(Arc::new(Semaphore::new(1))), opener.clone()] {
+            assert!(matches!(caller.open_stored(id(0), &batch, work.clone()).await, Err(Malformed::Record { .. })));
+        }
+        assert_eq!(calls.load(Ordering::SeqCst), 1);
+        // Another batch, and the same in another partition, may be better.
+        let (later, _) = zeros(Compression::Zstd, 1001);
+        drop((opener.open_stored(id(0), &later, work.clone()).await, opener.open_stored(id(1), &batch, work).await));
+        assert_eq!(calls.load(Ordering::SeqCst), 3);
     }
 }
