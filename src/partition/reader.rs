@@ -185,7 +185,7 @@ impl Reader {
         Ok((from < end).then_some(Watermarks { high_watermark: end, ..marks }))
     }
 
-    /// Reads the log on another thread, in turn. The turn is over when the read is, whoever waits for it.
+    /// Reads the log on another thread, in turn. The turn is over when the read is, also where its caller has gone.
     async fn on_disk<T: Send + 'static>(&self, read: impl FnOnce(&log::Reader) -> T + Send + 'static) -> T {
         let (log, turn) = (self.log.clone(), self.log.disk_turn().await);
         task::blocking(move || (read(&log), turn).0).await

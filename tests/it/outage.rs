@@ -514,7 +514,7 @@ async fn silent_bucket_is_known_long_before_a_reads_time_is_up() {
     assert!(begin.elapsed() < Duration::from_secs(15), "{:?}", begin.elapsed());
 }
 
-/// Appends with `acks=tiered` in a stream: its answers, and the cause that the append is told to wait for.
+/// Appends with `acks=tiered` in a stream: its answers, and the cause of the wait that the first one names.
 async fn cause_of_the_wait(
     log: &mut v1::log_client::LogClient<Channel>,
     timeout_ms: u32,

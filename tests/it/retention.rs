@@ -239,7 +239,7 @@ fn bucket_that_is_away_keeps_nothing_that_nobody_may_read() {
     retention_goes_on_without_the_bucket(false);
 }
 
-/// What the bucket had was known no more, and nothing was deleted until it was back.
+/// The broker did not know which segments the bucket had, and deleted nothing until the bucket was back.
 #[test]
 fn bucket_that_is_away_at_a_start_keeps_nothing_that_nobody_may_read() {
     retention_goes_on_without_the_bucket(true);

@@ -112,7 +112,7 @@ impl Account {
     }
 }
 
-/// What a call handed to HTTP/2, until all of it has been sent.
+/// A call with frames that HTTP/2 has not sent.
 #[derive(Debug)]
 pub(super) struct UnreadResponse {
     account: Arc<Account>,

@@ -16,7 +16,7 @@ use crate::{
 pub(super) struct Follow {
     session: Session,
     requests: Streaming<v1::FetchRequest>,
-    /// Whether this broker may have been replaced: told as it changes, since nothing else may ever come.
+    /// True while this broker may have been replaced. Each change makes a response, since no records may ever come.
     doubts: watch::Receiver<bool>,
     begun: bool,
     /// The caller sends no more requests; it goes on reading what it asked for.
@@ -64,7 +64,7 @@ impl Follow {
                 () = broker.stopping() => return None,
                 request = self.requests.message(), if !self.ended => match request {
                     Ok(Some(request)) => {
-                        // What was gathered for the old assignment goes out first: its positions have moved.
+                        // Records of the old assignment go out first: their positions have moved.
                         let wanted = request.partitions.iter().map(|want| (want.topic.as_str(), want.topic_id.as_str()));
                         broker.acquaint(wanted).await;
                         if let Err(fault) = self.take(request) {

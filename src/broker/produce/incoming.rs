@@ -18,7 +18,7 @@ use crate::{
 /// Most bytes of a message beside its batch with which the batch is kept as it came: it shares the memory of the message.
 const MAX_SURPLUS_BYTES: usize = 4 << 10;
 
-/// What a write brings.
+/// The batch of a write, checked, and what is known of it.
 pub(super) struct Incoming {
     pub(super) batch: Batch,
     /// Of the batch that the client sent; `None` where it sent records.
@@ -122,7 +122,7 @@ impl Broker {
         deadline: Instant,
     ) -> Result<OwnedSemaphorePermit, Fault> {
         let memory = self.produce_memory.of(bytes);
-        // After that nobody waits for the answer any more: what would be written then is what the client sends again.
+        // After that nobody waits for the answer: the client sends again, and would find the batch written twice.
         let over = || clock::monotonic() >= deadline;
         let permit = tokio::select! {
             biased;

@@ -51,7 +51,7 @@ fn size_retention_keeps_at_least_the_limit() {
     assert_eq!(plan(&input(&config, &local, &[])).log_start, Some(at(10)));
 }
 
-/// After a start without the bucket nothing was deleted any more, and the disk filled.
+/// After a start without the bucket nothing was deleted, and the disk filled.
 #[test]
 fn retention_goes_on_while_the_bucket_cannot_be_asked_for_its_segments() {
     const HOUR_MS: i64 = 3_600_000;
@@ -114,7 +114,7 @@ fn only_what_lies_wholly_below_the_log_start_leaves_the_disk() {
     }
 }
 
-/// The bucket's segments cannot be told apart where it cannot be asked, and may have younger records: what lies behind them must not go first.
+/// The bucket's segments count as one where it cannot be asked, and may have younger records: segments behind them must not go first.
 #[test]
 fn records_behind_a_bucket_that_cannot_be_asked_stay_where_it_may_have_younger_ones() {
     let config = config(&[("retention.ms", "1")]);

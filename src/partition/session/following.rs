@@ -23,7 +23,7 @@ use crate::{
     telemetry::{Counter, LogThrottle},
 };
 
-/// How soon a partition is told to claim again; twice as late each time, until a leader has served it for [`LONGEST_PAUSE`].
+/// The pause before a partition claims again. It doubles each time, until a leader has served the partition for [`LONGEST_PAUSE`].
 const PAUSE: Duration = Duration::from_millis(20);
 
 /// The longest such pause.

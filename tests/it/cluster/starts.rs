@@ -52,7 +52,7 @@ fn with_a_late_replica(set: impl Fn(Home) -> Home) -> (Cluster, u32, u32) {
     (cluster, leader, late)
 }
 
-/// Whoever watches a rolling restart by `/readyz` stops the next broker when this one is ready: by then its replicas must be in sync.
+/// A rolling restart that goes by `/readyz` stops the next broker when this one is ready: by then its replicas must be in sync.
 #[test]
 fn a_broker_is_ready_when_its_replicas_are_in_sync() {
     let (mut cluster, leader, late) = with_a_late_replica(|home| home);

@@ -301,7 +301,7 @@ async fn a_stranger_in_a_followers_name_takes_no_link_that_answers() {
 
     // One that cannot answer loses its link, and takes it back from whoever answers nothing.
     calm.cluster.broker(calm.follower).freeze(true);
-    // What it answered before it froze may still be on its way.
+    // An answer from before it froze may still be on its way.
     let mut silent = becomes("the link of the silent one is taken", async || {
         let mut link = Follows::begin(calm.address(), hello(epoch)).await;
         link.next().await.is_ok().then_some(link)
