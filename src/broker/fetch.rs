@@ -26,14 +26,14 @@ use std::{
 
 use futures::{FutureExt as _, Stream, StreamExt as _, stream::FuturesUnordered};
 use tokio::time::Instant;
-use tonic::{Status, Streaming};
+use tonic::Status;
 
 use self::{
     memory::{Granted, MIN_READ_BYTES},
     plain::RecordTooLarge,
     stream::Follow,
 };
-use super::{Broker, CallMemory, Grant, faults};
+use super::{Broker, CallMemory, Grant, Requests, faults};
 use crate::{
     limits,
     log::ReadLimits,
@@ -513,7 +513,7 @@ impl Broker {
     /// Reads on and on.
     pub(super) fn fetch(
         self: Arc<Self>,
-        requests: Streaming<v1::FetchRequest>,
+        requests: Requests<v1::FetchRequest>,
         memory: CallMemory,
     ) -> impl Stream<Item = Result<v1::FetchResponse, Status>> + Send + 'static {
         let follow = Follow::new(self, requests, memory);

@@ -81,7 +81,7 @@ pub use self::{
     fill::starts_full,
     health::Readiness,
     producer_ids::ProducerIdQuota,
-    service::{peer_service, services},
+    service::{LogService, Requests, admin_service, peer_service},
 };
 use crate::{
     client::Connect,

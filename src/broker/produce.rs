@@ -8,7 +8,7 @@ mod incoming;
 use std::{sync::Arc, time::Duration};
 
 use futures::{
-    FutureExt as _, Stream, StreamExt as _,
+    FutureExt as _, Stream, StreamExt as _, TryStreamExt as _,
     future::BoxFuture,
     stream::{self, FuturesUnordered},
 };
@@ -17,10 +17,10 @@ use tokio::{
     time::Instant,
 };
 use tokio_util::task::AbortOnDropHandle;
-use tonic::{Status, Streaming};
+use tonic::Status;
 
 use self::incoming::Incoming;
-use super::{Broker, CallMemory, ProducerIdQuota, faults};
+use super::{Broker, CallMemory, ProducerIdQuota, Requests, faults};
 use crate::{
     limits,
     model::{Acks, PartitionId},
@@ -102,7 +102,7 @@ impl Broker {
     /// Answers a stream of writes. Requests are queued in the order in which they came.
     pub(super) fn produce(
         self: Arc<Self>,
-        requests: Streaming<v1::ProduceRequest>,
+        requests: Requests<v1::ProduceRequest>,
         quota: ProducerIdQuota,
         memory: CallMemory,
     ) -> impl Stream<Item = Result<v1::ProduceResponse, Status>> + Send + 'static {
@@ -269,7 +269,7 @@ type Begun = (u64, Result<Queued, Fault>);
 /// One produce stream: requests going in, answers coming out as they are due.
 struct Pipeline {
     broker: Arc<Broker>,
-    requests: Streaming<v1::ProduceRequest>,
+    requests: Requests<v1::ProduceRequest>,
     quota: ProducerIdQuota,
     memory: CallMemory,
     /// The request that came last, which may have to wait for memory. The next one is taken when it is queued.
@@ -299,7 +299,7 @@ impl Pipeline {
                 // Every write that came has its answer: a stop need not wait for a producer that is quiet.
                 () = self.broker.stopping(), if is_idle => return None,
                 begun = begun(&mut self.beginning), if self.beginning.is_some() => self.await_answer(begun),
-                request = self.requests.message(), if self.takes_more() => {
+                request = self.requests.try_next(), if self.takes_more() => {
                     match request {
                         Ok(Some(request)) => self.begin(request),
                         Ok(None) => self.ended = Some(Ok(())),

@@ -1,8 +1,8 @@
 //! The gRPC services: each method hands over to the room that serves it, and maps its failure once.
 
-use std::{pin::Pin, sync::Arc};
+use std::sync::Arc;
 
-use futures::Stream;
+use futures::{Stream, StreamExt, stream::BoxStream};
 use tonic::{Request, Response, Status, Streaming};
 
 use super::{Broker, CallMemory, ProducerIdQuota, others::Others, peer::PeerService};
@@ -14,7 +14,8 @@ use crate::{
     },
 };
 
-type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+/// The messages of a request that is a stream.
+pub type Requests<T> = BoxStream<'static, Result<T, Status>>;
 
 /// The `Log` service of a broker.
 #[derive(Clone)]
@@ -24,13 +25,9 @@ pub struct LogService(Arc<Broker>);
 #[derive(Clone)]
 pub struct AdminService(Arc<Broker>);
 
-/// Both services, with their message limits.
-pub fn services(broker: &Arc<Broker>) -> (log_server::LogServer<LogService>, admin_server::AdminServer<AdminService>) {
-    let log = log_server::LogServer::new(LogService(Arc::clone(broker)))
-        .max_decoding_message_size(limits::MAX_MESSAGE_BYTES)
-        .max_encoding_message_size(limits::MAX_MESSAGE_BYTES);
-    let admin = admin_server::AdminServer::new(AdminService(Arc::clone(broker)));
-    (log, admin)
+/// The `Admin` service.
+pub fn admin_service(broker: &Arc<Broker>) -> admin_server::AdminServer<AdminService> {
+    admin_server::AdminServer::new(AdminService(Arc::clone(broker)))
 }
 
 /// The service that other brokers call; `None` for a broker alone.
@@ -48,6 +45,36 @@ fn quota<T>(request: &Request<T>) -> ProducerIdQuota {
 }
 
 impl LogService {
+    /// The service of this broker.
+    pub fn new(broker: &Arc<Broker>) -> Self {
+        Self(Arc::clone(broker))
+    }
+
+    /// Its unary calls, with their message limits.
+    pub fn server(self) -> log_server::LogServer<Self> {
+        log_server::LogServer::new(self)
+            .max_decoding_message_size(limits::MAX_MESSAGE_BYTES)
+            .max_encoding_message_size(limits::MAX_MESSAGE_BYTES)
+    }
+
+    /// The call `Produce`.
+    pub fn serve_produce(
+        &self,
+        request: Request<Requests<v1::ProduceRequest>>,
+    ) -> impl Stream<Item = Result<v1::ProduceResponse, Status>> + Send + 'static {
+        let (quota, memory) = (quota(&request), self.memory(&request));
+        Arc::clone(&self.0).produce(request.into_inner(), quota, memory)
+    }
+
+    /// The call `Fetch`.
+    pub fn serve_fetch(
+        &self,
+        request: Request<Requests<v1::FetchRequest>>,
+    ) -> impl Stream<Item = Result<v1::FetchResponse, Status>> + Send + 'static {
+        let memory = self.memory(&request);
+        Arc::clone(&self.0).fetch(request.into_inner(), memory)
+    }
+
     /// What a call takes of the memory of requests and responses.
     fn memory<T>(&self, request: &Request<T>) -> CallMemory {
         request.extensions().get().cloned().unwrap_or_else(|| self.0.call_memory())
@@ -61,14 +88,14 @@ impl log_server::Log for LogService {
         answer(self.0.append(request.into_inner(), &quota, &memory).await)
     }
 
-    type ProduceStream = Answers<v1::ProduceResponse>;
+    // The broker's own listener serves the streams by `server/streams`.
+    type ProduceStream = BoxStream<'static, Result<v1::ProduceResponse, Status>>;
 
     async fn produce(
         &self,
         request: Request<Streaming<v1::ProduceRequest>>,
     ) -> Result<Response<Self::ProduceStream>, Status> {
-        let (quota, memory) = (quota(&request), self.memory(&request));
-        Ok(Response::new(Box::pin(Arc::clone(&self.0).produce(request.into_inner(), quota, memory))))
+        Ok(Response::new(self.serve_produce(request.map(StreamExt::boxed)).boxed()))
     }
 
     async fn read(&self, request: Request<v1::ReadRequest>) -> Result<Response<v1::ReadResponse>, Status> {
@@ -81,14 +108,13 @@ impl log_server::Log for LogService {
         answer(Arc::clone(&self.0).read(request, memory).await)
     }
 
-    type FetchStream = Answers<v1::FetchResponse>;
+    type FetchStream = BoxStream<'static, Result<v1::FetchResponse, Status>>;
 
     async fn fetch(
         &self,
         request: Request<Streaming<v1::FetchRequest>>,
     ) -> Result<Response<Self::FetchStream>, Status> {
-        let memory = self.memory(&request);
-        Ok(Response::new(Box::pin(Arc::clone(&self.0).fetch(request.into_inner(), memory))))
+        Ok(Response::new(self.serve_fetch(request.map(StreamExt::boxed)).boxed()))
     }
 
     async fn list_offsets(

@@ -16,10 +16,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use tonic::{Status, codegen::http::HeaderMap};
 
 use super::connection::OpenCall;
-use crate::{
-    broker::{CallMemory, HandedResponse},
-    proto::fault::Fault,
-};
+use crate::broker::{CallMemory, HandedResponse};
 
 /// Keeps the call open until the response has been sent. `memory` is that of a client's call, `turn` its turn among the calls that are answered
 /// from metadata.
@@ -37,11 +34,11 @@ pub(super) fn until_sent(
 /// reads. Responses to other brokers are not charged and go out as they are.
 const PIECE_BYTES: usize = 32 << 10;
 
-/// The end of a response that there is no memory for.
-fn trailers(fault: Fault) -> Frame<Bytes> {
+/// The end of a response.
+pub(super) fn trailers(status: &Status) -> Frame<Bytes> {
     let mut trailers = HeaderMap::new();
     // A header that cannot be written leaves the response without an end, which clients take for a broken one.
-    let _ = Status::from(fault).add_header(&mut trailers);
+    let _ = status.add_header(&mut trailers);
     Frame::trailers(trailers)
 }
 
@@ -104,7 +101,7 @@ impl HttpBody for CountedBody {
                 }
                 Err(fault) => {
                     self.body = Body::empty();
-                    trailers(fault)
+                    trailers(&fault.into())
                 }
             },
             Err(trailers) => trailers,
@@ -133,7 +130,10 @@ mod tests {
     use tokio::sync::Semaphore;
 
     use super::*;
-    use crate::{broker::Budgets, proto::fault::Reason};
+    use crate::{
+        broker::Budgets,
+        proto::fault::{Fault, Reason},
+    };
 
     /// HTTP/2 asked for the next frame, and took the end, when a byte of the last one had been sent: responses were given back before they were
     /// read.

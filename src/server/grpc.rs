@@ -31,9 +31,10 @@ use super::{
     calls,
     connection::{self, Caller, Connection, Port},
     request_body::{self, RequestBody},
+    streams,
 };
 use crate::{
-    broker::{Broker, Budgets, CallMemory, peer_service, services},
+    broker::{Broker, Budgets, CallMemory, LogService, admin_service, peer_service},
     limits,
     partition::Memory,
     proto::{
@@ -162,8 +163,8 @@ pub(super) fn routes(
     health: tonic_health::pb::health_server::HealthServer<impl tonic_health::pb::health_server::Health>,
     reflection: bool,
 ) -> anyhow::Result<Routes> {
-    let (log, admin) = services(broker);
-    let mut routes = Routes::new(log).add_service(admin).add_service(health);
+    let log = LogService::new(broker);
+    let mut routes = Routes::new(log.clone().server()).add_service(admin_service(broker)).add_service(health);
     if reflection {
         // Most tools ask for v1 first; grpcio-reflection and older ones know v1alpha alone.
         let shown = || {
@@ -174,17 +175,17 @@ pub(super) fn routes(
         routes = routes.add_service(shown().build_v1()?).add_service(shown().build_v1alpha()?);
     }
     let memory = RequestMemory { budgets: broker.budgets().clone(), schemas: Arc::new(RequestSchemas::of_clients()) };
-    Ok(layered(routes, Some(memory)))
+    Ok(layered(routes.into_axum_router().merge(streams::routes(&log)), Some(memory)))
 }
 
 /// What a broker answers to other brokers; `None` for a broker alone. Other brokers are as many as there are: their calls take nothing from
 /// the clients' memory.
 pub(super) fn peer_routes(broker: &Arc<Broker>) -> Option<Routes> {
-    peer_service(broker).map(|peer| layered(Routes::new(peer), None))
+    peer_service(broker).map(|peer| layered(Routes::new(peer).into_axum_router(), None))
 }
 
-fn layered(routes: Routes, memory: Option<RequestMemory>) -> Routes {
-    routes.into_axum_router().layer(axum::middleware::from_fn_with_state(memory, answer)).into()
+fn layered(routes: Router, memory: Option<RequestMemory>) -> Routes {
+    routes.layer(axum::middleware::from_fn_with_state(memory, answer)).into()
 }
 
 /// Serves until the tasks are stopped; then takes nothing new, and each connection ends when what is under way on it has ended.

@@ -35,6 +35,7 @@ mod places;
 mod request_body;
 mod room;
 mod several;
+mod streams;
 
 use std::{
     future::Future,

@@ -40,16 +40,19 @@ use crate::{
 const REFUSAL_DELAY: Duration = Duration::from_secs(1);
 
 /// Bytes before each message: whether it is compressed, and its length.
-const PREFIX_BYTES: usize = 5;
+pub(super) const PREFIX_BYTES: usize = 5;
 
 /// Most bytes of a request for health or reflection.
 const MAX_NAMES_BYTES: usize = 4 << 10;
 
+pub(super) const PRODUCE_PATH: &str = "/strandline.v1.Log/Produce";
+pub(super) const FETCH_PATH: &str = "/strandline.v1.Log/Fetch";
+
 /// Calls whose requests hold records.
-const RECORD_CALLS: [&str; 2] = ["/strandline.v1.Log/Append", "/strandline.v1.Log/Produce"];
+const RECORD_CALLS: [&str; 2] = ["/strandline.v1.Log/Append", PRODUCE_PATH];
 
 /// Calls and services whose requests are streams of messages.
-const STREAM_PATHS: [&str; 3] = ["/strandline.v1.Log/Produce", "/strandline.v1.Log/Fetch", "/grpc.reflection."];
+const STREAM_PATHS: [&str; 3] = [PRODUCE_PATH, FETCH_PATH, "/grpc.reflection."];
 
 /// True if a call at `path` sends one message after the other.
 pub(super) fn is_stream(path: &str) -> bool {

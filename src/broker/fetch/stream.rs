@@ -2,12 +2,13 @@
 
 use std::sync::Arc;
 
+use futures::TryStreamExt as _;
 use tokio::{sync::watch, time::Instant};
-use tonic::{Status, Streaming};
+use tonic::Status;
 
 use super::{Gathered, Session, Terms};
 use crate::{
-    broker::{Broker, CallMemory, faults},
+    broker::{Broker, CallMemory, Requests, faults},
     proto::{fault::Fault, v1},
     task::clock,
 };
@@ -15,7 +16,7 @@ use crate::{
 /// One fetch stream.
 pub(super) struct Follow {
     session: Session,
-    requests: Streaming<v1::FetchRequest>,
+    requests: Requests<v1::FetchRequest>,
     /// True while this broker may have been replaced. Each change makes a response, since no records may ever come.
     doubts: watch::Receiver<bool>,
     begun: bool,
@@ -24,7 +25,7 @@ pub(super) struct Follow {
 }
 
 impl Follow {
-    pub(super) fn new(broker: Arc<Broker>, requests: Streaming<v1::FetchRequest>, memory: CallMemory) -> Self {
+    pub(super) fn new(broker: Arc<Broker>, requests: Requests<v1::FetchRequest>, memory: CallMemory) -> Self {
         let doubts = broker.doubts();
         let session = Session::new(broker, Terms::new(0, 0, 0), memory);
         Self { session, requests, doubts, begun: false, ended: false }
@@ -62,7 +63,7 @@ impl Follow {
             tokio::select! {
                 biased;
                 () = broker.stopping() => return None,
-                request = self.requests.message(), if !self.ended => match request {
+                request = self.requests.try_next(), if !self.ended => match request {
                     Ok(Some(request)) => {
                         // Records of the old assignment go out first: their positions have moved.
                         let wanted = request.partitions.iter().map(|want| (want.topic.as_str(), want.topic_id.as_str()));

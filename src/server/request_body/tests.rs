@@ -10,7 +10,7 @@ use crate::{
 };
 
 const APPEND: &str = RECORD_CALLS[0];
-const PRODUCE: &str = RECORD_CALLS[1];
+const PRODUCE: &str = PRODUCE_PATH;
 const READ: &str = "/strandline.v1.Log/Read";
 
 fn framed(message: &[u8]) -> Vec<u8> {
@@ -125,7 +125,7 @@ async fn requests_without_records_are_small_and_have_few_parts() {
 
 /// `limits.request_memory_bytes` where `limits.memory_bytes` is 512 and 64 MiB.
 const REQUEST_BYTES: [u64; 2] = [96 << 20, 12 << 20];
-const FETCH: &str = STREAM_PATHS[1];
+const FETCH: &str = FETCH_PATH;
 
 fn pieces(message: &impl prost::Message) -> Vec<Vec<u8>> {
     framed(&message.encode_to_vec()).chunks(1 << 14).map(<[u8]>::to_vec).collect()

@@ -6,7 +6,8 @@ use futures::future;
 use http_body_util::BodyExt as _;
 use prost::Message as _;
 use strandline::proto::v1::{
-    FetchPartition, FetchRequest, GetMetadataRequest, ListOffsetsRequest, OffsetQuery, ReadRequest, offset_query::At,
+    FetchPartition, FetchRequest, GetMetadataRequest, ListOffsetsRequest, OffsetQuery, ProduceRequest, ReadRequest,
+    offset_query::At,
 };
 use tokio::{sync::oneshot, task::JoinSet};
 use tonic::transport::Channel;
@@ -102,6 +103,27 @@ async fn memory_stays_bounded_whatever_connections_and_calls_hold() {
         async move { unread(channel, "/strandline.v1.Log/Fetch", |gone| open(vec![fetch.clone()], gone)).await }
     };
     target.withstands("fetches of absent partitions", target.on_streams(streams / 10, attack).await).await;
+
+    // Each stream kept the buffer of its largest request, and that of its last response: 1.7 and 1.3 GB.
+    let absent = wire::append_plain("absent", 0, vec![Bytes::from(vec![7; 30 << 20])]);
+    let produce = framed(&ProduceRequest { append: Some(absent), ..Default::default() }.encode_to_vec());
+    let attack = move |channel: Channel| {
+        let produce = produce.clone();
+        async move { unread(channel, "/strandline.v1.Log/Produce", |gone| open(vec![produce.clone()], gone)).await }
+    };
+    target.withstands("producers that were loud once", target.on_connections(60, 65_535, attack)).await;
+    let last = FetchPartition { offset: 3, ..place(0) };
+    let fetch = framed(&FetchRequest { partitions: vec![last], ..Default::default() }.encode_to_vec());
+    let attack = |channel: Channel| {
+        let fetch = fetch.clone();
+        async move {
+            let (_alive, gone) = oneshot::channel();
+            let answer = call(channel, "/strandline.v1.Log/Fetch", open(vec![fetch], gone)).await;
+            let mut body = answer.expect("it is served").into_body();
+            while body.frame().await.is_some() {}
+        }
+    };
+    target.withstands("consumers that are at the end", target.on_streams(300, attack).await).await;
 
     // Eight batches at a time were read before there was memory for one.
     for (name, partitions) in [("batches of 4 MiB", (0..FILLED).collect()), ("batches of 56 MiB", LARGE.to_vec())] {

@@ -1,0 +1,188 @@
+//! The calls of clients that are streams of messages, `Produce` and `Fetch`. Each message has a buffer of its own, which ends with it.
+//!
+//! tonic keeps a buffer for each direction of a call for as long as that is open, as large as the largest message of it. A quiet consumer
+//! held its last response, and a quiet producer its largest request, when both had been given back.
+
+use std::{
+    convert::Infallible,
+    fmt,
+    pin::Pin,
+    task::{Context, Poll},
+};
+
+use axum::{
+    Router,
+    body::{Body, BodyDataStream, Bytes, HttpBody},
+    extract::Request,
+    http::{HeaderValue, header::CONTENT_TYPE},
+    response::Response,
+    routing,
+};
+use bytes::{Buf as _, BufMut, BytesMut};
+use futures::{Stream, StreamExt as _, stream};
+use http_body::Frame;
+use prost::Message;
+use tonic::{Code, Status, metadata::MetadataMap};
+
+use super::{
+    calls,
+    request_body::{FETCH_PATH, PREFIX_BYTES, PRODUCE_PATH},
+};
+use crate::broker::{LogService, Requests};
+
+/// Responses that are there together go out in frames of so many bytes, or of one response that is larger.
+const FRAME_BYTES: usize = 32 << 10;
+
+/// The two calls.
+pub(super) fn routes(log: &LogService) -> Router {
+    let (producing, fetching) = (log.clone(), log.clone());
+    Router::new()
+        .route(
+            PRODUCE_PATH,
+            routing::post(async move |request| serve(request, |requests| producing.serve_produce(requests))),
+        )
+        .route(
+            FETCH_PATH,
+            routing::post(async move |request| serve(request, |requests| fetching.serve_fetch(requests))),
+        )
+}
+
+/// Answers the messages of a request with those that `call` makes of them.
+fn serve<T, U, S>(request: Request, call: impl FnOnce(tonic::Request<Requests<T>>) -> S) -> Response
+where
+    T: Message + Default + 'static,
+    U: Message + 'static,
+    S: Stream<Item = Result<U, Status>> + Send + 'static,
+{
+    let (head, body) = request.into_parts();
+    if let Some(encoding) = head.headers.get("grpc-encoding").filter(|encoding| *encoding != "identity") {
+        return compressed(format_args!("grpc-encoding is {encoding:?}")).into_http();
+    }
+    let requests = tonic::Request::from_parts(MetadataMap::new(), head.extensions, requests(body));
+    let body = ResponseBody { responses: Box::pin(call(requests)), end: None, is_over: false };
+    let mut response = Response::new(Body::new(body));
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+    response
+}
+
+/// The messages of a body.
+fn requests<T: Message + Default + 'static>(body: Body) -> Requests<T> {
+    let reader = MessageReader { frames: body.into_data_stream(), rest: Bytes::new() };
+    stream::try_unfold(reader, async |mut reader| Ok(reader.next().await?.map(|message| (message, reader)))).boxed()
+}
+
+/// Reads the messages of a body one after the other.
+struct MessageReader {
+    frames: BodyDataStream,
+    /// Came, and was not looked at.
+    rest: Bytes,
+}
+
+impl MessageReader {
+    /// The next message; `None` at the end, and where the client has reset the call.
+    async fn next<T: Message + Default>(&mut self) -> Result<Option<T>, Status> {
+        match self.read_message().await {
+            Err(status) if status.code() == Code::Cancelled => Ok(None),
+            message => message,
+        }
+    }
+
+    async fn read_message<T: Message + Default>(&mut self) -> Result<Option<T>, Status> {
+        if self.rest.is_empty() && !self.read_frame().await? {
+            return Ok(None);
+        }
+        let mut prefix = [0; PREFIX_BYTES];
+        self.read(&mut prefix[..]).await?;
+        match prefix[0] {
+            0 => {}
+            1 => return Err(compressed("the prefix of one says that it is")),
+            flag => {
+                return Err(Status::internal(format!("the prefix of a message begins with {flag}, and not 0 or 1")));
+            }
+        }
+        // Memory was taken for as much, and the beginning of a large message is there (`request_body`).
+        let len = (&prefix[1..]).get_u32() as usize;
+        let mut message = BytesMut::with_capacity(len);
+        self.read((&mut message).limit(len)).await?;
+        T::decode(message.freeze()).map(Some).map_err(|error| Status::internal(error.to_string()))
+    }
+
+    /// Fills `into`.
+    async fn read(&mut self, mut into: impl BufMut) -> Result<(), Status> {
+        while into.has_remaining_mut() {
+            if self.rest.is_empty() && !self.read_frame().await? {
+                return Err(Status::internal("the body ends within a message"));
+            }
+            into.put(self.rest.split_to(self.rest.len().min(into.remaining_mut())));
+        }
+        Ok(())
+    }
+
+    /// Takes the next frame that holds bytes; false at the end.
+    async fn read_frame(&mut self) -> Result<bool, Status> {
+        while self.rest.is_empty() {
+            match self.frames.next().await {
+                Some(Ok(data)) => self.rest = data,
+                Some(Err(error)) => return Err(Status::from_error(error.into_inner())),
+                None => return Ok(false),
+            }
+        }
+        Ok(true)
+    }
+}
+
+/// The bodies of requests are never decompressed.
+fn compressed(how: impl fmt::Display) -> Status {
+    Status::unimplemented(format!("messages are compressed: {how}"))
+}
+
+/// The body of a response: a message for each item of a stream, and its end.
+struct ResponseBody<S> {
+    responses: Pin<Box<S>>,
+    /// Why no more come, once that is so. It goes out behind the messages.
+    end: Option<Status>,
+    is_over: bool,
+}
+
+impl<U: Message, S: Stream<Item = Result<U, Status>>> HttpBody for ResponseBody<S> {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Self::Data>, Self::Error>>> {
+        let mut frame = BytesMut::new();
+        while self.end.is_none() && frame.len() < FRAME_BYTES {
+            match self.responses.as_mut().poll_next(cx) {
+                Poll::Ready(Some(Ok(response))) => put_message(&response, &mut frame),
+                Poll::Ready(Some(Err(status))) => self.end = Some(status),
+                Poll::Ready(None) => self.end = Some(Status::ok("")),
+                Poll::Pending if frame.is_empty() => return Poll::Pending,
+                Poll::Pending => break,
+            }
+        }
+        if !frame.is_empty() {
+            return Poll::Ready(Some(Ok(Frame::data(frame.freeze()))));
+        }
+        if std::mem::replace(&mut self.is_over, true) {
+            return Poll::Ready(None);
+        }
+        Poll::Ready(self.end.as_ref().map(|end| Ok(calls::trailers(end))))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.is_over
+    }
+}
+
+fn put_message(message: &impl Message, out: &mut BytesMut) {
+    let len = message.encoded_len();
+    out.reserve(PREFIX_BYTES + len);
+    out.put_u8(0);
+    out.put_u32(u32::try_from(len).expect("a response is smaller than 4 GiB"));
+    message.encode_raw(out);
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,123 @@
+//! Streams of messages: unchanged however they are cut, their ends and refusals, and buffers that end with their message.
+
+use std::sync::{Arc, Mutex};
+
+use futures::{FutureExt as _, future::poll_fn};
+
+use super::*;
+use crate::proto::v1::{ProduceRequest, ProduceResponse};
+
+fn framed(message: &impl Message) -> Vec<u8> {
+    let mut out = BytesMut::new();
+    put_message(message, &mut out);
+    out.to_vec()
+}
+
+/// A body that comes in pieces of `size`; with `open`, it never ends.
+fn body(bytes: &[u8], size: usize, open: bool) -> Body {
+    let pieces: Vec<_> = bytes.chunks(size).map(|piece| Ok::<_, Status>(Bytes::copy_from_slice(piece))).collect();
+    let pieces = stream::iter(pieces);
+    if open { Body::from_stream(pieces.chain(stream::pending())) } else { Body::from_stream(pieces) }
+}
+
+fn numbered(correlation: u64) -> ProduceRequest {
+    ProduceRequest { correlation, append: None }
+}
+
+/// The body of a response to these requests, each answered with its number.
+fn answered(request: Request) -> Response {
+    let answer = |request: ProduceRequest| ProduceResponse { correlation: request.correlation, result: None };
+    serve(request, move |requests| requests.into_inner().map(move |request| Ok(answer(request?))))
+}
+
+/// All that comes of a response: its bytes, and its end.
+async fn all_of(mut response: Response) -> (Vec<u8>, Status) {
+    let mut came = Vec::new();
+    loop {
+        let frame = poll_fn(|cx| Pin::new(response.body_mut()).poll_frame(cx)).await.expect("it ends with trailers");
+        match frame.expect("never an error").into_data() {
+            Ok(data) => came.extend_from_slice(&data),
+            Err(end) => {
+                let trailers = end.into_trailers().expect("data or trailers");
+                assert!(poll_fn(|cx| Pin::new(response.body_mut()).poll_frame(cx)).await.is_none());
+                return (came, Status::from_header_map(&trailers).expect("a status"));
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn messages_pass_unchanged_however_they_are_cut() {
+    let numbers = [0, 1, 300, u64::MAX];
+    let sent: Vec<u8> = numbers.iter().flat_map(|number| framed(&numbered(*number))).collect();
+    let expected: Vec<u8> =
+        numbers.iter().flat_map(|number| framed(&ProduceResponse { correlation: *number, result: None })).collect();
+    for size in 1..=sent.len() {
+        let response = answered(Request::new(body(&sent, size, false)));
+        assert_eq!(response.headers()[CONTENT_TYPE], "application/grpc");
+        let (came, end) = all_of(response).await;
+        assert_eq!((came, end.code()), (expected.clone(), Code::Ok), "in pieces of {size}");
+    }
+}
+
+#[tokio::test]
+async fn stream_that_cannot_be_read_ends_with_its_cause_behind_its_answers() {
+    let (good, answer) = (framed(&numbered(7)), framed(&ProduceResponse { correlation: 7, result: None }));
+    let cases: [(&[u8], Code, &str); 5] = [
+        (&[0, 0, 0], Code::Internal, "the body ends within a message"),
+        (&[0, 0, 0, 0, 2, 8], Code::Internal, "the body ends within a message"),
+        (&[1, 0, 0, 0, 0], Code::Unimplemented, "compressed"),
+        (&[9, 0, 0, 0, 0], Code::Internal, "begins with 9"),
+        (&[0, 0, 0, 0, 2, 0xff, 0xff], Code::Internal, "varint"),
+    ];
+    for (bytes, code, text) in cases {
+        let (came, end) = all_of(answered(Request::new(body(&[&good[..], bytes].concat(), 4, false)))).await;
+        assert_eq!((came, end.code()), (answer.clone(), code), "{bytes:?}");
+        assert!(end.message().contains(text), "{bytes:?}: {}", end.message());
+    }
+    let mut request = Request::new(body(&good, 10, false));
+    request.headers_mut().insert("grpc-encoding", HeaderValue::from_static("gzip"));
+    let refused = Status::from_header_map(answered(request).headers()).expect("a status");
+    assert_eq!(refused.code(), Code::Unimplemented);
+    assert!(refused.message().contains("compressed") && refused.message().contains("gzip"), "{refused}");
+}
+
+/// A stream of which the client has reset the request has an end, and no error that would be counted.
+#[tokio::test]
+async fn reset_ends_the_requests() {
+    let pieces = [Ok(Bytes::from(framed(&numbered(7)))), Err(Status::cancelled("reset"))];
+    let (_, end) = all_of(answered(Request::new(Body::from_stream(stream::iter(pieces))))).await;
+    assert_eq!(end.code(), Code::Ok);
+}
+
+/// The buffer of a 64 MiB message stayed with its stream, and that of the last response with each quiet consumer.
+#[tokio::test]
+async fn quiet_stream_holds_nothing_of_the_messages_that_passed() {
+    let batch = Bytes::from(vec![7; 1 << 20]);
+    let append = crate::proto::v1::AppendRequest {
+        payload: Some(crate::proto::v1::append_request::Payload::Batch(batch)),
+        ..Default::default()
+    };
+    let sent = framed(&ProduceRequest { correlation: 1, append: Some(append) });
+    let taken = Arc::new(Mutex::new(None));
+    let took = Arc::clone(&taken);
+    let mut response = serve(Request::new(body(&sent, 30_000, true)), move |requests| {
+        requests.into_inner().map(move |request: Result<ProduceRequest, Status>| {
+            let request = request?;
+            *took.lock().expect("no panic") = Some(request.clone());
+            Ok(request)
+        })
+    });
+    let frame = poll_fn(|cx| Pin::new(response.body_mut()).poll_frame(cx)).await.expect("no end").expect("no error");
+    assert!(poll_fn(|cx| Pin::new(response.body_mut()).poll_frame(cx)).now_or_never().is_none(), "it is open");
+    let frame = frame.into_data().expect("data");
+    assert_eq!(frame.len(), sent.len());
+    assert!(frame.is_unique(), "the stream keeps the buffer of its last response");
+    let request = taken.lock().expect("no panic").take().expect("it came");
+    let Some(crate::proto::v1::append_request::Payload::Batch(batch)) =
+        request.append.and_then(|append| append.payload)
+    else {
+        panic!("the batch that was sent");
+    };
+    assert!(batch.is_unique(), "the stream keeps the buffer of its last request");
+}
