@@ -70,6 +70,7 @@ fn open(disk: &SimDisk) -> Result<Log, strandline::log::OpenError> {
         round_bytes: 16 << 10,
         journal_most: 24 << 10,
         tail_bytes: 64 << 10,
+        producer_bytes: 1 << 20,
         sync_bytes: 1 << 20,
         sync_after: Duration::from_secs(1),
         reserve_bytes: 0,

@@ -146,6 +146,9 @@ impl From<AppendError> for Fault {
                         .with("setting", setting)
                         .with("max", limit_ms)
                 }
+                Refused::TooManyProducers { known, most } => {
+                    Self::new(Reason::Overloaded, message).with("known", known).with("max", most)
+                }
                 Refused::UnknownProducer { producer, sent } => {
                     Self::new(Reason::UnknownProducer, message).with("producer", producer).with("sent", sent)
                 }

@@ -28,6 +28,7 @@ impl Broker {
         metrics.future_segments.set(open.iter().map(|partition| partition.future_segments()).sum());
         metrics.disk_free_bytes.set(status.free_bytes);
         metrics.tail_memory_bytes.set(status.tail_bytes as u64);
+        metrics.producer_state_bytes.set(status.producer_bytes as u64);
         let (requests, responses) = self.budgets.taken();
         metrics.request_memory_bytes.set(requests as u64);
         metrics.response_memory_bytes.set(responses as u64);

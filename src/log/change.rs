@@ -141,7 +141,8 @@ impl Replica {
             let removed = std::mem::replace(&mut state.segments, vec![Segment { info, file }]);
             state.replaced = Some(replaced);
             (state.generation, state.persisted_end, state.log_start) = (generation, at, at);
-            (state.epochs, state.producers) = (Arc::new(epochs), Arc::new(producers));
+            (state.epochs, state.producers) =
+                (Arc::new(epochs), Arc::new(producers.charged(&shared.core.producer_memory)));
             state.forget_expired_producers();
             state.index = None;
             state.recovery = state.point();

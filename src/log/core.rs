@@ -18,6 +18,7 @@ use super::{
     error::{ChangeError, PersistError},
     files::Files,
     journal::{Done, Item, Journal, entry::EntryHead},
+    producer_memory::ProducerMemory,
     shared::Shared,
     tail::Tail,
 };
@@ -50,6 +51,8 @@ pub struct Options {
     pub journal_most: usize,
     /// Bytes of the last batches of all partitions that are kept in memory.
     pub tail_bytes: usize,
+    /// Bytes that the producer state of all replicas should take at most.
+    pub producer_bytes: usize,
     /// Unsynced bytes of all segments together after which they are synced behind; an eighth of the journal's ring where that is less.
     /// Many, because each sync is a commit of the file system, which the journal's write waits for. The bytes themselves are written out
     /// long before.
@@ -105,6 +108,7 @@ impl Default for Options {
             round_bytes: 4 << 20,
             journal_most: 8 << 20,
             tail_bytes: 128 << 20,
+            producer_bytes: 64 << 20,
             sync_bytes: 64 << 20,
             sync_after: std::time::Duration::from_secs(10),
             reserve_bytes: limits::DISK_RESERVE_BYTES,
@@ -121,6 +125,7 @@ pub(super) struct Core {
     pub(super) options: Options,
     pub(super) files: Files,
     pub(super) tail: Tail,
+    pub(super) producer_memory: ProducerMemory,
     pub(super) journal: Journal,
     pub(super) generation: AtomicU64,
     pub(super) closed: AtomicBool,

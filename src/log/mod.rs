@@ -73,6 +73,7 @@ mod identity;
 mod index;
 mod journal;
 mod producer_block;
+mod producer_memory;
 mod producers;
 mod reader;
 mod recover;

@@ -11,16 +11,28 @@
 //! - Partition time never falls as a log grows, so the order by offset is the order by time. Both rules remove the producers that wrote
 //!   first. Therefore it does not matter when they are applied: a table that was restored without the expiration and gets it later equals
 //!   one that had it all the time.
+//! - Where the tables of all replicas take more than [`ProducerMemory`] allows, a table that has [`CROWD`] producers takes no new one
+//!   ([`Verdict::Full`]: only leaders ask), and no more of them keep more than [`SHORT_WINDOW`] batches. Who is known never depends on that.
 
 use std::collections::BTreeMap;
 
 use bytes::{Buf, BufMut};
 
+use super::producer_memory::{ProducerMemory, TableMemory};
 use crate::{
     limits,
     model::{Compression, Offset, TimestampType},
     record::{Batch, Fingerprint, ProducerStamp},
 };
+
+/// Bytes that a producer takes beside its batches: its entries in two trees, and what the allocator adds.
+const PRODUCER_BYTES: usize = 140;
+
+/// A table of so many producers gives way where all tables take too much.
+const CROWD: usize = 16;
+
+/// Batches of a producer that a table keeps whatever all tables take: as many as Kafka does.
+const SHORT_WINDOW: usize = 5;
 
 /// The producers of one partition and the last batches of each.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,6 +40,11 @@ pub struct ProducerTable {
     producers: BTreeMap<i64, Producer>,
     /// Ids of producers by the base offset of their last batch.
     by_last: BTreeMap<Offset, i64>,
+    /// Those of them that keep more than [`SHORT_WINDOW`] batches.
+    long: BTreeMap<Offset, i64>,
+    /// Of all producers together.
+    batches: usize,
+    memory: TableMemory,
     /// Partition time; `i64::MIN` before the first batch.
     time_ms: i64,
 }
@@ -79,11 +96,23 @@ pub enum Verdict {
     },
     /// Nothing is known of the producer, and this is not its first batch: its state has expired or was cut.
     Unknown,
+    /// It would be another producer, and the producer state of all replicas takes more than this.
+    Full {
+        /// Bytes that it should take at most.
+        most: usize,
+    },
 }
 
 impl Default for ProducerTable {
     fn default() -> Self {
-        Self { producers: BTreeMap::new(), by_last: BTreeMap::new(), time_ms: i64::MIN }
+        Self {
+            producers: BTreeMap::new(),
+            by_last: BTreeMap::new(),
+            long: BTreeMap::new(),
+            batches: 0,
+            memory: TableMemory::default(),
+            time_ms: i64::MIN,
+        }
     }
 }
 
@@ -91,6 +120,17 @@ impl ProducerTable {
     /// No producers.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// The same, and its bytes are among those of `memory` until it is dropped.
+    pub(super) fn charged(mut self, memory: &ProducerMemory) -> Self {
+        self.memory = TableMemory::new(memory.clone(), self.bytes());
+        self
+    }
+
+    /// Bytes that it takes in memory, about.
+    fn bytes(&self) -> usize {
+        self.producers.len() * PRODUCER_BYTES + self.batches * size_of::<Written>()
     }
 
     /// How many producers are known.
@@ -113,7 +153,11 @@ impl ProducerTable {
     /// the request held records that the broker made a batch of.
     pub fn check(&self, stamp: ProducerStamp, count: u32, sent: Option<Fingerprint>) -> Verdict {
         let Some(producer) = self.producers.get(&stamp.id) else {
-            return if stamp.base_sequence == 0 { Verdict::New } else { Verdict::Unknown };
+            return match self.memory.exceeded() {
+                _ if stamp.base_sequence != 0 => Verdict::Unknown,
+                Some(most) if self.producers.len() >= CROWD => Verdict::Full { most },
+                _ => Verdict::New,
+            };
         };
         if stamp.epoch < producer.epoch {
             return Verdict::Fenced { current: producer.epoch };
@@ -152,8 +196,12 @@ impl ProducerTable {
         };
         let fresh = || Producer { epoch: stamp.epoch, last_ms: i64::MIN, batches: Vec::with_capacity(1) };
         let producer = self.producers.entry(stamp.id).or_insert_with(fresh);
+        self.batches -= producer.batches.len();
         if let Some(last) = producer.batches.last() {
             self.by_last.remove(&last.base);
+            if producer.batches.len() > SHORT_WINDOW {
+                self.long.remove(&last.base);
+            }
             if producer.epoch != stamp.epoch || producer.next() != stamp.base_sequence {
                 *producer = fresh();
             }
@@ -163,9 +211,17 @@ impl ProducerTable {
         }
         producer.batches.push(written);
         producer.last_ms = self.time_ms;
+        self.batches += producer.batches.len();
         self.by_last.insert(written.base, stamp.id);
+        if producer.batches.len() > SHORT_WINDOW {
+            self.long.insert(written.base, stamp.id);
+        }
         if self.producers.len() > limits::MAX_PRODUCERS {
             self.forget_first();
+        }
+        self.memory.set(self.bytes());
+        while self.long.len() > CROWD && self.memory.exceeded().is_some() {
+            self.shorten_first();
         }
     }
 
@@ -183,9 +239,20 @@ impl ProducerTable {
     }
 
     fn forget_first(&mut self) {
-        if let Some((_, id)) = self.by_last.pop_first() {
-            self.producers.remove(&id);
-        }
+        let Some((last, id)) = self.by_last.pop_first() else { return };
+        self.long.remove(&last);
+        self.batches -= self.producers.remove(&id).map_or(0, |producer| producer.batches.len());
+        self.memory.set(self.bytes());
+    }
+
+    /// Keeps the last batches alone of the producer that wrote first of those that keep more.
+    fn shorten_first(&mut self) {
+        let Some((_, id)) = self.long.pop_first() else { return };
+        let Some(producer) = self.producers.get_mut(&id) else { return };
+        let batches = &mut producer.batches;
+        self.batches -= batches.len() - SHORT_WINDOW;
+        *batches = batches.split_off(batches.len() - SHORT_WINDOW);
+        self.memory.set(self.bytes());
     }
 
     pub(super) fn encode(&self, out: &mut impl BufMut) {
@@ -221,6 +288,10 @@ impl ProducerTable {
             if table.by_last.insert(last, id).is_some() || table.producers.len() == limits::MAX_PRODUCERS {
                 return None;
             }
+            if count > SHORT_WINDOW {
+                table.long.insert(last, id);
+            }
+            table.batches += count;
             table.producers.insert(id, Producer { epoch, last_ms, batches });
         }
         // Times that fall as offsets grow would make producers known here and forgotten elsewhere.

@@ -136,7 +136,7 @@ impl Shared {
             Segment { info: *info, file: Arc::new(file) }
         });
         let segments: Vec<_> = segments.collect();
-        let (epochs, producers) = (Arc::new(record.epochs), Arc::new(record.producers));
+        let (epochs, producers) = (Arc::new(record.epochs), Arc::new(record.producers.charged(&core.producer_memory)));
         let segment = segments.last().expect("a record has a segment").info;
         Arc::new(Self {
             id: record.id,

@@ -22,6 +22,8 @@ pub struct Status {
     pub journal_bytes: u64,
     /// Bytes of the tail buffer in use.
     pub tail_bytes: usize,
+    /// Bytes that the producer state of opened replicas takes, about.
+    pub producer_bytes: usize,
     /// Bytes that can still be written; 0 when the file system does not say.
     pub free_bytes: u64,
 }
@@ -49,6 +51,7 @@ impl Log {
             segment_bytes: open.iter().map(|replica| replica.state().bytes()).sum(),
             journal_bytes: self.inner.ring().bytes(),
             tail_bytes: core.tail.used(),
+            producer_bytes: core.producer_memory.taken(),
             free_bytes: core.disk.free_bytes(&core.dir).unwrap_or(0),
         }
     }

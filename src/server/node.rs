@@ -339,6 +339,9 @@ impl Start<'_> {
     }
 }
 
+/// The part of all memory that producer state takes, beside the parts that are settings, as a divisor.
+const PRODUCER_SHARE: u64 = 16;
+
 /// Opens the data directory: lock, journal replay.
 pub(super) async fn open_log(config: &Config, outside: &Outside, metrics: Metrics) -> anyhow::Result<Log> {
     let identity = Identity { cluster: config.cluster.clone(), broker: config.broker.id };
@@ -347,6 +350,7 @@ pub(super) async fn open_log(config: &Config, outside: &Outside, metrics: Metric
         journal_dir: config.log.journal_dir.clone(),
         accept_journal_loss: config.log.accept_journal_loss,
         tail_bytes: usize::try_from(config.log.tail_memory_bytes).unwrap_or(usize::MAX),
+        producer_bytes: usize::try_from(config.limits.memory_bytes / PRODUCER_SHARE).unwrap_or(usize::MAX),
         metrics,
         manual: outside.stepper.is_some(),
         stepper: outside.stepper.clone(),

@@ -64,6 +64,7 @@ metrics! {
     disk_free_bytes: Level = "strandline_disk_free_bytes", "Free space where the data directory is.";
     disk_used_bytes: Level = "strandline_disk_used_bytes", "Bytes of segments on local disk.";
     tail_memory_bytes: Level = "strandline_tail_memory_bytes", "Bytes of the newest batches kept in memory.";
+    producer_state_bytes: Level = "strandline_producer_state_bytes", "Bytes of what partitions remember of idempotent producers.";
     tiered_bytes: Level = "strandline_tiered_bytes", "Bytes of batches in the object store.";
     tier_lag_records: Level = "strandline_tier_lag_records", "Records of tiered topics that are not yet in the object store.";
     future_segments: Level = "strandline_segments_with_future_timestamps", "Segments of partitions led here that hold timestamps still to come; their age counts from their writing.";

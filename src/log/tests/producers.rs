@@ -130,6 +130,74 @@ fn beyond_the_bound_the_oldest_producer_is_forgotten() {
     assert!(is_known(&table, 0) && !is_known(&table, 1) && is_known(&table, 2) && is_known(&table, bound));
 }
 
+/// A log whose replicas should remember so many bytes of producers at most.
+fn bounded(producer_bytes: usize) -> Log {
+    let options = Options { producer_bytes, ..small() };
+    Log::open(Arc::new(SimDisk::new()), Path::new("/data"), &identity(), options).unwrap()
+}
+
+/// One record of a producer's batch of this sequence.
+fn next(id: i64, base: u64, sequence: i32) -> Batch {
+    produced(base, 1, 1, 1, 61, (id, 0, sequence))
+}
+
+/// 1,700 producers on each of 1,000 partitions took 460 MB, and nothing refused more of them.
+#[test]
+fn producers_of_all_partitions_are_bounded_together() {
+    let log = bounded(20_000);
+    let mut busy = log.open_replica(partition(0), at(0)).unwrap();
+    let mut quiet = log.open_replica(partition(1), at(0)).unwrap();
+    let (mut id, mut base) = (0, 0);
+    let refused = loop {
+        let verdict = busy.producers().check(stamp(id, 0), 1, None);
+        if verdict != Verdict::New {
+            break verdict;
+        }
+        write(&log, &mut busy, &[first(id, base, 1)]);
+        (id, base) = (id + 1, base + 1);
+        assert!(id < 1000, "no bound");
+    };
+    assert_eq!(refused, Verdict::Full { most: 20_000 });
+    assert!(log.status().producer_bytes > 20_000 && id > 50, "{id} producers");
+    // Whoever is known goes on, and a partition with few takes others.
+    assert_eq!(busy.producers().check(stamp(id - 1, 1), 1, None), Verdict::New);
+    assert_eq!(busy.producers().check(stamp(id, 1), 1, None), Verdict::Unknown);
+    assert_eq!(quiet.producers().check(stamp(id, 0), 1, None), Verdict::New);
+    write(&log, &mut quiet, &[first(id, 0, 1)]);
+    // What is thrown away is given back.
+    busy.reset(at(7)).unwrap();
+    assert!(log.status().producer_bytes < 1000, "{}", log.status().producer_bytes);
+    assert_eq!(busy.producers().check(stamp(0, 0), 1, None), Verdict::New);
+}
+
+/// Producers that are known may write on, and each of their batches is remembered.
+#[test]
+fn windows_are_short_while_all_partitions_remember_too_much() {
+    let log = bounded(0);
+    let (mut replica, mut free) = (log.open_replica(partition(0), at(0)).unwrap(), ProducerTable::new());
+    let window = i32::try_from(limits::PRODUCER_WINDOW).unwrap();
+    let written = (0..40).flat_map(|id| (0..window).map(move |sequence| (id, sequence)));
+    for (base, (id, sequence)) in (0..).zip(written) {
+        let batch = next(id, base, sequence);
+        write(&log, &mut replica, std::slice::from_ref(&batch));
+        free.note(&batch);
+    }
+    let known = |table: &ProducerTable, id: i64, sequence: i32| {
+        matches!(table.check(stamp(id, sequence), 1, None), Verdict::Duplicate { .. })
+    };
+    let table = replica.producers();
+    for id in 0..40 {
+        let kept = (0..window).filter(|sequence| known(&table, id, *sequence)).count();
+        assert_eq!(kept, if id < 24 { 5 } else { limits::PRODUCER_WINDOW }, "producer {id}");
+        assert!((0..window).all(|sequence| known(&free, id, sequence)));
+        // All that is left of it is its end.
+        assert!(known(&table, id, window - 1));
+        assert_eq!(table.check(stamp(id, window), 1, None), Verdict::New);
+    }
+    let read = ProducerTable::from_bytes(&table.to_bytes()).unwrap();
+    assert_eq!(read, *table);
+}
+
 proptest! {
     /// A producer is known exactly while partition time is at most the expiration past that of its last batch, wherever the table was
     /// written and read in between, and whenever the expiration became known.

@@ -1,0 +1,77 @@
+//! The memory that the producer state of all replicas takes, with what it was at their last checkpoints.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicUsize, Ordering},
+};
+
+/// What all tables of a log take. Clones share it.
+#[derive(Clone, Debug)]
+pub(super) struct ProducerMemory(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    most: usize,
+    taken: AtomicUsize,
+}
+
+impl ProducerMemory {
+    /// For tables that should take at most so many bytes together.
+    pub(super) fn new(most: usize) -> Self {
+        Self(Arc::new(Inner { most, taken: AtomicUsize::new(0) }))
+    }
+
+    pub(super) fn taken(&self) -> usize {
+        self.0.taken.load(Ordering::Relaxed)
+    }
+}
+
+/// The part of one table, until it is dropped. A table of no log has a part of nothing.
+#[derive(Debug, Default)]
+pub(super) struct TableMemory {
+    of: Option<ProducerMemory>,
+    bytes: usize,
+}
+
+impl TableMemory {
+    pub(super) fn new(of: ProducerMemory, bytes: usize) -> Self {
+        let mut memory = Self { of: Some(of), bytes: 0 };
+        memory.set(bytes);
+        memory
+    }
+
+    /// The table takes so many bytes now.
+    pub(super) fn set(&mut self, bytes: usize) {
+        if let Some(of) = &self.of {
+            of.0.taken.fetch_add(bytes, Ordering::Relaxed);
+            of.0.taken.fetch_sub(self.bytes, Ordering::Relaxed);
+            self.bytes = bytes;
+        }
+    }
+
+    /// The bound, where all tables together are above it.
+    pub(super) fn exceeded(&self) -> Option<usize> {
+        self.of.as_ref().filter(|of| of.taken() > of.0.most).map(|of| of.0.most)
+    }
+}
+
+impl Clone for TableMemory {
+    fn clone(&self) -> Self {
+        self.of.clone().map_or_else(Self::default, |of| Self::new(of, self.bytes))
+    }
+}
+
+impl Drop for TableMemory {
+    fn drop(&mut self) {
+        self.set(0);
+    }
+}
+
+/// Tables are equal whose producers are, whatever they are charged to.
+impl PartialEq for TableMemory {
+    fn eq(&self, _other: &Self) -> bool {
+        true
+    }
+}
+
+impl Eq for TableMemory {}
