@@ -2,7 +2,7 @@
 //! asked for. Resident memory stays bounded meanwhile, and honest clients are served.
 
 use bytes::Bytes;
-use futures::future;
+use futures::future::{self, FutureExt};
 use http_body_util::BodyExt as _;
 use prost::Message as _;
 use strandline::proto::v1::{
@@ -44,10 +44,10 @@ async fn memory_stays_bounded_whatever_connections_and_calls_hold() {
     let attack = |_channel: Channel| future::pending();
     target.withstands("connections without a call", target.on_connections(3 * connections, 0, attack)).await;
     // A window of 1 MiB each.
-    let attack = |channel: Channel| async move {
+    let windows = |channel: Channel| async move {
         unread(channel, APPEND, |gone| withheld(60 << 20, 4 << 20, gone)).await;
     };
-    target.withstands("windows of many connections", target.on_connections(connections, 0, attack)).await;
+    target.withstands("windows of many connections", target.on_connections(connections, 0, windows)).await;
     let all = Bytes::from(GetMetadataRequest { all_topics: true, ..Default::default() }.encode_to_vec());
     let attack = {
         let all = all.clone();
@@ -141,5 +141,27 @@ async fn memory_stays_bounded_whatever_connections_and_calls_hold() {
         let attack = |channel: Channel| repeat(channel, "/strandline.v1.Log/ListOffsets", search.clone());
         target.withstands(&format!("{name} searched by time"), target.on_streams(100, attack).await).await;
     }
+
+    let mut attacks =
+        target.on_connections(connections / 2, 0, windows).into_iter().map(FutureExt::boxed).collect::<Vec<_>>();
+    let attack = |channel: Channel| async move { unread(channel, APPEND, |gone| withheld(60_000, 59_999, gone)).await };
+    attacks.extend(target.on_streams(streams / 2, attack).await.into_iter().map(FutureExt::boxed));
+    let read = ReadRequest { partitions: (0..FILLED).map(place).collect(), max_bytes: 16 << 20, ..Default::default() };
+    let read = Bytes::from(read.encode_to_vec());
+    let attack = |channel: Channel| {
+        let read = read.clone();
+        async move { unread(channel, READ, |_| whole(&read)).await }
+    };
+    attacks.extend(target.on_streams(100, attack).await.into_iter().map(FutureExt::boxed));
+    let append = wire::append_batch("t", 9, wire::batch(&[&vec![7; 4 << 20]]));
+    let append = Bytes::from(append.encode_to_vec());
+    let attack = move |channel: Channel| repeat(channel, APPEND, append.clone());
+    attacks.extend(target.on_connections(8, 65_535, attack).into_iter().map(FutureExt::boxed));
+    let attack = |channel: Channel| {
+        let all = all.clone();
+        async move { unread(channel, METADATA, |_| whole(&all)).await }
+    };
+    attacks.extend(target.on_streams(1000, attack).await.into_iter().map(FutureExt::boxed));
+    target.withstands("everything at once", attacks).await;
     target.gives_back(before);
 }
