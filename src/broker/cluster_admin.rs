@@ -21,6 +21,9 @@ use crate::{
     task::clock,
 };
 
+/// Reassignments that are described before other tasks have their turn.
+const REASSIGNMENTS_TOGETHER: usize = 256;
+
 impl Broker {
     pub(super) async fn describe_cluster(&self) -> v1::DescribeClusterResponse {
         let alive = self.view.state().brokers().keys().copied().collect();
@@ -108,13 +111,13 @@ impl Broker {
         Ok(v1::ReassignResponse { partitions: self.reassignments(&ordered).await })
     }
 
-    pub(super) fn list_reassignments(
+    pub(super) async fn list_reassignments(
         &self,
         request: &v1::ListReassignmentsRequest,
     ) -> Result<v1::ListReassignmentsResponse, Fault> {
         let (topic, partition) = filter(&request.topic, request.partition)?;
         let moving = self.orders.moving(topic.as_ref(), partition)?;
-        Ok(v1::ListReassignmentsResponse { partitions: moving.iter().map(|one| self.reassignment(one)).collect() })
+        Ok(v1::ListReassignmentsResponse { partitions: self.reassignments(&moving).await })
     }
 
     pub(super) async fn cancel_reassignment(
@@ -256,7 +259,12 @@ impl Broker {
 
     async fn reassignments(&self, ordered: &[Ordered]) -> Vec<v1::Reassignment> {
         self.orders.seen(ordered).await;
-        ordered.iter().map(|one| self.reassignment(one)).collect()
+        let mut reassignments = Vec::with_capacity(ordered.len());
+        for together in ordered.chunks(REASSIGNMENTS_TOGETHER) {
+            reassignments.extend(together.iter().map(|one| self.reassignment(one)));
+            tokio::task::yield_now().await;
+        }
+        reassignments
     }
 
     fn reassignment(&self, ordered: &Ordered) -> v1::Reassignment {

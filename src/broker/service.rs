@@ -219,7 +219,7 @@ impl admin_server::Admin for AdminService {
         &self,
         request: Request<v1::ListReassignmentsRequest>,
     ) -> Result<Response<v1::ListReassignmentsResponse>, Status> {
-        answer(self.0.list_reassignments(&request.into_inner()))
+        answer(self.0.list_reassignments(&request.into_inner()).await)
     }
 
     async fn cancel_reassignment(

@@ -174,26 +174,25 @@ impl Placement {
     /// As [`Self::choose`], and fewer when there are too few brokers.
     pub fn choose_up_to(&self, partition: PartitionId, stay: Vec<BrokerId>, replicas: usize) -> Vec<BrokerId> {
         let mut chosen = stay;
+        let rack_of = |id: &BrokerId| self.brokers.get(id).and_then(|candidate| candidate.rack.as_deref());
+        let mut racks: Vec<&str> = chosen.iter().filter_map(rack_of).collect();
         while chosen.len() < replicas {
-            let next = self
-                .brokers
-                .iter()
-                .filter(|(id, candidate)| candidate.has_room() && !chosen.contains(id))
-                .min_by_key(|(id, candidate)| {
-                    let Load { replicas, leaders } = candidate.load;
-                    (self.same_rack(&chosen, candidate), replicas, leaders, mix(partition, **id))
-                })
-                .map(|(id, _)| *id);
-            let Some(next) = next else { break };
-            chosen.push(next);
+            let same_rack = |candidate: &Candidate| {
+                let rack = candidate.rack.as_deref();
+                racks.iter().filter(|used| Some(**used) == rack).count()
+            };
+            let next =
+                self.brokers.iter().filter(|(id, candidate)| candidate.has_room() && !chosen.contains(id)).min_by_key(
+                    |(id, candidate)| {
+                        let Load { replicas, leaders } = candidate.load;
+                        (same_rack(candidate), replicas, leaders, mix(partition, **id))
+                    },
+                );
+            let Some((next, candidate)) = next else { break };
+            chosen.push(*next);
+            racks.extend(candidate.rack.as_deref());
         }
         chosen
-    }
-
-    fn same_rack(&self, chosen: &[BrokerId], candidate: &Candidate) -> usize {
-        let Some(rack) = &candidate.rack else { return 0 };
-        let there = |id: &&BrokerId| self.brokers.get(id).and_then(|other| other.rack.as_ref()) == Some(rack);
-        chosen.iter().filter(there).count()
     }
 
     /// Counts replicas that these are about to carry as well.

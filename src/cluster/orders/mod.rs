@@ -48,6 +48,9 @@ use crate::model::{BrokerId, ConfigMap, PartitionId, TopicConfig, TopicName};
 /// How often a compare-and-set is tried again when somebody else was faster.
 const ATTEMPTS: usize = 10;
 
+/// Partitions of one order that are decided on before other tasks have their turn.
+const DECISIONS_TOGETHER: usize = 256;
+
 /// How long the mirror may take to show what was written.
 const CATCH_UP: Duration = Duration::from_secs(5);
 
@@ -275,7 +278,10 @@ impl Orders {
         let mut done = Vec::with_capacity(left.len());
         for _ in 0..ATTEMPTS {
             let mut changes = Vec::new();
-            for Editing { id, value, revision, tried } in left.drain(..) {
+            for (number, Editing { id, value, revision, tried }) in (1..).zip(left.drain(..)) {
+                if number % DECISIONS_TOGETHER == 0 {
+                    tokio::task::yield_now().await;
+                }
                 match decide(id, &value, revision)? {
                     None => done.push(Ordered { id, value, revision, changed: tried }),
                     Some(new) => changes.push(Change { id, expect: revision, value: new, also: also(&value) }),

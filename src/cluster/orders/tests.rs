@@ -1,5 +1,7 @@
 //! Orders to a small cluster over the store in memory: what they write, what they refuse, and who may be faster.
 
+use futures::FutureExt as _;
+
 use super::*;
 use crate::{
     cluster::{
@@ -97,6 +99,19 @@ impl Cluster {
         let entry = self.store.get(&key).await.expect("answers").entry.expect("there");
         PartitionValue::decode(&key, &entry.value).expect("valid")
     }
+}
+
+/// An order for 100,000 partitions was decided on at once.
+#[tokio::test]
+async fn other_tasks_run_while_many_partitions_are_decided_on() {
+    let values = (0..DECISIONS_TOGETHER).map(|_| value(&[1, 2], Some(1), &[1, 2])).collect();
+    let cluster = Cluster::of(2, 2, values).await;
+    let (topic, turned) = (name(), ids(&[2, 1]));
+    let one = cluster.orders.reassign(&topic, Some(0), &turned).now_or_never();
+    assert!(one.is_some_and(|ordered| ordered.is_ok()), "the store in memory waits for nothing");
+    assert!(cluster.orders.reassign(&topic, None, &turned).now_or_never().is_none());
+    let all = cluster.orders.reassign(&topic, None, &turned).await.expect("ordered");
+    assert_eq!(all.len(), DECISIONS_TOGETHER);
 }
 
 #[tokio::test]

@@ -7,6 +7,7 @@ use crate::{
         outcome::known_outcome,
         placement::{Placement, ReplicaBound},
         store::{Compare, Op, Outcome, StoreError, Transaction},
+        view::ViewState,
     },
     limits,
     model::{BrokerId, ConfigMap, InvalidConfig, PartitionId, TopicConfig, TopicId, TopicName},
@@ -160,7 +161,7 @@ impl Topics {
             value.config.extend(TopicConfig::normal(set.clone()));
             value.config.retain(|key, _| !unset.contains(key));
             if let Some(asked) = replication_factor {
-                self.affordable(asked, &value)?;
+                self.affordable(asked, &value).await?;
                 value.replication_factor = asked;
             }
             checked(&self.defaults, &value.config, value.replication_factor)?;
@@ -176,20 +177,20 @@ impl Topics {
     }
 
     /// Whether there are brokers, with room, for a replication factor. One that falls or stays needs none.
-    fn affordable(&self, asked: u32, topic: &TopicValue) -> Result<(), AlterError> {
+    async fn affordable(&self, asked: u32, topic: &TopicValue) -> Result<(), AlterError> {
         if asked == 0 || asked > limits::MAX_REPLICAS {
             return Err(AlterError::Replicas { asked });
         }
         if asked <= topic.replication_factor {
             return Ok(());
         }
-        let (state, replicas) = (self.view.state(), usize::try_from(asked).unwrap_or(usize::MAX));
-        let there = There::of(&state);
+        let (there, replicas) = (There::of(&self.view.state()), usize::try_from(asked).unwrap_or(usize::MAX));
         if replicas > there.takers() {
             return Err(AlterError::Brokers { asked, there });
         }
-        let place = |placement: &mut Placement| {
-            for (number, entry) in state.partitions_of(topic) {
+        let topic = topic.clone();
+        let place = move |state: &ViewState, placement: &mut Placement| {
+            for (number, entry) in state.partitions_of(&topic) {
                 let Some(known) = &entry.partition else { continue };
                 let stays = |id: &BrokerId| !known.value.removing.contains(id);
                 let stay: Vec<BrokerId> = known.value.replicas.iter().copied().filter(stays).collect();
@@ -200,7 +201,7 @@ impl Topics {
             Some(())
         };
         // The controller places them, and keeps the bounds again. With too few brokers it does what it can.
-        match self.claims.place(&self.view, place) {
+        match self.claims.place(&self.view, place).await {
             Err(Some(bound)) => Err(bound.into()),
             Ok(_) | Err(None) => Ok(()),
         }
@@ -222,8 +223,8 @@ impl Topics {
             if to <= value.partitions {
                 return Err(AddPartitionsError::NotMore { name: name.clone(), has: value.partitions, to });
             }
-            let ids = (value.partitions..to).map(|number| PartitionId::new(value.id, number));
-            let (puts, claim) = self.first_values(ids, value.replication_factor).map_err(|bound| match bound {
+            let placed = self.first_values(value.id, value.partitions..to, value.replication_factor).await;
+            let (puts, claim) = placed.map_err(|bound| match bound {
                 Some(bound) => bound.into(),
                 None => {
                     let there = There::of(&self.view.state());

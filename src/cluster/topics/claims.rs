@@ -7,18 +7,32 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
+use tokio::sync::Semaphore;
+
 use crate::{
     cluster::{
         placement::{Placement, ReplicaBound},
         store::Revision,
-        view::View,
+        view::{View, ViewState},
     },
     model::BrokerId,
+    task,
 };
 
 /// What is being placed. Cheap to clone.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Claims(Arc<Mutex<State>>);
+#[derive(Clone, Debug)]
+pub(super) struct Claims {
+    /// Held for moments only: tasks lock it.
+    state: Arc<Mutex<State>>,
+    /// The turn to place: each placement counts the claims of those before it.
+    turn: Arc<Semaphore>,
+}
+
+impl Default for Claims {
+    fn default() -> Self {
+        Self { state: Arc::default(), turn: Arc::new(Semaphore::new(1)) }
+    }
+}
 
 #[derive(Debug, Default)]
 struct State {
@@ -41,30 +55,45 @@ pub(super) struct Claim {
 }
 
 impl Claims {
-    /// Places replicas within the bounds, over what the view shows and what is being placed already.
-    pub(super) fn place<T>(
+    /// Places replicas within the bounds, over what the view shows and what is being placed already. One placement runs at a time, on a
+    /// thread of its own: 100,000 partitions take from 15 ms to seconds.
+    pub(super) async fn place<T, F>(&self, view: &View, place: F) -> Result<(T, Claim), Option<ReplicaBound>>
+    where
+        F: Fn(&ViewState, &mut Placement) -> Option<T> + Send + 'static,
+        T: Send + 'static,
+    {
+        let turn = Arc::clone(&self.turn).acquire_owned().await.expect("the semaphore is never closed");
+        let (claims, view) = (self.clone(), view.clone());
+        // The turn goes along: a placement ends also where its caller has gone.
+        task::blocking(move || (claims.place_now(&view.state(), place), turn).0).await
+    }
+
+    fn place_now<T>(
         &self,
-        view: &View,
-        place: impl Fn(&mut Placement) -> Option<T>,
+        shown: &ViewState,
+        place: impl Fn(&ViewState, &mut Placement) -> Option<T>,
     ) -> Result<(T, Claim), Option<ReplicaBound>> {
-        let mut state = self.lock();
-        let shown = view.state();
-        state.claimed.retain(|_, claimed| claimed.made.is_none_or(|made| shown.revision() < made));
-        let mut placement = Placement::of(&shown);
-        for (id, replicas) in state.claimed.values().flat_map(|claimed| &claimed.replicas) {
-            placement.carry_many(*id, *replicas);
+        let mut placement = Placement::of(shown);
+        {
+            let mut state = self.lock();
+            state.claimed.retain(|_, claimed| claimed.made.is_none_or(|made| shown.revision() < made));
+            for (id, replicas) in state.claimed.values().flat_map(|claimed| &claimed.replicas) {
+                placement.carry_many(*id, *replicas);
+            }
         }
         let before = placement.loads();
-        let placed = placement.within_bounds(place)?;
+        let placed = placement.within_bounds(|placement| place(shown, placement))?;
         let more = placement.loads().into_iter().map(|(id, load)| (id, load.replicas - before[&id].replicas));
-        let (number, replicas) = (state.next, more.collect());
+        let replicas = more.collect();
+        let mut state = self.lock();
+        let number = state.next;
         state.next += 1;
         state.claimed.insert(number, Claimed { replicas, made: None });
         Ok((placed, Claim { number, claims: self.clone() }))
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -83,5 +112,36 @@ impl Drop for Claim {
         if state.claimed.get(&self.number).is_some_and(|claimed| claimed.made.is_none()) {
             state.claimed.remove(&self.number);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{sync::mpsc, time::Duration};
+
+    use super::*;
+    use crate::{
+        cluster::{EmbeddedStore, Keys},
+        task::Tasks,
+    };
+
+    /// A placement of 100,000 partitions held the lock that ends of others wait for on the threads of all calls.
+    #[tokio::test]
+    async fn claim_ends_while_others_are_placed() {
+        let (store, tasks) = (EmbeddedStore::in_memory(), Tasks::new());
+        let view = View::start(Arc::new(store), Keys::new("test").unwrap(), &tasks);
+        let claims = Claims::default();
+        let ((), claim) = claims.place(&view, |_, _| Some(())).await.unwrap();
+        let (end, ended) = mpsc::channel();
+        let ended = Mutex::new(ended);
+        let place = move |_: &ViewState, _: &mut Placement| {
+            Some(ended.lock().unwrap().recv_timeout(Duration::from_secs(10)).is_ok())
+        };
+        let (placed, ()) = tokio::join!(claims.place(&view, place), async {
+            drop(claim);
+            end.send(()).unwrap();
+        });
+        assert!(placed.unwrap().0, "the claim ended first");
+        tasks.stop().await;
     }
 }

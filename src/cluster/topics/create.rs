@@ -12,7 +12,7 @@ use crate::{
         view::ViewState,
     },
     limits,
-    model::{ConfigMap, InvalidConfig, PartitionId, TopicConfig, TopicId, TopicName},
+    model::{ConfigMap, InvalidConfig, TopicConfig, TopicId, TopicName},
     task::random,
 };
 
@@ -153,8 +153,7 @@ impl Topics {
         let NewTopic { name, partitions, replication_factor, config, validate_only } = new;
         let id = TopicId::new(random::uuid());
         let value = TopicValue { id, partitions, replication_factor, config: TopicConfig::normal(config) };
-        let ids = (0..partitions).map(|number| PartitionId::new(id, number));
-        let placed = self.first_values(ids, replication_factor);
+        let placed = self.first_values(id, 0..partitions, replication_factor).await;
         let (mut puts, claim) = placed.map_err(|bound| match bound {
             Some(bound) => bound.into(),
             None => CreateError::Brokers { asked: replication_factor, there: There::of(&self.view.state()) },

@@ -36,7 +36,7 @@ use super::{
     view::{Known, View, ViewState},
 };
 use crate::{
-    model::{BrokerId, ConfigMap, InvalidConfig, LeaderEpoch, PartitionId, TopicConfig, TopicName, near},
+    model::{ConfigMap, InvalidConfig, LeaderEpoch, PartitionId, TopicConfig, TopicId, TopicName, near},
     task::clock,
 };
 
@@ -233,21 +233,23 @@ impl Topics {
 
     /// First values for new partitions, and the claim on room for them. The error is `None` when fewer brokers are alive than there are
     /// to be replicas.
-    fn first_values(
+    async fn first_values(
         &self,
-        ids: impl Iterator<Item = PartitionId> + Clone,
+        topic: TopicId,
+        numbers: Range<u32>,
         replicas: u32,
     ) -> Result<(Vec<Op>, Claim), Option<ReplicaBound>> {
         let replicas = usize::try_from(replicas).map_err(|_| None)?;
-        let place = |placement: &mut Placement| {
-            ids.clone().map(|id| placement.place(id, replicas)).collect::<Option<Vec<Vec<BrokerId>>>>()
+        let keys = self.keys.clone();
+        let place = move |_: &ViewState, placement: &mut Placement| {
+            let puts = numbers.clone().map(|number| {
+                let id = PartitionId::new(topic, number);
+                let value = PartitionValue::new(placement.place(id, replicas)?, LeaderEpoch(0));
+                Some(Op::Put { key: keys.partition(id), value: value.encode(), lease: None })
+            });
+            puts.collect()
         };
-        let (placed, claim) = self.claims.place(&self.view, place)?;
-        let puts = ids.zip(placed).map(|(id, replicas)| {
-            let value = PartitionValue::new(replicas, LeaderEpoch(0));
-            Op::Put { key: self.keys.partition(id), value: value.encode(), lease: None }
-        });
-        Ok((puts.collect(), claim))
+        self.claims.place(&self.view, place).await
     }
 }
 

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use futures::FutureExt as _;
+
 use super::*;
 use crate::{
     cluster::{
@@ -209,6 +211,19 @@ async fn creations_side_by_side_keep_the_bound_together() {
     assert!(matches!(cluster.create("more", 1, 1).await, Err(CreateError::Bound(_))));
 }
 
+/// Placing 100,000 partitions kept the thread of its call from all others, and a lock from the calls on other threads.
+#[tokio::test]
+async fn partitions_are_placed_on_a_thread_of_their_own() {
+    let (cluster, topic) = (Cluster::of(3).await, name("a"));
+    cluster.create("a", 1, 1).await.expect("made");
+    let large = NewTopic { validate_only: true, ..new("b", 10_000, 3) };
+    let raise = cluster.topics.alter(&topic, ConfigMap::new(), vec![], Some(3));
+    assert!(raise.now_or_never().is_none(), "its placement is under way");
+    assert!(cluster.topics.add_partitions(&topic, 10_000).now_or_never().is_none());
+    assert!(cluster.topics.create(large.clone()).now_or_never().is_none());
+    cluster.topics.create(large).await.expect("those that left keep no turn");
+}
+
 #[tokio::test]
 async fn a_name_is_taken_once_however_many_want_it() {
     let cluster = Cluster::of(1).await;
@@ -380,8 +395,7 @@ async fn what_a_crash_left_of_a_creation_is_swept_and_whole_topics_are_not() {
     let cluster = Cluster::of(1).await;
     cluster.create("whole", 3, 1).await.expect("made");
     let half = TopicId::new(random::uuid());
-    let ids = (1..150).map(|number| PartitionId::new(half, number));
-    let (puts, _claim) = cluster.topics.first_values(ids, 1).expect("enough brokers");
+    let (puts, _claim) = cluster.topics.first_values(half, 1..150, 1).await.expect("enough brokers");
     assert_eq!(cluster.topics.in_chunks(&[], puts).await, Ok(true));
     assert_eq!(cluster.sweep().await, [half]);
     assert_eq!(cluster.paths("partitions/").await.len(), 3);
