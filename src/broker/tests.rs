@@ -506,3 +506,31 @@ async fn batch_to_recompress_waits_for_memory_before_it_is_opened() {
     becomes("all of it is given back", async || (memory.taken() == 0).then_some(())).await;
     bench.stop().await;
 }
+
+/// Plain records were compressed on the thread of the call, up to 64 MiB at once.
+#[tokio::test]
+async fn many_plain_records_are_compressed_in_the_turn_of_their_connection() {
+    let dir = tempfile::tempdir().unwrap();
+    let bench = Bench::start(dir.path(), true).await;
+    let config = ConfigMap::from([("compression.type".to_owned(), "gzip".to_owned())]);
+    bench.create_with(&TopicName::new("t").unwrap(), 1, config).await;
+    let memory = bench.broker.call_memory();
+    let append = async |value: Vec<u8>| {
+        let records = vec![v1::Record { value: Some(value.into()), ..Default::default() }];
+        let payload = Some(v1::append_request::Payload::Records(v1::PlainRecords { records }));
+        let request = v1::AppendRequest { topic: "t".to_owned(), timeout_ms: 300, payload, ..Default::default() };
+        bench.broker.append(request, &ProducerIdQuota::default(), &memory).await
+    };
+    let turn = memory.rewriter(&bench.broker.opener).in_turn().await;
+    append(vec![7; 1000]).await.expect("few are compressed at once");
+    let fault = append(vec![7; 2 << 20]).await.expect_err("another batch of the connection has the turn");
+    assert_eq!((fault.reason, fault.retryable), (Reason::Overloaded, true));
+    drop(turn);
+    append(vec![7; 2 << 20]).await.expect("2 MiB that become a few kilobytes");
+    let mut noise = vec![0; 2 << 20];
+    random::fill(&mut noise);
+    let fault = append(noise).await.expect_err("they stay larger than max.message.bytes");
+    assert_eq!(fault.reason, Reason::RecordTooLarge);
+    assert!(["1048588", "max.message.bytes"].iter().all(|part| fault.message.contains(part)), "{fault}");
+    bench.stop().await;
+}

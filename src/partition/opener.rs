@@ -100,11 +100,9 @@ impl Opener {
 
     /// The same memory for a caller who has the turn, until this is dropped.
     pub async fn in_turn(&self) -> Self {
-        let turn = match &self.caller {
-            Some(turns) => Some(Arc::clone(turns).acquire_owned().await.expect("the semaphore is never closed")),
-            None => None,
-        };
-        Self { caller: None, _turn: turn.map(Arc::new), ..self.clone() }
+        let Some(turns) = &self.caller else { return self.clone() };
+        let turn = Arc::clone(turns).acquire_owned().await.expect("the semaphore is never closed");
+        Self { caller: None, _turn: Some(Arc::new(turn)), ..self.clone() }
     }
 
     /// Does `work` with a stored batch, to read it, as [`Self::open`] does. One that could not be opened before is not opened again.
@@ -137,10 +135,14 @@ impl Opener {
         if batch.compression() == Compression::None && purpose == Use::Read {
             return work(batch, most);
         }
-        let _in_turn = self.in_turn().await;
-        let (allowed, held) = (most, self.large.memory.bytes() / purpose.cost());
-        let most = allowed.min(held);
+        let in_turn = self.in_turn().await;
         let codec = batch.compression();
+        // What is not compressed is there already: a batch that needs more than all memory takes all of it.
+        let held = match codec {
+            Compression::None => usize::MAX,
+            _ => self.large.memory.bytes() / purpose.cost(),
+        };
+        let (allowed, most) = (most, most.min(held));
         let too_large = move || {
             if held < allowed {
                 Malformed::NoMemory { codec, most, setting: SETTING }
@@ -163,8 +165,9 @@ impl Opener {
             } else {
                 let (batch, work) = (batch.clone(), work.clone());
                 let turn = Arc::clone(&lane.turns).acquire_owned().await.expect("the semaphore is never closed");
-                // The permits go along: whoever waits may stop waiting, and the work goes on.
-                task::blocking(move || (work(&batch, room), permit, turn).0).await
+                let in_turn = in_turn.clone();
+                // The permits and the turns go along: whoever waits may stop waiting, and the work goes on.
+                task::blocking(move || (work(&batch, room), permit, turn, in_turn).0).await
             };
             match opened {
                 Err(Malformed::Grows { .. }) if room < most => room = room.saturating_mul(4).min(most),
@@ -182,7 +185,7 @@ mod tests {
         atomic::{AtomicUsize, Ordering},
     };
 
-    use futures::future;
+    use futures::{FutureExt as _, future};
 
     use super::*;
     use crate::{model::TopicId, record::BatchBuilder};
@@ -283,6 +286,35 @@ mod tests {
         assert_eq!(turn.open(&batch, plain, Use::Read, count).await, Ok(1), "who has the turn needs no other");
         drop(turn);
         assert_eq!(waiting.await, Ok(1));
+    }
+
+    /// Calls that were reset gave their turn back at once: a connection had as many batches opened as there were processors.
+    #[tokio::test]
+    async fn turn_of_a_caller_lasts_until_its_work_has_ended() {
+        let (opener, turns) = (Opener::new(64 << 20), Arc::new(Semaphore::new(1)));
+        let (batch, plain) = zeros(Compression::Zstd, INLINE_BYTES + 1);
+        let (end, ended) = std::sync::mpsc::channel();
+        let ended = Arc::new(std::sync::Mutex::new(ended));
+        let work = move |_: &Batch, _: usize| Ok(ended.lock().unwrap().recv().is_ok());
+        for has_turn in [false, true] {
+            let caller = opener.for_caller(Arc::clone(&turns));
+            let caller = if has_turn { caller.in_turn().await } else { caller };
+            assert!(caller.open(&batch, plain, Use::Read, work.clone()).now_or_never().is_none());
+            drop(caller);
+            assert_eq!(turns.available_permits(), 0, "the work goes on");
+            end.send(()).unwrap();
+            drop(turns.acquire().await.unwrap());
+        }
+    }
+
+    /// Plain records of the largest size are taken on a broker with little memory too.
+    #[tokio::test]
+    async fn batch_without_compression_is_rewritten_whatever_its_size() {
+        let opener = Opener::new(1 << 20);
+        let (batch, plain) = zeros(Compression::None, 2 << 20);
+        let work = |batch: &Batch, most: usize| batch.recompress_within(Compression::Zstd, most).map(drop);
+        assert_eq!(opener.open(&batch, plain, Use::Rewrite, work).await, Ok(()));
+        assert_eq!(opener.large.memory.taken(), 0);
     }
 
     /// Each read of a bomb decompressed it again.

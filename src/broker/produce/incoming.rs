@@ -1,5 +1,6 @@
 //! The batch of a write before it is queued: checked, in its topic's codec, and with the memory that it takes.
 
+use prost::Message as _;
 use tokio::{sync::OwnedSemaphorePermit, time::Instant};
 
 use crate::{
@@ -18,11 +19,15 @@ use crate::{
 /// Most bytes of a message beside its batch with which the batch is kept as it came: it shares the memory of the message.
 const MAX_SURPLUS_BYTES: usize = 4 << 10;
 
+/// Up to so many bytes of plain records are compressed where the call runs: handing over to another thread would cost more.
+const MAX_INLINE_BYTES: usize = 64 << 10;
+
 /// The batch of a write, checked, and what is known of it.
 pub(super) struct Incoming {
     pub(super) batch: Batch,
     /// Of the batch that the client sent; `None` where it sent records.
     pub(super) fingerprint: Option<Fingerprint>,
+    /// Those that the client set.
     pub(super) timestamps: TimestampRange,
     /// Why the topic does not take it.
     pub(super) refusal: Option<Refused>,
@@ -54,13 +59,17 @@ impl Broker {
                 (batch, Some(fingerprint), timestamps)
             }
             Some(Payload::Records(records)) => {
-                let (batch, timestamps) = plain(&records, config.compression.unwrap_or_default())?;
+                // More than a few are compressed in the connection's turn, as a batch is.
+                let codec = config.compression.filter(|_| records.encoded_len() <= MAX_INLINE_BYTES);
+                let (batch, timestamps) = plain(&records, codec.unwrap_or_default())?;
                 (batch, None, timestamps)
             }
             None => return Err(faults::invalid("the request holds neither a batch nor records")),
         };
         let bytes = batch.encoded_len();
-        let refusal = (bytes > config.max_message_bytes).then(|| too_large(partition, config, bytes));
+        // Plain records may become small enough yet.
+        let counts = fingerprint.is_some() || config.compression.is_none_or(|codec| codec == batch.compression());
+        let refusal = (counts && bytes > config.max_message_bytes).then(|| too_large(partition, config, bytes));
         Ok(Incoming { batch, fingerprint, timestamps, refusal, permit: None })
     }
 
@@ -85,7 +94,10 @@ impl Broker {
         let mut permit = self.produce_permit(partition, most, deadline).await?;
         match recompressed(&opener, &incoming.batch, codec, partition, most).await? {
             Ok((made, timestamps)) if made.encoded_len() <= most => {
-                (incoming.batch, incoming.timestamps) = (made, timestamps);
+                incoming.batch = made;
+                if incoming.fingerprint.is_some() {
+                    incoming.timestamps = timestamps;
+                }
             }
             Ok((made, _)) => incoming.refusal = Some(too_large(partition, config, made.encoded_len())),
             Err(grows) => incoming.refusal = Some(grows),
