@@ -92,7 +92,7 @@ pub use self::{
     lag::Lag,
     leader::{Acked, Held, Refused},
     memory::Memory,
-    opener::{Opener, Use},
+    opener::{INLINE_BYTES, Opener, Use},
     reader::{Fetched, ReadError, Reader, Source},
     ready::Ready,
     role::{Answered, Assignment, Beginning, FromLink, Joined, On, Overrun, Role, Standing},

@@ -1,4 +1,5 @@
-//! Opening compressed batches, which are strangers': how much comes out is known only when it has.
+//! Opening compressed batches, which are strangers': how much comes out is known only when it has. Large batches without compression take
+//! their turn with them, and no memory.
 //!
 //! Memory is taken before anything is decompressed, for all who do at the same time together. It is not taken for the
 //! worst case, which would let one in at a time: first for what the batch itself says or what is usual, and where that was too
@@ -23,7 +24,7 @@ use crate::{
 };
 
 /// Up to so many bytes are opened where the caller runs: handing over to another thread would cost more.
-const INLINE_BYTES: usize = 64 << 10;
+pub const INLINE_BYTES: usize = 64 << 10;
 
 /// Largest plain size of a small batch. Small batches have memory and turns of their own: they do not wait for larger ones.
 const SMALL_BYTES: usize = 1 << 20;
@@ -132,11 +133,12 @@ impl Opener {
         F: Fn(&Batch, usize) -> Result<T, Malformed> + Clone + Send + 'static,
         T: Send + 'static,
     {
-        if batch.compression() == Compression::None && purpose == Use::Read {
+        let codec = batch.compression();
+        let is_readable = codec == Compression::None && purpose == Use::Read;
+        if is_readable && batch.records_bytes().len() <= INLINE_BYTES {
             return work(batch, most);
         }
         let in_turn = self.in_turn().await;
-        let codec = batch.compression();
         // What is not compressed is there already: a batch that needs more than all memory takes all of it.
         let held = match codec {
             Compression::None => usize::MAX,
@@ -159,7 +161,8 @@ impl Opener {
             let bytes = room * purpose.cost();
             let is_small = room <= SMALL_BYTES && bytes <= self.small.memory.bytes();
             let lane = if is_small { &self.small } else { &self.large };
-            let permit = lane.memory.take(bytes).await;
+            // Reading what is not compressed takes no memory.
+            let permit = if is_readable { None } else { Some(lane.memory.take(bytes).await) };
             let opened = if room <= INLINE_BYTES {
                 work(batch, room)
             } else {
@@ -305,6 +308,20 @@ mod tests {
             end.send(()).unwrap();
             drop(turns.acquire().await.unwrap());
         }
+    }
+
+    /// A read of the last record of 1,000,000 walked all of them where its call ran.
+    #[tokio::test]
+    async fn large_batch_without_compression_is_read_on_another_thread() {
+        let opener = Opener::new(64 << 20);
+        let held = opener.large.memory.take(opener.large.memory.bytes()).await;
+        let here = thread::current().id();
+        let is_here = move |_: &Batch, _: usize| Ok(thread::current().id() == here);
+        for (bytes, expected) in [(INLINE_BYTES / 2, true), (4 << 20, false)] {
+            let (batch, plain) = zeros(Compression::None, bytes);
+            assert_eq!(opener.open(&batch, plain, Use::Read, is_here).await, Ok(expected), "{bytes} bytes");
+        }
+        drop(held);
     }
 
     /// Plain records of the largest size are taken on a broker with little memory too.

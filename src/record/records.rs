@@ -177,6 +177,19 @@ impl Records {
         Ok(range)
     }
 
+    /// Walks the records below `offset`, without building any.
+    ///
+    /// # Errors
+    /// [`Malformed::Record`] for the first of them that is wrong.
+    pub fn skip_below(&mut self, offset: Offset) -> Result<(), Malformed> {
+        while self.base_offset.plus(u64::from(self.next)) < offset
+            && let Some(shape) = self.advance()
+        {
+            shape?;
+        }
+        Ok(())
+    }
+
     fn timestamp(&self, shape: &Shape) -> i64 {
         self.append_time.unwrap_or(self.base_timestamp.wrapping_add(shape.timestamp_delta))
     }
@@ -357,5 +370,37 @@ impl Walk<'_> {
         let value = varint::read_i64(&mut rest).ok_or(reason)?;
         self.at = self.end - rest.len();
         Ok(value)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::record::{BatchBuilder, HEADER_BYTES};
+
+    #[test]
+    fn records_go_on_behind_those_that_are_skipped() {
+        for codec in [Compression::None, Compression::Lz4] {
+            let mut builder = BatchBuilder::new(codec);
+            (0..5).for_each(|number| builder.push(number, None, Some(b"value"), &[]).expect("fits"));
+            let batch = builder.finish(None).expect("five records");
+            for from in 0..7_i64 {
+                let mut records = batch.records().expect("well formed");
+                records.skip_below(Offset::from_i64(from).expect("not negative")).expect("well formed");
+                let offsets: Vec<i64> = records.map(|record| record.expect("well formed").0.as_i64()).collect();
+                assert_eq!(offsets, (from.min(5)..5).collect::<Vec<_>>());
+            }
+        }
+        // The first record that is wrong ends it, also where nobody asked for that one.
+        let mut builder = BatchBuilder::new(Compression::None);
+        (0..2).for_each(|number| builder.push(number, None, Some(b"value"), &[]).expect("fits"));
+        let mut bytes = builder.finish(None).expect("two records").to_bytes().to_vec();
+        let mut records = bytes.split_off(HEADER_BYTES);
+        records[0] = 0xff;
+        let batch = Batch::seal(bytes.try_into().expect("a header"), records.into());
+        let mut records = batch.records().expect("not compressed");
+        let wrong = records.skip_below(Offset::new(1).expect("not negative"));
+        assert!(matches!(wrong, Err(Malformed::Record { index: 0, .. })), "{wrong:?}");
+        assert!(records.next().is_none());
     }
 }

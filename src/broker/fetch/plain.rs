@@ -7,7 +7,7 @@ use crate::{
     broker::CallMemory,
     limits,
     model::{Compression, Offset, PartitionId},
-    partition::Opener,
+    partition::{INLINE_BYTES, Opener},
     proto::{
         fault::{Fault, Reason},
         v1,
@@ -43,6 +43,7 @@ impl Session {
             room: self.grant.as_ref().map_or(PLAIN_BYTES, |granted| granted.records / 2 - self.record_bytes),
             record_bytes: self.record_bytes,
             has_record: false,
+            decoded_bytes: 0,
         };
         let mut used = 0;
         for (fetched, place) in gathered.partitions.iter_mut().zip(&gathered.places) {
@@ -82,6 +83,8 @@ struct Decoder<'a> {
     record_bytes: usize,
     /// That record was found.
     has_record: bool,
+    /// Bytes of batches and records since other tasks had their turn.
+    decoded_bytes: usize,
 }
 
 impl Decoder<'_> {
@@ -113,6 +116,11 @@ impl Decoder<'_> {
                 let size = *size;
                 self.reserve_record(size)?;
                 opened = self.open((id, &batch), from, 0, size).await;
+            }
+            self.decoded_bytes += batch.encoded_len() + opened.as_ref().map_or(0, |taken| taken.used);
+            if self.decoded_bytes > INLINE_BYTES {
+                self.decoded_bytes = 0;
+                tokio::task::yield_now().await;
             }
             match opened {
                 Ok(taken) => {
@@ -176,11 +184,10 @@ fn take_records(batch: &Batch, most: usize, from: Offset, room: usize) -> Result
     let copies = batch.compression() != Compression::None;
     let keep = |bytes: Bytes| if copies { Bytes::copy_from_slice(&bytes) } else { bytes };
     let mut taken = Taken { records: Vec::new(), used: 0, left: None };
-    for entry in batch.records_within(most)? {
+    let mut records = batch.records_within(most)?;
+    records.skip_below(from)?;
+    for entry in records {
         let (offset, record) = entry?;
-        if offset < from {
-            continue;
-        }
         let size = plain_bytes(&record);
         if taken.used + size > room {
             taken.left = Some((offset, size));

@@ -6,7 +6,8 @@ use super::{super::tests::Bench, *};
 use crate::{
     broker::{Budgets, CallMemory, ProducerIdQuota},
     cluster::EmbeddedStore,
-    model::{PartitionId, TopicName},
+    model::{Compression, PartitionId, TopicName},
+    record::BatchBuilder,
     task::patience::{becomes, until},
 };
 
@@ -217,6 +218,35 @@ async fn plain_record_above_the_connections_part_is_read() {
         assert_eq!(fetched.error, None);
         assert_eq!(fetched.records[0].value.as_ref().map(Bytes::len), Some(BYTES));
         assert_eq!(budgets.taken().1, 0, "the call is over");
+    }
+    bench.stop().await;
+}
+
+/// A read of the last records of a large batch walked, and built, all that come before them where its call ran.
+#[tokio::test]
+async fn other_tasks_run_while_plain_records_are_decoded() {
+    const RECORDS: i64 = 100_000;
+    let dir = tempfile::tempdir().unwrap();
+    let bench = Bench::start(dir.path(), true).await;
+    bench.create(&TopicName::new("t").unwrap(), 2).await;
+    let mut batch = BatchBuilder::new(Compression::None);
+    (0..RECORDS).for_each(|_| batch.push(clock::wall_ms(), None, None, &[]).unwrap());
+    let payload = Some(v1::append_request::Payload::Batch(batch.finish(None).unwrap().to_bytes()));
+    let request = v1::AppendRequest { topic: "t".to_owned(), payload, ..Default::default() };
+    bench.broker.append(request, &ProducerIdQuota::default(), &bench.broker.call_memory()).await.unwrap();
+    for _ in 0..8 {
+        bench.append(1, 20 << 10, 0).await.unwrap();
+    }
+    for (partition, offset, count) in [(0, RECORDS - 2, 2), (1, 0, 8)] {
+        let want = v1::FetchPartition { topic: "t".to_owned(), partition, offset, ..Default::default() };
+        let mut session = Session::new(Arc::clone(&bench.broker), Terms::new(1, 0, 0), bench.broker.call_memory());
+        session.assign(vec![want], true, false).unwrap();
+        let mut gathered = session.gather(true, clock::monotonic() + Duration::from_secs(10)).await.unwrap();
+        let mut decoding = Box::pin(session.decode(&mut gathered));
+        assert!(decoding.as_mut().now_or_never().is_none(), "partition {partition}");
+        assert!(decoding.await.is_ok());
+        let offsets: Vec<i64> = gathered.partitions[0].records.iter().map(|record| record.offset).collect();
+        assert_eq!(offsets, (offset..offset + count).collect::<Vec<_>>());
     }
     bench.stop().await;
 }

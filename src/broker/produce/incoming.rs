@@ -7,7 +7,7 @@ use crate::{
     broker::{Broker, CallMemory, ProducerIdQuota, faults},
     limits,
     model::{Compression, TopicConfig},
-    partition::{Memory, Opener, Partition, Refused, Use},
+    partition::{INLINE_BYTES, Memory, Opener, Partition, Refused, Use},
     proto::{
         fault::{Fault, Reason},
         v1::{self, append_request::Payload},
@@ -18,9 +18,6 @@ use crate::{
 
 /// Most bytes of a message beside its batch with which the batch is kept as it came: it shares the memory of the message.
 const MAX_SURPLUS_BYTES: usize = 4 << 10;
-
-/// Up to so many bytes of plain records are compressed where the call runs: handing over to another thread would cost more.
-const MAX_INLINE_BYTES: usize = 64 << 10;
 
 /// The batch of a write, checked, and what is known of it.
 pub(super) struct Incoming {
@@ -60,7 +57,7 @@ impl Broker {
             }
             Some(Payload::Records(records)) => {
                 // More than a few are compressed in the connection's turn, as a batch is.
-                let codec = config.compression.filter(|_| records.encoded_len() <= MAX_INLINE_BYTES);
+                let codec = config.compression.filter(|_| records.encoded_len() <= INLINE_BYTES);
                 let (batch, timestamps) = plain(&records, codec.unwrap_or_default())?;
                 (batch, None, timestamps)
             }
