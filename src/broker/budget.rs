@@ -20,6 +20,7 @@
 //!   of it has not taken it.
 
 mod connections;
+mod grant;
 mod incomplete;
 mod queue;
 
@@ -31,7 +32,7 @@ use std::{
 use smallvec::SmallVec;
 use tokio::{sync::OwnedSemaphorePermit, time::Instant};
 
-pub use self::connections::ConnectionMemory;
+pub use self::{connections::ConnectionMemory, grant::Grant};
 use self::{
     connections::{Connections, MemoryKind, SEARCH_INTERVAL, UnreadResponse},
     incomplete::{IncompleteRequest, IncompleteRequests},
@@ -156,31 +157,8 @@ impl Pools {
     }
 }
 
-/// Memory taken of a connection's part and of the budget.
-#[derive(Debug)]
-pub struct Grant {
-    /// Of the connection's part, where the pool has such parts.
-    own: Option<OwnedSemaphorePermit>,
-    all: OwnedSemaphorePermit,
-}
-
 /// Grants of one message: mostly one for its bytes, and one for its parts.
 type Grants = SmallVec<[Grant; 2]>;
-
-impl Grant {
-    fn of_connection(own: OwnedSemaphorePermit, all: OwnedSemaphorePermit) -> Self {
-        Self { own: Some(own), all }
-    }
-
-    fn bytes(&self) -> usize {
-        Memory::bytes_of(&self.all)
-    }
-
-    /// Gives back what is above `bytes`.
-    pub fn shrink(&mut self, bytes: usize) {
-        self.own.iter_mut().chain([&mut self.all]).for_each(|permit| Memory::shrink(permit, bytes));
-    }
-}
 
 impl Budgets {
     /// Budgets of so many bytes.
@@ -295,7 +273,7 @@ impl CallMemory {
     /// `OVERLOADED` where others that wait hold too much.
     pub fn try_waiting(&self, bytes: usize) -> Result<Grant, Fault> {
         let permit = self.budgets.0.waiting.try_take(bytes);
-        permit.map(|all| Grant { own: None, all }).ok_or_else(|| {
+        permit.map(Grant::of_all).ok_or_else(|| {
             self.budgets
                 .no_request_memory(bytes, "there is no memory for the request, and too many others wait for theirs")
         })
@@ -369,21 +347,38 @@ impl CallMemory {
         }
     }
 
-    /// Memory for a response of up to `bytes`, or of up to `least` where others hold too much for that: the bytes that were granted.
+    /// Memory for a response of up to `bytes`, or of up to `least` where others hold too much for that: the bytes that were granted. `None`
+    /// where there is none now.
+    pub(super) fn try_response(&self, bytes: usize, least: usize) -> Option<(ResponseGrant, usize)> {
+        let take = |bytes: usize, is_small| {
+            let (own, all) = self.response_pools(is_small);
+            let grant = Grant::of_connection(own.try_take(bytes)?, all.try_take(bytes)?);
+            Some((ResponseGrant { grant, is_small }, bytes))
+        };
+        let large = if bytes > least { take(bytes, false) } else { None };
+        large.or_else(|| take(least, self.is_small(least)))
+    }
+
+    /// As [`Self::try_response`]. Waits where there is none.
     pub(super) async fn response(&self, bytes: usize, least: usize) -> (ResponseGrant, usize) {
-        let (own, all) = (&self.connection.0.responses, &self.budgets.0.responses);
-        if bytes > least
-            && let Some(own) = own.large.try_take(bytes)
-            && let Some(all) = all.large.try_take(bytes)
-        {
-            return (ResponseGrant { grant: Grant::of_connection(own, all), is_small: false }, bytes);
+        if let Some(granted) = self.try_response(bytes, least) {
+            return granted;
         }
-        // A response larger than the small part of one connection waits for the large pool.
-        let is_small = least <= own.small.bytes();
-        let (own, all) = if is_small { (&own.small, &all.small) } else { (&own.large, &all.large) };
+        let is_small = self.is_small(least);
+        let (own, all) = self.response_pools(is_small);
         let own = own.take(least).await;
         let all = self.budgets.take(all, least, MemoryKind::Responses).await;
         (ResponseGrant { grant: Grant::of_connection(own, all), is_small }, least)
+    }
+
+    /// A response larger than the small part of one connection waits for the large pool.
+    fn is_small(&self, least: usize) -> bool {
+        least <= self.connection.0.responses.small.bytes()
+    }
+
+    fn response_pools(&self, is_small: bool) -> (&Memory, &Memory) {
+        let (own, all) = (&self.connection.0.responses, &self.budgets.0.responses);
+        if is_small { (&own.small, &all.small) } else { (&own.large, &all.large) }
     }
 
     /// Memory for reading `bytes` that are no part of a response, for as long as the value lives.
@@ -452,10 +447,8 @@ impl CallMemory {
 
     /// Takes again what a response gave back, up to `bytes`; whether there was as much.
     pub(super) fn grow(&self, response: &mut ResponseGrant, bytes: usize) -> bool {
-        let (own, all) = (&self.connection.0.responses, &self.budgets.0.responses);
-        let (own, all) = if response.is_small { (&own.small, &all.small) } else { (&own.large, &all.large) };
-        let grant = &mut response.grant;
-        grant.own.as_mut().is_none_or(|permit| own.try_grow(permit, bytes)) && all.try_grow(&mut grant.all, bytes)
+        let (own, all) = self.response_pools(response.is_small);
+        response.grant.try_grow(own, all, bytes)
     }
 
     /// The client took a piece of what was handed over.
@@ -536,6 +529,16 @@ pub(super) struct ResponseGrant {
 }
 
 impl ResponseGrant {
+    /// Takes `bytes` out for a read, or as many as there are.
+    pub(super) fn split(&mut self, bytes: usize) -> Grant {
+        self.grant.split(bytes)
+    }
+
+    /// Puts back what was taken out. What came of other pools is given back.
+    pub(super) fn merge(&mut self, part: Grant) {
+        self.grant.merge(part);
+    }
+
     /// Gives back what is above `bytes`.
     pub(super) fn shrink(&mut self, bytes: usize) {
         self.grant.shrink(bytes);

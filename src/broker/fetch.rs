@@ -64,6 +64,9 @@ const PLACE_BYTES: usize = 512;
 
 type ReadOutcome = (usize, Result<Option<Fetched>, ReadError>);
 
+/// With the memory that its read took out of the response's.
+type EndedRead = (ReadOutcome, Option<Grant>);
+
 /// One partition of a session.
 struct Place {
     served: Arc<Partition>,
@@ -129,7 +132,7 @@ struct Session {
     broker: Arc<Broker>,
     places: Vec<Place>,
     ready: Arc<Ready>,
-    reading: FuturesUnordered<Pin<Box<dyn Future<Output = ReadOutcome> + Send>>>,
+    reading: FuturesUnordered<Pin<Box<dyn Future<Output = EndedRead> + Send>>>,
     /// What was read and did not fit into the last answer: the first of the next one, so that nothing small can keep it out for ever.
     held: Option<ReadOutcome>,
     terms: Terms,
@@ -194,9 +197,9 @@ impl Session {
             let names = wanted.iter().map(|want| want.topic.len()).sum::<usize>();
             self.named = Some(self.memory.session(wanted.len() * PLACE_BYTES + 4 * names)?);
         }
+        self.drop_reads();
         let before = std::mem::take(&mut self.places);
-        (self.reading, self.held) = (FuturesUnordered::new(), None);
-        self.ready = Arc::default();
+        (self.ready, self.held) = (Arc::default(), None);
         let goes_on = before.iter().filter(|place| !restart && place.reader.is_some());
         let positions: BTreeMap<(&str, i32), Offset> =
             goes_on.map(|place| ((place.topic.as_str(), place.partition), place.position)).collect();
@@ -234,8 +237,8 @@ impl Session {
 
     /// Begins reads of what is ready.
     fn begin_reads(&mut self, max_bytes: usize) {
-        let max_batch_bytes = self.grant.as_ref().map_or(0, |granted| granted.batch_bytes);
         while self.may_begin_read()
+            && let Some(granted) = &mut self.grant
             && let Some(index) = self.ready.take()
         {
             let place = &mut self.places[index];
@@ -243,11 +246,25 @@ impl Session {
                 place.again = true;
                 continue;
             }
-            let Some(reader) = place.reader.clone() else { continue };
+            let Some(reader) = &place.reader else { continue };
             place.reading = true;
-            let (position, limits) = (place.position, ReadLimits { max_bytes, max_batch_bytes });
-            self.reading.push(Box::pin(async move { (index, reader.read(position, limits).await) }));
+            let (position, limits) = (place.position, ReadLimits { max_bytes, max_batch_bytes: granted.batch_bytes });
+            let charge = Arc::new(granted.begin_read());
+            let reader = reader.charged(Arc::<Grant>::clone(&charge));
+            self.reading.push(Box::pin(async move {
+                let outcome = reader.read(position, limits).await;
+                drop(reader);
+                ((index, outcome), Arc::into_inner(charge))
+            }));
         }
+    }
+
+    /// Takes the outcome of one read into the answer, and its memory into the answer's.
+    fn absorb_ended(&mut self, (outcome, charge): EndedRead, gathered: &mut Gathered) {
+        if let (Some(granted), Some(charge)) = (&mut self.grant, charge) {
+            granted.end_read(charge);
+        }
+        self.absorb(outcome, gathered);
     }
 
     /// Takes the outcome of one read into the answer.
@@ -334,7 +351,7 @@ impl Session {
         while gathered.bytes < max_bytes && !gathered.full && self.grant.is_some() {
             self.begin_reads(self.read_bytes(max_bytes - gathered.bytes));
             match self.reading.next().now_or_never() {
-                Some(Some(outcome)) => self.absorb(outcome, gathered),
+                Some(Some(ended)) => self.absorb_ended(ended, gathered),
                 Some(None) | None => break,
             }
         }
@@ -426,21 +443,21 @@ impl Session {
 
     /// Waits for one more outcome; false where there is none to come.
     async fn next_read(&mut self, gathered: &mut Gathered) -> bool {
-        let outcome = self.reading.next().await;
-        outcome.map(|outcome| self.absorb(outcome, gathered)).is_some()
+        let ended = self.reading.next().await;
+        ended.map(|ended| self.absorb_ended(ended, gathered)).is_some()
     }
 
     /// Waits for one more outcome, or for something to become ready.
     async fn wait(&mut self, gathered: &mut Gathered) {
         self.release_unused(gathered);
         let (ready, more) = (Arc::clone(&self.ready), self.awaits_marks());
-        let outcome = tokio::select! {
+        let ended = tokio::select! {
             biased;
-            Some(outcome) = self.reading.next(), if !self.reading.is_empty() => Some(outcome),
+            Some(ended) = self.reading.next(), if !self.reading.is_empty() => Some(ended),
             () = ready.wait(), if more => None,
         };
-        if let Some(outcome) = outcome {
-            self.absorb(outcome, gathered);
+        if let Some(ended) = ended {
+            self.absorb_ended(ended, gathered);
         }
     }
 }

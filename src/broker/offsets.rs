@@ -15,7 +15,7 @@ use super::{Broker, CallMemory, faults};
 use crate::{
     limits,
     model::{LeaderEpoch, Offset},
-    partition::{On, Partition, ReadError, Ready, Role},
+    partition::{Charge, On, Partition, ReadError, Ready, Role},
     proto::{
         fault::{Fault, Reason},
         v1::{self, offset_query::At},
@@ -112,11 +112,13 @@ impl Broker {
             let is_out = waits.out_of_memory.load(Ordering::Relaxed);
             let patience = if is_out { Duration::ZERO } else { self.settings.fetch_max_wait };
             let granted = tokio::time::timeout(patience, memory.read(2 * batch_bytes)).await;
-            let _granted = granted.map_err(|_| {
+            let granted = granted.map_err(|_| {
                 waits.out_of_memory.store(true, Ordering::Relaxed);
                 memory.no_response_memory()
             })?;
-            match partition.reader().offset_for_time(time, batch_bytes, &opener).await {
+            let charge: Charge = Arc::new(granted);
+            let opener = opener.charged(Arc::clone(&charge));
+            match partition.reader().charged(charge).offset_for_time(time, batch_bytes, &opener).await {
                 // Larger than needed: batches that grow byte by byte would begin the search again and again.
                 Err(ReadError::BatchTooLarge { bytes }) => batch_bytes = bytes.next_power_of_two(),
                 found => return Ok(found?),

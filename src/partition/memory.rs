@@ -1,11 +1,14 @@
 //! Memory that requests under way may take: permits in bytes, given back when the request is answered.
 
-use std::sync::Arc;
+use std::{fmt, sync::Arc};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 /// Bytes that one permit of the semaphore stands for, so that gibibytes fit its counter.
 const UNIT: usize = 1 << 10;
+
+/// Memory of a caller that work on another thread holds until it has ended: it goes on where its caller has gone.
+pub type Charge = Arc<dyn fmt::Debug + Send + Sync>;
 
 /// A bound in bytes. Who asks for more than is free waits its turn.
 #[derive(Clone, Debug)]
@@ -45,6 +48,19 @@ impl Memory {
     pub fn shrink(permit: &mut OwnedSemaphorePermit, bytes: usize) {
         let surplus = permit.num_permits().saturating_sub(Self::units(bytes));
         drop(permit.split(surplus));
+    }
+
+    /// Takes `bytes` out of a permit, or as many as it has.
+    pub fn split(permit: &mut OwnedSemaphorePermit, bytes: usize) -> OwnedSemaphorePermit {
+        let units = Self::units(bytes).min(permit.num_permits());
+        permit.split(units).expect("it has as many")
+    }
+
+    /// Puts into a permit what was taken of the same bound. What was taken of another one is given back.
+    pub fn merge(permit: &mut OwnedSemaphorePermit, other: OwnedSemaphorePermit) {
+        if Arc::ptr_eq(permit.semaphore(), other.semaphore()) {
+            permit.merge(other);
+        }
     }
 
     /// How many permits stand for `bytes`.

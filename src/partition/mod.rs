@@ -91,7 +91,7 @@ pub use self::{
     actor::{AppendError, AppendResult, BatchOrigin, Stored},
     lag::Lag,
     leader::{Acked, Held, Refused},
-    memory::Memory,
+    memory::{Charge, Memory},
     opener::{INLINE_BYTES, Opener, Use},
     reader::{Fetched, ReadError, Reader, Source},
     ready::Ready,

@@ -15,7 +15,7 @@ use std::{num::NonZero, sync::Arc, thread};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use super::{Memory, undecodable::UndecodableBatches};
+use super::{Charge, Memory, undecodable::UndecodableBatches};
 use crate::{
     limits,
     model::{Compression, PartitionId},
@@ -78,6 +78,8 @@ pub struct Opener {
     caller: Option<Arc<Semaphore>>,
     /// The turn that the caller has.
     _turn: Option<Arc<OwnedSemaphorePermit>>,
+    /// The caller's memory for the batches.
+    _charge: Option<Charge>,
     undecodable: Arc<UndecodableBatches>,
 }
 
@@ -90,6 +92,7 @@ impl Opener {
             large: Lane::new(bytes - small),
             caller: None,
             _turn: None,
+            _charge: None,
             undecodable: Arc::default(),
         }
     }
@@ -97,6 +100,11 @@ impl Opener {
     /// The same memory for a caller who has these turns.
     pub fn for_caller(&self, turns: Arc<Semaphore>) -> Self {
         Self { caller: Some(turns), ..self.clone() }
+    }
+
+    /// The same for a caller who took this memory for batches: work on other threads holds it until it has ended.
+    pub fn charged(&self, charge: Charge) -> Self {
+        Self { _charge: Some(charge), ..self.clone() }
     }
 
     /// The same memory for a caller who has the turn, until this is dropped.
@@ -169,7 +177,7 @@ impl Opener {
                 let (batch, work) = (batch.clone(), work.clone());
                 let turn = Arc::clone(&lane.turns).acquire_owned().await.expect("the semaphore is never closed");
                 let in_turn = in_turn.clone();
-                // The permits and the turns go along: whoever waits may stop waiting, and the work goes on.
+                // The permits, the turns and the charge go along: whoever waits may stop waiting, and the work goes on.
                 task::blocking(move || (work(&batch, room), permit, turn, in_turn).0).await
             };
             match opened {

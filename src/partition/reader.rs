@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use super::{On, Opener, Ready, Role, shared::Shared};
+use super::{Charge, On, Opener, Ready, Role, shared::Shared};
 use crate::{
     log::{self, ReadLimits},
     model::{LeaderEpoch, Offset, PartitionId, Watermarks},
@@ -93,6 +93,7 @@ pub struct Reader {
     shared: Arc<Shared>,
     log: log::Reader,
     tier: Option<PartitionTier>,
+    charge: Option<Charge>,
 }
 
 /// How many batches a search by time opens whose header claimed a time that none of their records has.
@@ -103,7 +104,12 @@ const TRIES: usize = 8;
 
 impl Reader {
     pub(super) fn new(id: PartitionId, shared: Arc<Shared>, log: log::Reader, tier: Option<PartitionTier>) -> Self {
-        Self { id, shared, log, tier }
+        Self { id, shared, log, tier, charge: None }
+    }
+
+    /// The same for a caller who took this memory for what is read: reads of the log hold it until they have ended.
+    pub fn charged(&self, charge: Charge) -> Self {
+        Self { charge: Some(charge), ..self.clone() }
     }
 
     /// The partition's marks.
@@ -185,10 +191,10 @@ impl Reader {
         Ok((from < end).then_some(Watermarks { high_watermark: end, ..marks }))
     }
 
-    /// Reads the log on another thread, in turn. The turn is over when the read is, also where its caller has gone.
+    /// Reads the log on another thread, in turn. The turn is over when the read is, also where its caller has gone, and so is the charge.
     async fn on_disk<T: Send + 'static>(&self, read: impl FnOnce(&log::Reader) -> T + Send + 'static) -> T {
-        let (log, turn) = (self.log.clone(), self.log.disk_turn().await);
-        task::blocking(move || (read(&log), turn).0).await
+        let (log, charge, turn) = (self.log.clone(), self.charge.clone(), self.log.disk_turn().await);
+        task::blocking(move || (read(&log), turn, charge).0).await
     }
 
     async fn read_disk(&self, from: Offset, bound: Offset, limits: ReadLimits) -> Result<Option<Fetched>, ReadError> {

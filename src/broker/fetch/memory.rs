@@ -4,7 +4,7 @@ use futures::stream::FuturesUnordered;
 
 use super::{Gathered, READS, Session, plain};
 use crate::{
-    broker::budget::ResponseGrant,
+    broker::budget::{Grant, ResponseGrant},
     partition::{Fetched, ReadError},
 };
 
@@ -36,6 +36,24 @@ pub(super) struct Granted {
     is_used_up: bool,
 }
 
+impl Granted {
+    /// Takes the memory of one read out, which holds it until it has ended: it may go on when the response is made, or its call has gone.
+    pub(super) fn begin_read(&mut self) -> Grant {
+        self.grant.split(self.batch_bytes)
+    }
+
+    /// Puts it back. A read that began for an earlier response has taken it out of that one's.
+    pub(super) fn end_read(&mut self, charge: Grant) {
+        self.grant.merge(charge);
+        self.grant.shrink(self.bytes + self.records);
+    }
+
+    /// All of it, for work that may go on when its call has gone.
+    pub(super) fn split(&mut self) -> Grant {
+        self.grant.split(self.bytes + self.records)
+    }
+}
+
 impl Session {
     /// Whether something is to be read, or was read, for which there is no memory yet.
     pub(super) fn needs_memory(&self) -> bool {
@@ -47,12 +65,21 @@ impl Session {
     pub(super) async fn reserve(&mut self, plain: bool) {
         let max_bytes = self.terms.max_bytes;
         let reads = self.places.len().clamp(1, READS);
-        let records = |room: usize| if plain { 2 * (room + self.record_bytes) } else { 0 };
+        let record_bytes = self.record_bytes;
+        let records = |room: usize| if plain { 2 * (room + record_bytes) } else { 0 };
         let batch_bytes = self.expected_batch_bytes.max(self.max_batch_bytes);
         let bytes = max_bytes + reads * self.read_bytes(max_bytes).max(batch_bytes);
         let (bytes, small) = (bytes.max(2 * self.max_batch_bytes), 2 * (SMALL_RESPONSE_BYTES + self.max_batch_bytes));
         let wanted = bytes + records(plain::PLAIN_BYTES);
-        let (grant, granted) = self.memory.response(wanted, small + records(plain::SMALL_PLAIN_BYTES)).await;
+        let least = small + records(plain::SMALL_PLAIN_BYTES);
+        let (grant, granted) = match self.memory.try_response(wanted, least) {
+            Some(granted) => granted,
+            None => {
+                // Reads that have ended, and wait here, would keep the memory that this waits for.
+                self.drop_reads();
+                self.memory.response(wanted, least).await
+            }
+        };
         let (released, is_used_up, is_small) = (None, false, granted != wanted);
         self.grant = Some(if is_small {
             let (records, max_bytes) = (records(plain::SMALL_PLAIN_BYTES), max_bytes.min(SMALL_RESPONSE_BYTES));
@@ -92,8 +119,8 @@ impl Session {
             && let Some(granted) = &mut self.grant
         {
             granted.released.get_or_insert(before);
-            granted.grant.shrink(bytes + records);
             (granted.bytes, granted.records) = (bytes, records);
+            granted.grant.shrink((bytes + records).saturating_sub(self.reading.len() * granted.batch_bytes));
         }
     }
 
@@ -108,7 +135,8 @@ impl Session {
     pub(super) fn restore_now(&mut self) -> bool {
         let Some(granted) = &mut self.grant else { return true };
         let Some((bytes, records)) = granted.released else { return true };
-        granted.is_used_up = !self.memory.grow(&mut granted.grant, bytes + records);
+        let under_way = self.reading.len() * granted.batch_bytes;
+        granted.is_used_up = !self.memory.grow(&mut granted.grant, (bytes + records).saturating_sub(under_way));
         if !granted.is_used_up {
             (granted.bytes, granted.records, granted.released) = (bytes, records, None);
         }
@@ -152,10 +180,25 @@ impl Session {
         if gathered.full {
             return;
         }
-        (self.grant, self.reading) = (None, FuturesUnordered::new());
-        for (index, place) in self.places.iter_mut().enumerate().filter(|(_, place)| place.reading) {
-            place.reading = false;
-            self.ready.mark(index);
+        self.grant = None;
+        self.drop_reads();
+    }
+
+    /// Drops the reads that are under way, which take their memory with them, and reads these partitions again.
+    pub(super) fn drop_reads(&mut self) {
+        if let Some(granted) = &mut self.grant
+            && !self.reading.is_empty()
+        {
+            granted.released.get_or_insert((granted.bytes, granted.records));
+            granted.bytes = granted.bytes.saturating_sub(self.reading.len() * granted.batch_bytes);
+        }
+        self.reading = FuturesUnordered::new();
+        let held = self.held.as_ref().map(|(index, _)| *index);
+        for (index, place) in self.places.iter_mut().enumerate() {
+            if place.reading && held != Some(index) {
+                place.reading = false;
+                self.ready.mark(index);
+            }
         }
     }
 
@@ -171,11 +214,15 @@ impl Session {
         (left / self.places.len().clamp(1, READS)).max(left.min(MIN_READ_BYTES))
     }
 
-    /// The response is made: its memory is given back when it has been sent.
+    /// The response is made: its memory is given back when it has been sent. Reads that are under way have their own, and what is held for
+    /// the next response has some of this one.
     pub(super) fn on_made(&mut self, batch_bytes: usize, partitions: usize) {
         if let Some(granted) = self.grant.take() {
-            let under_way = self.reading.len() * granted.batch_bytes;
-            self.memory.made(granted.grant, 2 * batch_bytes + under_way + partitions * PARTITION_BYTES);
+            let held = match &self.held {
+                Some((_, Ok(Some(fetched)))) => fetched.bytes,
+                _ => 0,
+            };
+            self.memory.made(granted.grant, 2 * batch_bytes + held + partitions * PARTITION_BYTES);
         }
     }
 

@@ -1,10 +1,12 @@
 //! Plain answers: batches replaced by their records, for callers that decode none themselves.
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 
-use super::{Gathered, Session};
+use super::{Gathered, Granted, Session};
 use crate::{
-    broker::CallMemory,
+    broker::{CallMemory, Grant},
     limits,
     model::{Compression, Offset, PartitionId},
     partition::{INLINE_BYTES, Opener},
@@ -37,8 +39,10 @@ impl Session {
     /// `RecordTooLarge` where the answer is to be read again with more memory.
     pub(super) async fn decode(&mut self, gathered: &mut Gathered) -> Result<usize, RecordTooLarge> {
         self.restore_now();
+        // A batch that is being opened is charged also where the call has gone.
+        let charge = Arc::new(self.grant.as_mut().map(Granted::split));
         let mut decoder = Decoder {
-            opener: self.memory.opener(&self.broker.opener),
+            opener: self.memory.opener(&self.broker.opener).charged(Arc::<Option<Grant>>::clone(&charge)),
             memory: &self.memory,
             room: self.grant.as_ref().map_or(PLAIN_BYTES, |granted| granted.records / 2 - self.record_bytes),
             record_bytes: self.record_bytes,
@@ -56,6 +60,10 @@ impl Session {
                     fetched.error = Some(fault.into());
                 }
             }
+        }
+        drop(decoder);
+        if let (Some(granted), Some(charge)) = (&mut self.grant, Arc::into_inner(charge).flatten()) {
+            granted.end_read(charge);
         }
         Ok(used)
     }

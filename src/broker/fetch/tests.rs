@@ -8,7 +8,10 @@ use crate::{
     cluster::EmbeddedStore,
     model::{Compression, PartitionId, TopicName},
     record::BatchBuilder,
-    task::patience::{becomes, until},
+    task::{
+        self,
+        patience::{becomes, until},
+    },
 };
 
 /// Found by review: a batch as large as a message was read again and again, and each time something small had come first.
@@ -220,6 +223,129 @@ async fn plain_record_above_the_connections_part_is_read() {
         assert_eq!(budgets.taken().1, 0, "the call is over");
     }
     bench.stop().await;
+}
+
+/// A broker that leads both partitions of topic `t`: the first one's records are on the disk alone.
+async fn with_records_on_disk(dir: &std::path::Path) -> Bench {
+    let store = EmbeddedStore::in_memory();
+    let bench = Bench::over(dir, false, store.clone()).await;
+    let config = [("compression.type".to_owned(), "zstd".to_owned())].into_iter().collect();
+    let topic = bench.create_with(&TopicName::new("t").unwrap(), 2, config).await;
+    bench.append(0, 100, 0).await.unwrap();
+    bench.stop().await;
+    let bench = Bench::over(dir, false, store).await;
+    let leads = |id| bench.broker.hosted.by_id(id).is_some_and(|partition| partition.standing().role.leads());
+    until("it leads both", || [0, 1].iter().all(|index| leads(PartitionId::new(topic, *index)))).await;
+    bench
+}
+
+/// Runs `test` where one thread does all blocking work.
+fn with_one_blocking_thread(test: impl Future<Output = ()>) {
+    let mut runtime = tokio::runtime::Builder::new_current_thread();
+    runtime.enable_all().max_blocking_threads(1).build().unwrap().block_on(test);
+}
+
+/// Occupies the thread for blocking work until something is sent.
+fn occupy_thread() -> std::sync::mpsc::SyncSender<()> {
+    let (free, freed) = std::sync::mpsc::sync_channel(1);
+    assert!(Box::pin(task::blocking(move || freed.recv())).now_or_never().is_none());
+    free
+}
+
+/// Calls that were reset gave their memory back at once: 32 reads of 10 MiB each went on that were charged to nobody.
+#[test]
+fn call_that_is_reset_is_charged_until_its_blocking_work_has_ended() {
+    with_one_blocking_thread(async {
+        let dir = tempfile::tempdir().unwrap();
+        let bench = with_records_on_disk(dir.path()).await;
+        bench.append(1, 200 << 10, 0).await.unwrap();
+        let free = occupy_thread();
+        let want = |partition| v1::FetchPartition { topic: "t".to_owned(), partition, ..Default::default() };
+        let query = v1::OffsetQuery {
+            topic: "t".to_owned(),
+            at: Some(v1::offset_query::At::TimestampMs(1)),
+            ..Default::default()
+        };
+        let budgets = [0, 1, 2].map(|_| Budgets::new(1 << 20, 128 << 20));
+        let memory = budgets.each_ref().map(|budgets| CallMemory::new(budgets.clone(), budgets.connection(|| {})));
+        for (plain, partition) in [(false, 0), (true, 1)] {
+            let request = v1::ReadRequest { partitions: vec![want(partition)], plain, ..Default::default() };
+            let memory = memory[usize::from(plain)].clone();
+            assert!(Arc::clone(&bench.broker).read(request, memory).now_or_never().is_none());
+        }
+        let request = v1::ListOffsetsRequest { queries: vec![query] };
+        assert!(bench.broker.list_offsets(request, &memory[2]).now_or_never().is_none());
+        let taken = budgets.each_ref().map(|budgets| budgets.taken().1);
+        assert!(taken.iter().all(|taken| *taken >= 1 << 20), "{taken:?} for a read, a batch that is opened, a look-up");
+        free.send(()).unwrap();
+        becomes("all is given back", async || budgets.iter().all(|budgets| budgets.taken().1 == 0).then_some(())).await;
+        bench.stop().await;
+    });
+}
+
+/// A stream began reads again and again, by naming its partitions again, within the memory of one response.
+#[test]
+fn reads_that_are_dropped_keep_their_memory_beside_later_ones() {
+    with_one_blocking_thread(async {
+        let dir = tempfile::tempdir().unwrap();
+        let bench = with_records_on_disk(dir.path()).await;
+        let free = occupy_thread();
+        let budgets = Budgets::new(1 << 20, 128 << 20);
+        let memory = CallMemory::new(budgets.clone(), budgets.connection(|| {}));
+        let mut session = Session::new(Arc::clone(&bench.broker), Terms::new(1, 0, 0), memory);
+        let want = v1::FetchPartition { topic: "t".to_owned(), ..Default::default() };
+        let mut gathered = Gathered::default();
+        for dropped in 0..3 {
+            session.assign(vec![want.clone()], true, false).unwrap();
+            if session.needs_memory() {
+                session.reserve(false).await;
+            }
+            session.gather_now(&mut gathered);
+            assert_eq!((session.reading.len(), budgets.taken().1), (1, (2 + dropped) << 20));
+        }
+        // A response goes out, and its read goes on.
+        session.on_made(0, 0);
+        drop(session.memory.hand(0));
+        assert_eq!(budgets.taken().1, 3 << 20);
+        free.send(()).unwrap();
+        becomes("those that were dropped end", async || (budgets.taken().1 == 1 << 20).then_some(())).await;
+        session.reserve(false).await;
+        while gathered.bytes == 0 {
+            session.wait(&mut gathered).await;
+        }
+        assert_eq!((gathered.partitions.len(), budgets.taken().1), (1, 2 << 20));
+        drop(session);
+        assert_eq!(budgets.taken().1, 0);
+        bench.stop().await;
+    });
+}
+
+/// A stream that waits for memory takes no outcomes: what its own reads had taken would not have come back.
+#[test]
+fn reads_of_a_stream_that_waits_for_memory_are_dropped() {
+    with_one_blocking_thread(async {
+        let dir = tempfile::tempdir().unwrap();
+        let bench = with_records_on_disk(dir.path()).await;
+        let free = occupy_thread();
+        let budgets = Budgets::new(1 << 20, 8 << 20);
+        let connection = budgets.connection(|| {});
+        let memory = CallMemory::new(budgets.clone(), connection.clone());
+        let mut session = Session::new(Arc::clone(&bench.broker), Terms::new(1, 256 << 10, 0), memory.clone());
+        session.assign(vec![v1::FetchPartition { topic: "t".to_owned(), ..Default::default() }], true, false).unwrap();
+        session.reserve(false).await;
+        session.gather_now(&mut Gathered::default());
+        assert_eq!(session.reading.len(), 1);
+        session.on_made(0, 0);
+        drop(session.memory.hand(0));
+        let others: Vec<_> = std::iter::from_fn(|| memory.try_response(64 << 10, 64 << 10)).collect();
+        assert!(session.reserve(false).now_or_never().is_none());
+        assert!(session.reading.is_empty() && session.ready.is_marked());
+        drop(others);
+        free.send(()).unwrap();
+        let deadline = clock::monotonic() + Duration::from_secs(10);
+        assert!(session.gather(false, deadline).await.unwrap().bytes > 0, "it is read again");
+        bench.stop().await;
+    });
 }
 
 /// A read of the last records of a large batch walked, and built, all that come before them where its call ran.
