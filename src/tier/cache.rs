@@ -19,7 +19,7 @@ use futures::{
     future::{BoxFuture, Shared},
 };
 use moka::{future::Cache as Moka, notification::RemovalCause, policy::EvictionPolicy};
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use uuid::Uuid;
 
 use super::{
@@ -47,6 +47,9 @@ const FETCHES: usize = 32;
 
 /// Most chunks that one request of read-ahead brings: a request costs the store, and who pays for it, more than its bytes do.
 const RUN_CHUNKS: u64 = 4;
+
+/// Most chunks that are read from the folder at the same time. A read that was begun goes on when its caller has gone.
+const FOLDER_READS: usize = 32;
 
 /// Most chunks that are being written to the folder at once. No reader waits for them: where the bucket is faster than the disk, some
 /// are not kept.
@@ -130,6 +133,8 @@ struct Inner {
 struct Disk {
     folder: Arc<CacheFolder>,
     keeps: Arc<Semaphore>,
+    /// Turns to read a file. The memory of chunks that nobody waits for is charged to nobody.
+    reads: Arc<Semaphore>,
     /// Which chunks are files, by their bytes.
     files: Moka<Key, u32>,
     /// Which were fetched before.
@@ -264,6 +269,14 @@ impl Cache {
         drop(disk.keeps.acquire_many(KEEPS).await.unwrap());
     }
 
+    /// All turns to read from the folder.
+    #[cfg(test)]
+    pub(super) async fn folder_turns(&self) -> OwnedSemaphorePermit {
+        let disk = self.inner.disk.as_ref().unwrap();
+        let turns = u32::try_from(FOLDER_READS).unwrap();
+        Arc::clone(&disk.reads).acquire_many_owned(turns).await.unwrap()
+    }
+
     /// Most chunks that are fetched ahead with one request.
     pub(super) fn run_chunks(&self) -> u64 {
         self.inner.run
@@ -343,11 +356,16 @@ impl Cache {
 
 impl Inner {
     async fn fetch(&self, store: &Store, object: &str, line: &SegmentLine, key: Key) -> Result<Bytes, ReadError> {
-        if let Some(disk) = &self.disk
-            && let Some(chunk) = disk.get(key).await
-        {
-            self.hits.inc();
-            return Ok(chunk);
+        if let Some(disk) = self.disk.as_ref().filter(|disk| disk.files.contains_key(&key)) {
+            let turn = Arc::clone(&disk.reads).acquire_owned().await.expect("never closed");
+            // Whoever asked may have left while others were served.
+            if self.chunk_flights.is_abandoned(key) {
+                return Err(StoreError::Stopped.into());
+            }
+            if let Some(chunk) = disk.get(key, turn).await {
+                self.hits.inc();
+                return Ok(chunk);
+            }
         }
         let start = key.index * CHUNK_BYTES;
         let end = line.object_bytes().min(start + CHUNK_BYTES);
@@ -397,14 +415,15 @@ impl Disk {
             })
             .build();
         let fetched = Moka::builder().eviction_policy(EvictionPolicy::lru()).max_capacity(REMEMBERED).build();
-        Ok(Self { folder, keeps: Arc::new(Semaphore::new(KEEPS as usize)), files, fetched })
+        let [keeps, reads] = [KEEPS as usize, FOLDER_READS].map(|turns| Arc::new(Semaphore::new(turns)));
+        Ok(Self { folder, keeps, reads, files, fetched })
     }
 
     /// A chunk that is there and whole.
-    async fn get(&self, key: Key) -> Option<Bytes> {
+    async fn get(&self, key: Key, turn: OwnedSemaphorePermit) -> Option<Bytes> {
         self.files.get(&key).await?;
         let folder = Arc::clone(&self.folder);
-        let read = task::blocking(move || folder.read_whole(&key.file())).await.ok();
+        let read = task::blocking(move || (folder.read_whole(&key.file()), turn).0).await.ok();
         let chunk = read.and_then(|mut bytes| {
             let content = bytes.split_off(bytes.len().min(4));
             (bytes.as_ref() == crc32c::crc32c(&content).to_be_bytes()).then_some(content)

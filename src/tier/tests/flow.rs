@@ -6,6 +6,8 @@ use std::{
     time::Duration,
 };
 
+use futures::FutureExt as _;
+
 use super::*;
 use crate::log::ReadLimits;
 
@@ -481,6 +483,34 @@ async fn the_disk_cache_serves_what_memory_has_dropped_and_never_damaged_bytes()
     cold.cache().settled().await;
     Cache::open(&options, &Metrics::new()).unwrap();
     assert_eq!(std::fs::read_dir(&chunks).unwrap().count(), 0);
+}
+
+/// Reads of the folder went on for callers that had left: 1 MiB each, charged to nobody, as many as there were threads.
+#[tokio::test]
+async fn folder_is_read_in_turn_and_not_for_callers_that_left() {
+    let folder = tempfile::tempdir().unwrap();
+    let (tier, _segments, _) = three(&StoreOptions::new("memory://"), 3000).await;
+    let disk = Some((folder.path().join("chunks"), 64 << 20));
+    let options = CacheOptions { memory_bytes: 0, disk, ..CacheOptions::default() };
+    let metrics = Metrics::new();
+    let cache = Cache::open(&options, &metrics).unwrap();
+    let root = tier.root(&tier.state()).await.unwrap();
+    let line = tier.segment_of(&root, at(0)).await.unwrap().unwrap();
+    let object = tier.object(&line.stamp.segment());
+    for _ in 0..2 {
+        cache.chunk(tier.store(), &object, &line, 0).await.unwrap();
+        cache.settled().await;
+    }
+    let before = metrics.cache_hits.get();
+    let turns = cache.folder_turns().await;
+    assert!(cache.chunk(tier.store(), &object, &line, 0).now_or_never().is_none(), "its caller leaves");
+    for _ in 0..10 {
+        tokio::task::yield_now().await;
+    }
+    drop(turns);
+    drop(cache.folder_turns().await);
+    cache.chunk(tier.store(), &object, &line, 0).await.unwrap();
+    assert_eq!(metrics.cache_hits.get() - before, 1, "the file was read once");
 }
 
 #[tokio::test]
