@@ -150,7 +150,7 @@ impl ConnectionLimiter {
         let (producer_ids, memory) = (ProducerIdQuota::default(), Arc::default());
         let caller =
             Caller { limiter: self.clone(), signal: Arc::clone(&signal), id: admitted.id, peer, producer_ids, memory };
-        Connection { stream, signal, patience: Some(patience), caller }
+        Connection { stream, signal, patience: Some(patience), is_full: false, caller }
     }
 
     fn report_refusal(&self, bound: Bound, peer: IpAddr) {
@@ -371,6 +371,9 @@ pub(super) struct Connection {
     signal: Arc<CloseSignal>,
     /// For how long it may say nothing; `None` where it may for ever.
     patience: Option<Patience>,
+    /// What a client of ours is sent waits for room, because it reads nothing. Nothing of it is read meanwhile: HTTP/2 would answer on and
+    /// on, and keep the answers. The heads of those have no window.
+    is_full: bool,
     caller: Caller,
 }
 
@@ -432,6 +435,15 @@ impl Connection {
     pub(super) fn caller(&self) -> Caller {
         self.caller.clone()
     }
+
+    /// Takes what became of a write, and reads again where there is room after all. Other brokers read whatever they have written.
+    fn note_room(&mut self, cx: &Context<'_>, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+        let is_full = written.is_pending() && self.caller.port() == Port::Grpc;
+        if std::mem::replace(&mut self.is_full, is_full) && !is_full {
+            cx.waker().wake_by_ref();
+        }
+        written
+    }
 }
 
 impl Drop for Connection {
@@ -448,7 +460,7 @@ impl AsyncRead for Connection {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         self.signal.check(cx)?;
         let before = buffer.filled().len();
-        let read = Pin::new(&mut self.stream).poll_read(cx, buffer);
+        let read = if self.is_full { Poll::Pending } else { Pin::new(&mut self.stream).poll_read(cx, buffer) };
         let Some(patience) = &mut self.patience else { return read };
         if read.is_pending() {
             ready!(patience.until.as_mut().poll(cx));
@@ -467,7 +479,8 @@ impl AsyncRead for Connection {
 impl AsyncWrite for Connection {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         self.signal.check(cx)?;
-        Pin::new(&mut self.stream).poll_write(cx, bytes)
+        let written = Pin::new(&mut self.stream).poll_write(cx, bytes);
+        self.note_room(cx, written)
     }
 
     fn poll_write_vectored(
@@ -476,7 +489,8 @@ impl AsyncWrite for Connection {
         slices: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         self.signal.check(cx)?;
-        Pin::new(&mut self.stream).poll_write_vectored(cx, slices)
+        let written = Pin::new(&mut self.stream).poll_write_vectored(cx, slices);
+        self.note_room(cx, written)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -495,7 +509,45 @@ impl AsyncWrite for Connection {
 
 #[cfg(test)]
 mod tests {
+    use tokio::{
+        io::{AsyncReadExt as _, AsyncWriteExt as _},
+        time::timeout,
+    };
+
     use super::*;
+
+    /// A client that sent requests and read nothing made HTTP/2 keep the heads of 1,000 answers on each connection.
+    #[tokio::test]
+    async fn nothing_is_read_of_a_client_that_reads_nothing() {
+        for (port, reads_on) in [(Port::Grpc, false), (Port::Peer, true)] {
+            let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+            let address = listener.local_addr().expect("an address");
+            let capacity = Capacity { places: 4, raised_by: "" };
+            let limiter = ConnectionLimiter::new(port, capacity, None, 1 << 30, None, &Metrics::new());
+            let (client, accepted) =
+                tokio::join!(TcpStream::connect(address), async { pin!(accept(listener, limiter)).next().await });
+            let (mut client, mut own) = (client.expect("it is open"), accepted.expect("one").expect("no error"));
+            let a_moment = Duration::from_millis(100);
+            while timeout(a_moment, own.write(&[7; 1 << 16])).await.is_ok() {}
+            client.write_all(b"more").await.expect("there is room");
+            let mut came = [0; 4];
+            assert_eq!(timeout(a_moment, own.read_exact(&mut came)).await.is_ok(), reads_on, "{port:?}");
+            // A client that reads again is read again.
+            let (mut incoming, mut outgoing) = client.split();
+            let reading = async { tokio::io::copy(&mut incoming, &mut tokio::io::sink()).await };
+            let answering = async {
+                own.write_all(&[7]).await.expect("there is room again");
+                outgoing.write_all(b"last").await.expect("there is room");
+                own.read_exact(&mut came).await.expect("it came");
+                came
+            };
+            let came = tokio::select! {
+                _ = reading => panic!("nobody has ended it"),
+                came = answering => came,
+            };
+            assert_eq!(&came, if reads_on { b"last" } else { b"more" });
+        }
+    }
 
     #[tokio::test(start_paused = true)]
     async fn a_condition_that_goes_on_is_logged_at_its_start_and_at_intervals() {
