@@ -304,7 +304,7 @@ mod tests {
     async fn turn_of_a_caller_lasts_until_its_work_has_ended() {
         let (opener, turns) = (Opener::new(64 << 20), Arc::new(Semaphore::new(1)));
         let (batch, plain) = zeros(Compression::Zstd, INLINE_BYTES + 1);
-        let (end, ended) = std::sync::mpsc::channel();
+        let (end, ended) = std::sync::mpsc::sync_channel(1);
         let ended = Arc::new(std::sync::Mutex::new(ended));
         let work = move |_: &Batch, _: usize| Ok(ended.lock().unwrap().recv().is_ok());
         for has_turn in [false, true] {

@@ -132,7 +132,7 @@ mod tests {
         let view = View::start(Arc::new(store), Keys::new("test").unwrap(), &tasks);
         let claims = Claims::default();
         let ((), claim) = claims.place(&view, |_, _| Some(())).await.unwrap();
-        let (end, ended) = mpsc::channel();
+        let (end, ended) = mpsc::sync_channel(1);
         let ended = Mutex::new(ended);
         let place = move |_: &ViewState, _: &mut Placement| {
             Some(ended.lock().unwrap().recv_timeout(Duration::from_secs(10)).is_ok())
