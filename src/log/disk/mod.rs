@@ -30,7 +30,7 @@ pub const BLOCK: usize = 4096;
 pub const PIECE_BYTES: usize = 256 << 10;
 
 /// The same while nothing is written to the journal: fewer calls, for as many bytes.
-pub const LARGE_PIECE_BYTES: usize = 4 << 20;
+pub const LARGE_PIECE_BYTES: usize = 2 << 20;
 
 /// A file system.
 pub trait Disk: Send + Sync + 'static {
