@@ -97,6 +97,6 @@ pub const MODEST_JOURNAL_BYTES: u64 = 256 << 20;
 /// Most idempotent producers that one partition remembers; beyond it, the one that wrote longest ago is forgotten.
 pub const MAX_PRODUCERS: usize = 16_384;
 
-/// Most calls and streams that are open on one connection at a time. A client of ours needs one for each producer and consumer, and one
+/// Most calls and streams that are open on one connection at a time, fewer where connections are many. A client of ours needs one for each producer and consumer, and one
 /// for each question that it asks meanwhile.
 pub const MAX_STREAMS_PER_CONNECTION: u32 = 1_000;

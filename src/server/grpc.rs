@@ -60,13 +60,22 @@ const WINDOW_SHARE: u64 = 512;
 /// The part of all memory that the windows of all connections take beside the smallest ones, as a divisor.
 const WINDOWS_SHARE: u64 = 16;
 
-/// A new connection gets at most this part of what is left for windows, as a divisor: the later ones get smaller ones.
+/// The part of all memory that streams of all connections take beside the fewest, as a divisor, and the bytes of one: HTTP/2 keeps the room of
+/// as many as were open at a time, for as long as its connection.
+const STREAMS_SHARE: u64 = 16;
+const STREAM_BYTES: usize = 1536;
+
+/// Streams that each connection may have open, however many connections there are.
+const MIN_STREAMS: u32 = 100;
+
+/// A new connection gets at most this part of what is left for windows and for streams, as a divisor: the later ones get less.
 const LEFT_SHARE: usize = 8;
 
-/// The windows of a listener's connections: bytes that clients may send before they are read. Clones share the memory for them.
+/// The windows of a listener's connections: bytes that clients may send before they are read, and streams that they may have open. Clones
+/// share the memory for them.
 #[derive(Clone, Debug)]
 pub(super) struct Windows {
-    /// Calls and streams of a connection that are open.
+    /// Calls and streams of a connection that are open, at most.
     streams: u32,
     /// Largest HTTP/2 frame.
     frame_bytes: u32,
@@ -76,14 +85,15 @@ pub(super) struct Windows {
     connection_bytes: u32,
     /// The part of them that one stream may have, as a divisor. Throughput over a distance is bounded by this per round trip.
     stream_share: u32,
-    /// For what is above [`MIN_CONNECTION_WINDOW`]; `None` where connections are few.
-    memory: Option<Memory>,
+    /// For what is above [`MIN_CONNECTION_WINDOW`], and for streams above [`MIN_STREAMS`]; `None` where connections are few.
+    memory: Option<[Memory; 2]>,
 }
 
 /// The window of a connection, for as long as that is open.
 struct Window {
     bytes: u32,
-    _memory: Option<OwnedSemaphorePermit>,
+    streams: u32,
+    _memory: [Option<OwnedSemaphorePermit>; 2],
 }
 
 impl Windows {
@@ -109,19 +119,18 @@ impl Windows {
             send_buffer_bytes: 16 << 10,
             connection_bytes: connection_window(memory_bytes),
             stream_share: 2,
-            memory: Some(Memory::new(memory_bytes / WINDOWS_SHARE)),
+            memory: Some([WINDOWS_SHARE, STREAMS_SHARE].map(|share| Memory::new(memory_bytes / share))),
         }
     }
 
     /// The window of a new connection.
     fn take(&self) -> Window {
-        let Some(memory) = &self.memory else { return Window { bytes: self.connection_bytes, _memory: None } };
-        let left = u32::try_from((memory.bytes() - memory.taken()) / LEFT_SHARE).unwrap_or(u32::MAX);
-        let more = left.min(self.connection_bytes - MIN_CONNECTION_WINDOW);
-        match memory.try_take(more as usize) {
-            Some(taken) => Window { bytes: MIN_CONNECTION_WINDOW + more, _memory: Some(taken) },
-            None => Window { bytes: MIN_CONNECTION_WINDOW, _memory: None },
-        }
+        let Some([windows, streams]) = &self.memory else {
+            return Window { bytes: self.connection_bytes, streams: self.streams, _memory: [None, None] };
+        };
+        let (bytes, window) = take_part(windows, self.connection_bytes - MIN_CONNECTION_WINDOW, 1);
+        let (more, room) = take_part(streams, self.streams - MIN_STREAMS, STREAM_BYTES);
+        Window { bytes: MIN_CONNECTION_WINDOW + bytes, streams: MIN_STREAMS + more, _memory: [window, room] }
     }
 
     /// HTTP/2 on a connection with this window.
@@ -132,12 +141,20 @@ impl Windows {
             .initial_stream_window_size((window.bytes / self.stream_share).max(MIN_CONNECTION_WINDOW))
             .initial_connection_window_size(window.bytes)
             .max_frame_size(self.frame_bytes)
-            .max_concurrent_streams(self.streams)
+            .max_concurrent_streams(window.streams)
             .max_send_buf_size(self.send_buffer_bytes)
             .keep_alive_interval(Some(PING))
             .keep_alive_timeout(PING);
         http2
     }
+}
+
+/// Takes memory for `most` of what has `bytes` each, or for as many as a new connection gets of what is left: how many, and the memory.
+fn take_part(memory: &Memory, most: u32, bytes: usize) -> (u32, Option<OwnedSemaphorePermit>) {
+    let left = (memory.bytes() - memory.taken()) / LEFT_SHARE / bytes;
+    let count = u32::try_from(left).unwrap_or(u32::MAX).min(most);
+    let taken = memory.try_take(count as usize * bytes);
+    (if taken.is_some() { count } else { 0 }, taken)
 }
 
 /// The calls of probes, by clients and by other brokers. They are answered on connections that have no place too; `Watch`, which never
@@ -351,6 +368,12 @@ mod tests {
         assert!(taken[999].bytes < 100_000, "{}", taken[999].bytes);
         let most = memory_bytes / WINDOWS_SHARE + 1000 * u64::from(MIN_CONNECTION_WINDOW);
         assert!(bytes(&taken) <= most, "{} of {most}", bytes(&taken));
+        // HTTP/2 kept the room of 1,000 streams with each connection that had had as many: up to 1.5 MB.
+        assert_eq!(taken[0].streams, limits::MAX_STREAMS_PER_CONNECTION);
+        assert!((MIN_STREAMS..MIN_STREAMS + 10).contains(&taken[999].streams), "{}", taken[999].streams);
+        let streams = taken.iter().map(|window| window.streams as usize).sum::<usize>();
+        let most = (memory_bytes / STREAMS_SHARE) as usize / STREAM_BYTES + 1000 * MIN_STREAMS as usize;
+        assert!(streams <= most, "{streams} of {most}");
         drop(taken);
         assert_eq!(windows.take().bytes, connection_window(memory_bytes), "they are given back");
         assert_eq!(Windows::of_brokers().take().bytes, 256 << 10);

@@ -1,6 +1,8 @@
 //! Attackers that hold much of little things: connections, calls, heads of requests, metadata; and batches that are large where little was
 //! asked for. Resident memory stays bounded meanwhile, and honest clients are served.
 
+use std::time::Duration;
+
 use bytes::Bytes;
 use futures::future::{self, FutureExt};
 use http_body_util::BodyExt as _;
@@ -93,6 +95,16 @@ async fn memory_stays_bounded_whatever_connections_and_calls_hold() {
         future::pending().await
     };
     target.withstands("probes without a request", target.on_streams(4 * streams, attack).await).await;
+
+    // HTTP/2 keeps the room of as many streams as there were: up to 1.5 MB for each connection.
+    let attack = |channel: Channel| async move {
+        let (alive, gone): (Vec<_>, Vec<_>) = (0..900).map(|_| oneshot::channel()).unzip();
+        let calls = gone.into_iter().map(|gone| call(channel.clone(), APPEND, withheld(1000, 10, gone)));
+        let _open = tokio::time::timeout(Duration::from_secs(1), future::join_all(calls)).await;
+        drop(alive);
+        future::pending().await
+    };
+    target.withstands("connections that had many streams", target.on_connections(connections, 65_535, attack)).await;
 
     // 3 MB each.
     let absent = |partition| FetchPartition { topic: "absent".to_owned(), partition, ..Default::default() };
