@@ -146,8 +146,8 @@ impl From<AppendError> for Fault {
                         .with("setting", setting)
                         .with("max", limit_ms)
                 }
-                Refused::TooManyProducers { known, most } => {
-                    Self::new(Reason::Overloaded, message).with("known", known).with("max", most)
+                Refused::TooManyProducers { known, max_bytes } => {
+                    Self::new(Reason::Overloaded, message).with("known", known).with("max", max_bytes)
                 }
                 Refused::UnknownProducer { producer, sent } => {
                     Self::new(Reason::UnknownProducer, message).with("producer", producer).with("sent", sent)

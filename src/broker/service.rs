@@ -57,7 +57,7 @@ impl LogService {
             .max_encoding_message_size(limits::MAX_MESSAGE_BYTES)
     }
 
-    /// The call `Produce`.
+    /// Answers the requests of one `Produce` stream.
     pub fn serve_produce(
         &self,
         request: Request<Requests<v1::ProduceRequest>>,
@@ -66,7 +66,7 @@ impl LogService {
         Arc::clone(&self.0).produce(request.into_inner(), quota, memory)
     }
 
-    /// The call `Fetch`.
+    /// Answers the requests of one `Fetch` stream.
     pub fn serve_fetch(
         &self,
         request: Request<Requests<v1::FetchRequest>>,

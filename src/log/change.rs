@@ -64,7 +64,7 @@ impl Replica {
             state.generation = generation;
             state.active_mut().info = last;
             state.epochs = Arc::new(tables.epochs);
-            state.producers = Arc::new(tables.producers);
+            state.producers = Arc::new(tables.producers.charged(&shared.core.producer_memory));
             state.forget_expired_producers();
             state.index = None;
             state.persisted_end = state.persisted_end.min(last.end);

@@ -1,6 +1,6 @@
 //! The checkpoint: what is known of every replica of a data directory without reading it, in one file that is replaced whole.
 
-use std::{io, path::Path};
+use std::{io, path::Path, sync::Arc};
 
 use bytes::{Buf, BufMut, BytesMut};
 use uuid::Uuid;
@@ -59,7 +59,7 @@ pub(super) struct ReplicaRecord {
     /// Epochs at the recovery point.
     pub(super) epochs: EpochHistory,
     /// Producers at the recovery point.
-    pub(super) producers: ProducerTable,
+    pub(super) producers: Arc<ProducerTable>,
     /// Why it is not served any more: what was durable is not there, by the journal. Stays until it is deleted.
     pub(super) lost: Option<String>,
 }
@@ -74,7 +74,7 @@ impl ReplicaRecord {
             persisted: start,
             segments: vec![SegmentInfo::empty(start, now_ms)],
             epochs: EpochHistory::new(),
-            producers: ProducerTable::new(),
+            producers: Arc::default(),
             lost: None,
         }
     }
@@ -109,7 +109,7 @@ impl ReplicaRecord {
         }
         let chained = segments.windows(2).all(|pair| pair[0].end == pair[1].base);
         let epochs = EpochHistory::decode(from)?;
-        let producers = ProducerTable::decode(from)?;
+        let producers = Arc::new(ProducerTable::decode(from)?);
         let lost = usize::try_from(from.try_get_u32().ok()?).ok()?;
         if from.remaining() < lost {
             return None;

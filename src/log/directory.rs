@@ -351,7 +351,8 @@ impl Inner {
                 let mut state = shared.state();
                 let segment = *synced.segments.last().expect("a record has a segment");
                 state.persisted_end = synced.persisted.max(segment.end);
-                let (epochs, producers) = (Arc::new(synced.epochs), Arc::new(synced.producers));
+                let producers = Arc::unwrap_or_clone(synced.producers).charged(&self.core.producer_memory);
+                let (epochs, producers) = (Arc::new(synced.epochs), Arc::new(producers));
                 state.recovery = super::shared::Recovery { segment, epochs, producers };
                 state.names_changed = true;
                 for held in &state.segments {

@@ -1,4 +1,4 @@
-//! The memory that the producer state of all replicas takes, with what it was at their last checkpoints.
+//! The memory that the producer state of all opened replicas takes, with what it was at their last checkpoints.
 
 use std::sync::{
     Arc,
@@ -11,14 +11,14 @@ pub(super) struct ProducerMemory(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
-    most: usize,
+    max_bytes: usize,
     taken: AtomicUsize,
 }
 
 impl ProducerMemory {
     /// For tables that should take at most so many bytes together.
-    pub(super) fn new(most: usize) -> Self {
-        Self(Arc::new(Inner { most, taken: AtomicUsize::new(0) }))
+    pub(super) fn new(max_bytes: usize) -> Self {
+        Self(Arc::new(Inner { max_bytes, taken: AtomicUsize::new(0) }))
     }
 
     pub(super) fn taken(&self) -> usize {
@@ -42,16 +42,17 @@ impl TableMemory {
 
     /// The table takes so many bytes now.
     pub(super) fn set(&mut self, bytes: usize) {
-        if let Some(of) = &self.of {
-            of.0.taken.fetch_add(bytes, Ordering::Relaxed);
-            of.0.taken.fetch_sub(self.bytes, Ordering::Relaxed);
-            self.bytes = bytes;
-        }
+        let Some(of) = &self.of else { return };
+        match bytes.checked_sub(self.bytes) {
+            Some(more) => of.0.taken.fetch_add(more, Ordering::Relaxed),
+            None => of.0.taken.fetch_sub(self.bytes - bytes, Ordering::Relaxed),
+        };
+        self.bytes = bytes;
     }
 
     /// The bound, where all tables together are above it.
     pub(super) fn exceeded(&self) -> Option<usize> {
-        self.of.as_ref().filter(|of| of.taken() > of.0.most).map(|of| of.0.most)
+        self.of.as_ref().filter(|of| of.taken() > of.0.max_bytes).map(|of| of.0.max_bytes)
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! # Overview
 //!
-//! A table is a function of the log's batches and of `producer.id.expiration.ms`, and of nothing else: no clock, no order of restarts,
+//! Who is known is a function of the log's batches and of `producer.id.expiration.ms`, and of nothing else: no clock, no order of restarts,
 //! snapshots or truncations. *Partition time* is the largest timestamp of all batches up to the log end. A producer is known while it is one
 //! of the last `limits::MAX_PRODUCERS` that wrote, and while partition time is at most the expiration past the time of its last batch.
 //!
@@ -12,7 +12,7 @@
 //!   first. Therefore it does not matter when they are applied: a table that was restored without the expiration and gets it later equals
 //!   one that had it all the time.
 //! - Where the tables of all replicas take more than [`ProducerMemory`] allows, a table that has [`CROWD`] producers takes no new one
-//!   ([`Verdict::Full`]: only leaders ask), and no more of them keep more than [`SHORT_WINDOW`] batches. Who is known never depends on that.
+//!   ([`Verdict::Full`]: only leaders ask), and no more of them keep more than [`SHORT_WINDOW_BATCHES`] batches. Who is known never depends on that.
 
 use std::collections::BTreeMap;
 
@@ -29,10 +29,11 @@ use crate::{
 const PRODUCER_BYTES: usize = 140;
 
 /// A table of so many producers gives way where all tables take too much.
-const CROWD: usize = 16;
+const CROWDED_PRODUCERS: usize = 16;
 
-/// Batches of a producer that a table keeps whatever all tables take: as many as Kafka does.
-const SHORT_WINDOW: usize = 5;
+/// Batches of a producer that a table keeps whatever all tables take: as many as the Rust client has under way by default, and more than
+/// Kafka's clients may have (5).
+const SHORT_WINDOW_BATCHES: usize = 16;
 
 /// The producers of one partition and the last batches of each.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -40,9 +41,9 @@ pub struct ProducerTable {
     producers: BTreeMap<i64, Producer>,
     /// Ids of producers by the base offset of their last batch.
     by_last: BTreeMap<Offset, i64>,
-    /// Those of them that keep more than [`SHORT_WINDOW`] batches.
+    /// The same of producers that keep more than [`SHORT_WINDOW_BATCHES`].
     long: BTreeMap<Offset, i64>,
-    /// Of all producers together.
+    /// How many batches all producers keep together.
     batches: usize,
     memory: TableMemory,
     /// Partition time; `i64::MIN` before the first batch.
@@ -99,7 +100,7 @@ pub enum Verdict {
     /// It would be another producer, and the producer state of all replicas takes more than this.
     Full {
         /// Bytes that it should take at most.
-        most: usize,
+        max_bytes: usize,
     },
 }
 
@@ -122,7 +123,7 @@ impl ProducerTable {
         Self::default()
     }
 
-    /// The same, and its bytes are among those of `memory` until it is dropped.
+    /// Counts its bytes among those of `memory` until it is dropped.
     pub(super) fn charged(mut self, memory: &ProducerMemory) -> Self {
         self.memory = TableMemory::new(memory.clone(), self.bytes());
         self
@@ -155,7 +156,7 @@ impl ProducerTable {
         let Some(producer) = self.producers.get(&stamp.id) else {
             return match self.memory.exceeded() {
                 _ if stamp.base_sequence != 0 => Verdict::Unknown,
-                Some(most) if self.producers.len() >= CROWD => Verdict::Full { most },
+                Some(max_bytes) if self.producers.len() >= CROWDED_PRODUCERS => Verdict::Full { max_bytes },
                 _ => Verdict::New,
             };
         };
@@ -199,7 +200,7 @@ impl ProducerTable {
         self.batches -= producer.batches.len();
         if let Some(last) = producer.batches.last() {
             self.by_last.remove(&last.base);
-            if producer.batches.len() > SHORT_WINDOW {
+            if producer.batches.len() > SHORT_WINDOW_BATCHES {
                 self.long.remove(&last.base);
             }
             if producer.epoch != stamp.epoch || producer.next() != stamp.base_sequence {
@@ -213,14 +214,14 @@ impl ProducerTable {
         producer.last_ms = self.time_ms;
         self.batches += producer.batches.len();
         self.by_last.insert(written.base, stamp.id);
-        if producer.batches.len() > SHORT_WINDOW {
+        if producer.batches.len() > SHORT_WINDOW_BATCHES {
             self.long.insert(written.base, stamp.id);
         }
         if self.producers.len() > limits::MAX_PRODUCERS {
             self.forget_first();
         }
         self.memory.set(self.bytes());
-        while self.long.len() > CROWD && self.memory.exceeded().is_some() {
+        while self.long.len() > CROWDED_PRODUCERS && self.memory.exceeded().is_some() {
             self.shorten_first();
         }
     }
@@ -250,8 +251,8 @@ impl ProducerTable {
         let Some((_, id)) = self.long.pop_first() else { return };
         let Some(producer) = self.producers.get_mut(&id) else { return };
         let batches = &mut producer.batches;
-        self.batches -= batches.len() - SHORT_WINDOW;
-        *batches = batches.split_off(batches.len() - SHORT_WINDOW);
+        self.batches -= batches.len() - SHORT_WINDOW_BATCHES;
+        *batches = batches.split_off(batches.len() - SHORT_WINDOW_BATCHES);
         self.memory.set(self.bytes());
     }
 
@@ -288,7 +289,7 @@ impl ProducerTable {
             if table.by_last.insert(last, id).is_some() || table.producers.len() == limits::MAX_PRODUCERS {
                 return None;
             }
-            if count > SHORT_WINDOW {
+            if count > SHORT_WINDOW_BATCHES {
                 table.long.insert(last, id);
             }
             table.batches += count;

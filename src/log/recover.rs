@@ -199,6 +199,7 @@ impl Recovery<'_> {
         }
         let file = self.core.disk.open(&self.dir.join(name(info.base, "log")), Mode::Read)?;
         let ReplicaRecord { epochs, producers, .. } = &mut self.record;
+        let producers = Arc::make_mut(producers);
         let epoch = epochs.last().map(|(epoch, _)| epoch);
         // Appends that no checkpoint knows. A replay of the journal writes only what is missing, so the file's time is that of the last
         // append, or a later one.

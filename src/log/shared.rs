@@ -136,7 +136,8 @@ impl Shared {
             Segment { info: *info, file: Arc::new(file) }
         });
         let segments: Vec<_> = segments.collect();
-        let (epochs, producers) = (Arc::new(record.epochs), Arc::new(record.producers.charged(&core.producer_memory)));
+        let (epochs, producers) =
+            (Arc::new(record.epochs), Arc::new(Arc::unwrap_or_clone(record.producers).charged(&core.producer_memory)));
         let segment = segments.last().expect("a record has a segment").info;
         Arc::new(Self {
             id: record.id,
@@ -270,7 +271,7 @@ impl Shared {
             persisted: state.persisted_end.max(recovery.segment.end),
             segments,
             epochs: (*recovery.epochs).clone(),
-            producers: (*recovery.producers).clone(),
+            producers: recovery.producers.clone(),
             lost: None,
         }
     }

@@ -199,7 +199,7 @@ fn apply(disk: &dyn Disk, dir: &Path, record: &mut ReplicaRecord, story: &Story)
             *record = ReplicaRecord::empty(record.id, cut.generation, cut.base, clock::wall_ms());
             let is_passed = story.local_start.is_some_and(|moved| moved.generation >= known && moved.base > cut.base);
             match Snapshot::read(disk, &dir, cut.base) {
-                Ok(Some(tables)) => (record.epochs, record.producers) = (tables.epochs, tables.producers),
+                Ok(Some(tables)) => (record.epochs, record.producers) = (tables.epochs, tables.producers.into()),
                 // It goes with the segments before a later start.
                 _ if is_passed => {}
                 Ok(None) => record.lost = Some(format!("the snapshot at {}, which a reset wrote, is gone", cut.base)),
@@ -236,7 +236,7 @@ fn rebase(disk: &dyn Disk, dir: &Path, record: &mut ReplicaRecord, base: Offset)
     });
     record.segments.truncate(last);
     record.segments.push(SegmentInfo::empty(bases[last], clock::wall_ms()));
-    (record.epochs, record.producers) = (tables.epochs, tables.producers);
+    (record.epochs, record.producers) = (tables.epochs, tables.producers.into());
 }
 
 /// The replicas whose directories are there, as far as their files' names tell.
@@ -253,7 +253,7 @@ fn without_checkpoint(disk: &dyn Disk, dir: &Path) -> io::Result<Vec<ReplicaReco
             match Snapshot::read(disk, &replica_dir(dir, id), start) {
                 Ok(found) => {
                     (record.epochs, record.producers) =
-                        found.map(|found| (found.epochs, found.producers)).unwrap_or_default()
+                        found.map(|found| (found.epochs, found.producers.into())).unwrap_or_default()
                 }
                 Err(error) => record.lost = Some(error.to_string()),
             }

@@ -35,6 +35,17 @@ impl Ready {
         }
     }
 
+    /// Marks a partition again that was taken for nothing: it is the next one.
+    pub fn put_back(&self, index: usize) {
+        let mut marked = self.lock();
+        if !marked.members.insert(index) {
+            marked.order.retain(|other| *other != index);
+        }
+        marked.order.push_front(index);
+        drop(marked);
+        self.notify.notify_one();
+    }
+
     /// This listener marks its number from the next [`Self::take`] of that on.
     pub(super) fn listen(&self, index: usize, listener: Listener) {
         self.lock().listeners.entry(index).or_default().push(Arc::new(listener));
@@ -85,5 +96,10 @@ mod tests {
         ready.mark(2);
         ready.wait().await;
         assert_eq!((ready.take(), ready.take(), ready.take()), (Some(2), Some(1), None));
+        ready.mark(2);
+        ready.mark(1);
+        ready.put_back(3);
+        ready.put_back(1);
+        assert_eq!([(); 4].map(|()| ready.take()), [Some(1), Some(3), Some(2), None]);
     }
 }

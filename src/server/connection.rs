@@ -11,7 +11,7 @@ use std::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
-    task::{Context, Poll, ready},
+    task::{Context, Poll, Waker, ready},
     time::Duration,
 };
 
@@ -150,7 +150,15 @@ impl ConnectionLimiter {
         let (producer_ids, memory) = (ProducerIdQuota::default(), Arc::default());
         let caller =
             Caller { limiter: self.clone(), signal: Arc::clone(&signal), id: admitted.id, peer, producer_ids, memory };
-        Connection { stream, signal, patience: Some(patience), is_full: false, caller }
+        Connection {
+            stream,
+            signal,
+            patience: Some(patience),
+            is_full: false,
+            has_written: false,
+            reader: None,
+            caller,
+        }
     }
 
     fn report_refusal(&self, bound: Bound, peer: IpAddr) {
@@ -371,9 +379,13 @@ pub(super) struct Connection {
     signal: Arc<CloseSignal>,
     /// For how long it may say nothing; `None` where it may for ever.
     patience: Option<Patience>,
-    /// What a client of ours is sent waits for room, because it reads nothing. Nothing of it is read meanwhile: HTTP/2 would answer on and
-    /// on, and keep the answers. The heads of those have no window.
+    /// The client has not taken what was sent, and the socket has no more room. Then it is read once for each write that has room again, and
+    /// no more: HTTP/2 would answer on and on, and keep the answers, since their heads have no window.
     is_full: bool,
+    /// Some bytes were written since it was read.
+    has_written: bool,
+    /// Wakes the reader that waits for that.
+    reader: Option<Waker>,
     caller: Caller,
 }
 
@@ -436,11 +448,12 @@ impl Connection {
         self.caller.clone()
     }
 
-    /// Takes what became of a write, and reads again where there is room after all. Other brokers read whatever they have written.
-    fn note_room(&mut self, cx: &Context<'_>, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
-        let is_full = written.is_pending() && self.caller.port() == Port::Grpc;
-        if std::mem::replace(&mut self.is_full, is_full) && !is_full {
-            cx.waker().wake_by_ref();
+    /// Takes what became of a write. Other brokers read on whatever they have to write.
+    fn note_room(&mut self, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+        self.is_full = written.is_pending() && self.caller.port() == Port::Grpc;
+        if written.is_ready() {
+            self.has_written = true;
+            self.reader.take().into_iter().for_each(Waker::wake);
         }
         written
     }
@@ -460,7 +473,12 @@ impl AsyncRead for Connection {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         self.signal.check(cx)?;
         let before = buffer.filled().len();
-        let read = if self.is_full { Poll::Pending } else { Pin::new(&mut self.stream).poll_read(cx, buffer) };
+        let read = if self.is_full && !std::mem::take(&mut self.has_written) {
+            self.reader = Some(cx.waker().clone());
+            Poll::Pending
+        } else {
+            Pin::new(&mut self.stream).poll_read(cx, buffer)
+        };
         let Some(patience) = &mut self.patience else { return read };
         if read.is_pending() {
             ready!(patience.until.as_mut().poll(cx));
@@ -480,7 +498,7 @@ impl AsyncWrite for Connection {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         self.signal.check(cx)?;
         let written = Pin::new(&mut self.stream).poll_write(cx, bytes);
-        self.note_room(cx, written)
+        self.note_room(written)
     }
 
     fn poll_write_vectored(
@@ -490,7 +508,7 @@ impl AsyncWrite for Connection {
     ) -> Poll<io::Result<usize>> {
         self.signal.check(cx)?;
         let written = Pin::new(&mut self.stream).poll_write_vectored(cx, slices);
-        self.note_room(cx, written)
+        self.note_room(written)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -516,36 +534,42 @@ mod tests {
 
     use super::*;
 
+    /// A client, and the broker's end of its connection.
+    async fn connected(port: Port) -> (TcpStream, Connection) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let address = listener.local_addr().expect("an address");
+        let capacity = Capacity { places: 4, raised_by: "" };
+        let limiter = ConnectionLimiter::new(port, capacity, None, 1 << 30, None, &Metrics::new());
+        let (client, accepted) =
+            tokio::join!(TcpStream::connect(address), async { pin!(accept(listener, limiter)).next().await });
+        (client.expect("it is open"), accepted.expect("one").expect("no error"))
+    }
+
+    const A_MOMENT: Duration = Duration::from_millis(100);
+
     /// A client that sent requests and read nothing made HTTP/2 keep the heads of 1,000 answers on each connection.
     #[tokio::test]
-    async fn nothing_is_read_of_a_client_that_reads_nothing() {
+    async fn client_that_reads_nothing_is_not_read() {
         for (port, reads_on) in [(Port::Grpc, false), (Port::Peer, true)] {
-            let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
-            let address = listener.local_addr().expect("an address");
-            let capacity = Capacity { places: 4, raised_by: "" };
-            let limiter = ConnectionLimiter::new(port, capacity, None, 1 << 30, None, &Metrics::new());
-            let (client, accepted) =
-                tokio::join!(TcpStream::connect(address), async { pin!(accept(listener, limiter)).next().await });
-            let (mut client, mut own) = (client.expect("it is open"), accepted.expect("one").expect("no error"));
-            let a_moment = Duration::from_millis(100);
-            while timeout(a_moment, own.write(&[7; 1 << 16])).await.is_ok() {}
-            client.write_all(b"more").await.expect("there is room");
-            let mut came = [0; 4];
-            assert_eq!(timeout(a_moment, own.read_exact(&mut came)).await.is_ok(), reads_on, "{port:?}");
-            // A client that reads again is read again.
-            let (mut incoming, mut outgoing) = client.split();
-            let reading = async { tokio::io::copy(&mut incoming, &mut tokio::io::sink()).await };
-            let answering = async {
-                own.write_all(&[7]).await.expect("there is room again");
-                outgoing.write_all(b"last").await.expect("there is room");
-                own.read_exact(&mut came).await.expect("it came");
-                came
-            };
-            let came = tokio::select! {
-                _ = reading => panic!("nobody has ended it"),
-                came = answering => came,
-            };
-            assert_eq!(&came, if reads_on { b"last" } else { b"more" });
+            let (mut client, own) = connected(port).await;
+            let (mut incoming, mut outgoing) = tokio::io::split(own);
+            while timeout(A_MOMENT, outgoing.write(&[7; 1 << 16])).await.is_ok() {}
+            // The last write that had room lets one read pass.
+            client.write_all(b"1").await.expect("there is room");
+            assert_eq!(incoming.read_u8().await.expect("it came"), b'1');
+            client.write_all(b"2").await.expect("there is room");
+            let mut reading = tokio::spawn(async move { incoming.read_u8().await });
+            assert_eq!(timeout(A_MOMENT, &mut reading).await.is_ok(), reads_on, "{port:?}");
+            if !reads_on {
+                // It takes some of what it is sent, and writes go on: what it says comes too, while the socket is full.
+                let writing = tokio::spawn(async move { while outgoing.write(&[7; 1 << 16]).await.is_ok() {} });
+                let mut taken = vec![0; 8 << 20];
+                let read = async { client.read_exact(&mut taken).await.is_ok() };
+                assert!(timeout(Duration::from_secs(10), read).await.expect("as much was written"));
+                let came = timeout(Duration::from_secs(10), reading).await.expect("it is read again");
+                assert_eq!(came.expect("no panic").expect("no error"), b'2');
+                writing.abort();
+            }
         }
     }
 

@@ -33,7 +33,7 @@ use crate::broker::{LogService, Requests};
 /// Responses that are there together go out in frames of so many bytes, or of one response that is larger.
 const FRAME_BYTES: usize = 32 << 10;
 
-/// The two calls.
+/// Serves `Produce` and `Fetch`.
 pub(super) fn routes(log: &LogService) -> Router {
     let (producing, fetching) = (log.clone(), log.clone());
     Router::new()
@@ -74,7 +74,7 @@ fn requests<T: Message + Default + 'static>(body: Body) -> Requests<T> {
 /// Reads the messages of a body one after the other.
 struct MessageReader {
     frames: BodyDataStream,
-    /// Came, and was not looked at.
+    /// The rest of the last frame.
     rest: Bytes,
 }
 
@@ -139,7 +139,7 @@ fn compressed(how: impl fmt::Display) -> Status {
 /// The body of a response: a message for each item of a stream, and its end.
 struct ResponseBody<S> {
     responses: Pin<Box<S>>,
-    /// Why no more come, once that is so. It goes out behind the messages.
+    /// The status that ends the response, once the stream of messages has ended. It goes out behind them.
     end: Option<Status>,
     is_over: bool,
 }

@@ -197,7 +197,8 @@ impl Session {
         for (index, place) in self.places.iter_mut().enumerate() {
             if place.reading && held != Some(index) {
                 place.reading = false;
-                self.ready.mark(index);
+                // Others that have something new again and again would keep it waiting.
+                self.ready.put_back(index);
             }
         }
     }

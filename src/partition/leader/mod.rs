@@ -151,7 +151,7 @@ pub enum Refused {
     },
     /// The broker remembers too many producers to take another one.
     #[error(
-        "this partition remembers {known} producers, and those of all partitions of this broker take more than {most} bytes (a sixteenth of \
+        "this partition remembers {known} producers, and those of all partitions of this broker take more than {max_bytes} bytes (a sixteenth of \
          limits.memory_bytes): it takes no new producer until some are forgotten; keep producers instead of beginning new ones, lower \
          producer.id.expiration.ms of topics that many write to, or raise limits.memory_bytes"
     )]
@@ -159,7 +159,7 @@ pub enum Refused {
         /// How many the partition remembers.
         known: usize,
         /// The bound.
-        most: usize,
+        max_bytes: usize,
     },
 }
 
@@ -302,7 +302,7 @@ impl<W> Leader<W> {
             Verdict::Conflict { base } => Err(Refused::SequenceConflict { producer, sent, base }),
             Verdict::Fenced { current } => Err(Refused::Fenced { producer, epoch: stamp.epoch, current }),
             Verdict::Unknown => Err(Refused::UnknownProducer { producer, sent }),
-            Verdict::Full { most } => Err(Refused::TooManyProducers { known: producers.len(), most }),
+            Verdict::Full { max_bytes } => Err(Refused::TooManyProducers { known: producers.len(), max_bytes }),
         }
     }
 
