@@ -11,7 +11,7 @@
 //! - Partition time never falls as a log grows, so the order by offset is the order by time. Both rules remove the producers that wrote
 //!   first. Therefore it does not matter when they are applied: a table that was restored without the expiration and gets it later equals
 //!   one that had it all the time.
-//! - Where the tables of all replicas take more than [`ProducerMemory`] allows, a table that has [`CROWD`] producers takes no new one
+//! - Where the tables of all replicas take more than [`ProducerMemory`] allows, a table that has [`CROWDED_PRODUCERS`] producers takes no new one
 //!   ([`Verdict::Full`]: only leaders ask), and no more of them keep more than [`SHORT_WINDOW_BATCHES`] batches. Who is known never depends on that.
 
 use std::collections::BTreeMap;
