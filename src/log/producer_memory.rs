@@ -5,7 +5,7 @@ use std::sync::{
     atomic::{AtomicUsize, Ordering},
 };
 
-/// What all tables of a log take. Clones share it.
+/// The memory of all tables of a log. Clones share it.
 #[derive(Clone, Debug)]
 pub(super) struct ProducerMemory(Arc<Inner>);
 
@@ -16,7 +16,7 @@ struct Inner {
 }
 
 impl ProducerMemory {
-    /// For tables that should take at most so many bytes together.
+    /// For tables that should take at most `max_bytes` together.
     pub(super) fn new(max_bytes: usize) -> Self {
         Self(Arc::new(Inner { max_bytes, taken: AtomicUsize::new(0) }))
     }
@@ -40,7 +40,7 @@ impl TableMemory {
         memory
     }
 
-    /// The table takes so many bytes now.
+    /// Sets what the table takes to `bytes`.
     pub(super) fn set(&mut self, bytes: usize) {
         let Some(of) = &self.of else { return };
         match bytes.checked_sub(self.bytes) {

@@ -2,7 +2,7 @@
 //!
 //! # Overview
 //!
-//! Who is known is a function of the log's batches and of `producer.id.expiration.ms`, and of nothing else: no clock, no order of restarts,
+//! The set of known producers is a function of the log's batches and of `producer.id.expiration.ms`, and of nothing else: no clock, no order of restarts,
 //! snapshots or truncations. *Partition time* is the largest timestamp of all batches up to the log end. A producer is known while it is one
 //! of the last `limits::MAX_PRODUCERS` that wrote, and while partition time is at most the expiration past the time of its last batch.
 //!
@@ -12,7 +12,8 @@
 //!   first. Therefore it does not matter when they are applied: a table that was restored without the expiration and gets it later equals
 //!   one that had it all the time.
 //! - Where the tables of all replicas take more than [`ProducerMemory`] allows, a table that has [`CROWDED_PRODUCERS`] producers takes no new one
-//!   ([`Verdict::Full`]: only leaders ask), and no more of them keep more than [`SHORT_WINDOW_BATCHES`] batches. Who is known never depends on that.
+//!   ([`Verdict::Full`]: only leaders ask), and no more of them keep more than [`SHORT_WINDOW_BATCHES`] batches. The set of known
+//!   producers never depends on that.
 
 use std::collections::BTreeMap;
 
@@ -28,7 +29,7 @@ use crate::{
 /// Bytes that a producer takes beside its batches: its entries in two trees, and what the allocator adds.
 const PRODUCER_BYTES: usize = 140;
 
-/// A table of so many producers gives way where all tables take too much.
+/// Least number of producers with which a table refuses new ones, and shortens windows, where all tables take too much.
 const CROWDED_PRODUCERS: usize = 16;
 
 /// Batches of a producer that a table keeps whatever all tables take: as many as the Rust client has under way by default, and more than

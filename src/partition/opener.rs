@@ -1,4 +1,4 @@
-//! Opening compressed batches, which are strangers': how much comes out is known only when it has. Large batches without compression take
+//! Opening compressed batches of unknown clients: how much comes out is known only when it has. Large batches without compression take
 //! their turn with them, and no memory.
 //!
 //! Memory is taken before anything is decompressed, for all who do at the same time together. It is not taken for the
@@ -147,7 +147,7 @@ impl Opener {
             return work(batch, most);
         }
         let in_turn = self.in_turn().await;
-        // What is not compressed is there already: a batch that needs more than all memory takes all of it.
+        // A batch without compression is there already: one that needs more than all memory takes all of it.
         let held = match codec {
             Compression::None => usize::MAX,
             _ => self.large.memory.bytes() / purpose.cost(),
@@ -177,7 +177,7 @@ impl Opener {
                 let (batch, work) = (batch.clone(), work.clone());
                 let turn = Arc::clone(&lane.turns).acquire_owned().await.expect("the semaphore is never closed");
                 let in_turn = in_turn.clone();
-                // The permits, the turns and the charge go along: whoever waits may stop waiting, and the work goes on.
+                // The permits, the turns and the charge go along: the caller may stop waiting, and the work goes on.
                 task::blocking(move || (work(&batch, room), permit, turn, in_turn).0).await
             };
             match opened {

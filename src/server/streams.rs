@@ -30,7 +30,7 @@ use super::{
 };
 use crate::broker::{LogService, Requests};
 
-/// Responses that are there together go out in frames of so many bytes, or of one response that is larger.
+/// Bytes after which responses that are there together go out as one frame. A larger response is a frame of its own.
 const FRAME_BYTES: usize = 32 << 10;
 
 /// Serves `Produce` and `Fetch`.

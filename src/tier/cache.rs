@@ -358,7 +358,7 @@ impl Inner {
     async fn fetch(&self, store: &Store, object: &str, line: &SegmentLine, key: Key) -> Result<Bytes, ReadError> {
         if let Some(disk) = self.disk.as_ref().filter(|disk| disk.files.contains_key(&key)) {
             let turn = Arc::clone(&disk.reads).acquire_owned().await.expect("never closed");
-            // Whoever asked may have left while others were served.
+            // The callers may have left while others were served.
             if self.chunk_flights.is_abandoned(key) {
                 return Err(StoreError::Stopped.into());
             }
@@ -371,7 +371,7 @@ impl Inner {
         let end = line.object_bytes().min(start + CHUNK_BYTES);
         let chunk = {
             let _permit = self.fetches.acquire().await.expect("never closed");
-            // Whoever asked may have left while others were served.
+            // The callers may have left while others were served.
             if self.chunk_flights.is_abandoned(key) {
                 return Err(StoreError::Stopped.into());
             }

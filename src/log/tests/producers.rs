@@ -130,7 +130,7 @@ fn beyond_the_bound_the_oldest_producer_is_forgotten() {
     assert!(is_known(&table, 0) && !is_known(&table, 1) && is_known(&table, 2) && is_known(&table, bound));
 }
 
-/// A log whose replicas should remember so many bytes of producers at most.
+/// A log whose replicas should remember at most `producer_bytes` of producers.
 fn bounded(producer_bytes: usize) -> Log {
     let options = Options { producer_bytes, ..small() };
     Log::open(Arc::new(SimDisk::new()), Path::new("/data"), &identity(), options).unwrap()
@@ -159,15 +159,15 @@ fn producers_of_all_partitions_are_bounded_together() {
     };
     assert_eq!(refused, Verdict::Full { max_bytes: 20_000 });
     assert!(log.status().producer_bytes > 20_000 && id > 50, "{id} producers");
-    // Whoever is known goes on, and a partition with few takes others.
+    // Known producers go on, and a partition with few takes others.
     assert_eq!(busy.producers().check(stamp(id - 1, 1), 1, None), Verdict::New);
     assert_eq!(busy.producers().check(stamp(id, 1), 1, None), Verdict::Unknown);
     assert_eq!(quiet.producers().check(stamp(id, 0), 1, None), Verdict::New);
     write(&log, &mut quiet, &[first(id, 0, 1)]);
-    // What a cut leaves counts as before.
+    // The table that a cut leaves counts as before.
     busy.truncate(at(base - 1)).unwrap();
     assert!(log.status().producer_bytes > 15_000, "{}", log.status().producer_bytes);
-    // What is thrown away is given back.
+    // A reset gives its bytes back.
     busy.reset(at(7)).unwrap();
     assert!(log.status().producer_bytes < 1000, "{}", log.status().producer_bytes);
     assert_eq!(busy.producers().check(stamp(0, 0), 1, None), Verdict::New);
