@@ -119,29 +119,52 @@ impl Drop for Claim {
 mod tests {
     use std::{sync::mpsc, time::Duration};
 
+    use futures::FutureExt;
+
     use super::*;
     use crate::{
         cluster::{EmbeddedStore, Keys},
         task::Tasks,
     };
 
+    /// What placements need, and one that waits until the test lets it end: it says whether it was let.
+    struct Waiting {
+        view: View,
+        tasks: Tasks,
+        end: mpsc::SyncSender<()>,
+        place: Box<dyn Fn(&ViewState, &mut Placement) -> Option<bool> + Send>,
+    }
+
+    fn waiting() -> Waiting {
+        let (store, tasks) = (EmbeddedStore::in_memory(), Tasks::new());
+        let view = View::start(Arc::new(store), Keys::new("test").unwrap(), &tasks);
+        let (end, ended) = mpsc::sync_channel(1);
+        let ended = Mutex::new(ended);
+        let place = Box::new(move |_: &ViewState, _: &mut Placement| {
+            Some(ended.lock().unwrap().recv_timeout(Duration::from_secs(10)).is_ok())
+        });
+        Waiting { view, tasks, end, place }
+    }
+
     /// A placement of 100,000 partitions held the lock that ends of others wait for on the threads of all calls.
     #[tokio::test]
     async fn claim_ends_while_others_are_placed() {
-        let (store, tasks) = (EmbeddedStore::in_memory(), Tasks::new());
-        let view = View::start(Arc::new(store), Keys::new("test").unwrap(), &tasks);
-        let claims = Claims::default();
+        let (Waiting { view, tasks, end, place }, claims) = (waiting(), Claims::default());
         let ((), claim) = claims.place(&view, |_, _| Some(())).await.unwrap();
-        let (end, ended) = mpsc::sync_channel(1);
-        let ended = Mutex::new(ended);
-        let place = move |_: &ViewState, _: &mut Placement| {
-            Some(ended.lock().unwrap().recv_timeout(Duration::from_secs(10)).is_ok())
-        };
         let (placed, ()) = tokio::join!(claims.place(&view, place), async {
             drop(claim);
             end.send(()).unwrap();
         });
         assert!(placed.unwrap().0, "the claim ended first");
+        tasks.stop().await;
+    }
+
+    #[tokio::test]
+    async fn placement_whose_caller_left_keeps_neither_turn_nor_thread() {
+        let (Waiting { view, tasks, end, place }, claims) = (waiting(), Claims::default());
+        assert!(claims.place(&view, place).now_or_never().is_none(), "it runs on another thread");
+        end.send(()).unwrap();
+        let ((), _claim) = claims.place(&view, |_, _| Some(())).await.unwrap();
         tasks.stop().await;
     }
 }

@@ -2,8 +2,6 @@
 
 use std::time::Duration;
 
-use futures::FutureExt as _;
-
 use super::*;
 use crate::{
     cluster::{
@@ -209,19 +207,6 @@ async fn creations_side_by_side_keep_the_bound_together() {
     assert_eq!(cluster.paths("partitions/").await.len(), 900, "the others wrote nothing");
     cluster.create("small", 100, 1).await.expect("what was refused claims no room");
     assert!(matches!(cluster.create("more", 1, 1).await, Err(CreateError::Bound(_))));
-}
-
-/// Placing 100,000 partitions kept the thread of its call from all others, and a lock from the calls on other threads.
-#[tokio::test]
-async fn partitions_are_placed_on_a_thread_of_their_own() {
-    let (cluster, topic) = (Cluster::of(3).await, name("a"));
-    cluster.create("a", 1, 1).await.expect("made");
-    let large = NewTopic { validate_only: true, ..new("b", 10_000, 3) };
-    let raise = cluster.topics.alter(&topic, ConfigMap::new(), vec![], Some(3));
-    assert!(raise.now_or_never().is_none(), "its placement is under way");
-    assert!(cluster.topics.add_partitions(&topic, 10_000).now_or_never().is_none());
-    assert!(cluster.topics.create(large.clone()).now_or_never().is_none());
-    cluster.topics.create(large).await.expect("those that left keep no turn");
 }
 
 #[tokio::test]
