@@ -493,6 +493,14 @@ impl Cli {
         output
     }
 
+    /// Creates a topic as soon as the metadata store takes orders. A creation whose answer was lost counts too.
+    pub(crate) fn create_when_possible(&self, topic: &str) {
+        eventually("the topic is created", || {
+            let created = self.run(&["topic", "create", topic]);
+            (created.code == 0 || created.stderr.contains("exists")).then_some(())
+        });
+    }
+
     /// A command that has not been started.
     pub(crate) fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(BINARY);

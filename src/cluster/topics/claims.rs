@@ -127,31 +127,23 @@ mod tests {
         task::Tasks,
     };
 
-    /// What placements need, and one that waits until the test lets it end: it says whether it was let.
-    struct Waiting {
-        view: View,
-        tasks: Tasks,
-        end: mpsc::SyncSender<()>,
-        place: Box<dyn Fn(&ViewState, &mut Placement) -> Option<bool> + Send>,
+    fn view(tasks: &Tasks) -> View {
+        View::start(Arc::new(EmbeddedStore::in_memory()), Keys::new("test").unwrap(), tasks)
     }
 
-    fn waiting() -> Waiting {
-        let (store, tasks) = (EmbeddedStore::in_memory(), Tasks::new());
-        let view = View::start(Arc::new(store), Keys::new("test").unwrap(), &tasks);
-        let (end, ended) = mpsc::sync_channel(1);
+    /// A placement that goes on until the test ends it, and says whether the test did.
+    fn until(ended: mpsc::Receiver<()>) -> impl Fn(&ViewState, &mut Placement) -> Option<bool> + Send + 'static {
         let ended = Mutex::new(ended);
-        let place = Box::new(move |_: &ViewState, _: &mut Placement| {
-            Some(ended.lock().unwrap().recv_timeout(Duration::from_secs(10)).is_ok())
-        });
-        Waiting { view, tasks, end, place }
+        move |_, _| Some(ended.lock().unwrap().recv_timeout(Duration::from_secs(10)).is_ok())
     }
 
     /// A placement of 100,000 partitions held the lock that ends of others wait for on the threads of all calls.
     #[tokio::test]
     async fn claim_ends_while_others_are_placed() {
-        let (Waiting { view, tasks, end, place }, claims) = (waiting(), Claims::default());
+        let (tasks, claims) = (Tasks::new(), Claims::default());
+        let (view, (end, ended)) = (view(&tasks), mpsc::sync_channel(1));
         let ((), claim) = claims.place(&view, |_, _| Some(())).await.unwrap();
-        let (placed, ()) = tokio::join!(claims.place(&view, place), async {
+        let (placed, ()) = tokio::join!(claims.place(&view, until(ended)), async {
             drop(claim);
             end.send(()).unwrap();
         });
@@ -161,8 +153,9 @@ mod tests {
 
     #[tokio::test]
     async fn placement_whose_caller_left_keeps_neither_turn_nor_thread() {
-        let (Waiting { view, tasks, end, place }, claims) = (waiting(), Claims::default());
-        assert!(claims.place(&view, place).now_or_never().is_none(), "it runs on another thread");
+        let (tasks, claims) = (Tasks::new(), Claims::default());
+        let (view, (end, ended)) = (view(&tasks), mpsc::sync_channel(1));
+        assert!(claims.place(&view, until(ended)).now_or_never().is_none(), "it runs on another thread");
         end.send(()).unwrap();
         let ((), _claim) = claims.place(&view, |_, _| Some(())).await.unwrap();
         tasks.stop().await;

@@ -151,8 +151,7 @@ fn one_after_the_other(away: impl Fn(&mut Etcd, usize), back: impl Fn(&mut Etcd,
         away(&mut cluster.etcd, member);
         cli.ok_with(&["produce", TOPIC], lines(sent, sent + 10).as_bytes());
         sent += 10;
-        let topic = format!("without-{member}");
-        eventually("agreement goes on", || (cli.run(&["topic", "create", &topic]).code == 0).then_some(()));
+        cli.create_when_possible(&format!("without-{member}"));
         back(&mut cluster.etcd, member);
     }
     cluster.in_sync(TOPIC, 3);
@@ -220,8 +219,7 @@ async fn a_broker_that_missed_what_etcd_has_compacted_learns_it_all_the_same() {
         answers(&cluster.etcd);
         let named = |number| format!("meanwhile-{number}");
         for number in 0..10 {
-            let topic = named(number);
-            eventually("it is created", || (cli.run(&["topic", "create", &topic]).code == 0).then_some(()));
+            cli.create_when_possible(&named(number));
         }
         (0..10).map(named).collect::<Vec<_>>()
     });
