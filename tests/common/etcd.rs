@@ -140,6 +140,14 @@ impl Etcd {
         }
     }
 
+    /// Makes another cluster in the place of this one, whose members are down: without data, and with an id of its own.
+    pub(crate) fn replace(&mut self) {
+        for place in 0..self.members.len() {
+            std::fs::remove_dir_all(self.folder.path().join(format!("m{place}"))).expect("it was there");
+        }
+        self.flags.extend(["--initial-cluster-token", "another"].map(str::to_owned));
+    }
+
     /// Starts every member on the data that it has.
     pub(crate) fn run_all(&mut self) {
         (0..self.members.len()).for_each(|place| self.run(place));

@@ -388,10 +388,15 @@ impl Broker {
         self.child.wait().expect("the process ends");
     }
 
-    /// Asks it to stop with SIGTERM and waits until it has.
-    pub(crate) fn terminate(mut self) -> ExitStatus {
+    /// Asks it to stop with SIGTERM.
+    pub(crate) fn ask_to_stop(&self) {
         let pid = Pid::from_child(&self.child);
         rustix::process::kill_process(pid, Signal::TERM).expect("the process can be asked to stop");
+    }
+
+    /// Asks it to stop and waits until it has.
+    pub(crate) fn terminate(mut self) -> ExitStatus {
+        self.ask_to_stop();
         self.wait()
     }
 

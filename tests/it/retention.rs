@@ -19,7 +19,7 @@ use strandline::{
 use tonic::transport::Channel;
 
 use crate::{
-    broker::{Broker, Home},
+    broker::{Broker, Cli, Home},
     damage::{files, lines, partition},
     patience::eventually,
     s3::S3,
@@ -283,20 +283,60 @@ fn retention_goes_on_without_the_bucket(after_a_start: bool) {
 /// One record of the far future kept itself and all that followed, on the disk and in the bucket.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn record_from_the_future_does_not_stop_retention() {
+    records_from_the_future_expire(|_, _| {}).await;
+}
+
+/// Where the manifest does not say when a segment was made, the segment's object does.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn record_from_the_future_expires_by_the_time_of_its_object_alone() {
+    records_from_the_future_expire(|home, broker| {
+        assert!(broker.take().expect("it runs").terminate().success());
+        let manifests = files(&home.bucket(), "")
+            .into_iter()
+            .filter(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("manifest-")));
+        let forgotten: usize = manifests.map(|manifest| forget_creation(&manifest, &[FUTURE, i64::MAX])).sum();
+        assert!(forgotten > 0, "a manifest lists them");
+        *broker = Some(home.start());
+    })
+    .await;
+}
+
+/// Sets `created at` to 0 in the lines of segments with these largest timestamps, which stand before it; how many there are.
+fn forget_creation(manifest: &Path, largest: &[i64]) -> usize {
+    let mut bytes = std::fs::read(manifest).expect("the manifest");
+    let mut forgotten = 0;
+    for timestamp_ms in largest {
+        let timestamp = timestamp_ms.to_be_bytes();
+        let places: Vec<usize> = (0..bytes.len()).filter(|at| bytes[*at..].starts_with(&timestamp)).collect();
+        for place in places {
+            bytes[place + 8..place + 16].fill(0);
+            forgotten += 1;
+        }
+    }
+    let content = bytes.len() - 4;
+    let crc = crc32c::crc32c(&bytes[..content]);
+    bytes[content..].copy_from_slice(&crc.to_be_bytes());
+    std::fs::write(manifest, bytes).expect("the manifest is replaced");
+    forgotten
+}
+
+/// Stores records of the far future around one of now and has them expire from the disk. Then `meanwhile` happens, and they expire from
+/// the bucket.
+async fn records_from_the_future_expire(meanwhile: impl FnOnce(&mut Home, &mut Option<Broker>)) {
     let mut home = Home::new();
-    let _broker = tokio::task::block_in_place(|| home.start());
+    let mut broker = Some(tokio::task::block_in_place(|| home.start()));
     let config = [("message.timestamp.after.max.ms", "-1"), ("retention.ms", "-1"), ("segment.ms", "200")];
     wire::create_topic(home.grpc(), "t", 1, &config).await;
     let mut log = wire::log(home.grpc());
     for timestamp_ms in [FUTURE, clock::wall_ms(), i64::MAX] {
         append_at(&mut log, &[timestamp_ms], None).await.expect("stored");
     }
-    let cli = home.cli();
-    let settled = |name: &str| {
+    let settled = |cli: &Cli, name: &str| {
         let what = format!("{name} reaches the end");
-        tokio::task::block_in_place(|| eventually(&what, || (partition(&cli, "t")[name] == 3).then_some(())));
+        tokio::task::block_in_place(|| eventually(&what, || (partition(cli, "t")[name] == 3).then_some(())));
     };
-    settled("tiered_end");
+    let cli = home.cli();
+    settled(&cli, "tiered_end");
     assert_eq!(partition(&cli, "t")["local_start"], 0);
     tokio::task::block_in_place(|| {
         eventually("the metric counts them", || {
@@ -306,9 +346,10 @@ async fn record_from_the_future_does_not_stop_retention() {
         assert!(text.contains("broker 1 holds timestamps in the future: ") && text.contains("most in t/0"), "{text}");
     });
     alter(&home, "local.retention.ms", "1").await;
-    settled("local_start");
+    settled(&cli, "local_start");
     assert_eq!(partition(&cli, "t")["log_start"], 0);
     // The bucket alone has them now.
+    tokio::task::block_in_place(|| meanwhile(&mut home, &mut broker));
     alter(&home, "retention.ms", "1").await;
-    settled("log_start");
+    settled(&home.cli(), "log_start");
 }

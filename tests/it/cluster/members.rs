@@ -126,7 +126,13 @@ impl Cluster {
 
     /// Stops a broker as an operator does.
     pub(crate) fn stop(&mut self, id: u32) {
-        let status = self.brokers.remove(&id).expect("it runs").terminate();
+        self.broker(id).ask_to_stop();
+        self.stopped(id);
+    }
+
+    /// Waits for a broker that was asked to stop.
+    pub(crate) fn stopped(&mut self, id: u32) {
+        let status = self.brokers.remove(&id).expect("it ran").wait();
         assert!(status.success(), "broker {id} ended with {status}\n{}", self.homes[&id].log());
     }
 

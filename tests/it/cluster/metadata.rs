@@ -76,6 +76,22 @@ fn an_etcd_that_went_back_is_noticed_and_orders_are_refused_until_brokers_are_re
     assert!(cluster.home(1).metric("strandline_metadata_regressed") == 0.0);
 }
 
+#[test]
+fn another_etcd_cluster_is_noticed_and_what_needs_no_store_is_served() {
+    let mut cluster = over_one_member(1, &[]);
+    let cli = cluster.cli();
+    cli.ok(&["topic", "create", "t"]);
+    cluster.etcd.kill_all();
+    cluster.etcd.replace();
+    cluster.etcd.run_all();
+    answers(&cluster.etcd);
+    eventually("the broker notices", || (cluster.home(1).metric("strandline_metadata_regressed") > 0.0).then_some(()));
+    let refused = cli.run(&["topic", "create", "fresh"]);
+    assert!(refused.code == 1 && refused.stderr.contains("name the members of one cluster"), "{refused:?}");
+    cli.ok_with(&["produce", "t"], b"one\n");
+    assert_eq!(cli.ok(&["consume", "t", "--from", "earliest", "--until-end"]).text(), "one\n");
+}
+
 fn generation(path: &std::path::Path) -> Option<u64> {
     let text = fs::read(path).expect("the file is there");
     serde_json::from_slice::<Value>(&text).expect("JSON")["generation"].as_u64()

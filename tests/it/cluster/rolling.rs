@@ -5,8 +5,9 @@ use std::time::Duration;
 use rand::{SeedableRng as _, rngs::StdRng};
 use strandline::task::clock;
 
-use super::failover::at_work;
+use super::{failover::at_work, members::Cluster};
 use crate::{
+    broker::http_get,
     crash::{PARTITIONS, setting},
     crash_client::TOPIC,
     patience::eventually,
@@ -36,4 +37,26 @@ async fn a_rolling_restart_fails_no_call() {
     println!("rolling: the longest that a partition acknowledged nothing: {:?}", longest.iter().max());
     let total = work.finish(3).await;
     println!("rolling: {total} records delivered once across a restart of every broker");
+}
+
+/// While nobody can take over, here since etcd does not answer, it leads on.
+#[test]
+fn stopping_broker_is_not_ready_and_serves_what_it_leads() {
+    let mut cluster = Cluster::start(2);
+    let cli = cluster.cli();
+    cli.ok(&["topic", "create", "t", "--partitions", "2", "--replication-factor", "2"]);
+    cluster.in_sync("t", 2);
+    (0..3).for_each(|member| cluster.etcd.freeze(member));
+    cluster.broker(1).ask_to_stop();
+    eventually("it says that it stops", || {
+        let (code, page) = http_get(cluster.home(1).http(), "/readyz").ok()?;
+        (code == 503 && page.contains("stopping")).then_some(())
+    });
+    let (healthy, _) = http_get(cluster.home(1).http(), "/healthz").expect("it answers");
+    assert_eq!(healthy, 200, "a stop is no fault");
+    for partition in ["0", "1"] {
+        cli.ok_with(&["produce", "t", "--partition", partition], b"record\n");
+    }
+    (0..3).for_each(|member| cluster.etcd.thaw(member));
+    cluster.stopped(1);
 }

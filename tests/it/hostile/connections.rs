@@ -21,7 +21,7 @@ use strandline::{
 use tonic::transport::{Channel, Endpoint};
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 
-use super::serves;
+use super::{serves, target::PREFACE};
 use crate::{
     broker::{Home, http_get},
     cluster::network::{Network, inside, within},
@@ -32,8 +32,6 @@ use crate::{
 /// Open files of the attacked broker: 32 places for gRPC, 8 for HTTP.
 const OPEN_FILES: u32 = 256;
 const GRPC_PLACES: usize = 32;
-
-const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
 
 pub(super) fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime")

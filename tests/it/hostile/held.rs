@@ -1,21 +1,22 @@
 //! Attackers that hold much of little things: connections, calls, heads of requests, metadata; and batches that are large where little was
 //! asked for. Resident memory stays bounded meanwhile, and honest clients are served.
 
-use std::time::Duration;
+use std::{net::SocketAddr, time::Duration};
 
 use bytes::Bytes;
 use futures::future::{self, FutureExt};
 use http_body_util::BodyExt as _;
 use prost::Message as _;
 use strandline::proto::v1::{
-    FetchPartition, FetchRequest, GetMetadataRequest, ListOffsetsRequest, OffsetQuery, ProduceRequest, ReadRequest,
-    offset_query::At,
+    DescribeTopicRequest, FetchPartition, FetchRequest, GetMetadataRequest, ListOffsetsRequest, OffsetQuery,
+    ProduceRequest, ReadRequest, offset_query::At,
 };
-use tokio::{sync::oneshot, task::JoinSet};
+use tokio::{io::AsyncWriteExt as _, net::TcpSocket, sync::oneshot, task::JoinSet};
 use tonic::transport::Channel;
 
 use super::target::{
-    APPEND, FILLED, READ, Scale, Target, call, call_with, framed, open, place, resident_bytes, unread, whole, withheld,
+    APPEND, FILLED, PREFACE, READ, Scale, Target, call, call_with, framed, open, place, resident_bytes, unread, whole,
+    withheld,
 };
 use crate::wire;
 
@@ -29,6 +30,47 @@ async fn repeat(channel: Channel, path: &'static str, message: Bytes) {
     while let Some(answer) = call(channel.clone(), path, whole(&message)).await {
         let _ = answer.into_body().collect().await;
     }
+}
+
+/// A frame of HTTP/2.
+fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(payload.len()).expect("a small frame").to_be_bytes();
+    [&length[1..], &[kind, flags], &stream.to_be_bytes(), payload].concat()
+}
+
+/// Calls again and again on a connection of which nothing is read, not even heads, which have no window. Each asks for a topic of a name
+/// that the refusal repeats in its head.
+async fn ask_and_read_nothing(address: SocketAddr) {
+    const DATA: u8 = 0;
+    const HEADERS: u8 = 1;
+    const END_STREAM: u8 = 1;
+    const END_HEADERS: u8 = 4;
+    let head = [
+        (":method", "POST"),
+        (":scheme", "http"),
+        (":path", "/strandline.v1.Admin/DescribeTopic"),
+        (":authority", "broker"),
+        ("content-type", "application/grpc"),
+        ("te", "trailers"),
+    ];
+    // A literal field with a new name each.
+    let short = |text: &str| [&[u8::try_from(text.len()).expect("a short text")], text.as_bytes()].concat();
+    let head = head.map(|(name, value)| [vec![0], short(name), short(value)].concat()).concat();
+    let request = framed(&DescribeTopicRequest { name: "\"\u{1}".repeat(2000) }.encode_to_vec());
+    let socket = TcpSocket::new_v4().expect("a socket");
+    socket.set_recv_buffer_size(2048).expect("a small buffer");
+    let mut stream = socket.connect(address).await.expect("the port is open");
+    stream.write_all(PREFACE).await.expect("it is sent");
+    for id in (1..10_000).step_by(2) {
+        let call = [frame(HEADERS, END_HEADERS, id, &head), frame(DATA, END_STREAM, id, &request)].concat();
+        if stream.write_all(&call).await.is_err() {
+            break;
+        }
+        if id % 40 == 1 {
+            tokio::time::sleep(Duration::from_millis(4)).await;
+        }
+    }
+    future::pending().await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -71,6 +113,9 @@ async fn memory_stays_bounded_whatever_connections_and_calls_hold() {
         }
     };
     target.withstands("metadata that nobody reads", target.on_connections(connections, 0, attack)).await;
+
+    let attack = (0..connections).map(|_| ask_and_read_nothing(target.address())).collect();
+    target.withstands("heads of answers that nobody reads", attack).await;
 
     // 26 KiB each.
     let head = "a".repeat(12_000);

@@ -6,6 +6,7 @@ use std::{
     time::Duration,
 };
 
+use super::target::PREFACE;
 use crate::{
     broker::{Broker, Home, http_get},
     etcd::Etcd,
@@ -32,7 +33,7 @@ fn pages_are_served_by_http_1_alone() {
     let _broker = home.start();
     let mut stream = TcpStream::connect(home.http()).expect("the port is open");
     stream.set_read_timeout(Some(Duration::from_secs(10))).expect("a timeout can be set");
-    stream.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").expect("it is sent");
+    stream.write_all(PREFACE).expect("it is sent");
     let mut answer = Vec::new();
     // The connection may be reset behind the answer.
     let _ended = stream.read_to_end(&mut answer);
