@@ -42,7 +42,7 @@ pub(super) const CHUNK_BYTES: u64 = 1 << 20;
 /// The share of the memory that is for manifests, pages and footers: one part in this many.
 const PARSED_SHARE: u64 = 4;
 
-/// Most chunks that are fetched one by one at the same time.
+/// Most manifests, pages, footers and single chunks that are fetched at the same time: their memory is charged to nobody.
 const FETCHES: usize = 32;
 
 /// Most chunks that one request of read-ahead brings: a request costs the store, and who pays for it, more than its bytes do.
@@ -188,6 +188,11 @@ impl Cache {
         }
         let inner = Arc::clone(&self.inner);
         let load = || async move {
+            let _turn = inner.fetches.acquire().await.expect("never closed");
+            // The callers may have left while others were served.
+            if inner.parsed_flights.is_abandoned(attempt) {
+                return Err(StoreError::Stopped.into());
+            }
             if let Some(parsed) = inner.parsed.get(&attempt).await {
                 return Ok(parsed);
             }
@@ -275,6 +280,12 @@ impl Cache {
         let disk = self.inner.disk.as_ref().unwrap();
         let turns = u32::try_from(FOLDER_READS).unwrap();
         Arc::clone(&disk.reads).acquire_many_owned(turns).await.unwrap()
+    }
+
+    /// All turns to fetch.
+    #[cfg(test)]
+    pub(super) async fn fetch_turns(&self) -> tokio::sync::SemaphorePermit<'_> {
+        self.inner.fetches.acquire_many(u32::try_from(FETCHES).unwrap()).await.unwrap()
     }
 
     /// Most chunks that are fetched ahead with one request.

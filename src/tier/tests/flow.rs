@@ -2,13 +2,16 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::Duration,
 };
 
 use futures::FutureExt as _;
 
-use super::*;
+use super::{cache::Parsed, *};
 use crate::log::ReadLimits;
 
 /// A tier with three segments of epochs 0, 0 and 2, and all their bytes.
@@ -511,6 +514,32 @@ async fn folder_is_read_in_turn_and_not_for_callers_that_left() {
     drop(cache.folder_turns().await);
     cache.chunk(tier.store(), &object, &line, 0).await.unwrap();
     assert_eq!(metrics.cache_hits.get() - before, 1, "the file was read once");
+}
+
+/// Manifests, pages and footers were fetched for callers that had left, as many at once as there had been callers.
+#[tokio::test]
+async fn objects_are_parsed_in_turn_and_not_for_callers_that_left() {
+    let (tier, _segments, _) = three(&StoreOptions::new("memory://"), 3000).await;
+    let cache = Cache::open(&CacheOptions::default(), &Metrics::new()).unwrap();
+    let (root, loads) = (tier.root(&tier.state()).await.unwrap(), Arc::new(AtomicUsize::new(0)));
+    let load = || {
+        let (root, loads) = (Arc::clone(&root), Arc::clone(&loads));
+        async move {
+            loads.fetch_add(1, Ordering::Relaxed);
+            Ok(Parsed::Root(root))
+        }
+    };
+    let attempt = tier.state().manifest.unwrap().attempt;
+    let turns = cache.fetch_turns().await;
+    assert!(cache.parsed(tier.store(), attempt, load()).now_or_never().is_none(), "its caller leaves");
+    for _ in 0..10 {
+        tokio::task::yield_now().await;
+    }
+    drop(turns);
+    drop(cache.fetch_turns().await);
+    assert_eq!(loads.load(Ordering::Relaxed), 0, "nobody waits for it");
+    cache.parsed(tier.store(), attempt, load()).await.unwrap();
+    assert_eq!(loads.load(Ordering::Relaxed), 1);
 }
 
 #[tokio::test]
