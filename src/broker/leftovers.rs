@@ -164,8 +164,6 @@ impl Broker {
             failures
         };
         let failures = task::blocking(delete).await;
-        let removed = self.log.take_removed();
-        self.tasks.spawn_blocking(move || drop(removed));
         for (id, error) in failures {
             tracing::warn!(partition = %id, %error, "could not delete all of the partition's files; what is left is looked at again at the next start");
         }

@@ -19,15 +19,12 @@ use super::{
     journal::entry::Kind,
     producers::ProducerTable,
     recover::{remove_caches_above, remove_caches_below, remove_segment, tables_at},
-    replica::{Removed, Replica},
+    replica::Replica,
     segment::{Segment, SegmentFile, SegmentInfo},
     shared::State,
     snapshot::{self, Snapshot},
 };
 use crate::{model::Offset, task::clock};
-
-/// Most removed files that are kept open for [`Replica::take_removed`]: handles are few.
-const MOST_REMOVED: usize = 32;
 
 /// What new names and the end of a new file may take on a disk: two blocks.
 const NAMES_BYTES: u64 = 8192;
@@ -95,8 +92,7 @@ impl Replica {
     fn cut_files(&self, last: &SegmentInfo, removed: &[Segment]) -> io::Result<()> {
         let core = &self.shared.core;
         for segment in removed.iter().rev() {
-            core.files.forget(segment.file.serial);
-            remove_segment(core, &self.shared.dir, segment.info.base)?;
+            self.remove(segment)?;
         }
         remove_caches_above(core, &self.shared.dir, last.end)?;
         let file = self.shared.state().active().file.clone();
@@ -152,8 +148,7 @@ impl Replica {
         shared.core.commit(&shared, shared.head(Kind::Reset, generation, at, at))?;
         let emptied = || -> io::Result<()> {
             for segment in removed.iter().rev() {
-                shared.core.files.forget(segment.file.serial);
-                remove_segment(&shared.core, &shared.dir, segment.info.base)?;
+                self.remove(segment)?;
             }
             remove_caches_above(&shared.core, &shared.dir, Offset::ZERO)?;
             shared.core.disk.open(&shared.path(at, "log"), Mode::Write)?.sync()?;
@@ -208,8 +203,8 @@ impl Replica {
     }
 
     /// Removes the sealed segments that end at or below `below` and returns their bytes. Waits for one round of the
-    /// journal. Whoever is reading them reads on. On a full disk it may remove fewer, and so make room for the rest. The room is
-    /// there when what [`Self::take_removed`] gives was dropped.
+    /// journal. Whoever is reading them reads on. On a full disk it may remove fewer, and so make room for the rest. Their room is
+    /// given back a little later, in steps.
     pub fn evict(&mut self, below: Offset) -> Result<u64, ChangeError> {
         self.writable()?;
         let shared = self.shared.clone();
@@ -244,21 +239,11 @@ impl Replica {
             return Err(error);
         }
         let mut bytes = 0;
-        self.removed.clear();
         for segment in &removed {
-            // In the table, so that whoever reads it shares the handle; out of it below, when its name is gone and nobody can open it again.
-            let opened = shared.core.files.get(segment.file.serial, &segment.file.path, Mode::Read);
             bytes += segment.info.bytes;
-            if let Err(error) = remove_segment(&shared.core, &shared.dir, segment.info.base) {
+            if let Err(error) = self.remove(segment) {
                 // It is removed at the next start that looks at the files.
                 tracing::warn!(partition = %shared.id, base = %segment.info.base, %error, "a segment was not removed");
-                shared.core.files.forget(segment.file.serial);
-                continue;
-            }
-            drop(opened);
-            let removed = shared.core.files.take(segment.file.serial);
-            if self.removed.len() < MOST_REMOVED {
-                self.removed.extend(removed);
             }
         }
         if let Err(error) = remove_caches_below(&shared.core, &shared.dir, start) {
@@ -273,9 +258,17 @@ impl Replica {
         Ok(bytes)
     }
 
-    /// The files that the last [`Self::evict`] removed, still open, if they are few.
-    pub fn take_removed(&mut self) -> Removed {
-        Removed { files: std::mem::take(&mut self.removed) }
+    /// Removes a segment and what belongs to it.
+    fn remove(&self, segment: &Segment) -> io::Result<()> {
+        let (core, serial) = (&self.shared.core, segment.file.serial);
+        // In the table, so that whoever reads it shares the handle; out of it below, when its name is gone and nobody can open it again.
+        let opened = core.files.get(serial, &segment.file.path, Mode::Read);
+        let outcome = remove_segment(core, &self.shared.dir, segment.info.base);
+        drop(opened);
+        let file = core.files.take(serial);
+        outcome?;
+        file.into_iter().for_each(|file| core.removed.keep(file));
+        Ok(())
     }
 
     /// Makes the snapshot durable at what will be the local start, and returns that: nothing below it can be read again. Where

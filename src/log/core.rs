@@ -19,6 +19,7 @@ use super::{
     files::Files,
     journal::{Done, Item, Journal, entry::EntryHead},
     producer_memory::ProducerMemory,
+    removed::RemovedFiles,
     shared::Shared,
     tail::Tail,
 };
@@ -124,6 +125,7 @@ pub(super) struct Core {
     pub(super) dir: PathBuf,
     pub(super) options: Options,
     pub(super) files: Files,
+    pub(super) removed: RemovedFiles,
     pub(super) tail: Tail,
     pub(super) producer_memory: ProducerMemory,
     pub(super) journal: Journal,

@@ -12,7 +12,6 @@ use super::{
     error::ReplicaError,
     journal::entry::Kind,
     shared::{Shared, replica_dir},
-    unclaimed::RemovedFiles,
 };
 use crate::model::{Offset, PartitionId};
 
@@ -22,9 +21,7 @@ type Failures = Vec<(PartitionId, ReplicaError)>;
 impl Log {
     /// As [`Self::delete_replicas`], for one.
     pub fn delete_replica(&self, id: PartitionId) -> Result<(), ReplicaError> {
-        let outcome = self.delete_replicas(&[id]).pop().map_or(Ok(()), |(_, error)| Err(error));
-        self.inner.unclaimed.take_removed().close();
-        outcome
+        self.delete_replicas(&[id]).pop().map_or(Ok(()), |(_, error)| Err(error))
     }
 
     /// Deletes replicas and their files, or what an earlier try of this process left of them; nothing happens where one is not known. Their
@@ -55,7 +52,7 @@ impl Log {
             inner.unclaimed.begin(shared.id);
             left.push(shared.id);
         }
-        let kept = inner.unclaimed.remove(&*inner.core.disk, &left);
+        let kept = inner.unclaimed.remove(&inner.core, &left);
         begun.retain(|shared| kept.iter().all(|(id, _)| *id != shared.id));
         failures.extend(kept);
         let settled = inner.commit_all(begun, Kind::Settled, &mut failures);
@@ -65,17 +62,11 @@ impl Log {
         failures
     }
 
-    /// The large files of replicas that [`Self::delete_replicas`] deleted, still open: closed at once they keep the journal's write waiting.
-    /// Their room is free when this was dropped.
-    pub fn take_removed(&self) -> RemovedFiles {
-        self.inner.unclaimed.take_removed()
-    }
-
     /// Deletes what is on the disk of replicas that are not known: only the metadata's word that nobody needs them is a licence. Nothing
     /// happens where one is known.
     pub fn delete_unclaimed(&self, ids: &[PartitionId]) -> Vec<(PartitionId, ReplicaError)> {
         let ids: Vec<_> = ids.iter().copied().filter(|id| !self.holds(*id)).collect();
-        self.inner.unclaimed.remove(&*self.inner.core.disk, &ids)
+        self.inner.unclaimed.remove(&self.inner.core, &ids)
     }
 }
 

@@ -31,6 +31,7 @@ use super::{
     producer_block,
     producer_memory::ProducerMemory,
     recover::{Dormant, recover, set_aside},
+    removed::RemovedFiles,
     replica::{Replica, write_caches},
     reserve,
     shared::{Shared, replica_dir},
@@ -105,6 +106,7 @@ impl Log {
             .map_err(io_error(&journal_dir, "open the journal"))?;
         let core = Arc::new(Core {
             files: Files::new(disk.clone()),
+            removed: RemovedFiles::new(if options.manual { 0 } else { disk.open_files() }),
             disk,
             dir: dir.to_owned(),
             tail: Tail::new(options.tail_bytes),
@@ -448,11 +450,12 @@ impl Inner {
     }
 
     fn start(self: &Arc<Self>) -> Vec<JoinHandle<()>> {
-        let (writer, syncer, grower) = (self.clone(), self.clone(), self.clone());
+        let (writer, syncer, grower, giver) = (self.clone(), self.clone(), self.clone(), self.clone());
         vec![
             task::thread("journal", move || writer.write_journal()),
             task::thread("segment-sync", move || sync::run(&syncer)),
             task::thread("journal-growth", move || growth::run(&grower)),
+            task::thread("removed-files", move || giver.core.removed.run()),
         ]
     }
 
@@ -502,6 +505,7 @@ impl Threads {
     /// Ends the threads; what is queued for the journal is still written.
     fn stop(&self) {
         self.inner.core.journal.close();
+        self.inner.core.removed.close();
         let handles = std::mem::take(&mut *self.handles.lock().unwrap_or_else(PoisonError::into_inner));
         {
             self.inner.core.work().stopping = true;

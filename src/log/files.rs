@@ -14,6 +14,7 @@ use lru::LruCache;
 use super::{
     disk::{Disk, File, Mode},
     index::Index,
+    removed,
 };
 
 /// The open files, and what was read of their indexes.
@@ -34,7 +35,7 @@ pub(super) struct OpenFile {
 
 impl Files {
     pub(super) fn new(disk: Arc<dyn Disk>) -> Self {
-        let capacity = disk.open_files();
+        let capacity = disk.open_files() - disk.open_files() / removed::SHARE;
         Self { disk, capacity, open: Mutex::new(LruCache::unbounded()), serial: AtomicU64::new(0) }
     }
 

@@ -41,27 +41,6 @@ pub struct Replica {
     checked: Option<u64>,
     /// Whether what is appended will be handed to the journal.
     journaled: bool,
-    /// Removed and still open.
-    pub(super) removed: Vec<Arc<OpenFile>>,
-}
-
-/// Files without a name, still open. Their room is given back when this is dropped, in steps: do it where one may block.
-#[must_use]
-pub struct Removed {
-    pub(super) files: Vec<Arc<OpenFile>>,
-}
-
-impl Drop for Removed {
-    fn drop(&mut self) {
-        // A file that somebody still reads goes with its last reader.
-        for mut file in self.files.drain(..).filter_map(Arc::into_inner) {
-            if Arc::get_mut(&mut file.file).is_some()
-                && let Err(error) = file.file.give_back()
-            {
-                tracing::debug!(%error, "the room of a removed segment is given back at once");
-            }
-        }
-    }
 }
 
 #[derive(Default)]
@@ -101,13 +80,7 @@ impl Replica {
             let state = shared.state();
             state.persisted_end < state.log_end()
         };
-        Self {
-            shared,
-            pending: Pending { too_much, ..Pending::default() },
-            checked: None,
-            journaled: true,
-            removed: Vec::new(),
-        }
+        Self { shared, pending: Pending { too_much, ..Pending::default() }, checked: None, journaled: true }
     }
 
     /// Which partition's log it is.

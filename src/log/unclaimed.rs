@@ -7,17 +7,16 @@ use std::{
 };
 
 use super::{
-    disk::{Disk, Entry, File},
+    core::Core,
+    disk::{Disk, Entry},
     error::ReplicaError,
+    files::OpenFile,
     recover::Dormant,
     segment::base_of,
     shared::replica_dir,
     startup::remove_replicas,
 };
 use crate::model::{PartitionId, TopicId};
-
-/// Most removed files that are kept open until their room is given back: handles are few.
-const MOST_REMOVED: usize = 32;
 
 /// Why they are there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,29 +32,6 @@ enum Stray {
 pub(super) struct Unclaimed {
     dir: PathBuf,
     known: Mutex<BTreeMap<PartitionId, Stray>>,
-    /// Large files that were removed and are still open, if they are few.
-    removed: Mutex<Vec<Arc<dyn File>>>,
-}
-
-/// Files without a name, still open. Their room is given back when this is dropped, in steps: do it where one may block.
-#[must_use]
-pub struct RemovedFiles(Vec<Arc<dyn File>>);
-
-impl RemovedFiles {
-    /// Gives the room back at once.
-    pub(super) fn close(mut self) {
-        self.0.clear();
-    }
-}
-
-impl Drop for RemovedFiles {
-    fn drop(&mut self) {
-        for file in self.0.drain(..) {
-            if let Err(error) = file.give_back() {
-                tracing::debug!(%error, "the room of a removed file is given back at once");
-            }
-        }
-    }
 }
 
 impl Unclaimed {
@@ -77,7 +53,7 @@ impl Unclaimed {
                 }
             }
         }
-        Self { dir: dir.to_owned(), known: Mutex::new(found), removed: Mutex::default() }
+        Self { dir: dir.to_owned(), known: Mutex::new(found) }
     }
 
     pub(super) fn ids(&self) -> Vec<PartitionId> {
@@ -99,25 +75,15 @@ impl Unclaimed {
         self.lock().get(&id) == Some(&Stray::Deleted)
     }
 
-    /// The large files that [`Self::remove`] removed, still open.
-    pub(super) fn take_removed(&self) -> RemovedFiles {
-        RemovedFiles(std::mem::take(&mut *self.removed.lock().unwrap_or_else(PoisonError::into_inner)))
-    }
-
     /// Removes what there is of replicas. Returns those of which something is left, and why.
-    pub(super) fn remove(&self, disk: &dyn Disk, ids: &[PartitionId]) -> Vec<(PartitionId, ReplicaError)> {
+    pub(super) fn remove(&self, core: &Core, ids: &[PartitionId]) -> Vec<(PartitionId, ReplicaError)> {
         let there: Vec<_> = {
             let known = self.lock();
             let there = ids.iter().filter(|id| known.contains_key(id));
             there.map(|id| (*id, replica_dir(&self.dir, *id))).collect()
         };
-        let mut keep = |file| {
-            let mut removed = self.removed.lock().unwrap_or_else(PoisonError::into_inner);
-            if removed.len() < MOST_REMOVED {
-                removed.push(file);
-            }
-        };
-        let outcomes = remove_replicas(disk, there.iter().map(|(_, dir)| dir.as_path()), &mut keep);
+        let mut keep = |file| core.removed.keep(Arc::new(OpenFile { file, index: Mutex::default() }));
+        let outcomes = remove_replicas(&*core.disk, there.iter().map(|(_, dir)| dir.as_path()), &mut keep);
         let mut left = Vec::new();
         for ((id, path), outcome) in there.into_iter().zip(outcomes) {
             match outcome {

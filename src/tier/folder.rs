@@ -17,9 +17,6 @@ use object_store::{
 use super::files::{LeavingFile, PieceWriter, StagedFile};
 use crate::{log::disk::PIECE_BYTES, task};
 
-/// Most objects that are deleted at the same time.
-const DELETIONS: usize = 4;
-
 /// A folder as object store.
 #[derive(Debug)]
 pub(super) struct Folder {
@@ -90,7 +87,8 @@ impl ObjectStore for Folder {
                 Ok(location)
             }
         };
-        locations.map(delete).buffered(DELETIONS).boxed()
+        // One after the other: the room of all goes to the same disk.
+        locations.then(delete).boxed()
     }
 
     fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {

@@ -134,8 +134,6 @@ impl Actor {
             Ok(bytes) => {
                 tracing::debug!(partition = %self.id, %below, bytes, "segments left the disk");
                 saw!(Evicted { partition: self.id, start: self.replica.local_start() });
-                let removed = self.replica.take_removed();
-                self.tasks.spawn_blocking(move || drop(removed));
             }
             // That the disk is full was said, once for all partitions, and so was why a replica takes no writes.
             Err(error) if has_failed || error == ChangeError::DiskFull => {
