@@ -203,7 +203,7 @@ impl Replica {
     }
 
     /// Removes the sealed segments that end at or below `below` and returns their bytes. Waits for one round of the
-    /// journal. Whoever is reading them reads on. On a full disk it may remove fewer, and so make room for the rest. Their room is
+    /// journal. Their readers read on. On a full disk it may remove fewer, and so make room for the rest. Their room is
     /// given back a little later, in steps.
     pub fn evict(&mut self, below: Offset) -> Result<u64, ChangeError> {
         self.writable()?;
@@ -261,7 +261,7 @@ impl Replica {
     /// Removes a segment and what belongs to it.
     fn remove(&self, segment: &Segment) -> io::Result<()> {
         let (core, serial) = (&self.shared.core, segment.file.serial);
-        // In the table, so that whoever reads it shares the handle; out of it below, when its name is gone and nobody can open it again.
+        // In the table, so that its readers share the handle; out of it below, when its name is gone and nobody can open it again.
         let opened = core.files.get(serial, &segment.file.path, Mode::Read);
         let outcome = remove_segment(core, &self.shared.dir, segment.info.base);
         drop(opened);

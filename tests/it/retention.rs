@@ -286,7 +286,7 @@ async fn record_from_the_future_does_not_stop_retention() {
     records_from_the_future_expire(|_, _| {}).await;
 }
 
-/// Where the manifest does not say when a segment was made, the segment's object does.
+/// The segment's object tells when it was made where the manifest does not.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn record_from_the_future_expires_by_the_time_of_its_object_alone() {
     records_from_the_future_expire(|home, broker| {

@@ -106,7 +106,7 @@ fn evicted_segment_keeps_its_content_for_who_reads_it() {
     assert!(read == last.len() && last[100..].iter().any(|byte| *byte != 0), "{read} bytes of the last batch");
 }
 
-/// Of a topic with 20 GB 300 files were closed at once: the journal waited for the device for most of a second.
+/// A topic of 20 GB has 300 files. All but 32 were closed at once, and the journal waited for the device for most of a second.
 #[test]
 fn large_removed_files_are_given_back_in_steps_however_many_they_are() {
     const SEGMENTS: u64 = 40;

@@ -44,7 +44,7 @@ const MAX_RESIDENT_BYTES: u64 = 700 << 20;
 pub(super) const APPEND: &str = "/strandline.v1.Log/Append";
 pub(super) const READ: &str = "/strandline.v1.Log/Read";
 
-/// What a client of HTTP/2 sends first: the preface, and settings that change nothing.
+/// The first bytes of a client of HTTP/2: the preface, and settings that change nothing.
 pub(super) const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
 
 /// Partitions of the topic `t` that [`Target::fill`] writes to.
