@@ -74,7 +74,7 @@ pub use footer::Footer;
 pub use garbage::{GarbageReport, Live, collect_garbage};
 pub use manifest::SegmentLine;
 pub use name::ManifestName;
-pub use open::{Keys, OpenError, StoreOptions, Verify};
+pub use open::{Keys, OpenError, StoreOptions};
 pub use partition::{PartitionTier, Staged, Staging};
 pub use reach::Outage;
 pub use read::{Read, ReadError};

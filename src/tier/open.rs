@@ -9,16 +9,6 @@ use object_store::{
 
 use super::folder::Folder;
 
-/// How an upload is checked before anything relies on it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Verify {
-    /// Its length, and every byte is read back and compared by CRC-32C.
-    #[default]
-    Whole,
-    /// Its length and its footer. The data's integrity in transit rests on the request's signature.
-    Footer,
-}
-
 /// An access key and its secret. Printing it shows no secret.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Keys {
@@ -53,8 +43,6 @@ pub struct StoreOptions {
     pub request_timeout: Duration,
     /// Longest time that a request is asked again.
     pub retry_for: Duration,
-    /// How an upload is checked.
-    pub verify: Verify,
 }
 
 impl StoreOptions {
@@ -68,7 +56,6 @@ impl StoreOptions {
             keys: None,
             request_timeout: Duration::from_secs(30),
             retry_for: Duration::from_secs(20),
-            verify: Verify::Whole,
         }
     }
 

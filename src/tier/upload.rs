@@ -19,7 +19,6 @@ use super::{
     claim::ClaimError,
     manifest::SegmentLine,
     name::{Stamp, partition_folder},
-    open::Verify,
     read::ReadError,
     segment::{Batches, From, SegmentSource, SourceError},
     store::{Store, StoreError},
@@ -253,12 +252,7 @@ impl<'a> Attempt<'a> {
         if bytes != line.object_bytes() {
             return Err(mismatch(format!("it has {bytes} bytes instead of {}", line.object_bytes())));
         }
-        let mut at = match self.store.options().verify {
-            Verify::Whole => 0,
-            Verify::Footer => line.data_bytes,
-        };
-        let (whole, mut crc) = (at == 0, 0);
-        let mut tail = Bytes::new();
+        let (mut at, mut crc, mut tail) = (0, 0, Bytes::new());
         while at < bytes {
             let end = if at < line.data_bytes { line.data_bytes.min(at + READ_BACK_BYTES) } else { bytes };
             tail = self.store.get_range(&object, at..end).await?;
@@ -266,7 +260,7 @@ impl<'a> Attempt<'a> {
             at = end;
         }
         super::footer::Footer::parse(&tail).map_err(|error| mismatch(error.to_string()))?;
-        if whole && crc != line.crc {
+        if crc != line.crc {
             return Err(mismatch(format!("its CRC-32C is {crc:#010x} instead of {:#010x}", line.crc)));
         }
         Ok(())
