@@ -6,6 +6,8 @@ use std::{
     ffi::OsString,
     fs,
     io::{self, Read as _},
+    num::NonZeroU64,
+    ops::Range,
     os::unix::fs::FileExt as _,
     path::{Path, PathBuf},
     sync::{
@@ -16,7 +18,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use rustix::fs::OFlags;
+use rustix::fs::{Advice, OFlags, fadvise};
 
 use crate::log::{PrivateDir, disk::PIECE_BYTES, give_back, write_out};
 
@@ -126,6 +128,17 @@ impl Drop for StagedFile {
             tracing::debug!(path = %self.path.display(), %error, "an unfinished object was not removed");
         }
     }
+}
+
+/// Reads a range of a file and drops its pages from the page cache, where they are on the disk already.
+pub(super) fn read_and_drop_pages(file: &fs::File, range: Range<u64>) -> io::Result<Bytes> {
+    let len = range.end.saturating_sub(range.start);
+    let mut bytes = vec![0; usize::try_from(len).map_err(io::Error::other)?];
+    file.read_exact_at(&mut bytes, range.start)?;
+    if let Err(error) = fadvise(file, range.start, NonZeroU64::new(len), Advice::DontNeed) {
+        tracing::debug!(%error, "an object that was read back stays in the page cache");
+    }
+    Ok(Bytes::from(bytes))
 }
 
 /// A file that is about to be removed.

@@ -1,7 +1,8 @@
 //! A folder of this machine as object store, whose disk may be the one that acknowledgements wait for.
 //!
 //! Large objects are written in small pieces with pauses, one piece at a time over all uploads: in one go, the sync of 64 MiB stood in
-//! front of the journal's next write. Everything else is `object_store`'s. An object is durable, with its name, when its put returns.
+//! front of the journal's next write. What is read back after an upload leaves the page cache, which would else fill with objects that
+//! nobody reads. Everything else is `object_store`'s. An object is durable, with its name, when its put returns.
 
 use std::{fmt, io, ops::Range, sync::Arc};
 
@@ -9,13 +10,17 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use futures::{StreamExt as _, stream::BoxStream};
 use object_store::{
-    CopyOptions, Error, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore,
+    CopyOptions, Error, GetOptions, GetResult, GetResultPayload, ListResult, MultipartUpload, ObjectMeta, ObjectStore,
     ObjectStoreExt as _, PutMode, PutMultipartOptions, PutOptions, PutPayload, PutResult, RenameOptions, Result,
     UploadPart, local::LocalFileSystem, path::Path,
 };
 
-use super::files::{LeavingFile, PieceWriter, StagedFile};
+use super::files::{LeavingFile, PieceWriter, StagedFile, read_and_drop_pages};
 use crate::{log::disk::PIECE_BYTES, task};
+
+/// Extension of a get that verifies an upload: these bytes were written just now, and nobody is expected to read them soon.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct ReadBack;
 
 /// A folder as object store.
 #[derive(Debug)]
@@ -67,7 +72,14 @@ impl ObjectStore for Folder {
     }
 
     async fn get_opts(&self, location: &Path, options: GetOptions) -> Result<GetResult> {
-        self.files.get_opts(location, options).await
+        let is_read_back = options.extensions.get::<ReadBack>().is_some();
+        let mut found = self.files.get_opts(location, options).await?;
+        if is_read_back && let GetResultPayload::File(file, _) = found.payload {
+            let range = found.range.clone();
+            let bytes = task::blocking(move || read_and_drop_pages(&file, range)).await.map_err(refused)?;
+            found.payload = GetResultPayload::Stream(futures::stream::once(async { Ok(bytes) }).boxed());
+        }
+        Ok(found)
     }
 
     async fn get_ranges(&self, location: &Path, ranges: &[Range<u64>]) -> Result<Vec<Bytes>> {

@@ -18,7 +18,7 @@ use std::{
 use backon::{ExponentialBuilder, Retryable};
 use bytes::Bytes;
 use futures::TryStreamExt;
-use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutPayload, path::Path};
+use object_store::{Extensions, GetOptions, ObjectStore, ObjectStoreExt, PutMode, PutPayload, path::Path};
 use serde::{Deserialize, Serialize};
 use tokio::{
     sync::{OnceCell, Semaphore, watch},
@@ -28,6 +28,7 @@ use uuid::Uuid;
 
 use super::{
     claim::{ClaimError, StoreNotes},
+    folder::ReadBack,
     name,
     open::{self, OpenError, StoreOptions},
     reach::{DOUBT_AFTER, Outage, PROBE_TIMEOUT, Reach},
@@ -356,10 +357,22 @@ impl Store {
 
     /// Exactly these bytes of an object. Fewer, because the object is shorter, is `Unavailable` after the retries.
     pub async fn get_range(&self, object: &str, range: Range<u64>) -> Result<Bytes, StoreError> {
+        self.get_with(object, range, GetOptions::new()).await
+    }
+
+    /// As [`get_range`](Self::get_range), for bytes that were written just now: a folder then keeps them on its disk alone.
+    pub(super) async fn read_back(&self, object: &str, range: Range<u64>) -> Result<Bytes, StoreError> {
+        let mut extensions = Extensions::new();
+        extensions.insert(ReadBack);
+        self.get_with(object, range, GetOptions::new().with_extensions(extensions)).await
+    }
+
+    async fn get_with(&self, object: &str, range: Range<u64>, options: GetOptions) -> Result<Bytes, StoreError> {
         let path = self.path(object);
         let wanted = range.end.saturating_sub(range.start);
+        let options = options.with_range(Some(range.clone()));
         let answer = self.retry(object, || async {
-            let bytes = self.inner.objects.get_range(&path, range.clone()).await?;
+            let bytes = self.inner.objects.get_opts(&path, options.clone()).await?.bytes().await?;
             let got = bytes.len() as u64;
             if got == wanted { Ok(bytes) } else { Err(short(&range, got)) }
         });

@@ -255,7 +255,7 @@ impl<'a> Attempt<'a> {
         let (mut at, mut crc, mut tail) = (0, 0, Bytes::new());
         while at < bytes {
             let end = if at < line.data_bytes { line.data_bytes.min(at + READ_BACK_BYTES) } else { bytes };
-            tail = self.store.get_range(&object, at..end).await?;
+            tail = self.store.read_back(&object, at..end).await?;
             crc = crc32c::crc32c_append(crc, &tail);
             at = end;
         }

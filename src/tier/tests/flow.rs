@@ -14,6 +14,9 @@ use futures::FutureExt as _;
 use super::{cache::Parsed, *};
 use crate::log::ReadLimits;
 
+/// The type of a file system that is nothing but page cache (statfs(2)).
+const TMPFS_MAGIC: i64 = 0x0102_1994;
+
 /// A tier with three segments of epochs 0, 0 and 2, and all their bytes.
 async fn three(options: &StoreOptions, size: usize) -> (PartitionTier, Segments, Bytes) {
     let segments = Segments::new();
@@ -59,6 +62,32 @@ async fn a_large_segment_goes_out_in_parts_and_reads_back() {
     let staged = tier.stage(&source, LeaderEpoch(0)).await.unwrap();
     tier.install(staged);
     assert_eq!(read_all(&tier, 0, 87, 2 << 20).await, content);
+}
+
+/// Objects filled the memory as page cache, and appends then waited for the system to reclaim it.
+#[tokio::test]
+async fn an_uploaded_segment_leaves_the_page_cache() {
+    let store = tempfile::tempdir().unwrap();
+    let segments = Segments::new();
+    let tier = open(&StoreOptions::new(&format!("file://{}", store.path().display())));
+    let (source, content) = segments.source(0, 29, 300_000, 0);
+    let staged = tier.stage(&source, LeaderEpoch(0)).await.unwrap();
+    tier.install(staged);
+    let segment = tier.segments(at(0), 1).await.unwrap()[0].stamp.segment();
+    let object = store.path().join(super::name::partition_folder(partition())).join(segment);
+    let file = std::fs::File::open(&object).unwrap();
+    if rustix::fs::fstatfs(&file).unwrap().f_type == TMPFS_MAGIC {
+        return;
+    }
+    let is_cached = |position: usize| {
+        let mut byte = [0];
+        let into = &mut [std::io::IoSliceMut::new(&mut byte)];
+        rustix::io::preadv2(&file, into, position as u64, rustix::io::ReadWriteFlags::NOWAIT).is_ok()
+    };
+    let cached: Vec<_> = (0..content.len()).step_by(1 << 20).filter(|position| is_cached(*position)).collect();
+    assert!(cached.is_empty(), "MiB at {cached:?}");
+    assert_eq!(read_all(&tier, 0, 87, 2 << 20).await, content);
+    assert!(is_cached(0), "what is read on demand stays");
 }
 
 #[tokio::test]
