@@ -106,8 +106,9 @@ impl Others {
         *logged = without;
     }
 
-    /// Follows this broker's own registration.
+    /// Follows this broker's own registration, and answers the others from now on.
     pub(super) fn follow(&self, session: &Session, tasks: &Tasks) {
+        self.peering.begin();
         let (mut standing, following, stop) = (session.standing(), Arc::clone(&self.following), tasks.clone());
         following.registered(session.epoch());
         tasks.spawn("own epoch", async move {

@@ -125,7 +125,8 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>, ready: impl
         }
     };
     let stop = Tasks::new();
-    let starting = Node::over(&config, log.clone(), outside, endpoints, metrics, &stop);
+    let serve_peers = |routes| listeners.serve_peers(routes, peer, &metrics);
+    let starting = Node::over(&config, log.clone(), outside, endpoints, metrics.clone(), &stop, serve_peers);
     let give_up = || {
         stop.cancel();
         log.expect_close();
@@ -146,7 +147,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>, ready: impl
         partitions: node.broker().partitions(),
         took: began.elapsed(),
     };
-    listeners.serve(&node, grpc, peer);
+    listeners.serve(&node, grpc);
     advertised::check(&told, "correct grpc.advertise, or leave it out where clients reach grpc.listen", &time);
     if let Some(peers_told) = peers_told.filter(|_| config.peer.advertise.is_some()) {
         let remedy = "correct peer.advertise, or leave it out where other brokers reach the host that clients are told";
@@ -220,12 +221,15 @@ impl Listeners {
         Self { tasks, room, connections_per_address, memory_bytes: config.limits.memory_bytes }
     }
 
-    fn serve(&self, node: &Node, grpc: TcpListener, peer: Option<TcpListener>) {
+    fn serve(&self, node: &Node, grpc: TcpListener) {
         let (metrics, per_address) = (node.metrics(), self.connections_per_address);
         let open = Some(metrics.connections.clone());
         let limiter = ConnectionLimiter::new(Port::Grpc, self.room.grpc, per_address, self.memory_bytes, open, metrics);
         self.carry("grpc", node.routes(), grpc, limiter, grpc::Windows::of_clients(self.memory_bytes));
-        if let (Some(peer), Some(routes), Some(capacity)) = (peer, node.peer_routes(), self.room.peer) {
+    }
+
+    fn serve_peers(&self, routes: Routes, peer: Option<TcpListener>, metrics: &Metrics) {
+        if let (Some(peer), Some(capacity)) = (peer, self.room.peer) {
             // No bound by address: brokers on one host, in one /64 or behind one NAT share an address.
             let limiter = ConnectionLimiter::new(Port::Peer, capacity, Some(capacity.places), u64::MAX, None, metrics);
             self.carry("peer", routes, peer, limiter, grpc::Windows::of_brokers());

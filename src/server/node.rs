@@ -91,11 +91,12 @@ impl Node {
         let metrics = Metrics::new();
         let log = open_log(config, &outside, metrics.clone()).await?;
         opened(&log);
-        Self::over(config, log, outside, endpoints, metrics, &Tasks::new()).await
+        Self::over(config, log, outside, endpoints, metrics, &Tasks::new(), drop).await
     }
 
     /// As [`Node::open`], over a log that is open. It is closed when this fails. While the start waits for others, the end of `stop`
-    /// ends it.
+    /// ends it. `serve_peers` gets the services for other brokers before the broker is registered: by them the others see that an
+    /// earlier process of this broker is gone.
     pub(super) async fn over(
         config: &Config,
         log: Log,
@@ -103,10 +104,11 @@ impl Node {
         endpoints: Endpoints,
         metrics: Metrics,
         stop: &Tasks,
+        serve_peers: impl FnOnce(Routes),
     ) -> anyhow::Result<Self> {
         let tasks = Tasks::new();
         let start = Start { config, log: log.clone(), endpoints, metrics, tasks: tasks.clone(), stop };
-        let opened = start.run(outside).await;
+        let opened = start.run(outside, serve_peers).await;
         if opened.is_err() {
             tasks.stop().await;
             // Why the start failed is the news, not what comes after.
@@ -221,7 +223,7 @@ struct Start<'a> {
 }
 
 impl Start<'_> {
-    async fn run(self, outside: Outside) -> anyhow::Result<Node> {
+    async fn run(self, outside: Outside, serve_peers: impl FnOnce(Routes)) -> anyhow::Result<Node> {
         let (config, alone) = (self.config, outside.alone);
         let Stores { meta, objects } = outside.stores.await?;
         // A store that lies in the data directory cannot go back without it.
@@ -265,6 +267,10 @@ impl Start<'_> {
             metrics: self.metrics.clone(),
         })
         .await;
+        let peer_routes = grpc::peer_routes(&broker);
+        if let Some(routes) = peer_routes.clone() {
+            serve_peers(routes);
+        }
         let registered = self.register(&admission, noted, incarnation, &broker, &view).await;
         let (session, unread) = match registered {
             Ok(registered) => registered,
@@ -276,7 +282,6 @@ impl Start<'_> {
         broker.begin(&session, unread).await;
         let (health, service) = grpc::health();
         let routes = grpc::routes(&broker, service, config.grpc.reflection)?;
-        let peer_routes = grpc::peer_routes(&broker);
         grpc::report(&health, ServingStatus::Serving).await;
         let Self { log, tasks, metrics, .. } = self;
         let connect = outside.connect;

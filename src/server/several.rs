@@ -173,7 +173,8 @@ async fn start(config: &Config, ports: Ports, shared: &Shared, span: Span) -> an
     let listeners = Listeners::begin(Arc::clone(&pages), ports.http, shared.room, config, &metrics);
     let node = async {
         let log = node::open_log(config, &outside, metrics.clone()).await?;
-        Node::over(config, log, outside, ports.endpoints, metrics, &shared.stop).await
+        let serve_peers = |routes| listeners.serve_peers(routes, Some(ports.peer), &metrics);
+        Node::over(config, log, outside, ports.endpoints, metrics.clone(), &shared.stop, serve_peers).await
     };
     let node = match node.await {
         Ok(node) => node,
@@ -191,7 +192,7 @@ async fn start(config: &Config, ports: Ports, shared: &Shared, span: Span) -> an
         partitions: node.broker().partitions(),
         took: began.elapsed(),
     };
-    listeners.serve(&node, ports.grpc, Some(ports.peer));
+    listeners.serve(&node, ports.grpc);
     Ok(Member { node, listeners, state, span, within })
 }
 

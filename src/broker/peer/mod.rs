@@ -11,7 +11,10 @@ mod tests;
 
 use std::{
     collections::BTreeMap,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use futures::future::BoxFuture;
@@ -63,6 +66,8 @@ pub(super) struct Peering {
     incarnation: String,
     questions: Questions,
     catch_up: Arc<CatchUp>,
+    /// Whether it answers more than who it is.
+    has_begun: AtomicBool,
     /// Bytes of batches that went out, by follower.
     sent: ByPeer,
     /// The link of each broker that follows here.
@@ -89,11 +94,23 @@ impl Peering {
             incarnation,
             questions,
             catch_up,
+            has_begun: AtomicBool::new(false),
             sent,
             links: Mutex::default(),
             link_logs: Mutex::default(),
             tasks,
         })
+    }
+
+    /// This broker is registered: it answers all questions from now on. Before that it answers who it is, so that others see that the
+    /// process before it is gone.
+    pub(super) fn begin(&self) {
+        self.has_begun.store(true, Ordering::Release);
+    }
+
+    fn begun(&self) -> Result<&Self, Fault> {
+        let has_begun = self.has_begun.load(Ordering::Acquire);
+        has_begun.then_some(self).ok_or_else(|| Fault::new(Reason::NotReady, "this broker is starting; try again"))
     }
 
     fn marks(&self, name: &v1::ReplicaName) -> v1::ReplicaMarks {
@@ -138,6 +155,7 @@ impl peer_server::Peer for PeerService {
     type ReplicateStream = Answers;
 
     async fn replicate(&self, request: Request<Streaming<v1::ToLeader>>) -> Result<Response<Answers>, Status> {
+        self.0.begun()?;
         Ok(Response::new(self.0.replicate(request.into_inner())))
     }
 
@@ -156,7 +174,7 @@ impl peer_server::Peer for PeerService {
         request: Request<v1::ReportGoneRequest>,
     ) -> Result<Response<v1::ReportGoneResponse>, Status> {
         let request = request.into_inner();
-        self.0.is_of_this_cluster(&request.cluster)?;
+        self.0.begun()?.is_of_this_cluster(&request.cluster)?;
         let report = Report {
             reporter: BrokerId(request.reporter),
             broker: BrokerId(request.broker),
@@ -177,11 +195,12 @@ impl peer_server::Peer for PeerService {
             );
             return Err(Fault::new(Reason::InvalidRequest, message).into());
         }
-        let replicas = replicas.iter().map(|name| self.0.marks(name)).collect();
+        let peering = self.0.begun()?;
+        let replicas = replicas.iter().map(|name| peering.marks(name)).collect();
         Ok(Response::new(v1::MarksResponse { replicas }))
     }
 
     async fn status(&self, _request: Request<v1::StatusRequest>) -> Result<Response<v1::StatusResponse>, Status> {
-        Ok(Response::new((self.0.questions.status)()))
+        Ok(Response::new((self.0.begun()?.questions.status)()))
     }
 }

@@ -100,6 +100,7 @@ impl Node {
         };
         let peering =
             Peering::new(neighbours, format!("process {id}"), questions, None, ByPeer::default(), tasks.clone());
+        peering.begin();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
         let served = tasks.clone();

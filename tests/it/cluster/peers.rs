@@ -15,9 +15,9 @@ use strandline::{
     model::{BrokerId, LeaderEpoch, PartitionId, TopicName},
     proto::v1::{self, peer_client::PeerClient},
 };
-use tonic::transport::Channel;
+use tonic::{Code, transport::Channel};
 
-use super::members::Cluster;
+use super::members::{Cluster, etcd};
 use crate::{
     broker::{Cli, Home},
     etcd::Etcd,
@@ -117,6 +117,35 @@ async fn broker_epoch(address: SocketAddr) -> u64 {
 /// One record through the cluster, acknowledged by all in sync.
 fn still_serves(cli: &Cli, topic: &str) {
     cli.ok_with(&["produce", topic], b"still here\n");
+}
+
+/// By what it says the others see that an earlier process in its place is gone. It knows nothing yet that it could tell them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_broker_that_is_not_registered_yet_says_who_it_is_and_nothing_else() {
+    let etcd = tokio::task::block_in_place(|| etcd(1));
+    let home = Home::member(STRANGER, &etcd);
+    let meta = Meta::of(&etcd).await;
+    meta.register(home.peer()).await;
+    let mut broker = home.spawn();
+    tokio::task::block_in_place(|| {
+        eventually("it waits for its number", || {
+            home.log().contains("the number is registered with another data directory").then_some(())
+        });
+    });
+    let mut peer = peer(home.peer()).await;
+    let who = peer.who_is(v1::WhoIsRequest {}).await.expect("it answers").into_inner();
+    assert_eq!((who.broker, who.broker_epoch), (STRANGER, None));
+    assert_ne!(who.incarnation, "a stranger's");
+    let marks = peer.marks(v1::MarksRequest { replicas: Vec::new() }).await.expect_err("it is starting");
+    let status = peer.status(v1::StatusRequest {}).await.expect_err("it is starting");
+    for refused in [marks, status] {
+        assert_eq!((refused.code(), refused.message()), (Code::Unavailable, "this broker is starting; try again"));
+    }
+    meta.unregister().await;
+    tokio::task::block_in_place(|| broker.wait_ready()).expect("its number is free");
+    let marks = peer.marks(v1::MarksRequest { replicas: Vec::new() }).await;
+    assert_eq!(marks.expect("it answers").into_inner().replicas, []);
+    tokio::task::block_in_place(|| assert!(broker.terminate().success(), "{}", home.log()));
 }
 
 /// Bytes change on their way between two real brokers. Every batch that came damaged is sent again, and none is stored.
