@@ -4,8 +4,8 @@
 //!
 //! A link that breaks says little. A connection that is then refused says that nobody listens at that address any more: the system
 //! there answered, and the process is gone. So a lost link is followed by a probe, twice; when both are refused, or another
-//! process answers, two things happen (a probe that breaks, or is not answered at once, is repeated for a second: a process that is
-//! dying takes connections until its last moment, and on a busy machine every answer is late):
+//! process of that broker answers, two things happen (a probe that breaks, or is not answered at once, is repeated: a process that is dying
+//! takes connections until its last moment, one in its place takes them before it answers, and on a busy machine every answer is late):
 //!
 //! - leaders here drop the broker from their in-sync replicas at once (`Departure::Gone`), so that `acks=all` does not wait for its lease;
 //! - the controller is told. It probes for itself, whoever told it, and takes the registration away, by comparing the broker epoch; it then elects
@@ -54,6 +54,9 @@ const BETWEEN: Duration = Duration::from_millis(50);
 
 /// How long probes are repeated while it is not clear what they show.
 const UNCLEAR: Duration = Duration::from_secs(1);
+
+/// Pause before a look that showed nothing is repeated: the process that takes a dead one's place may not answer yet.
+const LOOK_AGAIN: Duration = Duration::from_millis(500);
 
 /// How long partitions may take to note it. One that is too busy hears of the registration's end instead.
 const NOTED: Duration = Duration::from_secs(1);
@@ -160,15 +163,23 @@ impl Evidence {
 }
 
 impl Broker {
-    /// Looks whether the process of a lost link is gone, and acts by it.
+    /// Looks whether the process of a lost link is gone, and acts by it. Ends when that is clear or its registration is gone.
     async fn look_after(&self, broker: BrokerId, epoch: Revision, evidence: &Evidence) {
-        let Some(known) = registered(&self.view.state(), broker, epoch) else { return };
-        let seen = probe(&evidence.peers, &known.value).await;
-        if !seen.is_gone() {
-            return;
-        }
+        let seen = loop {
+            let Some(known) = registered(&self.view.state(), broker, epoch) else { return };
+            match self.probe(broker, &known.value, evidence).await {
+                Seen::There => return,
+                Seen::Unclear => tokio::time::sleep(LOOK_AGAIN).await,
+                gone => break gone,
+            }
+        };
         tracing::info!(%broker, seen = seen.words(), "a broker's process is gone");
         tokio::join!(self.drop_everywhere(Peer { broker, epoch }), self.report(broker, epoch, seen, evidence));
+    }
+
+    async fn probe(&self, broker: BrokerId, registered: &BrokerValue, evidence: &Evidence) -> Seen {
+        let suspect = Suspect { cluster: &self.settings.cluster, broker, registered };
+        probe(&evidence.peers, suspect).await
     }
 
     /// Has leaders here drop a broker. One whose task is stuck at its disk holds up no other, and is not waited for.
@@ -253,7 +264,7 @@ impl Broker {
         }
         let look = async move || {
             let Some(known) = registered(&self.view.state(), broker, epoch) else { return Ok(false) };
-            if probe(&evidence.peers, &known.value).await.is_gone() {
+            if self.probe(broker, &known.value, evidence).await.is_gone() {
                 return self.take_away(report, evidence).await;
             }
             let reports =
@@ -326,12 +337,20 @@ fn registered(state: &ViewState, broker: BrokerId, epoch: Revision) -> Option<Ar
     state.brokers().get(&broker).filter(|known| known.create_revision == epoch).cloned()
 }
 
+/// Whose process may be gone.
+#[derive(Clone, Copy)]
+struct Suspect<'a> {
+    cluster: &'a str,
+    broker: BrokerId,
+    registered: &'a BrokerValue,
+}
+
 /// Looks until it is there, or was seen to be gone twice in a row, or nothing has become clear for long.
-async fn probe(peers: &Peers, registered: &BrokerValue) -> Seen {
+async fn probe(peers: &Peers, suspect: Suspect<'_>) -> Seen {
     let until = clock::monotonic() + UNCLEAR;
     let mut gone = false;
     loop {
-        let seen = probe_once(peers, registered).await;
+        let seen = probe_once(peers, suspect).await;
         let twice = gone && seen.is_gone();
         if twice || seen == Seen::There || seen == Seen::Unclear && clock::monotonic() >= until {
             return seen;
@@ -341,9 +360,12 @@ async fn probe(peers: &Peers, registered: &BrokerValue) -> Seen {
     }
 }
 
-async fn probe_once(peers: &Peers, registered: &BrokerValue) -> Seen {
+async fn probe_once(peers: &Peers, suspect: Suspect<'_>) -> Seen {
+    let Suspect { cluster, broker, registered } = suspect;
     let Some(address) = registered.listeners.peer() else { return Seen::Unclear };
     match peers.who_is(address, PROBE).await {
+        // An address that is wrong or used twice says nothing about the process.
+        Ok(there) if there.cluster != cluster || there.broker != broker.0 => Seen::Unclear,
         Ok(there) if there.incarnation != registered.incarnation => Seen::Replaced,
         Ok(_) | Err(PeerError::Refused(_)) => Seen::There,
         Err(PeerError::Lost { how: How::Refused, .. }) => Seen::Refused,
@@ -358,6 +380,10 @@ mod tests {
     use super::*;
     use crate::client::Tcp;
 
+    fn suspect(registered: &BrokerValue) -> Suspect<'_> {
+        Suspect { cluster: "test", broker: BrokerId(1), registered }
+    }
+
     /// A port, and a broker that is registered there.
     async fn listening() -> (Peers, TcpListener, BrokerValue) {
         let wait = Duration::from_secs(5);
@@ -371,7 +397,7 @@ mod tests {
     #[tokio::test]
     async fn a_process_that_dies_while_it_is_probed_is_seen_to_be_gone() {
         let (peers, listener, registered) = listening().await;
-        let (seen, ()) = tokio::join!(probe(&peers, &registered), async {
+        let (seen, ()) = tokio::join!(probe(&peers, suspect(&registered)), async {
             // One connection breaks, one is not answered; then nobody listens any more.
             drop(listener.accept().await.unwrap());
             let silent = listener.accept().await.unwrap();
@@ -384,6 +410,6 @@ mod tests {
     #[tokio::test]
     async fn a_process_that_says_nothing_is_not_taken_for_dead() {
         let (peers, _listener, registered) = listening().await;
-        assert_eq!(probe(&peers, &registered).await, Seen::Unclear);
+        assert_eq!(probe(&peers, suspect(&registered)).await, Seen::Unclear);
     }
 }

@@ -329,6 +329,9 @@ impl Broker {
         self.reconcile(&state, &mut leftovers).await;
         drop(state);
         self.ready.store(true, Ordering::Release);
+        if let Some(others) = &self.others {
+            others.begin();
+        }
         self.tasks.spawn("reconcile", reconcile::follow(Arc::clone(self), leftovers));
         upkeep::spawn(self);
         garbage::spawn(self);

@@ -45,7 +45,7 @@ pub(super) struct Known {
 }
 
 impl Others {
-    /// Of a broker that is being made. Nothing is done before it is registered.
+    /// Of a broker that is being made. It tells the others who it is, and does nothing more before it is registered.
     pub(super) fn new(known: Known, connect: Arc<dyn Connect>, broker: &Weak<Broker>) -> Self {
         let Known { id, cluster, incarnation, catchup_bytes_per_second, metrics, claims } = known;
         let tasks = Tasks::new();
@@ -106,9 +106,13 @@ impl Others {
         *logged = without;
     }
 
-    /// Follows this broker's own registration, and answers the others from now on.
-    pub(super) fn follow(&self, session: &Session, tasks: &Tasks) {
+    /// Answers all questions of the others from now on; before this it says only who it is.
+    pub(super) fn begin(&self) {
         self.peering.begin();
+    }
+
+    /// Follows this broker's own registration.
+    pub(super) fn follow(&self, session: &Session, tasks: &Tasks) {
         let (mut standing, following, stop) = (session.standing(), Arc::clone(&self.following), tasks.clone());
         following.registered(session.epoch());
         tasks.spawn("own epoch", async move {

@@ -6,7 +6,8 @@
 //! 2. Open the data directory (lock, journal replay): nothing is claimed for a broker that cannot run. Ask the object store
 //!    whose it is: another cluster's prefix ends the start. A bucket that does not answer at once delays uploads, not the
 //!    start. Then open the metadata store.
-//! 3. Mirror the metadata and open the partitions that it gives this broker: they do nothing yet.
+//! 3. Mirror the metadata and open the partitions that it gives this broker: they do nothing yet. The listener for brokers answers who this
+//!    process is, so that the others see that an earlier one is gone.
 //! 4. A broker of several shows what it holds and gives up what it cannot prove (`admission`). Register.
 //! 5. Take part: lead, follow, serve; say that it is ready.
 //!

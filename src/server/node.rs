@@ -7,6 +7,7 @@ use std::{sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use futures::future::BoxFuture;
+use tokio::sync::oneshot;
 use tonic::service::Routes;
 use tonic_health::{ServingStatus, server::HealthReporter};
 use uuid::Uuid;
@@ -32,8 +33,9 @@ use crate::{
 /// How long a stop waits for others to lead, where nobody says otherwise.
 const HAND_OVER: Duration = Duration::from_secs(30);
 
-/// How long a start waits for the object store to say whose it is.
+/// How long a start waits for the object store to say whose it is, and after which pause it is asked again where it did not.
 const CLAIM_WAIT: Duration = Duration::from_millis(500);
+const CLAIM_AGAIN: Duration = Duration::from_secs(5);
 
 /// Memory for reading ahead in the bucket, of all readers together.
 const READ_AHEAD_BYTES: u64 = 32 << 20;
@@ -69,7 +71,6 @@ pub struct Node {
     connect: Arc<dyn Connect>,
     alone: bool,
     routes: Routes,
-    peer_routes: Option<Routes>,
     health: HealthReporter,
     tasks: Tasks,
     metrics: Metrics,
@@ -78,7 +79,8 @@ pub struct Node {
 impl Node {
     /// Opens the data directory and the replicas in it, registers the broker with these endpoints, and takes part. From then on its
     /// routes answer. A metadata store that does not answer is waited for. `opened` hears of the log first: whoever does its steps begins
-    /// with them then, for replicas may be closed again before the node is there.
+    /// with them then, for replicas may be closed again before the node is there. `serve_peers` gets the services for other brokers, where
+    /// there are any, before the broker is registered: by them the others see that an earlier process of this broker is gone.
     ///
     /// # Errors
     /// When the directory or a store cannot be used, or the broker's number is taken. What was found clean is left clean.
@@ -87,16 +89,16 @@ impl Node {
         outside: Outside,
         endpoints: Endpoints,
         opened: impl FnOnce(&Log),
+        serve_peers: impl FnOnce(Routes),
     ) -> anyhow::Result<Self> {
         let metrics = Metrics::new();
         let log = open_log(config, &outside, metrics.clone()).await?;
         opened(&log);
-        Self::over(config, log, outside, endpoints, metrics, &Tasks::new(), drop).await
+        Self::over(config, log, outside, endpoints, metrics, &Tasks::new(), serve_peers).await
     }
 
     /// As [`Node::open`], over a log that is open. It is closed when this fails. While the start waits for others, the end of `stop`
-    /// ends it. `serve_peers` gets the services for other brokers before the broker is registered: by them the others see that an
-    /// earlier process of this broker is gone.
+    /// ends it.
     pub(super) async fn over(
         config: &Config,
         log: Log,
@@ -120,11 +122,6 @@ impl Node {
     /// Its gRPC services for clients, for whatever carries calls to them. Clones share the broker.
     pub fn routes(&self) -> Routes {
         self.routes.clone()
-    }
-
-    /// Those for other brokers; `None` for a broker alone.
-    pub fn peer_routes(&self) -> Option<Routes> {
-        self.peer_routes.clone()
     }
 
     /// The broker itself.
@@ -267,8 +264,7 @@ impl Start<'_> {
             metrics: self.metrics.clone(),
         })
         .await;
-        let peer_routes = grpc::peer_routes(&broker);
-        if let Some(routes) = peer_routes.clone() {
+        if let Some(routes) = grpc::peer_routes(&broker) {
             serve_peers(routes);
         }
         let registered = self.register(&admission, noted, incarnation, &broker, &view).await;
@@ -285,7 +281,7 @@ impl Start<'_> {
         grpc::report(&health, ServingStatus::Serving).await;
         let Self { log, tasks, metrics, .. } = self;
         let connect = outside.connect;
-        Ok(Node { log, tier, broker, session, connect, alone, routes, peer_routes, health, tasks, metrics })
+        Ok(Node { log, tier, broker, session, connect, alone, routes, health, tasks, metrics })
     }
 
     /// Registers the broker, and waits until its mirror shows that: what was given up before is in it as well then. Returns as well what is
@@ -389,10 +385,25 @@ async fn register_alone(registration: Registration, view: &View, tasks: &Tasks) 
 }
 
 /// Makes sure that the object store is this cluster's and not another one. Waits a moment only: a store that is away or slow is asked
-/// again by every upload.
+/// again until it answers, and what it says then ends the broker.
 async fn claim(store: &Store, tasks: &Tasks) -> Result<(), ClaimError> {
     let asked = store.clone();
-    let answer = tasks.spawn("claim", async move { asked.claim().await });
+    let (first, answer) = oneshot::channel();
+    tasks.spawn("claim", async move {
+        let mut first = Some(first);
+        loop {
+            let claimed = asked.claim().await;
+            let is_over = claimed.as_ref().map_or_else(ClaimError::ends_start, |()| true);
+            if let Some(first) = first.take() {
+                // Nobody waits for it after CLAIM_WAIT.
+                let _late = first.send(claimed);
+            }
+            if is_over {
+                return;
+            }
+            tokio::time::sleep(CLAIM_AGAIN).await;
+        }
+    });
     match tokio::time::timeout(CLAIM_WAIT, answer).await {
         Ok(Ok(Err(error))) if error.ends_start() => Err(error),
         Ok(Ok(Ok(()))) => Ok(()),

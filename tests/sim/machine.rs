@@ -122,6 +122,7 @@ impl Machine {
                     self.note(format_args!("did not start: {error:#}"));
                     process.kill();
                     self.disk.kill();
+                    self.shared.net.hang_up(&self.address, true);
                     tokio::time::sleep(Duration::from_secs(1)).await;
                 }
             }
@@ -147,8 +148,9 @@ impl Machine {
             let steps = steps(log.clone(), woken, Arc::clone(&self.slow_us));
             process.enter(|| Tasks::new().spawn("log steps", steps));
         };
-        let node = Node::open(&self.config, outside, endpoints, step).await?;
-        process.enter(|| self.shared.net.listen(&self.address, node.routes(), node.peer_routes()));
+        let serve_peers = |routes| self.shared.net.listen_for_peers(&self.address, routes);
+        let node = Node::open(&self.config, outside, endpoints, step, serve_peers).await?;
+        process.enter(|| self.shared.net.listen(&self.address, node.routes()));
         Ok(node)
     }
 

@@ -58,7 +58,8 @@ struct State {
 
 #[derive(Clone)]
 struct Listener {
-    routes: Routes,
+    /// For clients; `None` while the broker starts.
+    routes: Option<Routes>,
     /// For other brokers.
     peer_routes: Option<Routes>,
     /// Of the broker's process.
@@ -85,12 +86,21 @@ impl Cable {
 }
 
 impl Net {
-    /// From now on calls to `address`, and to [`peer_address`], reach these services. Called inside the broker's process.
-    pub(crate) fn listen(&self, address: &str, routes: Routes, peer_routes: Option<Routes>) {
-        let listener = Listener { routes, peer_routes, tasks: Tasks::new() };
+    /// From now on calls to `address` reach these services. Called inside the broker's process.
+    pub(crate) fn listen(&self, address: &str, routes: Routes) {
+        self.add_listener(address, |listener| listener.routes = Some(routes));
+    }
+
+    /// From now on calls to the [`peer_address`] of `address` reach these services. Called inside the broker's process.
+    pub(crate) fn listen_for_peers(&self, address: &str, routes: Routes) {
+        self.add_listener(address, |listener| listener.peer_routes = Some(routes));
+    }
+
+    fn add_listener(&self, address: &str, add: impl FnOnce(&mut Listener)) {
         let mut state = self.state();
         state.dark.remove(address);
-        state.listening.insert(address.to_owned(), listener);
+        let none = || Listener { routes: None, peer_routes: None, tasks: Tasks::new() };
+        add(state.listening.entry(address.to_owned()).or_insert_with(none));
         self.healed.notify_waiters();
     }
 
@@ -281,7 +291,7 @@ impl Call for End {
             }
             let listener = net.state().listening.get(&to).cloned();
             let routes = |listener: Listener| {
-                let routes = if is_peer { listener.peer_routes } else { Some(listener.routes) };
+                let routes = if is_peer { listener.peer_routes } else { listener.routes };
                 routes.map(|routes| (routes, listener.tasks))
             };
             let Some((mut routes, tasks)) = listener.and_then(routes) else {

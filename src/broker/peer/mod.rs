@@ -66,7 +66,7 @@ pub(super) struct Peering {
     incarnation: String,
     questions: Questions,
     catch_up: Arc<CatchUp>,
-    /// Whether it answers more than who it is.
+    /// Whether this broker answers all questions, and not only who it is.
     has_begun: AtomicBool,
     /// Bytes of batches that went out, by follower.
     sent: ByPeer,
@@ -102,8 +102,8 @@ impl Peering {
         })
     }
 
-    /// This broker is registered: it answers all questions from now on. Before that it answers who it is, so that others see that the
-    /// process before it is gone.
+    /// Answers all questions from now on. Before that this broker answers who it is, so that others see that an earlier process of it is
+    /// gone.
     pub(super) fn begin(&self) {
         self.has_begun.store(true, Ordering::Release);
     }

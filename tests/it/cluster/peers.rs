@@ -123,7 +123,8 @@ fn still_serves(cli: &Cli, topic: &str) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_broker_that_is_not_registered_yet_says_who_it_is_and_nothing_else() {
     let etcd = tokio::task::block_in_place(|| etcd(1));
-    let home = Home::member(STRANGER, &etcd);
+    // As long as it waits for its number.
+    let home = Home::member(STRANGER, &etcd).setting("metadata.session_timeout", "\"60s\"");
     let meta = Meta::of(&etcd).await;
     meta.register(home.peer()).await;
     let mut broker = home.spawn();
@@ -138,7 +139,9 @@ async fn a_broker_that_is_not_registered_yet_says_who_it_is_and_nothing_else() {
     assert_ne!(who.incarnation, "a stranger's");
     let marks = peer.marks(v1::MarksRequest { replicas: Vec::new() }).await.expect_err("it is starting");
     let status = peer.status(v1::StatusRequest {}).await.expect_err("it is starting");
-    for refused in [marks, status] {
+    let report = peer.report_gone(v1::ReportGoneRequest::default()).await.expect_err("it is starting");
+    let replicate = peer.replicate(tokio_stream::pending()).await.expect_err("it is starting");
+    for refused in [marks, status, report, replicate] {
         assert_eq!((refused.code(), refused.message()), (Code::Unavailable, "this broker is starting; try again"));
     }
     meta.unregister().await;
