@@ -262,10 +262,10 @@ impl Replica {
     fn remove(&self, segment: &Segment) -> io::Result<()> {
         let (core, serial) = (&self.shared.core, segment.file.serial);
         // In the table, so that its readers share the handle; out of it below, when its name is gone and nobody can open it again.
-        let opened = core.files.get(serial, &segment.file.path, Mode::Read);
+        let opened = core.files.get(serial, &segment.file.path, Mode::Read).ok();
         let outcome = remove_segment(core, &self.shared.dir, segment.info.base);
-        drop(opened);
-        let file = core.files.take(serial);
+        // The table may have dropped it meanwhile for others.
+        let file = core.files.take(serial).or(opened);
         outcome?;
         file.into_iter().for_each(|file| core.removed.keep(file));
         Ok(())

@@ -257,10 +257,17 @@ impl Log {
     /// Syncs everything, writes the last checkpoint and stops the threads. Appends are refused from now on. An error
     /// means that the next start will look for what was not synced.
     pub fn close(&self) -> Result<(), PersistError> {
-        let inner = &self.inner;
-        if inner.core.closed.swap(true, Ordering::AcqRel) {
+        if self.inner.core.closed.swap(true, Ordering::AcqRel) {
             return Ok(());
         }
+        let closed = self.close_replicas();
+        // Last: a stop that is not waited for any longer meanwhile was clean.
+        self.inner.core.removed.close();
+        closed
+    }
+
+    fn close_replicas(&self) -> Result<(), PersistError> {
+        let inner = &self.inner;
         for replica in inner.open_replicas() {
             if replica.state().index.is_some() {
                 write_caches(&replica);
@@ -505,7 +512,7 @@ impl Threads {
     /// Ends the threads; what is queued for the journal is still written.
     fn stop(&self) {
         self.inner.core.journal.close();
-        self.inner.core.removed.close();
+        self.inner.core.removed.stop();
         let handles = std::mem::take(&mut *self.handles.lock().unwrap_or_else(PoisonError::into_inner));
         {
             self.inner.core.work().stopping = true;
@@ -523,6 +530,7 @@ impl Drop for Threads {
     fn drop(&mut self) {
         self.inner.core.closed.store(true, Ordering::Release);
         self.stop();
+        self.inner.core.removed.close();
         // Replicas and readers may outlive the log: they hold the core, which must not hold them.
         drop(std::mem::take(&mut *self.inner.core.work()));
         self.inner.core.journal.abandon();

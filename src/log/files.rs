@@ -35,7 +35,7 @@ pub(super) struct OpenFile {
 
 impl Files {
     pub(super) fn new(disk: Arc<dyn Disk>) -> Self {
-        let capacity = disk.open_files() - disk.open_files() / removed::SHARE;
+        let capacity = disk.open_files() - disk.open_files() / removed::OPEN_FILES_SHARE;
         Self { disk, capacity, open: Mutex::new(LruCache::unbounded()), serial: AtomicU64::new(0) }
     }
 

@@ -10,7 +10,7 @@ use std::{
     path::Path,
 };
 
-use super::disk::{Disk, Mode};
+use super::disk::{Disk, Mode, PIECE_BYTES};
 
 /// The file's name in the data directory.
 pub(super) const NAME: &str = "reserve";
@@ -46,6 +46,7 @@ pub(super) fn take(disk: &dyn Disk, dir: &Path, keep: u64) -> io::Result<bool> {
     for at in (held..BYTES).step_by(ZEROS) {
         file.write_at(&[IoSlice::new(&zeros)], at)?;
     }
+    disk.write_out(&path, held..BYTES, PIECE_BYTES)?;
     // Without this the room may be promised and not taken.
     file.sync()?;
     Ok(true)

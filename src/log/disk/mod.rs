@@ -93,11 +93,17 @@ pub trait Disk: Send + Sync + 'static {
         Ok(file)
     }
 
-    /// Replaces a file at once and durably: a crash leaves the old or the new content. An error names the file that was refused.
+    /// Replaces a file at once and durably: a crash leaves the old or the new content. A large one is written out in pieces before the sync. An
+    /// error names the file that was refused.
     fn replace(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
         let temporary = path.with_extension("tmp");
         let parent = path.parent().unwrap_or(Path::new("."));
-        let written = self.write(&temporary, bytes).and_then(|file| file.sync());
+        let written = self.write(&temporary, bytes).and_then(|file| {
+            if bytes.len() > PIECE_BYTES {
+                self.write_out(&temporary, 0..bytes.len() as u64, PIECE_BYTES)?;
+            }
+            file.sync()
+        });
         written.map_err(|error| naming(&temporary, &error))?;
         self.rename(&temporary, path).map_err(|error| naming(path, &error))?;
         self.sync_dir(parent).map_err(|error| naming(parent, &error))
@@ -153,8 +159,9 @@ pub trait File: Send + Sync {
     /// Cuts or extends (with zeros) the file.
     fn truncate(&self, len: u64) -> io::Result<()>;
 
-    /// Gives back the room of a file that was removed and that nobody reads any more, slowly. Blocks.
-    fn give_back(&self) -> io::Result<()>;
+    /// Gives back some of the room of a file that was removed and that nobody reads any more, and waits a moment. False when what is left may
+    /// be given back at once. Blocks.
+    fn give_back_step(&self) -> io::Result<bool>;
 
     /// Makes content and length durable.
     fn sync(&self) -> io::Result<()>;

@@ -576,9 +576,9 @@ impl File for SimFile {
         Ok(())
     }
 
-    fn give_back(&self) -> io::Result<()> {
+    fn give_back_step(&self) -> io::Result<bool> {
         // It takes no room here without a name.
-        Ok(())
+        Ok(false)
     }
 
     fn sync(&self) -> io::Result<()> {

@@ -37,14 +37,19 @@ const STEP_PAUSE: Duration = Duration::from_millis(5);
 /// Gives back the room of a file that was removed and that nobody reads, in steps: at once the file system would keep the journal's write
 /// waiting. A file that has another name, which some backups give it, is left as it is.
 pub fn give_back(file: &fs::File) -> io::Result<()> {
-    let metadata = file.metadata()?;
-    let mut left = if metadata.nlink() == 0 { metadata.len() } else { 0 };
-    while left > STEP_BYTES {
-        left -= STEP_BYTES;
-        file.set_len(left)?;
-        std::thread::sleep(STEP_PAUSE);
-    }
+    while give_back_step(file)? {}
     Ok(())
+}
+
+/// One step of [`give_back`], and the pause after it. False when what is left may be given back at once.
+pub(super) fn give_back_step(file: &fs::File) -> io::Result<bool> {
+    let metadata = file.metadata()?;
+    if metadata.nlink() > 0 || metadata.len() <= STEP_BYTES {
+        return Ok(false);
+    }
+    file.set_len(metadata.len() - STEP_BYTES)?;
+    std::thread::sleep(STEP_PAUSE);
+    Ok(true)
 }
 
 /// Whether the file system has no such call: the sync does all of it.

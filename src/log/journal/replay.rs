@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     io::{self, IoSlice},
+    ops::Range,
     path::{Path, PathBuf},
 };
 
@@ -12,7 +13,7 @@ use uuid::Uuid;
 use super::entry::{self, EntryHead, EntryRead, Kind};
 use crate::{
     log::{
-        disk::{BLOCK, Disk, Mode},
+        disk::{BLOCK, Disk, Mode, PIECE_BYTES},
         segment::name,
         shared::replica_dir,
     },
@@ -179,7 +180,7 @@ impl Journaled {
         data: &Path,
         wanted: impl Fn(&PartitionId) -> bool,
     ) -> io::Result<u64> {
-        let mut touched: BTreeMap<PathBuf, ()> = BTreeMap::new();
+        let mut touched: BTreeMap<PathBuf, Range<u64>> = BTreeMap::new();
         let mut dirs: BTreeMap<PathBuf, ()> = BTreeMap::new();
         let mut restored = 0;
         let mut damaged = Vec::new();
@@ -217,14 +218,18 @@ impl Journaled {
                     restored += payload.len() as u64;
                 }
                 // Even bytes that are there may not be synced.
-                touched.insert(segment, ());
+                let (from, to) = (entry.head.position, entry.head.position + payload.len() as u64);
+                let range = touched.entry(segment).or_insert(from..to);
+                *range = range.start.min(from)..range.end.max(to);
                 dirs.insert(dir, ());
             }
         }
         for (id, why) in damaged {
             self.replicas.entry(id).or_default().lost = Some(why);
         }
-        for path in touched.keys() {
+        for (path, range) in &touched {
+            // Another broker may acknowledge from this disk.
+            disk.write_out(path, range.clone(), PIECE_BYTES)?;
             disk.open(path, Mode::Write)?.sync()?;
         }
         for dir in dirs.keys() {
