@@ -401,7 +401,7 @@ pub(super) const SETTINGS: &[Setting] = &[
         Kind::Time { least: 1, most: 60 },
         Some("5s"),
         "How long a single read waits for records that exist and are in the object store, whatever the caller's max_wait_ms. Kafka's \
-         remote.fetch.max.wait.ms (KIP-1018). The fetch goes on behind the call, and the next one finds what it brought.",
+         remote.fetch.max.wait.ms (KIP-1018). A fetch that has begun goes on behind the call, and the next one finds what it brought.",
     ),
     setting(
         "limits",

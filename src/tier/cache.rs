@@ -1,7 +1,7 @@
 //! What all partitions of a broker keep of the bucket: parsed manifests, pages and footers, and aligned chunks of
 //! segment objects, in memory and then in a folder.
 //!
-//! A chunk is fetched once however many readers wait for it, and goes on being fetched when they leave. It goes to the folder when it is fetched for the second time: who
+//! A chunk is fetched once however many readers wait for it. A fetch that has begun goes on when they leave. It goes to the folder when it is fetched for the second time: who
 //! reads history once shall neither write it all to the disk that appends wait for, nor push out what others come back to. All
 //! objects here are immutable and named once, so nothing is ever stale; what turns out damaged is forgotten and fetched again.
 //! The folder begins empty at each start: its files carry a checksum, and losing them costs requests only.
@@ -42,8 +42,12 @@ pub(super) const CHUNK_BYTES: u64 = 1 << 20;
 /// The share of the memory that is for manifests, pages and footers: one part in this many.
 const PARSED_SHARE: u64 = 4;
 
-/// Most manifests, pages, footers and single chunks that are fetched at the same time: their memory is charged to nobody.
+/// Most single chunks that are fetched at the same time: their memory is charged to nobody.
 const FETCHES: usize = 32;
+
+/// Most manifests, pages and footers that are fetched at the same time. These turns are their own: uploads and retention go on while reads
+/// of a slow bucket have all turns of chunks.
+const PARSES: usize = 16;
 
 /// Most chunks that one request of read-ahead brings: a request costs the store, and who pays for it, more than its bytes do.
 const RUN_CHUNKS: u64 = 4;
@@ -126,6 +130,7 @@ struct Inner {
     hits: Counter,
     misses: Counter,
     fetches: Semaphore,
+    parses: Semaphore,
     ahead: Arc<Semaphore>,
     run: u64,
 }
@@ -172,6 +177,7 @@ impl Cache {
             hits: metrics.cache_hits.clone(),
             misses: metrics.cache_misses.clone(),
             fetches: Semaphore::new(FETCHES),
+            parses: Semaphore::new(PARSES),
             ahead: Arc::new(Semaphore::new(usize::try_from(ahead).unwrap_or(0))),
             run: ahead.clamp(1, RUN_CHUNKS),
         };
@@ -188,7 +194,7 @@ impl Cache {
         }
         let inner = Arc::clone(&self.inner);
         let load = || async move {
-            let _turn = inner.fetches.acquire().await.expect("never closed");
+            let _turn = inner.parses.acquire().await.expect("never closed");
             // The callers may have left while others were served.
             if inner.parsed_flights.is_abandoned(attempt) {
                 return Err(StoreError::Stopped.into());
@@ -282,10 +288,10 @@ impl Cache {
         Arc::clone(&disk.reads).acquire_many_owned(turns).await.unwrap()
     }
 
-    /// All turns to fetch.
+    /// All turns to fetch manifests, pages and footers.
     #[cfg(test)]
-    pub(super) async fn fetch_turns(&self) -> tokio::sync::SemaphorePermit<'_> {
-        self.inner.fetches.acquire_many(u32::try_from(FETCHES).unwrap()).await.unwrap()
+    pub(super) async fn parse_turns(&self) -> tokio::sync::SemaphorePermit<'_> {
+        self.inner.parses.acquire_many(u32::try_from(PARSES).unwrap()).await.unwrap()
     }
 
     /// Most chunks that are fetched ahead with one request.

@@ -1,5 +1,5 @@
-//! Requests under way that several callers wait for. A request goes on when its callers leave: what it fetches is kept, and the next
-//! caller finds it, however short the callers' own time limits are.
+//! Requests under way that several callers wait for. A request that has begun goes on when its callers leave: what it fetches is kept, and the
+//! next caller finds it, however short the callers' own time limits are.
 
 use std::{
     collections::BTreeMap,

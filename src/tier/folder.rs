@@ -1,8 +1,8 @@
 //! A folder of this machine as object store, whose disk may be the one that acknowledgements wait for.
 //!
 //! Large objects are written in small pieces with pauses, one piece at a time over all uploads: in one go, the sync of 64 MiB stood in
-//! front of the journal's next write. What is read back after an upload leaves the page cache, which would else fill with objects that
-//! nobody reads. Everything else is `object_store`'s. An object is durable, with its name, when its put returns.
+//! front of the journal's next write. An object leaves the page cache when it is read back after its upload: the cache would fill with objects
+//! that nobody reads. Everything else is `object_store`'s. An object is durable, with its name, when its put returns.
 
 use std::{fmt, io, ops::Range, sync::Arc};
 

@@ -214,18 +214,20 @@ impl PartitionTier {
         Ok(store.unless_away(&object, store.modified_ms(&object)).await?)
     }
 
-    /// Waits until the store has been away for so long.
+    /// Waits until the store has been away for so long; not at all where it has been.
     pub async fn until_away_for(&self, time: Duration) -> StoreError {
         let store = &self.inner.store;
         loop {
             let outage = store.until_away().await;
+            let left = time.saturating_sub(outage.lasted);
+            if left.is_zero() {
+                let reason = format!("the store has served nothing {outage}");
+                return StoreError::Unavailable { object: partition_folder(self.inner.id), reason };
+            }
             tokio::select! {
                 biased;
                 () = store.until_back() => {}
-                () = tokio::time::sleep(time) => {
-                    let reason = format!("the store has served nothing {outage}");
-                    return StoreError::Unavailable { object: partition_folder(self.inner.id), reason };
-                }
+                () = tokio::time::sleep(left) => {}
             }
         }
     }

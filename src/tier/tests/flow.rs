@@ -76,18 +76,20 @@ async fn an_uploaded_segment_leaves_the_page_cache() {
     let segment = tier.segments(at(0), 1).await.unwrap()[0].stamp.segment();
     let object = store.path().join(super::name::partition_folder(partition())).join(segment);
     let file = std::fs::File::open(&object).unwrap();
-    if rustix::fs::fstatfs(&file).unwrap().f_type == TMPFS_MAGIC {
-        return;
-    }
     let is_cached = |position: usize| {
         let mut byte = [0];
         let into = &mut [std::io::IoSliceMut::new(&mut byte)];
-        rustix::io::preadv2(&file, into, position as u64, rustix::io::ReadWriteFlags::NOWAIT).is_ok()
+        rustix::io::preadv2(&file, into, position as u64, rustix::io::ReadWriteFlags::NOWAIT)
     };
-    let cached: Vec<_> = (0..content.len()).step_by(1 << 20).filter(|position| is_cached(*position)).collect();
+    // Only some file systems can tell, and one that is nothing but page cache drops no pages.
+    let cannot_tell = is_cached(0).is_err_and(|error| error != rustix::io::Errno::AGAIN);
+    if cannot_tell || rustix::fs::fstatfs(&file).unwrap().f_type == TMPFS_MAGIC {
+        return;
+    }
+    let cached: Vec<_> = (0..content.len()).step_by(1 << 20).filter(|position| is_cached(*position).is_ok()).collect();
     assert!(cached.is_empty(), "MiB at {cached:?}");
     assert_eq!(read_all(&tier, 0, 87, 2 << 20).await, content);
-    assert!(is_cached(0), "what is read on demand stays");
+    assert!(is_cached(0).is_ok(), "what is read on demand stays");
 }
 
 #[tokio::test]
@@ -559,13 +561,13 @@ async fn objects_are_parsed_in_turn_and_not_for_callers_that_left() {
         }
     };
     let attempt = tier.state().manifest.unwrap().attempt;
-    let turns = cache.fetch_turns().await;
+    let turns = cache.parse_turns().await;
     assert!(cache.parsed(tier.store(), attempt, load()).now_or_never().is_none(), "its caller leaves");
     for _ in 0..10 {
         tokio::task::yield_now().await;
     }
     drop(turns);
-    drop(cache.fetch_turns().await);
+    drop(cache.parse_turns().await);
     assert_eq!(loads.load(Ordering::Relaxed), 0, "nobody waits for it");
     cache.parsed(tier.store(), attempt, load()).await.unwrap();
     assert_eq!(loads.load(Ordering::Relaxed), 1);

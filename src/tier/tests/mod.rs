@@ -2,6 +2,7 @@
 
 mod flow;
 mod formats;
+mod outage;
 
 use std::{cell::Cell, path::Path, sync::Arc};
 
