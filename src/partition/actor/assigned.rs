@@ -21,7 +21,7 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use tokio::sync::oneshot;
 
-use super::{Actor, AppendError, ORDERS, Part, rule};
+use super::{Actor, AppendError, ORDERS, Part, rule, warnings::Condition};
 use crate::{
     cluster::{PartitionValue, Revision},
     log::{EpochHistory, ProducerTable},
@@ -405,7 +405,9 @@ impl Actor {
             Ok(tables) if tables.at < committed => Tables::empty(committed),
             Ok(tables) => tables,
             Err(error) => {
-                tracing::warn!(topic = %self.topic, partition = %self.id, %error, "cannot lead before the bucket was read; it is tried again");
+                if let Some(count) = self.warnings.occur(Condition::CannotLead) {
+                    tracing::warn!(topic = %self.topic, partition = %self.id, %error, count, "cannot lead before the bucket was read; it is tried again");
+                }
                 return self.lead_later(waited);
             }
         };

@@ -1,6 +1,6 @@
 //! Following: what the leader sends is compared, copied, handed to the journal, and acknowledged by whoever looks at the ends.
 
-use super::{Actor, AppendError, GROUP_BYTES, Part};
+use super::{Actor, AppendError, GROUP_BYTES, Part, warnings::Condition};
 use crate::{
     model::{LeaderEpoch, Offset},
     partition::{
@@ -128,7 +128,9 @@ impl Actor {
                 self.claim_when(done && !is_same);
             }
             Err(error) => {
-                tracing::warn!(topic = %self.topic, partition = %self.id, %error, "the replica cannot begin yet; it is tried again");
+                if let Some(count) = self.warnings.occur(Condition::CannotBegin) {
+                    tracing::warn!(topic = %self.topic, partition = %self.id, %error, count, "the replica cannot begin yet; it is tried again");
+                }
                 self.again();
             }
         }
@@ -139,7 +141,10 @@ impl Actor {
         let Part::Following(follower) = &mut self.part else { return };
         let heads: Option<Vec<Head>> = batches.iter().map(head).collect();
         let Some(heads) = heads else {
-            tracing::warn!(topic = %self.topic, partition = %self.id, leader = %follower.leader(), "the leader sent a batch without an epoch");
+            if let Some(count) = self.warnings.occur(Condition::BadBatches) {
+                let leader = follower.leader();
+                tracing::warn!(topic = %self.topic, partition = %self.id, %leader, count, "the leader sent a batch without an epoch");
+            }
             return self.again();
         };
         match follower.received(epoch, &heads, high_watermark) {
@@ -202,7 +207,14 @@ impl Actor {
                  right, take this replica away and add it again (strandline partition reassign)"
             ),
             _ => {
-                tracing::warn!(topic = %self.topic, partition = %self.id, %leader, %epoch, error = %violation, "what the leader sent does not fit");
+                if let Some(count) = self.warnings.occur(Condition::BadBatches) {
+                    tracing::warn!(
+                        topic = %self.topic, partition = %self.id, %leader, %epoch, error = %violation, count,
+                        "what the leader sent does not fit"
+                    );
+                } else {
+                    tracing::debug!(partition = %self.id, error = %violation, "what the leader sent does not fit again");
+                }
                 self.again();
             }
         }

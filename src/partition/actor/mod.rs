@@ -21,6 +21,7 @@ mod news;
 mod replicas;
 mod segments;
 mod timestamps;
+mod warnings;
 
 use std::{io, sync::Arc};
 
@@ -40,6 +41,7 @@ use self::{
     news::Told,
     replicas::{Proposed, Question},
     segments::Seat,
+    warnings::Warnings,
 };
 use super::{
     Standing, Surroundings,
@@ -147,6 +149,7 @@ pub(super) struct Actor {
     asked: Option<Question>,
     /// What was proposed last, for the log.
     proposed: Option<Box<Proposed>>,
+    warnings: Warnings,
     tasks: Tasks,
 }
 
@@ -189,6 +192,7 @@ impl Actor {
             writers_gone: false,
             asked: None,
             proposed: None,
+            warnings: Warnings::default(),
             tasks: parts.tasks,
         };
         #[cfg(feature = "sim")]

@@ -14,6 +14,7 @@ use tokio::time::Instant;
 use super::{
     Actor,
     leading::{AppendError, append_error},
+    warnings::Condition,
 };
 use crate::{
     log::{ChangeError, Replica, SegmentExport, SegmentInfo},
@@ -79,8 +80,9 @@ impl Actor {
     pub(super) fn seal_now(&mut self) {
         if self.active_since.is_some()
             && let Err(error) = self.seal()
+            && let Some(count) = self.warnings.occur(Condition::CannotSeal)
         {
-            tracing::warn!(topic = %self.topic, partition = %self.id, %error, "could not seal the segment; it is tried again");
+            tracing::warn!(topic = %self.topic, partition = %self.id, %error, count, "could not seal the segment; it is tried again");
         }
     }
 
@@ -140,7 +142,9 @@ impl Actor {
                 tracing::debug!(topic = %self.topic, partition = %self.id, %error, "could not remove segments; it is tried again");
             }
             Err(error) => {
-                tracing::warn!(topic = %self.topic, partition = %self.id, %error, "could not remove segments; it is tried again");
+                if let Some(count) = self.warnings.occur(Condition::CannotEvict) {
+                    tracing::warn!(topic = %self.topic, partition = %self.id, %error, count, "could not remove segments; it is tried again");
+                }
             }
         }
     }

@@ -237,7 +237,7 @@ fn welcome(broker: u32, broker_epoch: u64) -> to_follower::Is {
 async fn a_stranger_that_leads_is_copied_from_only_where_all_fits() {
     let (etcd, tasks) = (block_in_place(|| etcd(1)), Tasks::new());
     // Links and places that come and go are logged once a minute; each of them at the level debug.
-    let level = "\"info,strandline::broker=debug,strandline::partition::session=debug\"";
+    let level = "\"info,strandline::broker=debug,strandline::partition=debug\"";
     let mut home = Home::member(1, &etcd).setting("telemetry.level", level);
     let broker = block_in_place(|| home.start());
     let cli = home.cli();
