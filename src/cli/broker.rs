@@ -63,7 +63,7 @@ enum Order {
     /// Empty a broker: its leaderships and replicas move to others, and it is given nothing new
     ///
     /// Returns when that is written down, or, with --wait, when the broker is empty; `strandline cluster describe` shows how far it is. Exits
-    /// with 1 where no replica can move, because too few other brokers take replicas; the order stays. A broker that is gone for good may be named too: its replicas are then replaced at once, but not those of partitions that nobody leads:
+    /// with 1 where no replica can move, because too few other brokers take replicas or nobody leads their partitions; the order stays. A broker that is gone for good may be named too: its replicas are then replaced at once, but not those of partitions that nobody leads:
     /// there is nobody to copy from, and `strandline partition elect --unclean` is the way out.
     Drain {
         /// The broker's number
@@ -170,8 +170,9 @@ fn print(value: &Value, lines: &str, output: Output) -> anyhow::Result<()> {
 /// The end of a command where nothing that is left can move.
 fn stuck(id: u32) -> String {
     format!(
-        "no replica on broker {id} can move, because too few other brokers take replicas: start another broker first, or lower the \
-         topics' replication factor; the order stays until `strandline broker restore {id}` takes it back"
+        "no replica on broker {id} can move, because too few other brokers take replicas, or nobody leads their partitions: start another \
+         broker first, or lower the topics' replication factor; `strandline topic describe` tells how a partition gets a leader; the order \
+         stays until `strandline broker restore {id}` takes it back"
     )
 }
 
@@ -228,7 +229,10 @@ async fn until_empty(
         }
         let said = format!("{} still on broker {id}", output::count(broker.replicas.into(), "replica"));
         let obstacle = (broker.stuck > 0).then(|| {
-            format!("{said}, of which {} cannot move, because too few other brokers take replicas", broker.stuck)
+            format!(
+                "{said}, of which {} cannot move, because too few other brokers take replicas, or nobody leads their partitions",
+                broker.stuck
+            )
         });
         Ok(Left { count: broker.replicas.into(), said, obstacle })
     });
@@ -272,8 +276,8 @@ fn said(id: u32, drain: &Drain) -> String {
             many => format!("only {many} other brokers take replicas"),
         };
         lines += &format!(
-            "\nwarning: {} cannot move, because {takers}:\n  {}\nstart more brokers, restore one, or lower the topics' \
-             replication factor; it goes on by itself then",
+            "\nwarning: {} cannot move, because {takers},\nor nobody leads their partitions:\n  {}\nstart more brokers, restore one, or lower the topics' \
+             replication factor;\n`strandline topic describe` tells how a partition gets a leader; it goes on by itself then",
             output::count(u64::try_from(drain.stuck.len()).unwrap_or(u64::MAX), "replica"),
             names.join(" "),
         );

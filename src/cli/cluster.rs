@@ -218,7 +218,7 @@ fn notes(broker: &BrokerDescription, hidden: Option<&str>, alone: bool) -> Vec<S
             }
             0 => format!("broker {id} is drained: it can be stopped for good"),
             _ if broker.stuck > 0 => format!(
-                "broker {id} is being drained: {left} to move, and {} cannot: too few other brokers take replicas",
+                "broker {id} is being drained: {left} to move, and {} cannot: too few takers, or no leader",
                 broker.stuck
             ),
             _ => format!("broker {id} is being drained: {left} to move"),

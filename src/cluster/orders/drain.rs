@@ -81,7 +81,7 @@ impl Orders {
         }
     }
 
-    /// Replicas of a drained broker that cannot move: too few others take any.
+    /// Replicas of a drained broker that cannot move: too few others take any, or nobody leads their partitions.
     pub fn stuck(&self, broker: BrokerId) -> usize {
         left(&self.view.state(), broker).stuck.len()
     }
@@ -95,7 +95,7 @@ impl Orders {
     }
 }
 
-/// What a broker has still to give away, and what of it nobody can take. As the controller's plan does it.
+/// What a broker has still to give away, and what of it cannot move: nobody can take it, or nobody leads it. As the controller's plan does it.
 fn left(state: &ViewState, broker: BrokerId) -> Drained {
     let mut placement = Placement::of(state);
     placement.exclude(broker);
@@ -108,6 +108,11 @@ fn left(state: &ViewState, broker: BrokerId) -> Drained {
         drained.leaders += usize::from(value.leader == Some(broker));
         // One that a move takes away already is on its way.
         if value.removing.contains(&broker) {
+            continue;
+        }
+        // Only its leader copies a partition to others.
+        if value.leader.is_none() {
+            drained.stuck.push(id);
             continue;
         }
         let stays = |id: &BrokerId| *id != broker && !state.drains().contains_key(id) && !value.removing.contains(id);

@@ -296,6 +296,17 @@ async fn a_drain_tells_what_moves_and_what_nobody_can_take() {
     assert_eq!((gone.leaders, gone.stuck), (1, vec![id(2)]));
 }
 
+/// `broker drain --wait` waited for ever for a partition whose only replica was lost with its broker.
+#[tokio::test]
+async fn a_drain_tells_that_a_partition_without_a_leader_cannot_move() {
+    let values = vec![value(&[1], None, &[1]), value(&[2], Some(2), &[2])];
+    let cluster = Cluster::of(3, 1, values).await;
+    cluster.go(1).await;
+    let drained = cluster.orders.drain(BrokerId(1), 0).await.expect("ordered");
+    assert_eq!((drained.replicas, drained.stuck, drained.takers), (1, vec![id(0)], 2));
+    assert_eq!(cluster.orders.stuck(BrokerId(1)), 1);
+}
+
 /// The order seemed to have been given already, and nothing moved.
 #[tokio::test]
 async fn a_drain_that_nobody_can_read_is_ordered_anew() {
