@@ -37,7 +37,7 @@ use super::{Broker, CallMemory, Grant, Requests, faults};
 use crate::{
     limits,
     log::ReadLimits,
-    model::Offset,
+    model::{Offset, PartitionId},
     partition::{Fetched, Partition, ReadError, Reader, Ready, Source},
     proto::{
         fault::{Fault, Reason},
@@ -201,16 +201,17 @@ impl Session {
         let before = std::mem::take(&mut self.places);
         (self.ready, self.held) = (Arc::default(), None);
         let goes_on = before.iter().filter(|place| !restart && place.reader.is_some());
-        let positions: BTreeMap<(&str, i32), Offset> =
-            goes_on.map(|place| ((place.topic.as_str(), place.partition), place.position)).collect();
+        let positions: BTreeMap<PartitionId, Offset> =
+            goes_on.map(|place| (place.served.id(), place.position)).collect();
         (self.expected_batch_bytes, self.max_batch_bytes) = (0, 0);
         for want in wanted {
-            let from = match positions.get(&(want.topic.as_str(), want.partition)) {
-                Some(position) => *position,
-                None => faults::offset(want.offset)?,
-            };
             match self.broker.readable(&want, any_replica) {
                 Ok(partition) => {
+                    // Not by name: a topic that was made again is another one.
+                    let from = match positions.get(&partition.id()) {
+                        Some(position) => *position,
+                        None => faults::offset(want.offset)?,
+                    };
                     let max_batch_bytes = partition.config().max_message_bytes.min(MIN_READ_BYTES);
                     self.expected_batch_bytes = self.expected_batch_bytes.max(max_batch_bytes);
                     let reader = partition.reader().clone();

@@ -86,7 +86,7 @@ fn note(since: &Mutex<Option<Instant>>, holds: bool) {
 pub(super) async fn watch_start(broker: Arc<Broker>) {
     loop {
         let began = clock::monotonic();
-        if broker.catching_up() == 0 {
+        if broker.is_started() {
             return;
         }
         let pause = LOOK_INTERVAL.max(began.elapsed() * LOOK_SHARE);
@@ -152,25 +152,26 @@ impl Broker {
         lines.into_iter().flatten().collect()
     }
 
-    /// Replicas here that have not been in sync yet; none once the start is over.
-    fn catching_up(&self) -> usize {
+    pub(super) fn is_started(&self) -> bool {
+        self.catching_up();
+        matches!(*lock(&self.health.start), Start::Over)
+    }
+
+    /// Replicas here that have not been in sync yet, and have a leader to catch up with; none once the start is over.
+    pub(super) fn catching_up(&self) -> usize {
         let mut start = lock(&self.health.start);
         let Start::CatchingUp(pending) = &mut *start else { return 0 };
         let Some(begun) = self.begun.get() else { return 0 };
-        let behind = if self.alone || begun.elapsed() >= self.settings.catch_up_timeout {
-            0
-        } else {
-            let state = self.view.state();
-            let all = || self.hosted.open().iter().map(|partition| partition.id()).collect();
-            let pending = pending.get_or_insert_with(all);
-            pending.retain(|id| self.hosted.by_id(*id).is_some_and(|partition| !is_in_sync(&partition)));
-            // Where nobody leads there is nobody to catch up with.
-            pending.iter().filter(|id| has_leader(&state, **id)).count()
-        };
-        if behind == 0 {
+        let is_late = self.alone || begun.elapsed() >= self.settings.catch_up_timeout;
+        let all = || self.hosted.open().iter().map(|partition| partition.id()).collect();
+        let pending = pending.get_or_insert_with(all);
+        pending.retain(|id| self.hosted.by_id(*id).is_some_and(|partition| !is_in_sync(&partition)));
+        if is_late || pending.is_empty() {
             *start = Start::Over;
+            return 0;
         }
-        behind
+        let state = self.view.state();
+        pending.iter().filter(|id| has_leader(&state, **id)).count()
     }
 }
 

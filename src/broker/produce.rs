@@ -222,11 +222,14 @@ impl Broker {
         };
         let cause = match self.store_away() {
             Some(outage) => format!("the object store has served nothing {outage}"),
-            None => self.upkeep_failures.why(id).unwrap_or_else(|| "the upload has not finished".to_owned()),
+            None => self
+                .upkeep_failures
+                .why(id)
+                .unwrap_or_else(|| "the upload has not finished, or followers do not have them yet".to_owned()),
         };
         let (base, end) = (stored.start, stored.end);
         let message = format!(
-            "no acknowledgement within {ms} ms: the records are stored on brokers at offsets {base} up to, but not including, {end}, \
+            "no acknowledgement within {ms} ms: the leader has the records at offsets {base} up to, but not including, {end}, \
              and not in the object store yet: {cause}"
         );
         Fault::new(Reason::Timeout, message).with("cause", cause).with("base_offset", base).with("end_offset", end)

@@ -260,6 +260,39 @@ async fn who_is_asked_for_anothers_partition_says_who_leads_it() {
     bench.stop().await;
 }
 
+/// One look while nobody led ended the start for good, and the rolling restart went on before anything here was in sync.
+#[tokio::test]
+async fn a_start_is_not_over_because_nobody_leads_for_a_moment() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = EmbeddedStore::in_memory();
+    let bench = Bench::over(dir.path(), false, store.clone()).await;
+    let name = TopicName::new("t").unwrap();
+    let id = PartitionId::new(bench.create(&name, 1).await, 0);
+    becomes("it is led here", async || bench.broker.partition("t", 0).ok()).await;
+    let (key, topic, other) = (bench.keys.partition(id), bench.keys.topic(&name), BrokerId(2));
+    let value = async |key: &str| store.get(key).await.unwrap().entry.unwrap().value;
+    let before = PartitionValue::decode(&key, &value(&key).await).unwrap();
+    let of_two = TopicValue { replication_factor: 2, ..TopicValue::decode(&topic, &value(&topic).await).unwrap() };
+    let replicas = vec![BrokerId(1), other];
+    let unled = PartitionValue { replicas, isr: vec![other], ..before.leaderless() };
+    let epoch = LeaderEpoch(unled.leader_epoch.0 + 1);
+    let led = PartitionValue { leader: Some(other), leader_epoch: epoch, ..unled.clone() };
+    bench.change(Transaction::new().put(key.clone(), unled.encode()).put(topic, of_two.encode())).await;
+    bench.stop().await;
+
+    let bench = Bench::over(dir.path(), false, store).await;
+    assert_eq!(bench.broker.catching_up(), 0, "there is nobody to catch up with");
+    assert!(!bench.broker.is_started());
+    // It takes connections and says nothing: nobody can tell that it is gone.
+    let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let theirs = BrokerValue::running_at(silent.local_addr().unwrap().to_string());
+    bench.change(Transaction::new().put(bench.keys.broker(other), theirs.encode()).put(key, led.encode())).await;
+    becomes("it is behind", async || (bench.broker.catching_up() == 1).then_some(())).await;
+    let Readiness::NotReady(why) = bench.broker.readiness() else { panic!("it is not in sync") };
+    assert!(why.contains("replicas of this broker that have not been in sync yet: 1"), "{why}");
+    bench.stop().await;
+}
+
 #[tokio::test]
 async fn what_a_leader_does_not_answer_for_is_said_to_be_unknown() {
     let dir = tempfile::tempdir().unwrap();

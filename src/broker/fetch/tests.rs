@@ -197,6 +197,27 @@ async fn topic_made_again_is_refused_to_whoever_names_the_old_id() {
     bench.stop().await;
 }
 
+/// A set that came before the end of the old topic's reader was noticed went on at that reader's position.
+#[tokio::test]
+async fn set_that_names_a_topic_made_again_begins_where_it_says() {
+    let dir = tempfile::tempdir().unwrap();
+    let bench = Bench::start(dir.path(), true).await;
+    let name = TopicName::new("t").unwrap();
+    bench.create(&name, 1).await;
+    let mut session = Session::new(Arc::clone(&bench.broker), Terms::new(1, 0, 0), bench.broker.call_memory());
+    let want = || v1::FetchPartition { topic: "t".to_owned(), ..Default::default() };
+    session.assign(vec![want()], true, false).unwrap();
+    session.places[0].position = Offset::new(7).unwrap();
+    session.assign(vec![want()], false, false).unwrap();
+    assert_eq!(session.places[0].position, Offset::new(7).unwrap(), "the same topic: it goes on");
+    bench.broker.topics.delete(&name).await.unwrap();
+    bench.broker.hosted.until(|hosted| hosted.topic(&name).is_none()).await;
+    bench.create(&name, 1).await;
+    session.assign(vec![want()], false, false).unwrap();
+    assert_eq!(session.places[0].position, Offset::ZERO);
+    bench.stop().await;
+}
+
 fn plain_read() -> v1::ReadRequest {
     let place = v1::FetchPartition { topic: "t".to_owned(), ..Default::default() };
     v1::ReadRequest { partitions: vec![place], plain: true, ..Default::default() }
