@@ -67,7 +67,7 @@ metrics! {
     producer_state_bytes: Level = "strandline_producer_state_bytes", "Bytes of what partitions remember of idempotent producers.";
     tiered_bytes: Level = "strandline_tiered_bytes", "Bytes of batches in the object store.";
     tier_lag_records: Level = "strandline_tier_lag_records", "Records of tiered topics that are not yet in the object store.";
-    future_segments: Level = "strandline_segments_with_future_timestamps", "Segments of partitions led here that hold timestamps still to come; their age counts from their writing.";
+    future_segments: Level = "strandline_segments_with_future_timestamps", "Segments of partitions led here that hold timestamps still to come; their age counts from their writing. Of those in the bucket alone the oldest 256 of each partition with a retention limit are looked at.";
     tier_uploads: Counter = "strandline_tier_uploads", "Segments uploaded and committed.";
     tier_upload_bytes: Counter = "strandline_tier_upload_bytes", "Bytes of segments uploaded and committed.";
     tier_upload_failures: Counter = "strandline_tier_upload_failures", "Uploads that failed; each is tried again.";
