@@ -158,7 +158,7 @@ pub const TOPIC_CONFIG_KEYS: &[ConfigKey] = &[
         name: "message.timestamp.after.max.ms",
         default: "3600000",
         allowed: "a number of milliseconds up to 2305843009213693951, or -1 for no limit",
-        doc: "How far a record's timestamp may lie after the broker's clock; a batch beyond that is refused (`INVALID_TIMESTAMP`). A topic without this limit forgets idempotent producers by number alone. Without effect where the broker sets the timestamps.",
+        doc: "How far a record's timestamp may lie after the broker's clock; a batch beyond that is refused (`INVALID_TIMESTAMP`). Of a compressed batch that is stored as it came the header counts: its first timestamp and its largest. A topic without this limit forgets idempotent producers by number alone. Without effect where the broker sets the timestamps.",
     },
     ConfigKey {
         name: "message.timestamp.before.max.ms",

@@ -1,4 +1,4 @@
-//! Stops that something stands in the way of.
+//! Stops that something stands in the way of, and one that nobody asked for.
 
 use std::{fs, time::Duration};
 
@@ -9,7 +9,7 @@ use strandline::{
     task::{Tasks, clock},
 };
 
-use crate::{broker::Home, patience::eventually, wire};
+use crate::{broker::Home, patience::eventually, s3::S3, wire};
 
 /// So little that it goes to the journal, and nothing that a codec makes smaller.
 fn payload(number: u64) -> Bytes {
@@ -87,4 +87,19 @@ async fn a_broker_that_cannot_write_its_checkpoint_stops_all_the_same() {
     let records = wire::read_range(&mut log, "t", 0, 0, taken).await.expect("it reads");
     assert_eq!(records.len(), usize::try_from(taken).expect("few"), "what was acknowledged is there");
     assert!((0..).zip(records).all(|(number, record)| record.value == Some(payload(number))));
+}
+
+/// The bucket says whose it is only when it answers, and a start does not wait for that.
+#[test]
+fn a_broker_that_started_without_its_bucket_ends_when_that_turns_out_to_be_another_clusters() {
+    let server = S3::begin();
+    let mut owner = Home::new().object_store(&server);
+    assert!(owner.start().terminate().success(), "{}", owner.log());
+    let mut home = Home::new().of_cluster("other").object_store(&server);
+    server.faults().set_down(true);
+    let mut broker = home.start();
+    server.faults().set_down(false);
+    assert_eq!(broker.wait().code(), Some(1), "{}", home.log());
+    let said = home.log();
+    assert!(said.contains("this broker cannot go on: ") && said.contains("\"other\""), "{said}");
 }
