@@ -387,9 +387,9 @@ async fn register_alone(registration: Registration, view: &View, tasks: &Tasks) 
 /// Makes sure that the object store is this cluster's and not another one. Waits a moment only: a store that is away or slow is asked
 /// again until it answers, and what it says then ends the broker.
 async fn claim(store: &Store, tasks: &Tasks) -> Result<(), ClaimError> {
-    let asked = store.clone();
+    let (asked, stop) = (store.clone(), tasks.clone());
     let (first, answer) = oneshot::channel();
-    tasks.spawn("claim", async move {
+    let claims = async move {
         let mut first = Some(first);
         loop {
             let claimed = asked.claim().await;
@@ -402,6 +402,13 @@ async fn claim(store: &Store, tasks: &Tasks) -> Result<(), ClaimError> {
                 return;
             }
             tokio::time::sleep(CLAIM_AGAIN).await;
+        }
+    };
+    tasks.spawn("claim", async move {
+        tokio::select! {
+            biased;
+            () = stop.cancelled() => {}
+            () = claims => {}
         }
     });
     match tokio::time::timeout(CLAIM_WAIT, answer).await {

@@ -89,6 +89,15 @@ async fn a_broker_that_cannot_write_its_checkpoint_stops_all_the_same() {
     assert!((0..).zip(records).all(|(number, record)| record.value == Some(payload(number))));
 }
 
+/// It asked the bucket on and on whose it is, and could only be killed.
+#[test]
+fn a_broker_whose_bucket_never_answered_stops() {
+    let server = S3::begin();
+    server.faults().set_down(true);
+    let mut home = Home::new().object_store(&server);
+    assert!(home.start().terminate().success(), "{}", home.log());
+}
+
 /// The bucket says whose it is only when it answers, and a start does not wait for that.
 #[test]
 fn a_broker_that_started_without_its_bucket_ends_when_that_turns_out_to_be_another_clusters() {
