@@ -55,8 +55,9 @@ const BETWEEN: Duration = Duration::from_millis(50);
 /// How long probes are repeated while it is not clear what they show.
 const UNCLEAR: Duration = Duration::from_secs(1);
 
-/// Pause before a look that showed nothing is repeated: the process that takes a dead one's place may not answer yet.
+/// Pause before a look that showed nothing is repeated, twice as long each time: the process that takes a dead one's place may not answer yet.
 const LOOK_AGAIN: Duration = Duration::from_millis(500);
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
 /// How long partitions may take to note it. One that is too busy hears of the registration's end instead.
 const NOTED: Duration = Duration::from_secs(1);
@@ -165,13 +166,15 @@ impl Evidence {
 impl Broker {
     /// Looks whether the process of a lost link is gone, and acts by it. Ends when that is clear or its registration is gone.
     async fn look_after(&self, broker: BrokerId, epoch: Revision, evidence: &Evidence) {
+        let mut pause = LOOK_AGAIN;
         let seen = loop {
             let Some(known) = registered(&self.view.state(), broker, epoch) else { return };
             match self.probe(broker, &known.value, evidence).await {
                 Seen::There => return,
-                Seen::Unclear => tokio::time::sleep(LOOK_AGAIN).await,
+                Seen::Unclear => tokio::time::sleep(pause).await,
                 gone => break gone,
             }
+            pause = (pause * 2).min(LONGEST_PAUSE);
         };
         tracing::info!(%broker, seen = seen.words(), "a broker's process is gone");
         tokio::join!(self.drop_everywhere(Peer { broker, epoch }), self.report(broker, epoch, seen, evidence));
@@ -206,7 +209,7 @@ impl Broker {
         tracing::debug!(%broker, "nobody took the report of a process that is gone; its lease will end");
     }
 
-    /// True when somebody has looked into it.
+    /// True when somebody has taken the registration away.
     async fn report_once(&self, broker: BrokerId, epoch: Revision, seen: Seen, evidence: &Evidence) -> bool {
         let me = self.settings.id;
         let state = self.view.state();
@@ -233,7 +236,8 @@ impl Broker {
                 if let Err(error) = &told {
                     tracing::debug!(%broker, %error, "the controller did not take the report");
                 }
-                told.is_ok()
+                // Not taken away: what the controller saw was not clear, or it is another one by now.
+                told.is_ok_and(|answer| answer.revoked)
             }
             // The suspect itself, or nobody: the first of those that are left acts in its place.
             _ => {
@@ -264,8 +268,10 @@ impl Broker {
         }
         let look = async move || {
             let Some(known) = registered(&self.view.state(), broker, epoch) else { return Ok(false) };
-            if self.probe(broker, &known.value, evidence).await.is_gone() {
-                return self.take_away(report, evidence).await;
+            match self.probe(broker, &known.value, evidence).await {
+                Seen::There => {}
+                Seen::Unclear => return Ok(false),
+                Seen::Refused | Seen::Replaced => return self.take_away(report, evidence).await,
             }
             let reports =
                 evidence.false_reports.lock().unwrap_or_else(PoisonError::into_inner).occur(clock::monotonic());

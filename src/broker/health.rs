@@ -23,6 +23,9 @@ use crate::{
 const LOOK_INTERVAL: Duration = Duration::from_millis(250);
 const LOOK_SHARE: u32 = 20;
 
+/// How long a start waits for others to lead what nobody leads.
+const ELECTION_WAIT: Duration = Duration::from_secs(3);
+
 /// Whether a broker takes requests.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Readiness {
@@ -157,7 +160,7 @@ impl Broker {
         matches!(*lock(&self.health.start), Start::Over)
     }
 
-    /// Replicas here that have not been in sync yet, and have a leader to catch up with; none once the start is over.
+    /// Replicas here that have not been in sync yet, and have a leader to catch up with or may get one; none once the start is over.
     pub(super) fn catching_up(&self) -> usize {
         let mut start = lock(&self.health.start);
         let Start::CatchingUp(pending) = &mut *start else { return 0 };
@@ -170,8 +173,10 @@ impl Broker {
             *start = Start::Over;
             return 0;
         }
+        // Where nobody leads there is nobody to catch up with, once there was time for an election.
+        let awaits_election = begun.elapsed() < ELECTION_WAIT;
         let state = self.view.state();
-        pending.iter().filter(|id| has_leader(&state, **id)).count()
+        pending.iter().filter(|id| awaits_election || has_leader(&state, **id)).count()
     }
 }
 
