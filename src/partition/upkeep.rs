@@ -34,7 +34,7 @@ const TIERED_PER_PLAN: usize = 256;
 /// How long what has been uploaded waits for what is uploaded after it, to be committed with it: `acks=tiered` waits for the commit.
 const COMMIT_WITHIN: Duration = Duration::from_secs(1);
 
-/// How long an upload is tried on while the store is away, before the partition is planned again.
+/// How long an upload is tried on once the store is known to be away, before the partition is planned again.
 const RETRY_WITHIN: Duration = Duration::from_secs(2);
 
 /// What the partition's task says of its segments.
@@ -199,8 +199,8 @@ impl Upkeep {
             (None, Some(tier)) if lags => {
                 let staged = tokio::select! {
                     biased;
-                    staged = tier.stage_trim(epoch) => staged?,
                     error = tier.until_away_for(RETRY_WITHIN) => return Err(UpkeepError::Upload(error.into())),
+                    staged = tier.stage_trim(epoch) => staged?,
                 };
                 self.commit(partition, tier, staged, epoch).await?;
                 Ok(Step { more: true, only_sealed: false, uploaded: Uploaded::default() })
@@ -244,8 +244,9 @@ impl Upkeep {
     ) -> Result<Uploaded, UpkeepError> {
         let (staged, uploaded) = tokio::select! {
             biased;
-            staged = stage(partition, tier, bases, local, epoch) => staged?,
+            // First: nothing is exported while that is known.
             error = tier.until_away_for(RETRY_WITHIN) => return Err(UpkeepError::Upload(error.into())),
+            staged = stage(partition, tier, bases, local, epoch) => staged?,
         };
         let end = staged.state().tiered_end;
         self.commit(partition, tier, staged, epoch).await?;

@@ -214,22 +214,11 @@ impl PartitionTier {
         Ok(store.unless_away(&object, store.modified_ms(&object)).await?)
     }
 
-    /// Waits until the store has been away for so long; not at all where it has been.
+    /// Waits until it has been known for so long that the store is away; not at all where it has been.
     pub async fn until_away_for(&self, time: Duration) -> StoreError {
-        let store = &self.inner.store;
-        loop {
-            let outage = store.until_away().await;
-            let left = time.saturating_sub(outage.lasted);
-            if left.is_zero() {
-                let reason = format!("the store has served nothing {outage}");
-                return StoreError::Unavailable { object: partition_folder(self.inner.id), reason };
-            }
-            tokio::select! {
-                biased;
-                () = store.until_back() => {}
-                () = tokio::time::sleep(left) => {}
-            }
-        }
+        let outage = self.inner.store.until_away_for(time).await;
+        let reason = format!("the store has served nothing {outage}");
+        StoreError::Unavailable { object: partition_folder(self.inner.id), reason }
     }
 
     async fn begin(&self, epoch: LeaderEpoch) -> Result<(TierState, Arc<Root>), UploadError> {

@@ -53,6 +53,8 @@ struct Failing {
 #[derive(Clone, Debug)]
 struct Away {
     since: Instant,
+    /// When that was known.
+    known_at: Instant,
     why: String,
 }
 
@@ -106,7 +108,8 @@ impl Reach {
         // Under the lock, so that an answer that comes meanwhile is not overtaken.
         self.away.send_if_modified(|away| {
             let begins = away.is_none();
-            *away = Some(Away { since: known.since, why: known.why.clone() });
+            let known_at = away.as_ref().map_or_else(clock::monotonic, |away| away.known_at);
+            *away = Some(Away { since: known.since, known_at, why: known.why.clone() });
             begins
         });
     }
@@ -146,8 +149,26 @@ impl Reach {
     pub(super) async fn until_away(&self) -> Outage {
         let mut away = self.away.subscribe();
         let known = away.wait_for(Option::is_some).await.expect("the sender is in self").clone();
-        let Away { since, why } = known.expect("it was waited for");
+        let Away { since, why, .. } = known.expect("it was waited for");
         Outage { lasted: clock::monotonic().duration_since(since), why }
+    }
+
+    /// Waits until it has been known for so long that the store is away; not at all where it has been.
+    pub(super) async fn until_away_for(&self, time: Duration) -> Outage {
+        loop {
+            let outage = self.until_away().await;
+            let known = self.away.borrow().as_ref().map(|away| away.known_at.elapsed());
+            // An outage that ended meanwhile is waited for anew.
+            let left = known.map_or(Duration::ZERO, |known| time.saturating_sub(known));
+            if left.is_zero() && known.is_some() {
+                return outage;
+            }
+            tokio::select! {
+                biased;
+                () = self.until_back() => {}
+                () = tokio::time::sleep(left) => {}
+            }
+        }
     }
 
     /// Waits until the store is not away.

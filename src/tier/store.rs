@@ -248,6 +248,11 @@ impl Store {
         self.inner.reach.until_away().await
     }
 
+    /// Waits until it has been known for so long that the store is away; not at all where it has been.
+    pub(super) async fn until_away_for(&self, time: Duration) -> Outage {
+        self.inner.reach.until_away_for(time).await
+    }
+
     /// Sleeps for so long, or until an outage is over.
     pub(super) async fn pause(&self, pause: Duration) {
         self.inner.reach.pause(pause).await;
