@@ -276,8 +276,8 @@ fn said(id: u32, drain: &Drain) -> String {
             many => format!("only {many} other brokers take replicas"),
         };
         lines += &format!(
-            "\nwarning: {} cannot move, because {takers},\nor nobody leads their partitions:\n  {}\nstart more brokers, restore one, or lower the topics' \
-             replication factor;\n`strandline topic describe` tells how a partition gets a leader; it goes on by itself then",
+            "\nwarning: {} cannot move, because {takers}:\n  {}\nstart more brokers, restore one, or lower the topics' \
+             replication factor; it goes on by itself then",
             output::count(u64::try_from(drain.stuck.len()).unwrap_or(u64::MAX), "replica"),
             names.join(" "),
         );

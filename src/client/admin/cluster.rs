@@ -129,7 +129,7 @@ pub struct Drain {
     pub leaders: u32,
     /// Partitions that it holds.
     pub replicas: u32,
-    /// Topics and numbers of partitions that cannot move, because too few other brokers take replicas or nobody leads them.
+    /// Topics and numbers of partitions that cannot move, because too few other brokers take replicas.
     pub stuck: Vec<(String, u32)>,
     /// How many others take replicas.
     pub takers: u32,

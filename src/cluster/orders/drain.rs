@@ -35,6 +35,8 @@ pub struct Drained {
     pub replicas: usize,
     /// Of these, those that cannot move, because too few others take replicas.
     pub stuck: Vec<PartitionId>,
+    /// And how many cannot move while nobody leads their partitions.
+    pub leaderless: usize,
     /// How many others take replicas.
     pub takers: usize,
 }
@@ -83,7 +85,8 @@ impl Orders {
 
     /// Replicas of a drained broker that cannot move: too few others take any, or nobody leads their partitions.
     pub fn stuck(&self, broker: BrokerId) -> usize {
-        left(&self.view.state(), broker).stuck.len()
+        let left = left(&self.view.state(), broker);
+        left.stuck.len() + left.leaderless
     }
 
     fn must_know(&self, broker: BrokerId) -> Result<(), UnknownBrokers> {
@@ -95,24 +98,25 @@ impl Orders {
     }
 }
 
-/// What a broker has still to give away, and what of it cannot move: nobody can take it, or nobody leads it. As the controller's plan does it.
+/// What a broker has still to give away, and what of it cannot move because nobody can take it, or nobody leads it. As the controller's plan does it.
 fn left(state: &ViewState, broker: BrokerId) -> Drained {
     let mut placement = Placement::of(state);
     placement.exclude(broker);
     let takers = placement.steady().filter(|(id, _)| placement.has_room(*id)).count();
-    let mut drained = Drained { changed: false, since_ms: 0, leaders: 0, replicas: 0, stuck: Vec::new(), takers };
+    let mut drained =
+        Drained { changed: false, since_ms: 0, leaders: 0, replicas: 0, stuck: Vec::new(), leaderless: 0, takers };
     for id in state.partitions_on(broker) {
         let Some(known) = state.partition(id).and_then(|entry| entry.partition.as_ref()) else { continue };
         let value = &known.value;
         drained.replicas += 1;
         drained.leaders += usize::from(value.leader == Some(broker));
-        // One that a move takes away already is on its way.
-        if value.removing.contains(&broker) {
+        // Only its leader copies a partition to others, also where a move has begun.
+        if value.leader.is_none() {
+            drained.leaderless += 1;
             continue;
         }
-        // Only its leader copies a partition to others.
-        if value.leader.is_none() {
-            drained.stuck.push(id);
+        // One that a move takes away already is on its way.
+        if value.removing.contains(&broker) {
             continue;
         }
         let stays = |id: &BrokerId| *id != broker && !state.drains().contains_key(id) && !value.removing.contains(id);
