@@ -94,6 +94,7 @@ impl Broker {
             replicas: count(drained.replicas),
             stuck: drained.stuck.iter().map(|id| self.named(*id)).collect(),
             takers: count(drained.takers),
+            leaderless: count(drained.leaderless),
         })
     }
 

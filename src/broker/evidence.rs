@@ -55,9 +55,9 @@ const BETWEEN: Duration = Duration::from_millis(50);
 /// How long probes are repeated while it is not clear what they show.
 const UNCLEAR: Duration = Duration::from_secs(1);
 
-/// Pause before a look that showed nothing is repeated, twice as long each time: the process that takes a dead one's place may not answer yet.
+/// Pause before a look that showed nothing is repeated, twice as long each time up to the longest: the process that takes a dead one's place may not answer yet.
 const LOOK_AGAIN: Duration = Duration::from_millis(500);
-const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
 /// How long partitions may take to note it. One that is too busy hears of the registration's end instead.
 const NOTED: Duration = Duration::from_secs(1);
@@ -205,6 +205,10 @@ impl Broker {
                 return;
             }
             tokio::time::sleep(REPORT_AGAIN).await;
+            let Some(known) = registered(&self.view.state(), broker, epoch) else { return };
+            if self.probe(broker, &known.value, evidence).await == Seen::There {
+                return;
+            }
         }
         tracing::debug!(%broker, "nobody took the report of a process that is gone; its lease will end");
     }

@@ -4,7 +4,7 @@
 //! A start lasts until every replica here has been in sync once, or `broker.catch_up_timeout` has passed: a rolling restart goes on then.
 
 use std::{
-    collections::BTreeSet,
+    collections::BTreeMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::Ordering},
     time::{Duration, SystemTime},
 };
@@ -23,8 +23,8 @@ use crate::{
 const LOOK_INTERVAL: Duration = Duration::from_millis(250);
 const LOOK_SHARE: u32 = 20;
 
-/// How long a start waits for others to lead what nobody leads.
-const ELECTION_WAIT: Duration = Duration::from_secs(3);
+/// How long a start waits for others to lead what nobody leads: an election that a lease has to end for takes 7 s.
+const ELECTION_WAIT: Duration = Duration::from_secs(8);
 
 /// Whether a broker takes requests.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,8 +48,8 @@ pub(super) struct Health {
 /// How far the start has come.
 #[derive(Debug)]
 enum Start {
-    /// Replicas that have not been in sync yet; `None` before the first look.
-    CatchingUp(Option<BTreeSet<PartitionId>>),
+    /// Replicas that have not been in sync yet, each with the time since which nobody leads it; `None` before the first look.
+    CatchingUp(Option<BTreeMap<PartitionId, Option<Instant>>>),
     Over,
 }
 
@@ -166,17 +166,20 @@ impl Broker {
         let Start::CatchingUp(pending) = &mut *start else { return 0 };
         let Some(begun) = self.begun.get() else { return 0 };
         let is_late = self.alone || begun.elapsed() >= self.settings.catch_up_timeout;
-        let all = || self.hosted.open().iter().map(|partition| partition.id()).collect();
+        let all = || self.hosted.open().iter().map(|partition| (partition.id(), None)).collect();
         let pending = pending.get_or_insert_with(all);
-        pending.retain(|id| self.hosted.by_id(*id).is_some_and(|partition| !is_in_sync(&partition)));
+        pending.retain(|id, _| self.hosted.by_id(*id).is_some_and(|partition| !is_in_sync(&partition)));
         if is_late || pending.is_empty() {
             *start = Start::Over;
             return 0;
         }
+        let (state, now) = (self.view.state(), clock::monotonic());
         // Where nobody leads there is nobody to catch up with, once there was time for an election.
-        let awaits_election = begun.elapsed() < ELECTION_WAIT;
-        let state = self.view.state();
-        pending.iter().filter(|id| awaits_election || has_leader(&state, **id)).count()
+        let is_behind = |(id, unled): (&PartitionId, &mut Option<Instant>)| {
+            *unled = if has_leader(&state, *id) { None } else { Some(unled.unwrap_or(now)) };
+            unled.is_none_or(|since| now.saturating_duration_since(since) < ELECTION_WAIT)
+        };
+        pending.iter_mut().map(is_behind).filter(|behind| *behind).count()
     }
 }
 

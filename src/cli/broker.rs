@@ -63,7 +63,7 @@ enum Order {
     /// Empty a broker: its leaderships and replicas move to others, and it is given nothing new
     ///
     /// Returns when that is written down, or, with --wait, when the broker is empty; `strandline cluster describe` shows how far it is. Exits
-    /// with 1 where no replica can move, because too few other brokers take replicas or nobody leads their partitions; the order stays. A broker that is gone for good may be named too: its replicas are then replaced at once, but not those of partitions that nobody leads:
+    /// with 1 where no replica can move, because too few other brokers take replicas; the order stays. With --wait it ends so too where for a minute nothing is left but replicas of partitions that nobody leads. A broker that is gone for good may be named too: its replicas are then replaced at once, but not those of partitions that nobody leads:
     /// there is nobody to copy from, and `strandline partition elect --unclean` is the way out.
     Drain {
         /// The broker's number
@@ -237,7 +237,7 @@ async fn until_empty(
         Ok(Left { count: broker.replicas.into(), said, obstacle })
     });
     let time = time.await?;
-    let done = Drain { leaders: 0, replicas: 0, stuck: Vec::new(), ..drain };
+    let done = Drain { leaders: 0, replicas: 0, stuck: Vec::new(), leaderless: 0, ..drain };
     Ok((drained(id, &done), format!("broker {id} is empty after {}: it can be stopped for good", took(time))))
 }
 
@@ -251,6 +251,7 @@ fn drained(id: u32, drain: &Drain) -> Value {
         "leaders": drain.leaders,
         "replicas": drain.replicas,
         "takers": drain.takers,
+        "leaderless_replicas": drain.leaderless,
         "stuck_replicas": stuck.collect::<Vec<_>>(),
     })
 }
@@ -282,6 +283,12 @@ fn said(id: u32, drain: &Drain) -> String {
             names.join(" "),
         );
     }
+    if drain.leaderless > 0 {
+        lines += &format!(
+            "\nwarning: {} cannot move while nobody leads their partitions: `strandline topic describe` tells the way out",
+            output::count(drain.leaderless.into(), "replica"),
+        );
+    }
     lines
 }
 
@@ -297,6 +304,7 @@ mod tests {
             replicas: 12,
             stuck: (0..stuck).map(|number| ("orders".to_owned(), number)).collect(),
             takers: 2,
+            leaderless: 0,
         }
     }
 
@@ -325,6 +333,8 @@ mod tests {
         assert!(Drain { replicas: 2, ..drain(2) }.is_stuck());
         assert!(!Drain { replicas: 3, ..drain(2) }.is_stuck());
         assert!(!Drain { replicas: 0, ..drain(0) }.is_stuck(), "an empty one is done");
+        assert!(Drain { replicas: 3, leaderless: 1, ..drain(2) }.is_stuck());
+        assert!(!Drain { replicas: 3, leaderless: 3, ..drain(0) }.is_stuck(), "they may have a leader in a moment");
         assert!(stuck(3).contains("broker restore 3"));
     }
 
@@ -336,6 +346,8 @@ mod tests {
         let last = Drain { takers: 0, replicas: 1, changed: false, ..drain(1) };
         assert!(said(2, &last).contains("was being drained already: 1 replica"), "{}", said(2, &last));
         assert!(said(2, &last).contains("1 replica cannot move, because no other broker takes replicas"));
+        let unled = said(2, &Drain { leaderless: 2, ..drain(0) });
+        assert!(unled.contains("warning: 2 replicas cannot move while nobody leads their partitions"), "{unled}");
         assert_eq!(said(2, &Drain { replicas: 0, ..drain(0) }), "broker 2 is being drained; it holds nothing");
     }
 }

@@ -133,12 +133,15 @@ pub struct Drain {
     pub stuck: Vec<(String, u32)>,
     /// How many others take replicas.
     pub takers: u32,
+    /// How many more replicas cannot move while nobody leads their partitions.
+    pub leaderless: u32,
 }
 
 impl Drain {
-    /// Whether no replica can move.
+    /// Whether no replica can move, and a leader for some of them would not change that for all.
     pub fn is_stuck(&self) -> bool {
-        self.replicas > 0 && u32::try_from(self.stuck.len()).is_ok_and(|stuck| stuck >= self.replicas)
+        let stuck = u32::try_from(self.stuck.len()).unwrap_or(u32::MAX);
+        stuck > 0 && stuck.saturating_add(self.leaderless) >= self.replicas
     }
 }
 
@@ -240,6 +243,7 @@ impl Admin {
             replicas: answer.replicas,
             stuck: answer.stuck.into_iter().map(named).collect::<Result<_, _>>()?,
             takers: answer.takers,
+            leaderless: answer.leaderless,
         })
     }
 
