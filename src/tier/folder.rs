@@ -10,9 +10,9 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use futures::{StreamExt as _, stream::BoxStream};
 use object_store::{
-    CopyOptions, Error, GetOptions, GetResult, GetResultPayload, ListResult, MultipartUpload, ObjectMeta, ObjectStore,
-    ObjectStoreExt as _, PutMode, PutMultipartOptions, PutOptions, PutPayload, PutResult, RenameOptions, Result,
-    UploadPart, local::LocalFileSystem, path::Path,
+    CopyOptions, Error, Extensions, GetOptions, GetResult, GetResultPayload, ListResult, MultipartUpload, ObjectMeta,
+    ObjectStore, ObjectStoreExt as _, PutMode, PutMultipartOptions, PutOptions, PutPayload, PutResult, RenameOptions,
+    Result, UploadPart, local::LocalFileSystem, path::Path,
 };
 
 use super::files::{LeavingFile, PieceWriter, StagedFile, read_and_drop_pages};
@@ -20,7 +20,14 @@ use crate::{log::disk::PIECE_BYTES, task};
 
 /// Extension of a get that verifies an upload: these bytes were written just now, and nobody is expected to read them soon.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct ReadBack;
+struct ReadBack;
+
+/// The options of such a get.
+pub(super) fn read_back_options() -> GetOptions {
+    let mut extensions = Extensions::new();
+    extensions.insert(ReadBack);
+    GetOptions::new().with_extensions(extensions)
+}
 
 /// A folder as object store.
 #[derive(Debug)]

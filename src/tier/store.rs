@@ -18,7 +18,7 @@ use std::{
 use backon::{ExponentialBuilder, Retryable};
 use bytes::Bytes;
 use futures::TryStreamExt;
-use object_store::{Extensions, GetOptions, ObjectStore, ObjectStoreExt, PutMode, PutPayload, path::Path};
+use object_store::{GetOptions, ObjectStore, ObjectStoreExt, PutMode, PutPayload, path::Path};
 use serde::{Deserialize, Serialize};
 use tokio::{
     sync::{OnceCell, Semaphore, watch},
@@ -28,8 +28,7 @@ use uuid::Uuid;
 
 use super::{
     claim::{ClaimError, StoreNotes},
-    folder::ReadBack,
-    name,
+    folder, name,
     open::{self, OpenError, StoreOptions},
     reach::{DOUBT_AFTER, Outage, PROBE_TIMEOUT, Reach},
 };
@@ -367,9 +366,7 @@ impl Store {
 
     /// As [`get_range`](Self::get_range), for bytes that were written just now: a folder then keeps them on its disk alone.
     pub(super) async fn read_back(&self, object: &str, range: Range<u64>) -> Result<Bytes, StoreError> {
-        let mut extensions = Extensions::new();
-        extensions.insert(ReadBack);
-        self.get_with(object, range, GetOptions::new().with_extensions(extensions)).await
+        self.get_with(object, range, folder::read_back_options()).await
     }
 
     async fn get_with(&self, object: &str, range: Range<u64>, options: GetOptions) -> Result<Bytes, StoreError> {
