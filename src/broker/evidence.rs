@@ -236,12 +236,12 @@ impl Broker {
                     broker_epoch: epoch.0,
                     seen: report.seen,
                 };
-                let told = evidence.peers.report_gone(&address, request, REPORT).await;
-                if let Err(error) = &told {
+                let response = evidence.peers.report_gone(&address, request, REPORT).await;
+                if let Err(error) = &response {
                     tracing::debug!(%broker, %error, "the controller did not take the report");
                 }
                 // Not taken away: what the controller saw was not clear, or it is another one by now.
-                told.is_ok_and(|answer| answer.revoked)
+                response.is_ok_and(|response| response.revoked)
             }
             // The suspect itself, or nobody: the first of those that are left acts in its place.
             _ => {
@@ -347,7 +347,7 @@ fn registered(state: &ViewState, broker: BrokerId, epoch: Revision) -> Option<Ar
     state.brokers().get(&broker).filter(|known| known.create_revision == epoch).cloned()
 }
 
-/// Whose process may be gone.
+/// A broker whose process may be gone.
 #[derive(Clone, Copy)]
 struct Suspect<'a> {
     cluster: &'a str,

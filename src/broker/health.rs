@@ -174,7 +174,7 @@ impl Broker {
             return 0;
         }
         let (state, now) = (self.view.state(), clock::monotonic());
-        // Where nobody leads there is nobody to catch up with, once there was time for an election.
+        // A replica without a leader has nobody to catch up with, once there was time for an election.
         let is_behind = |(id, unled): (&PartitionId, &mut Option<Instant>)| {
             *unled = if has_leader(&state, *id) { None } else { Some(unled.unwrap_or(now)) };
             unled.is_none_or(|since| now.saturating_duration_since(since) < ELECTION_WAIT)

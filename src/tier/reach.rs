@@ -158,7 +158,7 @@ impl Reach {
         loop {
             let outage = self.until_away().await;
             let known = self.away.borrow().as_ref().map(|away| away.known_at.elapsed());
-            // An outage that ended meanwhile is waited for anew.
+            // The outage may have ended meanwhile: the next one is waited for.
             let left = known.map_or(Duration::ZERO, |known| time.saturating_sub(known));
             if left.is_zero() && known.is_some() {
                 return outage;

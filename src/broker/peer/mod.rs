@@ -66,7 +66,7 @@ pub(super) struct Peering {
     incarnation: String,
     questions: Questions,
     catch_up: Arc<CatchUp>,
-    /// Whether this broker answers all questions, and not only who it is.
+    /// False while this broker answers only `WhoIs`.
     has_begun: AtomicBool,
     /// Bytes of batches that went out, by follower.
     sent: ByPeer,

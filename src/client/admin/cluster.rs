@@ -138,7 +138,7 @@ pub struct Drain {
 }
 
 impl Drain {
-    /// Whether no replica can move, and a leader for some of them would not change that for all.
+    /// True where no replica can move, and a leader for the leaderless ones would not change that for all.
     pub fn is_stuck(&self) -> bool {
         let stuck = u32::try_from(self.stuck.len()).unwrap_or(u32::MAX);
         stuck > 0 && stuck.saturating_add(self.leaderless) >= self.replicas

@@ -98,7 +98,7 @@ impl Orders {
     }
 }
 
-/// What a broker has still to give away, and what of it cannot move because nobody can take it, or nobody leads it. As the controller's plan does it.
+/// Replicas that a broker has still to give away, and those that cannot move for want of a taker or of a leader. As the controller's plan does it.
 fn left(state: &ViewState, broker: BrokerId) -> Drained {
     let mut placement = Placement::of(state);
     placement.exclude(broker);

@@ -159,7 +159,7 @@ pub trait File: Send + Sync {
     /// Cuts or extends (with zeros) the file.
     fn truncate(&self, len: u64) -> io::Result<()>;
 
-    /// Gives back some of the room of a file that was removed and that nobody reads any more, and waits a moment. False when what is left may
+    /// Gives back some of the room of a file that was removed and that nobody reads, and waits a moment. False when what is left may
     /// be given back at once. Blocks.
     fn give_back_step(&self) -> io::Result<bool>;
 

@@ -2,12 +2,12 @@
 
 use crate::{task::clock, telemetry::LogThrottle};
 
-/// What may last.
+/// A condition that may last.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Condition {
     /// A new replica cannot begin.
     CannotBegin,
-    /// What the leader sends is refused.
+    /// Batches of the leader are refused.
     BadBatches,
     /// The leader cannot read the bucket.
     CannotLead,

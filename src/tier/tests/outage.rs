@@ -6,7 +6,7 @@ use futures::FutureExt as _;
 
 use super::*;
 
-/// Each step of upkeep waited for two seconds anew: with 10,000 partitions and four workers, each was planned once in 80 minutes.
+/// Each step of upkeep waited for two seconds: with 10,000 partitions and four workers, each was planned once in 80 minutes.
 #[tokio::test]
 async fn a_step_waits_for_a_store_while_its_outage_is_new_and_no_longer() {
     let keys = Keys { access_key_id: "id".to_owned(), secret_access_key: "secret".to_owned() };
