@@ -201,7 +201,10 @@ async fn more_partitions_than_a_stream_carries_all_get_their_turn() {
 async fn a_record_that_nobody_takes_expires_and_says_why() {
     let double = Double::start(1).await;
     let options = ProducerOptions { delivery_timeout: Duration::from_millis(300), ..one_by_one() };
-    let producer = client(&double).await.producer(options).await.expect("an id");
+    // With the default of one second, the pause after the last refusal may outlast the second record.
+    let pauses = Options { backoff_max: Duration::from_millis(20), ..Options::default() };
+    let client = Client::connect(&double.address.to_string(), pauses).await.expect("the double answers");
+    let producer = client.producer(options).await.expect("an id");
     double.script(&[Act::Refuse(Reason::DiskFull); 200]);
     let error = producer.send("t", NewRecord::value(b"x")).await.expect("queued").await.expect_err("never taken");
     assert!(matches!(error, SendError::Expired { maybe_appended: false, .. }), "{error}");
