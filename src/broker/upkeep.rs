@@ -16,7 +16,7 @@ use crate::{
     partition::{Partition, UpkeepError},
     task::clock,
     telemetry::LogThrottle,
-    tier::Store,
+    tier::{self, Store, UploadError},
 };
 
 /// How often old active segments are looked for, at most.
@@ -47,6 +47,8 @@ pub(super) struct Failures {
     failed: Notify,
     /// Of all partitions: the metadata store takes no commit.
     commits: Mutex<LogThrottle>,
+    /// Of all partitions: the object store answers and takes no uploads.
+    uploads: Mutex<LogThrottle>,
 }
 
 #[derive(Clone)]
@@ -138,6 +140,11 @@ async fn work(broker: Arc<Broker>) {
                 if !step.only_sealed {
                     failures.recover(&partition);
                 }
+                if step.uploaded.segments > 0
+                    && let Some(failed) = failures.uploads.lock().unwrap_or_else(PoisonError::into_inner).recover()
+                {
+                    tracing::info!(failed, "uploads succeed again");
+                }
                 broker.upkeep_queue.done(id, step.more);
             }
             Err(UpkeepError::Closed) => {
@@ -181,7 +188,7 @@ const fn is_of_another_leader(error: &UpkeepError) -> bool {
 }
 
 /// Logs a failure once, then as a reminder with a count: a bucket that is gone for an hour must not fill the log. An outage is logged
-/// once for all partitions: by the stores' own clients, or here where the metadata store answers and takes no commit.
+/// once for all partitions: by the stores' own clients, or here where a store answers and takes no commit or no upload.
 fn report(broker: &Broker, partition: &Partition, error: &UpkeepError, failing: &mut Failing) {
     broker.metrics.tier_upload_failures.inc();
     let (id, topic, now) = (partition.id(), partition.topic(), clock::monotonic());
@@ -192,9 +199,17 @@ fn report(broker: &Broker, partition: &Partition, error: &UpkeepError, failing: 
         if let Some(failures) = commits.lock().unwrap_or_else(PoisonError::into_inner).occur(now) {
             tracing::warn!(%error, failures, "upkeep of all partitions waits for the metadata store; segments stay on disk meanwhile");
         }
-    } else if !is_told_elsewhere(broker, error)
-        && let Some(failures) = failing.log.occur(now)
-    {
+    } else if is_told_elsewhere(broker, error) {
+        tracing::debug!(partition = %id, %topic, %error, "upkeep waits for a store");
+    } else if is_of_uploads(error) {
+        let uploads = &broker.upkeep_failures.uploads;
+        if let Some(failures) = uploads.lock().unwrap_or_else(PoisonError::into_inner).occur(now) {
+            tracing::warn!(
+                partition = %id, %topic, %error, failures,
+                "uploads fail, and one partition at a time tries until one succeeds; segments stay on disk meanwhile"
+            );
+        }
+    } else if let Some(failures) = failing.log.occur(now) {
         tracing::warn!(
             partition = %id, %topic, %error, failures,
             "upkeep failed and is tried again until it works; segments stay on disk meanwhile"
@@ -202,6 +217,12 @@ fn report(broker: &Broker, partition: &Partition, error: &UpkeepError, failing: 
     } else {
         tracing::debug!(partition = %id, %topic, %error, tries = failing.steps + 1, "upkeep failed again");
     }
+}
+
+/// Whether the object store took no object, which it most likely does with those of other partitions too.
+const fn is_of_uploads(error: &UpkeepError) -> bool {
+    use UpkeepError::{Upload, UploadsFail};
+    matches!(error, UploadsFail { .. } | Upload(UploadError::Store(tier::StoreError::Unavailable { .. })))
 }
 
 /// Whether the metadata store answers and takes no commit of any partition.

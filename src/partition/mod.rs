@@ -56,6 +56,7 @@ pub mod retention;
 
 mod actor;
 mod begin;
+mod breaker;
 mod lag;
 mod listeners;
 mod memory;

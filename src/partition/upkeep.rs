@@ -17,6 +17,7 @@ use tokio::sync::oneshot;
 use super::{
     Partition,
     actor::Command,
+    breaker::UploadBreaker,
     rebuild::Rebuilds,
     retention::{self, Plan, Segment},
 };
@@ -65,6 +66,12 @@ pub enum UpkeepError {
     /// The object store did not take the segment or the manifest.
     #[error("the upload failed: {0}")]
     Upload(#[from] tier::UploadError),
+    /// Uploads of other partitions failed, and one of them is being tried: this one was not.
+    #[error("uploads fail, and one partition at a time tries: {why}")]
+    UploadsFail {
+        /// The error of the last one that failed.
+        why: String,
+    },
     /// The manifest could not be read.
     #[error("the manifest cannot be read: {0}")]
     Manifest(#[from] tier::ReadError),
@@ -127,13 +134,15 @@ pub struct Uploaded {
 pub struct Upkeep {
     commits: TierCommits,
     pub(super) rebuilds: Rebuilds,
+    uploads: UploadBreaker,
     retry: Duration,
 }
 
 impl Upkeep {
     /// Upkeep that commits through `commits`.
     pub fn new(commits: TierCommits) -> Self {
-        Self { commits, rebuilds: Rebuilds::default(), retry: Duration::from_millis(500) }
+        let (rebuilds, uploads) = (Rebuilds::default(), UploadBreaker::default());
+        Self { commits, rebuilds, uploads, retry: Duration::from_millis(500) }
     }
 
     /// How long to wait before the try after `failures` failures in a row.
@@ -197,11 +206,8 @@ impl Upkeep {
                 Ok(Step { more: true, only_sealed: false, uploaded })
             }
             (None, Some(tier)) if lags => {
-                let staged = tokio::select! {
-                    biased;
-                    error = tier.until_away_for(RETRY_WITHIN) => return Err(UpkeepError::Upload(error.into())),
-                    staged = tier.stage_trim(epoch) => staged?,
-                };
+                let trim = self.uploads.attempt(async { Ok(tier.stage_trim(epoch).await?) });
+                let staged = unless_away(tier, trim).await?;
                 self.commit(partition, tier, staged, epoch).await?;
                 Ok(Step { more: true, only_sealed: false, uploaded: Uploaded::default() })
             }
@@ -242,12 +248,8 @@ impl Upkeep {
         local: &Local,
         epoch: LeaderEpoch,
     ) -> Result<Uploaded, UpkeepError> {
-        let (staged, uploaded) = tokio::select! {
-            biased;
-            // First: nothing is exported while that is known.
-            error = tier.until_away_for(RETRY_WITHIN) => return Err(UpkeepError::Upload(error.into())),
-            staged = stage(partition, tier, bases, local, epoch) => staged?,
-        };
+        let stage = self.uploads.attempt(stage(partition, tier, bases, local, epoch));
+        let (staged, uploaded) = unless_away(tier, stage).await?;
         let end = staged.state().tiered_end;
         self.commit(partition, tier, staged, epoch).await?;
         tracing::debug!(partition = %partition.id, base = %bases.start, %end, uploaded.segments, "segments are in the bucket");
@@ -294,6 +296,19 @@ impl Upkeep {
         done?;
         partition.adopt(after.clone()).await;
         Ok(())
+    }
+}
+
+/// Waits for an upload, unless it is known that the store is away, or becomes known and stays so for a while.
+async fn unless_away<T>(
+    tier: &PartitionTier,
+    upload: impl Future<Output = Result<T, UpkeepError>>,
+) -> Result<T, UpkeepError> {
+    tokio::select! {
+        biased;
+        // First: nothing is exported while that is known.
+        error = tier.until_away_for(RETRY_WITHIN) => Err(UpkeepError::Upload(error.into())),
+        done = upload => done,
     }
 }
 

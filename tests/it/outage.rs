@@ -1,6 +1,8 @@
 //! The bucket is an S3 server that goes away, refuses, loses answers, is slow, or loses an object: a real broker goes on
 //! with what it has, loses nothing, and catches up by itself.
 
+mod known;
+
 use std::{
     path::{Path, PathBuf},
     time::Duration,
@@ -21,7 +23,7 @@ use crate::{
     broker::{Broker, Cli, Home, http_get},
     damage::{files, lines, partition},
     patience::{becomes, eventually},
-    s3::{Fault, Op, S3},
+    s3::{Fault, Faults, Op, S3},
     wire,
 };
 
@@ -325,6 +327,35 @@ fn size_retention_covers_both_tiers_and_objects_go_after_the_grace() {
     reads(&cli, "t", "earliest", &rest);
 }
 
+/// The bucket serves reads and takes no object. Each upload tries on for 20 s: with four workers and this many partitions, retention of
+/// the others came once in three minutes.
+#[test]
+fn retention_goes_on_while_the_bucket_takes_no_objects() {
+    const PARTITIONS: u32 = 40;
+    let (server, home, _broker) = start(|home| home.setting("tier.check_interval", "\"1s\""));
+    let cli = home.cli();
+    cli.ok(&["topic", "create", "uploads", "--partitions", &PARTITIONS.to_string(), "--config", "segment.ms=200"]);
+    create(&cli, "kept", &["remote.storage.enable=false", "segment.bytes=65536", "retention.bytes=100000"]);
+    for op in [Op::Put, Op::StartUpload] {
+        server.faults().inject(op, Fault::Status(500), usize::MAX);
+    }
+    for partition in 0..PARTITIONS {
+        cli.ok_with(&["produce", "uploads", "--partition", &partition.to_string()], b"x\n");
+    }
+    eventually("uploads fail", || (server.faults().hits() > 4).then_some(()));
+    cli.ok_with(&["produce", "kept"], lines(40_000).as_bytes());
+    eventually("retention has moved the log start", || (mark(&cli, "kept", "log_start") > 30_000).then_some(()));
+    assert!(home.log().contains("uploads fail, and one partition at a time tries"), "{}", home.log());
+    server.faults().clear();
+    for number in 0..PARTITIONS as usize {
+        eventually("all is in the bucket", || {
+            let topic = cli.ok(&["topic", "describe", "uploads", "--output", "json"]).json();
+            (topic["partitions"][number]["tiered_end"] == 1).then_some(())
+        });
+    }
+    assert_eq!(home.log().matches("uploads fail, and one partition at a time tries").count(), 1, "{}", home.log());
+}
+
 /// An append of one record that waits for the bucket.
 fn tiered(timeout_ms: u32) -> v1::AppendRequest {
     let append = wire::append_plain("t", 0, vec![Bytes::from_static(b"x")]);
@@ -394,206 +425,4 @@ async fn an_empty_bucket_at_a_restart_is_not_taken_for_a_new_one() {
         reads(&cli, "t", "earliest", &format!("{text}x\nx\n"));
         eventually("it works again", || (!cli.ok(&["cluster", "describe"]).text().contains(told)).then_some(()));
     });
-}
-
-/// Makes topic `t` of so many records, which are in the bucket alone, and starts the broker again: its caches are empty.
-fn history(with: impl FnOnce(Home) -> Home, records: usize) -> (S3, Home, Broker) {
-    let (server, mut home, broker) = start(with);
-    create(&home.cli(), "t", EAGER);
-    home.cli().ok_with(&["produce", "t"], lines(records).as_bytes());
-    settled(&home.cli(), "t", i64::try_from(records).expect("few"));
-    assert!(broker.terminate().success(), "{}", home.log());
-    let broker = home.start();
-    (server, home, broker)
-}
-
-/// One read of topic `t` from an offset, which waits for no record that does not exist.
-async fn read_once(
-    log: &mut v1::log_client::LogClient<tonic::transport::Channel>,
-    offset: i64,
-) -> v1::FetchedPartition {
-    let place = v1::FetchPartition { topic: "t".to_owned(), offset, ..Default::default() };
-    let request = v1::ReadRequest { partitions: vec![place], plain: true, ..Default::default() };
-    let mut answer = log.read(request).await.expect("an answer").into_inner();
-    assert_eq!(answer.partitions.len(), 1, "each partition is answered");
-    answer.partitions.remove(0)
-}
-
-/// `max_wait_ms` ended reads of the bucket too, and dropped what they had fetched: 433 reads of 433 were empty, as at the end of the log.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn short_reads_of_history_are_served_by_a_slow_bucket() {
-    const RECORDS: i64 = 20_000;
-    for cache in ["128MiB", "4MiB"] {
-        let (server, home, _broker) = tokio::task::block_in_place(|| {
-            history(
-                |home| home.setting("cache.memory_bytes", format!("\"{cache}\"")).setting("cache.disk_bytes", "\"0\""),
-                20_000,
-            )
-        });
-        server.faults().inject(Op::Get, Fault::Delay(Duration::from_millis(400)), usize::MAX);
-        let mut log = wire::log(home.grpc());
-        let mut next = 0;
-        for _ in 0..10 {
-            let read = read_once(&mut log, next).await;
-            assert!(read.error.is_none() && !read.records.is_empty(), "{cache}: at {next}: {:?}", read.error);
-            assert_eq!((read.log_start, read.high_watermark), (0, RECORDS));
-            next = read.next_offset;
-        }
-    }
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn read_that_the_bucket_does_not_serve_in_time_says_so_and_is_kept() {
-    let (server, home, _broker) =
-        tokio::task::block_in_place(|| history(|home| home.setting("tier.fetch_max_wait", "\"1s\""), 2_000));
-    // Three requests one after the other: manifest, footer, chunk.
-    server.faults().inject(Op::Get, Fault::Delay(Duration::from_millis(900)), 3);
-    let mut log = wire::log(home.grpc());
-    let mut refused = 0;
-    let read = loop {
-        let read = read_once(&mut log, 0).await;
-        let Some(error) = read.error else { break read };
-        let refusal = Refusal::from(error);
-        assert!(refusal.reason == Reason::ObjectStoreUnavailable && refusal.retryable, "{refusal:?}");
-        assert!(refusal.message.contains("tier.fetch_max_wait"), "{refusal}");
-        assert_eq!((read.high_watermark, read.next_offset), (2_000, 0), "it is not the end");
-        refused += 1;
-    };
-    assert!(!read.records.is_empty() && (1..=3).contains(&refused), "{refused}");
-    let end = read_once(&mut log, 2_000).await;
-    assert!(end.error.is_none() && end.next_offset == end.high_watermark, "the end looks like the end: {end:?}");
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn reads_of_history_fail_at_once_while_the_bucket_is_away_and_are_served_when_it_is_back() {
-    let (server, home, _broker) = tokio::task::block_in_place(|| history(|home| home, 2_000));
-    server.faults().set_down(true);
-    let mut log = wire::log(home.grpc());
-    let begin = clock::monotonic();
-    for tries in 0..20 {
-        let read = read_once(&mut log, 0).await;
-        let refusal = Refusal::from(read.error.expect("the bucket is away"));
-        assert!(refusal.reason == Reason::ObjectStoreUnavailable && refusal.retryable, "{tries}: {refusal:?}");
-        assert!(refusal.message.contains("served nothing"), "{refusal}");
-        assert_eq!(read.high_watermark, 2_000);
-    }
-    // Nineteen of them at once, and the first when it was certain.
-    assert!(begin.elapsed() < Duration::from_secs(3), "{:?}", begin.elapsed());
-    let place = v1::FetchPartition { topic: "t".to_owned(), ..Default::default() };
-    let request = v1::FetchRequest { partitions: vec![place], ..Default::default() };
-    let requests = futures::stream::iter([request]).chain(futures::stream::pending());
-    let mut stream = log.fetch(requests).await.expect("a stream").into_inner();
-    let said = tokio::time::timeout(Duration::from_secs(3), stream.message()).await.expect("soon").expect("an answer");
-    let said = said.expect("it goes on").partitions.remove(0);
-    assert_eq!(said.error.map(|error| error.reason).as_deref(), Some("OBJECT_STORE_UNAVAILABLE"));
-
-    server.faults().set_down(false);
-    let begin = clock::monotonic();
-    let read = becomes("it is back", || {
-        let mut log = log.clone();
-        async move { Some(read_once(&mut log, 0).await).filter(|read| read.error.is_none()) }
-    });
-    assert!(!read.await.records.is_empty());
-    assert!(begin.elapsed() < Duration::from_secs(5), "{:?}", begin.elapsed());
-}
-
-/// A bucket that takes every request and answers none.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn silent_bucket_is_known_long_before_a_reads_time_is_up() {
-    let (server, home, _broker) =
-        tokio::task::block_in_place(|| history(|home| home.setting("tier.fetch_max_wait", "\"60s\""), 2_000));
-    server.faults().inject(Op::Get, Fault::Delay(Duration::from_secs(3_600)), usize::MAX);
-    let mut log = wire::log(home.grpc());
-    let begin = clock::monotonic();
-    for _ in 0..10 {
-        let refusal = Refusal::from(read_once(&mut log, 0).await.error.expect("the bucket is silent"));
-        assert_eq!(refusal.reason, Reason::ObjectStoreUnavailable, "{refusal:?}");
-        assert!(refusal.message.contains("served nothing"), "{refusal}");
-    }
-    // All but the first at once.
-    assert!(begin.elapsed() < Duration::from_secs(15), "{:?}", begin.elapsed());
-}
-
-/// Appends with `acks=tiered` in a stream: its answers, and the cause of the wait that the first one names.
-async fn cause_of_the_wait(
-    log: &mut v1::log_client::LogClient<Channel>,
-    timeout_ms: u32,
-) -> (tonic::Streaming<v1::ProduceResponse>, v1::Error) {
-    let first = v1::ProduceRequest { correlation: 7, append: Some(tiered(timeout_ms)) };
-    let requests = futures::stream::iter([first]).chain(futures::stream::pending());
-    let mut answers = log.produce(requests).await.expect("a stream").into_inner();
-    let notice =
-        tokio::time::timeout(Duration::from_secs(4), answers.message()).await.expect("soon").expect("a notice");
-    let notice = notice.expect("it goes on");
-    let Some(v1::produce_response::Result::Waiting(why)) = notice.result else { panic!("{notice:?}") };
-    assert_eq!((notice.correlation, why.reason.as_str()), (7, "OBJECT_STORE_UNAVAILABLE"));
-    (answers, why)
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn appends_to_a_bucket_that_is_away_are_told_so_and_later_ones_are_not_begun() {
-    let (server, home, _broker) = tokio::task::block_in_place(|| start(|home| home));
-    wire::create_topic(home.grpc(), "t", 1, &[("segment.ms", "86400000")]).await;
-    let mut log = wire::log(home.grpc());
-    wire::append(&mut log, tiered(30_000)).await.expect("the bucket is there");
-    server.faults().set_down(true);
-    let (mut answers, why) = cause_of_the_wait(&mut log, 6_000).await;
-    assert!(why.message.contains("served nothing"), "{why:?}");
-
-    let refusal = wire::append(&mut log, tiered(30_000)).await.expect_err("it could only wait");
-    assert!(refusal.reason == Reason::ObjectStoreUnavailable && refusal.retryable, "{refusal:?}");
-    assert_eq!(wire::latest(&mut log, "t", 0).await.expect("answered"), 2, "it was not appended");
-
-    let refusal = final_answer(&mut answers, Duration::from_secs(20)).await.expect_err("its time is up");
-    assert_eq!(refusal.reason, Reason::Timeout, "{refusal:?}");
-    assert_eq!((refusal.number("base_offset"), refusal.number("end_offset")), (Some(1), Some(2)), "{refusal:?}");
-    assert!(refusal.metadata["cause"].contains("served nothing"), "{refusal:?}");
-    let output = tokio::task::block_in_place(|| {
-        home.cli().run_with(&["produce", "t", "--acks", "tiered", "--timeout", "4"], b"x\n")
-    });
-    assert!(output.code == 1 && output.stderr.contains("served nothing"), "{output:?}");
-}
-
-/// The bucket served reads: nothing was known to be wrong, and the cause came with the timeout.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn append_to_a_bucket_that_refuses_writes_is_told_why() {
-    let (server, home, _broker) = tokio::task::block_in_place(|| start(|home| home));
-    wire::create_topic(home.grpc(), "t", 1, &[]).await;
-    let mut log = wire::log(home.grpc());
-    wire::append(&mut log, tiered(30_000)).await.expect("the bucket is there");
-    for op in [Op::Put, Op::StartUpload] {
-        server.faults().inject(op, Fault::Status(403), usize::MAX);
-    }
-    let (mut answers, why) = cause_of_the_wait(&mut log, 60_000).await;
-    assert!(why.message.contains("the upload failed"), "{why:?}");
-    server.faults().clear();
-    final_answer(&mut answers, Duration::from_secs(60)).await.expect("it is in the bucket");
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn appends_that_wait_for_the_bucket_hold_no_produce_memory() {
-    let (server, home, _broker) =
-        tokio::task::block_in_place(|| start(|home| home.setting("limits.produce_memory_bytes", 1 << 20)));
-    tokio::task::block_in_place(|| create(&home.cli(), "t", &["segment.bytes=1073741824"]));
-    // Nothing is known to be wrong: the bucket takes its time.
-    server.faults().inject(Op::Put, Fault::Delay(Duration::from_secs(20)), usize::MAX);
-    let mut log = wire::log(home.grpc());
-    let append = |correlation| {
-        let append = wire::append_plain("t", 0, vec![Bytes::from(vec![7; 300_000])]);
-        let append = v1::AppendRequest { acks: Acks::Tiered.into(), timeout_ms: 30_000, ..append };
-        v1::ProduceRequest { correlation, append: Some(append) }
-    };
-    let requests = futures::stream::iter((0..20).map(append)).chain(futures::stream::pending());
-    let _answers = log.produce(requests).await.expect("a stream").into_inner();
-    becomes("all are stored, six times what the memory holds", || {
-        let mut log = log.clone();
-        async move { (wire::latest(&mut log, "t", 0).await.ok()? == 20).then_some(()) }
-    })
-    .await;
-    let began = clock::monotonic();
-    let other = wire::append_plain("t", 0, vec![Bytes::from(vec![7; 900_000])]);
-    wire::append(&mut log, other).await.expect("there is room");
-    assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
-    let refusal = wire::append(&mut log, tiered(600_001)).await.expect_err("no append waits for so long");
-    assert!(refusal.reason == Reason::InvalidRequest && refusal.message.contains("600000"), "{refusal:?}");
 }

@@ -81,6 +81,15 @@ pub enum Refused {
         /// `max.message.bytes`.
         most: usize,
     },
+    /// The append would wait for the object store, which is away.
+    #[error(
+        "the object store has served nothing {outage}; with acks=tiered nothing is appended until it does: use another acks, or try again \
+         later"
+    )]
+    StoreAway {
+        /// For how long, and why.
+        outage: String,
+    },
     /// Too few replicas in sync.
     #[error(
         "replicas in sync: {in_sync}, and min.insync.replicas is {needed}: wait for replicas to come back, or lower it"
@@ -245,7 +254,7 @@ impl<W> Leader<W> {
 
     /// Decides about one write. Admitted writes form a group until [`Self::appended`] or [`Self::not_appended`] ends it. `sent` is the
     /// fingerprint of the batch that the client sent, if the request held one. `refusal` says why the batch must not be appended; a retry
-    /// of one that is in the log is answered all the same.
+    /// of one that is in the log is answered all the same, and what follows a refused one is refused like it, not as a gap.
     pub fn admit(
         &mut self,
         batch: &Batch,
@@ -259,13 +268,11 @@ impl<W> Leader<W> {
             return Err(Refused::NotEnoughReplicas { in_sync, needed: self.in_sync.rule().min_insync });
         }
         let (count, stamp) = (batch.count(), batch.producer());
-        if let Some(stamp) = stamp
-            && let duplicate @ Admission::Duplicate(..) = self.check(stamp, count, sent, producers)?
-        {
-            return Ok(duplicate);
-        }
-        if let Some(refused) = refusal {
-            return Err(refused);
+        let checked = stamp.map(|stamp| self.check(stamp, count, sent, producers));
+        match (checked, refusal) {
+            (Some(Ok(duplicate @ Admission::Duplicate(..))), _) => return Ok(duplicate),
+            (_, Some(refused)) | (Some(Err(refused)), None) => return Err(refused),
+            (Some(Ok(Admission::Append(_))) | None, None) => {}
         }
         if let Some(stamp) = stamp {
             self.note(stamp, count);

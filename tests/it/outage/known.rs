@@ -1,0 +1,250 @@
+//! When an outage of the bucket is known, and what readers and writers are told.
+
+use super::*;
+
+/// Makes topic `t` of so many records, which are in the bucket alone, and starts the broker again: its caches are empty.
+fn history(with: impl FnOnce(Home) -> Home, records: usize) -> (S3, Home, Broker) {
+    let (server, mut home, broker) = start(with);
+    create(&home.cli(), "t", EAGER);
+    home.cli().ok_with(&["produce", "t"], lines(records).as_bytes());
+    settled(&home.cli(), "t", i64::try_from(records).expect("few"));
+    assert!(broker.terminate().success(), "{}", home.log());
+    let broker = home.start();
+    (server, home, broker)
+}
+
+/// One read of topic `t` from an offset, which waits for no record that does not exist.
+async fn read_once(
+    log: &mut v1::log_client::LogClient<tonic::transport::Channel>,
+    offset: i64,
+) -> v1::FetchedPartition {
+    let place = v1::FetchPartition { topic: "t".to_owned(), offset, ..Default::default() };
+    let request = v1::ReadRequest { partitions: vec![place], plain: true, ..Default::default() };
+    let mut answer = log.read(request).await.expect("an answer").into_inner();
+    assert_eq!(answer.partitions.len(), 1, "each partition is answered");
+    answer.partitions.remove(0)
+}
+
+/// `max_wait_ms` ended reads of the bucket too, and dropped what they had fetched: 433 reads of 433 were empty, as at the end of the log.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn short_reads_of_history_are_served_by_a_slow_bucket() {
+    const RECORDS: i64 = 20_000;
+    for cache in ["128MiB", "4MiB"] {
+        let (server, home, _broker) = tokio::task::block_in_place(|| {
+            history(
+                |home| home.setting("cache.memory_bytes", format!("\"{cache}\"")).setting("cache.disk_bytes", "\"0\""),
+                20_000,
+            )
+        });
+        server.faults().inject(Op::Get, Fault::Delay(Duration::from_millis(400)), usize::MAX);
+        let mut log = wire::log(home.grpc());
+        let mut next = 0;
+        for _ in 0..10 {
+            let read = read_once(&mut log, next).await;
+            assert!(read.error.is_none() && !read.records.is_empty(), "{cache}: at {next}: {:?}", read.error);
+            assert_eq!((read.log_start, read.high_watermark), (0, RECORDS));
+            next = read.next_offset;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn read_that_the_bucket_does_not_serve_in_time_says_so_and_is_kept() {
+    let (server, home, _broker) =
+        tokio::task::block_in_place(|| history(|home| home.setting("tier.fetch_max_wait", "\"1s\""), 2_000));
+    // Three requests one after the other: manifest, footer, chunk.
+    server.faults().inject(Op::Get, Fault::Delay(Duration::from_millis(900)), 3);
+    let mut log = wire::log(home.grpc());
+    let mut refused = 0;
+    let read = loop {
+        let read = read_once(&mut log, 0).await;
+        let Some(error) = read.error else { break read };
+        let refusal = Refusal::from(error);
+        assert!(refusal.reason == Reason::ObjectStoreUnavailable && refusal.retryable, "{refusal:?}");
+        assert!(refusal.message.contains("tier.fetch_max_wait"), "{refusal}");
+        assert_eq!((read.high_watermark, read.next_offset), (2_000, 0), "it is not the end");
+        refused += 1;
+    };
+    assert!(!read.records.is_empty() && (1..=3).contains(&refused), "{refused}");
+    let end = read_once(&mut log, 2_000).await;
+    assert!(end.error.is_none() && end.next_offset == end.high_watermark, "the end looks like the end: {end:?}");
+}
+
+/// An outage of the bucket, seen by one read of history from each of these offsets: how long the shortest took. What else runs on this
+/// machine is not measured so.
+async fn shortest_read_of_outages(server: &S3, home: &Home, offsets: &[i64], begin: impl Fn(&Faults)) -> Duration {
+    let (mut log, mut shortest) = (wire::log(home.grpc()), Duration::MAX);
+    for offset in offsets {
+        begin(server.faults());
+        let sent = clock::monotonic();
+        let refusal = Refusal::from(read_once(&mut log, *offset).await.error.expect("the bucket serves nothing"));
+        shortest = shortest.min(sent.elapsed());
+        assert_eq!(refusal.reason, Reason::ObjectStoreUnavailable, "{refusal:?}");
+        assert!(refusal.message.contains("served nothing"), "{refusal}");
+        server.faults().clear();
+        becomes("it is back", || {
+            let mut log = log.clone();
+            async move { Some(read_once(&mut log, *offset).await).filter(|read| read.error.is_none()) }
+        })
+        .await;
+    }
+    shortest
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn bucket_that_refuses_connections_or_answers_5xx_is_known_within_a_second() {
+    let (server, home, _broker) = tokio::task::block_in_place(|| history(|home| home, 60_000));
+    // Each of them is in another object, which no read has left in memory.
+    let refused = shortest_read_of_outages(&server, &home, &[0, 10_000, 20_000], |faults| faults.set_down(true)).await;
+    let fails = |faults: &Faults| faults.inject(Op::Get, Fault::Status(500), usize::MAX);
+    let failed = shortest_read_of_outages(&server, &home, &[30_000, 40_000, 50_000], fails).await;
+    assert!(refused.max(failed) < Duration::from_secs(1), "{refused:?}, {failed:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn reads_of_history_fail_at_once_while_the_bucket_is_away_and_are_served_when_it_is_back() {
+    let (server, home, _broker) = tokio::task::block_in_place(|| history(|home| home, 2_000));
+    server.faults().set_down(true);
+    let mut log = wire::log(home.grpc());
+    let begin = clock::monotonic();
+    for tries in 0..20 {
+        let read = read_once(&mut log, 0).await;
+        let refusal = Refusal::from(read.error.expect("the bucket is away"));
+        assert!(refusal.reason == Reason::ObjectStoreUnavailable && refusal.retryable, "{tries}: {refusal:?}");
+        assert!(refusal.message.contains("served nothing"), "{refusal}");
+        assert_eq!(read.high_watermark, 2_000);
+    }
+    // Nineteen of them at once, and the first when it was certain.
+    assert!(begin.elapsed() < Duration::from_secs(3), "{:?}", begin.elapsed());
+    let place = v1::FetchPartition { topic: "t".to_owned(), ..Default::default() };
+    let request = v1::FetchRequest { partitions: vec![place], ..Default::default() };
+    let requests = futures::stream::iter([request]).chain(futures::stream::pending());
+    let mut stream = log.fetch(requests).await.expect("a stream").into_inner();
+    let said = tokio::time::timeout(Duration::from_secs(3), stream.message()).await.expect("soon").expect("an answer");
+    let said = said.expect("it goes on").partitions.remove(0);
+    assert_eq!(said.error.map(|error| error.reason).as_deref(), Some("OBJECT_STORE_UNAVAILABLE"));
+
+    server.faults().set_down(false);
+    let begin = clock::monotonic();
+    let read = becomes("it is back", || {
+        let mut log = log.clone();
+        async move { Some(read_once(&mut log, 0).await).filter(|read| read.error.is_none()) }
+    });
+    assert!(!read.await.records.is_empty());
+    assert!(begin.elapsed() < Duration::from_secs(5), "{:?}", begin.elapsed());
+}
+
+/// A bucket that takes every request and answers none.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn silent_bucket_is_known_long_before_a_reads_time_is_up() {
+    let (server, home, _broker) =
+        tokio::task::block_in_place(|| history(|home| home.setting("tier.fetch_max_wait", "\"60s\""), 30_000));
+    let silent = |faults: &Faults| faults.inject(Op::Get, Fault::Delay(Duration::from_secs(3_600)), usize::MAX);
+    let shortest = shortest_read_of_outages(&server, &home, &[0, 10_000], silent).await;
+    assert!(shortest < Duration::from_secs(5), "{shortest:?}");
+    silent(server.faults());
+    let mut log = wire::log(home.grpc());
+    let _first = read_once(&mut log, 20_000).await;
+    let begin = clock::monotonic();
+    for _ in 0..10 {
+        let refusal = Refusal::from(read_once(&mut log, 20_000).await.error.expect("the bucket is silent"));
+        assert_eq!(refusal.reason, Reason::ObjectStoreUnavailable, "{refusal:?}");
+    }
+    assert!(begin.elapsed() < Duration::from_secs(3), "all of them at once: {:?}", begin.elapsed());
+}
+
+/// Appends with `acks=tiered` in a stream: its answers, and the cause of the wait that the first one names.
+async fn cause_of_the_wait(
+    log: &mut v1::log_client::LogClient<Channel>,
+    timeout_ms: u32,
+) -> (tonic::Streaming<v1::ProduceResponse>, v1::Error) {
+    let first = v1::ProduceRequest { correlation: 7, append: Some(tiered(timeout_ms)) };
+    let requests = futures::stream::iter([first]).chain(futures::stream::pending());
+    let mut answers = log.produce(requests).await.expect("a stream").into_inner();
+    let notice =
+        tokio::time::timeout(Duration::from_secs(4), answers.message()).await.expect("soon").expect("a notice");
+    let notice = notice.expect("it goes on");
+    let Some(v1::produce_response::Result::Waiting(why)) = notice.result else { panic!("{notice:?}") };
+    assert_eq!((notice.correlation, why.reason.as_str()), (7, "OBJECT_STORE_UNAVAILABLE"));
+    (answers, why)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn appends_to_a_bucket_that_is_away_are_told_so_and_later_ones_are_not_begun() {
+    let (server, home, _broker) = tokio::task::block_in_place(|| start(|home| home));
+    wire::create_topic(home.grpc(), "t", 1, &[("segment.ms", "86400000")]).await;
+    let mut log = wire::log(home.grpc());
+    wire::append(&mut log, tiered(30_000)).await.expect("the bucket is there");
+    let mut shortest = Duration::MAX;
+    let (mut answers, end) = loop {
+        server.faults().set_down(true);
+        let begin = clock::monotonic();
+        let (mut answers, why) = cause_of_the_wait(&mut log, 6_000).await;
+        shortest = shortest.min(begin.elapsed());
+        assert!(why.message.contains("served nothing"), "{why:?}");
+        let end = wire::latest(&mut log, "t", 0).await.expect("answered");
+        if end == 4 {
+            break (answers, end);
+        }
+        server.faults().set_down(false);
+        final_answer(&mut answers, Duration::from_secs(30)).await.expect("it is back");
+    };
+    assert!(shortest < Duration::from_secs(1), "{shortest:?}");
+
+    let refusal = wire::append(&mut log, tiered(30_000)).await.expect_err("it could only wait");
+    assert!(refusal.reason == Reason::ObjectStoreUnavailable && refusal.retryable, "{refusal:?}");
+    assert_eq!(wire::latest(&mut log, "t", 0).await.expect("answered"), end, "it was not appended");
+
+    let refusal = final_answer(&mut answers, Duration::from_secs(20)).await.expect_err("its time is up");
+    assert_eq!(refusal.reason, Reason::Timeout, "{refusal:?}");
+    assert_eq!((refusal.number("base_offset"), refusal.number("end_offset")), (Some(3), Some(4)), "{refusal:?}");
+    assert!(refusal.metadata["cause"].contains("served nothing"), "{refusal:?}");
+    let output = tokio::task::block_in_place(|| {
+        home.cli().run_with(&["produce", "t", "--acks", "tiered", "--timeout", "4"], b"x\n")
+    });
+    assert!(output.code == 1 && output.stderr.contains("served nothing"), "{output:?}");
+}
+
+/// The bucket served reads: nothing was known to be wrong, and the cause came with the timeout.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn append_to_a_bucket_that_refuses_writes_is_told_why() {
+    let (server, home, _broker) = tokio::task::block_in_place(|| start(|home| home));
+    wire::create_topic(home.grpc(), "t", 1, &[]).await;
+    let mut log = wire::log(home.grpc());
+    wire::append(&mut log, tiered(30_000)).await.expect("the bucket is there");
+    for op in [Op::Put, Op::StartUpload] {
+        server.faults().inject(op, Fault::Status(403), usize::MAX);
+    }
+    let (mut answers, why) = cause_of_the_wait(&mut log, 60_000).await;
+    assert!(why.message.contains("the upload failed"), "{why:?}");
+    server.faults().clear();
+    final_answer(&mut answers, Duration::from_secs(60)).await.expect("it is in the bucket");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn appends_that_wait_for_the_bucket_hold_no_produce_memory() {
+    let (server, home, _broker) =
+        tokio::task::block_in_place(|| start(|home| home.setting("limits.produce_memory_bytes", 1 << 20)));
+    tokio::task::block_in_place(|| create(&home.cli(), "t", &["segment.bytes=1073741824"]));
+    // Nothing is known to be wrong: the bucket takes its time.
+    server.faults().inject(Op::Put, Fault::Delay(Duration::from_secs(20)), usize::MAX);
+    let mut log = wire::log(home.grpc());
+    let append = |correlation| {
+        let append = wire::append_plain("t", 0, vec![Bytes::from(vec![7; 300_000])]);
+        let append = v1::AppendRequest { acks: Acks::Tiered.into(), timeout_ms: 30_000, ..append };
+        v1::ProduceRequest { correlation, append: Some(append) }
+    };
+    let requests = futures::stream::iter((0..20).map(append)).chain(futures::stream::pending());
+    let _answers = log.produce(requests).await.expect("a stream").into_inner();
+    becomes("all are stored, six times what the memory holds", || {
+        let mut log = log.clone();
+        async move { (wire::latest(&mut log, "t", 0).await.ok()? == 20).then_some(()) }
+    })
+    .await;
+    let began = clock::monotonic();
+    let other = wire::append_plain("t", 0, vec![Bytes::from(vec![7; 900_000])]);
+    wire::append(&mut log, other).await.expect("there is room");
+    assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+    let refusal = wire::append(&mut log, tiered(600_001)).await.expect_err("no append waits for so long");
+    assert!(refusal.reason == Reason::InvalidRequest && refusal.message.contains("600000"), "{refusal:?}");
+}
