@@ -124,6 +124,7 @@ impl From<AppendError> for Fault {
                 Refused::TooLarge { bytes, most, .. } => {
                     Self::new(Reason::RecordTooLarge, message).with("bytes", bytes).with("max", most)
                 }
+                Refused::StoreAway { .. } => Self::new(Reason::ObjectStoreUnavailable, message),
                 Refused::Grows { most, .. } => Self::new(Reason::RecordTooLarge, message).with("max", most),
                 Refused::NotEnoughReplicas { in_sync, needed } => {
                     Self::new(Reason::NotEnoughReplicas, message).with("in_sync", in_sync).with("needed", needed)

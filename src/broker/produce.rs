@@ -24,7 +24,7 @@ use super::{Broker, CallMemory, ProducerIdQuota, Requests, faults};
 use crate::{
     limits,
     model::{Acks, PartitionId},
-    partition::{Acked, AppendError, AppendResult, BatchOrigin, Held, Partition, Stored},
+    partition::{Acked, AppendError, AppendResult, BatchOrigin, Held, Partition, Refused, Stored},
     proto::{
         fault::{Fault, Reason},
         v1::{self, produce_response},
@@ -143,8 +143,9 @@ impl Broker {
         let tiered = if acks == Acks::Tiered { Some(self.admit_tiered(memory)?) } else { None };
         let deadline = began + timeout;
         let mut incoming = self.read_payload(request.payload, held.bytes, &partition, &config, quota).await?;
+        incoming.refusal = incoming.refusal.or_else(|| self.refuse_without_store(tiered.as_ref()));
         self.recompress(&mut incoming, &partition, &config, memory, deadline).await?;
-        // A retry of one that was stored before the topic's configuration changed is the partition's to find.
+        // A retry of one that was stored before the topic's configuration changed, or before the store was away, is the partition's to find.
         if let Some(refused) = incoming.refusal.take_if(|_| incoming.batch.producer().is_none() || acks == Acks::None) {
             return Err(AppendError::Refused(refused).into());
         }
@@ -152,10 +153,8 @@ impl Broker {
         let Incoming { batch, fingerprint, timestamps, refusal, .. } = incoming;
         let (bytes, records) = (batch.encoded_len() as u64, u64::from(batch.count()));
         let stored = tiered.as_ref().map(|tiered| Arc::clone(&tiered.stored));
-        if tiered.is_some() {
-            // It may have gone away while the append waited for memory.
-            self.check_store_is_there()?;
-        }
+        // It may have gone away while the append waited for memory.
+        let refusal = refusal.or_else(|| self.refuse_without_store(tiered.as_ref()));
         let origin = BatchOrigin { fingerprint, timestamps, refusal };
         let answer = Some(partition.append_tracked(batch, origin, acks, permit, stored).await);
         let id = partition.id();
@@ -163,19 +162,13 @@ impl Broker {
         Ok(Queued { partition: id, answer, timeout, began, bytes, records, tiered })
     }
 
-    /// Refuses an append that could only wait: the object store is away.
-    fn check_store_is_there(&self) -> Result<(), Fault> {
-        let Some(outage) = self.store_away() else { return Ok(()) };
-        let message = format!(
-            "the object store has served nothing {outage}; with acks=tiered nothing is appended until it does: use another \
-             acks, or try again later"
-        );
-        Err(Fault::new(Reason::ObjectStoreUnavailable, message))
+    /// The refusal of an append with `acks=tiered` that could only wait: the object store is away.
+    fn refuse_without_store(&self, tiered: Option<&Tiered>) -> Option<Refused> {
+        tiered.and_then(|_| self.store_away()).map(|outage| Refused::StoreAway { outage: outage.to_string() })
     }
 
-    /// Refuses an append that could only wait: the object store is away, or too many wait for it.
+    /// Refuses an append where too many wait for the object store.
     fn admit_tiered(&self, memory: &CallMemory) -> Result<Tiered, Fault> {
-        self.check_store_is_there()?;
         let overloaded = |whose: &str, most: usize| {
             let message =
                 format!("{most} appends {whose}wait for the object store already, and no more may: try again later");

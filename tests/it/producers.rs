@@ -1,13 +1,18 @@
 //! Idempotent producers as strangers and restarts try them: which retry is one, whose id counts, and when a producer is forgotten.
 
-use strandline::proto::{
-    fault::{Fault, Reason},
-    v1::{AlterTopicRequest, AppendResponse, InitProducerRequest, log_client::LogClient},
+use strandline::{
+    proto::{
+        fault::{Fault, Reason},
+        v1::{Acks, AlterTopicRequest, AppendRequest, AppendResponse, InitProducerRequest, log_client::LogClient},
+    },
+    task::clock,
 };
 use tonic::transport::Channel;
 
 use crate::{
     broker::{Broker, Home},
+    patience::becomes,
+    s3::S3,
     wire,
 };
 
@@ -115,6 +120,48 @@ async fn retry_of_a_batch_that_became_too_large_is_a_duplicate() {
         assert_eq!((refused.reason, refused.retryable), (Reason::RecordTooLarge, false), "{refused:?}");
         assert!(refused.message.contains("max.message.bytes"), "{refused:?}");
     }
+}
+
+/// A stored batch was refused as if it were new, and its producer gave up on a record that was there.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn retry_with_acks_tiered_is_found_while_the_bucket_is_away() {
+    let server = S3::begin();
+    let mut home = Home::new().object_store(&server);
+    let _broker = tokio::task::block_in_place(|| home.start());
+    wire::create_topic(home.grpc(), TOPIC, 1, &[("retention.ms", "-1")]).await;
+    let mut log = wire::log(home.grpc());
+    let id = producer_id(&mut log).await;
+    // By the records of another writer, which are of today, the producer is not forgotten.
+    let now_ms = clock::wall_ms();
+    let own = |sequence| stamped_at(b"own", (id, 0, sequence), now_ms);
+    let tiered = |sequence: i32, timeout_ms| {
+        let append = wire::append_batch(TOPIC, 0, own(sequence));
+        AppendRequest { acks: Acks::Tiered.into(), timeout_ms, ..append }
+    };
+    wire::append(&mut log, tiered(0, 30_000)).await.expect("in the bucket");
+    server.faults().set_down(true);
+    append(&mut log, own(1)).await.expect("on the disk");
+    becomes("the bucket is known to be away", || {
+        let mut log = log.clone();
+        let append = wire::append_plain(TOPIC, 0, vec![bytes::Bytes::from_static(b"other")]);
+        let append = AppendRequest { acks: Acks::Tiered.into(), timeout_ms: 100, ..append };
+        async move {
+            let refusal = wire::append(&mut log, append).await.expect_err("the bucket takes nothing");
+            (refusal.reason == Reason::ObjectStoreUnavailable).then_some(())
+        }
+    })
+    .await;
+    let uploaded = wire::append(&mut log, tiered(0, 30_000)).await.expect("the bucket has it");
+    assert!(uploaded.duplicate && uploaded.base_offset == 0, "{uploaded:?}");
+    let waits = wire::append(&mut log, tiered(1, 500)).await.expect_err("the bucket does not have it");
+    assert_eq!((waits.reason, waits.number("base_offset")), (Reason::Timeout, Some(1)), "{waits:?}");
+    for sequence in [2, 3] {
+        let new = wire::append(&mut log, tiered(sequence, 30_000)).await.expect_err("it could only wait");
+        assert_eq!(new.reason, Reason::ObjectStoreUnavailable, "{sequence}: {new:?}");
+    }
+    server.faults().set_down(false);
+    let waited = wire::append(&mut log, tiered(1, 30_000)).await.expect("it is back");
+    assert!(waited.duplicate && waited.base_offset == 1, "{waited:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
