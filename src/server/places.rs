@@ -7,7 +7,8 @@
 //! - At most `max_calls` calls are open, and beyond them each connection's equal share of as many, [`MIN_CALLS`] at least: nobody takes them
 //!   all.
 //! - The other two pools are beyond that: [`LOOPBACK_PLACES`] for this machine, [`PROBE_PLACES`] for connections that serve
-//!   nothing but probes. In the latter the oldest always makes room, so that a probe finds a place whatever the others do.
+//!   nothing but probes. In the latter the address with the most connections, the newcomer counted, always makes room with its oldest: a
+//!   probe finds a place and keeps it, whatever the others do.
 
 use std::{
     collections::BTreeMap,
@@ -143,11 +144,10 @@ impl<T> Places<T> {
             Ok(idle) => (Pool::Common, None, idle),
             Err(bound) => {
                 let longest = self.loopback_idle.first_key_value().map(|(_, id)| *id);
-                let oldest = self.probes.first_key_value().map(|(_, id)| *id);
                 if origin.local && (self.loopback < LOOPBACK_PLACES || longest.is_some()) {
                     (Pool::Loopback, Some(bound), longest.filter(|_| self.loopback >= LOOPBACK_PLACES))
                 } else {
-                    (Pool::Probe, Some(bound), oldest.filter(|_| self.probes.len() >= PROBE_PLACES))
+                    (Pool::Probe, Some(bound), self.room_among_probes(origin))
                 }
             }
         };
@@ -223,6 +223,20 @@ impl<T> Places<T> {
             return Ok(None);
         }
         self.idle.first_key_value().map(|(_, id)| Some(*id)).ok_or(Bound::Places)
+    }
+
+    /// The connection of the pool of probes that makes room for one from this origin, where there is none.
+    fn room_among_probes(&self, origin: Origin) -> Option<u64> {
+        if self.probes.len() < PROBE_PLACES {
+            return None;
+        }
+        let addresses = || self.probes.values().filter_map(|id| Some((id, self.connections.get(id)?.origin.address)));
+        let held = |address: IpAddr| {
+            let others = addresses().filter(|(_, other)| *other == address).count();
+            others + usize::from(address == origin.address)
+        };
+        // Of equals `max_by_key` takes the last one, which in reverse is the oldest.
+        addresses().map(|(id, address)| (held(address), *id)).rev().max_by_key(|(held, _)| *held).map(|(_, id)| id)
     }
 
     fn stamp(&mut self) -> u64 {

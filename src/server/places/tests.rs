@@ -81,6 +81,26 @@ fn loopback_counts_as_any_address_and_has_eight_places_more() {
     assert_eq!((tenth.pool, tenth.evicted), (Pool::Loopback, Some(0)));
 }
 
+/// New connections of an attacker pushed a probe out before its request was there.
+#[test]
+fn connections_without_end_from_other_addresses_push_no_probe_out() {
+    let mut places = Places::new(1, 1, usize::MAX);
+    let holder = places.admit(from(1), 0).id;
+    places.begin_call(holder);
+    // As many attackers as there are places, each with one.
+    for number in 0..PROBE_PLACES {
+        places.admit(from(10 + u8::try_from(number).expect("few")), 0);
+    }
+    let probe = places.admit(from(2), 7);
+    assert_eq!(probe.pool, Pool::Probe);
+    for round in 0..100 {
+        let attacker = 11 + u8::try_from(round % (PROBE_PLACES - 1)).expect("few");
+        let admitted = places.admit(from(attacker), 0);
+        assert_eq!((admitted.pool, admitted.evicted), (Pool::Probe, Some(0)), "{round}");
+    }
+    assert_eq!(places.remove(probe.id), Some(7));
+}
+
 /// An attacker who holds calls open there as well must not keep a probe out.
 #[test]
 fn the_oldest_of_the_probes_makes_room_whatever_it_does() {
