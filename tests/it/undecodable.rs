@@ -4,7 +4,10 @@
 use std::io::Write as _;
 
 use flate2::{Compression, write::GzEncoder};
-use strandline::proto::fault::Reason;
+use strandline::proto::{
+    fault::{Fault, Reason},
+    v1,
+};
 
 use crate::{broker::Home, wire};
 
@@ -48,6 +51,33 @@ async fn batches_whose_beginning_cannot_be_decoded_are_refused_and_nothing_is_st
     let stored =
         wire::append(&mut log, wire::append_batch("orders", 0, wire::frame(&gzip(&framed(3, false)), 3, GZIP))).await;
     assert_eq!(stored.expect("a right one").base_offset, 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn batch_that_cannot_be_decompressed_within_its_share_is_refused_with_the_settings_name() {
+    const SETTING: &str = "limits.decompression_memory_bytes";
+    let mut home = Home::new().setting(SETTING, 1 << 20);
+    let _broker = tokio::task::block_in_place(|| home.start());
+    for (topic, codec) in [("opened", "uncompressed"), ("kept", "producer")] {
+        let config = [("compression.type", codec), ("max.message.bytes", "8388608")];
+        wire::create_topic(home.grpc(), topic, 1, &config).await;
+    }
+    let mut log = wire::log(home.grpc());
+    let large = wire::frame(&gzip(&wire::batch(&[&vec![7; 4 << 20]])[61..]), 1, GZIP);
+    let refused = wire::append(&mut log, wire::append_batch("opened", 0, large.clone())).await.expect_err("too large");
+    assert!(refused.message.contains(SETTING) && !refused.retryable, "{refused:?}");
+    assert_eq!(wire::latest(&mut log, "opened", 0).await.expect("answered"), 0, "nothing is stored");
+
+    // Stored as it is, it is opened for those who read plain records, and by clients themselves.
+    wire::append(&mut log, wire::append_batch("kept", 0, large)).await.expect("stored as it is");
+    let place = v1::FetchPartition { topic: "kept".to_owned(), ..Default::default() };
+    let request = v1::ReadRequest { partitions: vec![place], plain: true, ..Default::default() };
+    let read = log.read(request).await.expect("an answer").into_inner().partitions.remove(0);
+    let refused = Fault::from(read.error.expect("its records do not fit"));
+    assert!(refused.message.contains(SETTING) && !refused.retryable, "{refused:?}");
+    let consumed =
+        tokio::task::block_in_place(|| home.cli().ok(&["consume", "kept", "--from", "earliest", "--until-end"]));
+    assert_eq!(consumed.stdout.len(), (4 << 20) + 1);
 }
 
 /// What is broken lies behind what the append looks at.
