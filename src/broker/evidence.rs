@@ -120,6 +120,7 @@ pub(super) struct Evidence {
     reports: SharedChecks<(BrokerId, Revision), Result<bool, StoreError>>,
     /// Reports about brokers that were there.
     false_reports: Mutex<LogThrottle>,
+    distrusted: Mutex<LogThrottle>,
 }
 
 impl LinkLost for Evidence {
@@ -151,6 +152,7 @@ impl Evidence {
             trust: Mutex::default(),
             reports: SharedChecks::new(REPORT_PROBES),
             false_reports: Mutex::default(),
+            distrusted: Mutex::default(),
         })
     }
 
@@ -225,7 +227,9 @@ impl Broker {
         let report = Report { reporter: me, broker, epoch, seen: seen.words().to_owned() };
         match (controller, address) {
             // Its own look was the probe.
-            (Some(controller), _) if controller == me => self.take_away(report, evidence).await.is_ok(),
+            (Some(controller), _) if controller == me => {
+                self.take_away(report, evidence).await.is_ok_and(|revoked| revoked)
+            }
             // The controller alone may look, and is registered without an address: the lease will end.
             (Some(_), Some(None)) => false,
             (Some(_), Some(Some(address))) => {
@@ -299,7 +303,14 @@ impl Broker {
             return Ok(true);
         }
         if !evidence.trust().believes(broker, &known.value.incarnation, clock::monotonic()) {
-            tracing::info!(%broker, %reporter, seen, "evidence against a broker that was not dead the last time counts for nothing");
+            // The report is made again while the registration stands.
+            let mut distrusted = evidence.distrusted.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(reports) = distrusted.occur(clock::monotonic()) {
+                tracing::info!(
+                    %broker, %reporter, seen, reports,
+                    "evidence against a broker that was not dead the last time counts for nothing"
+                );
+            }
             return Ok(false);
         }
         let revoked = self.revoke(broker, epoch).await.inspect_err(|error| {
@@ -371,15 +382,22 @@ async fn probe(peers: &Peers, suspect: Suspect<'_>) -> Seen {
 }
 
 async fn probe_once(peers: &Peers, suspect: Suspect<'_>) -> Seen {
-    let Suspect { cluster, broker, registered } = suspect;
-    let Some(address) = registered.listeners.peer() else { return Seen::Unclear };
-    match peers.who_is(address, PROBE).await {
-        // An address that is wrong or used twice says nothing about the process.
-        Ok(there) if there.cluster != cluster || there.broker != broker.0 => Seen::Unclear,
-        Ok(there) if there.incarnation != registered.incarnation => Seen::Replaced,
-        Ok(_) | Err(PeerError::Refused(_)) => Seen::There,
-        Err(PeerError::Lost { how: How::Refused, .. }) => Seen::Refused,
-        Err(PeerError::Lost { .. } | PeerError::Address(_)) => Seen::Unclear,
+    let Some(address) = suspect.registered.listeners.peer() else { return Seen::Unclear };
+    suspect.judge(&peers.who_is(address, PROBE).await)
+}
+
+impl Suspect<'_> {
+    /// What the answer at its address says about its process.
+    fn judge(self, answer: &Result<v1::WhoIsResponse, PeerError>) -> Seen {
+        let Self { cluster, broker, registered } = self;
+        match answer {
+            // An address that is wrong or used twice says nothing about the process.
+            Ok(there) if there.cluster != cluster || there.broker != broker.0 => Seen::Unclear,
+            Ok(there) if there.incarnation != registered.incarnation => Seen::Replaced,
+            Ok(_) | Err(PeerError::Refused(_)) => Seen::There,
+            Err(PeerError::Lost { how: How::Refused, .. }) => Seen::Refused,
+            Err(PeerError::Lost { .. } | PeerError::Address(_)) => Seen::Unclear,
+        }
     }
 }
 
@@ -415,6 +433,24 @@ mod tests {
             drop((listener, silent));
         });
         assert_eq!(seen, Seen::Refused);
+    }
+
+    #[test]
+    fn answer_of_another_broker_or_cluster_is_no_proof_that_a_process_is_gone() {
+        let registered = BrokerValue::running_at("127.0.0.1:9470".to_owned());
+        let answer = |cluster: &str, broker, incarnation: &str| {
+            let answer = v1::WhoIsResponse {
+                cluster: cluster.to_owned(),
+                broker,
+                incarnation: incarnation.to_owned(),
+                ..Default::default()
+            };
+            suspect(&registered).judge(&Ok(answer))
+        };
+        assert_eq!(answer("test", 1, &registered.incarnation), Seen::There);
+        assert_eq!(answer("test", 1, "another"), Seen::Replaced);
+        assert_eq!(answer("other", 1, "another"), Seen::Unclear, "an address that two clusters use");
+        assert_eq!(answer("test", 2, "another"), Seen::Unclear, "an address that two brokers use");
     }
 
     #[tokio::test]
