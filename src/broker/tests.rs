@@ -294,6 +294,30 @@ async fn a_start_is_not_over_because_nobody_leads_for_a_moment() {
 }
 
 #[tokio::test]
+async fn broker_whose_data_directory_failed_is_ready_while_it_serves_a_partition() {
+    const WHY: &str = "the data directory takes no writes: the journal could not be written";
+    for partitions in [0, 1] {
+        let dir = tempfile::tempdir().unwrap();
+        let bench = Bench::start(dir.path(), true).await;
+        if partitions > 0 {
+            bench.create(&TopicName::new("t").unwrap(), partitions).await;
+        }
+        assert!(bench.broker.health().is_ok());
+        assert_eq!(bench.broker.readiness(), Readiness::Ready(Vec::new()));
+        bench.broker.log.fail_journal();
+        let why = bench.broker.health().expect_err("the process should be restarted");
+        assert!(why.starts_with(WHY), "{why}");
+        match bench.broker.readiness() {
+            Readiness::NotReady(line) => {
+                assert_eq!((partitions, line), (0, format!("serves nothing: {why}")));
+            }
+            Readiness::Ready(impaired) => assert_eq!((partitions, &impaired[0]), (1, &why)),
+        }
+        bench.stop().await;
+    }
+}
+
+#[tokio::test]
 async fn what_a_leader_does_not_answer_for_is_said_to_be_unknown() {
     let dir = tempfile::tempdir().unwrap();
     let bench = Bench::start(dir.path(), false).await;

@@ -61,6 +61,12 @@ impl Log {
         self.inner.core.refusal()
     }
 
+    /// From now on it takes no writes, as if the journal's device had failed.
+    #[cfg(test)]
+    pub(crate) fn fail_journal(&self) {
+        self.inner.core.journal.fail(&io::Error::other("as a test wants it"));
+    }
+
     /// Whether the last record that was to be written did not fit. Looks at nothing.
     pub fn is_full(&self) -> bool {
         self.inner.core.disk_full.load(Ordering::Relaxed)
