@@ -33,7 +33,8 @@ const BUFFER_BYTES: usize = 64 << 10;
 ///
 /// It waits for more unless told where to end. Without --partition it also reads partitions that the topic is given
 /// meanwhile, from their beginning and within 5 seconds. What keeps it from reading is said on standard error while it tries
-/// again. Where standard output is a terminal, control characters of records are printed as escapes such as \x1b.
+/// again. Where standard output is a terminal, control characters of records, and those that change the direction of text, are printed
+/// as escapes such as \x1b.
 #[derive(Debug, Args)]
 pub(super) struct Consume {
     /// The topic

@@ -21,7 +21,8 @@ pub(super) enum Format {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Printer {
     pub(super) format: Format,
-    /// Control characters are printed as escapes: a record must not move the cursor of whoever reads it, or say what a terminal types.
+    /// Control characters are printed as escapes: a record must not move the cursor of a reader, say what the terminal types, or show its
+    /// text in another order than it has.
     pub(super) escapes: bool,
 }
 
@@ -61,7 +62,7 @@ impl Printer {
     }
 }
 
-/// The value in JSON, with the control characters escaped that JSON itself allows: those from U+007F on.
+/// The value in JSON, with the control characters escaped that JSON itself allows: those from U+007F on, and those of direction.
 pub(super) fn json_for_terminal(value: &Value) -> String {
     let mut line = Vec::new();
     // Outside of strings there are none.
@@ -73,7 +74,7 @@ pub(super) fn json_for_terminal(value: &Value) -> String {
 /// Writes `text` with every control character but tab and line end as `write_escape` writes it.
 fn escape<W: Write>(text: &str, out: &mut W, write_escape: impl Fn(char, &mut W) -> io::Result<()>) -> io::Result<()> {
     let mut rest = text;
-    while let Some(at) = rest.find(|character: char| character.is_control() && !matches!(character, '\t' | '\n')) {
+    while let Some(at) = rest.find(|character| is_control(character) && !matches!(character, '\t' | '\n')) {
         let (before, from) = rest.split_at(at);
         out.write_all(before.as_bytes())?;
         let mut characters = from.chars();
@@ -81,6 +82,16 @@ fn escape<W: Write>(text: &str, out: &mut W, write_escape: impl Fn(char, &mut W)
         rest = characters.as_str();
     }
     out.write_all(rest.as_bytes())
+}
+
+/// Whether a terminal obeys the character instead of showing it: control characters, and those that change the direction of text
+/// (Unicode's `Bidi_Control`).
+fn is_control(character: char) -> bool {
+    let directs = matches!(
+        character,
+        '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}'
+    );
+    character.is_control() || directs
 }
 
 fn object(consumed: &ConsumedRecord) -> Value {
@@ -134,7 +145,7 @@ mod tests {
 
     #[test]
     fn control_characters_are_escaped_for_a_terminal_and_json_stays_the_same_value() {
-        let value = Bytes::from_static("a\tb\x1b[2J\r\x07é\u{9b}31m\x7f".as_bytes());
+        let value = Bytes::from_static("a\tb\x1b[2J\r\x07é\u{9b}31m\x7f\u{202e}".as_bytes());
         let record = Record { value: Some([&value[..], b"\xff\x9b"].concat().into()), ..Record::default() };
         let consumed = ConsumedRecord { topic: "t".into(), partition: 0, offset: Offset::ZERO, record };
         let printed = |format, escapes| {
@@ -143,7 +154,7 @@ mod tests {
             out
         };
         let text = String::from_utf8(printed(Format::Value, true)).expect("text");
-        assert_eq!(text, "a\tb\\x1b[2J\\x0d\\x07é\\x9b31m\\x7f\\xff\\x9b\n");
+        assert_eq!(text, "a\tb\\x1b[2J\\x0d\\x07é\\x9b31m\\x7f\\u{202e}\\xff\\x9b\n");
         let record = Record { value: Some(value), ..Record::default() };
         let consumed = ConsumedRecord { record, ..consumed.clone() };
         let lines = [true, false].map(|escapes| {

@@ -2,9 +2,7 @@
 
 use std::{
     fs,
-    io::Write as _,
     path::{Path, PathBuf},
-    process::{Command, Stdio},
     time::Duration,
 };
 
@@ -21,7 +19,6 @@ use crate::{
     broker::Home,
     damage::{files, lines},
     patience::eventually,
-    skipped::skipped,
     wire,
 };
 
@@ -80,33 +77,6 @@ fn a_deletion_is_asked_for_and_says_what_stays_in_the_bucket() {
     assert!(deleted.contains("are removed within 2h (tier.garbage_grace)"), "{deleted}");
     assert!(!files(&home.bucket(), ".segment").is_empty(), "they are there still");
     assert_eq!(cli.run(&["topic", "describe", "gone"]).code, 1);
-}
-
-/// What a person at a terminal sees; `script` is one.
-#[test]
-fn a_deletion_asks_for_the_name_at_a_terminal() {
-    let mut home = Home::new();
-    let _broker = home.start();
-    let cli = home.cli();
-    cli.ok(&["topic", "create", "orders"]);
-    let program = cli.command(&[]).get_program().to_owned();
-    let typed = |answer: &str| {
-        let mut command = Command::new("script");
-        let delete = format!("{} --bootstrap {} topic delete orders", program.display(), home.grpc());
-        command.env_clear().env("PATH", std::env::var_os("PATH").unwrap_or_default());
-        command.args(["-qec", &delete, "/dev/null"]).stdin(Stdio::piped()).stdout(Stdio::piped());
-        let mut child = command.spawn().ok()?;
-        child.stdin.take().expect("piped").write_all(answer.as_bytes()).expect("it reads");
-        let output = child.wait_with_output().expect("it ends");
-        Some((output.status.success(), String::from_utf8_lossy(&output.stdout).into_owned()))
-    };
-    let Some((done, said)) = typed("order\n") else {
-        return skipped("a question at a terminal", "no `script` in PATH");
-    };
-    assert!(!done && said.contains("Type its name:") && said.contains("nothing was deleted"), "{said}");
-    cli.ok(&["topic", "describe", "orders"]);
-    let (done, said) = typed("orders\n").expect("it was there before");
-    assert!(done && said.contains("deleted topic orders"), "{said}");
 }
 
 #[test]

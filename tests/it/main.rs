@@ -45,6 +45,7 @@ mod skipped;
 mod source;
 mod stop;
 mod streams;
+mod terminal;
 mod undecodable;
 mod waiting;
 mod wire;

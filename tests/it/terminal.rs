@@ -1,0 +1,61 @@
+//! What a person at a terminal sees; `script` is one.
+
+use std::{
+    io::Write as _,
+    process::{Command, Stdio},
+};
+
+use crate::{
+    broker::{Cli, Home},
+    skipped::skipped,
+};
+
+/// Runs a command at a terminal where somebody types this: whether it succeeded, and what was shown. `None` where there is no `script`.
+fn run_at_terminal(home: &Home, cli: &Cli, arguments: &str, typed: &str) -> Option<(bool, String)> {
+    let program = cli.command(&[]).get_program().to_owned();
+    let mut command = Command::new("script");
+    let line = format!("{} --bootstrap {} {arguments}", program.display(), home.grpc());
+    command.env_clear().env("PATH", std::env::var_os("PATH").unwrap_or_default());
+    command.args(["-qec", &line, "/dev/null"]).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut child = command.spawn().ok()?;
+    child.stdin.take().expect("piped").write_all(typed.as_bytes()).expect("it reads");
+    let output = child.wait_with_output().expect("it ends");
+    Some((output.status.success(), String::from_utf8_lossy(&output.stdout).into_owned()))
+}
+
+#[test]
+fn a_deletion_asks_for_the_name_at_a_terminal() {
+    let mut home = Home::new();
+    let _broker = home.start();
+    let cli = home.cli();
+    cli.ok(&["topic", "create", "orders"]);
+    let typed = |answer| run_at_terminal(&home, &cli, "topic delete orders", answer);
+    let Some((done, said)) = typed("order\n") else {
+        return skipped("a question at a terminal", "no `script` in PATH");
+    };
+    assert!(!done && said.contains("Type its name:") && said.contains("nothing was deleted"), "{said}");
+    cli.ok(&["topic", "describe", "orders"]);
+    let (done, said) = typed("orders\n").expect("it was there before");
+    assert!(done && said.contains("deleted topic orders"), "{said}");
+}
+
+/// A record cleared the screen of whoever read it.
+#[test]
+fn records_are_shown_with_escapes_at_a_terminal_and_as_they_are_elsewhere() {
+    const RECORD: &str = "a\x1b[2Jb\u{202e}c\n";
+    let mut home = Home::new();
+    let _broker = home.start();
+    let cli = home.cli();
+    cli.ok(&["topic", "create", "orders"]);
+    cli.ok_with(&["produce", "orders"], RECORD.as_bytes());
+    let consume = "consume orders --from earliest --until-end";
+    for (format, expected) in [("value", "a\\x1b[2Jb\\u{202e}c"), ("json", "a\\u001b[2Jb\\u202ec")] {
+        let arguments = format!("{consume} --format {format}");
+        let Some((done, shown)) = run_at_terminal(&home, &cli, &arguments, "") else {
+            return skipped("records at a terminal", "no `script` in PATH");
+        };
+        assert!(done && shown.contains(expected), "{shown:?}");
+    }
+    let elsewhere = cli.ok(&["consume", "orders", "--from", "earliest", "--until-end"]);
+    assert_eq!(elsewhere.stdout, RECORD.as_bytes());
+}
