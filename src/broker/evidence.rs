@@ -120,7 +120,6 @@ pub(super) struct Evidence {
     reports: SharedChecks<(BrokerId, Revision), Result<bool, StoreError>>,
     /// Reports about brokers that were there.
     false_reports: Mutex<LogThrottle>,
-    distrusted: Mutex<LogThrottle>,
 }
 
 impl LinkLost for Evidence {
@@ -152,7 +151,6 @@ impl Evidence {
             trust: Mutex::default(),
             reports: SharedChecks::new(REPORT_PROBES),
             false_reports: Mutex::default(),
-            distrusted: Mutex::default(),
         })
     }
 
@@ -302,10 +300,10 @@ impl Broker {
         if evidence.trust().is_revoked(broker, epoch) {
             return Ok(true);
         }
-        if !evidence.trust().believes(broker, &known.value.incarnation, clock::monotonic()) {
-            // The report is made again while the registration stands.
-            let mut distrusted = evidence.distrusted.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Some(reports) = distrusted.occur(clock::monotonic()) {
+        let now = clock::monotonic();
+        if !evidence.trust().believes(broker, &known.value.incarnation, now) {
+            // The report is made several times while the registration stands.
+            if let Some(reports) = evidence.trust().distrusted(broker, now) {
                 tracing::info!(
                     %broker, %reporter, seen, reports,
                     "evidence against a broker that was not dead the last time counts for nothing"

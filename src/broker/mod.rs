@@ -117,7 +117,7 @@ pub struct Settings {
     pub decompression_memory_bytes: u64,
     /// New producers of one connection in a minute.
     pub producer_ids_per_minute: u32,
-    /// Partitions that may have upkeep at the same moment, which bounds uploads.
+    /// Partitions that may upload at the same moment; as many others may have the rest of their upkeep.
     pub upkeep_workers: usize,
     /// How often retention looks at every partition that holds records.
     pub retention_interval: Duration,
@@ -203,6 +203,8 @@ pub struct Broker {
     commits: TierCommits,
     upkeep: Upkeep,
     upkeep_queue: UpkeepQueue,
+    /// Partitions with something to upload.
+    upload_queue: UpkeepQueue,
     upkeep_failures: upkeep::Failures,
     metrics: Metrics,
     session: OnceLock<Session>,
@@ -264,6 +266,7 @@ impl Broker {
             hosted,
             unproven: Unproven::default(),
             upkeep_queue: UpkeepQueue::default(),
+            upload_queue: UpkeepQueue::default(),
             upkeep_failures: upkeep::Failures::default(),
             partitions: Tasks::new(),
             tasks: Tasks::new(),

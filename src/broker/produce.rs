@@ -169,10 +169,15 @@ impl Broker {
 
     /// Refuses an append where too many wait for the object store.
     fn admit_tiered(&self, memory: &CallMemory) -> Result<Tiered, Fault> {
-        let overloaded = |whose: &str, most: usize| {
-            let message =
-                format!("{most} appends {whose}wait for the object store already, and no more may: try again later");
-            Fault::new(Reason::Overloaded, message).with("max", most)
+        let overloaded = |whose: &str, most: usize| match self.store_away() {
+            // They wait for that, and their number is no cause.
+            Some(outage) => AppendError::Refused(Refused::StoreAway { outage: outage.to_string() }).into(),
+            None => {
+                let message = format!(
+                    "{most} appends {whose}wait for the object store already, and no more may: try again later"
+                );
+                Fault::new(Reason::Overloaded, message).with("max", most)
+            }
         };
         let own = memory.tiered_append();
         let own = own.ok_or_else(|| overloaded("of this connection ", limits::MAX_TIERED_APPENDS_PER_CONNECTION))?;
@@ -228,23 +233,29 @@ impl Broker {
         Fault::new(Reason::Timeout, message).with("cause", cause).with("base_offset", base).with("end_offset", end)
     }
 
-    /// Waits for the outcome of an append of a stream. One that waits for the object store says why, once the store is away or does not take
-    /// what its partition uploads.
+    /// Waits for the outcome of an append of a stream. One that is stored here and waits for the object store says why, once the store is away
+    /// or does not take what its partition uploads.
     async fn next_step(self: Arc<Self>, correlation: u64, queued: Queued) -> Step {
-        let (waits_for_store, partition) = (queued.tiered.is_some(), queued.partition);
+        let (stored, partition) = (queued.tiered.as_ref().map(|tiered| Arc::clone(&tiered.stored)), queued.partition);
         let broker = Arc::clone(&self);
         let answer = async move { Step::Answer(answered(correlation, broker.outcome(queued).await)) };
-        if !waits_for_store {
-            return answer.await;
-        }
+        let Some(stored) = stored else { return answer.await };
         let mut answer = Box::pin(answer);
+        let cause = async {
+            // Before that it may be refused yet, or waits for other brokers.
+            stored.wait().await;
+            tokio::select! {
+                biased;
+                outage = self.until_store_away() => {
+                    format!("the append waits for the object store, which has served nothing {outage}")
+                }
+                why = self.upkeep_failures.until_failing(partition) => format!("the append is not in the object store yet: {why}"),
+            }
+        };
         let message = tokio::select! {
             biased;
             step = &mut answer => return step,
-            outage = self.until_store_away() => {
-                format!("the append waits for the object store, which has served nothing {outage}")
-            }
-            why = self.upkeep_failures.until_failing(partition) => format!("the append is not in the object store yet: {why}"),
+            message = cause => message,
         };
         let waiting = Fault::new(Reason::ObjectStoreUnavailable, message).into();
         let result = Some(produce_response::Result::Waiting(waiting));

@@ -1,4 +1,7 @@
-//! Gives partitions their turn at upkeep.
+//! Gives partitions their turn at upkeep, and at uploads.
+//!
+//! Retention must go on while the object store takes nothing, so it has workers of its own: what they find to be uploaded goes into a second
+//! queue, whose workers may wait for the store.
 
 use std::{
     collections::BTreeMap,
@@ -16,7 +19,7 @@ use crate::{
     partition::{Partition, UpkeepError},
     task::clock,
     telemetry::LogThrottle,
-    tier::{self, Store, UploadError},
+    tier::Store,
 };
 
 /// How often old active segments are looked for, at most.
@@ -31,7 +34,8 @@ const TRIES: u32 = 3;
 /// Starts the workers and the clockwork.
 pub(super) fn spawn(broker: &Arc<Broker>) {
     for _ in 0..broker.settings.upkeep_workers.max(1) {
-        broker.tasks.spawn("upkeep", work(Arc::clone(broker)));
+        broker.tasks.spawn("upkeep", work(Arc::clone(broker), Lane::Upkeep));
+        broker.tasks.spawn("uploads", work(Arc::clone(broker), Lane::Uploads));
     }
     broker.tasks.spawn("upkeep clock", tick(Arc::clone(broker)));
     if let Some(tier) = &broker.tier {
@@ -47,8 +51,6 @@ pub(super) struct Failures {
     failed: Notify,
     /// Of all partitions: the metadata store takes no commit.
     commits: Mutex<LogThrottle>,
-    /// Of all partitions: the object store answers and takes no uploads.
-    uploads: Mutex<LogThrottle>,
 }
 
 #[derive(Clone)]
@@ -114,42 +116,59 @@ impl fmt::Display for Failures {
     }
 }
 
-async fn work(broker: Arc<Broker>) {
+/// The queue that a worker serves, and what it does with a partition.
+#[derive(Clone, Copy, Debug)]
+enum Lane {
+    /// Everything but uploads.
+    Upkeep,
+    /// Everything.
+    Uploads,
+}
+
+async fn work(broker: Arc<Broker>, lane: Lane) {
     let failures = &broker.upkeep_failures;
+    let queue = match lane {
+        Lane::Upkeep => &broker.upkeep_queue,
+        Lane::Uploads => &broker.upload_queue,
+    };
     loop {
         let id = tokio::select! {
             biased;
             () = broker.tasks.cancelled() => return,
-            id = broker.upkeep_queue.next() => id,
+            id = queue.next() => id,
         };
         let Some(partition) = broker.hosted.by_id(id) else {
             failures.lock().remove(&id);
-            broker.upkeep_queue.done(id, false);
+            queue.done(id, false);
             continue;
+        };
+        let step = async {
+            match lane {
+                Lane::Upkeep => broker.upkeep.step_without_uploads(&partition).await,
+                Lane::Uploads => broker.upkeep.step(&partition).await,
+            }
         };
         let outcome = tokio::select! {
             biased;
             // A step that is cut off here leaves at most an object that nobody names.
             () = broker.tasks.cancelled() => return,
-            outcome = broker.upkeep.step(&partition) => outcome,
+            outcome = step => outcome,
         };
         match outcome {
             Ok(step) => {
                 broker.metrics.tier_uploads.inc_by(step.uploaded.segments);
                 broker.metrics.tier_upload_bytes.inc_by(step.uploaded.bytes);
-                if !step.only_sealed {
+                if !step.is_partial {
                     failures.recover(&partition);
                 }
-                if step.uploaded.segments > 0
-                    && let Some(failed) = failures.uploads.lock().unwrap_or_else(PoisonError::into_inner).recover()
-                {
-                    tracing::info!(failed, "uploads succeed again");
+                if step.is_upload_due {
+                    broker.upload_queue.push(id);
                 }
-                broker.upkeep_queue.done(id, step.more);
+                queue.done(id, step.more);
             }
             Err(UpkeepError::Closed) => {
                 failures.lock().remove(&id);
-                broker.upkeep_queue.done(id, false);
+                queue.done(id, false);
             }
             Err(error) => {
                 let mut failing = failures.lock().get(&id).cloned().unwrap_or_else(|| Failing {
@@ -171,7 +190,7 @@ async fn work(broker: Arc<Broker>) {
                 if has_reason {
                     failures.failed.notify_waiters();
                 }
-                broker.upkeep_queue.failed(id, broker.upkeep.delay(tries));
+                queue.failed(id, broker.upkeep.delay(tries));
             }
         }
     }
@@ -188,7 +207,7 @@ const fn is_of_another_leader(error: &UpkeepError) -> bool {
 }
 
 /// Logs a failure once, then as a reminder with a count: a bucket that is gone for an hour must not fill the log. An outage is logged
-/// once for all partitions: by the stores' own clients, or here where a store answers and takes no commit or no upload.
+/// once for all partitions: by the stores' own clients, or here where the metadata store answers and takes no commit.
 fn report(broker: &Broker, partition: &Partition, error: &UpkeepError, failing: &mut Failing) {
     broker.metrics.tier_upload_failures.inc();
     let (id, topic, now) = (partition.id(), partition.topic(), clock::monotonic());
@@ -199,17 +218,9 @@ fn report(broker: &Broker, partition: &Partition, error: &UpkeepError, failing: 
         if let Some(failures) = commits.lock().unwrap_or_else(PoisonError::into_inner).occur(now) {
             tracing::warn!(%error, failures, "upkeep of all partitions waits for the metadata store; segments stay on disk meanwhile");
         }
-    } else if is_told_elsewhere(broker, error) {
-        tracing::debug!(partition = %id, %topic, %error, "upkeep waits for a store");
-    } else if is_of_uploads(error) {
-        let uploads = &broker.upkeep_failures.uploads;
-        if let Some(failures) = uploads.lock().unwrap_or_else(PoisonError::into_inner).occur(now) {
-            tracing::warn!(
-                partition = %id, %topic, %error, failures,
-                "uploads fail, and one partition at a time tries until one succeeds; segments stay on disk meanwhile"
-            );
-        }
-    } else if let Some(failures) = failing.log.occur(now) {
+    } else if !is_told_elsewhere(broker, error)
+        && let Some(failures) = failing.log.occur(now)
+    {
         tracing::warn!(
             partition = %id, %topic, %error, failures,
             "upkeep failed and is tried again until it works; segments stay on disk meanwhile"
@@ -217,12 +228,6 @@ fn report(broker: &Broker, partition: &Partition, error: &UpkeepError, failing: 
     } else {
         tracing::debug!(partition = %id, %topic, %error, tries = failing.steps + 1, "upkeep failed again");
     }
-}
-
-/// Whether the object store took no object, which it most likely does with those of other partitions too.
-const fn is_of_uploads(error: &UpkeepError) -> bool {
-    use UpkeepError::{Upload, UploadsFail};
-    matches!(error, UploadsFail { .. } | Upload(UploadError::Store(tier::StoreError::Unavailable { .. })))
 }
 
 /// Whether the metadata store answers and takes no commit of any partition.
@@ -245,7 +250,10 @@ async fn resume_after_outages(broker: Arc<Broker>, store: Store) {
         tokio::select! {
             biased;
             () = broker.tasks.cancelled() => return,
-            () = outage(&store) => broker.upkeep_queue.retry_now(),
+            () = outage(&store) => {
+                broker.upkeep_queue.retry_now();
+                broker.upload_queue.retry_now();
+            }
         }
     }
 }

@@ -56,7 +56,6 @@ pub mod retention;
 
 mod actor;
 mod begin;
-mod breaker;
 mod lag;
 mod listeners;
 mod memory;
@@ -173,6 +172,8 @@ pub struct Partition {
     tier: Option<PartitionTier>,
     /// What is committed in the metadata store, as far as it is known here.
     committed: Mutex<Option<TierState>>,
+    /// One step of upkeep at a time.
+    upkeep: tokio::sync::Mutex<()>,
     tasks: Tasks,
 }
 
@@ -219,7 +220,8 @@ impl Partition {
         });
         tasks.spawn("partition", actor.run(commands, ordered));
         let (id, topic, tier, committed) = (spec.id, spec.topic, spec.tier, Mutex::new(spec.committed));
-        Ok(Arc::new(Self { id, topic, mailbox, orders, news, shared, reader, tail, tier, committed, tasks }))
+        let upkeep = tokio::sync::Mutex::default();
+        Ok(Arc::new(Self { id, topic, mailbox, orders, news, shared, reader, tail, tier, committed, upkeep, tasks }))
     }
 
     /// Which partition it is.

@@ -8,6 +8,9 @@
 //! manifest follows. Uploads come last, and a step that cannot upload ends: so a bucket that is away keeps nothing on the disk that
 //! nobody may read.
 //!
+//! An upload may take long, and one that the store does not take goes on until its retries are used up. So a step may leave uploads out:
+//! retention of all partitions is carried out by workers of its own, which never wait for one.
+//!
 //! Only the leader uploads and moves the log start. A follower seals by age, and lets go what its leader committed to the bucket.
 
 use std::{ops::Range, time::Duration};
@@ -17,7 +20,6 @@ use tokio::sync::oneshot;
 use super::{
     Partition,
     actor::Command,
-    breaker::UploadBreaker,
     rebuild::Rebuilds,
     retention::{self, Plan, Segment},
 };
@@ -66,12 +68,6 @@ pub enum UpkeepError {
     /// The object store did not take the segment or the manifest.
     #[error("the upload failed: {0}")]
     Upload(#[from] tier::UploadError),
-    /// Uploads of other partitions failed, and one of them is being tried: this one was not.
-    #[error("uploads fail, and one partition at a time tries: {why}")]
-    UploadsFail {
-        /// The error of the last one that failed.
-        why: String,
-    },
     /// The manifest could not be read.
     #[error("the manifest cannot be read: {0}")]
     Manifest(#[from] tier::ReadError),
@@ -109,15 +105,31 @@ impl UpkeepError {
     }
 }
 
-/// What one step did.
+/// What a step is to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Scope {
+    All,
+    WithoutUploads,
+}
+
+/// What one step did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Step {
     /// There may be more to do at once.
     pub more: bool,
-    /// It sealed a segment and came to nothing else: whatever failed before was not tried.
-    pub only_sealed: bool,
+    /// It did only the first of what there is to do: whatever failed before may not have been tried.
+    pub is_partial: bool,
+    /// It left out what is to be uploaded.
+    pub is_upload_due: bool,
     /// What was uploaded and committed.
     pub uploaded: Uploaded,
+}
+
+impl Step {
+    /// Of what there is to do the first is done, and the rest follows at once.
+    const BEGUN: Self = Self { more: true, is_partial: true, is_upload_due: false, uploaded: Uploaded::NONE };
+    /// All is done but uploads.
+    const UPLOAD_DUE: Self = Self { more: false, is_upload_due: true, ..Self::BEGUN };
 }
 
 /// Segments that were uploaded and committed.
@@ -129,20 +141,22 @@ pub struct Uploaded {
     pub bytes: u64,
 }
 
+impl Uploaded {
+    const NONE: Self = Self { segments: 0, bytes: 0 };
+}
+
 /// Carries out upkeep, for all partitions of a broker.
 #[derive(Clone)]
 pub struct Upkeep {
     commits: TierCommits,
     pub(super) rebuilds: Rebuilds,
-    uploads: UploadBreaker,
     retry: Duration,
 }
 
 impl Upkeep {
     /// Upkeep that commits through `commits`.
     pub fn new(commits: TierCommits) -> Self {
-        let (rebuilds, uploads) = (Rebuilds::default(), UploadBreaker::default());
-        Self { commits, rebuilds, uploads, retry: Duration::from_millis(500) }
+        Self { commits, rebuilds: Rebuilds::default(), retry: Duration::from_millis(500) }
     }
 
     /// How long to wait before the try after `failures` failures in a row.
@@ -152,22 +166,36 @@ impl Upkeep {
         doubled.mul_f64(random::in_range(0.5..1.0))
     }
 
+    /// Plans and carries out one step of everything but what is uploaded. Where another step of this partition is under way, that one does it.
+    pub async fn step_without_uploads(&self, partition: &Partition) -> Result<Step, UpkeepError> {
+        match partition.upkeep.try_lock() {
+            Ok(_turn) => self.step_of(partition, Scope::WithoutUploads).await,
+            Err(_busy) => Ok(Step::UPLOAD_DUE),
+        }
+    }
+
     /// Plans and carries out one step. A manifest that was found to be lost, by this step or by a reader, is made again first.
     pub async fn step(&self, partition: &Partition) -> Result<Step, UpkeepError> {
-        let outcome = self.planned_step(partition).await;
+        let _turn = partition.upkeep.lock().await;
+        self.step_of(partition, Scope::All).await
+    }
+
+    async fn step_of(&self, partition: &Partition, scope: Scope) -> Result<Step, UpkeepError> {
+        let outcome = self.planned_step(partition, scope).await;
         let lost = partition.tier.as_ref().and_then(|tier| Some((tier, tier.lost_manifest()?)));
         let Some((tier, object)) = lost else { return outcome };
+        if scope == Scope::WithoutUploads {
+            return Ok(Step::UPLOAD_DUE);
+        }
         // What does not need the manifest was done.
         self.rebuild(partition, tier, &object).await?;
         match outcome {
-            Err(UpkeepError::Manifest(_) | UpkeepError::Upload(tier::UploadError::Manifest(_))) => {
-                Ok(Step { more: true, only_sealed: true, uploaded: Uploaded::default() })
-            }
+            Err(UpkeepError::Manifest(_) | UpkeepError::Upload(tier::UploadError::Manifest(_))) => Ok(Step::BEGUN),
             other => other,
         }
     }
 
-    async fn planned_step(&self, partition: &Partition) -> Result<Step, UpkeepError> {
+    async fn planned_step(&self, partition: &Partition, scope: Scope) -> Result<Step, UpkeepError> {
         let mut local = local(partition).await?;
         let mut planned = plan(partition, &local).await;
         let sealed = planned.plan.seal;
@@ -175,7 +203,7 @@ impl Upkeep {
             partition.command(Command::Seal).await;
             if partition.fault().is_some() {
                 // Where nothing can be written the segment stays open, and is looked at again in time.
-                return Ok(Step { more: false, only_sealed: true, uploaded: Uploaded::default() });
+                return Ok(Step { more: false, ..Step::BEGUN });
             }
             // Under load the next segment may be due already: what is sealed goes on all the same.
             local = self::local(partition).await?;
@@ -196,22 +224,22 @@ impl Upkeep {
         }
         moved?;
         if plan.log_start.is_some() {
-            return Ok(Step { more: true, only_sealed: false, uploaded: Uploaded::default() });
+            return Ok(Step::BEGUN);
         }
         let lags = manifest?;
         match (&plan.upload, &partition.tier) {
+            (upload, Some(_)) if scope == Scope::WithoutUploads && (upload.is_some() || lags) => Ok(Step::UPLOAD_DUE),
             (Some(bases), Some(tier)) => {
                 self.commits.accepts(partition.id).await?;
                 let uploaded = self.upload(partition, tier, bases, &local, epoch).await?;
-                Ok(Step { more: true, only_sealed: false, uploaded })
+                Ok(Step { more: true, uploaded, ..Step::default() })
             }
             (None, Some(tier)) if lags => {
-                let trim = self.uploads.attempt(async { Ok(tier.stage_trim(epoch).await?) });
-                let staged = unless_away(tier, trim).await?;
+                let staged = unless_away(tier, async { Ok(tier.stage_trim(epoch).await?) }).await?;
                 self.commit(partition, tier, staged, epoch).await?;
-                Ok(Step { more: true, only_sealed: false, uploaded: Uploaded::default() })
+                Ok(Step { more: true, ..Step::default() })
             }
-            _ => Ok(Step { more: sealed, only_sealed: sealed, uploaded: Uploaded::default() }),
+            _ => Ok(Step { more: sealed, is_partial: sealed, ..Step::default() }),
         }
     }
 
@@ -248,8 +276,7 @@ impl Upkeep {
         local: &Local,
         epoch: LeaderEpoch,
     ) -> Result<Uploaded, UpkeepError> {
-        let stage = self.uploads.attempt(stage(partition, tier, bases, local, epoch));
-        let (staged, uploaded) = unless_away(tier, stage).await?;
+        let (staged, uploaded) = unless_away(tier, stage(partition, tier, bases, local, epoch)).await?;
         let end = staged.state().tiered_end;
         self.commit(partition, tier, staged, epoch).await?;
         tracing::debug!(partition = %partition.id, base = %bases.start, %end, uploaded.segments, "segments are in the bucket");

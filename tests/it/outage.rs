@@ -327,8 +327,8 @@ fn size_retention_covers_both_tiers_and_objects_go_after_the_grace() {
     reads(&cli, "t", "earliest", &rest);
 }
 
-/// The bucket serves reads and takes no object. Each upload tries on for 20 s: with four workers and this many partitions, retention of
-/// the others came once in three minutes.
+/// The bucket serves reads and takes no object. Each upload tries on for 20 s: with four workers and this many partitions, retention
+/// came once in three minutes.
 #[test]
 fn retention_goes_on_while_the_bucket_takes_no_objects() {
     const PARTITIONS: u32 = 40;
@@ -345,7 +345,6 @@ fn retention_goes_on_while_the_bucket_takes_no_objects() {
     eventually("uploads fail", || (server.faults().hits() > 4).then_some(()));
     cli.ok_with(&["produce", "kept"], lines(40_000).as_bytes());
     eventually("retention has moved the log start", || (mark(&cli, "kept", "log_start") > 30_000).then_some(()));
-    assert!(home.log().contains("uploads fail, and one partition at a time tries"), "{}", home.log());
     server.faults().clear();
     for number in 0..PARTITIONS as usize {
         eventually("all is in the bucket", || {
@@ -353,7 +352,6 @@ fn retention_goes_on_while_the_bucket_takes_no_objects() {
             (topic["partitions"][number]["tiered_end"] == 1).then_some(())
         });
     }
-    assert_eq!(home.log().matches("uploads fail, and one partition at a time tries").count(), 1, "{}", home.log());
 }
 
 /// An append of one record that waits for the bucket.

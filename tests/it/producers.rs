@@ -1,9 +1,12 @@
 //! Idempotent producers as strangers and restarts try them: which retry is one, whose id counts, and when a producer is forgotten.
 
+use futures::StreamExt as _;
 use strandline::{
     proto::{
         fault::{Fault, Reason},
-        v1::{Acks, AlterTopicRequest, AppendRequest, AppendResponse, InitProducerRequest, log_client::LogClient},
+        v1::{
+            self, Acks, AlterTopicRequest, AppendRequest, AppendResponse, InitProducerRequest, log_client::LogClient,
+        },
     },
     task::clock,
 };
@@ -159,6 +162,15 @@ async fn retry_with_acks_tiered_is_found_while_the_bucket_is_away() {
         let new = wire::append(&mut log, tiered(sequence, 30_000)).await.expect_err("it could only wait");
         assert_eq!(new.reason, Reason::ObjectStoreUnavailable, "{sequence}: {new:?}");
     }
+    // Nobody is told of a wait that does not come about.
+    let streamed = v1::ProduceRequest { correlation: 7, append: Some(tiered(2, 30_000)) };
+    let requests = futures::stream::iter([streamed]).chain(futures::stream::pending());
+    let mut answers = log.produce(requests).await.expect("a stream").into_inner();
+    let answer = answers.message().await.expect("an answer").expect("the stream goes on");
+    assert!(
+        matches!(&answer.result, Some(v1::produce_response::Result::Error(error)) if error.retryable),
+        "{answer:?}"
+    );
     server.faults().set_down(false);
     let waited = wire::append(&mut log, tiered(1, 30_000)).await.expect("it is back");
     assert!(waited.duplicate && waited.base_offset == 1, "{waited:?}");

@@ -7,7 +7,7 @@ use std::{collections::BTreeMap, time::Duration};
 
 use tokio::time::Instant;
 
-use crate::{cluster::Revision, model::BrokerId};
+use crate::{cluster::Revision, model::BrokerId, telemetry::LogThrottle};
 
 /// Who comes back so soon after it was declared gone was not dead.
 const COMES_BACK: Duration = Duration::from_secs(10);
@@ -31,6 +31,8 @@ struct Revoked {
     returns: u32,
     /// Until then nothing counts against it.
     distrust: Option<Instant>,
+    /// Lines about evidence that did not count.
+    log: LogThrottle,
 }
 
 impl Trust {
@@ -59,14 +61,17 @@ impl Trust {
         false
     }
 
+    /// Evidence against a broker did not count. `Some` when that is to be logged, with how often it was so since the line before.
+    pub(super) fn distrusted(&mut self, broker: BrokerId, now: Instant) -> Option<u64> {
+        self.revoked.get_mut(&broker)?.log.occur(now)
+    }
+
     /// A registration was taken away.
     pub(super) fn revoked(&mut self, broker: BrokerId, incarnation: &str, epoch: Revision, now: Instant) {
-        let returns = match self.revoked.get(&broker) {
-            Some(before) if before.incarnation == incarnation => before.returns,
-            _ => 0,
-        };
-        self.revoked
-            .insert(broker, Revoked { incarnation: incarnation.to_owned(), epoch, at: now, returns, distrust: None });
+        let before = self.revoked.remove(&broker).filter(|before| before.incarnation == incarnation);
+        let (returns, log) = before.map(|before| (before.returns, before.log)).unwrap_or_default();
+        let incarnation = incarnation.to_owned();
+        self.revoked.insert(broker, Revoked { incarnation, epoch, at: now, returns, distrust: None, log });
     }
 }
 

@@ -7,7 +7,7 @@ use crate::{
     broker::{Broker, CallMemory, ProducerIdQuota, faults},
     limits,
     model::{Compression, TopicConfig},
-    partition::{INLINE_BYTES, Memory, Opener, Partition, Refused, Use},
+    partition::{AppendError, INLINE_BYTES, Memory, Opener, Partition, Refused, Use},
     proto::{
         fault::{Fault, Reason},
         v1::{self, append_request::Payload},
@@ -120,7 +120,10 @@ impl Broker {
         }
         // It is dropped when the partition has looked at it: nobody is to wait for that.
         let memory = self.produce_memory.of(bytes);
-        memory.try_take(bytes).ok_or_else(|| no_produce_memory(bytes, memory))
+        memory.try_take(bytes).ok_or_else(|| match &incoming.refusal {
+            Some(away @ Refused::StoreAway { .. }) => AppendError::Refused(away.clone()).into(),
+            _ => no_produce_memory(bytes, memory),
+        })
     }
 
     /// Takes memory for a batch until its deadline.

@@ -8,7 +8,7 @@
 //!    for producers is used up), so that it knows a repeated one whichever it is.
 //! 2. When one fails and may be repeated, nothing more is sent until every batch under way has its answer or has lost
 //!    it. Then all that were not appended go out again, in their first order and with their first sequences. Those
-//!    behind a failed batch are refused by the broker as out of order: that is expected.
+//!    behind a failed batch are refused by the broker as out of order, or for the reason of the failed one: that is expected.
 //! 3. A batch that is given up leaves a gap in the sequence. If it was surely not appended, and no try of those behind
 //!    it can still be on its way, they move up. Otherwise they go on under a new producer id; those of them that may
 //!    have been appended, or may still be, are given up too, because no broker could recognise their repetition.

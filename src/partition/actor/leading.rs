@@ -1,11 +1,8 @@
 //! Leading: writes are admitted, appended as groups, handed to the journal, and answered.
 
-use std::{
-    ops::Range,
-    sync::{Arc, OnceLock},
-};
+use std::{ops::Range, sync::Arc};
 
-use tokio::sync::{OwnedSemaphorePermit, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, SetOnce, oneshot};
 
 use super::{Actor, GROUP_BYTES, Part, timestamps};
 use crate::{
@@ -84,7 +81,7 @@ pub(in crate::partition) struct Append {
 }
 
 /// The offsets of a write that is stored on this broker and waits for the bucket.
-pub type Stored = Arc<OnceLock<Range<Offset>>>;
+pub type Stored = Arc<SetOnce<Range<Offset>>>;
 
 /// A writer who waits: the answer's way, and the memory that is given back with it.
 pub(super) struct Writer {

@@ -165,12 +165,15 @@ fn refused_batch_takes_no_offset_and_its_stored_retry_is_answered() {
     let mut log = Log::new(Durability::Persisted);
     log.admit(batch(1, Some(stamp(0))), Acks::All, 1).unwrap();
     log.flush();
-    let refused = Refused::OutOfOrder { producer: 1, sent: 2, expected: 3 };
+    let refused = Refused::StoreAway { outage: "for 5 s".to_owned() };
     let mut admit = |batch: Batch| {
         log.leader.admit(&batch, Some(batch.fingerprint()), Acks::All, &log.table, Some(refused.clone()))
     };
     assert_eq!(admit(batch(1, Some(stamp(1)))), Err(refused.clone()));
+    assert_eq!(admit(batch(1, Some(stamp(2)))), Err(refused.clone()), "not as a gap");
     assert_eq!(admit(batch(1, None)), Err(refused.clone()));
+    let fenced = ProducerStamp { epoch: -1, ..stamp(1) };
+    assert!(matches!(admit(batch(1, Some(fenced))), Err(Refused::Fenced { .. })), "it must stop");
     assert_eq!(admit(batch(1, Some(stamp(0)))), Ok(Admission::Duplicate(at(0), at(1))));
     assert_eq!(log.admit(batch(1, Some(stamp(1))), Acks::All, 2), Ok(Admission::Append(at(1))));
 }

@@ -87,18 +87,20 @@ fn connections_without_end_from_other_addresses_push_no_probe_out() {
     let mut places = Places::new(1, 1, usize::MAX);
     let holder = places.admit(from(1), 0).id;
     places.begin_call(holder);
-    // As many attackers as there are places, each with one.
-    for number in 0..PROBE_PLACES {
-        places.admit(from(10 + u8::try_from(number).expect("few")), 0);
+    // With the probes they are one address less than there are places.
+    let attackers = u8::try_from(PROBE_PLACES - 2).expect("few");
+    let attack = |places: &mut Places<u32>, round: u8| places.admit(from(10 + round % attackers), 0);
+    for round in 0..50 {
+        attack(&mut places, round);
     }
-    let probe = places.admit(from(2), 7);
-    assert_eq!(probe.pool, Pool::Probe);
-    for round in 0..100 {
-        let attacker = 11 + u8::try_from(round % (PROBE_PLACES - 1)).expect("few");
-        let admitted = places.admit(from(attacker), 0);
-        assert_eq!((admitted.pool, admitted.evicted), (Pool::Probe, Some(0)), "{round}");
+    let probes = [2, 2].map(|address| places.admit(from(address), 7));
+    assert!(probes.iter().all(|probe| (probe.pool, probe.evicted) == (Pool::Probe, Some(0))), "{probes:?}");
+    for round in 0..200 {
+        let admitted = attack(&mut places, round);
+        assert_eq!((admitted.pool, admitted.evicted.is_some()), (Pool::Probe, true), "{round}");
     }
-    assert_eq!(places.remove(probe.id), Some(7));
+    let left = probes.iter().filter_map(|probe| places.remove(probe.id)).count();
+    assert!(left > 0, "one of two at least");
 }
 
 /// An attacker who holds calls open there as well must not keep a probe out.

@@ -70,15 +70,15 @@ async fn read_that_the_bucket_does_not_serve_in_time_says_so_and_is_kept() {
     assert!(end.error.is_none() && end.next_offset == end.high_watermark, "the end looks like the end: {end:?}");
 }
 
-/// An outage of the bucket, seen by one read of history from each of these offsets: how long the shortest took. What else runs on this
-/// machine is not measured so.
-async fn shortest_read_of_outages(server: &S3, home: &Home, offsets: &[i64], begin: impl Fn(&Faults)) -> Duration {
-    let (mut log, mut shortest) = (wire::log(home.grpc()), Duration::MAX);
+/// Outages of the bucket, each seen by one read of history from one of these offsets, until one was known within this time: what else runs
+/// on this machine is not measured so. Each offset lies in another object, which no read has left in memory.
+async fn is_known_within(most: Duration, server: &S3, home: &Home, offsets: &[i64], begin: impl Fn(&Faults)) {
+    let (mut log, mut took) = (wire::log(home.grpc()), Vec::new());
     for offset in offsets {
         begin(server.faults());
         let sent = clock::monotonic();
         let refusal = Refusal::from(read_once(&mut log, *offset).await.error.expect("the bucket serves nothing"));
-        shortest = shortest.min(sent.elapsed());
+        took.push(sent.elapsed());
         assert_eq!(refusal.reason, Reason::ObjectStoreUnavailable, "{refusal:?}");
         assert!(refusal.message.contains("served nothing"), "{refusal}");
         server.faults().clear();
@@ -87,18 +87,21 @@ async fn shortest_read_of_outages(server: &S3, home: &Home, offsets: &[i64], beg
             async move { Some(read_once(&mut log, *offset).await).filter(|read| read.error.is_none()) }
         })
         .await;
+        if took.last().is_some_and(|took| *took < most) {
+            return;
+        }
     }
-    shortest
+    panic!("known after {took:?}, and never within {most:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn bucket_that_refuses_connections_or_answers_5xx_is_known_within_a_second() {
-    let (server, home, _broker) = tokio::task::block_in_place(|| history(|home| home, 60_000));
-    // Each of them is in another object, which no read has left in memory.
-    let refused = shortest_read_of_outages(&server, &home, &[0, 10_000, 20_000], |faults| faults.set_down(true)).await;
+    let (server, home, _broker) = tokio::task::block_in_place(|| history(|home| home, 100_000));
+    let second = Duration::from_secs(1);
+    let offsets = [0, 10_000, 20_000, 30_000, 40_000];
+    is_known_within(second, &server, &home, &offsets, |faults| faults.set_down(true)).await;
     let fails = |faults: &Faults| faults.inject(Op::Get, Fault::Status(500), usize::MAX);
-    let failed = shortest_read_of_outages(&server, &home, &[30_000, 40_000, 50_000], fails).await;
-    assert!(refused.max(failed) < Duration::from_secs(1), "{refused:?}, {failed:?}");
+    is_known_within(second, &server, &home, &offsets.map(|offset| offset + 50_000), fails).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -138,16 +141,15 @@ async fn reads_of_history_fail_at_once_while_the_bucket_is_away_and_are_served_w
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn silent_bucket_is_known_long_before_a_reads_time_is_up() {
     let (server, home, _broker) =
-        tokio::task::block_in_place(|| history(|home| home.setting("tier.fetch_max_wait", "\"60s\""), 30_000));
+        tokio::task::block_in_place(|| history(|home| home.setting("tier.fetch_max_wait", "\"60s\""), 50_000));
     let silent = |faults: &Faults| faults.inject(Op::Get, Fault::Delay(Duration::from_secs(3_600)), usize::MAX);
-    let shortest = shortest_read_of_outages(&server, &home, &[0, 10_000], silent).await;
-    assert!(shortest < Duration::from_secs(5), "{shortest:?}");
+    is_known_within(Duration::from_secs(5), &server, &home, &[0, 10_000, 20_000, 30_000], silent).await;
     silent(server.faults());
     let mut log = wire::log(home.grpc());
-    let _first = read_once(&mut log, 20_000).await;
+    let _first = read_once(&mut log, 40_000).await;
     let begin = clock::monotonic();
     for _ in 0..10 {
-        let refusal = Refusal::from(read_once(&mut log, 20_000).await.error.expect("the bucket is silent"));
+        let refusal = Refusal::from(read_once(&mut log, 40_000).await.error.expect("the bucket is silent"));
         assert_eq!(refusal.reason, Reason::ObjectStoreUnavailable, "{refusal:?}");
     }
     assert!(begin.elapsed() < Duration::from_secs(3), "all of them at once: {:?}", begin.elapsed());
@@ -175,29 +177,33 @@ async fn appends_to_a_bucket_that_is_away_are_told_so_and_later_ones_are_not_beg
     wire::create_topic(home.grpc(), "t", 1, &[("segment.ms", "86400000")]).await;
     let mut log = wire::log(home.grpc());
     wire::append(&mut log, tiered(30_000)).await.expect("the bucket is there");
-    let mut shortest = Duration::MAX;
+    // What else runs on this machine is not measured.
+    let mut took = Vec::new();
     let (mut answers, end) = loop {
         server.faults().set_down(true);
         let begin = clock::monotonic();
         let (mut answers, why) = cause_of_the_wait(&mut log, 6_000).await;
-        shortest = shortest.min(begin.elapsed());
+        took.push(begin.elapsed());
         assert!(why.message.contains("served nothing"), "{why:?}");
         let end = wire::latest(&mut log, "t", 0).await.expect("answered");
-        if end == 4 {
+        if took.last().is_some_and(|took| *took < Duration::from_secs(1)) {
             break (answers, end);
         }
+        assert!(took.len() < 5, "told after {took:?}, and never within a second");
         server.faults().set_down(false);
         final_answer(&mut answers, Duration::from_secs(30)).await.expect("it is back");
     };
-    assert!(shortest < Duration::from_secs(1), "{shortest:?}");
-
     let refusal = wire::append(&mut log, tiered(30_000)).await.expect_err("it could only wait");
     assert!(refusal.reason == Reason::ObjectStoreUnavailable && refusal.retryable, "{refusal:?}");
     assert_eq!(wire::latest(&mut log, "t", 0).await.expect("answered"), end, "it was not appended");
 
     let refusal = final_answer(&mut answers, Duration::from_secs(20)).await.expect_err("its time is up");
     assert_eq!(refusal.reason, Reason::Timeout, "{refusal:?}");
-    assert_eq!((refusal.number("base_offset"), refusal.number("end_offset")), (Some(3), Some(4)), "{refusal:?}");
+    assert_eq!(
+        (refusal.number("base_offset"), refusal.number("end_offset")),
+        (Some(end - 1), Some(end)),
+        "{refusal:?}"
+    );
     assert!(refusal.metadata["cause"].contains("served nothing"), "{refusal:?}");
     let output = tokio::task::block_in_place(|| {
         home.cli().run_with(&["produce", "t", "--acks", "tiered", "--timeout", "4"], b"x\n")
