@@ -477,6 +477,11 @@ async fn a_registration_that_cannot_be_taken_away_yet_is_reported_again() {
         bench.store.get(&key).await.unwrap().entry.is_none().then_some(())
     })
     .await;
+    // The same process is there again: it was not dead, and is not believed to be.
+    bench.change(Transaction::new().put(key.clone(), gone.encode())).await;
+    let epoch = bench.store.get(&key).await.unwrap().entry.unwrap().create_revision;
+    let report = peer::Report { reporter: BrokerId(1), broker: BrokerId(2), epoch, seen: String::new() };
+    assert_eq!(bench.broker.judge(report, &evidence).await, Ok(false));
     bench.stop().await;
 }
 
