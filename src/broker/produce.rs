@@ -222,7 +222,7 @@ impl Broker {
             Some(outage) => format!("the object store has served nothing {outage}"),
             None => self
                 .upkeep_failures
-                .why(id)
+                .why_not_uploaded(id)
                 .unwrap_or_else(|| "the upload has not finished, or followers do not have them yet".to_owned()),
         };
         let (base, end) = (stored.start, stored.end);
@@ -249,7 +249,7 @@ impl Broker {
                 outage = self.until_store_away() => {
                     format!("the append waits for the object store, which has served nothing {outage}")
                 }
-                why = self.upkeep_failures.until_failing(partition) => format!("the append is not in the object store yet: {why}"),
+                why = self.upkeep_failures.until_not_uploaded(partition) => format!("the append is not in the object store yet: {why}"),
             }
         };
         let message = tokio::select! {

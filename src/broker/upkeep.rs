@@ -19,7 +19,7 @@ use crate::{
     partition::{Partition, UpkeepError},
     task::clock,
     telemetry::LogThrottle,
-    tier::Store,
+    tier::{self, Store, UploadError},
 };
 
 /// How often old active segments are looked for, at most.
@@ -30,6 +30,9 @@ const LOOK_SHARE: u32 = 500;
 
 /// A failure that is over after so many tries is not worth telling of.
 const TRIES: u32 = 3;
+
+/// After so long without a successful upload that is told of, whatever partitions have failed.
+const UPLOADS_FAIL: Duration = Duration::from_secs(30);
 
 /// Starts the workers and the clockwork.
 pub(super) fn spawn(broker: &Arc<Broker>) {
@@ -51,6 +54,8 @@ pub(super) struct Failures {
     failed: Notify,
     /// Of all partitions: the metadata store takes no commit.
     commits: Mutex<LogThrottle>,
+    /// Of all partitions: the object store took no upload since then, and why; `None` after one that it took.
+    uploads: Mutex<Option<(Instant, String)>>,
 }
 
 #[derive(Clone)]
@@ -66,19 +71,41 @@ struct Failing {
 
 impl Failures {
     /// Why the last step of this partition failed.
-    pub(super) fn why(&self, id: PartitionId) -> Option<String> {
+    fn why(&self, id: PartitionId) -> Option<String> {
         self.lock().get(&id)?.why.clone()
     }
 
-    /// Waits until the last step of this partition has failed for a reason of its own: why.
-    pub(super) async fn until_failing(&self, id: PartitionId) -> String {
+    /// Why this partition has not been uploaded: its last step failed, or uploads of others fail and it waits behind them.
+    pub(super) fn why_not_uploaded(&self, id: PartitionId) -> Option<String> {
+        self.why(id).or_else(|| Some(format!("uploads fail: {}", self.uploads().as_ref()?.1)))
+    }
+
+    /// Waits until there is a reason that this partition has not been uploaded: which.
+    pub(super) async fn until_not_uploaded(&self, id: PartitionId) -> String {
         loop {
             let failed = self.failed.notified();
-            if let Some(why) = self.why(id) {
+            if let Some(why) = self.why_not_uploaded(id) {
                 return why;
             }
             failed.await;
         }
+    }
+
+    /// Notes what became of an upload. What fails for a reason of one partition says nothing about others.
+    fn note_upload(&self, outcome: Result<(), &UpkeepError>) {
+        match outcome {
+            Ok(()) => *self.uploads() = None,
+            Err(error @ UpkeepError::Upload(UploadError::Store(tier::StoreError::Unavailable { .. }))) => {
+                let mut uploads = self.uploads();
+                let since = uploads.as_ref().map_or_else(clock::monotonic, |(since, _)| *since);
+                *uploads = Some((since, error.to_string()));
+            }
+            Err(_) => {}
+        }
+    }
+
+    fn uploads(&self) -> MutexGuard<'_, Option<(Instant, String)>> {
+        self.uploads.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<PartitionId, Failing>> {
@@ -109,7 +136,15 @@ impl fmt::Display for Failures {
             let lasting = failing.iter().filter(|(_, failing)| failing.steps >= TRIES);
             lasting.filter_map(|(id, failing)| Some((id.number, failing, failing.why.as_ref()?)))
         };
-        let Some((number, first, why)) = told().min_by_key(|(_, failing, _)| failing.since) else { return Ok(()) };
+        let Some((number, first, why)) = told().min_by_key(|(_, failing, _)| failing.since) else {
+            // With many partitions it takes long until one has failed so often.
+            return match &*self.uploads() {
+                Some((since, why)) if since.elapsed() >= UPLOADS_FAIL => {
+                    write!(f, "no upload succeeds, for {} s: {why}", since.elapsed().as_secs())
+                }
+                _ => Ok(()),
+            };
+        };
         let count = told().count();
         let (s, seconds) = (if count == 1 { "" } else { "s" }, first.since.elapsed().as_secs());
         write!(f, "{count} partition{s}, {}/{number} for {seconds} s: {why}", first.name)
@@ -158,6 +193,9 @@ async fn work(broker: Arc<Broker>, lane: Lane) {
             Ok(step) => {
                 broker.metrics.tier_uploads.inc_by(step.uploaded.segments);
                 broker.metrics.tier_upload_bytes.inc_by(step.uploaded.bytes);
+                if step.uploaded.segments > 0 {
+                    failures.note_upload(Ok(()));
+                }
                 if !step.is_partial {
                     failures.recover(&partition);
                 }
@@ -180,6 +218,9 @@ async fn work(broker: Arc<Broker>, lane: Lane) {
                 });
                 if failing.steps == 0 {
                     failing.since = clock::monotonic();
+                }
+                if !is_told_elsewhere(&broker, &error) {
+                    failures.note_upload(Err(&error));
                 }
                 report(&broker, &partition, &error, &mut failing);
                 failing.steps = failing.steps.saturating_add(1);

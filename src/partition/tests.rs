@@ -249,6 +249,39 @@ async fn a_tiered_write_is_answered_by_the_bucket_without_waiting_for_a_full_seg
     assert_eq!(acked.unwrap().held, Held::Tiered(1));
 }
 
+/// Each append that waits for the bucket would be a segment of its own while uploads wait.
+#[tokio::test(flavor = "multi_thread")]
+async fn step_without_uploads_leaves_to_another_what_waits_for_the_bucket() {
+    let dir = tempfile::tempdir().unwrap();
+    let bench = Bench::new(dir.path(), true).await;
+    let partition = bench.open(&[("segment.bytes", "16384"), ("retention.bytes", "50000")]).await;
+    let mut written = Box::pin(append(&partition, b"x", Acks::Tiered));
+    let due = async {
+        while !bench.upkeep.step_without_uploads(&partition).await.unwrap().is_upload_due {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    tokio::select! {
+        _ = &mut written => unreachable!("nobody uploads"),
+        () = due => {}
+    }
+    assert!(upkeep::local(&partition).await.unwrap().sealed.is_empty());
+    bench.settle(&partition).await;
+    assert_eq!(written.await.unwrap().held, Held::Tiered(1));
+
+    // Retention goes on without uploads, and not beside a step that uploads.
+    for n in 0..40u8 {
+        append(&partition, &[n; 4000], Acks::All).await.unwrap();
+    }
+    let turn = partition.upkeep.lock().await;
+    let busy = bench.upkeep.step_without_uploads(&partition).await.unwrap();
+    assert!(busy.is_upload_due && !busy.more && partition.marks().log_start == Offset::ZERO, "{busy:?}");
+    drop(turn);
+    while bench.upkeep.step_without_uploads(&partition).await.unwrap().more {}
+    let marks = partition.marks();
+    assert!(marks.log_start.get() > 20 && marks.tiered_end < marks.log_start, "{marks:?}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn retention_moves_the_start_in_both_tiers_and_readers_are_told() {
     let dir = tempfile::tempdir().unwrap();

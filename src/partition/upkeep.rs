@@ -197,7 +197,7 @@ impl Upkeep {
 
     async fn planned_step(&self, partition: &Partition, scope: Scope) -> Result<Step, UpkeepError> {
         let mut local = local(partition).await?;
-        let mut planned = plan(partition, &local).await;
+        let mut planned = plan(partition, &local, scope).await;
         let sealed = planned.plan.seal;
         if sealed {
             partition.command(Command::Seal).await;
@@ -207,7 +207,7 @@ impl Upkeep {
             }
             // Under load the next segment may be due already: what is sealed goes on all the same.
             local = self::local(partition).await?;
-            planned = plan(partition, &local).await;
+            planned = plan(partition, &local, scope).await;
         }
         let Planned { plan, removed_bytes, manifest } = planned;
         // What is committed is committed in the epoch that the plan was made in: who is deposed meanwhile is refused.
@@ -228,7 +228,9 @@ impl Upkeep {
         }
         let lags = manifest?;
         match (&plan.upload, &partition.tier) {
-            (upload, Some(_)) if scope == Scope::WithoutUploads && (upload.is_some() || lags) => Ok(Step::UPLOAD_DUE),
+            (upload, Some(_)) if scope == Scope::WithoutUploads && (upload.is_some() || lags || local.awaits_tier) => {
+                Ok(Step::UPLOAD_DUE)
+            }
             (Some(bases), Some(tier)) => {
                 self.commits.accepts(partition.id).await?;
                 let uploaded = self.upload(partition, tier, bases, &local, epoch).await?;
@@ -399,7 +401,7 @@ struct Planned {
     manifest: Result<bool, UpkeepError>,
 }
 
-async fn plan(partition: &Partition, local: &Local) -> Planned {
+async fn plan(partition: &Partition, local: &Local, scope: Scope) -> Planned {
     let marks: Watermarks = partition.marks();
     let config = partition.config();
     let now_ms = clock::wall_ms();
@@ -425,7 +427,8 @@ async fn plan(partition: &Partition, local: &Local) -> Planned {
         tiered_bytes: partition.tiered_bytes(),
         uploads: config.tiered && partition.tier.is_some() && local.leads.is_some_and(|(_, settled)| settled),
         leads: local.leads.is_some(),
-        hurry: local.awaits_tier,
+        // What is sealed and not uploaded at once would be a segment for each append that waits.
+        hurry: local.awaits_tier && scope == Scope::All,
     };
     partition.shared.set_future_segments(if input.leads { retention::in_future(&input) } else { 0 });
     let plan = retention::plan(&input);

@@ -7,8 +7,8 @@
 //! - At most `max_calls` calls are open, and beyond them each connection's equal share of as many, [`MIN_CALLS`] at least: nobody takes them
 //!   all.
 //! - The other two pools are beyond that: [`LOOPBACK_PLACES`] for this machine, [`PROBE_PLACES`] for connections that serve
-//!   nothing but probes. In the latter the address with the most connections always makes room with its oldest: a probe always finds a place,
-//!   and keeps it where less than `PROBE_PLACES - 1` other addresses begin connections without end.
+//!   nothing but probes. In the latter the address with the most connections always makes room with its oldest, of several such addresses the
+//!   newcomer's: a probe always finds a place, and connections without end from one or two addresses do not take it.
 
 use std::{
     collections::BTreeMap,
@@ -147,7 +147,7 @@ impl<T> Places<T> {
                 if origin.local && (self.loopback < LOOPBACK_PLACES || longest.is_some()) {
                     (Pool::Loopback, Some(bound), longest.filter(|_| self.loopback >= LOOPBACK_PLACES))
                 } else {
-                    (Pool::Probe, Some(bound), self.room_among_probes())
+                    (Pool::Probe, Some(bound), self.room_among_probes(origin))
                 }
             }
         };
@@ -225,15 +225,16 @@ impl<T> Places<T> {
         self.idle.first_key_value().map(|(_, id)| Some(*id)).ok_or(Bound::Places)
     }
 
-    /// The connection of the pool of probes that makes room for another one, where there is none.
-    fn room_among_probes(&self) -> Option<u64> {
+    /// The connection of the pool of probes that makes room for one from this origin, where there is none.
+    fn room_among_probes(&self, origin: Origin) -> Option<u64> {
         if self.probes.len() < PROBE_PLACES {
             return None;
         }
         let addresses = || self.probes.values().filter_map(|id| Some((id, self.connections.get(id)?.origin.address)));
         let held = |address: IpAddr| addresses().filter(|(_, other)| *other == address).count();
-        // Of equals `max_by_key` takes the last one, which in reverse is the oldest.
-        addresses().map(|(id, address)| (held(address), *id)).rev().max_by_key(|(held, _)| *held).map(|(_, id)| id)
+        // Of addresses that hold the same the newcomer's own. Of equals `max_by_key` takes the last one, which in reverse is the oldest.
+        let ranked = addresses().map(|(id, address)| ((held(address), address == origin.address), *id));
+        ranked.rev().max_by_key(|(rank, _)| *rank).map(|(_, id)| id)
     }
 
     fn stamp(&mut self) -> u64 {

@@ -254,7 +254,7 @@ impl<W> Leader<W> {
 
     /// Decides about one write. Admitted writes form a group until [`Self::appended`] or [`Self::not_appended`] ends it. `sent` is the
     /// fingerprint of the batch that the client sent, if the request held one. `refusal` says why the batch must not be appended; a retry
-    /// of one that is in the log is answered all the same. A gap is refused for that reason too: most likely the refused batch left it.
+    /// of one that is in the log is answered all the same. A gap is refused for that reason too: most likely a refused batch left it.
     pub fn admit(
         &mut self,
         batch: &Batch,
@@ -271,10 +271,9 @@ impl<W> Leader<W> {
         let checked = stamp.map(|stamp| self.check(stamp, count, sent, producers));
         match (checked, refusal) {
             (Some(Ok(duplicate @ Admission::Duplicate(..))), _) => return Ok(duplicate),
-            (Some(Err(Refused::OutOfOrder { .. } | Refused::UnknownProducer { .. })), Some(refused)) => {
-                return Err(refused);
-            }
-            (Some(Err(refused)), _) | (_, Some(refused)) => return Err(refused),
+            (Some(Err(refused @ (Refused::Fenced { .. } | Refused::SequenceConflict { .. }))), _)
+            | (_, Some(refused))
+            | (Some(Err(refused)), None) => return Err(refused),
             (Some(Ok(Admission::Append(_))) | None, None) => {}
         }
         if let Some(stamp) = stamp {

@@ -164,7 +164,7 @@ async fn cause_of_the_wait(
     let requests = futures::stream::iter([first]).chain(futures::stream::pending());
     let mut answers = log.produce(requests).await.expect("a stream").into_inner();
     let notice =
-        tokio::time::timeout(Duration::from_secs(4), answers.message()).await.expect("soon").expect("a notice");
+        tokio::time::timeout(Duration::from_secs(20), answers.message()).await.expect("soon").expect("a notice");
     let notice = notice.expect("it goes on");
     let Some(v1::produce_response::Result::Waiting(why)) = notice.result else { panic!("{notice:?}") };
     assert_eq!((notice.correlation, why.reason.as_str()), (7, "OBJECT_STORE_UNAVAILABLE"));
