@@ -77,7 +77,7 @@ impl Failures {
 
     /// Why this partition has not been uploaded: its last step failed, or uploads of others fail and it waits behind them.
     pub(super) fn why_not_uploaded(&self, id: PartitionId) -> Option<String> {
-        self.why(id).or_else(|| Some(format!("uploads fail: {}", self.uploads().as_ref()?.1)))
+        self.why(id).or_else(|| Some(format!("uploads fail: {}", self.failing_uploads(&self.lock())?.1)))
     }
 
     /// Waits until there is a reason that this partition has not been uploaded: which.
@@ -96,12 +96,17 @@ impl Failures {
         match outcome {
             Ok(()) => *self.uploads() = None,
             Err(error @ UpkeepError::Upload(UploadError::Store(tier::StoreError::Unavailable { .. }))) => {
-                let mut uploads = self.uploads();
-                let since = uploads.as_ref().map_or_else(clock::monotonic, |(since, _)| *since);
-                *uploads = Some((since, error.to_string()));
+                let known = self.failing_uploads(&self.lock());
+                let since = known.map_or_else(clock::monotonic, |(since, _)| since);
+                *self.uploads() = Some((since, error.to_string()));
             }
             Err(_) => {}
         }
+    }
+
+    /// Since when no upload has succeeded, and why. Where no partition fails any longer, the one that did was deleted, or is led elsewhere.
+    fn failing_uploads(&self, of: &BTreeMap<PartitionId, Failing>) -> Option<(Instant, String)> {
+        self.uploads().clone().filter(|_| of.values().any(|failing| failing.steps > 0))
     }
 
     fn uploads(&self) -> MutexGuard<'_, Option<(Instant, String)>> {
@@ -138,7 +143,7 @@ impl fmt::Display for Failures {
         };
         let Some((number, first, why)) = told().min_by_key(|(_, failing, _)| failing.since) else {
             // With many partitions it takes long until one has failed so often.
-            return match &*self.uploads() {
+            return match self.failing_uploads(&failing) {
                 Some((since, why)) if since.elapsed() >= UPLOADS_FAIL => {
                     write!(f, "no upload succeeds, for {} s: {why}", since.elapsed().as_secs())
                 }
@@ -326,5 +331,40 @@ async fn tick(broker: Arc<Broker>) {
             }
         }
         pause = least.max(began.elapsed() * LOOK_SHARE);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::TopicId;
+
+    #[tokio::test(start_paused = true)]
+    async fn failing_uploads_are_told_of_until_one_succeeds_or_nobody_fails() {
+        let (failures, id) = (Failures::default(), PartitionId::new(TopicId::from_bytes([1; 16]), 0));
+        let failing = |steps| Failing {
+            steps,
+            log: LogThrottle::default(),
+            since: clock::monotonic(),
+            name: TopicName::new("t").expect("a name"),
+            why: None,
+        };
+        let store = tier::StoreError::Unavailable { object: "segment".to_owned(), reason: "quota".to_owned() };
+        let error = UpkeepError::Upload(store.into());
+        let other = PartitionId::new(TopicId::from_bytes([1; 16]), 1);
+        failures.lock().insert(id, failing(1));
+        failures.note_upload(Err(&error));
+        assert!(failures.why_not_uploaded(other).expect("it waits behind").contains("quota"));
+        assert_eq!(failures.to_string(), "", "it may be over in a moment");
+        tokio::time::advance(UPLOADS_FAIL).await;
+        failures.note_upload(Err(&error));
+        assert!(failures.to_string().starts_with("no upload succeeds, for 30 s: "), "{failures}");
+        // The topic was deleted.
+        failures.lock().remove(&id);
+        assert_eq!((failures.to_string().as_str(), failures.why_not_uploaded(other)), ("", None));
+
+        failures.lock().insert(id, failing(1));
+        failures.note_upload(Ok(()));
+        assert_eq!(failures.why_not_uploaded(other), None);
     }
 }
