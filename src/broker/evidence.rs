@@ -385,7 +385,7 @@ async fn probe_once(peers: &Peers, suspect: Suspect<'_>) -> Seen {
 }
 
 impl Suspect<'_> {
-    /// What the answer at its address says about its process.
+    /// Judges the process by the answer at its address.
     fn judge(self, answer: &Result<v1::WhoIsResponse, PeerError>) -> Seen {
         let Self { cluster, broker, registered } = self;
         match answer {

@@ -31,7 +31,7 @@ const LOOK_SHARE: u32 = 500;
 /// A failure that is over after so many tries is not worth telling of.
 const TRIES: u32 = 3;
 
-/// After so long without a successful upload that is told of, whatever partitions have failed.
+/// The time without a successful upload after which the description says so, whichever partitions have failed.
 const UPLOADS_FAIL: Duration = Duration::from_secs(30);
 
 /// Starts the workers and the clockwork.

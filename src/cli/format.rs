@@ -84,7 +84,7 @@ fn escape<W: Write>(text: &str, out: &mut W, write_escape: impl Fn(char, &mut W)
     out.write_all(rest.as_bytes())
 }
 
-/// Whether a terminal obeys the character instead of showing it: control characters, and those that change the direction of text
+/// True for a character that a terminal obeys instead of showing it: control characters, and those that change the direction of text
 /// (Unicode's `Bidi_Control`).
 fn is_control(character: char) -> bool {
     let directs = matches!(

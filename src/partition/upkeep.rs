@@ -105,14 +105,14 @@ impl UpkeepError {
     }
 }
 
-/// What a step is to do.
+/// The work of a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Scope {
     All,
     WithoutUploads,
 }
 
-/// What one step did.
+/// The result of one step.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Step {
     /// There may be more to do at once.
@@ -427,7 +427,7 @@ async fn plan(partition: &Partition, local: &Local, scope: Scope) -> Planned {
         tiered_bytes: partition.tiered_bytes(),
         uploads: config.tiered && partition.tier.is_some() && local.leads.is_some_and(|(_, settled)| settled),
         leads: local.leads.is_some(),
-        // What is sealed and not uploaded at once would be a segment for each append that waits.
+        // A segment that is sealed and not uploaded at once would hold no more than one append that waits.
         hurry: local.awaits_tier && scope == Scope::All,
     };
     partition.shared.set_future_segments(if input.leads { retention::in_future(&input) } else { 0 });

@@ -162,7 +162,7 @@ async fn retry_with_acks_tiered_is_found_while_the_bucket_is_away() {
         let new = wire::append(&mut log, tiered(sequence, 30_000)).await.expect_err("it could only wait");
         assert_eq!(new.reason, Reason::ObjectStoreUnavailable, "{sequence}: {new:?}");
     }
-    // Nobody is told of a wait that does not come about.
+    // The stream announces no wait for an append that is refused.
     let streamed = v1::ProduceRequest { correlation: 7, append: Some(tiered(2, 30_000)) };
     let requests = futures::stream::iter([streamed]).chain(futures::stream::pending());
     let mut answers = log.produce(requests).await.expect("a stream").into_inner();

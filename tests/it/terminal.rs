@@ -1,4 +1,4 @@
-//! What a person at a terminal sees; `script` is one.
+//! The command line at a terminal, which `script` provides.
 
 use std::{
     io::Write as _,
@@ -39,7 +39,7 @@ fn a_deletion_asks_for_the_name_at_a_terminal() {
     assert!(done && said.contains("deleted topic orders"), "{said}");
 }
 
-/// A record cleared the screen of whoever read it.
+/// A record cleared the screen of its reader.
 #[test]
 fn records_are_shown_with_escapes_at_a_terminal_and_as_they_are_elsewhere() {
     const RECORD: &str = "a\x1b[2Jb\u{202e}c\n";

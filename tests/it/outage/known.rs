@@ -1,8 +1,8 @@
-//! When an outage of the bucket is known, and what readers and writers are told.
+//! Times until an outage of the bucket is known, and the answers that readers and writers get.
 
 use super::*;
 
-/// Makes topic `t` of so many records, which are in the bucket alone, and starts the broker again: its caches are empty.
+/// Makes topic `t` of this number of records, which are in the bucket alone, and starts the broker again: its caches are empty.
 fn history(with: impl FnOnce(Home) -> Home, records: usize) -> (S3, Home, Broker) {
     let (server, mut home, broker) = start(with);
     create(&home.cli(), "t", EAGER);
@@ -177,7 +177,7 @@ async fn appends_to_a_bucket_that_is_away_are_told_so_and_later_ones_are_not_beg
     wire::create_topic(home.grpc(), "t", 1, &[("segment.ms", "86400000")]).await;
     let mut log = wire::log(home.grpc());
     wire::append(&mut log, tiered(30_000)).await.expect("the bucket is there");
-    // What else runs on this machine is not measured.
+    // The first try that is fast enough counts: other work on this machine is not measured.
     let mut took = Vec::new();
     let (mut answers, end) = loop {
         server.faults().set_down(true);
