@@ -1,5 +1,6 @@
 //! One partition on a real disk with a bucket in memory: writing, reading, upkeep, stopping.
 
+mod acks_tiered;
 mod by_time;
 
 use std::{path::Path, time::Duration};
@@ -90,6 +91,22 @@ impl Bench {
         while self.upkeep.step(partition).await.unwrap().more {}
         // The last command was only queued: a question behind it is answered after it.
         upkeep::local(partition).await.unwrap();
+    }
+
+    /// Serves the queue as a broker's worker does, until there is an answer.
+    async fn serve_until<T>(&self, partition: &Partition, answer: impl Future<Output = T>) -> T {
+        let serve = async {
+            loop {
+                let id = self.queue.next().await;
+                let more = self.upkeep.step(partition).await.unwrap().more;
+                self.queue.done(id, more);
+            }
+        };
+        tokio::select! {
+            answer = answer => answer,
+            () = serve => unreachable!("it serves for ever"),
+            () = tokio::time::sleep(Duration::from_secs(30)) => panic!("nothing hurried the bucket"),
+        }
     }
 }
 
@@ -226,60 +243,6 @@ async fn read_below_a_log_start_that_has_just_moved_is_out_of_range() {
     let end = partition.marks().high_watermark;
     let refused = partition.reader().read(offset, (1 << 20).into()).await.unwrap_err();
     assert_eq!(refused, ReadError::OutOfRange { offset, start, end });
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_tiered_write_is_answered_by_the_bucket_without_waiting_for_a_full_segment() {
-    let dir = tempfile::tempdir().unwrap();
-    let bench = Bench::new(dir.path(), true).await;
-    let partition = bench.open(&[]).await;
-    let written = append(&partition, b"x", Acks::Tiered);
-    let serve = async {
-        loop {
-            let id = bench.queue.next().await;
-            let more = bench.upkeep.step(&partition).await.unwrap().more;
-            bench.queue.done(id, more);
-        }
-    };
-    let acked = tokio::select! {
-        acked = written => acked,
-        () = serve => unreachable!("it serves for ever"),
-        () = tokio::time::sleep(Duration::from_secs(30)) => panic!("the bucket was not hurried"),
-    };
-    assert_eq!(acked.unwrap().held, Held::Tiered(1));
-}
-
-/// Each append that waits for the bucket would be a segment of its own while uploads wait.
-#[tokio::test(flavor = "multi_thread")]
-async fn step_without_uploads_leaves_to_another_what_waits_for_the_bucket() {
-    let dir = tempfile::tempdir().unwrap();
-    let bench = Bench::new(dir.path(), true).await;
-    let partition = bench.open(&[("segment.bytes", "16384"), ("retention.bytes", "50000")]).await;
-    let mut written = Box::pin(append(&partition, b"x", Acks::Tiered));
-    let due = async {
-        while !bench.upkeep.step_without_uploads(&partition).await.unwrap().is_upload_due {
-            tokio::time::sleep(Duration::from_millis(1)).await;
-        }
-    };
-    tokio::select! {
-        _ = &mut written => unreachable!("nobody uploads"),
-        () = due => {}
-    }
-    assert!(upkeep::local(&partition).await.unwrap().sealed.is_empty());
-    bench.settle(&partition).await;
-    assert_eq!(written.await.unwrap().held, Held::Tiered(1));
-
-    // Retention goes on without uploads, and not beside a step that uploads.
-    for n in 0..40u8 {
-        append(&partition, &[n; 4000], Acks::All).await.unwrap();
-    }
-    let turn = partition.upkeep.lock().await;
-    let busy = bench.upkeep.step_without_uploads(&partition).await.unwrap();
-    assert!(busy.is_upload_due && !busy.more && partition.marks().log_start == Offset::ZERO, "{busy:?}");
-    drop(turn);
-    while bench.upkeep.step_without_uploads(&partition).await.unwrap().more {}
-    let marks = partition.marks();
-    assert!(marks.log_start.get() > 20 && marks.tiered_end < marks.log_start, "{marks:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -163,6 +163,10 @@ impl Actor {
                 (acked.base, acked.end, acked.duplicate) = (base, end, true);
                 self.writers_gone |= writer.left_early(acks);
                 leader.wait(acks, acked, writer);
+                if acks == Acks::Tiered {
+                    // The first try may have asked for less, or nobody waits for it any longer.
+                    self.upkeep.push(self.id);
+                }
             }
             Err(refused) => {
                 writer.answer(Err(refused.into()));
