@@ -49,7 +49,7 @@ impl Bench {
         let open = || Log::open(Arc::new(RealDisk::default()), dir, &identity, options.clone());
         // A task that was cancelled at the stop before may hold the directory for a moment more.
         let mut log = open();
-        for _ in 0..500 {
+        for _ in 0..6_000 {
             if !matches!(log, Err(OpenError::InUse { .. })) {
                 break;
             }
@@ -551,20 +551,20 @@ async fn batch_to_recompress_waits_for_memory_before_it_is_opened() {
     let bench = Bench::start(dir.path(), true).await;
     let config = ConfigMap::from([("compression.type".to_owned(), "zstd".to_owned())]);
     bench.create_with(&TopicName::new("t").unwrap(), 1, config).await;
-    let append = async || {
+    let append = async |timeout_ms| {
         let mut batch = BatchBuilder::new(Compression::None);
         batch.push(clock::wall_ms(), None, Some(&[7; 100]), &[]).unwrap();
         let payload = Some(v1::append_request::Payload::Batch(batch.finish(None).unwrap().to_bytes()));
-        let request = v1::AppendRequest { topic: "t".to_owned(), timeout_ms: 300, payload, ..Default::default() };
+        let request = v1::AppendRequest { topic: "t".to_owned(), timeout_ms, payload, ..Default::default() };
         bench.broker.append(request, &ProducerIdQuota::default(), &bench.broker.call_memory()).await
     };
     let memory = bench.broker.produce_memory.of(1 << 20);
     let held = memory.take(memory.bytes() - (8 << 10)).await;
-    let fault = append().await.expect_err("there is memory for what came, and not for what it may become");
+    let fault = append(300).await.expect_err("there is memory for what came, and not for what it may become");
     assert_eq!((fault.reason, fault.retryable), (Reason::Overloaded, true));
     assert!(fault.message.contains("limits.produce_memory_bytes"), "{fault}");
     drop(held);
-    append().await.expect("there is memory");
+    append(20_000).await.expect("there is memory");
     becomes("all of it is given back", async || (memory.taken() == 0).then_some(())).await;
     bench.stop().await;
 }
@@ -577,21 +577,21 @@ async fn many_plain_records_are_compressed_in_the_turn_of_their_connection() {
     let config = ConfigMap::from([("compression.type".to_owned(), "gzip".to_owned())]);
     bench.create_with(&TopicName::new("t").unwrap(), 1, config).await;
     let memory = bench.broker.call_memory();
-    let append = async |value: Vec<u8>| {
+    let append = async |value: Vec<u8>, timeout_ms| {
         let records = vec![v1::Record { value: Some(value.into()), ..Default::default() }];
         let payload = Some(v1::append_request::Payload::Records(v1::PlainRecords { records }));
-        let request = v1::AppendRequest { topic: "t".to_owned(), timeout_ms: 300, payload, ..Default::default() };
+        let request = v1::AppendRequest { topic: "t".to_owned(), timeout_ms, payload, ..Default::default() };
         bench.broker.append(request, &ProducerIdQuota::default(), &memory).await
     };
     let turn = memory.rewriter(&bench.broker.opener).in_turn().await;
-    append(vec![7; 1000]).await.expect("few are compressed at once");
-    let fault = append(vec![7; 2 << 20]).await.expect_err("another batch of the connection has the turn");
+    append(vec![7; 1000], 20_000).await.expect("few are compressed at once");
+    let fault = append(vec![7; 2 << 20], 300).await.expect_err("another batch of the connection has the turn");
     assert_eq!((fault.reason, fault.retryable), (Reason::Overloaded, true));
     drop(turn);
-    append(vec![7; 2 << 20]).await.expect("2 MiB that become a few kilobytes");
+    append(vec![7; 2 << 20], 20_000).await.expect("2 MiB that become a few kilobytes");
     let mut noise = vec![0; 2 << 20];
     random::fill(&mut noise);
-    let fault = append(noise).await.expect_err("they stay larger than max.message.bytes");
+    let fault = append(noise, 20_000).await.expect_err("they stay larger than max.message.bytes");
     assert_eq!(fault.reason, Reason::RecordTooLarge);
     assert!(["1048588", "max.message.bytes"].iter().all(|part| fault.message.contains(part)), "{fault}");
     bench.stop().await;

@@ -282,7 +282,7 @@ async fn records_without_a_timestamp_are_as_old_as_their_segment_in_the_bucket_t
             bench.settle(&partition).await;
         }
     };
-    tokio::time::timeout(Duration::from_secs(10), all_go).await.expect("all are a millisecond old before long");
+    tokio::time::timeout(Duration::from_secs(60), all_go).await.expect("all are a millisecond old before long");
 }
 
 /// A record of 2100 kept the disk's copy for ever, and one of 1970 gave it up at once.
@@ -312,7 +312,7 @@ async fn local_copies_age_from_writing_whatever_their_records_say() {
                 bench.settle(&partition).await;
             }
         };
-        tokio::time::timeout(Duration::from_secs(10), all_go).await.expect("all are a millisecond old before long");
+        tokio::time::timeout(Duration::from_secs(60), all_go).await.expect("all are a millisecond old before long");
     }
 }
 
@@ -329,7 +329,7 @@ async fn durability_changes_on_a_live_topic() {
             tokio::task::yield_now().await;
         }
     };
-    tokio::time::timeout(Duration::from_secs(10), synced).await.expect("what was only cached is synced too");
+    tokio::time::timeout(Duration::from_secs(60), synced).await.expect("what was only cached is synced too");
     partition.configure(resolve(&[("durability", "replicated")])).await;
     assert_eq!(append(&partition, b"c", Acks::Leader).await.unwrap().held, Held::PageCache(1));
 }

@@ -269,7 +269,7 @@ async fn acks_tiered_waits_for_the_bucket_and_not_for_the_segment_to_fill() {
     assert_eq!(segments(&server.bucket()).len(), 1);
 
     server.faults().set_down(true);
-    let fault = wire::append(&mut log, tiered(b"two", 1_000)).await.expect_err("it is not in the bucket");
+    let fault = wire::append(&mut log, tiered(b"two", 10_000)).await.expect_err("it is not in the bucket");
     assert_eq!(fault.reason, Reason::Timeout, "{fault:?}");
     assert_eq!((fault.number("base_offset"), fault.number("end_offset")), (Some(1), Some(2)), "{fault:?}");
     assert!(fault.metadata["cause"].contains("served nothing"), "{fault:?}");

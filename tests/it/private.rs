@@ -15,7 +15,8 @@ use crate::{
 fn modes(folder: &Path) -> Vec<(PathBuf, bool, u32)> {
     let mut found = Vec::new();
     for entry in fs::read_dir(folder).expect("it can be listed").map(|entry| entry.expect("an entry").path()) {
-        let metadata = fs::symlink_metadata(&entry).expect("it is there");
+        // A file may get its name from a temporary one meanwhile.
+        let Ok(metadata) = fs::symlink_metadata(&entry) else { continue };
         if metadata.is_dir() {
             found.extend(modes(&entry));
         }

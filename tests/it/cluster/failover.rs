@@ -65,7 +65,7 @@ fn three_brokers_hold_the_same_bytes() {
 }
 
 /// Less than the leases of [`with_long_leases`].
-const SOON: Duration = Duration::from_secs(30);
+const SOON: Duration = Duration::from_secs(50);
 
 /// Three brokers with leases and followers' time of a minute.
 fn with_long_leases() -> Cluster {

@@ -40,7 +40,7 @@ fn a_broker_without_the_partition_says_who_leads_it() {
 /// A cluster of two with a topic, and its leader; the other broker is down and has missed a record.
 fn with_a_late_replica(set: impl Fn(Home) -> Home) -> (Cluster, u32, u32) {
     // A lease so long that a frozen leader stays one for as long as this takes.
-    let mut cluster = Cluster::with(2, |home| set(home.setting("metadata.session_timeout", "\"30s\"")));
+    let mut cluster = Cluster::with(2, |home| set(home.setting("metadata.session_timeout", "\"60s\"")));
     let cli = cluster.cli();
     cli.ok(&["topic", "create", "t", "--replication-factor", "2"]);
     cluster.in_sync("t", 2);
@@ -77,7 +77,7 @@ fn a_broker_is_ready_when_its_replicas_are_in_sync() {
 /// Rolling restarts would wait for ever where a leader hangs.
 #[test]
 fn start_is_over_after_catch_up_timeout_whatever_is_not_in_sync() {
-    let (mut cluster, leader, late) = with_a_late_replica(|home| home.setting("broker.catch_up_timeout", "\"8s\""));
+    let (mut cluster, leader, late) = with_a_late_replica(|home| home.setting("broker.catch_up_timeout", "\"15s\""));
     cluster.broker(leader).freeze(true);
     cluster.begin(late);
     let page = |cluster: &Cluster| http_get(cluster.home(late).http(), "/readyz").ok();

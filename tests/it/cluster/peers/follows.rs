@@ -288,10 +288,18 @@ async fn a_stranger_in_a_followers_name_takes_no_link_that_answers() {
     let epoch = broker_epoch(calm.cluster.home(calm.follower).peer()).await;
     let hello = |epoch| Some(to_leader::Is::Hello(calm.hello(calm.follower, epoch)));
     for round in 0..10 {
-        let mut second = Follows::begin(calm.address(), hello(epoch)).await;
-        // What is written while the two are told apart is acknowledged by the true one.
-        calm.serves();
-        let said = second.refused().await;
+        let mut tries = 0;
+        let said = loop {
+            let mut second = Follows::begin(calm.address(), hello(epoch)).await;
+            // What is written while the two are told apart is acknowledged by the true one.
+            calm.serves();
+            match second.next().await {
+                Err(status) => break status.message().to_owned(),
+                // The true one must answer within a second: other work on this machine is not measured.
+                Ok(_welcome) => tries += 1,
+            }
+            assert!(tries < 3, "{round}: it took the link");
+        };
         assert!(said.contains("over another link, which answers"), "{round}: {said}");
         let said = Follows::begin(calm.address(), hello(1 << 63)).await.refused().await;
         assert!(said.contains("is not registered in the uptime"), "{round}: {said}");
