@@ -163,8 +163,8 @@ impl Actor {
                 (acked.base, acked.end, acked.duplicate) = (base, end, true);
                 self.writers_gone |= writer.left_early(acks);
                 leader.wait(acks, acked, writer);
-                if acks == Acks::Tiered {
-                    // The first try may have asked for less, or nobody waits for it any longer.
+                if acks == Acks::Tiered && end > self.tiered_end {
+                    // An earlier try with fewer acks, or one whose writer has gone, asked for no upload.
                     self.upkeep.push(self.id);
                 }
             }

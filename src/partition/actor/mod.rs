@@ -44,7 +44,7 @@ use self::{
     warnings::Warnings,
 };
 use super::{
-    Standing, Surroundings,
+    Role, Standing, Surroundings,
     follower::Follower,
     leader::{Acked, Leader, insync::Rule},
     shared::Shared,
@@ -323,7 +323,7 @@ impl Actor {
                     sealed: self.replica.sealed(),
                     active: self.replica.active(),
                     active_age: self.active_since.map(|since| since.elapsed()),
-                    awaits_tier: matches!(&self.part, Part::Leading(leader) if leader.awaits_tier()),
+                    awaits_tier: self.awaits_tier(),
                     leads: match &self.part {
                         Part::Leading(leader) => Some((leader.epoch(), leader.in_sync().is_settled())),
                         _ => None,
@@ -351,6 +351,11 @@ impl Actor {
         self.upkeep.push(self.id);
     }
 
+    /// Whether a writer waits for the bucket.
+    fn awaits_tier(&self) -> bool {
+        matches!(&self.part, Part::Leading(leader) if leader.awaits_tier())
+    }
+
     /// What is known as committed, and is in this log.
     fn high_watermark(&self) -> Offset {
         match &self.part {
@@ -373,9 +378,10 @@ impl Actor {
             log_end: self.replica.log_end(),
         };
         saw!(Marks { partition: self.id, marks, part: self.seen_part() });
-        let sealed_end = self.replica.active().base;
-        if self.shared.marks().high_watermark < sealed_end && sealed_end <= marks.high_watermark {
-            // A sealed segment has just become one that may be uploaded.
+        let (before, sealed_end) = (self.shared.marks().high_watermark, self.replica.active().base);
+        let has_moved = before < marks.high_watermark && before < sealed_end;
+        if has_moved && (sealed_end <= marks.high_watermark || self.awaits_tier()) {
+            // A sealed segment has just become one that may be uploaded: the last one, or perhaps one that somebody waits for.
             self.upkeep.push(self.id);
         }
         self.shared.publish(marks, self.replica.bytes());
@@ -390,6 +396,10 @@ impl Actor {
         if standing != self.standing {
             self.standing = standing;
             self.shared.stand(standing);
+            if standing.role == (Role::Leader { settled: true }) {
+                // Before, a leader uploads nothing, whoever waits for it.
+                self.upkeep.push(self.id);
+            }
         }
     }
 

@@ -2,6 +2,7 @@
 
 use std::{path::Path, time::Duration};
 
+use futures::FutureExt as _;
 use tokio::sync::{Semaphore, oneshot::Receiver};
 
 use super::*;
@@ -62,13 +63,17 @@ fn lead(actor: &mut Actor, epoch: u32) {
 
 /// Appends one record and hands it to the journal.
 fn write(actor: &mut Actor) -> Receiver<AppendResult> {
+    write_with(actor, Acks::All)
+}
+
+fn write_with(actor: &mut Actor, acks: Acks) -> Receiver<AppendResult> {
     let mut builder = BatchBuilder::new(Compression::None);
     builder.push(1000, None, Some(b"x"), &[]).unwrap();
     let permit = Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
     let (answer, receiver) = oneshot::channel();
     let batch = builder.finish(None).unwrap();
     let origin = BatchOrigin { fingerprint: None, timestamps: batch.timestamp_range(), refusal: None };
-    actor.append(Append { batch, origin, acks: Acks::All, permit, answer, stored: None }, 1000);
+    actor.append(Append { batch, origin, acks, permit, answer, stored: None }, 1000);
     actor.complete();
     receiver
 }
@@ -85,6 +90,47 @@ fn cut_and_lead(actor: &mut Actor, to: u64) {
     let log_end = actor.replica.truncate(Offset::new(to).unwrap()).unwrap();
     actor.handed_end = log_end;
     lead(actor, 5);
+}
+
+/// Whether upkeep was asked for since the last look.
+fn is_queued(actor: &Actor) -> bool {
+    let mut queued = false;
+    while let Some(id) = actor.upkeep.next().now_or_never() {
+        actor.upkeep.done(id, false);
+        queued = true;
+    }
+    queued
+}
+
+/// A retry with `acks=tiered` came before, nothing could be uploaded then, and it waited for the next look at all partitions.
+#[tokio::test]
+async fn upkeep_is_queued_when_a_new_leader_may_upload() {
+    let log = open_log();
+    let mut actor = open(&log);
+    let _written = write(&mut actor);
+    lead(&mut actor, 5);
+    assert_eq!(actor.standing.role, Role::Leader { settled: false });
+    assert!(is_queued(&actor) && !is_queued(&actor));
+    assert!(log.journal_step());
+    hear(&mut actor);
+    assert_eq!(actor.standing.role, Role::Leader { settled: true });
+    assert!(is_queued(&actor));
+}
+
+/// Only the last sealed segment was looked at: the writers of the one before waited for a follower that did not have the last yet.
+#[tokio::test]
+async fn upkeep_is_queued_when_a_segment_that_somebody_waits_for_is_committed() {
+    let log = open_log();
+    let mut actor = open(&log);
+    let _first = write_with(&mut actor, Acks::Tiered);
+    assert!(log.journal_step());
+    actor.seal_now();
+    let _second = write_with(&mut actor, Acks::Tiered);
+    actor.seal_now();
+    assert!(is_queued(&actor) && !is_queued(&actor));
+    hear(&mut actor);
+    assert_eq!((actor.high_watermark().get(), actor.replica.active().base.get()), (1, 2));
+    assert!(is_queued(&actor));
 }
 
 /// It led on until somebody wrote, and what could not be read any more was read from nobody else.
