@@ -12,7 +12,7 @@ use uuid::Uuid;
 use super::{
     checkpoint::{Checkpoint, ReplicaRecord, Standing},
     core::Options,
-    disk::{Disk, File, Mode},
+    disk::{Disk, File, Mode, STEP_BYTES},
     error::OpenError,
     identity::io_error,
     journal::{
@@ -283,7 +283,7 @@ fn reset_again(disk: &dyn Disk, dir: &Path, at: Offset) -> io::Result<()> {
 }
 
 /// Files of this size or more give their room back in steps, where their deletion keeps them open.
-const LARGE_FILE_BYTES: u64 = 4 << 20;
+const LARGE_FILE_BYTES: u64 = STEP_BYTES;
 
 /// Removes what is in a folder. `keep` gets the large files, still open, before they are closed.
 fn remove_files(disk: &dyn Disk, dir: &Path, keep: &mut dyn FnMut(Arc<dyn File>)) -> io::Result<()> {

@@ -21,7 +21,7 @@ pub use real::RealDisk;
 #[cfg(test)]
 pub(super) use sim::Dice;
 pub use sim::{SimDisk, Stamp};
-pub use writeback::{give_back, write_out};
+pub use writeback::{STEP_BYTES, give_back, write_out};
 
 /// Size and alignment of everything that is written to the journal, in bytes.
 pub const BLOCK: usize = 4096;
@@ -159,9 +159,9 @@ pub trait File: Send + Sync {
     /// Cuts or extends (with zeros) the file.
     fn truncate(&self, len: u64) -> io::Result<()>;
 
-    /// Gives back some of the room of a file that was removed and that nobody reads, and waits a moment. False when what is left may
-    /// be given back at once. Blocks.
-    fn give_back_step(&self) -> io::Result<bool>;
+    /// Gives back some of the room of a file that was removed and that nobody reads, and waits a moment; more of it where room is needed
+    /// soon. False when what is left may be given back at once. Blocks.
+    fn give_back_step(&self, hurry: bool) -> io::Result<bool>;
 
     /// Makes content and length durable.
     fn sync(&self) -> io::Result<()>;

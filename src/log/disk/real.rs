@@ -233,8 +233,8 @@ impl File for RealFile {
         self.file.set_len(len)
     }
 
-    fn give_back_step(&self) -> io::Result<bool> {
-        writeback::give_back_step(&self.file)
+    fn give_back_step(&self, hurry: bool) -> io::Result<bool> {
+        writeback::give_back_step(&self.file, hurry)
     }
 
     fn sync(&self) -> io::Result<()> {

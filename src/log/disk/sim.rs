@@ -576,7 +576,7 @@ impl File for SimFile {
         Ok(())
     }
 
-    fn give_back_step(&self) -> io::Result<bool> {
+    fn give_back_step(&self, _hurry: bool) -> io::Result<bool> {
         // It takes no room here without a name.
         Ok(false)
     }

@@ -34,49 +34,64 @@ pub fn write_out(file: &fs::File, range: Range<u64>, piece_bytes: usize) -> io::
 
 /// Bytes of a file without a name that are given back at once. Some file systems tell the device of each (`discard`): that takes it 2 to 4 ms
 /// for a MiB, and the journal's write waits.
-const STEP_BYTES: u64 = 1 << 20;
+pub const STEP_BYTES: u64 = 1 << 20;
 
-/// The least time for which others go first after each MiB: 800 MB/s at most.
-const LEAST_PAUSE: Duration = Duration::from_micros(1250);
+/// The same where room is needed soon.
+const HURRIED_STEP_BYTES: u64 = 4 << 20;
 
-/// Others go first for so many times as long as the step took: at most a third of the device's time is taken from them. A stop waits for a
-/// pause.
+/// The pause after a step is so many times as long as the step took: others have two thirds of the device's time.
 const PAUSE_FACTOR: u32 = 2;
-const MOST_PAUSE: Duration = Duration::from_millis(100);
 
-/// Where less of the file system than this part is free, its room is needed sooner: steps are so many times as large.
+/// The shortest pause after a step: 800 MB/s at most.
+const MIN_PAUSE: Duration = Duration::from_micros(1250);
+
+/// The longest pause: a stop waits for it.
+const MAX_PAUSE: Duration = Duration::from_millis(100);
+
+/// The pause after a hurried step.
+const HURRIED_PAUSE: Duration = Duration::from_millis(5);
+
+/// Room is needed soon where less than this part of a file system is free, as a divisor.
 const SHORT_SHARE: u64 = 5;
-const SHORT_STEPS: u32 = 4;
 
 /// Gives back the room of a file that was removed and that nobody reads, in steps: at once the file system would keep the journal's write
 /// waiting. A file that has another name, which some backups give it, is left as it is.
 pub fn give_back(file: &fs::File) -> io::Result<()> {
-    while give_back_step(file)? {}
+    while give_back_step(file, false)? {}
     Ok(())
 }
 
-/// One step of [`give_back`], and the pause after it. False when what is left may be given back at once.
-pub(super) fn give_back_step(file: &fs::File) -> io::Result<bool> {
+/// One step of [`give_back`], and the pause after it; a larger step where room is needed soon or the caller is in a hurry. False when what is
+/// left may be given back at once.
+pub(super) fn give_back_step(file: &fs::File, hurry: bool) -> io::Result<bool> {
     let metadata = file.metadata()?;
     if metadata.nlink() > 0 || metadata.len() <= STEP_BYTES {
         return Ok(false);
     }
+    let hurry = hurry || is_short(file);
     let began = clock::monotonic();
-    let pause = if is_short(file)? {
-        file.set_len(metadata.len().saturating_sub(STEP_BYTES * u64::from(SHORT_STEPS)))?;
-        LEAST_PAUSE * SHORT_STEPS
-    } else {
-        file.set_len(metadata.len() - STEP_BYTES)?;
-        (began.elapsed() * PAUSE_FACTOR).clamp(LEAST_PAUSE, MOST_PAUSE)
-    };
-    std::thread::sleep(pause);
+    file.set_len(len_after_step(metadata.len(), hurry))?;
+    std::thread::sleep(pause_after_step(began.elapsed(), hurry));
     Ok(true)
 }
 
-/// Whether little room is left in the file system of a file.
-fn is_short(file: &fs::File) -> io::Result<bool> {
-    let stat = rustix::fs::fstatvfs(file)?;
-    Ok(stat.f_bavail < stat.f_blocks / SHORT_SHARE)
+/// The length of a file after a step: whole steps, because the file system would read and write again a block that is cut through.
+fn len_after_step(len: u64, hurry: bool) -> u64 {
+    let step = if hurry { HURRIED_STEP_BYTES } else { STEP_BYTES };
+    len.saturating_sub(1) / step * step
+}
+
+fn pause_after_step(took: Duration, hurry: bool) -> Duration {
+    if hurry { HURRIED_PAUSE } else { (took * PAUSE_FACTOR).clamp(MIN_PAUSE, MAX_PAUSE) }
+}
+
+/// Whether little room is left in the file system of a file. One that does not say so has room.
+fn is_short(file: &fs::File) -> bool {
+    rustix::fs::fstatvfs(file).is_ok_and(|stat| {
+        // What is kept for the superuser is neither used nor free, as `df` sees it.
+        let blocks = stat.f_blocks.saturating_sub(stat.f_bfree).saturating_add(stat.f_bavail);
+        stat.f_bavail < blocks / SHORT_SHARE
+    })
 }
 
 /// Whether the file system has no such call: the sync does all of it.
@@ -127,6 +142,27 @@ mod tests {
         fs::remove_file(&link).unwrap();
         give_back(&file).unwrap();
         assert!(file.metadata().unwrap().len() <= STEP_BYTES);
+    }
+
+    #[test]
+    fn steps_are_whole_and_pauses_follow_the_time_that_a_step_took() {
+        const MIB: u64 = 1 << 20;
+        for (len, hurry, after) in [
+            (64 * MIB + 7, false, 64 * MIB),
+            (64 * MIB, false, 63 * MIB),
+            (MIB + 1, false, MIB),
+            (64 * MIB + 7, true, 64 * MIB),
+            (64 * MIB, true, 60 * MIB),
+            (3 * MIB, true, 0),
+        ] {
+            assert_eq!(len_after_step(len, hurry), after, "{len} {hurry}");
+        }
+        let ms = Duration::from_millis;
+        for (took, hurry, pause) in
+            [(ms(0), false, MIN_PAUSE), (ms(4), false, ms(8)), (ms(4), true, ms(5)), (ms(9_000), false, MAX_PAUSE)]
+        {
+            assert_eq!(pause_after_step(took, hurry), pause, "{took:?} {hurry}");
+        }
     }
 
     #[test]
