@@ -16,7 +16,10 @@ fn modes(folder: &Path) -> Vec<(PathBuf, bool, u32)> {
     let mut found = Vec::new();
     for entry in fs::read_dir(folder).expect("it can be listed").map(|entry| entry.expect("an entry").path()) {
         // A file may get its name from a temporary one meanwhile.
-        let Ok(metadata) = fs::symlink_metadata(&entry) else { continue };
+        let metadata = match fs::symlink_metadata(&entry) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
+            metadata => metadata.expect("it can be looked at"),
+        };
         if metadata.is_dir() {
             found.extend(modes(&entry));
         }

@@ -64,8 +64,8 @@ fn three_brokers_hold_the_same_bytes() {
     assert_eq!(read, format!("{text}without one of three\n"));
 }
 
-/// Less than the leases of [`with_long_leases`].
-const SOON: Duration = Duration::from_secs(50);
+/// Less than what is left of a lease of [`with_long_leases`]: at least two thirds of it.
+const SOON: Duration = Duration::from_secs(38);
 
 /// Three brokers with leases and followers' time of a minute.
 fn with_long_leases() -> Cluster {

@@ -274,7 +274,7 @@ async fn clients_that_read_nothing_give_way_to_those_that_do() {
         let answered = async {
             while answers.message().await.expect("not broken").expect("no end").partitions[0].chunks.is_empty() {}
         };
-        tokio::time::timeout(Duration::from_secs(60), answered).await.expect("a read is answered");
+        tokio::time::timeout(Duration::from_secs(30), answered).await.expect("a read is answered");
         drop(answers);
         (reads, slowest) = (reads + 1, slowest.max(began.elapsed()));
         let batch = wire::append_batch("t", 2, wire::batch(&[&vec![7; 1 << 20]]));

@@ -64,6 +64,7 @@ async fn read_that_the_bucket_does_not_serve_in_time_says_so_and_is_kept() {
         assert!(refusal.message.contains("tier.fetch_max_wait"), "{refusal}");
         assert_eq!((read.high_watermark, read.next_offset), (2_000, 0), "it is not the end");
         refused += 1;
+        assert!(refused < 20, "{refusal:?}");
     };
     assert!(!read.records.is_empty() && refused >= 1, "{refused}");
     let end = read_once(&mut log, 2_000).await;
@@ -190,7 +191,9 @@ async fn appends_to_a_bucket_that_is_away_are_told_so_and_later_ones_are_not_beg
         assert!(took.len() < 5, "told after {took:?}, and never within a second");
         server.faults().set_down(false);
         // Its time may be up before the upload is tried again.
-        let _late = final_answer(&mut answers, Duration::from_secs(30)).await;
+        if let Err(late) = final_answer(&mut answers, Duration::from_secs(30)).await {
+            assert_eq!(late.reason, Reason::Timeout, "{late:?}");
+        }
         becomes("the bucket takes objects again", || {
             let mut log = log.clone();
             async move { wire::append(&mut log, tiered(30_000)).await.ok() }
