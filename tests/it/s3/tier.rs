@@ -149,7 +149,9 @@ async fn multipart_segments_survive_every_fault_of_an_upload() {
         (Op::EndUpload, Fault::Refuse),
     ];
     for (number, (op, fault)) in faults.into_iter().enumerate() {
-        let options = s3.options(&format!("multipart-{number}"));
+        // Longer than one try takes on a busy machine: after that none follows.
+        let retry_for = Duration::from_secs(60);
+        let options = StoreOptions { retry_for, ..s3.options(&format!("multipart-{number}")) };
         let tier = tier(&options, TierState::default());
         let before = s3.faults().hits();
         s3.faults().inject(op, fault, 1);
