@@ -63,7 +63,7 @@ impl RemovedFiles {
             if is_stopped {
                 return false;
             }
-            // Where too many wait the next one is closed at once.
+            // A file that comes while too many wait is closed at once.
             match file.file.give_back_step(waiting > self.max / 2) {
                 Ok(true) => {}
                 Ok(false) => return true,

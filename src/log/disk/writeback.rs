@@ -39,7 +39,7 @@ pub const STEP_BYTES: u64 = 1 << 20;
 /// The same where room is needed soon.
 const HURRIED_STEP_BYTES: u64 = 4 << 20;
 
-/// The pause after a step is so many times as long as the step took: others have two thirds of the device's time.
+/// The pause after a step, as a multiple of the time that the step took: others have two thirds of the device's time.
 const PAUSE_FACTOR: u32 = 2;
 
 /// The shortest pause after a step: 800 MB/s at most.
@@ -85,10 +85,10 @@ fn pause_after_step(took: Duration, hurry: bool) -> Duration {
     if hurry { HURRIED_PAUSE } else { (took * PAUSE_FACTOR).clamp(MIN_PAUSE, MAX_PAUSE) }
 }
 
-/// Whether little room is left in the file system of a file. One that does not say so has room.
+/// The file system of a file has little room left. One that does not say how much has room.
 fn is_short(file: &fs::File) -> bool {
     rustix::fs::fstatvfs(file).is_ok_and(|stat| {
-        // What is kept for the superuser is neither used nor free, as `df` sees it.
+        // Blocks that are kept for the superuser are neither used nor free, as `df` sees it.
         let blocks = stat.f_blocks.saturating_sub(stat.f_bfree).saturating_add(stat.f_bavail);
         stat.f_bavail < blocks / SHORT_SHARE
     })

@@ -351,7 +351,7 @@ impl Actor {
         self.upkeep.push(self.id);
     }
 
-    /// Whether a writer waits for the bucket.
+    /// A writer waits for the bucket.
     fn awaits_tier(&self) -> bool {
         matches!(&self.part, Part::Leading(leader) if leader.awaits_tier())
     }
@@ -397,7 +397,7 @@ impl Actor {
             self.standing = standing;
             self.shared.stand(standing);
             if standing.role == (Role::Leader { settled: true }) {
-                // Before, a leader uploads nothing, whoever waits for it.
+                // A leader that is not settled uploads nothing, even where a writer waits for the bucket.
                 self.upkeep.push(self.id);
             }
         }

@@ -92,7 +92,7 @@ fn cut_and_lead(actor: &mut Actor, to: u64) {
     lead(actor, 5);
 }
 
-/// Whether upkeep was asked for since the last look.
+/// Upkeep was asked for since the last look.
 fn is_queued(actor: &Actor) -> bool {
     let mut queued = false;
     while let Some(id) = actor.upkeep.next().now_or_never() {

@@ -292,7 +292,7 @@ async fn a_stranger_in_a_followers_name_takes_no_link_that_answers() {
         let said = loop {
             let began = clock::monotonic();
             let mut second = Follows::begin(calm.address(), hello(epoch)).await;
-            // What is written while the two are told apart is acknowledged by the true one.
+            // Records that are written while the leader compares the two are acknowledged by the true one.
             calm.serves();
             match second.next().await {
                 Err(status) => break status.message().to_owned(),
