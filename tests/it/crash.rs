@@ -291,22 +291,25 @@ pub(crate) async fn read(load: &Load, from: impl Fn(Log) -> i64) -> Vec<Pass> {
 async fn read_part(load: &Load, log: Log, part: Part) -> Pass {
     let (name, partition) = (load.topics[log.0], log.1);
     let (began, from) = (load.tick(), part.from);
-    // Of several brokers another one may lead at any time: the preferred one is back.
-    let elsewhere = |fault: &Fault| load.addresses.len() > 1 && fault.reason == Reason::NotLeader;
+    // Of several brokers another one may lead at any time: the preferred one is back. After an outage of the bucket, brokers that
+    // nobody reads from learn from their next probe that it serves again.
+    let goes_over = |fault: &Fault| {
+        load.addresses.len() > 1 && matches!(fault.reason, Reason::NotLeader | Reason::ObjectStoreUnavailable)
+    };
     let end = becomes("the end is known", async || {
         let mut client = wire::log(load.serving(log).await);
         let end = wire::latest(&mut client, name, partition).await;
-        (!end.as_ref().is_err_and(elsewhere)).then(|| end.expect("the end is known"))
+        (!end.as_ref().is_err_and(goes_over)).then(|| end.expect("the end is known"))
     });
     let end = end.await;
     let to = end.min(from.saturating_add(part.most));
     let (mut records, mut next) = (Vec::new(), from);
     while next < to {
         let until = to.min(next.saturating_add(READ_AT_ONCE));
-        let read = becomes("a leader serves it", async || {
+        let read = becomes("a leader serves what was written", async || {
             let mut client = wire::log(load.serving(log).await);
             let read = wire::read_range(&mut client, name, partition, next, until).await;
-            (!read.as_ref().is_err_and(elsewhere)).then(|| read.expect("it can be read"))
+            (!read.as_ref().is_err_and(goes_over)).then(|| read.expect("it can be read"))
         });
         records.extend(read.await);
         next = until;
