@@ -41,8 +41,11 @@ const ZSTD_LEVEL: i32 = 3;
 /// `ZSTD_error_dstSize_tooSmall`, stable since zstd 1.3.1.
 const ZSTD_OUTPUT_TOO_SMALL: usize = 70;
 
-/// First output buffer for zstd, at least: one block.
+/// The most that one block of zstd holds, and its first output buffer at least.
 const ZSTD_BLOCK_BYTES: usize = 128 << 10;
+
+/// The least that a block of zstd takes which holds so much: its header, and one byte that is repeated.
+const ZSTD_LEAST_BLOCK_BYTES: usize = 4;
 
 /// Compresses `plain`.
 pub(super) fn compress(codec: Compression, plain: &[u8]) -> Bytes {
@@ -200,7 +203,7 @@ pub(super) fn prefix(codec: Compression, stored: &[u8], most: usize) -> Result<P
         Compression::Gzip => return gzip_prefix(stored, most).map_err(|refused| refused.of(codec, most)),
         Compression::Snappy => snappy_prefix(stored, most),
         Compression::Lz4 => lz4::prefix(stored, most),
-        Compression::Zstd => check_zstd_frames(stored).map(|()| Vec::new()),
+        Compression::Zstd => largest_zstd(stored).map(|_| Vec::new()),
     };
     prefix.map(|bytes| Prefix { bytes, is_whole: false }).map_err(|refused| refused.of(codec, most))
 }
@@ -218,13 +221,22 @@ fn gzip_prefix(stored: &[u8], most: usize) -> Result<Prefix, Refused> {
     Ok(Prefix { bytes, is_whole })
 }
 
-/// Walks the frames' blocks without decoding them.
-fn check_zstd_frames(mut stored: &[u8]) -> Result<(), Refused> {
+/// The most plain bytes that the frames can hold. Walks their blocks without decoding them.
+fn largest_zstd(mut stored: &[u8]) -> Result<usize, Refused> {
+    use zstd::zstd_safe::{find_frame_compressed_size, get_error_name, get_frame_content_size};
+    let mut most = 0_usize;
     while !stored.is_empty() {
-        let length = zstd::zstd_safe::find_frame_compressed_size(stored).map_err(zstd::zstd_safe::get_error_name)?;
-        stored = stored.get(length..).ok_or("a frame passes the end")?;
+        let length = find_frame_compressed_size(stored).map_err(get_error_name)?;
+        let (frame, rest) = stored.split_at_checked(length).ok_or("a frame passes the end")?;
+        let plain = match get_frame_content_size(frame) {
+            // A frame that holds more or less than its word is refused by every decoder.
+            Ok(Some(claimed)) => usize::try_from(claimed).unwrap_or(usize::MAX),
+            Ok(None) => (frame.len() / ZSTD_LEAST_BLOCK_BYTES).saturating_mul(ZSTD_BLOCK_BYTES),
+            Err(error) => return Err(Refused::Codec(error.to_string())),
+        };
+        (most, stored) = (most.saturating_add(plain), rest);
     }
-    Ok(())
+    Ok(most)
 }
 
 /// The first bytes of the first block.
@@ -248,8 +260,7 @@ pub(super) fn largest_plain(codec: Compression, stored: &[u8]) -> Option<usize> 
         Compression::Gzip => Some(stored.len().saturating_mul(GZIP_BEST_RATIO)),
         Compression::Lz4 => claimed(codec, stored).or(Some(stored.len().saturating_mul(lz4::BEST_RATIO))),
         Compression::Snappy => claimed(codec, stored),
-        // The first frame's word; another may follow.
-        Compression::Zstd => None,
+        Compression::Zstd => largest_zstd(stored).ok(),
     }
 }
 

@@ -100,8 +100,8 @@ impl Batch {
     }
 
     /// Refuses compressed records that nobody can decode, as far as their first 4 KiB tell: the codec's framing, the records that lie in
-    /// them, and a count that the bytes cannot hold. Of zstd frames of more than that only the framing is checked: zstd decodes whole
-    /// blocks of up to 128 KiB. Records without compression are checked by [`Batch::correct_max_timestamp`].
+    /// them, and a count that the bytes cannot hold. Of zstd frames of more than that only framing and count are checked: zstd decodes
+    /// whole blocks of up to 128 KiB. Records without compression are checked by [`Batch::correct_max_timestamp`].
     ///
     /// # Errors
     /// [`Malformed::Compression`] or [`Malformed::Record`].

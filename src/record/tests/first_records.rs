@@ -62,6 +62,8 @@ fn first_records_that_nobody_can_decode_are_refused() {
         let one = crate::record::compression::compress(codec, &framed(&[b"one".to_vec()]));
         refused(1_000_000, &one, "a count of 10^6");
         refused(2, &one, "a count of 2");
+        let above_prefix = crate::record::compression::compress(codec, &framed(&[vec![b'x'; 5_000]]));
+        refused(1_000_000, &above_prefix, "a count of 10^6 beside a record of 5,000 bytes");
         let trailing =
             crate::record::compression::compress(codec, &[&framed(&[b"one".to_vec()])[..], b"more"].concat());
         assert!(matches!(refused(1, &trailing, "trailing bytes"), Malformed::Record { index: 0, .. }), "{codec}");
