@@ -243,13 +243,19 @@ fn an_unclean_election_is_asked_for_and_says_what_it_costs() {
     let first = homes[0].start();
     let second = homes[1].start();
     let cli = homes[0].cli();
-    said(&cli, "topic create orders --replication-factor 2 --config remote.storage.enable=false");
+    for topic in ["orders", "late"] {
+        said(&cli, &format!("topic create {topic} --replication-factor 2 --config remote.storage.enable=false"));
+    }
     cli.ok_with(&["produce", "orders"], b"one\ntwo\n");
-    eventually("both hold it", || (numbers(&partition(&cli, "orders")["isr"]).len() == 2).then_some(()));
-    said(&cli, "partition reassign orders/0 --replicas 1,2");
+    for topic in ["orders", "late"] {
+        eventually("both hold it", || (numbers(&partition(&cli, topic)["isr"]).len() == 2).then_some(()));
+        said(&cli, &format!("partition reassign {topic}/0 --replicas 1,2"));
+    }
     assert!(second.terminate().success(), "{}", homes[1].log());
-    eventually("the other one is alone", || (numbers(&partition(&cli, "orders")["isr"]) == [1]).then_some(()));
-    cli.ok_with(&["produce", "orders"], b"three\n");
+    for topic in ["orders", "late"] {
+        eventually("the other one is alone", || (numbers(&partition(&cli, topic)["isr"]) == [1]).then_some(()));
+        cli.ok_with(&["produce", topic], b"three\n");
+    }
     first.kill9();
 
     let second = homes[1].spawn();
@@ -259,7 +265,7 @@ fn an_unclean_election_is_asked_for_and_says_what_it_costs() {
         (described.code == 0 && described.json()["partitions"][0]["leader"].is_null()).then_some(())
     });
     let gone = &asked(&cli, "cluster describe")["brokers"][0];
-    assert_eq!((&gone["state"], &gone["replicas"], &gone["address"]), (&json!("gone"), &json!(1), &Value::Null));
+    assert_eq!((&gone["state"], &gone["replicas"], &gone["address"]), (&json!("gone"), &json!(2), &Value::Null));
     let complaint = refused(&cli, "partition elect orders/0");
     assert!(complaint.contains("waits for broker 1") && complaint.contains("--unclean"), "{complaint}");
     let complaint = refused(&cli, "partition elect orders/0 --unclean");
@@ -272,5 +278,10 @@ fn an_unclean_election_is_asked_for_and_says_what_it_costs() {
     let held = partition(&cli, "orders");
     assert_eq!(held["unclean_epoch"], held["leader_epoch"], "{held}");
     cli.ok_with(&["produce", "orders"], b"four\n");
+
+    let complaint = refused(&cli, "partition elect late/0 --unclean");
+    assert!(complaint.contains("broker 2 is empty: everything of late/0"), "{complaint}");
+    let elected = asked(&cli, "partition elect late/0 --unclean --yes");
+    assert_eq!((&elected["leader"], &elected["held"][1]["empty"]), (&json!(2), &json!(true)), "{elected}");
     assert!(second.terminate().success(), "{}", homes[1].log());
 }

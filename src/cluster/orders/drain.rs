@@ -115,11 +115,13 @@ fn left(state: &ViewState, broker: BrokerId) -> Drained {
             drained.leaderless += 1;
             continue;
         }
-        // One that a move takes away already is on its way.
-        if value.removing.contains(&broker) {
+        // A move that has begun ends, unless a broker that it goes to is gone.
+        let is_lost = |id: &BrokerId| value.adding.contains(id) && !state.brokers().contains_key(id);
+        if value.removing.contains(&broker) && !value.replicas.iter().any(is_lost) {
             continue;
         }
-        let stays = |id: &BrokerId| *id != broker && !state.drains().contains_key(id) && !value.removing.contains(id);
+        let leaves = |id: &BrokerId| *id == broker || value.removing.contains(id) || is_lost(id);
+        let stays = |id: &BrokerId| !leaves(id) && !state.drains().contains_key(id);
         let stay: Vec<BrokerId> = value.replicas.iter().copied().filter(stays).collect();
         let kept = stay.len();
         match placement.choose(id, stay, value.replicas.len() - value.removing.len()) {

@@ -309,6 +309,19 @@ async fn a_drain_tells_that_a_partition_without_a_leader_cannot_move() {
     assert_eq!(cluster.orders.stuck(BrokerId(1)), 2);
 }
 
+/// `broker drain --wait` waited half an hour without a word, until the controller replaced the broker that was to take the replica.
+#[tokio::test]
+async fn a_drain_tells_that_a_move_to_a_broker_that_is_gone_does_not_end() {
+    let moving = PartitionValue { adding: ids(&[3]), removing: ids(&[1]), ..value(&[1, 2, 3], Some(1), &[1, 2]) };
+    let cluster = Cluster::of(3, 2, vec![moving]).await;
+    let drained = cluster.orders.drain(BrokerId(1), 0).await.expect("ordered");
+    assert_eq!((drained.replicas, drained.stuck), (1, vec![]), "it is on its way");
+    cluster.go(3).await;
+    assert_eq!(cluster.orders.stuck(BrokerId(1)), 1, "nobody else can take it");
+    cluster.come(4, BrokerState::Running).await;
+    assert_eq!(cluster.orders.stuck(BrokerId(1)), 0, "the controller sends it to the new one");
+}
+
 /// The order seemed to have been given already, and nothing moved.
 #[tokio::test]
 async fn a_drain_that_nobody_can_read_is_ordered_anew() {
