@@ -4,6 +4,7 @@ use std::{
     cell::Cell,
     collections::BTreeMap,
     io::{self, BufWriter, IsTerminal as _, Write as _},
+    pin::pin,
     process::ExitCode,
     time::Duration,
 };
@@ -76,29 +77,31 @@ struct Plan {
 pub(super) async fn run(common: &Common, command: Consume) -> anyhow::Result<ExitCode> {
     let client = connect(common).await?;
     let patience = Patience::new(&client);
-    let stop = stop_signal()?;
-    tokio::select! {
-        biased;
-        () = stop => Ok(ExitCode::SUCCESS),
-        done = consume(common, &command, &client, &patience) => done,
-    }
-}
-
-async fn consume(common: &Common, command: &Consume, client: &Client, patience: &Patience) -> anyhow::Result<ExitCode> {
+    let mut stop = pin!(stop_signal()?);
     let pieces = Cell::new(0);
     let timeout = Duration::from_secs(command.timeout);
     let expected = || command.until_end.then_some(Expected { pieces: &pieces, piece: "record", timeout });
-    let mut plan = patience.over(expected(), plan(common, command, client, &pieces)).await?;
+    let mut plan = tokio::select! {
+        biased;
+        () = &mut stop => return Ok(ExitCode::SUCCESS),
+        plan = patience.over(expected(), plan(common, &command, &client, &pieces)) => plan?,
+    };
     if command.max == Some(0) || command.until_end && plan.bounds.ends.is_empty() {
         return Ok(ExitCode::SUCCESS);
     }
     let mut out = BufWriter::with_capacity(BUFFER_BYTES, io::stdout().lock());
-    patience.over(expected(), print(command, client, &mut plan, &pieces, &mut out)).await?;
-    out.flush()?;
+    let printed = tokio::select! {
+        biased;
+        () = &mut stop => Ok(()),
+        printed = patience.over(expected(), print(&command, &client, &mut plan, &pieces, &mut out)) => printed,
+    };
+    let flushed = out.flush();
     let skipped = plan.consumer.skipped_records();
     if skipped > 0 {
         eprintln!("skipped {skipped} records that cannot be decoded");
     }
+    printed?;
+    flushed?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -4,12 +4,13 @@
 use std::io::Write as _;
 
 use flate2::{Compression, write::GzEncoder};
+use rustix::process::Signal;
 use strandline::proto::{
     fault::{Fault, Reason},
     v1,
 };
 
-use crate::{broker::Home, wire};
+use crate::{broker::Home, running::Running, wire};
 
 /// The attributes of a batch of gzip records.
 const GZIP: i16 = 1;
@@ -112,4 +113,12 @@ async fn consume_stops_at_a_stored_batch_that_cannot_be_decoded_and_skips_it_onl
     for words in ["skipped up to offset 1001", "skipped up to offset 2002", "skipped 2 records"] {
         assert!(skipped.stderr.contains(words), "{words}: {}", skipped.stderr);
     }
+    // One that follows ends at a signal, and its user learns the same.
+    let follows = Running::start(&cli, &["consume", "orders", "--from", "earliest", "--skip-corrupt"]);
+    let stderr = follows.stderr.clone();
+    tokio::task::block_in_place(|| {
+        follows.says(&stderr, "skipped up to offset 2002");
+        assert_eq!(follows.stop(Signal::INT).0, Some(0));
+    });
+    assert!(stderr.lock().expect("whole").contains("skipped 2 records"));
 }
