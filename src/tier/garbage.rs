@@ -101,7 +101,6 @@ impl Collection<'_> {
                 Live::Current(state) => match self.named(partition, &state).await {
                     Ok(named) => named,
                     Err(reason) => {
-                        tracing::warn!(%partition, reason, "garbage collection leaves a partition alone");
                         self.report.skipped.push((partition, reason));
                         continue;
                     }
