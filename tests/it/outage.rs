@@ -335,7 +335,9 @@ fn retention_goes_on_while_the_bucket_takes_no_objects() {
     let (server, home, _broker) = start(|home| home.setting("tier.check_interval", "\"1s\""));
     let cli = home.cli();
     cli.ok(&["topic", "create", "uploads", "--partitions", &PARTITIONS.to_string(), "--config", "segment.ms=200"]);
-    create(&cli, "kept", &["remote.storage.enable=false", "segment.bytes=65536", "retention.bytes=100000"]);
+    let bounded = ["segment.bytes=65536", "retention.bytes=100000"];
+    create(&cli, "kept", &[&["remote.storage.enable=false"][..], &bounded].concat());
+    create(&cli, "waits", &bounded);
     for op in [Op::Put, Op::StartUpload] {
         server.faults().inject(op, Fault::Status(500), usize::MAX);
     }
@@ -343,8 +345,13 @@ fn retention_goes_on_while_the_bucket_takes_no_objects() {
         cli.ok_with(&["produce", "uploads", "--partition", &partition.to_string()], b"x\n");
     }
     eventually("uploads fail", || (server.faults().hits() > 4).then_some(()));
-    cli.ok_with(&["produce", "kept"], lines(40_000).as_bytes());
-    eventually("retention has moved the log start", || (mark(&cli, "kept", "log_start") > 30_000).then_some(()));
+    for topic in ["kept", "waits"] {
+        cli.ok_with(&["produce", topic], lines(40_000).as_bytes());
+    }
+    for topic in ["kept", "waits"] {
+        eventually("retention has moved the log start", || (mark(&cli, topic, "log_start") > 30_000).then_some(()));
+    }
+    assert_eq!(mark(&cli, "waits", "tiered_end"), 0, "what retention takes away is not in the bucket");
     server.faults().clear();
     for number in 0..PARTITIONS as usize {
         eventually("all is in the bucket", || {

@@ -51,8 +51,17 @@ fn an_etcd_that_went_back_is_noticed_and_orders_are_refused_until_brokers_are_re
         });
         assert_eq!(cluster.log(id).matches("the metadata store went back").count(), 1, "{}", cluster.log(id));
     }
-    let refused = cli.run(&["topic", "create", "fresh"]);
-    assert!(refused.code == 1 && refused.stderr.contains("after revision"), "{refused:?}");
+    for order in [
+        &["topic", "create", "fresh"][..],
+        &["topic", "alter", "t", "--config", "retention.ms=1"],
+        &["topic", "delete", "t", "--yes"],
+        &["broker", "drain", "1"],
+        &["partition", "reassign", "t/0", "--replicas", "2,1"],
+        &["partition", "elect", "t/0"],
+    ] {
+        let refused = cli.run(order);
+        assert!(refused.code == 1 && refused.stderr.contains("after revision"), "{order:?}: {refused:?}");
+    }
     // A broker that answers later than within a second is said not to answer.
     eventually("the description says so", || {
         cli.ok(&["cluster", "describe"]).text().contains("broker 1 refuses orders (METADATA_REGRESSED)").then_some(())

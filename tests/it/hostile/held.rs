@@ -8,8 +8,8 @@ use futures::future::{self, FutureExt};
 use http_body_util::BodyExt as _;
 use prost::Message as _;
 use strandline::proto::v1::{
-    DescribeTopicRequest, FetchPartition, FetchRequest, GetMetadataRequest, ListOffsetsRequest, OffsetQuery,
-    ProduceRequest, ReadRequest, offset_query::At,
+    Acks, AppendRequest, DescribeTopicRequest, FetchPartition, FetchRequest, GetMetadataRequest, ListOffsetsRequest,
+    OffsetQuery, ProduceRequest, ReadRequest, offset_query::At,
 };
 use tokio::{io::AsyncWriteExt as _, net::TcpSocket, sync::oneshot, task::JoinSet};
 use tonic::transport::Channel;
@@ -18,7 +18,11 @@ use super::target::{
     APPEND, FILLED, PREFACE, READ, Scale, Target, call, call_with, framed, open, place, resident_bytes, unread, whole,
     withheld,
 };
-use crate::wire;
+use crate::{
+    broker::Home,
+    s3::{Fault, Op, S3},
+    wire,
+};
 
 const METADATA: &str = "/strandline.v1.Admin/GetMetadata";
 
@@ -220,5 +224,33 @@ async fn memory_stays_bounded_whatever_connections_and_calls_hold() {
     };
     attacks.extend(target.on_streams(1000, attack).await.into_iter().map(FutureExt::boxed));
     target.withstands("everything at once", attacks).await;
+    target.gives_back(before);
+}
+
+/// The bucket serves reads and takes no object, so that appends wait for it until their time is up.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn memory_stays_bounded_while_appends_wait_for_the_bucket() {
+    const APPENDS: i32 = 20;
+    let server = tokio::task::block_in_place(S3::begin);
+    let target = Target::start_on(Home::new().object_store(&server), Scale::of_environment()).await;
+    target.fill().await;
+    wire::create_topic(target.address(), "waits", 8, &[("segment.ms", "200")]).await;
+    for op in [Op::Put, Op::StartUpload] {
+        server.faults().inject(op, Fault::Status(500), usize::MAX);
+    }
+    let before = resident_bytes(target.broker.pid());
+    let append = |number: i32| {
+        let append = wire::append_plain("waits", number % 8, vec![Bytes::from(vec![7; 100])]);
+        let append = AppendRequest { acks: Acks::Tiered.into(), timeout_ms: 60_000, ..append };
+        let request = ProduceRequest { correlation: u64::from(number.unsigned_abs()), append: Some(append) };
+        framed(&request.encode_to_vec())
+    };
+    let appends: Vec<Bytes> = (0..APPENDS).map(append).collect();
+    let attack = |channel: Channel| {
+        let appends = appends.clone();
+        async move { unread(channel, "/strandline.v1.Log/Produce", |gone| open(appends.clone(), gone)).await }
+    };
+    target.withstands("appends that wait for the bucket", target.on_streams(target.scale.streams, attack).await).await;
+    assert!(server.faults().hits() > 0, "uploads fail");
     target.gives_back(before);
 }

@@ -166,7 +166,11 @@ pub(super) struct Target {
 
 impl Target {
     pub(super) async fn start(scale: Scale) -> Self {
-        let mut home = Home::new().setting("limits.memory_bytes", MEMORY).topic_default("max.message.bytes", 1 << 26);
+        Self::start_on(Home::new(), scale).await
+    }
+
+    pub(super) async fn start_on(home: Home, scale: Scale) -> Self {
+        let mut home = home.setting("limits.memory_bytes", MEMORY).topic_default("max.message.bytes", 1 << 26);
         let broker = tokio::task::block_in_place(|| home.start());
         wire::create_topic(home.grpc(), "honest", 1, &[]).await;
         wire::create_topic(home.grpc(), "bombs", 1, &[("retention.ms", "-1")]).await;
