@@ -61,7 +61,7 @@ mod upkeep;
 use std::{
     collections::BTreeSet,
     sync::{
-        Arc, OnceLock,
+        Arc, Mutex, OnceLock,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -94,7 +94,7 @@ use crate::{
     model::{BrokerId, ConfigMap, Offset, PartitionId},
     partition::{Counts, Opener, Partition, Surroundings, Upkeep, UpkeepQueue},
     task::{self, Tasks, clock},
-    telemetry::Metrics,
+    telemetry::{LogThrottle, Metrics},
     tier::{Cache, Outage, Store},
 };
 
@@ -206,6 +206,8 @@ pub struct Broker {
     /// Partitions with something to upload.
     upload_queue: UpkeepQueue,
     upkeep_failures: upkeep::Failures,
+    /// Of all topics: their records could not be written to the object store.
+    failed_topic_records: Arc<Mutex<LogThrottle>>,
     metrics: Metrics,
     session: OnceLock<Session>,
     health: health::Health,
@@ -268,6 +270,7 @@ impl Broker {
             upkeep_queue: UpkeepQueue::default(),
             upload_queue: UpkeepQueue::default(),
             upkeep_failures: upkeep::Failures::default(),
+            failed_topic_records: Arc::default(),
             partitions: Tasks::new(),
             tasks: Tasks::new(),
             readers: Tasks::new(),

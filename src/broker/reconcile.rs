@@ -24,7 +24,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    sync::Arc,
+    sync::{Arc, PoisonError},
 };
 
 use futures::{StreamExt as _, stream};
@@ -38,7 +38,7 @@ use crate::{
     cluster::{BrokerState, Key, Moved, PartitionValue, Revision, TopicValue, ViewState},
     model::{BrokerId, LeaderEpoch, PartitionId, TopicConfig, TopicName},
     partition::{Agreement as _, Assignment, Partition, PartitionError, Spec, leader::insync::Registration},
-    task,
+    task::{self, clock},
     tier::{PartitionTier, TopicRecord},
 };
 
@@ -433,7 +433,7 @@ impl Broker {
         if !self.alone && first.is_none_or(|first| first.value.replicas.first() != Some(&self.settings.id)) {
             return;
         }
-        let (store, tasks) = (tier.store.clone(), self.tasks.clone());
+        let (store, tasks, failed) = (tier.store.clone(), self.tasks.clone(), Arc::clone(&self.failed_topic_records));
         let record = TopicRecord {
             name: name.clone(),
             id: topic.id,
@@ -444,8 +444,13 @@ impl Broker {
             tokio::select! {
                 biased;
                 () = tasks.cancelled() => {}
-                outcome = store.put_topic(&record) => if let Err(error) = outcome {
-                    tracing::warn!(topic = %record.name, %error, "could not write the topic's record to the object store");
+                outcome = store.put_topic(&record) => if let Err(error) = outcome
+                    && let Some(failures) = failed.lock().unwrap_or_else(PoisonError::into_inner).occur(clock::monotonic())
+                {
+                    tracing::warn!(
+                        topic = %record.name, %error, failures,
+                        "could not write the topic's record to the object store; it is written again at the next start"
+                    );
                 }
             }
         });
