@@ -304,6 +304,8 @@ impl Partition {
 
     /// Takes a changed configuration; it holds for every write after this returned.
     pub async fn configure(&self, config: Arc<TopicConfig>) {
+        // Requests are checked before they reach the task.
+        self.shared.configure(Arc::clone(&config));
         let _stopped = self.mailbox.send(Command::Configure(config)).await;
     }
 

@@ -334,6 +334,19 @@ async fn durability_changes_on_a_live_topic() {
     assert_eq!(append(&partition, b"c", Acks::Leader).await.unwrap().held, Held::PageCache(1));
 }
 
+/// Requests were checked by the configuration of before, until the partition's task had had its turn: a batch was not opened that
+/// the topic's new codec asks to open.
+#[tokio::test]
+async fn changed_configuration_holds_for_what_is_checked_before_the_task() {
+    let dir = tempfile::tempdir().unwrap();
+    let bench = Bench::new(dir.path(), false).await;
+    let partition = bench.open(&[]).await;
+    let changed = resolve(&[("compression.type", "zstd")]);
+    // One thread: the task has no turn in between.
+    partition.configure(Arc::clone(&changed)).await;
+    assert_eq!(partition.config(), changed);
+}
+
 /// Bytes of the segment files in a data directory.
 fn bytes_on_disk(dir: &Path) -> u64 {
     let mut bytes = 0;

@@ -345,7 +345,6 @@ impl Actor {
         if let Part::Leading(leader) = &mut self.part {
             leader.configure(rule(&config, self.lag_ms));
         }
-        self.shared.configure(Arc::clone(&config));
         self.config = config;
         self.propose();
         self.upkeep.push(self.id);
