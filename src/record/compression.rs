@@ -44,8 +44,8 @@ const ZSTD_OUTPUT_TOO_SMALL: usize = 70;
 /// The most that one block of zstd holds, and its first output buffer at least.
 const ZSTD_BLOCK_BYTES: usize = 128 << 10;
 
-/// The least that a block of zstd takes which holds so much: its header, and one byte that is repeated.
-const ZSTD_LEAST_BLOCK_BYTES: usize = 4;
+/// Starts a frame of zstd that is not one of those that decoders skip; little-endian.
+const ZSTD_MAGIC: u32 = 0xfd2f_b528;
 
 /// Compresses `plain`.
 pub(super) fn compress(codec: Compression, plain: &[u8]) -> Bytes {
@@ -228,15 +228,48 @@ fn largest_zstd(mut stored: &[u8]) -> Result<usize, Refused> {
     while !stored.is_empty() {
         let length = find_frame_compressed_size(stored).map_err(get_error_name)?;
         let (frame, rest) = stored.split_at_checked(length).ok_or("a frame passes the end")?;
-        let plain = match get_frame_content_size(frame) {
-            // A frame that holds more or less than its word is refused by every decoder.
-            Ok(Some(claimed)) => usize::try_from(claimed).unwrap_or(usize::MAX),
-            Ok(None) => (frame.len() / ZSTD_LEAST_BLOCK_BYTES).saturating_mul(ZSTD_BLOCK_BYTES),
-            Err(error) => return Err(Refused::Codec(error.to_string())),
-        };
+        let claimed = get_frame_content_size(frame).map_err(|error| error.to_string())?;
+        // A frame that holds more or less than it claims is refused by every decoder.
+        let claimed = claimed.map_or(usize::MAX, |claimed| usize::try_from(claimed).unwrap_or(usize::MAX));
+        let plain = largest_zstd_frame(frame).ok_or("a block of a frame passes its end")?.min(claimed);
         (most, stored) = (most.saturating_add(plain), rest);
     }
     Ok(most)
+}
+
+/// The most plain bytes that the blocks of one frame can hold, by their headers (RFC 8878, 3.1.1). `None` where they are no frame's.
+fn largest_zstd_frame(frame: &[u8]) -> Option<usize> {
+    let (magic, header) = frame.split_first_chunk::<4>()?;
+    if u32::from_le_bytes(*magic) != ZSTD_MAGIC {
+        return Some(0);
+    }
+    let (descriptor, fields) = header.split_first()?;
+    let is_single_segment = descriptor & 0x20 != 0;
+    let window = usize::from(!is_single_segment);
+    let dictionary = [0, 1, 2, 4][usize::from(descriptor & 3)];
+    let content_size = match descriptor >> 6 {
+        0 => usize::from(is_single_segment),
+        flag => 1 << flag,
+    };
+    let mut blocks = fields.get(window + dictionary + content_size..)?;
+    let mut most = 0_usize;
+    loop {
+        let (header, content) = blocks.split_first_chunk::<3>()?;
+        let header = u32::from_le_bytes([header[0], header[1], header[2], 0]);
+        let size = usize::try_from(header >> 3).ok()?;
+        let (stored, plain) = match header >> 1 & 3 {
+            // Raw, one repeated byte, compressed.
+            0 => (size, size),
+            1 => (1, size),
+            2 => (size, ZSTD_BLOCK_BYTES),
+            _ => return None,
+        };
+        most = most.saturating_add(plain.min(ZSTD_BLOCK_BYTES));
+        if header & 1 == 1 {
+            return Some(most);
+        }
+        blocks = content.get(stored..)?;
+    }
 }
 
 /// The first bytes of the first block.

@@ -81,6 +81,27 @@ fn first_records_that_nobody_can_decode_are_refused() {
     }
 }
 
+/// A writer that streams does not claim a size, and a claim may be wrong: the blocks bound how many records there can be.
+#[test]
+fn count_that_the_blocks_of_zstd_cannot_hold_is_refused() {
+    // Random bytes are one raw block, which holds as many as it takes.
+    let mut noise = vec![0; 5_000];
+    crate::task::random::fill(&mut noise);
+    let plain = framed(&[noise]);
+    let streamed = zstd::stream::encode_all(&plain[..], 3).expect("written to memory");
+    assert_eq!(forge(Compression::Zstd, 1, &streamed).check_first_records(), Ok(()));
+    let mut claiming = zstd::bulk::compress(&plain, 3).expect("written to memory");
+    assert_eq!(forge(Compression::Zstd, 1, &claiming).check_first_records(), Ok(()));
+    assert_eq!(claiming[4] >> 6, 1, "the content's size is in two bytes");
+    claiming[5..7].copy_from_slice(&60_000_u16.to_le_bytes());
+    for (stored, count, what) in [(&streamed, 1_000_000, "no claim"), (&claiming, 5_000, "a wrong claim")] {
+        let batch = forge(Compression::Zstd, count, stored);
+        assert!(batch.verify_records().is_err(), "{what}");
+        let error = batch.check_first_records().expect_err(what).to_string();
+        assert!(error.contains(&count.to_string()), "{what}: {error}");
+    }
+}
+
 proptest! {
     #[test]
     fn a_prefix_is_what_decompression_begins_with(
