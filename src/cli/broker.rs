@@ -63,7 +63,8 @@ enum Order {
     /// Empty a broker: its leaderships and replicas move to others, and it is given nothing new
     ///
     /// Returns when that is written down, or, with --wait, when the broker is empty; `strandline cluster describe` shows how far it is. Exits
-    /// with 1 where no replica can move, because too few other brokers take replicas; the order stays. With --wait it ends so too where for a minute nothing is left but replicas of partitions that nobody leads. A broker that is gone for good may be named too: its replicas are then replaced at once, but not those of partitions that nobody leads:
+    /// with 1 where no replica can move, because too few other brokers take replicas or their moves wait for a broker that is gone; the order
+    /// stays. With --wait it ends so too where for a minute nothing is left but such replicas and those of partitions that nobody leads. A broker that is gone for good may be named too: its replicas are then replaced at once, but not those of partitions that nobody leads:
     /// there is nobody to copy from, and `strandline partition elect --unclean` is the way out.
     Drain {
         /// The broker's number
@@ -170,9 +171,9 @@ fn print(value: &Value, lines: &str, output: Output) -> anyhow::Result<()> {
 /// The end of a command where nothing that is left can move.
 fn stuck(id: u32) -> String {
     format!(
-        "no replica on broker {id} can move, because too few other brokers take replicas, or nobody leads their partitions: start another \
-         broker first, or lower the topics' replication factor; `strandline topic describe` tells how a partition gets a leader; the order \
-         stays until `strandline broker restore {id}` takes it back"
+        "no replica on broker {id} can move, because too few other brokers take replicas, a broker that a move waits for is gone, or nobody \
+         leads their partitions: start another broker or the one that is gone, or lower the topics' replication factor; \
+         `strandline topic describe` tells how a partition gets a leader; the order stays until `strandline broker restore {id}` takes it back"
     )
 }
 
@@ -230,7 +231,8 @@ async fn until_empty(
         let said = format!("{} still on broker {id}", output::count(broker.replicas.into(), "replica"));
         let obstacle = (broker.stuck > 0).then(|| {
             format!(
-                "{said}, of which {} cannot move, because too few other brokers take replicas, or nobody leads their partitions",
+                "{said}, of which {} cannot move, because too few other brokers take replicas, a broker that a move waits for is gone, or \
+                 nobody leads their partitions",
                 broker.stuck
             )
         });
@@ -272,13 +274,13 @@ fn said(id: u32, drain: &Drain) -> String {
             names.push("…".to_owned());
         }
         let takers = match drain.takers {
-            0 => "no other broker takes replicas".to_owned(),
-            1 => "only 1 other broker takes replicas".to_owned(),
-            many => format!("only {many} other brokers take replicas"),
+            0 => "no other broker takes any".to_owned(),
+            1 => "only 1 other broker takes any".to_owned(),
+            many => format!("only {many} other brokers take any"),
         };
         lines += &format!(
-            "\nwarning: {} cannot move, because {takers}:\n  {}\nstart more brokers, restore one, or lower the topics' \
-             replication factor; it goes on by itself then",
+            "\nwarning: {} cannot move: {takers}, or one that they wait for is gone:\n  {}\nstart brokers, restore one, or lower the \
+             topics' replication factor; it goes on by itself then",
             output::count(u64::try_from(drain.stuck.len()).unwrap_or(u64::MAX), "replica"),
             names.join(" "),
         );
@@ -345,7 +347,7 @@ mod tests {
         output::golden::lines("broker-drain-stuck.txt", &said(2, &drain(12)));
         let last = Drain { takers: 0, replicas: 1, changed: false, ..drain(1) };
         assert!(said(2, &last).contains("was being drained already: 1 replica"), "{}", said(2, &last));
-        assert!(said(2, &last).contains("1 replica cannot move, because no other broker takes replicas"));
+        assert!(said(2, &last).contains("1 replica cannot move: no other broker takes any"));
         let unled = said(2, &Drain { leaderless: 2, ..drain(0) });
         assert!(unled.contains("warning: 2 replicas cannot move while nobody leads their partitions"), "{unled}");
         assert_eq!(said(2, &Drain { replicas: 0, ..drain(0) }), "broker 2 is being drained; it holds nothing");

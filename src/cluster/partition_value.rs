@@ -285,6 +285,21 @@ impl PartitionValue {
         !(self.adding.is_empty() && self.removing.is_empty())
     }
 
+    /// Whether the move under way cannot end before `id` is in sync: a new replica, or one that stays, where those that leave are needed
+    /// until then for the number in sync that a commit was promised.
+    pub fn move_waits_for(&self, id: BrokerId, min_insync: usize) -> bool {
+        let stays = self.is_moving() && self.replicas.contains(&id) && !self.removing.contains(&id);
+        stays && !self.isr.contains(&id) && (self.adding.contains(&id) || self.leavers_are_needed(min_insync))
+    }
+
+    /// Whether without the replicas that leave fewer would be in sync than a commit was promised, though they are in sync: a replica that
+    /// was there before, and stays, may still have to catch up.
+    pub fn leavers_are_needed(&self, min_insync: usize) -> bool {
+        let leaving = self.isr.iter().filter(|id| self.removing.contains(id)).count();
+        let promised = min_insync.min(self.replicas.len().saturating_sub(self.removing.len()));
+        leaving > 0 && self.isr.len() - leaving < promised
+    }
+
     /// The move is over and the replicas that go are let go. `None` while it may not end: none is under way, a new replica is not in sync
     /// yet, one that goes still leads, or nobody in sync would be left. Who goes leaves the ELR as well: it is about to be deleted.
     #[must_use]

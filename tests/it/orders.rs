@@ -97,7 +97,7 @@ fn a_broker_alone_takes_orders_and_says_which_make_no_sense() {
     assert_eq!(drained["stuck_replicas"].as_array().map(Vec::len), Some(2), "{drained}");
     let again = run(&cli, "broker drain 1").text();
     assert!(
-        again.contains("already") && again.contains("warning: 2 replicas cannot move, because no other"),
+        again.contains("already") && again.contains("warning: 2 replicas cannot move: no other broker takes any"),
         "{again}"
     );
     assert_eq!(asked(&cli, "cluster describe")["brokers"][0]["state"], "draining");

@@ -81,7 +81,8 @@ pub struct BrokerDescription {
     pub max_replicas: Option<u32>,
     /// Since when it is to be emptied, in milliseconds since 1970.
     pub draining_since_ms: Option<i64>,
-    /// While it is to be emptied: replicas that cannot move, because too few other brokers take any or nobody leads their partitions.
+    /// While it is to be emptied: replicas that cannot move, because too few other brokers take any, a move waits for a
+    /// broker that is gone, or nobody leads their partitions.
     pub stuck: u32,
     /// Partitions that it leads.
     pub leaders: u32,
@@ -129,7 +130,7 @@ pub struct Drain {
     pub leaders: u32,
     /// Partitions that it holds.
     pub replicas: u32,
-    /// Topics and numbers of partitions that cannot move, because too few other brokers take replicas.
+    /// Topics and numbers of partitions that cannot move, because too few other brokers take replicas or a move waits for a broker that is gone.
     pub stuck: Vec<(String, u32)>,
     /// How many others take replicas.
     pub takers: u32,

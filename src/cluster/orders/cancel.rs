@@ -61,9 +61,7 @@ impl Orders {
                 return Ok(value.is_ordered().then(|| value.clone().without_order()));
             }
             let state = self.view.state();
-            let name = state.name(id.topic).and_then(|name| state.topic(name));
-            let min_insync = name.map_or(usize::MAX, |topic| self.min_insync(&topic.value));
-            let back = back(value, |id| state.brokers().contains_key(&id), min_insync);
+            let back = back(value, |id| state.brokers().contains_key(&id), self.min_insync(id.topic));
             back.map(|back| Some(back.without_order()))
                 .ok_or_else(|| CancelError::OnlyNew { partition: self.spoken(id) })
         })

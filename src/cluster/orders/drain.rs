@@ -6,7 +6,6 @@ use crate::{
         keys::{DrainValue, Value as _},
         placement::Placement,
         store::{Compare, Outcome, StoreError, Transaction},
-        view::ViewState,
     },
     model::{BrokerId, PartitionId},
 };
@@ -33,7 +32,7 @@ pub struct Drained {
     pub leaders: usize,
     /// Partitions that it holds.
     pub replicas: usize,
-    /// Of these, those that cannot move, because too few others take replicas.
+    /// Of these, those that cannot move: too few others take replicas, or their move waits for a broker that is gone.
     pub stuck: Vec<PartitionId>,
     /// And how many cannot move while nobody leads their partitions.
     pub leaderless: usize,
@@ -66,7 +65,7 @@ impl Orders {
                 None => Compare::Absent(key.clone()),
             };
         };
-        Ok(Drained { changed, since_ms, ..left(&self.view.state(), broker) })
+        Ok(Drained { changed, since_ms, ..self.left(broker) })
     }
 
     /// Takes the wish back. Says whether there was one.
@@ -83,9 +82,10 @@ impl Orders {
         }
     }
 
-    /// Replicas of a drained broker that cannot move: too few others take any, or nobody leads their partitions.
+    /// Replicas of a drained broker that cannot move: too few others take any, their move waits for a broker that is gone, or nobody leads
+    /// their partitions.
     pub fn stuck(&self, broker: BrokerId) -> usize {
-        let left = left(&self.view.state(), broker);
+        let left = self.left(broker);
         left.stuck.len() + left.leaderless
     }
 
@@ -96,39 +96,44 @@ impl Orders {
         }
         Err(UnknownBrokers { ids: vec![broker], known: known.into_iter().collect() })
     }
-}
 
-/// Replicas that a broker has still to give away, and those that cannot move for want of a taker or of a leader. As the controller's plan does it.
-fn left(state: &ViewState, broker: BrokerId) -> Drained {
-    let mut placement = Placement::of(state);
-    placement.exclude(broker);
-    let takers = placement.steady().filter(|(id, _)| placement.has_room(*id)).count();
-    let mut drained =
-        Drained { changed: false, since_ms: 0, leaders: 0, replicas: 0, stuck: Vec::new(), leaderless: 0, takers };
-    for id in state.partitions_on(broker) {
-        let Some(known) = state.partition(id).and_then(|entry| entry.partition.as_ref()) else { continue };
-        let value = &known.value;
-        drained.replicas += 1;
-        drained.leaders += usize::from(value.leader == Some(broker));
-        // Only its leader copies a partition to others, also where a move has begun.
-        if value.leader.is_none() {
-            drained.leaderless += 1;
-            continue;
+    /// The replicas that a broker has still to give away, as the controller's plan moves them.
+    fn left(&self, broker: BrokerId) -> Drained {
+        let state = self.view.state();
+        let mut placement = Placement::of(&state);
+        placement.exclude(broker);
+        let takers = placement.steady().filter(|(id, _)| placement.has_room(*id)).count();
+        let mut drained =
+            Drained { changed: false, since_ms: 0, leaders: 0, replicas: 0, stuck: Vec::new(), leaderless: 0, takers };
+        for id in state.partitions_on(broker) {
+            let Some(known) = state.partition(id).and_then(|entry| entry.partition.as_ref()) else { continue };
+            let value = &known.value;
+            drained.replicas += 1;
+            drained.leaders += usize::from(value.leader == Some(broker));
+            // Only its leader copies a partition to others, also where a move has begun.
+            if value.leader.is_none() {
+                drained.leaderless += 1;
+                continue;
+            }
+            if value.removing.contains(&broker) {
+                // A move ends by itself, but where it waits for a broker that is gone.
+                let min_insync = self.min_insync(id.topic);
+                let is_gone = |other: &BrokerId| !state.brokers().contains_key(other);
+                if value.replicas.iter().any(|other| is_gone(other) && value.move_waits_for(*other, min_insync)) {
+                    drained.stuck.push(id);
+                }
+                continue;
+            }
+            let stays =
+                |id: &BrokerId| *id != broker && !state.drains().contains_key(id) && !value.removing.contains(id);
+            let stay: Vec<BrokerId> = value.replicas.iter().copied().filter(stays).collect();
+            let kept = stay.len();
+            match placement.choose(id, stay, value.replicas.len() - value.removing.len()) {
+                // Each has room for a replica, and not for all.
+                Some(chosen) => placement.carry_more(&chosen[kept..]),
+                None => drained.stuck.push(id),
+            }
         }
-        // A move that has begun ends, unless a broker that it goes to is gone.
-        let is_lost = |id: &BrokerId| value.adding.contains(id) && !state.brokers().contains_key(id);
-        if value.removing.contains(&broker) && !value.replicas.iter().any(is_lost) {
-            continue;
-        }
-        let leaves = |id: &BrokerId| *id == broker || value.removing.contains(id) || is_lost(id);
-        let stays = |id: &BrokerId| !leaves(id) && !state.drains().contains_key(id);
-        let stay: Vec<BrokerId> = value.replicas.iter().copied().filter(stays).collect();
-        let kept = stay.len();
-        match placement.choose(id, stay, value.replicas.len() - value.removing.len()) {
-            // Each has room for a replica, and not for all.
-            Some(chosen) => placement.carry_more(&chosen[kept..]),
-            None => drained.stuck.push(id),
-        }
+        drained
     }
-    drained
 }

@@ -198,7 +198,7 @@ impl Orders {
     /// Has the preferred replica lead. Where nobody leads, the first that may.
     pub async fn elect(&self, topic: &TopicName, partition: u32) -> Result<Ordered, ElectError> {
         let (topic, ids) = self.find(topic, Some(partition))?;
-        let min_insync = self.min_insync(&topic.known.value);
+        let min_insync = self.min_insync(topic.known.value.id);
         let ordered = self.edit(&ids, |id, value, _| {
             let state = self.view.state();
             let live = |id| state.brokers().contains_key(&id);

@@ -43,7 +43,7 @@ use super::{
     topics::UnknownTopic,
     view::{Known, View, ViewState},
 };
-use crate::model::{BrokerId, ConfigMap, PartitionId, TopicConfig, TopicName};
+use crate::model::{BrokerId, ConfigMap, PartitionId, TopicConfig, TopicId, TopicName};
 
 /// How often a compare-and-set is tried again when somebody else was faster.
 const ATTEMPTS: usize = 10;
@@ -252,9 +252,12 @@ impl Orders {
         }
     }
 
-    /// How many in-sync replicas a commit needs, as the controller reckons.
-    fn min_insync(&self, topic: &TopicValue) -> usize {
-        TopicConfig::resolve(&self.defaults, &topic.config).map_or(usize::MAX, |config| config.min_insync_replicas)
+    /// How many in-sync replicas a commit needs, as the controller reckons: all of them where the topic's configuration cannot be read.
+    fn min_insync(&self, topic: TopicId) -> usize {
+        let state = self.view.state();
+        let known = state.name(topic).and_then(|name| state.topic(name));
+        let config = known.and_then(|known| TopicConfig::resolve(&self.defaults, &known.value.config).ok());
+        config.map_or(usize::MAX, |config| config.min_insync_replicas)
     }
 
     /// Replaces values of partitions by what `decide` makes of them; `None` says that one is as it should be. Nothing is written

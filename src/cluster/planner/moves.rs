@@ -22,7 +22,7 @@ pub(super) fn end(input: &Input<'_>, subject: &Subject<'_>) -> Option<Step> {
     // Who was in sync last and is gone may never come back: then those that go are all that there is.
     let is_led = value.leader.is_some_and(|leader| input.is_live(leader));
     let copied = value.adding.iter().all(|id| value.isr.contains(id));
-    if !subject.is_moving() || !is_led || !copied || gives_up_too_much(subject) {
+    if !subject.is_moving() || !is_led || !copied || value.leavers_are_needed(subject.min_insync) {
         return None;
     }
     if let Some(ended) = value.end_move() {
@@ -31,15 +31,6 @@ pub(super) fn end(input: &Input<'_>, subject: &Subject<'_>) -> Option<Step> {
     let to = lead::successor(input, subject, |id| value.leader != Some(id))?;
     let value = value.elect(to, |id| input.is_live(id), subject.min_insync)?;
     Some(subject.step(value, Why::HandedOver))
-}
-
-/// Whether letting go those that go would leave fewer in sync than a commit was promised, though they are in sync: a replica that was
-/// there before, and stays, may still have to catch up.
-fn gives_up_too_much(subject: &Subject<'_>) -> bool {
-    let value = subject.value;
-    let going = value.isr.iter().filter(|id| value.removing.contains(id)).count();
-    let promised = subject.min_insync.min(value.replicas.len().saturating_sub(value.removing.len()));
-    going > 0 && value.isr.len() - going < promised
 }
 
 /// Whether a move is under way and not of a partition that nobody there can lead: that one copies nothing, and may never do again.
