@@ -30,9 +30,10 @@ pub(super) fn until_sent(
     response.map(|body| Body::new(CountedBody { body, rest: Bytes::new(), open }))
 }
 
-/// HTTP/2 takes a whole frame of a body when there is room for a byte, and asks for the next one then. Small ones tell how fast a client
-/// reads. Responses to other brokers are not charged and go out as they are.
-const PIECE_BYTES: usize = 32 << 10;
+/// HTTP/2 takes a whole frame of a body when there is room for a byte, and asks for the next one then. So frames tell how fast a client
+/// reads: one that reads as fast as it must takes such a frame in a second. Smaller ones cost throughput. Responses to other brokers are not
+/// charged and go out as they are.
+const PIECE_BYTES: usize = 256 << 10;
 
 /// The end of a response.
 pub(super) fn trailers(status: &Status) -> Frame<Bytes> {
@@ -139,7 +140,7 @@ mod tests {
     /// read.
     #[tokio::test]
     async fn response_is_charged_and_its_call_open_until_its_last_piece_was_sent() {
-        let budgets = Budgets::new(1 << 20, 1 << 20);
+        let budgets = Budgets::new(8 << 20, 8 << 20);
         let memory = CallMemory::new(budgets.clone(), budgets.connection(|| {}));
         let frames = [3 * PIECE_BYTES - 1, 10].map(|bytes| Ok::<_, axum::Error>(Bytes::from(vec![7; bytes])));
         let body = Body::from_stream(futures::stream::iter(frames));
