@@ -1,4 +1,4 @@
-//! What the partition's task publishes for everybody else: marks, standing, configuration, fault. Read without asking the task.
+//! What others read of a partition without asking its task: marks, standing and fault, which the task publishes, and the configuration.
 
 use std::{
     sync::{
@@ -23,7 +23,7 @@ use crate::{
     telemetry::LogThrottle,
 };
 
-/// The published state of one partition. Only its task writes.
+/// The published state of one partition. Only its task writes, but for the configuration: the broker sets that as it learns of it.
 #[derive(Debug)]
 pub(super) struct Shared {
     log_start: AtomicU64,
