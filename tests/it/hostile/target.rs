@@ -240,11 +240,18 @@ impl Target {
         let (home, pid) = (&self.home, self.broker.pid());
         let most = before + before / 5;
         eprintln!("{} MiB before, {} MiB after", before >> 20, resident_bytes(pid) >> 20);
+        let mut looked = None;
         tokio::task::block_in_place(|| {
             // Within `PATIENCE`, which is the minute that there is for it.
             eventually("requests and responses hold nothing, and memory goes back to the system", || {
                 let held = home.metrics(["strandline_request_memory_bytes", "strandline_response_memory_bytes"]);
-                (held == [0.0, 0.0] && resident_bytes(pid) < most).then_some(())
+                let resident = resident_bytes(pid);
+                let now = clock::monotonic();
+                if looked.is_none_or(|looked| now.duration_since(looked) > Duration::from_secs(10)) {
+                    looked = Some(now);
+                    eprintln!("{held:?} bytes of requests and responses, {} MiB", resident >> 20);
+                }
+                (held == [0.0, 0.0] && resident < most).then_some(())
             });
         });
         eprintln!("{} MiB in the end", resident_bytes(pid) >> 20);
