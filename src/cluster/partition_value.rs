@@ -285,15 +285,15 @@ impl PartitionValue {
         !(self.adding.is_empty() && self.removing.is_empty())
     }
 
-    /// Whether the move under way cannot end before `id` is in sync: a new replica, or one that stays, where those that leave are needed
-    /// until then for the number in sync that a commit was promised.
+    /// The move under way cannot end before `id` is in sync. Such a replica is new; or it stays, and until it is in sync the replicas that
+    /// leave are needed for the minimum in sync that a commit was promised.
     pub fn move_waits_for(&self, id: BrokerId, min_insync: usize) -> bool {
         let stays = self.is_moving() && self.replicas.contains(&id) && !self.removing.contains(&id);
         stays && !self.isr.contains(&id) && (self.adding.contains(&id) || self.leavers_are_needed(min_insync))
     }
 
-    /// Whether without the replicas that leave fewer would be in sync than a commit was promised, though they are in sync: a replica that
-    /// was there before, and stays, may still have to catch up.
+    /// The replicas that leave are in sync, and without them fewer would be in sync than a commit was promised: a replica that was there
+    /// before, and stays, may still have to catch up.
     pub fn leavers_are_needed(&self, min_insync: usize) -> bool {
         let leaving = self.isr.iter().filter(|id| self.removing.contains(id)).count();
         let promised = min_insync.min(self.replicas.len().saturating_sub(self.removing.len()));

@@ -1,4 +1,4 @@
-//! What others read of a partition without asking its task: marks, standing and fault, which the task publishes, and the configuration.
+//! State of a partition that others read without asking its task: marks, standing and fault, which the task publishes, and the configuration.
 
 use std::{
     sync::{
