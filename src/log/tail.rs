@@ -20,8 +20,8 @@ use crate::{
 /// A batch smaller than this is copied, so that it does not hold the larger buffer that it was received in.
 const COPY_BELOW: usize = 16 << 10;
 
-/// What one batch costs beside its bytes.
-const OVERHEAD: usize = 160;
+/// What one batch costs beside its bytes and its entry: what its two buffers allocate to be shared, and its place in the order.
+const OVERHEAD: usize = 2 * 48 + 2 * size_of::<(Weak<PartitionTail>, u64)>();
 
 /// So many groups are in the order before those that are gone are looked for.
 const TIDY_FROM: usize = 1024;
@@ -76,6 +76,20 @@ struct Kept {
 impl Kept {
     fn cost(&self) -> usize {
         self.head.len() + self.records.len() + OVERHEAD
+    }
+}
+
+impl Batches {
+    /// What the entries cost, used or not.
+    fn entry_bytes(&self) -> usize {
+        self.batches.capacity() * size_of::<Kept>()
+    }
+
+    /// Gives back entries that are not used.
+    fn shrink(&mut self) {
+        if self.batches.len() < self.batches.capacity() / 4 {
+            self.batches.shrink_to(self.batches.len() * 2);
+        }
     }
 }
 
@@ -134,7 +148,7 @@ impl Tail {
         let mut added = 0;
         let group = {
             let mut held = partition.lock();
-            let group = held.group;
+            let (group, entry_bytes) = (held.group, held.entry_bytes());
             held.group += 1;
             for batch in batches {
                 let kept = Kept {
@@ -147,6 +161,7 @@ impl Tail {
                 added += kept.cost();
                 held.batches.push_back(kept);
             }
+            added += held.entry_bytes() - entry_bytes;
             group
         };
         self.order().push(partition, group);
@@ -188,13 +203,12 @@ impl Tail {
 
     fn drop_while(&self, partition: &PartitionTail, mut take: impl FnMut(&mut VecDeque<Kept>) -> Option<Kept>) {
         let mut held = partition.lock();
-        let mut freed = 0;
+        let (entry_bytes, mut freed) = (held.entry_bytes(), 0);
         while let Some(kept) = take(&mut held.batches) {
             freed += kept.cost();
         }
-        if held.batches.is_empty() {
-            held.batches = VecDeque::new();
-        }
+        held.shrink();
+        freed += entry_bytes - held.entry_bytes();
         self.used.fetch_sub(freed, Ordering::Relaxed);
     }
 }
@@ -204,18 +218,19 @@ mod tests {
     use super::*;
     use crate::record::BatchBuilder;
 
+    fn batch(offset: u64) -> Batch {
+        let mut builder = BatchBuilder::new(crate::model::Compression::None);
+        builder.push(0, None, Some(b"x"), &[]).unwrap();
+        let mut batch = builder.finish(None).unwrap();
+        batch.stamp(Offset::new(offset).unwrap(), crate::model::LeaderEpoch(0));
+        batch
+    }
+
     /// Found by review: where segments were evicted before the budget was reached, 16 bytes for each append stayed for ever.
     #[test]
     fn what_partitions_forget_leaves_the_order_too() {
         let tail = Tail::new(1 << 20);
         let (quiet, busy) = (Arc::<PartitionTail>::default(), Arc::<PartitionTail>::default());
-        let batch = |offset| {
-            let mut builder = BatchBuilder::new(crate::model::Compression::None);
-            builder.push(0, None, Some(b"x"), &[]).unwrap();
-            let mut batch = builder.finish(None).unwrap();
-            batch.stamp(Offset::new(offset).unwrap(), crate::model::LeaderEpoch(0));
-            batch
-        };
         // It holds its one batch all the time, as the first of all.
         tail.push(&quiet, &[batch(0)]);
         for offset in 0..20_000 {
@@ -231,5 +246,26 @@ mod tests {
             "{} groups",
             tail.order().groups.len()
         );
+    }
+
+    /// Found by an attack with small batches: the entries of a partition that had many once stayed, and no budget counted them.
+    #[test]
+    fn entries_are_counted_and_given_back() {
+        let tail = Tail::new(1 << 20);
+        let partitions: Vec<Arc<PartitionTail>> = (0..20).map(|_| Arc::default()).collect();
+        let held = || partitions.iter().map(|partition| partition.lock().entry_bytes()).sum::<usize>();
+        for busy in 0..partitions.len() {
+            // Each of the others keeps a batch, so that none is ever empty.
+            for offset in 0..5_000 {
+                tail.push(&partitions[busy], &[batch(offset)]);
+                if offset % 50 == 0 {
+                    let quiet = partitions.iter().enumerate().filter(|(number, _)| *number != busy);
+                    quiet.for_each(|(_, partition)| tail.push(partition, &[batch(10_000 + offset)]));
+                }
+            }
+            assert!(tail.used() <= 1 << 20 && held() < tail.used(), "{} of {}", held(), tail.used());
+        }
+        partitions.iter().for_each(|partition| tail.truncate(partition, Offset::ZERO));
+        assert_eq!((tail.used(), held()), (0, 0));
     }
 }
