@@ -239,7 +239,7 @@ async fn memory_stays_bounded_while_appends_wait_for_the_bucket() {
         server.faults().inject(op, Fault::Status(500), usize::MAX);
     }
     let single = wire::append_plain("waits", 0, vec![Bytes::from_static(b"one")]);
-    let single = AppendRequest { acks: Acks::Tiered.into(), timeout_ms: 1_000, ..single };
+    let single = AppendRequest { acks: Acks::Tiered.into(), timeout_ms: 5_000, ..single };
     let refusal = wire::append(&mut wire::log(target.address()), single).await.expect_err("no object is taken");
     assert_eq!(refusal.number("base_offset"), Some(0), "it is stored here, and waited: {refusal:?}");
     let before = resident_bytes(target.broker.pid());
