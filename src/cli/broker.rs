@@ -63,8 +63,10 @@ enum Order {
     /// Empty a broker: its leaderships and replicas move to others, and it is given nothing new
     ///
     /// Returns when that is written down, or, with --wait, when the broker is empty; `strandline cluster describe` shows how far it is. Exits
-    /// with 1 where no replica can move, because too few other brokers take replicas or their moves wait for a broker that is gone; the order
-    /// stays. With --wait it ends so too where for a minute nothing is left but such replicas and those of partitions that nobody leads. A broker that is gone for good may be named too: its replicas are then replaced at once, but not those of partitions that nobody leads:
+    /// with 1 if no replica can move: too few other brokers take replicas, a broker that their moves wait for is gone, or nobody leads their
+    /// partitions. With --wait the command exits so when no replica has been able to move for a minute. The order stays either way.
+    ///
+    /// A broker that is gone for good may be named too: its replicas are then replaced at once, but not those of partitions that nobody leads:
     /// there is nobody to copy from, and `strandline partition elect --unclean` is the way out.
     Drain {
         /// The broker's number
@@ -138,7 +140,8 @@ async fn give(admin: Admin, order: Order, output: Output, bar: &ProgressBar) -> 
     let (value, lines) = match order {
         Order::Drain { id, wait, wait_for_brokers } => {
             let drain = admin.drain_broker(BrokerId(id)).await.map_err(|error| explain_order(&error))?;
-            if drain.is_stuck() && !wait_for_brokers {
+            // A wait looks for a minute first: a broker may only be restarting.
+            if drain.is_stuck() && !wait.is_wanted() {
                 print(&drained(id, &drain), &said(id, &drain), output)?;
                 bail!("{}", stuck(id));
             }
@@ -275,11 +278,10 @@ fn said(id: u32, drain: &Drain) -> String {
         }
         let takers = match drain.takers {
             0 => "no other broker takes any".to_owned(),
-            1 => "only 1 other broker takes any".to_owned(),
-            many => format!("only {many} other brokers take any"),
+            few => format!("too few others take any ({few})"),
         };
         lines += &format!(
-            "\nwarning: {} cannot move: {takers}, or one that they wait for is gone:\n  {}\nstart brokers, restore one, or lower the \
+            "\nwarning: {} cannot move: {takers}, or one that a move needs is gone:\n  {}\nstart brokers, restore one, or lower the \
              topics' replication factor; it goes on by itself then",
             output::count(u64::try_from(drain.stuck.len()).unwrap_or(u64::MAX), "replica"),
             names.join(" "),

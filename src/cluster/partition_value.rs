@@ -285,19 +285,26 @@ impl PartitionValue {
         !(self.adding.is_empty() && self.removing.is_empty())
     }
 
-    /// The move under way cannot end before `id` is in sync. Such a replica is new; or it stays, and until it is in sync the replicas that
-    /// leave are needed for the minimum in sync that a commit was promised.
-    pub fn move_waits_for(&self, id: BrokerId, min_insync: usize) -> bool {
-        let stays = self.is_moving() && self.replicas.contains(&id) && !self.removing.contains(&id);
-        stays && !self.isr.contains(&id) && (self.adding.contains(&id) || self.leavers_are_needed(min_insync))
+    /// Whether the move under way cannot end while only these brokers are live: a new replica cannot come into sync, or the replicas that
+    /// leave are in sync and too few of those that stay can be.
+    pub fn move_is_blocked(&self, min_insync: usize, is_live: impl Fn(BrokerId) -> bool) -> bool {
+        let can_be_in_sync = |id: &BrokerId| self.isr.contains(id) || is_live(*id);
+        let copied = self.adding.iter().all(can_be_in_sync);
+        self.is_moving() && (!copied || self.needs_leavers(min_insync, can_be_in_sync))
     }
 
-    /// The replicas that leave are in sync, and without them fewer would be in sync than a commit was promised: a replica that was there
+    /// Whether the replicas that leave are in sync and fewer would be without them than a commit was promised: a replica that was there
     /// before, and stays, may still have to catch up.
     pub fn leavers_are_needed(&self, min_insync: usize) -> bool {
-        let leaving = self.isr.iter().filter(|id| self.removing.contains(id)).count();
+        self.needs_leavers(min_insync, |id| self.isr.contains(id))
+    }
+
+    /// [`Self::leavers_are_needed`] where these of the replicas that stay are in sync.
+    fn needs_leavers(&self, min_insync: usize, is_in_sync: impl Fn(&BrokerId) -> bool) -> bool {
+        let leaves = |id: &BrokerId| self.removing.contains(id);
         let promised = min_insync.min(self.replicas.len().saturating_sub(self.removing.len()));
-        leaving > 0 && self.isr.len() - leaving < promised
+        let staying = self.replicas.iter().filter(|id| !leaves(id) && is_in_sync(id)).count();
+        self.isr.iter().any(leaves) && staying < promised
     }
 
     /// The move is over and the replicas that go are let go. `None` while it may not end: none is under way, a new replica is not in sync

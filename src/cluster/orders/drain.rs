@@ -32,7 +32,7 @@ pub struct Drained {
     pub leaders: usize,
     /// Partitions that it holds.
     pub replicas: usize,
-    /// Of these, those that cannot move: too few others take replicas, or their move waits for a broker that is gone.
+    /// Of these, those that cannot move: too few others take replicas, or a move of their partition waits for a broker that is gone.
     pub stuck: Vec<PartitionId>,
     /// And how many cannot move while nobody leads their partitions.
     pub leaderless: usize,
@@ -115,13 +115,14 @@ impl Orders {
                 drained.leaderless += 1;
                 continue;
             }
+            // Another move begins when the one under way has ended. Without the brokers that are gone it may not end; one that is gone and
+            // drained is replaced at once.
+            let is_live = |id| state.brokers().contains_key(&id) || id == broker || state.drains().contains_key(&id);
+            if value.move_is_blocked(self.min_insync(id.topic), is_live) {
+                drained.stuck.push(id);
+                continue;
+            }
             if value.removing.contains(&broker) {
-                // A move ends by itself, but where it waits for a broker that is gone.
-                let min_insync = self.min_insync(id.topic);
-                let is_gone = |other: &BrokerId| !state.brokers().contains_key(other);
-                if value.replicas.iter().any(|other| is_gone(other) && value.move_waits_for(*other, min_insync)) {
-                    drained.stuck.push(id);
-                }
                 continue;
             }
             let stays =

@@ -336,6 +336,30 @@ async fn a_drain_tells_that_a_move_does_not_end_while_a_broker_that_it_waits_for
     assert_eq!(cluster.orders.stuck(BrokerId(1)), 1);
 }
 
+/// A drain was given up while the last copies went on, because a replica that stays was gone.
+#[tokio::test]
+async fn a_move_that_ends_without_a_replica_that_stays_is_not_stuck() {
+    let moving = PartitionValue { adding: ids(&[4]), removing: ids(&[1]), ..value(&[4, 2, 3, 1], Some(1), &[1, 3]) };
+    let cluster = Cluster::of(4, 2, vec![moving]).await;
+    cluster.go(2).await;
+    let drained = cluster.orders.drain(BrokerId(1), 0).await.expect("ordered");
+    assert_eq!((drained.replicas, drained.stuck), (1, vec![]), "brokers 3 and 4 are two in sync soon");
+}
+
+/// A drain waited without a word where an earlier move of the partition, to or from another broker, could not end.
+#[tokio::test]
+async fn a_drain_tells_that_an_earlier_move_does_not_end_while_its_new_broker_is_gone() {
+    let moving = PartitionValue { adding: ids(&[3]), removing: ids(&[2]), ..value(&[1, 3, 2], Some(1), &[1, 2]) };
+    let cluster = Cluster::of(4, 1, vec![moving]).await;
+    cluster.orders.drain(BrokerId(1), 0).await.expect("ordered");
+    assert_eq!(cluster.orders.stuck(BrokerId(1)), 0, "broker 1 gives its replica to broker 4 then");
+    cluster.go(3).await;
+    assert_eq!(cluster.orders.stuck(BrokerId(1)), 1);
+    let gone = cluster.orders.drain(BrokerId(3), 0).await.expect("ordered");
+    assert_eq!((gone.replicas, gone.stuck), (1, vec![]), "one that is gone and drained is replaced at once");
+    assert_eq!(cluster.orders.stuck(BrokerId(1)), 0);
+}
+
 /// The order seemed to have been given already, and nothing moved.
 #[tokio::test]
 async fn a_drain_that_nobody_can_read_is_ordered_anew() {

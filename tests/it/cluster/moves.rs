@@ -84,7 +84,8 @@ fn ordered_moves_wait_for_their_turn_and_can_be_waited_for() {
         (state["replicas"] == 2 && state["stuck"] == 2).then_some(())
     };
     eventually("what can move has moved", only_stuck);
-    for order in [&["broker", "drain", "2", "--wait"][..], &["broker", "drain", "2"]] {
+    // The wait looks for a minute.
+    for order in [&["broker", "drain", "2"][..], &["broker", "drain", "2", "--wait"]] {
         let stuck = cli.run(order);
         assert!(stuck.code == 1 && stuck.text().contains("2 replicas cannot move"), "{stuck:?}");
         assert!(stuck.stderr.contains("no replica on broker 2 can move"), "{stuck:?}");
