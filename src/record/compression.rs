@@ -237,7 +237,8 @@ fn largest_zstd(mut stored: &[u8]) -> Result<usize, Refused> {
     Ok(most)
 }
 
-/// The most plain bytes that the blocks of one frame can hold, by their headers (RFC 8878, 3.1.1). `None` where they are no frame's.
+/// The most plain bytes that the blocks of one frame can hold, by their headers (RFC 8878, 3.1.1). `None` if a header is cut or of
+/// no kind.
 fn largest_zstd_frame(frame: &[u8]) -> Option<usize> {
     let (magic, header) = frame.split_first_chunk::<4>()?;
     if u32::from_le_bytes(*magic) != ZSTD_MAGIC {

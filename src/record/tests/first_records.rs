@@ -27,13 +27,24 @@ fn other_writers(plain: &[u8]) -> Vec<(Compression, Vec<u8>)> {
         streams.push((Compression::Lz4, encoder.finish().unwrap()));
     }
     streams.push((Compression::Zstd, zstd::stream::encode_all(plain, 3).unwrap()));
+    let mut encoder = zstd::Encoder::new(Vec::new(), 1).unwrap();
+    encoder.include_checksum(true).unwrap();
+    std::io::Write::write_all(&mut encoder, plain).unwrap();
+    let skippable = [&0x184D_2A50_u32.to_le_bytes()[..], &3_u32.to_le_bytes(), b"pad"].concat();
+    streams.push((Compression::Zstd, [skippable, encoder.finish().unwrap()].concat()));
     streams
 }
 
 #[test]
 fn first_records_of_right_batches_pass_at_every_size_and_from_every_writer() {
     for bytes in [0, 1, 60, 4_000, 4_096, 5_000, 70_000, 300_000] {
-        for values in [vec![b"strandline ".repeat(bytes / 11 + 1)], vec![b"line".to_vec(); bytes / 11 + 1]] {
+        let values = [
+            vec![b"strandline ".repeat(bytes / 11 + 1)],
+            vec![b"line".to_vec(); bytes / 11 + 1],
+            // Blocks of one repeated byte.
+            vec![vec![b'x'; bytes]],
+        ];
+        for values in values {
             let plain = framed(&values);
             for (codec, stored) in other_writers(&plain) {
                 let batch = forge(codec, i32::try_from(values.len()).unwrap(), &stored);
