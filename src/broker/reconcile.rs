@@ -449,7 +449,7 @@ impl Broker {
                 {
                     tracing::warn!(
                         topic = %record.name, %error, failures,
-                        "could not write records of topics to the object store, of this topic first; they are written again at the next start"
+                        "could not write records of topics to the object store, among them this topic's; they are written again at the next start"
                     );
                 }
             }

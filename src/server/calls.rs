@@ -31,8 +31,8 @@ pub(super) fn until_sent(
 }
 
 /// HTTP/2 takes a whole frame of a body when there is room for a byte, and asks for the next one then. So frames tell how fast a client
-/// reads: one that reads as fast as it must takes such a frame in a second. Smaller ones cost throughput. Responses to other brokers are not
-/// charged and go out as they are.
+/// reads: at the slowest pace that is allowed, 256 KiB in a second, it takes one frame in a second. Smaller frames cost throughput. Responses
+/// to other brokers are not charged and go out as they are.
 const PIECE_BYTES: usize = 256 << 10;
 
 /// The end of a response.
