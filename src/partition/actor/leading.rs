@@ -4,7 +4,7 @@ use std::{ops::Range, sync::Arc};
 
 use tokio::sync::{OwnedSemaphorePermit, SetOnce, oneshot};
 
-use super::{Actor, GROUP_BYTES, Part, timestamps};
+use super::{Actor, GROUP_BYTES, Part, SPARE_COMMANDS, timestamps};
 use crate::{
     log::{self, PersistError},
     model::{Acks, BrokerId, LeaderEpoch, Offset, TimestampType},
@@ -205,6 +205,8 @@ impl Actor {
             }
         }
         self.group.clear();
+        self.group.shrink_to(SPARE_COMMANDS);
+        self.group_writers.shrink_to(SPARE_COMMANDS);
         self.group_bytes = 0;
     }
 

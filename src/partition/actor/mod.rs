@@ -64,6 +64,9 @@ use crate::{
 /// Most commands that one turn takes from the queue.
 const TURN: usize = 512;
 
+/// A partition keeps memory for so many commands between its turns: a broker has many partitions.
+pub(super) const SPARE_COMMANDS: usize = 64;
+
 /// Most bytes of batches in one group: a larger write gains nothing. While this one is made durable the next is written, and while
 /// it is answered the one after that is on its way: what came together need not wait for each other.
 const GROUP_BYTES: usize = 512 << 10;
@@ -239,6 +242,7 @@ impl Actor {
                 }
                 self.turn(&mut turn).await;
             }
+            turn.shrink_to(SPARE_COMMANDS);
         }
         // Nobody waits for an answer to what is not carried out any more.
         drop(orders);

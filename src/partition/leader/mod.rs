@@ -181,6 +181,9 @@ pub enum Admission {
     Duplicate(Offset, Offset),
 }
 
+/// A queue keeps memory for so many writers, whether they wait or not.
+const SPARE_WRITERS: usize = 64;
+
 struct Waiting<W> {
     acked: Acked,
     writer: W,
@@ -389,6 +392,7 @@ impl<W> Leader<W> {
                 answer(waiting.writer, Acked { held, ..waiting.acked });
             }
         }
+        self.shrink_queues();
     }
 
     /// Drops the writers who have gone and whose write is as safe here as this broker alone can make it: only others can do more. True while
@@ -404,13 +408,26 @@ impl<W> Leader<W> {
                 !(gone && safe)
             });
         }
+        self.shrink_queues();
         left
+    }
+
+    /// Gives back the memory of queues that were long once: nothing else bounds it, and a broker has many partitions.
+    fn shrink_queues(&mut self) {
+        for queue in self.queues() {
+            if queue.capacity() > SPARE_WRITERS && queue.len() < queue.capacity() / 4 {
+                queue.shrink_to(SPARE_WRITERS.max(queue.len() * 2));
+            }
+        }
+    }
+
+    fn queues(&mut self) -> [&mut VecDeque<Waiting<W>>; 4] {
+        [&mut self.for_leader, &mut self.for_all, &mut self.for_tier_here, &mut self.for_tier]
     }
 
     /// Takes out every writer: none of them can be answered any more.
     pub fn abandon(&mut self) -> impl Iterator<Item = W> + '_ {
-        let queues = [&mut self.for_leader, &mut self.for_all, &mut self.for_tier_here, &mut self.for_tier];
-        queues.into_iter().flat_map(|queue| queue.drain(..)).map(|waiting| waiting.writer)
+        self.queues().into_iter().flat_map(|queue| queue.drain(..)).map(|waiting| waiting.writer)
     }
 }
 

@@ -118,6 +118,24 @@ fn a_writer_who_has_gone_is_dropped_once_the_write_is_safe_here() {
     assert_eq!(log.due(), [(2, Held::Tiered(1))]);
 }
 
+/// Found by an attack: each partition kept the memory of the longest queue that it ever had.
+#[test]
+fn queues_of_writers_give_memory_back() {
+    let mut log = Log::new(Durability::Persisted);
+    for writer in 0..5_000 {
+        log.admit(batch(1, None), [Acks::All, Acks::Tiered][writer as usize % 2], writer).unwrap();
+        log.flush();
+    }
+    log.leader.persisted(at(5_000));
+    assert_eq!(log.due().len(), 2_500);
+    assert!(!log.leader.forget(|writer| *writer > 4_000));
+    assert!(!log.leader.forget(|writer| *writer > 3));
+    let kept = log.leader.queues().map(|queue| queue.capacity()).into_iter().sum::<usize>();
+    assert!(kept <= 4 * SPARE_WRITERS, "room for {kept} writers");
+    log.leader.tiered(at(5_000));
+    assert_eq!(log.due().into_iter().map(|(writer, _)| writer).collect::<Vec<_>>(), [1, 3]);
+}
+
 #[test]
 fn tiered_write_is_stored_here_before_it_waits_for_the_bucket_alone() {
     let mut log = Log::new(Durability::Persisted);
