@@ -1,13 +1,13 @@
-//! Strandline: a log service whose history lives in object storage.
+//! Strandline: a log service that tiers its log to object storage.
 //!
-//! With default features this is the whole system; with `default-features = false` it is the Rust client alone. The
-//! modules are listed in the order in which they may import: each knows only those above it.
+//! Default features build the whole system, `default-features = false` the Rust client alone. The modules are in import order: each may
+//! import only the modules above it.
 
-/// Whether a test has broken this rule on purpose (`task::mutation`); `false` outside of tests and the simulator.
+/// Returns whether a test breaks this rule on purpose (`task::mutation`). Always `false` outside of tests and the simulator.
 #[cfg(all(feature = "server", any(test, feature = "sim")))]
 macro_rules! mutant {
     ($rule:ident) => {
-        crate::task::mutation::is_on(crate::task::mutation::Mutation::$rule)
+        crate::task::mutation::is_active(crate::task::mutation::Mutation::$rule)
     };
 }
 #[cfg(all(feature = "server", not(any(test, feature = "sim"))))]
@@ -17,17 +17,17 @@ macro_rules! mutant {
     };
 }
 
-/// Tells the simulator's judge what happens here (`task::witness`); nothing in what is released.
+/// Reports an event to the simulator (`task::sim_event`). Expands to nothing without the feature `sim`.
 #[cfg(feature = "sim")]
-macro_rules! saw {
+macro_rules! sim_event {
     ($($event:tt)*) => {
-        if crate::task::witness::is_set() {
-            crate::task::witness::saw(crate::task::witness::Event::$($event)*);
+        if crate::task::sim_event::is_observed() {
+            crate::task::sim_event::emit(crate::task::sim_event::SimEvent::$($event)*);
         }
     };
 }
 #[cfg(all(feature = "server", not(feature = "sim")))]
-macro_rules! saw {
+macro_rules! sim_event {
     ($($event:tt)*) => {};
 }
 

@@ -1,102 +1,102 @@
-//! Every hard bound of the system, in one place. A bound is not a setting: nobody needs to tune it, and something
-//! breaks without it. What a user may choose lives in `config` and in topic configuration.
+//! The fixed limits of the system. A limit is not a setting: no user needs to tune it, and the system breaks without it.
+//! Settings are in `config` and in the topic configuration (`model`).
 
-/// Smallest batch: the 61 bytes of a header with no records.
+/// Size of a batch header, and so of the smallest batch.
 pub const BATCH_HEADER_BYTES: usize = 61;
 
-/// Largest batch that any topic may allow (`max.message.bytes`), in bytes as stored.
+/// Upper bound of the topic setting `max.message.bytes`: the size of a batch as stored.
 pub const MAX_BATCH_BYTES: usize = 64 << 20;
 
-/// Most records in one batch. A record takes at least 7 bytes, so this binds only highly compressed batches.
+/// Maximum number of records in a batch. A record takes at least 7 bytes, so only compressed batches can reach this number.
 pub const MAX_BATCH_RECORDS: usize = 1 << 20;
 
-/// Most bytes that one batch's records may have after decompression, wherever anything is decompressed.
+/// Maximum size of a batch's records after decompression.
 pub const MAX_DECOMPRESSED_BYTES: usize = 256 << 20;
 
-/// Most bytes that a batch's records may have without compression where the broker itself writes them anew, on a topic that
-/// sets `compression.type`: what the largest batch could hold plain.
+/// Maximum size of a batch's records after decompression where the broker compresses them again, because the topic sets
+/// `compression.type`: the records of the largest uncompressed batch.
 pub const MAX_RECOMPRESSED_BYTES: usize = MAX_BATCH_BYTES;
 
-/// Most headers on one record.
+/// Maximum number of headers of a record.
 pub const MAX_RECORD_HEADERS: usize = 10_000;
 
-/// Largest gRPC message in either direction: a batch of the largest size with its envelope.
+/// Maximum size of a gRPC message in either direction: the largest batch and the fields around it.
 pub const MAX_MESSAGE_BYTES: usize = MAX_BATCH_BYTES + (1 << 20);
 
-/// Largest gRPC message to the brokers' own service. None carries records: the largest name replicas, [`MAX_PEER_REPLICAS`] at most. So a
-/// connection holds 1 MiB of requests at most, in [`MAX_STREAMS_PER_PEER`] pieces, before anybody has said who it is.
+/// Maximum size of a request to the peer service. No such request carries records; the largest name up to [`MAX_PEER_REPLICAS`] replicas.
+/// With [`MAX_STREAMS_PER_PEER`] streams, a connection holds at most 1 MiB of requests before the caller is identified.
 pub const MAX_PEER_REQUEST_BYTES: usize = 64 << 10;
 
-/// Most replicas that one message to the brokers' own service names: a question for marks, and what a follower has.
+/// Maximum number of replicas that one request to the peer service names.
 pub const MAX_PEER_REPLICAS: usize = 1_024;
 
-/// Most calls and streams that may be open on one connection of another broker: one link, or the questions that share a connection. What
-/// is more waits for its turn there.
+/// Maximum number of concurrent HTTP/2 streams on a connection from another broker: one replication link, or the unary calls that share a
+/// connection. The calling broker queues further calls.
 pub const MAX_STREAMS_PER_PEER: u32 = 16;
 
-/// Largest request that holds no records.
+/// Maximum size of a request without records.
 pub const MAX_REQUEST_BYTES: usize = 4 << 20;
 
-/// Most repeated parts of one request: records, headers, partitions, names.
+/// Maximum number of elements of a request's repeated fields: records, headers, partitions, names.
 pub const MAX_REQUEST_PARTS: usize = 100_000;
 
-/// Bytes of a broker's disk that appends leave free. The commit after which segments can go, the checkpoint and the
-/// indexes need room themselves: a log that took the last byte could never give one back.
-pub const DISK_RESERVE_BYTES: u64 = 32 << 20;
+/// Disk space that appends leave free. Evicting segments needs space itself: for a journal entry, a checkpoint and indexes. A log that
+/// used the last byte could not free any.
+pub const MIN_FREE_DISK_BYTES: u64 = 32 << 20;
 
-/// Most partitions of one topic.
+/// Maximum number of partitions of a topic.
 pub const MAX_PARTITIONS: u32 = 100_000;
 
-/// Most topics in a cluster.
+/// Maximum number of topics in a cluster.
 pub const MAX_TOPICS: usize = 100_000;
 
-/// Most replicas of one partition.
+/// Maximum replication factor.
 pub const MAX_REPLICAS: u32 = 32;
 
-/// Most partitions that one fetch may name.
+/// Maximum number of partitions of a fetch session.
 pub const MAX_FETCH_PARTITIONS: usize = 10_000;
 
-/// Most topics that one request for metadata may name.
+/// Maximum number of topics that a metadata request names.
 pub const MAX_METADATA_TOPICS: usize = 10_000;
 
-/// Bytes that a search for an offset by time reads at once.
+/// Size of each read of a search for an offset by timestamp.
 pub const SEARCH_BYTES: usize = 1 << 20;
 
-/// Most bytes of batches in one fetch response, but for a first batch that is larger than this.
+/// Maximum size of the batches in a fetch response. A single larger batch is returned alone.
 pub const MAX_FETCH_BYTES: usize = 16 << 20;
 
-/// Longest time that an append waits for its acknowledgement, in milliseconds: what waits for it takes a place in a list.
+/// Maximum timeout of an append, in milliseconds. An append that waits for its acknowledgement occupies memory.
 pub const MAX_APPEND_TIMEOUT_MS: u32 = 600_000;
 
-/// Most appends with `acks=tiered` that wait on one broker. Each takes up to 2 KiB that no budget counts.
+/// Maximum number of appends with `acks=tiered` that wait on a broker. Each takes up to 2 KiB that no memory budget counts.
 pub const MAX_TIERED_APPENDS: usize = 1 << 14;
 
-/// Most of them of one connection.
+/// Maximum number of these appends from one connection.
 pub const MAX_TIERED_APPENDS_PER_CONNECTION: usize = MAX_TIERED_APPENDS / 4;
 
-/// Longest time that a fetch waits for data, in milliseconds.
+/// Maximum time that a fetch waits for data, in milliseconds.
 pub const MAX_FETCH_WAIT_MS: u32 = 60_000;
 
-/// How many of a producer's last batches a partition remembers, so that a retry of any of them is recognised. A producer
-/// can have as many under way: Kafka's five hold a synced partition to five batches per round trip.
-pub const PRODUCER_WINDOW: usize = 64;
+/// Number of a producer's last batches that a partition remembers to detect duplicates, and so the maximum number in flight. Kafka remembers
+/// five, which limits a partition with synced writes to five batches per round trip.
+pub const MAX_BATCHES_PER_PRODUCER: usize = 64;
 
-/// Most operations, compares or reads in one transaction of the metadata store (etcd's default `max-txn-ops`).
+/// Maximum number of compares, and of operations, in a transaction of the metadata store (etcd's default `max-txn-ops`).
 pub const MAX_TRANSACTION_OPS: usize = 128;
 
-/// Most partitions whose values one transaction changes: each needs a compare, and one more for each broker that it adds.
-pub const CHANGES_TOGETHER: usize = 40;
+/// Maximum number of partitions that a transaction changes. Each needs one compare for its value and one for each broker that it adds.
+pub const MAX_PARTITIONS_PER_TXN: usize = 40;
 
-/// Most bytes of keys and values in one transaction of the metadata store, below etcd's 1.5 MiB for a request.
+/// Maximum size of the keys and values of a transaction of the metadata store, below etcd's request limit of 1.5 MiB.
 pub const MAX_TRANSACTION_BYTES: usize = 1 << 20;
 
-/// A journal of up to so many bytes grows as far as its disk allows. A larger one is asked for on purpose, and refused where it
-/// can never be had.
-pub const MODEST_JOURNAL_BYTES: u64 = 256 << 20;
+/// A journal up to this size grows as far as the disk allows. A larger one was configured on purpose, so the broker does not start if the
+/// disk can never hold it.
+pub const JOURNAL_SPACE_CHECK_BYTES: u64 = 256 << 20;
 
-/// Most idempotent producers that one partition remembers; beyond it, the one that wrote longest ago is forgotten.
+/// Maximum number of idempotent producers that a partition remembers. Beyond it, the one that wrote least recently is removed.
 pub const MAX_PRODUCERS: usize = 16_384;
 
-/// Most calls and streams that are open on one connection at a time, fewer where connections are many. A client of ours needs one for each producer and consumer, and one
-/// for each question that it asks meanwhile.
+/// Maximum number of concurrent HTTP/2 streams on a client connection, lower where there are many connections. The Rust client needs one for
+/// each producer and consumer, and one for each concurrent unary call.
 pub const MAX_STREAMS_PER_CONNECTION: u32 = 1_000;

@@ -142,7 +142,7 @@ impl Agree {
     fn change(&self, id: PartitionId, proposal: Proposal) -> Change {
         let Proposal { expect, value, added } = proposal;
         let registered = |peer: Peer| Compare::CreateRevision(self.keys.broker(peer.broker), peer.epoch);
-        let added = if mutant!(AdmitUnregistered) { Vec::new() } else { added };
+        let added = if mutant!(AdmitStaleBrokerEpoch) { Vec::new() } else { added };
         let also = added.into_iter().map(registered).collect();
         Change { id, expect, value, also }
     }

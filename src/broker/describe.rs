@@ -49,7 +49,7 @@ impl Broker {
         Ok(v1::DescribeTopicResponse {
             partitions: partitions.collect(),
             topic: Some(summary(&name, &known.value)),
-            effective_config: texts(TopicConfig::texts(&self.settings.topic_defaults, &known.value.config)),
+            effective_config: texts(TopicConfig::effective_values(&self.settings.topic_defaults, &known.value.config)),
             config_source: sources(&self.settings.topic_defaults, &known.value.config),
         })
     }

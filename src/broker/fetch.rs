@@ -228,7 +228,7 @@ impl Session {
                     });
                 }
                 Err(fault) => {
-                    self.broker.metrics.fetch_errors.count(fault.reason.word());
+                    self.broker.metrics.fetch_errors.count(fault.reason.as_str());
                     self.refused.push(self.broker.refused_partition(want, fault));
                 }
             }
@@ -305,7 +305,7 @@ impl Session {
             place.reader = None;
             gathered.failed = true;
             let fault = self.broker.not_leader(&place.topic, place.partition, place.served.id());
-            self.broker.metrics.fetch_errors.count(fault.reason.word());
+            self.broker.metrics.fetch_errors.count(fault.reason.as_str());
             return gathered.entry(index, place).error = Some(fault.into());
         }
         match outcome {
@@ -334,7 +334,7 @@ impl Session {
                 place.reader = None;
                 gathered.failed = true;
                 let fault = self.broker.read_refused(place.served.id(), error);
-                self.broker.metrics.fetch_errors.count(fault.reason.word());
+                self.broker.metrics.fetch_errors.count(fault.reason.as_str());
                 gathered.entry(index, place).error = Some(fault.into());
             }
         }
@@ -375,7 +375,7 @@ impl Session {
             let message = format!(
                 "{owner} has not served offset {offset} within {bound:?} (tier.fetch_max_wait); the read goes on: ask again for it"
             );
-            self.broker.metrics.fetch_errors.count(reason.word());
+            self.broker.metrics.fetch_errors.count(reason.as_str());
             gathered.entry(index, place).error = Some(Fault::new(reason, message).with("offset", offset).into());
         }
     }

@@ -34,7 +34,7 @@ fn counts_as_full(was: bool, space: Space, percent: u64) -> bool {
 }
 
 /// Free bytes with which any batch fits: a refusal of before says nothing then, also where no record has come since.
-const ROOM_BYTES: u64 = limits::DISK_RESERVE_BYTES + limits::MAX_BATCH_BYTES as u64;
+const ROOM_BYTES: u64 = limits::MIN_FREE_DISK_BYTES + limits::MAX_BATCH_BYTES as u64;
 
 /// Whether records do not fit: since one did not, until one did, or any would.
 const fn does_not_fit(refused: bool, space: Space) -> bool {
@@ -90,7 +90,7 @@ pub(super) async fn run(broker: Arc<Broker>, session: Session) {
 
 async fn space(broker: &Broker) -> Option<Space> {
     let log = broker.log.clone();
-    let space = task::blocking(move || log.space()).await;
+    let space = task::run_blocking(move || log.space()).await;
     space.inspect_err(|error| tracing::debug!(%error, "the file system does not say how full it is")).ok()
 }
 

@@ -25,7 +25,7 @@ use crate::{
     },
     proto::v1,
     task::{Tasks, clock},
-    telemetry::{ByPeer, Counter, LogThrottle},
+    telemetry::{Counter, LogThrottle, PeerCounters},
 };
 
 /// The version of the protocol between brokers.
@@ -46,7 +46,7 @@ pub(super) struct Following {
     peers: Peers,
     state: Mutex<State>,
     /// Bytes of batches that came, by leader.
-    received: ByPeer,
+    received: PeerCounters,
     tasks: Tasks,
 }
 
@@ -83,7 +83,7 @@ impl Following {
     pub(super) fn new(
         neighbours: Arc<Neighbours>,
         connect: Arc<dyn Connect>,
-        received: ByPeer,
+        received: PeerCounters,
         tasks: Tasks,
     ) -> Arc<Self> {
         let peers = Peers::new(connect, CONNECT);

@@ -163,7 +163,7 @@ impl Broker {
             failures.extend(log.delete_unclaimed(&unclaimed));
             failures
         };
-        let failures = task::blocking(delete).await;
+        let failures = task::run_blocking(delete).await;
         for (id, error) in failures {
             tracing::warn!(partition = %id, %error, "could not delete all of the partition's files; what is left is looked at again at the next start");
         }

@@ -80,7 +80,7 @@ impl Broker {
             topic_id: topic.id.to_string(),
             partitions: partitions.collect(),
             max_message_bytes: u32::try_from(config.max_message_bytes).unwrap_or(u32::MAX),
-            compression_type: config.compression.map_or("producer", |codec| codec.word()).to_owned(),
+            compression_type: config.compression.map_or("producer", |codec| codec.as_str()).to_owned(),
         }
     }
 }

@@ -309,7 +309,7 @@ impl Broker {
             log.open_replica(*id, Offset::ZERO).is_ok_and(|replica| replica.log_end() >= *committed)
         };
         whole.extend(
-            task::blocking(move || aside.into_iter().filter(is_whole).map(|(id, _)| id).collect::<Vec<_>>()).await,
+            task::run_blocking(move || aside.into_iter().filter(is_whole).map(|(id, _)| id).collect::<Vec<_>>()).await,
         );
         whole
     }

@@ -87,7 +87,7 @@ impl Broker {
         let (offset, timestamp_ms, epoch) = match query.at {
             Some(At::Earliest(_)) => (marks.log_start, -1, epoch),
             Some(At::Latest(_)) => {
-                saw!(Latest { partition: partition.id(), epoch, offset: marks.high_watermark });
+                sim_event!(LatestReturned { partition: partition.id(), epoch, offset: marks.high_watermark });
                 (marks.high_watermark, -1, epoch)
             }
             Some(At::TimestampMs(time)) => {
@@ -129,7 +129,7 @@ impl Broker {
 
 /// Waits until the partition's leader knows what is committed; false when it does not by then, or leads no more.
 async fn settled(partition: &Partition, by: Instant) -> bool {
-    if partition.standing().role == (Role::Leader { settled: true }) || mutant!(UnsettledTellsLatest) {
+    if partition.standing().role == (Role::Leader { settled: true }) || mutant!(LatestBeforeEpochCommitted) {
         return true;
     }
     let ready = Arc::new(Ready::default());

@@ -95,7 +95,7 @@ impl Broker {
         let queued = self
             .queue(request, quota, memory)
             .await
-            .inspect_err(|fault| self.metrics.produce_errors.count(fault.reason.word()))?;
+            .inspect_err(|fault| self.metrics.produce_errors.count(fault.reason.as_str()))?;
         self.outcome(queued).await
     }
 
@@ -202,7 +202,7 @@ impl Broker {
                 self.metrics.produce_bytes.inc_by(queued.bytes);
                 self.metrics.produce_ack_seconds.observe(queued.began.elapsed().as_secs_f64());
             }
-            Err(fault) => self.metrics.produce_errors.count(fault.reason.word()),
+            Err(fault) => self.metrics.produce_errors.count(fault.reason.as_str()),
         }
         outcome
     }
@@ -346,7 +346,7 @@ impl Pipeline {
             match queued {
                 Ok(queued) => broker.next_step(correlation, queued).await,
                 Err(fault) => {
-                    broker.metrics.produce_errors.count(fault.reason.word());
+                    broker.metrics.produce_errors.count(fault.reason.as_str());
                     Step::Answer(answered(correlation, Err(fault)))
                 }
             }

@@ -156,12 +156,12 @@ impl ProducerIds {
             Some(end) => end,
             None => {
                 let log = log.clone();
-                *noted.insert(task::blocking(move || log.producer_ids_end()).await?)
+                *noted.insert(task::run_blocking(move || log.producer_ids_end()).await?)
             }
         };
         let block = topics.producer_ids(end).await?;
         let (log, end) = (log.clone(), block.end);
-        task::blocking(move || log.note_producer_ids_end(end)).await?;
+        task::run_blocking(move || log.note_producer_ids_end(end)).await?;
         *noted = Some(end);
         self.blocks().push_back(block);
         Ok(())

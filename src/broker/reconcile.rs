@@ -359,7 +359,7 @@ impl Broker {
             }
             (id, topic, opened)
         };
-        task::blocking(move || specs.into_iter().map(open).collect()).await
+        task::run_blocking(move || specs.into_iter().map(open).collect()).await
     }
 
     /// Gives up a leadership for which there is no replica: somebody else may have one.

@@ -22,8 +22,8 @@ use crate::{
     },
     record::BatchBuilder,
     task::{
-        patience::{becomes, until},
         random,
+        test_timeout::{wait_for, wait_until},
     },
 };
 
@@ -221,7 +221,7 @@ async fn a_replica_that_moved_away_is_deleted_by_its_own_key_and_by_nothing_less
         ..PartitionValue::decode(&key, &value).unwrap()
     };
     bench.change(Transaction::new().put(key, moved.encode())).await;
-    until("its files go", || bench.holds(id) == (1, 1)).await;
+    wait_until("its files go", || bench.holds(id) == (1, 1)).await;
     bench.stop().await;
 }
 
@@ -268,7 +268,7 @@ async fn a_start_is_not_over_because_nobody_leads_for_a_moment() {
     let bench = Bench::over(dir.path(), false, store.clone()).await;
     let name = TopicName::new("t").unwrap();
     let id = PartitionId::new(bench.create(&name, 1).await, 0);
-    becomes("it is led here", async || bench.broker.partition("t", 0).ok()).await;
+    wait_for("it is led here", async || bench.broker.partition("t", 0).ok()).await;
     let (key, topic, other) = (bench.keys.partition(id), bench.keys.topic(&name), BrokerId(2));
     let value = async |key: &str| store.get(key).await.unwrap().entry.unwrap().value;
     let before = PartitionValue::decode(&key, &value(&key).await).unwrap();
@@ -287,7 +287,7 @@ async fn a_start_is_not_over_because_nobody_leads_for_a_moment() {
     let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let theirs = BrokerValue::running_at(silent.local_addr().unwrap().to_string());
     bench.change(Transaction::new().put(bench.keys.broker(other), theirs.encode()).put(key, led.encode())).await;
-    becomes("it is behind", async || (bench.broker.catching_up() == 1).then_some(())).await;
+    wait_for("it is behind", async || (bench.broker.catching_up() == 1).then_some(())).await;
     let Readiness::NotReady(why) = bench.broker.readiness() else { panic!("it is not in sync") };
     assert!(why.contains("replicas of this broker that have not been in sync yet: 1"), "{why}");
     bench.stop().await;
@@ -338,7 +338,7 @@ async fn what_a_leader_does_not_answer_for_is_said_to_be_unknown() {
     bench.change(Transaction::new().put(bench.keys.broker(other), silent.encode()).put(key, theirs.encode())).await;
 
     // It is led here as soon as it is open.
-    let described = becomes("partition 0 is served", async || {
+    let described = wait_for("partition 0 is served", async || {
         let described = bench.broker.describe_topic("t").await.unwrap().partitions;
         described[0].unanswered.is_none().then_some(described)
     })
@@ -361,7 +361,7 @@ async fn who_was_replaced_leads_nothing_of_what_its_number_is_given() {
     let bench = Bench::start(dir.path(), false).await;
     let id = bench.create(&TopicName::new("t").unwrap(), 1).await;
     let (key, me) = (bench.keys.partition(PartitionId::new(id, 0)), bench.keys.broker(BrokerId(1)));
-    becomes("it is led here", async || bench.broker.partition("t", 0).ok()).await;
+    wait_for("it is led here", async || bench.broker.partition("t", 0).ok()).await;
     let before = PartitionValue::decode(&key, &bench.store.get(&key).await.unwrap().entry.unwrap().value).unwrap();
     let registered = bench.store.get(&me).await.unwrap().entry.unwrap();
     let mine = BrokerValue::decode(&me, &registered.value).unwrap();
@@ -369,7 +369,7 @@ async fn who_was_replaced_leads_nothing_of_what_its_number_is_given() {
     let given = PartitionValue { leader_epoch: LeaderEpoch(before.leader_epoch.0 + 1), ..before };
     let put = Transaction::new().put(me, theirs.encode()).put(key, given.encode());
     bench.store.transact(put).await.unwrap();
-    let refused = becomes("it leads no more", async || bench.broker.partition("t", 0).err()).await;
+    let refused = wait_for("it leads no more", async || bench.broker.partition("t", 0).err()).await;
     assert_eq!(refused.reason, Reason::NotLeader);
     let epoch = bench.broker.hosted.by_id(PartitionId::new(id, 0)).unwrap().epoch();
     assert_eq!(epoch, given.leader_epoch, "by what was given, and not by what it had");
@@ -399,7 +399,7 @@ async fn who_waits_no_more_for_an_acknowledgement_takes_no_memory() {
         let append = bench.append(partition, 300_000, timeout_ms);
         tokio::time::timeout(Duration::from_secs(20), append).await.expect("there is room")
     };
-    becomes("both are led here", async || {
+    wait_for("both are led here", async || {
         let waits = append(0, 50).await.is_err_and(|fault| fault.reason == Reason::Timeout);
         (waits && append(1, 30_000).await.is_ok()).then_some(())
     })
@@ -409,7 +409,7 @@ async fn who_waits_no_more_for_an_acknowledgement_takes_no_memory() {
         assert_eq!(append(0, 50).await.expect_err("broker 2 is not there").reason, Reason::Timeout);
     }
     append(1, 30_000).await.expect("nobody else has to hold this one");
-    becomes("all of it is given back", async || (bench.broker.produce_memory.taken() == 0).then_some(())).await;
+    wait_for("all of it is given back", async || (bench.broker.produce_memory.taken() == 0).then_some(())).await;
 
     // Who had to wait for memory has waited: what is left of its time is for the acknowledgement.
     let since = clock::monotonic();
@@ -452,7 +452,7 @@ async fn a_topic_that_is_deleted_while_the_store_does_not_answer_is_deleted_when
     let mark = DeletedValue { name: name.clone(), gone_since_ms: None };
     let deleted = Transaction::new().delete(bench.keys.topic(&name)).put(bench.keys.deleted(id), mark.encode());
     bench.store.transact(deleted).await.unwrap();
-    until("its files go", || bench.holds(id) == (0, 0)).await;
+    wait_until("its files go", || bench.holds(id) == (0, 0)).await;
     bench.stop().await;
 }
 
@@ -473,7 +473,7 @@ async fn a_registration_that_cannot_be_taken_away_yet_is_reported_again() {
     let evidence = Evidence::new(Arc::downgrade(&bench.broker), peers, bench.tasks.clone());
     bench.link.transactions([Some(faulty::Fault::Refused); 4]);
     evidence.link_lost(BrokerId(2), epoch, How::Refused);
-    becomes("its registration is taken away", async || {
+    wait_for("its registration is taken away", async || {
         bench.store.get(&key).await.unwrap().entry.is_none().then_some(())
     })
     .await;
@@ -490,7 +490,7 @@ async fn led_before(dir: &Path, store: &EmbeddedStore) -> (TopicName, PartitionI
     let bench = Bench::over(dir, false, store.clone()).await;
     let name = TopicName::new("t").unwrap();
     let id = PartitionId::new(bench.create(&name, 1).await, 0);
-    until("it leads", || bench.broker.hosted.by_id(id).is_some_and(|partition| partition.standing().role.leads()))
+    wait_until("it leads", || bench.broker.hosted.by_id(id).is_some_and(|partition| partition.standing().role.leads()))
         .await;
     let value = stands(store, &bench.keys, id).await;
     assert_eq!((value.leader, value.isr.as_slice()), (Some(BrokerId(1)), &[BrokerId(1)][..]));
@@ -514,7 +514,7 @@ async fn a_broker_leads_in_no_epoch_of_before_though_that_is_put_back_after_its_
     let bench = Bench::over(dir.path(), false, store.clone()).await;
     assert!(bench.broker.unproven.holds_back(id));
     store.transact(Transaction::new().put(key, before.encode())).await.unwrap();
-    until("it leads again", || {
+    wait_until("it leads again", || {
         bench.broker.hosted.by_id(id).is_some_and(|partition| partition.standing().role.leads())
     })
     .await;
@@ -537,7 +537,7 @@ async fn a_topic_that_cannot_be_read_at_the_start_costs_no_membership() {
     let bench = Bench::over(dir.path(), false, store.clone()).await;
     assert_eq!(stands(&store, &bench.keys, id).await, before.leaderless());
     store.transact(Transaction::new().put(key, topic)).await.unwrap();
-    until("it leads again", || {
+    wait_until("it leads again", || {
         bench.broker.hosted.by_id(id).is_some_and(|partition| partition.standing().role.leads())
     })
     .await;
@@ -565,7 +565,7 @@ async fn batch_to_recompress_waits_for_memory_before_it_is_opened() {
     assert!(fault.message.contains("limits.produce_memory_bytes"), "{fault}");
     drop(held);
     append(20_000).await.expect("there is memory");
-    becomes("all of it is given back", async || (memory.taken() == 0).then_some(())).await;
+    wait_for("all of it is given back", async || (memory.taken() == 0).then_some(())).await;
     bench.stop().await;
 }
 

@@ -19,7 +19,7 @@ use self::words::{elected, prospect, reassigned, reassignment, taken_back, uncle
 use super::{
     Common, broker,
     connect::{connect, explain, explain_order},
-    output::{self, Output, ids},
+    output::{self, Output, format_ids},
     patience::Patience,
     wait::{Left, Unsaid, Wait, took},
 };
@@ -252,7 +252,7 @@ async fn until_moved(
         let Some(stands) = topic.partitions.iter().find(|stands| stands.partition == one.partition) else { continue };
         if stands.replicas != one.replicas {
             let (name, on, wanted) =
-                (format!("{}/{}", one.topic, one.partition), ids(&stands.replicas), ids(&one.replicas));
+                (format!("{}/{}", one.topic, one.partition), format_ids(&stands.replicas), format_ids(&one.replicas));
             bail!(
                 "{name} is on {on} and not on {wanted}: the order was taken back, another one took its place, or the controller has \
                  evened out what brokers hold since (controller.balance)"

@@ -27,7 +27,7 @@ use super::{
 use crate::{
     client::{Ack, Client, Delivery, NewRecord, Producer, ProducerOptions, SendError},
     limits,
-    model::{Acks, Compression},
+    model::{Acks, Compression, UnknownName},
 };
 
 /// Deliveries that may be outstanding before the oldest is waited for.
@@ -70,11 +70,11 @@ pub(super) struct Produce {
 }
 
 pub(super) fn acks(text: &str) -> Result<Acks, String> {
-    Acks::from_word(text).ok_or_else(|| format!("write one of {}", Acks::WORDS.join(", ")))
+    text.parse().map_err(|error: UnknownName| error.to_string())
 }
 
 pub(super) fn compression(text: &str) -> Result<Compression, String> {
-    Compression::from_word(text).ok_or_else(|| format!("write one of {}", Compression::WORDS.join(", ")))
+    text.parse().map_err(|error: UnknownName| error.to_string())
 }
 
 /// What became of the records so far.
@@ -381,7 +381,7 @@ fn object(command: &Produce, tally: &Tally, failure: Option<&anyhow::Error>) -> 
         "sent": tally.sent,
         (verb(command.acks)): tally.answered,
         "failed": tally.failed,
-        "acks": command.acks.word(),
+        "acks": command.acks.as_str(),
         "meaning": tally.meaning(),
         "partitions": tally.partitions.iter().map(partition).collect::<Vec<_>>(),
         "error": failure.map(whole),

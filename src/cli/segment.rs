@@ -96,7 +96,7 @@ fn print_batch(position: u64, batch: &Batch, output: Output, out: &mut impl Writ
             "leader_epoch": batch.leader_epoch(),
             "count": batch.count(),
             "bytes": batch.encoded_len(),
-            "compression": batch.compression().word(),
+            "compression": batch.compression().as_str(),
             "timestamp_type": by,
             "base_timestamp": batch.base_timestamp(),
             "max_timestamp": batch.max_timestamp(),

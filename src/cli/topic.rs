@@ -232,7 +232,7 @@ fn lines(topic: &TopicDescription) -> String {
 
 /// Who sets a configuration key.
 fn set_by(topic: &TopicDescription, key: &str) -> &'static str {
-    topic.config_source.get(key).copied().unwrap_or(ConfigSource::Default).word()
+    topic.config_source.get(key).copied().unwrap_or(ConfigSource::Default).as_str()
 }
 
 /// Who holds a partition, and how much.
@@ -242,9 +242,9 @@ fn who(partition: &PartitionDescription) -> Vec<String> {
         partition.partition.to_string(),
         partition.leader.map_or_else(|| "none".to_owned(), |leader| leader.to_string()),
         partition.leader_epoch.to_string(),
-        output::ids(&partition.replicas),
-        output::ids(&partition.isr),
-        output::ids(&partition.elr),
+        output::format_ids(&partition.replicas),
+        output::format_ids(&partition.isr),
+        output::format_ids(&partition.elr),
         bytes(partition.local_bytes),
         bytes(partition.tiered_bytes),
     ]
@@ -275,7 +275,7 @@ fn notes(partition: &PartitionDescription) -> Vec<String> {
         notes.push(format!("partition {number} takes no writes: {fault}"));
     }
     if !(partition.adding.is_empty() && partition.removing.is_empty()) {
-        let (adding, removing) = (output::ids(&partition.adding), output::ids(&partition.removing));
+        let (adding, removing) = (output::format_ids(&partition.adding), output::format_ids(&partition.removing));
         notes.push(format!("partition {number} is being moved: adding {adding}, removing {removing}"));
     }
     if let Some(epoch) = partition.unclean_epoch {

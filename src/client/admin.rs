@@ -161,7 +161,7 @@ pub enum ConfigSource {
 
 impl ConfigSource {
     /// `default`, `broker` or `topic`.
-    pub const fn word(self) -> &'static str {
+    pub const fn as_str(self) -> &'static str {
         match self {
             Self::Default => "default",
             Self::Broker => "broker",

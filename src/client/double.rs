@@ -199,7 +199,7 @@ impl Double {
             } else {
                 *next += i32::try_from(batch.count()).expect("few");
                 last.push_back((stamp.base_sequence, base));
-                if last.len() > crate::limits::PRODUCER_WINDOW {
+                if last.len() > crate::limits::MAX_BATCHES_PER_PRODUCER {
                     last.pop_front();
                 }
             }

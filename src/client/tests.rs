@@ -15,7 +15,7 @@ use crate::{
         v1,
     },
     record::BatchBuilder,
-    task::patience::until,
+    task::test_timeout::wait_until,
 };
 
 mod doubt;
@@ -235,13 +235,13 @@ async fn whole_batches_and_every_codec_arrive() {
     for compression in [Compression::Gzip, Compression::Snappy, Compression::Lz4, Compression::Zstd] {
         let options = ProducerOptions { compression, ..ProducerOptions::default() };
         let producer = client.producer(options).await.expect("an id");
-        let _delivery = producer.send("t", NewRecord::value(compression.word().as_bytes())).await.expect("queued");
+        let _delivery = producer.send("t", NewRecord::value(compression.as_str().as_bytes())).await.expect("queued");
         let mut builder = BatchBuilder::new(compression);
         builder.push(1, None, Some(b"whole"), &[]).expect("fits");
         let batch = builder.finish(None).expect("not empty");
         producer.send_batch("t", 0, batch).await.expect("queued").await.expect("acknowledged");
         producer.close().await.expect("all acknowledged");
-        sent.extend([compression.word().to_owned(), "whole".to_owned()]);
+        sent.extend([compression.as_str().to_owned(), "whole".to_owned()]);
     }
     assert_eq!(double.values(0), sent);
 }
@@ -540,7 +540,7 @@ async fn who_only_waits_for_room_at_a_silent_leader_asks_too() {
     for number in 0..256 {
         sent.push(producer.send("t", NewRecord::value(b"x").partition(number % 16)).await.expect("queued"));
     }
-    until("the stream is full", || (0..16).all(|partition| old.batches(partition) == 16)).await;
+    wait_until("the stream is full", || (0..16).all(|partition| old.batches(partition) == 16)).await;
     for partition in 16..40 {
         sent.push(producer.send("t", NewRecord::value(b"x").partition(partition)).await.expect("queued"));
     }
@@ -548,10 +548,10 @@ async fn who_only_waits_for_room_at_a_silent_leader_asks_too() {
         let moved = Fault::new(Reason::NotLeader, "it moved").with("leader", 2).with("leader_epoch", 1);
         assert!(client.routing().told("t", partition, &moved.with("address", new.address)));
     }
-    until("the busy ones have moved", || (0..16).all(|partition| new.batches(partition) == 16)).await;
+    wait_until("the busy ones have moved", || (0..16).all(|partition| new.batches(partition) == 16)).await;
     let asked = || old.state().asked + new.state().asked;
     let before = asked();
-    until("the others ask again and again", || asked() > before + 5).await;
+    wait_until("the others ask again and again", || asked() > before + 5).await;
     for double in [&old, &new] {
         double.state().advertised = new.address.to_string();
     }

@@ -114,7 +114,7 @@ impl PartitionChanges {
         transaction.else_get = when.iter().map(|compare| compare.key().to_owned()).collect();
         for change in group {
             let key = self.keys.partition(change.id);
-            transaction.compares.push(if mutant!(ChangeUncompared) {
+            transaction.compares.push(if mutant!(UpdateWithoutCas) {
                 Compare::Exists(key.clone())
             } else {
                 Compare::ModRevision(key.clone(), change.expect)
@@ -152,7 +152,9 @@ fn groups(changes: Vec<Change>, when: usize) -> Vec<Vec<Change>> {
     for change in changes {
         let more = 1 + change.also.len();
         match groups.last_mut() {
-            Some(group) if compares + more <= limits::MAX_TRANSACTION_OPS && group.len() < limits::CHANGES_TOGETHER => {
+            Some(group)
+                if compares + more <= limits::MAX_TRANSACTION_OPS && group.len() < limits::MAX_PARTITIONS_PER_TXN =>
+            {
                 compares += more;
                 group.push(change);
             }

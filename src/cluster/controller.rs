@@ -34,7 +34,7 @@ use super::{
     view::{Feed, Moved, View, ViewState},
 };
 use crate::{
-    model::{BrokerId, ConfigMap, PartitionId, TopicName, listed},
+    model::{BrokerId, ConfigMap, PartitionId, TopicName, format_ids},
     task::{Tasks, clock},
     telemetry::Metrics,
 };
@@ -229,20 +229,20 @@ impl Controller {
                 Changed::Done(revision) => {
                     outcome.reached = outcome.reached.max(revision);
                     let (why, value) = &made[&id];
-                    self.metrics.controller_steps.count(why.word());
+                    self.metrics.controller_steps.count(why.as_str());
                     if let Some(cause) = why.election() {
                         self.metrics.elections.count(cause);
                     }
                     tracing::info!(
-                        topic = %named(&view, id), partition = %id, why = %why.word(),
+                        topic = %named(&view, id), partition = %id, why = %why.as_str(),
                         leader = %value.leader.map_or_else(|| "none".to_owned(), |leader| leader.to_string()),
-                        epoch = %value.leader_epoch, replicas = %listed(&value.replicas), isr = %listed(&value.isr),
+                        epoch = %value.leader_epoch, replicas = %format_ids(&value.replicas), isr = %format_ids(&value.isr),
                         "changed a partition"
                     );
                     if *why == Why::Redirected {
                         tracing::warn!(
                             topic = %named(&view, id), partition = %id,
-                            adding = %listed(&value.adding), removing = %listed(&value.removing),
+                            adding = %format_ids(&value.adding), removing = %format_ids(&value.removing),
                             "a broker that the partition's move needs is gone for good: the move goes to another one, or back; \
                              order it again if it was to lead elsewhere"
                         );

@@ -215,7 +215,7 @@ mod tests {
     use std::sync::Mutex;
 
     use super::*;
-    use crate::{cluster::embedded::EmbeddedStore, task::patience::until};
+    use crate::{cluster::embedded::EmbeddedStore, task::test_timeout::wait_until};
 
     /// A store that can be put back to an older copy of itself, as an etcd that is restored.
     #[derive(Debug)]
@@ -381,7 +381,7 @@ mod tests {
         assert_eq!(store.regression(), None);
         restorable.restore(&older);
         assert!(store.get("/k").await.is_err(), "4 is older than the 6 that the watch showed");
-        until("it is noted", || store.regression().is_some()).await;
+        wait_until("it is noted", || store.regression().is_some()).await;
     }
 
     async fn watch_next(watch: &mut Watch) -> Changes {

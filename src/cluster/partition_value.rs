@@ -217,7 +217,7 @@ impl PartitionValue {
     /// be less than was acknowledged, so it is noted as unclean.
     #[must_use]
     pub fn struck(&self, me: BrokerId, holds: Holds) -> Option<Self> {
-        let resigns = self.leader == Some(me) && !mutant!(ResumeLeading);
+        let resigns = self.leader == Some(me) && !mutant!(KeepOldLeadership);
         let free = if resigns { self.leaderless() } else { self.clone() };
         let is_last =
             self.isr.iter().chain(&self.elr).all(|id| *id == me) && !(self.isr.is_empty() && self.elr.is_empty());
@@ -337,7 +337,7 @@ impl PartitionValue {
 
     /// The sets with `isr` in sync. Below the minimum whoever just left it, `dropped`, is eligible beside those that were.
     fn with_sets(&self, isr: Vec<BrokerId>, dropped: Vec<BrokerId>, min_insync: usize) -> Self {
-        let elr = if isr.len() >= min_insync || mutant!(EligibleForgotten) {
+        let elr = if isr.len() >= min_insync || mutant!(DropElr) {
             Vec::new()
         } else {
             self.elr.iter().copied().chain(dropped).filter(|id| !isr.contains(id)).collect()

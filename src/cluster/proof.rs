@@ -158,7 +158,7 @@ impl Judge {
         // One that is not there was made while this broker stopped, if its value never changed since: there was nothing to hold yet. One
         // that is there and damaged did hold something: a value may stay for years as it was made.
         let nothing_yet = entry.create_revision == entry.mod_revision && !self.shown.on_disk.contains(&id);
-        if mutant!(SkipProof) {
+        if mutant!(SkipStartupVerification) {
             return Holds::All;
         }
         if !is_whole && !nothing_yet {
@@ -167,7 +167,7 @@ impl Judge {
         match durability {
             _ if self.shown.clean => Holds::All,
             Some(Durability::Persisted) => Holds::All,
-            Some(Durability::Replicated) if mutant!(LossTakenForClean) => Holds::All,
+            Some(Durability::Replicated) if mutant!(TreatUncleanAsClean) => Holds::All,
             // A topic that cannot be read may be of either kind.
             Some(Durability::Replicated) | None => Holds::Unmarked,
         }
@@ -214,7 +214,7 @@ impl Unread {
 fn is_same(record: &Entry, shown: &Shown) -> bool {
     let proven =
         |known: DirectoryValue| known.directory_id == shown.directory_id && shown.uptimes.contains(&known.incarnation);
-    mutant!(SkipProof) || DirectoryValue::decode(&record.key, &record.value).is_ok_and(proven)
+    mutant!(SkipStartupVerification) || DirectoryValue::decode(&record.key, &record.value).is_ok_and(proven)
 }
 
 async fn durabilities(

@@ -104,7 +104,7 @@ impl TierCommits {
         let (partition_key, tier_key) = (self.keys.partition(id), self.keys.tier(id));
         let partition = self.store.get(&partition_key).await?.entry.ok_or(TierCommitError::Changed { id })?;
         let current = PartitionValue::decode(&partition_key, &partition.value)?.leader_epoch;
-        if current != epoch && !mutant!(DeposedCommits) {
+        if current != epoch && !mutant!(DeposedLeaderCommits) {
             return Err(TierCommitError::Deposed { id, epoch, current });
         }
         let tier = self.store.get(&tier_key).await?.entry;

@@ -151,7 +151,7 @@ impl Values {
             },
             telemetry: Telemetry {
                 level: self.required("telemetry.level").to_owned(),
-                format: telemetry::Format::from_word(self.required("telemetry.format")).unwrap_or_default(),
+                format: telemetry::LogFormat::from_name(self.required("telemetry.format")).unwrap_or_default(),
             },
         }
     }

@@ -286,7 +286,7 @@ pub struct Telemetry {
     /// What is logged, in the syntax of `tracing_subscriber`'s `EnvFilter`.
     pub level: String,
     /// How lines are written.
-    pub format: telemetry::Format,
+    pub format: telemetry::LogFormat,
 }
 
 impl Config {

@@ -61,7 +61,7 @@ format = "json"
     assert_eq!(config.topic_defaults["retention.ms"], "-1");
     assert_eq!(config.topic_defaults["remote.storage.enable"], "false");
     assert_eq!((config.log.journal_bytes, config.tier.garbage_grace), (1 << 30, Duration::from_secs(5400)));
-    assert_eq!(config.telemetry.format, telemetry::Format::Json);
+    assert_eq!(config.telemetry.format, telemetry::LogFormat::Json);
 }
 
 #[test]

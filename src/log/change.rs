@@ -52,7 +52,7 @@ impl Replica {
         }
         self.forget_pending();
         let shared = self.shared.clone();
-        saw!(Changing { partition: shared.id, to: last.end, emptied: false });
+        sim_event!(LogChangeStarted { partition: shared.id, to: last.end, emptied: false });
         let generation = shared.core.next_generation();
         let removed = {
             let mut state = shared.state();
@@ -77,14 +77,14 @@ impl Replica {
         // The cut itself may wait for one of them.
         shared.touch(0);
         shared.core.tail.truncate(&shared.tail, last.end);
-        if !mutant!(CutUnjournaled) {
+        if !mutant!(TruncateUnjournaled) {
             shared.core.commit(&shared, shared.head(Kind::Cut, generation, last.end, last.end))?;
         }
         self.cut_files(&last, &removed).map_err(|error| self.failed_change(&error))?;
-        if !mutant!(CutUnjournaled) {
+        if !mutant!(TruncateUnjournaled) {
             shared.core.commit(&shared, shared.head(Kind::Settled, generation, last.end, last.end))?;
         }
-        saw!(Settled { partition: shared.id });
+        sim_event!(LogChangeCompleted { partition: shared.id });
         Ok(last.end)
     }
 
@@ -127,7 +127,7 @@ impl Replica {
         self.keep_tables_beside(&snapshot, at)?;
         self.forget_pending();
         let shared = self.shared.clone();
-        saw!(Changing { partition: shared.id, to: at, emptied: true });
+        sim_event!(LogChangeStarted { partition: shared.id, to: at, emptied: true });
         let replaced = Box::new(shared.record());
         let generation = shared.core.next_generation();
         let info = SegmentInfo::empty(at, clock::wall_ms());
@@ -162,7 +162,7 @@ impl Replica {
             state.replaced = None;
         }
         shared.core.commit(&shared, shared.head(Kind::Settled, generation, at, at))?;
-        saw!(Settled { partition: shared.id });
+        sim_event!(LogChangeCompleted { partition: shared.id });
         Ok(())
     }
 

@@ -112,7 +112,7 @@ impl Default for Options {
             producer_bytes: 64 << 20,
             sync_bytes: 64 << 20,
             sync_after: std::time::Duration::from_secs(10),
-            reserve_bytes: limits::DISK_RESERVE_BYTES,
+            reserve_bytes: limits::MIN_FREE_DISK_BYTES,
             metrics: Metrics::new(),
             manual: false,
             stepper: None,

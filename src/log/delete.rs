@@ -41,7 +41,7 @@ impl Log {
         for shared in &known {
             drop(shared.failed.set("the replica was deleted".to_owned()));
             shared.core.tail.truncate(&shared.tail, Offset::ZERO);
-            saw!(Changing { partition: shared.id, to: Offset::ZERO, emptied: true });
+            sim_event!(LogChangeStarted { partition: shared.id, to: Offset::ZERO, emptied: true });
             shared.state().generation = inner.core.next_generation();
         }
         let mut begun = inner.commit_all(known, Kind::Delete, &mut failures);
@@ -57,7 +57,7 @@ impl Log {
         failures.extend(kept);
         let settled = inner.commit_all(begun, Kind::Settled, &mut failures);
         for _shared in &settled {
-            saw!(Settled { partition: _shared.id });
+            sim_event!(LogChangeCompleted { partition: _shared.id });
         }
         failures
     }

@@ -459,10 +459,10 @@ impl Inner {
     fn start(self: &Arc<Self>) -> Vec<JoinHandle<()>> {
         let (writer, syncer, grower, giver) = (self.clone(), self.clone(), self.clone(), self.clone());
         vec![
-            task::thread("journal", move || writer.write_journal()),
-            task::thread("segment-sync", move || sync::run(&syncer)),
-            task::thread("journal-growth", move || growth::run(&grower)),
-            task::thread("removed-files", move || giver.core.removed.run()),
+            task::spawn_thread("journal", move || writer.write_journal()),
+            task::spawn_thread("segment-sync", move || sync::run(&syncer)),
+            task::spawn_thread("journal-growth", move || growth::run(&grower)),
+            task::spawn_thread("removed-files", move || giver.core.removed.run()),
         ]
     }
 
@@ -501,7 +501,7 @@ fn room_for_journal(disk: &dyn Disk, journal_dir: &Path, bytes: u64) -> Result<(
     // The folder may not be there yet: then the one above it says.
     let free = journal_dir.ancestors().find_map(|dir| disk.free_bytes(dir).ok());
     match free {
-        Some(free) if bytes > limits::MODEST_JOURNAL_BYTES && !made && free < bytes => {
+        Some(free) if bytes > limits::JOURNAL_SPACE_CHECK_BYTES && !made && free < bytes => {
             Err(OpenError::JournalTooLarge { journal_dir: journal_dir.to_owned(), bytes, free })
         }
         _ => Ok(()),

@@ -56,7 +56,7 @@ struct Producer {
     epoch: i16,
     /// Partition time when its last batch was appended.
     last_ms: i64,
-    /// At most `limits::PRODUCER_WINDOW`, at least one, oldest first.
+    /// At most `limits::MAX_BATCHES_PER_PRODUCER`, at least one, oldest first.
     batches: Vec<Written>,
 }
 
@@ -208,7 +208,7 @@ impl ProducerTable {
                 *producer = fresh();
             }
         }
-        if producer.batches.len() == limits::PRODUCER_WINDOW {
+        if producer.batches.len() == limits::MAX_BATCHES_PER_PRODUCER {
             producer.batches.remove(0);
         }
         producer.batches.push(written);
@@ -279,7 +279,8 @@ impl ProducerTable {
             let last_ms = from.try_get_i64().ok()?;
             let count = usize::from(from.try_get_u8().ok()?);
             let follows = table.producers.last_key_value().is_none_or(|(last, _)| *last < id);
-            if id < 0 || !follows || last_ms > table.time_ms || !(1..=limits::PRODUCER_WINDOW).contains(&count) {
+            if id < 0 || !follows || last_ms > table.time_ms || !(1..=limits::MAX_BATCHES_PER_PRODUCER).contains(&count)
+            {
                 return None;
             }
             let mut batches = Vec::with_capacity(count);

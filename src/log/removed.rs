@@ -130,7 +130,7 @@ mod tests {
         let len = |at: usize| held[at].metadata().unwrap().len();
         let removed = Arc::new(removed);
         let runs = Arc::clone(&removed);
-        let running = task::thread("removed-files", move || runs.run());
+        let running = task::spawn_thread("removed-files", move || runs.run());
         while len(0) == BYTES {
             assert!(!running.is_finished());
             thread::yield_now();

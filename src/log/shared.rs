@@ -223,7 +223,7 @@ impl Shared {
         }
         let pinned = state.unsynced.len();
         if head.kind == Kind::Append {
-            saw!(Journaled { partition: self.id, file, end: head.end });
+            sim_event!(EntryJournaled { partition: self.id, file, end: head.end });
         }
         match head.kind {
             Kind::Append | Kind::Create => {

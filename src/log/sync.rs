@@ -152,7 +152,7 @@ impl Inner {
             (std::mem::take(&mut work.dirty), std::mem::take(&mut work.urgent))
         };
         self.take_reserve();
-        if !mutant!(ReuseBeforeSync) {
+        if !mutant!(ReuseJournalFileBeforeSync) {
             self.sync_dirty(&dirty);
         }
         let short = self.ring().short();
@@ -187,7 +187,7 @@ impl Inner {
         let threads = dirty.len().div_ceil(FILES_A_THREAD).clamp(1, SIDE_BY_SIDE);
         let threads = if self.core.options.manual { 1 } else { threads };
         let next = AtomicUsize::new(0);
-        task::side_by_side("segment-sync", threads, |thread| {
+        task::run_scoped("segment-sync", threads, |thread| {
             while let Some(replica) = dirty.get(next.fetch_add(1, Ordering::Relaxed)) {
                 replica.dirty.store(false, Ordering::Release);
                 drop(replica.sync());
@@ -237,7 +237,7 @@ impl Inner {
         let _one_at_a_time = self.core.recycling.lock().unwrap_or_else(PoisonError::into_inner);
         let open = self.open_replicas();
         let oldest = open.iter().filter_map(|replica| replica.state().unsynced.front().map(|(file, _)| *file)).min();
-        let oldest = oldest.filter(|_| !mutant!(ReuseBeforeSync));
+        let oldest = oldest.filter(|_| !mutant!(ReuseJournalFileBeforeSync));
         let first_round = self.ring().start_after(oldest.unwrap_or(u64::MAX), self.core.journal.next_round());
         self.write_checkpoint(&self.checkpoint(first_round, Standing::Running))?;
         self.ring().release(first_round);

@@ -1,39 +1,39 @@
-//! A topic's configuration: Kafka's keys with Kafka's meanings, and `durability`, which is ours.
+//! Topic configuration: Kafka's keys with Kafka's meanings, and the additional key `durability`.
 //!
-//! Texts become typed values in one place, [`TopicConfig::resolve`], which layers what a topic sets over what the
-//! broker's `[topic_defaults]` set over the built-in defaults. [`TOPIC_CONFIG_KEYS`] is the one list of keys: help
-//! texts, `docs/configuration.md` and the checks are all made from it.
+//! [`TopicConfig::resolve`] turns strings into typed values. A value of the topic has precedence over the broker's `[topic_defaults]`, and
+//! these over the built-in defaults. [`TOPIC_CONFIG_KEYS`] is the only list of keys: help texts, `docs/configuration.md` and validation
+//! are generated from it.
 
-use std::{collections::BTreeMap, fmt, time::Duration};
+use std::{collections::BTreeMap, fmt, str::FromStr, time::Duration};
 
-/// Topic configuration as text: key to value.
+/// Topic configuration as strings, by key.
 pub type ConfigMap = BTreeMap<String, String>;
 
-/// What an acknowledgement by a replica means (design: durability).
+/// When a replica may acknowledge a record.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Durability {
-    /// The replica has synced the record to stable storage.
+    /// After the record is synced to stable storage.
     #[default]
     Persisted,
-    /// The replica has written the record to the page cache (Kafka's rule).
+    /// After the record is written to the page cache (as in Kafka).
     Replicated,
 }
 
-/// Who sets a record's timestamp.
+/// What sets a record's timestamp.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum TimestampType {
     /// The producer.
     #[default]
     CreateTime,
-    /// The broker, when it appends.
+    /// The leader, at the append.
     LogAppendTime,
 }
 
-/// How a batch's records are compressed. The discriminant is the batch attribute's low three bits.
+/// Codec of a batch's records. The discriminant is stored in the low three bits of the batch's attributes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum Compression {
-    /// Not at all.
+    /// No compression.
     #[default]
     None = 0,
     /// RFC 1952.
@@ -47,7 +47,7 @@ pub enum Compression {
 }
 
 impl Compression {
-    /// The codec with this discriminant.
+    /// Returns the codec with this discriminant.
     pub const fn from_bits(bits: u8) -> Option<Self> {
         match bits {
             0 => Some(Self::None),
@@ -60,63 +60,74 @@ impl Compression {
     }
 }
 
-/// What a producer waits for before a write counts as acknowledged.
+/// When an append is acknowledged.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Acks {
-    /// Nothing.
+    /// Never: the producer gets no response.
     None,
-    /// The leader's own durability rule.
+    /// When it is durable on the leader, by the topic's [`Durability`].
     Leader,
-    /// Every in-sync replica, and at least `min.insync.replicas` of them.
+    /// When it is durable on every in-sync replica, and these are at least `min.insync.replicas`.
     #[default]
     All,
-    /// As `All`, and the record is in the bucket.
+    /// As `All`, and when it is in the object store.
     Tiered,
 }
 
-macro_rules! words {
-    ($kind:ty { $($variant:ident = $word:literal),* $(,)? }) => {
+/// Error for a string that names no value of an enum.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("write one of {}", .names.join(", "))]
+pub struct UnknownName {
+    /// The names of all values.
+    pub names: &'static [&'static str],
+}
+
+macro_rules! names {
+    ($kind:ty { $($variant:ident = $name:literal),* $(,)? }) => {
         impl $kind {
-            /// Every word that names a value of this kind.
-            pub const WORDS: &'static [&'static str] = &[$($word),*];
+            /// The names of all values.
+            pub const NAMES: &'static [&'static str] = &[$($name),*];
 
             /// The value's name.
-            pub const fn word(self) -> &'static str {
-                match self { $(Self::$variant => $word),* }
+            pub const fn as_str(self) -> &'static str {
+                match self { $(Self::$variant => $name),* }
             }
+        }
 
-            /// The value that `word` names.
-            pub fn from_word(word: &str) -> Option<Self> {
-                match word { $($word => Some(Self::$variant),)* _ => None }
+        impl FromStr for $kind {
+            type Err = UnknownName;
+
+            fn from_str(name: &str) -> Result<Self, UnknownName> {
+                match name { $($name => Ok(Self::$variant),)* _ => Err(UnknownName { names: Self::NAMES }) }
             }
         }
 
         impl fmt::Display for $kind {
             fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.pad(self.word())
+                f.pad(self.as_str())
             }
         }
     };
 }
-words!(Durability { Persisted = "persisted", Replicated = "replicated" });
-words!(TimestampType { CreateTime = "CreateTime", LogAppendTime = "LogAppendTime" });
-words!(Compression { None = "none", Gzip = "gzip", Snappy = "snappy", Lz4 = "lz4", Zstd = "zstd" });
-words!(Acks { None = "0", Leader = "1", All = "all", Tiered = "tiered" });
+names!(Durability { Persisted = "persisted", Replicated = "replicated" });
+names!(TimestampType { CreateTime = "CreateTime", LogAppendTime = "LogAppendTime" });
+names!(Compression { None = "none", Gzip = "gzip", Snappy = "snappy", Lz4 = "lz4", Zstd = "zstd" });
+names!(Acks { None = "0", Leader = "1", All = "all", Tiered = "tiered" });
 
-/// One key that a topic's configuration may hold.
+/// A key of the topic configuration.
 #[derive(Clone, Copy, Debug)]
 pub struct ConfigKey {
-    /// Its name.
+    /// The key itself.
     pub name: &'static str,
-    /// The value where nothing sets it.
+    /// The built-in default.
     pub default: &'static str,
-    /// What values are allowed, in words.
+    /// The allowed values, as error messages and docs name them.
     pub allowed: &'static str,
-    /// What it does, in one line.
+    /// One line of documentation.
     pub doc: &'static str,
 }
 
-/// Every key that a topic's configuration may hold, in alphabetical order.
+/// All keys of the topic configuration, in alphabetical order.
 pub const TOPIC_CONFIG_KEYS: &[ConfigKey] = &[
     ConfigKey {
         name: "cleanup.policy",
@@ -128,124 +139,124 @@ pub const TOPIC_CONFIG_KEYS: &[ConfigKey] = &[
         name: "compression.type",
         default: "producer",
         allowed: "producer, uncompressed, gzip, snappy, lz4 or zstd",
-        doc: "`producer` stores batches as they come; any other word makes the broker store every batch in that codec, and refuse one whose records take more than 64 MiB plain.",
+        doc: "`producer` stores batches as the producer sent them. With any other value the leader stores every batch in that codec, and refuses a batch whose records take more than 64 MiB uncompressed.",
     },
     ConfigKey {
         name: "durability",
         default: "persisted",
         allowed: "persisted or replicated",
-        doc: "What a replica's acknowledgement means: `persisted` = synced to its disk, `replicated` = in its page cache.",
+        doc: "When a replica acknowledges a record: `persisted` = after the sync to its disk, `replicated` = after the write to its page cache.",
     },
     ConfigKey {
         name: "local.retention.bytes",
         default: "-2",
         allowed: "a number of bytes up to 2305843009213693951, -1 for no limit, or -2 for the value of retention.bytes",
-        doc: "How much of each partition stays on local disk once it is in the bucket. What lies below the log start leaves the disk at once, whatever this says.",
+        doc: "How many bytes of each partition stay on local disk after they were uploaded to the object store. Segments below the log start are deleted from the disk at once, whatever this setting.",
     },
     ConfigKey {
         name: "local.retention.ms",
         default: "86400000",
         allowed: "a number of milliseconds up to 2305843009213693951, -1 for no limit, or -2 for the value of retention.ms",
-        doc: "How long records stay on local disk once they are in the bucket, from when their segment was last written on, whatever their timestamps say.",
+        doc: "How long segments stay on local disk after they were uploaded to the object store. The time counts from the last write to the segment, whatever the timestamps of its records.",
     },
     ConfigKey {
         name: "max.message.bytes",
         default: "1048588",
         allowed: "a number of bytes from 1024 to 67108864",
-        doc: "The largest batch, in bytes as it is stored, that a producer may append.",
+        doc: "Maximum size of a batch as stored.",
     },
     ConfigKey {
         name: "message.timestamp.after.max.ms",
         default: "3600000",
         allowed: "a number of milliseconds up to 2305843009213693951, or -1 for no limit",
-        doc: "How far a record's timestamp may lie after the broker's clock; a batch beyond that is refused (`INVALID_TIMESTAMP`). Of a compressed batch that is stored as it came the header counts: its first timestamp and its largest. A topic without this limit forgets idempotent producers by number alone. Without effect where the broker sets the timestamps.",
+        doc: "How far a record's timestamp may lie after the broker's clock; a batch beyond that is refused (`INVALID_TIMESTAMP`). Of a compressed batch that is stored unchanged, the first and the largest timestamp of the header are checked. Without this limit, idempotent producers expire by their number alone, not by `producer.id.expiration.ms`. Has no effect with `message.timestamp.type=LogAppendTime`.",
     },
     ConfigKey {
         name: "message.timestamp.before.max.ms",
         default: "-1",
         allowed: "a number of milliseconds up to 2305843009213693951, or -1 for no limit",
-        doc: "How far a record's timestamp may lie before the broker's clock; a batch beyond that is refused (`INVALID_TIMESTAMP`). Without effect where the broker sets the timestamps.",
+        doc: "How far a record's timestamp may lie before the broker's clock; a batch beyond that is refused (`INVALID_TIMESTAMP`). Has no effect with `message.timestamp.type=LogAppendTime`.",
     },
     ConfigKey {
         name: "message.timestamp.type",
         default: "CreateTime",
         allowed: "CreateTime or LogAppendTime",
-        doc: "Who sets a record's timestamp: its producer, or the broker as it appends.",
+        doc: "What sets a record's timestamp: the producer (`CreateTime`), or the leader at the append (`LogAppendTime`).",
     },
     ConfigKey {
         name: "min.insync.replicas",
         default: "1",
         allowed: "a number from 1 to 32",
-        doc: "How many replicas must hold a record before `acks=all` is acknowledged; with fewer in sync, appends are refused.",
+        doc: "How many in-sync replicas must hold a record before `acks=all` is acknowledged. With fewer in-sync replicas, such appends are refused.",
     },
     ConfigKey {
         name: "producer.id.expiration.ms",
         default: "86400000",
         allowed: "a number of milliseconds from 1 to 2305843009213693951",
-        doc: "How long a partition remembers an idempotent producer that writes nothing more, by the largest timestamp in the partition and not by a clock. Without effect where `message.timestamp.after.max.ms` is -1.",
+        doc: "How long a partition remembers an idempotent producer after its last write. The time is measured by the largest timestamp in the partition, not by a clock. Has no effect with `message.timestamp.after.max.ms=-1`.",
     },
     ConfigKey {
         name: "remote.storage.enable",
         default: "true",
         allowed: "true or false",
-        doc: "Whether sealed segments are moved to the object store.",
+        doc: "Whether sealed segments are uploaded to the object store.",
     },
     ConfigKey {
         name: "retention.bytes",
         default: "-1",
         allowed: "a number of bytes up to 2305843009213693951, or -1 for no limit",
-        doc: "How much of each partition is kept, over both tiers: its oldest segment goes, from the disk and the bucket, while what remains is still at least this, the active segment counted.",
+        doc: "Minimum size of each partition that retention keeps, on local disk and in the object store together. The oldest segment is deleted from both while the other segments, the active one included, have at least this size.",
     },
     ConfigKey {
         name: "retention.ms",
         default: "604800000",
         allowed: "a number of milliseconds up to 2305843009213693951, or -1 for no limit",
-        doc: "How long records are kept, over both tiers: a segment goes, from the disk and the bucket, when its youngest record is older.",
+        doc: "How long records are kept. A segment is deleted from the local disk and the object store when its newest record is older than this.",
     },
     ConfigKey {
         name: "segment.bytes",
         default: "67108864",
         allowed: "a number of bytes from 16384 to 2147483647",
-        doc: "The size at which a segment is sealed and the next one begun.",
+        doc: "Size at which the active segment is sealed and the next one starts.",
     },
     ConfigKey {
         name: "segment.ms",
         default: "3600000",
         allowed: "a number of milliseconds from 100 to 2305843009213693951",
-        doc: "The age at which a segment that holds records is sealed, so that the bucket's lag is bounded.",
+        doc: "Age at which an active segment with records is sealed. It bounds how late records reach the object store.",
     },
 ];
 
-/// A value that a key does not allow, or a key that does not exist.
+/// An invalid topic configuration.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidConfig {
     /// The key is not in [`TOPIC_CONFIG_KEYS`].
     #[error("topic configuration {key:?} does not exist; known keys: {}", known_keys())]
     UnknownKey {
-        /// What was given.
+        /// The unknown key.
         key: String,
     },
-    /// The value is not one that the key allows.
+    /// The key does not allow this value.
     #[error("topic configuration {key}={value:?} is not valid: allowed is {allowed}")]
     Value {
         /// The key.
         key: String,
-        /// What was given.
+        /// The value.
         value: String,
-        /// What is allowed.
+        /// The allowed values.
         allowed: String,
     },
-    /// More is to stay on local disk than is kept at all. Either key may be the one that was just set, so both are named.
+    /// The local retention exceeds the retention of the whole log. The error names both keys, because either may have changed.
     #[error(
         "topic configuration {local}={local_value} keeps more on local disk than {whole}={whole_value} keeps at all: \
          lower {local} to at most {whole_value}, or set it to -2, which follows {whole}; or raise {whole}"
     )]
     LocalAboveWhole {
-        /// The key of the limit on local disk.
+        /// The key of the local limit.
         local: &'static str,
         /// Its value.
         local_value: String,
-        /// The key of the limit on the whole log.
+        /// The key of the limit for the whole log.
         whole: &'static str,
         /// Its value.
         whole_value: String,
@@ -256,7 +267,7 @@ fn known_keys() -> String {
     TOPIC_CONFIG_KEYS.iter().map(|key| key.name).collect::<Vec<_>>().join(", ")
 }
 
-/// A topic's effective configuration. `None` in a limit means no limit.
+/// A topic's effective configuration. A limit that is `None` does not apply.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TopicConfig {
     /// `retention.ms`
@@ -300,25 +311,25 @@ impl Default for TopicConfig {
 }
 
 impl TopicConfig {
-    /// The effective configuration of a topic that sets `overrides`, on a broker whose configuration sets `defaults`.
+    /// Returns the effective configuration of a topic with `overrides`, on a broker with `defaults`.
     pub fn resolve(defaults: &ConfigMap, overrides: &ConfigMap) -> Result<Self, InvalidConfig> {
         for key in defaults.keys().chain(overrides.keys()) {
-            known(key)?;
+            find_key(key)?;
         }
-        let values = Layers { defaults, overrides };
+        let values = ConfigLayers { defaults, overrides };
         let retention = values.limit("retention.ms")?.map(Duration::from_millis);
         let retention_bytes = values.limit("retention.bytes")?;
         let local_ms = values.local_limit("local.retention.ms", retention.map(millis))?;
         let local_retention_bytes = values.local_limit("local.retention.bytes", retention_bytes)?;
         let timestamp_after = values.limit("message.timestamp.after.max.ms")?.map(Duration::from_millis);
         let expiration = Duration::from_millis(values.number("producer.id.expiration.ms", 1, MAX_MS)?);
-        let _only_delete: &str = values.one_of("cleanup.policy", |word| (word == "delete").then_some("delete"))?;
+        let _only_delete: &str = values.parse("cleanup.policy", |name| (name == "delete").then_some("delete"))?;
         Ok(Self {
             retention,
             retention_bytes,
             local_retention: local_ms.map(Duration::from_millis),
             local_retention_bytes,
-            tiered: values.one_of("remote.storage.enable", |word| word.parse().ok())?,
+            tiered: values.parse("remote.storage.enable", |text| text.parse().ok())?,
             segment_bytes: values.number("segment.bytes", 16_384, 2_147_483_647)?,
             segment_age: Duration::from_millis(values.number("segment.ms", 100, MAX_MS)?),
             max_message_bytes: usize::try_from(values.number("max.message.bytes", 1024, 67_108_864)?)
@@ -327,21 +338,18 @@ impl TopicConfig {
             producer_expiration: timestamp_after.map(|_| expiration),
             timestamp_before: values.limit("message.timestamp.before.max.ms")?.map(Duration::from_millis),
             timestamp_after,
-            timestamp_type: values.one_of("message.timestamp.type", TimestampType::from_word)?,
-            compression: values.one_of("compression.type", |word| match word {
+            timestamp_type: values.parse("message.timestamp.type", |name| name.parse().ok())?,
+            compression: values.parse("compression.type", |name| match name {
                 "producer" => Some(None),
                 "uncompressed" => Some(Some(Compression::None)),
                 "none" => None,
-                codec => Compression::from_word(codec).map(Some),
+                codec => codec.parse().ok().map(Some),
             })?,
-            durability: values.one_of("durability", Durability::from_word)?,
+            durability: values.parse("durability", |name| name.parse().ok())?,
         })
     }
 
-    /// Refuses a topic whose appends could never be acknowledged: more replicas in sync than there are.
-    ///
-    /// # Errors
-    /// When `min.insync.replicas` is above the replication factor.
+    /// Checks that `min.insync.replicas` is at most the replication factor. Otherwise no append with `acks=all` could be acknowledged.
     pub fn check_replicas(&self, replicas: u32) -> Result<(), InvalidConfig> {
         if u32::try_from(self.min_insync_replicas).is_ok_and(|needed| needed <= replicas) {
             return Ok(());
@@ -356,10 +364,10 @@ impl TopicConfig {
         })
     }
 
-    /// The same configuration with numbers as they are usually written: `+5` and `007` mean 5 and 7.
-    pub fn normal(config: ConfigMap) -> ConfigMap {
+    /// Rewrites numbers in their usual form: `+5` and `007` become 5 and 7.
+    pub fn normalize(config: ConfigMap) -> ConfigMap {
         let text = |key: &str, text: String| {
-            let numeric = known(key).is_ok_and(|key| key.default.parse::<i64>().is_ok());
+            let numeric = find_key(key).is_ok_and(|key| key.default.parse::<i64>().is_ok());
             text.parse::<i64>().ok().filter(|_| numeric).map_or(text, |number| number.to_string())
         };
         config
@@ -371,57 +379,57 @@ impl TopicConfig {
             .collect()
     }
 
-    /// Every key's effective text, for `describe`.
-    pub fn texts(defaults: &ConfigMap, overrides: &ConfigMap) -> ConfigMap {
-        let values = Layers { defaults, overrides };
+    /// Returns the effective value of every key as a string.
+    pub fn effective_values(defaults: &ConfigMap, overrides: &ConfigMap) -> ConfigMap {
+        let values = ConfigLayers { defaults, overrides };
         TOPIC_CONFIG_KEYS.iter().map(|key| (key.name.to_owned(), values.text(key.name).to_owned())).collect()
     }
 }
 
-/// Longest time that a key takes, so that sums of times never overflow.
+/// Maximum of every duration, so that sums of durations never overflow.
 const MAX_MS: u64 = i64::MAX as u64 / 4;
 
 fn millis(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(MAX_MS)
 }
 
-fn known(name: &str) -> Result<&'static ConfigKey, InvalidConfig> {
+fn find_key(name: &str) -> Result<&'static ConfigKey, InvalidConfig> {
     TOPIC_CONFIG_KEYS
         .iter()
         .find(|key| key.name == name)
         .ok_or_else(|| InvalidConfig::UnknownKey { key: name.chars().take(100).collect() })
 }
 
-struct Layers<'a> {
+struct ConfigLayers<'a> {
     defaults: &'a ConfigMap,
     overrides: &'a ConfigMap,
 }
 
-impl Layers<'_> {
+impl ConfigLayers<'_> {
     fn text(&self, name: &str) -> &str {
         let set = self.overrides.get(name).or_else(|| self.defaults.get(name));
-        set.map_or_else(|| known(name).expect("a key of the list").default, String::as_str)
+        set.map_or_else(|| find_key(name).expect("a key of the list").default, String::as_str)
     }
 
-    fn one_of<T>(&self, name: &str, parse: impl FnOnce(&str) -> Option<T>) -> Result<T, InvalidConfig> {
+    fn parse<T>(&self, name: &str, parse: impl FnOnce(&str) -> Option<T>) -> Result<T, InvalidConfig> {
         let text = self.text(name);
-        parse(text).ok_or_else(|| self.refuse(name))
+        parse(text).ok_or_else(|| self.invalid_value(name))
     }
 
-    fn number(&self, name: &str, least: u64, most: u64) -> Result<u64, InvalidConfig> {
-        self.one_of(name, |text| text.parse().ok().filter(|number| (least..=most).contains(number)))
+    fn number(&self, name: &str, min: u64, max: u64) -> Result<u64, InvalidConfig> {
+        self.parse(name, |text| text.parse().ok().filter(|number| (min..=max).contains(number)))
     }
 
-    /// A limit where -1 means none, and so does the largest number there is, as users of Kafka write it.
+    /// Parses a limit. -1 means no limit, and so does the largest `i64`, which Kafka users write for it.
     fn limit(&self, name: &str) -> Result<Option<u64>, InvalidConfig> {
-        self.one_of(name, |text| match text.parse::<i64>().ok()? {
+        self.parse(name, |text| match text.parse::<i64>().ok()? {
             -1 | i64::MAX => Some(None),
             number => u64::try_from(number).ok().filter(|number| *number <= MAX_MS).map(Some),
         })
     }
 
-    /// A local limit, where -2 means the whole log's. It can never hold more than the whole log does: a default that
-    /// would is lowered to it, and a topic that asks for more than it keeps is refused.
+    /// Parses a local limit. -2 means the limit of the whole log, which a local limit never exceeds: a larger default is lowered to it, a
+    /// larger value of the topic is an error.
     fn local_limit(&self, name: &'static str, whole: Option<u64>) -> Result<Option<u64>, InvalidConfig> {
         if self.text(name) == "-2" {
             return Ok(whole);
@@ -436,11 +444,11 @@ impl Layers<'_> {
         Ok(if above { whole } else { limit })
     }
 
-    fn refuse(&self, name: &str) -> InvalidConfig {
+    fn invalid_value(&self, name: &str) -> InvalidConfig {
         InvalidConfig::Value {
             key: name.to_owned(),
             value: self.text(name).chars().take(100).collect(),
-            allowed: known(name).expect("a key of the list").allowed.to_owned(),
+            allowed: find_key(name).expect("a key of the list").allowed.to_owned(),
         }
     }
 }
@@ -516,7 +524,7 @@ mod tests {
     #[test]
     fn numbers_are_kept_as_they_are_usually_written() {
         let given = map(&[("retention.ms", "+5"), ("segment.bytes", "0020000"), ("durability", "persisted")]);
-        let kept = TopicConfig::normal(given);
+        let kept = TopicConfig::normalize(given);
         assert_eq!(kept, map(&[("retention.ms", "5"), ("segment.bytes", "20000"), ("durability", "persisted")]));
     }
 

@@ -1,4 +1,4 @@
-//! Names and ids: what a topic, a partition and a broker are called.
+//! Names and ids of topics, partitions and brokers.
 
 use std::{fmt, str::FromStr, sync::Arc};
 
@@ -6,25 +6,25 @@ use uuid::Uuid;
 
 /// A topic's name: 1 to 249 of `a-z A-Z 0-9 . _ -`, and neither `.` nor `..` (Kafka's rule).
 ///
-/// Names are for people; everything stored is filed under a [`TopicId`].
+/// Users see names; stored data is keyed by [`TopicId`].
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct TopicName(Arc<str>);
 
-/// Why a string is no topic name.
+/// Error for an invalid topic name.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "topic name {name:?} is not valid: use 1 to 249 of a-z, A-Z, 0-9, '.', '_' and '-', and neither \".\" nor \"..\""
 )]
 pub struct InvalidTopicName {
-    /// What was given, cut to a length that can be printed.
+    /// The invalid name, shortened to [`TopicName::MAX_BYTES`] characters.
     pub name: String,
 }
 
 impl TopicName {
-    /// Longest name in bytes.
+    /// Maximum length of a name.
     pub const MAX_BYTES: usize = 249;
 
-    /// Checks a name.
+    /// Validates a name.
     pub fn new(name: &str) -> Result<Self, InvalidTopicName> {
         let legal = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-');
         let valid =
@@ -36,7 +36,7 @@ impl TopicName {
         }
     }
 
-    /// The name as a string.
+    /// Returns the name as a string.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -62,22 +62,22 @@ impl FromStr for TopicName {
     }
 }
 
-/// A topic's identity: a UUID drawn at creation, so that a topic deleted and made again shares nothing.
+/// A topic's id: a UUID that is drawn at creation. A topic that is deleted and created again has another id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct TopicId(Uuid);
 
 impl TopicId {
-    /// The id that was drawn for a new topic.
-    pub const fn new(drawn: Uuid) -> Self {
-        Self(drawn)
+    /// Wraps a UUID.
+    pub const fn new(uuid: Uuid) -> Self {
+        Self(uuid)
     }
 
-    /// The id with these 16 bytes.
+    /// Creates the id from its 16 bytes.
     pub const fn from_bytes(bytes: [u8; 16]) -> Self {
         Self(Uuid::from_bytes(bytes))
     }
 
-    /// Its 16 bytes.
+    /// Returns the 16 bytes of the id.
     pub const fn as_bytes(&self) -> &[u8; 16] {
         self.0.as_bytes()
     }
@@ -97,17 +97,17 @@ impl FromStr for TopicId {
     }
 }
 
-/// One partition: a topic's id and the partition's number in it, from 0.
+/// A partition: the topic's id and the partition's number in the topic, from 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct PartitionId {
-    /// The topic.
+    /// The topic's id.
     pub topic: TopicId,
     /// The partition's number in the topic.
     pub number: u32,
 }
 
 impl PartitionId {
-    /// Partition `number` of `topic`.
+    /// Creates the id of partition `number` of `topic`.
     pub const fn new(topic: TopicId, number: u32) -> Self {
         Self { topic, number }
     }
@@ -119,7 +119,7 @@ impl fmt::Display for PartitionId {
     }
 }
 
-/// A broker's number, chosen by its operator; it stays with the data directory.
+/// A broker's number. The operator chooses it; the data directory stores it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct BrokerId(pub u32);
 
@@ -129,8 +129,8 @@ impl fmt::Display for BrokerId {
     }
 }
 
-/// Brokers for people: `1,2,3`; `-` for none.
-pub fn listed(brokers: &[BrokerId]) -> String {
+/// Formats broker ids for output: `1,2,3`, or `-` for an empty list.
+pub fn format_ids(brokers: &[BrokerId]) -> String {
     if brokers.is_empty() {
         return "-".to_owned();
     }

@@ -1,6 +1,6 @@
-//! The nouns of the system as types that cannot be mixed up: names, ids, offsets, epochs, topic configuration.
+//! Plain types that every other module uses: names, ids, offsets, epochs and topic configuration.
 //!
-//! Nothing here does I/O, reads a clock or knows another module. The words are those of `docs/architecture.md`.
+//! This module does no I/O, reads no clock and imports no other module.
 
 mod config;
 mod ids;
@@ -10,6 +10,7 @@ mod offset;
 
 pub use config::{
     Acks, Compression, ConfigKey, ConfigMap, Durability, InvalidConfig, TOPIC_CONFIG_KEYS, TimestampType, TopicConfig,
+    UnknownName,
 };
-pub use ids::{BrokerId, InvalidTopicName, PartitionId, TopicId, TopicName, listed};
+pub use ids::{BrokerId, InvalidTopicName, PartitionId, TopicId, TopicName, format_ids};
 pub use offset::{LeaderEpoch, Offset, Watermarks};

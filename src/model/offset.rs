@@ -1,8 +1,8 @@
-//! Places in a partition's log, and the marks that a replica keeps. Every end is exclusive.
+//! Offsets, leader epochs and a replica's watermarks. All ranges are half-open: the end is excluded.
 
 use std::fmt;
 
-/// A record's number in its partition, from 0. Below 2^63, because a batch stores it as an `i64`.
+/// A record's number in its partition, from 0. It is below 2^63, because a batch stores it as an `i64`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[cfg_attr(feature = "server", derive(serde::Serialize, serde::Deserialize), serde(transparent))]
 pub struct Offset(u64);
@@ -13,30 +13,30 @@ impl Offset {
     /// The largest offset that a batch can hold.
     pub const MAX: Self = Self(i64::MAX as u64);
 
-    /// The offset with this number; `None` at 2^63 and above.
+    /// Returns `None` at 2^63 and above.
     pub const fn new(value: u64) -> Option<Self> {
         if value <= i64::MAX as u64 { Some(Self(value)) } else { None }
     }
 
-    /// The offset that an `i64` field holds; `None` when negative.
+    /// Returns `None` for a negative value.
     pub const fn from_i64(value: i64) -> Option<Self> {
         if value >= 0 { Some(Self(value.unsigned_abs())) } else { None }
     }
 
-    /// The number.
+    /// Returns the offset as a number.
     pub const fn get(self) -> u64 {
         self.0
     }
 
-    /// The number as a batch stores it.
+    /// Returns the offset as a batch stores it.
     pub const fn as_i64(self) -> i64 {
         self.0.cast_signed()
     }
 
-    /// The offset `records` further on.
+    /// Adds a number of records.
     ///
     /// # Panics
-    /// When it would pass 2^63: at a billion records a second that takes three centuries.
+    /// If the result is 2^63 or more: at a billion records a second that takes three centuries.
     #[must_use]
     pub const fn plus(self, records: u64) -> Self {
         match Self::new(self.0 + records) {
@@ -45,7 +45,7 @@ impl Offset {
         }
     }
 
-    /// How many offsets lie in `earlier..self`; 0 when `earlier` is not earlier.
+    /// Returns the number of offsets in `earlier..self`, or 0 if `earlier` is not below `self`.
     pub const fn since(self, earlier: Self) -> u64 {
         self.0.saturating_sub(earlier.0)
     }
@@ -57,18 +57,18 @@ impl fmt::Display for Offset {
     }
 }
 
-/// Grows by one at each change of a partition's leader; stamped on every batch.
+/// Number of a leader change of a partition: each change increments it, and every batch is stamped with it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[cfg_attr(feature = "server", derive(serde::Serialize, serde::Deserialize), serde(transparent))]
 pub struct LeaderEpoch(pub u32);
 
 impl LeaderEpoch {
-    /// The epoch that an `i32` field holds; `None` when negative.
+    /// Returns `None` for a negative value.
     pub const fn from_i32(value: i32) -> Option<Self> {
         if value >= 0 { Some(Self(value.unsigned_abs())) } else { None }
     }
 
-    /// The number as a batch stores it.
+    /// Returns the epoch as a batch stores it.
     pub const fn as_i32(self) -> i32 {
         self.0.cast_signed()
     }
@@ -80,26 +80,28 @@ impl fmt::Display for LeaderEpoch {
     }
 }
 
-/// The marks of one replica.
+/// The watermarks of a replica. Usually they are in this order:
 ///
 /// ```text
-/// log_start ≤ local_start ≤ tiered_end ≤ high_watermark ≤ persisted_end ≤ log_end
+/// log_start, local_start ≤ tiered_end ≤ high_watermark ≤ persisted_end ≤ log_end
 /// ```
-/// `local_start ≤ tiered_end` holds wherever something was evicted. Where retention deleted what was not uploaded the
-/// log start lies above the tiered end: `local_start ≤ max(tiered_end, log_start)`. `high_watermark ≤ persisted_end` where
-/// the topic's durability is `persisted`.
+/// | pair | order |
+/// | --- | --- |
+/// | `log_start`, `local_start` | either may be lower: a local segment may begin below the log start |
+/// | `local_start`, `tiered_end` | `local_start ≤ max(tiered_end, log_start)`: retention may delete segments that were never uploaded |
+/// | `high_watermark`, `persisted_end` | `high_watermark ≤ persisted_end` if the topic's durability is `persisted` |
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Watermarks {
-    /// First offset that can be read at all.
+    /// First offset that can be read from any tier.
     pub log_start: Offset,
-    /// First offset that this broker still has on disk.
+    /// First offset on this broker's disk.
     pub local_start: Offset,
-    /// First offset not yet committed to the bucket.
+    /// First offset that is not committed to the object store.
     pub tiered_end: Offset,
     /// First uncommitted offset.
     pub high_watermark: Offset,
-    /// First offset not yet known to be on stable storage here.
+    /// First offset that is not on this replica's stable storage.
     pub persisted_end: Offset,
-    /// First unwritten offset here.
+    /// First offset that this replica has not written.
     pub log_end: Offset,
 }

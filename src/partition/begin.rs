@@ -82,7 +82,7 @@ pub(super) async fn from_bucket(tier: Option<&PartitionTier>, at: Offset) -> Res
     let end = tier.state().bucket_end();
     match tier.last_footer().await? {
         Some(footer) if footer.end >= at => {
-            let producers: &[u8] = if mutant!(BeginWithoutProducers) { &[] } else { &footer.producers };
+            let producers: &[u8] = if mutant!(BootstrapWithoutProducers) { &[] } else { &footer.producers };
             Tables::checked(footer.end, &footer.epochs, producers)
         }
         Some(footer) => Err(BeginError::Behind { end: footer.end, at }),

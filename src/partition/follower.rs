@@ -243,7 +243,7 @@ impl Follower {
             }
             Join::At(got) => Err(Violation::WrongAnswer { got: *got, log_end }),
             Join::Diverged { epoch, end } => {
-                let cut = if mutant!(CutToHighWatermark) {
+                let cut = if mutant!(TruncateToHighWatermark) {
                     self.high_watermark
                 } else {
                     common_end(*epoch, *end, history, log_end)
@@ -302,7 +302,7 @@ impl Follower {
 
     fn is_current(&self, got: LeaderEpoch) -> Result<(), Violation> {
         let follows = self.epoch;
-        if mutant!(ObeyOlderLeaders) && got < follows {
+        if mutant!(ObeyOlderLeaderEpoch) && got < follows {
             return Ok(());
         }
         match got.cmp(&follows) {

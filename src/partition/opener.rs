@@ -178,7 +178,7 @@ impl Opener {
                 let turn = Arc::clone(&lane.turns).acquire_owned().await.expect("the semaphore is never closed");
                 let in_turn = in_turn.clone();
                 // The permits, the turns and the charge go along: the caller may stop waiting, and the work goes on.
-                task::blocking(move || (work(&batch, room), permit, turn, in_turn).0).await
+                task::run_blocking(move || (work(&batch, room), permit, turn, in_turn).0).await
             };
             match opened {
                 Err(Malformed::Grows { .. }) if room < most => room = room.saturating_mul(4).min(most),

@@ -139,7 +139,7 @@ impl Reader {
     fn tell_served(&self, fetched: &Fetched) {
         let mut bytes = bytes::Bytes::from(fetched.chunks.concat());
         while let Ok(batch) = Batch::split_from(&mut bytes) {
-            saw!(Served {
+            sim_event!(BatchServed {
                 partition: self.id,
                 base: batch.base_offset(),
                 end: batch.end_offset(),
@@ -186,7 +186,7 @@ impl Reader {
         }
         #[cfg(feature = "sim")]
         if from < end {
-            saw!(Readable { partition: self.id, end });
+            sim_event!(ReadableEndMoved { partition: self.id, end });
         }
         Ok((from < end).then_some(Watermarks { high_watermark: end, ..marks }))
     }
@@ -194,7 +194,7 @@ impl Reader {
     /// Reads the log on another thread, in turn. The turn is over when the read is, also where its caller has gone, and so is the charge.
     async fn on_disk<T: Send + 'static>(&self, read: impl FnOnce(&log::Reader) -> T + Send + 'static) -> T {
         let (log, charge, turn) = (self.log.clone(), self.charge.clone(), self.log.disk_turn().await);
-        task::blocking(move || (read(&log), turn, charge).0).await
+        task::run_blocking(move || (read(&log), turn, charge).0).await
     }
 
     async fn read_disk(&self, from: Offset, bound: Offset, limits: ReadLimits) -> Result<Option<Fetched>, ReadError> {

@@ -59,7 +59,7 @@ impl TailReader {
             Some(read) => fetched(read, Source::Memory),
             None => {
                 let log = self.log.clone();
-                let read = task::blocking(move || log.read_disk(from, bound, max_bytes)).await;
+                let read = task::run_blocking(move || log.read_disk(from, bound, max_bytes)).await;
                 fetched(read.map_err(|error| self.failed(from, error))?, Source::Disk)
             }
         };

@@ -24,7 +24,7 @@ macro_rules! reasons {
             pub const ALL: &'static [Reason] = &[$(Self::$name),*];
 
             /// The word on the wire.
-            pub const fn word(self) -> &'static str {
+            pub const fn as_str(self) -> &'static str {
                 match self { $(Self::$name => $word),* }
             }
 
@@ -111,9 +111,9 @@ reasons! {
 }
 
 impl Reason {
-    /// The reason that a word names.
-    pub fn from_word(word: &str) -> Option<Self> {
-        Self::ALL.iter().copied().find(|reason| reason.word() == word)
+    /// The code with this name on the wire.
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.iter().copied().find(|code| code.as_str() == name)
     }
 }
 
@@ -173,7 +173,7 @@ impl std::error::Error for Fault {}
 
 impl From<Fault> for Status {
     fn from(fault: Fault) -> Self {
-        let details = ErrorDetails::with_error_info(fault.reason.word(), DOMAIN, fault.metadata);
+        let details = ErrorDetails::with_error_info(fault.reason.as_str(), DOMAIN, fault.metadata);
         Self::with_error_details(fault.reason.code(), fault.message, details)
     }
 }
@@ -183,7 +183,7 @@ impl From<&Status> for Fault {
     /// gRPC calls unavailable may be tried again, the rest may not.
     fn from(status: &Status) -> Self {
         if let Some(info) = status.get_details_error_info()
-            && let Some(reason) = Reason::from_word(&info.reason)
+            && let Some(reason) = Reason::from_name(&info.reason)
         {
             let retryable = reason.retryable();
             return Self { reason, message: status.message().to_owned(), metadata: info.metadata, retryable };
@@ -244,7 +244,7 @@ pub fn of_transport(status: &Status, path: &str) -> Option<Fault> {
 impl From<Fault> for v1::Error {
     fn from(fault: Fault) -> Self {
         Self {
-            reason: fault.reason.word().to_owned(),
+            reason: fault.reason.as_str().to_owned(),
             message: fault.message,
             retryable: fault.retryable,
             metadata: fault.metadata,
@@ -255,7 +255,7 @@ impl From<Fault> for v1::Error {
 impl From<v1::Error> for Fault {
     fn from(error: v1::Error) -> Self {
         // A reason of a newer broker keeps its retryability and its words.
-        let reason = Reason::from_word(&error.reason).unwrap_or(Reason::Internal);
+        let reason = Reason::from_name(&error.reason).unwrap_or(Reason::Internal);
         Self { reason, message: error.message, metadata: error.metadata, retryable: error.retryable }
     }
 }

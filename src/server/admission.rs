@@ -87,7 +87,7 @@ impl Admission<'_> {
         let prefix = self.keys.prefix();
         let known = patiently(self.answered(async || Ok(self.known().await?))).await?;
         let log = self.log.clone();
-        let took_part = !task::blocking(move || log.uptimes()).await?.is_empty();
+        let took_part = !task::run_blocking(move || log.uptimes()).await?.is_empty();
         let held: BTreeSet<TopicId> = self.log.partitions().into_iter().map(|id| id.topic).collect();
         if !took_part || held.is_empty() || known.is_of(&self.log.directory_id().to_string(), &held) {
             return Ok(());
@@ -108,7 +108,7 @@ impl Admission<'_> {
         let generations = Generations::new(Arc::clone(self.store), self.keys.clone());
         let generation = self.answered(async || Ok(generations.begin().await?)).await?;
         let log = self.log.clone();
-        let noted = task::blocking(move || log.generation()).await?;
+        let noted = task::run_blocking(move || log.generation()).await?;
         anyhow::ensure!(
             generation >= noted,
             "the metadata store is at cluster generation {generation}, and this data directory took part in generation {noted}: the metadata \
@@ -146,7 +146,7 @@ impl Admission<'_> {
     /// Draws an id for this uptime and notes it in the data directory.
     pub(super) async fn note(&self) -> anyhow::Result<Noted> {
         let (log, incarnation) = (self.log.clone(), random::uuid());
-        let uptimes = task::blocking(move || -> Result<_, _> {
+        let uptimes = task::run_blocking(move || -> Result<_, _> {
             log.note_uptime(incarnation, false)?;
             log.uptimes()
         });
@@ -186,7 +186,7 @@ impl Admission<'_> {
             })
             .await?;
         let (log, incarnation) = (self.log.clone(), noted.incarnation);
-        let noted = task::blocking(move || log.note_uptime(incarnation, true)).await;
+        let noted = task::run_blocking(move || log.note_uptime(incarnation, true)).await;
         noted.context("cannot note this uptime in the data directory")?;
         Ok(admitted)
     }

@@ -30,7 +30,7 @@ use super::{
 use crate::{
     broker::{Budgets, ConnectionMemory, ProducerIdQuota},
     task::{Tasks, clock},
-    telemetry::{Counter, Level, Metrics},
+    telemetry::{Counter, GaugeU64, Metrics},
 };
 
 /// Bytes that whoever wants something sends first: the preface of HTTP/2, after which pings tell who is still there; and the shortest request
@@ -78,7 +78,7 @@ struct Limiter {
     evictions: Mutex<Reminder>,
     unread: Mutex<Reminder>,
     calls: Mutex<Reminder>,
-    open: Option<Level>,
+    open: Option<GaugeU64>,
     refused: Counter,
     evicted: Counter,
     unread_closed: Counter,
@@ -92,7 +92,7 @@ impl ConnectionLimiter {
         capacity: Capacity,
         per_address: Option<usize>,
         memory_bytes: u64,
-        open: Option<Level>,
+        open: Option<GaugeU64>,
         metrics: &Metrics,
     ) -> Self {
         let max_calls = usize::try_from(memory_bytes / BYTES_PER_CALL).unwrap_or(usize::MAX);

@@ -110,7 +110,7 @@ async fn metrics(State(pages): State<Arc<Pages>>, headers: HeaderMap) -> impl In
     let format = MetricsFormat::accepted(accepted);
     let turn = Arc::clone(&pages.rendering).acquire_owned().await;
     let (broker, metrics) = (pages.broker.get().cloned(), pages.metrics.clone());
-    let figures = task::blocking(move || {
+    let figures = task::run_blocking(move || {
         // Until the page is there, also where nobody waits for it any more.
         let _turn = turn;
         if let Some(broker) = &broker {

@@ -198,7 +198,7 @@ async fn start_unless(
 async fn stop_opening(opening: impl Future<Output = anyhow::Result<Log>>) -> anyhow::Result<()> {
     tracing::info!("stopping before the data directory is open");
     if let Ok(Ok(log)) = tokio::time::timeout(OPEN_WAIT, opening).await {
-        task::blocking(move || log.close()).await.context("cannot close the data directory")?;
+        task::run_blocking(move || log.close()).await.context("cannot close the data directory")?;
     }
     Ok(())
 }

@@ -114,7 +114,7 @@ impl Node {
         if opened.is_err() {
             tasks.stop().await;
             // Why the start failed is the news, not what comes after.
-            drop(task::blocking(move || log.close()).await);
+            drop(task::run_blocking(move || log.close()).await);
         }
         opened
     }
@@ -191,7 +191,7 @@ impl Node {
             tier.store.stop().await;
         }
         let log = self.log;
-        task::blocking(move || log.close()).await.context("cannot close the data directory")?;
+        task::run_blocking(move || log.close()).await.context("cannot close the data directory")?;
         self.session.leave().await;
         self.tasks.stop().await;
         Ok(())
@@ -249,7 +249,7 @@ impl Start<'_> {
         }
         // Only now: what does not fit together is left as it was found.
         let log = self.log.clone();
-        let noting = task::blocking(move || log.note_generation(generation)).await;
+        let noting = task::run_blocking(move || log.note_generation(generation)).await;
         noting.context("cannot note the cluster generation in the data directory")?;
         let broker = Broker::open(broker::Parts {
             settings: settings(config),
@@ -296,7 +296,7 @@ impl Start<'_> {
     ) -> anyhow::Result<(Session, Unread)> {
         let (log, percent) = (self.log.clone(), self.config.broker.disk_full_percent);
         // One that is alone has nobody to leave new replicas to.
-        let disk_full = noted.is_some() && task::blocking(move || broker::starts_full(&log, percent)).await;
+        let disk_full = noted.is_some() && task::run_blocking(move || broker::starts_full(&log, percent)).await;
         let registration = Registration {
             store: Arc::clone(admission.store),
             keys: admission.keys.clone(),
@@ -358,7 +358,7 @@ pub(super) async fn open_log(config: &Config, outside: &Outside, metrics: Metric
         ..Options::default()
     };
     let (disk, dir) = (Arc::clone(&outside.disk), config.broker.data_dir.clone());
-    Ok(task::blocking(move || Log::open(disk, &dir, &identity, options)).await?)
+    Ok(task::run_blocking(move || Log::open(disk, &dir, &identity, options)).await?)
 }
 
 /// The cache before an object store.

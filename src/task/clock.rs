@@ -1,11 +1,11 @@
-//! The two clocks. Decisions take `now` as an argument; only loops and edges call these.
+//! The wall clock and the monotonic clock. Decisions take `now` as an argument; only tasks and request handlers read the clocks.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// Milliseconds since 1970 by the machine's clock, which may jump either way. For timestamps of records and objects.
+/// Returns the wall clock in milliseconds since 1970. It may jump in both directions. For timestamps of records and objects.
 pub fn wall_ms() -> i64 {
     #[cfg(feature = "sim")]
-    if let Some(process) = super::process::Process::current() {
+    if let Some(process) = super::process::SimProcess::current() {
         return process.wall_ms();
     }
     #[expect(clippy::disallowed_methods, reason = "the one place that reads the wall clock")]
@@ -13,7 +13,7 @@ pub fn wall_ms() -> i64 {
     i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
 }
 
-/// A clock that only goes forward, and that tests can pause. For waiting and measuring.
+/// Returns the monotonic clock, which tests can pause. For timeouts and measurements.
 pub fn monotonic() -> tokio::time::Instant {
     #[expect(clippy::disallowed_methods, reason = "the one place that reads the monotonic clock")]
     tokio::time::Instant::now()

@@ -1,11 +1,8 @@
-//! Named, joined, cancellable tasks, and the only place that spawns, reads a clock or draws a random number.
+//! Task sets, threads, clocks and randomness. No other module spawns, reads a clock or draws a random number.
 //!
-//! A [`Tasks`] is a set of tasks with one cancellation token. Whoever makes a set ends it with [`Tasks::stop`], which
-//! cancels the token and waits until every task has returned; nothing outlives its owner. A task that must end
-//! by itself selects on [`Tasks::cancelled`], cancellation first.
-//!
-//! What is started here goes on in the tracing span of whoever started it: where several brokers share a process their log lines say whose
-//! they are, and nobody else has to think of it.
+//! A [`Tasks`] is a set of tasks with one cancellation token. The owner of a set ends it with [`Tasks::stop`], which cancels the token and
+//! joins every task. A long-running task selects on [`Tasks::cancelled`] first. Tasks and threads inherit the tracing span of their parent,
+//! so that brokers in one process have log lines of their own.
 
 use std::future::Future;
 
@@ -15,35 +12,35 @@ use tracing::{Instrument as _, Span};
 pub mod clock;
 #[cfg(all(feature = "server", any(test, feature = "sim")))]
 pub mod mutation;
-#[cfg(all(feature = "server", test))]
-pub(crate) mod patience;
 #[cfg(feature = "sim")]
 pub mod process;
 pub mod random;
 #[cfg(feature = "sim")]
-pub mod witness;
+pub mod sim_event;
+#[cfg(all(feature = "server", test))]
+pub(crate) mod test_timeout;
 
-/// A set of tasks with one token that stops them all. Clones share the set.
+/// A set of tasks with one cancellation token. Clones share the set.
 #[derive(Clone, Debug, Default)]
 pub struct Tasks {
     token: CancellationToken,
     tracker: TaskTracker,
-    /// Whose tasks they are.
+    /// The simulated process that owns the tasks.
     #[cfg(feature = "sim")]
-    process: Option<process::Process>,
+    process: Option<process::SimProcess>,
 }
 
 impl Tasks {
-    /// An empty set.
+    /// Creates an empty set.
     pub fn new() -> Self {
         Self {
             #[cfg(feature = "sim")]
-            process: process::Process::current(),
+            process: process::SimProcess::current(),
             ..Self::default()
         }
     }
 
-    /// An empty set that is cancelled with this one, and can be stopped before it. Its owner joins it.
+    /// Creates a set that is cancelled with this one and can be stopped before it. The owner of the child joins it.
     pub fn child(&self) -> Self {
         Self {
             token: self.token.child_token(),
@@ -53,7 +50,7 @@ impl Tasks {
         }
     }
 
-    /// Runs a future as a task of this set. The name is for the person who reads the logs of a stuck shutdown.
+    /// Spawns a future as a task of this set. The name appears in trace logs, to find a task that blocks a shutdown.
     pub fn spawn<F>(&self, name: &'static str, future: F) -> tokio::task::JoinHandle<F::Output>
     where
         F: Future + Send + 'static,
@@ -69,14 +66,14 @@ impl Tasks {
         if let Some(process) = &self.process {
             #[expect(clippy::disallowed_methods, reason = "the one place that spawns")]
             let task = self.tracker.spawn(process.run(named));
-            process.started(task.abort_handle());
+            process.add_task(task.abort_handle());
             return task;
         }
         #[expect(clippy::disallowed_methods, reason = "the one place that spawns")]
         self.tracker.spawn(named)
     }
 
-    /// Runs a function that blocks on a thread made for such, and joins it with the set.
+    /// Runs a blocking function on a thread of the blocking pool, as a task of this set.
     pub fn spawn_blocking<F, T>(&self, function: F) -> tokio::task::JoinHandle<T>
     where
         F: FnOnce() -> T + Send + 'static,
@@ -85,7 +82,7 @@ impl Tasks {
         #[cfg(feature = "sim")]
         if let Some(process) = self.process.clone() {
             return self.spawn("blocking", async move {
-                process.blocks().await;
+                process.simulate_blocking().await;
                 function()
             });
         }
@@ -93,22 +90,22 @@ impl Tasks {
         self.tracker.spawn_blocking(in_span(function))
     }
 
-    /// Resolves once the set is being stopped.
+    /// Waits until the set is cancelled.
     pub async fn cancelled(&self) {
         self.token.cancelled().await;
     }
 
-    /// Whether the set is being stopped.
+    /// Returns whether the set is cancelled.
     pub fn is_cancelled(&self) -> bool {
         self.token.is_cancelled()
     }
 
-    /// Asks every task to end, without waiting.
+    /// Cancels the set without joining its tasks.
     pub fn cancel(&self) {
         self.token.cancel();
     }
 
-    /// Asks every task to end and waits until all have.
+    /// Cancels the set and joins its tasks.
     pub async fn stop(&self) {
         self.token.cancel();
         self.tracker.close();
@@ -116,18 +113,18 @@ impl Tasks {
     }
 }
 
-/// Runs a function that blocks (files, compression of much) away from the async threads and waits for its result.
+/// Runs a blocking function (file access, compression) on a thread of the blocking pool and waits for its result.
 ///
 /// # Panics
-/// When the function panicked: the panic goes on in the caller.
-pub async fn blocking<F, T>(function: F) -> T
+/// If the function panics: the panic is resumed in the caller.
+pub async fn run_blocking<F, T>(function: F) -> T
 where
     F: FnOnce() -> T + Send + 'static,
     T: Send + 'static,
 {
     #[cfg(feature = "sim")]
-    if let Some(process) = process::Process::current() {
-        process.blocks().await;
+    if let Some(process) = process::SimProcess::current() {
+        process.simulate_blocking().await;
         return function();
     }
     #[expect(clippy::disallowed_methods, reason = "the one place that spawns")]
@@ -138,33 +135,33 @@ where
     }
 }
 
-/// Starts an operating system thread with a name. Its owner joins the handle.
+/// Spawns a named operating system thread. The caller joins the handle.
 ///
 /// # Panics
-/// When the system has no thread left: at start-up that is a failed start.
-pub fn thread<F, T>(name: &str, function: F) -> std::thread::JoinHandle<T>
+/// If the system cannot create a thread. Threads are spawned at startup only.
+pub fn spawn_thread<F, T>(name: &str, function: F) -> std::thread::JoinHandle<T>
 where
     F: FnOnce() -> T + Send + 'static,
     T: Send + 'static,
 {
     #[expect(clippy::disallowed_methods, reason = "the one place that spawns")]
-    std::thread::Builder::new().name(name.to_owned()).spawn(in_span(function)).expect("the system can start a thread")
+    std::thread::Builder::new().name(name.to_owned()).spawn(in_span(function)).expect("the system can create a thread")
 }
 
-/// The function in the span of whoever calls this.
+/// Wraps the function so that it runs in the caller's tracing span.
 fn in_span<T>(function: impl FnOnce() -> T) -> impl FnOnce() -> T {
     let span = Span::current();
     move || span.in_scope(function)
 }
 
-/// Runs `work` on so many threads at once, the caller's among them, and returns when all are done. Each is told its number,
-/// from 0. For work that blocks, on a thread that may. Where the system has no thread left, those that there are do it all.
+/// Runs blocking `work` on this many threads, the caller's thread included, and joins them. `work` receives the number of its thread, from 0.
+/// If the system cannot create all threads, fewer threads run, so `work` must not expect a fixed number.
 ///
 /// # Panics
-/// When the work panicked on one of them.
-pub fn side_by_side(name: &str, threads: usize, work: impl Fn(usize) + Sync) {
+/// If `work` panics on a thread.
+pub fn run_scoped(name: &str, threads: usize, work: impl Fn(usize) + Sync) {
     #[cfg(feature = "sim")]
-    if process::Process::current().is_some() {
+    if process::SimProcess::current().is_some() {
         return work(0);
     }
     let (work, span) = (&work, &Span::current());
@@ -175,7 +172,7 @@ pub fn side_by_side(name: &str, threads: usize, work: impl Fn(usize) + Sync) {
                 .name(name.to_owned())
                 .spawn_scoped(scope, move || span.in_scope(|| work(number)));
             if let Err(error) = started {
-                tracing::debug!(%error, name, "no thread was to be had");
+                tracing::debug!(%error, name, "cannot create another thread");
                 break;
             }
         }
@@ -191,17 +188,17 @@ mod tests {
 
     use super::*;
 
-    /// Lines, as they are written.
+    /// Collects the log output of a test.
     #[derive(Clone, Default)]
-    struct Lines(Arc<Mutex<Vec<u8>>>);
+    struct CapturedLog(Arc<Mutex<Vec<u8>>>);
 
-    impl Lines {
+    impl CapturedLog {
         fn text(&self) -> String {
             String::from_utf8(self.0.lock().expect("nothing panics").clone()).expect("lines are UTF-8")
         }
     }
 
-    impl std::io::Write for Lines {
+    impl std::io::Write for CapturedLog {
         fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
             self.0.lock().expect("nothing panics").write(bytes)
         }
@@ -211,7 +208,7 @@ mod tests {
         }
     }
 
-    impl<'a> MakeWriter<'a> for Lines {
+    impl<'a> MakeWriter<'a> for CapturedLog {
         type Writer = Self;
 
         fn make_writer(&'a self) -> Self {
@@ -220,39 +217,39 @@ mod tests {
     }
 
     #[test]
-    fn whatever_is_started_goes_on_in_the_span_of_who_started_it() {
-        let lines = Lines::default();
-        let subscriber = tracing_subscriber::fmt().with_writer(lines.clone()).with_ansi(false).finish();
+    fn tasks_and_threads_inherit_the_span_of_their_parent() {
+        let log = CapturedLog::default();
+        let subscriber = tracing_subscriber::fmt().with_writer(log.clone()).with_ansi(false).finish();
         let dispatch = tracing::Dispatch::new(subscriber);
         let _here = tracing::dispatcher::set_default(&dispatch);
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         let span = tracing::info_span!("broker", id = 7);
-        let said = |dispatch: tracing::Dispatch, what: &'static str| {
-            // A thread of its own has a subscriber of its own: here it is this one.
-            move || tracing::dispatcher::with_default(&dispatch, || tracing::info!("{what}"))
+        let logs = |dispatch: tracing::Dispatch, message: &'static str| {
+            // The default subscriber is set per thread.
+            move || tracing::dispatcher::with_default(&dispatch, || tracing::info!("{message}"))
         };
         runtime.block_on(
             async {
                 let tasks = Tasks::new();
                 let inner = tasks.clone();
                 tasks.spawn("one", async move {
-                    tracing::info!("said by a task");
-                    inner.spawn("two", async { tracing::info!("said by its task") }).await.unwrap();
+                    tracing::info!("logged by a task");
+                    inner.spawn("two", async { tracing::info!("logged by its task") }).await.unwrap();
                 });
-                blocking(said(dispatch.clone(), "said where it may block")).await;
-                let thread = thread("t", said(dispatch.clone(), "said by a thread"));
+                run_blocking(logs(dispatch.clone(), "logged by a blocking function")).await;
+                let thread = spawn_thread("t", logs(dispatch.clone(), "logged by a thread"));
                 thread.join().unwrap();
-                while lines.text().lines().count() < 4 {
+                while log.text().lines().count() < 4 {
                     tokio::task::yield_now().await;
                 }
                 tasks.stop().await;
             }
             .instrument(span),
         );
-        tracing::info!("said by nobody");
-        let text = lines.text();
+        tracing::info!("logged outside of the span");
+        let text = log.text();
         for line in text.lines() {
-            assert_eq!(line.contains("broker{id=7}: "), !line.contains("said by nobody"), "{text}");
+            assert_eq!(line.contains("broker{id=7}: "), !line.contains("logged outside of the span"), "{text}");
         }
         assert_eq!(text.lines().count(), 5, "{text}");
     }

@@ -1,104 +1,104 @@
-//! Rules that a test may break on purpose, one at a time, to show that the checks find it. Only in tests and with the feature `sim`:
-//! elsewhere `mutant!` is `false` and nothing of this is compiled.
+//! Mutations: rules that a test breaks on purpose, to show that the checks detect it. Compiled in tests and with the feature `sim` only;
+//! otherwise `mutant!` is `false`.
 //!
-//! A rule is broken for one thread. A simulated run is one, and so is a search of the model check.
+//! A mutation is active in one thread. A simulation runs in one thread, and so does a model check.
 
 use std::cell::Cell;
 
-/// One broken rule.
+/// A broken rule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mutation {
-    /// A leader takes for synced what it has only written.
+    /// A leader acknowledges writes before the sync.
     AcknowledgeBeforeSync,
-    /// A journal's file is used again though what it holds is not synced in its segment.
-    ReuseBeforeSync,
-    /// Replay leaves the journal's last round out, torn or not.
-    LastRoundTakenForTorn,
-    /// A cut is not written to the journal: what was cut may come back after a crash.
-    CutUnjournaled,
-    /// A segment leaves the disk before its place in the bucket is committed.
+    /// A journal file is reused before its batches are synced in their segments.
+    ReuseJournalFileBeforeSync,
+    /// Replay drops the last frame of the journal, torn or not.
+    DropLastFrame,
+    /// A truncation is not written to the journal, so the truncated batches may reappear after a crash.
+    TruncateUnjournaled,
+    /// A segment is evicted before its upload is committed.
     EvictBeforeCommit,
-    /// A broker that starts goes on leading in the epochs that its last uptime led in.
-    ResumeLeading,
-    /// A broker that starts is taken at its word: neither its directory nor its replicas are looked at.
-    SkipProof,
-    /// A broker that was not stopped in order is taken to hold what was only in its page cache.
-    LossTakenForClean,
-    /// A leader that is not settled tells where it believes that the log ends.
-    UnsettledTellsLatest,
+    /// A restarted broker continues to lead in the epochs of its last incarnation.
+    KeepOldLeadership,
+    /// A starting broker skips the verification of its data directory and its replicas.
+    SkipStartupVerification,
+    /// A broker treats an unclean shutdown as clean, and so lost page cache as present.
+    TreatUncleanAsClean,
+    /// A leader returns a latest offset before its epoch is committed.
+    LatestBeforeEpochCommitted,
     /// Any live replica may be elected.
     ElectAnyReplica,
-    /// A partition is changed whatever became of it since it was read.
-    ChangeUncompared,
-    /// A broker goes by an older value of a partition than it did.
-    PlacedByOlder,
-    /// A replica is admitted to the ISR whatever became of its broker's registration.
-    AdmitUnregistered,
-    /// A replica that begins where the bucket ends knows nothing of the producers that wrote what is there.
-    BeginWithoutProducers,
-    /// A segment that the bucket did not take counts as uploaded.
-    FailedPutIsDone,
-    /// Garbage collection does not look at what the manifest names.
-    CollectNamed,
-    /// A leader that was replaced commits to the bucket.
-    DeposedCommits,
-    /// A leader takes for committed in its own log what a later leader has committed to the bucket.
-    TakeLaterLeadersBucketEnd,
-    /// Readers are served up to the log end.
+    /// A partition's metadata is updated without a compare.
+    UpdateWithoutCas,
+    /// A broker applies older metadata of a partition.
+    ApplyOlderMetadata,
+    /// A replica is admitted to the ISR without a compare of its broker epoch.
+    AdmitStaleBrokerEpoch,
+    /// A bootstrap from the object store drops the producer state.
+    BootstrapWithoutProducers,
+    /// A failed upload counts as done.
+    TreatFailedPutAsDone,
+    /// Garbage collection deletes objects that the manifest references.
+    CollectReferenced,
+    /// A deposed leader makes a tier commit.
+    DeposedLeaderCommits,
+    /// A leader adopts the tiered end of a later leader for its own log.
+    AdoptNewerTieredEnd,
+    /// A leader serves readers up to the log end.
     ReadUncommitted,
-    /// What followers of an older leader epoch acknowledge counts, whether they joined in this one or not, and they may go on.
-    VotesOfOlderEpochs,
+    /// Acknowledgements of an older leader epoch count, and the followers may continue without a new subscription.
+    CountOlderEpochAcks,
     /// An acknowledgement of an older leader epoch counts.
-    AckOfOlderLeaderEpoch,
+    AcceptOlderLeaderEpochAck,
     /// An acknowledgement of an older broker epoch counts.
-    AckOfOlderBrokerEpoch,
-    /// A follower cuts at its high watermark and not by epochs.
-    CutToHighWatermark,
-    /// A replica is admitted to the ISR below the epoch's start, by a leader that is not settled.
+    AcceptOlderBrokerEpochAck,
+    /// A follower truncates at its high watermark instead of by epochs.
+    TruncateToHighWatermark,
+    /// A leader admits a replica below the epoch start before its epoch is committed.
     AdmitBelowEpochStart,
-    /// A leader that is not settled admits nobody.
-    AdmitOnlySettled,
-    /// The high watermark is taken over the committed ISR and not over the maximal one.
-    CommittedIsrOnly,
-    /// The minimum is counted on the maximal ISR, and the ELR is not looked at.
-    MinimumOfMaximal,
-    /// Who leaves the ISR below the minimum does not stay eligible.
-    EligibleForgotten,
-    /// A left-over ELR does not hold the high watermark.
-    ElrIgnored,
-    /// A proposal whose outcome is unknown is taken as done.
-    UnknownIsDone,
-    /// A follower does what a leader of an older epoch says.
-    ObeyOlderLeaders,
+    /// A leader admits no replica before its epoch is committed.
+    AdmitAfterEpochCommitted,
+    /// The high watermark is computed over the committed ISR instead of the maximal ISR.
+    HighWatermarkOverCommittedIsr,
+    /// The min ISR is compared with the maximal ISR, and the ELR is ignored.
+    MinIsrOverMaximalIsr,
+    /// A member that is removed from the ISR below the min ISR does not enter the ELR.
+    DropElr,
+    /// A remaining ELR does not hold back the high watermark.
+    IgnoreElr,
+    /// An ISR proposal with an unknown outcome counts as committed.
+    TreatUnknownAsDone,
+    /// A follower accepts messages of a leader of an older epoch.
+    ObeyOlderLeaderEpoch,
     /// A follower serves readers up to its log end.
     FollowerServesUncommitted,
 }
 
 thread_local! {
-    static ON: Cell<Option<Mutation>> = const { Cell::new(None) };
+    static ACTIVE: Cell<Option<Mutation>> = const { Cell::new(None) };
 }
 
-/// Whether this rule is broken in this thread.
-pub fn is_on(mutation: Mutation) -> bool {
-    ON.get() == Some(mutation)
+/// Returns whether this mutation is active in this thread.
+pub fn is_active(mutation: Mutation) -> bool {
+    ACTIVE.get() == Some(mutation)
 }
 
-/// Whether any rule is broken in this thread.
-pub fn is_any_on() -> bool {
-    ON.get().is_some()
+/// Returns whether any mutation is active in this thread.
+pub fn is_any_active() -> bool {
+    ACTIVE.get().is_some()
 }
 
-/// Runs `f` with this rule broken, in this thread only. A panic of `f` mends the rule too.
-pub fn with<T>(mutation: Option<Mutation>, f: impl FnOnce() -> T) -> T {
-    let _before = Before(ON.replace(mutation));
+/// Runs `f` with this mutation active in this thread, and restores the previous one afterwards, also after a panic.
+pub fn with_mutation<T>(mutation: Option<Mutation>, f: impl FnOnce() -> T) -> T {
+    let _restore = RestoreMutation(ACTIVE.replace(mutation));
     f()
 }
 
-/// What was broken before.
-struct Before(Option<Mutation>);
+/// Restores the previous mutation on drop.
+struct RestoreMutation(Option<Mutation>);
 
-impl Drop for Before {
+impl Drop for RestoreMutation {
     fn drop(&mut self) {
-        ON.set(self.0);
+        ACTIVE.set(self.0);
     }
 }

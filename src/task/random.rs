@@ -1,5 +1,5 @@
-//! The one source of randomness: ids that are drawn, jitter, where a producer goes next, the key of producer ids. The generator of a thread
-//! is cryptographically secure (`rand::rng`); that of a simulated process is not, and keeps no secret.
+//! Random numbers, for UUIDs, jitter, partition choice and the key of producer ids. The generator is cryptographically secure (`rand::rng`),
+//! except in a simulated process.
 
 use rand::{
     Rng, RngExt as _,
@@ -7,36 +7,36 @@ use rand::{
 };
 use uuid::Uuid;
 
-/// A number of the range, each as likely as the others.
+/// Draws a number from the range, with uniform distribution.
 ///
 /// # Panics
-/// When the range is empty.
+/// If the range is empty.
 pub fn in_range<T: SampleUniform>(range: impl SampleRange<T>) -> T {
-    draw(|generator| generator.random_range(range))
+    with_generator(|generator| generator.random_range(range))
 }
 
-/// 64 random bits.
+/// Draws 64 random bits.
 pub fn bits() -> u64 {
-    draw(|generator| generator.next_u64())
+    with_generator(|generator| generator.next_u64())
 }
 
-/// Fills `bytes`.
+/// Fills `bytes` with random bytes.
 pub fn fill(bytes: &mut [u8]) {
-    draw(|generator| generator.fill_bytes(bytes));
+    with_generator(|generator| generator.fill_bytes(bytes));
 }
 
-/// An id that nobody else has drawn: a UUID of version 4.
+/// Draws a UUID of version 4.
 pub fn uuid() -> Uuid {
     let mut bytes = [0; 16];
     fill(&mut bytes);
     uuid::Builder::from_random_bytes(bytes).into_uuid()
 }
 
-/// Draws from the thread's generator, which the system seeded; in a simulated process from its own.
-fn draw<T>(draw: impl FnOnce(&mut dyn Rng) -> T) -> T {
+/// Draws from the thread's generator, or from that of the simulated process.
+fn with_generator<T>(draw: impl FnOnce(&mut dyn Rng) -> T) -> T {
     #[cfg(feature = "sim")]
-    if let Some(process) = super::process::Process::current() {
-        return process.draw(draw);
+    if let Some(process) = super::process::SimProcess::current() {
+        return process.with_generator(draw);
     }
     #[expect(clippy::disallowed_methods, reason = "the one place that draws")]
     let mut generator = rand::rng();
@@ -48,7 +48,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_drawn_differs_and_is_a_uuid_of_version_4() {
+    fn drawn_values_differ_and_uuid_has_version_4() {
         let (one, other) = (uuid(), uuid());
         assert_ne!(one, other);
         assert_eq!(one.get_version_num(), 4);

@@ -1,45 +1,45 @@
-//! Which occurrences of a repeated condition are logged: the first, one in each interval as a reminder with a count, and the end.
+//! Throttling of log lines about a repeated condition: its start, a reminder with a count per interval, and its end are logged.
 //!
-//! Pure: the time is an argument. The caller writes the line, because only the caller has the words and the fields.
+//! The throttle only decides; the caller logs. The time is an argument.
 
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// Shortest time between two lines about the same condition.
+/// Minimum time between two log lines about the same condition.
 pub const REMINDER_INTERVAL: Duration = Duration::from_secs(60);
 
-/// One condition that may come, last, go, and come again.
+/// The throttle of one condition, which may start and end repeatedly.
 ///
-/// A condition that flaps costs at most one line about its begin and one about its end per interval, however often it changes. What was
-/// passed over is in the count of the next line.
+/// A condition that flaps causes at most one line about its start and one about its end per interval. The next line contains the number of
+/// occurrences that were not logged.
 #[derive(Clone, Debug, Default)]
 pub struct LogThrottle {
-    /// When the last line about an occurrence was written.
+    /// Time of the last line about an occurrence.
     logged: Option<Instant>,
-    /// Occurrences since that line.
-    passed_over: u64,
-    /// Whether the last line says that the condition holds.
+    /// Number of occurrences since that line.
+    unlogged: u64,
+    /// Whether the last line announced the start of the condition, or a reminder.
     announced: bool,
 }
 
 impl LogThrottle {
-    /// Counts an occurrence. `Some` when it is to be logged, with the number of occurrences since the line before, this one included.
+    /// Counts an occurrence. Returns `Some` if the caller must log it, with the number of occurrences since the last line, this one included.
     pub fn occur(&mut self, now: Instant) -> Option<u64> {
-        self.passed_over += 1;
+        self.unlogged += 1;
         if !self.is_quiet(now) {
             return None;
         }
         (self.logged, self.announced) = (Some(now), true);
-        Some(std::mem::take(&mut self.passed_over))
+        Some(std::mem::take(&mut self.unlogged))
     }
 
-    /// The condition has ended. `Some` when that is to be logged, with the number of occurrences since the line before.
+    /// Ends the condition. Returns `Some` if the caller must log the end, with the number of occurrences since the last line.
     pub fn recover(&mut self) -> Option<u64> {
-        std::mem::take(&mut self.announced).then(|| std::mem::take(&mut self.passed_over))
+        std::mem::take(&mut self.announced).then(|| std::mem::take(&mut self.unlogged))
     }
 
-    /// Whether nothing would be lost with this throttle: the next occurrence is logged in any case.
+    /// Returns whether the next occurrence would be logged. If so, the throttle holds nothing that a new one would not.
     pub fn is_quiet(&self, now: Instant) -> bool {
         self.logged.is_none_or(|logged| now.saturating_duration_since(logged) >= REMINDER_INTERVAL)
     }
@@ -51,7 +51,7 @@ mod tests {
     use crate::task::clock;
 
     #[tokio::test(start_paused = true)]
-    async fn a_lasting_condition_is_logged_once_then_as_a_reminder_with_a_count_then_at_its_end() {
+    async fn lasting_condition_is_logged_at_start_at_intervals_and_at_end() {
         let (mut throttle, begin) = (LogThrottle::default(), clock::monotonic());
         let lines: Vec<u64> =
             (0..600).filter_map(|step| throttle.occur(begin + Duration::from_millis(250) * step)).collect();
@@ -61,7 +61,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_condition_that_comes_and_goes_29_times_a_second_costs_two_lines_a_minute() {
+    async fn flapping_condition_is_logged_twice_per_interval() {
         let (mut throttle, begin) = (LogThrottle::default(), clock::monotonic());
         let (mut begun, mut ended) = (Vec::new(), Vec::new());
         for step in 0..29 * 120 {

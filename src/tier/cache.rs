@@ -426,7 +426,7 @@ impl Disk {
                 let folder = Arc::clone(&of_evicted);
                 Box::pin(async move {
                     if cause != RemovalCause::Replaced {
-                        task::blocking(move || folder.delete(&key.file()).ok()).await;
+                        task::run_blocking(move || folder.delete(&key.file()).ok()).await;
                     }
                 })
             })
@@ -440,7 +440,7 @@ impl Disk {
     async fn get(&self, key: Key, turn: OwnedSemaphorePermit) -> Option<Bytes> {
         self.files.get(&key).await?;
         let folder = Arc::clone(&self.folder);
-        let read = task::blocking(move || (folder.read_whole(&key.file()), turn).0).await.ok();
+        let read = task::run_blocking(move || (folder.read_whole(&key.file()), turn).0).await.ok();
         let chunk = read.and_then(|mut bytes| {
             let content = bytes.split_off(bytes.len().min(4));
             (bytes.as_ref() == crc32c::crc32c(&content).to_be_bytes()).then_some(content)
@@ -467,9 +467,9 @@ impl Disk {
     async fn put(&self, key: Key, chunk: Bytes) {
         let folder = Arc::clone(&self.folder);
         let bytes = weight(chunk.len() + 4);
-        let written = task::blocking(move || {
+        let written = task::run_blocking(move || {
             // The last of the disk belongs to the log, and before it to what makes room in it.
-            if folder.free_bytes().is_ok_and(|free| free < 2 * limits::DISK_RESERVE_BYTES) {
+            if folder.free_bytes().is_ok_and(|free| free < 2 * limits::MIN_FREE_DISK_BYTES) {
                 return Err(io::ErrorKind::StorageFull.into());
             }
             let crc = crc32c::crc32c(&chunk).to_be_bytes();

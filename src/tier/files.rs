@@ -1,5 +1,5 @@
 //! The tier's own use of the file system: the chunk cache's folder, and the files of a folder as object store. All of it blocks;
-//! callers come from `task::blocking`. Segments are read through the log. Large files go to the disk in small pieces with pauses
+//! callers come from `task::run_blocking`. Segments are read through the log. Large files go to the disk in small pieces with pauses
 //! ([`PieceWriter`]): acknowledgements wait for the same device.
 
 use std::{

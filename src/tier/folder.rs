@@ -44,7 +44,7 @@ impl Folder {
 
     async fn upload(&self, location: &Path) -> Result<Upload> {
         let target = self.files.path_to_filesystem(location)?;
-        let staged = task::blocking(move || StagedFile::create(&target)).await.map_err(refused)?;
+        let staged = task::run_blocking(move || StagedFile::create(&target)).await.map_err(refused)?;
         Ok(Upload { staged: Some(Arc::new(staged)), writer: Arc::clone(&self.writer), at: 0 })
     }
 }
@@ -83,7 +83,7 @@ impl ObjectStore for Folder {
         let mut found = self.files.get_opts(location, options).await?;
         if is_read_back && let GetResultPayload::File(file, _) = found.payload {
             let range = found.range.clone();
-            let bytes = task::blocking(move || read_and_drop_pages(&file, range)).await.map_err(refused)?;
+            let bytes = task::run_blocking(move || read_and_drop_pages(&file, range)).await.map_err(refused)?;
             found.payload = GetResultPayload::Stream(futures::stream::once(async { Ok(bytes) }).boxed());
         }
         Ok(found)
@@ -100,9 +100,9 @@ impl ObjectStore for Folder {
             async move {
                 let location = location?;
                 let path = files.path_to_filesystem(&location)?;
-                let leaving = task::blocking(move || LeavingFile::open(&path)).await;
+                let leaving = task::run_blocking(move || LeavingFile::open(&path)).await;
                 files.delete(&location).await?;
-                task::blocking(move || leaving.map(LeavingFile::give_back)).await;
+                task::run_blocking(move || leaving.map(LeavingFile::give_back)).await;
                 Ok(location)
             }
         };
@@ -149,20 +149,20 @@ impl MultipartUpload for Upload {
         Box::pin(async move {
             let staged = staged.ok_or_else(ended)?;
             let written = move || staged.write_at(&writer, at, part.iter().map(Bytes::as_ref));
-            task::blocking(written).await.map_err(refused)
+            task::run_blocking(written).await.map_err(refused)
         })
     }
 
     async fn complete(&mut self) -> Result<PutResult> {
         let staged = self.staged.take().ok_or_else(ended)?;
-        task::blocking(move || staged.publish()).await.map_err(refused)?;
+        task::run_blocking(move || staged.publish()).await.map_err(refused)?;
         Ok(PutResult { e_tag: None, version: None, extensions: Default::default() })
     }
 
     async fn abort(&mut self) -> Result<()> {
         let staged = self.staged.take();
         // The last that holds it removes it.
-        task::blocking(move || drop(staged)).await;
+        task::run_blocking(move || drop(staged)).await;
         Ok(())
     }
 }

@@ -160,7 +160,7 @@ impl Collection<'_> {
     async fn partition(&mut self, id: PartitionId, folder: &str, listed: &[Listed], named: &BTreeSet<String>) {
         for object in listed {
             let name = object.object.strip_prefix(folder).unwrap_or_default().trim_start_matches('/');
-            if named.contains(name) && !mutant!(CollectNamed) {
+            if named.contains(name) && !mutant!(CollectReferenced) {
                 continue;
             }
             let ours = Stamp::from_segment(name).is_ok()

@@ -185,7 +185,7 @@ impl Batches {
         let left = self.source.bytes().saturating_sub(at).saturating_add(1);
         let most = PIECE_BYTES.max(needed.saturating_sub(rest.len())).min(usize::try_from(left).unwrap_or(usize::MAX));
         let segment = Arc::clone(&self.source.segment);
-        let (buffer, read) = task::blocking(move || {
+        let (buffer, read) = task::run_blocking(move || {
             let mut buffer = BytesMut::with_capacity(rest.len() + most);
             buffer.extend_from_slice(&rest);
             buffer.resize(rest.len() + most, 0);

@@ -141,7 +141,7 @@ impl<'a> Attempt<'a> {
         }
         let sent = self.send().await?;
         *last_try = Some(sent.line);
-        if mutant!(FailedPutIsDone) {
+        if mutant!(TreatFailedPutAsDone) {
             return Ok(sent.line);
         }
         if let Err(error) = sent.outcome {
@@ -187,7 +187,7 @@ impl<'a> Attempt<'a> {
         let payload = parts.take(usize::MAX);
         let put = || async {
             let answered = self.store.objects().put(&path, payload.clone()).await.map(drop);
-            if mutant!(FailedPutIsDone) { Ok(()) } else { answered }
+            if mutant!(TreatFailedPutAsDone) { Ok(()) } else { answered }
         };
         let outcome = self.store.retry(&object, put).await;
         Ok(Sent { line, outcome })

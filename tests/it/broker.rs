@@ -20,9 +20,9 @@ use strandline::task;
 
 use crate::{
     etcd::{Etcd, in_namespace},
-    patience::{PATIENCE, eventually, poll},
     ports::free_port,
     s3::S3,
+    test_timeout::{TEST_TIMEOUT, eventually, poll},
 };
 
 const BINARY: &str = env!("CARGO_BIN_EXE_strandline");
@@ -368,7 +368,7 @@ impl Broker {
     /// Waits until `/readyz` says so; the error tells why it never will.
     pub(crate) fn wait_ready(&mut self) -> Result<(), String> {
         let mut last = String::new();
-        let became = poll(PATIENCE, || {
+        let became = poll(TEST_TIMEOUT, || {
             if let Some(status) = self.child.try_wait().expect("the child can be asked") {
                 return Some(Err(format!("it ended with {status}")));
             }
@@ -379,7 +379,7 @@ impl Broker {
             }
             None
         });
-        became.unwrap_or_else(|| Err(format!("not ready after {PATIENCE:?}: {last}")))
+        became.unwrap_or_else(|| Err(format!("not ready after {TEST_TIMEOUT:?}: {last}")))
     }
 
     /// Kills it with signal 9, as a failing machine would, and waits until it is gone.
@@ -528,18 +528,18 @@ impl Cli {
             .expect("the binary starts");
         let mut stdin = child.stdin.take().expect("piped");
         let input = input.to_vec();
-        let feed = task::thread("stdin", move || match stdin.write_all(&input) {
+        let feed = task::spawn_thread("stdin", move || match stdin.write_all(&input) {
             // A command that fails early does not read its input.
             Err(error) if error.kind() != ErrorKind::BrokenPipe => panic!("feeding the command: {error}"),
             _ => {}
         });
         let stdout = drain(child.stdout.take().expect("piped"));
         let stderr = drain(child.stderr.take().expect("piped"));
-        let ended = poll(PATIENCE * 2, || child.try_wait().expect("the child can be asked"));
+        let ended = poll(TEST_TIMEOUT * 2, || child.try_wait().expect("the child can be asked"));
         let status = ended.unwrap_or_else(|| {
             child.kill().expect("the command can be killed");
             child.wait().expect("the command ends");
-            panic!("strandline {arguments:?} did not end in {:?}", PATIENCE * 2);
+            panic!("strandline {arguments:?} did not end in {:?}", TEST_TIMEOUT * 2);
         });
         feed.join().expect("the input was fed");
         Output {
@@ -551,7 +551,7 @@ impl Cli {
 }
 
 fn drain(mut from: impl Read + Send + 'static) -> thread::JoinHandle<Vec<u8>> {
-    task::thread("drain", move || {
+    task::spawn_thread("drain", move || {
         let mut bytes = Vec::new();
         from.read_to_end(&mut bytes).expect("the pipe can be read");
         bytes
@@ -611,7 +611,7 @@ fn the_configuration_file_is_toml_with_the_fixed_keys() {
 fn one_http_answer_is_read_whole() {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
     let address = listener.local_addr().expect("bound");
-    let server = task::thread("http", move || {
+    let server = task::spawn_thread("http", move || {
         let (mut stream, _) = listener.accept().expect("a caller");
         let mut request = [0; 1024];
         let read = stream.read(&mut request).expect("a request");

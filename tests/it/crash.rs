@@ -38,7 +38,7 @@ use tonic::Streaming;
 use crate::{
     broker::{Broker, Home},
     history::{Attempt, History, Log, Outcome, Pass},
-    patience::becomes,
+    test_timeout::eventually_async,
     wire,
 };
 
@@ -103,7 +103,7 @@ impl Load {
             return self.addresses[0];
         }
         let known = || wire::leader(&self.addresses, self.topics[log.0], log.1);
-        becomes("the log has a leader", known).await
+        eventually_async("the log has a leader", known).await
     }
 
     /// How long nothing was acknowledged in a log, at the longest, since `since`; `None` before it has been acknowledged often enough
@@ -124,7 +124,7 @@ impl Load {
     /// A moment of the load to strike at: when so many of its events, by chance, have happened.
     pub(crate) async fn moment(&self, rng: &mut StdRng) {
         let at = self.time.load(Ordering::SeqCst) + rng.random_range(1..REQUESTS);
-        becomes("the load goes on", || async { (self.time.load(Ordering::SeqCst) >= at).then_some(()) }).await;
+        eventually_async("the load goes on", || async { (self.time.load(Ordering::SeqCst) >= at).then_some(()) }).await;
     }
 
     fn spend(&self) -> bool {
@@ -185,7 +185,7 @@ async fn produce(load: Arc<Load>, producer: u32, seed: u64, tasks: Tasks) {
         tokio::select! {
             biased;
             () = tasks.cancelled() => {}
-            () = becomes("the broker listens", || async { TcpStream::connect(load.address()).await.ok().map(drop) }) => {}
+            () = eventually_async("the broker listens", || async { TcpStream::connect(load.address()).await.ok().map(drop) }) => {}
         }
     }
 }
@@ -296,7 +296,7 @@ async fn read_part(load: &Load, log: Log, part: Part) -> Pass {
     let goes_over = |fault: &Fault| {
         load.addresses.len() > 1 && matches!(fault.reason, Reason::NotLeader | Reason::ObjectStoreUnavailable)
     };
-    let end = becomes("the end is known", async || {
+    let end = eventually_async("the end is known", async || {
         let mut client = wire::log(load.serving(log).await);
         let end = wire::latest(&mut client, name, partition).await;
         (!end.as_ref().is_err_and(goes_over)).then(|| end.expect("the end is known"))
@@ -306,7 +306,7 @@ async fn read_part(load: &Load, log: Log, part: Part) -> Pass {
     let (mut records, mut next) = (Vec::new(), from);
     while next < to {
         let until = to.min(next.saturating_add(READ_AT_ONCE));
-        let read = becomes("a leader serves what was written", async || {
+        let read = eventually_async("a leader serves what was written", async || {
             let mut client = wire::log(load.serving(log).await);
             let read = wire::read_range(&mut client, name, partition, next, until).await;
             (!read.as_ref().is_err_and(goes_over)).then(|| read.expect("it can be read"))

@@ -8,13 +8,13 @@ use tonic::{Code, Status, transport::Channel};
 
 use crate::{
     broker::{Home, http_get},
-    patience::{becomes, eventually},
+    test_timeout::{eventually, eventually_async},
     wire,
 };
 
 /// A call over a connection that is open. It is repeated where the connection was idle and made room for another one just then.
 async fn call<T, F: Future<Output = Result<T, Status>>>(what: &str, attempt: impl Fn() -> F) {
-    becomes(what, || async {
+    eventually_async(what, || async {
         match attempt().await {
             Ok(_) => Some(()),
             Err(status) if status.code() == Code::AlreadyExists => Some(()),

@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use crate::{
     broker::{Broker, Cli, Home},
-    patience::eventually,
+    test_timeout::eventually,
 };
 
 /// Lines that no other line equals, so that any wrong byte shows.

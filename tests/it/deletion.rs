@@ -18,7 +18,7 @@ use strandline::{
 use crate::{
     broker::Home,
     damage::{files, lines},
-    patience::eventually,
+    test_timeout::eventually,
     wire,
 };
 

@@ -21,7 +21,7 @@ use crate::{
 };
 
 /// Longest wait for something that is due at once.
-const PATIENCE: Duration = Duration::from_secs(30);
+const TEST_TIMEOUT: Duration = Duration::from_secs(30);
 
 async fn running() -> (Home, Broker) {
     let mut home = Home::new();
@@ -46,7 +46,7 @@ async fn a_produce_stream_ends_when_all_that_was_sent_is_answered() {
         let mut answers = log.produce(tokio_stream::iter(requests)).await.expect("a stream").into_inner();
         let mut seen = Vec::new();
         while let Some(answer) =
-            tokio::time::timeout(PATIENCE, answers.message()).await.expect("it ends").expect("it ends well")
+            tokio::time::timeout(TEST_TIMEOUT, answers.message()).await.expect("it ends").expect("it ends well")
         {
             assert!(matches!(answer.result, Some(produce_response::Result::Appended(_))), "{answer:?}");
             seen.push(answer.correlation);
@@ -65,9 +65,9 @@ async fn a_message_that_is_too_large_is_named_after_what_came_before_it_was_answ
     large.append = Some(wire::append_batch("edge", 0, vec![0; limits::MAX_MESSAGE_BYTES + 1]));
     let requests = tokio_stream::iter([write(1, b"x"), large.clone()]);
     let mut answers = log.produce(requests).await.expect("a stream").into_inner();
-    let first = tokio::time::timeout(PATIENCE, answers.message()).await.expect("in time").expect("an answer");
+    let first = tokio::time::timeout(TEST_TIMEOUT, answers.message()).await.expect("in time").expect("an answer");
     assert_eq!(first.map(|answer| answer.correlation), Some(1));
-    let status = tokio::time::timeout(PATIENCE, answers.message()).await.expect("in time").expect_err("refused");
+    let status = tokio::time::timeout(TEST_TIMEOUT, answers.message()).await.expect("in time").expect_err("refused");
     expect(&status, Reason::MessageTooLarge, Code::ResourceExhausted);
 
     let status = log.append(large.append.expect("set")).await.expect_err("refused");

@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use crate::{
     broker::{Cli, Home, Output},
-    patience::eventually,
+    test_timeout::eventually,
 };
 
 /// Text that this machine really holds, tens of thousands of lines of it.

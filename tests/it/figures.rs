@@ -5,7 +5,7 @@ use strandline::proto::v1::GetMetadataRequest;
 use crate::{
     broker::Home,
     damage::{lines, partition},
-    patience::eventually,
+    test_timeout::eventually,
     wire,
 };
 

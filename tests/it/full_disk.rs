@@ -22,9 +22,9 @@ use tonic::transport::Channel;
 use crate::{
     broker::{Broker, Home, http_get},
     damage::partition,
-    patience::{becomes, eventually},
     s3::S3,
     skipped::skipped,
+    test_timeout::{eventually, eventually_async},
     wire,
 };
 
@@ -123,7 +123,7 @@ async fn until_full(log: &mut LogClient<Channel>, topic: &str, from: u64) -> (u6
 }
 
 async fn append_until_taken(log: &mut LogClient<Channel>, topic: &str, number: u64) {
-    becomes("appends resume", || {
+    eventually_async("appends resume", || {
         let (mut log, request) = (log.clone(), request(topic, number));
         async move {
             match wire::append(&mut log, request).await {

@@ -5,7 +5,7 @@ use std::{fs, net::TcpStream, os::unix::process::ExitStatusExt as _, path::Path}
 use crate::{
     broker::{Broker, Cli, Home, Output},
     damage::{files, lines},
-    patience::eventually,
+    test_timeout::eventually,
 };
 
 const LINES: usize = 5000;

@@ -1,7 +1,7 @@
 //! The one integration binary: real processes, real files, real HTTP.
 //!
 //! One binary, because linking is what costs. Each file is one subject; `broker` starts and kills processes for the
-//! others, `patience` waits for what must come true, `wire` speaks to them in raw gRPC, and `history` judges what their clients saw.
+//! others, `test_timeout` waits for conditions, `wire` speaks to them in raw gRPC, and `history` judges what their clients saw.
 
 mod broker;
 mod cluster;
@@ -27,7 +27,6 @@ mod manifest;
 mod orders;
 mod outage;
 mod pages;
-mod patience;
 #[path = "../common/ports.rs"]
 mod ports;
 mod private;
@@ -38,6 +37,7 @@ mod python;
 mod retention;
 mod rooms;
 mod running;
+mod test_timeout;
 // For clippy: what is compiled for tests only may unwrap.
 #[cfg(test)]
 mod s3;

@@ -9,8 +9,8 @@ use std::{
 use crate::{
     broker::{Broker, Cli, Home},
     damage::{files, lines, partition},
-    patience::eventually,
     s3::S3,
+    test_timeout::eventually,
 };
 
 /// Small segments that leave the disk as soon as the bucket has them.

@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use crate::{
     broker::{Cli, Home, Output},
     cluster::etcd,
-    patience::eventually,
+    test_timeout::eventually,
 };
 
 /// Runs a command that must fail, and hands out what it complained.

@@ -22,8 +22,8 @@ use tonic::transport::Channel;
 use crate::{
     broker::{Broker, Cli, Home, http_get},
     damage::{files, lines, partition},
-    patience::{becomes, eventually},
     s3::{Fault, Faults, Op, S3},
+    test_timeout::{eventually, eventually_async},
     wire,
 };
 
@@ -276,7 +276,7 @@ async fn acks_tiered_waits_for_the_bucket_and_not_for_the_segment_to_fill() {
     let there = wire::read_range(&mut log, "t", 0, 1, 2).await.expect("it is written all the same");
     assert_eq!(there[0].value.as_deref(), Some(&b"two"[..]));
     server.faults().set_down(false);
-    let third = becomes("the bucket works again", || {
+    let third = eventually_async("the bucket works again", || {
         let (mut log, append) = (log.clone(), tiered(b"three", 40_000));
         async move { wire::append(&mut log, append).await.ok() }
     });

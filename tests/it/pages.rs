@@ -18,7 +18,7 @@ fn expected() -> Vec<String> {
     let retry = |reason: &Reason| if reason.retryable() { "yes" } else { "no" };
     Reason::ALL
         .iter()
-        .map(|reason| format!("| `{}` | `{:?}` | {} |", reason.word(), reason.code(), retry(reason)))
+        .map(|reason| format!("| `{}` | `{:?}` | {} |", reason.as_str(), reason.code(), retry(reason)))
         .collect()
 }
 
@@ -38,7 +38,7 @@ fn every_reason_is_documented_with_its_code_and_whether_to_retry() {
 #[test]
 fn every_reason_is_known_by_its_word() {
     for reason in Reason::ALL {
-        assert_eq!(Reason::from_word(reason.word()), Some(*reason));
+        assert_eq!(Reason::from_name(reason.as_str()), Some(*reason));
     }
 }
 

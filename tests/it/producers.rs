@@ -14,8 +14,8 @@ use tonic::transport::Channel;
 
 use crate::{
     broker::{Broker, Home},
-    patience::becomes,
     s3::S3,
+    test_timeout::eventually_async,
     wire,
 };
 
@@ -144,7 +144,7 @@ async fn retry_with_acks_tiered_is_found_while_the_bucket_is_away() {
     wire::append(&mut log, tiered(0, 30_000)).await.expect("in the bucket");
     server.faults().set_down(true);
     append(&mut log, own(1)).await.expect("on the disk");
-    becomes("the bucket is known to be away", || {
+    eventually_async("the bucket is known to be away", || {
         let mut log = log.clone();
         let append = wire::append_plain(TOPIC, 0, vec![bytes::Bytes::from_static(b"other")]);
         let append = AppendRequest { acks: Acks::Tiered.into(), timeout_ms: 100, ..append };

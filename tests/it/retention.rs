@@ -21,8 +21,8 @@ use tonic::transport::Channel;
 use crate::{
     broker::{Broker, Cli, Home},
     damage::{files, lines, partition},
-    patience::eventually,
     s3::S3,
+    test_timeout::eventually,
     wire,
 };
 

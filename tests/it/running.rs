@@ -10,7 +10,7 @@ use std::{
 use rustix::process::{Pid, Signal};
 use strandline::task;
 
-use crate::{broker::Cli, patience::eventually};
+use crate::{broker::Cli, test_timeout::eventually};
 
 /// A command that runs while the test goes on. Dropping it kills it.
 pub(crate) struct Running {
@@ -63,7 +63,7 @@ impl Drop for Running {
 }
 
 fn gather(mut from: impl Read + Send + 'static, into: Arc<Mutex<String>>) -> thread::JoinHandle<()> {
-    task::thread("gather", move || {
+    task::spawn_thread("gather", move || {
         let mut bytes = [0; 4096];
         while let Ok(count @ 1..) = from.read(&mut bytes) {
             into.lock().expect("whole").push_str(&String::from_utf8_lossy(&bytes[..count]));

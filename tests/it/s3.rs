@@ -85,7 +85,7 @@ impl S3 {
         let address = listener.local_addr().unwrap();
         let tasks = Tasks::new();
         let of_thread = tasks.clone();
-        let thread = task::thread("s3", move || {
+        let thread = task::spawn_thread("s3", move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             runtime.block_on(serve(listener, shared, of_thread));
         });

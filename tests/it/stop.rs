@@ -9,7 +9,7 @@ use strandline::{
     task::{Tasks, clock},
 };
 
-use crate::{broker::Home, patience::eventually, s3::S3, wire};
+use crate::{broker::Home, s3::S3, test_timeout::eventually, wire};
 
 /// So little that it goes to the journal, and nothing that a codec makes smaller.
 fn payload(number: u64) -> Bytes {

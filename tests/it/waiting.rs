@@ -4,8 +4,8 @@ use rustix::process::Signal;
 
 use crate::{
     broker::{Home, free_address},
-    patience::eventually,
     running::Running,
+    test_timeout::eventually,
 };
 
 /// Found by a user: with an address that leads nowhere `produce` said nothing for two minutes.

@@ -15,7 +15,7 @@ use strandline::{
     log::{Disk as _, Log, SimDisk, Stepper},
     model::BrokerId,
     server::{Node, Outside, Stores},
-    task::{Tasks, clock, process::Process, random},
+    task::{Tasks, clock, process::SimProcess, random},
     tier::{Store, StoreOptions},
 };
 use tokio::{sync::Notify, time::Instant};
@@ -56,7 +56,7 @@ pub(crate) struct Machine {
     starts: u32,
     /// How far its wall clock is from simulated time.
     wall_offset_ms: i64,
-    broker: Option<(Process, Node)>,
+    broker: Option<(SimProcess, Node)>,
     /// The number of its broker's process while that takes part, else 0.
     pub(crate) process: Arc<AtomicU32>,
     /// How many disks it had before this one.
@@ -108,8 +108,8 @@ impl Machine {
         for _ in 0..50 {
             self.starts += 1;
             let number = self.id.0 * 1000 + self.starts;
-            let process = Process::new(number, self.shared.seed ^ (u64::from(number) << 32), self.shared.began);
-            process.set_wall(self.wall_offset_ms);
+            let process = SimProcess::new(number, self.shared.seed ^ (u64::from(number) << 32), self.shared.began);
+            process.set_wall_offset(self.wall_offset_ms);
             match process.run(Box::pin(self.open(&process))).await {
                 Ok(node) => {
                     self.note(format_args!("started, {} partitions", node.broker().partitions()));
@@ -130,7 +130,7 @@ impl Machine {
         panic!("broker {} does not start any more", self.id);
     }
 
-    async fn open(&self, process: &Process) -> anyhow::Result<Node> {
+    async fn open(&self, process: &SimProcess) -> anyhow::Result<Node> {
         let wake = Arc::new(Notify::new());
         let woken = Arc::clone(&wake);
         let options = StoreOptions::new("memory://");
@@ -219,7 +219,7 @@ impl Machine {
     pub(crate) fn jump(&mut self, offset_ms: i64) {
         self.wall_offset_ms = offset_ms;
         if let Some((process, _)) = &self.broker {
-            process.set_wall(offset_ms);
+            process.set_wall_offset(offset_ms);
         }
         self.note(format_args!("its clock is {offset_ms} ms off"));
     }

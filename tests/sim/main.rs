@@ -36,7 +36,7 @@ use std::sync::OnceLock;
 
 use run::Shape;
 use seeds::run_all;
-use strandline::task::side_by_side;
+use strandline::task::run_scoped;
 
 // As the broker's own: a run takes a fifth less time.
 #[global_allocator]
@@ -68,7 +68,7 @@ fn a_seed_gives_the_same_trace_twice() {
     for shape in [Shape::ONE, Shape::THREE] {
         for seed in (seeds::first()..).take(TWICE) {
             let traces = [const { OnceLock::new() }; 2];
-            side_by_side("sim", 2, |number| drop(traces[number].set(run::run(shape, seed))));
+            run_scoped("sim", 2, |number| drop(traces[number].set(run::run(shape, seed))));
             let [one, other] = traces.map(|trace| trace.into_inner().unwrap_or_else(|| run::run(shape, seed)));
             let differs = one.lines().zip(other.lines()).find(|(one, other)| one != other);
             assert_eq!(differs, None, "seed {seed} of {shape}");

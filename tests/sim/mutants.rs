@@ -12,7 +12,7 @@ use std::{
 
 use strandline::task::{
     mutation::{self, Mutation},
-    side_by_side,
+    run_scoped,
 };
 
 use crate::{
@@ -25,43 +25,43 @@ use crate::{
 /// needed when this was written. docs/replication.md says what each shows.
 const MUTANTS: &[(Mutation, Shape, u64)] = &[
     (Mutation::AcknowledgeBeforeSync, Shape::ONE, 10),
-    (Mutation::ReuseBeforeSync, Shape::ONE, 20),
-    (Mutation::FailedPutIsDone, Shape::ONE, 30),
-    (Mutation::CollectNamed, Shape::ONE, 40),
+    (Mutation::ReuseJournalFileBeforeSync, Shape::ONE, 20),
+    (Mutation::TreatFailedPutAsDone, Shape::ONE, 30),
+    (Mutation::CollectReferenced, Shape::ONE, 40),
     (Mutation::EvictBeforeCommit, Shape::ONE, 10),
-    (Mutation::LastRoundTakenForTorn, Shape::ONE, 20),
-    (Mutation::PlacedByOlder, Shape::THREE, 110),
-    (Mutation::CutToHighWatermark, Shape::THREE, 30),
-    (Mutation::SkipProof, Shape::THREE, 90),
+    (Mutation::DropLastFrame, Shape::ONE, 20),
+    (Mutation::ApplyOlderMetadata, Shape::THREE, 110),
+    (Mutation::TruncateToHighWatermark, Shape::THREE, 30),
+    (Mutation::SkipStartupVerification, Shape::THREE, 90),
     (Mutation::AdmitBelowEpochStart, Shape::THREE, 40),
-    (Mutation::DeposedCommits, Shape::THREE, 40),
+    (Mutation::DeposedLeaderCommits, Shape::THREE, 40),
     (Mutation::ElectAnyReplica, Shape::THREE, 20),
-    (Mutation::ResumeLeading, Shape::THREE, 20),
-    (Mutation::ChangeUncompared, Shape::THREE, 40),
-    (Mutation::CommittedIsrOnly, Shape::THREE, 40),
-    (Mutation::MinimumOfMaximal, Shape::THREE, 40),
-    (Mutation::EligibleForgotten, Shape::THREE, 20),
-    (Mutation::UnknownIsDone, Shape::THREE, 20),
-    (Mutation::BeginWithoutProducers, Shape::THREE, 20),
+    (Mutation::KeepOldLeadership, Shape::THREE, 20),
+    (Mutation::UpdateWithoutCas, Shape::THREE, 40),
+    (Mutation::HighWatermarkOverCommittedIsr, Shape::THREE, 40),
+    (Mutation::MinIsrOverMaximalIsr, Shape::THREE, 40),
+    (Mutation::DropElr, Shape::THREE, 20),
+    (Mutation::TreatUnknownAsDone, Shape::THREE, 20),
+    (Mutation::BootstrapWithoutProducers, Shape::THREE, 20),
     (Mutation::ReadUncommitted, Shape::THREE, 10),
-    (Mutation::UnsettledTellsLatest, Shape::THREE, 80),
+    (Mutation::LatestBeforeEpochCommitted, Shape::THREE, 80),
     (Mutation::FollowerServesUncommitted, Shape::THREE, 10),
-    (Mutation::VotesOfOlderEpochs, Shape::THREE.about(Theme::Leases), 40),
+    (Mutation::CountOlderEpochAcks, Shape::THREE.about(Theme::Leases), 40),
 ];
 
 /// Rules for which no number of seeds is stated yet. Those of `partition/leader` are found by the model check in every run of the tests
 /// (`partition/check`): a place ends with its leader epoch and a link with its broker epoch, so no older acknowledgement arrives where only one
 /// of two checks is gone; `min.insync.replicas` is lowered in few runs; and who waits to be settled is let go by the next election.
 const RARE: &[(Mutation, Shape, u64)] = &[
-    (Mutation::CutUnjournaled, Shape::THREE, 2000),
-    (Mutation::TakeLaterLeadersBucketEnd, Shape::THREE, 2000),
-    (Mutation::LossTakenForClean, Shape::THREE.about(Theme::OneDown), 2000),
-    (Mutation::AdmitUnregistered, Shape::THREE.about(Theme::Admissions), 2000),
-    (Mutation::AckOfOlderLeaderEpoch, Shape::THREE, 2000),
-    (Mutation::ObeyOlderLeaders, Shape::THREE.about(Theme::Leases), 2000),
-    (Mutation::AckOfOlderBrokerEpoch, Shape::THREE, 2000),
-    (Mutation::ElrIgnored, Shape::THREE, 2000),
-    (Mutation::AdmitOnlySettled, Shape::THREE, 2000),
+    (Mutation::TruncateUnjournaled, Shape::THREE, 2000),
+    (Mutation::AdoptNewerTieredEnd, Shape::THREE, 2000),
+    (Mutation::TreatUncleanAsClean, Shape::THREE.about(Theme::OneDown), 2000),
+    (Mutation::AdmitStaleBrokerEpoch, Shape::THREE.about(Theme::Admissions), 2000),
+    (Mutation::AcceptOlderLeaderEpochAck, Shape::THREE, 2000),
+    (Mutation::ObeyOlderLeaderEpoch, Shape::THREE.about(Theme::Leases), 2000),
+    (Mutation::AcceptOlderBrokerEpochAck, Shape::THREE, 2000),
+    (Mutation::IgnoreElr, Shape::THREE, 2000),
+    (Mutation::AdmitAfterEpochCommitted, Shape::THREE, 2000),
 ];
 
 #[test]
@@ -81,7 +81,7 @@ fn search(mutants: &[(Mutation, Shape, u64)]) {
     let wanted: Vec<_> = mutants.iter().filter(|(mutation, ..)| format!("{mutation:?}").contains(&only)).collect();
     let (next, missed) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    side_by_side("mutants", cores, |_| {
+    run_scoped("mutants", cores, |_| {
         while let Some(&&(mutation, shape, seeds)) = wanted.get(next.fetch_add(1, Ordering::Relaxed)) {
             match found(mutation, shape, seeds) {
                 Some((seed, why)) => println!("{mutation:?}: seed {seed}: {why}"),
@@ -105,6 +105,6 @@ fn found(mutation: Mutation, shape: Shape, seeds: u64) -> Option<(u64, String)> 
 /// What a seed finds.
 fn fails(mutation: Option<Mutation>, shape: Shape, seed: u64) -> Option<String> {
     let run = AssertUnwindSafe(|| run::run(shape, seed));
-    let failed = mutation::with(mutation, || panic::catch_unwind(run)).is_err();
+    let failed = mutation::with_mutation(mutation, || panic::catch_unwind(run)).is_err();
     failed.then(|| panics::first().unwrap_or_else(|| "a run that fails at its end".to_owned()))
 }

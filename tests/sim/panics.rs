@@ -20,7 +20,7 @@ pub(crate) fn remember() {
             FIRST.with_borrow_mut(|first| {
                 first.get_or_insert_with(|| format!("{}: {place}", words(info.payload())));
             });
-            if !mutation::is_any_on() {
+            if !mutation::is_any_active() {
                 println!("{place}: {}", words(info.payload()));
             }
         }));

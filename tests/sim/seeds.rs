@@ -13,7 +13,7 @@ use std::{
     time::Duration,
 };
 
-use strandline::task::{clock, side_by_side};
+use strandline::task::{clock, run_scoped};
 use tokio::time::Instant;
 
 use crate::{
@@ -101,7 +101,7 @@ pub(crate) fn run_all(shape: Shape) {
     let (seeds, began, threads) = (Seeds::wished(shape), clock::monotonic(), threads());
     println!("sim: {shape}: {seeds}, {threads} at a time");
     let (next, course, ended) = (AtomicU64::new(0), Mutex::new(Course::default()), Condvar::new());
-    side_by_side("sim", threads + 1, |thread| {
+    run_scoped("sim", threads + 1, |thread| {
         if thread == threads {
             return watch(shape, &course, &ended, |course| course.through < threads);
         }

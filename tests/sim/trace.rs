@@ -8,7 +8,7 @@ use std::{
     sync::{Arc, Mutex},
 };
 
-use strandline::task::{clock, process::Process};
+use strandline::task::{clock, process::SimProcess};
 use tokio::time::Instant;
 
 thread_local! {
@@ -46,7 +46,7 @@ struct Log;
 
 impl io::Write for Log {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        let process = Process::current().map_or(0, |process| process.id());
+        let process = SimProcess::current().map_or(0, |process| process.id());
         let text = String::from_utf8_lossy(line);
         LAST.with_borrow(|last| {
             if let Some(trace) = last {

@@ -1,6 +1,6 @@
 //! What is true of every partition, told by the brokers' own steps and judged at each of them (design.md §13).
 //!
-//! A [`Truth`] is the run's witness (`task::witness`). It remembers what the store holds, how far each replica's log reaches and which
+//! A [`Truth`] is the run's witness (`task::sim_event`). It remembers what the store holds, how far each replica's log reaches and which
 //! epochs wrote it, and what was ever committed; every step of a broker is held against that. So a broken rule shows where it is
 //! broken, and not only when the harm is still there at the next look. One epoch has one appender, so logs that agree on the epochs of their
 //! offsets are the same where each batch has the checksum that its epoch gave it; `judge` compares the bytes on the disks.
@@ -47,7 +47,7 @@ use strandline::{
     cluster::{Key, Keys, PartitionValue, Revision, TopicValue, Value as _},
     log::SimDisk,
     model::{BrokerId, ConfigMap, PartitionId, TopicConfig, TopicId},
-    task::witness::{self, Event},
+    task::sim_event::{self, SimEvent},
     tier::TierState,
 };
 
@@ -141,7 +141,7 @@ impl Truth {
             trace: world.shared.trace.clone(),
         }));
         let watched = Rc::clone(&known);
-        witness::set(Some(Box::new(move |process, event| watched.borrow_mut().saw(process, event))));
+        sim_event::set_observer(Some(Box::new(move |process, event| watched.borrow_mut().saw(process, event))));
         Self(known)
     }
 
@@ -163,15 +163,15 @@ impl Truth {
 
 impl Drop for Truth {
     fn drop(&mut self) {
-        witness::set(None);
+        sim_event::set_observer(None);
     }
 }
 
 impl Known {
-    fn saw(&mut self, process: u32, event: Event<'_>) {
+    fn saw(&mut self, process: u32, event: SimEvent<'_>) {
         let who = Who { broker: BrokerId(process / 1000), process };
         let wrong = match event {
-            Event::Stored { key, value, revision } => self.stored(key, value, revision),
+            SimEvent::Stored { key, value, revision } => self.stored(key, value, revision),
             other => self.done(who, other),
         };
         self.found(wrong.err());
@@ -232,90 +232,100 @@ impl Known {
     }
 
     /// What the journals make of it.
-    fn journals(&mut self, who: Who, event: &Event<'_>) -> Result<(), Wrong> {
+    fn journals(&mut self, who: Who, event: &SimEvent<'_>) -> Result<(), Wrong> {
         let Some(host) = self.machines.get(&who.broker) else { return Ok(()) };
         let disk = Disk { number: host.disk_number(), content: &host.disk };
-        if let Event::Journaled { .. } | Event::Changing { .. } | Event::Freed { .. } = event {
+        if let SimEvent::EntryJournaled { .. } | SimEvent::LogChangeStarted { .. } | SimEvent::JournalFileFreed { .. } =
+            event
+        {
             self.journals.begun(who, &disk)?;
         }
         match *event {
-            Event::Journaled { partition, file, end } => self.journals.journaled(who, partition, file, end),
-            Event::Changing { partition, to, emptied } => self.journals.changing(who, partition, to, emptied),
-            Event::Freed { file } => return self.journals.freed(who, file, &disk),
+            SimEvent::EntryJournaled { partition, file, end } => self.journals.journaled(who, partition, file, end),
+            SimEvent::LogChangeStarted { partition, to, emptied } => {
+                self.journals.changing(who, partition, to, emptied)
+            }
+            SimEvent::JournalFileFreed { file } => return self.journals.freed(who, file, &disk),
             _ => {}
         }
         Ok(())
     }
 
-    fn done(&mut self, who: Who, event: Event<'_>) -> Result<(), Wrong> {
+    fn done(&mut self, who: Who, event: SimEvent<'_>) -> Result<(), Wrong> {
         self.journals(who, &event)?;
         let Some(id) = partition_of(&event) else { return Ok(()) };
         // One that is being deleted.
         let Some(partition) = self.partitions.get_mut(&id) else { return Ok(()) };
         let by = |wrong| format!("{id}: broker {}: {wrong}", who.broker);
         let moved = match event {
-            Event::Stored { .. } | Event::Journaled { .. } | Event::Freed { .. } => false,
-            Event::Opened { epochs, end, .. } => {
+            SimEvent::Stored { .. } | SimEvent::EntryJournaled { .. } | SimEvent::JournalFileFreed { .. } => false,
+            SimEvent::ReplicaOpened { epochs, end, .. } => {
                 let disk = self.machines.get(&who.broker).map_or(0, Host::disk_number);
                 partition.opened(who, (epochs, end), disk, self.alone).map_err(by)?
             }
-            Event::Placed { revision, .. } => partition.placed(who, Revision(revision)).map_err(by)?,
-            Event::Led { epoch, start, .. } => partition.led(who, epoch, start, self.alone).map_err(by)?,
-            Event::Appended { base, end, epoch, leads, crc, producer, .. } => {
+            SimEvent::MetadataApplied { revision, .. } => partition.placed(who, Revision(revision)).map_err(by)?,
+            SimEvent::LeadershipStarted { epoch, start, .. } => {
+                partition.led(who, epoch, start, self.alone).map_err(by)?
+            }
+            SimEvent::Appended { base, end, epoch, leads, crc, producer, .. } => {
                 partition.appended(who, base..end, (epoch, leads), Entry { end, crc, producer }).map_err(by)?
             }
-            Event::Changing { to, emptied, .. } => partition.changing(who.broker, to, emptied),
-            Event::Settled { .. } => partition.settled(who.broker),
-            Event::Cut { epoch, to, .. } => partition.cut(who.broker, epoch, to).map_err(by)?,
-            Event::Begun { at, epochs, producers, .. } => {
+            SimEvent::LogChangeStarted { to, emptied, .. } => partition.changing(who.broker, to, emptied),
+            SimEvent::LogChangeCompleted { .. } => partition.settled(who.broker),
+            SimEvent::Truncated { epoch, to, .. } => partition.cut(who.broker, epoch, to).map_err(by)?,
+            SimEvent::LogReset { at, epochs, producers, .. } => {
                 let producers: BTreeSet<i64> = producers.iter().copied().collect();
                 partition.begun(who.broker, at, epochs, &producers).map_err(by)?
             }
-            Event::Claimed { epoch, persisted, .. } => partition.claimed(who.broker, epoch, persisted),
-            Event::Marks { marks, part, .. } => partition.marked(who.broker, marks, part, &self.brokers).map_err(by)?,
-            Event::Joined { epoch, follower, registered, .. } => {
+            SimEvent::LogPositionSent { epoch, persisted, .. } => partition.claimed(who.broker, epoch, persisted),
+            SimEvent::WatermarksPublished { marks, role, .. } => {
+                partition.marked(who.broker, marks, role, &self.brokers).map_err(by)?
+            }
+            SimEvent::FollowerSubscribed { epoch, follower, registered, .. } => {
                 partition.joined(epoch, follower, registered).map_err(by)?
             }
-            Event::Counted { epoch, follower, registered, acknowledged, written, persisted, .. } => {
+            SimEvent::AckCounted { epoch, follower, registered, acknowledged, written, persisted, .. } => {
                 let ends = Ends { written, persisted };
                 partition.counts(epoch, &Ack { follower, registered, epoch: acknowledged, ends }).map_err(by)?
             }
-            Event::Proposed { epoch, expect, isr, added, .. } => {
+            SimEvent::IsrProposed { epoch, expect, isr, added, .. } => {
                 partition.proposed(who.broker, epoch, (Revision(expect), isr, added), &self.brokers).map_err(by)?
             }
-            Event::Answered { end, by_all, .. } => partition.answered(who.broker, end, by_all).map_err(by)?,
-            Event::Obeyed { epoch, .. } => partition.obeyed(who, epoch).map_err(by)?,
-            Event::Served { base, end, epoch, crc, .. } => partition.served(base, epoch, (end, crc)).map_err(by)?,
-            Event::Readable { end, .. } => partition.readable(end).map_err(by)?,
-            Event::Latest { epoch, offset, .. } => partition.told_latest(epoch, offset).map_err(by)?,
-            Event::Evicted { start, .. } => partition.evicted(start).map_err(by)?,
+            SimEvent::WriteAcked { end, by_all, .. } => partition.answered(who.broker, end, by_all).map_err(by)?,
+            SimEvent::LeaderMessageApplied { epoch, .. } => partition.obeyed(who, epoch).map_err(by)?,
+            SimEvent::BatchServed { base, end, epoch, crc, .. } => {
+                partition.served(base, epoch, (end, crc)).map_err(by)?
+            }
+            SimEvent::ReadableEndMoved { end, .. } => partition.readable(end).map_err(by)?,
+            SimEvent::LatestReturned { epoch, offset, .. } => partition.told_latest(epoch, offset).map_err(by)?,
+            SimEvent::Evicted { start, .. } => partition.evicted(start).map_err(by)?,
         };
         // Only what moves a log or what is committed can take from a member what it must hold.
         if moved { partition.members_hold(&self.machines).map_err(|wrong| format!("{id}: {wrong}")) } else { Ok(()) }
     }
 }
 
-fn partition_of(event: &Event<'_>) -> Option<PartitionId> {
+fn partition_of(event: &SimEvent<'_>) -> Option<PartitionId> {
     match event {
-        Event::Stored { .. } | Event::Journaled { .. } | Event::Freed { .. } => None,
-        Event::Opened { partition, .. }
-        | Event::Placed { partition, .. }
-        | Event::Joined { partition, .. }
-        | Event::Obeyed { partition, .. }
-        | Event::Served { partition, .. }
-        | Event::Changing { partition, .. }
-        | Event::Settled { partition, .. }
-        | Event::Led { partition, .. }
-        | Event::Appended { partition, .. }
-        | Event::Cut { partition, .. }
-        | Event::Begun { partition, .. }
-        | Event::Claimed { partition, .. }
-        | Event::Marks { partition, .. }
-        | Event::Counted { partition, .. }
-        | Event::Proposed { partition, .. }
-        | Event::Answered { partition, .. }
-        | Event::Readable { partition, .. }
-        | Event::Latest { partition, .. }
-        | Event::Evicted { partition, .. } => Some(*partition),
+        SimEvent::Stored { .. } | SimEvent::EntryJournaled { .. } | SimEvent::JournalFileFreed { .. } => None,
+        SimEvent::ReplicaOpened { partition, .. }
+        | SimEvent::MetadataApplied { partition, .. }
+        | SimEvent::FollowerSubscribed { partition, .. }
+        | SimEvent::LeaderMessageApplied { partition, .. }
+        | SimEvent::BatchServed { partition, .. }
+        | SimEvent::LogChangeStarted { partition, .. }
+        | SimEvent::LogChangeCompleted { partition, .. }
+        | SimEvent::LeadershipStarted { partition, .. }
+        | SimEvent::Appended { partition, .. }
+        | SimEvent::Truncated { partition, .. }
+        | SimEvent::LogReset { partition, .. }
+        | SimEvent::LogPositionSent { partition, .. }
+        | SimEvent::WatermarksPublished { partition, .. }
+        | SimEvent::AckCounted { partition, .. }
+        | SimEvent::IsrProposed { partition, .. }
+        | SimEvent::WriteAcked { partition, .. }
+        | SimEvent::ReadableEndMoved { partition, .. }
+        | SimEvent::LatestReturned { partition, .. }
+        | SimEvent::Evicted { partition, .. } => Some(*partition),
     }
 }

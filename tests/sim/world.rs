@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use strandline::{
     client::{self, Client},
     cluster::EmbeddedStore,
-    task::{Tasks, clock, process::Process},
+    task::{Tasks, clock, process::SimProcess},
 };
 
 use crate::{
@@ -26,14 +26,14 @@ pub(crate) struct World {
     pub(crate) shared: Shared,
     pub(crate) store: EmbeddedStore,
     /// The process that draws the faults and makes the load.
-    pub(crate) outside: Process,
+    pub(crate) outside: SimProcess,
     _time: Tasks,
 }
 
 impl World {
     pub(crate) fn new(shape: Shape, seed: u64) -> Self {
         let began = clock::monotonic();
-        let outside = Process::new(0, seed, began);
+        let outside = SimProcess::new(0, seed, began);
         let (store, time) = (EmbeddedStore::in_memory(), outside.enter(Tasks::new));
         store.keep_time(&time);
         let shared = Shared { net: Net::default(), objects: Objects::new(began), trace: Trace::new(), began, seed };

@@ -56,7 +56,7 @@ impl Session {
                 Ok(()) => {}
                 Err(Undecoded::TooLarge(record)) => return Err(record),
                 Err(Undecoded::Refused(fault)) => {
-                    self.broker.metrics.fetch_errors.count(fault.reason.word());
+                    self.broker.metrics.fetch_errors.count(fault.reason.as_str());
                     fetched.error = Some(fault.into());
                 }
             }

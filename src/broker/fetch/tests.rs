@@ -10,7 +10,7 @@ use crate::{
     record::BatchBuilder,
     task::{
         self,
-        patience::{becomes, until},
+        test_timeout::{wait_for, wait_until},
     },
 };
 
@@ -129,11 +129,11 @@ async fn read_of_a_partition_in_memory_and_one_on_the_disk_has_records_of_both()
     bench.stop().await;
     let bench = Bench::over(dir.path(), false, store).await;
     let leads = |id| bench.broker.hosted.by_id(id).is_some_and(|partition| partition.standing().role.leads());
-    until("it leads both", || [0, 1].iter().all(|index| leads(PartitionId::new(topic, *index)))).await;
+    wait_until("it leads both", || [0, 1].iter().all(|index| leads(PartitionId::new(topic, *index)))).await;
     bench.append(0, 100, 0).await.unwrap();
     let want = |partition| v1::FetchPartition { topic: "t".to_owned(), partition, ..Default::default() };
     let request = v1::ReadRequest { partitions: vec![want(0), want(1)], ..Default::default() };
-    becomes("one response has both", async || {
+    wait_for("one response has both", async || {
         let read = Arc::clone(&bench.broker).read(request.clone(), bench.broker.call_memory()).await.unwrap();
         read.partitions.iter().all(|of| !of.chunks.is_empty()).then_some(())
     })
@@ -256,7 +256,7 @@ async fn with_records_on_disk(dir: &std::path::Path) -> Bench {
     bench.stop().await;
     let bench = Bench::over(dir, false, store).await;
     let leads = |id| bench.broker.hosted.by_id(id).is_some_and(|partition| partition.standing().role.leads());
-    until("it leads both", || [0, 1].iter().all(|index| leads(PartitionId::new(topic, *index)))).await;
+    wait_until("it leads both", || [0, 1].iter().all(|index| leads(PartitionId::new(topic, *index)))).await;
     bench
 }
 
@@ -269,7 +269,7 @@ fn with_one_blocking_thread(test: impl Future<Output = ()>) {
 /// Occupies the thread for blocking work until something is sent.
 fn occupy_thread() -> std::sync::mpsc::SyncSender<()> {
     let (free, freed) = std::sync::mpsc::sync_channel(1);
-    assert!(Box::pin(task::blocking(move || freed.recv())).now_or_never().is_none());
+    assert!(Box::pin(task::run_blocking(move || freed.recv())).now_or_never().is_none());
     free
 }
 
@@ -299,7 +299,8 @@ fn call_that_is_reset_is_charged_until_its_blocking_work_has_ended() {
         let taken = budgets.each_ref().map(|budgets| budgets.taken().1);
         assert!(taken.iter().all(|taken| *taken >= 1 << 20), "{taken:?} for a read, a batch that is opened, a look-up");
         free.send(()).unwrap();
-        becomes("all is given back", async || budgets.iter().all(|budgets| budgets.taken().1 == 0).then_some(())).await;
+        wait_for("all is given back", async || budgets.iter().all(|budgets| budgets.taken().1 == 0).then_some(()))
+            .await;
         bench.stop().await;
     });
 }
@@ -329,7 +330,7 @@ fn reads_that_are_dropped_keep_their_memory_beside_later_ones() {
         drop(session.memory.hand(0));
         assert_eq!(budgets.taken().1, 3 << 20);
         free.send(()).unwrap();
-        becomes("those that were dropped end", async || (budgets.taken().1 == 1 << 20).then_some(())).await;
+        wait_for("those that were dropped end", async || (budgets.taken().1 == 1 << 20).then_some(())).await;
         session.reserve(false).await;
         while gathered.bytes == 0 {
             session.wait(&mut gathered).await;

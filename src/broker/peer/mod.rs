@@ -32,7 +32,7 @@ use crate::{
         v1::{self, peer_server},
     },
     task::Tasks,
-    telemetry::{ByPeer, LogThrottle},
+    telemetry::{LogThrottle, PeerCounters},
 };
 
 /// Somebody's word that a process is gone.
@@ -69,7 +69,7 @@ pub(super) struct Peering {
     /// False while this broker answers only `WhoIs`.
     has_begun: AtomicBool,
     /// Bytes of batches that went out, by follower.
-    sent: ByPeer,
+    sent: PeerCounters,
     /// The link of each broker that follows here.
     links: Mutex<BTreeMap<BrokerId, Incoming>>,
     /// How often the links of each broker's uptime were logged.
@@ -85,7 +85,7 @@ impl Peering {
         incarnation: String,
         questions: Questions,
         catchup_bytes_per_second: Option<u64>,
-        sent: ByPeer,
+        sent: PeerCounters,
         tasks: Tasks,
     ) -> Arc<Self> {
         let catch_up = Arc::new(CatchUp::new(catchup_bytes_per_second));

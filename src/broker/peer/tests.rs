@@ -29,8 +29,8 @@ use crate::{
         session::Find,
     },
     record::BatchBuilder,
-    task::patience::until,
-    telemetry::ByPeer,
+    task::test_timeout::wait_until,
+    telemetry::PeerCounters,
 };
 
 const WAIT: Duration = Duration::from_secs(20);
@@ -79,7 +79,7 @@ impl Node {
         let log = Log::open(Arc::new(SimDisk::new()), Path::new("/data"), &identity, options).unwrap();
         let neighbours = Neighbours::new(id, "test".to_owned());
         let connect = Arc::new(Tcp::between_brokers(WAIT));
-        let following = Following::new(Arc::clone(&neighbours), connect, ByPeer::default(), tasks.clone());
+        let following = Following::new(Arc::clone(&neighbours), connect, PeerCounters::default(), tasks.clone());
         let partitions = Partitions::default();
         let (noted, lost) = mpsc::channel(64);
         let held = Arc::clone(&partitions);
@@ -99,7 +99,7 @@ impl Node {
             report: Box::new(|report| Box::pin(async move { Ok(report.broker == BrokerId(9)) })),
         };
         let peering =
-            Peering::new(neighbours, format!("process {id}"), questions, None, ByPeer::default(), tasks.clone());
+            Peering::new(neighbours, format!("process {id}"), questions, None, PeerCounters::default(), tasks.clone());
         peering.begin();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
@@ -189,7 +189,7 @@ async fn what_one_broker_is_sent_the_other_has_when_it_is_acknowledged() {
             acked(append(&one.partition(number), value).await).await;
         }
         assert_eq!(two.partition(number).ends().persisted, at(3), "acknowledged means synced there");
-        until("it is committed there", || two.partition(number).marks().high_watermark == at(3)).await;
+        wait_until("it is committed there", || two.partition(number).marks().high_watermark == at(3)).await;
     }
     let read = |node: &Node| {
         let reader = node.partition(2).reader().clone();

@@ -104,7 +104,7 @@ pub(super) async fn run(common: &Common, command: Produce) -> anyhow::Result<Exi
     let disk = match command.with_disk {
         true => {
             let (folder, piece) = (command.disk_dir.clone(), command.batch_bytes());
-            let measured = task::blocking(move || disk::measure(&folder, piece)).await;
+            let measured = task::run_blocking(move || disk::measure(&folder, piece)).await;
             Some(measured.with_context(|| format!("cannot measure the disk at {}", command.disk_dir.display()))?)
         }
         false => None,
@@ -218,7 +218,8 @@ fn print(
         words.push("no record was acknowledged: these figures say nothing".to_owned());
     }
     words.extend(disk.as_ref().map(disk::words));
-    let mut extra = json!({ "acks": command.acks.word(), "meaning": seen.meaning(), "first_error": seen.first_error });
+    let mut extra =
+        json!({ "acks": command.acks.as_str(), "meaning": seen.meaning(), "first_error": seen.first_error });
     if let Some(disk) = disk {
         extra["disk"] = disk;
     }

@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use crate::{
-    cli::output::{self, ids},
+    cli::output::{self, format_ids},
     client::{Election, HeldReplica, Reassignment},
     model::BrokerId,
 };
@@ -20,12 +20,13 @@ pub(super) fn reassigned(moves: &[Reassignment]) -> String {
 
 /// What became of one partition.
 fn ordered(one: &Reassignment) -> String {
-    let (name, replicas) = (format!("{}/{}", one.topic, one.partition), ids(&one.replicas));
+    let (name, replicas) = (format!("{}/{}", one.topic, one.partition), format_ids(&one.replicas));
     let moving = !(one.adding.is_empty() && one.removing.is_empty());
     match (moving, one.changed) {
         (true, true) => {
             let what = [("adding", &one.adding), ("removing", &one.removing)];
-            let what = what.iter().filter(|(_, set)| !set.is_empty()).map(|(word, set)| format!("{word} {}", ids(set)));
+            let what =
+                what.iter().filter(|(_, set)| !set.is_empty()).map(|(word, set)| format!("{word} {}", format_ids(set)));
             format!("{name} moves to {replicas}: {}", what.collect::<Vec<_>>().join(", "))
         }
         (true, false) if one.waiting => format!("{name} waits for its turn to move to {replicas} already"),
@@ -45,10 +46,10 @@ pub(super) fn under_way(moves: &[Reassignment]) -> String {
             one.topic.clone(),
             one.partition.to_string(),
             one.leader.map_or_else(|| "none".to_owned(), |leader| leader.to_string()),
-            ids(&one.replicas),
-            ids(&one.adding),
-            ids(&one.removing),
-            ids(&one.isr),
+            format_ids(&one.replicas),
+            format_ids(&one.adding),
+            format_ids(&one.removing),
+            format_ids(&one.isr),
             state(one).to_owned(),
         ]
     };
@@ -68,8 +69,10 @@ const fn state(one: &Reassignment) -> &'static str {
 /// What became of moves that were taken back.
 pub(super) fn taken_back(moves: &[Reassignment]) -> String {
     let line = |one: &Reassignment| match one.changed {
-        true => format!("{}/{} stays on {}", one.topic, one.partition, ids(&one.replicas)),
-        false => format!("the move of {}/{} had ended: it is on {}", one.topic, one.partition, ids(&one.replicas)),
+        true => format!("{}/{} stays on {}", one.topic, one.partition, format_ids(&one.replicas)),
+        false => {
+            format!("the move of {}/{} had ended: it is on {}", one.topic, one.partition, format_ids(&one.replicas))
+        }
     };
     moves.iter().map(line).collect::<Vec<_>>().join("\n")
 }
@@ -142,9 +145,8 @@ pub(super) fn prospect(topic: &str, number: u32, would: &Election) -> String {
     let silent: Vec<BrokerId> =
         would.held.iter().filter(|replica| replica.ends.is_err()).map(|replica| replica.broker).collect();
     match silent.is_empty() {
-        false => {
-            lines.push(format!("whatever only broker {} holds is lost as well, acknowledged or not", ids(&silent)))
-        }
+        false => lines
+            .push(format!("whatever only broker {} holds is lost as well, acknowledged or not", format_ids(&silent))),
         true if is_empty => {}
         true if lost.is_empty() => lines.push("no replica knows of a committed record that it lacks".to_owned()),
         true => lines.push("every replica answered".to_owned()),

@@ -4,7 +4,7 @@
 //! # The rules
 //!
 //! 1. At most `window` batches are taken, counted from the oldest that is not settled: those behind it that are acknowledged already
-//!    count as well. A broker remembers the last `window` that it appended (`limits::PRODUCER_WINDOW`; 16 where its memory
+//!    count as well. A broker remembers the last `window` that it appended (`limits::MAX_BATCHES_PER_PRODUCER`; 16 where its memory
 //!    for producers is used up), so that it knows a repeated one whichever it is.
 //! 2. When one fails and may be repeated, nothing more is sent until every batch under way has its answer or has lost
 //!    it. Then all that were not appended go out again, in their first order and with their first sequences. Those

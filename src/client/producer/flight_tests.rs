@@ -32,7 +32,7 @@ impl Broker {
         }
         *next = after(*next, batch.count());
         last.push_back(stamp.base_sequence);
-        if last.len() > crate::limits::PRODUCER_WINDOW {
+        if last.len() > crate::limits::MAX_BATCHES_PER_PRODUCER {
             last.pop_front();
         }
         self.log.extend(ids(batch));

@@ -78,7 +78,7 @@ pub struct ProducerOptions {
     pub batch_bytes: usize,
     /// How long a batch that is not full waits for more records. 0: it goes out as soon as there is room under way.
     pub linger: Duration,
-    /// How many batches of one partition may be under way: 1 to `limits::PRODUCER_WINDOW` when idempotent. 16.
+    /// How many batches of one partition may be under way: 1 to `limits::MAX_BATCHES_PER_PRODUCER` when idempotent. 16.
     pub in_flight: usize,
     /// What counts as acknowledged. `All`.
     pub acks: Acks,
@@ -121,7 +121,8 @@ impl ProducerOptions {
     }
 
     fn window(&self) -> usize {
-        let most = if self.guarantee() == Guarantee::Idempotent { limits::PRODUCER_WINDOW } else { usize::MAX };
+        let most =
+            if self.guarantee() == Guarantee::Idempotent { limits::MAX_BATCHES_PER_PRODUCER } else { usize::MAX };
         self.in_flight.clamp(1, most)
     }
 

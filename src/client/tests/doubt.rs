@@ -28,7 +28,7 @@ async fn a_consumer_whose_leader_is_in_doubt_asks_others_and_reads_where_they_sa
     let elect = async {
         old.doubt();
         // The first one who is asked does not know yet either.
-        until("it is asked", || new.state().asked > asked).await;
+        wait_until("it is asked", || new.state().asked > asked).await;
         (new.state().epoch, new.state().advertised_epoch) = (1, 1);
     };
     let (read, ()) = tokio::join!(next(), elect);

@@ -135,7 +135,7 @@ fn groups_stay_within_what_a_transaction_takes() {
         assert_eq!(groups.iter().map(Vec::len).sum::<usize>(), 200);
         for group in &groups {
             let compares: usize = when + group.iter().map(|change| 1 + change.also.len()).sum::<usize>();
-            assert!(compares <= limits::MAX_TRANSACTION_OPS && group.len() <= limits::CHANGES_TOGETHER);
+            assert!(compares <= limits::MAX_TRANSACTION_OPS && group.len() <= limits::MAX_PARTITIONS_PER_TXN);
         }
         assert!(groups.len() <= 20, "{} groups", groups.len());
     }

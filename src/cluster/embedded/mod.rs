@@ -148,7 +148,7 @@ impl EmbeddedStore {
     /// Opens `metadata.redb` in a data directory, which exists; makes the file when there is none.
     pub async fn open(data_dir: &Path) -> Result<Self, OpenError> {
         let path = data_dir.join(FILE);
-        task::blocking(move || {
+        task::run_blocking(move || {
             let folder = path.parent().unwrap_or(Path::new(".")).to_owned();
             let file = PrivateDir::open(&folder)
                 .and_then(|folder| folder.open_file(Path::new(FILE), OFlags::RDWR | OFlags::CREATE))
@@ -224,7 +224,7 @@ impl EmbeddedStore {
     /// Runs what reads or writes the database: away from the async threads when it may reach a disk.
     async fn run<T: Send + 'static>(&self, function: impl FnOnce(&Shared) -> T + Send + 'static) -> T {
         let shared = self.shared.clone();
-        if shared.folder.is_some() { task::blocking(move || function(&shared)).await } else { function(&shared) }
+        if shared.folder.is_some() { task::run_blocking(move || function(&shared)).await } else { function(&shared) }
     }
 
     async fn end_leases(&self, leases: Vec<LeaseId>, only_over_at: Option<Instant>) -> Result<(), StoreError> {

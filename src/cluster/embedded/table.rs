@@ -178,9 +178,9 @@ pub(super) fn tell(changes: &Changes) {
     for event in &changes.events {
         match event {
             Event::Put(Entry { key, value, create_revision, .. }) => {
-                saw!(Stored { key, value: Some((value, create_revision.0)), revision });
+                sim_event!(Stored { key, value: Some((value, create_revision.0)), revision });
             }
-            Event::Delete { key, .. } => saw!(Stored { key, value: None, revision }),
+            Event::Delete { key, .. } => sim_event!(Stored { key, value: None, revision }),
         }
     }
 }

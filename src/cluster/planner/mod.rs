@@ -106,7 +106,7 @@ pub enum Why {
 
 impl Why {
     /// The rule in a word, for figures.
-    pub const fn word(self) -> &'static str {
+    pub const fn as_str(self) -> &'static str {
         match self {
             Self::Elected => "elected",
             Self::Leaderless => "leaderless",

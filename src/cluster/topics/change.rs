@@ -151,14 +151,16 @@ impl Topics {
         if let Some(key) = unset.iter().find(|key| set.contains_key(*key)) {
             return Err(AlterError::Both { key: key.clone() });
         }
-        if let Some(key) = unset.iter().find(|key| !TopicConfig::texts(&ConfigMap::new(), &set).contains_key(*key)) {
+        if let Some(key) =
+            unset.iter().find(|key| !TopicConfig::effective_values(&ConfigMap::new(), &set).contains_key(*key))
+        {
             return Err(InvalidConfig::UnknownKey { key: key.chars().take(100).collect() }.into());
         }
         for _ in 0..ATTEMPTS {
             let Some((entry, mut value)) = self.read(name).await? else {
                 return Err(self.unknown(name.as_str()).into());
             };
-            value.config.extend(TopicConfig::normal(set.clone()));
+            value.config.extend(TopicConfig::normalize(set.clone()));
             value.config.retain(|key, _| !unset.contains(key));
             if let Some(asked) = replication_factor {
                 self.affordable(asked, &value).await?;

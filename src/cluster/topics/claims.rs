@@ -65,7 +65,7 @@ impl Claims {
         let turn = Arc::clone(&self.turn).acquire_owned().await.expect("the semaphore is never closed");
         let (claims, view) = (self.clone(), view.clone());
         // The turn goes along: a placement ends also where its caller has gone.
-        task::blocking(move || (claims.place_now(&view.state(), place), turn).0).await
+        task::run_blocking(move || (claims.place_now(&view.state(), place), turn).0).await
     }
 
     fn place_now<T>(

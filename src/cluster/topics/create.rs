@@ -152,7 +152,7 @@ impl Topics {
         }
         let NewTopic { name, partitions, replication_factor, config, validate_only } = new;
         let id = TopicId::new(random::uuid());
-        let value = TopicValue { id, partitions, replication_factor, config: TopicConfig::normal(config) };
+        let value = TopicValue { id, partitions, replication_factor, config: TopicConfig::normalize(config) };
         let placed = self.first_values(id, 0..partitions, replication_factor).await;
         let (mut puts, claim) = placed.map_err(|bound| match bound {
             Some(bound) => bound.into(),

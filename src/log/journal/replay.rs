@@ -140,7 +140,7 @@ pub(in crate::log) fn read(disk: &dyn Disk, dir: &Path, directory: Uuid, first_r
         });
     }
     // The first round was durable when the checkpoint named it: damage to it is no torn end.
-    let is_torn = |last: &u64| torn.contains(last) || mutant!(LastRoundTakenForTorn);
+    let is_torn = |last: &u64| torn.contains(last) || mutant!(DropLastFrame);
     if let Some(last) = last.filter(|last| is_torn(last) && *last > first_round) {
         // Nobody was answered about a round that was being written.
         tracing::warn!(round = last, "the journal's last round is torn and is left out");

@@ -135,7 +135,7 @@ impl Ring {
     pub(in crate::log) fn release(&mut self, first_round: u64) {
         while self.used.len() > 1 && self.used[1].first_round <= first_round {
             let used = self.used.pop_front().expect("more than one");
-            saw!(Freed { file: used.serial });
+            sim_event!(JournalFileFreed { file: used.serial });
             self.free.insert(0, used.slot);
         }
     }

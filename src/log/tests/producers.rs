@@ -178,7 +178,7 @@ fn producers_of_all_partitions_are_bounded_together() {
 fn windows_are_short_while_all_partitions_remember_too_much() {
     let log = bounded(0);
     let (mut replica, mut free) = (log.open_replica(partition(0), at(0)).unwrap(), ProducerTable::new());
-    let window = i32::try_from(limits::PRODUCER_WINDOW).unwrap();
+    let window = i32::try_from(limits::MAX_BATCHES_PER_PRODUCER).unwrap();
     let written = (0..40).flat_map(|id| (0..window).map(move |sequence| (id, sequence)));
     for (base, (id, sequence)) in (0..).zip(written) {
         let batch = next(id, base, sequence);
@@ -191,7 +191,7 @@ fn windows_are_short_while_all_partitions_remember_too_much() {
     let table = replica.producers();
     for id in 0..40 {
         let kept = (0..window).filter(|sequence| known(&table, id, *sequence)).count();
-        assert_eq!(kept, if id < 24 { 16 } else { limits::PRODUCER_WINDOW }, "producer {id}");
+        assert_eq!(kept, if id < 24 { 16 } else { limits::MAX_BATCHES_PER_PRODUCER }, "producer {id}");
         assert!((0..window).all(|sequence| known(&free, id, sequence)));
         // All that is left of it is its end.
         assert!(known(&table, id, window - 1));

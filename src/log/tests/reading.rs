@@ -102,7 +102,7 @@ fn a_retry_is_recognised_after_a_restart_and_after_a_cut() {
     let disk = SimDisk::new();
     let log = open(&disk);
     let mut replica = log.open_replica(partition(0), at(0)).unwrap();
-    let end = (crate::limits::PRODUCER_WINDOW as u64 + 3) * 2;
+    let end = (crate::limits::MAX_BATCHES_PER_PRODUCER as u64 + 3) * 2;
     let sequence = |offset: u64| i32::try_from(offset).unwrap();
     for base in (0..end).step_by(2) {
         write(&log, &mut replica, &[produced(base, 2, 1, 1, 100, (9, 0, sequence(base)))]);

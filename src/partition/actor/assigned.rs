@@ -174,7 +174,7 @@ impl Actor {
 
     fn assign(&mut self, assignment: Assignment) {
         let Assignment { value, revision, committed, registered } = assignment;
-        if self.placed.known.as_ref().is_some_and(|(_, known)| revision < *known) && !mutant!(PlacedByOlder) {
+        if self.placed.known.as_ref().is_some_and(|(_, known)| revision < *known) && !mutant!(ApplyOlderMetadata) {
             return;
         }
         if let Some(state) = committed {
@@ -186,7 +186,7 @@ impl Actor {
 
     /// Takes the place that a value of the partition, no older than the known one, gives this broker.
     pub(super) fn placed(&mut self, value: Arc<PartitionValue>, revision: Revision) {
-        saw!(Placed { partition: self.id, revision: revision.0 });
+        sim_event!(MetadataApplied { partition: self.id, revision: revision.0 });
         let before = self.placed.added_after(self.broker);
         self.placed.known = Some((Arc::clone(&value), revision));
         let (epoch, addition) = (value.leader_epoch, value.added_after(self.broker));
@@ -301,7 +301,7 @@ impl Actor {
         let start = Start { me: self.broker, value: PartitionValue::clone(&value), revision, own, committed_end, rule };
         self.placed.leads_after = None;
         self.placed.led = Some(epoch);
-        saw!(Led { partition: self.id, epoch, start: own.written });
+        sim_event!(LeadershipStarted { partition: self.id, epoch, start: own.written });
         self.part = Part::Leading(Box::new(Leader::new(start, self.tiered_end)));
         self.shared.leads(true);
         self.around.counts.leader_epochs.inc();
@@ -339,7 +339,7 @@ impl Actor {
     /// What is in the bucket, and where the log starts, by the metadata: all below both was committed, by a leader of the state's epoch
     /// or one before. Where that is a later one than this broker leads in, this log may hold other records there.
     pub(super) fn committed(&mut self, state: &TierState) {
-        if !mutant!(TakeLaterLeadersBucketEnd) {
+        if !mutant!(AdoptNewerTieredEnd) {
             self.deposed(state.epoch);
         }
         self.tiered_end = self.tiered_end.max(state.bucket_end());
@@ -442,7 +442,7 @@ impl Actor {
         let done = self.cut_by(move |replica| replica.reset_with(at, epochs, producers)).await;
         #[cfg(feature = "sim")]
         if done {
-            saw!(Begun { partition: self.id, at, epochs: &known.0, producers: &known.1 });
+            sim_event!(LogReset { partition: self.id, at, epochs: &known.0, producers: &known.1 });
         }
         done
     }

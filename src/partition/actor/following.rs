@@ -40,7 +40,7 @@ impl Actor {
         let added = self.placed.added_after(self.broker);
         let claim = Claim { added, ..follower.claim(&self.replica.epochs(), log_end) };
         let epoch = follower.epoch();
-        saw!(Claimed { partition: self.id, epoch, persisted: self.replica.persisted_end() });
+        sim_event!(LogPositionSent { partition: self.id, epoch, persisted: self.replica.persisted_end() });
         let ends = Ends { written: log_end, persisted: self.replica.persisted_end() };
         self.around.links.join(self.id, epoch, claim, ends);
     }
@@ -68,7 +68,7 @@ impl Actor {
         let act = follower.answered(epoch, &join, high_watermark, &self.replica.epochs());
         match act {
             Ok(Act::Cut(to)) => {
-                saw!(Obeyed { partition: self.id, epoch });
+                sim_event!(LeaderMessageApplied { partition: self.id, epoch });
                 self.cut(to).await;
             }
             Ok(Act::Begin(at)) => match beginning {
@@ -98,7 +98,7 @@ impl Actor {
         } else {
             self.cut_by(move |replica| replica.truncate(to).map(drop)).await
         };
-        saw!(Cut { partition: self.id, epoch: self.placed.epoch(), to: self.replica.log_end() });
+        sim_event!(Truncated { partition: self.id, epoch: self.placed.epoch(), to: self.replica.log_end() });
         self.claim_when(done);
     }
 
@@ -149,7 +149,7 @@ impl Actor {
         };
         match follower.received(epoch, &heads, high_watermark) {
             Ok(Act::Append) => {
-                saw!(Obeyed { partition: self.id, epoch });
+                sim_event!(LeaderMessageApplied { partition: self.id, epoch });
                 self.copy(batches);
             }
             Ok(_) => {}

@@ -227,7 +227,7 @@ impl Actor {
     /// Tells the simulator's judge of an append.
     #[cfg(feature = "sim")]
     fn tell_appended(&self, batch: &Batch) {
-        saw!(Appended {
+        sim_event!(Appended {
             partition: self.id,
             base: batch.base_offset(),
             end: batch.end_offset(),
@@ -296,7 +296,7 @@ impl Actor {
     pub(super) fn answer(&mut self) {
         if let Part::Leading(leader) = &mut self.part {
             let due = |writer: Writer, acked: Acked| {
-                saw!(Answered {
+                sim_event!(WriteAcked {
                     partition: self.id,
                     end: acked.end,
                     by_all: matches!(acked.held, Held::Synced(2..) | Held::PageCache(2..) | Held::Tiered(_))

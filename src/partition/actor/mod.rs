@@ -52,7 +52,7 @@ use super::{
     upkeep_queue::UpkeepQueue,
 };
 #[cfg(feature = "sim")]
-use crate::task::witness::Part as Seen;
+use crate::task::sim_event::SimRole;
 use crate::{
     log::{Replica, SegmentExport},
     model::{Acks, BrokerId, Durability, Offset, PartitionId, TopicConfig, TopicName, Watermarks},
@@ -380,7 +380,7 @@ impl Actor {
             persisted_end: self.replica.persisted_end(),
             log_end: self.replica.log_end(),
         };
-        saw!(Marks { partition: self.id, marks, part: self.seen_part() });
+        sim_event!(WatermarksPublished { partition: self.id, marks, role: self.sim_role() });
         let (before, sealed_end) = (self.shared.marks().high_watermark, self.replica.active().base);
         let has_moved = before < marks.high_watermark && before < sealed_end;
         if has_moved && (sealed_end <= marks.high_watermark || self.awaits_tier()) {
@@ -410,18 +410,18 @@ impl Actor {
     #[cfg(feature = "sim")]
     fn tell_opened(&self) {
         let epochs: Vec<_> = self.replica.epochs().iter().collect();
-        saw!(Opened { partition: self.id, epochs: &epochs, end: self.replica.log_end() });
+        sim_event!(ReplicaOpened { partition: self.id, epochs: &epochs, end: self.replica.log_end() });
     }
 
     /// What it is, for the simulator's judge.
     #[cfg(feature = "sim")]
-    fn seen_part(&self) -> Seen {
+    fn sim_role(&self) -> SimRole {
         match &self.part {
-            Part::Waiting => Seen::Waiting,
-            Part::Following(follower) => Seen::Following(follower.epoch()),
+            Part::Waiting => SimRole::Waiting,
+            Part::Following(follower) => SimRole::Following(follower.epoch()),
             Part::Leading(leader) => {
                 let (revision, min_insync) = (leader.in_sync().revision().0, leader.in_sync().rule().min_insync);
-                Seen::Leading { epoch: leader.epoch(), revision, min_insync }
+                SimRole::Leading { epoch: leader.epoch(), revision, min_insync }
             }
         }
     }

@@ -3,7 +3,7 @@
 use super::{Actor, Part, news::Ack};
 use crate::{
     cluster::{PartitionValue, Revision},
-    model::{BrokerId, LeaderEpoch, PartitionId, listed},
+    model::{BrokerId, LeaderEpoch, PartitionId, format_ids},
     partition::{
         leader::{
             insync::{Agreed, Ends, InSync, Observed, Peer, Proposal},
@@ -75,7 +75,12 @@ impl Actor {
         }
         let join = leader.in_sync_mut().join(peer, epoch, claim, local, &self.replica.epochs());
         if !matches!(join, Join::Refused(_)) {
-            saw!(Joined { partition: self.id, epoch: leader.epoch(), follower: peer.broker, registered: peer.epoch.0 });
+            sim_event!(FollowerSubscribed {
+                partition: self.id,
+                epoch: leader.epoch(),
+                follower: peer.broker,
+                registered: peer.epoch.0
+            });
         }
         let (epoch, high_watermark) = (leader.epoch(), leader.high_watermark());
         let in_sync = leader.in_sync().value().isr.contains(&peer.broker);
@@ -148,14 +153,14 @@ impl Actor {
         } else if let Some(proposal) = leader.in_sync_mut().proposal() {
             if let Some(proposals) = Proposed::occur(&mut self.proposed, &proposal.value.isr) {
                 tracing::info!(
-                    topic = %self.topic, partition = %self.id, %epoch, proposals, isr = %listed(&proposal.value.isr),
-                    elr = %listed(&proposal.value.elr), before = %listed(&leader.in_sync().value().isr),
+                    topic = %self.topic, partition = %self.id, %epoch, proposals, isr = %format_ids(&proposal.value.isr),
+                    elr = %format_ids(&proposal.value.elr), before = %format_ids(&leader.in_sync().value().isr),
                     "proposes other in-sync replicas"
                 );
             }
             #[cfg(feature = "sim")]
             let added: Vec<_> = proposal.added.iter().map(|peer| (peer.broker, peer.epoch.0)).collect();
-            saw!(Proposed {
+            sim_event!(IsrProposed {
                 partition: self.id,
                 epoch,
                 expect: proposal.expect.0,
@@ -260,7 +265,7 @@ impl Actor {
 fn count(partition: PartitionId, in_sync: &mut InSync, Ack { peer, epoch, ends }: Ack) -> bool {
     match in_sync.acknowledged(peer, epoch, ends) {
         Ok(()) => {
-            saw!(Counted {
+            sim_event!(AckCounted {
                 partition,
                 epoch: in_sync.epoch(),
                 follower: peer.broker,

@@ -35,7 +35,7 @@ impl Seat {
     /// Does with the replica what may block, on a thread that may.
     pub(super) async fn lend<T: Send + 'static>(&mut self, work: impl FnOnce(&mut Replica) -> T + Send + 'static) -> T {
         let mut replica = self.0.take().expect(TAKEN);
-        let (replica, output) = task::blocking(move || {
+        let (replica, output) = task::run_blocking(move || {
             let output = work(&mut replica);
             (replica, output)
         })
@@ -135,7 +135,7 @@ impl Actor {
         match self.replica.lend(move |replica| replica.evict(below)).await {
             Ok(bytes) => {
                 tracing::debug!(partition = %self.id, %below, bytes, "segments left the disk");
-                saw!(Evicted { partition: self.id, start: self.replica.local_start() });
+                sim_event!(Evicted { partition: self.id, start: self.replica.local_start() });
             }
             // That the disk is full was said, once for all partitions, and so was why a replica takes no writes.
             Err(error) if has_failed || error == ChangeError::DiskFull => {

@@ -51,23 +51,26 @@ const LARGE: &[(&str, Budget)] = &[
 /// Where each broken rule shows: the smallest of what was found.
 const BROKEN: &[(Mutation, Setup)] = &[
     (
-        Mutation::AckOfOlderLeaderEpoch,
+        Mutation::AcceptOlderLeaderEpochAck,
         Setup {
             in_sync: 3,
             ..setup(Replicated, 1, Budget { appends: 1, epochs: 2, handovers: 2, late: 1, ..NOTHING })
         },
     ),
-    (Mutation::AckOfOlderBrokerEpoch, setup(Persisted, 1, Budget { appends: 1, wipes: 1, late: 1, ..NOTHING })),
+    (Mutation::AcceptOlderBrokerEpochAck, setup(Persisted, 1, Budget { appends: 1, wipes: 1, late: 1, ..NOTHING })),
     (
-        Mutation::CutToHighWatermark,
+        Mutation::TruncateToHighWatermark,
         Setup { in_sync: 3, ..setup(Persisted, 1, Budget { appends: 2, epochs: 1, handovers: 1, ..NOTHING }) },
     ),
     (Mutation::AdmitBelowEpochStart, setup(Persisted, 1, Budget { appends: 1, epochs: 1, handovers: 1, ..NOTHING })),
-    (Mutation::AdmitOnlySettled, setup(Persisted, 2, Budget { appends: 1, epochs: 1, kills: 1, ..NOTHING })),
-    (Mutation::CommittedIsrOnly, setup(Persisted, 1, Budget { appends: 1, late: 1, ..NOTHING })),
-    (Mutation::MinimumOfMaximal, setup(Persisted, 2, Budget { appends: 1, lags: 1, late: 1, breaks: 1, ..NOTHING })),
-    (Mutation::ElrIgnored, setup(Persisted, 2, Budget { appends: 1, lags: 1, lowerings: 1, ..NOTHING })),
-    (Mutation::UnknownIsDone, setup(Persisted, 1, Budget { appends: 1, lags: 1, unknowns: 1, ..NOTHING })),
+    (Mutation::AdmitAfterEpochCommitted, setup(Persisted, 2, Budget { appends: 1, epochs: 1, kills: 1, ..NOTHING })),
+    (Mutation::HighWatermarkOverCommittedIsr, setup(Persisted, 1, Budget { appends: 1, late: 1, ..NOTHING })),
+    (
+        Mutation::MinIsrOverMaximalIsr,
+        setup(Persisted, 2, Budget { appends: 1, lags: 1, late: 1, breaks: 1, ..NOTHING }),
+    ),
+    (Mutation::IgnoreElr, setup(Persisted, 2, Budget { appends: 1, lags: 1, lowerings: 1, ..NOTHING })),
+    (Mutation::TreatUnknownAsDone, setup(Persisted, 1, Budget { appends: 1, lags: 1, unknowns: 1, ..NOTHING })),
 ];
 
 fn assert_sound(name: &str, found: &Found) {
@@ -90,7 +93,7 @@ fn no_order_of_a_few_faults_breaks_a_rule() {
 #[test]
 fn each_broken_rule_gives_a_counterexample() {
     for (mutation, setup) in BROKEN {
-        let found = mutation::with(Some(*mutation), || explore(*setup, 100_000));
+        let found = mutation::with_mutation(Some(*mutation), || explore(*setup, 100_000));
         println!("| {mutation:?} | {} | {} |", found.fault.as_ref().map_or(0, |(way, _)| way.len()), found.states);
         assert!(found.fault.is_some(), "{mutation:?} was not found: {found:?}");
     }

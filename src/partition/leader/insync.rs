@@ -273,14 +273,14 @@ impl InSync {
     /// When it does not count. Nothing has changed then; the sender has to join anew.
     pub fn acknowledged(&mut self, peer: Peer, epoch: LeaderEpoch, ends: Ends) -> Result<(), Stale> {
         let (leads, log_end) = (self.epoch(), self.own.written);
-        let passes = epoch == leads || mutant!(AckOfOlderLeaderEpoch);
-        if !passes && !mutant!(VotesOfOlderEpochs) {
+        let passes = epoch == leads || mutant!(AcceptOlderLeaderEpochAck);
+        if !passes && !mutant!(CountOlderEpochAcks) {
             return Err(Stale::OtherEpoch { acknowledged: epoch, leads });
         }
         let joined = |member: &&mut Member| {
             member.link == Some(peer.epoch)
-                || mutant!(AckOfOlderBrokerEpoch) && member.link.is_some()
-                || mutant!(VotesOfOlderEpochs) && epoch < leads
+                || mutant!(AcceptOlderBrokerEpochAck) && member.link.is_some()
+                || mutant!(CountOlderEpochAcks) && epoch < leads
         };
         let Some(member) = self.members.get_mut(&peer.broker).filter(joined) else {
             return Err(Stale::NotJoined { broker: peer.broker, epoch: peer.epoch });
@@ -389,7 +389,7 @@ impl InSync {
         let reached = member.acked.map(|ends| ends.by(self.rule.durability));
         let asked =
             if mutant!(AdmitBelowEpochStart) { self.high_watermark } else { self.high_watermark.max(self.epoch_start) };
-        let settled = self.is_settled() || !mutant!(AdmitOnlySettled);
+        let settled = self.is_settled() || !mutant!(AdmitAfterEpochCommitted);
         settled && is_here && !self.value.removing.contains(&id) && reached.is_some_and(|end| end >= asked)
     }
 
@@ -413,7 +413,7 @@ impl InSync {
             }
             Agreed::Unknown => {
                 if let Some(proposal) = proposal.filter(|proposal| proposal.expect == self.revision) {
-                    if mutant!(UnknownIsDone) {
+                    if mutant!(TreatUnknownAsDone) {
                         self.value = proposal.value;
                         self.advance();
                         return Observed::Adopted;
@@ -463,15 +463,15 @@ impl InSync {
     /// Every member of the committed ISR, and of those that were proposed and may come true; some more than once.
     fn maximal(&self) -> impl Iterator<Item = BrokerId> + '_ {
         let proposed = self.in_flight.iter().flat_map(|proposal| &proposal.value.isr).chain(&self.unsure);
-        let proposed = proposed.filter(|_| !mutant!(CommittedIsrOnly));
+        let proposed = proposed.filter(|_| !mutant!(HighWatermarkOverCommittedIsr));
         self.value.isr.iter().chain(proposed).copied()
     }
 
     fn may_commit(&self) -> bool {
-        if mutant!(MinimumOfMaximal) {
+        if mutant!(MinIsrOverMaximalIsr) {
             return self.maximal().collect::<BTreeSet<_>>().len() >= self.rule.min_insync;
         }
-        self.has_minimum().is_ok() && (self.value.elr.is_empty() || mutant!(ElrIgnored))
+        self.has_minimum().is_ok() && (self.value.elr.is_empty() || mutant!(IgnoreElr))
     }
 
     fn advance(&mut self) {

@@ -234,7 +234,7 @@ impl Leading {
             return;
         }
         if let Err(error) = place.tail.leads() {
-            if mutant!(VotesOfOlderEpochs) {
+            if mutant!(CountOlderEpochAcks) {
                 return;
             }
             return self.refuse(index, unreadable(&error));
@@ -272,7 +272,7 @@ impl Leading {
                 }
                 return;
             }
-            Err(_) if mutant!(VotesOfOlderEpochs) => return,
+            Err(_) if mutant!(CountOlderEpochAcks) => return,
             Err(error) => return self.refuse(index, unreadable(&error)),
         };
         let base = place.window.sent();

@@ -31,7 +31,7 @@ use crate::{
     },
     proto::v1::{answer, to_follower, to_leader},
     record::{Batch, BatchBuilder, Chunks},
-    task::{Tasks, patience::until},
+    task::{Tasks, test_timeout::wait_until},
     telemetry::Counter,
 };
 
@@ -285,7 +285,8 @@ async fn a_thousand_partitions_follow_over_one_link_and_join_again_on_the_next()
             assert_eq!(copy.marks().log_end, at(round));
         }
         // The mark follows though no batches do.
-        until("all is committed there", || copies.iter().all(|copy| copy.marks().high_watermark == at(round))).await;
+        wait_until("all is committed there", || copies.iter().all(|copy| copy.marks().high_watermark == at(round)))
+            .await;
         link.stop().await;
     }
     for side in [leader, follower] {
@@ -446,7 +447,7 @@ async fn a_leader_that_sends_what_cannot_be_is_joined_again_a_little_later() {
         link.accept(&first).await;
         link.accept(&second).await;
         link.say(frames::batches(vec![piece(first.place, 0), piece(second.place, 0)])).await;
-        until("both have it", || copy.marks().log_end == at(1) && other.marks().log_end == at(1)).await;
+        wait_until("both have it", || copy.marks().log_end == at(1) && other.marks().log_end == at(1)).await;
 
         link.say(frames::batches(vec![bad(first.place), piece(second.place, 1)])).await;
         let again = link.asked().await;
@@ -455,7 +456,7 @@ async fn a_leader_that_sends_what_cannot_be_is_joined_again_a_little_later() {
         link.accept(&again).await;
         // What is late of the place before is passed over.
         link.say(frames::batches(vec![piece(first.place, 0), piece(again.place, 1), piece(second.place, 2)])).await;
-        until("both have it", || copy.marks().log_end == at(2) && other.marks().log_end == at(3)).await;
+        wait_until("both have it", || copy.marks().log_end == at(2) && other.marks().log_end == at(3)).await;
         drop(link);
         side.tasks.stop().await;
     }

@@ -7,7 +7,7 @@ use super::{
     machines::{BROKERS, Machines},
     network::inside,
 };
-use crate::{patience::eventually, running::Running};
+use crate::{running::Running, test_timeout::eventually};
 
 #[test]
 fn clients_of_a_leader_that_nobody_else_reaches_go_on_with_its_successor() {

@@ -17,7 +17,7 @@ use super::{
 use crate::{
     crash::{PARTITIONS, setting},
     crash_client::{TOPIC, Work},
-    patience::eventually,
+    test_timeout::eventually,
 };
 
 /// Longer than a lease lives.

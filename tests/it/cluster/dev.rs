@@ -1,7 +1,7 @@
 //! `strandline dev` with several brokers whose metadata is in a real etcd.
 
 use super::members::etcd;
-use crate::{broker::Home, patience::eventually};
+use crate::{broker::Home, test_timeout::eventually};
 
 #[test]
 fn a_cluster_in_one_process_agrees_in_etcd_and_its_log_lines_say_whose_they_are() {

@@ -11,8 +11,8 @@ use crate::{
     broker::{Home, http_get},
     damage::files,
     etcd::Etcd,
-    patience::{PATIENCE, eventually, poll},
     s3::{Op, S3},
+    test_timeout::{TEST_TIMEOUT, eventually, poll},
     wire,
 };
 
@@ -44,7 +44,7 @@ fn received(cluster: &Cluster, broker: u32) -> f64 {
 /// Whoever holds it serves the whole topic.
 fn is_whole(cluster: &Cluster) {
     let cli = cluster.cli();
-    let whole = poll(PATIENCE, || {
+    let whole = poll(TEST_TIMEOUT, || {
         let read = cli.run(&["consume", TOPIC, "--from", "earliest", "--until-end"]);
         (read.code == 0 && read.text() == lines(0, LINES)).then_some(())
     });

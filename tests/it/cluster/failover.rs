@@ -11,7 +11,7 @@ use crate::{
     broker::http_get,
     crash::{PARTITIONS, setting},
     crash_client::{TOPIC, Work},
-    patience::{eventually, poll},
+    test_timeout::{eventually, poll},
 };
 
 /// Makes a topic whose every record is on two disks before it is acknowledged, with small segments.

@@ -1,7 +1,7 @@
 //! `/metrics` of a cluster: what operators watch moves when a broker dies, and comes back with it.
 
 use super::members::Cluster;
-use crate::patience::eventually;
+use crate::test_timeout::eventually;
 
 const TOPIC: &str = "watched";
 

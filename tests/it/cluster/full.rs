@@ -3,7 +3,7 @@
 use std::fs;
 
 use super::members::Cluster;
-use crate::{broker::http_get, full_disk::Mount, patience::eventually};
+use crate::{broker::http_get, full_disk::Mount, test_timeout::eventually};
 
 #[test]
 fn a_broker_with_a_full_disk_is_given_nothing_new_until_there_is_room() {

@@ -6,7 +6,7 @@ use serde_json::Value;
 use super::members::Cluster;
 use crate::{
     broker::{Cli, Home, http_get},
-    patience::eventually,
+    test_timeout::eventually,
 };
 
 /// Topics, how many replicas their partitions have, and what an acknowledgement means. All commit with two of them.

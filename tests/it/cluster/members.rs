@@ -7,7 +7,7 @@ use serde_json::Value;
 use crate::{
     broker::{Broker, Cli, Home, http_get},
     etcd::Etcd,
-    patience::{PATIENCE, eventually, poll},
+    test_timeout::{TEST_TIMEOUT, eventually, poll},
 };
 
 /// An etcd of so many members that answers.
@@ -175,7 +175,7 @@ impl Cluster {
         let mut last = Vec::new();
         let whole =
             |one: &Value| one["leader"].is_u64() && one["isr"].as_array().is_some_and(|isr| isr.len() == replicas);
-        let settled = poll(PATIENCE, || {
+        let settled = poll(TEST_TIMEOUT, || {
             last = self.partitions(topic);
             last.iter().all(whole).then_some(())
         });

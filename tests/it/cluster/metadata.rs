@@ -6,7 +6,7 @@ use etcd_client::{AlarmAction, AlarmOptions, AlarmType, Client, CompactionOption
 use serde_json::Value;
 
 use super::members::{Cluster, answers};
-use crate::{etcd::Etcd, patience::eventually};
+use crate::{etcd::Etcd, test_timeout::eventually};
 
 /// A cluster of so many brokers over an etcd of one member.
 fn over_one_member(brokers: u32, flags: &[String]) -> Cluster {

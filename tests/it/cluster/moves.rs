@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use super::members::Cluster;
-use crate::patience::eventually;
+use crate::test_timeout::eventually;
 
 fn replicas(cluster: &Cluster, topic: &str) -> Vec<Value> {
     cluster.partitions(topic).into_iter().map(|one| one["replicas"].clone()).collect()

@@ -92,7 +92,7 @@ impl Network {
 /// thread does not come back.
 pub(crate) fn within<T: Send + 'static>(machine: &str, act: impl FnOnce() -> T + Send + 'static) -> T {
     let namespace = std::fs::File::open(format!("/run/netns/{machine}")).expect("the machine is there");
-    let thread = task::thread("machine", move || {
+    let thread = task::spawn_thread("machine", move || {
         let network = Some(LinkNameSpaceType::Network);
         move_into_link_name_space(namespace.as_fd(), network).expect("the superuser may");
         act()

@@ -17,8 +17,8 @@ use crate::{
     broker::{Home, http_get},
     crash::setting,
     etcd::Etcd,
-    patience::{PATIENCE, eventually},
     s3::S3,
+    test_timeout::{TEST_TIMEOUT, eventually},
     wire,
 };
 
@@ -128,7 +128,7 @@ fn a_broker_that_has_lost_etcd_says_so_to_its_readers_and_begins_nothing_that_ne
         wire::log(address).fetch(open).await.expect("it reads").into_inner()
     });
     let mut next = || {
-        let said = runtime.block_on(async { tokio::time::timeout(PATIENCE, reading.message()).await });
+        let said = runtime.block_on(async { tokio::time::timeout(TEST_TIMEOUT, reading.message()).await });
         said.expect("it says something").expect("it goes on").expect("it goes on")
     };
     cluster.etcd.kill_all();

@@ -21,8 +21,8 @@ use super::members::{Cluster, etcd};
 use crate::{
     broker::{Cli, Home},
     etcd::Etcd,
-    patience::eventually,
     proxy::{FILLER, Proxy},
+    test_timeout::eventually,
 };
 
 /// The broker that is none.

@@ -15,7 +15,7 @@ use super::{failover::create, members::Cluster};
 use crate::{
     crash::{PARTITIONS, setting},
     crash_client::{TOPIC, Work},
-    patience::{becomes, eventually},
+    test_timeout::{eventually, eventually_async},
     wire,
 };
 
@@ -148,7 +148,7 @@ async fn a_follower_serves_who_takes_any_replica_and_leaves_the_rest_to_its_lead
     assert!(answer.error.is_none() && answer.chunks.is_empty() && answer.next_offset == end + 5, "{answer:?}");
     assert_eq!(refused(&cluster, leader, end + 5, 0, true).await.reason, Reason::OffsetOutOfRange);
     let told = || async { read(&cluster, follower, 0, 0, true).await?.error.map(Fault::from) };
-    let fault = becomes("it has heard that the beginning is gone", told).await;
+    let fault = eventually_async("it has heard that the beginning is gone", told).await;
     assert_eq!(fault.reason, Reason::OffsetOutOfRange, "{fault:?}");
     assert!(fault.number("start").is_some_and(|start| start > 0), "{fault:?}");
     assert_eq!(refused(&cluster, leader, 0, 0, true).await.reason, Reason::OffsetOutOfRange);

@@ -10,7 +10,7 @@ use crate::{
     broker::http_get,
     crash::{PARTITIONS, setting},
     crash_client::TOPIC,
-    patience::eventually,
+    test_timeout::eventually,
 };
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

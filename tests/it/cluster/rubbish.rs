@@ -9,7 +9,7 @@ use strandline::proto::{
 };
 
 use super::members::Cluster;
-use crate::{damage::lines, patience::eventually, wire};
+use crate::{damage::lines, test_timeout::eventually, wire};
 
 const PREFIX: &str = "/strandline/it";
 

@@ -9,7 +9,7 @@ use super::members::{Cluster, etcd};
 use crate::{
     broker::{Broker, Home, http_get},
     etcd::Etcd,
-    patience::eventually,
+    test_timeout::eventually,
 };
 
 /// Starts a broker and has it take one record.
@@ -174,7 +174,7 @@ async fn a_broker_reaches_an_etcd_that_asks_for_a_certificate_and_a_password() {
         .ca_certificate(Certificate::from_pem(read(&ca)))
         .identity(Identity::from_pem(read(&certificate), read(&key)));
     let mut root = Client::connect(etcd.endpoints(), Some(ConnectOptions::new().with_tls(tls))).await.expect("options");
-    crate::patience::becomes("etcd answers", || {
+    crate::test_timeout::eventually_async("etcd answers", || {
         let mut client = root.clone();
         async move { client.get("x", None).await.ok() }
     })

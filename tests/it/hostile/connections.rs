@@ -25,7 +25,7 @@ use super::{serves, target::PREFACE};
 use crate::{
     broker::{Home, http_get},
     cluster::network::{Network, inside, within},
-    patience::{PATIENCE, eventually},
+    test_timeout::{TEST_TIMEOUT, eventually},
     wire,
 };
 
@@ -60,7 +60,7 @@ impl Attacker {
         let (end, ended) = mpsc::sync_channel(1);
         let (tell, told) = mpsc::sync_channel(1);
         let machine = machine.to_owned();
-        let thread = task::thread("attacker", move || {
+        let thread = task::spawn_thread("attacker", move || {
             within(&machine, move || {
                 runtime().block_on(async {
                     let (mut held, mut refusals) = (Vec::new(), Vec::new());
@@ -72,12 +72,12 @@ impl Attacker {
                     }
                     tell.send((held.len(), refusals)).expect("somebody asks");
                     // The runtime goes on while this waits: pings are answered.
-                    task::blocking(move || ended.recv().is_err()).await;
+                    task::run_blocking(move || ended.recv().is_err()).await;
                     drop(held);
                 });
             });
         });
-        let (held, refusals) = told.recv_timeout(PATIENCE).expect("the attack is begun");
+        let (held, refusals) = told.recv_timeout(TEST_TIMEOUT).expect("the attack is begun");
         Self { refusals, held, end: Some(end), thread: Some(thread) }
     }
 }

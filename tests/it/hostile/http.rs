@@ -10,7 +10,7 @@ use super::target::PREFACE;
 use crate::{
     broker::{Broker, Home, http_get},
     etcd::Etcd,
-    patience::eventually,
+    test_timeout::eventually,
 };
 
 /// The answer's head and body; `accept` is sent where it is not empty.

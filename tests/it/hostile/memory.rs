@@ -28,7 +28,7 @@ use super::target::{
     APPEND, FILLED, READ, Scale, Target, call, connect, connect_to, endpoint, framed, nested, open, place, refusal,
     resident_bytes, unread, whole, withheld,
 };
-use crate::{broker::Home, patience::eventually, wire};
+use crate::{broker::Home, test_timeout::eventually, wire};
 
 /// Partition of the topic `t` with one small batch.
 const SMALL: i32 = FILLED;

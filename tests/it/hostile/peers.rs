@@ -12,7 +12,7 @@ use crate::{
         network::{Network, inside},
     },
     etcd::{Etcd, Place},
-    patience::eventually,
+    test_timeout::eventually,
 };
 
 /// Open files of each broker: 16 places for clients, 8 for brokers.

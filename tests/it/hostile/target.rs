@@ -33,7 +33,7 @@ use tonic::{
 
 use crate::{
     broker::{Broker, Home},
-    patience::eventually,
+    test_timeout::eventually,
     wire,
 };
 
@@ -242,7 +242,7 @@ impl Target {
         eprintln!("{} MiB before, {} MiB after", before >> 20, resident_bytes(pid) >> 20);
         let mut looked = None;
         tokio::task::block_in_place(|| {
-            // Within `PATIENCE`, which is the minute that there is for it.
+            // Within `TEST_TIMEOUT`, which is the minute that there is for it.
             eventually("requests and responses hold nothing, and memory goes back to the system", || {
                 let held = home.metrics(["strandline_request_memory_bytes", "strandline_response_memory_bytes"]);
                 let resident = resident_bytes(pid);

@@ -83,7 +83,7 @@ async fn is_known_within(most: Duration, server: &S3, home: &Home, offsets: &[i6
         assert_eq!(refusal.reason, Reason::ObjectStoreUnavailable, "{refusal:?}");
         assert!(refusal.message.contains("served nothing"), "{refusal}");
         server.faults().clear();
-        becomes("it is back", || {
+        eventually_async("it is back", || {
             let mut log = log.clone();
             async move { Some(read_once(&mut log, *offset).await).filter(|read| read.error.is_none()) }
         })
@@ -129,7 +129,7 @@ async fn reads_of_history_fail_at_once_while_the_bucket_is_away_and_are_served_w
     assert_eq!(said.error.map(|error| error.reason).as_deref(), Some("OBJECT_STORE_UNAVAILABLE"));
 
     server.faults().set_down(false);
-    let read = becomes("it is back", || {
+    let read = eventually_async("it is back", || {
         let mut log = log.clone();
         async move { Some(read_once(&mut log, 0).await).filter(|read| read.error.is_none()) }
     });
@@ -194,7 +194,7 @@ async fn appends_to_a_bucket_that_is_away_are_told_so_and_later_ones_are_not_beg
         if let Err(late) = final_answer(&mut answers, Duration::from_secs(30)).await {
             assert_eq!(late.reason, Reason::Timeout, "{late:?}");
         }
-        becomes("the bucket takes objects again", || {
+        eventually_async("the bucket takes objects again", || {
             let mut log = log.clone();
             async move { wire::append(&mut log, tiered(30_000)).await.ok() }
         })
@@ -249,7 +249,7 @@ async fn appends_that_wait_for_the_bucket_hold_no_produce_memory() {
     };
     let requests = futures::stream::iter((0..20).map(append)).chain(futures::stream::pending());
     let _answers = log.produce(requests).await.expect("a stream").into_inner();
-    becomes("all are stored, six times what the memory holds", || {
+    eventually_async("all are stored, six times what the memory holds", || {
         let mut log = log.clone();
         async move { (wire::latest(&mut log, "t", 0).await.ok()? == 20).then_some(()) }
     })

@@ -17,7 +17,7 @@ use strandline::{
 };
 
 use super::{Fault, Op, S3};
-use crate::patience::becomes;
+use crate::test_timeout::eventually_async;
 
 const EPOCH: LeaderEpoch = LeaderEpoch(0);
 
@@ -241,7 +241,7 @@ async fn a_sequential_reader_is_read_ahead_of_with_few_requests() {
         let read = fresh.read(next, (1 << 20).into()).await.unwrap();
         read.chunks.iter().for_each(|chunk| out.extend_from_slice(chunk));
         let ahead = chunks.min(out.len().div_ceil(1 << 20) + window / 2) as u64;
-        becomes("it is read ahead", || async { (metrics.cache_misses.get() >= ahead).then_some(()) }).await;
+        eventually_async("it is read ahead", || async { (metrics.cache_misses.get() >= ahead).then_some(()) }).await;
         next = read.next;
         if next == at(100) {
             break;

@@ -10,7 +10,7 @@ use strandline::{
 };
 
 use super::{ACCESS_KEY, BUCKET, Fault, Op, S3, SECRET_KEY};
-use crate::{broker::Home, patience::eventually};
+use crate::{broker::Home, test_timeout::eventually};
 
 const HOUR: Duration = Duration::from_secs(3600);
 const DAY: Duration = Duration::from_secs(24 * 3600);

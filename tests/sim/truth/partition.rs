@@ -11,7 +11,7 @@ use strandline::{
     cluster::{PartitionValue, Revision},
     log::EpochHistory,
     model::{BrokerId, Durability, LeaderEpoch, Offset, TopicConfig, Watermarks},
-    task::witness::Part,
+    task::sim_event::SimRole,
     tier::TierState,
 };
 
@@ -275,22 +275,22 @@ impl Partition {
     }
 
     /// The marks that a broker publishes: how far its log reaches, and what it takes as committed.
-    pub(super) fn marked(&mut self, broker: BrokerId, marks: Watermarks, part: Part, brokers: &Brokers) -> Moved {
-        let judged = self.judge_marks(broker, marks, part, brokers);
-        if let Part::Leading { epoch, .. } = part {
+    pub(super) fn marked(&mut self, broker: BrokerId, marks: Watermarks, role: SimRole, brokers: &Brokers) -> Moved {
+        let judged = self.judge_marks(broker, marks, role, brokers);
+        if let SimRole::Leading { epoch, .. } = role {
             self.acks.published(epoch);
         }
         judged
     }
 
-    fn judge_marks(&mut self, broker: BrokerId, marks: Watermarks, part: Part, brokers: &Brokers) -> Moved {
+    fn judge_marks(&mut self, broker: BrokerId, marks: Watermarks, role: SimRole, brokers: &Brokers) -> Moved {
         let replica = self.replica(broker);
         replica.ends.persisted = marks.persisted_end;
-        if let Part::Following(epoch) = part {
+        if let SimRole::Following(epoch) = role {
             replica.acknowledges(epoch);
         }
         let before = std::mem::replace(&mut replica.high_watermark, marks.high_watermark);
-        if let Part::Leading { epoch, .. } = part {
+        if let SimRole::Leading { epoch, .. } = role {
             let reached = self.reached.entry(epoch).or_default();
             *reached = marks.high_watermark.max(*reached);
         }
@@ -307,7 +307,7 @@ impl Partition {
                 Ok(false)
             };
         }
-        let Part::Leading { epoch, revision, min_insync } = part else {
+        let SimRole::Leading { epoch, revision, min_insync } = role else {
             return Err(format!("takes {} as committed, and {} is", marks.high_watermark, self.committed.1));
         };
         let known = (epoch, Revision(revision), min_insync);

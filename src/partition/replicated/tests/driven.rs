@@ -18,7 +18,7 @@ use crate::{
     },
     task::{
         mutation::{self, Mutation},
-        patience::until,
+        test_timeout::wait_until,
     },
 };
 
@@ -167,7 +167,7 @@ async fn a_follower_claims_copies_and_refuses_what_does_not_fit() {
     told(&partition, [pieces(4, 0, vec![sent(0, 4)])]).await;
     told(&partition, [answer(4, Joined::At(at(0))), pieces(4, 1, vec![sent(0, 3), sent(1, 4)])]).await;
     assert_eq!((partition.marks().log_end, partition.marks().high_watermark), (at(2), at(1)));
-    until("it is durable", || partition.ends().persisted == at(2)).await;
+    wait_until("it is durable", || partition.ends().persisted == at(2)).await;
     assert_eq!(partition.standing().role, Role::Follower { leader: broker(2), in_sync: true });
     assert_eq!(notes.take(), []);
 
@@ -211,7 +211,7 @@ async fn a_follower_serves_what_it_knows_as_committed_while_it_is_in_sync() {
     reader.follow(&ready, 7);
     assert_eq!((ready.take(), ready.take()), (Some(7), None));
     assert_eq!((next(2).await, next(3).await, next(9).await), (None, None, None), "to be waited for");
-    let broken = mutation::with(Some(Mutation::FollowerServesUncommitted), || next(2).now_or_never());
+    let broken = mutation::with_mutation(Some(Mutation::FollowerServesUncommitted), || next(2).now_or_never());
     assert_eq!(broken, Some(Some(at(4))), "it has them");
     told(&partition, [pieces(4, 3, vec![])]).await;
     assert_eq!((ready.take(), next(2).await), (Some(7), Some(at(3))), "the mark moved");
@@ -244,7 +244,7 @@ async fn a_follower_cuts_begins_and_asks_again_as_it_is_answered() {
     assign(&partition, value(Some(2), 4), 10).await;
     let copied = pieces(4, 1, (0..6).map(|n| sent(n, if n < 3 { 1 } else { 2 })).collect());
     told(&partition, [FromLink::Up, answer(4, Joined::At(at(0))), copied]).await;
-    until("it is durable", || partition.ends().persisted == at(6)).await;
+    wait_until("it is durable", || partition.ends().persisted == at(6)).await;
     notes.take();
 
     // Another leads, who has only some of it.
@@ -272,7 +272,7 @@ async fn a_follower_cuts_begins_and_asks_again_as_it_is_answered() {
         ),
     ] {
         told(&partition, [refused.clone()]).await;
-        until("it asks again", || notes.0.lock().unwrap().contains(&Asked::Again)).await;
+        wait_until("it asks again", || notes.0.lock().unwrap().contains(&Asked::Again)).await;
         assert_eq!(partition.marks().log_end, at(3), "{refused:?}");
         told(&partition, [FromLink::Up]).await;
         assert_eq!(notes.take(), [Asked::Again, joined(5, Some(1), 3)], "{refused:?}");
@@ -288,7 +288,7 @@ async fn a_follower_cuts_begins_and_asks_again_as_it_is_answered() {
     assert_eq!(notes.take(), [joined(5, Some(1), 3), joined(5, Some(3), 9)]);
     // A leader that says so again is not asked as fast as it answers.
     told(&partition, [answer(5, Joined::Begin(Box::new(beginning)))]).await;
-    until("it asks again", || notes.0.lock().unwrap().contains(&Asked::Again)).await;
+    wait_until("it asks again", || notes.0.lock().unwrap().contains(&Asked::Again)).await;
     assert_eq!(notes.take(), [Asked::Again]);
     let marks = partition.marks();
     assert_eq!((marks.log_start, marks.local_start, marks.log_end), (at(9), at(9), at(9)));
@@ -338,7 +338,7 @@ async fn who_led_in_an_epoch_does_not_lead_in_it_again() {
     assign(&partition, value(Some(1), 4), 10).await;
     assert!(partition.standing().role.leads());
     let waiting = send(&partition, batch(b"x", None), Acks::All).await;
-    until("it is written", || partition.ends().written == at(1)).await;
+    wait_until("it is written", || partition.ends().written == at(1)).await;
     partition.agreed(Agreed::Gone).await;
     partition.left(peer(2), Departure::Gone).await;
     assign_again(&partition).await;

@@ -12,7 +12,7 @@ use crate::{
     model::{Acks, LeaderEpoch},
     partition::{leader::insync::Departure, *},
     record::ProducerStamp,
-    task::patience::until,
+    task::test_timeout::wait_until,
 };
 
 const PLAIN: &[(&str, &str)] = &[("remote.storage.enable", "false"), ("retention.ms", "-1")];
@@ -56,7 +56,7 @@ async fn what_all_acknowledge_is_committed_everywhere_and_read_from_any() {
         assert!(two.ends().persisted >= acked.end && three.ends().persisted >= acked.end);
     }
     for follower in [&two, &three] {
-        until("the mark arrives", || follower.marks().high_watermark == at(20)).await;
+        wait_until("the mark arrives", || follower.marks().high_watermark == at(20)).await;
         assert_eq!(consumed(follower).await, values(0..20));
         equal(&one, follower, 0).await;
         let refused = append(follower, b"x", Acks::Leader).await;
@@ -82,11 +82,11 @@ async fn a_deposed_leader_cuts_what_nobody_copied_and_follows() {
     net.set_blind(1, true).await;
     assert_eq!(append(&one, &[100], Acks::Leader).await.unwrap().base.get(), 1);
     let waiting = send(&one, batch(&[101], None), Acks::All).await;
-    until("it is written", || one.ends().persisted == at(3)).await;
+    wait_until("it is written", || one.ends().persisted == at(3)).await;
 
     net.elect(2, &[1]).await;
     assert_eq!(net.value().await.0.isr, [broker(2), broker(3)]);
-    until("3 follows 2", || three.standing().epoch == LeaderEpoch(2)).await;
+    wait_until("3 follows 2", || three.standing().epoch == LeaderEpoch(2)).await;
     in_sync(&three).await;
     let acked = append(&two, &[1], Acks::All).await.unwrap();
     assert_eq!((acked.base, acked.epoch, acked.held), (at(1), LeaderEpoch(2), Held::Synced(2)));
@@ -102,7 +102,7 @@ async fn a_deposed_leader_cuts_what_nobody_copied_and_follows() {
     equal(&two, &one, 0).await;
     append(&two, &[2], Acks::All).await.unwrap();
     for partition in [&one, &two, &three] {
-        until("the mark arrives", || partition.marks().high_watermark == at(3)).await;
+        wait_until("the mark arrives", || partition.marks().high_watermark == at(3)).await;
         assert_eq!(consumed(partition).await, values(0..3));
     }
     // The reader of before the change reads on.
@@ -149,7 +149,7 @@ async fn a_leader_that_hears_of_a_newer_epoch_admits_nothing_more() {
     assert!(tail.read(at(0), 100).await.unwrap().is_none());
     net.set_blind(1, true).await;
     net.elect(2, &[]).await;
-    until("it is told", || one.standing().role == Role::Waiting).await;
+    wait_until("it is told", || one.standing().role == Role::Waiting).await;
     assert_eq!(one.standing().leader, None, "who leads it does not know");
     let refused = append(&one, &[7], Acks::Leader).await;
     assert_eq!(refused, Err(AppendError::NotLeader { leader: None, epoch: LeaderEpoch(1) }));
@@ -169,14 +169,14 @@ async fn a_lost_follower_leaves_the_isr_and_comes_back_into_it() {
     let (net, [one, two, three]) = trio().await;
     net.cut(1, 3);
     let waiting = send(&one, batch(&[0], None), Acks::All).await;
-    until("2 has it", || two.ends().persisted == at(1)).await;
+    wait_until("2 has it", || two.ends().persisted == at(1)).await;
     assert_eq!(one.marks().high_watermark, at(0), "it is in the ISR, so it is waited for");
     assert!(one.is_behind());
     let peer = net.node(3, |node| leader::insync::Peer { broker: broker(3), epoch: node.epoch });
     one.left(peer, Departure::Gone).await;
     assert_eq!(waiting.await.unwrap().unwrap().held, Held::Synced(2));
     assert_eq!(net.value().await.0.isr, [broker(1), broker(2)]);
-    until("nobody is behind", || !one.is_behind()).await;
+    wait_until("nobody is behind", || !one.is_behind()).await;
 
     append(&one, &[1], Acks::All).await.unwrap();
     net.heal(1, 3);
@@ -201,7 +201,7 @@ async fn a_replica_that_is_added_a_second_time_joins_again_by_itself() {
     let target = [broker(1), broker(2), broker(3)];
     net.set_blind(1, true).await;
     net.change(|value| value.begin_move(&target).unwrap()).await;
-    until("it follows", || matches!(three.standing().role, Role::Follower { in_sync: false, .. })).await;
+    wait_until("it follows", || matches!(three.standing().role, Role::Follower { in_sync: false, .. })).await;
     net.set_blind(3, true).await;
     net.change(|value| value.cancel_move().unwrap()).await;
     net.change(|value| value.begin_move(&target).unwrap()).await;
@@ -225,7 +225,7 @@ async fn a_replica_whose_addition_is_repeated_leaves_the_place_that_counts_no_mo
     let target = [broker(1), broker(2), broker(3)];
     net.admit_nobody(true);
     net.change(|value| value.begin_move(&target).unwrap()).await;
-    until("its leader would admit it", || !net.proposals().is_empty()).await;
+    wait_until("its leader would admit it", || !net.proposals().is_empty()).await;
     net.set_blind(1, true).await;
     net.set_blind(3, true).await;
     net.change(|value| value.cancel_move().unwrap()).await;
@@ -248,7 +248,7 @@ async fn a_follower_that_lags_is_dropped_by_the_clock_alone() {
     in_sync(&two).await;
     net.cut(1, 2);
     let waiting = send(&one, batch(&[0], None), Acks::All).await;
-    until("it is behind what was written", || one.ends().persisted == at(1) && one.is_behind()).await;
+    wait_until("it is behind what was written", || one.ends().persisted == at(1) && one.is_behind()).await;
     tick(&one, 1000).await;
     tick(&one, 10_999).await;
     assert_eq!(net.proposals(), []);
@@ -294,7 +294,7 @@ async fn below_the_minimum_nothing_is_committed_until_the_eligible_one_is_back()
     assert_eq!(one.marks().high_watermark, at(1));
     net.heal(1, 2);
     in_sync(&two).await;
-    until("all is committed", || one.marks().high_watermark == at(2)).await;
+    wait_until("all is committed", || one.marks().high_watermark == at(2)).await;
     assert_eq!(net.value().await.0.elr, []);
 }
 
@@ -321,13 +321,13 @@ async fn a_new_replica_begins_at_the_tiered_end_and_knows_the_producers() {
     let marks = two.marks();
     assert_eq!((marks.log_start, marks.local_start, marks.tiered_end), (at(0), tiered_end, tiered_end));
     equal(&one, &two, tiered_end.get()).await;
-    until("the mark arrives", || two.marks().high_watermark == at(20)).await;
+    wait_until("the mark arrives", || two.marks().high_watermark == at(20)).await;
     assert_eq!(consumed(&two).await.len(), 20, "the history is read through it as well");
 
     // It leads, and a retry of what is only in the bucket is recognised.
     net.elect(2, &[1]).await;
     net.stop(1).await;
-    until("it leads", || two.standing().role.leads()).await;
+    wait_until("it leads", || two.standing().role.leads()).await;
     let again = send(&two, batch(&[7; 4000], stamp(i32::try_from(tiered_end.get()).unwrap() - 1)), Acks::Leader)
         .await
         .await
@@ -369,7 +369,7 @@ async fn without_a_bucket_a_new_replica_begins_with_the_leaders_tables() {
     equal(&one, &two, start.get()).await;
     assert_eq!((two.marks().log_start, two.marks().local_start), (start, start));
     net.elect(2, &[]).await;
-    until("it leads", || two.standing().role.leads()).await;
+    wait_until("it leads", || two.standing().role.leads()).await;
     let again = send(&two, batch(&[1; 4000], stamp(5, 0)), Acks::Leader).await.await.unwrap().unwrap();
     assert_eq!((again.base, again.duplicate), (at(0), true), "what was deleted is remembered");
 }
@@ -382,7 +382,7 @@ async fn a_leader_whose_disk_fails_resigns_and_its_readers_read_on() {
     let failed = append(&one, &[1], Acks::All).await;
     assert!(matches!(failed, Err(AppendError::StorageFailed { .. })), "{failed:?}");
     assert_eq!(net.resigned(), [(broker(1), LeaderEpoch(1))]);
-    until("nobody leads", || two.standing().epoch == LeaderEpoch(2)).await;
+    wait_until("nobody leads", || two.standing().epoch == LeaderEpoch(2)).await;
     assert_eq!(net.value().await.0.isr, [broker(2), broker(3)]);
     net.elect(2, &[]).await;
     in_sync(&three).await;
@@ -424,7 +424,7 @@ async fn a_leader_elected_unclean_begins_behind_the_bucket() {
     assert!(tiered_end > at(5));
     net.stop(1).await;
     net.change(|value| value.elect_unclean(broker(2), false).unwrap()).await;
-    until("it leads", || two.standing().role.leads()).await;
+    wait_until("it leads", || two.standing().role.leads()).await;
     let marks = two.marks();
     assert_eq!((marks.log_end, marks.high_watermark, marks.local_start), (tiered_end, tiered_end, tiered_end));
     assert_eq!(append(&two, b"x", Acks::Leader).await.unwrap().base, tiered_end);
@@ -454,7 +454,7 @@ async fn a_leader_elected_unclean_keeps_what_goes_on_from_the_bucket() {
     assert!(tiered_end > at(5) && tiered_end < at(20));
     net.stop(1).await;
     net.change(|value| value.elect_unclean(broker(2), false).unwrap()).await;
-    until("it leads", || two.standing().role.leads()).await;
+    wait_until("it leads", || two.standing().role.leads()).await;
     assert_eq!(two.marks().log_end, at(20));
     let firsts: Vec<u8> = consumed(&two).await.iter().map(|value| value[0]).collect();
     assert_eq!(firsts, (0..20u8).collect::<Vec<_>>());
@@ -476,12 +476,12 @@ async fn a_replica_that_starts_with_an_abandoned_tail_does_not_take_it_for_commi
     for _ in 1..20 {
         append(&one, &[100; 4000], Acks::Leader).await.unwrap();
     }
-    until("3 has it", || three.ends().persisted == at(20)).await;
+    wait_until("3 has it", || three.ends().persisted == at(20)).await;
     net.stop(3).await;
     net.stop(1).await;
     net.elect(2, &[1, 3]).await;
     net.set_blind(2, false).await;
-    until("2 leads", || two.standing().role == (Role::Leader { settled: true })).await;
+    wait_until("2 leads", || two.standing().role == (Role::Leader { settled: true })).await;
     for n in 1..20u8 {
         append(&two, &[n; 4000], Acks::All).await.unwrap();
     }
@@ -507,7 +507,7 @@ async fn a_replica_does_not_cut_what_is_committed() {
     for n in 0..5u8 {
         append(&one, &[n], Acks::All).await.unwrap();
     }
-    until("the mark arrives", || two.marks().high_watermark == at(5)).await;
+    wait_until("the mark arrives", || two.marks().high_watermark == at(5)).await;
     let before = bytes_of(&two, at(0));
     net.stop(1).await;
     // The first broker's disk was put back to nothing, and it leads all the same: something is very wrong.
@@ -516,7 +516,7 @@ async fn a_replica_does_not_cut_what_is_committed() {
     let one = net.start(1, PLAIN, false).await;
     net.change(|value| PartitionValue { leader: Some(broker(1)), leader_epoch: LeaderEpoch(2), ..value.clone() }).await;
     append(&one, b"other", Acks::Leader).await.unwrap();
-    until("it is asked to cut", || {
+    wait_until("it is asked to cut", || {
         matches!(two.standing(), Standing { epoch: LeaderEpoch(2), role: Role::Follower { in_sync: false, .. }, .. })
     })
     .await;
@@ -578,7 +578,7 @@ async fn a_sequence_is_in_the_log_once_whoever_leads() {
     };
     let turns = async {
         for turn in 0..30u32 {
-            until("all are in sync", || {
+            wait_until("all are in sync", || {
                 let followers =
                     partitions.iter().filter(|p| matches!(p.standing().role, Role::Follower { in_sync: true, .. }));
                 followers.count() == 2

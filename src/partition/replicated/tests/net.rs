@@ -23,7 +23,7 @@ use crate::{
         join::Claim,
     },
     record::{BatchBuilder, Fingerprint, ProducerStamp},
-    task::patience::until,
+    task::test_timeout::wait_until,
     telemetry::Metrics,
     tier::{Cache, CacheOptions, Store, StoreOptions},
 };
@@ -533,11 +533,11 @@ pub(super) fn bytes_of(partition: &Partition, from: Offset) -> Vec<u8> {
 
 /// Both logs end at the same place and hold the same bytes from `from` on.
 pub(super) async fn equal(one: &Partition, other: &Partition, from: u64) {
-    until("equal ends", || one.marks().log_end == other.marks().log_end).await;
+    wait_until("equal ends", || one.marks().log_end == other.marks().log_end).await;
     assert!(bytes_of(one, at(from)) == bytes_of(other, at(from)), "the logs differ");
 }
 
 /// The replica follows and is in sync.
 pub(super) async fn in_sync(partition: &Partition) {
-    until("in sync", || matches!(partition.standing().role, Role::Follower { in_sync: true, .. })).await;
+    wait_until("in sync", || matches!(partition.standing().role, Role::Follower { in_sync: true, .. })).await;
 }

@@ -44,7 +44,7 @@ async fn retry_is_a_duplicate_after_failover_and_alter() {
             assert_eq!((again.base, again.duplicate), (stored.base, true), "{form:?}, {before:?}");
         }
         net.elect(2, &[]).await;
-        until("it leads", || two.standing().role.leads()).await;
+        wait_until("it leads", || two.standing().role.leads()).await;
         in_sync(&one).await;
         for (sequence, stored) in (0..).zip(FORMS) {
             let base = at(u64::try_from(sequence).unwrap());

@@ -23,7 +23,7 @@ async fn a_leader_that_is_one_no_more_ends_its_places() {
         *side.stored.lock().unwrap() = stored;
         link.say(frames::leave(number, LeaderEpoch(i32::MAX.cast_unsigned()), false)).await;
         if stored == Some(LeaderEpoch(next.0 + 3)) {
-            until("it leads no more", || !partition.standing().role.leads()).await;
+            wait_until("it leads no more", || !partition.standing().role.leads()).await;
         } else {
             link.join(number + 1, id(0), LeaderEpoch(next.0 + 2)).await;
             assert_eq!(link.answer().await.is, Some(answer::Is::At(0)), "it leads: the store says {stored:?}");

@@ -16,7 +16,7 @@ use super::{Meta, STRANGER, broker_epoch, peer, still_serves};
 use crate::{
     broker::Home,
     cluster::members::Cluster,
-    patience::{PATIENCE, becomes, eventually},
+    test_timeout::{TEST_TIMEOUT, eventually, eventually_async},
     wire,
 };
 
@@ -39,7 +39,7 @@ impl Follows {
     }
 
     async fn next(&mut self) -> Result<v1::ToFollower, Status> {
-        let next = tokio::time::timeout(PATIENCE, self.receiver.message()).await.expect("something comes");
+        let next = tokio::time::timeout(TEST_TIMEOUT, self.receiver.message()).await.expect("something comes");
         next.map(|message| message.expect("it does not end without a word"))
     }
 
@@ -222,7 +222,7 @@ impl Calm {
                 place += 1;
             }
         };
-        tokio::time::timeout(PATIENCE, joins).await.expect("the leader knows of the new replica");
+        tokio::time::timeout(TEST_TIMEOUT, joins).await.expect("the leader knows of the new replica");
         let progress = |end: i64| v1::Progress { place: vec![place], written: vec![end], persisted: vec![end] };
         link.say(Some(to_leader::Is::Progress(progress(1_000_000)))).await;
         let answer = link.answer().await;
@@ -250,7 +250,7 @@ async fn a_stranger_that_follows_is_refused_in_words_and_the_true_follower_goes_
     let stranger = calm.meta.register("127.0.0.1:9".parse().expect("an address")).await;
     let wall_ms = Some(clock::wall_ms() - 605_000);
     let hello = Some(to_leader::Is::Hello(v1::Hello { wall_ms, ..calm.hello(STRANGER, stranger) }));
-    let mut link = becomes("the leader knows the stranger", async || {
+    let mut link = eventually_async("the leader knows the stranger", async || {
         let mut link = Follows::begin(calm.address(), hello.clone()).await;
         link.next().await.is_ok().then_some(link)
     })
@@ -311,7 +311,7 @@ async fn a_stranger_in_a_followers_name_takes_no_link_that_answers() {
     // One that cannot answer loses its link, and takes it back from whoever answers nothing.
     calm.cluster.broker(calm.follower).freeze(true);
     // An answer from before it froze may still be on its way.
-    let mut silent = becomes("the link of the silent one is taken", async || {
+    let mut silent = eventually_async("the link of the silent one is taken", async || {
         let mut link = Follows::begin(calm.address(), hello(epoch)).await;
         link.next().await.is_ok().then_some(link)
     })
@@ -331,7 +331,7 @@ async fn claims_that_the_metadata_store_does_not_confirm_cost_nobody_anything() 
     let before = calm.meta.value(calm.id).await;
     let stranger = calm.meta.register("127.0.0.1:9".parse().expect("an address")).await;
     let hello = Some(to_leader::Is::Hello(calm.hello(STRANGER, stranger)));
-    let mut link = becomes("the leader knows the stranger", async || {
+    let mut link = eventually_async("the leader knows the stranger", async || {
         let mut link = Follows::begin(calm.address(), hello.clone()).await;
         link.next().await.is_ok().then_some(link)
     })

@@ -15,7 +15,7 @@ use super::{Meta, STRANGER, peer, still_serves};
 use crate::{
     broker::Home,
     cluster::members::etcd,
-    patience::{PATIENCE, becomes},
+    test_timeout::{TEST_TIMEOUT, eventually_async},
     wire,
 };
 
@@ -42,7 +42,7 @@ impl Led {
     }
 
     async fn next(&mut self) -> to_leader::Is {
-        let next = tokio::time::timeout(PATIENCE, self.incoming.message()).await.expect("something comes");
+        let next = tokio::time::timeout(TEST_TIMEOUT, self.incoming.message()).await.expect("something comes");
         next.expect("the link stands").expect("the link stands").is.expect("it says something")
     }
 
@@ -134,7 +134,7 @@ async fn stranger(tasks: &Tasks) -> (SocketAddr, mpsc::Receiver<Led>) {
 
 /// The next stream that a broker opens.
 async fn called(streams: &mut mpsc::Receiver<Led>) -> Led {
-    tokio::time::timeout(PATIENCE, streams.recv()).await.expect("the broker comes").expect("the stranger listens")
+    tokio::time::timeout(TEST_TIMEOUT, streams.recv()).await.expect("the broker comes").expect("the stranger listens")
 }
 
 /// A batch of one record at this offset, of this epoch.
@@ -154,11 +154,11 @@ struct Follower {
 impl Follower {
     /// Waits until it has said this once more.
     async fn says_again(&self, words: &str, said: usize) {
-        becomes(words, async || (self.home.log().matches(words).count() > said).then_some(())).await;
+        eventually_async(words, async || (self.home.log().matches(words).count() > said).then_some(())).await;
     }
 
     async fn says(&self, words: &str) {
-        becomes(words, async || self.home.log().contains(words).then_some(())).await;
+        eventually_async(words, async || self.home.log().contains(words).then_some(())).await;
     }
 
     /// Who answers must be the broker that was called, in an uptime that is registered.

@@ -1,0 +1,24 @@
+//! Waiting in unit tests for a condition, with a timeout. The condition is checked again whenever other tasks have run.
+
+use std::time::Duration;
+
+/// Maximum wait for a condition, on a busy machine.
+const TEST_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Waits until `holds` returns true. `what` names the condition in the panic message.
+pub(crate) async fn wait_until(what: &str, holds: impl Fn() -> bool) {
+    wait_for(what, async || holds().then_some(())).await;
+}
+
+/// Calls `attempt` until it returns a value. `what` names the value in the panic message.
+pub(crate) async fn wait_for<T>(what: &str, attempt: impl AsyncFn() -> Option<T>) -> T {
+    let value = async {
+        loop {
+            if let Some(value) = attempt().await {
+                return value;
+            }
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(TEST_TIMEOUT, value).await.unwrap_or_else(|_| panic!("timed out: {what}"))
+}

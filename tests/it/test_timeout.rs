@@ -1,0 +1,43 @@
+//! Waiting for a condition: polled at short intervals, with a timeout. Only injected faults of a fixed duration wait otherwise.
+
+use std::{future::Future, thread, time::Duration};
+
+use strandline::task::clock;
+
+/// Maximum wait for a condition.
+pub(crate) const TEST_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Interval between polls.
+const POLL_INTERVAL: Duration = Duration::from_millis(10);
+
+/// Calls `attempt` until it returns a value; `None` after the timeout.
+pub(crate) fn poll<T>(timeout: Duration, mut attempt: impl FnMut() -> Option<T>) -> Option<T> {
+    let deadline = clock::monotonic() + timeout;
+    loop {
+        let value = attempt();
+        if value.is_some() || clock::monotonic() > deadline {
+            return value;
+        }
+        thread::sleep(POLL_INTERVAL);
+    }
+}
+
+/// Calls `attempt` until it returns a value. `what` names the condition in the panic message.
+pub(crate) fn eventually<T>(what: &str, attempt: impl FnMut() -> Option<T>) -> T {
+    poll(TEST_TIMEOUT, attempt).unwrap_or_else(|| panic!("{what}: not so after {TEST_TIMEOUT:?}"))
+}
+
+/// Async form of [`eventually`].
+pub(crate) async fn eventually_async<T, F: Future<Output = Option<T>>>(
+    what: &str,
+    mut attempt: impl FnMut() -> F,
+) -> T {
+    let deadline = clock::monotonic() + TEST_TIMEOUT;
+    loop {
+        if let Some(value) = attempt().await {
+            return value;
+        }
+        assert!(clock::monotonic() < deadline, "{what}: not so after {TEST_TIMEOUT:?}");
+        tokio::time::sleep(POLL_INTERVAL).await;
+    }
+}
