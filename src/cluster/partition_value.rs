@@ -285,21 +285,20 @@ impl PartitionValue {
         !(self.adding.is_empty() && self.removing.is_empty())
     }
 
-    /// Whether the move under way cannot end while only these brokers are live: a new replica cannot come into sync, or the replicas that
-    /// leave are in sync and too few of those that stay can be.
+    /// Returns true if the move under way cannot end while only these brokers are live: a new replica cannot enter the ISR, or the removed
+    /// replicas are in the ISR and too few of the other replicas can enter it.
     pub fn move_is_blocked(&self, min_insync: usize, is_live: impl Fn(BrokerId) -> bool) -> bool {
         let can_be_in_sync = |id: &BrokerId| self.isr.contains(id) || is_live(*id);
         let copied = self.adding.iter().all(can_be_in_sync);
         self.is_moving() && (!copied || self.needs_leavers(min_insync, can_be_in_sync))
     }
 
-    /// Whether the replicas that leave are in sync and fewer would be without them than a commit was promised: a replica that was there
-    /// before, and stays, may still have to catch up.
+    /// Returns true if the ISR needs the removed replicas to satisfy the min ISR: a replica that is not removed may still be catching up.
     pub fn leavers_are_needed(&self, min_insync: usize) -> bool {
         self.needs_leavers(min_insync, |id| self.isr.contains(id))
     }
 
-    /// [`Self::leavers_are_needed`] where these of the replicas that stay are in sync.
+    /// The rule of [`Self::leavers_are_needed`] for any set of in-sync replicas.
     fn needs_leavers(&self, min_insync: usize, is_in_sync: impl Fn(&BrokerId) -> bool) -> bool {
         let leaves = |id: &BrokerId| self.removing.contains(id);
         let promised = min_insync.min(self.replicas.len().saturating_sub(self.removing.len()));

@@ -20,7 +20,7 @@ use crate::{
 /// A batch smaller than this is copied, so that it does not hold the larger buffer that it was received in.
 const COPY_BELOW: usize = 16 << 10;
 
-/// What one batch costs beside its bytes and its entry: what its two buffers allocate to be shared, and its place in the order.
+/// Memory of one batch beside its bytes and its entry: the shared headers of its two buffers, and its entry in the eviction order.
 const OVERHEAD: usize = 2 * 48 + 2 * size_of::<(Weak<PartitionTail>, u64)>();
 
 /// So many groups are in the order before those that are gone are looked for.
@@ -80,12 +80,12 @@ impl Kept {
 }
 
 impl Batches {
-    /// What the entries cost, used or not.
+    /// Memory of the queue's entries, used or not.
     fn entry_bytes(&self) -> usize {
         self.batches.capacity() * size_of::<Kept>()
     }
 
-    /// Gives back entries that are not used.
+    /// Frees most of the unused entries.
     fn shrink(&mut self) {
         if self.batches.len() < self.batches.capacity() / 4 {
             self.batches.shrink_to(self.batches.len() * 2);

@@ -19,7 +19,7 @@ pub enum Durability {
     Replicated,
 }
 
-/// What sets a record's timestamp.
+/// Source of a record's timestamp.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum TimestampType {
     /// The producer.
@@ -181,7 +181,7 @@ pub const TOPIC_CONFIG_KEYS: &[ConfigKey] = &[
         name: "message.timestamp.type",
         default: "CreateTime",
         allowed: "CreateTime or LogAppendTime",
-        doc: "What sets a record's timestamp: the producer (`CreateTime`), or the leader at the append (`LogAppendTime`).",
+        doc: "Source of a record's timestamp: the producer (`CreateTime`), or the leader at the append (`LogAppendTime`).",
     },
     ConfigKey {
         name: "min.insync.replicas",

@@ -155,7 +155,7 @@ pub enum SimEvent<'a> {
         partition: PartitionId,
         /// The offset after the last acknowledged record.
         end: Offset,
-        /// Whether every in-sync replica has them, not only the leader.
+        /// True if every in-sync replica has the records, not only the leader.
         by_all: bool,
     },
     /// The end of what readers may read moved.
@@ -200,7 +200,7 @@ pub enum SimEvent<'a> {
         partition: PartitionId,
         /// The log end afterwards.
         to: Offset,
-        /// Whether the whole content is deleted.
+        /// True if the whole content is deleted.
         emptied: bool,
     },
     /// A truncation, reset or deletion is durable.

@@ -202,7 +202,7 @@ fn latency_histogram() -> Histogram {
     Histogram::new(exponential_buckets(0.000_05, 2.0, 20))
 }
 
-/// What the `metrics!` macro needs of a metric type.
+/// Requirements of the `metrics!` macro on a metric type.
 pub(super) trait MetricKind {
     const KIND: &'static str;
     const LABELS: &'static str = "";

@@ -104,7 +104,7 @@ metrics! {
     controller_steps: ControllerChangeCounters = "strandline_controller_steps", "Changes of partitions that this broker made as the controller.";
     metadata_requests: RequestCounters = "strandline_metadata_requests", "Requests to the metadata store.";
     metadata_request_seconds: RequestHistograms = "strandline_metadata_request_seconds", "Time of a request to the metadata store until it was answered or given up.";
-    metadata_revision: GaugeU64 = "strandline_metadata_revision", "Revision of the metadata that this broker goes by.";
+    metadata_revision: GaugeU64 = "strandline_metadata_revision", "Revision of the metadata that this broker applied.";
     metadata_silence_seconds: GaugeF64 = "strandline_metadata_silence_seconds", "Time since the metadata store last let this broker's mirror know anything.";
     metadata_regressed: GaugeU64 = "strandline_metadata_regressed", "1 once the metadata store was found to have gone back, or to be another one: orders are refused until this broker is restarted.";
     metadata_listings: Counter = "strandline_metadata_listings", "Times that the whole metadata was listed: at the start, now and then, and when a watch broke.";

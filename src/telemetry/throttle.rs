@@ -19,7 +19,7 @@ pub struct LogThrottle {
     logged: Option<Instant>,
     /// Number of occurrences since that line.
     unlogged: u64,
-    /// Whether the last line announced the start of the condition, or a reminder.
+    /// True if the last line announced the start of the condition, or a reminder.
     announced: bool,
 }
 

@@ -64,7 +64,7 @@ use crate::{
 /// Most commands that one turn takes from the queue.
 const TURN: usize = 512;
 
-/// A partition keeps memory for so many commands between its turns: a broker has many partitions.
+/// Number of commands whose memory a partition keeps between its turns. A broker has many partitions, so the number is small.
 pub(super) const SPARE_COMMANDS: usize = 64;
 
 /// Most bytes of batches in one group: a larger write gains nothing. While this one is made durable the next is written, and while

@@ -181,7 +181,7 @@ pub enum Admission {
     Duplicate(Offset, Offset),
 }
 
-/// A queue keeps memory for so many writers, whether they wait or not.
+/// Number of writers whose memory an empty queue keeps.
 const SPARE_WRITERS: usize = 64;
 
 struct Waiting<W> {
@@ -412,7 +412,7 @@ impl<W> Leader<W> {
         left
     }
 
-    /// Gives back the memory of queues that were long once: nothing else bounds it, and a broker has many partitions.
+    /// Frees the unused memory of queues. No budget counts it, and a broker has many partitions.
     fn shrink_queues(&mut self) {
         for queue in self.queues() {
             if queue.capacity() > SPARE_WRITERS && queue.len() < queue.capacity() / 4 {
