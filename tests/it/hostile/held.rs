@@ -4,10 +4,7 @@
 use std::{net::SocketAddr, time::Duration};
 
 use bytes::Bytes;
-use futures::{
-    future::{self, FutureExt},
-    stream::{self, StreamExt as _},
-};
+use futures::future::{self, FutureExt};
 use http_body_util::BodyExt as _;
 use prost::Message as _;
 use strandline::proto::v1::{
@@ -230,23 +227,6 @@ async fn memory_stays_bounded_whatever_connections_and_calls_hold() {
     target.gives_back(before);
 }
 
-/// Appends records of 100 bytes and waits for nothing but their leader. The tail buffer holds them afterwards, as it holds those of the attack:
-/// its bytes are bounded, and small batches take more of the allocator's pages than large ones do.
-async fn store_small_records(address: SocketAddr, count: usize) {
-    let log = wire::log(address);
-    let append = |number: usize| {
-        let append =
-            wire::append_plain("waits", i32::try_from(number % 8).expect("below 8"), vec![Bytes::from(vec![7; 100])]);
-        let mut log = log.clone();
-        async move {
-            wire::append(&mut log, AppendRequest { acks: Acks::Leader.into(), ..append })
-                .await
-                .expect("it takes records")
-        }
-    };
-    stream::iter((0..count).map(append)).buffer_unordered(64).collect::<Vec<_>>().await;
-}
-
 /// The bucket serves reads and takes no object, so that appends wait for it until their time is up.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn memory_stays_bounded_while_appends_wait_for_the_bucket() {
@@ -262,7 +242,6 @@ async fn memory_stays_bounded_while_appends_wait_for_the_bucket() {
     let single = AppendRequest { acks: Acks::Tiered.into(), timeout_ms: 5_000, ..single };
     let refusal = wire::append(&mut wire::log(target.address()), single).await.expect_err("no object is taken");
     assert_eq!(refusal.number("base_offset"), Some(0), "it is stored here, and waited: {refusal:?}");
-    store_small_records(target.address(), 6 * target.scale.streams).await;
     let before = resident_bytes(target.broker.pid());
     let append = |number: i32| {
         let append = wire::append_plain("waits", number % 8, vec![Bytes::from(vec![7; 100])]);
