@@ -20,7 +20,6 @@ use super::{
     segment::{Segment, SegmentFile, SegmentInfo},
     shared::{Shared, State},
     snapshot::Snapshot,
-    tail::Tail,
 };
 use crate::{
     model::{LeaderEpoch, Offset, PartitionId},
@@ -180,11 +179,10 @@ impl Replica {
             (state.active().info, state.active().file.clone())
         };
         self.write(&info, &file, batches)?;
-        let owned: Vec<Batch> = batches.iter().map(Tail::own).collect();
-        let end = self.publish(&owned);
-        self.shared.core.tail.push(&self.shared.tail, &owned);
+        let end = self.publish(batches);
+        let kept = self.shared.core.tail.push(&self.shared.tail, batches);
         let most = if self.journaled { self.shared.core.options.journal_most } else { 0 };
-        self.pending.push(&info, owned, bytes, most);
+        self.pending.push(&info, kept, bytes, most);
         self.shared.touch(bytes as u64);
         debug_assert_eq!(end.since(first.base_offset()), batches.iter().map(|b| u64::from(b.count())).sum::<u64>());
         Ok(())

@@ -9,7 +9,7 @@ use std::{
     },
 };
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 
 use super::reader::Read;
 use crate::{
@@ -17,7 +17,8 @@ use crate::{
     record::{Batch, HEADER_BYTES},
 };
 
-/// A batch smaller than this is copied, so that it does not hold the larger buffer that it was received in.
+/// A batch smaller than this is copied, so that it does not hold the larger buffer that it was received in. Its header and its records share
+/// one block of memory: small blocks that outlive their neighbours keep the allocator's pages from being freed.
 const COPY_BELOW: usize = 16 << 10;
 
 /// Memory of one batch beside its bytes and its entry: the shared headers of its two buffers, and its entry in the eviction order.
@@ -79,6 +80,17 @@ impl Kept {
     }
 }
 
+/// A batch as it is kept, and its header's bytes. A small batch is copied to memory of its own.
+fn own(batch: &Batch) -> (Bytes, Batch) {
+    let mut batch = batch.clone();
+    let head = if batch.encoded_len() < COPY_BELOW {
+        batch.detach().slice(..HEADER_BYTES)
+    } else {
+        Bytes::copy_from_slice(batch.head())
+    };
+    (head, batch)
+}
+
 impl Batches {
     /// Memory of the queue's entries, used or not.
     fn entry_bytes(&self) -> usize {
@@ -130,32 +142,20 @@ impl Tail {
         self.used.load(Ordering::Relaxed)
     }
 
-    /// A batch as it should be kept: small ones in memory of their own.
-    pub(super) fn own(batch: &Batch) -> Batch {
-        let mut batch = batch.clone();
-        if batch.encoded_len() < COPY_BELOW {
-            batch.detach();
-        }
-        batch
-    }
-
-    pub(super) fn push(&self, partition: &Arc<PartitionTail>, batches: &[Batch]) {
-        let mut heads = BytesMut::with_capacity(batches.len() * HEADER_BYTES);
-        for batch in batches {
-            heads.extend_from_slice(batch.head());
-        }
-        let mut heads = heads.freeze();
+    /// Adds the batches of one append. Returns them as they are kept: their records share the memory of the tail buffer.
+    pub(super) fn push(&self, partition: &Arc<PartitionTail>, batches: &[Batch]) -> Vec<Batch> {
+        let owned: Vec<(Bytes, Batch)> = batches.iter().map(own).collect();
         let mut added = 0;
         let group = {
             let mut held = partition.lock();
             let (group, entry_bytes) = (held.group, held.entry_bytes());
             held.group += 1;
-            for batch in batches {
+            for (head, batch) in &owned {
                 let kept = Kept {
                     group,
                     base: batch.base_offset(),
                     end: batch.end_offset(),
-                    head: heads.split_to(HEADER_BYTES),
+                    head: head.clone(),
                     records: batch.records_bytes().clone(),
                 };
                 added += kept.cost();
@@ -167,6 +167,7 @@ impl Tail {
         self.order().push(partition, group);
         self.used.fetch_add(added, Ordering::Relaxed);
         self.shrink();
+        owned.into_iter().map(|(_, batch)| batch).collect()
     }
 
     fn order(&self) -> MutexGuard<'_, Order> {
@@ -240,7 +241,9 @@ mod tests {
         assert!(tail.order().groups.len() <= TIDY_FROM, "{} groups", tail.order().groups.len());
         assert!(quiet.read(Offset::ZERO, Offset::new(1).unwrap(), 1 << 20).is_some());
         drop(busy);
-        (0..2000).for_each(|offset| tail.push(&quiet, &[batch(offset + 1)]));
+        for offset in 1..=2000 {
+            tail.push(&quiet, &[batch(offset)]);
+        }
         assert!(
             tail.used() <= 1 << 20 && tail.order().groups.len() <= 2 * 2001,
             "{} groups",
@@ -260,7 +263,9 @@ mod tests {
                 tail.push(&partitions[busy], &[batch(offset)]);
                 if offset % 50 == 0 {
                     let quiet = partitions.iter().enumerate().filter(|(number, _)| *number != busy);
-                    quiet.for_each(|(_, partition)| tail.push(partition, &[batch(10_000 + offset)]));
+                    for (_, partition) in quiet {
+                        tail.push(partition, &[batch(10_000 + offset)]);
+                    }
                 }
             }
             assert!(tail.used() <= 1 << 20 && held() < tail.used(), "{} of {}", held(), tail.used());

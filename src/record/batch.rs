@@ -439,10 +439,12 @@ impl Batch {
         bytes.freeze()
     }
 
-    /// Copies the records into memory of their own, so that holding the batch does not hold the larger buffer that
-    /// they were received in.
-    pub fn detach(&mut self) {
-        self.records = Bytes::copy_from_slice(&self.records);
+    /// Copies the batch into one block of memory of its own, so that the batch does not hold the larger buffer that it was received in. Returns
+    /// all of its bytes.
+    pub fn detach(&mut self) -> Bytes {
+        let bytes = self.to_bytes();
+        self.records = bytes.slice(HEADER_BYTES..);
+        bytes
     }
 
     /// Offset of the first record.
